@@ -1,0 +1,1 @@
+"""Diffusion Transformers in integers."""
