@@ -1,0 +1,341 @@
+"""Train the bundled model: a Fashion-MNIST classifier and `fashion-dit`, a small class-conditional DiT.
+
+    python examples/train_fashion_dit.py --minutes 7
+
+writes both models and the test set's feature statistics below `--out`, then samples the saved model and writes
+what it measured and a picture. Meant for one GPU; with `--steps 20 --samples 20` it also ends on a patient CPU.
+"""
+
+import argparse
+import gzip
+import json
+import math
+import platform
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tqdit.evaluation import features
+
+ROOT = Path(__file__).resolve().parents[1]
+CLASSIFIER = Path("fashion-classifier", features.CLASSIFIER_FILE.name)
+STATISTICS = Path("fashion-classifier", features.STATISTICS_FILE.name)
+CLASSES = "t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot"
+NULL_CLASS = 10  # the label of an unconditional image
+DROPPED_LABELS = 0.1
+CLASSIFIER_BATCH, CLASSIFIER_RATE, CLASSIFIER_EPOCHS = 512, 2e-3, 24
+DIT_BATCH, DIT_RATE, WARMUP, EMA_DECAY = 512, 8e-4, 500, 0.999
+SETTLE, MEASURE = 40, 80  # steps left out of, and then taken into, the measured throughput
+TIMESTEPS, BETAS = 1000, (1e-4, 0.02)
+SAMPLING_BATCH = 1000
+SAMPLINGS = (
+    (DDIMScheduler, 50, 1.5),
+    (DDIMScheduler, 50, 1.0),
+    (DDPMScheduler, 100, 1.5),
+    (DDIMScheduler, 50, 2.0),
+)
+MODEL = {
+    "num_attention_heads": 3,
+    "attention_head_dim": 64,
+    "in_channels": 1,
+    "out_channels": 2,  # eps and the variance's place between its two bounds
+    "num_layers": 6,
+    "sample_size": 32,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 10,
+    "norm_eps": 1e-6,
+}
+
+
+def read_split(folder: Path, split: str, device: str) -> tuple[Tensor, Tensor]:
+    """Images [N, 1, 32, 32] in [-1, 1], padded with -1, and labels [N]; `split` is "train" or "t10k"."""
+    arrays = []
+    for name, header in ((f"{split}-images-idx3-ubyte.gz", 16), (f"{split}-labels-idx1-ubyte.gz", 8)):
+        if not (folder / name).is_file():
+            raise SystemExit(f"{folder / name} is missing: --data must hold Fashion-MNIST's four .gz files")
+        content = gzip.decompress((folder / name).read_bytes())
+        arrays.append(torch.tensor(np.frombuffer(content, np.uint8, offset=header), device=device))
+    images = arrays[0].view(-1, 1, 28, 28).float() / 127.5 - 1
+    return F.pad(images, (2, 2, 2, 2), value=-1.0), arrays[1].long()
+
+
+def train_classifier(images: Tensor, labels: Tensor, seconds: float) -> features.FashionClassifier:
+    """Classifier trained for as many epochs as fit into `seconds`, judged by the first."""
+    device = images.device
+    model = features.FashionClassifier().to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), CLASSIFIER_RATE, weight_decay=0.02)
+    epochs, epoch, started = CLASSIFIER_EPOCHS, 0, time.perf_counter()
+    while epoch < epochs:
+        order = torch.randperm(len(images), device=device).split(CLASSIFIER_BATCH)
+        for i, index in enumerate(order):
+            done = epoch + i / len(order)
+            optimizer.param_groups[0]["lr"] = CLASSIFIER_RATE * min(1.0, done, 1.02 - done / epochs)
+            # Mirrored at random and shifted by up to two pixels, which the padding makes a plain roll.
+            mirrored = torch.rand(len(index), 1, 1, 1, device=device) < 0.5
+            batch = torch.where(mirrored, images[index].flip(3), images[index])
+            batch = batch.roll(torch.randint(-2, 3, (2,)).tolist(), dims=(2, 3))
+            with torch.autocast(device.type, torch.bfloat16):
+                logits = model(batch)
+            optimizer.zero_grad(set_to_none=True)
+            loss = F.cross_entropy(logits.float(), labels[index])
+            loss.backward()
+            optimizer.step()
+        epoch += 1
+        print(f"classifier epoch {epoch}/{epochs}: loss {loss.item():.4f}", flush=True)
+        if epoch == 1:
+            epochs = max(1, min(epochs, int(seconds / (time.perf_counter() - started))))
+    return model.eval()
+
+
+def save_classifier(model: nn.Module, test: Tensor, out: Path) -> features.FashionClassifier:
+    """Write the classifier in float16 and its statistics of the test images; the classifier as reloaded."""
+    state = {name: x.half() if x.is_floating_point() else x for name, x in model.state_dict().items()}
+    (out / CLASSIFIER).parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, out / CLASSIFIER)
+    classifier = features.load_fashion_classifier(test.device, out / CLASSIFIER)
+    mean, covariance = features.feature_statistics(test, classifier)
+    save_file({"mean": mean, "covariance": covariance}, out / STATISTICS)
+    return classifier
+
+
+def diffusion_table(device: torch.device) -> Tensor:
+    """[5, 1000]: signal and noise scale of x_t, reverse mean's error per error of eps, two log-variances."""
+    beta = torch.linspace(*BETAS, TIMESTEPS, dtype=torch.float64)
+    kept = (1 - beta).cumprod(dim=0)
+    posterior = beta[1:] * (1 - kept[:-1]) / (1 - kept[1:])
+    # At t = 0 the posterior has no variance; the next one stands in, so that its logarithm stays finite.
+    log_posterior = torch.cat([posterior[:1], posterior]).log()
+    error_scale = beta / ((1 - beta) * (1 - kept)).sqrt()
+    return (
+        torch.stack([kept.sqrt(), (1 - kept).sqrt(), error_scale, beta.log(), log_posterior])
+        .float()
+        .to(device)
+    )
+
+
+def hybrid_loss(model: nn.Module, table: Tensor, x0: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared error of eps, and the variational bound's term in bits per pixel, which trains the variance."""
+    t = torch.randint(0, TIMESTEPS, (len(x0),), device=x0.device)
+    signal, noise, error_scale, log_beta, log_posterior = table[:, t, None, None, None]
+    eps = torch.randn_like(x0)
+    labels = labels.masked_fill(torch.rand(len(labels), device=x0.device) < DROPPED_LABELS, NULL_CLASS)
+    with torch.autocast(x0.device.type, torch.bfloat16):
+        output = model(signal * x0 + noise * eps, timestep=t, class_labels=labels).sample
+    estimate, v = output.float().chunk(2, dim=1)
+    log_variance = log_posterior + (v + 1) / 2 * (log_beta - log_posterior)
+    offset = error_scale * (eps - estimate.detach())
+    ratio = log_posterior - log_variance
+    divergence = (ratio.exp() - 1 - ratio + offset.square() * (-log_variance).exp()) / 2
+    # The last step is scored by the probability of the pixel's own 8-bit bin; the outer bins have open ends.
+    width = (-log_variance / 2).exp()
+    upper = torch.special.ndtr((1 / 255 - offset) * width).masked_fill(x0 > 0.999, 1.0)
+    lower = torch.special.ndtr((-1 / 255 - offset) * width).masked_fill(x0 < -0.999, 0.0)
+    surprise = -(upper - lower).clamp(min=1e-12).log()
+    bound = torch.where(t.view(-1, 1, 1, 1) == 0, surprise, divergence).mean() / math.log(2)
+    return (eps - estimate).square().mean(), bound
+
+
+def tied_model() -> DiTTransformer2DModel:
+    """A fresh adaLN-Zero model whose blocks share one timestep and class embedder, as in the published DiT."""
+    model = DiTTransformer2DModel(**MODEL)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.flatten(1))  # a view: a patch is embedded by a matrix
+            nn.init.zeros_(module.bias)
+    shared = model.transformer_blocks[0].norm1.emb
+    time_mlp = shared.timestep_embedder
+    for layer in (shared.class_embedder.embedding_table, time_mlp.linear_1, time_mlp.linear_2):
+        nn.init.normal_(layer.weight, std=0.02)
+    for block in model.transformer_blocks:
+        block.norm1.emb = shared
+        nn.init.zeros_(block.norm1.linear.weight)
+    nn.init.zeros_(model.proj_out_1.weight)
+    nn.init.zeros_(model.proj_out_2.weight)
+    embed = model.pos_embed.forward
+
+    def embed_in_float32(x: Tensor) -> Tensor:
+        # Nearly clean images carry noise of 0.01 at pixels of -1, about bfloat16's spacing there.
+        with torch.autocast(x.device.type, enabled=False):
+            return embed(x)
+
+    model.pos_embed.forward = embed_in_float32
+    # In training mode every embedder call would drop labels of its own; nothing else depends on the mode.
+    return model.eval()
+
+
+def untied_model(parameters: dict[str, Tensor]) -> DiTTransformer2DModel:
+    """The standard model, each block with its own copy of the shared embedder, in float16."""
+    model, owner = DiTTransformer2DModel(**MODEL), r"^transformer_blocks\.\d+\.norm1\.emb\."
+    sources = {name: re.sub(owner, "transformer_blocks.0.norm1.emb.", name) for name in model.state_dict()}
+    model.load_state_dict({name: parameters[source] for name, source in sources.items()})
+    return model.half()
+
+
+def train_dit(
+    images: Tensor, labels: Tensor, steps: int | None, seconds: float
+) -> tuple[DiTTransformer2DModel, dict[str, Any]]:
+    """Averaged model and a record of its training: `steps` steps, or as many as fit into `seconds`."""
+    device = images.device
+    table, model = diffusion_table(device), tied_model().to(device)
+    named = dict(model.named_parameters())
+    parameters, average = list(named.values()), [value.detach().clone() for value in named.values()]
+    on_gpu = device.type == "cuda"
+    optimizer = torch.optim.AdamW(parameters, DIT_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=on_gpu)
+    if on_gpu:
+        torch._dynamo.config.suppress_errors = True  # a block that does not compile runs uncompiled
+        for block in model.transformer_blocks:
+            block.compile()
+    total, step, settled = steps or 10**9, 0, 0.0
+    started = time.perf_counter()
+    while step < total:
+        optimizer.param_groups[0]["lr"] = DIT_RATE * min(1.0, (step + 1) / WARMUP) * (1 - step / total)
+        index = torch.randint(0, len(images), (DIT_BATCH,), device=device)
+        error, bound = hybrid_loss(model, table, images[index], labels[index])
+        optimizer.zero_grad(set_to_none=True)
+        (error + bound).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        step += 1
+        with torch.no_grad():
+            torch._foreach_lerp_(average, parameters, 1 - min(EMA_DECAY, step / (step + 10)))
+        if step in (SETTLE, SETTLE + MEASURE, total) or step % 1000 == 0:
+            # Reading the losses waits for the device, so the clock below covers finished work.
+            losses = f"eps {error.item():.5f} bound {bound.item():.5f}"
+            spent = time.perf_counter() - started
+            if step == SETTLE:
+                settled = spent
+            elif step == SETTLE + MEASURE and steps is None:
+                total = step + max(1, int((seconds - spent) * MEASURE / (spent - settled)))
+            print(f"step {step}/{total}: {losses}, {spent:.0f} s", flush=True)
+    record = {"steps": total, "batch": DIT_BATCH, "seconds": round(time.perf_counter() - started, 1)}
+    return untied_model(dict(zip(named, average, strict=True))), record
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def save_dit(model: DiTTransformer2DModel, folder: Path) -> None:
+    """A standard diffusers pipeline folder without a VAE."""
+    model.save_pretrained(folder / "transformer")
+    for file in (folder / "transformer").iterdir():
+        file.chmod(0o644)  # weights are otherwise readable by their owner alone
+    # DDIM has no use for the variance's type, but keeps it for a DDPMScheduler made from its configuration.
+    ddpm = DDPMScheduler(TIMESTEPS, *BETAS, "linear", variance_type="learned_range", clip_sample=True)
+    DDIMScheduler.from_config(ddpm.config).save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "DiTPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "id2label": {str(i): name.replace("-b", " b") for i, name in enumerate(CLASSES.split())},
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "vae": [None, None],
+    }
+    write_json(folder / "model_index.json", index)
+
+
+@torch.inference_mode()
+def draw(model: DiTTransformer2DModel, scheduler: Any, guidance: float, labels: Tensor, seed: int) -> Tensor:
+    """Images [N, 1, 32, 32] of `labels`, with the eps estimate null + guidance * (class - null)."""
+    generator, images = torch.Generator(labels.device).manual_seed(seed), []
+    for part in labels.split(SAMPLING_BATCH):
+        x = torch.randn((len(part), 1, 32, 32), generator=generator, device=labels.device)
+        for step in scheduler.timesteps.tolist():
+            t = torch.full_like(part, step)
+            eps, v = model(x, timestep=t, class_labels=part).sample.chunk(2, dim=1)
+            if guidance != 1.0:
+                null = model(x, timestep=t, class_labels=torch.full_like(part, NULL_CLASS)).sample[:, :1]
+                eps = null + guidance * (eps - null)
+            output = torch.cat([eps, v], dim=1) if isinstance(scheduler, DDPMScheduler) else eps
+            x = scheduler.step(output, step, x, generator=generator).prev_sample
+        images.append(x.clamp(-1, 1))
+    return torch.cat(images)
+
+
+def save_grid(images: Tensor, path: Path) -> None:
+    """The first eight samples of every class, a class a row, at twice their size."""
+    rows = images[:80].view(-1, 10, 32, 32).permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
+    picture = Image.fromarray(((rows + 1) * 127.5).round().byte().cpu().numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(
+        path, optimize=True
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train fashion-dit and its classifier.")
+    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--out", type=Path, default=features.CLASSIFIER_FILE.parents[1])
+    parser.add_argument("--report", type=Path, default=ROOT / "bench/results/fashion-dit-training.json")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs/images/fashion-dit.png")
+    parser.add_argument("--classifier-seconds", type=float, default=45.0)
+    parser.add_argument("--minutes", type=float, default=12.0, help="DiT training, unless --steps is given")
+    parser.add_argument("--steps", type=int, help="DiT training steps")
+    parser.add_argument("--samples", type=int, default=10_000, help="per sampler; a multiple of 10")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.allow_tf32 = False  # the classifier's features shall be those of a CPU
+    train, train_labels = read_split(args.data, "train", args.device)
+    test, test_labels = read_split(args.data, "t10k", args.device)
+
+    started = time.perf_counter()
+    trained = train_classifier(train, train_labels, args.classifier_seconds)
+    seconds = round(time.perf_counter() - started, 1)
+    classifier = save_classifier(trained, test, args.out)
+    real = features.load_real_statistics(args.out / STATISTICS)
+
+    def distance(images: Tensor) -> float:
+        return features.frechet_distance(*features.feature_statistics(images, classifier), *real)
+
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "seed": args.seed,
+        "classifier_seconds": seconds,
+        "classifier_accuracy": features.class_agreement(test, test_labels, classifier),
+        "fd_fashion_of_training_images": distance(train[: args.samples]),
+    }
+    print(report, flush=True)
+    model, report["training"] = train_dit(train, train_labels, args.steps, 60 * args.minutes)
+    folder = args.out / "fashion-dit"
+    save_dit(model, folder)
+
+    # What is measured is the model as saved, in float32 with TF32 products where the GPU has them.
+    torch.set_float32_matmul_precision("high")
+    model = DiTTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
+    model = model.to(args.device).eval()
+    labels = torch.arange(args.samples, device=args.device) % 10
+    report["samples"] = []
+    for kind, steps, guidance in SAMPLINGS:
+        started = time.perf_counter()
+        scheduler = kind.from_pretrained(folder / "scheduler")
+        scheduler.set_timesteps(steps)
+        wanted = labels if kind is DDIMScheduler else labels[:SAMPLING_BATCH]
+        images = draw(model, scheduler, guidance, wanted, args.seed)
+        if not report["samples"]:
+            save_grid(images, args.picture)
+        result = {"sampler": kind.__name__, "steps": steps, "guidance": guidance, "images": len(images)}
+        result["class_agreement"] = features.class_agreement(images, wanted, classifier)
+        result["fd_fashion"] = distance(images)
+        result["seconds"] = round(time.perf_counter() - started, 1)
+        print(result, flush=True)
+        report["samples"].append(result)
+        write_json(args.report, report)
+
+
+if __name__ == "__main__":
+    main()

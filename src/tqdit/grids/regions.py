@@ -1,0 +1,48 @@
+"""Multi-region quantization (MRQ): two exclusive regions with a scale each, in one int8 tensor.
+
+The sign of a code is the region flag. x = sign * s1 * min(c, 0) + s2 * max(c, 0), with sign = +1 after GELU (negative
+codes are negative values) and sign = -1 after softmax (all values are positive; negative codes are the fine region).
+A value belongs to exactly one region, so the two products of a matmul have disjoint supports.
+"""
+
+import torch
+
+from tqdit.spec import Grid, IntFormat
+
+GELU_MINIMUM = 0.17  # max |gelu(x)| for x < 0, TQ-DiT's fixed extent of the negative region
+
+
+def sign(grid: Grid) -> int:
+    """Sign of a decoded region-1 code."""
+    return -1 if grid is Grid.MRQ_SOFTMAX else 1
+
+
+def coarse_softmax_scale(bits: int) -> float:
+    """s2 = 1 / m with m = 2^(k-1) - 1: represents the probability 1 exactly."""
+    return 1.0 / IntFormat(bits).qmax
+
+
+def quantize(x: torch.Tensor, s1: torch.Tensor, s2: torch.Tensor, bits: int, grid: Grid) -> torch.Tensor:
+    """Codes of x (int8, same shape); the scales broadcast to x.
+
+    Softmax: x <= m s1 -> -round(x / s1), else round(x / s2), m = 2^(k-1) - 1.
+    GELU: x < 0 -> clip(round(x / s1), -2^(k-1), 0), else clip(round(x / s2), 0, 2^(k-1) - 1).
+    """
+    fmt = IntFormat(bits)
+    x = x.float()
+    if grid is Grid.MRQ_SOFTMAX:
+        fine, coarse = -torch.round(x / s1), torch.round(x / s2).clamp_(max=fmt.qmax)
+        return torch.where(x <= fmt.qmax * s1, fine, coarse).to(torch.int8)
+    codes = torch.round(x / torch.where(x < 0, s1, s2))
+    return codes.clamp_(fmt.qmin, fmt.qmax).to(torch.int8)
+
+
+def dequantize(codes: torch.Tensor, s1: torch.Tensor, s2: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Values of codes, fp32."""
+    value = codes.float()
+    return value * torch.where(value < 0, sign(grid) * s1, s2)
+
+
+def softmax_exponents(bits: int) -> range:
+    """Candidates i of s1 = s2 2^-i. The last one puts a whole region below 2^-16: no probability needs it finer."""
+    return range(1, 19 - bits)

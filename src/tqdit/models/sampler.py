@@ -1,0 +1,109 @@
+"""Guided prediction and one sampling trajectory, on diffusers' own schedulers.
+
+Calibration reads the states on the way, generation keeps the last: one loop serves both.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tqdit.errors import InputError
+
+SAMPLERS = ("ddim", "ddpm")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn. `steps` sampler steps, classifier-free `guidance` (1 turns it off)."""
+
+    sampler: str = "ddim"
+    steps: int = 50
+    guidance: float = 1.5
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise InputError(f"unknown sampler '{self.sampler}'; known: {', '.join(SAMPLERS)}")
+        if self.steps < 1:
+            raise InputError(f"steps must be at least 1, got {self.steps}")
+
+
+def num_classes(model: nn.Module) -> int:
+    """Number of classes; the same number is the index of the null class in the label table."""
+    return int(model.config.num_embeds_ada_norm)
+
+
+def predict(model: nn.Module, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, guidance: float) -> torch.Tensor:
+    """The output that the sampler uses, (B, C or 2C, H, W): guided epsilon, then v of the conditional half.
+
+    guided = uncond + guidance * (cond - uncond). x: (B, C, H, W); t, labels: (B,).
+    """
+    if guidance == 1.0:
+        return model(x, timestep=t, class_labels=labels, return_dict=False)[0]
+    null = torch.full_like(labels, num_classes(model))
+    out = model(
+        torch.cat([x, x]), timestep=torch.cat([t, t]), class_labels=torch.cat([labels, null]), return_dict=False
+    )[0]
+    cond, uncond = out.chunk(2)
+    channels = x.shape[1]
+    eps = torch.lerp(uncond[:, :channels], cond[:, :channels], guidance)
+    return torch.cat([eps, cond[:, channels:]], dim=1)
+
+
+def make_scheduler(config: Mapping[str, Any] | None, sampling: Sampling, learned_variance: bool) -> Any:
+    """A diffusers DDIM or DDPM scheduler with its timesteps set.
+
+    `config`: the model's scheduler config; None is DiT's 1000 linear steps. With DDPM a model that returns (eps, v)
+    gets `variance_type="learned_range"`, so that v is used; one that does not gets a fixed variance.
+    """
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    kind = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}[sampling.sampler]
+    settings: dict[str, Any] = dict(config or {"num_train_timesteps": 1000, "beta_schedule": "linear"})
+    settings.setdefault("clip_sample", False)
+    if sampling.sampler == "ddpm":
+        fixed = settings.get("variance_type", "fixed_small")
+        fixed = "fixed_small" if fixed.startswith("learned") else fixed
+        settings["variance_type"] = "learned_range" if learned_variance else fixed
+    scheduler = kind.from_config(settings)
+    total = scheduler.config.num_train_timesteps
+    if sampling.steps > total:
+        raise InputError(f"steps must be at most the {total} training timesteps, got {sampling.steps}")
+    scheduler.set_timesteps(sampling.steps)
+    return scheduler
+
+
+def noise_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator per image, seeded by (seed, index) alone: sharding and batch size change nothing."""
+    return [torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63) for index in indices]
+
+
+@torch.inference_mode()
+def trajectory(
+    model: nn.Module,
+    scheduler_config: Mapping[str, Any] | None,
+    sampling: Sampling,
+    labels: torch.Tensor,
+    generators: list[torch.Generator],
+) -> Iterator[tuple[int | None, torch.Tensor]]:
+    """Yield (t, x_t) before every step of the reverse process, then (None, x_0). x: (B, C, H, W), fp32.
+
+    The initial state and each image's noise come from that image's own generator.
+    """
+    cfg = model.config
+    learned = (cfg.out_channels or cfg.in_channels) == 2 * cfg.in_channels
+    scheduler = make_scheduler(scheduler_config, sampling, learned)
+    device = labels.device
+    shape = (1, cfg.in_channels, cfg.sample_size, cfg.sample_size)
+    x = torch.cat([torch.randn(shape, generator=g) for g in generators]).to(device)
+    for t in scheduler.timesteps.tolist():
+        yield t, x
+        output = predict(model, x, torch.full((len(x),), t, device=device), labels, sampling.guidance)
+        if sampling.sampler == "ddim":
+            x = scheduler.step(output[:, : x.shape[1]], t, x).prev_sample
+        else:
+            output = output if learned else output[:, : x.shape[1]]
+            x = scheduler.step(output, t, x, generator=generators).prev_sample
+    yield None, x

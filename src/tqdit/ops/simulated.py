@@ -1,0 +1,45 @@
+"""The simulated (fake-quant) twin of `ops.reference`: the same codes, then float arithmetic on their values.
+
+It exists to check the integer path, as the literature computes it. It is not integer and must never be timed.
+Its fp32 sums differ from the exact ones by at most gamma_K = (K + 4) 2^-24 times the sum of absolute products.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from tqdit.ops.quantizer import dequantize
+from tqdit.ops.quantizer import quantize as quantize
+from tqdit.ops.schema import OperandParams, WeightParams
+
+NAME = "simulated"
+INTEGER = False
+
+
+def _weight(weight: WeightParams) -> torch.Tensor:
+    return weight.codes.float() * weight.scale[:, None]
+
+
+def linear(
+    codes: torch.Tensor, params: OperandParams, weight: WeightParams, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x W^T + bias on dequantized operands."""
+    return F.linear(dequantize(codes, params), _weight(weight), bias)
+
+
+def scores(
+    q: torch.Tensor, q_params: OperandParams, k: torch.Tensor, k_params: OperandParams, factor: float
+) -> torch.Tensor:
+    """factor * Q K^T on dequantized operands."""
+    return torch.matmul(dequantize(q, q_params), dequantize(k, k_params).transpose(-1, -2)) * factor
+
+
+def values(
+    p: torch.Tensor, p_params: OperandParams, v: torch.Tensor, v_params: OperandParams
+) -> torch.Tensor:
+    """P V on dequantized operands."""
+    return torch.matmul(dequantize(p, p_params), dequantize(v, v_params))
+
+
+def weight_only_linear(x: torch.Tensor, weight: WeightParams, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + bias with the dequantized weight."""
+    return F.linear(x.float(), _weight(weight), bias)

@@ -1,0 +1,44 @@
+"""What a choice of scales is judged by: the Fisher-weighted squared error of one matmul's output (HO)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from tqdit.calibration.fisher import normalized
+
+Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class MatmulObjective:
+    """E = sum_j w_j (z_hat_j - z_j)^2 for z = combine(a, b). `weights` None: plain squared error (no HO)."""
+
+    combine: Combine
+    target: torch.Tensor
+    weights: torch.Tensor | None
+
+    @classmethod
+    def of(cls, combine: Combine, a: torch.Tensor, b: torch.Tensor, fisher: torch.Tensor) -> "MatmulObjective":
+        """Objective around the float operands; all-zero Fisher weights fall back to plain squared error."""
+        return cls(combine, combine(a, b), normalized(fisher))
+
+    def loss(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Elementwise loss, in the shape of the output."""
+        error = self.combine(a, b).sub_(self.target).square_()
+        return error if self.weights is None else error.mul_(self.weights)
+
+
+def linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """x W^T."""
+    return x @ w.t()
+
+
+def scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Q K^T / sqrt(d)."""
+    return (q @ k.transpose(-1, -2)).mul_(q.shape[-1] ** -0.5)
+
+
+def values(p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """P V."""
+    return p @ v

@@ -1,0 +1,117 @@
+"""One operand of a matmul under search: its float values, its current parameters, and how to try others."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from tqdit.calibration.statistics import RangeStats
+from tqdit.grids import regions, uniform
+from tqdit.recipe import Recipe
+from tqdit.spec import Grid, Role, SiteSpec
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Values with parameters of shape (groups, units); `lead` and `unit` say which entry each value uses.
+
+    Rows of a linear input (R, in): lead = group of the row. Attention (S, H, ., .): lead = group of the sample,
+    units = heads or 1. Weights (out, in): one group, `unit` = which scale each output channel uses.
+    """
+
+    spec: SiteSpec
+    values: torch.Tensor
+    lead: torch.Tensor  # (values.shape[0],) group indices; zeros where the site has one group
+    unit: torch.Tensor  # (values.shape[0],) for weights, (H,) for attention, (1,) for rows
+    scale: torch.Tensor  # (groups, units), or (groups, units, 2) for two regions
+    zero_point: torch.Tensor  # (groups, units) int32
+
+    @property
+    def is_weight(self) -> bool:
+        return self.spec.is_weight
+
+    def _broadcast(self, table: torch.Tensor) -> torch.Tensor:
+        """(groups, units) -> a shape that broadcasts to `values`."""
+        if self.is_weight:
+            return table[0, self.unit][:, None]
+        if self.values.ndim == 2:
+            return table[self.lead]
+        return table[self.lead][:, self.unit][..., None, None]
+
+    def fake(self, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """The values as they come back from their codes, under `scale` or the current one."""
+        scale = self.scale if scale is None else scale
+        bits, grid = self.spec.bits, self.spec.grid
+        if grid.two_region:
+            s1, s2 = self._broadcast(scale[..., 0]), self._broadcast(scale[..., 1])
+            return regions.dequantize(regions.quantize(self.values, s1, s2, bits, grid), s1, s2, grid)
+        s, z = self._broadcast(scale), self._broadcast(self.zero_point)
+        return uniform.dequantize(uniform.quantize(self.values, s, z, bits), s, z)
+
+    def reduce(self, loss: torch.Tensor) -> torch.Tensor:
+        """Sum an elementwise loss of the matmul's output into (groups, units): what each parameter is judged by."""
+        groups, units = self.scale.shape[:2]
+        if self.is_weight:  # output (R, out)
+            return loss.new_zeros(units).index_add_(0, self.unit, loss.sum(0))[None]
+        per_lead = loss.sum(-1, keepdim=True) if loss.ndim == 2 else loss.sum((-1, -2))  # (R, 1) or (S, H)
+        by_group = loss.new_zeros(groups, per_lead.shape[1]).index_add_(0, self.lead, per_lead)
+        return by_group if units == by_group.shape[1] else by_group.sum(1, keepdim=True)
+
+    def candidate_scales(self, base: torch.Tensor, recipe: Recipe) -> list[list[torch.Tensor]]:
+        """Lists of full scale tables to try, one list per searched region; `base` is the min-max scale.
+
+        Uniform and GELU: `candidates` multiples of the min-max scale from `low` to `high` (TQ-DiT's setting).
+        Softmax: s1 = s2 2^-i. The tables of region 2 keep the current region 1, so ask again after each choice.
+        """
+        if self.spec.grid is Grid.MRQ_SOFTMAX:
+            exponents = regions.softmax_exponents(self.spec.bits)
+            return [[torch.stack([base[..., 1] * 2.0**-i, base[..., 1]], -1) for i in exponents]]
+        steps = uniform.factors(recipe.low, recipe.high, recipe.candidates)
+        if self.spec.grid is Grid.MRQ_GELU:
+            fine = [torch.stack([base[..., 0] * c, self.scale[..., 1]], -1) for c in steps]
+            coarse = [torch.stack([self.scale[..., 0], base[..., 1] * c], -1) for c in steps]
+            return [fine, coarse]
+        return [[base * c for c in steps]]
+
+    def with_scale(self, scale: torch.Tensor) -> "Operand":
+        return replace(self, scale=scale)
+
+
+def activation(spec: SiteSpec, values: torch.Tensor, group: torch.Tensor, ranges: RangeStats) -> Operand:
+    """An operand at its min-max parameters. `group`: (values.shape[0],) time groups; `ranges` per group."""
+    pooled = ranges.pooled(spec.groups)
+    lead = group if spec.groups > 1 else torch.zeros_like(group)
+    scale, zero_point = _initial(spec, pooled)
+    unit = torch.arange(spec.units) if spec.units > 1 else torch.zeros(1, dtype=torch.int64)
+    return Operand(spec, values, lead, unit, scale, zero_point)
+
+
+def weight(specs: list[SiteSpec], weights: list[torch.Tensor]) -> Operand:
+    """Weights (out_i, in) that share an input, stacked along out, each with its own scale or scales."""
+    values = torch.cat(weights)
+    unit, magnitudes, first = [], [], 0
+    for spec, w in zip(specs, weights, strict=True):
+        units = torch.arange(len(w)) if spec.units > 1 else torch.zeros(len(w), dtype=torch.int64)
+        unit.append(units + first)
+        per_row = w.abs().amax(1)
+        magnitude = per_row if spec.units > 1 else per_row.amax(0, keepdim=True)
+        magnitudes.append(uniform.minmax_symmetric(magnitude, spec.bits, spec.name))
+        first += spec.units
+    scale = torch.cat(magnitudes)[None]
+    zeros = torch.zeros_like(scale, dtype=torch.int32)
+    return Operand(specs[0], values, torch.zeros(1, dtype=torch.int64), torch.cat(unit), scale, zeros)
+
+
+def _initial(spec: SiteSpec, ranges: RangeStats) -> tuple[torch.Tensor, torch.Tensor]:
+    """Min-max scale and zero point. The GELU's negative region has its fixed extent; softmax starts mid-range."""
+    zero = torch.zeros_like(ranges.low, dtype=torch.int32)
+    top = 1 << (spec.bits - 1)
+    if spec.grid is Grid.MRQ_SOFTMAX:
+        coarse = torch.full_like(ranges.high, regions.coarse_softmax_scale(spec.bits))
+        return torch.stack([coarse * 2.0 ** -(spec.bits // 2), coarse], -1), zero
+    if spec.grid is Grid.MRQ_GELU:
+        fine = torch.full_like(ranges.high, regions.GELU_MINIMUM / top)
+        coarse = uniform.checked_scale(ranges.high.clamp(min=0) / (top - 1), spec.name)
+        return torch.stack([fine, coarse], -1), zero
+    if spec.role is Role.SOFTMAX:  # probabilities are in [0, 1] whatever was seen
+        ranges = RangeStats(torch.zeros_like(ranges.low), ranges.high)
+    return uniform.minmax_asymmetric(ranges.low, ranges.high, spec.bits, spec.name)

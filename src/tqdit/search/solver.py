@@ -1,0 +1,147 @@
+"""`solve`: records of the float model become a Solution. Pure and seeded: same records, same result."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tqdit.calibration.recorder import AttentionRecord, Records
+from tqdit.calibration.trajectories import Progress
+from tqdit.grids import uniform
+from tqdit.models.sites import BlockLayout, LinearGroup, blocks, float_input_modules, sites
+from tqdit.recipe import Recipe
+from tqdit.search import objectives, operands
+from tqdit.search.alternating import alternate
+from tqdit.search.objectives import MatmulObjective
+from tqdit.search.operands import Operand
+from tqdit.spec import Grid, GridParams, Role, SiteSpec, Solution
+from tqdit.timegroups import TimeGroups
+
+
+def solve(
+    model: nn.Module,
+    records: Records,
+    recipe: Recipe,
+    time_groups: TimeGroups,
+    provenance: Mapping[str, Any],
+    progress: Progress = lambda _: None,
+) -> Solution:
+    """Choose the grid of every site and code every weight. `model` is the float model; it is only read."""
+    solver = _Solver(model, records, recipe)
+    steps: list[Callable[[], None]] = [*solver.steps()]
+    with torch.inference_mode():
+        for done, step in enumerate(steps, 1):
+            step()
+            progress(done / len(steps))
+    ordered = {name: solver.params[name] for name in solver.specs}
+    return Solution(dict(model.config), time_groups, ordered, solver.codes, solver.floats(), dict(provenance))
+
+
+class _Solver:
+    """Solves one matmul after another; they share nothing, so any order gives the same result."""
+
+    def __init__(self, model: nn.Module, records: Records, recipe: Recipe) -> None:
+        self.model = model
+        self.records = records
+        self.recipe = recipe
+        self.specs = {spec.name: spec for spec in sites(model.config, recipe)}
+        self.state = model.state_dict()
+        self.params: dict[str, GridParams] = {}
+        self.codes: dict[str, torch.Tensor] = {}
+
+    def steps(self) -> Iterator[Callable[[], None]]:
+        for name in float_input_modules(self.model.config):
+            yield lambda name=name: self._weight_only(f"{name}.weight")  # type: ignore[misc]
+        for block in blocks(self.model.config):
+            yield lambda block=block: self._scores(block)  # type: ignore[misc]
+            yield lambda block=block: self._values(block)  # type: ignore[misc]
+            for group in block.linears:
+                yield lambda group=group: self._linear(group)  # type: ignore[misc]
+
+    def floats(self) -> dict[str, torch.Tensor]:
+        """Parameters that are not sites."""
+        return {name: t.detach().float() for name, t in self.state.items() if name not in self.specs}
+
+    def _weight_only(self, name: str) -> None:
+        """Per-channel scale by plain squared error on the weight (the seed's Frobenius objective)."""
+        spec, values = self.specs[name], self.state[name].float()
+        operand = operands.weight([spec], [values.flatten(1)])
+        if self.recipe.rounds:
+            steps = uniform.factors(self.recipe.low, self.recipe.high, self.recipe.candidates)
+            tables = torch.stack([operand.scale, *(operand.scale * c for c in steps)])
+            errors = torch.stack([(operand.fake(t) - operand.values).square().sum(1) for t in tables])
+            operand = operand.with_scale(tables.gather(0, errors.argmin(0)[None, None])[0])
+        self._store_weights([spec], operand)
+
+    def _linear(self, group: LinearGroup) -> None:
+        record = self.records.linears[group.source]
+        specs = [self.specs[name] for name in group.weights]
+        w = operands.weight(specs, [self.state[name].float() for name in group.weights])
+        objective = MatmulObjective.of(objectives.linear, record.x, w.values, record.fisher)
+
+        def attempt(spec: SiteSpec) -> tuple[Operand, Operand, float]:
+            x = operands.activation(spec, record.x, record.group, self.records.ranges[group.source])
+            return alternate(objective, x, w, self.recipe)
+
+        x, w, _ = self._best_grid(self.specs[group.source], self.recipe.gelu_grid, attempt)
+        self._store_activation(x)
+        self._store_weights(specs, w)
+
+    def _scores(self, block: BlockLayout) -> None:
+        record = self.records.attentions[block.attention]
+        objective = MatmulObjective.of(objectives.scores, record.q, record.k, record.fisher_scores)
+        q = self._operand(block, Role.QUERY, record.q, record)
+        k = self._operand(block, Role.KEY, record.k, record)
+        for operand in alternate(objective, q, k, self.recipe)[:2]:
+            self._store_activation(operand)
+
+    def _values(self, block: BlockLayout) -> None:
+        record = self.records.attentions[block.attention]
+        p = objectives.scores(record.q, record.k).softmax(-1)
+        objective = MatmulObjective.of(objectives.values, p, record.v, record.fisher_values)
+        v = self._operand(block, Role.VALUE, record.v, record)
+        name = block.operand(Role.SOFTMAX)
+
+        def attempt(spec: SiteSpec) -> tuple[Operand, Operand, float]:
+            left = operands.activation(spec, p, record.group, _over_heads(self.records, name))
+            return alternate(objective, left, v, self.recipe)
+
+        for operand in self._best_grid(self.specs[name], self.recipe.softmax_grid, attempt)[:2]:
+            self._store_activation(operand)
+
+    def _operand(self, block: BlockLayout, role: Role, values: torch.Tensor, record: AttentionRecord) -> Operand:
+        name = block.operand(role)
+        return operands.activation(self.specs[name], values, record.group, self.records.ranges[name])
+
+    def _best_grid(
+        self, spec: SiteSpec, choice: str, attempt: Callable[[SiteSpec], tuple[Operand, Operand, float]]
+    ) -> tuple[Operand, Operand, float]:
+        """The attempt under the site's grid, or the better of MRQ and uniform where the recipe leaves it open."""
+        tried = [attempt(spec)]
+        if spec.grid.two_region and choice == "best":
+            tried.append(attempt(replace(spec, grid=Grid.UNIFORM)))
+        return min(tried, key=lambda result: result[2])
+
+    def _store_activation(self, operand: Operand) -> None:
+        zero_point = None if operand.spec.grid.two_region else operand.zero_point
+        scale = uniform.checked_scale(operand.scale, operand.spec.name)
+        self.params[operand.spec.name] = GridParams(operand.spec, scale, zero_point)
+
+    def _store_weights(self, specs: list[SiteSpec], operand: Operand) -> None:
+        first = 0
+        scales = operand.scale[0].split([spec.units for spec in specs])
+        for spec, scale in zip(specs, scales, strict=True):
+            shape = self.state[spec.name].shape
+            values = operand.values[first : first + shape[0]]
+            codes = uniform.quantize(values, scale[:, None], 0, spec.bits)
+            self.params[spec.name] = GridParams(spec, scale[None])
+            self.codes[spec.name] = codes.reshape(shape)
+            first += shape[0]
+
+
+def _over_heads(records: Records, name: str) -> Any:
+    """Ranges of a per-head record as those of one tensor."""
+    stats = records.ranges[name]
+    return replace(stats, low=stats.low.amin(1, keepdim=True), high=stats.high.amax(1, keepdim=True))
