@@ -2,15 +2,14 @@
 
     python examples/train_fashion_dit.py --minutes 7
 
-writes both models and the test set's feature statistics below `--out`, then samples the saved model and writes
-what it measured and a picture. Meant for one GPU; with `--steps 20 --samples 20` it also ends on a patient CPU.
+writes both models and the test set's feature statistics below `--out`, then samples the saved model, writes
+what it measured to `bench/results` and a picture to `docs/images`. Meant for one GPU.
 """
 
 import argparse
 import gzip
 import json
 import math
-import platform
 import re
 import time
 from pathlib import Path
@@ -30,20 +29,25 @@ from tqdit.evaluation import features
 ROOT = Path(__file__).resolve().parents[1]
 CLASSIFIER = Path("fashion-classifier", features.CLASSIFIER_FILE.name)
 STATISTICS = Path("fashion-classifier", features.STATISTICS_FILE.name)
-CLASSES = "t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot"
-NULL_CLASS = 10  # the label of an unconditional image
-DROPPED_LABELS = 0.1
+CLASSES = (
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+NULL_CLASS, DROPPED_LABELS = 10, 0.1  # the label of an unconditional image, and its share of the training
 CLASSIFIER_BATCH, CLASSIFIER_RATE, CLASSIFIER_EPOCHS = 512, 2e-3, 24
 DIT_BATCH, DIT_RATE, WARMUP, EMA_DECAY = 512, 8e-4, 500, 0.999
 SETTLE, MEASURE = 40, 80  # steps left out of, and then taken into, the measured throughput
 TIMESTEPS, BETAS = 1000, (1e-4, 0.02)
 SAMPLING_BATCH = 1000
-SAMPLINGS = (
-    (DDIMScheduler, 50, 1.5),
-    (DDIMScheduler, 50, 1.0),
-    (DDPMScheduler, 100, 1.5),
-    (DDIMScheduler, 50, 2.0),
-)
+SAMPLINGS = (("DDIM", 50, 1.5), ("DDIM", 50, 1.0), ("DDPM", 100, 1.5), ("DDIM", 50, 2.0))
 MODEL = {
     "num_attention_heads": 3,
     "attention_head_dim": 64,
@@ -116,11 +120,8 @@ def diffusion_table(device: torch.device) -> Tensor:
     # At t = 0 the posterior has no variance; the next one stands in, so that its logarithm stays finite.
     log_posterior = torch.cat([posterior[:1], posterior]).log()
     error_scale = beta / ((1 - beta) * (1 - kept)).sqrt()
-    return (
-        torch.stack([kept.sqrt(), (1 - kept).sqrt(), error_scale, beta.log(), log_posterior])
-        .float()
-        .to(device)
-    )
+    rows = kept.sqrt(), (1 - kept).sqrt(), error_scale, beta.log(), log_posterior
+    return torch.stack(rows).float().to(device)
 
 
 def hybrid_loss(model: nn.Module, table: Tensor, x0: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,8 +146,8 @@ def hybrid_loss(model: nn.Module, table: Tensor, x0: Tensor, labels: Tensor) -> 
     return (eps - estimate).square().mean(), bound
 
 
-def tied_model() -> DiTTransformer2DModel:
-    """A fresh adaLN-Zero model whose blocks share one timestep and class embedder, as in the published DiT."""
+def tied_model(device: torch.device) -> DiTTransformer2DModel:
+    """A fresh adaLN-Zero model whose blocks share one timestep and class embedder, as in published DiT."""
     model = DiTTransformer2DModel(**MODEL)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -161,16 +162,10 @@ def tied_model() -> DiTTransformer2DModel:
         nn.init.zeros_(block.norm1.linear.weight)
     nn.init.zeros_(model.proj_out_1.weight)
     nn.init.zeros_(model.proj_out_2.weight)
-    embed = model.pos_embed.forward
-
-    def embed_in_float32(x: Tensor) -> Tensor:
-        # Nearly clean images carry noise of 0.01 at pixels of -1, about bfloat16's spacing there.
-        with torch.autocast(x.device.type, enabled=False):
-            return embed(x)
-
-    model.pos_embed.forward = embed_in_float32
+    # Nearly clean images carry noise of 0.01 at pixels of -1, about bfloat16's spacing there.
+    model.pos_embed.forward = torch.autocast(device.type, enabled=False)(model.pos_embed.forward)
     # In training mode every embedder call would drop labels of its own; nothing else depends on the mode.
-    return model.eval()
+    return model.eval().to(device)
 
 
 def untied_model(parameters: dict[str, Tensor]) -> DiTTransformer2DModel:
@@ -181,17 +176,16 @@ def untied_model(parameters: dict[str, Tensor]) -> DiTTransformer2DModel:
     return model.half()
 
 
-def train_dit(
-    images: Tensor, labels: Tensor, steps: int | None, seconds: float
-) -> tuple[DiTTransformer2DModel, dict[str, Any]]:
-    """Averaged model and a record of its training: `steps` steps, or as many as fit into `seconds`."""
+def train_dit(images: Tensor, labels: Tensor, steps: int | None, seconds: float) -> tuple[Any, int]:
+    """Averaged model and the steps it took: `steps`, or as many as fit into `seconds`."""
     device = images.device
-    table, model = diffusion_table(device), tied_model().to(device)
+    table, model = diffusion_table(device), tied_model(device)
     named = dict(model.named_parameters())
     parameters, average = list(named.values()), [value.detach().clone() for value in named.values()]
-    on_gpu = device.type == "cuda"
-    optimizer = torch.optim.AdamW(parameters, DIT_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=on_gpu)
-    if on_gpu:
+    optimizer = torch.optim.AdamW(
+        parameters, DIT_RATE, (0.9, 0.99), weight_decay=0, fused=device.type == "cuda"
+    )
+    if device.type == "cuda":
         torch._dynamo.config.suppress_errors = True  # a block that does not compile runs uncompiled
         for block in model.transformer_blocks:
             block.compile()
@@ -217,32 +211,24 @@ def train_dit(
             elif step == SETTLE + MEASURE and steps is None:
                 total = step + max(1, int((seconds - spent) * MEASURE / (spent - settled)))
             print(f"step {step}/{total}: {losses}, {spent:.0f} s", flush=True)
-    record = {"steps": total, "batch": DIT_BATCH, "seconds": round(time.perf_counter() - started, 1)}
-    return untied_model(dict(zip(named, average, strict=True))), record
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    return untied_model(dict(zip(named, average, strict=True))), total
 
 
 def save_dit(model: DiTTransformer2DModel, folder: Path) -> None:
     """A standard diffusers pipeline folder without a VAE."""
     model.save_pretrained(folder / "transformer")
-    for file in (folder / "transformer").iterdir():
-        file.chmod(0o644)  # weights are otherwise readable by their owner alone
     # DDIM has no use for the variance's type, but keeps it for a DDPMScheduler made from its configuration.
     ddpm = DDPMScheduler(TIMESTEPS, *BETAS, "linear", variance_type="learned_range", clip_sample=True)
     DDIMScheduler.from_config(ddpm.config).save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "DiTPipeline",
         "_diffusers_version": diffusers.__version__,
-        "id2label": {str(i): name.replace("-b", " b") for i, name in enumerate(CLASSES.split())},
+        "id2label": {str(i): name for i, name in enumerate(CLASSES)},
         "scheduler": ["diffusers", "DDIMScheduler"],
         "transformer": ["diffusers", "DiTTransformer2DModel"],
         "vae": [None, None],
     }
-    write_json(folder / "model_index.json", index)
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 @torch.inference_mode()
@@ -268,17 +254,13 @@ def save_grid(images: Tensor, path: Path) -> None:
     rows = images[:80].view(-1, 10, 32, 32).permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
     picture = Image.fromarray(((rows + 1) * 127.5).round().byte().cpu().numpy())
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(
-        path, optimize=True
-    )
+    picture.resize((512, 640), Image.Resampling.NEAREST).save(path, optimize=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train fashion-dit and its classifier.")
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--out", type=Path, default=features.CLASSIFIER_FILE.parents[1])
-    parser.add_argument("--report", type=Path, default=ROOT / "bench/results/fashion-dit-training.json")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs/images/fashion-dit.png")
     parser.add_argument("--classifier-seconds", type=float, default=45.0)
     parser.add_argument("--minutes", type=float, default=12.0, help="DiT training, unless --steps is given")
     parser.add_argument("--steps", type=int, help="DiT training steps")
@@ -293,7 +275,6 @@ def main() -> None:
 
     started = time.perf_counter()
     trained = train_classifier(train, train_labels, args.classifier_seconds)
-    seconds = round(time.perf_counter() - started, 1)
     classifier = save_classifier(trained, test, args.out)
     real = features.load_real_statistics(args.out / STATISTICS)
 
@@ -301,17 +282,18 @@ def main() -> None:
         return features.frechet_distance(*features.feature_statistics(images, classifier), *real)
 
     report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "seed": args.seed,
-        "classifier_seconds": seconds,
+        "classifier_seconds": round(time.perf_counter() - started, 1),
         "classifier_accuracy": features.class_agreement(test, test_labels, classifier),
         "fd_fashion_of_training_images": distance(train[: args.samples]),
     }
     print(report, flush=True)
-    model, report["training"] = train_dit(train, train_labels, args.steps, 60 * args.minutes)
-    folder = args.out / "fashion-dit"
+    started, folder = time.perf_counter(), args.out / "fashion-dit"
+    model, steps = train_dit(train, train_labels, args.steps, 60 * args.minutes)
+    report |= {"steps": steps, "batch": DIT_BATCH, "seconds": round(time.perf_counter() - started, 1)}
     save_dit(model, folder)
 
     # What is measured is the model as saved, in float32 with TF32 products where the GPU has them.
@@ -320,21 +302,21 @@ def main() -> None:
     model = model.to(args.device).eval()
     labels = torch.arange(args.samples, device=args.device) % 10
     report["samples"] = []
-    for kind, steps, guidance in SAMPLINGS:
+    for name, steps, guidance in SAMPLINGS:
         started = time.perf_counter()
-        scheduler = kind.from_pretrained(folder / "scheduler")
+        scheduler = getattr(diffusers, f"{name}Scheduler").from_pretrained(folder / "scheduler")
         scheduler.set_timesteps(steps)
-        wanted = labels if kind is DDIMScheduler else labels[:SAMPLING_BATCH]
+        wanted = labels if name == "DDIM" else labels[:SAMPLING_BATCH]
         images = draw(model, scheduler, guidance, wanted, args.seed)
         if not report["samples"]:
-            save_grid(images, args.picture)
-        result = {"sampler": kind.__name__, "steps": steps, "guidance": guidance, "images": len(images)}
+            save_grid(images, ROOT / "docs/images/fashion-dit.png")
+        result = {"sampler": name, "steps": steps, "guidance": guidance, "images": len(images)}
         result["class_agreement"] = features.class_agreement(images, wanted, classifier)
         result["fd_fashion"] = distance(images)
         result["seconds"] = round(time.perf_counter() - started, 1)
         print(result, flush=True)
         report["samples"].append(result)
-        write_json(args.report, report)
+        (ROOT / "bench/results/fashion-dit-training.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,47 @@
-"""Diffusion Transformers in integers."""
+"""tqdit: Diffusion Transformers in integers, by TQ-DiT post-training quantization.
+
+    import tqdit
+    tqdit.quantize("fashion-dit", Path("w8a8"), tqdit.Recipe.build("paper", "w8a8"))
+    images = tqdit.sample("w8a8", ["sneaker", "bag"], num=16, sampling=tqdit.Sampling("ddim", 50, 1.5))
+
+The names below are the whole public interface; they load on first use, so `import tqdit` is quick.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdit.comparison import Comparison, compare
+    from tqdit.errors import InputError
+    from tqdit.models.sampler import Sampling
+    from tqdit.recipe import Recipe
+    from tqdit.workflow import inspect, load, quantize, sample
+
+_HOMES = {
+    "Comparison": "tqdit.comparison",
+    "InputError": "tqdit.errors",
+    "Recipe": "tqdit.recipe",
+    "Sampling": "tqdit.models.sampler",
+    "compare": "tqdit.comparison",
+    "inspect": "tqdit.workflow",
+    "load": "tqdit.workflow",
+    "quantize": "tqdit.workflow",
+    "sample": "tqdit.workflow",
+}
+__all__ = [
+    "Comparison",
+    "InputError",
+    "Recipe",
+    "Sampling",
+    "compare",
+    "inspect",
+    "load",
+    "quantize",
+    "sample",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tqdit' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)

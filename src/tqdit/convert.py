@@ -81,8 +81,7 @@ class _Builder:
     def attention(self, block: BlockLayout, heads: int) -> IntAttention:
         to_q, to_k, to_v = self.linears(block.qkv)
         operands = {
-            role.value: self.site(block.operand(role), 4)
-            for role in (Role.QUERY, Role.KEY, Role.VALUE, Role.SOFTMAX)
+            role.value: self.site(block.operand(role), 4) for role in (Role.QUERY, Role.KEY, Role.VALUE, Role.SOFTMAX)
         }
         return IntAttention((to_q, to_k, to_v), self.linears(block.out)[0], operands, heads, self.backend)
 

@@ -12,7 +12,6 @@ from tqdit.errors import InputError
 from tqdit.spec import Granularity
 from tqdit.timegroups import TimeGroups
 
-SCHEMA_VERSION = 1
 BITS_PATTERN = re.compile(r"w([2-8])a([4-8])", re.IGNORECASE)
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -36,7 +35,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     preset: str = "paper"
     weight_bits: int = Field(8, ge=2, le=8)
     activation_bits: int = Field(8, ge=4, le=8)

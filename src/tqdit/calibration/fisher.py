@@ -7,9 +7,7 @@ diag(J^T J) with J = d output / d z. For v ~ N(0, I), E[(J^T v)_j^2] = (J^T J)_j
 import torch
 
 
-def probe_gradients(
-    output: torch.Tensor, intermediates: list[torch.Tensor], noise: torch.Tensor
-) -> list[torch.Tensor]:
+def probe_gradients(output: torch.Tensor, intermediates: list[torch.Tensor], noise: torch.Tensor) -> list[torch.Tensor]:
     """Mean over probes of the squared gradient of <v, output>, in the shape of each intermediate.
 
     `output`: what the sampler uses, the guided epsilon, so that both guidance halves get their true weight. `noise`:

@@ -11,9 +11,9 @@ from torch import nn
 
 from tqdit.calibration.fisher import probe_gradients
 from tqdit.calibration.statistics import RangeStats
-from tqdit.calibration.trajectories import CalibrationSet, Progress
-from tqdit.models.sampler import predict
-from tqdit.models.sites import BlockLayout, LinearGroup, blocks
+from tqdit.calibration.trajectories import CalibrationSet
+from tqdit.models.sampler import Progress, predict
+from tqdit.models.sites import BlockLayout, LinearGroup, blocks, config_of
 from tqdit.recipe import Recipe
 from tqdit.spec import Role
 
@@ -138,12 +138,17 @@ class _Picker:
 
 
 def record(
-    model: nn.Module, data: CalibrationSet, recipe: Recipe, progress: Progress = lambda _: None, batch: int = 8
+    model: nn.Module,
+    data: CalibrationSet,
+    recipe: Recipe,
+    progress: Progress = lambda _: None,
+    batch: int = 8,
 ) -> Records:
     """Run the float model with guidance over `data`, forward and backward. The model is left as it was."""
-    layout = blocks(model.config)
+    config = config_of(model)
+    layout = blocks(config)
     halves = 1 if recipe.guidance == 1.0 else 2
-    tokens = (model.config.sample_size // model.config.patch_size) ** 2
+    tokens = (config["sample_size"] // config["patch_size"]) ** 2
     picker = _Picker(recipe, len(data), halves, tokens)
     collector = _Collector(layout, recipe, picker)
     device = next(model.parameters()).device
@@ -173,7 +178,8 @@ def _per_sample_probes(
     """Probes whose noise depends on (seed, sample) alone, so that the batch size changes nothing."""
     shape = (recipe.probes, *eps.shape[1:])
     noise = torch.stack(
-        [torch.randn(shape, generator=torch.Generator().manual_seed(recipe.seed * 1_000_003 + i)) for i in samples], 1
+        [torch.randn(shape, generator=torch.Generator().manual_seed(recipe.seed * 1_000_003 + i)) for i in samples],
+        1,
     )
     return probe_gradients(eps, [taps.outputs[name] for name in names], noise.to(eps.device))
 
@@ -190,7 +196,11 @@ class _Collector:
         self.maxima: list[torch.Tensor] = []
 
     def add(
-        self, values: dict[str, torch.Tensor], fisher: dict[str, torch.Tensor], group: torch.Tensor, members: slice
+        self,
+        values: dict[str, torch.Tensor],
+        fisher: dict[str, torch.Tensor],
+        group: torch.Tensor,
+        members: slice,
     ) -> None:
         """Take in one batch. `group`: (b,), values and fisher lead with b * halves."""
         group = group.repeat(self.picker.halves)
@@ -205,7 +215,12 @@ class _Collector:
         self.maxima.append(self._maxima(values, len(group) // self.picker.halves))
 
     def _add_linear(
-        self, linear: LinearGroup, x: torch.Tensor, fisher: list[torch.Tensor], group: torch.Tensor, members: slice
+        self,
+        linear: LinearGroup,
+        x: torch.Tensor,
+        fisher: list[torch.Tensor],
+        group: torch.Tensor,
+        members: slice,
     ) -> None:
         rows = self.picker.flat(self.picker.rows, members).to(x.device)
         lead = torch.arange(len(x), device=x.device)[:, None]

@@ -35,3 +35,7 @@ class RangeStats:
             return self
         assert groups == 1
         return RangeStats(self.low.amin(0, keepdim=True), self.high.amax(0, keepdim=True))
+
+    def over_units(self) -> "RangeStats":
+        """The units as one, for a site whose scale they share."""
+        return RangeStats(self.low.amin(1, keepdim=True), self.high.amax(1, keepdim=True))

@@ -1,7 +1,7 @@
 """Calibration data from the model's own sampling: n samples (x_t, t, class) per time group (TGQ)."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +9,9 @@ import torch
 from torch import nn
 
 from tqdit.errors import InputError
-from tqdit.models.sampler import Sampling, make_scheduler, noise_generators, num_classes, trajectory
+from tqdit.models.sampler import Progress, Sampling, make_scheduler, noise_generators, num_classes, trajectory
 from tqdit.recipe import Recipe
 from tqdit.timegroups import TimeGroups
-
-Progress = Callable[[float], None]  # called with the finished fraction of a stage
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,9 @@ def collect(
     for start in range(0, count, batch):
         members = range(start, min(start + batch, count))
         generators = noise_generators(recipe.seed, members)
-        states = trajectory(model, scheduler_config, sampling, labels[members.start : members.stop].to(device), generators)
+        states = trajectory(
+            model, scheduler_config, sampling, labels[members.start : members.stop].to(device), generators
+        )
         for step, (t, x) in enumerate(states):
             if t is None:
                 break

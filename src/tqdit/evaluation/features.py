@@ -41,9 +41,7 @@ class FashionClassifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
-        self.blocks = nn.Sequential(
-            ResidualBlock(32, 32, 1), ResidualBlock(32, 64, 2), ResidualBlock(64, FEATURES, 2)
-        )
+        self.blocks = nn.Sequential(ResidualBlock(32, 32, 1), ResidualBlock(32, 64, 2), ResidualBlock(64, FEATURES, 2))
         self.head = nn.Linear(FEATURES, 10)
 
     def features(self, x: Tensor) -> Tensor:
@@ -65,9 +63,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def load_fashion_classifier(
-    device: torch.device | str = "cpu", path: Path = CLASSIFIER_FILE
-) -> FashionClassifier:
+def load_fashion_classifier(device: torch.device | str = "cpu", path: Path = CLASSIFIER_FILE) -> FashionClassifier:
     """The shipped classifier in float32 and evaluation mode; ValueError when the file does not hold one."""
     model = FashionClassifier()
     try:
@@ -99,9 +95,7 @@ def _classify(images: Tensor, classifier: FashionClassifier, batch: int) -> tupl
         return features, classifier.head(features)
 
 
-def feature_statistics(
-    images: Tensor, classifier: FashionClassifier, batch: int = 500
-) -> tuple[Tensor, Tensor]:
+def feature_statistics(images: Tensor, classifier: FashionClassifier, batch: int = 500) -> tuple[Tensor, Tensor]:
     """Float64 mean [128] and unbiased covariance [128, 128] of the images' features, on the CPU."""
     if len(images) < 2:
         raise ValueError("a covariance needs at least two images")

@@ -9,9 +9,7 @@ from tqdit.errors import InputError
 from tqdit.spec import IntFormat
 
 
-def quantize(
-    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int, bits: int
-) -> torch.Tensor:
+def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int, bits: int) -> torch.Tensor:
     """clip(round(x / s) + z) as int8; `scale` and `zero_point` broadcast to x. A NaN becomes qmin (checked at
     calibration and loading, not here: this runs per denoiser call)."""
     fmt = IntFormat(bits)
@@ -23,9 +21,7 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tenso
     return (codes.to(torch.int32) - zero_point).float() * scale
 
 
-def minmax_asymmetric(
-    low: torch.Tensor, high: torch.Tensor, bits: int, site: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def minmax_asymmetric(low: torch.Tensor, high: torch.Tensor, bits: int, site: str) -> tuple[torch.Tensor, torch.Tensor]:
     """s = (max - min) / (2^k - 1), z = qmin - round(min / s); the range is widened to contain 0.
 
     Containing 0 keeps z in the code range, so a zero stays exactly zero. Raises `InputError` naming `site` for a

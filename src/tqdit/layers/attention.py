@@ -47,8 +47,7 @@ class IntAttention(nn.Module):
         codes = []
         projections = ((self.to_q, q_params), (self.to_k, k_params), (self.to_v, v_params))
         for projection, params in projections:
-            bias = None if projection.bias is None else projection.bias.float()
-            y = run.linear(x, x_params, projection.weight.operand(), bias)
+            y = run.linear(x, x_params, projection.weight.operand(), projection.bias)
             codes.append(run.quantize(self._split_heads(y), params))
         q, k, v = codes
 

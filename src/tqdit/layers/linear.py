@@ -4,12 +4,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tqdit.layers.params import ActivationParams, QuantizedWeight
+from tqdit.layers.params import ActivationParams, FixedDtype, QuantizedWeight
 from tqdit.ops.schema import Backend
 
 
-class IntLinear(nn.Module):
+class IntLinear(FixedDtype):
     """y = x W^T + b on the codes of x and W; x is (B, N, in), y has x's dtype."""
+
+    bias: torch.Tensor | None
 
     def __init__(
         self, weight: QuantizedWeight, bias: torch.Tensor | None, source: ActivationParams, backend: Backend
@@ -23,8 +25,7 @@ class IntLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         params = self.source.select()
         codes = self.backend.quantize(x, params)
-        bias = None if self.bias is None else self.bias.float()
-        return self.backend.linear(codes, params, self.weight.operand(), bias).to(x.dtype)
+        return self.backend.linear(codes, params, self.weight.operand(), self.bias).to(x.dtype)
 
 
 class IntFeedForward(nn.Module):
@@ -39,8 +40,10 @@ class IntFeedForward(nn.Module):
         return self.fc2(F.gelu(self.fc1(hidden_states), approximate="tanh"))
 
 
-class WeightOnlyLinear(nn.Module):
+class WeightOnlyLinear(FixedDtype):
     """y = x W^T + b with float x and integer W, for the layers that see (t, class) alone and the final layer."""
+
+    bias: torch.Tensor | None
 
     def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None, backend: Backend) -> None:
         super().__init__()
@@ -49,8 +52,7 @@ class WeightOnlyLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        return self.backend.weight_only_linear(x, self.weight.operand(), bias).to(x.dtype)
+        return self.backend.weight_only_linear(x, self.weight.operand(), self.bias).to(x.dtype)
 
 
 class WeightOnlyPatchEmbed(nn.Module):

@@ -11,12 +11,12 @@ from tqdit.ops.schema import OperandParams, WeightParams
 from tqdit.spec import GridParams
 
 
-class _FixedDtype(nn.Module):
+class FixedDtype(nn.Module):
     """Buffers change device but never dtype: an fp16 scale would move every code."""
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name, old in before.items():
             new = self._buffers[name]
             if new is not None and new.dtype != old.dtype:
@@ -24,7 +24,7 @@ class _FixedDtype(nn.Module):
         return self
 
 
-class ActivationParams(_FixedDtype):
+class ActivationParams(FixedDtype):
     """Parameters of one activation site; `select` picks those of the batch's time groups."""
 
     scale: torch.Tensor
@@ -57,7 +57,7 @@ class ActivationParams(_FixedDtype):
         return OperandParams(self.spec.grid, self.spec.bits, *tensors)
 
 
-class QuantizedWeight(_FixedDtype):
+class QuantizedWeight(FixedDtype):
     """int8 codes (out, in), fp32 scale (out,) or (1,), int32 column sums of one weight."""
 
     codes: torch.Tensor
@@ -76,4 +76,3 @@ class QuantizedWeight(_FixedDtype):
 
     def extra_repr(self) -> str:
         return f"{self.spec.name}, {self.spec.bits} bits, {tuple(self.codes.shape)}"
-

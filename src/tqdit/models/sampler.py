@@ -3,7 +3,7 @@
 Calibration reads the states on the way, generation keeps the last: one loop serves both.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from tqdit.errors import InputError
+from tqdit.models.sites import config_of
 
+Progress = Callable[[float], None]  # called with the finished fraction of a stage
 SAMPLERS = ("ddim", "ddpm")
 
 
@@ -32,7 +34,7 @@ class Sampling:
 
 def num_classes(model: nn.Module) -> int:
     """Number of classes; the same number is the index of the null class in the label table."""
-    return int(model.config.num_embeds_ada_norm)
+    return int(config_of(model)["num_embeds_ada_norm"])
 
 
 def predict(model: nn.Module, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, guidance: float) -> torch.Tensor:
@@ -44,7 +46,10 @@ def predict(model: nn.Module, x: torch.Tensor, t: torch.Tensor, labels: torch.Te
         return model(x, timestep=t, class_labels=labels, return_dict=False)[0]
     null = torch.full_like(labels, num_classes(model))
     out = model(
-        torch.cat([x, x]), timestep=torch.cat([t, t]), class_labels=torch.cat([labels, null]), return_dict=False
+        torch.cat([x, x]),
+        timestep=torch.cat([t, t]),
+        class_labels=torch.cat([labels, null]),
+        return_dict=False,
     )[0]
     cond, uncond = out.chunk(2)
     channels = x.shape[1]
@@ -92,11 +97,11 @@ def trajectory(
 
     The initial state and each image's noise come from that image's own generator.
     """
-    cfg = model.config
-    learned = (cfg.out_channels or cfg.in_channels) == 2 * cfg.in_channels
+    config = config_of(model)
+    learned = (config["out_channels"] or config["in_channels"]) == 2 * config["in_channels"]
     scheduler = make_scheduler(scheduler_config, sampling, learned)
     device = labels.device
-    shape = (1, cfg.in_channels, cfg.sample_size, cfg.sample_size)
+    shape = (1, config["in_channels"], config["sample_size"], config["sample_size"])
     x = torch.cat([torch.randn(shape, generator=g) for g in generators]).to(device)
     for t in scheduler.timesteps.tolist():
         yield t, x

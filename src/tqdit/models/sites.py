@@ -6,7 +6,9 @@ share their input.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
+
+from torch import nn
 
 from tqdit.errors import InputError
 from tqdit.recipe import Recipe
@@ -74,6 +76,11 @@ class BlockLayout:
         return f"{emb}.linear_1", f"{emb}.linear_2", f"{self.prefix}.norm1.linear"
 
 
+def config_of(model: nn.Module) -> Mapping[str, Any]:
+    """A diffusers model's config."""
+    return cast(Mapping[str, Any], model.config)
+
+
 def blocks(config: Mapping[str, Any]) -> tuple[BlockLayout, ...]:
     """The layout of every block of a model config."""
     return tuple(BlockLayout(index) for index in range(int(config["num_layers"])))
@@ -90,7 +97,11 @@ def check_supported(config: Mapping[str, Any]) -> None:
     found = config.get("_class_name", ARCHITECTURE)
     if found not in (ARCHITECTURE, "Transformer2DModel"):
         raise InputError(f"architecture '{found}' is not supported; supported: {ARCHITECTURE}")
-    legal = {"activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero", "norm_elementwise_affine": False}
+    legal = {
+        "activation_fn": "gelu-approximate",
+        "norm_type": "ada_norm_zero",
+        "norm_elementwise_affine": False,
+    }
     for key, value in legal.items():
         if config.get(key, value) != value:
             raise InputError(f"model config has {key} = {config[key]!r}; supported: {value!r}")

@@ -1,7 +1,6 @@
 """MODEL on the command line: the bundled name, a diffusers folder, or an artifact. Safetensors only, strict keys."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +10,13 @@ import torch
 from torch import nn
 
 from tqdit.errors import InputError
+from tqdit.files import CONFIG, WEIGHTS, read_json, read_tensors
 from tqdit.models.sites import check_supported
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 BUNDLED = {"fashion-dit": DATA / "fashion-dit"}
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+LABELS = "id2label.json"
 QUANT_METHOD = "tqdit"
 
 
@@ -42,7 +42,7 @@ def resolve(model: str | Path) -> ModelSource:
     if not root.is_dir():
         raise InputError(f"unknown model '{model}'; give a folder, or a bundled model: {', '.join(BUNDLED)}")
     folder = root / "transformer" if (root / "transformer").is_dir() else root
-    config = read_json(folder / "config.json", "a diffusers transformer has one")
+    config = read_json(folder / CONFIG, "a diffusers transformer has one")
     source = ModelSource(
         name=str(model) if str(model) in BUNDLED else root.resolve().name,
         folder=folder,
@@ -108,30 +108,6 @@ def class_indices(source: ModelSource, names: list[str]) -> list[int]:
     return found
 
 
-def read_json(path: Path, why: str) -> dict[str, Any]:
-    """A JSON object from a file, or an `InputError` that names the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; {why}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} does not hold a JSON object")
-    return value
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, or an `InputError` that names the file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is missing, truncated or damaged: {error}") from None
-
-
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX, "sharded weights have one")
@@ -143,10 +119,10 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _optional_json(path: Path) -> dict[str, Any] | None:
-    return read_json(path, "") if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def _labels(root: Path) -> dict[int, str]:
-    """Class names, from a pipeline's model_index.json (`id2label`)."""
-    index = _optional_json(root / "model_index.json") or {}
-    return {int(number): str(label) for number, label in (index.get("id2label") or {}).items()}
+    """Class names: `id2label` of a pipeline's model_index.json, or an artifact's own file."""
+    table = (_optional_json(root / "model_index.json") or {}).get("id2label") or _optional_json(root / LABELS) or {}
+    return {int(number): str(label) for number, label in table.items()}

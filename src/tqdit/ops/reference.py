@@ -6,8 +6,10 @@ Every product is of int8 codes and accumulates to int32 without rounding; scales
 import torch
 
 from tqdit.grids.regions import sign
-from tqdit.ops.quantizer import quantize as quantize
+from tqdit.ops.quantizer import quantize
 from tqdit.ops.schema import OperandParams, WeightParams
+
+__all__ = ["INTEGER", "NAME", "linear", "quantize", "scores", "values", "weight_only_linear"]
 
 NAME = "reference"
 INTEGER = True
@@ -35,9 +37,7 @@ def split_regions(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes.clamp(max=0), codes.clamp(min=0)
 
 
-def linear(
-    codes: torch.Tensor, params: OperandParams, weight: WeightParams, bias: torch.Tensor | None
-) -> torch.Tensor:
+def linear(codes: torch.Tensor, params: OperandParams, weight: WeightParams, bias: torch.Tensor | None) -> torch.Tensor:
     """Uniform: s_x s_w (acc - z_x colsum(W)) + bias. MRQ: (s2 (C2 W) +- s1 (C1 W)) s_w + bias."""
     w = weight.codes.t()
     if params.grid.two_region:
@@ -62,9 +62,7 @@ def scores(
     return acc.float().mul_(q_params.scale * k_params.scale * factor)
 
 
-def values(
-    p: torch.Tensor, p_params: OperandParams, v: torch.Tensor, v_params: OperandParams
-) -> torch.Tensor:
+def values(p: torch.Tensor, p_params: OperandParams, v: torch.Tensor, v_params: OperandParams) -> torch.Tensor:
     """P V = s_v (+-s1 (C1 V) + s2 (C2 V)) for MRQ probabilities; one product for uniform ones."""
     if p_params.grid.two_region:
         negative, positive = split_regions(p)

@@ -47,7 +47,12 @@ class Backend(Protocol):
         """x W^T + bias in fp32: (B, N, in) -> (B, N, out)."""
 
     def scores(
-        self, q: torch.Tensor, q_params: OperandParams, k: torch.Tensor, k_params: OperandParams, factor: float
+        self,
+        q: torch.Tensor,
+        q_params: OperandParams,
+        k: torch.Tensor,
+        k_params: OperandParams,
+        factor: float,
     ) -> torch.Tensor:
         """factor * Q K^T in fp32: (B, H, N, N)."""
 
@@ -56,7 +61,5 @@ class Backend(Protocol):
     ) -> torch.Tensor:
         """P V in fp32: (B, H, N, head_dim)."""
 
-    def weight_only_linear(
-        self, x: torch.Tensor, weight: WeightParams, bias: torch.Tensor | None
-    ) -> torch.Tensor:
+    def weight_only_linear(self, x: torch.Tensor, weight: WeightParams, bias: torch.Tensor | None) -> torch.Tensor:
         """x W^T + bias for float x: (..., in) -> (..., out)."""

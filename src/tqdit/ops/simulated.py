@@ -7,9 +7,10 @@ Its fp32 sums differ from the exact ones by at most gamma_K = (K + 4) 2^-24 time
 import torch
 from torch.nn import functional as F
 
-from tqdit.ops.quantizer import dequantize
-from tqdit.ops.quantizer import quantize as quantize
+from tqdit.ops.quantizer import dequantize, quantize
 from tqdit.ops.schema import OperandParams, WeightParams
+
+__all__ = ["INTEGER", "NAME", "linear", "quantize", "scores", "values", "weight_only_linear"]
 
 NAME = "simulated"
 INTEGER = False
@@ -19,9 +20,7 @@ def _weight(weight: WeightParams) -> torch.Tensor:
     return weight.codes.float() * weight.scale[:, None]
 
 
-def linear(
-    codes: torch.Tensor, params: OperandParams, weight: WeightParams, bias: torch.Tensor | None
-) -> torch.Tensor:
+def linear(codes: torch.Tensor, params: OperandParams, weight: WeightParams, bias: torch.Tensor | None) -> torch.Tensor:
     """x W^T + bias on dequantized operands."""
     return F.linear(dequantize(codes, params), _weight(weight), bias)
 
@@ -33,9 +32,7 @@ def scores(
     return torch.matmul(dequantize(q, q_params), dequantize(k, k_params).transpose(-1, -2)) * factor
 
 
-def values(
-    p: torch.Tensor, p_params: OperandParams, v: torch.Tensor, v_params: OperandParams
-) -> torch.Tensor:
+def values(p: torch.Tensor, p_params: OperandParams, v: torch.Tensor, v_params: OperandParams) -> torch.Tensor:
     """P V on dequantized operands."""
     return torch.matmul(dequantize(p, p_params), dequantize(v, v_params))
 

@@ -35,4 +35,3 @@ def _search(operand: Operand, base: torch.Tensor, recipe: Recipe, loss: LossOf) 
         index = best.reshape(1, *best.shape, *(1,) * (stacked.ndim - 3)).expand(1, *stacked.shape[1:])
         operand = operand.with_scale(stacked.gather(0, index)[0])
     return operand
-

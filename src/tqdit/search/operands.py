@@ -82,6 +82,7 @@ def activation(spec: SiteSpec, values: torch.Tensor, group: torch.Tensor, ranges
     lead = group if spec.groups > 1 else torch.zeros_like(group)
     scale, zero_point = _initial(spec, pooled)
     unit = torch.arange(spec.units) if spec.units > 1 else torch.zeros(1, dtype=torch.int64)
+    unit = unit.to(values.device)
     return Operand(spec, values, lead, unit, scale, zero_point)
 
 
@@ -98,7 +99,8 @@ def weight(specs: list[SiteSpec], weights: list[torch.Tensor]) -> Operand:
         first += spec.units
     scale = torch.cat(magnitudes)[None]
     zeros = torch.zeros_like(scale, dtype=torch.int32)
-    return Operand(specs[0], values, torch.zeros(1, dtype=torch.int64), torch.cat(unit), scale, zeros)
+    lead = torch.zeros(1, dtype=torch.int64, device=values.device)
+    return Operand(specs[0], values, lead, torch.cat(unit).to(values.device), scale, zeros)
 
 
 def _initial(spec: SiteSpec, ranges: RangeStats) -> tuple[torch.Tensor, torch.Tensor]:

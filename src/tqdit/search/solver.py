@@ -1,16 +1,17 @@
 """`solve`: records of the float model become a Solution. Pure and seeded: same records, same result."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from tqdit.calibration.recorder import AttentionRecord, Records
-from tqdit.calibration.trajectories import Progress
+from tqdit.calibration.recorder import AttentionRecord, LinearRecord, Records
+from tqdit.calibration.statistics import RangeStats
 from tqdit.grids import uniform
-from tqdit.models.sites import BlockLayout, LinearGroup, blocks, float_input_modules, sites
+from tqdit.models.sampler import Progress
+from tqdit.models.sites import BlockLayout, LinearGroup, blocks, config_of, float_input_modules, sites
 from tqdit.recipe import Recipe
 from tqdit.search import objectives, operands
 from tqdit.search.alternating import alternate
@@ -36,7 +37,10 @@ def solve(
             step()
             progress(done / len(steps))
     ordered = {name: solver.params[name] for name in solver.specs}
-    return Solution(dict(model.config), time_groups, ordered, solver.codes, solver.floats(), dict(provenance))
+    return Solution(dict(config_of(model)), time_groups, ordered, solver.codes, solver.floats(), dict(provenance))
+
+
+Record = TypeVar("Record", LinearRecord, AttentionRecord, RangeStats)
 
 
 class _Solver:
@@ -46,15 +50,16 @@ class _Solver:
         self.model = model
         self.records = records
         self.recipe = recipe
-        self.specs = {spec.name: spec for spec in sites(model.config, recipe)}
+        self.specs = {spec.name: spec for spec in sites(config_of(model), recipe)}
         self.state = model.state_dict()
+        self.device = next(model.parameters()).device
         self.params: dict[str, GridParams] = {}
         self.codes: dict[str, torch.Tensor] = {}
 
     def steps(self) -> Iterator[Callable[[], None]]:
-        for name in float_input_modules(self.model.config):
+        for name in float_input_modules(config_of(self.model)):
             yield lambda name=name: self._weight_only(f"{name}.weight")  # type: ignore[misc]
-        for block in blocks(self.model.config):
+        for block in blocks(config_of(self.model)):
             yield lambda block=block: self._scores(block)  # type: ignore[misc]
             yield lambda block=block: self._values(block)  # type: ignore[misc]
             for group in block.linears:
@@ -62,7 +67,7 @@ class _Solver:
 
     def floats(self) -> dict[str, torch.Tensor]:
         """Parameters that are not sites."""
-        return {name: t.detach().float() for name, t in self.state.items() if name not in self.specs}
+        return {name: t.detach().float().cpu() for name, t in self.state.items() if name not in self.specs}
 
     def _weight_only(self, name: str) -> None:
         """Per-channel scale by plain squared error on the weight (the seed's Frobenius objective)."""
@@ -76,13 +81,14 @@ class _Solver:
         self._store_weights([spec], operand)
 
     def _linear(self, group: LinearGroup) -> None:
-        record = self.records.linears[group.source]
+        record = _moved(self.records.linears[group.source], self.device)
+        ranges = self._ranges(group.source)
         specs = [self.specs[name] for name in group.weights]
         w = operands.weight(specs, [self.state[name].float() for name in group.weights])
         objective = MatmulObjective.of(objectives.linear, record.x, w.values, record.fisher)
 
         def attempt(spec: SiteSpec) -> tuple[Operand, Operand, float]:
-            x = operands.activation(spec, record.x, record.group, self.records.ranges[group.source])
+            x = operands.activation(spec, record.x, record.group, ranges)
             return alternate(objective, x, w, self.recipe)
 
         x, w, _ = self._best_grid(self.specs[group.source], self.recipe.gelu_grid, attempt)
@@ -90,7 +96,7 @@ class _Solver:
         self._store_weights(specs, w)
 
     def _scores(self, block: BlockLayout) -> None:
-        record = self.records.attentions[block.attention]
+        record = _moved(self.records.attentions[block.attention], self.device)
         objective = MatmulObjective.of(objectives.scores, record.q, record.k, record.fisher_scores)
         q = self._operand(block, Role.QUERY, record.q, record)
         k = self._operand(block, Role.KEY, record.k, record)
@@ -98,14 +104,15 @@ class _Solver:
             self._store_activation(operand)
 
     def _values(self, block: BlockLayout) -> None:
-        record = self.records.attentions[block.attention]
+        record = _moved(self.records.attentions[block.attention], self.device)
         p = objectives.scores(record.q, record.k).softmax(-1)
         objective = MatmulObjective.of(objectives.values, p, record.v, record.fisher_values)
         v = self._operand(block, Role.VALUE, record.v, record)
         name = block.operand(Role.SOFTMAX)
+        ranges = self._ranges(name).over_units()
 
         def attempt(spec: SiteSpec) -> tuple[Operand, Operand, float]:
-            left = operands.activation(spec, p, record.group, _over_heads(self.records, name))
+            left = operands.activation(spec, p, record.group, ranges)
             return alternate(objective, left, v, self.recipe)
 
         for operand in self._best_grid(self.specs[name], self.recipe.softmax_grid, attempt)[:2]:
@@ -113,7 +120,10 @@ class _Solver:
 
     def _operand(self, block: BlockLayout, role: Role, values: torch.Tensor, record: AttentionRecord) -> Operand:
         name = block.operand(role)
-        return operands.activation(self.specs[name], values, record.group, self.records.ranges[name])
+        return operands.activation(self.specs[name], values, record.group, self._ranges(name))
+
+    def _ranges(self, site: str) -> RangeStats:
+        return _moved(self.records.ranges[site], self.device)
 
     def _best_grid(
         self, spec: SiteSpec, choice: str, attempt: Callable[[SiteSpec], tuple[Operand, Operand, float]]
@@ -125,8 +135,8 @@ class _Solver:
         return min(tried, key=lambda result: result[2])
 
     def _store_activation(self, operand: Operand) -> None:
-        zero_point = None if operand.spec.grid.two_region else operand.zero_point
-        scale = uniform.checked_scale(operand.scale, operand.spec.name)
+        zero_point = None if operand.spec.grid.two_region else operand.zero_point.cpu()
+        scale = uniform.checked_scale(operand.scale, operand.spec.name).cpu()
         self.params[operand.spec.name] = GridParams(operand.spec, scale, zero_point)
 
     def _store_weights(self, specs: list[SiteSpec], operand: Operand) -> None:
@@ -136,12 +146,11 @@ class _Solver:
             shape = self.state[spec.name].shape
             values = operand.values[first : first + shape[0]]
             codes = uniform.quantize(values, scale[:, None], 0, spec.bits)
-            self.params[spec.name] = GridParams(spec, scale[None])
-            self.codes[spec.name] = codes.reshape(shape)
+            self.params[spec.name] = GridParams(spec, scale[None].cpu())
+            self.codes[spec.name] = codes.reshape(shape).cpu()
             first += shape[0]
 
 
-def _over_heads(records: Records, name: str) -> Any:
-    """Ranges of a per-head record as those of one tensor."""
-    stats = records.ranges[name]
-    return replace(stats, low=stats.low.amin(1, keepdim=True), high=stats.high.amax(1, keepdim=True))
+def _moved(record: Record, device: torch.device) -> Record:
+    """A record with its tensors on another device."""
+    return replace(record, **{f.name: getattr(record, f.name).to(device) for f in fields(record)})

@@ -1,0 +1,5 @@
+"""`python -m tqdit` is the command `tqdit`."""
+
+from tqdit.cli import main
+
+main()

@@ -1,0 +1,200 @@
+"""Solution <-> a folder in diffusers' style: config.json, safetensors with packed codes, a manifest with hashes.
+
+    config.json                              the model's config with `quantization_config` (small: names the manifest)
+    tqdit.json                               manifest: format version, sites, tensors with sha256, aliases, provenance
+    diffusion_pytorch_model.safetensors      packed codes (uint8), scales (fp32), zero points (int32), float parameters
+
+Tensors with equal bytes are stored once: diffusers gives every block its own copy of one timestep embedder. The same
+Solution gives the same bytes.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from tqdit.errors import InputError
+from tqdit.files import CONFIG, WEIGHTS, read_json, read_tensors
+from tqdit.grids import packing
+from tqdit.spec import Granularity, Grid, GridParams, Role, SiteSpec, Solution
+from tqdit.timegroups import TimeGroups
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "tqdit"
+MANIFEST = "tqdit.json"
+
+
+def write(solution: Solution, folder: Path) -> None:
+    """Write the files of a Solution into an existing folder; see `files.replacing` for doing it atomically."""
+    tensors, shapes = _tensors_of(solution)
+    stored, aliases = _deduplicated(tensors)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "time_groups": asdict(solution.time_groups),
+        "sites": [asdict(spec) for spec in solution.sites],
+        "shapes": shapes,
+        "tensors": {name: _describe(tensor) for name, tensor in sorted(stored.items())},
+        "aliases": aliases,
+        "provenance": dict(solution.provenance),
+    }
+    text = json.dumps(manifest, indent=1) + "\n"
+    recipe = solution.provenance.get("recipe", {})
+    config = {
+        **solution.model_config,
+        "quantization_config": {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "preset": recipe.get("preset"),
+            "weight_bits": recipe.get("weight_bits"),
+            "activation_bits": recipe.get("activation_bits"),
+            "manifest": MANIFEST,
+            "manifest_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        },
+    }
+    save_file(dict(sorted(stored.items())), folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> Solution:
+    """Load and verify an artifact.
+
+    Raises `InputError` naming the file or tensor for anything missing, left over, changed, of the wrong dtype or
+    shape, and for scales that are not finite and positive.
+    """
+    config, manifest = _read_manifest(folder)
+    tensors = _read_verified(folder / WEIGHTS, manifest)
+    for name, target in manifest["aliases"].items():
+        if target not in tensors:
+            raise InputError(f"{folder / MANIFEST}: tensor '{name}' refers to '{target}', which is missing")
+        tensors[name] = tensors[target]
+    try:
+        specs = [_spec(entry) for entry in manifest["sites"]]
+        groups = TimeGroups(**manifest["time_groups"])
+        shapes = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder / MANIFEST}: {error}") from None
+    params = {spec.name: _take_params(spec, tensors) for spec in specs}
+    codes: dict[str, torch.Tensor] = {}
+    unpacked: dict[int, torch.Tensor] = {}  # shared tensors stay shared after unpacking
+    for spec in specs:
+        if spec.is_weight:
+            packed = _take(tensors, f"{spec.name}.codes")
+            if id(packed) not in unpacked:
+                try:
+                    unpacked[id(packed)] = packing.unpack(packed, spec.bits, shapes[spec.name])
+                except (InputError, KeyError) as error:
+                    raise InputError(f"tensor '{spec.name}.codes': {error}") from None
+            codes[spec.name] = unpacked[id(packed)]
+    model_config = {key: value for key, value in config.items() if key != "quantization_config"}
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
+            raise InputError(f"{folder}: tensor '{name}' must be finite float32, it is {tensor.dtype}")
+    return Solution(model_config, groups, params, codes, tensors, manifest["provenance"])
+
+
+def size_bytes(folder: Path) -> int:
+    """Bytes of the weight files and the manifest, what an artifact takes on disk for the model itself."""
+    return sum(p.stat().st_size for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == MANIFEST)
+
+
+def _tensors_of(solution: Solution) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
+    tensors = {name: tensor.float().contiguous() for name, tensor in solution.floats.items()}
+    shapes: dict[str, list[int]] = {}
+    for name, params in solution.params.items():
+        tensors[f"{name}.scale"] = params.scale.float().contiguous()
+        if params.zero_point is not None:
+            tensors[f"{name}.zero_point"] = params.zero_point.to(torch.int32).contiguous()
+        if params.spec.is_weight:
+            tensors[f"{name}.codes"] = packing.pack(solution.codes[name], params.spec.bits)
+            shapes[name] = list(solution.codes[name].shape)
+    return tensors, shapes
+
+
+def _deduplicated(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors to store, and name -> stored name for those that repeat one. Small ones are not worth an entry."""
+    first: dict[tuple[Any, ...], str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        description = _describe(tensor)
+        key = (description["sha256"], description["dtype"], tuple(description["shape"]))
+        if first.setdefault(key, name) != name and tensor.numel() >= 256:
+            aliases[name] = first[key]
+    return {name: tensor for name, tensor in tensors.items() if name not in aliases}, aliases
+
+
+def _describe(tensor: torch.Tensor) -> dict[str, Any]:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "shape": list(tensor.shape), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    config = read_json(folder / CONFIG)
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        raise InputError(f"{folder / CONFIG} has no quantization_config of method '{QUANT_METHOD}'")
+    version = quantization.get("format_version")
+    if version != FORMAT_VERSION:
+        raise InputError(f"{folder}: artifact format {version} is not supported; this tqdit reads {FORMAT_VERSION}")
+    path = folder / MANIFEST
+    manifest = read_json(path)
+    if hashlib.sha256(path.read_bytes()).hexdigest() != quantization.get("manifest_sha256"):
+        raise InputError(f"{path} was changed: its sha256 is not the one in {CONFIG}")
+    missing = {"sites", "shapes", "tensors", "aliases", "time_groups", "provenance"} - set(manifest)
+    if missing:
+        raise InputError(f"{path} lacks '{sorted(missing)[0]}'")
+    return config, manifest
+
+
+def _read_verified(path: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    tensors = read_tensors(path)
+    for name, expected in manifest["tensors"].items():
+        if name not in tensors:
+            raise InputError(f"{path} lacks tensor '{name}'")
+        found = _describe(tensors[name])
+        for key in ("dtype", "shape", "sha256"):
+            if found[key] != expected[key]:
+                raise InputError(f"{path}: tensor '{name}' has {key} {found[key]}, expected {expected[key]}")
+    if extra := sorted(set(tensors) - set(manifest["tensors"])):
+        raise InputError(f"{path} has an unexpected tensor '{extra[0]}'")
+    return tensors
+
+
+def _take(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    if name not in tensors:
+        raise InputError(f"the artifact lacks tensor '{name}'")
+    return tensors.pop(name)
+
+
+def _take_params(spec: SiteSpec, tensors: dict[str, torch.Tensor]) -> GridParams:
+    """Scale and zero point of a site, checked for dtype, shape and range."""
+    name = f"{spec.name}.scale"
+    scale = _take(tensors, name)
+    shape = (spec.groups, spec.units, 2) if spec.grid.two_region else (spec.groups, spec.units)
+    if scale.dtype != torch.float32 or tuple(scale.shape) != shape:
+        raise InputError(f"tensor '{name}' is {scale.dtype} {tuple(scale.shape)}, expected torch.float32 {shape}")
+    if not (torch.isfinite(scale).all() and (scale > 0).all()):
+        raise InputError(f"tensor '{name}' has a scale that is not finite and positive")
+    if spec.grid.two_region or spec.is_weight:
+        return GridParams(spec, scale)
+    name = f"{spec.name}.zero_point"
+    zero_point = _take(tensors, name)
+    if zero_point.dtype != torch.int32 or zero_point.shape != scale.shape:
+        raise InputError(f"tensor '{name}' is {zero_point.dtype} {tuple(zero_point.shape)}, expected int32 {shape}")
+    fmt = spec.format
+    if ((zero_point < fmt.qmin) | (zero_point > fmt.qmax)).any():
+        raise InputError(f"tensor '{name}' has a zero point outside the codes of {spec.bits} bits")
+    return GridParams(spec, scale, zero_point)
+
+
+def _spec(entry: Mapping[str, Any]) -> SiteSpec:
+    values = dict(entry)
+    values["role"], values["grid"] = Role(values["role"]), Grid(values["grid"])
+    values["granularity"] = Granularity(values["granularity"])
+    return SiteSpec(**values)

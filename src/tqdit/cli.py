@@ -1,0 +1,250 @@
+"""The command line: `tqdit quantize | sample | compare | inspect | demo`. Heavy imports happen inside commands."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Quantize Diffusion Transformers with TQ-DiT and run them in integers. "
+    "MODEL is a bundled name (fashion-dit), a diffusers transformer or pipeline folder, or an artifact.",
+)
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="bundled name, diffusers folder or artifact")]
+Device = Annotated[str, typer.Option(help="torch device: cpu, cuda, cuda:1")]
+Backend = Annotated[str, typer.Option(help="integer backend: auto or reference; simulated checks, never timed")]
+Seed = Annotated[int, typer.Option(min=0, help="seed; the same seed gives the same bytes")]
+Guidance = Annotated[float, typer.Option(min=0.0, help="classifier-free guidance; 1 turns it off")]
+Sampler = Annotated[str, typer.Option(help="ddim or ddpm")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing artifact")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="write the result here as JSON")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
+
+
+@app.command()
+def quantize(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("-o", "--out", help="artifact folder to write")],
+    bits: Annotated[str, typer.Option(help="w<2-8>a<4-8>, such as w8a8, w6a6, w4a8")] = "w8a8",
+    preset: Annotated[str, typer.Option(help="paper: as published; plus: better at no run-time cost")] = "paper",
+    recipe: Annotated[Path | None, typer.Option(help="a recipe file (TOML) instead of the options below")] = None,
+    groups: Annotated[int | None, typer.Option(help="time groups G")] = None,
+    samples: Annotated[int | None, typer.Option(help="calibration samples per group n")] = None,
+    steps: Annotated[int | None, typer.Option(help="sampler steps of the calibration trajectories")] = None,
+    sampler: Annotated[str | None, typer.Option(help="sampler of the calibration trajectories")] = None,
+    trajectories: Annotated[int | None, typer.Option(help="trajectories to draw the samples from")] = None,
+    guidance: Annotated[float | None, typer.Option(help="guidance of the calibration trajectories")] = None,
+    rounds: Annotated[int | None, typer.Option(help="search rounds; 0 keeps min-max scales")] = None,
+    seed: Seed = 0,
+    ho: Annotated[bool, typer.Option("--ho/--no-ho", help="Hessian-guided objective, or squared error")] = True,
+    mrq: Annotated[bool, typer.Option("--mrq/--no-mrq", help="multi-region grids, or uniform ones")] = True,
+    tgq: Annotated[bool, typer.Option("--tgq/--no-tgq", help="time-grouped scales, or one for all t")] = True,
+    overwrite: Overwrite = False,
+    json_file: JsonFile = None,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+) -> None:
+    """Calibrate on the model's own samples and write an artifact: packed integer weights and every scale."""
+    from tqdit import workflow
+    from tqdit.recipe import Recipe
+
+    settings: dict[str, Any] = {
+        "groups": groups, "samples": samples, "steps": steps, "sampler": sampler, "trajectories": trajectories,
+        "guidance": guidance, "rounds": rounds, "seed": seed, "hessian": ho,
+    }  # fmt: skip
+    if not mrq:
+        settings |= {"softmax_grid": "uniform", "gelu_grid": "uniform"}
+    if not tgq:
+        settings |= {"time_grouped": "none"}
+    chosen = Recipe.from_toml(recipe) if recipe else Recipe.build(preset, bits, **settings)
+    with _progress(quiet) as report:
+        result = workflow.quantize(model, out, chosen, overwrite, report, device)
+    typer.echo(
+        f"{out}: {result['name']} {chosen.bits} {chosen.preset}, {result['size_bytes'] / 1e6:.2f} MB "
+        f"({result['size_ratio']:.3f} of fp32), calibrated in {result['calibration_seconds']:.0f} s, "
+        f"peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB"
+    )
+    _write_json(json_file, result)
+
+
+@app.command()
+def sample(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("-o", "--out", help="PNG file to write")],
+    classes: Annotated[str, typer.Option(help="comma-separated names or numbers; default: all")] = "",
+    num: Annotated[int, typer.Option(help="number of images")] = 16,
+    steps: Annotated[int, typer.Option(help="sampler steps")] = 50,
+    sampler: Sampler = "ddim",
+    guidance: Guidance = 1.5,
+    seed: Seed = 0,
+    backend: Backend = "auto",
+    device: Device = "cpu",
+    quiet: Quiet = False,
+) -> None:
+    """Sample images from a float or quantized model into one PNG grid."""
+    from tqdit import workflow
+    from tqdit.evaluation.generate import save_grid
+    from tqdit.models.sampler import Sampling
+
+    names = [name for name in classes.split(",") if name.strip()]
+    sampling = Sampling(sampler, steps, guidance)
+    with _progress(quiet) as report:
+        pixels = workflow.sample(model, names, num, sampling, seed, report, backend, device)
+    save_grid(pixels, out)
+    typer.echo(f"{out}: {num} images of {model}, {sampler} {steps} steps, guidance {guidance}, seed {seed}")
+
+
+@app.command()
+def compare(
+    reference: Annotated[str, typer.Argument(metavar="FLOAT", help="the float model")],
+    quantized: Annotated[list[str], typer.Argument(metavar="QUANTIZED...", help="artifacts made from it")],
+    num: Annotated[int, typer.Option(help="images per model (PSNR, FD-fashion)")] = 16,
+    samples: Annotated[int, typer.Option(help="held-out states per time group (SQNR)")] = 8,
+    steps: Annotated[int, typer.Option(help="sampler steps")] = 50,
+    sampler: Sampler = "ddim",
+    guidance: Guidance = 1.5,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+) -> None:
+    """Measure artifacts against their float model: SQNR of epsilon, PSNR of same-seed images, FD-fashion, size."""
+    from tqdit import comparison
+    from tqdit.models.sampler import Sampling
+
+    sampling = Sampling(sampler, steps, guidance)
+    with _progress(quiet) as report:
+        result = comparison.compare(reference, list(quantized), num, sampling, samples, seed, report, device)
+    _print_table(result)
+    if json_file:
+        _write_text(json_file, result.to_json())
+
+
+@app.command()
+def inspect(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="an artifact")],
+    json_file: JsonFile = None,
+    backend: Backend = "auto",
+) -> None:
+    """List every site of an artifact: role, bits, grid, time groups, granularity, and the kernel that will run it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from tqdit import workflow
+
+    result = workflow.inspect(folder, backend)
+    columns = ("name", "role", "bits", "grid", "groups", "granularity", "kernel")
+    table = Table(*columns, box=None)
+    for site in result["sites"]:
+        table.add_row(*(str(site[column]) for column in columns))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    _write_json(json_file, result)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder for artifacts, report and summary")] = Path(
+        "build/demo"
+    ),
+    quiet: Quiet = False,
+) -> None:
+    """Quantize the bundled model to W8A8 and W6A6, sample all three with the same seeds, and write a report."""
+    from tqdit.demo import run_demo
+
+    with _progress(quiet) as report:
+        result = run_demo(out, report)
+    _print_table(result)
+    typer.echo(f"report: {out / 'report.html'}\nfigures: {out / 'summary.json'}")
+
+
+def main() -> NoReturn:
+    """Run the command line. Wrong input or an interrupt: one line on standard error and exit code 2."""
+    from tqdit.errors import InputError
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up as Ctrl-C does
+    try:
+        app(standalone_mode=False)
+    except (InputError, OSError) as error:
+        _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; nothing was written")
+    except Exception as error:  # typer's own usage errors differ in base class between versions
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message())
+    sys.exit(0)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"tqdit: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.exit(2)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str, float], None]]:
+    """Progress bars with time left on standard error, one per stage."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bars:
+
+        def report(stage: str, fraction: float) -> None:
+            if stage not in tasks or (fraction < 1 and bars.tasks[tasks[stage]].finished):
+                tasks[stage] = bars.add_task(stage, total=1.0)
+            bars.update(tasks[stage], completed=fraction)
+
+        yield report
+
+
+def _print_table(result: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "model", "preset", "bits", "MB", "of fp32", "calib. s", "SQNR dB", "PSNR dB",
+        f"FD-fashion (n={result.settings['num']})", box=None,
+    )  # fmt: skip
+
+    def cell(value: float | None, digits: int) -> str:
+        return "–" if value is None else f"{value:.{digits}f}"
+
+    for row in (result.float_model, *result.models):
+        table.add_row(
+            row.name, row.preset or "–", row.bits, cell(row.size_bytes / 1e6, 2), cell(row.size_ratio, 3),
+            cell(row.calibration_seconds, 0), cell(row.eps and row.eps.overall, 1), cell(row.psnr_db, 1),
+            cell(row.fd_fashion, 1),
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _write_json(path: Path | None, value: Any) -> None:
+    import json
+
+    if path:
+        _write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    from tqdit.files import write_text
+
+    write_text(path, text)
+    typer.echo(f"figures: {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

@@ -1,0 +1,34 @@
+"""What a figure was measured on: versions, processor, threads. Every result file carries one."""
+
+import os
+import platform
+import resource
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """A JSON row of versions and hardware."""
+    row: dict[str, Any] = {name: version(name) for name in ("tqdit", "torch", "diffusers")}
+    row |= {"python": platform.python_version(), "cpu": _cpu_name(), "threads": torch.get_num_threads()}
+    row["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    row["device"] = torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
+    return row
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far, imports included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")

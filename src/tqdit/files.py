@@ -1,0 +1,114 @@
+"""Files in and out: JSON and safetensors read with clear errors, folders replaced atomically. Never a pickle."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from tqdit.errors import InputError
+
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def read_json(path: Path, why: str = "") -> dict[str, Any]:
+    """A JSON object from a file, or an `InputError` that names the file; `why` says what it is needed for."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing" + (f"; {why}" if why else "")) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} does not hold a JSON object")
+    return value
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, or an `InputError` that names the file."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is missing, truncated or damaged: {error}") from None
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: an error or interrupt leaves what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    partial = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.chmod(0o644)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8 text, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+@contextmanager
+def replacing(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder to fill that becomes `target` on success; on any error or interrupt `target` is as it was.
+
+    Raises `InputError` if `target` exists and `overwrite` is not set.
+    """
+    target = target.absolute()
+    check_target(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        for file in [p for p in partial.rglob("*") if p.is_file()]:
+            _sync(file)
+        _swap(partial, target, overwrite)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raise `InputError` if writing to `target` would lose something; called before any work is done."""
+    if target.exists() and not overwrite:
+        raise InputError(f"output {target} exists; choose another folder or pass --overwrite")
+    if target.exists() and not target.is_dir():
+        raise InputError(f"output {target} is a file; an artifact is a folder")
+    if target.is_dir() and any(target.iterdir()) and not (target / CONFIG).is_file():
+        raise InputError(f"output {target} is not an artifact; refusing to overwrite it")
+
+
+def _swap(partial: Path, target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        partial.rename(target)
+        return
+    assert overwrite
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    target.rename(old)  # onto an empty folder: atomic on POSIX
+    try:
+        partial.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(file: Path) -> None:
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

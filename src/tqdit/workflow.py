@@ -1,0 +1,199 @@
+"""The stages in order, one function each; no mathematics. The command line and the Python API are these functions."""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tqdit import artifact
+from tqdit.calibration import trajectories
+from tqdit.calibration.recorder import Records, record
+from tqdit.calibration.trajectories import CalibrationSet
+from tqdit.convert import convert
+from tqdit.environment import environment, peak_memory_bytes
+from tqdit.errors import InputError
+from tqdit.evaluation import generate
+from tqdit.files import check_target, replacing
+from tqdit.models.sampler import Sampling
+from tqdit.models.sources import LABELS, ModelSource, class_indices, load_float, resolve, weights_hash
+from tqdit.ops.dispatch import get_backend, kernel_name
+from tqdit.recipe import Recipe
+from tqdit.search.solver import solve
+from tqdit.spec import Solution
+from tqdit.timegroups import TimeGroups
+
+Report = Callable[[str, float], None]  # (stage, finished fraction)
+
+
+def silent(stage: str, fraction: float) -> None:
+    """No progress."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A float model with its calibration records: what several bit-widths can be solved from."""
+
+    source: ModelSource
+    model: nn.Module
+    recipe: Recipe
+    time_groups: TimeGroups
+    records: Records
+    data_hash: str
+    seconds: float
+
+
+def load(model: str | Path, backend: str = "auto", device: str = "cpu") -> nn.Module:
+    """A runnable transformer: an artifact in integers on `backend`, anything else in fp32."""
+    source = resolve(model)
+    module = convert(artifact.read(source.folder), backend) if source.quantized else load_float(source)
+    return module.to(checked_device(device))
+
+
+def prepare(model: str | Path, recipe: Recipe, report: Report = silent, device: str = "cpu") -> Prepared:
+    """Calibration: trajectories of the float model, then its activations and Fisher weights."""
+    source = resolve(model)
+    module = load_float(source).to(checked_device(device))
+    start = time.perf_counter()
+    total = (source.scheduler or {}).get("num_train_timesteps", 1000)
+    groups = TimeGroups(total, recipe.groups)
+    data = trajectories.collect(module, source.scheduler, recipe, lambda f: report("trajectories", f))
+    records = record(module, data, recipe, lambda f: report("statistics", f))
+    seconds = time.perf_counter() - start
+    return Prepared(source, module, recipe, groups, records, _data_hash(data), seconds)
+
+
+def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) -> tuple[Solution, float]:
+    """Search every scale under `recipe`, whose calibration settings are those of `prepared`; also the seconds."""
+    start = time.perf_counter()
+    provenance = {
+        "recipe": recipe.model_dump(mode="json"),
+        "source": prepared.source.name,
+        "source_sha256": weights_hash(prepared.model),
+        "calibration_sha256": prepared.data_hash,
+        "versions": {name: version(name) for name in ("tqdit", "torch", "diffusers")},
+    }
+    solution = solve(
+        prepared.model,
+        prepared.records,
+        recipe,
+        prepared.time_groups,
+        provenance,
+        lambda f: report("search", f),
+    )
+    return solution, time.perf_counter() - start
+
+
+def save(solution: Solution, source: ModelSource, out: Path, overwrite: bool = False) -> None:
+    """Write an artifact with the scheduler, class names and VAE of its source; all or nothing."""
+    with replacing(out, overwrite) as folder:
+        artifact.write(solution, folder)
+        if source.scheduler is not None:
+            (folder / "scheduler").mkdir()
+            _write_json(folder / "scheduler" / "scheduler_config.json", source.scheduler)
+        if source.labels:
+            _write_json(folder / LABELS, {str(i): label for i, label in sorted(source.labels.items())})
+        if source.vae is not None:
+            shutil.copytree(source.vae, folder / "vae")
+
+
+def quantize(
+    model: str | Path,
+    out: Path,
+    recipe: Recipe,
+    overwrite: bool = False,
+    report: Report = silent,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Quantize MODEL into the artifact folder `out`. Returns seconds, peak memory and sizes."""
+    check_target(out, overwrite)
+    prepared = prepare(model, recipe, report, device)
+    solution, search_seconds = solve_prepared(prepared, recipe, report)
+    save(solution, prepared.source, out, overwrite)
+    fp32 = float32_bytes(prepared.model)
+    size = artifact.size_bytes(out)
+    return {
+        "name": prepared.source.name,
+        "preset": recipe.preset,
+        "bits": recipe.bits,
+        "calibration_seconds": prepared.seconds + search_seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "size_bytes": size,
+        "float32_bytes": fp32,
+        "size_ratio": size / fp32,
+        "environment": environment(device),
+    }
+
+
+def sample(
+    model: str | Path,
+    classes: list[str],
+    num: int,
+    sampling: Sampling,
+    seed: int = 0,
+    report: Report = silent,
+    backend: str = "auto",
+    device: str = "cpu",
+) -> torch.Tensor:
+    """`num` images (num, C, H, W) in [-1, 1], cycling through `classes`; all classes if none are named."""
+    if num < 1:
+        raise InputError(f"num must be at least 1, got {num}")
+    source = resolve(model)
+    labels = cycle_classes(source, classes, num)
+    module = load(model, backend, device)
+    latents = generate.sample_latents(module, source.scheduler, labels, sampling, seed, lambda f: report("sampling", f))
+    return generate.to_pixels(latents, source.vae)
+
+
+def inspect(folder: str | Path, backend: str = "auto") -> dict[str, Any]:
+    """Every site of an artifact: role, bits, grid, groups, granularity, and the kernel that will run it."""
+    source = resolve(folder)
+    if not source.quantized:
+        raise InputError(f"'{folder}' is not quantized; inspect takes an artifact")
+    solution = artifact.read(source.folder)
+    chosen = get_backend(backend)
+    sites = []
+    for spec in solution.sites:
+        row = {key: asdict(spec)[key] for key in ("name", "role", "bits", "grid", "groups", "granularity")}
+        sites.append({**row, "kernel": kernel_name(spec, chosen)})
+    return {"backend": chosen.NAME, "provenance": dict(solution.provenance), "sites": sites}
+
+
+def float32_bytes(model: nn.Module) -> int:
+    """Bytes of a float model's parameters in fp32, every tensor counted once per place it is stored."""
+    return sum(4 * p.numel() for p in model.parameters())
+
+
+def checked_device(device: str) -> torch.device:
+    """A device that exists here, or an `InputError`."""
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"device '{device}' is not available here; try cpu") from None
+    return chosen
+
+
+def cycle_classes(source: ModelSource, classes: list[str], num: int) -> list[int]:
+    """`num` class numbers, cycling through the named classes, or through all."""
+    count = int(source.config["num_embeds_ada_norm"])
+    chosen = class_indices(source, classes) if classes else list(range(count))
+    return [chosen[i % len(chosen)] for i in range(num)]
+
+
+def _data_hash(data: CalibrationSet) -> str:
+    digest = hashlib.sha256()
+    for tensor in (data.x, data.t, data.labels):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
