@@ -26,10 +26,15 @@ def int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     k = a.shape[-1]
     assert a.dtype == b.dtype == torch.int8
     assert k * MAX_PRODUCT < 2**31, f"K = {k} overflows an int32 accumulator"
-    if b.ndim == 2 and a.device.type == "cpu":
+    if b.ndim == 2 and _has_int8_kernel(a.numel() // k, k, b.shape[1], a.device):
         return torch._int_mm(a.reshape(-1, k), b).reshape(*a.shape[:-1], b.shape[-1])
     carrier = torch.float32 if k * MAX_PRODUCT <= 2**24 else torch.float64
     return torch.matmul(a.to(carrier), b.to(carrier)).to(torch.int32)
+
+
+def _has_int8_kernel(m: int, k: int, n: int, device: torch.device) -> bool:
+    """Whether torch._int_mm takes this product: any shape on a CPU, aligned ones on an NVIDIA GPU."""
+    return device.type == "cpu" or (device.type == "cuda" and m > 16 and k % 8 == 0 and n % 8 == 0)
 
 
 def split_regions(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

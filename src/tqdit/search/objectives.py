@@ -19,9 +19,9 @@ class MatmulObjective:
     weights: torch.Tensor | None
 
     @classmethod
-    def of(cls, combine: Combine, a: torch.Tensor, b: torch.Tensor, fisher: torch.Tensor) -> "MatmulObjective":
-        """Objective around the float operands; all-zero Fisher weights fall back to plain squared error."""
-        return cls(combine, combine(a, b), normalized(fisher))
+    def of(cls, combine: Combine, a: torch.Tensor, b: torch.Tensor, fisher: torch.Tensor | None) -> "MatmulObjective":
+        """Objective around the float operands; no or all-zero Fisher weights mean plain squared error."""
+        return cls(combine, combine(a, b), None if fisher is None else normalized(fisher))
 
     def loss(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Elementwise loss, in the shape of the output."""
