@@ -18,6 +18,8 @@ app = typer.Typer(
     "MODEL is a bundled name (fashion-dit), a diffusers transformer or pipeline folder, or an artifact.",
 )
 
+INTERRUPTED = 130  # what typer returns for Ctrl-C inside a command
+
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="bundled name, diffusers folder or artifact")]
 Device = Annotated[str, typer.Option(help="torch device: cpu, cuda, cuda:1")]
 Backend = Annotated[str, typer.Option(help="integer backend: auto or reference; simulated checks, never timed")]
@@ -91,9 +93,12 @@ def sample(
 ) -> None:
     """Sample images from a float or quantized model into one PNG grid."""
     from tqdit import workflow
+    from tqdit.errors import InputError
     from tqdit.evaluation.generate import save_grid
     from tqdit.models.sampler import Sampling
 
+    if out.suffix.lower() != ".png":
+        raise InputError(f"output {out} must end in .png")
     names = [name for name in classes.split(",") if name.strip()]
     sampling = Sampling(sampler, steps, guidance)
     with _progress(quiet) as report:
@@ -171,7 +176,7 @@ def main() -> NoReturn:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up as Ctrl-C does
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except (InputError, OSError) as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
@@ -180,6 +185,8 @@ def main() -> NoReturn:
         if not hasattr(error, "format_message"):
             raise
         _fail(error.format_message())
+    if code == INTERRUPTED:
+        _fail("interrupted; nothing was written")
     sys.exit(0)
 
 
@@ -200,14 +207,19 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, float], None]]:
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bars:
+    bars = Progress(*columns, console=Console(stderr=True), disable=quiet)
 
-        def report(stage: str, fraction: float) -> None:
-            if stage not in tasks or (fraction < 1 and bars.tasks[tasks[stage]].finished):
-                tasks[stage] = bars.add_task(stage, total=1.0)
-            bars.update(tasks[stage], completed=fraction)
+    def report(stage: str, fraction: float) -> None:
+        bars.start()  # not before: wrong input prints its one line and nothing else
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(stage, total=1.0)
+        bars.update(tasks[stage], completed=fraction)
 
+    try:
         yield report
+    finally:
+        if tasks:
+            bars.stop()
 
 
 def _print_table(result: Any) -> None:

@@ -91,12 +91,15 @@ class Recipe(BaseModel):
 
     @classmethod
     def from_toml(cls, path: Path) -> Self:
-        """Read a recipe file; unknown keys are errors."""
+        """Read a recipe file: the settings of its `preset`, changed by the others; unknown keys are errors."""
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise InputError(f"recipe {path}: {error}") from None
-        return cls._validated(values)
+        preset = values.get("preset", "paper")
+        if str(preset) not in PRESETS:
+            raise InputError(f"recipe {path}: unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+        return cls._validated(PRESETS[preset] | values)
 
     def to_toml(self) -> str:
         """The recipe as TOML text (flat, scalars only, so JSON's scalar spelling is TOML's)."""

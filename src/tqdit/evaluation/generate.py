@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from tqdit.errors import InputError
 from tqdit.files import write_bytes
 from tqdit.models.sampler import Progress, Sampling, noise_generators, trajectory
 
@@ -63,9 +62,7 @@ def image_grid(pixels: torch.Tensor, columns: int, scale: int = 2) -> Any:
 
 
 def save_grid(pixels: torch.Tensor, path: Path) -> None:
-    """Write `image_grid` as a PNG, whole or not at all. Raises `InputError` unless the name ends in .png."""
-    if path.suffix.lower() != ".png":
-        raise InputError(f"output {path} must end in .png")
+    """Write `image_grid` as a PNG, whole or not at all."""
     buffer = io.BytesIO()
     image_grid(pixels, columns=min(len(pixels), 8)).save(buffer, format="PNG")
     write_bytes(path, buffer.getvalue())

@@ -21,6 +21,15 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tenso
     return (codes.to(torch.int32) - zero_point).float() * scale
 
 
+def fake_quantize(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int, bits: int
+) -> torch.Tensor:
+    """dequantize(quantize(x)) without the codes, bit for bit the same and half the memory traffic; for the search."""
+    fmt = IntFormat(bits)
+    steps = torch.round(x.float() / scale)
+    return steps.clamp_(fmt.qmin - zero_point, fmt.qmax - zero_point).mul_(scale)
+
+
 def minmax_asymmetric(low: torch.Tensor, high: torch.Tensor, bits: int, site: str) -> tuple[torch.Tensor, torch.Tensor]:
     """s = (max - min) / (2^k - 1), z = qmin - round(min / s); the range is widened to contain 0.
 

@@ -43,9 +43,8 @@ class Operand:
         bits, grid = self.spec.bits, self.spec.grid
         if grid.two_region:
             s1, s2 = self._broadcast(scale[..., 0]), self._broadcast(scale[..., 1])
-            return regions.dequantize(regions.quantize(self.values, s1, s2, bits, grid), s1, s2, grid)
-        s, z = self._broadcast(scale), self._broadcast(self.zero_point)
-        return uniform.dequantize(uniform.quantize(self.values, s, z, bits), s, z)
+            return regions.fake_quantize(self.values, s1, s2, bits, grid)
+        return uniform.fake_quantize(self.values, self._broadcast(scale), self._broadcast(self.zero_point), bits)
 
     def reduce(self, loss: torch.Tensor) -> torch.Tensor:
         """Sum an elementwise loss of the matmul's output into (groups, units): what each parameter is judged by."""

@@ -1,0 +1,53 @@
+"""Image sheets as PNG data URIs, small enough that the whole page stays below 3 MB."""
+
+import base64
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+
+import torch
+from torch.nn import functional as F
+
+from tqdit.evaluation.generate import image_grid
+
+SHOWN = 20
+LARGEST_EDGE = 128
+BUDGET = 1_600_000  # characters of base64 over all sheets
+GAP = 0.0  # mid-grey between images, neither page colour
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """The first images of one model. `uri` is a PNG; `shown` images stand in rows of `columns`."""
+
+    uri: str
+    shown: int
+    columns: int
+
+
+def sheets(images: Sequence[torch.Tensor]) -> list[Sheet]:
+    """A sheet for each (N, C, H, W) stack in [-1, 1]; large images are shrunk until all sheets fit the budget."""
+    edge = LARGEST_EDGE
+    while True:
+        found = [_sheet(pixels, edge) for pixels in images]
+        if sum(len(sheet.uri) for sheet in found) <= BUDGET or edge <= 8:
+            return found
+        edge //= 2
+
+
+def _sheet(pixels: torch.Tensor, edge: int) -> Sheet:
+    pixels = pixels[:SHOWN].float()
+    shown = len(pixels)
+    columns = min(5, math.ceil(math.sqrt(shown)))
+    shrink = max(1, math.ceil(max(pixels.shape[-2:]) / edge))
+    if shrink > 1:
+        size = [length // shrink for length in pixels.shape[-2:]]
+        pixels = F.interpolate(pixels, size=size, mode="area")
+    pixels = F.pad(pixels, (0, 1, 0, 1), value=GAP)
+    missing = -shown % columns
+    pixels = torch.cat([pixels, torch.full_like(pixels[:1], GAP).expand(missing, -1, -1, -1)])
+    buffer = BytesIO()
+    # The browser enlarges: `image-rendering: pixelated` in the page.
+    image_grid(pixels, columns, scale=1).save(buffer, format="PNG", optimize=True)
+    return Sheet("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), shown, columns)

@@ -1,0 +1,150 @@
+"""A comparison as one self-contained HTML page: no network, no scripts, images inline."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from markupsafe import Markup
+
+from tqdit.comparison import Comparison, ModelRow
+from tqdit.report import figures, tables
+from tqdit.report.images import sheets
+from tqdit.spec import Grid, GridParams, Role
+from tqdit.timegroups import TimeGroups
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One model's images, and what stands under them."""
+
+    uri: str
+    alt: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class ScaleChart:
+    """A model's post-softmax scales: a chart, or None where one scale serves all timesteps."""
+
+    name: str
+    note: str
+    chart: Markup | None
+
+
+def write_report(comparison: Comparison, maxima: torch.Tensor, t: torch.Tensor, out: Path) -> None:
+    """Write the page to the file `out`; on any error a page that was there before is left as it was.
+
+    maxima: (S, blocks, C) largest post-softmax values and t: (S,) their timesteps, from `calibration.Records`. The same
+    input gives the same bytes.
+    """
+    text = render(comparison, maxima, t)
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        Path(name).chmod(0o644)
+        os.replace(name, out)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def render(comparison: Comparison, maxima: torch.Tensor, t: torch.Tensor) -> str:
+    """The page as text; see `write_report`."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("tqdit", "report")
+    # Names come from users' folders, so everything is escaped but our own charts.
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html.j2").render(_context(comparison, maxima, t))
+
+
+def _context(comparison: Comparison, maxima: torch.Tensor, t: torch.Tensor) -> dict[str, Any]:
+    models = comparison.models
+    groups = _time_groups(models)
+    boxes = figures.box_groups(t, groups)
+    shown = sorted({0, maxima.shape[1] // 2, maxima.shape[1] - 1})
+    measured = any(row.eps for row in models)
+    looks = figures.series_of(models)
+    return {
+        "title": tables.title(comparison),
+        "summary": tables.summary(comparison),
+        "settings": tables.facts(comparison.settings),
+        "environment": tables.facts(comparison.environment),
+        "pictures": _pictures(comparison),
+        "reference": (comparison.float_model.name, tables.cells(comparison.float_model)),
+        "rows": [(look, tables.cells(row)) for look, row in zip(looks, models, strict=True)],
+        "num": len(comparison.float_model.images),
+        "has_fd": any(row.fd_fashion is not None for row in (comparison.float_model, *models)),
+        "looks": looks,
+        "fidelity": [
+            draw(models, groups.num_timesteps)
+            for draw in (figures.sqnr_by_timestep, figures.sqnr_by_group)
+            if measured
+        ],
+        "boxes": [
+            (
+                block,
+                figures.median_change(maxima[:, block], t, boxes),
+                figures.maxima_boxes(maxima[:, block], t, boxes, block),
+            )
+            for block in shown
+        ],
+        "box_count": boxes.num_groups,
+        "scales": list(_scale_charts(models)),
+        "site_rows": tables.site_table(models),
+    }
+
+
+def _time_groups(models: tuple[ModelRow, ...]) -> TimeGroups:
+    """The finest time groups of any model."""
+    found = [row.solution.time_groups for row in models if row.solution]
+    return max(found, key=lambda groups: groups.num_groups, default=TimeGroups())
+
+
+def _pictures(comparison: Comparison) -> list[Picture]:
+    rows = (comparison.float_model, *comparison.models)
+    found = []
+    for row, sheet in zip(rows, sheets([row.images for row in rows]), strict=True):
+        caption = " · ".join(part for part in (row.preset, row.bits) if part)
+        if row.psnr_db is not None:
+            caption += f" · PSNR {tables.number(row.psnr_db, 1)} dB"
+        alt = f"{sheet.shown} images sampled from {row.name} ({caption}), in rows of {sheet.columns}"
+        found.append(Picture(sheet.uri, alt, caption))
+    return found
+
+
+def _scale_charts(models: tuple[ModelRow, ...]) -> Iterator[ScaleChart]:
+    """One chart per solved model, all on one colour scale."""
+    solved = [(row.name, row.solution, _softmax_sites(row)) for row in models if row.solution]
+    grouped = [sites for _, _, sites in solved if sites]
+    steps = torch.cat([figures.finest_steps(sites).flatten() for sites in grouped]) if grouped else torch.zeros(1)
+    limits = (float(steps.min()), float(steps.max()))
+    for i, (name, solution, sites) in enumerate(solved):
+        if not sites:
+            yield ScaleChart(name, "one scale for all timesteps", None)
+            continue
+        chart = figures.scale_heatmap(f"scales{i}", sites, solution.time_groups, limits)
+        yield ScaleChart(name, _grid_note(sites), chart)
+
+
+def _softmax_sites(row: ModelRow) -> list[GridParams]:
+    """The post-softmax sites that have time groups, in the order of the blocks."""
+    params = row.solution.params.values() if row.solution else ()
+    return [p for p in params if p.spec.role is Role.SOFTMAX and p.spec.groups > 1]
+
+
+def _grid_note(sites: list[GridParams]) -> str:
+    uniform = [str(block) for block, p in enumerate(sites) if p.spec.grid is Grid.UNIFORM]
+    if not uniform:
+        return "s₁ of the MRQ grid"
+    if len(uniform) == len(sites):
+        return "the scale of the uniform grid"
+    return f"s₁ of the MRQ grid; in block {', '.join(uniform)} the scale of a uniform grid"

@@ -1,0 +1,62 @@
+"""One matplotlib figure as an inline SVG element that takes its ink and its font from the page around it."""
+
+import re
+from collections.abc import Callable
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup, escape
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK = "#010203"  # stands for the page's text colour; becomes `currentColor`, so that dark mode works
+WIDTH = 6.4  # inches of 72 units: a panel is half the page on a desktop and the whole of a phone
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",  # text stays text: selectable, small, in the page's font
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.15,
+    "grid.linewidth": 0.8,
+    "font.size": 12,
+    "axes.linewidth": 0.8,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+} | dict.fromkeys(
+    ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK
+)
+ANONYMOUS = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # the same figure gives the same bytes
+
+
+def draw(key: str, alt: str, paint: Callable[["Axes"], None], height: float = 3.6) -> Markup:
+    """The `<svg>` of what `paint` draws on one set of axes, with `alt` as its accessible name.
+
+    `key` must be unique in the page: it keeps the ids of one figure apart from those of the next.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context():
+        mpl.rcdefaults()  # a user's matplotlibrc must not change the report
+        mpl.rcParams.update(STYLE | {"svg.hashsalt": key})
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        paint(figure.add_subplot())
+        buffer = StringIO()
+        figure.savefig(buffer, format="svg", metadata=ANONYMOUS)
+    return _inline(buffer.getvalue(), alt)
+
+
+def _inline(document: str, alt: str) -> Markup:
+    """An SVG document as an element of an HTML page: no prolog, style sheet, namespaces or ids nobody refers to."""
+    text = document[document.index("<svg") :]
+    text = re.sub(r"<defs>\s*<style.*?</defs>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
+    used = set(re.findall(r'(?:url\(|href=")#([\w-]+)', text))
+    text = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", text)
+    text = text.replace(INK, "currentColor")
+    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1))

@@ -1,0 +1,119 @@
+"""The comparison's numbers as text: headline, summary, the table's cells, and what each site role got."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tqdit.comparison import Comparison, ModelRow
+from tqdit.spec import Granularity, Grid, Role, SiteSpec
+
+NOTHING = "–"
+ROLES = {
+    Role.WEIGHT: "Weights",
+    Role.WEIGHT_ONLY: "Weights of layers with float inputs",
+    Role.INPUT: "Inputs of linear layers",
+    Role.QUERY: "Queries",
+    Role.KEY: "Keys",
+    Role.VALUE: "Values",
+    Role.SOFTMAX: "Post-softmax probabilities",
+    Role.GELU: "Post-GELU activations",
+}
+GRIDS = {Grid.UNIFORM: "uniform", Grid.MRQ_SOFTMAX: "MRQ", Grid.MRQ_GELU: "MRQ"}
+SHARED = {
+    Granularity.PER_TENSOR: "per tensor",
+    Granularity.PER_CHANNEL: "per channel",
+    Granularity.PER_HEAD: "per head",
+}
+FACTS = {"num": "images", "samples_per_group": "held-out states per group", "groups": "time groups"}
+
+
+def number(value: float | None, digits: int) -> str:
+    """A fixed number of decimals; an en dash where there is no value."""
+    if value is None or math.isnan(value):
+        return NOTHING
+    return f"{value:.{digits}f}" if math.isfinite(value) else "∞"
+
+
+def title(comparison: Comparison) -> str:
+    """The headline: the model closest to float, and what it costs and saves."""
+    name = comparison.float_model.name
+    best = closest(comparison.models)
+    if best is None or best.eps is None:
+        return f"{name}, quantized"
+    return f"{name}, {1 / best.size_ratio:.1f}× smaller at {number(best.eps.overall, 1)} dB"
+
+
+def summary(comparison: Comparison) -> str:
+    """One paragraph: what was done, the closest model and the smallest."""
+    reference, models = comparison.float_model, comparison.models
+    text = f"{reference.name} takes {_megabytes(reference)} MB in {reference.bits}. "
+    best = closest(models)
+    if best is None or best.eps is None:
+        return text + "No quantized model was measured against it."
+    count = "One model was" if len(models) == 1 else f"{len(models)} models were"
+    text += f"{count} quantized from it after training, without training data. "
+    text += (
+        f"{_described(best)} predicts the noise ε of held-out states with a signal-to-noise ratio (SQNR) of "
+        f"{number(best.eps.overall, 1)} dB: its error has {10 ** (2 - best.eps.overall / 10):.2g} % of the signal's "
+        f"power. It takes {_megabytes(best)} MB, {100 * best.size_ratio:.1f} % of the float weights."
+    )
+    smallest = min(models, key=lambda row: row.size_bytes)
+    if smallest is not best:
+        text += (
+            f" The smallest, {_described(smallest)}, takes {_megabytes(smallest)} MB "
+            f"({1 / smallest.size_ratio:.1f}× smaller) at {number(smallest.eps and smallest.eps.overall, 1)} dB."
+        )
+    return text
+
+
+def closest(models: Sequence[ModelRow]) -> ModelRow | None:
+    """The model with the highest SQNR of ε; the first of equals."""
+    measured = [row for row in models if row.eps and not math.isnan(row.eps.overall)]
+    return max(measured, key=lambda row: row.eps.overall if row.eps else -math.inf, default=None)
+
+
+def cells(row: ModelRow) -> list[str]:
+    """A row of the table, after the name: preset, bits, MB, % of fp32, seconds, SQNR, PSNR, FD-fashion."""
+    return [
+        row.preset or NOTHING,
+        row.bits,
+        _megabytes(row),
+        number(100 * row.size_ratio, 1),
+        number(row.calibration_seconds, 0),
+        number(row.eps and row.eps.overall, 1),
+        number(row.psnr_db, 1),
+        number(row.fd_fashion, 2),
+    ]
+
+
+def facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Settings or environment as (label, value)."""
+    return [(FACTS.get(key, key.replace("_", " ")), str(value)) for key, value in values.items()]
+
+
+def site_table(models: Sequence[ModelRow]) -> list[tuple[str, list[list[str]]]]:
+    """For each role that occurs: its label, and for each model the phrases that describe its sites."""
+    rows = []
+    for role, label in ROLES.items():
+        columns = [_phrases(row.solution.sites if row.solution else (), role) for row in models]
+        if any(columns):
+            rows.append((label, columns))
+    return rows
+
+
+def _phrases(sites: Sequence[SiteSpec], role: Role) -> list[str]:
+    counts = Counter((s.bits, s.grid, s.granularity, s.groups) for s in sites if s.role is role)
+    return [
+        f"{count} × {bits}-bit {GRIDS[grid]}, {SHARED[granularity]}"
+        + (f", {groups} time groups" if groups > 1 else "")
+        for (bits, grid, granularity, groups), count in counts.items()
+    ]
+
+
+def _megabytes(row: ModelRow) -> str:
+    return number(row.size_bytes / 1e6, 2)
+
+
+def _described(row: ModelRow) -> str:
+    return f"{row.name} ({row.preset}, {row.bits})" if row.preset else f"{row.name} ({row.bits})"

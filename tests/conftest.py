@@ -1,0 +1,139 @@
+"""A tiny DiT whose every weight matters, its calibration, its solutions, and a pipeline folder of it on disk."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from torch import nn
+
+from tqdit.calibration.recorder import Records, record
+from tqdit.calibration.trajectories import CalibrationSet, collect
+from tqdit.recipe import Recipe
+from tqdit.search.solver import solve
+from tqdit.spec import Solution
+from tqdit.timegroups import TimeGroups
+
+GROUPS = 4
+LABELS = [f"class {i}" for i in range(10)]
+# Little noise, so that the trajectories of a random model stay in range.
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 4e-3,
+    "clip_sample": False,
+}
+
+
+def build_dit(seed: int = 0, **config: Any) -> nn.Module:
+    """A random DiT without the zero initialisation of adaLN and final layers, which would hide every error."""
+    sizes = {
+        "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "sample_size": 8,
+        "patch_size": 2, "in_channels": 1, "out_channels": 2, "num_embeds_ada_norm": 10,
+    }  # fmt: skip
+    model = DiTTransformer2DModel(**sizes | config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            fan_in = parameter[0].numel() if parameter.ndim > 1 else 25
+            gain = 2.0 if "norm1.linear" in name else 1.0
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * gain * fan_in**-0.5)
+    return model.eval().requires_grad_(False)
+
+
+def build_recipe(preset: str = "paper", bits: str = "w8a8", **overrides: Any) -> Recipe:
+    tiny = {
+        "groups": GROUPS, "samples": 4, "steps": 20, "rows": 256, "queries": 256, "candidates": 20, "rounds": 2,
+    }  # fmt: skip
+    return Recipe.build(preset, bits, **tiny | overrides)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_dit() -> Callable[..., nn.Module]:
+    """Factory of tiny models: seed and changes of the config."""
+    return build_dit
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe() -> Callable[..., Recipe]:
+    """Factory of recipes small enough for the tiny model."""
+    return build_recipe
+
+
+@pytest.fixture(scope="session")
+def scheduler_config() -> dict[str, Any]:
+    return SCHEDULER
+
+
+@pytest.fixture(scope="session")
+def model() -> nn.Module:
+    """The float model that every other session fixture is made from; never to be changed."""
+    return build_dit()
+
+
+@pytest.fixture(scope="session")
+def data(model: nn.Module) -> CalibrationSet:
+    return collect(model, SCHEDULER, build_recipe())
+
+
+@pytest.fixture(scope="session")
+def records(model: nn.Module, data: CalibrationSet) -> Records:
+    return record(model, data, build_recipe())
+
+
+@pytest.fixture(scope="session")
+def solved(model: nn.Module, records: Records) -> Callable[..., Solution]:
+    """Solutions of the tiny model by recipe; solved once each, never to be changed."""
+    cache: dict[str, Solution] = {}
+
+    def get(preset: str = "paper", bits: str = "w8a8", **overrides: Any) -> Solution:
+        recipe = build_recipe(preset, bits, **overrides)
+        key = recipe.to_toml()
+        if key not in cache:
+            provenance = {"recipe": recipe.model_dump(mode="json")}
+            cache[key] = solve(model, records, recipe, TimeGroups(1000, GROUPS), provenance)
+        return cache[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def pipeline(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a diffusers pipeline folder; read only."""
+    return write_pipeline(tmp_path_factory.mktemp("source") / "tiny-dit", model)
+
+
+@pytest.fixture
+def own_pipeline(model: nn.Module, tmp_path: Path) -> Path:
+    """A pipeline folder that the test may damage."""
+    return write_pipeline(tmp_path / "tiny-dit", model)
+
+
+def write_pipeline(root: Path, model: nn.Module) -> Path:
+    model.save_pretrained(root / "transformer")
+    (root / "scheduler").mkdir()
+    (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    labels = {str(i): label for i, label in enumerate(LABELS)}
+    (root / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline", "id2label": labels}))
+    return root
+
+
+@pytest.fixture
+def model_inputs(data: CalibrationSet) -> dict[str, torch.Tensor]:
+    """Keyword arguments of a denoiser call whose samples are in different time groups."""
+    return {"hidden_states": data.x, "timestep": data.t, "class_labels": data.labels}

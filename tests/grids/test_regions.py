@@ -1,0 +1,119 @@
+"""Multi-region quantization: exclusive regions, one int8 code per value."""
+
+import pytest
+import torch
+
+from tqdit.grids import regions
+from tqdit.spec import Grid
+
+BITS = range(4, 9)
+
+
+def softmax_rows(rows: int = 512, width: int = 256) -> torch.Tensor:
+    """Peaked attention rows, as a DiT's at small timesteps."""
+    return (torch.randn(rows, width) * 3).softmax(-1)
+
+
+def scales(bits: int, exponent: int) -> tuple[torch.Tensor, torch.Tensor]:
+    s2 = torch.tensor(regions.coarse_softmax_scale(bits))
+    return s2 * 2.0**-exponent, s2
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("grid", [Grid.MRQ_SOFTMAX, Grid.MRQ_GELU])
+def test_codes_fit_their_bits(bits: int, grid: Grid) -> None:
+    x = torch.linspace(0, 1, 5001) if grid is Grid.MRQ_SOFTMAX else torch.linspace(-0.17, 9, 5001)
+    s1, s2 = scales(bits, 3) if grid is Grid.MRQ_SOFTMAX else (torch.tensor(1e-3), torch.tensor(1e-2))
+    codes = regions.quantize(x, s1, s2, bits, grid)
+    assert codes.dtype is torch.int8
+    assert codes.min() >= -(2 ** (bits - 1))
+    assert codes.max() <= 2 ** (bits - 1) - 1
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_softmax_represents_one_exactly(bits: int) -> None:
+    for exponent in regions.softmax_exponents(bits):
+        s1, s2 = scales(bits, exponent)
+        code = regions.quantize(torch.ones(1), s1, s2, bits, Grid.MRQ_SOFTMAX)
+        assert code.item() == 2 ** (bits - 1) - 1
+        value = regions.dequantize(code, s1, s2, Grid.MRQ_SOFTMAX).item()
+        assert value == pytest.approx(1.0, abs=2**-24)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("exponent", [1, 3, 5])
+def test_softmax_error_is_half_a_step_of_the_region(bits: int, exponent: int) -> None:
+    x = softmax_rows()
+    s1, s2 = scales(bits, exponent)
+    m = 2 ** (bits - 1) - 1
+    codes = regions.quantize(x, s1, s2, bits, Grid.MRQ_SOFTMAX)
+    error = (regions.dequantize(codes, s1, s2, Grid.MRQ_SOFTMAX) - x).abs()
+    fine = x <= m * s1
+    assert fine.any()
+    assert (~fine).any()
+    assert error[fine].max() <= s1 / 2 * (1 + 1e-5)
+    assert error[~fine].max() <= s2 / 2 * (1 + 1e-5)
+    assert (codes[fine] <= 0).all()
+    assert (codes[~fine] >= 0).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_gelu_error_is_half_a_step_of_the_region_and_the_sign_is_the_flag(bits: int) -> None:
+    x = torch.nn.functional.gelu(torch.randn(8192) * 2, approximate="tanh")
+    s1 = torch.tensor(regions.GELU_MINIMUM + 1e-3) / 2 ** (bits - 1)
+    s2 = x.max() / (2 ** (bits - 1) - 1)
+    codes = regions.quantize(x, s1, s2, bits, Grid.MRQ_GELU)
+    error = (regions.dequantize(codes, s1, s2, Grid.MRQ_GELU) - x).abs()
+    negative = x < 0
+    assert error[negative].max() <= s1 / 2 * (1 + 1e-5)
+    assert error[~negative].max() <= s2 / 2 * (1 + 1e-5)
+    assert (codes[negative] <= 0).all()
+    assert (codes[~negative] >= 0).all()
+
+
+@pytest.mark.parametrize(("grid", "sign"), [(Grid.MRQ_GELU, 1), (Grid.MRQ_SOFTMAX, -1)])
+def test_decoding_is_the_sum_of_two_clipped_codes(grid: Grid, sign: int) -> None:
+    codes = torch.arange(-128, 128).to(torch.int8)
+    s1, s2 = torch.tensor(0.003), torch.tensor(0.05)
+    c = codes.float()
+    expected = sign * s1 * c.clamp(max=0) + s2 * c.clamp(min=0)
+    assert torch.equal(regions.dequantize(codes, s1, s2, grid), expected)
+
+
+def test_rounding_is_half_to_even_in_both_regions() -> None:
+    one = torch.tensor(1.0)
+    gelu = regions.quantize(torch.tensor([-2.5, -1.5, 1.5, 2.5]), one, one, 8, Grid.MRQ_GELU)
+    assert gelu.tolist() == [-2, -2, 2, 2]
+    softmax = regions.quantize(torch.tensor([0.5, 1.5, 2.5]), one, one, 8, Grid.MRQ_SOFTMAX)
+    assert softmax.tolist() == [0, -2, -2]
+
+
+def test_scales_broadcast_per_time_group() -> None:
+    x = softmax_rows(4, 8).reshape(2, 2, 8)
+    s1, s2 = torch.tensor([1e-3, 4e-3]).reshape(2, 1, 1), torch.tensor(1 / 127)
+    codes = regions.quantize(x, s1, s2, 8, Grid.MRQ_SOFTMAX)
+    for i in range(2):
+        assert torch.equal(codes[i], regions.quantize(x[i], s1[i], s2, 8, Grid.MRQ_SOFTMAX))
+
+
+def test_trap_1_adding_both_regions_is_far_worse() -> None:
+    x = softmax_rows()
+    m = 127
+    s1, s2 = scales(8, 5)
+    codes = regions.quantize(x, s1, s2, 8, Grid.MRQ_SOFTMAX)
+    ours = (regions.dequantize(codes, s1, s2, Grid.MRQ_SOFTMAX) - x).square().mean()
+    low = torch.round(x / s1).clamp(max=m) * s1
+    high = torch.round(x / s2).clamp(max=m) * s2
+    added = (low + high - x).square().mean()
+    assert added > 10 * ours
+
+
+def test_best_exponent_beats_uniform_on_softmax_at_6_bits() -> None:
+    x = softmax_rows()
+    errors = []
+    for exponent in regions.softmax_exponents(6):
+        s1, s2 = scales(6, exponent)
+        codes = regions.quantize(x, s1, s2, 6, Grid.MRQ_SOFTMAX)
+        errors.append((regions.dequantize(codes, s1, s2, Grid.MRQ_SOFTMAX) - x).square().mean())
+    step = x.max() / 63
+    assert min(errors) < (torch.round(x / step) * step - x).square().mean() / 2

@@ -1,0 +1,101 @@
+"""The uniform quantizer against a plain-Python one written from the equations."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tqdit.errors import InputError
+from tqdit.grids import uniform
+
+F32 = np.float32
+
+
+def naive(values: list[float], bits: int) -> tuple[list[int], list[float]]:
+    """Unsigned codes and reconstructions: s = (max-min)/(2^k-1), z = -round(min/s), one fp32 step at a time."""
+    top = 2**bits - 1
+    low, high = min(F32(0), *map(F32, values)), max(F32(0), *map(F32, values))
+    s = F32(F32(high - low) / F32(top))
+    z = -round(float(F32(low / s)))  # Python's round is half to even
+    codes = [min(max(round(float(F32(F32(x) / s))) + z, 0), top) for x in values]
+    return codes, [float(F32(s * F32(q - z))) for q in codes]
+
+
+@given(st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=40), st.integers(2, 8))
+@settings(max_examples=60, deadline=None)
+def test_signed_codes_are_the_equations_shifted(values: list[float], bits: int) -> None:
+    x = torch.tensor(values)
+    if x.abs().max() < 1e-20:
+        return  # zero range, tested below
+    codes, reconstructed = naive(values, bits)
+    scale, zero_point = uniform.minmax_asymmetric(x.min(), x.max(), bits, "s")
+    ours = uniform.quantize(x, scale, zero_point, bits)
+    assert (ours.int() + 2 ** (bits - 1)).tolist() == codes
+    assert uniform.dequantize(ours, scale, zero_point).tolist() == reconstructed
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_error_is_at_most_half_a_step_inside_the_range(bits: int) -> None:
+    x = torch.randn(4096) * 3 + 1
+    scale, zero_point = uniform.minmax_asymmetric(x.min(), x.max(), bits, "s")
+    error = uniform.dequantize(uniform.quantize(x, scale, zero_point, bits), scale, zero_point) - x
+    # Rounding the zero point moves an end of the range by up to half a step.
+    assert error.abs().max() <= scale * (1 + 1e-5)
+    inner = (x - x.min() > scale) & (x.max() - x > scale)
+    assert error[inner].abs().max() <= scale / 2 * (1 + 1e-4)
+
+
+def test_rounding_is_half_to_even() -> None:
+    x = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5])
+    assert uniform.quantize(x, torch.tensor(1.0), 0, 8).tolist() == [-2, -2, 0, 0, 2, 2]
+
+
+def test_out_of_range_values_are_clipped() -> None:
+    x = torch.tensor([-1e9, 1e9])
+    assert uniform.quantize(x, torch.tensor(1.0), 0, 6).tolist() == [-32, 31]
+
+
+@given(st.floats(-30, 30, width=32), st.floats(-30, 30, width=32), st.integers(2, 8))
+@settings(max_examples=60, deadline=None)
+def test_zero_is_exact_and_the_zero_point_a_code(a: float, b: float, bits: int) -> None:
+    if max(abs(a), abs(b)) < 1e-20:
+        return
+    low, high = torch.tensor(min(a, b)), torch.tensor(max(a, b))
+    scale, zero_point = uniform.minmax_asymmetric(low, high, bits, "s")
+    assert -(2 ** (bits - 1)) <= int(zero_point) < 2 ** (bits - 1)
+    code = uniform.quantize(torch.zeros(1), scale, zero_point, bits)
+    assert uniform.dequantize(code, scale, zero_point).item() == 0.0
+
+
+def test_symmetric_scale_reaches_the_magnitude() -> None:
+    scale = uniform.minmax_symmetric(torch.tensor([6.35]), 8, "s")
+    assert uniform.quantize(torch.tensor([6.35, -6.35]), scale, 0, 8).tolist() == [127, -127]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "message"),
+    [
+        (0.0, 0.0, "zero"),
+        (0.0, 1e-42, "zero"),  # subnormal: a division by it is not reliable
+        (float("nan"), 1.0, "not finite"),
+        (-1.0, float("nan"), "not finite"),
+        (-1.0, float("inf"), "not finite"),
+        (float("-inf"), 1.0, "not finite"),
+    ],
+)
+def test_range_without_a_scale_is_an_error_that_names_the_site(low: float, high: float, message: str) -> None:
+    with pytest.raises(InputError, match=f"'blocks.7.q'.*{message}"):
+        uniform.minmax_asymmetric(torch.tensor([-1.0, low]), torch.tensor([1.0, high]), 8, "blocks.7.q")
+
+
+@pytest.mark.parametrize("magnitude", [0.0, float("nan"), float("inf")])
+def test_symmetric_range_without_a_scale_is_an_error(magnitude: float) -> None:
+    with pytest.raises(InputError, match=r"'w\.3'"):
+        uniform.minmax_symmetric(torch.tensor([1.0, magnitude]), 8, "w.3")
+
+
+def test_factors_contain_both_ends() -> None:
+    factors = uniform.factors(0.01, 1.2, 100)
+    assert len(factors) == 100
+    assert factors[[0, -1]].tolist() == torch.tensor([0.01, 1.2]).tolist()

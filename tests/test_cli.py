@@ -1,0 +1,186 @@
+"""The command line in process: what a user types, the exit code, and what is on disk afterwards."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tqdit import workflow
+from tqdit.cli import main
+
+FAST = ["--groups", "4", "--samples", "2", "--steps", "8", "--rounds", "1", "--quiet"]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run `tqdit ARGS`: exit code, standard output, standard error."""
+
+    def call(*args: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tqdit", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def artifact(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("artifacts") / "w8a8"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["tqdit", "quantize", str(pipeline), "-o", str(out), *FAST])
+        with pytest.raises(SystemExit) as stop:
+            main()
+    assert not stop.value.code
+    return out
+
+
+def test_quantize_sample_compare_inspect(run: Callable, pipeline: Path, artifact: Path, tmp_path: Path) -> None:
+    code, _, _ = run("sample", artifact, "-o", tmp_path / "a.png", "--num", "3", "--steps", "4", "--quiet")
+    assert code == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+    options = ["--num", "2", "--steps", "4", "--samples", "1", "--quiet"]
+    code, out, _ = run("compare", pipeline, artifact, "--json", tmp_path / "c.json", *options)
+    assert code == 0
+    assert "w8a8" in out
+    row = json.loads((tmp_path / "c.json").read_text())["models"][0]
+    assert row["eps_sqnr_db"] > 20
+    assert len(row["eps_sqnr_db_by_group"]) == 4
+    assert row["psnr_db"] > 20
+    assert row["size_bytes"] == sum(
+        (artifact / name).stat().st_size for name in ("tqdit.json", "diffusion_pytorch_model.safetensors")
+    )
+
+    code, out, _ = run("inspect", artifact, "--json", tmp_path / "i.json")
+    assert code == 0
+    sites = json.loads((tmp_path / "i.json").read_text())["sites"]
+    assert set(sites[0]) == {"name", "role", "bits", "grid", "groups", "granularity", "kernel"}
+    softmax = [site for site in sites if site["role"] == "softmax"]
+    assert [(s["grid"], s["groups"]) for s in softmax] == [("mrq_softmax", 4)] * 2
+    assert all(site["name"] in out for site in sites)
+
+
+def test_sample_takes_class_names(run: Callable, pipeline: Path, tmp_path: Path) -> None:
+    """Names and numbers of the same classes give the same picture; other classes another one."""
+    pictures = []
+    for number, classes in enumerate(("class 3,class 5", "3,5", "3,6")):
+        file = tmp_path / f"{number}.png"
+        code, _, _ = run("sample", pipeline, "-o", file, "--classes", classes, "--num", "2", "--steps", "3", "--quiet")
+        assert code == 0
+        pictures.append(file.read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--bits", "w9a8"], "w9a8"),
+        (["--bits", "w8a3"], "w8a3"),
+        (["--preset", "best"], "best"),
+        (["--groups", "1001"], "1001"),
+        (["--samples", "0"], "samples"),
+        (["--steps", "2"], "time group"),
+        (["--steps", "1001"], "1001"),
+        (["--sampler", "euler"], "euler"),
+        (["--guidance", "nan"], "guidance"),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--recipe", "no-such.toml"], "no-such.toml"),
+        (["--no-such-option"], "--no-such-option"),
+    ],
+)
+def test_wrong_settings(run: Callable, pipeline: Path, tmp_path: Path, options: list[str], named: str) -> None:
+    code, _, err = run("quantize", pipeline, "-o", tmp_path / "out", "--quiet", *options)
+    assert code == 2
+    assert named in err
+    assert err.count("\n") == 1, "one line, no traceback"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["sample", "no-such-model", "-o", "a.png"], "no-such-model"),
+        (["sample", "{pipeline}", "-o", "a.png", "--classes", "zebra"], "zebra"),
+        (["sample", "{pipeline}", "-o", "a.png", "--classes", "10"], "'10'"),
+        (["sample", "{pipeline}", "-o", "a.png", "--num", "0"], "num"),
+        (["sample", "{pipeline}", "-o", "a.txt", "--num", "1", "--steps", "1"], "a.txt"),
+        (["sample", "{artifact}", "-o", "a.png", "--backend", "abacus"], "abacus"),
+        (["compare", "{pipeline}", "{pipeline}"], "not quantized"),
+        (["compare", "{artifact}", "{artifact}"], "already quantized"),
+        (["inspect", "{pipeline}"], "not quantized"),
+        (["inspect", "{empty}"], "config.json"),
+        ([], ""),
+    ],
+)
+def test_wrong_inputs(
+    run: Callable, pipeline: Path, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    args: list[str], named: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    places = {"pipeline": pipeline, "artifact": artifact, "empty": tmp_path / "empty"}
+    code, _, err = run(*(arg.format(**places) for arg in args))
+    assert code == 2
+    assert named in err
+    assert err.count("\n") <= 1
+    assert [p.name for p in tmp_path.iterdir()] == ["empty"]
+
+
+def test_damaged_weights_are_named(run: Callable, own_pipeline: Path, artifact: Path, tmp_path: Path) -> None:
+    file = own_pipeline / "transformer" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state["proj_out_1.weight"][0, 0] = torch.nan
+    save_file(state, file)
+    code, _, err = run("quantize", own_pipeline, "-o", tmp_path / "out", *FAST)
+    assert (code, "proj_out_1.weight" in err, (tmp_path / "out").exists()) == (2, True, False)
+
+    copy = Path(shutil.copytree(artifact, tmp_path / "copy"))
+    file = copy / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    code, _, err = run("inspect", copy)
+    assert code == 2
+    assert file.name in err
+
+
+def test_existing_output_is_kept(run: Callable, pipeline: Path, artifact: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(artifact, tmp_path / "out"))
+    before = (out / "tqdit.json").read_bytes()
+    code, _, err = run("quantize", pipeline, "-o", out, *FAST)
+    assert code == 2
+    assert "--overwrite" in err
+    assert (out / "tqdit.json").read_bytes() == before
+    code, _, _ = run("quantize", pipeline, "-o", out, "--bits", "w6a6", "--overwrite", *FAST)
+    assert code == 0
+    assert (out / "tqdit.json").read_bytes() != before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_interrupt_leaves_nothing(
+    run: Callable, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workflow, "record", stop)
+    code, _, err = run("quantize", pipeline, "-o", tmp_path / "out", *FAST)
+    assert code == 2
+    assert "interrupted" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_is_quick() -> None:
+    """`tqdit --help` imports neither torch nor diffusers."""
+    code = "import sys, tqdit.cli; print([m for m in ('torch', 'diffusers', 'matplotlib') if m in sys.modules])"
+    start = time.perf_counter()
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+    assert time.perf_counter() - start < 5

@@ -1,0 +1,122 @@
+"""Presets, bit-widths, validation and the TOML form of a recipe."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tqdit.errors import InputError
+from tqdit.recipe import PRESETS, Recipe
+from tqdit.spec import Granularity
+
+
+def test_paper_is_the_published_setting() -> None:
+    recipe = Recipe.build("paper")
+    assert (recipe.weight_bits, recipe.activation_bits, recipe.granularity) == (8, 8, Granularity.PER_TENSOR)
+    assert (recipe.softmax_grid, recipe.gelu_grid, recipe.time_grouped) == ("mrq", "mrq", "softmax")
+    assert (recipe.groups, recipe.samples, recipe.steps, recipe.guidance) == (10, 32, 250, 1.5)
+    assert (recipe.rounds, recipe.candidates, recipe.low, recipe.high) == (3, 100, 0.01, 1.2)
+    assert recipe.hessian
+
+
+def test_plus_changes_only_what_it_says() -> None:
+    paper, plus = (Recipe.build(name).model_dump() for name in ("paper", "plus"))
+    changed = {key for key in paper if paper[key] != plus[key]}
+    assert changed == {"preset", *PRESETS["plus"]}
+
+
+@pytest.mark.parametrize(("text", "bits"), [("w8a8", (8, 8)), ("W4A8", (4, 8)), ("w2a4", (2, 4))])
+def test_bits(text: str, bits: tuple[int, int]) -> None:
+    recipe = Recipe.build("plus", text)
+    assert (recipe.weight_bits, recipe.activation_bits) == bits
+    assert recipe.bits == text.lower()
+
+
+@pytest.mark.parametrize("text", ["w8", "8", "w9a8", "w1a8", "w8a3", "w8a9", "w8a8 ", "", "a8w8"])
+def test_unknown_bits_are_an_error(text: str) -> None:
+    with pytest.raises(InputError, match="w<2-8>a<4-8>"):
+        Recipe.build("paper", text)
+
+
+def test_unknown_preset_names_the_known_ones() -> None:
+    with pytest.raises(InputError, match="'papr'; known: paper, plus"):
+        Recipe.build("papr")
+
+
+def test_none_keeps_the_value_of_the_preset() -> None:
+    assert Recipe.build("plus", weight_granularity=None, seed=7) == Recipe.build("plus", seed=7)
+
+
+@pytest.mark.parametrize(("weight_bits", "expected"), [(2, 4), (4, 6), (6, 8), (8, 8)])
+def test_layers_on_float_inputs_keep_two_more_bits(weight_bits: int, expected: int) -> None:
+    assert Recipe.build("paper", f"w{weight_bits}a8").float_input_bits == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("samples", 0),
+        ("steps", -1),
+        ("guidance", float("inf")),
+        ("guidance", -1.0),
+        ("candidates", 1),
+        ("low", 0.0),
+        ("high", 0.9),
+        ("sampler", "euler"),
+        ("gelu_grid", "log"),
+        ("time_grouped", "some"),
+        ("seed", -1),
+        ("groups", 0),
+        ("groups", 1001),
+        ("probes", 0),
+        ("colour", "red"),
+    ],
+)
+def test_illegal_value_names_the_setting(setting: str, value: object) -> None:
+    with pytest.raises(InputError, match=setting):
+        Recipe.build("paper", **{setting: value})
+
+
+@given(
+    preset=st.sampled_from(sorted(PRESETS)),
+    weight_bits=st.integers(2, 8),
+    activation_bits=st.integers(4, 8),
+    guidance=st.floats(0, 1e6),
+    low=st.floats(1e-6, 1),
+    trajectories=st.none() | st.integers(1, 99),
+    hessian=st.booleans(),
+)
+@settings(max_examples=30, deadline=None)
+def test_toml_round_trip(tmp_path_factory, preset, weight_bits, activation_bits, **overrides) -> None:
+    recipe = Recipe.build(preset, f"w{weight_bits}a{activation_bits}", **overrides)
+    path = tmp_path_factory.mktemp("recipe") / "recipe.toml"
+    path.write_text(recipe.to_toml(), encoding="utf-8")
+    assert Recipe.from_toml(path) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("colour = 'red'", "'colour'"),
+        ("groups = 'ten'", "'groups'"),
+        ("schema_version = 2", "'schema_version'"),
+        ("groups = ", "recipe.toml"),
+        ("preset = 'papr'", "papr"),
+        ("groups = 2000", "groups"),
+    ],
+)
+def test_bad_file_names_what_is_wrong(tmp_path, text: str, message: str) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        Recipe.from_toml(path)
+
+
+def test_missing_file_is_an_input_error(tmp_path) -> None:
+    with pytest.raises(InputError, match=r"absent\.toml"):
+        Recipe.from_toml(tmp_path / "absent.toml")
+
+
+def test_preset_in_a_file_means_the_preset(tmp_path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text("preset = 'plus'\nseed = 3\n", encoding="utf-8")
+    assert Recipe.from_toml(path) == Recipe.build("plus", seed=3)
