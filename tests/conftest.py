@@ -1,7 +1,7 @@
 """A tiny DiT whose every weight matters, its calibration, its solutions, and a pipeline folder of it on disk."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,12 @@ def build_recipe(preset: str = "paper", bits: str = "w8a8", **overrides: Any) ->
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _one_thread() -> Iterator[None]:
+    """Tensors here are tiny: on a busy machine, waiting for a second thread takes 100 times the work itself."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

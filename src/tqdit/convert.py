@@ -29,7 +29,7 @@ def convert(solution: Solution, backend: str = "auto") -> nn.Module:
     chosen = get_backend(backend)
     with init_empty_weights(include_buffers=False):
         model = DiTTransformer2DModel.from_config(dict(solution.model_config))
-    builder = _Builder(solution, chosen)
+    builder = _Builder(solution, chosen, model)
     for name in float_input_modules(solution.model_config):
         _replace(model, name, builder.float_input(model.get_submodule(name), name))
     for block in blocks(solution.model_config):
@@ -47,11 +47,12 @@ def convert(solution: Solution, backend: str = "auto") -> nn.Module:
 
 
 class _Builder:
-    """Makes the layers of one model and keeps count of what it used."""
+    """Makes the layers of one model and keeps count of what it used. `model` is empty: it says what is needed."""
 
-    def __init__(self, solution: Solution, backend: Backend) -> None:
+    def __init__(self, solution: Solution, backend: Backend, model: nn.Module) -> None:
         self.solution = solution
         self.backend = backend
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.clock = TimestepClock(solution.time_groups)
         self.used: set[str] = set()
 
@@ -60,13 +61,22 @@ class _Builder:
             params, codes = self.solution.params[name], self.solution.codes[name]
         except KeyError:
             raise InputError(f"the solution has no codes for weight site '{name}'") from None
+        self._check_shape(name, codes)
         self.used.add(name)
         return QuantizedWeight(codes, params)
 
+    def parameter(self, name: str) -> torch.Tensor:
+        """A parameter that stays in float."""
+        if name not in self.solution.floats:
+            raise InputError(f"the solution has no value for parameter '{name}'")
+        value = self.solution.floats[name]
+        self._check_shape(name, value)
+        self.used.add(name)
+        return value
+
     def bias(self, module: str) -> torch.Tensor | None:
         name = f"{module}.bias"
-        self.used.add(name)
-        return self.solution.floats.get(name)
+        return self.parameter(name) if name in self.shapes else None
 
     def site(self, name: str, ndim: int) -> ActivationParams:
         if name not in self.solution.params:
@@ -97,16 +107,8 @@ class _Builder:
 
     def fill_floats(self, model: nn.Module) -> None:
         """Put the parameters that stay in float where the empty ones are."""
-        for name, parameter in list(model.named_parameters()):
-            if name not in self.solution.floats:
-                raise InputError(f"the solution has no value for parameter '{name}'")
-            value = self.solution.floats[name]
-            if value.shape != parameter.shape:
-                raise InputError(
-                    f"parameter '{name}' has shape {tuple(value.shape)}, the model's is {tuple(parameter.shape)}"
-                )
-            _replace(model, name, nn.Parameter(value, requires_grad=False))
-            self.used.add(name)
+        for name, _ in list(model.named_parameters()):
+            _replace(model, name, nn.Parameter(self.parameter(name), requires_grad=False))
 
     def check_complete(self, model: nn.Module) -> None:
         """Nothing empty is left in the model, and nothing of the solution is left over."""
@@ -115,6 +117,12 @@ class _Builder:
         given = {*self.solution.params, *self.solution.floats}
         if extra := sorted(given - self.used):
             raise InputError(f"the solution has '{extra[0]}', which this model has no place for")
+
+    def _check_shape(self, name: str, value: torch.Tensor) -> None:
+        if value.shape != self.shapes[name]:
+            raise InputError(
+                f"parameter '{name}' has shape {tuple(value.shape)}, the model's is {tuple(self.shapes[name])}"
+            )
 
 
 def _replace(model: nn.Module, name: str, value: Any) -> None:

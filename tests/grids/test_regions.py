@@ -117,3 +117,22 @@ def test_best_exponent_beats_uniform_on_softmax_at_6_bits() -> None:
         errors.append((regions.dequantize(codes, s1, s2, Grid.MRQ_SOFTMAX) - x).square().mean())
     step = x.max() / 63
     assert min(errors) < (torch.round(x / step) * step - x).square().mean() / 2
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("grid", [Grid.MRQ_SOFTMAX, Grid.MRQ_GELU])
+def test_fake_quantization_is_the_round_trip_bit_for_bit(bits: int, grid: Grid) -> None:
+    x = softmax_rows(16) if grid is Grid.MRQ_SOFTMAX else torch.randn(16, 256) * 3
+    s1, s2 = scales(bits, 3)
+    codes = regions.quantize(x, s1, s2, bits, grid)
+    assert torch.equal(regions.fake_quantize(x, s1, s2, bits, grid), regions.dequantize(codes, s1, s2, grid))
+
+
+@pytest.mark.parametrize("grid", [Grid.MRQ_SOFTMAX, Grid.MRQ_GELU])
+def test_fake_quantization_at_the_border_of_the_regions(grid: Grid) -> None:
+    s1, s2 = torch.tensor(0.001), torch.tensor(1 / 7)
+    border = 7 * s1 if grid is Grid.MRQ_SOFTMAX else torch.tensor(0.0)
+    x = torch.stack([border.nextafter(torch.tensor(-1.0)), border, border.nextafter(torch.tensor(2.0)), -border])
+    x = x.clamp(min=0) if grid is Grid.MRQ_SOFTMAX else x
+    codes = regions.quantize(x, s1, s2, 4, grid)
+    assert torch.equal(regions.fake_quantize(x, s1, s2, 4, grid), regions.dequantize(codes, s1, s2, grid))

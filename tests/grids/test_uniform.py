@@ -99,3 +99,12 @@ def test_factors_contain_both_ends() -> None:
     factors = uniform.factors(0.01, 1.2, 100)
     assert len(factors) == 100
     assert factors[[0, -1]].tolist() == torch.tensor([0.01, 1.2]).tolist()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_fake_quantization_is_the_round_trip_bit_for_bit(bits: int) -> None:
+    x = torch.randn(3, 500) * 4
+    scale = torch.tensor([0.3, 0.01, 2.0])[:, None]
+    for zero_point in (0, torch.tensor([-1, 0, 1], dtype=torch.int32)[:, None]):
+        expected = uniform.dequantize(uniform.quantize(x, scale, zero_point, bits), scale, zero_point)
+        assert torch.equal(uniform.fake_quantize(x, scale, zero_point, bits), expected)

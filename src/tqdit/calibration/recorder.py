@@ -12,12 +12,13 @@ from torch import nn
 from tqdit.calibration.fisher import probe_gradients
 from tqdit.calibration.statistics import RangeStats
 from tqdit.calibration.trajectories import CalibrationSet
-from tqdit.models.sampler import Progress, predict
+from tqdit.models.sampler import Progress, noise_generators, predict
 from tqdit.models.sites import BlockLayout, LinearGroup, blocks, config_of
 from tqdit.recipe import Recipe
 from tqdit.spec import Role
 
 QUERIES_PER_SAMPLE = 32
+PROBE_STREAM = 500_000  # first stream of the probes: apart from those of the trajectories' noise, which start at 0
 MAXIMA_PER_HEAD = 16
 
 
@@ -126,9 +127,11 @@ class _Picker:
         self.rows = torch.rand(samples, halves, tokens, generator=generator).argsort(-1)[..., :rows]
         queries = min(tokens, QUERIES_PER_SAMPLE)
         self.queries = torch.rand(samples, halves, tokens, generator=generator).argsort(-1)[..., :queries]
-        # Attention keeps whole K and V, so only every `stride`-th sample is kept; samples are ordered by group.
+        # Attention keeps whole K and V, so only every `stride`-th sample is kept; samples are ordered by group, halves
+        # alternate. An odd stride of at most the samples of a group meets both halves of every group.
         wanted = math.ceil(recipe.queries / queries)
-        stride = max(1, samples * halves // wanted)
+        stride = max(1, min(samples * halves // wanted, recipe.samples))
+        stride -= 1 - stride % 2
         order = torch.arange(samples * halves).reshape(samples, halves)
         self.attention = order % stride == 0
 
@@ -177,10 +180,8 @@ def _per_sample_probes(
 ) -> list[torch.Tensor]:
     """Probes whose noise depends on (seed, sample) alone, so that the batch size changes nothing."""
     shape = (recipe.probes, *eps.shape[1:])
-    noise = torch.stack(
-        [torch.randn(shape, generator=torch.Generator().manual_seed(recipe.seed * 1_000_003 + i)) for i in samples],
-        1,
-    )
+    streams = noise_generators(recipe.seed, range(PROBE_STREAM + samples.start, PROBE_STREAM + samples.stop))
+    noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams], 1)
     return probe_gradients(eps, [taps.outputs[name] for name in names], noise.to(eps.device))
 
 

@@ -1,6 +1,7 @@
 """Which backend runs which operation, and why not another."""
 
 import importlib
+from types import SimpleNamespace
 from typing import cast
 
 from tqdit.errors import InputError
@@ -22,13 +23,18 @@ _OPERATIONS = {
 }
 
 
+_MEMBERS = ("NAME", "INTEGER", "quantize", "linear", "scores", "values", "weight_only_linear")
+
+
 def get_backend(name: str = "auto") -> Backend:
     """The backend of that name; "auto" is the first integer one that can run here."""
     if name == "auto":
         name = next(iter(BACKENDS))
     if name not in BACKENDS:
         raise InputError(f"unknown backend '{name}'; known: auto, {', '.join(BACKENDS)}")
-    return cast(Backend, importlib.import_module(BACKENDS[name]))
+    module = importlib.import_module(BACKENDS[name])
+    # Its functions, not the module: a model that holds a module can be neither copied nor pickled.
+    return cast(Backend, SimpleNamespace(**{member: getattr(module, member) for member in _MEMBERS}))
 
 
 def kernel_name(site: SiteSpec, backend: Backend) -> str:

@@ -47,7 +47,7 @@ def _sheet(pixels: torch.Tensor, edge: int) -> Sheet:
     pixels = F.pad(pixels, (0, 1, 0, 1), value=GAP)
     missing = -shown % columns
     pixels = torch.cat([pixels, torch.full_like(pixels[:1], GAP).expand(missing, -1, -1, -1)])
+    image = image_grid(pixels, columns, scale=1)  # the browser enlarges: `image-rendering: pixelated`
     buffer = BytesIO()
-    # The browser enlarges: `image-rendering: pixelated` in the page.
-    image_grid(pixels, columns, scale=1).save(buffer, format="PNG", optimize=True)
+    image.crop((0, 0, image.width - 1, image.height - 1)).save(buffer, format="PNG", optimize=True)
     return Sheet("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), shown, columns)

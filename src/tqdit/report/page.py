@@ -11,9 +11,8 @@ import torch
 from markupsafe import Markup
 
 from tqdit.comparison import Comparison, ModelRow
-from tqdit.report import figures, tables
+from tqdit.report import figures, softmax, tables
 from tqdit.report.images import sheets
-from tqdit.spec import Grid, GridParams, Role
 from tqdit.timegroups import TimeGroups
 
 
@@ -69,8 +68,7 @@ def render(comparison: Comparison, maxima: torch.Tensor, t: torch.Tensor) -> str
 def _context(comparison: Comparison, maxima: torch.Tensor, t: torch.Tensor) -> dict[str, Any]:
     models = comparison.models
     groups = _time_groups(models)
-    boxes = figures.box_groups(t, groups)
-    shown = sorted({0, maxima.shape[1] // 2, maxima.shape[1] - 1})
+    boxes = softmax.box_groups(t, groups)
     measured = any(row.eps for row in models)
     looks = figures.series_of(models)
     return {
@@ -85,18 +83,9 @@ def _context(comparison: Comparison, maxima: torch.Tensor, t: torch.Tensor) -> d
         "has_fd": any(row.fd_fashion is not None for row in (comparison.float_model, *models)),
         "looks": looks,
         "fidelity": [
-            draw(models, groups.num_timesteps)
-            for draw in (figures.sqnr_by_timestep, figures.sqnr_by_group)
-            if measured
+            draw(models, groups.num_timesteps) for draw in (figures.sqnr_by_timestep, figures.sqnr_by_group) if measured
         ],
-        "boxes": [
-            (
-                block,
-                figures.median_change(maxima[:, block], t, boxes),
-                figures.maxima_boxes(maxima[:, block], t, boxes, block),
-            )
-            for block in shown
-        ],
+        "boxes": _boxes(maxima, t, boxes),
         "box_count": boxes.num_groups,
         "scales": list(_scale_charts(models)),
         "site_rows": tables.site_table(models),
@@ -107,6 +96,15 @@ def _time_groups(models: tuple[ModelRow, ...]) -> TimeGroups:
     """The finest time groups of any model."""
     found = [row.solution.time_groups for row in models if row.solution]
     return max(found, key=lambda groups: groups.num_groups, default=TimeGroups())
+
+
+def _boxes(maxima: torch.Tensor, t: torch.Tensor, groups: TimeGroups) -> list[tuple[int, float, Markup]]:
+    """(block, how much its median changes, chart) of the first, middle and last block."""
+    last = maxima.shape[1] - 1
+    chosen = [(block, maxima[:, block]) for block in sorted({0, (last + 1) // 2, last})]
+    return [
+        (block, softmax.median_change(x, t, groups), softmax.maxima_boxes(x, t, groups, block)) for block, x in chosen
+    ]
 
 
 def _pictures(comparison: Comparison) -> list[Picture]:
@@ -123,28 +121,15 @@ def _pictures(comparison: Comparison) -> list[Picture]:
 
 def _scale_charts(models: tuple[ModelRow, ...]) -> Iterator[ScaleChart]:
     """One chart per solved model, all on one colour scale."""
-    solved = [(row.name, row.solution, _softmax_sites(row)) for row in models if row.solution]
+    solved = [
+        (row.name, row.solution.time_groups, softmax.grouped_sites(row.solution)) for row in models if row.solution
+    ]
     grouped = [sites for _, _, sites in solved if sites]
-    steps = torch.cat([figures.finest_steps(sites).flatten() for sites in grouped]) if grouped else torch.zeros(1)
+    steps = torch.cat([softmax.finest_steps(sites).flatten() for sites in grouped]) if grouped else torch.zeros(1)
     limits = (float(steps.min()), float(steps.max()))
-    for i, (name, solution, sites) in enumerate(solved):
+    for i, (name, groups, sites) in enumerate(solved):
         if not sites:
             yield ScaleChart(name, "one scale for all timesteps", None)
             continue
-        chart = figures.scale_heatmap(f"scales{i}", sites, solution.time_groups, limits)
-        yield ScaleChart(name, _grid_note(sites), chart)
-
-
-def _softmax_sites(row: ModelRow) -> list[GridParams]:
-    """The post-softmax sites that have time groups, in the order of the blocks."""
-    params = row.solution.params.values() if row.solution else ()
-    return [p for p in params if p.spec.role is Role.SOFTMAX and p.spec.groups > 1]
-
-
-def _grid_note(sites: list[GridParams]) -> str:
-    uniform = [str(block) for block, p in enumerate(sites) if p.spec.grid is Grid.UNIFORM]
-    if not uniform:
-        return "s₁ of the MRQ grid"
-    if len(uniform) == len(sites):
-        return "the scale of the uniform grid"
-    return f"s₁ of the MRQ grid; in block {', '.join(uniform)} the scale of a uniform grid"
+        chart = softmax.scale_heatmap(f"scales{i}", sites, groups, limits)
+        yield ScaleChart(name, softmax.grid_note(sites), chart)

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK = "#010203"  # stands for the page's text colour; becomes `currentColor`, so that dark mode works
-WIDTH = 6.4  # inches of 72 units: a panel is half the page on a desktop and the whole of a phone
-STYLE: dict[str, Any] = {
+SIZE = (6.4, 3.6)  # inches of 72 units: a panel is half the page on a desktop and the whole of a phone
+DPI = 200  # of the parts that are rasterized
+STYLE: Any = {  # matplotlib types every key by name
     "svg.fonttype": "none",  # text stays text: selectable, small, in the page's font
     "figure.facecolor": "none",
     "savefig.facecolor": "none",
@@ -27,16 +28,15 @@ STYLE: dict[str, Any] = {
     "axes.linewidth": 0.8,
     "axes.titlesize": 12,
     "axes.titlelocation": "left",
-} | dict.fromkeys(
-    ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK
-)
+} | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK)
 ANONYMOUS = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # the same figure gives the same bytes
 
 
-def draw(key: str, alt: str, paint: Callable[["Axes"], None], height: float = 3.6) -> Markup:
+def draw(key: str, alt: str, paint: Callable[["Axes"], None], size: tuple[float, float] = SIZE) -> Markup:
     """The `<svg>` of what `paint` draws on one set of axes, with `alt` as its accessible name.
 
-    `key` must be unique in the page: it keeps the ids of one figure apart from those of the next.
+    `size`: (width, height) in units of 72 pixels. `key` must be unique in the page: it keeps the ids of one figure
+    apart from those of the next.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -44,10 +44,10 @@ def draw(key: str, alt: str, paint: Callable[["Axes"], None], height: float = 3.
     with mpl.rc_context():
         mpl.rcdefaults()  # a user's matplotlibrc must not change the report
         mpl.rcParams.update(STYLE | {"svg.hashsalt": key})
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         paint(figure.add_subplot())
         buffer = StringIO()
-        figure.savefig(buffer, format="svg", metadata=ANONYMOUS)
+        figure.savefig(buffer, format="svg", dpi=DPI, metadata=ANONYMOUS)
     return _inline(buffer.getvalue(), alt)
 
 

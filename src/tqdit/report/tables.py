@@ -41,7 +41,7 @@ def title(comparison: Comparison) -> str:
     best = closest(comparison.models)
     if best is None or best.eps is None:
         return f"{name}, quantized"
-    return f"{name}, {1 / best.size_ratio:.1f}× smaller at {number(best.eps.overall, 1)} dB"
+    return f"{name}, {1 / best.size_ratio:.1f}× smaller at {number(best.eps.overall, 1)} dB ε SQNR"
 
 
 def summary(comparison: Comparison) -> str:
@@ -62,7 +62,7 @@ def summary(comparison: Comparison) -> str:
     if smallest is not best:
         text += (
             f" The smallest, {_described(smallest)}, takes {_megabytes(smallest)} MB "
-            f"({1 / smallest.size_ratio:.1f}× smaller) at {number(smallest.eps and smallest.eps.overall, 1)} dB."
+            f"({1 / smallest.size_ratio:.1f}× smaller) at {number(_sqnr(smallest), 1)} dB."
         )
     return text
 
@@ -81,7 +81,7 @@ def cells(row: ModelRow) -> list[str]:
         _megabytes(row),
         number(100 * row.size_ratio, 1),
         number(row.calibration_seconds, 0),
-        number(row.eps and row.eps.overall, 1),
+        number(_sqnr(row), 1),
         number(row.psnr_db, 1),
         number(row.fd_fashion, 2),
     ]
@@ -92,8 +92,8 @@ def facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(FACTS.get(key, key.replace("_", " ")), str(value)) for key, value in values.items()]
 
 
-def site_table(models: Sequence[ModelRow]) -> list[tuple[str, list[list[str]]]]:
-    """For each role that occurs: its label, and for each model the phrases that describe its sites."""
+def site_table(models: Sequence[ModelRow]) -> list[tuple[str, list[list[tuple[str, str]]]]]:
+    """For each role that occurs: its label, and for each model (number and grid, what shares a scale)."""
     rows = []
     for role, label in ROLES.items():
         columns = [_phrases(row.solution.sites if row.solution else (), role) for row in models]
@@ -102,17 +102,23 @@ def site_table(models: Sequence[ModelRow]) -> list[tuple[str, list[list[str]]]]:
     return rows
 
 
-def _phrases(sites: Sequence[SiteSpec], role: Role) -> list[str]:
+def _phrases(sites: Sequence[SiteSpec], role: Role) -> list[tuple[str, str]]:
     counts = Counter((s.bits, s.grid, s.granularity, s.groups) for s in sites if s.role is role)
     return [
-        f"{count} × {bits}-bit {GRIDS[grid]}, {SHARED[granularity]}"
-        + (f", {groups} time groups" if groups > 1 else "")
+        (
+            f"{count} × {bits}-bit {GRIDS[grid]}",
+            SHARED[granularity] + (f", {groups} time groups" if groups > 1 else ""),
+        )
         for (bits, grid, granularity, groups), count in counts.items()
     ]
 
 
 def _megabytes(row: ModelRow) -> str:
     return number(row.size_bytes / 1e6, 2)
+
+
+def _sqnr(row: ModelRow) -> float | None:
+    return row.eps.overall if row.eps else None
 
 
 def _described(row: ModelRow) -> str:

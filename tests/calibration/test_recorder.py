@@ -1,0 +1,196 @@
+"""Records of the float model: its true operands, every group, and a model left as it was."""
+
+import pytest
+import torch
+from torch import nn
+
+from tqdit.calibration.recorder import record
+from tqdit.models.sampler import predict
+from tqdit.models.sites import blocks, sites
+from tqdit.spec import Role
+
+Q, K, V, P = Role.QUERY, Role.KEY, Role.VALUE, Role.SOFTMAX
+
+
+@torch.inference_mode()
+def inputs_of(model: nn.Module, names: list[str], data, guidance: float) -> dict[str, torch.Tensor]:
+    """Inputs of modules in a guided call over all of `data`, conditional halves first."""
+    found, handles = {}, []
+    for name in names:
+        handles.append(
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, name=name: found.update({name: args[0].clone()})
+            )
+        )
+    predict(model, data.x, data.t, data.labels, guidance)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def split_heads(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(*x.shape[:2], 2, 16).transpose(1, 2)
+
+
+def test_ranges_are_those_of_every_value(model, data, records, tiny_recipe) -> None:
+    groups = data.group.repeat(2)
+    for block in blocks(model.config):
+        modules = [group.modules[0] for group in block.linears]
+        seen = inputs_of(model, modules, data, 1.5)
+        attn = model.get_submodule(block.attention)
+        x = seen[modules[0]]
+        q, k, v = (split_heads(layer(x)) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        values = {group.source: seen[group.modules[0]] for group in block.linears}
+        values |= {block.operand(Q): q, block.operand(K): k, block.operand(V): v}
+        values[block.operand(P)] = (q @ k.mT / 4).softmax(-1)
+        for name, value in values.items():
+            stats = records.ranges[name]
+            for g in range(4):
+                dims = (0, 2, 3) if value.ndim == 4 else (0, 1, 2)
+                members = value[groups == g]
+                assert torch.allclose(stats.low[g], members.amin(dims), atol=1e-5), name
+                assert torch.allclose(stats.high[g], members.amax(dims), atol=1e-5), name
+
+
+def test_every_activation_site_has_ranges(model, records, tiny_recipe) -> None:
+    assert set(records.ranges) == {s.name for s in sites(model.config, tiny_recipe()) if not s.is_weight}
+    for stats in records.ranges.values():
+        assert torch.isfinite(stats.low).all()
+        assert (stats.high > stats.low).all()
+
+
+def test_rows_are_rows_of_the_input_in_their_group(model, data, records) -> None:
+    block = blocks(model.config)[1]
+    for group in block.linears:
+        seen = inputs_of(model, [group.modules[0]], data, 1.5)[group.modules[0]]
+        linear = records.linears[group.source]
+        assert linear.x.shape == (256, seen.shape[-1])
+        assert linear.group.bincount().tolist() == [64] * 4
+        for row, g in zip(linear.x[::17], linear.group[::17], strict=True):
+            nearest = (seen - row).abs().amax(-1)  # (2 S, tokens)
+            sample = int(nearest.amin(1).argmin())
+            assert nearest.min() < 1e-4
+            assert data.group.repeat(2)[sample] == g
+        outputs = sum(model.get_submodule(name).out_features for name in group.modules)
+        assert linear.fisher.shape == (256, outputs)
+
+
+def test_attention_records_are_whole_keys_and_values(model, records) -> None:
+    for attention in records.attentions.values():
+        s, h, queries, d = attention.q.shape
+        assert (h, d) == (2, 16)
+        assert attention.k.shape == attention.v.shape == (s, 2, 16, 16)
+        assert attention.fisher_scores.shape == (s, 2, queries, 16)
+        assert attention.fisher_values.shape == attention.q.shape
+        assert len(attention.group) == s
+
+
+@pytest.mark.parametrize(("samples", "queries"), [(4, 64), (4, 256), (6, 32), (3, 1), (5, 200)])
+def test_attention_records_have_every_group_and_both_halves(
+    model, scheduler_config, tiny_recipe, samples: int, queries: int
+) -> None:
+    from tqdit.calibration.trajectories import collect
+
+    recipe = tiny_recipe(samples=samples, queries=queries, hessian=False)
+    data = collect(model, scheduler_config, recipe)
+    records = record(model, data, recipe, batch=len(data))
+    module = "transformer_blocks.0.attn1.to_q"
+    q = split_heads(model.get_submodule(module)(inputs_of(model, [module], data, 1.5)[module]))
+    attention = records.attentions["transformer_blocks.0.attn1"]
+    sources = []
+    for i in range(len(attention.q)):
+        distance = (q - attention.q[i][:, :1]).abs().sum((1, 3)).amin(-1)  # to every sample's tokens
+        sources.append(int(distance.argmin()))
+        assert distance.min() < 1e-3
+    halves = torch.tensor(sources) >= len(data)
+    for g in range(4):
+        assert set(halves[attention.group == g].tolist()) == {False, True}, f"group {g}"
+
+
+def test_model_is_left_as_it_was(tiny_dit, data, tiny_recipe) -> None:
+    model = tiny_dit()
+
+    def output() -> torch.Tensor:
+        return model(data.x, timestep=data.t, class_labels=data.labels).sample
+
+    before = output()
+    processors = [block.attn1.processor for block in model.transformer_blocks]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    record(model, data, tiny_recipe())
+    assert [block.attn1.processor for block in model.transformer_blocks] == processors
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    assert torch.equal(output(), before)
+
+
+def test_model_is_left_as_it_was_after_an_error(tiny_dit, data, tiny_recipe) -> None:
+    model = tiny_dit()
+    processors = [block.attn1.processor for block in model.transformer_blocks]
+
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        record(model, data, tiny_recipe(), interrupt)
+    assert [block.attn1.processor for block in model.transformer_blocks] == processors
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_observed_model_computes_what_the_model_computes(tiny_dit, data, tiny_recipe) -> None:
+    """The recording attention is the model's attention: same output while it watches."""
+    model, outputs = tiny_dit(), []
+    handle = model.proj_out_2.register_forward_hook(lambda _, __, y: outputs.append(y.detach()))
+    record(model, data, tiny_recipe(hessian=False), batch=len(data))
+    predict(model, data.x, data.t, data.labels, 1.5)
+    handle.remove()
+    assert torch.allclose(*outputs, atol=1e-5)
+
+
+def test_batch_size_changes_nothing(model, data, records, tiny_recipe) -> None:
+    for batch in (3, 16):
+        other = record(model, data, tiny_recipe(), batch=batch)
+        for name, stats in records.ranges.items():
+            assert torch.allclose(other.ranges[name].low, stats.low, atol=1e-5), name
+            assert torch.allclose(other.ranges[name].high, stats.high, atol=1e-5), name
+        for name, linear in records.linears.items():
+            total = other.linears[name].fisher.sum(0)
+            assert torch.allclose(total, linear.fisher.sum(0), rtol=1e-3), name
+            assert torch.allclose(other.linears[name].x.sum(0), linear.x.sum(0), atol=1e-3), name
+
+
+def test_without_hessian_all_weights_are_one(model, data, tiny_recipe) -> None:
+    for linear in record(model, data, tiny_recipe(hessian=False)).linears.values():
+        assert (linear.fisher == 1).all()
+
+
+def test_guidance_of_one_records_the_conditional_half(model, data, tiny_recipe) -> None:
+    records = record(model, data, tiny_recipe(guidance=1.0, rows=10**6))
+    assert {len(linear.x) for linear in records.linears.values()} == {len(data) * 16}
+
+
+def test_maxima_are_in_the_order_of_the_samples(data, records) -> None:
+    assert records.t is data.t
+    assert records.maxima.shape == (16, 2, 2 * 16)
+    assert (records.maxima > 0).all()
+    assert (records.maxima <= 1).all()
+
+
+def test_probe_noise_is_not_the_noise_of_the_trajectories(model, data, tiny_recipe, monkeypatch) -> None:
+    from tqdit.calibration import recorder
+    from tqdit.models.sampler import noise_generators
+
+    seen: list[torch.Tensor] = []
+    original = recorder.probe_gradients
+
+    def spy(output, intermediates, noise):
+        seen.append(noise)
+        return original(output, intermediates, noise)
+
+    monkeypatch.setattr(recorder, "probe_gradients", spy)
+    record(model, data, tiny_recipe())
+    probes = torch.cat(seen, 1)[0]
+    assert len(probes) == len(data)
+    assert probes.std() == pytest.approx(1, abs=0.1)
+    for index, generator in enumerate(noise_generators(0, range(len(data)))):
+        assert not torch.equal(torch.randn(1, 8, 8, generator=generator), probes[index])

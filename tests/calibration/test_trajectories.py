@@ -1,0 +1,102 @@
+"""Calibration data: n states per group, from the trajectories of the sampler itself."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from tqdit.calibration.trajectories import collect
+from tqdit.errors import InputError
+from tqdit.models.sampler import Sampling, make_scheduler, noise_generators, trajectory
+
+
+def equal(a, b) -> bool:
+    return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize(("groups", "samples", "steps"), [(4, 4, 20), (10, 3, 50), (3, 5, 7)])
+def test_exactly_n_per_group(model, scheduler_config, tiny_recipe, sampler, groups, samples, steps) -> None:
+    recipe = tiny_recipe(groups=groups, samples=samples, steps=steps, sampler=sampler)
+    data = collect(model, scheduler_config, recipe)
+    assert len(data) == groups * samples
+    assert data.group.bincount().tolist() == [samples] * groups
+    assert (data.t * groups // 1000).tolist() == data.group.tolist()
+    visited = make_scheduler(scheduler_config, Sampling(sampler, steps), False).timesteps
+    assert set(data.t.tolist()) <= set(visited.tolist())
+    assert data.x.shape == (len(data), 1, 8, 8)
+    assert data.x.dtype is torch.float32
+
+
+def test_random_timesteps_of_a_group(model, scheduler_config, tiny_recipe) -> None:
+    def picked(seed: int) -> list[int]:
+        return collect(model, scheduler_config, tiny_recipe(seed=seed, trajectories=4)).t.tolist()
+
+    assert len({tuple(picked(seed)) for seed in range(3)}) == 3
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_states_are_those_of_the_trajectories(model, scheduler_config, tiny_recipe, sampler: str) -> None:
+    recipe = tiny_recipe(sampler=sampler, trajectories=3)
+    data = collect(model, scheduler_config, recipe)
+    sampling = Sampling(sampler, recipe.steps, recipe.guidance)
+    rerun: dict[tuple[int, int], list[torch.Tensor]] = {}
+    for label in data.labels.unique().tolist():
+        for index in range(3):
+            generators = noise_generators(recipe.seed, [index])
+            for t, x in trajectory(model, scheduler_config, sampling, torch.tensor([label]), generators):
+                rerun.setdefault((label, t), []).append(x[0])
+    used = set()
+    for x, t, label in zip(data.x, data.t.tolist(), data.labels.tolist(), strict=True):
+        errors = [(x - state).abs().max().item() for state in rerun[label, t]]
+        assert min(errors) < 1e-4
+        used.add(errors.index(min(errors)))
+    assert used == {0, 1, 2}
+    assert len(data.labels.unique()) == 3  # every trajectory its own class
+
+
+def test_seed_decides(model, scheduler_config, tiny_recipe) -> None:
+    first, again, other = (collect(model, scheduler_config, tiny_recipe(seed=s)) for s in (0, 0, 1))
+    assert equal(first, again)
+    assert not torch.equal(first.x, other.x)
+
+
+def test_batch_changes_nothing(model, scheduler_config, tiny_recipe) -> None:
+    recipe = tiny_recipe(trajectories=4)
+    whole = collect(model, scheduler_config, recipe, batch=8)
+    for batch in (1, 3):
+        parts = collect(model, scheduler_config, recipe, batch=batch)
+        assert torch.equal(parts.t, whole.t)
+        assert torch.equal(parts.labels, whole.labels)
+        assert torch.allclose(parts.x, whole.x, atol=1e-4)  # torch orders float sums by batch size
+
+
+def test_guidance_changes_the_states(model, scheduler_config, tiny_recipe) -> None:
+    low, high = (collect(model, scheduler_config, tiny_recipe(guidance=g)) for g in (1.0, 4.0))
+    assert not torch.allclose(low.x, high.x, atol=0.01)
+
+
+def test_too_few_steps_name_the_group(model, scheduler_config, tiny_recipe) -> None:
+    with pytest.raises(InputError, match=r"3 steps visit no timestep of time group 3 of 4"):
+        collect(model, scheduler_config, tiny_recipe(steps=3))
+
+
+@pytest.mark.parametrize("trajectories", [1, 9])
+def test_impossible_number_of_trajectories(model, scheduler_config, tiny_recipe, trajectories: int) -> None:
+    recipe = tiny_recipe(samples=8, steps=20, trajectories=trajectories)  # 5 timesteps of a group: at least 2
+    with pytest.raises(InputError, match=f"between 2 and 8 .* got {trajectories}"):
+        collect(model, scheduler_config, recipe)
+
+
+def test_fewest_trajectories_that_give_enough(model, scheduler_config, tiny_recipe) -> None:
+    data = collect(model, scheduler_config, tiny_recipe(samples=8, steps=20, trajectories=2))
+    assert data.group.bincount().tolist() == [8] * 4
+    pairs = list(zip(data.t.tolist(), data.labels.tolist(), strict=True))
+    assert len(set(pairs)) == len(pairs)  # no state twice
+
+
+def test_progress_reaches_the_end(model, scheduler_config, tiny_recipe) -> None:
+    told: list[float] = []
+    collect(model, scheduler_config, tiny_recipe(trajectories=3), told.append, batch=2)
+    assert told == sorted(told)
+    assert told[-1] == pytest.approx(1)

@@ -1,0 +1,66 @@
+"""The timestep clock: one per model, set by every call."""
+
+import pytest
+import torch
+
+from tqdit.errors import InputError
+from tqdit.layers.clock import TimestepClock
+from tqdit.timegroups import TimeGroups
+
+X = torch.zeros(3, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("timestep", "group"),
+    [
+        (torch.tensor([0, 250, 999]), [0, 1, 3]),
+        (torch.tensor(700), [2]),
+        (torch.tensor([700]), [2]),
+        (700, [2]),
+        (torch.tensor([249.9, 250.0, 250.1]), [0, 1, 1]),
+        (torch.tensor([0, 250, 999], dtype=torch.int32), [0, 1, 3]),
+    ],
+)
+def test_groups_of_the_batch(clock: TimestepClock, timestep, group: list[int]) -> None:
+    clock.set(timestep, 3)
+    assert clock.group.tolist() == group
+
+
+@pytest.mark.parametrize("timestep", [-1, 1000, torch.tensor([0, 1, 5000])])
+def test_timestep_outside_is_an_error(clock: TimestepClock, timestep) -> None:
+    with pytest.raises(InputError, match="outside"):
+        clock.set(timestep, 3)
+
+
+def test_timesteps_must_fit_the_batch(clock: TimestepClock) -> None:
+    with pytest.raises(InputError, match="2 entries for a batch of 3"):
+        clock.set(torch.tensor([1, 2]), 3)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ((X, torch.tensor([999])), {}),
+        ((X,), {"timestep": torch.tensor([999])}),
+        ((), {"hidden_states": X, "timestep": torch.tensor([999])}),
+    ],
+)
+def test_hook_finds_positional_and_keyword_timesteps(clock: TimestepClock, args, kwargs) -> None:
+    clock.pre_hook(clock, args, kwargs)
+    assert clock.group.tolist() == [3]
+
+
+def test_hook_without_a_timestep_is_an_error(clock: TimestepClock) -> None:
+    with pytest.raises(InputError, match="timestep"):
+        clock.pre_hook(clock, (X,), {})
+
+
+def test_clocks_are_independent() -> None:
+    coarse, fine = TimestepClock(TimeGroups(1000, 2)), TimestepClock(TimeGroups(1000, 10))
+    coarse.set(999, 1)
+    fine.set(0, 1)
+    assert (coarse.group.item(), fine.group.item()) == (1, 0)
+
+
+def test_table_is_not_part_of_the_checkpoint(clock: TimestepClock) -> None:
+    assert not clock.state_dict()

@@ -1,0 +1,228 @@
+"""The reverse process against an implementation written from its equations."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from tqdit.errors import InputError
+from tqdit.evaluation.generate import sample_latents
+from tqdit.models.sampler import Sampling, make_scheduler, noise_generators, num_classes, predict, trajectory
+
+LABELS = torch.tensor([3, 7, 3])
+
+
+class Reverse:
+    """p(x_{t-1} | x_t) with a linear beta schedule, float64; `steps` timesteps evenly from 0."""
+
+    def __init__(self, config: dict, steps: int) -> None:
+        total = config["num_train_timesteps"]
+        betas = torch.linspace(config["beta_start"], config["beta_end"], total, dtype=torch.float64)
+        self.alpha_bar = (1 - betas).cumprod(0)
+        self.timesteps = [i * (total // steps) for i in reversed(range(steps))]
+
+    def pairs(self):
+        """(t, alpha_bar_t, alpha_bar of the next state)."""
+        for t, following in pairwise([*self.timesteps, None]):
+            yield t, self.alpha_bar[t], 1.0 if following is None else self.alpha_bar[following]
+
+
+def guided(model: nn.Module, x: torch.Tensor, t: int, labels: torch.Tensor, guidance: float):
+    """(eps, v), the conditional and the unconditional prediction made apart."""
+
+    def run(classes: torch.Tensor) -> torch.Tensor:
+        steps = torch.full((len(x),), t)
+        return model(x.float(), timestep=steps, class_labels=classes, return_dict=False)[0].double()
+
+    cond, uncond = run(labels), run(torch.full_like(labels, 10))
+    eps = uncond[:, :1] + guidance * (cond[:, :1] - uncond[:, :1])
+    return eps, cond[:, 1:]
+
+
+def noises(seed: int, count: int, steps: int) -> torch.Tensor:
+    """(steps + 1, count, 1, 8, 8): every image's own stream, the initial state first."""
+    streams = [torch.stack([torch.randn(1, 8, 8, generator=g) for _ in range(steps + 1)])
+               for g in noise_generators(seed, range(count))]  # fmt: skip
+    return torch.stack(streams, 1).double()
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("guidance", [1.0, 1.5, 0.0])
+def test_ddim(model, scheduler_config, guidance: float) -> None:
+    sampling = Sampling("ddim", 10, guidance)
+    states = list(trajectory(model, scheduler_config, sampling, LABELS, noise_generators(5, range(3))))
+    x = noises(5, 3, 0)[0]
+    for (t, a, a_next), (our_t, ours) in zip(Reverse(scheduler_config, 10).pairs(), states, strict=False):
+        assert t == our_t
+        assert_same(ours, x)
+        eps, _ = guided(model, x, t, LABELS, guidance)
+        x_0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
+        x = a_next**0.5 * x_0 + (1 - a_next) ** 0.5 * eps
+    assert len(states) == 11
+    assert states[-1][0] is None
+    assert_same(states[-1][1], x)
+
+
+@torch.inference_mode()
+def test_ddpm_with_learned_variance(model, scheduler_config) -> None:
+    sampling = Sampling("ddpm", 10, 1.5)
+    states = list(trajectory(model, scheduler_config, sampling, LABELS, noise_generators(5, range(3))))
+    noise = noises(5, 3, 10)
+    x = noise[0]
+    for step, (t, a, a_next) in enumerate(Reverse(scheduler_config, 10).pairs()):
+        assert_same(states[step][1], x)
+        eps, v = guided(model, x, t, LABELS, 1.5)
+        alpha = a / a_next
+        beta = 1 - alpha
+        mean = (x - beta / (1 - a) ** 0.5 * eps) / alpha**0.5
+        if t == 0:
+            x = mean
+            break
+        small = beta * (1 - a_next) / (1 - a)
+        variance = torch.exp((v + 1) / 2 * torch.log(beta) + (1 - (v + 1) / 2) * torch.log(small))
+        x = mean + variance**0.5 * noise[step + 1]
+    assert_same(states[-1][1], x)
+
+
+class Constant(nn.Module):
+    """Returns eps = 0 and a constant v."""
+
+    config = {"in_channels": 1, "out_channels": 2, "sample_size": 4, "num_embeds_ada_norm": 10}
+
+    def __init__(self, v: float) -> None:
+        super().__init__()
+        self.v = v
+
+    def forward(self, x: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
+        return (torch.cat([torch.zeros_like(x), torch.full_like(x, self.v)], 1),)
+
+
+@pytest.mark.parametrize(("sampler", "matters"), [("ddpm", True), ("ddim", False)])
+def test_ddpm_does_not_drop_the_learned_variance(scheduler_config, sampler: str, matters: bool) -> None:
+    results = []
+    for v in (-1.0, 1.0):
+        states = trajectory(
+            Constant(v), scheduler_config, Sampling(sampler, 10), LABELS, noise_generators(0, range(3))
+        )
+        *_, (_, x) = states
+        results.append(x)
+    assert torch.equal(*results) != matters
+    if matters:
+        assert results[1].std() > results[0].std()  # beta is the larger variance
+
+
+def test_model_without_learned_variance_samples_with_a_fixed_one(tiny_dit, scheduler_config) -> None:
+    model = tiny_dit(out_channels=1)
+    *_, (t, x) = trajectory(model, scheduler_config, Sampling("ddpm", 5), LABELS, noise_generators(0, range(3)))
+    assert t is None
+    assert torch.isfinite(x).all()
+
+
+# Guidance ----------------------------------------------------------------------------------------------------------
+
+
+class Spy(nn.Module):
+    """eps = label, v = -label; keeps its inputs."""
+
+    config = Constant.config
+
+    def forward(self, x, timestep, class_labels, return_dict):
+        self.x, self.t, self.labels = x, timestep, class_labels
+        plane = class_labels[:, None, None, None].float().expand(-1, 1, 4, 4)
+        return (torch.cat([plane, -plane], 1),)
+
+
+def test_trap_6_halves_are_paired_and_combined_per_sample() -> None:
+    spy, x, t = Spy(), torch.randn(3, 1, 4, 4), torch.tensor([5, 600, 20])
+    out = predict(spy, x, t, LABELS, 1.5)
+    assert torch.equal(spy.x, torch.cat([x, x]))
+    assert spy.t.tolist() == [5, 600, 20, 5, 600, 20]
+    assert spy.labels.tolist() == [3, 7, 3, 10, 10, 10]
+    expected = 10 + 1.5 * (LABELS - 10.0)
+    assert torch.allclose(out[:, 0, 0, 0], expected)
+    assert torch.equal(out[:, 1, 0, 0], -LABELS.float())  # v of the conditional half
+
+
+def test_guidance_of_one_runs_the_conditional_half_alone() -> None:
+    spy, x = Spy(), torch.randn(3, 1, 4, 4)
+    out = predict(spy, x, torch.zeros(3), LABELS, 1.0)
+    assert len(spy.x) == 3
+    assert out[:, 0, 0, 0].tolist() == LABELS.tolist()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("guidance", [0.0, 1.5, 4.0])
+def test_guided_prediction_of_the_model(model, data, guidance: float) -> None:
+    t = torch.full((4,), 350)
+    eps, v = guided(model, data.x[:4], 350, data.labels[:4], guidance)
+    out = predict(model, data.x[:4], t, data.labels[:4], guidance)
+    assert torch.allclose(out.double(), torch.cat([eps, v], 1), atol=1e-5)
+
+
+# Schedulers, noise ---------------------------------------------------------------------------------------------------
+
+
+def test_null_class_is_the_last_row_of_the_label_table(model) -> None:
+    name = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
+    assert len(model.state_dict()[name]) == num_classes(model) + 1
+
+
+def test_scheduler_keeps_the_config_of_the_model(scheduler_config) -> None:
+    scheduler = make_scheduler(scheduler_config, Sampling("ddpm", 20), learned_variance=True)
+    assert scheduler.config.beta_end == scheduler_config["beta_end"]
+    assert scheduler.config.variance_type == "learned_range"
+    assert not scheduler.config.clip_sample
+
+
+@pytest.mark.parametrize(("given", "used"), [("fixed_large", "fixed_large"), ("learned_range", "fixed_small")])
+def test_fixed_variance_of_a_model_that_has_no_v(scheduler_config, given: str, used: str) -> None:
+    config = {**scheduler_config, "variance_type": given}
+    assert make_scheduler(config, Sampling("ddpm", 20), False).config.variance_type == used
+
+
+def test_default_schedule_is_that_of_dit() -> None:
+    config = make_scheduler(None, Sampling("ddim", 20), False).config
+    assert (config.num_train_timesteps, config.beta_schedule, config.clip_sample) == (1000, "linear", False)
+    assert (config.beta_start, config.beta_end) == (0.0001, 0.02)
+
+
+@pytest.mark.parametrize("bad", [{"sampler": "euler"}, {"steps": 0}])
+def test_bad_sampling_is_an_error(bad: dict) -> None:
+    with pytest.raises(InputError, match=next(iter(bad))):
+        Sampling(**bad)
+
+
+def test_more_steps_than_timesteps_is_an_error(scheduler_config) -> None:
+    with pytest.raises(InputError, match="at most the 1000 training timesteps, got 1001"):
+        make_scheduler(scheduler_config, Sampling("ddim", 1001), False)
+
+
+def test_noise_depends_on_seed_and_index_alone() -> None:
+    def draw(seed: int, indices) -> list[list[float]]:
+        return [torch.randn(4, generator=g).tolist() for g in noise_generators(seed, indices)]
+
+    assert draw(0, range(6))[2:4] == draw(0, [2, 3])
+    distinct = {tuple(x) for seed in range(3) for x in draw(seed, range(4))}
+    assert len(distinct) == 12
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_image_i_is_the_same_in_every_batch_and_shard(model, scheduler_config, sampler: str) -> None:
+    classes = [0, 4, 4, 9, 1]
+    sampling = Sampling(sampler, 5, 1.5)
+
+    def images(members: slice, batch: int) -> torch.Tensor:
+        return sample_latents(
+            model, scheduler_config, classes[members], sampling, 11, batch=batch, first=members.start
+        )
+
+    whole = images(slice(0, 5), 16)
+    for batch in (1, 2, 5):
+        assert_same(images(slice(0, 5), batch), whole)
+    assert_same(images(slice(2, 5), 16), whole[2:])
+    assert not torch.allclose(whole[1], whole[2], atol=0.1)  # same class, other noise

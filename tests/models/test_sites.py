@@ -1,0 +1,92 @@
+"""The site list of a DiT: nothing missing, nothing invented, in every recipe."""
+
+import pytest
+from torch import nn
+
+from tqdit.errors import InputError
+from tqdit.models.sites import blocks, check_supported, float_input_modules, sites
+from tqdit.spec import Granularity, Grid, Role
+
+
+def by_role(model, recipe, role: Role):
+    return [site for site in sites(model.config, recipe) if site.role is role]
+
+
+@pytest.mark.parametrize("preset", ["paper", "plus"])
+def test_every_linear_and_convolution_weight_is_a_site(model, tiny_recipe, preset: str) -> None:
+    found = [site.name for site in sites(model.config, tiny_recipe(preset)) if site.is_weight]
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert sorted(found) == sorted(f"{name}.weight" for name in layers)
+
+
+@pytest.mark.parametrize("preset", ["paper", "plus"])
+def test_units_are_the_rows_of_the_weight(model, tiny_recipe, preset: str) -> None:
+    state = model.state_dict()
+    for site in sites(model.config, tiny_recipe(preset)):
+        if site.granularity is Granularity.PER_CHANNEL:
+            assert site.units == len(state[site.name]), site.name
+        elif site.is_weight:
+            assert site.units == 1
+
+
+def test_names_are_unique_and_every_block_has_all_operands(model, tiny_recipe) -> None:
+    found = sites(model.config, tiny_recipe())
+    assert len({site.name for site in found}) == len(found)
+    for block in blocks(model.config):
+        roles = [site.role for site in found if site.name.startswith(f"{block.prefix}.") and not site.is_weight]
+        assert sorted(roles) == sorted(
+            [Role.INPUT, Role.QUERY, Role.KEY, Role.VALUE, Role.SOFTMAX, Role.INPUT, Role.INPUT, Role.GELU]
+        )
+
+
+@pytest.mark.parametrize(
+    ("time_grouped", "softmax", "others"), [("none", 1, 1), ("softmax", 4, 1), ("all", 4, 4)]
+)
+def test_time_groups(model, tiny_recipe, time_grouped: str, softmax: int, others: int) -> None:
+    for site in sites(model.config, tiny_recipe(time_grouped=time_grouped)):
+        expected = 1 if site.is_weight else softmax if site.role is Role.SOFTMAX else others
+        assert site.groups == expected, site.name
+
+
+@pytest.mark.parametrize(("choice", "mrq"), [("mrq", True), ("best", True), ("uniform", False)])
+def test_grids(model, tiny_recipe, choice: str, mrq: bool) -> None:
+    recipe = tiny_recipe(softmax_grid=choice, gelu_grid=choice)
+    grids = {site.role: site.grid for site in sites(model.config, recipe)}
+    assert (grids.pop(Role.SOFTMAX) is Grid.MRQ_SOFTMAX) == mrq
+    assert (grids.pop(Role.GELU) is Grid.MRQ_GELU) == mrq
+    assert set(grids.values()) == {Grid.UNIFORM}
+
+
+def test_bits_and_heads(model, tiny_recipe) -> None:
+    recipe = tiny_recipe("paper", "w4a6")
+    bits = {site.role: site.bits for site in sites(model.config, recipe)}
+    assert bits.pop(Role.WEIGHT) == 4
+    assert bits.pop(Role.WEIGHT_ONLY) == 6
+    assert set(bits.values()) == {6}
+    for role in (Role.QUERY, Role.KEY, Role.VALUE):
+        assert {(s.granularity, s.units) for s in by_role(model, recipe, role)} == {(Granularity.PER_HEAD, 2)}
+
+
+def test_weight_only_layers_are_those_outside_the_matmuls_of_a_block(model) -> None:
+    names = float_input_modules(model.config)
+    assert {"pos_embed.proj", "proj_out_1", "proj_out_2"} < set(names)
+    assert all("norm1" in name for name in names[1:-2])
+    for name in names:
+        model.get_submodule(name)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("_class_name", "PixArtTransformer2DModel"),
+        ("activation_fn", "geglu"),
+        ("norm_type", "layer_norm"),
+        ("norm_elementwise_affine", True),
+    ],
+)
+def test_unknown_architecture_is_named(model, tiny_recipe, key: str, value: object) -> None:
+    config = {**model.config, key: value}
+    with pytest.raises(InputError, match=str(value)):
+        check_supported(config)
+    with pytest.raises(InputError, match=str(value)):
+        sites(config, tiny_recipe())

@@ -1,0 +1,162 @@
+"""MODEL as a user gives it: folders that are right, and every way they can be wrong."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tqdit.errors import InputError
+from tqdit.files import WEIGHTS
+from tqdit.models.sources import class_indices, load_float, resolve, weights_hash
+
+
+def edit_weights(root, change) -> None:
+    path = root / "transformer" / WEIGHTS
+    state = load_file(path)
+    change(state)
+    save_file(state, path)
+
+
+def edit_config(root, **values: object) -> None:
+    path = root / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_pipeline_folder(model, pipeline, scheduler_config) -> None:
+    source = resolve(pipeline)
+    assert source.name == "tiny-dit"
+    assert source.scheduler == scheduler_config
+    assert source.labels[3] == "class 3"
+    assert source.vae is None
+    assert not source.quantized
+    loaded = load_float(source)
+    assert not loaded.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_transformer_folder_alone(model, pipeline) -> None:
+    source = resolve(pipeline / "transformer")
+    assert source.scheduler is None
+    assert weights_hash(load_float(source)) == weights_hash(model)
+
+
+def test_half_precision_weights_are_loaded_as_fp32(own_pipeline) -> None:
+    edit_weights(own_pipeline, lambda state: state.update({n: t.half() for n, t in state.items()}))
+    assert {p.dtype for p in load_float(resolve(own_pipeline)).parameters()} == {torch.float32}
+
+
+def test_sharded_weights(model, own_pipeline) -> None:
+    folder = own_pipeline / "transformer"
+    state = load_file(folder / WEIGHTS)
+    names = sorted(state)
+    weight_map = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(names)}
+    for shard in set(weight_map.values()):
+        save_file({n: state[n] for n in names if weight_map[n] == shard}, folder / shard)
+    (folder / WEIGHTS).unlink()
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert weights_hash(load_float(resolve(own_pipeline))) == weights_hash(model)
+    (folder / "part-1.safetensors").unlink()
+    with pytest.raises(InputError, match="part-1"):
+        load_float(resolve(own_pipeline))
+
+
+def test_vae_folder_is_found(own_pipeline) -> None:
+    (own_pipeline / "vae").mkdir()
+    (own_pipeline / "vae" / "config.json").write_text("{}")
+    assert resolve(own_pipeline).vae == own_pipeline / "vae"
+
+
+def test_unknown_model_says_what_is_known() -> None:
+    with pytest.raises(InputError, match="unknown model 'no-such-model'.*fashion-dit"):
+        resolve("no-such-model")
+
+
+def test_folder_without_a_config(tmp_path) -> None:
+    with pytest.raises(InputError, match=r"config\.json is missing"):
+        resolve(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+def test_unreadable_config(own_pipeline, text: str) -> None:
+    (own_pipeline / "transformer" / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match=r"config\.json"):
+        resolve(own_pipeline)
+
+
+def test_unsupported_class_is_named(own_pipeline) -> None:
+    edit_config(own_pipeline, _class_name="PixArtTransformer2DModel")
+    with pytest.raises(InputError, match="'PixArtTransformer2DModel' is not supported"):
+        resolve(own_pipeline)
+
+
+def set_value(name: str, value: float):
+    def change(state) -> None:
+        state[name].view(-1)[-1] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_value("proj_out_1.weight", float("nan")), "'proj_out_1.weight' has NaN or Inf"),
+        (set_value("transformer_blocks.1.ff.net.2.bias", float("-inf")), "'transformer_blocks.1.ff.net.2.bias'"),
+        (lambda s: s.pop("pos_embed.proj.bias"), "lack tensor 'pos_embed.proj.bias'"),
+        (lambda s: s.update({"proj_out_2.weight": torch.zeros(8, 31)}), "'proj_out_2.weight' has shape (8, 31)"),
+        (lambda s: s.update({"stranger": torch.zeros(1)}), "unexpected tensor 'stranger'"),
+    ],
+)
+def test_bad_tensor_is_named(own_pipeline, change, message: str) -> None:
+    edit_weights(own_pipeline, change)
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_float(resolve(own_pipeline))
+
+
+def test_config_of_another_size(own_pipeline) -> None:
+    edit_config(own_pipeline, num_layers=3)
+    with pytest.raises(InputError, match=r"lack tensor 'transformer_blocks\.2"):
+        load_float(resolve(own_pipeline))
+
+
+def test_pickled_weights_are_refused(own_pipeline) -> None:
+    folder = own_pipeline / "transformer"
+    torch.save(load_file(folder / WEIGHTS), folder / "diffusion_pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(InputError, match=r"pickled \.bin"):
+        load_float(resolve(own_pipeline))
+
+
+def test_no_weights_and_truncated_weights(own_pipeline) -> None:
+    path = own_pipeline / "transformer" / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match=WEIGHTS):
+        load_float(resolve(own_pipeline))
+    path.unlink()
+    with pytest.raises(InputError, match=WEIGHTS):
+        load_float(resolve(own_pipeline))
+
+
+def test_classes_by_name_and_number(pipeline) -> None:
+    source = resolve(pipeline)
+    assert class_indices(source, ["class 3", "9", " Class 0 "]) == [3, 9, 0]
+
+
+def test_class_with_several_names(own_pipeline) -> None:
+    (own_pipeline / "model_index.json").write_text(json.dumps({"id2label": {"4": "tench, Tinca tinca"}}))
+    assert class_indices(resolve(own_pipeline), ["tench", "tinca TINCA"]) == [4, 4]
+
+
+@pytest.mark.parametrize("name", ["boot", "10", "-1", ""])
+def test_unknown_class_is_named(pipeline, name: str) -> None:
+    with pytest.raises(InputError, match=f"unknown class '{name}'; known: class 0.*from 0 to 9"):
+        class_indices(resolve(pipeline), ["class 1", name])
+
+
+def test_hash_sees_every_value_and_name(model, tiny_dit) -> None:
+    other = tiny_dit()
+    assert weights_hash(other) == weights_hash(model)
+    other.proj_out_2.bias[0] += 1e-6
+    assert weights_hash(other) != weights_hash(model)

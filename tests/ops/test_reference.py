@@ -1,0 +1,138 @@
+"""The integer operations against exact integer and float64 arithmetic on the same codes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tqdit.ops import reference
+from tqdit.ops.reference import int_matmul
+from tqdit.spec import Grid
+
+# The accumulator is exact; what is left are the few roundings of its conversion and of the fp32 epilogue.
+EPILOGUE = 8 * 2.0**-24
+
+
+def exact_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.matmul(a.long(), b.long())
+
+
+def random_codes(shape: tuple[int, ...], generator: torch.Generator, extreme: bool) -> torch.Tensor:
+    if extreme:
+        return torch.where(torch.rand(shape, generator=generator) < 0.9, -128, 127).to(torch.int8)
+    return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+
+
+@given(
+    m=st.sampled_from([1, 2, 7, 33]),
+    k=st.sampled_from([1, 3, 16, 33, 255, 1023, 1024, 1025, 1300]),
+    n=st.sampled_from([1, 5, 16, 31]),
+    batch=st.sampled_from([(), (1,), (3,), (2, 3)]),
+    matrix=st.booleans(),
+    extreme=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+@settings(max_examples=60, deadline=None)
+def test_int_matmul_is_exact(m, k, n, batch, matrix: bool, extreme: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a = random_codes((*batch, m, k), generator, extreme)
+    b = random_codes((k, n) if matrix else (*batch, k, n), generator, extreme)
+    result = int_matmul(a, b)
+    assert result.dtype is torch.int32
+    assert torch.equal(result.long(), exact_matmul(a, b))
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_int_matmul_takes_transposed_and_strided_operands(batch: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    a = random_codes((*batch, 20, 9), generator, False).transpose(-1, -2)[..., ::2]
+    b = random_codes((*batch, 14, 10), generator, False).transpose(-1, -2)[..., ::3]
+    assert not a.is_contiguous()
+    assert torch.equal(int_matmul(a, b).long(), exact_matmul(a, b))
+
+
+@pytest.mark.parametrize("k", [1024, 1025, 4096, 5000])
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize(("left", "right"), [(-128, -128), (-128, 127), (127, 127), (127, -128)])
+def test_int_matmul_of_extreme_codes_is_exact(k: int, batched: bool, left: int, right: int) -> None:
+    a, b = torch.full((2, k), left, dtype=torch.int8), torch.full((k, 3), right, dtype=torch.int8)
+    if batched:
+        a, b = a[None], b[None]
+    assert (int_matmul(a, b) == k * left * right).all()
+
+
+def test_trap_8_fp32_would_not_be_exact_there() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randint(120, 128, (4, 5000), generator=generator, dtype=torch.int8)
+    b = torch.randint(120, 128, (5000, 4), generator=generator, dtype=torch.int8)
+    truth = exact_matmul(a, b)
+    assert truth.min() > 2**24
+    assert not torch.equal((a.float() @ b.float()).long(), truth)
+    assert torch.equal(int_matmul(a, b).long(), truth)
+    assert torch.equal(int_matmul(a[None], b[None])[0].long(), truth)
+
+
+def test_an_accumulator_that_could_overflow_is_refused() -> None:
+    with pytest.raises(AssertionError, match="overflows"):
+        int_matmul(torch.zeros(1, 2**17, dtype=torch.int8), torch.zeros(2**17, 1, dtype=torch.int8))
+
+
+def assert_close_to(actual: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor) -> None:
+    """|actual - expected| <= EPILOGUE * magnitude, the sum of absolute terms before cancellation."""
+    assert actual.dtype is torch.float32
+    assert ((actual.double() - expected).abs() <= EPILOGUE * magnitude + 1e-30).all()
+
+
+def centred_magnitude(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.matmul(a.abs(), b.abs())
+
+
+@pytest.mark.parametrize("grid", list(Grid))
+@pytest.mark.parametrize("lead", [1, 3])
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_linear(operand, weight, exact, grid: Grid, lead: int, per_channel: bool, with_bias: bool) -> None:
+    codes, params = operand((3, 5, 70), grid, lead)
+    w = weight(9, 70, per_channel)
+    bias = torch.randn(9) if with_bias else None
+    x = exact(codes, params)
+    real_w = w.codes.double() * w.scale.double()[:, None]
+    expected, magnitude = x @ real_w.t(), centred_magnitude(x, real_w.t())
+    if bias is not None:
+        expected, magnitude = expected + bias.double(), magnitude + bias.double().abs()
+    assert_close_to(reference.linear(codes, params, w, bias), expected, magnitude)
+
+
+@pytest.mark.parametrize(("lead", "units"), [(1, 1), (1, 2), (3, 2)])
+def test_scores(operand, exact, lead: int, units: int) -> None:
+    q, q_params = operand((3, 2, 5, 16), lead=lead, units=units)
+    k, k_params = operand((3, 2, 7, 16), lead=lead, units=units)
+    real_q, real_k = exact(q, q_params), exact(k, k_params).transpose(-1, -2)
+    actual = reference.scores(q, q_params, k, k_params, 0.25)
+    assert_close_to(actual, real_q @ real_k * 0.25, centred_magnitude(real_q, real_k) * 0.25)
+
+
+@pytest.mark.parametrize("grid", [Grid.UNIFORM, Grid.MRQ_SOFTMAX])
+@pytest.mark.parametrize(("lead", "units"), [(1, 1), (1, 2), (3, 2)])
+def test_values(operand, exact, grid: Grid, lead: int, units: int) -> None:
+    p, p_params = operand((3, 2, 5, 7), grid, lead=lead)
+    v, v_params = operand((3, 2, 7, 16), lead=lead, units=units)
+    real_p, real_v = exact(p, p_params), exact(v, v_params)
+    actual = reference.values(p, p_params, v, v_params)
+    assert_close_to(actual, real_p @ real_v, centred_magnitude(real_p, real_v))
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_weight_only_linear_within_the_fp32_bound(weight, per_channel: bool) -> None:
+    x, w, bias = torch.randn(2, 6, 50), weight(11, 50, per_channel), torch.randn(11)
+    real_w = w.codes.double() * w.scale.double()[:, None]
+    expected = x.double() @ real_w.t() + bias.double()
+    bound = (50 + 4) * 2.0**-24 * (x.double().abs() @ real_w.t().abs() + bias.double().abs())
+    assert ((reference.weight_only_linear(x, w, bias).double() - expected).abs() <= bound).all()
+
+
+def test_regions_are_split_into_disjoint_supports() -> None:
+    codes = torch.arange(-128, 128).to(torch.int8)
+    negative, positive = reference.split_regions(codes)
+    assert torch.equal(negative + positive, codes)
+    assert not ((negative != 0) & (positive != 0)).any()

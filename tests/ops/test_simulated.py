@@ -1,0 +1,76 @@
+"""The simulated twin: the same codes bit for bit, and outputs within the bound of an fp32 sum."""
+
+import pytest
+import torch
+
+from tqdit.grids import regions, uniform
+from tqdit.ops import quantizer, reference, simulated
+from tqdit.spec import Grid
+
+
+def gamma(k: int) -> float:
+    """Relative error of an fp32 sum of k products, the roundings of the operands and the epilogue included."""
+    return (k + 4) * 2.0**-24
+
+
+def assert_twins(a: torch.Tensor, b: torch.Tensor, magnitude: torch.Tensor, k: int) -> None:
+    assert ((a.double() - b.double()).abs() <= gamma(k) * magnitude).all()
+
+
+@pytest.mark.parametrize("grid", list(Grid))
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_codes_are_the_same_bit_for_bit(operand, grid: Grid, bits: int) -> None:
+    _, params = operand((3, 2, 5, 7), grid, lead=3, units=2, bits=bits)
+    x = torch.randn(3, 2, 5, 7)
+    x = x.softmax(-1) if grid is Grid.MRQ_SOFTMAX else x
+    assert torch.equal(reference.quantize(x, params), simulated.quantize(x, params))
+
+
+def test_quantizer_picks_the_grid_of_the_operand(operand) -> None:
+    x = torch.randn(2, 3, 8)
+    _, params = operand(x.shape, lead=2)
+    codes = uniform.quantize(x, params.scale, params.zero_point, 8)
+    assert torch.equal(quantizer.quantize(x, params), codes)
+    assert torch.equal(
+        quantizer.dequantize(codes, params), uniform.dequantize(codes, params.scale, params.zero_point)
+    )
+    params = params._replace(grid=Grid.MRQ_GELU)
+    codes = regions.quantize(x, params.scale, params.coarse, 8, Grid.MRQ_GELU)
+    assert torch.equal(quantizer.quantize(x, params), codes)
+    assert torch.equal(
+        quantizer.dequantize(codes, params),
+        regions.dequantize(codes, params.scale, params.coarse, Grid.MRQ_GELU),
+    )
+
+
+@pytest.mark.parametrize("grid", list(Grid))
+@pytest.mark.parametrize("lead", [1, 3])
+def test_linear(operand, weight, exact, grid: Grid, lead: int) -> None:
+    codes, params = operand((3, 5, 70), grid, lead)
+    w, bias = weight(9, 70), torch.randn(9)
+    magnitude = exact(codes, params).abs() @ (w.codes.double() * w.scale.double()[:, None]).abs().t()
+    a, b = (run.linear(codes, params, w, bias) for run in (reference, simulated))
+    assert_twins(a, b, magnitude + bias.double().abs(), 70)
+
+
+def test_scores(operand, exact) -> None:
+    q, q_params = operand((3, 2, 5, 16), lead=3, units=2)
+    k, k_params = operand((3, 2, 7, 16), lead=3, units=2)
+    a, b = (run.scores(q, q_params, k, k_params, 0.25) for run in (reference, simulated))
+    magnitude = exact(q, q_params).abs() @ exact(k, k_params).abs().transpose(-1, -2) * 0.25
+    assert_twins(a, b, magnitude, 16)
+
+
+@pytest.mark.parametrize("grid", [Grid.UNIFORM, Grid.MRQ_SOFTMAX])
+def test_values(operand, exact, grid: Grid) -> None:
+    p, p_params = operand((3, 2, 5, 7), grid, lead=3)
+    v, v_params = operand((3, 2, 7, 16), lead=3, units=2)
+    a, b = (run.values(p, p_params, v, v_params) for run in (reference, simulated))
+    assert_twins(a, b, exact(p, p_params).abs() @ exact(v, v_params).abs(), 7)
+
+
+def test_weight_only_linear(weight) -> None:
+    x, w, bias = torch.randn(2, 6, 50), weight(11, 50), torch.randn(11)
+    magnitude = x.double().abs() @ (w.codes.double() * w.scale.double()[:, None]).abs().t()
+    a, b = (run.weight_only_linear(x, w, bias) for run in (reference, simulated))
+    assert_twins(a, b, magnitude + bias.double().abs(), 50)

@@ -1,0 +1,250 @@
+"""A Solution as a running model: complete, integer, dtype-safe, with a clock of its own."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from tqdit.convert import convert
+from tqdit.errors import InputError
+from tqdit.evaluation.metrics import sqnr_db
+from tqdit.layers.attention import IntAttention
+from tqdit.layers.clock import TimestepClock
+from tqdit.layers.linear import IntLinear
+from tqdit.layers.params import ActivationParams, QuantizedWeight
+from tqdit.models.sites import sites
+from tqdit.spec import Role
+from tqdit.timegroups import TimeGroups
+
+PRESETS = ["paper", "plus"]
+
+
+def run(model: nn.Module, inputs: dict[str, torch.Tensor], members=slice(None)) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(**{name: tensor[members] for name, tensor in inputs.items()}).sample
+
+
+def without(mapping, name: str) -> dict:
+    return {key: value for key, value in mapping.items() if key != name}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_float_layer_is_replaced(model, solved, preset: str) -> None:
+    converted = convert(solved(preset))
+    replaced = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    weights = {m.spec.name for m in converted.modules() if isinstance(m, QuantizedWeight)}
+    assert weights == {f"{name}.weight" for name in replaced}
+    assert not [n for n, m in converted.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("backend", ["reference", "simulated"])
+def test_report_names_every_site_once(model, solved, tiny_recipe, preset: str, backend: str) -> None:
+    converted = convert(solved(preset), backend)
+    expected = [site.name for site in sites(model.config, tiny_recipe(preset))]
+    assert list(converted.quantization_report) == expected
+    assert converted.quantization_backend == backend
+    assert all(kernel.startswith(f"{backend}.") for kernel in converted.quantization_report.values())
+
+
+def test_every_activation_site_has_a_module(solved) -> None:
+    solution = solved("plus")
+    held = {m.spec.name for m in convert(solution).modules() if isinstance(m, ActivationParams)}
+    assert held == {site.name for site in solution.sites if not site.is_weight}
+
+
+@pytest.mark.parametrize(("preset", "bits", "least"), [
+    ("paper", "w8a8", 30), ("plus", "w8a8", 30), ("paper", "w6a6", 20), ("plus", "w6a6", 22), ("plus", "w4a8", 15),
+])  # fmt: skip
+def test_converted_model_is_close_to_float(model, solved, model_inputs, preset, bits, least: float) -> None:
+    assert sqnr_db(run(model, model_inputs), run(convert(solved(preset, bits)), model_inputs)) > least
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("bits", ["w8a8", "w6a6"])
+def test_integer_model_is_its_simulated_twin(solved, model_inputs, preset: str, bits: str) -> None:
+    integer, simulated = (convert(solved(preset, bits), name) for name in ("reference", "simulated"))
+    codes: dict[str, list[torch.Tensor]] = {"reference": [], "simulated": []}
+    for converted in (integer, simulated):
+        found = codes[converted.quantization_backend]
+        for layer in converted.modules():
+            if isinstance(layer, IntLinear):
+                layer.register_forward_pre_hook(
+                    lambda m, args, found=found: found.append(m.backend.quantize(args[0], m.source.select()))
+                )
+    a, b = run(integer, model_inputs), run(simulated, model_inputs)
+    assert sqnr_db(a, b) >= 50
+    assert len(codes["reference"]) == 2 * 3  # to_out, fc1, fc2 of every block
+    for x, y in zip(*codes.values(), strict=True):
+        assert (x == y).float().mean() > 0.999
+        assert (x.int() - y.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("bits", ["w8a8", "w6a6", "w4a8"])
+def test_weight_codes_reconstruct_within_half_a_step(model, solved, preset: str, bits: str) -> None:
+    solution = solved(preset, bits)
+    state = model.state_dict()
+    for name, codes in solution.codes.items():
+        spec, scale = solution.params[name].spec, solution.params[name].scale[0]
+        scale = scale.reshape(-1, *(1,) * (codes.ndim - 1))
+        assert codes.dtype is torch.int8
+        assert codes.shape == state[name].shape
+        assert spec.format.qmin <= codes.min()
+        assert codes.max() <= spec.format.qmax
+        inside = (codes > spec.format.qmin) & (codes < spec.format.qmax)  # not clipped
+        error = (codes * scale - state[name]).abs()
+        assert (error[inside] <= (scale / 2 * (1 + 1e-4)).expand_as(error)[inside]).all(), name
+
+
+# Timesteps ---------------------------------------------------------------------------------------------------------
+
+
+def test_mixed_timesteps_equal_batches_of_one_timestep(solved, model_inputs) -> None:
+    converted = convert(solved("plus"))
+    together = run(converted, model_inputs)
+    for i in range(0, len(together), 3):
+        same = model_inputs | {"timestep": model_inputs["timestep"][i].expand(len(together))}
+        assert torch.equal(run(converted, same)[i], together[i])
+
+
+def test_batch_split_changes_nothing(solved, model_inputs) -> None:
+    """Up to the float layers, whose sums torch orders by batch size (and a code that this moves)."""
+    converted = convert(solved("plus"))
+    together = run(converted, model_inputs)
+    for size in (1, 3, 8):
+        parts = [run(converted, model_inputs, slice(i, i + size)) for i in range(0, len(together), size)]
+        assert sqnr_db(together, torch.cat(parts)) > 55
+
+
+def test_timestep_positional_keyword_and_shared(solved, model_inputs) -> None:
+    converted = convert(solved("plus"))
+    x, labels = model_inputs["hidden_states"], model_inputs["class_labels"]
+    t = torch.full((len(x),), 870)
+    with torch.inference_mode():
+        keyword = converted(x, timestep=t, class_labels=labels).sample
+        assert torch.equal(converted(x, t, labels).sample, keyword)
+        assert torch.equal(converted(hidden_states=x, timestep=t, class_labels=labels).sample, keyword)
+        assert sqnr_db(keyword, converted(x, timestep=t[:1], class_labels=labels).sample) > 55
+
+
+@pytest.mark.parametrize("t", [-1, 1000])
+def test_timestep_outside_is_an_error(solved, model_inputs, t: int) -> None:
+    with pytest.raises(InputError, match="outside"):
+        run(convert(solved("plus")), model_inputs | {"timestep": torch.full((16,), t)})
+
+
+def test_trap_5_models_do_not_share_a_clock(solved, model_inputs) -> None:
+    first, second = convert(solved("plus")), convert(solved("plus", "w6a6"))
+    alone = run(first, model_inputs)
+    results = []
+
+    def interrupt(*_) -> None:  # the second model runs in the middle of the first
+        results.append(run(second, model_inputs | {"timestep": 999 - model_inputs["timestep"]}))
+
+    first.transformer_blocks[0].register_forward_pre_hook(interrupt)
+    assert torch.equal(run(first, model_inputs), alone)
+    assert len(results) == 1
+
+
+def test_deepcopy_has_a_clock_of_its_own(solved, model_inputs) -> None:
+    original = convert(solved("plus"))
+    expected = run(original, model_inputs)
+    twin = copy.deepcopy(original)
+    clocks = [m for m in twin.modules() if isinstance(m, TimestepClock)]
+    assert clocks == [twin.clock]
+    assert twin.clock is not original.clock
+    original.clock.group = None
+    assert torch.equal(run(twin, model_inputs), expected)
+    assert original.clock.group is None
+    del original
+    assert torch.equal(run(twin, model_inputs), expected)
+
+
+def test_model_with_other_timesteps_than_1000(solved, model_inputs) -> None:
+    converted = convert(replace(solved("plus"), time_groups=TimeGroups(500, 4)))
+    with pytest.raises(InputError, match=r"\[0, 500\)"):
+        run(converted, model_inputs)
+
+
+# Dtypes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("move", "least"), [("half", 35), ("bfloat16", 20), ("double", 70)])
+def test_trap_7_cast_model_keeps_its_scales(solved, model_inputs, move: str, least: float) -> None:
+    reference, cast = convert(solved("plus")), convert(solved("plus"))
+    getattr(cast, move)()
+    for (name, a), b in zip(reference.named_modules(), cast.modules(), strict=True):
+        if isinstance(a, ActivationParams | QuantizedWeight):
+            for (key, x), y in zip(a.named_buffers(), b.buffers(), strict=True):
+                assert y.dtype is x.dtype, f"{name}.{key}"
+                assert torch.equal(x, y), f"{name}.{key}"
+    x = model_inputs["hidden_states"].to(cast.dtype)
+    y = run(cast, model_inputs | {"hidden_states": x})
+    assert y.dtype is x.dtype
+    assert sqnr_db(run(reference, model_inputs), y) > least
+
+
+def test_eval_mode_without_gradients(solved) -> None:
+    converted = convert(solved())
+    assert not converted.training
+    assert not any(p.requires_grad for p in converted.parameters())
+
+
+# Damaged solutions -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer_blocks.1.attn1.softmax",
+        "transformer_blocks.1.attn1.key",
+        "transformer_blocks.0.ff.fc2_input",
+        "transformer_blocks.0.ff.net.2.weight",
+        "proj_out_2.weight",
+        "pos_embed.proj.weight",
+    ],
+)
+def test_missing_site_is_named(solved, name: str) -> None:
+    solution = solved()
+    with pytest.raises(InputError, match=name):
+        convert(replace(solution, params=without(solution.params, name)))
+
+
+def test_missing_codes_are_named(solved) -> None:
+    solution = solved()
+    name = "transformer_blocks.1.attn1.to_k.weight"
+    with pytest.raises(InputError, match=name):
+        convert(replace(solution, codes=without(solution.codes, name)))
+
+
+def test_every_missing_float_parameter_is_named(model, solved) -> None:
+    solution = solved()
+    assert set(solution.floats) == set(model.state_dict()) - set(solution.codes)
+    for name in solution.floats:
+        with pytest.raises(InputError, match=name):
+            convert(replace(solution, floats=without(solution.floats, name)))
+
+
+def test_wrong_shape_of_a_float_parameter_is_named(solved) -> None:
+    solution = solved()
+    (name,) = [n for n in solution.floats if n.endswith("0.norm1.emb.class_embedder.embedding_table.weight")]
+    with pytest.raises(InputError, match=name):
+        convert(replace(solution, floats={**solution.floats, name: torch.zeros(3, 3)}))
+
+
+def test_site_of_another_model_is_named(solved) -> None:
+    solution = solved()
+    stranger = replace(solution.params["proj_out_2.weight"].spec, name="block.99.q", role=Role.QUERY)
+    params = {**solution.params, "block.99.q": replace(solution.params["proj_out_2.weight"], spec=stranger)}
+    with pytest.raises(InputError, match=r"block\.99\.q"):
+        convert(replace(solution, params=params))
+
+
+def test_attention_and_feed_forward_are_integer(solved) -> None:
+    converted = convert(solved())
+    for block in converted.transformer_blocks:
+        assert isinstance(block.attn1, IntAttention)
+        assert isinstance(block.ff.fc1, IntLinear)
