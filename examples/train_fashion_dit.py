@@ -29,20 +29,9 @@ from tqdit.evaluation import features
 ROOT = Path(__file__).resolve().parents[1]
 CLASSIFIER = Path("fashion-classifier", features.CLASSIFIER_FILE.name)
 STATISTICS = Path("fashion-classifier", features.STATISTICS_FILE.name)
-CLASSES = (
-    "t-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
-)
+NAMES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 NULL_CLASS, DROPPED_LABELS = 10, 0.1  # the label of an unconditional image, and its share of the training
-CLASSIFIER_BATCH, CLASSIFIER_RATE, CLASSIFIER_EPOCHS = 512, 2e-3, 24
+CLASSIFIER_BATCH, CLASSIFIER_RATE = 512, 2e-3
 DIT_BATCH, DIT_RATE, WARMUP, EMA_DECAY = 512, 8e-4, 500, 0.999
 SETTLE, MEASURE = 40, 80  # steps left out of, and then taken into, the measured throughput
 TIMESTEPS, BETAS = 1000, (1e-4, 0.02)
@@ -54,8 +43,7 @@ MODEL = {
     "in_channels": 1,
     "out_channels": 2,  # eps and the variance's place between its two bounds
     "num_layers": 6,
-    "sample_size": 32,
-    "patch_size": 2,
+    "sample_size": 32,  # pixels; patches are 2 x 2, the default like all that is not listed
     "num_embeds_ada_norm": 10,
     "norm_eps": 1e-6,
 }
@@ -73,31 +61,25 @@ def read_split(folder: Path, split: str, device: str) -> tuple[Tensor, Tensor]:
     return F.pad(images, (2, 2, 2, 2), value=-1.0), arrays[1].long()
 
 
-def train_classifier(images: Tensor, labels: Tensor, seconds: float) -> features.FashionClassifier:
-    """Classifier trained for as many epochs as fit into `seconds`, judged by the first."""
+def train_classifier(images: Tensor, labels: Tensor, epochs: int) -> features.FashionClassifier:
+    """Classifier after `epochs` passes over mirrored and shifted images."""
     device = images.device
     model = features.FashionClassifier().to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), CLASSIFIER_RATE, weight_decay=0.02)
-    epochs, epoch, started = CLASSIFIER_EPOCHS, 0, time.perf_counter()
-    while epoch < epochs:
+    for epoch in range(epochs):
         order = torch.randperm(len(images), device=device).split(CLASSIFIER_BATCH)
         for i, index in enumerate(order):
             done = epoch + i / len(order)
-            optimizer.param_groups[0]["lr"] = CLASSIFIER_RATE * min(1.0, done, 1.02 - done / epochs)
-            # Mirrored at random and shifted by up to two pixels, which the padding makes a plain roll.
+            optimizer.param_groups[0]["lr"] = CLASSIFIER_RATE * min(1.0, done, 1.01 - done / epochs)
             mirrored = torch.rand(len(index), 1, 1, 1, device=device) < 0.5
             batch = torch.where(mirrored, images[index].flip(3), images[index])
+            # The padding makes a shift by up to two pixels a plain roll.
             batch = batch.roll(torch.randint(-2, 3, (2,)).tolist(), dims=(2, 3))
             with torch.autocast(device.type, torch.bfloat16):
                 logits = model(batch)
             optimizer.zero_grad(set_to_none=True)
-            loss = F.cross_entropy(logits.float(), labels[index])
-            loss.backward()
+            F.cross_entropy(logits.float(), labels[index]).backward()
             optimizer.step()
-        epoch += 1
-        print(f"classifier epoch {epoch}/{epochs}: loss {loss.item():.4f}", flush=True)
-        if epoch == 1:
-            epochs = max(1, min(epochs, int(seconds / (time.perf_counter() - started))))
     return model.eval()
 
 
@@ -182,9 +164,7 @@ def train_dit(images: Tensor, labels: Tensor, steps: int | None, seconds: float)
     table, model = diffusion_table(device), tied_model(device)
     named = dict(model.named_parameters())
     parameters, average = list(named.values()), [value.detach().clone() for value in named.values()]
-    optimizer = torch.optim.AdamW(
-        parameters, DIT_RATE, (0.9, 0.99), weight_decay=0, fused=device.type == "cuda"
-    )
+    optimizer = torch.optim.AdamW(parameters, DIT_RATE, (0.9, 0.99), weight_decay=0, fused=device.type == "cuda")
     if device.type == "cuda":
         torch._dynamo.config.suppress_errors = True  # a block that does not compile runs uncompiled
         for block in model.transformer_blocks:
@@ -218,12 +198,13 @@ def save_dit(model: DiTTransformer2DModel, folder: Path) -> None:
     """A standard diffusers pipeline folder without a VAE."""
     model.save_pretrained(folder / "transformer")
     # DDIM has no use for the variance's type, but keeps it for a DDPMScheduler made from its configuration.
-    ddpm = DDPMScheduler(TIMESTEPS, *BETAS, "linear", variance_type="learned_range", clip_sample=True)
+    # It must not clip: diffusers then clips x_0 but not eps, and the disagreement shows as debris in samples.
+    ddpm = DDPMScheduler(TIMESTEPS, *BETAS, "linear", variance_type="learned_range", clip_sample=False)
     DDIMScheduler.from_config(ddpm.config).save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "DiTPipeline",
         "_diffusers_version": diffusers.__version__,
-        "id2label": {str(i): name for i, name in enumerate(CLASSES)},
+        "id2label": {str(i): name for i, name in enumerate(NAMES)},
         "scheduler": ["diffusers", "DDIMScheduler"],
         "transformer": ["diffusers", "DiTTransformer2DModel"],
         "vae": [None, None],
@@ -253,7 +234,6 @@ def save_grid(images: Tensor, path: Path) -> None:
     """The first eight samples of every class, a class a row, at twice their size."""
     rows = images[:80].view(-1, 10, 32, 32).permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
     picture = Image.fromarray(((rows + 1) * 127.5).round().byte().cpu().numpy())
-    path.parent.mkdir(parents=True, exist_ok=True)
     picture.resize((512, 640), Image.Resampling.NEAREST).save(path, optimize=True)
 
 
@@ -261,9 +241,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train fashion-dit and its classifier.")
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--out", type=Path, default=features.CLASSIFIER_FILE.parents[1])
-    parser.add_argument("--classifier-seconds", type=float, default=45.0)
+    parser.add_argument("--classifier-epochs", type=int, default=40)
     parser.add_argument("--minutes", type=float, default=12.0, help="DiT training, unless --steps is given")
-    parser.add_argument("--steps", type=int, help="DiT training steps")
+    parser.add_argument("--steps", type=int, help="DiT training steps; 0 measures the model in --out")
     parser.add_argument("--samples", type=int, default=10_000, help="per sampler; a multiple of 10")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -272,13 +252,11 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = False  # the classifier's features shall be those of a CPU
     train, train_labels = read_split(args.data, "train", args.device)
     test, test_labels = read_split(args.data, "t10k", args.device)
-
     started = time.perf_counter()
-    trained = train_classifier(train, train_labels, args.classifier_seconds)
-    classifier = save_classifier(trained, test, args.out)
-    real = features.load_real_statistics(args.out / STATISTICS)
+    classifier = save_classifier(train_classifier(train, train_labels, args.classifier_epochs), test, args.out)
 
     def distance(images: Tensor) -> float:
+        real = features.load_real_statistics(args.out / STATISTICS)
         return features.frechet_distance(*features.feature_statistics(images, classifier), *real)
 
     report: dict[str, Any] = {
@@ -286,37 +264,36 @@ def main() -> None:
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "seed": args.seed,
+        "classifier_epochs": args.classifier_epochs,
         "classifier_seconds": round(time.perf_counter() - started, 1),
         "classifier_accuracy": features.class_agreement(test, test_labels, classifier),
         "fd_fashion_of_training_images": distance(train[: args.samples]),
     }
-    print(report, flush=True)
-    started, folder = time.perf_counter(), args.out / "fashion-dit"
-    model, steps = train_dit(train, train_labels, args.steps, 60 * args.minutes)
-    report |= {"steps": steps, "batch": DIT_BATCH, "seconds": round(time.perf_counter() - started, 1)}
-    save_dit(model, folder)
-
+    folder = args.out / "fashion-dit"
+    if args.steps != 0:
+        started = time.perf_counter()
+        model, steps = train_dit(train, train_labels, args.steps, 60 * args.minutes)
+        report["training"] = {"steps": steps, "batch": DIT_BATCH, "seconds": round(time.perf_counter() - started, 1)}
+        save_dit(model, folder)
     # What is measured is the model as saved, in float32 with TF32 products where the GPU has them.
     torch.set_float32_matmul_precision("high")
     model = DiTTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
     model = model.to(args.device).eval()
     labels = torch.arange(args.samples, device=args.device) % 10
-    report["samples"] = []
+    report_file = ROOT / "bench/results/fashion-dit-training.json"
     for name, steps, guidance in SAMPLINGS:
-        started = time.perf_counter()
         scheduler = getattr(diffusers, f"{name}Scheduler").from_pretrained(folder / "scheduler")
         scheduler.set_timesteps(steps)
         wanted = labels if name == "DDIM" else labels[:SAMPLING_BATCH]
         images = draw(model, scheduler, guidance, wanted, args.seed)
-        if not report["samples"]:
+        if "samples" not in report:
             save_grid(images, ROOT / "docs/images/fashion-dit.png")
         result = {"sampler": name, "steps": steps, "guidance": guidance, "images": len(images)}
         result["class_agreement"] = features.class_agreement(images, wanted, classifier)
         result["fd_fashion"] = distance(images)
-        result["seconds"] = round(time.perf_counter() - started, 1)
         print(result, flush=True)
-        report["samples"].append(result)
-        (ROOT / "bench/results/fashion-dit-training.json").write_text(json.dumps(report, indent=2) + "\n")
+        report.setdefault("samples", []).append(result)
+        report_file.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

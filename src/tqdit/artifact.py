@@ -19,14 +19,13 @@ import torch
 from safetensors.torch import save_file
 
 from tqdit.errors import InputError
-from tqdit.files import CONFIG, WEIGHTS, read_json, read_tensors
+from tqdit.files import CONFIG, MANIFEST, WEIGHTS, read_json, read_tensors
 from tqdit.grids import packing
-from tqdit.spec import Granularity, Grid, GridParams, Role, SiteSpec, Solution
+from tqdit.spec import MAX_BITS, MIN_BITS, Granularity, Grid, GridParams, Role, SiteSpec, Solution
 from tqdit.timegroups import TimeGroups
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "tqdit"
-MANIFEST = "tqdit.json"
 
 
 def write(solution: Solution, folder: Path) -> None:
@@ -74,23 +73,13 @@ def read(folder: Path) -> Solution:
             raise InputError(f"{folder / MANIFEST}: tensor '{name}' refers to '{target}', which is missing")
         tensors[name] = tensors[target]
     try:
-        specs = [_spec(entry) for entry in manifest["sites"]]
         groups = TimeGroups(**manifest["time_groups"])
+        specs = [_spec(entry, groups) for entry in manifest["sites"]]
         shapes = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder / MANIFEST}: {error}") from None
     params = {spec.name: _take_params(spec, tensors) for spec in specs}
-    codes: dict[str, torch.Tensor] = {}
-    unpacked: dict[int, torch.Tensor] = {}  # shared tensors stay shared after unpacking
-    for spec in specs:
-        if spec.is_weight:
-            packed = _take(tensors, f"{spec.name}.codes")
-            if id(packed) not in unpacked:
-                try:
-                    unpacked[id(packed)] = packing.unpack(packed, spec.bits, shapes[spec.name])
-                except (InputError, KeyError) as error:
-                    raise InputError(f"tensor '{spec.name}.codes': {error}") from None
-            codes[spec.name] = unpacked[id(packed)]
+    codes = _take_codes(specs, shapes, tensors)
     model_config = {key: value for key, value in config.items() if key != "quantization_config"}
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
@@ -193,8 +182,32 @@ def _take_params(spec: SiteSpec, tensors: dict[str, torch.Tensor]) -> GridParams
     return GridParams(spec, scale, zero_point)
 
 
-def _spec(entry: Mapping[str, Any]) -> SiteSpec:
+def _take_codes(
+    specs: list[SiteSpec], shapes: Mapping[str, tuple[int, ...]], tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Weight codes by site. Tensors that are stored once stay shared, unless their shape or width differs."""
+    codes: dict[str, torch.Tensor] = {}
+    unpacked: dict[tuple[Any, ...], torch.Tensor] = {}
+    for spec in specs:
+        if spec.is_weight:
+            packed = _take(tensors, f"{spec.name}.codes")
+            key = (id(packed), spec.bits, shapes.get(spec.name))
+            if key not in unpacked:
+                try:
+                    unpacked[key] = packing.unpack(packed, spec.bits, shapes[spec.name])
+                except (InputError, KeyError) as error:
+                    raise InputError(f"tensor '{spec.name}.codes': {error}") from None
+            codes[spec.name] = unpacked[key]
+    return codes
+
+
+def _spec(entry: Mapping[str, Any], time_groups: TimeGroups) -> SiteSpec:
     values = dict(entry)
     values["role"], values["grid"] = Role(values["role"]), Grid(values["grid"])
     values["granularity"] = Granularity(values["granularity"])
-    return SiteSpec(**values)
+    spec = SiteSpec(**values)
+    if not MIN_BITS <= spec.bits <= MAX_BITS:
+        raise InputError(f"site '{spec.name}' has {spec.bits} bits, legal are {MIN_BITS} to {MAX_BITS}")
+    if spec.groups not in (1, time_groups.num_groups):
+        raise InputError(f"site '{spec.name}' has {spec.groups} groups, legal are 1 and {time_groups.num_groups}")
+    return spec

@@ -145,12 +145,15 @@ def held_out(
     source: ModelSource, model: nn.Module, groups: int, samples: int, seed: int, report: Report = silent
 ) -> CalibrationSet:
     """States of the float model's own DDIM trajectories: another seed and sampler than calibration's."""
+    total = int((source.scheduler or {}).get("num_train_timesteps", 1000))
+    wanted = min(total, max(50, 2 * groups))
+    steps = next(n for n in range(wanted, total + 1) if total % n == 0)  # a divisor, so that the last group is visited
     recipe = Recipe.build(
         groups=groups,
         samples=samples,
         trajectories=samples,
         sampler="ddim",
-        steps=max(50, 2 * groups),
+        steps=steps,
         seed=seed,
     )
     return trajectories.collect(model, source.scheduler, recipe, lambda f: report("held-out states", f))

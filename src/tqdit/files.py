@@ -17,6 +17,7 @@ from tqdit.errors import InputError
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+MANIFEST = "tqdit.json"  # what makes a folder an artifact
 
 
 def read_json(path: Path, why: str = "") -> dict[str, Any]:
@@ -87,7 +88,7 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise InputError(f"output {target} exists; choose another folder or pass --overwrite")
     if target.exists() and not target.is_dir():
         raise InputError(f"output {target} is a file; an artifact is a folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / CONFIG).is_file():
+    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
         raise InputError(f"output {target} is not an artifact; refusing to overwrite it")
 
 
@@ -97,13 +98,16 @@ def _swap(partial: Path, target: Path, overwrite: bool) -> None:
         return
     assert overwrite
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    target.rename(old)  # onto an empty folder: atomic on POSIX
     try:
+        target.rename(old)  # onto an empty folder: atomic on POSIX
         partial.rename(target)
     except BaseException:
-        old.rename(target)
+        if not target.exists():
+            old.rename(target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(file: Path) -> None:

@@ -169,11 +169,15 @@ def test_guidance_of_one_records_the_conditional_half(model, data, tiny_recipe) 
     assert {len(linear.x) for linear in records.linears.values()} == {len(data) * 16}
 
 
-def test_maxima_are_in_the_order_of_the_samples(data, records) -> None:
+def test_maxima_are_the_largest_probabilities_per_key_of_the_conditional_halves(model, data, records) -> None:
     assert records.t is data.t
     assert records.maxima.shape == (16, 2, 2 * 16)
-    assert (records.maxima > 0).all()
-    assert (records.maxima <= 1).all()
+    for block in blocks(model.config):
+        name = block.qkv.modules[0]
+        x = inputs_of(model, [name], data, 1.5)[name][: len(data)]
+        attn = model.get_submodule(block.attention)
+        p = (split_heads(attn.to_q(x)) @ split_heads(attn.to_k(x)).mT / 4).softmax(-1)
+        assert torch.allclose(records.maxima[:, block.index], p.amax(2).flatten(1), atol=1e-5)
 
 
 def test_probe_noise_is_not_the_noise_of_the_trajectories(model, data, tiny_recipe, monkeypatch) -> None:

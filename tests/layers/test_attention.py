@@ -18,9 +18,7 @@ def attention(site, quantized_weight) -> IntAttention:
         IntLinear(quantized_weight(WIDTH, WIDTH), torch.randn(WIDTH), source, reference) for _ in range(3)
     )
     to_out = IntLinear(quantized_weight(WIDTH, WIDTH), torch.randn(WIDTH), site(Role.INPUT), reference)
-    operands = {
-        role.value: site(role, 4, groups=4, units=HEADS) for role in (Role.QUERY, Role.KEY, Role.VALUE)
-    }
+    operands = {role.value: site(role, 4, groups=4, units=HEADS) for role in (Role.QUERY, Role.KEY, Role.VALUE)}
     operands["softmax"] = site(Role.SOFTMAX, 4, groups=4, grid=Grid.MRQ_SOFTMAX)
     return IntAttention(projections, to_out, operands, HEADS, reference)
 

@@ -19,9 +19,7 @@ def test_int_linear_is_the_linear_layer_of_the_codes(site, quantized_weight) -> 
     source, weight, bias = site(Role.INPUT), quantized_weight(6, 16), torch.randn(6)
     x = torch.randn(2, 5, 16)
     params = source.select()
-    fake = uniform.dequantize(
-        uniform.quantize(x, params.scale, params.zero_point, 8), params.scale, params.zero_point
-    )
+    fake = uniform.dequantize(uniform.quantize(x, params.scale, params.zero_point, 8), params.scale, params.zero_point)
     y = IntLinear(weight, bias, source, reference)(x)
     assert torch.allclose(y, F.linear(fake, real_weight(weight), bias), atol=1e-4)
 

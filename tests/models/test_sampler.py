@@ -89,10 +89,13 @@ def test_ddpm_with_learned_variance(model, scheduler_config) -> None:
     assert_same(states[-1][1], x)
 
 
+STUB = {"in_channels": 1, "out_channels": 2, "sample_size": 4, "num_embeds_ada_norm": 10}
+
+
 class Constant(nn.Module):
     """Returns eps = 0 and a constant v."""
 
-    config = {"in_channels": 1, "out_channels": 2, "sample_size": 4, "num_embeds_ada_norm": 10}
+    config = STUB
 
     def __init__(self, v: float) -> None:
         super().__init__()
@@ -106,9 +109,7 @@ class Constant(nn.Module):
 def test_ddpm_does_not_drop_the_learned_variance(scheduler_config, sampler: str, matters: bool) -> None:
     results = []
     for v in (-1.0, 1.0):
-        states = trajectory(
-            Constant(v), scheduler_config, Sampling(sampler, 10), LABELS, noise_generators(0, range(3))
-        )
+        states = trajectory(Constant(v), scheduler_config, Sampling(sampler, 10), LABELS, noise_generators(0, range(3)))
         *_, (_, x) = states
         results.append(x)
     assert torch.equal(*results) != matters
@@ -129,7 +130,7 @@ def test_model_without_learned_variance_samples_with_a_fixed_one(tiny_dit, sched
 class Spy(nn.Module):
     """eps = label, v = -label; keeps its inputs."""
 
-    config = Constant.config
+    config = STUB
 
     def forward(self, x, timestep, class_labels, return_dict):
         self.x, self.t, self.labels = x, timestep, class_labels
@@ -217,9 +218,7 @@ def test_image_i_is_the_same_in_every_batch_and_shard(model, scheduler_config, s
     sampling = Sampling(sampler, 5, 1.5)
 
     def images(members: slice, batch: int) -> torch.Tensor:
-        return sample_latents(
-            model, scheduler_config, classes[members], sampling, 11, batch=batch, first=members.start
-        )
+        return sample_latents(model, scheduler_config, classes[members], sampling, 11, batch=batch, first=members.start)
 
     whole = images(slice(0, 5), 16)
     for batch in (1, 2, 5):

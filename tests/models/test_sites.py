@@ -39,9 +39,7 @@ def test_names_are_unique_and_every_block_has_all_operands(model, tiny_recipe) -
         )
 
 
-@pytest.mark.parametrize(
-    ("time_grouped", "softmax", "others"), [("none", 1, 1), ("softmax", 4, 1), ("all", 4, 4)]
-)
+@pytest.mark.parametrize(("time_grouped", "softmax", "others"), [("none", 1, 1), ("softmax", 4, 1), ("all", 4, 4)])
 def test_time_groups(model, tiny_recipe, time_grouped: str, softmax: int, others: int) -> None:
     for site in sites(model.config, tiny_recipe(time_grouped=time_grouped)):
         expected = 1 if site.is_weight else softmax if site.role is Role.SOFTMAX else others

@@ -70,7 +70,7 @@ def test_vae_folder_is_found(own_pipeline) -> None:
 
 
 def test_unknown_model_says_what_is_known() -> None:
-    with pytest.raises(InputError, match="unknown model 'no-such-model'.*fashion-dit"):
+    with pytest.raises(InputError, match=r"unknown model 'no-such-model'.*fashion-dit"):
         resolve("no-such-model")
 
 

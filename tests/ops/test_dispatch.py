@@ -19,13 +19,13 @@ def test_simulated_says_that_it_is_not_integer() -> None:
 def test_every_backend_has_every_operation() -> None:
     for name in BACKENDS:
         backend = get_backend(name)
-        assert backend.NAME == name
+        assert name == backend.NAME
         for operation in ("quantize", "linear", "scores", "values", "weight_only_linear"):
             assert callable(getattr(backend, operation))
 
 
 def test_unknown_backend_names_the_known_ones() -> None:
-    with pytest.raises(InputError, match="'tpu'; known: auto, .*reference"):
+    with pytest.raises(InputError, match=r"'tpu'; known: auto, .*reference"):
         get_backend("tpu")
 
 

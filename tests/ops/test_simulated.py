@@ -31,9 +31,7 @@ def test_quantizer_picks_the_grid_of_the_operand(operand) -> None:
     _, params = operand(x.shape, lead=2)
     codes = uniform.quantize(x, params.scale, params.zero_point, 8)
     assert torch.equal(quantizer.quantize(x, params), codes)
-    assert torch.equal(
-        quantizer.dequantize(codes, params), uniform.dequantize(codes, params.scale, params.zero_point)
-    )
+    assert torch.equal(quantizer.dequantize(codes, params), uniform.dequantize(codes, params.scale, params.zero_point))
     params = params._replace(grid=Grid.MRQ_GELU)
     codes = regions.quantize(x, params.scale, params.coarse, 8, Grid.MRQ_GELU)
     assert torch.equal(quantizer.quantize(x, params), codes)

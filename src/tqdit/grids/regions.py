@@ -31,8 +31,9 @@ def quantize(x: torch.Tensor, s1: torch.Tensor, s2: torch.Tensor, bits: int, gri
     fmt = IntFormat(bits)
     x = x.float()
     if grid is Grid.MRQ_SOFTMAX:
-        fine, coarse = -torch.round(x / s1), torch.round(x / s2).clamp_(max=fmt.qmax)
-        return torch.where(x <= fmt.qmax * s1, fine, coarse).to(torch.int8)
+        fine = x <= fmt.qmax * s1
+        codes = torch.round(x / torch.where(fine, s1, s2)).clamp_(max=fmt.qmax).to(torch.int8)
+        return torch.where(fine, -codes, codes)
     codes = torch.round(x / torch.where(x < 0, s1, s2))
     return codes.clamp_(fmt.qmin, fmt.qmax).to(torch.int8)
 

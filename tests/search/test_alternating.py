@@ -1,0 +1,153 @@
+"""The alternating search: every candidate scored, never worse, better where it matters."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tqdit.calibration.statistics import RangeStats
+from tqdit.grids import uniform
+from tqdit.search import operands
+from tqdit.search.alternating import alternate
+from tqdit.search.objectives import MatmulObjective, linear, scores
+from tqdit.search.operands import Operand
+from tqdit.spec import Granularity, Grid, Role, SiteSpec
+
+
+def activation(x: torch.Tensor, group: torch.Tensor, bits: int = 6, **spec: object) -> Operand:
+    site = SiteSpec("x", spec.pop("role", Role.INPUT), bits, **spec)
+    shaped = x[:, None] if x.ndim == 2 else x
+    stats = RangeStats.empty(site.groups, site.units).update(shaped, group if site.groups > 1 else group * 0)
+    return operands.activation(site, x, group, stats)
+
+
+def weight(w: torch.Tensor, bits: int = 6, per_channel: bool = True) -> Operand:
+    return operands.weight([SiteSpec("w", Role.WEIGHT, bits, units=len(w) if per_channel else 1)], [w])
+
+
+@pytest.fixture
+def outlier_example() -> tuple[MatmulObjective, Operand, Operand]:
+    """Two values that the output hardly depends on stretch the min-max range tenfold."""
+    x, w = torch.randn(200, 32), torch.randn(16, 32)
+    x[0, :2] = torch.tensor([-40.0, 40.0])
+    fisher = torch.rand(200, 16) + 0.1
+    fisher[0] = 1e-4
+    objective = MatmulObjective.of(linear, x, w, fisher)
+    return objective, activation(x, torch.zeros(200, dtype=torch.int64)), weight(w, per_channel=False)
+
+
+def test_loss_never_rises_over_the_rounds(outlier_example, tiny_recipe) -> None:
+    losses = [alternate(*outlier_example, tiny_recipe(rounds=rounds))[2] for rounds in range(4)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[1] < 0.7 * losses[0]
+    a, b, loss = alternate(*outlier_example, tiny_recipe(rounds=2))
+    assert loss == pytest.approx(outlier_example[0].loss(a.fake(), b.fake()).sum().item())
+
+
+def test_zero_rounds_keep_the_minmax_scales(outlier_example, tiny_recipe) -> None:
+    objective, a, b = outlier_example
+    same_a, same_b, _ = alternate(objective, a, b, tiny_recipe(rounds=0))
+    assert same_a is a
+    assert same_b is b
+
+
+@pytest.mark.parametrize("grid", [Grid.MRQ_GELU, Grid.UNIFORM])
+def test_loss_never_rises_on_either_gelu_grid(grid: Grid, tiny_recipe) -> None:
+    x = torch.nn.functional.gelu(torch.randn(200, 32) * 2, approximate="tanh")
+    w = torch.randn(16, 32)
+    objective = MatmulObjective.of(linear, x, w, torch.ones(200, 16))
+    a = activation(x, torch.arange(200) % 4, role=Role.GELU, grid=grid, groups=4)
+    losses = [alternate(objective, a, weight(w), tiny_recipe(rounds=rounds))[2] for rounds in range(4)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[3] < losses[0]
+
+
+def exact_input() -> tuple[torch.Tensor, Operand]:
+    """An 8-bit operand that its own min-max grid represents without error."""
+    x = torch.randint(-128, 128, (50, 12)).float()
+    x[0, 0], x[0, 1] = -128.0, 127.0
+    operand = activation(x * 0.5, torch.zeros(50, dtype=torch.int64), bits=8)
+    assert torch.equal(operand.fake(), x * 0.5)
+    return x * 0.5, operand
+
+
+@pytest.mark.parametrize("position", range(6))
+def test_trap_3_an_optimum_at_any_candidate_is_found(position: int, tiny_recipe) -> None:
+    recipe = tiny_recipe(candidates=6, low=0.3, high=1.2, rounds=1)
+    factor = uniform.factors(0.3, 1.2, 6)[position]
+    x, a = exact_input()
+    best = torch.rand(4, 1) + 0.5
+    w = torch.randint(-31, 32, (4, 12)) * best
+    b = weight(w).with_scale((best / factor).T)
+    objective = MatmulObjective.of(linear, x, w, torch.ones(50, 4))
+    _, found, loss = alternate(objective, a, b, recipe)
+    assert torch.allclose(found.scale, best.T, rtol=1e-5)
+    assert loss < 1e-4
+
+
+def test_trap_3_every_built_candidate_is_scored(tiny_recipe) -> None:
+    scored: list[tuple[float, ...]] = []
+
+    def counted(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        scored.append(tuple(w.flatten().tolist()))
+        return linear(x, w)
+
+    x, a = exact_input()
+    w = torch.randn(4, 12)
+    b = weight(w)
+    objective = MatmulObjective.of(counted, x, w, torch.ones(50, 4))
+    recipe = tiny_recipe(candidates=9, rounds=1)
+    (tables,) = b.candidate_scales(b.scale, recipe)
+    scored.clear()
+    alternate(objective, a, b, recipe)
+    assert len(scored) == 2 * (9 + 1) + 1  # both operands with the current scale, and the final loss
+    assert {tuple(b.fake(table).flatten().tolist()) for table in tables} <= set(scored)
+
+
+def test_every_channel_group_and_head_finds_its_own(tiny_recipe) -> None:
+    recipe = tiny_recipe(candidates=12, rounds=1)
+    group = torch.arange(8) % 2
+    q = torch.randn(8, 3, 20, 4)
+    q[group == 1, 2, 0, :2] = torch.tensor([-40.0, 40.0])  # outliers in one group and head alone
+    k = torch.randn(8, 3, 20, 4)
+    spec = {"granularity": Granularity.PER_HEAD, "groups": 2, "units": 3, "bits": 4}
+    a, b = activation(q, group, role=Role.QUERY, **spec), activation(k, group, role=Role.KEY, **spec)
+    fisher = torch.ones(8, 3, 20, 20)
+    fisher[:, :, 0] = 0  # nobody listens to the row of the outlier
+    found, _, _ = alternate(MatmulObjective.of(scores, q, k, fisher), a, b, recipe)
+    ratio = found.scale / a.scale
+    assert ratio[1, 2] < 0.3
+    assert (ratio.flatten()[:-1] > 0.5).all()
+
+
+def test_fisher_weights_decide(tiny_recipe) -> None:
+    x, w = torch.randn(100, 12), torch.randn(4, 12)
+    x[:50] *= 20
+    group = torch.zeros(100, dtype=torch.int64)
+    scales: list[float] = []
+    for weights in ((1.0, 0.0), (0.0, 1.0)):
+        fisher = torch.tensor(weights).repeat_interleave(50)[:, None].expand(100, 4)
+        found, _, _ = alternate(
+            MatmulObjective.of(linear, x, w, fisher), activation(x, group), weight(w, 8), tiny_recipe()
+        )
+        scales.append(found.scale.item())
+    assert scales[1] < scales[0] / 3
+
+
+def test_softmax_exponent_follows_the_probabilities_of_the_group(tiny_recipe) -> None:
+    group = torch.arange(8) % 2
+    sharpness = torch.tensor([0.1, 4.0])[group][:, None, None, None]
+    p = (torch.randn(8, 2, 30, 64) * sharpness).softmax(-1)
+    v = torch.randn(8, 2, 64, 4)
+    combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.matmul
+    site = SiteSpec("p", Role.SOFTMAX, 8, Grid.MRQ_SOFTMAX, groups=2)
+    stats = RangeStats.empty(2, 2).update(p, group).over_units()
+    a = operands.activation(site, p, group, stats)
+    b = activation(v, group, bits=8, role=Role.VALUE, granularity=Granularity.PER_HEAD, units=2)
+    found, _, _ = alternate(MatmulObjective.of(combine, p, v, torch.ones(1)), a, b, tiny_recipe())
+    ratio = torch.log2(found.scale[:, 0, 1] / found.scale[:, 0, 0])
+    assert torch.equal(ratio, ratio.round())  # powers of two
+    flat_scale = found.scale[0, 0, 0]
+    assert flat_scale * 127 >= p[group == 0].max()  # flat rows lie in the fine region, with no step to spare
+    assert flat_scale * 127 / 2 < p[group == 0].max()
+    assert ratio[1] != ratio[0]

@@ -1,0 +1,127 @@
+"""Operands under search: which parameter each value uses, and which candidates there are."""
+
+import pytest
+import torch
+
+from tqdit.calibration.statistics import RangeStats
+from tqdit.errors import InputError
+from tqdit.grids import regions, uniform
+from tqdit.search import operands
+from tqdit.spec import Granularity, Grid, Role, SiteSpec
+
+
+def stats(x: torch.Tensor, group: torch.Tensor, groups: int) -> RangeStats:
+    x = x[:, None] if x.ndim == 2 else x
+    return RangeStats.empty(groups, x.shape[1] if x.ndim == 4 else 1).update(x, group)
+
+
+@pytest.fixture
+def rows() -> tuple[torch.Tensor, torch.Tensor]:
+    group = torch.arange(60) % 3
+    return torch.randn(60, 8) * (1 + group[:, None]) + 0.5, group
+
+
+@pytest.fixture
+def heads() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(6, 2, 5, 4) * torch.tensor([1.0, 7.0])[:, None, None], torch.arange(6) % 3
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_rows_use_the_scale_of_their_group(rows, groups: int) -> None:
+    x, group = rows
+    spec = SiteSpec("s", Role.INPUT, 8, groups=groups)
+    operand = operands.activation(spec, x, group, stats(x, group, 3))
+    assert operand.scale.shape == (groups, 1)
+    for g in range(3):
+        members = x[group == g]
+        seen = members if groups == 3 else x
+        scale, zero_point = uniform.minmax_asymmetric(seen.min(), seen.max(), 8, "s")
+        expected = uniform.dequantize(uniform.quantize(members, scale, zero_point, 8), scale, zero_point)
+        assert torch.equal(operand.fake()[group == g], expected)
+
+
+def test_attention_uses_the_scale_of_group_and_head(heads) -> None:
+    x, group = heads
+    spec = SiteSpec("s", Role.KEY, 8, granularity=Granularity.PER_HEAD, groups=3, units=2)
+    operand = operands.activation(spec, x, group, stats(x, group, 3))
+    for g in range(3):
+        for h in range(2):
+            members = x[group == g, h]
+            scale, zero_point = uniform.minmax_asymmetric(members.min(), members.max(), 8, "s")
+            expected = uniform.dequantize(uniform.quantize(members, scale, zero_point, 8), scale, zero_point)
+            assert torch.equal(operand.fake()[group == g, h], expected)
+
+
+def test_losses_are_summed_into_the_parameter_that_caused_them(rows, heads) -> None:
+    x, group = rows
+    loss = torch.rand(60, 5)
+    operand = operands.activation(SiteSpec("s", Role.INPUT, 8, groups=3), x, group, stats(x, group, 3))
+    expected = torch.stack([loss[group == g].sum() for g in range(3)])[:, None]
+    assert torch.allclose(operand.reduce(loss), expected)
+
+    x, group = heads
+    loss = torch.rand(6, 2, 5, 7)
+    for units in (1, 2):
+        spec = SiteSpec("s", Role.SOFTMAX, 8, groups=3, units=units)
+        ranges = stats(x, group, 3)
+        operand = operands.activation(spec, x, group, ranges if units == 2 else ranges.over_units())
+        expected = torch.stack([loss[group == g].sum((0, 2, 3)) for g in range(3)])
+        expected = expected if units == 2 else expected.sum(1, keepdim=True)
+        assert torch.allclose(operand.reduce(loss), expected)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_stacked_weights_keep_their_own_scales(per_channel: bool) -> None:
+    parts = [torch.randn(4, 6), torch.randn(4, 6) * 10]
+    units = 4 if per_channel else 1
+    specs = [SiteSpec(f"w{i}", Role.WEIGHT, 8, units=units) for i in range(2)]
+    operand = operands.weight(specs, parts)
+    largest = torch.cat([p.abs().amax(1) if per_channel else p.abs().amax()[None] for p in parts])
+    assert torch.allclose(operand.scale, largest[None] / 127)
+    scale = operand.scale[0] if per_channel else operand.scale[0].repeat_interleave(4)
+    values = torch.cat(parts)
+    expected = uniform.dequantize(uniform.quantize(values, scale[:, None], 0, 8), scale[:, None], 0)
+    assert torch.equal(operand.fake(), expected)
+    loss = torch.rand(9, 8)
+    per_output = loss.sum(0)
+    assert torch.allclose(operand.reduce(loss)[0], per_output if per_channel else per_output.reshape(2, 4).sum(1))
+
+
+def test_uniform_candidates_are_multiples_of_the_minmax_scale(rows, tiny_recipe) -> None:
+    x, group = rows
+    operand = operands.activation(SiteSpec("s", Role.INPUT, 8, groups=3), x, group, stats(x, group, 3))
+    (tables,) = operand.candidate_scales(operand.scale, tiny_recipe(candidates=7, low=0.5, high=1.1))
+    ratios = torch.stack(tables) / operand.scale
+    assert torch.allclose(ratios[:, 0, 0], torch.linspace(0.5, 1.1, 7))
+    assert len(tables) == 7
+
+
+def test_softmax_candidates_are_powers_of_two_below_a_fixed_coarse_scale(tiny_recipe) -> None:
+    p, group = torch.randn(6, 2, 5, 9).softmax(-1), torch.arange(6) % 3
+    spec = SiteSpec("s", Role.SOFTMAX, 6, Grid.MRQ_SOFTMAX, groups=3)
+    operand = operands.activation(spec, p, group, stats(p, group, 3).over_units())
+    (tables,) = operand.candidate_scales(operand.scale, tiny_recipe())
+    for i, table in zip(regions.softmax_exponents(6), tables, strict=True):
+        assert torch.equal(table[..., 1], torch.full((3, 1), 1 / 31))
+        assert torch.equal(table[..., 0], table[..., 1] * 2.0**-i)
+
+
+def test_gelu_candidates_search_one_region_at_a_time(rows, tiny_recipe) -> None:
+    x, group = torch.nn.functional.gelu(rows[0]), rows[1]
+    operand = operands.activation(SiteSpec("s", Role.GELU, 8, Grid.MRQ_GELU), x, group, stats(x, group, 3))
+    assert operand.scale[0, 0, 1] == x.max() / 127
+    assert operand.scale[0, 0, 0] == pytest.approx(0.17 / 128)
+    moved = operand.with_scale(operand.scale * 0.5)
+    fine, coarse = moved.candidate_scales(operand.scale, tiny_recipe(candidates=5))
+    assert {t[0, 0, 1].item() for t in fine} == {moved.scale[0, 0, 1].item()}
+    assert {t[0, 0, 0].item() for t in coarse} == {moved.scale[0, 0, 0].item()}
+    assert len({t[0, 0, 0].item() for t in fine}) == len({t[0, 0, 1].item() for t in coarse}) == 5
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_range_without_a_scale_names_the_site(value: float) -> None:
+    x, group = torch.full((4, 8), value), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(InputError, match=r"'block\.3\.fc1'"):
+        operands.activation(SiteSpec("block.3.fc1", Role.INPUT, 8), x, group, stats(x, group, 1))
+    with pytest.raises(InputError, match=r"'block\.3\.w'"):
+        operands.weight([SiteSpec("block.3.w", Role.WEIGHT, 8)], [x])

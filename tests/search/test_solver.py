@@ -1,0 +1,211 @@
+"""Solving a whole model: complete, deterministic, and each choice for a reason."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tqdit.calibration.recorder import record
+from tqdit.calibration.statistics import RangeStats
+from tqdit.calibration.trajectories import collect
+from tqdit.convert import convert
+from tqdit.errors import InputError
+from tqdit.evaluation.metrics import sqnr_db
+from tqdit.models.sites import blocks, sites
+from tqdit.search.solver import solve
+from tqdit.spec import Grid, Role
+from tqdit.timegroups import TimeGroups
+
+GROUPS = TimeGroups(1000, 4)
+PRESETS = ["paper", "plus"]
+
+
+def solution_of(model, records, recipe):
+    return solve(model, records, recipe, GROUPS, {})
+
+
+def assert_identical(a, b) -> None:
+    assert list(a.params) == list(b.params)
+    for name, p in a.params.items():
+        q = b.params[name]
+        assert p.spec == q.spec
+        assert torch.equal(p.scale, q.scale), name
+        assert (p.zero_point is None) == (q.zero_point is None)
+        assert p.zero_point is None or torch.equal(p.zero_point, q.zero_point), name
+    for first, second in ((a.codes, b.codes), (a.floats, b.floats)):
+        assert first.keys() == second.keys()
+        assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_site_is_solved_with_its_shape(model, solved, tiny_recipe, preset: str) -> None:
+    solution = solved(preset)
+    expected = sites(model.config, tiny_recipe(preset))
+    assert list(solution.params) == [site.name for site in expected]
+    for site, params in zip(expected, solution.params.values(), strict=True):
+        assert replace(params.spec, grid=site.grid) == site
+        shape = (site.groups, site.units)
+        assert params.scale.shape == ((*shape, 2) if params.spec.grid.two_region else shape)
+        assert params.scale.dtype is torch.float32
+        assert (params.scale > 0).all()
+        if site.is_weight or params.spec.grid.two_region:
+            assert params.zero_point is None
+        else:
+            assert params.zero_point.dtype is torch.int32
+            assert params.zero_point.shape == shape
+    assert set(solution.codes) == {site.name for site in expected if site.is_weight}
+
+
+def test_paper_keeps_mrq_everywhere(solved) -> None:
+    grids = {p.spec.grid for p in solved("paper").params.values() if p.spec.role is Role.SOFTMAX}
+    grids |= {p.spec.grid for p in solved("paper").params.values() if p.spec.role is Role.GELU}
+    assert grids == {Grid.MRQ_SOFTMAX, Grid.MRQ_GELU}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_trap_4_every_layer_is_calibrated(solved, preset: str) -> None:
+    searched, start = solved(preset, "w4a4"), solved(preset, "w4a4", rounds=0)
+    for name, params in searched.params.items():
+        before = start.params[name]
+        if params.spec.role is Role.SOFTMAX:  # few candidates: the start may be the best
+            assert (params.scale[..., 0] < params.scale[..., 1]).all() if params.zero_point is None else True
+            continue
+        assert params.scale.shape != before.scale.shape or (params.scale != before.scale).any(), name
+    for index in range(2):
+        changed = [n for n, c in searched.codes.items() if f".{index}." in n and not torch.equal(c, start.codes[n])]
+        assert len(changed) >= 6
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("bits", ["w6a6", "w4a4"])
+def test_searched_scales_beat_minmax_on_the_model(model, solved, model_inputs, preset: str, bits: str) -> None:
+    with torch.inference_mode():
+        expected = model(**model_inputs).sample
+        before, after = (
+            sqnr_db(expected, convert(solved(preset, bits, rounds=rounds))(**model_inputs).sample) for rounds in (0, 2)
+        )
+    assert after > before - 0.1
+
+
+def weight_error(model, solution) -> float:
+    state, total = model.state_dict(), 0.0
+    for name, codes in solution.codes.items():
+        if solution.params[name].spec.role is Role.WEIGHT:
+            scale = solution.params[name].scale[0][:, None]
+            total += (codes * scale - state[name]).square().sum().item()
+    return total
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a8"])
+def test_per_channel_weights_are_closer(model, solved, bits: str) -> None:
+    tensor, channel = (
+        weight_error(model, solved("paper", bits, rounds=0, weight_granularity=granularity))
+        for granularity in ("per_tensor", "per_channel")
+    )
+    assert channel < 0.9 * tensor
+
+
+def test_weight_only_search_lowers_the_error_of_each_channel(model, solved) -> None:
+    state = model.state_dict()
+    errors = []
+    for rounds in (0, 2):
+        solution = solved("paper", "w2a8", rounds=rounds)
+        name = "transformer_blocks.0.norm1.linear.weight"
+        real = solution.codes[name] * solution.params[name].scale[0][:, None]
+        errors.append((real - state[name]).square().sum(1))
+    assert (errors[1] <= errors[0] * (1 + 1e-6)).all()
+    assert errors[1].sum() < errors[0].sum()
+
+
+# Choice of the grid ------------------------------------------------------------------------------------------------
+
+
+def with_input(records, name: str, x: torch.Tensor):
+    """Records whose site `name` saw `x` (R, in), in every group alike."""
+    linear = replace(records.linears[name], x=x, fisher=torch.ones_like(records.linears[name].fisher))
+    ranges = RangeStats(x.amin().expand(4, 1).clone(), x.amax().expand(4, 1).clone())
+    return replace(records, linears={**records.linears, name: linear}, ranges={**records.ranges, name: ranges})
+
+
+@pytest.mark.parametrize("choice", ["best", "mrq", "uniform"])
+@pytest.mark.parametrize(("negative_share", "better"), [(0.05, Grid.UNIFORM), (0.97, Grid.MRQ_GELU)])
+def test_best_gelu_grid(model, records, tiny_recipe, choice: str, negative_share: float, better: Grid) -> None:
+    name = blocks(model.config)[1].fc2.source
+    shape = records.linears[name].x.shape
+    x = torch.where(torch.rand(shape) < negative_share, -0.17 * torch.rand(shape), 4 * torch.rand(shape))
+    solution = solution_of(model, with_input(records, name, x), tiny_recipe(gelu_grid=choice))
+    expected = {"best": better, "mrq": Grid.MRQ_GELU, "uniform": Grid.UNIFORM}[choice]
+    assert solution.params[name].spec.grid is expected
+
+
+@pytest.mark.parametrize(("sharpness", "better"), [(0.1, Grid.UNIFORM), (3.0, Grid.MRQ_SOFTMAX)])
+def test_best_softmax_grid(model, records, tiny_recipe, sharpness: float, better: Grid) -> None:
+    block = blocks(model.config)[1]
+    attention = records.attentions[block.attention]
+    attention = replace(
+        attention, q=torch.randn_like(attention.q) * sharpness, k=torch.randn_like(attention.k),
+        fisher_values=torch.ones_like(attention.fisher_values),
+    )  # fmt: skip
+    p = (attention.q @ attention.k.mT / 4).softmax(-1)
+    name = block.operand(Role.SOFTMAX)
+    ranges = {**records.ranges, name: RangeStats(p.amin().expand(4, 2), p.amax().expand(4, 2))}
+    doctored = replace(records, attentions={**records.attentions, block.attention: attention}, ranges=ranges)
+    solution = solution_of(model, doctored, tiny_recipe("plus", "w6a6"))
+    assert solution.params[name].spec.grid is better
+
+
+# Determinism, errors -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_same_seed_same_solution(model, scheduler_config, solved, tiny_recipe, preset: str) -> None:
+    recipe = tiny_recipe(preset)
+    data = collect(model, scheduler_config, recipe)
+    again = solution_of(model, record(model, data, recipe), recipe)
+    assert_identical(solved(preset), again)
+
+
+def test_other_seed_other_solution(model, scheduler_config, solved, tiny_recipe) -> None:
+    recipe = tiny_recipe(seed=1)
+    other = solution_of(model, record(model, collect(model, scheduler_config, recipe), recipe), recipe)
+    changed = [n for n, p in solved().params.items() if not torch.equal(p.scale, other.params[n].scale)]
+    assert changed
+
+
+def test_hessian_guidance_changes_the_choice(model, data, solved, tiny_recipe) -> None:
+    recipe = tiny_recipe("paper", "w4a4", hessian=False)
+    plain = solution_of(model, record(model, data, recipe), recipe)
+    guided = solved("paper", "w4a4")
+    assert any(not torch.equal(p.scale, plain.params[n].scale) for n, p in guided.params.items())
+
+
+def test_the_model_is_only_read(tiny_dit, records, tiny_recipe) -> None:
+    model = tiny_dit()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    solution = solution_of(model, records, tiny_recipe())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert set(solution.floats) == set(before) - set(solution.codes)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in solution.floats.items())
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_site_without_a_range_is_named(model, records, tiny_recipe, value: float) -> None:
+    name = blocks(model.config)[1].fc1.source
+    doctored = with_input(records, name, torch.full_like(records.linears[name].x, value))
+    with pytest.raises(InputError, match=name):
+        solution_of(model, doctored, tiny_recipe())
+
+
+@pytest.mark.parametrize("name", ["proj_out_1.weight", "transformer_blocks.1.attn1.to_k.weight"])
+def test_weight_of_zeros_is_named(tiny_dit, records, tiny_recipe, name: str) -> None:
+    model = tiny_dit()
+    model.get_parameter(name).zero_()
+    with pytest.raises(InputError, match=name):
+        solution_of(model, records, tiny_recipe())
+
+
+def test_progress_reaches_the_end(model, records, tiny_recipe) -> None:
+    told: list[float] = []
+    solve(model, records, tiny_recipe(rounds=0), GROUPS, {}, told.append)
+    assert told == sorted(told)
+    assert told[-1] == 1

@@ -1,0 +1,281 @@
+"""Artifacts: bit-exact, reproducible, and every damage found and named."""
+
+import hashlib
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tqdit import artifact
+from tqdit.artifact import MANIFEST
+from tqdit.convert import convert
+from tqdit.errors import InputError
+from tqdit.files import CONFIG, WEIGHTS
+
+FC1, FC2 = "transformer_blocks.0.ff.net.0.proj.weight", "transformer_blocks.0.ff.net.2.weight"
+TABLES = [f"transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table.weight" for i in range(2)]
+SOFTMAX, QUERY = "transformer_blocks.1.attn1.softmax", "transformer_blocks.1.attn1.query"
+RECIPES = [("paper", "w8a8"), ("plus", "w6a6"), ("plus", "w4a8"), ("paper", "w3a5")]
+
+
+@pytest.fixture
+def folder(tmp_path, solved):
+    artifact.write(solved("plus", "w6a6"), tmp_path)
+    return tmp_path
+
+
+def edit_json(path, change) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def forge(folder, change_manifest=lambda _: None, change_tensors=lambda _: None) -> None:
+    """Change an artifact and make all of its hashes right again."""
+    tensors = load_file(folder / WEIGHTS)
+    change_tensors(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    def update(manifest) -> None:
+        manifest["tensors"] = {name: artifact._describe(tensor) for name, tensor in tensors.items()}
+        change_manifest(manifest)
+
+    edit_json(folder / MANIFEST, update)
+    digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    edit_json(folder / CONFIG, lambda config: config["quantization_config"].update(manifest_sha256=digest))
+
+
+@pytest.mark.parametrize(("preset", "bits"), RECIPES)
+def test_round_trip_is_bit_exact(tmp_path, solved, preset: str, bits: str) -> None:
+    solution = solved(preset, bits)
+    artifact.write(solution, tmp_path)
+    loaded = artifact.read(tmp_path)
+    assert list(loaded.params) == list(solution.params)
+    for name, params in solution.params.items():
+        other = loaded.params[name]
+        assert other.spec == params.spec
+        assert torch.equal(other.scale, params.scale)
+        assert other.scale.dtype is torch.float32
+        assert (other.zero_point is None) == (params.zero_point is None)
+        if params.zero_point is not None:
+            assert torch.equal(other.zero_point, params.zero_point)
+            assert other.zero_point.dtype is torch.int32
+    for ours, theirs in ((solution.codes, loaded.codes), (solution.floats, loaded.floats)):
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            assert torch.equal(tensor, theirs[name]), name
+            assert tensor.dtype is theirs[name].dtype
+    assert loaded.time_groups == solution.time_groups
+    assert loaded.provenance == solution.provenance
+    assert loaded.model_config.keys() == solution.model_config.keys()
+
+
+def test_loaded_model_gives_the_same_output(folder, solved, model_inputs) -> None:
+    with torch.inference_mode():
+        expected = convert(solved("plus", "w6a6"))(**model_inputs).sample
+        assert torch.equal(convert(artifact.read(folder))(**model_inputs).sample, expected)
+
+
+def test_same_solution_same_bytes(tmp_path, solved) -> None:
+    copies = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
+    for copy in copies:
+        copy.mkdir()
+    artifact.write(solved("plus", "w6a6"), copies[0])
+    artifact.write(solved("plus", "w6a6"), copies[1])
+    artifact.write(artifact.read(copies[0]), copies[2])
+    for name in (CONFIG, MANIFEST, WEIGHTS):
+        assert len({(copy / name).read_bytes() for copy in copies}) == 1, name
+
+
+def test_codes_are_stored_packed(folder, solved) -> None:
+    solution = solved("plus", "w6a6")
+    stored = load_file(folder / WEIGHTS)
+    for name, codes in solution.codes.items():
+        bits = solution.params[name].spec.bits
+        assert stored[f"{name}.codes"].numel() == -(-codes.numel() * bits // 8)
+    assert artifact.size_bytes(folder) == sum((folder / name).stat().st_size for name in (WEIGHTS, MANIFEST))
+
+
+# Equal tensors -----------------------------------------------------------------------------------------------------
+
+
+def with_equal_tensors(solution):
+    """Both blocks with one label table and one weight, as separate tensors."""
+    floats = {**solution.floats, TABLES[1]: solution.floats[TABLES[0]].clone()}
+    name = FC1.replace("blocks.0", "blocks.1")
+    codes = {**solution.codes, name: solution.codes[FC1].clone()}
+    return replace(solution, floats=floats, codes=codes), name
+
+
+def test_equal_tensors_are_stored_once_and_shared_after_loading(tmp_path, solved) -> None:
+    solution, name = with_equal_tensors(solved())
+    artifact.write(solution, tmp_path)
+    aliases = json.loads((tmp_path / MANIFEST).read_text())["aliases"]
+    assert aliases[TABLES[1]] == TABLES[0]
+    assert aliases[f"{name}.codes"] == f"{FC1}.codes"
+    assert not set(aliases) & set(load_file(tmp_path / WEIGHTS))
+    loaded = artifact.read(tmp_path)
+    assert torch.equal(loaded.floats[TABLES[1]], solution.floats[TABLES[0]])
+    assert loaded.floats[TABLES[0]].data_ptr() == loaded.floats[TABLES[1]].data_ptr()
+    assert loaded.codes[FC1].data_ptr() == loaded.codes[name].data_ptr()
+
+
+def test_equal_bytes_of_another_shape_stay_what_they_are(tmp_path, solved) -> None:
+    """fc1 (4w, w) and fc2 (w, 4w) with the same packed bytes."""
+    solution = solved()
+    codes = {name: torch.full_like(solution.codes[name], 7) for name in (FC1, FC2)}
+    artifact.write(replace(solution, codes={**solution.codes, **codes}), tmp_path)
+    loaded = artifact.read(tmp_path)
+    for name, expected in codes.items():
+        assert torch.equal(loaded.codes[name], expected), name
+
+
+def test_alias_to_nowhere_is_named(tmp_path, solved) -> None:
+    artifact.write(with_equal_tensors(solved())[0], tmp_path)
+    forge(tmp_path, lambda manifest: manifest["aliases"].update({TABLES[1]: "nowhere"}))
+    with pytest.raises(InputError, match=f"'{re.escape(TABLES[1])}' refers to 'nowhere'"):
+        artifact.read(tmp_path)
+
+
+# Damage ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.1, 0.5, 0.999])
+def test_truncated_weights(folder, keep: float) -> None:
+    path = folder / WEIGHTS
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(InputError, match=WEIGHTS):
+        artifact.read(folder)
+
+
+@pytest.mark.parametrize("position", [0.0, 0.3, 0.5, 0.9, 1.0])
+def test_one_flipped_bit_in_the_data(folder, position: float) -> None:
+    path = folder / WEIGHTS
+    data = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")
+    where = header + int((len(data) - header - 1) * position)
+    data[where] ^= 1 << 3
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"tensor '.+' has sha256"):
+        artifact.read(folder)
+
+
+def test_one_flipped_bit_in_the_header(folder) -> None:
+    path = folder / WEIGHTS
+    original = path.read_bytes()
+    header = 8 + int.from_bytes(original[:8], "little")
+    start = original.index(b'"proj_out_1.bias"')
+    for where in [*range(8), *range(start, min(start + 90, header))]:
+        data = bytearray(original)
+        data[where] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=re.escape(str(folder))):
+            artifact.read(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update({"proj_out_1.bias": t["proj_out_1.bias"].half()}), "'proj_out_1.bias' has dtype float16"),
+        (lambda t: t.update({f"{QUERY}.scale": t[f"{QUERY}.scale"].T.contiguous()}), f"'{QUERY}.scale' has shape"),
+        (lambda t: t.pop(f"{FC1}.codes"), f"lacks tensor '{FC1}.codes'"),
+        (lambda t: t.update(stranger=torch.zeros(1)), "unexpected tensor 'stranger'"),
+        (lambda t: t[f"{QUERY}.zero_point"].add_(1), f"'{QUERY}.zero_point' has sha256"),
+    ],
+)
+def test_changed_tensor_is_named(folder, change, message: str) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(InputError, match=re.escape(message)):
+        artifact.read(folder)
+
+
+def set_first(name: str, value: float):
+    return lambda tensors: tensors[name].view(-1)[:1].fill_(value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_first(f"{QUERY}.scale", -0.1), f"'{QUERY}.scale' has a scale that is not finite and positive"),
+        (set_first(f"{QUERY}.scale", 0.0), f"'{QUERY}.scale' has a scale"),
+        (set_first(f"{FC1}.scale", float("nan")), f"'{FC1}.scale' has a scale"),
+        (set_first(f"{SOFTMAX}.scale", float("inf")), f"'{SOFTMAX}.scale' has a scale"),
+        (set_first(f"{QUERY}.zero_point", 1000), f"'{QUERY}.zero_point' has a zero point outside"),
+        (set_first("proj_out_1.bias", float("nan")), "'proj_out_1.bias' must be finite"),
+        (lambda t: t.update({f"{QUERY}.scale": t[f"{QUERY}.scale"].double()}), f"'{QUERY}.scale' is torch.float64"),
+        (lambda t: t.update({f"{QUERY}.scale": t[f"{QUERY}.scale"][:1].clone()}), f"'{QUERY}.scale' is torch.float32"),
+        (lambda t: t.update({f"{QUERY}.zero_point": t[f"{QUERY}.zero_point"].long()}), f"'{QUERY}.zero_point' is"),
+        (lambda t: t.update({f"{FC1}.codes": t[f"{FC1}.codes"][:-1].clone()}), f"'{FC1}.codes'"),
+        (lambda t: t.pop(f"{QUERY}.scale"), f"lacks tensor '{QUERY}.scale'"),
+        (lambda t: t.update(stranger=torch.zeros(1, dtype=torch.int32)), "'stranger' must be finite float32"),
+    ],
+)
+def test_values_are_checked_even_if_all_hashes_are_right(folder, change, message: str) -> None:
+    forge(folder, change_tensors=change)
+    with pytest.raises(InputError, match=re.escape(message)):
+        artifact.read(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["sites"][0].update(grid="cubic"), "cubic"),
+        (lambda m: m["sites"][0].update(role="poet"), "poet"),
+        (lambda m: m["sites"][0].update(colour="red"), "colour"),
+        (lambda m: m["sites"][0].pop("role"), "role"),
+        (lambda m: m["sites"][0].update(bits=9), "bits"),
+        (lambda m: m["sites"][-2].update(bits=0), "0 bits, legal are 2 to 8"),
+        (lambda m: m["sites"][-2].update(groups=3), "3 groups, legal are 1 and 4"),
+        (lambda m: m["shapes"].pop(FC1), FC1),
+        (lambda m: m["shapes"].update({FC1: [3, 5]}), FC1),
+        (lambda m: m["time_groups"].update(num_groups=0), "groups"),
+        (lambda m: m.pop("sites"), "sites"),
+        (lambda m: m.pop("provenance"), "provenance"),
+    ],
+)
+def test_manifest_is_checked_even_if_all_hashes_are_right(folder, change, message: str) -> None:
+    forge(folder, change)
+    with pytest.raises(InputError, match=re.escape(message)):
+        artifact.read(folder)
+
+
+def test_edited_manifest(folder) -> None:
+    edit_json(folder / MANIFEST, lambda manifest: manifest["provenance"].update(source="another"))
+    with pytest.raises(InputError, match=f"{MANIFEST} was changed"):
+        artifact.read(folder)
+
+
+@pytest.mark.parametrize("version", [0, 2, None, "1"])
+def test_other_format_version(folder, version: object) -> None:
+    edit_json(folder / CONFIG, lambda c: c["quantization_config"].update(format_version=version))
+    with pytest.raises(InputError, match=f"format {version} is not supported; this tqdit reads 1"):
+        artifact.read(folder)
+
+
+@pytest.mark.parametrize("name", [CONFIG, MANIFEST, WEIGHTS])
+def test_missing_file_is_named(folder, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(InputError, match=re.escape(name)):
+        artifact.read(folder)
+
+
+@pytest.mark.parametrize("quantization", [None, {"quant_method": "bitsandbytes"}, "tqdit"])
+def test_folder_of_another_method(folder, quantization: object) -> None:
+    edit_json(folder / CONFIG, lambda config: config.update(quantization_config=quantization))
+    with pytest.raises(InputError, match="no quantization_config of method 'tqdit'"):
+        artifact.read(folder)
+
+
+def test_config_of_another_model_does_not_convert(folder) -> None:
+    edit_json(folder / CONFIG, lambda config: config.update(num_layers=3))
+    with pytest.raises(InputError, match=r"transformer_blocks\.2"):
+        convert(artifact.read(folder))
+    edit_json(folder / CONFIG, lambda config: config.update(num_layers=1))
+    with pytest.raises(InputError, match=r"transformer_blocks\.1"):
+        convert(artifact.read(folder))

@@ -1,0 +1,112 @@
+"""A float model and its artifacts side by side."""
+
+import json
+
+import pytest
+import torch
+
+from tqdit import workflow
+from tqdit.comparison import HELD_OUT_SEED, compare, held_out
+from tqdit.errors import InputError
+from tqdit.models.sampler import Sampling
+from tqdit.models.sources import load_float, resolve
+
+FAST = Sampling("ddim", 4, 1.5)
+
+
+@pytest.fixture(scope="module")
+def artifacts(pipeline, tiny_recipe, tmp_path_factory) -> list:
+    root = tmp_path_factory.mktemp("artifacts")
+    prepared = workflow.prepare(pipeline, tiny_recipe())
+    for bits in ("w8a8", "w4a4"):
+        solution, _ = workflow.solve_prepared(prepared, tiny_recipe("plus", bits))
+        workflow.save(solution, prepared.source, root / bits)
+    return [root / "w8a8", root / "w4a4"]
+
+
+@pytest.fixture(scope="module")
+def comparison(pipeline, artifacts):
+    return compare(pipeline, artifacts, num=3, sampling=FAST, samples=2)
+
+
+def test_json_has_every_figure(comparison, model) -> None:
+    value = json.loads(comparison.with_seconds([1.0, 2.0]).to_json())
+    assert set(value) == {"environment", "settings", "reference", "models"}
+    assert value["settings"] == {
+        "num": 3, "samples_per_group": 2, "groups": 4, "seed": 0, "sampler": "ddim", "steps": 4, "guidance": 1.5,
+    }  # fmt: skip
+    reference = value["reference"]
+    assert reference["bits"] == "float32"
+    assert reference["eps_sqnr_db"] is None
+    assert reference["size_bytes"] == 4 * sum(p.numel() for p in model.parameters())
+    assert [row["name"] for row in value["models"]] == ["w8a8", "w4a4"]
+    assert [row["bits"] for row in value["models"]] == ["w8a8", "w4a4"]
+    assert [row["calibration_seconds"] for row in value["models"]] == [1.0, 2.0]
+    for row in value["models"]:
+        assert row["preset"] == "plus"
+        assert len(row["eps_sqnr_db_by_group"]) == 4
+        assert min(row["eps_sqnr_db_by_group"]) <= row["eps_sqnr_db"] <= max(row["eps_sqnr_db_by_group"])
+        assert row["size_bytes"] > 0
+        assert row["size_ratio"] == pytest.approx(row["size_bytes"] / reference["size_bytes"])
+        assert row["fd_fashion"] is None  # the bundled classifier wants 32 x 32 images
+
+
+def test_more_bits_are_closer(comparison) -> None:
+    eight, four = comparison.models
+    assert eight.eps.overall > 25
+    assert eight.eps.overall > four.eps.overall + 5
+    assert eight.psnr_db > four.psnr_db + 5
+    assert eight.size_bytes > four.size_bytes
+
+
+def test_images_are_those_of_sample(comparison, pipeline, artifacts) -> None:
+    for row, source in zip((comparison.float_model, *comparison.models), (pipeline, *artifacts), strict=True):
+        assert torch.equal(row.images, workflow.sample(source, [], 3, FAST))
+
+
+def test_states_by_timestep(comparison) -> None:
+    by_timestep = comparison.models[0].eps.by_timestep
+    assert len(by_timestep) == 8
+    assert [t * 4 // 1000 for t, _ in by_timestep] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_same_call_same_figures(comparison, pipeline, artifacts) -> None:
+    again = compare(pipeline, artifacts[:1], num=3, sampling=FAST, samples=2)
+    assert again.models[0].figures() == comparison.models[0].figures()
+
+
+def test_held_out_states_are_not_calibration_states(pipeline, data) -> None:
+    source = resolve(pipeline)
+    model = load_float(source)
+    other = held_out(source, model, 4, 2, HELD_OUT_SEED)
+    assert other.group.bincount().tolist() == [2] * 4
+    assert torch.cdist(other.x.flatten(1), data.x.flatten(1)).min() > 0.1
+
+
+@pytest.mark.parametrize("groups", [1, 7, 10, 25, 30, 45, 64])
+def test_held_out_states_for_any_number_of_groups(pipeline, tiny_dit, groups: int) -> None:
+    source = resolve(pipeline)
+    other = held_out(source, tiny_dit(num_layers=1), groups, 1, HELD_OUT_SEED)
+    assert other.group.tolist() == list(range(groups))
+
+
+@pytest.mark.parametrize("arguments", [{"num": 0}, {"samples": 0}])
+def test_nothing_to_compare_is_an_error(pipeline, artifacts, arguments: dict) -> None:
+    with pytest.raises(InputError, match="at least 1"):
+        compare(pipeline, artifacts, **arguments)
+
+
+def test_float_model_among_the_artifacts(pipeline) -> None:
+    with pytest.raises(InputError, match="not quantized"):
+        compare(pipeline, [pipeline], num=1)
+
+
+def test_artifact_as_the_reference(artifacts) -> None:
+    with pytest.raises(InputError, match="already quantized"):
+        compare(artifacts[0], artifacts, num=1)
+
+
+def test_artifact_of_another_model(tiny_dit, artifacts, tmp_path) -> None:
+    tiny_dit(num_layers=1).save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="num_layers"):
+        compare(tmp_path / "other", artifacts, num=1)

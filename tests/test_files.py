@@ -1,0 +1,191 @@
+"""Reading with clear errors; replacing whole folders and files or nothing."""
+
+import errno
+import json
+import os
+import shutil
+
+import pytest
+
+from tqdit import files
+from tqdit.errors import InputError
+from tqdit.files import check_target, read_json, read_tensors, replacing, write_bytes, write_text
+
+ARTIFACT = {"quantization_config": {"quant_method": "tqdit"}}
+
+
+def fill(folder, content: str) -> None:
+    (folder / "config.json").write_text(json.dumps(ARTIFACT))
+    (folder / "tqdit.json").write_text("{}")
+    (folder / "data").write_text(content)
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "inner").write_text(content)
+
+
+@pytest.fixture
+def old(tmp_path):
+    """An artifact that is there already."""
+    target = tmp_path / "out"
+    target.mkdir()
+    fill(target, "old")
+    return target
+
+
+def assert_intact(target, content: str) -> None:
+    """`target` holds `content` and nothing is left beside it."""
+    assert (target / "data").read_text() == (target / "scheduler" / "inner").read_text() == content
+    assert [p.name for p in target.parent.iterdir()] == [target.name]
+
+
+def test_new_folder_appears_whole(tmp_path) -> None:
+    target = tmp_path / "deep" / "out"
+    with replacing(target) as folder:
+        fill(folder, "new")
+        assert not target.exists()
+    assert_intact(target, "new")
+
+
+def test_folder_is_readable_by_others(tmp_path) -> None:
+    with replacing(tmp_path / "out") as folder:
+        fill(folder, "new")
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+
+
+def test_overwrite_replaces_the_whole_folder(old) -> None:
+    (old / "leftover").write_text("old")
+    with replacing(old, overwrite=True) as folder:
+        fill(folder, "new")
+        assert (old / "data").read_text() == "old"
+    assert_intact(old, "new")
+    assert not (old / "leftover").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("exists", [True, False])
+def test_interrupt_midway_leaves_everything_as_it_was(tmp_path, old, error, exists: bool) -> None:
+    target = old if exists else tmp_path / "other"
+
+    def interrupted() -> None:
+        with replacing(target, overwrite=True) as folder:
+            fill(folder, "new")
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
+    assert_intact(old, "old")
+
+
+def no_space(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_full_disk_while_syncing(old, monkeypatch) -> None:
+    monkeypatch.setattr(files, "_sync", no_space)
+    with pytest.raises(OSError, match="No space"), replacing(old, overwrite=True) as folder:
+        fill(folder, "new")
+    assert_intact(old, "old")
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_failing_rename_puts_the_old_folder_back(old, monkeypatch, failing: int) -> None:
+    rename, calls = files.Path.rename, []
+
+    def flaky(path, target):
+        calls.append(path)
+        if len(calls) == failing:
+            no_space()
+        return rename(path, target)
+
+    monkeypatch.setattr(files.Path, "rename", flaky)
+    with pytest.raises(OSError, match="No space"), replacing(old, overwrite=True) as folder:
+        fill(folder, "new")
+    monkeypatch.undo()
+    assert_intact(old, "old")
+
+
+def test_existing_folder_needs_overwrite(old) -> None:
+    with pytest.raises(InputError, match=r"exists.*--overwrite"), replacing(old):
+        pytest.fail("the body must not run")
+    assert_intact(old, "old")
+
+
+def float_model(folder) -> None:
+    (folder / "config.json").write_text(json.dumps({"_class_name": "DiTTransformer2DModel"}))
+    (folder / "diffusion_pytorch_model.safetensors").write_text("precious")
+
+
+def pipeline(folder) -> None:
+    (folder / "model_index.json").write_text("{}")
+
+
+def documents(folder) -> None:
+    (folder / "thesis.tex").write_text("precious")
+
+
+@pytest.mark.parametrize("make", [float_model, pipeline, documents])
+def test_folder_that_is_not_an_artifact_is_never_overwritten(tmp_path, make) -> None:
+    make(tmp_path)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(InputError, match="not an artifact"):
+        check_target(tmp_path, overwrite=True)
+    with pytest.raises(InputError, match="not an artifact"), replacing(tmp_path, overwrite=True):
+        pytest.fail("the body must not run")
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_file_is_never_overwritten_by_a_folder(tmp_path) -> None:
+    (tmp_path / "out").write_text("precious")
+    with pytest.raises(InputError, match="is a file"):
+        check_target(tmp_path / "out", overwrite=True)
+
+
+def test_empty_folder_may_be_overwritten(tmp_path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    with replacing(target, overwrite=True) as folder:
+        fill(folder, "new")
+    assert_intact(target, "new")
+
+
+# Single files ------------------------------------------------------------------------------------------------------
+
+
+def test_file_is_written_whole(tmp_path) -> None:
+    path = tmp_path / "new" / "a.txt"
+    write_text(path, "grün")
+    write_bytes(path, b"again")
+    assert path.read_bytes() == b"again"
+    assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b'"text"', b"\xff\xfe", b""])
+def test_bad_json_names_the_file(tmp_path, content: bytes) -> None:
+    path = tmp_path / "settings.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"settings\.json"):
+        read_json(path)
+
+
+def test_missing_json_says_what_it_is_for(tmp_path) -> None:
+    with pytest.raises(InputError, match=r"a\.json is missing; every model has one"):
+        read_json(tmp_path / "a.json", "every model has one")
+
+
+def test_directory_instead_of_a_file(tmp_path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        read_json(tmp_path)
+    with pytest.raises(InputError, match="damaged"):
+        read_tensors(tmp_path)
+    shutil.rmtree(tmp_path)
+    with pytest.raises(InputError, match="missing"):
+        read_tensors(tmp_path / "a.safetensors")

@@ -1,0 +1,237 @@
+"""The stages end to end on a tiny pipeline folder."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tqdit import artifact, workflow
+from tqdit.errors import InputError
+from tqdit.evaluation.metrics import sqnr_db
+from tqdit.models.sampler import Sampling
+from tqdit.models.sites import sites
+from tqdit.models.sources import resolve, weights_hash
+from tqdit.spec import Role
+
+FAST = Sampling("ddim", 5, 1.5)
+
+
+@pytest.fixture(scope="module")
+def quantized(pipeline, tiny_recipe, tmp_path_factory) -> tuple[Path, dict]:
+    """An artifact of the pipeline, and what `quantize` said about it."""
+    out = tmp_path_factory.mktemp("artifacts") / "tiny-w8a8"
+    return out, workflow.quantize(pipeline, out, tiny_recipe("plus"))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_artifact_folder_has_everything_that_sampling_needs(quantized, scheduler_config) -> None:
+    folder, _ = quantized
+    assert set(files_of(folder)) == {
+        "config.json", "tqdit.json", "diffusion_pytorch_model.safetensors", "id2label.json",
+        "scheduler/scheduler_config.json",
+    }  # fmt: skip
+    source = resolve(folder)
+    assert source.quantized
+    assert source.scheduler == scheduler_config
+    assert source.labels[7] == "class 7"
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert (config["preset"], config["weight_bits"], config["activation_bits"]) == ("plus", 8, 8)
+
+
+def test_summary_of_quantize(quantized, model) -> None:
+    folder, summary = quantized
+    size = sum(len(data) for name, data in files_of(folder).items() if name.endswith(("safetensors", "tqdit.json")))
+    assert summary["size_bytes"] == size == artifact.size_bytes(folder)
+    assert summary["float32_bytes"] == 4 * sum(p.numel() for p in model.parameters())
+    assert summary["size_ratio"] == pytest.approx(size / summary["float32_bytes"])
+    assert summary["calibration_seconds"] > 0
+    assert summary["peak_memory_bytes"] > 2**20
+    assert {"tqdit", "torch", "cpu", "cores", "threads", "device"} <= set(summary["environment"])
+    assert (summary["preset"], summary["bits"]) == ("plus", "w8a8")
+    json.dumps(summary, allow_nan=False)
+
+
+def test_codes_of_a_larger_model_take_a_quarter_of_fp32(tiny_dit, tiny_recipe, tmp_path) -> None:
+    """The tiny model is mostly names and scales; width 128 shows the ratio of W8 (and 6/8 of it at W6)."""
+    model = tiny_dit(num_layers=1, num_attention_heads=4, attention_head_dim=32)
+    model.save_pretrained(tmp_path / "model")
+    ratios = {}
+    for bits in ("w8a8", "w6a6"):
+        recipe = tiny_recipe("plus", bits, rounds=0, hessian=False, samples=1, groups=2, steps=4)
+        ratios[bits] = workflow.quantize(tmp_path / "model", tmp_path / bits, recipe)["size_ratio"]
+    assert ratios["w8a8"] < 0.32
+    assert ratios["w6a6"] < ratios["w8a8"] - 0.01
+
+
+def test_provenance_says_how_it_was_made(quantized, model, tiny_recipe) -> None:
+    provenance = artifact.read(quantized[0]).provenance
+    assert provenance["recipe"] == tiny_recipe("plus").model_dump(mode="json")
+    assert provenance["source"] == "tiny-dit"
+    assert provenance["source_sha256"] == weights_hash(model)
+    assert set(provenance["versions"]) == {"tqdit", "torch", "diffusers"}
+    assert len(provenance["calibration_sha256"]) == 64
+
+
+def test_twice_the_same_bytes(quantized, pipeline, tiny_recipe, tmp_path) -> None:
+    workflow.quantize(pipeline, tmp_path / "again", tiny_recipe("plus"))
+    assert files_of(tmp_path / "again") == files_of(quantized[0])
+
+
+def test_one_calibration_serves_several_bit_widths(quantized, pipeline, tiny_recipe) -> None:
+    prepared = workflow.prepare(pipeline, tiny_recipe())
+    for bits in ("w8a8", "w6a6"):
+        solution, seconds = workflow.solve_prepared(prepared, tiny_recipe("plus", bits))
+        assert seconds > 0
+        bits_of = {site.bits for site in solution.sites if site.role is Role.INPUT}
+        assert bits_of == {int(bits[-1])}
+    eight, _ = workflow.solve_prepared(prepared, tiny_recipe("plus"))
+    stored = artifact.read(quantized[0])
+    assert all(torch.equal(p.scale, stored.params[name].scale) for name, p in eight.params.items())
+
+
+def test_inspect_lists_every_site(quantized, model, tiny_recipe) -> None:
+    found = workflow.inspect(quantized[0])
+    expected = sites(model.config, tiny_recipe("plus"))
+    assert found["backend"] == "reference"
+    assert [row["name"] for row in found["sites"]] == [site.name for site in expected]
+    for row, site in zip(found["sites"], expected, strict=True):
+        assert set(row) == {"name", "role", "bits", "grid", "groups", "granularity", "kernel"}
+        assert (row["role"], row["bits"], row["groups"]) == (site.role, site.bits, site.groups)
+        assert row["granularity"] == site.granularity
+        assert row["kernel"].startswith("reference.")
+    json.dumps(found, allow_nan=False)
+    simulated = workflow.inspect(quantized[0], "simulated")
+    assert {row["kernel"].split(".")[0] for row in simulated["sites"]} == {"simulated"}
+
+
+def test_inspect_of_a_float_model_is_an_error(pipeline) -> None:
+    with pytest.raises(InputError, match="not quantized"):
+        workflow.inspect(pipeline)
+
+
+# Sampling ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_sampling_is_deterministic(quantized, sampler: str) -> None:
+    sampling = Sampling(sampler, 5, 1.5)
+    first, again, other = (workflow.sample(quantized[0], [], 3, sampling, seed) for seed in (1, 1, 2))
+    assert first.shape == (3, 1, 8, 8)
+    assert torch.isfinite(first).all()
+    assert first.abs().max() <= 1
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_quantized_images_are_those_of_the_float_model(quantized, pipeline) -> None:
+    images = [workflow.sample(model, [], 6, FAST, 3) for model in (pipeline, quantized[0])]
+    assert sqnr_db(*images) > 15
+    assert sqnr_db(images[0], workflow.sample(pipeline, [], 6, FAST, 4)) < 5  # another seed is another image
+
+
+def test_classes_by_name_cycle(quantized) -> None:
+    cycled = workflow.sample(quantized[0], ["class 3", "5"], 3, FAST)
+    source = resolve(quantized[0])
+    assert workflow.cycle_classes(source, ["class 3", "5"], 3) == [3, 5, 3]
+    assert workflow.cycle_classes(source, [], 12) == [*range(10), 0, 1]
+    alone = workflow.sample(quantized[0], ["class 3"], 1, FAST)
+    assert sqnr_db(cycled[:1], alone) > 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"classes": ["boot"]}, "unknown class 'boot'"),
+        ({"num": 0}, "num must be at least 1"),
+        ({"sampling": Sampling("ddim", 2000)}, "at most the 1000"),
+        ({"backend": "tpu"}, "unknown backend 'tpu'"),
+        ({"device": "cuda:99"}, "device 'cuda:99' is not available"),
+        ({"device": "toaster"}, "device 'toaster' is not available"),
+    ],
+)
+def test_bad_sampling_arguments(quantized, arguments: dict, message: str) -> None:
+    defaults = {"classes": [], "num": 1, "sampling": FAST}
+    with pytest.raises(InputError, match=message):
+        workflow.sample(quantized[0], **defaults | arguments)
+
+
+def test_progress_names_the_stages(pipeline, tiny_recipe, tmp_path) -> None:
+    told: list[tuple[str, float]] = []
+    recipe = tiny_recipe(rounds=0)
+    workflow.quantize(pipeline, tmp_path / "out", recipe, report=lambda stage, done: told.append((stage, done)))
+    assert list(dict.fromkeys(stage for stage, _ in told)) == ["trajectories", "statistics", "search"]
+    for stage in ("trajectories", "statistics", "search"):
+        assert [done for name, done in told if name == stage][-1] == pytest.approx(1)
+
+
+# What may go wrong ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["trajectories", "statistics", "search"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_interrupted_quantize_leaves_nothing(pipeline, tiny_recipe, tmp_path, stage: str, exists: bool) -> None:
+    recipe = tiny_recipe(rounds=0, hessian=False)
+    target = tmp_path / "out"
+    if exists:
+        workflow.quantize(pipeline, target, recipe)
+    before = files_of(tmp_path)
+
+    def interrupt(name: str, fraction: float) -> None:
+        if name == stage and fraction > 0.4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        workflow.quantize(pipeline, target, tiny_recipe("plus"), overwrite=True, report=interrupt)
+    assert files_of(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == (["out"] if exists else [])
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_full_disk_leaves_nothing(pipeline, tiny_recipe, tmp_path, monkeypatch, exists: bool) -> None:
+    recipe, target = tiny_recipe(rounds=0, hessian=False), tmp_path / "out"
+    if exists:
+        workflow.quantize(pipeline, target, recipe)
+    before = files_of(tmp_path)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(artifact, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        workflow.quantize(pipeline, target, recipe, overwrite=True)
+    assert files_of(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == (["out"] if exists else [])
+
+
+def test_existing_output_is_refused_before_any_work(pipeline, tiny_recipe, tmp_path) -> None:
+    def no_work(*_: object) -> None:
+        pytest.fail("work was done")
+
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match="exists"):
+        workflow.quantize(pipeline, tmp_path / "out", tiny_recipe(), report=no_work)
+
+
+def test_float_model_cannot_be_the_output(own_pipeline, tiny_recipe) -> None:
+    before = files_of(own_pipeline)
+    for target in (own_pipeline, own_pipeline / "transformer"):
+        with pytest.raises(InputError, match="not an artifact"):
+            workflow.quantize(own_pipeline, target, tiny_recipe(), overwrite=True)
+    assert files_of(own_pipeline) == before
+
+
+def test_quantizing_an_artifact_is_an_error(quantized, tiny_recipe, tmp_path) -> None:
+    with pytest.raises(InputError, match="already quantized"):
+        workflow.quantize(quantized[0], tmp_path / "out", tiny_recipe())
+
+
+def test_load_gives_integers_or_floats(quantized, pipeline) -> None:
+    assert workflow.load(quantized[0]).quantization_backend == "reference"
+    assert workflow.load(quantized[0], "simulated").quantization_backend == "simulated"
+    assert not hasattr(workflow.load(pipeline), "quantization_backend")
