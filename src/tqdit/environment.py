@@ -10,14 +10,21 @@ from typing import Any
 
 import torch
 
+from tqdit.version import VERSION
+
 
 def environment(device: str = "cpu") -> dict[str, Any]:
     """A JSON row of versions and hardware."""
-    row: dict[str, Any] = {name: version(name) for name in ("tqdit", "torch", "diffusers")}
-    row |= {"python": platform.python_version(), "cpu": _cpu_name(), "threads": torch.get_num_threads()}
+    row: dict[str, Any] = {**versions(), "python": platform.python_version(), "cpu": _cpu_name()}
+    row["threads"] = torch.get_num_threads()
     row["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     row["device"] = torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
     return row
+
+
+def versions() -> dict[str, str]:
+    """What decides the bytes of an artifact besides its recipe."""
+    return {"tqdit": VERSION, "torch": torch.__version__, "diffusers": version("diffusers")}
 
 
 def peak_memory_bytes() -> int:

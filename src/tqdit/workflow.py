@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from tqdit.calibration import trajectories
 from tqdit.calibration.recorder import Records, record
 from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.convert import convert
-from tqdit.environment import environment, peak_memory_bytes
+from tqdit.environment import environment, peak_memory_bytes, versions
 from tqdit.errors import InputError
 from tqdit.evaluation import generate
 from tqdit.files import check_target, replacing
@@ -78,7 +77,7 @@ def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) 
         "source": prepared.source.name,
         "source_sha256": weights_hash(prepared.model),
         "calibration_sha256": prepared.data_hash,
-        "versions": {name: version(name) for name in ("tqdit", "torch", "diffusers")},
+        "versions": versions(),
     }
     solution = solve(
         prepared.model,
