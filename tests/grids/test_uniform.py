@@ -105,6 +105,7 @@ def test_factors_contain_both_ends() -> None:
 def test_fake_quantization_is_the_round_trip_bit_for_bit(bits: int) -> None:
     x = torch.randn(3, 500) * 4
     scale = torch.tensor([0.3, 0.01, 2.0])[:, None]
-    for zero_point in (0, torch.tensor([-1, 0, 1], dtype=torch.int32)[:, None]):
+    for offset in (0, 9):
+        zero_point = torch.tensor([-1, 0, 1], dtype=torch.int32)[:, None] * offset
         expected = uniform.dequantize(uniform.quantize(x, scale, zero_point, bits), scale, zero_point)
         assert torch.equal(uniform.fake_quantize(x, scale, zero_point, bits), expected)

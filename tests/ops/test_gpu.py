@@ -15,8 +15,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.mark.parametrize(
     ("a", "b"),
-    [((64, 192), (192, 768)), ((1, 7), (7, 5)), ((17, 1030), (1030, 8)), ((3, 33, 40), (40, 24)), ((2, 3, 9, 64), (2, 3, 64, 9))],
-)  # fmt: skip
+    [
+        ((64, 192), (192, 768)),
+        ((1, 7), (7, 5)),
+        ((17, 1030), (1030, 8)),
+        ((3, 33, 40), (40, 24)),
+        ((2, 3, 9, 64), (2, 3, 64, 9)),
+    ],
+)
 def test_accumulators_are_those_of_the_cpu(a: tuple[int, ...], b: tuple[int, ...]) -> None:
     left, right = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in (a, b))
     assert torch.equal(int_matmul(left.cuda(), right.cuda()).cpu(), int_matmul(left, right))

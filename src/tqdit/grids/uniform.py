@@ -21,7 +21,7 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tenso
     return (codes.to(torch.int32) - zero_point).float() * scale
 
 
-def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int, bits: int) -> torch.Tensor:
+def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor:
     """dequantize(quantize(x)) without the codes, bit for bit the same and half the memory traffic; for the search."""
     fmt = IntFormat(bits)
     steps = torch.round(x.float() / scale)
