@@ -272,10 +272,15 @@ def test_folder_of_another_method(folder, quantization: object) -> None:
         artifact.read(folder)
 
 
-def test_config_of_another_model_does_not_convert(folder) -> None:
-    edit_json(folder / CONFIG, lambda config: config.update(num_layers=3))
-    with pytest.raises(InputError, match=r"transformer_blocks\.2"):
-        convert(artifact.read(folder))
-    edit_json(folder / CONFIG, lambda config: config.update(num_layers=1))
-    with pytest.raises(InputError, match=r"transformer_blocks\.1"):
-        convert(artifact.read(folder))
+@pytest.mark.parametrize(("key", "value"), [("num_layers", 3), ("sample_size", 16), ("patch_size", 4)])
+def test_edited_config_is_named(folder, key: str, value: int) -> None:
+    edit_json(folder / CONFIG, lambda config: config.update({key: value}))
+    with pytest.raises(InputError, match=f"config.json was changed: {key} is {value}"):
+        artifact.read(folder)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_solution_of_another_depth_does_not_convert(solved, layers: int) -> None:
+    solution = solved()
+    with pytest.raises(InputError, match=rf"transformer_blocks\.{min(layers, 2)}"):
+        convert(replace(solution, model_config={**solution.model_config, "num_layers": layers}))

@@ -95,6 +95,14 @@ def test_one_calibration_serves_several_bit_widths(quantized, pipeline, tiny_rec
     assert all(torch.equal(p.scale, stored.params[name].scale) for name, p in eight.params.items())
 
 
+def test_records_of_other_calibration_settings_are_refused(pipeline, tiny_recipe) -> None:
+    prepared = workflow.prepare(pipeline, tiny_recipe(hessian=False))
+    workflow.solve_prepared(prepared, tiny_recipe(hessian=False, rounds=0))
+    for other in (tiny_recipe(hessian=False, seed=1), tiny_recipe(hessian=True)):
+        with pytest.raises(InputError, match="calibration settings"):
+            workflow.solve_prepared(prepared, other)
+
+
 def test_inspect_lists_every_site(quantized, model, tiny_recipe) -> None:
     found = workflow.inspect(quantized[0])
     expected = sites(model.config, tiny_recipe("plus"))

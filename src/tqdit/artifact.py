@@ -34,6 +34,7 @@ def write(solution: Solution, folder: Path) -> None:
     stored, aliases = _deduplicated(tensors)
     manifest = {
         "format_version": FORMAT_VERSION,
+        "model_config": _public(solution.model_config),
         "time_groups": asdict(solution.time_groups),
         "sites": [asdict(spec) for spec in solution.sites],
         "shapes": shapes,
@@ -135,10 +136,19 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     manifest = read_json(path)
     if hashlib.sha256(path.read_bytes()).hexdigest() != quantization.get("manifest_sha256"):
         raise InputError(f"{path} was changed: its sha256 is not the one in {CONFIG}")
-    missing = {"sites", "shapes", "tensors", "aliases", "time_groups", "provenance"} - set(manifest)
+    missing = {"model_config", "sites", "shapes", "tensors", "aliases", "time_groups", "provenance"} - set(manifest)
     if missing:
         raise InputError(f"{path} lacks '{sorted(missing)[0]}'")
+    found, expected = _public(config), manifest["model_config"]
+    for key in sorted({*found, *expected}):
+        if found.get(key) != expected.get(key):
+            raise InputError(f"{folder / CONFIG} was changed: {key} is {found.get(key)!r}, not {expected.get(key)!r}")
     return config, manifest
+
+
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a model config that decides what the model computes; diffusers' own notes start with "_"."""
+    return {key: config[key] for key in sorted(config) if key[0] != "_" and key != "quantization_config"}
 
 
 def _read_verified(path: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -14,6 +14,10 @@ from tqdit.timegroups import TimeGroups
 
 BITS_PATTERN = re.compile(r"w([2-8])a([4-8])", re.IGNORECASE)
 
+CALIBRATION_SETTINGS = (
+    "groups", "samples", "sampler", "steps", "guidance", "trajectories", "probes", "rows", "queries", "seed",
+)  # fmt: skip
+
 PRESETS: dict[str, dict[str, Any]] = {
     # As published: per-tensor weights, MRQ everywhere, TGQ on post-softmax only.
     "paper": {},
@@ -60,6 +64,11 @@ class Recipe(BaseModel):
     rows: int = Field(2048, ge=1, description="activation rows per linear layer that the search scores")
     queries: int = Field(2048, ge=1, description="query rows per attention layer that the search scores")
     seed: int = Field(0, ge=0)
+
+    def records_match(self, recorded: "Recipe") -> bool:
+        """Whether records that were made under another recipe serve this one: only search settings may differ."""
+        same = all(getattr(self, name) == getattr(recorded, name) for name in CALIBRATION_SETTINGS)
+        return same and (recorded.hessian or not self.hessian)
 
     @property
     def bits(self) -> str:

@@ -71,6 +71,8 @@ def prepare(model: str | Path, recipe: Recipe, report: Report = silent, device: 
 
 def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) -> tuple[Solution, float]:
     """Search every scale under `recipe`, whose calibration settings are those of `prepared`; also the seconds."""
+    if not recipe.records_match(prepared.recipe):
+        raise InputError("the recipe's calibration settings are not those the records were made with")
     start = time.perf_counter()
     provenance = {
         "recipe": recipe.model_dump(mode="json"),

@@ -160,3 +160,9 @@ def test_hash_sees_every_value_and_name(model, tiny_dit) -> None:
     assert weights_hash(other) == weights_hash(model)
     other.proj_out_2.bias[0] += 1e-6
     assert weights_hash(other) != weights_hash(model)
+
+
+def test_class_table_with_a_wrong_key(own_pipeline) -> None:
+    (own_pipeline / "model_index.json").write_text('{"id2label": {"zero": "cat"}}')
+    with pytest.raises(InputError, match="'zero'"):
+        resolve(own_pipeline)

@@ -77,8 +77,9 @@ class BlockLayout:
 
 
 def config_of(model: nn.Module) -> Mapping[str, Any]:
-    """A diffusers model's config."""
-    return cast(Mapping[str, Any], model.config)
+    """A diffusers model's config with its class name, without diffusers' notes, whose order is not deterministic."""
+    config = cast(Mapping[str, Any], model.config)
+    return {"_class_name": ARCHITECTURE, **{key: value for key, value in config.items() if key[0] != "_"}}
 
 
 def blocks(config: Mapping[str, Any]) -> tuple[BlockLayout, ...]:

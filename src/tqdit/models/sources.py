@@ -125,4 +125,6 @@ def _optional_json(path: Path) -> dict[str, Any] | None:
 def _labels(root: Path) -> dict[int, str]:
     """Class names: `id2label` of a pipeline's model_index.json, or an artifact's own file."""
     table = (_optional_json(root / "model_index.json") or {}).get("id2label") or _optional_json(root / LABELS) or {}
+    if wrong := [number for number in table if not number.isdecimal()]:
+        raise InputError(f"{root}: id2label has the key '{wrong[0]}', keys are class numbers")
     return {int(number): str(label) for number, label in table.items()}
