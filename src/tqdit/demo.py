@@ -5,8 +5,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tqdit import workflow
 from tqdit.comparison import Comparison, compare
+from tqdit.evaluation.generate import save_grid
 from tqdit.files import write_text
 from tqdit.models.sampler import Sampling
 from tqdit.recipe import Recipe
@@ -18,26 +21,37 @@ BITS = ("w8a8", "w6a6")
 SETTINGS: dict[str, Any] = {"samples": 16, "steps": 100, "rounds": 1, "rows": 1024, "queries": 1024}
 
 
-def run_demo(out: Path, report: Report = silent, settings: dict[str, Any] | None = None, num: int = 40) -> Comparison:
-    """Quantize, sample, compare and report into `out`; artifacts go to `out`/fashion-dit-<bits>."""
+def run_demo(
+    out: Path,
+    report: Report = silent,
+    settings: dict[str, Any] = SETTINGS,
+    num: int = 40,
+    steps: int = 20,
+    samples: int = 4,
+) -> Comparison:
+    """Quantize, sample, compare and report into `out`; artifacts go to `out`/fashion-dit-<bits>.
+
+    `settings`: of the calibration. `num` images of `steps` DDIM steps, `samples` held-out states per time group.
+    """
     from tqdit.report.page import write_report
 
-    chosen = SETTINGS if settings is None else settings
-    prepared = workflow.prepare(MODEL, Recipe.build(**chosen), report)
+    prepared = workflow.prepare(MODEL, Recipe.build(**settings), report)
     folders, seconds = [], []
     for bits in BITS:
-        recipe = Recipe.build("paper", bits, **chosen)
+        recipe = Recipe.build("paper", bits, **settings)
         solution, searched = workflow.solve_prepared(prepared, recipe, partial(_renamed, report, f"search {bits}"))
         folders.append(out / f"{MODEL}-{bits}")
         seconds.append(prepared.seconds + searched)
         workflow.save(solution, prepared.source, folders[-1], overwrite=True)
-    result = compare(MODEL, list(folders), num, Sampling("ddim", 20, 1.5), samples=4, report=report)
+    result = compare(MODEL, list(folders), num, Sampling("ddim", steps, 1.5), samples, report=report)
     result = result.with_seconds(seconds)
     write_report(result, prepared.records.maxima, prepared.records.t, out / "report.html")
+    rows = (result.float_model, *result.models)
+    save_grid(torch.cat([row.images[:10] for row in rows]), out / "side-by-side.png", columns=10)
     summary = {
         "environment": result.environment,
-        "settings": {**result.settings, "calibration": chosen},
-        "models": [row.figures() for row in (result.float_model, *result.models)],
+        "settings": {**result.settings, "calibration": settings},
+        "models": [row.figures() for row in rows],
     }
     write_text(out / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     return result

@@ -61,8 +61,8 @@ def image_grid(pixels: torch.Tensor, columns: int, scale: int = 2) -> Any:
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
-def save_grid(pixels: torch.Tensor, path: Path) -> None:
+def save_grid(pixels: torch.Tensor, path: Path, columns: int = 8) -> None:
     """Write `image_grid` as a PNG, whole or not at all."""
     buffer = io.BytesIO()
-    image_grid(pixels, columns=min(len(pixels), 8)).save(buffer, format="PNG")
+    image_grid(pixels, columns=min(len(pixels), columns)).save(buffer, format="PNG")
     write_bytes(path, buffer.getvalue())
