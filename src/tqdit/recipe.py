@@ -21,12 +21,14 @@ CALIBRATION_SETTINGS = (
 PRESETS: dict[str, dict[str, Any]] = {
     # As published: per-tensor weights, MRQ everywhere, TGQ on post-softmax only.
     "paper": {},
-    # Better at no run-time cost: per-channel weights, time groups for all activations, MRQ where it wins.
+    # Better at no run-time cost: per-channel weights, time groups for all activations, MRQ where it
+    # wins, errors weighed as the sampler weighs them.
     "plus": {
         "weight_granularity": "per_channel",
         "time_grouped": "all",
         "softmax_grid": "best",
         "gelu_grid": "best",
+        "loss": "sampler",
     },
 }
 
@@ -48,6 +50,7 @@ class Recipe(BaseModel):
     gelu_grid: Literal["mrq", "uniform", "best"] = "mrq"
     time_grouped: Literal["none", "softmax", "all"] = "softmax"
     hessian: bool = True
+    loss: Literal["epsilon", "sampler"] = "epsilon"  # HO counts errors of epsilon alike, or as the sampler's step does
 
     groups: int = Field(10, ge=1)
     samples: int = Field(32, ge=1, description="calibration samples per time group (n)")

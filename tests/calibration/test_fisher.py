@@ -67,7 +67,7 @@ def substituted(model: nn.Module, name: str, sample, guidance: float):
 def test_recorded_weights_converge_to_those_of_the_guided_output(
     model, data, tiny_recipe, source: str, modules: list[str]
 ) -> None:
-    one = CalibrationSet(data.x[5:6], data.t[5:6], data.labels[5:6], torch.zeros(1, dtype=torch.int64))
+    one = CalibrationSet(data.x[5:6], data.t[5:6], data.labels[5:6], torch.zeros(1, dtype=torch.int64), torch.ones(1))
     records = record(model, one, tiny_recipe(groups=1, samples=1, probes=300, rows=10**6, guidance=1.5))
     found = records.linears[source].fisher.unflatten(0, (2, 16)).sum(1)  # (halves, out), over all tokens
     sample = (one.x, one.t, one.labels)
@@ -79,7 +79,9 @@ def test_recorded_weights_converge_to_those_of_the_guided_output(
 @pytest.mark.parametrize("guidance", [1.5, 4.0])
 def test_both_guidance_halves_have_their_weight(model, data, tiny_recipe, guidance: float) -> None:
     """A conditional half of the null class has the same Jacobian as the unconditional one: weights g^2, (1-g)^2."""
-    null = CalibrationSet(data.x, data.t, torch.full_like(data.labels, num_classes(model)), data.group)
+    null = CalibrationSet(
+        data.x, data.t, torch.full_like(data.labels, num_classes(model)), data.group, data.step_weight
+    )
     records = record(model, null, tiny_recipe(rows=10**6, guidance=guidance), batch=len(data))
     for name, linear in records.linears.items():
         cond, uncond = linear.fisher.unflatten(0, (2, -1)).double().sum((1, 2))

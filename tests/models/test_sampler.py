@@ -4,11 +4,20 @@ from itertools import pairwise
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import nn
 
 from tqdit.errors import InputError
 from tqdit.evaluation.generate import sample_latents
-from tqdit.models.sampler import Sampling, make_scheduler, noise_generators, num_classes, predict, trajectory
+from tqdit.models.sampler import (
+    Sampling,
+    make_scheduler,
+    noise_generators,
+    num_classes,
+    predict,
+    step_weights,
+    trajectory,
+)
 
 LABELS = torch.tensor([3, 7, 3])
 
@@ -225,3 +234,22 @@ def test_image_i_is_the_same_in_every_batch_and_shard(model, scheduler_config, s
         assert_same(images(slice(0, 5), batch), whole)
     assert_same(images(slice(2, 5), 16), whole[2:])
     assert not torch.allclose(whole[1], whole[2], atol=0.1)  # same class, other noise
+
+
+def test_step_weights_are_what_a_ddim_step_does_with_an_error_of_epsilon() -> None:
+    """At every timestep of a 50-step run: the square of d x_next / d epsilon, relative to the largest."""
+    scheduler = DDIMScheduler(
+        num_train_timesteps=1000, beta_schedule="linear", clip_sample=False, set_alpha_to_one=True
+    )
+    scheduler.set_timesteps(50)
+    x, eps = torch.randn(1, 1, 8, 8, dtype=torch.float64), torch.randn(1, 1, 8, 8, dtype=torch.float64)
+    slopes = {}
+    for t in scheduler.timesteps.tolist():
+        moved = scheduler.step(eps + 1, t, x).prev_sample - scheduler.step(eps, t, x).prev_sample
+        slopes[t] = float(moved.square().mean())
+    weights = step_weights(scheduler, steps=50)
+    largest = slopes[max(slopes)] / float(weights[max(slopes)])
+    assert weights.shape == (1000,)
+    assert float(weights.max()) == 1
+    for t, slope in slopes.items():
+        assert float(weights[t]) == pytest.approx(slope / largest, rel=1e-3)

@@ -179,6 +179,24 @@ def test_hessian_guidance_changes_the_choice(model, data, solved, tiny_recipe) -
     assert any(not torch.equal(p.scale, plain.params[n].scale) for n, p in guided.params.items())
 
 
+def test_sampler_loss_is_fisher_times_step_weight(model, records, tiny_recipe) -> None:
+    """loss = "sampler" solves what loss = "epsilon" solves on records whose Fisher weights are scaled beforehand."""
+    linears = {name: replace(r, fisher=r.fisher * r.step_weight[:, None]) for name, r in records.linears.items()}
+    attentions = {
+        name: replace(
+            r,
+            fisher_scores=r.fisher_scores * r.step_weight[:, None, None, None],
+            fisher_values=r.fisher_values * r.step_weight[:, None, None, None],
+        )
+        for name, r in records.attentions.items()
+    }
+    scaled = replace(records, linears=linears, attentions=attentions)
+    sampler = solution_of(model, records, tiny_recipe(loss="sampler"))
+    epsilon = solution_of(model, records, tiny_recipe(loss="epsilon"))
+    assert_identical(sampler, solution_of(model, scaled, tiny_recipe(loss="epsilon")))
+    assert any(not torch.equal(p.scale, epsilon.params[name].scale) for name, p in sampler.params.items())
+
+
 def test_the_model_is_only_read(tiny_dit, records, tiny_recipe) -> None:
     model = tiny_dit()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

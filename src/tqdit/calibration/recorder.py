@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,16 +24,17 @@ MAXIMA_PER_HEAD = 16
 
 @dataclass(frozen=True)
 class LinearRecord:
-    """Sampled rows of one linear input: x (R, in), group (R,), fisher (R, out) of all layers that read it."""
+    """Sampled rows of one linear input: x (R, in), group and step_weight (R,), fisher (R, out) of its layers."""
 
     x: torch.Tensor
     group: torch.Tensor
+    step_weight: torch.Tensor
     fisher: torch.Tensor
 
 
 @dataclass(frozen=True)
 class AttentionRecord:
-    """Sampled queries of one attention: q (S, H, Q, d); k, v (S, H, N, d); group (S,).
+    """Sampled queries of one attention: q (S, H, Q, d); k, v (S, H, N, d); group, step_weight (S,).
 
     Fisher weights at the scaled scores (S, H, Q, N) and at the attended values (S, H, Q, d).
     """
@@ -42,6 +43,7 @@ class AttentionRecord:
     k: torch.Tensor
     v: torch.Tensor
     group: torch.Tensor
+    step_weight: torch.Tensor
     fisher_scores: torch.Tensor
     fisher_values: torch.Tensor
 
@@ -153,7 +155,7 @@ def record(
     halves = 1 if recipe.guidance == 1.0 else 2
     tokens = (config["sample_size"] // config["patch_size"]) ** 2
     picker = _Picker(recipe, len(data), halves, tokens)
-    collector = _Collector(layout, recipe, picker)
+    collector = _Collector(layout, data, recipe, picker)
     device = next(model.parameters()).device
     taps = _Taps()
     with taps.attached(model, layout), torch.set_grad_enabled(recipe.hessian):
@@ -168,7 +170,7 @@ def record(
             else:
                 gradients = [torch.ones_like(taps.outputs[name]) for name in names]
             fisher = dict(zip(names, gradients, strict=True))
-            collector.add(taps.values, fisher, data.group[members], members)
+            collector.add(taps.values, fisher, members)
             taps.values.clear()
             taps.outputs.clear()
             progress(members.stop / len(data))
@@ -185,12 +187,20 @@ def _per_sample_probes(
     return probe_gradients(eps, [taps.outputs[name] for name in names], noise.to(eps.device))
 
 
+class _Lead(NamedTuple):
+    """What the search must know of every sample and half of a batch, each (b * halves,)."""
+
+    group: torch.Tensor
+    step_weight: torch.Tensor
+
+
 class _Collector:
     """Accumulates what `Records` holds over the batches."""
 
-    def __init__(self, layout: tuple[BlockLayout, ...], recipe: Recipe, picker: _Picker) -> None:
+    def __init__(self, layout: tuple[BlockLayout, ...], data: CalibrationSet, recipe: Recipe, picker: _Picker) -> None:
         self.layout = layout
         self.groups = recipe.groups
+        self.data = data
         self.picker = picker
         self.ranges: dict[str, RangeStats] = {}
         self.parts: dict[str, list[tuple[torch.Tensor, ...]]] = {}
@@ -200,34 +210,33 @@ class _Collector:
         self,
         values: dict[str, torch.Tensor],
         fisher: dict[str, torch.Tensor],
-        group: torch.Tensor,
         members: slice,
     ) -> None:
-        """Take in one batch. `group`: (b,), values and fisher lead with b * halves."""
-        group = group.repeat(self.picker.halves)
+        """Take in one batch of b samples; values and fisher lead with b * halves."""
+        lead = _Lead(*(x[members].repeat(self.picker.halves) for x in (self.data.group, self.data.step_weight)))
         for name, x in values.items():
             units = x.shape[1] if x.ndim == 4 else 1
             stats = self.ranges.get(name) or RangeStats.empty(self.groups, units)
-            self.ranges[name] = stats.update(x, group)
+            self.ranges[name] = stats.update(x, lead.group)
         for block in self.layout:
             for linear in block.linears:
-                self._add_linear(linear, values[linear.source], [fisher[m] for m in linear.modules], group, members)
-            self._add_attention(block, values, fisher, group, members)
-        self.maxima.append(self._maxima(values, len(group) // self.picker.halves))
+                self._add_linear(linear, values[linear.source], [fisher[m] for m in linear.modules], lead, members)
+            self._add_attention(block, values, fisher, lead, members)
+        self.maxima.append(self._maxima(values, members.stop - members.start))
 
     def _add_linear(
         self,
         linear: LinearGroup,
         x: torch.Tensor,
         fisher: list[torch.Tensor],
-        group: torch.Tensor,
+        lead: _Lead,
         members: slice,
     ) -> None:
         rows = self.picker.flat(self.picker.rows, members).to(x.device)
-        lead = torch.arange(len(x), device=x.device)[:, None]
-        weights = torch.cat([f[lead, rows] for f in fisher], dim=-1).flatten(0, 1)
-        picked = x[lead, rows].flatten(0, 1)
-        part = (picked.cpu(), group.repeat_interleave(rows.shape[1]), weights.cpu())
+        first = torch.arange(len(x), device=x.device)[:, None]
+        weights = torch.cat([f[first, rows] for f in fisher], dim=-1).flatten(0, 1)
+        picked = x[first, rows].flatten(0, 1)
+        part = (picked.cpu(), *(label.repeat_interleave(rows.shape[1]) for label in lead), weights.cpu())
         self.parts.setdefault(linear.source, []).append(part)
 
     def _add_attention(
@@ -235,7 +244,7 @@ class _Collector:
         block: BlockLayout,
         values: dict[str, torch.Tensor],
         fisher: dict[str, torch.Tensor],
-        group: torch.Tensor,
+        lead: _Lead,
         members: slice,
     ) -> None:
         kept = self.picker.flat(self.picker.attention, members).nonzero()[:, 0]
@@ -249,7 +258,7 @@ class _Collector:
 
         k, v = (values[block.operand(role)].cpu()[kept] for role in (Role.KEY, Role.VALUE))
         scores, attended = (at_queries(fisher[f"{block.attention}.{name}"]) for name in ("scores", "values"))
-        part = (at_queries(values[block.operand(Role.QUERY)]), k, v, group[kept], scores, attended)
+        part = (at_queries(values[block.operand(Role.QUERY)]), k, v, *(label[kept] for label in lead), scores, attended)
         self.parts.setdefault(block.attention, []).append(part)
 
     def _maxima(self, values: dict[str, torch.Tensor], samples: int) -> torch.Tensor:

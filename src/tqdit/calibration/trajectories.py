@@ -9,19 +9,31 @@ import torch
 from torch import nn
 
 from tqdit.errors import InputError
-from tqdit.models.sampler import Progress, Sampling, make_scheduler, noise_generators, num_classes, trajectory
+from tqdit.models.sampler import (
+    Progress,
+    Sampling,
+    make_scheduler,
+    noise_generators,
+    num_classes,
+    step_weights,
+    trajectory,
+)
 from tqdit.recipe import Recipe
 from tqdit.timegroups import TimeGroups
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Samples of the float model's trajectories, ordered by group. x: (S, C, H, W) fp32; t, labels, group: (S,)."""
+    """Samples of the float model's trajectories, ordered by group. x: (S, C, H, W) fp32; t, labels, group: (S,).
+
+    `step_weight` (S,): how much an error of epsilon at t moves the sampler's next state, see `sampler.step_weights`.
+    """
 
     x: torch.Tensor
     t: torch.Tensor
     labels: torch.Tensor
     group: torch.Tensor
+    step_weight: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.t)
@@ -67,6 +79,7 @@ def collect(
         t=torch.tensor([t for _, _, t, _ in found]),
         labels=labels[torch.tensor([i for _, i, _, _ in found])],
         group=torch.tensor([group for group, *_ in found]),
+        step_weight=step_weights(scheduler)[[t for _, _, t, _ in found]],
     )
 
 

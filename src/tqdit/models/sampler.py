@@ -80,6 +80,19 @@ def make_scheduler(config: Mapping[str, Any] | None, sampling: Sampling, learned
     return scheduler
 
 
+def step_weights(scheduler: Any, steps: int = 50) -> torch.Tensor:
+    """How much an error of epsilon at t moves the next state of a `steps`-step DDIM run, squared: (T,), largest 1.
+
+    x_next = sqrt(a'/a) x + c epsilon with c = sqrt(1 - a') - sqrt(a'/a) sqrt(1 - a), a the cumulative alpha at t and
+    a' that of the next timestep (DDIM, eta = 0).
+    """
+    alpha = scheduler.alphas_cumprod.double()
+    stride = max(1, len(alpha) // steps)
+    following = torch.cat([torch.ones(stride, dtype=torch.float64), alpha[:-stride]])
+    coefficient = (1 - following).sqrt() - (following / alpha).sqrt() * (1 - alpha).sqrt()
+    return (coefficient / coefficient.abs().max()).square().float()
+
+
 def noise_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
     """One CPU generator per image, seeded by (seed, index) alone: sharding and batch size change nothing."""
     return [torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63) for index in indices]

@@ -85,7 +85,7 @@ class _Solver:
         ranges = self._ranges(group.source)
         specs = [self.specs[name] for name in group.weights]
         w = operands.weight(specs, [self.state[name].float() for name in group.weights])
-        objective = MatmulObjective.of(objectives.linear, record.x, w.values, self._weights(record.fisher))
+        objective = MatmulObjective.of(objectives.linear, record.x, w.values, self._weights(record, record.fisher))
 
         def attempt(spec: SiteSpec) -> tuple[Operand, Operand, float]:
             x = operands.activation(spec, record.x, record.group, ranges)
@@ -97,7 +97,9 @@ class _Solver:
 
     def _scores(self, block: BlockLayout) -> None:
         record = _moved(self.records.attentions[block.attention], self.device)
-        objective = MatmulObjective.of(objectives.scores, record.q, record.k, self._weights(record.fisher_scores))
+        objective = MatmulObjective.of(
+            objectives.scores, record.q, record.k, self._weights(record, record.fisher_scores)
+        )
         q = self._operand(block, Role.QUERY, record.q, record)
         k = self._operand(block, Role.KEY, record.k, record)
         for operand in alternate(objective, q, k, self.recipe)[:2]:
@@ -106,7 +108,7 @@ class _Solver:
     def _values(self, block: BlockLayout) -> None:
         record = _moved(self.records.attentions[block.attention], self.device)
         p = objectives.scores(record.q, record.k).softmax(-1)
-        objective = MatmulObjective.of(objectives.values, p, record.v, self._weights(record.fisher_values))
+        objective = MatmulObjective.of(objectives.values, p, record.v, self._weights(record, record.fisher_values))
         v = self._operand(block, Role.VALUE, record.v, record)
         name = block.operand(Role.SOFTMAX)
         ranges = self._ranges(name).over_units()
@@ -122,9 +124,13 @@ class _Solver:
         name = block.operand(role)
         return operands.activation(self.specs[name], values, record.group, self._ranges(name))
 
-    def _weights(self, fisher: torch.Tensor) -> torch.Tensor | None:
-        """HO's weights, or None where the recipe asks for plain squared error."""
-        return fisher if self.recipe.hessian else None
+    def _weights(self, record: LinearRecord | AttentionRecord, fisher: torch.Tensor) -> torch.Tensor | None:
+        """HO's weights, with loss "sampler" times each sample's step weight; None for plain squared error."""
+        if not self.recipe.hessian:
+            return None
+        if self.recipe.loss == "epsilon":
+            return fisher
+        return fisher * record.step_weight.reshape(-1, *(1,) * (fisher.ndim - 1))
 
     def _ranges(self, site: str) -> RangeStats:
         return _moved(self.records.ranges[site], self.device)
