@@ -41,7 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--missing", action="store_true", help="measure only rows that the result file lacks")
     parser.add_argument("--model", default="fashion-dit")
     parser.add_argument("--bits", nargs="+", default=["w8a8", "w6a6", "w4a8"])
     parser.add_argument("--num", type=int, default=2560, help="images per model for FD-fashion")
@@ -80,8 +80,9 @@ def ablate(args: argparse.Namespace) -> None:
     result["rows"] = _kept_rows(args.json, result)
     print(f"float FD-fashion: {result['float_fd_fashion']}, {time.perf_counter() - start:.1f} s", flush=True)
     for bits in args.bits:
-        for name in args.variants:
-            settings = VARIANTS[name]
+        for name, settings in VARIANTS.items():
+            if args.missing and any(_same(row, {"variant": name, "bits": bits}) for row in result["rows"]):
+                continue
             recipe = Recipe.build(**{"preset": "paper", "bits": bits, "samples": args.samples, **settings})
             solution, seconds = workflow.solve_prepared(prepared, recipe)
             scratch = args.json.parent / ".ablation-artifact"
@@ -115,10 +116,9 @@ def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Widest bits first, then the order of VARIANTS."""
-    return sorted(rows, key=lambda row: (row["bits"][1:2], row["bits"][-1:], -list(VARIANTS).index(row["variant"])))[
-        ::-1
-    ]
+    """By weight bits, activation bits (most first), then the order of VARIANTS."""
+    names = list(VARIANTS)
+    return sorted(rows, key=lambda row: (-int(row["bits"][1]), -int(row["bits"][3]), names.index(row["variant"])))
 
 
 def _kept_rows(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
