@@ -9,22 +9,27 @@ earlier run with the same settings and environment left there are kept, unless t
 """
 
 import argparse
+import itertools
 import json
-import time
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tqdit import artifact, workflow
+from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.comparison import fd_fashion, held_out
 from tqdit.convert import convert
-from tqdit.environment import environment, peak_memory_bytes
+from tqdit.environment import environment
 from tqdit.evaluation import fidelity, generate, metrics
-from tqdit.files import replacing, write_text
+from tqdit.files import write_text
 from tqdit.models.sampler import Sampling
 from tqdit.recipe import Recipe
 
+HELD_OUT = 16  # states per time group
+SHOWN = ("bits", "variant", "eps_sqnr_db", "psnr_db", "fd_fashion", "calibration_seconds")
 UNIFORM = {"softmax_grid": "uniform", "gelu_grid": "uniform"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "round-to-nearest (min-max)": {"rounds": 0, "hessian": False, "time_grouped": "none", **UNIFORM},
@@ -33,8 +38,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "search + MRQ": {"hessian": False, "time_grouped": "none"},
     "search + TGQ": {"hessian": False, **UNIFORM},
     "paper (HO + MRQ + TGQ)": {},
-    "paper, per-channel weights": {"weight_granularity": "per_channel"},
-    "plus, epsilon loss": {"preset": "plus", "loss": "epsilon"},
     "plus": {"preset": "plus"},
 }
 
@@ -55,60 +58,93 @@ def main() -> None:
     ablate(args)
 
 
-def ablate(args: argparse.Namespace) -> None:
-    prepared = workflow.prepare(args.model, Recipe.build(samples=args.samples), device=args.device)
-    print(f"calibration data and statistics: {prepared.seconds:.1f} s", flush=True)
-    source, model = prepared.source, prepared.model
-    data = held_out(source, model, 10, 16, seed=20_000)
-    expected = fidelity.predict_epsilon(model, data, batch=args.batch)
-    labels = [i % 10 for i in range(args.num)]
-    sampling = Sampling("ddim", args.steps, 1.5)
+@dataclass(frozen=True)
+class Bench:
+    """What every row is measured against: the float model's epsilon and images of the same noise."""
 
-    def images(module: torch.nn.Module, seed: int) -> torch.Tensor:
-        latents = generate.sample_latents(module, source.scheduler, labels, sampling, seed, batch=args.batch)
+    prepared: workflow.Prepared
+    data: CalibrationSet
+    labels: list[int]
+    sampling: Sampling
+    args: argparse.Namespace
+
+    def epsilon(self, module: torch.nn.Module) -> torch.Tensor:
+        return fidelity.predict_epsilon(module, self.data, batch=self.args.batch)
+
+    def images(self, module: torch.nn.Module, seed: int) -> torch.Tensor:
+        scheduler = self.prepared.source.scheduler
+        latents = generate.sample_latents(module, scheduler, self.labels, self.sampling, seed, batch=self.args.batch)
         return generate.to_pixels(latents, None)
 
-    start = time.perf_counter()
-    float_images = [images(model, seed) for seed in range(args.seeds)]
+
+def ablate(args: argparse.Namespace) -> None:
+    _reset_peak(args.device)
+    prepared = workflow.prepare(args.model, Recipe.build(samples=args.samples), device=args.device)
+    records_peak = _peak(args.device)
+    source, model = prepared.source, prepared.model
+    data = held_out(source, model, 10, HELD_OUT, seed=20_000)
+    bench = Bench(prepared, data, [i % 10 for i in range(args.num)], Sampling("ddim", args.steps, 1.5), args)
+    float_epsilon, float_images = bench.epsilon(model), [bench.images(model, seed) for seed in range(args.seeds)]
     result: dict[str, Any] = {
         "environment": environment(args.device),
-        "settings": {"images": args.num, "steps": args.steps, "guidance": 1.5, "held_out_per_group": 16},
+        "settings": {
+            "images": args.num, "steps": args.steps, "guidance": 1.5, "held_out_per_group": HELD_OUT,
+            "calibration": prepared.recipe.model_dump(mode="json"),
+        },
         "records_seconds": prepared.seconds,
         "float_fd_fashion": [fd_fashion(source, pixels) for pixels in float_images],
         "rows": [],
-    }
+    }  # fmt: skip
     result["rows"] = _kept_rows(args.json, result)
-    print(f"float FD-fashion: {result['float_fd_fashion']}, {time.perf_counter() - start:.1f} s", flush=True)
-    for bits in args.bits:
-        for name, settings in VARIANTS.items():
-            if args.missing and any(_same(row, {"variant": name, "bits": bits}) for row in result["rows"]):
-                continue
-            recipe = Recipe.build(**{"preset": "paper", "bits": bits, "samples": args.samples, **settings})
-            solution, seconds = workflow.solve_prepared(prepared, recipe)
-            scratch = args.json.parent / ".ablation-artifact"
-            with replacing(scratch, overwrite=True) as folder:
-                artifact.write(solution, folder)
-            module = convert(solution).to(args.device)
-            eps = fidelity.compare_epsilon(expected, fidelity.predict_epsilon(module, data, batch=args.batch), data)
-            pixels = images(module, 0)
-            row = {
-                "variant": name,
-                "bits": bits,
-                "eps_sqnr_db": eps.overall,
-                "eps_sqnr_db_by_group": eps.by_group,
-                "psnr_db": metrics.psnr_db(float_images[0], pixels),
-                "fd_fashion": fd_fashion(source, pixels),
-                "calibration_seconds": prepared.seconds + seconds,
-                "size_ratio": artifact.size_bytes(scratch) / workflow.float32_bytes(model),
-                "peak_memory_bytes": peak_memory_bytes(),
-            }
-            result["rows"] = _in_order([old for old in result["rows"] if not _same(old, row)] + [row])
-            write_text(args.json, json.dumps(result, indent=1) + "\n")
-            print(
-                f"{bits} {name:28} SQNR {row['eps_sqnr_db']:.2f} PSNR {row['psnr_db']:.2f} "
-                f"FD {row['fd_fashion']:.3f} search {seconds:.1f} s",
-                flush=True,
-            )
+    print(f"records {prepared.seconds:.1f} s; float FD-fashion {result['float_fd_fashion']}", flush=True)
+    for bits, name in itertools.product(args.bits, VARIANTS):
+        if args.missing and any(_same(row, {"variant": name, "bits": bits}) for row in result["rows"]):
+            continue
+        row = measure(bench, name, bits, float_epsilon, float_images[0])
+        row["peak_memory_bytes"] = max(records_peak or 0, row["peak_memory_bytes"] or 0) or None
+        result["rows"] = _in_order([old for old in result["rows"] if not _same(old, row)] + [row])
+        write_text(args.json, json.dumps(result, indent=1) + "\n")
+        print(
+            " ".join(f"{row[key]:.3f}" if isinstance(row[key], float) else str(row[key]) for key in SHOWN), flush=True
+        )
+
+
+def measure(
+    bench: Bench, name: str, bits: str, float_epsilon: torch.Tensor, float_images: torch.Tensor
+) -> dict[str, Any]:
+    """Solve one variant, run it in integers, and score it."""
+    device = bench.args.device
+    settings = {"preset": "paper", "bits": bits, "samples": bench.args.samples, **VARIANTS[name]}
+    _reset_peak(device)
+    solution, seconds = workflow.solve_prepared(bench.prepared, Recipe.build(**settings))
+    peak = _peak(device)
+    with tempfile.TemporaryDirectory() as folder:
+        artifact.write(solution, Path(folder))
+        size = artifact.size_bytes(Path(folder))
+    module = convert(solution).to(device)
+    eps = fidelity.compare_epsilon(float_epsilon, bench.epsilon(module), bench.data)
+    pixels = bench.images(module, 0)
+    return {
+        "variant": name,
+        "bits": bits,
+        "eps_sqnr_db": eps.overall,
+        "eps_sqnr_db_by_group": eps.by_group,
+        "psnr_db": metrics.psnr_db(float_images, pixels),
+        "fd_fashion": fd_fashion(bench.prepared.source, pixels),
+        "calibration_seconds": bench.prepared.seconds + seconds,
+        "peak_memory_bytes": peak,
+        "size_ratio": size / workflow.float32_bytes(bench.prepared.model),
+    }
+
+
+def _reset_peak(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak(device: str) -> int | None:
+    """Largest allocation on the GPU since the reset; a CPU has no such counter within one process."""
+    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else None
 
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:

@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit with 1 if a page is out of date")
     check = parser.parse_args().check
-    stale = [path for path, text in pages().items() if path.read_text(encoding="utf-8") != text]
+    stale = [path for path, text in pages().items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if check:
             print(f"{path.relative_to(ROOT)} is out of date: run python bench/make_results.py")
@@ -122,11 +122,11 @@ def _ablation(ablation: dict[str, Any]) -> list[str]:
         f"(standard deviation {spread:.3f}). Every row below uses the first seed: compare with {floats[0]:.3f}.",
         "",
     ]
-    header = ["variant", "ε SQNR (dB)", "PSNR (dB)", "FD-fashion", "calibration (s)", "size / fp32"]
+    header = ["variant", "ε SQNR (dB)", "PSNR (dB)", "FD-fashion", "calibration (s)", "GPU memory (GiB)", "size / fp32"]
     for bits in dict.fromkeys(row["bits"] for row in ablation["rows"]):
         rows = [
             [row["variant"], f"{row['eps_sqnr_db']:.2f}", f"{row['psnr_db']:.2f}", f"{row['fd_fashion']:.3f}",
-             f"{row['calibration_seconds']:.0f}", f"{row['size_ratio']:.3f}"]
+             f"{row['calibration_seconds']:.0f}", f"{row['peak_memory_bytes'] / 2**30:.1f}", f"{row['size_ratio']:.3f}"]
             for row in ablation["rows"] if row["bits"] == bits
         ]  # fmt: skip
         lines += [f"### {bits.upper()}", "", _table(header, rows), ""]

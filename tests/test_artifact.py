@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tqdit import artifact
@@ -284,3 +285,28 @@ def test_solution_of_another_depth_does_not_convert(solved, layers: int) -> None
     solution = solved()
     with pytest.raises(InputError, match=rf"transformer_blocks\.{min(layers, 2)}"):
         convert(replace(solution, model_config={**solution.model_config, "num_layers": layers}))
+
+
+def test_files_beside_the_weights_are_hashed(tmp_path, solved) -> None:
+    (tmp_path / "scheduler").mkdir()
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.write_text("{}")
+    artifact.write(solved(), tmp_path)
+    artifact.read(tmp_path)
+    file.write_text('{"beta_end": 1}')
+    with pytest.raises(InputError, match=r"scheduler_config\.json was changed"):
+        artifact.read(tmp_path)
+    file.unlink()
+    with pytest.raises(InputError, match=r"scheduler_config\.json is missing"):
+        artifact.read(tmp_path)
+
+
+def test_full_disk_is_an_os_error(tmp_path, solved, monkeypatch) -> None:
+    """safetensors has an exception of its own for it."""
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(artifact, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        artifact.write(solved(), tmp_path)

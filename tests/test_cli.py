@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tqdit import workflow
 from tqdit.cli import main
+from tqdit.version import VERSION
 
 FAST = ["--groups", "4", "--samples", "2", "--steps", "8", "--rounds", "1", "--quiet"]
 
@@ -92,6 +93,9 @@ def test_sample_takes_class_names(run: Callable, pipeline: Path, tmp_path: Path)
         (["--steps", "1001"], "1001"),
         (["--sampler", "euler"], "euler"),
         (["--guidance", "nan"], "guidance"),
+        (["--guidance", "inf"], "guidance"),
+        (["--seed", "2147483648"], "--seed"),
+        (["--json", "."], "is a folder"),
         (["--device", "cuda:99"], "cuda:99"),
         (["--recipe", "no-such.toml"], "no-such.toml"),
         (["--no-such-option"], "--no-such-option"),
@@ -114,11 +118,18 @@ def test_wrong_settings(run: Callable, pipeline: Path, tmp_path: Path, options: 
         (["sample", "{pipeline}", "-o", "a.png", "--num", "0"], "num"),
         (["sample", "{pipeline}", "-o", "a.txt", "--num", "1", "--steps", "1"], "a.txt"),
         (["sample", "{artifact}", "-o", "a.png", "--backend", "abacus"], "abacus"),
+        (["sample", "{pipeline}", "-o", "a.png", "--guidance", "inf"], "guidance"),
+        (["sample", "{pipeline}", "-o", "{artifact}/config.json/a.png"], "config.json is not a folder"),
+        (["sample", "{artifact}/nothing", "-o", "a.png"], "nothing"),
+        (["compare", "{pipeline}", "{artifact}", "--guidance", "-1"], "guidance"),
+        (["compare", "{pipeline}", "{artifact}", "--json", "empty"], "is a folder"),
+        (["inspect", "{artifact}", "--json", "empty"], "is a folder"),
+        (["quantize", "{pipeline}", "-o", "{artifact}/config.json/out"], "config.json is not a folder"),
+        (["demo", "-o", "{artifact}/config.json"], "config.json is not a folder"),
         (["compare", "{pipeline}", "{pipeline}"], "not quantized"),
         (["compare", "{artifact}", "{artifact}"], "already quantized"),
         (["inspect", "{pipeline}"], "not quantized"),
         (["inspect", "{empty}"], "config.json"),
-        ([], ""),
     ],
 )
 def test_wrong_inputs(
@@ -131,8 +142,45 @@ def test_wrong_inputs(
     code, _, err = run(*(arg.format(**places) for arg in args))
     assert code == 2
     assert named in err
-    assert err.count("\n") <= 1
+    assert err.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
+
+
+def test_bare_command_prints_its_help(run: Callable) -> None:
+    code, out, err = run()
+    assert (code, err) == (2, "")
+    assert "quantize" in out
+
+
+def test_version(run: Callable) -> None:
+    assert run("--version") == (0, f"{VERSION}\n", "")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--bits", "w8a8"], ["--preset", "paper"], ["--groups", "4"], ["--samples", "1"], ["--steps", "9"],
+        ["--sampler", "ddim"], ["--trajectories", "1"], ["--guidance", "1"], ["--rounds", "0"], ["--seed", "0"],
+        ["--ho"], ["--no-mrq"], ["--tgq"],
+    ],
+)  # fmt: skip
+def test_recipe_and_an_option_it_would_override(
+    run: Callable, pipeline: Path, tmp_path: Path, options: list[str]
+) -> None:
+    (tmp_path / "r.toml").write_text("")
+    code, _, err = run("quantize", pipeline, "-o", tmp_path / "out", "--recipe", tmp_path / "r.toml", *options)
+    assert code == 2
+    assert f"{options[0]} and --recipe" in err
+    assert err.count("\n") == 1
+
+
+def test_recipe_file(run: Callable, pipeline: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(
+        "weight_bits = 6\ngroups = 2\nsamples = 1\nsteps = 4\nrounds = 0\nhessian = false\n"
+    )
+    code, out, _ = run("quantize", pipeline, "-o", tmp_path / "out", "--recipe", tmp_path / "r.toml", "--quiet")
+    assert code == 0
+    assert "w6a8" in out
 
 
 def test_damaged_weights_are_named(run: Callable, own_pipeline: Path, artifact: Path, tmp_path: Path) -> None:
@@ -173,7 +221,7 @@ def test_interrupt_leaves_nothing(
     monkeypatch.setattr(workflow, "record", stop)
     code, _, err = run("quantize", pipeline, "-o", tmp_path / "out", *FAST)
     assert code == 2
-    assert "interrupted" in err
+    assert err == "tqdit: interrupted; nothing is half written\n"
     assert list(tmp_path.iterdir()) == []
 
 

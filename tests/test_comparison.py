@@ -1,13 +1,17 @@
 """A float model and its artifacts side by side."""
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tqdit import workflow
-from tqdit.comparison import HELD_OUT_SEED, compare, held_out
+from tqdit.comparison import FASHION, HELD_OUT_SEED, compare, fd_fashion, held_out
 from tqdit.errors import InputError
+from tqdit.evaluation import generate
+from tqdit.evaluation.fidelity import EpsilonFidelity
 from tqdit.models.sampler import Sampling
 from tqdit.models.sources import load_float, resolve
 
@@ -75,6 +79,10 @@ def test_same_call_same_figures(comparison, pipeline, artifacts) -> None:
     assert again.models[0].figures() == comparison.models[0].figures()
 
 
+def test_largest_seed(pipeline, artifacts) -> None:
+    assert compare(pipeline, artifacts[:1], num=1, sampling=FAST, samples=1, seed=2**31 - 1).models[0].psnr_db > 10
+
+
 def test_held_out_states_are_not_calibration_states(pipeline, data) -> None:
     source = resolve(pipeline)
     model = load_float(source)
@@ -86,6 +94,13 @@ def test_held_out_states_are_not_calibration_states(pipeline, data) -> None:
 @pytest.mark.parametrize("groups", [1, 7, 10, 25, 30, 45, 64])
 def test_held_out_states_for_any_number_of_groups(pipeline, tiny_dit, groups: int) -> None:
     source = resolve(pipeline)
+    other = held_out(source, tiny_dit(num_layers=1), groups, 1, HELD_OUT_SEED)
+    assert other.group.tolist() == list(range(groups))
+
+
+@pytest.mark.parametrize(("total", "groups"), [(37, 37), (100, 30), (500, 7), (2000, 1100)])
+def test_held_out_states_of_any_number_of_timesteps(pipeline, tiny_dit, scheduler_config, total, groups) -> None:
+    source = replace(resolve(pipeline), scheduler={**scheduler_config, "num_train_timesteps": total})
     other = held_out(source, tiny_dit(num_layers=1), groups, 1, HELD_OUT_SEED)
     assert other.group.tolist() == list(range(groups))
 
@@ -106,7 +121,42 @@ def test_artifact_as_the_reference(artifacts) -> None:
         compare(artifacts[0], artifacts, num=1)
 
 
-def test_artifact_of_another_model(tiny_dit, artifacts, tmp_path) -> None:
-    tiny_dit(num_layers=1).save_pretrained(tmp_path / "other")
-    with pytest.raises(InputError, match="num_layers"):
+@pytest.mark.parametrize("change", [{"seed": 1}, {"num_layers": 1}])
+def test_artifact_of_another_model(tiny_dit, artifacts, tmp_path, change: dict) -> None:
+    tiny_dit(**change).save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match=r"w8a8' was not made from 'other'.*'tiny-dit'"):
         compare(tmp_path / "other", artifacts, num=1)
+
+
+def test_scheduler_of_another_length(own_pipeline, artifacts, scheduler_config) -> None:
+    config = {**scheduler_config, "num_train_timesteps": 500}
+    (own_pipeline / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"1000 training timesteps.*500"):
+        compare(own_pipeline, artifacts, num=1)
+
+
+def test_latent_model_without_its_vae_stops_before_sampling(tiny_dit, tmp_path, monkeypatch) -> None:
+    tiny_dit(in_channels=4, out_channels=8, num_layers=1).save_pretrained(tmp_path / "latent")
+    monkeypatch.setattr(generate, "sample_latents", pytest.fail)
+    with pytest.raises(InputError, match="vae"):
+        compare(tmp_path / "latent", [], num=1)
+
+
+def test_figures_that_are_not_finite_are_null(comparison) -> None:
+    eps = EpsilonFidelity(math.inf, [math.nan, 30.0], [])
+    row = replace(comparison.models[0], eps=eps, psnr_db=math.nan, fd_fashion=math.inf)
+    figures = row.figures()
+    assert figures["eps_sqnr_db_by_group"] == [None, 30.0]
+    assert {figures[key] for key in ("eps_sqnr_db", "psnr_db", "fd_fashion")} == {None}
+    replace(comparison, models=(row,)).to_json()
+
+
+def test_fd_fashion_is_for_fashion_alone() -> None:
+    source = resolve("fashion-dit")
+    pixels = torch.rand(3, 1, 32, 32) * 2 - 1
+    assert fd_fashion(source, pixels) > 0
+    digits = replace(source, labels={i: str(i) for i in range(len(FASHION))})
+    assert fd_fashion(digits, pixels) is None
+    assert fd_fashion(source, pixels[:1]) is None
+    assert fd_fashion(source, pixels[..., 1:]) is None
+    assert fd_fashion(source, pixels * math.nan) is None

@@ -9,7 +9,7 @@ import pytest
 
 from tqdit import files
 from tqdit.errors import InputError
-from tqdit.files import check_target, read_json, read_tensors, replacing, write_bytes, write_text
+from tqdit.files import check_file, check_target, read_json, read_tensors, replacing, write_bytes, write_text
 
 ARTIFACT = {"quantization_config": {"quant_method": "tqdit"}}
 
@@ -147,6 +147,49 @@ def test_empty_folder_may_be_overwritten(tmp_path) -> None:
     assert_intact(target, "new")
 
 
+def test_link_to_an_artifact_stays(tmp_path, old) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(old)
+    with replacing(link, overwrite=True) as folder:
+        fill(folder, "new")
+    assert link.is_symlink()
+    assert (old / "data").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "out"]
+
+
+@pytest.mark.parametrize("to", ["nowhere", "link"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_dangling_link_is_no_target(tmp_path, to: str, overwrite: bool) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / to)
+    with pytest.raises(InputError, match="symbolic link to nothing"):
+        check_target(tmp_path / "link", overwrite)
+    with pytest.raises(InputError, match="not a folder"):
+        check_file(tmp_path / "link" / "out")
+
+
+def test_circle_of_links_is_no_parent(tmp_path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "link")
+    with pytest.raises(InputError, match="not a folder"):
+        check_target(tmp_path / "link" / "out", overwrite=False)
+
+
+def check_new_target(path) -> None:
+    check_target(path, overwrite=False)
+
+
+@pytest.mark.parametrize("check", [check_new_target, check_file])
+def test_output_that_cannot_be_made(tmp_path, monkeypatch, check) -> None:
+    (tmp_path / "file").write_text("precious")
+    for path in (tmp_path / "file" / "out", tmp_path / "file" / "deep" / "out"):
+        with pytest.raises(InputError, match="file is not a folder"):
+            check(path)
+    check(tmp_path / "new" / "deep" / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    monkeypatch.setattr(os, "access", lambda *_: False)  # tests may run as root, who may write anywhere
+    with pytest.raises(InputError, match="is not writable"):
+        check(tmp_path / "new" / "out")
+
+
 # Single files ------------------------------------------------------------------------------------------------------
 
 
@@ -189,3 +232,12 @@ def test_directory_instead_of_a_file(tmp_path) -> None:
     shutil.rmtree(tmp_path)
     with pytest.raises(InputError, match="missing"):
         read_tensors(tmp_path / "a.safetensors")
+
+
+def test_folder_or_device_is_no_output_file(tmp_path) -> None:
+    with pytest.raises(InputError, match="is a folder"):
+        check_file(tmp_path)
+    with pytest.raises(InputError, match="not a regular file"):
+        check_file(files.Path(os.devnull))
+    (tmp_path / "a.json").write_text("old")
+    check_file(tmp_path / "a.json")

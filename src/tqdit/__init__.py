@@ -10,6 +10,8 @@ The names below are the whole public interface; they load on first use, so `impo
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tqdit.version import VERSION
+
 if TYPE_CHECKING:
     from tqdit.comparison import Comparison, compare
     from tqdit.errors import InputError
@@ -39,6 +41,9 @@ __all__ = [
     "quantize",
     "sample",
 ]
+
+
+__version__ = VERSION
 
 
 def __getattr__(name: str) -> Any:

@@ -16,20 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from tqdit.errors import InputError
-from tqdit.files import CONFIG, MANIFEST, WEIGHTS, read_json, read_tensors
+from tqdit.files import CONFIG, MANIFEST, QUANT_METHOD, WEIGHTS, read_json, read_tensors
 from tqdit.grids import packing
 from tqdit.spec import MAX_BITS, MIN_BITS, Granularity, Grid, GridParams, Role, SiteSpec, Solution
 from tqdit.timegroups import TimeGroups
 
 FORMAT_VERSION = 1
-QUANT_METHOD = "tqdit"
+MANIFEST_KEYS = ("model_config", "time_groups", "sites", "shapes", "tensors", "aliases", "files", "provenance")
 
 
 def write(solution: Solution, folder: Path) -> None:
-    """Write the files of a Solution into an existing folder; see `files.replacing` for doing it atomically."""
+    """Write the files of a Solution into an existing folder; see `files.replacing` for doing it atomically.
+
+    Files that are already in the folder (scheduler, class names, VAE) become part of the artifact: they are hashed.
+    """
+    beside = sorted(path for path in folder.rglob("*") if path.is_file())
     tensors, shapes = _tensors_of(solution)
     stored, aliases = _deduplicated(tensors)
     manifest = {
@@ -40,6 +45,7 @@ def write(solution: Solution, folder: Path) -> None:
         "shapes": shapes,
         "tensors": {name: _describe(tensor) for name, tensor in sorted(stored.items())},
         "aliases": aliases,
+        "files": {path.relative_to(folder).as_posix(): _sha256(path) for path in beside},
         "provenance": dict(solution.provenance),
     }
     text = json.dumps(manifest, indent=1) + "\n"
@@ -49,14 +55,17 @@ def write(solution: Solution, folder: Path) -> None:
         "quantization_config": {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
-            "preset": recipe.get("preset"),
+            "preset": solution.provenance.get("preset"),
             "weight_bits": recipe.get("weight_bits"),
             "activation_bits": recipe.get("activation_bits"),
             "manifest": MANIFEST,
             "manifest_sha256": hashlib.sha256(text.encode()).hexdigest(),
         },
     }
-    save_file(dict(sorted(stored.items())), folder / WEIGHTS, metadata={"format": "pt"})
+    try:
+        save_file(dict(sorted(stored.items())), folder / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from None
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -68,6 +77,11 @@ def read(folder: Path) -> Solution:
     shape, and for scales that are not finite and positive.
     """
     config, manifest = _read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name} is missing")
+        if _sha256(folder / name) != expected:
+            raise InputError(f"{folder / name} was changed: its sha256 is not the one in {MANIFEST}")
     tensors = _read_verified(folder / WEIGHTS, manifest)
     for name, target in manifest["aliases"].items():
         if target not in tensors:
@@ -136,7 +150,9 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     manifest = read_json(path)
     if hashlib.sha256(path.read_bytes()).hexdigest() != quantization.get("manifest_sha256"):
         raise InputError(f"{path} was changed: its sha256 is not the one in {CONFIG}")
-    missing = {"model_config", "sites", "shapes", "tensors", "aliases", "time_groups", "provenance"} - set(manifest)
+    missing = {"model_config", "sites", "shapes", "tensors", "aliases", "files", "time_groups", "provenance"} - set(
+        manifest
+    )
     if missing:
         raise InputError(f"{path} lacks '{sorted(missing)[0]}'")
     found, expected = _public(config), manifest["model_config"]
@@ -144,6 +160,11 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if found.get(key) != expected.get(key):
             raise InputError(f"{folder / CONFIG} was changed: {key} is {found.get(key)!r}, not {expected.get(key)!r}")
     return config, manifest
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The command line: `tqdit quantize | sample | compare | inspect | demo`. Heavy imports happen inside commands."""
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -19,11 +18,16 @@ app = typer.Typer(
 )
 
 INTERRUPTED = 130  # what typer returns for Ctrl-C inside a command
+INTERRUPT_MESSAGE = "interrupted; nothing is half written"
+IN_RECIPE = (
+    "bits", "preset", "groups", "samples", "steps", "sampler", "trajectories", "guidance", "rounds", "seed", "ho",
+    "mrq", "tgq",
+)  # fmt: skip
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="bundled name, diffusers folder or artifact")]
 Device = Annotated[str, typer.Option(help="torch device: cpu, cuda, cuda:1")]
 Backend = Annotated[str, typer.Option(help="integer backend: auto or reference; simulated checks, never timed")]
-Seed = Annotated[int, typer.Option(min=0, help="seed; the same seed gives the same bytes")]
+Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="seed; the same seed gives the same bytes")]
 Guidance = Annotated[float, typer.Option(min=0.0, help="classifier-free guidance; 1 turns it off")]
 Sampler = Annotated[str, typer.Option(help="ddim or ddpm")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing artifact")]
@@ -31,13 +35,33 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="write the result 
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
 
 
+def _print_version(wanted: bool) -> None:
+    from tqdit.version import VERSION
+
+    if wanted:
+        typer.echo(VERSION)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def quantize(
+    context: typer.Context,
     model: ModelArgument,
     out: Annotated[Path, typer.Option("-o", "--out", help="artifact folder to write")],
     bits: Annotated[str, typer.Option(help="w<2-8>a<4-8>, such as w8a8, w6a6, w4a8")] = "w8a8",
     preset: Annotated[str, typer.Option(help="paper: as published; plus: better at no run-time cost")] = "paper",
-    recipe: Annotated[Path | None, typer.Option(help="a recipe file (TOML) instead of the options below")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="a recipe file (TOML); then no other option of the method")
+    ] = None,
     groups: Annotated[int | None, typer.Option(help="time groups G")] = None,
     samples: Annotated[int | None, typer.Option(help="calibration samples per group n")] = None,
     steps: Annotated[int | None, typer.Option(help="sampler steps of the calibration trajectories")] = None,
@@ -58,6 +82,7 @@ def quantize(
     from tqdit import workflow
     from tqdit.recipe import Recipe
 
+    _check_outputs(json_file)
     settings: dict[str, Any] = {
         "groups": groups, "samples": samples, "steps": steps, "sampler": sampler, "trajectories": trajectories,
         "guidance": guidance, "rounds": rounds, "seed": seed, "hessian": ho,
@@ -66,6 +91,7 @@ def quantize(
         settings |= {"softmax_grid": "uniform", "gelu_grid": "uniform"}
     if not tgq:
         settings |= {"time_grouped": "none"}
+    _check_recipe_alone(context, recipe)
     chosen = Recipe.from_toml(recipe) if recipe else Recipe.build(preset, bits, **settings)
     with _progress(quiet) as report:
         result = workflow.quantize(model, out, chosen, overwrite, report, device)
@@ -99,6 +125,7 @@ def sample(
 
     if out.suffix.lower() != ".png":
         raise InputError(f"output {out} must end in .png")
+    _check_outputs(out)
     names = [name for name in classes.split(",") if name.strip()]
     sampling = Sampling(sampler, steps, guidance)
     with _progress(quiet) as report:
@@ -125,6 +152,7 @@ def compare(
     from tqdit import comparison
     from tqdit.models.sampler import Sampling
 
+    _check_outputs(json_file)
     sampling = Sampling(sampler, steps, guidance)
     with _progress(quiet) as report:
         result = comparison.compare(reference, list(quantized), num, sampling, samples, seed, report, device)
@@ -145,6 +173,7 @@ def inspect(
 
     from tqdit import workflow
 
+    _check_outputs(json_file)
     result = workflow.inspect(folder, backend)
     columns = ("name", "role", "bits", "grid", "groups", "granularity", "kernel")
     table = Table(*columns, box=None)
@@ -162,8 +191,12 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Quantize the bundled model to W8A8 and W6A6, sample all three with the same seeds, and write a report."""
-    from tqdit.demo import run_demo
+    from tqdit.demo import BITS, MODEL, run_demo
+    from tqdit.files import check_target
 
+    for bits in BITS:
+        check_target(out / f"{MODEL}-{bits}", overwrite=True)
+    _check_outputs(out / "report.html", out / "side-by-side.png", out / "summary.json")
     with _progress(quiet) as report:
         result = run_demo(out, report)
     _print_table(result)
@@ -180,20 +213,41 @@ def main() -> NoReturn:
     except (InputError, OSError) as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; nothing was written")
+        _fail(INTERRUPT_MESSAGE)
     except Exception as error:  # typer's own usage errors differ in base class between versions
         if not hasattr(error, "format_message"):
             raise
         _fail(error.format_message())
     if code == INTERRUPTED:
-        _fail("interrupted; nothing was written")
+        _fail(INTERRUPT_MESSAGE)
     sys.exit(0)
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"tqdit: {message}", file=sys.stderr)
+    if message:  # a bare `tqdit` has printed its help
+        print(f"tqdit: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.exit(2)
+
+
+def _check_recipe_alone(context: typer.Context, recipe: Path | None) -> None:
+    """`InputError` naming an option that the recipe file would silently override."""
+    from tqdit.errors import InputError
+
+    for name in IN_RECIPE if recipe else ():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--no-{name}" if context.params[name] is False else f"--{name}"
+            raise InputError(f"{option} and --recipe exclude each other; set it in {recipe}")
+
+
+def _check_outputs(*paths: Path | None) -> None:
+    """`InputError` for a file that cannot be written, before the work whose result it is for."""
+    from tqdit.files import check_file
+
+    for path in paths:
+        if path:
+            check_file(path)
 
 
 @contextmanager
@@ -255,8 +309,3 @@ def _write_text(path: Path, text: str) -> None:
 
     write_text(path, text)
     typer.echo(f"figures: {path}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    main()

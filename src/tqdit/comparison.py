@@ -1,6 +1,7 @@
 """A float model and its quantized versions side by side: one frozen result, which the JSON and the report show."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ from tqdit.errors import InputError
 from tqdit.evaluation import features, fidelity, generate, metrics
 from tqdit.evaluation.fidelity import EpsilonFidelity
 from tqdit.models.sampler import Sampling
-from tqdit.models.sources import ModelSource, load_float, resolve
+from tqdit.models.sources import ModelSource, load_float, resolve, weights_hash
 from tqdit.recipe import Recipe
 from tqdit.spec import Solution
 from tqdit.workflow import Report, checked_device, cycle_classes, float32_bytes, silent
 
 HELD_OUT_SEED = 20_000  # far from calibration's: other noise, other states
+FASHION = (
+    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class ModelRow:
     calibration_seconds: float | None = None
 
     def figures(self) -> dict[str, Any]:
-        """The row as JSON values."""
+        """The row as JSON values; a figure that is not finite (of equal images, of NaN) is None."""
         return {
             "name": self.name,
             "preset": self.preset,
@@ -50,10 +54,10 @@ class ModelRow:
             "size_bytes": self.size_bytes,
             "size_ratio": self.size_ratio,
             "calibration_seconds": self.calibration_seconds,
-            "eps_sqnr_db": self.eps and self.eps.overall,
-            "eps_sqnr_db_by_group": self.eps and self.eps.by_group,
-            "psnr_db": self.psnr_db,
-            "fd_fashion": self.fd_fashion,
+            "eps_sqnr_db": _finite(self.eps.overall) if self.eps else None,
+            "eps_sqnr_db_by_group": [_finite(db) for db in self.eps.by_group] if self.eps else None,
+            "psnr_db": _finite(self.psnr_db),
+            "fd_fashion": _finite(self.fd_fashion),
         }
 
 
@@ -95,57 +99,35 @@ def compare(
     """Compare artifacts with their float model: epsilon SQNR, PSNR of same-seed images, FD-fashion, size.
 
     `num` images, `samples` held-out states per time group. FD-fashion is None where the bundled classifier does not
-    fit, and biased upwards for few images: compare it only within one table.
+    fit, and biased upwards for few images: compare it only within one table. Raises `InputError` for an artifact of
+    another model, and before any sampling where the images could not be decoded.
     """
     if num < 1 or samples < 1:
         raise InputError(f"num and samples must be at least 1, got {num} and {samples}")
     source = resolve(reference)
+    generate.check_decodable(int(source.config["in_channels"]), source.vae)
     model = load_float(source).to(checked_device(device))
-    found = [_load_artifact(path, source) for path in quantized]
-    groups = max((solution.time_groups.num_groups for _, _, solution in found), default=10)
-    data = held_out(source, model, groups, samples, HELD_OUT_SEED + seed, report)
-    labels = cycle_classes(source, [], num)
-
-    def images(module: nn.Module, name: str) -> torch.Tensor:
-        def tell(fraction: float) -> None:
-            report(f"images of {name}", fraction)
-
-        latents = generate.sample_latents(module, source.scheduler, labels, sampling, seed, tell)
-        return generate.to_pixels(latents, source.vae)
-
+    digest = weights_hash(model)
+    found = [_load_artifact(path, source, digest) for path in quantized]
+    groups = max((entry.solution.time_groups.num_groups for entry in found), default=10)
+    data = held_out(source, model, groups, samples, (HELD_OUT_SEED + seed) % 2**31, report)
+    images = _Images(source, sampling, num, seed, report)
+    first = _float_row(source, model, images)
     expected = fidelity.predict_epsilon(model, data)
-    pixels = images(model, source.name)
-    fp32 = float32_bytes(model)
-    reference_row = ModelRow(source.name, None, "float32", fp32, 1.0, pixels, fd_fashion(source, pixels))
     rows = []
-    for folder, name, solution in found:
-        module = convert(solution).to(device)
-        pixels = images(module, name)
-        size = artifact.size_bytes(folder)
-        recipe = solution.provenance.get("recipe", {})
-        rows.append(
-            ModelRow(
-                name=name,
-                preset=recipe.get("preset"),
-                bits=f"w{recipe.get('weight_bits')}a{recipe.get('activation_bits')}",
-                size_bytes=size,
-                size_ratio=size / fp32,
-                images=pixels,
-                fd_fashion=fd_fashion(source, pixels),
-                eps=fidelity.compare_epsilon(expected, fidelity.predict_epsilon(module, data), data),
-                psnr_db=metrics.psnr_db(reference_row.images, pixels),
-                solution=solution,
-            )
-        )
+    for entry in found:
+        module = convert(entry.solution).to(device)
+        eps = fidelity.compare_epsilon(expected, fidelity.predict_epsilon(module, data), data)
+        rows.append(_quantized_row(entry, first, images(module, entry.name), eps, source))
     settings = {"num": num, "samples_per_group": samples, "groups": groups, "seed": seed, **asdict(sampling)}
-    return Comparison(reference_row, tuple(rows), settings, environment(device))
+    return Comparison(first, tuple(rows), settings, environment(device))
 
 
 def held_out(
     source: ModelSource, model: nn.Module, groups: int, samples: int, seed: int, report: Report = silent
 ) -> CalibrationSet:
     """States of the float model's own DDIM trajectories: another seed and sampler than calibration's."""
-    total = int((source.scheduler or {}).get("num_train_timesteps", 1000))
+    total = _timesteps(source)
     wanted = min(total, max(50, 2 * groups))
     steps = next(n for n in range(wanted, total + 1) if total % n == 0)  # a divisor, so that the last group is visited
     recipe = Recipe.build(
@@ -160,17 +142,82 @@ def held_out(
 
 
 def fd_fashion(source: ModelSource, pixels: torch.Tensor) -> float | None:
-    """FD-fashion of the images where the bundled classifier fits the model, else None."""
-    fits = tuple(pixels.shape[1:]) == (1, 32, 32) and int(source.config["num_embeds_ada_norm"]) == 10
-    return features.fd_fashion(pixels) if fits and len(pixels) > 1 else None
+    """FD-fashion of the images where the model makes Fashion-MNIST's classes, 1 x 32 x 32, else None."""
+    fits = tuple(pixels.shape[1:]) == (1, 32, 32) and dict(source.labels) == dict(enumerate(FASHION))
+    return features.fd_fashion(pixels) if fits and len(pixels) > 1 and bool(torch.isfinite(pixels).all()) else None
 
 
-def _load_artifact(path: str | Path, source: ModelSource) -> tuple[Path, str, Solution]:
+@dataclass(frozen=True)
+class _Artifact:
+    folder: Path
+    name: str
+    solution: Solution
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Draws the same-seed images of one model after another."""
+
+    source: ModelSource
+    sampling: Sampling
+    num: int
+    seed: int
+    report: Report
+
+    def __call__(self, module: nn.Module, name: str) -> torch.Tensor:
+        def tell(fraction: float) -> None:
+            self.report(f"images of {name}", fraction)
+
+        labels = cycle_classes(self.source, [], self.num)
+        scheduler = self.source.scheduler
+        latents = generate.sample_latents(module, scheduler, labels, self.sampling, self.seed, tell)
+        return generate.to_pixels(latents, self.source.vae)
+
+
+def _float_row(source: ModelSource, model: nn.Module, images: _Images) -> ModelRow:
+    pixels = images(model, source.name)
+    return ModelRow(source.name, None, "float32", float32_bytes(model), 1.0, pixels, fd_fashion(source, pixels))
+
+
+def _quantized_row(
+    entry: _Artifact, reference: ModelRow, pixels: torch.Tensor, eps: EpsilonFidelity, source: ModelSource
+) -> ModelRow:
+    size = artifact.size_bytes(entry.folder)
+    provenance = entry.solution.provenance
+    recipe = provenance.get("recipe", {})
+    return ModelRow(
+        name=entry.name,
+        preset=provenance.get("preset", recipe.get("preset")),
+        bits=f"w{recipe.get('weight_bits')}a{recipe.get('activation_bits')}",
+        size_bytes=size,
+        size_ratio=size / reference.size_bytes,
+        images=pixels,
+        fd_fashion=fd_fashion(source, pixels),
+        eps=eps,
+        psnr_db=metrics.psnr_db(reference.images, pixels),
+        solution=entry.solution,
+    )
+
+
+def _load_artifact(path: str | Path, source: ModelSource, digest: str) -> _Artifact:
+    """An artifact made from the float model whose weights have the hash `digest`, else `InputError`."""
     other = resolve(path)
     if not other.quantized:
         raise InputError(f"'{path}' is not quantized; compare takes a float model, then artifacts")
     solution = artifact.read(other.folder)
-    for key in ("num_layers", "num_attention_heads", "attention_head_dim", "sample_size", "in_channels"):
-        if solution.model_config[key] != source.config[key]:
-            raise InputError(f"'{path}' was not made from '{source.name}': {key} differs")
-    return other.folder, other.name, solution
+    if solution.provenance.get("source_sha256") != digest:
+        made_from = solution.provenance.get("source", "an unknown model")
+        raise InputError(
+            f"'{path}' was not made from '{source.name}' but from other weights ('{made_from}'); compare it with those"
+        )
+    if (found := solution.time_groups.num_timesteps) != (total := _timesteps(source)):
+        raise InputError(f"'{path}' has {found} training timesteps, the scheduler of '{source.name}' has {total}")
+    return _Artifact(other.folder, other.name, solution)
+
+
+def _timesteps(source: ModelSource) -> int:
+    return int((source.scheduler or {}).get("num_train_timesteps", 1000))
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -18,6 +18,8 @@ from tqdit.errors import InputError
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MANIFEST = "tqdit.json"  # what makes a folder an artifact
+QUANT_METHOD = "tqdit"  # in the `quantization_config` of an artifact's config
+QUANT_METHOD = "tqdit"
 
 
 def read_json(path: Path, why: str = "") -> dict[str, Any]:
@@ -66,10 +68,10 @@ def write_text(path: Path, text: str) -> None:
 def replacing(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """A new folder to fill that becomes `target` on success; on any error or interrupt `target` is as it was.
 
-    Raises `InputError` if `target` exists and `overwrite` is not set.
+    Raises `InputError` as `check_target` does. A symbolic link to a folder stays; what it points to is replaced.
     """
-    target = target.absolute()
     check_target(target, overwrite)
+    target = _real(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
@@ -83,13 +85,40 @@ def replacing(target: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Raise `InputError` if writing to `target` would lose something; called before any work is done."""
+    """Raise `InputError` if a folder `target` cannot be written, or would lose something; called before any work."""
+    if target.is_symlink() and not target.exists():
+        raise InputError(f"output {target} is a symbolic link to nothing; remove it or choose another folder")
+    target = _real(target)
     if target.exists() and not overwrite:
         raise InputError(f"output {target} exists; choose another folder or pass --overwrite")
     if target.exists() and not target.is_dir():
         raise InputError(f"output {target} is a file; an artifact is a folder")
     if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
         raise InputError(f"output {target} is not an artifact; refusing to overwrite it")
+    _check_parent(target)
+
+
+def check_file(path: Path) -> None:
+    """Raise `InputError` if `path` cannot be written as a file; called before any work."""
+    if path.is_dir():
+        raise InputError(f"output {path} is a folder; give a file")
+    if path.exists() and not path.is_file():
+        raise InputError(f"output {path} is not a regular file")
+    _check_parent(path)
+
+
+def _real(path: Path) -> Path:
+    """Without symbolic links; `Path.resolve`, but a circle of links is no error."""
+    return Path(os.path.realpath(path))
+
+
+def _check_parent(path: Path) -> None:
+    """The nearest parent that exists must be a folder we may write into."""
+    parent = next(p for p in path.absolute().parents if p.exists() or p.is_symlink())
+    if not parent.is_dir():
+        raise InputError(f"output {path} cannot be made: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"output {path} cannot be made: {parent} is not writable")
 
 
 def _swap(partial: Path, target: Path, overwrite: bool) -> None:

@@ -10,13 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tqdit.errors import InputError
 from tqdit.spec import Granularity
-from tqdit.timegroups import TimeGroups
 
 BITS_PATTERN = re.compile(r"w([2-8])a([4-8])", re.IGNORECASE)
 
 CALIBRATION_SETTINGS = (
     "groups", "samples", "sampler", "steps", "guidance", "trajectories", "probes", "rows", "queries", "seed",
 )  # fmt: skip
+
+METHOD_SETTINGS = ("weight_granularity", "softmax_grid", "gelu_grid", "time_grouped", "hessian", "loss")
 
 PRESETS: dict[str, dict[str, Any]] = {
     # As published: per-tensor weights, MRQ everywhere, TGQ on post-softmax only.
@@ -57,7 +58,7 @@ class Recipe(BaseModel):
     sampler: Literal["ddim", "ddpm"] = "ddpm"
     steps: int = Field(250, ge=1)
     guidance: float = Field(1.5, ge=0, allow_inf_nan=False)
-    trajectories: int | None = Field(None, ge=1, description="sampling runs to draw from; default samples/4")
+    trajectories: int | None = Field(None, ge=1, description="sampling runs to draw from")
     probes: int = Field(1, ge=1, description="random probes per sample for the Fisher diagonal")
 
     rounds: int = Field(3, ge=0, description="alternating search rounds; 0 keeps min-max scales")
@@ -66,12 +67,19 @@ class Recipe(BaseModel):
     high: float = Field(1.2, ge=1, allow_inf_nan=False)
     rows: int = Field(2048, ge=1, description="activation rows per linear layer that the search scores")
     queries: int = Field(2048, ge=1, description="query rows per attention layer that the search scores")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)
 
     def records_match(self, recorded: "Recipe") -> bool:
         """Whether records that were made under another recipe serve this one: only search settings may differ."""
         same = all(getattr(self, name) == getattr(recorded, name) for name in CALIBRATION_SETTINGS)
         return same and (recorded.hessian or not self.hessian)
+
+    @property
+    def label(self) -> str:
+        """The preset's name, with the parts of the method that differ from it: "paper (changed: hessian)"."""
+        original = Recipe(preset=self.preset, **PRESETS[self.preset])
+        changed = [name for name in METHOD_SETTINGS if getattr(self, name) != getattr(original, name)]
+        return f"{self.preset} (changed: {', '.join(changed)})" if changed else self.preset
 
     @property
     def bits(self) -> str:
@@ -126,5 +134,4 @@ class Recipe(BaseModel):
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
             raise InputError(f"recipe setting '{name}': {first['msg']}, got {first['input']!r}") from None
-        TimeGroups(num_groups=recipe.groups)  # G > T fails here, before any work
         return recipe

@@ -32,7 +32,7 @@ class TimeGroups:
         Raises `InputError` for a timestep outside [0, T). Reads values, so it is for host code; modules use
         `table()`, which stays on the device.
         """
-        t = t.long()
+        t = torch.floor(t).long() if t.is_floating_point() else t.long()
         outside = t[(t < 0) | (t >= self.num_timesteps)]
         if outside.numel():
             raise InputError(f"timestep {int(outside[0])} is outside [0, {self.num_timesteps})")

@@ -59,10 +59,9 @@ def load(model: str | Path, backend: str = "auto", device: str = "cpu") -> nn.Mo
 def prepare(model: str | Path, recipe: Recipe, report: Report = silent, device: str = "cpu") -> Prepared:
     """Calibration: trajectories of the float model, then its activations and Fisher weights."""
     source = resolve(model)
+    groups = TimeGroups((source.scheduler or {}).get("num_train_timesteps", 1000), recipe.groups)
     module = load_float(source).to(checked_device(device))
     start = time.perf_counter()
-    total = (source.scheduler or {}).get("num_train_timesteps", 1000)
-    groups = TimeGroups(total, recipe.groups)
     data = trajectories.collect(module, source.scheduler, recipe, lambda f: report("trajectories", f))
     records = record(module, data, recipe, lambda f: report("statistics", f))
     seconds = time.perf_counter() - start
@@ -75,6 +74,7 @@ def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) 
         raise InputError("the recipe's calibration settings are not those the records were made with")
     start = time.perf_counter()
     provenance = {
+        "preset": recipe.label,
         "recipe": recipe.model_dump(mode="json"),
         "source": prepared.source.name,
         "source_sha256": weights_hash(prepared.model),
@@ -95,7 +95,6 @@ def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) 
 def save(solution: Solution, source: ModelSource, out: Path, overwrite: bool = False) -> None:
     """Write an artifact with the scheduler, class names and VAE of its source; all or nothing."""
     with replacing(out, overwrite) as folder:
-        artifact.write(solution, folder)
         if source.scheduler is not None:
             (folder / "scheduler").mkdir()
             _write_json(folder / "scheduler" / "scheduler_config.json", source.scheduler)
@@ -103,17 +102,19 @@ def save(solution: Solution, source: ModelSource, out: Path, overwrite: bool = F
             _write_json(folder / LABELS, {str(i): label for i, label in sorted(source.labels.items())})
         if source.vae is not None:
             shutil.copytree(source.vae, folder / "vae")
+        artifact.write(solution, folder)  # last: its manifest has the hashes of the files above
 
 
 def quantize(
     model: str | Path,
-    out: Path,
+    out: str | Path,
     recipe: Recipe,
     overwrite: bool = False,
     report: Report = silent,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Quantize MODEL into the artifact folder `out`. Returns seconds, peak memory and sizes."""
+    out = Path(out)
     check_target(out, overwrite)
     prepared = prepare(model, recipe, report, device)
     solution, search_seconds = solve_prepared(prepared, recipe, report)
@@ -122,7 +123,7 @@ def quantize(
     size = artifact.size_bytes(out)
     return {
         "name": prepared.source.name,
-        "preset": recipe.preset,
+        "preset": recipe.label,
         "bits": recipe.bits,
         "calibration_seconds": prepared.seconds + search_seconds,
         "peak_memory_bytes": peak_memory_bytes(),
@@ -144,9 +145,12 @@ def sample(
     device: str = "cpu",
 ) -> torch.Tensor:
     """`num` images (num, C, H, W) in [-1, 1], cycling through `classes`; all classes if none are named."""
+    if isinstance(classes, str):
+        raise InputError(f"classes must be a list of names, got the string '{classes}'")
     if num < 1:
         raise InputError(f"num must be at least 1, got {num}")
     source = resolve(model)
+    generate.check_decodable(int(source.config["in_channels"]), source.vae)
     labels = cycle_classes(source, classes, num)
     module = load(model, backend, device)
     latents = generate.sample_latents(module, source.scheduler, labels, sampling, seed, lambda f: report("sampling", f))

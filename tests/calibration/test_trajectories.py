@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from tqdit.calibration.trajectories import collect
+from tqdit.calibration.trajectories import CALIBRATION_STREAM, collect
 from tqdit.errors import InputError
 from tqdit.models.sampler import Sampling, make_scheduler, noise_generators, trajectory
 
@@ -43,7 +43,7 @@ def test_states_are_those_of_the_trajectories(model, scheduler_config, tiny_reci
     rerun: dict[tuple[int, int], list[torch.Tensor]] = {}
     for label in data.labels.unique().tolist():
         for index in range(3):
-            generators = noise_generators(recipe.seed, [index])
+            generators = noise_generators(recipe.seed, [CALIBRATION_STREAM + index])
             for t, x in trajectory(model, scheduler_config, sampling, torch.tensor([label]), generators):
                 rerun.setdefault((label, t), []).append(x[0])
     used = set()

@@ -201,7 +201,10 @@ def test_default_schedule_is_that_of_dit() -> None:
     assert (config.beta_start, config.beta_end) == (0.0001, 0.02)
 
 
-@pytest.mark.parametrize("bad", [{"sampler": "euler"}, {"steps": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"sampler": "euler"}, {"steps": 0}, {"guidance": -0.1}, {"guidance": float("inf")}, {"guidance": float("nan")}],
+)
 def test_bad_sampling_is_an_error(bad: dict) -> None:
     with pytest.raises(InputError, match=next(iter(bad))):
         Sampling(**bad)
@@ -210,6 +213,16 @@ def test_bad_sampling_is_an_error(bad: dict) -> None:
 def test_more_steps_than_timesteps_is_an_error(scheduler_config) -> None:
     with pytest.raises(InputError, match="at most the 1000 training timesteps, got 1001"):
         make_scheduler(scheduler_config, Sampling("ddim", 1001), False)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"beta_schedule": "cubic"}, {"beta_start": "small"}, {"timestep_spacing": "odd"}, {"prediction_type": "flow"}],
+)
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_scheduler_config_that_diffusers_refuses(scheduler_config, sampler: str, bad: dict) -> None:
+    with pytest.raises(InputError, match=r"scheduler_config\.json"):
+        make_scheduler({**scheduler_config, **bad}, Sampling(sampler, 10), False)
 
 
 def test_noise_depends_on_seed_and_index_alone() -> None:

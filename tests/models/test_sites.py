@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from tqdit.errors import InputError
-from tqdit.models.sites import blocks, check_supported, float_input_modules, sites
+from tqdit.models.sites import blocks, check_supported, config_of, float_input_modules, sites
 from tqdit.spec import Granularity, Grid, Role
 
 
@@ -83,8 +83,39 @@ def test_weight_only_layers_are_those_outside_the_matmuls_of_a_block(model) -> N
     ],
 )
 def test_unknown_architecture_is_named(model, tiny_recipe, key: str, value: object) -> None:
-    config = {**model.config, key: value}
+    config = {**config_of(model), key: value}
     with pytest.raises(InputError, match=str(value)):
         check_supported(config)
     with pytest.raises(InputError, match=str(value)):
         sites(config, tiny_recipe())
+
+
+@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "Transformer2DModel"])
+def test_both_names_of_a_dit_are_supported(model, name: str) -> None:
+    check_supported({**config_of(model), "_class_name": name})
+
+
+def test_config_of_no_diffusers_model() -> None:
+    with pytest.raises(InputError, match="no diffusers model"):
+        check_supported({"model_type": "bert", "num_attention_heads": 12})
+
+
+@pytest.mark.parametrize("value", ["2", True, 0, -1, 2.0, None, [2]])
+@pytest.mark.parametrize("key", ["num_layers", "sample_size", "num_embeds_ada_norm"])
+def test_sizes_are_whole_numbers(model, key: str, value: object) -> None:
+    with pytest.raises(InputError, match=f"{key} = "):
+        check_supported({**config_of(model), key: value})
+
+
+@pytest.mark.parametrize(
+    "key", ["num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "patch_size"]
+)
+def test_missing_size_is_named(model, key: str) -> None:
+    with pytest.raises(InputError, match=f"lacks {key}"):
+        check_supported({k: v for k, v in config_of(model).items() if k != key})
+
+
+@pytest.mark.parametrize("change", [{"out_channels": 3}, {"out_channels": "2"}, {"sample_size": 9}])
+def test_sizes_that_do_not_fit(model, change: dict) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(change))} = "):
+        check_supported({**config_of(model), **change})

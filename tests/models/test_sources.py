@@ -37,10 +37,49 @@ def test_pipeline_folder(model, pipeline, scheduler_config) -> None:
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
-def test_transformer_folder_alone(model, pipeline) -> None:
-    source = resolve(pipeline / "transformer")
-    assert source.scheduler is None
+def test_transformer_folder_of_a_pipeline_is_that_pipeline(pipeline, monkeypatch) -> None:
+    expected = resolve(pipeline)
+    assert resolve(pipeline / "transformer") == expected
+    monkeypatch.chdir(pipeline / "transformer")
+    assert resolve(".").scheduler == expected.scheduler
+
+
+def test_transformer_folder_alone(model, own_pipeline) -> None:
+    (own_pipeline / "model_index.json").unlink()
+    source = resolve(own_pipeline / "transformer")
+    assert (source.scheduler, source.vae, dict(source.labels)) == (None, None, {})
     assert weights_hash(load_float(source)) == weights_hash(model)
+
+
+@pytest.mark.parametrize("value", [None, "int4", {"quant_method": "torchao"}])
+def test_quantization_config_of_others(model, own_pipeline, value: object) -> None:
+    edit_config(own_pipeline, quantization_config=value)
+    source = resolve(own_pipeline)
+    assert not source.quantized
+    loaded = load_float(source)
+    assert weights_hash(loaded) == weights_hash(model)
+    assert "quantization_config" not in loaded.config
+
+
+@pytest.mark.parametrize("change", [{"num_attention_heads": 1, "attention_head_dim": 3}, {"dropout": "small"}])
+def test_config_that_diffusers_refuses(own_pipeline, change: dict) -> None:
+    edit_config(own_pipeline, **change)
+    with pytest.raises(InputError, match=r"config\.json: diffusers refuses it"):
+        load_float(resolve(own_pipeline))
+
+
+@pytest.mark.parametrize("total", ["1000", None, 0, True])
+def test_scheduler_without_usable_timesteps(own_pipeline, total: object) -> None:
+    (own_pipeline / "scheduler" / "scheduler_config.json").write_text(json.dumps({"num_train_timesteps": total}))
+    with pytest.raises(InputError, match=r"scheduler_config\.json: num_train_timesteps"):
+        resolve(own_pipeline)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}])
+def test_bad_index_of_shards(own_pipeline, index: dict) -> None:
+    (own_pipeline / "transformer" / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="weight_map"):
+        load_float(resolve(own_pipeline))
 
 
 def test_half_precision_weights_are_loaded_as_fp32(own_pipeline) -> None:
@@ -88,7 +127,7 @@ def test_unreadable_config(own_pipeline, text: str) -> None:
 
 def test_unsupported_class_is_named(own_pipeline) -> None:
     edit_config(own_pipeline, _class_name="PixArtTransformer2DModel")
-    with pytest.raises(InputError, match="'PixArtTransformer2DModel' is not supported"):
+    with pytest.raises(InputError, match=r"config\.json: .*'PixArtTransformer2DModel' is not supported"):
         resolve(own_pipeline)
 
 
@@ -165,4 +204,7 @@ def test_hash_sees_every_value_and_name(model, tiny_dit) -> None:
 def test_class_table_with_a_wrong_key(own_pipeline) -> None:
     (own_pipeline / "model_index.json").write_text('{"id2label": {"zero": "cat"}}')
     with pytest.raises(InputError, match="'zero'"):
+        resolve(own_pipeline)
+    (own_pipeline / "model_index.json").write_text('{"id2label": [1]}')
+    with pytest.raises(InputError, match="id2label"):
         resolve(own_pipeline)

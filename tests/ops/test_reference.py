@@ -1,5 +1,9 @@
 """The integer operations against exact integer and float64 arithmetic on the same codes."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -136,3 +140,19 @@ def test_regions_are_split_into_disjoint_supports() -> None:
     negative, positive = reference.split_regions(codes)
     assert torch.equal(negative + positive, codes)
     assert not ((negative != 0) & (positive != 0)).any()
+
+
+@pytest.mark.parametrize("isa", ["DEFAULT", "AVX2"])
+def test_int_matmul_is_exact_whatever_the_cpu_can_do(isa: str) -> None:
+    """Without VNNI torch's own int8 product saturates; the reference must notice."""
+    code = (
+        "import torch; from tqdit.ops.reference import int_matmul\n"
+        "for k in (64, 192, 1030):\n"
+        "    a, b = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((33, k), (k, 48)))\n"
+        "    assert torch.equal(int_matmul(a, b).long(), a.long() @ b.long()), k\n"
+        "    a, b = torch.full_like(a, 127), torch.full_like(b, 127)\n"
+        "    assert torch.equal(int_matmul(a, b).long(), a.long() @ b.long()), k\n"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

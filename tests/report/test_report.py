@@ -120,7 +120,7 @@ def test_page_is_written_whole_or_not_at_all(
     def fail(*_: object) -> None:
         raise RuntimeError("stop")
 
-    for owner, name in ((under_test, "_context"), (under_test.os, "replace")):
+    for owner, name in ((under_test, "_context"), (Path, "replace")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fail)
             with pytest.raises(RuntimeError, match="stop"):

@@ -21,6 +21,8 @@ from tqdit.models.sampler import (
 from tqdit.recipe import Recipe
 from tqdit.timegroups import TimeGroups
 
+CALIBRATION_STREAM = 250_000  # noise streams start here: images i < 250,000 of the same seed have other noise
+
 
 @dataclass(frozen=True)
 class CalibrationSet:
@@ -44,7 +46,7 @@ def collect(
     scheduler_config: Mapping[str, Any] | None,
     recipe: Recipe,
     progress: Progress = lambda _: None,
-    batch: int = 8,
+    batch: int = 16,
 ) -> CalibrationSet:
     """Run `trajectories` guided samplings and keep `samples` states per time group, at random visited timesteps.
 
@@ -55,36 +57,37 @@ def collect(
     scheduler = make_scheduler(scheduler_config, sampling, learned_variance=False)
     groups = TimeGroups(scheduler.config.num_train_timesteps, recipe.groups)
     visited = scheduler.timesteps
-    count = _num_trajectories(recipe, groups, visited)
+    count = _num_trajectories(recipe, groups, visited, num_classes(model))
     picks = _pick_timesteps(recipe, groups, visited, count)
 
-    device = next(model.parameters()).device
     order = torch.randperm(num_classes(model), generator=torch.Generator().manual_seed(recipe.seed))
-    labels = order.repeat(math.ceil(count / len(order)))[:count]
-    found: list[tuple[int, int, int, torch.Tensor]] = []
+    labels = order.repeat(math.ceil(count / len(order)))[:count].to(next(model.parameters()).device)
+    found: list[tuple[int, int, torch.Tensor]] = []  # (t, trajectory, x_t)
     for start in range(0, count, batch):
         members = range(start, min(start + batch, count))
-        generators = noise_generators(recipe.seed, members)
-        states = trajectory(
-            model, scheduler_config, sampling, labels[members.start : members.stop].to(device), generators
-        )
+        streams = range(CALIBRATION_STREAM + start, CALIBRATION_STREAM + members.stop)
+        generators = noise_generators(recipe.seed, streams)
+        states = trajectory(model, scheduler_config, sampling, labels[start : members.stop], generators)
         for step, (t, x) in enumerate(states):
-            if t is None:
-                break
-            found += [(int(groups.of(torch.tensor(t))), i, t, x[i - start].cpu()) for i in members if t in picks[i]]
-            progress((start + len(members) * (step + 1) / recipe.steps) / count)
-    found.sort(key=lambda item: item[:3])
+            if t is not None:  # the last state is an image, which no timestep sees
+                found += [(t, i, x[i - start].cpu()) for i in members if t in picks[i]]
+                progress((start + len(members) * (step + 1) / recipe.steps) / count)
+    found.sort(key=lambda item: item[:2])
+    timesteps = torch.tensor([t for t, _, _ in found])
     return CalibrationSet(
-        x=torch.stack([x for *_, x in found]),
-        t=torch.tensor([t for _, _, t, _ in found]),
-        labels=labels[torch.tensor([i for _, i, _, _ in found])],
-        group=torch.tensor([group for group, *_ in found]),
-        step_weight=step_weights(scheduler)[[t for _, _, t, _ in found]],
+        x=torch.stack([x for _, _, x in found]),
+        t=timesteps,
+        labels=labels.cpu()[torch.tensor([i for _, i, _ in found])],
+        group=groups.of(timesteps),
+        step_weight=step_weights(scheduler)[timesteps],
     )
 
 
-def _num_trajectories(recipe: Recipe, groups: TimeGroups, visited: torch.Tensor) -> int:
-    """How many samplings to run: every group needs `samples` distinct (trajectory, timestep) pairs."""
+def _num_trajectories(recipe: Recipe, groups: TimeGroups, visited: torch.Tensor, classes: int) -> int:
+    """How many samplings to run: every group needs `samples` distinct (trajectory, timestep) pairs.
+
+    Unless the recipe says, as few as cover the classes as far as `samples` go, but no fewer than a quarter of them.
+    """
     counts = torch.bincount(groups.of(visited), minlength=groups.num_groups)
     fewest = int(counts.min())
     if fewest == 0:
@@ -94,7 +97,7 @@ def _num_trajectories(recipe: Recipe, groups: TimeGroups, visited: torch.Tensor)
         )
     needed = math.ceil(recipe.samples / fewest)
     if recipe.trajectories is None:
-        return max(needed, math.ceil(recipe.samples / 4))
+        return max(needed, math.ceil(recipe.samples / 4), min(classes, recipe.samples))
     if not needed <= recipe.trajectories <= recipe.samples:
         raise InputError(
             f"trajectories must be between {needed} and {recipe.samples} for {recipe.samples} samples per group "

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tqdit.errors import InputError
 from tqdit.files import write_bytes
 from tqdit.models.sampler import Progress, Sampling, noise_generators, trajectory
 
@@ -35,8 +36,23 @@ def sample_latents(
     return torch.cat(images)
 
 
+def check_decodable(channels: int, vae_folder: Path | None) -> None:
+    """Raise `InputError` if `to_pixels` cannot make images of latents with so many channels; called before sampling."""
+    if vae_folder is None and channels not in (1, 3):
+        raise InputError(
+            f"the model makes {channels} channels, which are no image without a decoder; give the pipeline folder "
+            "with its vae"
+        )
+    if vae_folder is not None and not any(vae_folder.glob("*.safetensors")):
+        raise InputError(f"{vae_folder} has no .safetensors weights")
+
+
 def to_pixels(latents: torch.Tensor, vae_folder: Path | None) -> torch.Tensor:
-    """Images in [-1, 1]: decoded by the pipeline's VAE, or the model's own output where there is none."""
+    """Images in [-1, 1]: decoded by the pipeline's VAE, or the model's own output where there is none.
+
+    Raises `InputError` as `check_decodable` does.
+    """
+    check_decodable(latents.shape[1], vae_folder)
     if vae_folder is None:
         return latents.clamp(-1, 1)
     from diffusers import AutoencoderKL

@@ -54,5 +54,6 @@ def fake_quantize(x: torch.Tensor, s1: torch.Tensor, s2: torch.Tensor, bits: int
 
 
 def softmax_exponents(bits: int) -> range:
-    """Candidates i of s1 = s2 2^-i. The last one puts a whole region below 2^-16: no probability needs it finer."""
+    """Candidates i of s1 = s2 2^-i. The last one has steps s1 of about 2^-17, finer than any
+    probability needs."""
     return range(1, 19 - bits)

@@ -10,8 +10,8 @@ from tqdit.spec import IntFormat
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int, bits: int) -> torch.Tensor:
-    """clip(round(x / s) + z) as int8; `scale` and `zero_point` broadcast to x. A NaN becomes qmin (checked at
-    calibration and loading, not here: this runs per denoiser call)."""
+    """clip(round(x / s) + z) as int8; `scale` and `zero_point` broadcast to x. NaN is not checked for: calibration and
+    loading do, and this runs at every denoiser call."""
     fmt = IntFormat(bits)
     return (torch.round(x.float() / scale) + zero_point).clamp_(fmt.qmin, fmt.qmax).to(torch.int8)
 

@@ -26,13 +26,13 @@ class TimestepClock(nn.Module):
 
     def set(self, timestep: torch.Tensor, batch: int) -> None:
         """timestep: () or (B,), any number type. Stores group indices, shape (1,) or (B,)."""
-        t = torch.as_tensor(timestep, device=self.table.device).reshape(-1).long()
+        t = torch.as_tensor(timestep, device=self.table.device).reshape(-1)
         if t.numel() not in (1, batch):
             raise InputError(f"timestep has {t.numel()} entries for a batch of {batch}")
         if t.device.type == "cpu" and not torch.compiler.is_compiling():
             self.group = self.time_groups.of(t)
         else:
-            self.group = torch.index_select(self.table, 0, t)
+            self.group = torch.index_select(self.table, 0, t.long())
 
     def pre_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of a transformer called as (hidden_states, timestep, ...)."""

@@ -3,6 +3,7 @@
 Calibration reads the states on the way, generation keeps the last: one loop serves both.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,15 @@ from tqdit.models.sites import config_of
 
 Progress = Callable[[float], None]  # called with the finished fraction of a stage
 SAMPLERS = ("ddim", "ddpm")
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are drawn. `steps` sampler steps, classifier-free `guidance` (1 turns it off)."""
+    """How images are drawn. `steps` sampler steps, classifier-free `guidance` (1 turns it off).
+
+    Raises `InputError` naming the setting that is not legal.
+    """
 
     sampler: str = "ddim"
     steps: int = 50
@@ -30,6 +35,8 @@ class Sampling:
             raise InputError(f"unknown sampler '{self.sampler}'; known: {', '.join(SAMPLERS)}")
         if self.steps < 1:
             raise InputError(f"steps must be at least 1, got {self.steps}")
+        if not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise InputError(f"guidance must be a finite number from 0, got {self.guidance}")
 
 
 def num_classes(model: nn.Module) -> int:
@@ -62,6 +69,7 @@ def make_scheduler(config: Mapping[str, Any] | None, sampling: Sampling, learned
 
     `config`: the model's scheduler config; None is DiT's 1000 linear steps. With DDPM a model that returns (eps, v)
     gets `variance_type="learned_range"`, so that v is used; one that does not gets a fixed variance.
+    Raises `InputError` for more steps than timesteps, and naming the config for settings that diffusers refuses.
     """
     from diffusers import DDIMScheduler, DDPMScheduler
 
@@ -69,14 +77,20 @@ def make_scheduler(config: Mapping[str, Any] | None, sampling: Sampling, learned
     settings: dict[str, Any] = dict(config or {"num_train_timesteps": 1000, "beta_schedule": "linear"})
     settings.setdefault("clip_sample", False)
     if sampling.sampler == "ddpm":
-        fixed = settings.get("variance_type", "fixed_small")
+        fixed = str(settings.get("variance_type") or "fixed_small")
         fixed = "fixed_small" if fixed.startswith("learned") else fixed
         settings["variance_type"] = "learned_range" if learned_variance else fixed
-    scheduler = kind.from_config(settings)
-    total = scheduler.config.num_train_timesteps
+    try:
+        scheduler = kind.from_config(settings)
+        total = int(scheduler.config.num_train_timesteps)
+        scheduler.set_timesteps(min(sampling.steps, total))
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"scheduler_config.json: diffusers refuses it: {reason}") from None
     if sampling.steps > total:
         raise InputError(f"steps must be at most the {total} training timesteps, got {sampling.steps}")
-    scheduler.set_timesteps(sampling.steps)
+    if (kept := scheduler.config.prediction_type) not in PREDICTIONS:
+        raise InputError(f"scheduler_config.json: prediction_type is {kept!r}; known: {', '.join(PREDICTIONS)}")
     return scheduler
 
 

@@ -15,6 +15,12 @@ from tqdit.recipe import Recipe
 from tqdit.spec import Granularity, Grid, Role, SiteSpec
 
 ARCHITECTURE = "DiTTransformer2DModel"
+FORMER_NAME = "Transformer2DModel"  # what older pipelines call it
+SIZES = (
+    "num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "sample_size", "patch_size",
+    "num_embeds_ada_norm",
+)  # fmt: skip
+SETTINGS = {"activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero", "norm_elementwise_affine": False}
 
 
 @dataclass(frozen=True)
@@ -94,23 +100,41 @@ def float_input_modules(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def check_supported(config: Mapping[str, Any]) -> None:
-    """Raise `InputError` if this config is not an architecture whose every operand we know."""
-    found = config.get("_class_name", ARCHITECTURE)
-    if found not in (ARCHITECTURE, "Transformer2DModel"):
+    """Raise `InputError` if this config is not an architecture whose every operand we know, with sizes that fit."""
+    if "_class_name" not in config:
+        raise InputError(f"the config is of no diffusers model: it lacks _class_name; supported: {ARCHITECTURE}")
+    if (found := config["_class_name"]) not in (ARCHITECTURE, FORMER_NAME):
         raise InputError(f"architecture '{found}' is not supported; supported: {ARCHITECTURE}")
-    legal = {
-        "activation_fn": "gelu-approximate",
-        "norm_type": "ada_norm_zero",
-        "norm_elementwise_affine": False,
-    }
-    for key, value in legal.items():
+    for key, value in SETTINGS.items():
         if config.get(key, value) != value:
             raise InputError(f"model config has {key} = {config[key]!r}; supported: {value!r}")
+    for key in SIZES:
+        if key not in config:
+            raise InputError(f"model config lacks {key}")
+        _check_size(key, config[key])
+    channels = config["in_channels"]
+    if config.get("out_channels") not in (None, channels, 2 * channels):
+        raise InputError(
+            f"model config has out_channels = {config['out_channels']!r}; it must be {channels} or twice that"
+        )
+    if config["sample_size"] % config["patch_size"]:
+        raise InputError(
+            f"model config has sample_size = {config['sample_size']}, not a multiple of patch_size = "
+            f"{config['patch_size']}"
+        )
+
+
+def _check_size(key: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise InputError(f"model config has {key} = {value!r}; it must be a whole number from 1")
 
 
 def sites(config: Mapping[str, Any], recipe: Recipe) -> tuple[SiteSpec, ...]:
-    """Every site of a model under a recipe, in the order of the model. "best" grids are listed as MRQ until solved."""
-    check_supported(config)
+    """Every site of a model under a recipe, in the order of the model. "best" grids are listed as MRQ until solved.
+
+    `config` may be a loaded model's own, which has no class name. Raises `InputError` as `check_supported` does.
+    """
+    check_supported({"_class_name": ARCHITECTURE, **config})
     return tuple(_all_sites(config, recipe))
 
 

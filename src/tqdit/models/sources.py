@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 from tqdit.errors import InputError
-from tqdit.files import CONFIG, WEIGHTS, read_json, read_tensors
+from tqdit.files import CONFIG, QUANT_METHOD, WEIGHTS, read_json, read_tensors
 from tqdit.models.sites import check_supported
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 BUNDLED = {"fashion-dit": DATA / "fashion-dit"}
 INDEX = f"{WEIGHTS}.index.json"
 LABELS = "id2label.json"
-QUANT_METHOD = "tqdit"
+PIPELINE = "model_index.json"  # what makes a folder a diffusers pipeline
+SCHEDULER = Path("scheduler", "scheduler_config.json")
 
 
 @dataclass(frozen=True)
@@ -33,40 +34,48 @@ class ModelSource:
 
     @property
     def quantized(self) -> bool:
-        return self.config.get("quantization_config", {}).get("quant_method") == QUANT_METHOD
+        found = self.config.get("quantization_config")
+        return isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD
 
 
 def resolve(model: str | Path) -> ModelSource:
-    """Find a model by bundled name or folder. Raises `InputError` saying what was looked for."""
+    """Find a model by bundled name or folder; a pipeline's transformer folder means that pipeline.
+
+    Raises `InputError` saying what was looked for, or which file is not a DiT's.
+    """
     root = BUNDLED.get(str(model), Path(model))
     if not root.is_dir():
         raise InputError(f"unknown model '{model}'; give a folder, or a bundled model: {', '.join(BUNDLED)}")
+    parent = root.resolve().parent
+    if root.resolve().name == "transformer" and (parent / PIPELINE).is_file():
+        root = parent
     folder = root / "transformer" if (root / "transformer").is_dir() else root
     config = read_json(folder / CONFIG, "a diffusers transformer has one")
     source = ModelSource(
         name=str(model) if str(model) in BUNDLED else root.resolve().name,
         folder=folder,
         config=config,
-        scheduler=_optional_json(root / "scheduler" / "scheduler_config.json"),
+        scheduler=_scheduler(root / SCHEDULER),
         labels=_labels(root),
         vae=root / "vae" if (root / "vae" / "config.json").is_file() else None,
     )
-    check_supported(config)
+    try:
+        check_supported(config)
+    except InputError as error:
+        raise InputError(f"{folder / CONFIG}: {error}") from None
     return source
 
 
 def load_float(source: ModelSource) -> nn.Module:
     """The float `DiTTransformer2DModel`, fp32, eval mode, on the CPU.
 
-    Raises `InputError` naming the file or tensor for anything missing, of the wrong shape, left over, or not finite;
-    diffusers only warns.
+    Raises `InputError` naming the file or tensor for a config that diffusers refuses and for anything missing, of the
+    wrong shape, left over, or not finite; diffusers only warns.
     """
-    from diffusers import DiTTransformer2DModel
-
     if source.quantized:
         raise InputError(f"model '{source.name}' is already quantized; give the float model")
     state = _read_weights(source.folder)
-    model = DiTTransformer2DModel.from_config(dict(source.config))
+    model = _empty_model(source)
     expected = model.state_dict()
     for name, tensor in expected.items():
         if name not in state:
@@ -82,6 +91,16 @@ def load_float(source: ModelSource) -> nn.Module:
         raise InputError(f"{source.folder}: unexpected tensor '{extra[0]}'")
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True)
     return model.eval().requires_grad_(False)
+
+
+def _empty_model(source: ModelSource) -> nn.Module:
+    from diffusers import DiTTransformer2DModel
+
+    settings = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    try:
+        return DiTTransformer2DModel.from_config(settings)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{source.folder / CONFIG}: diffusers refuses it: {_first_line(error)}") from None
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -111,7 +130,10 @@ def class_indices(source: ModelSource, names: list[str]) -> list[int]:
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX, "sharded weights have one")
-        shards = sorted(set(index.get("weight_map", {}).values()))
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise InputError(f"{folder / INDEX} has no weight_map of tensor names to files")
+        shards = sorted(set(weight_map.values()))
         return {name: tensor for shard in shards for name, tensor in read_tensors(folder / shard).items()}
     if not (folder / WEIGHTS).is_file() and list(folder.glob("*.bin")):
         raise InputError(f"{folder} has only pickled .bin weights; save it as safetensors first")
@@ -122,9 +144,24 @@ def _optional_json(path: Path) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
 
 
+def _scheduler(path: Path) -> dict[str, Any] | None:
+    """A scheduler config whose number of training timesteps is usable."""
+    config = _optional_json(path)
+    total = (config or {}).get("num_train_timesteps", 1000)
+    if type(total) is not int or total < 1:
+        raise InputError(f"{path}: num_train_timesteps is {total!r}; it must be a whole number from 1")
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 def _labels(root: Path) -> dict[int, str]:
     """Class names: `id2label` of a pipeline's model_index.json, or an artifact's own file."""
-    table = (_optional_json(root / "model_index.json") or {}).get("id2label") or _optional_json(root / LABELS) or {}
+    table = (_optional_json(root / PIPELINE) or {}).get("id2label") or _optional_json(root / LABELS) or {}
+    if not isinstance(table, dict):
+        raise InputError(f"{root}: id2label is not a table of class numbers to names")
     if wrong := [number for number in table if not number.isdecimal()]:
         raise InputError(f"{root}: id2label has the key '{wrong[0]}', keys are class numbers")
     return {int(number): str(label) for number, label in table.items()}

@@ -8,7 +8,7 @@ from tqdit.errors import InputError
 from tqdit.ops.schema import Backend
 from tqdit.spec import Grid, Role, SiteSpec
 
-# Name -> module. An integer backend that is listed first is preferred by "auto".
+# Name -> module. The first one is what "auto" means.
 BACKENDS = {"reference": "tqdit.ops.reference", "simulated": "tqdit.ops.simulated"}
 
 _OPERATIONS = {
@@ -22,12 +22,11 @@ _OPERATIONS = {
     Role.SOFTMAX: "values",
 }
 
-
 _MEMBERS = ("NAME", "INTEGER", "quantize", "linear", "scores", "values", "weight_only_linear")
 
 
 def get_backend(name: str = "auto") -> Backend:
-    """The backend of that name; "auto" is the first integer one that can run here."""
+    """The backend of that name; "auto" is the first of BACKENDS."""
     if name == "auto":
         name = next(iter(BACKENDS))
     if name not in BACKENDS:

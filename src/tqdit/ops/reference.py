@@ -3,6 +3,8 @@
 Every product is of int8 codes and accumulates to int32 without rounding; scales enter in an fp32 epilogue.
 """
 
+import functools
+
 import torch
 
 from tqdit.grids.regions import sign
@@ -33,8 +35,18 @@ def int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _has_int8_kernel(m: int, k: int, n: int, device: torch.device) -> bool:
-    """Whether torch._int_mm takes this product: any shape on a CPU, aligned ones on an NVIDIA GPU."""
-    return device.type == "cpu" or (device.type == "cuda" and m > 16 and k % 8 == 0 and n % 8 == 0)
+    """Whether torch._int_mm takes this product, exactly: any shape on a CPU that can, aligned ones on an NVIDIA GPU."""
+    if device.type == "cpu":
+        return _cpu_kernel_is_exact()
+    return device.type == "cuda" and m > 16 and k % 8 == 0 and n % 8 == 0
+
+
+@functools.cache
+def _cpu_kernel_is_exact() -> bool:
+    """Probe torch._int_mm once: without VNNI its sums of two products saturate at 16 bits."""
+    codes = torch.randint(-128, 128, (64, 256), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    codes[:8], codes[8:16] = 127, -128
+    return torch.equal(torch._int_mm(codes, codes.t()).long(), codes.long() @ codes.t().long())
 
 
 def split_regions(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

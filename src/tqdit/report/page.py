@@ -1,7 +1,5 @@
 """A comparison as one self-contained HTML page: no network, no scripts, images inline."""
 
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ import torch
 from markupsafe import Markup
 
 from tqdit.comparison import Comparison, ModelRow
+from tqdit.files import write_text
 from tqdit.report import figures, softmax, tables
 from tqdit.report.images import sheets
 from tqdit.timegroups import TimeGroups
@@ -40,17 +39,7 @@ def write_report(comparison: Comparison, maxima: torch.Tensor, t: torch.Tensor, 
     maxima: (S, blocks, C) largest post-softmax values and t: (S,) their timesteps, from `calibration.Records`. The same
     input gives the same bytes.
     """
-    text = render(comparison, maxima, t)
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        Path(name).chmod(0o644)
-        os.replace(name, out)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    write_text(out, render(comparison, maxima, t))
 
 
 def render(comparison: Comparison, maxima: torch.Tensor, t: torch.Tensor) -> str:

@@ -1,0 +1,36 @@
+"""From latents to pixels and pictures."""
+
+import pytest
+import torch
+from PIL import Image
+
+from tqdit.errors import InputError
+from tqdit.evaluation.generate import check_decodable, save_grid, to_pixels
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_output_of_a_pixel_model_is_the_image(channels: int) -> None:
+    latents = torch.linspace(-2, 2, 2 * channels * 4).reshape(2, channels, 2, 2)
+    assert torch.equal(to_pixels(latents, None), latents.clamp(-1, 1))
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_latents_need_a_vae(channels: int) -> None:
+    with pytest.raises(InputError, match=f"{channels} channels.*pipeline folder.*vae"):
+        check_decodable(channels, None)
+    with pytest.raises(InputError, match="vae"):
+        to_pixels(torch.zeros(1, channels, 2, 2), None)
+
+
+def test_vae_needs_safetensors(tmp_path) -> None:
+    with pytest.raises(InputError, match="safetensors"):
+        check_decodable(4, tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").touch()
+    check_decodable(4, tmp_path)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_grid_is_a_png(tmp_path, channels: int, mode: str) -> None:
+    save_grid(torch.zeros(3, channels, 4, 4), tmp_path / "a.png", columns=2)
+    with Image.open(tmp_path / "a.png") as image:
+        assert (image.size, image.mode) == ((16, 16), mode)
