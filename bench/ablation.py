@@ -44,6 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--missing", action="store_true", help="measure only rows that the result file lacks")
     parser.add_argument("--model", default="fashion-dit")
     parser.add_argument("--bits", nargs="+", default=["w8a8", "w6a6", "w4a8"])
@@ -97,7 +98,7 @@ def ablate(args: argparse.Namespace) -> None:
     }  # fmt: skip
     result["rows"] = _kept_rows(args.json, result)
     print(f"records {prepared.seconds:.1f} s; float FD-fashion {result['float_fd_fashion']}", flush=True)
-    for bits, name in itertools.product(args.bits, VARIANTS):
+    for bits, name in itertools.product(args.bits, args.variants):
         if args.missing and any(_same(row, {"variant": name, "bits": bits}) for row in result["rows"]):
             continue
         row = measure(bench, name, bits, float_epsilon, float_images[0])

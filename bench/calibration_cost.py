@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-RUNS = (("paper", "w8a8"), ("paper", "w6a6"), ("paper", "w4a8"), ("plus", "w8a8"))
+RUNS = (("paper", "w8a8"), ("paper", "w6a6"), ("plus", "w8a8"))
 
 
 def main() -> None:

@@ -82,6 +82,7 @@ def _results(training: dict[str, Any], ablation: dict[str, Any], cost: dict[str,
             "",
             "Written by `python bench/make_results.py` from the files in `bench/results/`; not edited by hand.",
             "",
+            *_aims(ablation, cost),
             *_training(training),
             *_ablation(ablation),
             *_cost(cost),
@@ -130,8 +131,47 @@ def _ablation(ablation: dict[str, Any]) -> list[str]:
             for row in ablation["rows"] if row["bits"] == bits
         ]  # fmt: skip
         lines += [f"### {bits.upper()}", "", _table(header, rows), ""]
+    lines += ["### ε SQNR (dB) by time group, W8A8", "", _by_group(ablation, "w8a8"), ""]
     notes = ROOT / "bench" / "ablation-notes.md"
     return [*lines, notes.read_text(encoding="utf-8").strip(), ""]
+
+
+def _by_group(ablation: dict[str, Any], bits: str) -> str:
+    rows = [row for row in ablation["rows"] if row["bits"] == bits]
+    step = 1000 // len(rows[0]["eps_sqnr_db_by_group"])
+    header = ["variant", *(f"t < {step * (g + 1)}" for g in range(1000 // step))]
+    return _table(header, [[row["variant"], *(f"{v:.1f}" for v in row["eps_sqnr_db_by_group"])] for row in rows])
+
+
+def _aims(ablation: dict[str, Any], cost: dict[str, Any]) -> list[str]:
+    """The aims of the first release beside what was measured."""
+    floats, rows = ablation["float_fd_fashion"], {(r["variant"], r["bits"]): r for r in ablation["rows"]}
+    paper = rows["paper (HO + MRQ + TGQ)", "w8a8"]
+    gain = (
+        rows["paper (HO + MRQ + TGQ)", "w6a6"]["eps_sqnr_db"]
+        - rows["round-to-nearest (min-max)", "w6a6"]["eps_sqnr_db"]
+    )
+    runs = cost["runs"]
+    slowest = max(run["calibration_seconds"] for run in runs)
+    memory = max(run["peak_memory_bytes"] for run in runs) / 2**30
+    sizes = {
+        bits: max(r["size_ratio"] for r in ablation["rows"] if r["bits"] == bits) for bits in ("w8a8", "w6a6", "w4a8")
+    }
+
+    def met(condition: bool) -> str:
+        return "yes" if condition else "no"
+
+    low, high = min(floats), max(floats)
+    table = [
+        ["FD-fashion of `paper` W8A8 within the float model's seeds", f"{low:.3f} to {high:.3f}",
+         f"{paper['fd_fashion']:.3f}", met(paper["fd_fashion"] <= high)],
+        ["SQNR gain of `paper` W6A6 over round-to-nearest", "≥ 3 dB", f"{gain:.1f} dB", met(gain >= 3)],
+        ["calibration, published settings, 2 CPU cores", "< 300 s", f"{slowest:.0f} s", met(slowest < 300)],
+        ["its peak memory", "< 4 GiB", f"{memory:.2f} GiB", met(memory < 4)],
+        *([f"artifact {bits.upper()}, of fp32", f"≤ {aim}", f"{sizes[bits]:.3f}", met(sizes[bits] <= aim)]
+          for bits, aim in (("w8a8", 0.27), ("w6a6", 0.21), ("w4a8", 0.15))),
+    ]  # fmt: skip
+    return ["## Aims", "", _table(["aim", "target", "measured", "met"], table), ""]
 
 
 def _cost(cost: dict[str, Any]) -> list[str]:
