@@ -2,12 +2,12 @@
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+
+from tqdit.console import print_table, progress
 
 app = typer.Typer(
     add_completion=False,
@@ -93,7 +93,7 @@ def quantize(
         settings |= {"time_grouped": "none"}
     _check_recipe_alone(context, recipe)
     chosen = Recipe.from_toml(recipe) if recipe else Recipe.build(preset, bits, **settings)
-    with _progress(quiet) as report:
+    with progress(quiet) as report:
         result = workflow.quantize(model, out, chosen, overwrite, report, device)
     typer.echo(
         f"{out}: {result['name']} {chosen.bits} {chosen.preset}, {result['size_bytes'] / 1e6:.2f} MB "
@@ -128,7 +128,7 @@ def sample(
     _check_outputs(out)
     names = [name for name in classes.split(",") if name.strip()]
     sampling = Sampling(sampler, steps, guidance)
-    with _progress(quiet) as report:
+    with progress(quiet) as report:
         pixels = workflow.sample(model, names, num, sampling, seed, report, backend, device)
     save_grid(pixels, out)
     typer.echo(f"{out}: {num} images of {model}, {sampler} {steps} steps, guidance {guidance}, seed {seed}")
@@ -154,9 +154,9 @@ def compare(
 
     _check_outputs(json_file)
     sampling = Sampling(sampler, steps, guidance)
-    with _progress(quiet) as report:
+    with progress(quiet) as report:
         result = comparison.compare(reference, list(quantized), num, sampling, samples, seed, report, device)
-    _print_table(result)
+    print_table(result)
     if json_file:
         _write_text(json_file, result.to_json())
 
@@ -197,9 +197,9 @@ def demo(
     for bits in BITS:
         check_target(out / f"{MODEL}-{bits}", overwrite=True)
     _check_outputs(out / "report.html", out / "side-by-side.png", out / "summary.json")
-    with _progress(quiet) as report:
+    with progress(quiet) as report:
         result = run_demo(out, report)
-    _print_table(result)
+    print_table(result)
     typer.echo(f"report: {out / 'report.html'}\nfigures: {out / 'summary.json'}")
 
 
@@ -248,53 +248,6 @@ def _check_outputs(*paths: Path | None) -> None:
     for path in paths:
         if path:
             check_file(path)
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str, float], None]]:
-    """Progress bars with time left on standard error, one per stage."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    tasks: dict[str, TaskID] = {}
-    bars = Progress(*columns, console=Console(stderr=True), disable=quiet)
-
-    def report(stage: str, fraction: float) -> None:
-        bars.start()  # not before: wrong input prints its one line and nothing else
-        if stage not in tasks:
-            tasks[stage] = bars.add_task(stage, total=1.0)
-        bars.update(tasks[stage], completed=fraction)
-
-    try:
-        yield report
-    finally:
-        if tasks:
-            bars.stop()
-
-
-def _print_table(result: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        "model", "preset", "bits", "MB", "of fp32", "calib. s", "SQNR dB", "PSNR dB",
-        f"FD-fashion (n={result.settings['num']})", box=None,
-    )  # fmt: skip
-
-    def cell(value: float | None, digits: int) -> str:
-        return "–" if value is None else f"{value:.{digits}f}"
-
-    for row in (result.float_model, *result.models):
-        table.add_row(
-            row.name, row.preset or "–", row.bits, cell(row.size_bytes / 1e6, 2), cell(row.size_ratio, 3),
-            cell(row.calibration_seconds, 0), cell(row.eps and row.eps.overall, 1), cell(row.psnr_db, 1),
-            cell(row.fd_fashion, 1),
-        )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def _write_json(path: Path | None, value: Any) -> None:
