@@ -68,6 +68,7 @@ def test_quantize_sample_compare_inspect(run: Callable, pipeline: Path, artifact
     softmax = [site for site in sites if site["role"] == "softmax"]
     assert [(s["grid"], s["groups"]) for s in softmax] == [("mrq_softmax", 4)] * 2
     assert all(site["name"] in out for site in sites)
+    assert {site["kernel"] for site in sites if site["kernel"] not in out} == set(), "brackets are not markup"
 
 
 def test_sample_takes_class_names(run: Callable, pipeline: Path, tmp_path: Path) -> None:

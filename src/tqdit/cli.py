@@ -169,6 +169,7 @@ def inspect(
 ) -> None:
     """List every site of an artifact: role, bits, grid, time groups, granularity, and the kernel that will run it."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from tqdit import workflow
@@ -178,7 +179,7 @@ def inspect(
     columns = ("name", "role", "bits", "grid", "groups", "granularity", "kernel")
     table = Table(*columns, box=None)
     for site in result["sites"]:
-        table.add_row(*(str(site[column]) for column in columns))
+        table.add_row(*(escape(str(site[column])) for column in columns))
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     _write_json(json_file, result)
 

@@ -38,6 +38,7 @@ def progress(quiet: bool) -> Iterator[Callable[[str, float], None]]:
 def print_table(result: "Comparison") -> None:
     """The figures of a comparison, the float model first."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(
@@ -50,7 +51,7 @@ def print_table(result: "Comparison") -> None:
 
     for row in (result.float_model, *result.models):
         table.add_row(
-            row.name, row.preset or "–", row.bits, cell(row.size_bytes / 1e6, 2), cell(row.size_ratio, 3),
+            escape(row.name), row.preset or "–", row.bits, cell(row.size_bytes / 1e6, 2), cell(row.size_ratio, 3),
             cell(row.calibration_seconds, 0), cell(row.eps.overall if row.eps else None, 1), cell(row.psnr_db, 1),
             cell(row.fd_fashion, 1),
         )  # fmt: skip
