@@ -247,6 +247,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10_000, help="per sampler; a multiple of 10")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--report", type=Path, default=ROOT / "bench/results/fashion-dit-training.json")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs/images/fashion-dit.png")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.backends.cudnn.allow_tf32 = False  # the classifier's features shall be those of a CPU
@@ -280,20 +282,21 @@ def main() -> None:
     model = DiTTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
     model = model.to(args.device).eval()
     labels = torch.arange(args.samples, device=args.device) % 10
-    report_file = ROOT / "bench/results/fashion-dit-training.json"
+    for file in (args.report, args.picture):
+        file.parent.mkdir(parents=True, exist_ok=True)
     for name, steps, guidance in SAMPLINGS:
         scheduler = getattr(diffusers, f"{name}Scheduler").from_pretrained(folder / "scheduler")
         scheduler.set_timesteps(steps)
         wanted = labels if name == "DDIM" else labels[:SAMPLING_BATCH]
         images = draw(model, scheduler, guidance, wanted, args.seed)
         if "samples" not in report:
-            save_grid(images, ROOT / "docs/images/fashion-dit.png")
+            save_grid(images, args.picture)
         result = {"sampler": name, "steps": steps, "guidance": guidance, "images": len(images)}
         result["class_agreement"] = features.class_agreement(images, wanted, classifier)
         result["fd_fashion"] = distance(images)
         print(result, flush=True)
         report.setdefault("samples", []).append(result)
-        report_file.write_text(json.dumps(report, indent=2) + "\n")
+        args.report.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,69 @@
+"""The training example runs from raw files to a model that the product loads; sizes and steps are tiny."""
+
+import gzip
+import importlib.util
+import json
+import struct
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from tqdit.evaluation import features
+from tqdit.models.sources import load_float, resolve
+
+SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "train_fashion_dit.py"
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    """The example as a module of its own."""
+    spec = importlib.util.spec_from_file_location("train_fashion_dit", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_split(folder: Path, split: str, count: int) -> None:
+    """Images and labels in the four original files' idx format."""
+    pixels = torch.randint(0, 256, (count, 28 * 28), dtype=torch.uint8).numpy().tobytes()
+    labels = (torch.arange(count) % 10).to(torch.uint8).numpy().tobytes()
+    images = struct.pack(">IIII", 2051, count, 28, 28) + pixels
+    (folder / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+    (folder / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(struct.pack(">II", 2049, count) + labels))
+
+
+@pytest.mark.slow
+def test_training_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: ModuleType) -> None:
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)  # would outlive the test
+    monkeypatch.setattr(script, "DIT_BATCH", 2)
+    monkeypatch.setattr(script, "SAMPLINGS", (("DDIM", 1, 1.5), ("DDPM", 1, 1.5)))
+    data = tmp_path / "data"
+    data.mkdir()
+    write_split(data, "train", 40)
+    write_split(data, "t10k", 40)
+    report, picture = tmp_path / "report.json", tmp_path / "grid.png"
+    arguments = ["--steps", "3", "--classifier-epochs", "1", "--samples", "80", "--device", "cpu"]
+    places = ["--data", data, "--out", tmp_path / "out", "--report", report, "--picture", picture]
+    monkeypatch.setattr(script, "SAMPLING_BATCH", 80)
+    monkeypatch.setattr(sys, "argv", ["train_fashion_dit.py", *arguments, *map(str, places)])
+    script.main()
+
+    found = json.loads(report.read_text())
+    assert found["training"]["steps"] == 3
+    assert [row["sampler"] for row in found["samples"]] == ["DDIM", "DDPM"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    model = load_float(resolve(tmp_path / "out" / "fashion-dit"))
+    assert model.config.out_channels == 2
+    copies = [block.norm1.emb.timestep_embedder.linear_1.weight for block in model.transformer_blocks]
+    assert all(torch.equal(copy, copies[0]) for copy in copies), "one embedder, as published DiT has"
+    features.load_fashion_classifier("cpu", tmp_path / "out" / "fashion-classifier" / "classifier.safetensors")
+
+
+def test_missing_data_is_named(tmp_path: Path, script: ModuleType) -> None:
+    with pytest.raises(SystemExit, match=r"train-images-idx3-ubyte\.gz is missing"):
+        script.read_split(tmp_path, "train", "cpu")
