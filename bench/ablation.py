@@ -20,7 +20,7 @@ import torch
 
 from tqdit import artifact, workflow
 from tqdit.calibration.trajectories import CalibrationSet
-from tqdit.comparison import fd_fashion, held_out
+from tqdit.comparison import HELD_OUT_SEED, fd_fashion, held_out
 from tqdit.convert import convert
 from tqdit.environment import environment
 from tqdit.evaluation import fidelity, generate, metrics
@@ -83,7 +83,7 @@ def ablate(args: argparse.Namespace) -> None:
     prepared = workflow.prepare(args.model, Recipe.build(samples=args.samples), device=args.device)
     records_peak = _peak(args.device)
     source, model = prepared.source, prepared.model
-    data = held_out(source, model, 10, HELD_OUT, seed=20_000)
+    data = held_out(source, model, 10, HELD_OUT, HELD_OUT_SEED)
     bench = Bench(prepared, data, [i % 10 for i in range(args.num)], Sampling("ddim", args.steps, 1.5), args)
     float_epsilon, float_images = bench.epsilon(model), [bench.images(model, seed) for seed in range(args.seeds)]
     result: dict[str, Any] = {

@@ -98,6 +98,7 @@ def test_sample_takes_class_names(run: Callable, pipeline: Path, tmp_path: Path)
         (["--seed", "2147483648"], "--seed"),
         (["--json", "."], "is a folder"),
         (["--device", "cuda:99"], "cuda:99"),
+        (["--device", "meta"], "meta"),
         (["--recipe", "no-such.toml"], "no-such.toml"),
         (["--no-such-option"], "--no-such-option"),
     ],

@@ -96,7 +96,7 @@ def quantize(
     with progress(quiet) as report:
         result = workflow.quantize(model, out, chosen, overwrite, report, device)
     typer.echo(
-        f"{out}: {result['name']} {chosen.bits} {chosen.preset}, {result['size_bytes'] / 1e6:.2f} MB "
+        f"{out}: {result['name']} {chosen.bits} {chosen.label}, {result['size_bytes'] / 1e6:.2f} MB "
         f"({result['size_ratio']:.3f} of fp32), calibrated in {result['calibration_seconds']:.0f} s, "
         f"peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB"
     )

@@ -19,7 +19,6 @@ CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MANIFEST = "tqdit.json"  # what makes a folder an artifact
 QUANT_METHOD = "tqdit"  # in the `quantization_config` of an artifact's config
-QUANT_METHOD = "tqdit"
 
 
 def read_json(path: Path, why: str = "") -> dict[str, Any]:

@@ -85,11 +85,6 @@ class SiteSpec:
     def is_weight(self) -> bool:
         return self.role in (Role.WEIGHT, Role.WEIGHT_ONLY)
 
-    @property
-    def symmetric(self) -> bool:
-        """Weights have no zero point: it would need a run-time sum over every activation row."""
-        return self.is_weight
-
 
 @dataclass(frozen=True)
 class GridParams:

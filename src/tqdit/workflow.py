@@ -180,7 +180,7 @@ def checked_device(device: str) -> torch.device:
     """A device that exists here, or an `InputError`."""
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        torch.empty(1, device=chosen).item()  # "meta" exists but cannot compute
     except (RuntimeError, AssertionError):
         raise InputError(f"device '{device}' is not available here; try cpu") from None
     return chosen

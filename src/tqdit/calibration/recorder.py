@@ -18,7 +18,7 @@ from tqdit.recipe import Recipe
 from tqdit.spec import Role
 
 QUERIES_PER_SAMPLE = 32
-PROBE_STREAM = 500_000  # first stream of the probes: apart from those of the trajectories' noise, which start at 0
+PROBE_STREAM = 500_000  # first noise stream of the probes, apart from those of images and of trajectories
 MAXIMA_PER_HEAD = 16
 
 

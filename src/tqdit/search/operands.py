@@ -97,6 +97,7 @@ def weight(specs: list[SiteSpec], weights: list[torch.Tensor]) -> Operand:
         magnitudes.append(uniform.minmax_symmetric(magnitude, spec.bits, spec.name))
         first += spec.units
     scale = torch.cat(magnitudes)[None]
+    # Weights have no zero point: it would need a run-time sum over every activation row.
     zeros = torch.zeros_like(scale, dtype=torch.int32)
     lead = torch.zeros(1, dtype=torch.int64, device=values.device)
     return Operand(specs[0], values, lead, torch.cat(unit).to(values.device), scale, zeros)
