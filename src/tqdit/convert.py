@@ -6,44 +6,45 @@ import torch
 from torch import nn
 
 from tqdit.errors import InputError
-from tqdit.layers.attention import IntAttention
+from tqdit.layers.block import Conditioning, IntBlock
 from tqdit.layers.clock import TimestepClock
-from tqdit.layers.linear import IntFeedForward, IntLinear, WeightOnlyLinear, WeightOnlyPatchEmbed
-from tqdit.layers.params import ActivationParams, QuantizedWeight
+from tqdit.layers.linear import IntLinear, WeightOnlyLinear, WeightOnlyPatchEmbed
+from tqdit.layers.params import ActivationParams
 from tqdit.models.sites import BlockLayout, LinearGroup, blocks, float_input_modules
 from tqdit.ops.dispatch import get_backend, kernel_name
-from tqdit.ops.schema import Backend
+from tqdit.ops.schema import Backend, WeightParams
 from tqdit.spec import Role, Solution
 
 
-def convert(solution: Solution, backend: str = "auto") -> nn.Module:
-    """A diffusers `DiTTransformer2DModel` whose sites run on the codes of `solution`, in eval mode, on the CPU.
+def convert(solution: Solution, backend: str = "auto", device: str | torch.device = "cpu") -> nn.Module:
+    """A diffusers `DiTTransformer2DModel` whose sites run on the codes of `solution`, in eval mode, on `device`.
 
     The float weights are never materialised: the structure is built empty and filled. The result has
     `quantization_backend` and `quantization_report` (site name -> kernel). Raises `InputError` if the solution
-    lacks a site or a parameter of the model.
+    lacks a site or a parameter of the model, and if the backend cannot run on the device.
     """
     from accelerate import init_empty_weights
     from diffusers import DiTTransformer2DModel
 
-    chosen = get_backend(backend)
+    chosen = get_backend(backend, device)
     with init_empty_weights(include_buffers=False):
         model = DiTTransformer2DModel.from_config(dict(solution.model_config))
     builder = _Builder(solution, chosen, model)
     for name in float_input_modules(solution.model_config):
         _replace(model, name, builder.float_input(model.get_submodule(name), name))
-    for block in blocks(solution.model_config):
-        heads = int(solution.model_config["num_attention_heads"])
-        _replace(model, block.attention, builder.attention(block, heads))
-        _replace(model, f"{block.prefix}.ff", builder.feed_forward(block))
+    for layout in blocks(solution.model_config):
+        _replace(model, layout.prefix, builder.block(layout, model.get_submodule(layout.prefix)))
     builder.fill_floats(model)
     builder.check_complete(model)
+    _share_embedders(list(model.transformer_blocks))
 
     model.add_module("clock", builder.clock)
-    model.register_forward_pre_hook(builder.clock.pre_hook, with_kwargs=True, prepend=True)
+    model.add_module("conditioning", builder.conditioning)
+    for hook in (builder.conditioning.pre_hook, builder.clock.pre_hook):
+        model.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
     model.quantization_backend = chosen.NAME
-    model.quantization_report = {site.name: kernel_name(site, chosen) for site in solution.sites}
-    return model.eval().requires_grad_(False)
+    model.quantization_report = {name: kernel_name(params, chosen) for name, params in solution.params.items()}
+    return model.eval().requires_grad_(False).to(device)
 
 
 class _Builder:
@@ -53,17 +54,20 @@ class _Builder:
         self.solution = solution
         self.backend = backend
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.heads = int(solution.model_config["num_attention_heads"])
         self.clock = TimestepClock(solution.time_groups)
+        self.conditioning = Conditioning()
         self.used: set[str] = set()
 
-    def weight(self, name: str) -> QuantizedWeight:
+    def weight(self, name: str) -> WeightParams:
         try:
             params, codes = self.solution.params[name], self.solution.codes[name]
         except KeyError:
             raise InputError(f"the solution has no codes for weight site '{name}'") from None
         self._check_shape(name, codes)
         self.used.add(name)
-        return QuantizedWeight(codes, params)
+        codes = codes.flatten(1)
+        return WeightParams(codes, params.scale.reshape(-1), codes.sum(1, dtype=torch.int32))
 
     def parameter(self, name: str) -> torch.Tensor:
         """A parameter that stays in float."""
@@ -84,26 +88,30 @@ class _Builder:
         self.used.add(name)
         return ActivationParams(self.solution.params[name], self.clock, ndim)
 
-    def linears(self, group: LinearGroup) -> list[IntLinear]:
-        source = self.site(group.source, 3)
-        return [IntLinear(self.weight(f"{m}.weight"), self.bias(m), source, self.backend) for m in group.modules]
+    def linear(self, group: LinearGroup) -> IntLinear:
+        """Layers that read one site, stacked along their outputs."""
+        weights = [self.weight(f"{module}.weight") for module in group.modules]
+        biases = [self.bias(module) for module in group.modules]
+        return IntLinear(self.site(group.source, 3), self.backend.prepare(_stacked(weights), _stacked_biases(biases)))
 
-    def attention(self, block: BlockLayout, heads: int) -> IntAttention:
-        to_q, to_k, to_v = self.linears(block.qkv)
-        operands = {
-            role.value: self.site(block.operand(role), 4) for role in (Role.QUERY, Role.KEY, Role.VALUE, Role.SOFTMAX)
-        }
-        return IntAttention((to_q, to_k, to_v), self.linears(block.out)[0], operands, heads, self.backend)
-
-    def feed_forward(self, block: BlockLayout) -> IntFeedForward:
-        return IntFeedForward(self.linears(block.fc1)[0], self.linears(block.fc2)[0])
+    def block(self, layout: BlockLayout, empty: nn.Module) -> IntBlock:
+        """`empty`: diffusers' block, whose float-input layers are filled already."""
+        roles = (Role.QUERY, Role.KEY, Role.VALUE, Role.SOFTMAX)
+        return IntBlock(
+            empty.norm1,
+            {"qkv": self.linear(layout.qkv), "out": self.linear(layout.out),
+             "fc1": self.linear(layout.fc1), "fc2": self.linear(layout.fc2)},
+            {role.value: self.site(layout.operand(role), 4) for role in roles},
+            self.heads,
+            (empty.norm1.norm.eps, empty.norm3.eps),
+            self.backend,
+            self.conditioning,
+        )  # fmt: skip
 
     def float_input(self, module: nn.Module, name: str) -> nn.Module:
-        linear = WeightOnlyLinear(self.weight(f"{name}.weight"), self.bias(name), self.backend)
-        if isinstance(module, nn.Conv2d):
-            linear.weight.codes = linear.weight.codes.flatten(1)
-            return WeightOnlyPatchEmbed(linear, module.stride[0])
-        return linear
+        layer = self.backend.prepare_float_input(self.weight(f"{name}.weight"), self.bias(name))
+        linear = WeightOnlyLinear(layer, self.backend)
+        return WeightOnlyPatchEmbed(linear, module.stride[0]) if isinstance(module, nn.Conv2d) else linear
 
     def fill_floats(self, model: nn.Module) -> None:
         """Put the parameters that stay in float where the empty ones are."""
@@ -123,6 +131,35 @@ class _Builder:
             raise InputError(
                 f"parameter '{name}' has shape {tuple(value.shape)}, the model's is {tuple(self.shapes[name])}"
             )
+
+
+def _stacked(weights: list[WeightParams]) -> WeightParams:
+    if len(weights) == 1:
+        return weights[0]
+    scales = [w.scale.expand(len(w.codes)) for w in weights]  # per tensor or per channel
+    return WeightParams(torch.cat([w.codes for w in weights]), torch.cat(scales), torch.cat([w.colsum for w in weights]))
+
+
+def _stacked_biases(biases: list[torch.Tensor | None]) -> torch.Tensor | None:
+    found = [bias for bias in biases if bias is not None]
+    assert len(found) in (0, len(biases)), "an architecture has biases on all of q, k and v or on none"
+    return torch.cat(found) if found else None
+
+
+def _share_embedders(transformer_blocks: list[nn.Module]) -> None:
+    """diffusers gives every block its own copy of one embedder: hold equal ones once."""
+    distinct: list[nn.Module] = []
+    for block in transformer_blocks:
+        same = next((embedder for embedder in distinct if _equal(embedder, block.norm1.emb)), None)
+        if same is None:
+            distinct.append(block.norm1.emb)
+        else:
+            block.norm1.emb = same
+
+
+def _equal(a: nn.Module, b: nn.Module) -> bool:
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(x.data_ptr() == y.data_ptr() or torch.equal(x, y) for x, y in pairs)
 
 
 def _replace(model: nn.Module, name: str, value: Any) -> None:

@@ -52,8 +52,10 @@ class Prepared:
 def load(model: str | Path, backend: str = "auto", device: str = "cpu") -> nn.Module:
     """A runnable transformer: an artifact in integers on `backend`, anything else in fp32."""
     source = resolve(model)
-    module = convert(artifact.read(source.folder), backend) if source.quantized else load_float(source)
-    return module.to(checked_device(device))
+    target = checked_device(device)
+    if source.quantized:
+        return convert(artifact.read(source.folder), backend, target)
+    return load_float(source).to(target)
 
 
 def prepare(model: str | Path, recipe: Recipe, report: Report = silent, device: str = "cpu") -> Prepared:
@@ -167,7 +169,7 @@ def inspect(folder: str | Path, backend: str = "auto") -> dict[str, Any]:
     sites = []
     for spec in solution.sites:
         row = {key: asdict(spec)[key] for key in ("name", "role", "bits", "grid", "groups", "granularity")}
-        sites.append({**row, "kernel": kernel_name(spec, chosen)})
+        sites.append({**row, "kernel": kernel_name(solution.params[spec.name], chosen)})
     return {"backend": chosen.NAME, "provenance": dict(solution.provenance), "sites": sites}
 
 

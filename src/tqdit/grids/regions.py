@@ -53,6 +53,21 @@ def fake_quantize(x: torch.Tensor, s1: torch.Tensor, s2: torch.Tensor, bits: int
     return torch.round(x / scale).clamp_(fmt.qmin, fmt.qmax).mul_(scale)
 
 
+def merge_shift(s1: torch.Tensor, s2: torch.Tensor, bits: int, grid: Grid) -> torch.Tensor | None:
+    """i of s2 = s1 2^i (int32, shape of s1), if that holds exactly everywhere and c1 and c2 2^i share one byte.
+
+    Then a matmul needs one integer product instead of one per region (TQ-DiT codes of k bits; 256 levels in a byte).
+    """
+    fmt = IntFormat(bits)
+    mantissa, exponent = torch.frexp(s2 / s1)
+    shift = (exponent - 1).to(torch.int32)
+    lowest = fmt.qmin if grid is Grid.MRQ_GELU else 0
+    span = fmt.qmax * 2.0**shift - lowest
+    if bool(((mantissa == 0.5) & (s1 * 2.0**shift == s2) & (shift >= 0) & (span <= 255)).all()):
+        return shift
+    return None
+
+
 def softmax_exponents(bits: int) -> range:
     """Candidates i of s1 = s2 2^-i. The last one has steps s1 of about 2^-17, finer than any
     probability needs."""

@@ -23,6 +23,7 @@ class TimestepClock(nn.Module):
         self.time_groups = time_groups
         self.register_buffer("table", time_groups.table(), persistent=False)
         self.group: torch.Tensor | None = None
+        self.shared: int | None = None  # the group of the whole batch, where reading it costs nothing (on the CPU)
 
     def set(self, timestep: torch.Tensor, batch: int) -> None:
         """timestep: () or (B,), any number type. Stores group indices, shape (1,) or (B,)."""
@@ -31,7 +32,10 @@ class TimestepClock(nn.Module):
             raise InputError(f"timestep has {t.numel()} entries for a batch of {batch}")
         if t.device.type == "cpu" and not torch.compiler.is_compiling():
             self.group = self.time_groups.of(t)
+            first, last = self.group.aminmax()
+            self.shared = int(first) if first == last else None
         else:
+            self.shared = None
             self.group = torch.index_select(self.table, 0, t.long())
 
     def pre_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,58 +1,36 @@
-"""Quantized linear layers: fully integer, feed-forward with GELU between two, and weight-only."""
+"""Linear layers of a quantized model: their weight as codes, their input as codes or in float."""
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tqdit.layers.params import ActivationParams, FixedDtype, QuantizedWeight
-from tqdit.ops.schema import Backend
+from tqdit.layers.params import ActivationParams
+from tqdit.ops.schema import Backend, OperandParams
 
 
-class IntLinear(FixedDtype):
-    """y = x W^T + b on the codes of x and W; x is (B, N, in), y has x's dtype."""
+class IntLinear(nn.Module):
+    """One site's input parameters and the layer, or stacked layers, that read it, in the backend's layout."""
 
-    bias: torch.Tensor | None
-
-    def __init__(
-        self, weight: QuantizedWeight, bias: torch.Tensor | None, source: ActivationParams, backend: Backend
-    ) -> None:
+    def __init__(self, source: ActivationParams, layer: nn.Module) -> None:
         super().__init__()
-        self.weight = weight
         self.source = source
-        self.backend = backend
-        self.register_buffer("bias", bias)
+        self.layer = layer
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        params = self.source.select()
-        codes = self.backend.quantize(x, params)
-        return self.backend.linear(codes, params, self.weight.operand(), self.bias).to(x.dtype)
+    def select(self) -> tuple[OperandParams, nn.Module]:
+        """What a backend's operations take."""
+        return self.source.select(), self.layer
 
 
-class IntFeedForward(nn.Module):
-    """The pointwise feed-forward of a DiT block: linear, tanh-GELU, linear. (B, N, C) -> (B, N, C)."""
-
-    def __init__(self, fc1: IntLinear, fc2: IntLinear) -> None:
-        super().__init__()
-        self.fc1 = fc1
-        self.fc2 = fc2
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(hidden_states), approximate="tanh"))
-
-
-class WeightOnlyLinear(FixedDtype):
+class WeightOnlyLinear(nn.Module):
     """y = x W^T + b with float x and integer W, for the layers that see (t, class) alone and the final layer."""
 
-    bias: torch.Tensor | None
-
-    def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None, backend: Backend) -> None:
+    def __init__(self, layer: nn.Module, backend: Backend) -> None:
         super().__init__()
-        self.weight = weight
+        self.layer = layer
         self.backend = backend
-        self.register_buffer("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.backend.weight_only_linear(x, self.weight.operand(), self.bias).to(x.dtype)
+        return self.backend.float_input_linear(x, self.layer).to(x.dtype)
 
 
 class WeightOnlyPatchEmbed(nn.Module):

@@ -1,19 +1,26 @@
-"""Which backend runs which operation, and why not another."""
+"""Which backend runs a model, and why not another."""
 
 import importlib
-from types import SimpleNamespace
 from typing import cast
 
-from tqdit.errors import InputError
-from tqdit.ops.schema import Backend
-from tqdit.spec import Grid, Role, SiteSpec
+import torch
 
-# Name -> module. The first one is what "auto" means.
-BACKENDS = {"reference": "tqdit.ops.reference", "simulated": "tqdit.ops.simulated"}
+from tqdit.errors import InputError
+from tqdit.grids.regions import merge_shift
+from tqdit.ops.schema import Backend
+from tqdit.spec import Grid, GridParams, Role
+
+# Name -> module with `BACKEND`, a class, and, where it cannot run everywhere, `unavailable(device) -> reason or None`.
+BACKENDS = {
+    "cpu": "tqdit.backends.cpu",
+    "reference": "tqdit.ops.reference",
+    "simulated": "tqdit.ops.simulated",
+}
+AUTOMATIC = ("cpu", "reference")  # what "auto" tries, best first
 
 _OPERATIONS = {
     Role.WEIGHT: "linear",
-    Role.WEIGHT_ONLY: "weight_only_linear",
+    Role.WEIGHT_ONLY: "float_input_linear",
     Role.INPUT: "linear",
     Role.GELU: "linear",
     Role.QUERY: "scores",
@@ -22,27 +29,45 @@ _OPERATIONS = {
     Role.SOFTMAX: "values",
 }
 
-_MEMBERS = ("NAME", "INTEGER", "quantize", "linear", "scores", "values", "weight_only_linear")
 
+def get_backend(name: str = "auto", device: str | torch.device = "cpu") -> Backend:
+    """The backend of that name for a device; "auto" is the best one that can run there.
 
-def get_backend(name: str = "auto") -> Backend:
-    """The backend of that name; "auto" is the first of BACKENDS."""
+    Raises `InputError` for an unknown name, and for a backend asked for by name that cannot run, saying why.
+    """
     if name == "auto":
-        name = next(iter(BACKENDS))
+        name = next(candidate for candidate in AUTOMATIC if _unavailable(candidate, device) is None)
     if name not in BACKENDS:
         raise InputError(f"unknown backend '{name}'; known: auto, {', '.join(BACKENDS)}")
-    module = importlib.import_module(BACKENDS[name])
-    # Its functions, not the module: a model that holds a module can be neither copied nor pickled.
-    return cast(Backend, SimpleNamespace(**{member: getattr(module, member) for member in _MEMBERS}))
+    if reason := _unavailable(name, device):
+        raise InputError(f"backend '{name}' cannot run on {device}: {reason}")
+    return cast(Backend, importlib.import_module(BACKENDS[name]).BACKEND())
 
 
-def kernel_name(site: SiteSpec, backend: Backend) -> str:
+def explain(device: str | torch.device = "cpu") -> dict[str, str]:
+    """Every backend and what it would do on a device: the kernel of each operation, or why it cannot run."""
+    found = {}
+    for name in BACKENDS:
+        if reason := _unavailable(name, device):
+            found[name] = reason
+        else:
+            backend = get_backend(name, device)
+            operations = dict.fromkeys(_OPERATIONS.values())
+            found[name] = ", ".join(f"{operation}[{backend.kernel(operation)}]" for operation in operations)
+    return found
+
+
+def kernel_name(params: GridParams, backend: Backend) -> str:
     """The kernel that will consume a site, such as "reference.linear[int8, 2 products]"."""
-    operation = _OPERATIONS[site.role]
-    if not backend.INTEGER:
-        detail = "float32"
-    elif site.role is Role.WEIGHT_ONLY:
-        detail = "float32 x int8"
-    else:
-        detail = "int8, 2 products" if site.grid is not Grid.UNIFORM else "int8"
+    spec = params.spec
+    operation = _OPERATIONS[spec.role]
+    detail = backend.kernel(operation)
+    if backend.INTEGER and spec.grid is not Grid.UNIFORM:
+        merged = merge_shift(params.scale[..., 0], params.scale[..., 1], spec.bits, spec.grid) is not None
+        detail += ", 1 merged product" if merged else ", 2 products"
     return f"{backend.NAME}.{operation}[{detail}]"
+
+
+def _unavailable(name: str, device: str | torch.device) -> str | None:
+    check = getattr(importlib.import_module(BACKENDS[name]), "unavailable", None) if name in BACKENDS else None
+    return check(torch.device(device)) if check else None

@@ -1,6 +1,7 @@
 """Integer-exact torch version of every operation: the oracle of all tests and of every other backend.
 
-Every product is of int8 codes and accumulates to int32 without rounding; scales enter in an fp32 epilogue.
+Every product is of int8 codes and accumulates to int32 without rounding; scales enter in an fp32 epilogue. The block
+operations of `Reference` are composed of the functions below.
 """
 
 import functools
@@ -8,36 +9,38 @@ import functools
 import torch
 
 from tqdit.grids.regions import sign
-from tqdit.ops.quantizer import quantize
+from tqdit.ops.composed import Composed
+from tqdit.ops.holders import LinearCodes
 from tqdit.ops.schema import OperandParams, WeightParams
 
-__all__ = ["INTEGER", "NAME", "linear", "quantize", "scores", "values", "weight_only_linear"]
-
-NAME = "reference"
-INTEGER = True
-
 MAX_PRODUCT = 128 * 128  # of two int8 codes
+EXACT_FP32 = 2**24 // MAX_PRODUCT  # products whose sum fp32 holds exactly
+_ZERO = torch.zeros((), dtype=torch.int32)
 
 
 def int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b of int8 codes, int32 and exact: (..., M, K) x (..., K, N).
 
-    torch has an int8 kernel for matrices only. Elsewhere the codes travel in the narrowest float type in which every
-    partial sum is an integer it represents exactly: fp32 below 2^24, fp64 above.
+    torch has an int8 kernel for matrices only. Elsewhere the codes travel in a float type in which every partial sum is
+    an integer it represents exactly: fp32 below 2^24; above, fp32 pieces of K for a matrix, fp64 for a batch.
     """
     k = a.shape[-1]
     assert a.dtype == b.dtype == torch.int8
     assert k * MAX_PRODUCT < 2**31, f"K = {k} overflows an int32 accumulator"
     if b.ndim == 2 and _has_int8_kernel(a.numel() // k, k, b.shape[1], a.device):
         return torch._int_mm(a.reshape(-1, k), b).reshape(*a.shape[:-1], b.shape[-1])
-    carrier = torch.float32 if k * MAX_PRODUCT <= 2**24 else torch.float64
-    return torch.matmul(a.to(carrier), b.to(carrier)).to(torch.int32)
+    if k <= EXACT_FP32:
+        return torch.matmul(a.float(), b.float()).to(torch.int32)
+    if b.ndim > 2:
+        return torch.matmul(a.double(), b.double()).to(torch.int32)
+    pieces = zip(a.split(EXACT_FP32, dim=-1), b.split(EXACT_FP32), strict=True)
+    return sum((torch.matmul(x.float(), y.float()).to(torch.int32) for x, y in pieces), start=_ZERO.to(a.device))
 
 
 def _has_int8_kernel(m: int, k: int, n: int, device: torch.device) -> bool:
     """Whether torch._int_mm takes this product, exactly: any shape on a CPU that can, aligned ones on an NVIDIA GPU."""
     if device.type == "cpu":
-        return _cpu_kernel_is_exact()
+        return k > 1 and _cpu_kernel_is_exact()  # at K = 1 torch 2.13 returns memory it never wrote
     return device.type == "cuda" and m > 16 and k % 8 == 0 and n % 8 == 0
 
 
@@ -55,16 +58,29 @@ def split_regions(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def linear(codes: torch.Tensor, params: OperandParams, weight: WeightParams, bias: torch.Tensor | None) -> torch.Tensor:
-    """Uniform: s_x s_w (acc - z_x colsum(W)) + bias. MRQ: (s2 (C2 W) +- s1 (C1 W)) s_w + bias."""
+    """Uniform: s_x s_w (acc - z_x colsum(W)) + bias. MRQ: (s2 (C2 W) +- s1 (C1 W)) s_w + bias.
+
+    MRQ whose regions merge (s2 = s1 2^i): s1 s_w acc + bias with acc = 2^i (C2 W) +- C1 W, still an integer.
+    """
     w = weight.codes.t()
     if params.grid.two_region:
-        negative, positive = split_regions(codes)
-        fine = int_matmul(negative, w).float() * (sign(params.grid) * params.scale)
-        out = (int_matmul(positive, w).float() * params.coarse).add_(fine).mul_(weight.scale)
+        negative, positive = (int_matmul(c, w) for c in split_regions(codes))
+        out = _two_regions(negative, positive, params, weight.scale)
     else:
         acc = int_matmul(codes, w) - params.zero_point * weight.colsum
         out = acc.float().mul_(params.scale * weight.scale)
     return out if bias is None else out.add_(bias)
+
+
+def _two_regions(
+    negative: torch.Tensor, positive: torch.Tensor, params: OperandParams, other: torch.Tensor
+) -> torch.Tensor:
+    """The value of the two accumulators of an MRQ operand, times the other operand's scale."""
+    if params.shift is not None:
+        acc = (positive << params.shift) + sign(params.grid) * negative
+        return acc.float().mul_(params.scale * other)
+    fine = negative.float() * (sign(params.grid) * params.scale)
+    return (positive.float() * params.coarse).add_(fine).mul_(other)
 
 
 def scores(
@@ -82,10 +98,8 @@ def scores(
 def values(p: torch.Tensor, p_params: OperandParams, v: torch.Tensor, v_params: OperandParams) -> torch.Tensor:
     """P V = s_v (+-s1 (C1 V) + s2 (C2 V)) for MRQ probabilities; one product for uniform ones."""
     if p_params.grid.two_region:
-        negative, positive = split_regions(p)
-        fine = _times_value(negative, v, v_params).float() * (sign(p_params.grid) * p_params.scale)
-        out = (_times_value(positive, v, v_params).float() * p_params.coarse).add_(fine)
-        return out.mul_(v_params.scale)
+        negative, positive = (_times_value(c, v, v_params) for c in split_regions(p))
+        return _two_regions(negative, positive, p_params, v_params.scale)
     centred_sum = _code_sum(v.transpose(-1, -2)).transpose(-1, -2) - v_params.zero_point * v.shape[-2]
     acc = _times_value(p, v, v_params) - p_params.zero_point * centred_sum
     return acc.float().mul_(p_params.scale * v_params.scale)
@@ -105,3 +119,24 @@ def _times_value(c: torch.Tensor, v: torch.Tensor, v_params: OperandParams) -> t
 def _code_sum(codes: torch.Tensor) -> torch.Tensor:
     """Row sums, int32, last axis kept."""
     return codes.sum(-1, keepdim=True, dtype=torch.int32)
+
+
+class Reference(Composed):
+    """The oracle as a backend; runs on every device that torch has."""
+
+    NAME = "reference"
+    INTEGER = True
+    scores = staticmethod(scores)
+    values = staticmethod(values)
+
+    def kernel(self, operation: str) -> str:
+        return "float32 x int8" if operation == "float_input_linear" else "int8"
+
+    def linear(self, codes: torch.Tensor, source: OperandParams, layer: LinearCodes) -> torch.Tensor:
+        return linear(codes, source, layer.weight, layer.bias)
+
+    def float_input_linear(self, x: torch.Tensor, layer: LinearCodes) -> torch.Tensor:
+        return weight_only_linear(x, layer.weight, layer.bias)
+
+
+BACKEND = Reference

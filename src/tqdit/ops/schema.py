@@ -1,12 +1,14 @@
 """What an operation is: the operands every backend receives and the functions it must have.
 
-A backend is a module with the functions of `Backend`. `ops.reference` defines the results; another integer backend
-must produce the same codes and the same accumulators.
+`ops.reference` defines the results; another integer backend must produce the same codes and the same accumulators. A
+block of a DiT is seven calls: norm_quantize, qkv, attention, linear_residual; norm_quantize, linear_gelu,
+linear_residual. Between them only codes travel, in a layout of the backend's own.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import nn
 
 from tqdit.spec import Grid
 
@@ -14,7 +16,8 @@ from tqdit.spec import Grid
 class OperandParams(NamedTuple):
     """Parameters of one activation site, already selected for a batch, so that they broadcast to the tensor.
 
-    Uniform: `scale`, `zero_point`. Two-region: `scale` = s1, `coarse` = s2. Shapes (B or 1, [H or 1, 1,] 1, 1).
+    Uniform: `scale`, `zero_point`. Two-region: `scale` = s1, `coarse` = s2; `shift` where s2 = s1 2^shift and both
+    regions fit one 8-bit operand, so that one product is enough. Shapes (B or 1, [H or 1, 1,] 1, 1).
     """
 
     grid: Grid
@@ -22,6 +25,7 @@ class OperandParams(NamedTuple):
     scale: torch.Tensor
     zero_point: torch.Tensor
     coarse: torch.Tensor
+    shift: torch.Tensor | None = None
 
 
 class WeightParams(NamedTuple):
@@ -32,34 +36,60 @@ class WeightParams(NamedTuple):
     colsum: torch.Tensor
 
 
+class AttentionParams(NamedTuple):
+    """The operands of the two attention matmuls; query, key and value are per head."""
+
+    query: OperandParams
+    key: OperandParams
+    value: OperandParams
+    softmax: OperandParams
+    heads: int
+
+    @property
+    def projections(self) -> tuple[OperandParams, OperandParams, OperandParams]:
+        return self.query, self.key, self.value
+
+
 class Backend(Protocol):
-    """The operations of a quantized DiT. Activations: (B, N, C); attention operands: (B, H, N, head_dim)."""
+    """The operations of a quantized DiT. x: hidden states (B, N, C) fp32; shift, scale, gate: (B, C) fp32.
+
+    A `layer` argument is what `prepare` or `prepare_float_input` returned.
+    """
 
     NAME: str
     INTEGER: bool  # False: simulated in float, for checking only, never to be timed
 
-    def quantize(self, x: torch.Tensor, params: OperandParams) -> torch.Tensor:
-        """Codes of x, int8, same shape."""
+    def kernel(self, operation: str) -> str:
+        """What runs an operation, for reports, such as "int8" or "onednn u8 x s8"."""
 
-    def linear(
-        self, codes: torch.Tensor, params: OperandParams, weight: WeightParams, bias: torch.Tensor | None
+    def prepare(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:
+        """A linear layer in the backend's own layout, its input quantized."""
+
+    def prepare_float_input(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:
+        """The same for a layer whose input stays in float."""
+
+    def norm_quantize(
+        self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, target: OperandParams
     ) -> torch.Tensor:
-        """x W^T + bias in fp32: (B, N, in) -> (B, N, out)."""
+        """Codes (B, N, C) of LayerNorm(x) (1 + scale) + shift."""
 
-    def scores(
-        self,
-        q: torch.Tensor,
-        q_params: OperandParams,
-        k: torch.Tensor,
-        k_params: OperandParams,
-        factor: float,
+    def qkv(
+        self, codes: torch.Tensor, source: OperandParams, layer: Any, params: AttentionParams
     ) -> torch.Tensor:
-        """factor * Q K^T in fp32: (B, H, N, N)."""
+        """Codes (B, N, 3 C) of q, k and v, each with heads of one scale."""
 
-    def values(
-        self, p: torch.Tensor, p_params: OperandParams, v: torch.Tensor, v_params: OperandParams
+    def attention(self, qkv: torch.Tensor, params: AttentionParams, target: OperandParams) -> torch.Tensor:
+        """Codes (B, N, C) of softmax(Q K^T / sqrt(head_dim)) V, the probabilities quantized on the way."""
+
+    def linear_gelu(
+        self, codes: torch.Tensor, source: OperandParams, layer: Any, target: OperandParams
     ) -> torch.Tensor:
-        """P V in fp32: (B, H, N, head_dim)."""
+        """Codes (B, N, out) of GELU(x W^T + bias)."""
 
-    def weight_only_linear(self, x: torch.Tensor, weight: WeightParams, bias: torch.Tensor | None) -> torch.Tensor:
-        """x W^T + bias for float x: (..., in) -> (..., out)."""
+    def linear_residual(
+        self, codes: torch.Tensor, source: OperandParams, layer: Any, gate: torch.Tensor, x: torch.Tensor
+    ) -> torch.Tensor:
+        """x + gate (y W^T + bias) for the codes of y; (B, N, C) fp32."""
+
+    def float_input_linear(self, x: torch.Tensor, layer: Any) -> torch.Tensor:
+        """x W^T + bias for float x: (..., in) -> (..., out), fp32."""

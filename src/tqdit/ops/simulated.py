@@ -7,13 +7,10 @@ Its fp32 sums differ from the exact ones by at most gamma_K = (K + 4) 2^-24 time
 import torch
 from torch.nn import functional as F
 
-from tqdit.ops.quantizer import dequantize, quantize
+from tqdit.ops.composed import Composed
+from tqdit.ops.holders import LinearCodes
+from tqdit.ops.quantizer import dequantize
 from tqdit.ops.schema import OperandParams, WeightParams
-
-__all__ = ["INTEGER", "NAME", "linear", "quantize", "scores", "values", "weight_only_linear"]
-
-NAME = "simulated"
-INTEGER = False
 
 
 def _weight(weight: WeightParams) -> torch.Tensor:
@@ -40,3 +37,24 @@ def values(p: torch.Tensor, p_params: OperandParams, v: torch.Tensor, v_params: 
 def weight_only_linear(x: torch.Tensor, weight: WeightParams, bias: torch.Tensor | None) -> torch.Tensor:
     """x W^T + bias with the dequantized weight."""
     return F.linear(x.float(), _weight(weight), bias)
+
+
+class Simulated(Composed):
+    """The twin as a backend."""
+
+    NAME = "simulated"
+    INTEGER = False
+    scores = staticmethod(scores)
+    values = staticmethod(values)
+
+    def kernel(self, operation: str) -> str:
+        return "float32"
+
+    def linear(self, codes: torch.Tensor, source: OperandParams, layer: LinearCodes) -> torch.Tensor:
+        return linear(codes, source, layer.weight, layer.bias)
+
+    def float_input_linear(self, x: torch.Tensor, layer: LinearCodes) -> torch.Tensor:
+        return weight_only_linear(x, layer.weight, layer.bias)
+
+
+BACKEND = Simulated

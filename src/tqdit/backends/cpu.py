@@ -1,0 +1,187 @@
+"""The CPU backend: integer products through oneDNN, everything between them in kernels compiled for this processor.
+
+Either half falls back by itself: without VNNI the products run in exact pieces of fp32, without a C++ compiler the rest
+runs in torch. Results are those of `ops.reference`: the same accumulators, and the same codes but where LayerNorm,
+GELU or exp, rounded differently from torch's, fall on the other side of a rounding boundary.
+"""
+
+import ctypes
+
+import torch
+from torch import nn
+
+from tqdit.backends import native, onednn
+from tqdit.backends.onednn import SIGN, PackedLinear
+from tqdit.grids.regions import sign
+from tqdit.ops import reference
+from tqdit.ops.composed import Composed
+from tqdit.ops.holders import LinearCodes
+from tqdit.ops.schema import AttentionParams, OperandParams, WeightParams
+
+WEIGHT_ROWS = 4096  # of a float-input weight that exist in fp32 at a time, where nothing is compiled
+
+
+class TorchCpu(Composed):
+    """Integer products through oneDNN, the rest composed of torch operations; codes are int8."""
+
+    NAME = "cpu"
+    INTEGER = True
+    scores = staticmethod(reference.scores)
+    values = staticmethod(reference.values)
+
+    def kernel(self, operation: str) -> str:
+        if operation == "linear":
+            return "int8 in fp32, exact" if onednn.reason() else "onednn u8 x s8"
+        return "float32 x int8" if operation == "float_input_linear" else "int8 in fp32, exact"
+
+    def prepare(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:
+        return PackedLinear(weight, bias)
+
+    def linear(self, codes: torch.Tensor, source: OperandParams, layer: PackedLinear) -> torch.Tensor:
+        sums = _sums(_planes(codes, source), source, layer)
+        if len(sums) == 1:
+            return sums[0].mul_(source.scale * layer.scale).add_(layer.bias)
+        fine = sums[0].mul_(-sign(source.grid) * source.scale)
+        return sums[1].mul_(source.coarse).add_(fine).mul_(layer.scale).add_(layer.bias)
+
+    def float_input_linear(self, x: torch.Tensor, layer: LinearCodes) -> torch.Tensor:
+        rows = layer.codes.split(WEIGHT_ROWS)
+        out = torch.cat([torch.matmul(x.float(), part.float().t()) for part in rows], dim=-1).mul_(layer.scale)
+        return out if layer.bias is None else out.add_(layer.bias)
+
+
+class NativeCpu(TorchCpu):
+    """The same with compiled kernels. Codes are uint8, signed code + 128; those of two regions are two planes."""
+
+    def kernel(self, operation: str) -> str:
+        if operation in ("scores", "values"):
+            return f"fused attention, {native.instructions()} u8 x s8"
+        return super().kernel(operation)
+
+    def prepare_float_input(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:
+        columns = len(weight.codes)
+        scale = weight.scale.expand(columns).contiguous()
+        bias = torch.zeros(columns) if bias is None else bias.float().contiguous()
+        return LinearCodes(weight._replace(codes=weight.codes.contiguous(), scale=scale), bias)
+
+    @torch.compiler.disable
+    def norm_quantize(
+        self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, target: OperandParams
+    ) -> torch.Tensor:
+        x = x.contiguous()
+        out = torch.empty(x.shape, dtype=torch.uint8)
+        native.call(
+            "norm_quantize", x, _rows(shift), _rows(scale), shift.stride(0), eps, native.operand(target), *x.shape,
+            out, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    @torch.compiler.disable
+    def qkv(
+        self, codes: torch.Tensor, source: OperandParams, layer: PackedLinear, params: AttentionParams
+    ) -> torch.Tensor:
+        (acc,) = _sums([codes], source, layer)
+        batch, tokens, columns = acc.shape
+        out = torch.empty(acc.shape, dtype=torch.uint8)
+        native.call(
+            "heads_quantize", acc, native.operand(source), layer.scale, layer.bias,
+            *(native.operand(target) for target in params.projections), batch, tokens, params.heads,
+            columns // (3 * params.heads), out, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    @torch.compiler.disable
+    def attention(
+        self, qkv: torch.Tensor, params: AttentionParams, target: OperandParams, trace: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`trace`: int8 (B, H, N, N), filled with the codes of the probabilities; for tests."""
+        batch, tokens, columns = qkv.shape
+        dim = columns // (3 * params.heads)
+        out = torch.empty(batch, tokens, columns // 3, dtype=torch.uint8)
+        operands = (*params.projections, params.softmax, target)
+        call = native.AttentionCall(
+            qkv.data_ptr(), out.data_ptr(), None if trace is None else trace.data_ptr(), batch, tokens, params.heads,
+            dim, torch.get_num_threads(), *(native.operand(o) for o in operands), dim**-0.5,
+        )  # fmt: skip
+        native.call("attention", call)
+        return out
+
+    @torch.compiler.disable
+    def linear_gelu(
+        self, codes: torch.Tensor, source: OperandParams, layer: PackedLinear, target: OperandParams
+    ) -> torch.Tensor:
+        (acc,) = _sums([codes], source, layer)
+        two = target.grid.two_region and target.shift is None
+        out = torch.empty(2 if two else 1, *acc.shape, dtype=torch.uint8)
+        native.call(
+            "gelu_quantize", acc, native.operand(source), layer.scale, layer.bias, native.operand(target), *acc.shape,
+            out[0], out[1] if two else None, torch.get_num_threads(),
+        )  # fmt: skip
+        return out if two else out[0]
+
+    @torch.compiler.disable
+    def linear_residual(
+        self, codes: torch.Tensor, source: OperandParams, layer: PackedLinear, gate: torch.Tensor, x: torch.Tensor
+    ) -> torch.Tensor:
+        sums = _sums(list(codes) if codes.ndim == 4 else [codes], source, layer)
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        native.call(
+            "residual", sums[0], sums[1] if len(sums) == 2 else None, native.operand(source), layer.scale, layer.bias,
+            _rows(gate), gate.stride(0), x, *x.shape, out, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    @torch.compiler.disable
+    def float_input_linear(self, x: torch.Tensor, layer: LinearCodes) -> torch.Tensor:
+        rows = x.float().reshape(-1, x.shape[-1]).contiguous()
+        columns, depth = layer.codes.shape
+        out = torch.empty(len(rows), columns)
+        native.call(
+            "weight_only", rows, layer.codes, layer.scale, layer.bias, len(rows), columns, depth, out,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out.view(*x.shape[:-1], columns)
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why the backend cannot run on a device, or None. It runs on every CPU, at worst in torch alone."""
+    return None if device.type == "cpu" else "it runs on CPUs only"
+
+
+def BACKEND() -> TorchCpu:  # noqa: N802  (a class in the other backends)
+    """The compiled kernels where they can be built."""
+    return TorchCpu() if native.reason() else NativeCpu()
+
+
+def _planes(codes: torch.Tensor, source: OperandParams) -> list[torch.Tensor]:
+    """uint8 operands of the products that signed codes need: one, or one per region."""
+    if not source.grid.two_region:
+        return [codes.contiguous().view(torch.uint8) ^ SIGN]
+    negative, positive = (part.to(torch.int32) for part in reference.split_regions(codes))
+    if source.shift is None:
+        return [(-negative).to(torch.uint8), positive.to(torch.uint8)]
+    half = 1 << (source.bits - 1)
+    return [((positive << source.shift) + sign(source.grid) * negative + half).to(torch.uint8)]
+
+
+def _sums(planes: list[torch.Tensor], source: OperandParams, layer: PackedLinear) -> list[torch.Tensor]:
+    """The integer sums of each plane with the weight, zero points taken out, as fp32 (B, N, out)."""
+    if not source.grid.two_region:
+        return [_product(planes[0], (source.zero_point.flatten() + SIGN).tolist(), layer)]
+    zero = 0 if source.shift is None else 1 << (source.bits - 1)
+    return [_product(plane, [zero], layer) for plane in planes]
+
+
+def _product(codes: torch.Tensor, zeros: list[int], layer: PackedLinear) -> torch.Tensor:
+    """One product if the batch shares a zero point, else one per sample."""
+    batch, tokens, depth = codes.shape
+    if len(zeros) == 1:
+        return layer.product(codes.view(-1, depth), zeros[0]).view(batch, tokens, -1)
+    return torch.stack([layer.product(x, zero) for x, zero in zip(codes, zeros, strict=True)])
+
+
+def _rows(x: torch.Tensor) -> ctypes.c_void_p:
+    """Rows whose elements are adjacent; the rows need not be."""
+    assert x.stride(-1) == 1
+    return ctypes.c_void_p(x.data_ptr())

@@ -1,0 +1,504 @@
+// Fused CPU kernels around the integer matmuls of a DiT block. Compiled on the user's machine at first use (native.py).
+//
+// Codes travel as unsigned bytes u = code + 128, because VNNI multiplies unsigned by signed bytes. Integer sums are
+// exact; float arithmetic follows ops/reference.py operation by operation (the build forbids contraction to fma), so
+// that codes differ only where exp, GELU or LayerNorm, which round differently from torch's, meet a rounding boundary.
+// Rows are independent and each is summed in one fixed order: neither threads nor the batch change a result.
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#if defined(__AVX512VNNI__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int64_t LANES = 16;
+typedef float vfloat __attribute__((vector_size(64)));
+typedef int32_t vint __attribute__((vector_size(64)));
+typedef uint8_t vbyte __attribute__((vector_size(16)));
+typedef int8_t vchar __attribute__((vector_size(16)));
+
+inline vfloat splat(float x) { return vfloat{} + x; }
+inline vfloat load(const float* p) { vfloat v; std::memcpy(&v, p, sizeof v); return v; }
+inline vint load(const int32_t* p) { vint v; std::memcpy(&v, p, sizeof v); return v; }
+inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
+inline vfloat load(const float* p, int64_t count) {
+  if (count >= LANES) return load(p);
+  vfloat v{};
+  std::memcpy(&v, p, count * sizeof(float));
+  return v;
+}
+inline void store(float* p, vfloat v, int64_t count) {
+  std::memcpy(p, &v, (count < LANES ? count : LANES) * sizeof(float));
+}
+inline vfloat to_float(vint v) { return __builtin_convertvector(v, vfloat); }
+inline vint to_int(vfloat v) { return __builtin_convertvector(v, vint); }  // of whole numbers
+inline void store_bytes(uint8_t* p, vint v, int64_t count) {
+  vbyte bytes = __builtin_convertvector(v, vbyte);
+  std::memcpy(p, &bytes, count < LANES ? count : LANES);
+}
+inline vfloat at_most(vfloat a, vfloat b) { return a < b ? a : b; }
+inline vfloat at_least(vfloat a, vfloat b) { return a > b ? a : b; }
+inline float sum(vfloat v) { float s = 0; for (int i = 0; i < LANES; ++i) s += v[i]; return s; }
+inline int32_t sum(vint v) { int32_t s = 0; for (int i = 0; i < LANES; ++i) s += v[i]; return s; }
+
+// Half to even, by the unit spacing of floats at 1.5 * 2^23; codes are clipped far below the clip at 2^21.
+inline vfloat round_even(vfloat x) {
+  const vfloat big = splat(12582912.0f), limit = splat(2097152.0f);
+  x = at_most(at_least(x, -limit), limit);
+  return (x + big) - big;
+}
+
+// exp(x) within 2 ulp, x clipped to +-87: 2^n p(r), |r| <= ln(2) / 2, p the Taylor polynomial of degree 7.
+inline vfloat exponential(vfloat x) {
+  x = at_most(at_least(x, splat(-87.0f)), splat(87.0f));
+  const vfloat n = round_even(x * 1.44269504088896341f);
+  const vfloat r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  vfloat p = splat(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const vint exponent = (to_int(n) + 127) << 23;
+  vfloat power;
+  std::memcpy(&power, &exponent, sizeof power);
+  return p * power;
+}
+
+// tanh-GELU: x / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3).
+inline vfloat gelu(vfloat x) {
+  const vfloat u = x * 0.7978845608028654f * (1.0f + 0.044715f * x * x);
+  return x / (1.0f + exponential(-2.0f * u));
+}
+
+// c[r][j] = sum_k a[r][k] b[k][j] for R rows and C * 16 columns. b is packed in fours: [k / 4][column][k % 4].
+template <int R, int C>
+inline void dot_tile(const uint8_t* a, int64_t lda, const int8_t* b, int64_t columns, int64_t fours, int32_t* c,
+                     int64_t ldc) {
+#if defined(__AVX512VNNI__)
+  __m512i sums[R][C];
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < C; ++j) sums[r][j] = _mm512_setzero_si512();
+  for (int64_t k = 0; k < fours; ++k) {
+    __m512i right[C];
+    for (int j = 0; j < C; ++j) right[j] = _mm512_loadu_si512(b + k * columns * 4 + j * 64);
+    for (int r = 0; r < R; ++r) {
+      int32_t left;
+      std::memcpy(&left, a + r * lda + k * 4, 4);
+      const __m512i four = _mm512_set1_epi32(left);
+      for (int j = 0; j < C; ++j) sums[r][j] = _mm512_dpbusd_epi32(sums[r][j], four, right[j]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < C; ++j) _mm512_storeu_si512(c + r * ldc + j * LANES, sums[r][j]);
+#else
+  for (int r = 0; r < R; ++r) {
+    int32_t sums[C * LANES] = {};
+    for (int64_t k = 0; k < fours; ++k)
+      for (int i = 0; i < 4; ++i) {
+        const int32_t left = a[r * lda + k * 4 + i];
+        for (int j = 0; j < C * LANES; ++j) sums[j] += left * b[(k * columns + j) * 4 + i];
+      }
+    std::memcpy(c + r * ldc, sums, sizeof sums);
+  }
+#endif
+}
+
+template <int R>
+inline void dot_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t columns, int64_t fours, int32_t* c,
+                     int64_t ldc) {
+  int64_t j = 0;
+  for (; j + 4 * LANES <= columns; j += 4 * LANES)
+    dot_tile<R, 4>(a, lda, b + j * 4, columns, fours, c + j, ldc);
+  switch ((columns - j) / LANES) {
+    case 3: dot_tile<R, 3>(a, lda, b + j * 4, columns, fours, c + j, ldc); break;
+    case 2: dot_tile<R, 2>(a, lda, b + j * 4, columns, fours, c + j, ldc); break;
+    case 1: dot_tile<R, 1>(a, lda, b + j * 4, columns, fours, c + j, ldc); break;
+  }
+}
+
+// (rows, 4 * fours) unsigned x packed signed -> (rows, columns) int32; columns is a multiple of 16.
+void dot(const uint8_t* a, int64_t lda, int64_t rows, const int8_t* b, int64_t columns, int64_t fours, int32_t* c,
+         int64_t ldc) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) dot_rows<4>(a + r * lda, lda, b, columns, fours, c + r * ldc, ldc);
+  for (; r < rows; ++r) dot_rows<1>(a + r * lda, lda, b, columns, fours, c + r * ldc, ldc);
+}
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Columns of b are `count` items `column_stride` apart; along k the items are `k_stride` apart. `sums`: of each column.
+void pack(const uint8_t* b, int64_t column_stride, int64_t count, int64_t k_stride, int64_t k_count, int8_t* packed,
+          int64_t columns, int32_t* sums) {
+  std::memset(packed, 0, columns * round_up(k_count, 4));
+  for (int64_t j = 0; j < count; ++j) sums[j] = 0;
+  for (int64_t k = 0; k < k_count; ++k)
+    for (int64_t j = 0; j < count; ++j) {
+      const int8_t code = static_cast<int8_t>(b[j * column_stride + k * k_stride] ^ 0x80);
+      packed[((k >> 2) * columns + j) * 4 + (k & 3)] = code;
+      sums[j] += code;
+    }
+}
+
+enum Grid { UNIFORM = 0, TWO_REGION = 1, MERGED = 2 };
+
+}  // namespace
+
+extern "C" {
+
+// Parameters of one activation: entry [sample * stride + head]; stride 0 if all samples share them. Zero points are of
+// signed codes. Merged: coarse = scale * 2^shift, both regions in one grid of step `scale`.
+struct Operand {
+  const float *scale, *coarse;
+  const int32_t *zero, *shift;
+  int64_t stride, grid, bits;
+};
+
+}  // extern "C"
+
+namespace {
+
+// x -> unsigned code of a uniform grid.
+struct Uniform {
+  vfloat scale, zero, low, high;
+  Uniform(const Operand& o, int64_t i)
+      : scale(splat(o.scale[i])), zero(splat(o.zero[i] + 128)), low(splat(128 - (1 << (o.bits - 1)))),
+        high(splat(127 + (1 << (o.bits - 1)))) {}
+  vint code(vfloat x) const { return to_int(at_most(at_least(round_even(x / scale) + zero, low), high)); }
+};
+
+}  // namespace
+
+extern "C" {
+
+struct AttentionCall {
+  const uint8_t* qkv;  // (batch, tokens, 3, heads, dim)
+  uint8_t* out;        // (batch, tokens, heads, dim)
+  int8_t* trace;       // null, or (batch, heads, tokens, tokens) codes of the probabilities, for tests
+  int64_t batch, tokens, heads, dim, threads;
+  Operand query, key, value, probability, target;
+  float factor;
+};
+
+}  // extern "C"
+
+namespace {
+
+constexpr int64_t QUERY_ROWS = 16;  // per pass: scores and codes of 1024 keys stay in the second-level cache
+
+// Buffers of one thread, for one (sample, head) at a time.
+struct Workspace {
+  int64_t keys, depth, key_fours, value_fours;
+  std::vector<int8_t> key, value;
+  std::vector<int32_t> key_sums, value_sums, scores, first_sums, second_sums;
+  std::vector<uint8_t> first, second;
+  explicit Workspace(const AttentionCall& c)
+      : keys(round_up(c.tokens, LANES)), depth(round_up(c.dim, LANES)), key_fours(round_up(c.dim, 4) / 4),
+        value_fours(keys / 4), key(keys * key_fours * 4), value(depth * keys), key_sums(keys), value_sums(depth),
+        scores(QUERY_ROWS * keys), first_sums(QUERY_ROWS * depth), second_sums(QUERY_ROWS * depth),
+        first(QUERY_ROWS * keys), second(QUERY_ROWS * keys) {}
+};
+
+// One (sample, head) of a call, with its scales looked up.
+struct Head {
+  const AttentionCall& c;
+  int64_t sample, head;
+  int32_t query_zero, key_zero, value_zero, probability_zero, shift;  // of query and uniform probability: unsigned
+  float score_scale, value_scale, s1, s2;
+  Uniform probability, target;
+  Head(const AttentionCall& call, int64_t b, int64_t h)
+      : c(call), sample(b), head(h), query_zero(c.query.zero[b * c.query.stride + h] + 128),
+        key_zero(c.key.zero[b * c.key.stride + h]), value_zero(c.value.zero[b * c.value.stride + h]),
+        probability_zero(c.probability.zero[b * c.probability.stride] + 128),
+        shift(c.probability.grid == MERGED ? c.probability.shift[b * c.probability.stride] : 0),
+        score_scale(c.query.scale[b * c.query.stride + h] * c.key.scale[b * c.key.stride + h] * c.factor),
+        value_scale(c.value.scale[b * c.value.stride + h]), s1(c.probability.scale[b * c.probability.stride]),
+        s2(c.probability.coarse[b * c.probability.stride]), probability(c.probability, b * c.probability.stride),
+        target(c.target, b * c.target.stride) {}
+};
+
+struct RowSums { int32_t first, second; };  // of the codes of one row of probabilities
+
+// Scores of one row -> exp(score - largest) in place, and their sum. Padding becomes 0.
+float exponentials(float* scores, int64_t keys, vint inside) {
+  const vfloat lowest = splat(-3.0e38f);
+  vfloat top = lowest;
+  for (int64_t j = 0; j < keys; j += LANES) {
+    vfloat x = load(scores + j);
+    if (j + LANES >= keys) x = inside ? x : lowest;
+    top = at_least(top, x);
+  }
+  float largest = top[0];
+  for (int i = 1; i < LANES; ++i) largest = top[i] > largest ? top[i] : largest;
+  vfloat total{};
+  for (int64_t j = 0; j < keys; j += LANES) {
+    vfloat e = exponential(load(scores + j) - largest);
+    if (j + LANES >= keys) e = inside ? e : vfloat{};
+    total += e;
+    store(scores + j, e);
+  }
+  return sum(total);
+}
+
+// Softmax of one row of scores and its codes: `first` uniform, merged or fine ones, `second` coarse ones.
+RowSums softmax_codes(const Head& h, float* scores, int64_t keys, uint8_t* first, uint8_t* second) {
+  const int32_t tail = h.c.tokens % LANES;
+  vint lane;
+  for (int i = 0; i < LANES; ++i) lane[i] = i;
+  const vint everywhere = vint{} == 0, inside = tail ? lane < tail : everywhere;
+  const vfloat whole = splat(exponentials(scores, keys, inside));
+  const vfloat s1 = splat(h.s1), s2 = splat(h.s2), limit = splat((1 << (h.c.probability.bits - 1)) - 1);
+  const vfloat border = limit * s1;
+  vint first_total{}, second_total{};
+  for (int64_t j = 0; j < keys; j += LANES) {
+    const vfloat p = load(scores + j) / whole;
+    const vint valid = j + LANES >= keys ? inside : everywhere;
+    if (h.c.probability.grid == UNIFORM) {
+      const vint code = h.probability.code(p) & valid;
+      first_total += code;
+      store_bytes(first + j, code, LANES);
+      continue;
+    }
+    const vint fine = p <= border;
+    const vint code = to_int(at_most(round_even(p / (fine ? s1 : s2)), limit)) & valid;
+    const bool merged = h.c.probability.grid == MERGED;
+    const vint in_first = merged ? (fine ? code : code << h.shift) : (code & fine);
+    first_total += in_first;
+    store_bytes(first + j, in_first, LANES);
+    if (merged) continue;
+    second_total += code & ~fine;
+    store_bytes(second + j, code & ~fine, LANES);
+  }
+  return {sum(first_total), sum(second_total)};
+}
+
+// One row of P V from its exact sums, quantized for the output projection.
+void attended_codes(const Head& h, RowSums rows, const Workspace& w, int64_t row, uint8_t* out) {
+  const int32_t *firsts = w.first_sums.data() + row * w.depth, *seconds = w.second_sums.data() + row * w.depth;
+  for (int64_t j = 0; j < h.c.dim; j += LANES) {
+    vint acc = load(firsts + j) - h.value_zero * rows.first;
+    vfloat x;
+    if (h.c.probability.grid == TWO_REGION) {
+      const vint second = load(seconds + j) - h.value_zero * rows.second;
+      x = (to_float(second) * h.s2 + to_float(acc) * h.s1) * h.value_scale;
+    } else {
+      if (h.c.probability.grid == UNIFORM) {
+        const vint centred = load(w.value_sums.data() + j) - static_cast<int32_t>(h.c.tokens) * h.value_zero;
+        acc -= h.probability_zero * centred;
+      }
+      x = to_float(acc) * (h.s1 * h.value_scale);
+    }
+    store_bytes(out + j, h.target.code(x), h.c.dim - j);
+  }
+}
+
+// Codes as ops/reference.py has them: signed, a fine code negative.
+void write_trace(const Head& h, const uint8_t* first, const uint8_t* second, int8_t* trace) {
+  const bool two = h.c.probability.grid == TWO_REGION;
+  for (int64_t j = 0; j < h.c.tokens; ++j) trace[j] = two ? second[j] - first[j] : first[j] - 128;
+}
+
+// Integer scores of one row, zero points corrected, times their scale; in place.
+void scale_scores(const Head& h, const uint8_t* query, const Workspace& w, int32_t* scores) {
+  int32_t query_sum = 0;
+  for (int64_t k = 0; k < h.c.dim; ++k) query_sum += query[k];
+  const int32_t constant = h.key_zero * (static_cast<int32_t>(h.c.dim) * h.query_zero - query_sum);
+  for (int64_t j = 0; j < w.keys; j += LANES) {
+    const vint acc = load(scores + j) + (constant - h.query_zero * load(w.key_sums.data() + j));
+    const vfloat x = to_float(acc) * h.score_scale;
+    std::memcpy(scores + j, &x, sizeof x);
+  }
+}
+
+// Query rows [begin, end) of one head.
+void attend(const Head& h, int64_t begin, int64_t end, Workspace& w) {
+  const AttentionCall& c = h.c;
+  const int64_t width = c.heads * c.dim, stride = 3 * width;
+  const uint8_t* query = c.qkv + h.sample * c.tokens * stride + h.head * c.dim;
+  pack(query + width, stride, c.tokens, 1, c.dim, w.key.data(), w.keys, w.key_sums.data());
+  pack(query + 2 * width, 1, c.dim, stride, c.tokens, w.value.data(), w.depth, w.value_sums.data());
+  for (int64_t i = begin; i < end; i += QUERY_ROWS) {
+    const int64_t rows = end - i < QUERY_ROWS ? end - i : QUERY_ROWS;
+    dot(query + i * stride, stride, rows, w.key.data(), w.keys, w.key_fours, w.scores.data(), w.keys);
+    RowSums sums[QUERY_ROWS];
+    for (int64_t r = 0; r < rows; ++r) {
+      int32_t* scores = w.scores.data() + r * w.keys;
+      uint8_t *first = w.first.data() + r * w.keys, *second = w.second.data() + r * w.keys;
+      scale_scores(h, query + (i + r) * stride, w, scores);
+      sums[r] = softmax_codes(h, reinterpret_cast<float*>(scores), w.keys, first, second);
+      if (c.trace)
+        write_trace(h, first, second, c.trace + ((h.sample * c.heads + h.head) * c.tokens + i + r) * c.tokens);
+    }
+    dot(w.first.data(), w.keys, rows, w.value.data(), w.depth, w.value_fours, w.first_sums.data(), w.depth);
+    if (c.probability.grid == TWO_REGION)
+      dot(w.second.data(), w.keys, rows, w.value.data(), w.depth, w.value_fours, w.second_sums.data(), w.depth);
+    for (int64_t r = 0; r < rows; ++r)
+      attended_codes(h, sums[r], w, r, c.out + (h.sample * c.tokens + i + r) * width + h.head * c.dim);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Attention of all heads: exact Q K^T, fp32 softmax, exact P V, codes for the output projection.
+void tqdit_attention(const AttentionCall* call) {
+  const AttentionCall& c = *call;
+  const int64_t heads = c.batch * c.heads;
+  const int64_t most = (c.tokens + QUERY_ROWS - 1) / QUERY_ROWS;
+  int64_t parts = heads >= c.threads ? 1 : (c.threads + heads - 1) / heads;
+  if (parts > most) parts = most;
+  const int64_t rows = round_up((c.tokens + parts - 1) / parts, QUERY_ROWS);
+#pragma omp parallel num_threads(c.threads)
+  {
+    Workspace w(c);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < heads * parts; ++task) {
+      const int64_t unit = task / parts, first = task % parts * rows;
+      const int64_t last = first + rows < c.tokens ? first + rows : c.tokens;
+      if (first < last) attend(Head(c, unit / c.heads, unit % c.heads), first, last, w);
+    }
+  }
+}
+
+// LayerNorm without parameters, then x (1 + scale) + shift, quantized. x (batch, tokens, width); shift and scale: one
+// row per sample, `stride` apart.
+void tqdit_norm_quantize(const float* x, const float* shift, const float* scale, int64_t stride, float eps,
+                         const Operand* target, int64_t batch, int64_t tokens, int64_t width, uint8_t* out,
+                         int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < batch * tokens; ++row) {
+    const int64_t b = row / tokens;
+    const float* in = x + row * width;
+    vfloat total{};
+    for (int64_t j = 0; j < width; j += LANES) total += load(in + j, width - j);
+    const float mean = sum(total) / width;
+    vfloat squares{};
+    for (int64_t j = 0; j < width; j += LANES) {
+      vfloat d = load(in + j, width - j) - mean;
+      for (int64_t i = width - j; i < LANES; ++i) d[i] = 0;
+      squares += d * d;
+    }
+    const float inverse = 1.0f / __builtin_sqrtf(sum(squares) / width + eps);
+    const Uniform grid(*target, b * target->stride);
+    for (int64_t j = 0; j < width; j += LANES) {
+      const int64_t n = width - j;
+      const vfloat normal = (load(in + j, n) - mean) * inverse;
+      const vfloat y = normal * (1.0f + load(scale + b * stride + j, n)) + load(shift + b * stride + j, n);
+      store_bytes(out + row * width + j, grid.code(y), n);
+    }
+  }
+}
+
+// acc * (source scale * weight scale) + bias -> codes of q, k and v, whose grids are per head.
+// acc, out (batch, tokens, 3, heads, dim); weight, bias (3 * heads * dim).
+void tqdit_heads_quantize(const float* acc, const Operand* source, const float* weight, const float* bias,
+                          const Operand* query, const Operand* key, const Operand* value, int64_t batch,
+                          int64_t tokens, int64_t heads, int64_t dim, uint8_t* out, int64_t threads) {
+  const Operand* parts[3] = {query, key, value};
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < batch * tokens; ++row) {
+    const int64_t b = row / tokens;
+    const float s = source->scale[b * source->stride];
+    for (int64_t unit = 0; unit < 3 * heads; ++unit) {
+      const Operand& part = *parts[unit / heads];
+      const Uniform grid(part, b * part.stride + unit % heads);
+      const int64_t first = unit * dim, at = row * 3 * heads * dim + first;
+      for (int64_t j = 0; j < dim; j += LANES) {
+        const int64_t n = dim - j;
+        const vfloat y = load(acc + at + j, n) * (s * load(weight + first + j, n)) + load(bias + first + j, n);
+        store_bytes(out + at + j, grid.code(y), n);
+      }
+    }
+  }
+}
+
+// GELU(acc * (source scale * weight scale) + bias), quantized. Uniform: codes in `first`. Two regions: magnitudes of
+// negative codes in `first`, positive codes in `second`. Merged: one grid of step s1 in `first`, lowest code at 0.
+void tqdit_gelu_quantize(const float* acc, const Operand* source, const float* weight, const float* bias,
+                         const Operand* target, int64_t batch, int64_t tokens, int64_t columns, uint8_t* first,
+                         uint8_t* second, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < batch * tokens; ++row) {
+    const int64_t b = row / tokens, i = b * target->stride;
+    const float s = source->scale[b * source->stride];
+    const Uniform grid(*target, i);
+    const vfloat s1 = splat(target->scale[i]), s2 = splat(target->coarse[i]);
+    const int32_t shift = target->grid == MERGED ? target->shift[i] : 0, half = 1 << (target->bits - 1);
+    for (int64_t j = 0; j < columns; j += LANES) {
+      const int64_t n = columns - j, at = row * columns + j;
+      const vfloat y = gelu(load(acc + at, n) * (s * load(weight + j, n)) + load(bias + j, n));
+      if (target->grid == UNIFORM) {
+        store_bytes(first + at, grid.code(y), n);
+        continue;
+      }
+      const vfloat steps = round_even(y / (y < 0.0f ? s1 : s2));
+      const vint code = to_int(at_most(at_least(steps, splat(-half)), splat(half - 1)));
+      if (target->grid == MERGED) {
+        store_bytes(first + at, (code < 0 ? code : code << shift) + half, n);
+      } else {
+        store_bytes(first + at, code < 0 ? -code : vint{}, n);
+        store_bytes(second + at, code > 0 ? code : vint{}, n);
+      }
+    }
+  }
+}
+
+// out = x + gate * y, y = acc * (source scale * weight scale) + bias; with `second`, the sums of two regions:
+// y = (second * s2 - first * s1) * weight scale + bias. first, second, x, out (batch, tokens, columns); gate: one row
+// per sample, `stride` apart.
+void tqdit_residual(const float* first, const float* second, const Operand* source, const float* weight,
+                    const float* bias, const float* gate, int64_t stride, const float* x, int64_t batch,
+                    int64_t tokens, int64_t columns, float* out, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < batch * tokens; ++row) {
+    const int64_t b = row / tokens, i = b * source->stride;
+    const float s1 = source->scale[i], s2 = source->coarse[i];
+    for (int64_t j = 0; j < columns; j += LANES) {
+      const int64_t n = columns - j, at = row * columns + j;
+      vfloat y = load(first + at, n), factor = load(weight + j, n);
+      if (second)
+        y = load(second + at, n) * s2 + y * -s1;
+      else
+        factor = s1 * factor;
+      y = y * factor + load(bias + j, n);
+      store(out + at, load(x + at, n) + load(gate + b * stride + j, n) * y, n);
+    }
+  }
+}
+
+// out = (x codes^T) * scale + bias for float x. x (rows, depth), codes (columns, depth), scale and bias (columns), out
+// (rows, columns). Up to 8 rows read the int8 weight once.
+void tqdit_weight_only(const float* x, const int8_t* codes, const float* scale, const float* bias, int64_t rows,
+                       int64_t columns, int64_t depth, float* out, int64_t threads) {
+  constexpr int64_t ROWS = 8, COLUMNS = 32;
+  const int64_t whole = depth / LANES * LANES;
+#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
+  for (int64_t first = 0; first < rows; first += ROWS)
+    for (int64_t part = 0; part < columns; part += COLUMNS) {
+      const int64_t count = rows - first < ROWS ? rows - first : ROWS;
+      const int64_t end = columns - part < COLUMNS ? columns : part + COLUMNS;
+      const float* in = x + first * depth;
+      for (int64_t column = part; column < end; ++column) {
+        const int8_t* w = codes + column * depth;
+        vfloat sums[ROWS] = {};
+        for (int64_t k = 0; k < whole; k += LANES) {
+          vchar bytes;
+          std::memcpy(&bytes, w + k, sizeof bytes);
+          const vfloat weight = to_float(__builtin_convertvector(bytes, vint));
+          for (int64_t r = 0; r < count; ++r) sums[r] += load(in + r * depth + k) * weight;
+        }
+        for (int64_t r = 0; r < count; ++r) {
+          float acc = sum(sums[r]);
+          for (int64_t k = whole; k < depth; ++k) acc += in[r * depth + k] * w[k];
+          out[(first + r) * columns + column] = acc * scale[column] + bias[column];
+        }
+      }
+    }
+}
+
+}  // extern "C"

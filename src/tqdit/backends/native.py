@@ -1,0 +1,213 @@
+"""`kernels.cpp` compiled for this processor at first use, kept in a cache folder, and called through its C functions.
+
+No compiler is needed to install the package. Where none is found, or it fails, `library` raises `Unavailable` with the
+reason, and the CPU backend runs the same operations through torch.
+
+Settings, from the environment: TQDIT_CXX (the compiler; empty: none), TQDIT_CXXFLAGS (instead of the processor's own
+instruction set), TQDIT_CACHE (the folder; default: tqdit in the user's cache folder).
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from tqdit.ops.schema import OperandParams
+from tqdit.spec import Grid
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+# No contraction: codes must not depend on where a compiler finds a fused multiply-add.
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-Wno-psabi")
+OPENMP = ("-fopenmp",)
+COMPILERS = ("c++", "g++", "clang++")
+BUILD_SECONDS = 300
+
+
+class Unavailable(Exception):
+    """The kernels cannot be built or loaded here; the message says why."""
+
+
+class Operand(ctypes.Structure):
+    """`Operand` of kernels.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("scale", "coarse", "zero", "shift")),
+        *((name, ctypes.c_int64) for name in ("stride", "grid", "bits")),
+    )
+
+
+class AttentionCall(ctypes.Structure):
+    """`AttentionCall` of kernels.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("qkv", "out", "trace")),
+        *((name, ctypes.c_int64) for name in ("batch", "tokens", "heads", "dim", "threads")),
+        *((name, Operand) for name in ("query", "key", "value", "probability", "target")),
+        ("factor", ctypes.c_float),
+    )
+
+
+def operand(params: OperandParams) -> Operand:
+    """Pointers into the parameters, which must outlive the call."""
+    shared = params.scale.shape[0] == 1
+    merged = params.shift is not None
+    grid = 0 if params.grid is Grid.UNIFORM else 2 if merged else 1
+    return Operand(
+        params.scale.data_ptr(), params.coarse.data_ptr(), params.zero_point.data_ptr(),
+        params.shift.data_ptr() if params.shift is not None else None,
+        0 if shared else params.scale.shape[1], grid, params.bits,
+    )  # fmt: skip
+
+
+Argument = torch.Tensor | ctypes.Structure | ctypes.c_void_p | int | float | None
+
+
+def call(name: str, *arguments: Argument) -> None:
+    """Run one function of the library. Tensors must be contiguous; they, structures and None become pointers."""
+    getattr(library(), f"tqdit_{name}")(*(_argument(a) for a in arguments))
+
+
+def _argument(value: Argument) -> object:
+    if isinstance(value, torch.Tensor):
+        assert value.is_contiguous() and value.device.type == "cpu"
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, ctypes.Structure):
+        return ctypes.byref(value)
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    return ctypes.c_int64(value) if isinstance(value, int) else value
+
+
+def reason() -> str | None:
+    """Why the kernels cannot run here, or None if they can."""
+    try:
+        library()
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def instructions() -> str:
+    """The integer instructions the kernels were compiled to, for reports."""
+    flags = _processor_flags()
+    return "avx512-vnni" if "TQDIT_CXXFLAGS" not in os.environ and "avx512_vnni" in flags else "generic"
+
+
+def library() -> ctypes.CDLL:
+    """The compiled kernels; built on the first call. Raises `Unavailable`."""
+    loaded = _load()
+    if isinstance(loaded, str):
+        raise Unavailable(loaded)
+    return loaded
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    """The library, or why there is none; either way, one attempt a process."""
+    try:
+        return _built()
+    except Unavailable as error:
+        return str(error)
+
+
+def _built() -> ctypes.CDLL:
+    compiler = _compiler()
+    flags = (*FLAGS, *_target_flags())
+    name = f"kernels-{_key(compiler, flags)}.so"
+    problem = ""
+    for folder in _folders():
+        path = folder / name
+        try:
+            _make_private(folder)
+            if not path.is_file():
+                _compile(compiler, flags, path)
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            problem = f"{path}: {error}"
+            path.unlink(missing_ok=True)  # damaged: built again next time
+    raise Unavailable(f"cannot keep or load the compiled kernels: {problem}")
+
+
+def _compiler() -> str:
+    if "TQDIT_CXX" in os.environ:
+        named = os.environ["TQDIT_CXX"]
+        found = shutil.which(named) if named else None
+        if found is None:
+            raise Unavailable(f"TQDIT_CXX names no compiler: '{named}'")
+        return found
+    if sys.platform == "win32":
+        raise Unavailable("kernels.cpp is written for GCC and Clang; set TQDIT_CXX to one of them")
+    for candidate in COMPILERS:
+        if found := shutil.which(candidate):
+            return found
+    raise Unavailable(f"no C++ compiler found ({', '.join(COMPILERS)})")
+
+
+def _target_flags() -> tuple[str, ...]:
+    if "TQDIT_CXXFLAGS" in os.environ:
+        return tuple(os.environ["TQDIT_CXXFLAGS"].split())
+    return ("-mcpu=native",) if platform.machine() in ("arm64", "aarch64") else ("-march=native",)
+
+
+def _key(compiler: str, flags: tuple[str, ...]) -> str:
+    """Hash of everything that decides the binary: a cache folder may be shared by machines."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    parts = (SOURCE.read_bytes(), " ".join(flags).encode(), version, _processor_flags().encode())
+    return hashlib.sha256(b"\0".join((*parts, torch.__version__.encode()))).hexdigest()[:24]
+
+
+@functools.cache
+def _processor_flags() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() + platform.machine()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+def _folders() -> list[Path]:
+    """Where the library may be kept: the cache folder, or one that lasts as long as this process's machine is up."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tqdit"
+    chosen = Path(os.environ["TQDIT_CACHE"]) if "TQDIT_CACHE" in os.environ else default
+    return [chosen, Path(tempfile.gettempdir()) / f"tqdit-{os.getuid() if hasattr(os, 'getuid') else 'user'}"]
+
+
+def _make_private(folder: Path) -> None:
+    """Code is loaded from it: refuse a folder that somebody else could write to."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if hasattr(os, "getuid"):
+        status = folder.stat()
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:
+            raise PermissionError("the folder is writable by others")
+
+
+def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
+    """Build into a file of our own and move it into place: others may be building the same."""
+    handle, scratch = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    os.close(handle)
+    try:
+        for threads in (OPENMP, ()):  # Apple's clang has no OpenMP of its own: then one thread
+            command = [compiler, *flags, *threads, str(SOURCE), "-o", scratch]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
+            if done.returncode == 0:
+                os.replace(scratch, path)
+                return
+        raise Unavailable(f"{compiler} cannot build the kernels: {_last_line(done.stderr)}")
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"{compiler} took more than {BUILD_SECONDS} s to build the kernels") from None
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if "error" in line] or text.splitlines()
+    return lines[0].strip() if lines else "no message"

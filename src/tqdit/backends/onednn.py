@@ -1,0 +1,79 @@
+"""Exact products of unsigned activation codes and signed weight codes, through the oneDNN operations inside torch.
+
+They are private operations of torch: `reason` probes them once, for existence and for exactness (without VNNI oneDNN's
+sums of two products saturate at 16 bits). Where they do not serve, the products run in exact pieces of fp32.
+"""
+
+import functools
+from typing import Self
+
+import torch
+
+from tqdit.ops.holders import FixedDtype
+from tqdit.ops.reference import int_matmul
+from tqdit.ops.schema import WeightParams
+
+SIGN = 128  # unsigned code = signed code + 128
+
+
+class Packed:
+    """A weight in oneDNN's blocked layout: opaque and read-only, so copies of a model share it."""
+
+    def __init__(self, codes: torch.Tensor) -> None:
+        self.tensor = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+
+class PackedLinear(FixedDtype):
+    """A linear layer for integer products: packed codes, fp32 scale and bias (out,). The plain codes are not kept."""
+
+    scale: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(self, weight: WeightParams, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        columns = len(weight.codes)
+        self.shape = tuple(weight.codes.shape)
+        self.packed = None if reason() else Packed(weight.codes)
+        self.register_buffer("codes", weight.codes if self.packed is None else None)
+        self.register_buffer("scale", weight.scale.expand(columns).contiguous())
+        self.register_buffer("bias", torch.zeros(columns) if bias is None else bias.float().contiguous())
+        self.register_buffer("colsum", weight.colsum)
+
+    def product(self, codes: torch.Tensor, zero: int) -> torch.Tensor:
+        """fp32 (M, out): the int32 sums of (codes - zero) W^T, each rounded once. codes: uint8 (M, in), contiguous."""
+        if self.packed is not None:
+            return _qlinear(codes, zero, self.packed.tensor)
+        assert self.codes is not None
+        signed = (codes ^ SIGN).view(torch.int8)
+        return (int_matmul(signed, self.codes.t()) - (zero - SIGN) * self.colsum).float()
+
+
+def _qlinear(codes: torch.Tensor, zero: int, packed: torch.Tensor) -> torch.Tensor:
+    one, none = _constants()
+    return torch.ops.onednn.qlinear_pointwise(
+        codes, 1.0, zero, packed, one, none, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+@functools.cache
+def _constants() -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight scale of 1 and a weight zero point of 0."""
+    return torch.ones(1), torch.zeros(1, dtype=torch.int32)
+
+
+@functools.cache
+def reason() -> str | None:
+    """Why oneDNN's integer matmul cannot be used here, or None."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (33, 520), generator=generator).to(torch.uint8)
+    weight = torch.randint(-128, 128, (50, 520), generator=generator).to(torch.int8)
+    codes[:8], weight[:8], weight[8:16] = 255, 127, -128
+    try:
+        found = _qlinear(codes, 77, torch.ops.onednn.qlinear_prepack(weight, None))
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        return f"torch has no oneDNN integer matmul here: {str(error).strip().partition(chr(10))[0]}"
+    exact = (codes.long() - 77) @ weight.long().t()
+    return None if torch.equal(found, exact.float()) else "oneDNN's integer sums saturate on this processor (no VNNI)"

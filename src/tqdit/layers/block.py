@@ -1,0 +1,111 @@
+"""`IntBlock`: a DiT block in integers, seven backend calls; and the conditioning that all blocks of a model share."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tqdit.errors import InputError
+from tqdit.layers.linear import IntLinear
+from tqdit.layers.params import ActivationParams
+from tqdit.ops.schema import AttentionParams, Backend
+
+
+class Conditioning(nn.Module):
+    """SiLU(embedding of t and class), computed once per denoiser call, not once per block.
+
+    On the CPU equal (t, class) rows of the batch, such as the null class under guidance, are computed once; `rows`
+    says which row each sample uses.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inputs: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._rows: torch.Tensor | None = None
+        self._embedded: dict[int, torch.Tensor] = {}
+
+    def pre_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of a transformer called as (hidden_states, timestep, class_labels, ...)."""
+        given = dict(zip(("hidden_states", "timestep", "class_labels"), args, strict=False)) | kwargs
+        labels = given.get("class_labels")
+        if labels is None:
+            raise InputError("a class-conditional model needs `class_labels`")
+        batch = given["hidden_states"].shape[0]
+        if labels.shape != (batch,):
+            raise InputError(f"class_labels have shape {tuple(labels.shape)}, the batch needs ({batch},)")
+        timestep = torch.as_tensor(given["timestep"], device=labels.device).reshape(-1).expand(batch)
+        self._embedded.clear()
+        self._inputs, self._rows = (timestep, labels), None
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            pairs = torch.stack([timestep.double(), labels.double()])
+            distinct, self._rows = torch.unique(pairs, dim=1, return_inverse=True)
+            self._inputs = distinct[0].to(timestep.dtype), distinct[1].to(labels.dtype)
+
+    def modulation(self, norm: nn.Module) -> tuple[torch.Tensor, ...]:
+        """shift, scale, gate of attention, then of the feed-forward, each (B, C) fp32, from a block's adaLN layer."""
+        assert self._inputs is not None, "the conditioning is set by the model's forward"
+        embedder = norm.emb
+        if id(embedder) not in self._embedded:
+            self._embedded[id(embedder)] = F.silu(embedder(*self._inputs, hidden_dtype=torch.float32))
+        out = norm.linear(self._embedded[id(embedder)])
+        out = out if self._rows is None else out.index_select(0, self._rows)
+        return out.chunk(6, dim=1)
+
+
+class IntBlock(nn.Module):
+    """A DiT block on integer codes, (B, N, C) -> (B, N, C); the residual stream, LayerNorm, softmax and GELU are fp32.
+
+    `norm1` holds the block's embedder and adaLN layer, where diffusers' own forward looks for the embedder. q, k and v
+    are one stacked layer. `operands`: parameters of "query", "key", "value" (per head) and "softmax".
+    """
+
+    def __init__(
+        self,
+        norm1: nn.Module,
+        linears: dict[str, IntLinear],
+        operands: dict[str, ActivationParams],
+        heads: int,
+        eps: tuple[float, float],
+        backend: Backend,
+        conditioning: Conditioning,
+    ) -> None:
+        """`linears`: "qkv", "out", "fc1", "fc2". `eps` of the two LayerNorms."""
+        super().__init__()
+        self.norm1 = norm1
+        self.qkv, self.out, self.fc1, self.fc2 = (linears[name] for name in ("qkv", "out", "fc1", "fc2"))
+        self.operands = nn.ModuleDict(operands)
+        self.heads = heads
+        self.eps = eps
+        self.backend = backend
+        self._conditioning = [conditioning]  # in a list: the model owns it, a block only reads it
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        **unused: Any,
+    ) -> torch.Tensor:
+        """Raises `ValueError` for cross-attention and masks, which no supported DiT has."""
+        if encoder_hidden_states is not None or attention_mask is not None:
+            raise ValueError("IntBlock is self-attention without a mask")
+        run = self.backend
+        x = hidden_states.float()
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self._conditioning[0].modulation(self.norm1)
+        attention = AttentionParams(
+            *(self.operands[name].select() for name in ("query", "key", "value", "softmax")),
+            heads=self.heads,
+        )
+        source, layer = self.qkv.select()
+        codes = run.norm_quantize(x, shift_1, scale_1, self.eps[0], source)
+        codes = run.qkv(codes, source, layer, attention)
+        source, layer = self.out.select()
+        codes = run.attention(codes, attention, source)
+        x = run.linear_residual(codes, source, layer, gate_1, x)
+
+        source, layer = self.fc1.select()
+        codes = run.norm_quantize(x, shift_2, scale_2, self.eps[1], source)
+        target, second = self.fc2.select()
+        codes = run.linear_gelu(codes, source, layer, target)
+        return run.linear_residual(codes, target, second, gate_2, x).to(hidden_states.dtype)

@@ -1,0 +1,330 @@
+"""Every way the CPU backend runs against `ops.reference`: equal codes and accumulators, floats within a stated bound.
+
+LayerNorm, GELU and exp are rounded differently from torch's. So a code after one of them may differ, by one step, where
+the value before rounding is nearer to a boundary than that rounding reaches; everything else is equal bit for bit.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.backends.operands import Maker, maker
+from tqdit.backends import native, onednn
+from tqdit.backends.cpu import NativeCpu
+from tqdit.backends.onednn import SIGN, PackedLinear
+from tqdit.ops.quantizer import dequantize, quantize
+from tqdit.ops.reference import Reference, int_matmul
+from tqdit.ops.schema import OperandParams
+from tqdit.spec import Grid
+
+REFERENCE = Reference()
+# How far a float operation may be from torch's, in steps of the grid it is quantized to (at most 256 steps of range).
+TIE = 256 * 16 * 2.0**-24
+SHAPES = [(1, 1, 16, 1), (2, 5, 24, 3), (3, 17, 40, 2), (1, 64, 144, 2)]  # batch, tokens, width, heads
+each_shape = pytest.mark.parametrize(("batch", "tokens", "width", "heads"), SHAPES)
+each_gelu = pytest.mark.parametrize(
+    ("grid", "bits", "merged"),
+    [(Grid.UNIFORM, 8, False), (Grid.MRQ_GELU, 8, False), (Grid.MRQ_GELU, 6, False), (Grid.MRQ_GELU, 6, True)],
+)
+each_softmax = pytest.mark.parametrize(
+    ("grid", "bits", "merged"),
+    [
+        (Grid.UNIFORM, 8, False), (Grid.UNIFORM, 4, False), (Grid.MRQ_SOFTMAX, 8, False),
+        (Grid.MRQ_SOFTMAX, 8, True), (Grid.MRQ_SOFTMAX, 6, False), (Grid.MRQ_SOFTMAX, 6, True),
+    ],
+)  # fmt: skip
+
+
+def given_codes(run, codes: torch.Tensor, params: OperandParams) -> torch.Tensor:
+    """Signed codes in the layout of a backend."""
+    if not isinstance(run, NativeCpu):
+        return codes
+    if params.grid is Grid.UNIFORM:
+        return codes.view(torch.uint8) ^ SIGN
+    if params.shift is not None:
+        shifted = torch.where(codes < 0, codes.int(), codes.int() << params.shift)
+        return (shifted + (1 << (params.bits - 1))).to(torch.uint8)
+    return torch.stack([(-codes.int().clamp(max=0)).to(torch.uint8), codes.clamp(min=0).to(torch.uint8)])
+
+
+def found_codes(run, codes: torch.Tensor, params: OperandParams | None = None) -> torch.Tensor:
+    """The inverse."""
+    if not isinstance(run, NativeCpu):
+        return codes.int()
+    if params is None or params.grid is Grid.UNIFORM:
+        return codes.int() - SIGN
+    if params.shift is not None:
+        shifted = codes.int() - (1 << (params.bits - 1))
+        return torch.where(shifted < 0, shifted, shifted >> params.shift)
+    return codes[1].int() - codes[0].int()
+
+
+def assert_equal_up_to_ties(actual: torch.Tensor, value: torch.Tensor, params: OperandParams) -> None:
+    """`actual` are codes of `value` (fp64), or of a value closer to it than TIE steps."""
+    wide = OperandParams(*(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in params))
+    below, above = (exact_codes(value, wide, offset) for offset in (-TIE, TIE))
+    assert ((actual >= torch.minimum(below, above)) & (actual <= torch.maximum(below, above))).all()
+
+
+def exact_codes(value: torch.Tensor, params: OperandParams, offset: float) -> torch.Tensor:
+    """Codes of a value moved by `offset` steps, in fp64."""
+    half = 1 << (params.bits - 1)
+    if params.grid is Grid.UNIFORM:
+        return (torch.round(value / params.scale + offset) + params.zero_point).clamp(-half, half - 1)
+    if params.grid is Grid.MRQ_SOFTMAX:
+        top = half - 1
+        fine = value + offset * params.scale <= top * params.scale
+        steps = torch.round(value / torch.where(fine, params.scale, params.coarse) + offset).clamp(max=top)
+        return torch.where(fine, -steps, steps)
+    moved = value / torch.where(value < 0, params.scale, params.coarse) + offset
+    return torch.round(moved).clamp(-half, half - 1)
+
+
+# Products -----------------------------------------------------------------------------------------------------------
+
+
+@given(
+    m=st.integers(1, 40), k=st.integers(1, 300), n=st.integers(1, 70), zero=st.integers(0, 255),
+    extreme=st.booleans(), seed=st.integers(0, 2**20),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_products_are_exact(run, m: int, k: int, n: int, zero: int, extreme: bool, seed: int) -> None:
+    make = maker(seed)
+    codes = make.codes(m, k).view(torch.uint8)
+    weight = make.weight(n, k)
+    if extreme:
+        codes = torch.full_like(codes, 255)
+        weight = weight._replace(codes=torch.full_like(weight.codes, -128))
+        weight = weight._replace(colsum=weight.codes.sum(1, dtype=torch.int32))
+    expected = (codes.long() - zero) @ weight.codes.long().t()
+    assert torch.equal(PackedLinear(weight, None).product(codes, zero), expected.float())
+
+
+@pytest.mark.parametrize("k", [1024, 1025, 4608])
+def test_products_beyond_2_to_24_are_rounded_once(run, k: int) -> None:
+    codes = torch.full((3, k), 255, dtype=torch.uint8)
+    weight = maker(k).weight(5, k)
+    weight = weight._replace(codes=torch.full_like(weight.codes, 127) - torch.eye(5, k).to(torch.int8))
+    weight = weight._replace(colsum=weight.codes.sum(1, dtype=torch.int32))
+    expected = (codes.long() - 3) @ weight.codes.long().t()
+    assert expected.abs().max() > 2**24
+    assert torch.equal(PackedLinear(weight, None).product(codes, 3), expected.float())
+
+
+# Operations ---------------------------------------------------------------------------------------------------------
+
+
+@each_shape
+@pytest.mark.parametrize("lead", [False, True])
+def test_norm_quantize(run, batch: int, tokens: int, width: int, heads: int, lead: bool) -> None:
+    make = maker(0)
+    x = make.values(batch, tokens, width) * 3 + 1
+    modulation = make.values(batch, 6 * width)  # its chunks are rows of a wider tensor
+    shift, scale, *_ = modulation.chunk(6, dim=1)
+    target = make.params(lead=batch if lead else 1)
+    wide = x.double() - x.double().mean(-1, keepdim=True)
+    normal = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    value = normal * (1 + scale.double()[:, None]) + shift.double()[:, None]
+    actual = found_codes(run, run.norm_quantize(x, shift, scale, 1e-6, target))
+    assert_equal_up_to_ties(actual, value, target)
+    expected = REFERENCE.norm_quantize(x, shift, scale, 1e-6, target)
+    assert (actual != expected).float().mean() < 0.01
+    strided = x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(found_codes(run, run.norm_quantize(strided, shift, scale, 1e-6, target)), actual)
+
+
+@each_shape
+@pytest.mark.parametrize("lead", [False, True])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_qkv_is_equal(run, batch: int, tokens: int, width: int, heads: int, lead: bool, per_channel: bool) -> None:
+    make = maker(1)
+    codes, source = make.codes(batch, tokens, width), make.params(lead=batch if lead else 1)
+    weight, bias = make.weight(3 * width, width, per_channel), make.values(3 * width)
+    params = make.attention(heads, Grid.UNIFORM, batch if lead else 1)
+    expected = REFERENCE.qkv(codes, source, REFERENCE.prepare(weight, bias), params)
+    actual = run.qkv(given_codes(run, codes, source), source, run.prepare(weight, bias), params)
+    assert torch.equal(found_codes(run, actual), expected.int())
+
+
+@each_shape
+@each_softmax
+def test_attention(run, batch: int, tokens: int, width: int, heads: int, grid: Grid, bits: int, merged: bool) -> None:
+    make = maker(2, bits)
+    params, target = make.attention(heads, grid, batch, merged), make.params(lead=batch, reach=2.0)
+    qkv = make.codes(batch, tokens, 3 * width)
+    expected = REFERENCE.attention(qkv, params, target)
+    given = given_codes(run, qkv, params.query)
+    if not isinstance(run, NativeCpu):
+        assert torch.equal(run.attention(given, params, target), expected)
+        return
+    trace = torch.empty(batch, heads, tokens, tokens, dtype=torch.int8)
+    actual = run.attention(given, params, target, trace)
+    codes = traced(trace, params.softmax)
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    scores = dequantize(q, params.query).double() @ dequantize(k, params.key).double().transpose(-1, -2)
+    assert_equal_up_to_ties(codes.int(), (scores * q.shape[-1] ** -0.5).softmax(-1), params.softmax)
+    attended = REFERENCE.values(codes, params.softmax, v, params.value).transpose(1, 2).flatten(2)
+    assert torch.equal(found_codes(run, actual), quantize(attended, target).int())  # P V is exact
+    assert (found_codes(run, actual) != expected).float().mean() < 0.01
+
+
+def traced(trace: torch.Tensor, params: OperandParams) -> torch.Tensor:
+    """Codes as the reference has them, from the trace of a merged grid, where a fine code is the value itself."""
+    if params.shift is None:
+        return trace
+    value = trace.int() + SIGN
+    top = (1 << (params.bits - 1)) - 1
+    return torch.where(value <= top, -value, value >> params.shift).to(torch.int8)
+
+
+@each_shape
+@each_gelu
+@pytest.mark.parametrize("lead", [False, True])
+def test_linear_gelu(
+    run, batch: int, tokens: int, width: int, heads: int, grid: Grid, bits: int, merged: bool, lead: bool
+) -> None:
+    make = maker(3, bits)
+    count = batch if lead else 1
+    codes, source, target = make.codes(batch, tokens, width), make.params(lead=count), make.params(
+        grid, count, merged=merged
+    )
+    weight, bias = make.weight(2 * width + 1, width), make.values(2 * width + 1)
+    layer = REFERENCE.prepare(weight, bias)
+    value = torch.nn.functional.gelu(REFERENCE.linear(codes, source, layer).double(), approximate="tanh")
+    actual = run.linear_gelu(given_codes(run, codes, source), source, run.prepare(weight, bias), target)
+    actual = found_codes(run, actual, target)
+    assert_equal_up_to_ties(actual, value, target)
+    assert (actual != REFERENCE.linear_gelu(codes, source, layer, target)).float().mean() < 0.01
+
+
+@each_shape
+@each_gelu
+@pytest.mark.parametrize("lead", [False, True])
+def test_linear_residual_is_equal(
+    run, batch: int, tokens: int, width: int, heads: int, grid: Grid, bits: int, merged: bool, lead: bool
+) -> None:
+    make = maker(4, bits)
+    codes = make.codes(batch, tokens, 3 * width + 2)
+    source = make.params(grid, batch if lead else 1, merged=merged)
+    weight, bias = make.weight(width, 3 * width + 2), make.values(width)
+    gate, x = make.values(batch, 6 * width).chunk(6, dim=1)[2], make.values(batch, tokens, width)
+    before = x.clone()
+    expected = REFERENCE.linear_residual(codes, source, REFERENCE.prepare(weight, bias), gate, x)
+    actual = run.linear_residual(given_codes(run, codes, source), source, run.prepare(weight, bias), gate, x)
+    assert torch.equal(actual, expected)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(("rows", "columns", "depth"), [(1, 1, 1), (3, 33, 17), (9, 70, 64), (20, 5, 130)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_float_input_linear(run, rows: int, columns: int, depth: int, bias: bool) -> None:
+    make = maker(5)
+    x, weight = make.values(rows, depth), make.weight(columns, depth)
+    b = make.values(columns) if bias else None
+    actual = run.float_input_linear(x, run.prepare_float_input(weight, b))
+    value = weight.codes.double() * weight.scale.double()[:, None]
+    exact = x.double() @ value.t() + (b.double() if bias else 0)
+    bound = (depth + 4) * 2.0**-24 * (x.double().abs() @ value.abs().t() + (b.double().abs() if bias else 0))
+    assert ((actual - exact).abs() <= bound).all()
+
+
+# Threads, batches, copies ----------------------------------------------------------------------------------------------
+
+
+def every_operation(run, make: Maker, batch: int, members: slice = slice(None)) -> list[torch.Tensor]:
+    """The seven calls of a block, on some members of a batch whose samples have grids of their own."""
+    tokens, width, heads = 21, 40, 2
+    x, modulation = make.values(batch, tokens, width)[members], make.values(batch, 6, width)[members]
+    layers = [
+        run.prepare(make.weight(out, inner), make.values(out))
+        for out, inner in ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
+    ]
+    sources = [member(make.params(lead=batch), members) for _ in range(3)]
+    gelu = member(make.params(Grid.MRQ_GELU, batch), members)
+    params = make.attention(heads, Grid.MRQ_SOFTMAX, batch)
+    params = params._replace(**{n: member(getattr(params, n), members) for n in ("query", "key", "value", "softmax")})
+    found = [run.norm_quantize(x, modulation[:, 0], modulation[:, 1], 1e-6, sources[0])]
+    found.append(run.qkv(found[-1], sources[0], layers[0], params))
+    found.append(run.attention(found[-1], params, sources[1]))
+    found.append(run.linear_residual(found[-1], sources[1], layers[1], modulation[:, 2], x))
+    codes = run.norm_quantize(found[-1], modulation[:, 3], modulation[:, 4], 1e-6, sources[2])
+    found.append(run.linear_gelu(codes, sources[2], layers[2], gelu).movedim(-3, 0))  # planes, if any, after the batch
+    found.append(run.linear_residual(found[-1].movedim(0, -3), gelu, layers[3], modulation[:, 5], found[3]))
+    return found
+
+
+def member(params: OperandParams, members: slice) -> OperandParams:
+    return OperandParams(*(x[members] if isinstance(x, torch.Tensor) else x for x in params))
+
+
+def test_batch_split_changes_nothing(fast) -> None:
+    together = every_operation(fast, maker(6), 5)
+    parts = [every_operation(fast, maker(6), 5, slice(i, i + 2)) for i in (0, 2, 4)]
+    for index, whole in enumerate(together):
+        assert torch.equal(whole, torch.cat([part[index] for part in parts]))
+
+
+def test_threads_change_nothing(fast) -> None:
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(every_operation(fast, maker(7), 3))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+# Probes and fallbacks --------------------------------------------------------------------------------------------------
+
+
+def test_kernel_names_say_what_runs(run, request: pytest.FixtureRequest) -> None:
+    way = request.node.callspec.params["run"]
+    vnni = onednn.reason() is None
+    assert run.kernel("linear") == ("onednn u8 x s8" if vnni else "int8 in fp32, exact")
+    assert ("fused attention" in run.kernel("scores")) == (way in ("native", "generic", "no-onednn"))
+    assert ("generic" in run.kernel("values")) == (way == "generic" or (
+        isinstance(run, NativeCpu) and native.instructions() == "generic"
+    ))
+
+
+def test_a_processor_without_vnni_is_found_out() -> None:
+    """oneDNN's sums saturate there; the probe must see it, and the products must be exact all the same."""
+    code = (
+        "import torch\n"
+        "from tqdit.backends import onednn\n"
+        "from tests.backends.operands import maker\n"
+        "layer = onednn.PackedLinear(maker(0).weight(7, 300), None)\n"
+        "codes = torch.full((4, 300), 255, dtype=torch.uint8)\n"
+        "exact = (codes.long() - 3) @ maker(0).weight(7, 300).codes.long().t()\n"
+        "assert torch.equal(layer.product(codes, 3), exact.float())\n"
+        "print(onednn.reason())\n"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "saturate" in done.stdout or "no oneDNN" in done.stdout
+
+
+def test_a_missing_operation_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*arguments: object) -> torch.Tensor:
+        raise AttributeError("'_OpNamespace' 'onednn' object has no attribute 'qlinear_pointwise'")
+
+    monkeypatch.setattr(onednn, "_qlinear", missing)
+    assert "no oneDNN integer matmul" in str(onednn.reason.__wrapped__())
+
+
+def test_signed_codes_and_their_products_agree_with_the_oracle() -> None:
+    """The helper of this file against `int_matmul`, so that both cannot be wrong alike."""
+    make = maker(8)
+    codes, weight = make.codes(4, 50), make.weight(6, 50)
+    unsigned = codes.view(torch.uint8) ^ SIGN
+    assert torch.equal(PackedLinear(weight, None).product(unsigned, SIGN), int_matmul(codes, weight.codes.t()).float())
