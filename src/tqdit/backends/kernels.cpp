@@ -5,9 +5,12 @@
 // that codes differ only where exp, GELU or LayerNorm, which round differently from torch's, meet a rounding boundary.
 // Rows are independent and each is summed in one fixed order: neither threads nor the batch change a result.
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
-#include <vector>
-#if defined(__AVX512VNNI__)
+#include <initializer_list>
+#include <memory>
+#include <new>
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -30,40 +33,83 @@ inline vfloat load(const float* p, int64_t count) {
   return v;
 }
 inline void store(float* p, vfloat v, int64_t count) {
-  std::memcpy(p, &v, (count < LANES ? count : LANES) * sizeof(float));
+  if (count >= LANES)
+    std::memcpy(p, &v, sizeof v);
+  else
+    std::memcpy(p, &v, count * sizeof(float));
 }
 inline vfloat to_float(vint v) { return __builtin_convertvector(v, vfloat); }
 inline vint to_int(vfloat v) { return __builtin_convertvector(v, vint); }  // of whole numbers
 inline void store_bytes(uint8_t* p, vint v, int64_t count) {
-  vbyte bytes = __builtin_convertvector(v, vbyte);
-  std::memcpy(p, &bytes, count < LANES ? count : LANES);
+  const vbyte bytes = __builtin_convertvector(v, vbyte);
+  if (count >= LANES)
+    std::memcpy(p, &bytes, LANES);  // of known size: one instruction
+  else
+    std::memcpy(p, &bytes, count);
+}
+// GCC converts bytes to ints one by one; in two steps it does not.
+inline vint widen(vchar v) {
+  typedef int16_t vshort __attribute__((vector_size(32)));
+  return __builtin_convertvector(__builtin_convertvector(v, vshort), vint);
+}
+inline vint widen(vbyte v) {
+  typedef uint16_t vshort __attribute__((vector_size(32)));
+  return __builtin_convertvector(__builtin_convertvector(v, vshort), vint);
 }
 inline vfloat at_most(vfloat a, vfloat b) { return a < b ? a : b; }
 inline vfloat at_least(vfloat a, vfloat b) { return a > b ? a : b; }
-inline float sum(vfloat v) { float s = 0; for (int i = 0; i < LANES; ++i) s += v[i]; return s; }
-inline int32_t sum(vint v) { int32_t s = 0; for (int i = 0; i < LANES; ++i) s += v[i]; return s; }
 
-// Half to even, by the unit spacing of floats at 1.5 * 2^23; codes are clipped far below the clip at 2^21.
-inline vfloat round_even(vfloat x) {
-  const vfloat big = splat(12582912.0f), limit = splat(2097152.0f);
-  x = at_most(at_least(x, -limit), limit);
+// All lanes into one, by halves.
+template <typename Scalar, typename Vector, typename Combine>
+inline Scalar reduce(Vector v, Combine combine) {
+  typedef Scalar Half __attribute__((vector_size(32)));
+  typedef Scalar Quarter __attribute__((vector_size(16)));
+  struct { Half low, high; } halves;
+  struct { Quarter low, high; } quarters;
+  std::memcpy(&halves, &v, sizeof v);
+  const Half half = combine(halves.low, halves.high);
+  std::memcpy(&quarters, &half, sizeof half);
+  const Quarter four = combine(quarters.low, quarters.high);
+  return combine(combine(four[0], four[2]), combine(four[1], four[3]));
+}
+inline float sum(vfloat v) { return reduce<float>(v, [](auto a, auto b) { return a + b; }); }
+inline int32_t sum(vint v) { return reduce<int32_t>(v, [](auto a, auto b) { return a + b; }); }
+inline float largest(vfloat v) { return reduce<float>(v, [](auto a, auto b) { return a > b ? a : b; }); }
+
+// a * b + c, only where results are not promised bit for bit: inside exp and GELU.
+inline vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vfloat>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b),
+                                                  reinterpret_cast<__m512>(c)));
+#else
+  return a * b + c;
+#endif
+}
+
+// Half to even, |x| < 2^22: adding 1.5 * 2^23 leaves no room for a fraction.
+inline vfloat round_nearest(vfloat x) {
+  const vfloat big = splat(12582912.0f);
   return (x + big) - big;
+}
+
+// The same for any x; codes are clipped far below the limit.
+inline vfloat round_even(vfloat x) {
+  const vfloat limit = splat(2097152.0f);
+  return round_nearest(at_most(at_least(x, -limit), limit));
 }
 
 // exp(x) within 2 ulp, x clipped to +-87: 2^n p(r), |r| <= ln(2) / 2, p the Taylor polynomial of degree 7.
 inline vfloat exponential(vfloat x) {
+  const vfloat big = splat(12582912.0f);
   x = at_most(at_least(x, splat(-87.0f)), splat(87.0f));
-  const vfloat n = round_even(x * 1.44269504088896341f);
-  const vfloat r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  const vfloat shifted = multiply_add(x, splat(1.44269504088896341f), big), n = shifted - big;
+  const vfloat r = multiply_add(n, splat(2.12194440e-4f), multiply_add(n, splat(-0.693359375f), x));
   vfloat p = splat(1.0f / 5040);
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const vint exponent = (to_int(n) + 127) << 23;
+  for (float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    p = multiply_add(p, r, splat(coefficient));
+  vint exponent;  // the low bits of `shifted` are n
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  exponent = (exponent + 127) << 23;
   vfloat power;
   std::memcpy(&power, &exponent, sizeof power);
   return p * power;
@@ -71,8 +117,9 @@ inline vfloat exponential(vfloat x) {
 
 // tanh-GELU: x / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3).
 inline vfloat gelu(vfloat x) {
-  const vfloat u = x * 0.7978845608028654f * (1.0f + 0.044715f * x * x);
-  return x / (1.0f + exponential(-2.0f * u));
+  const vfloat twice = x * multiply_add(x * x, splat(-2.0f * 0.7978845608028654f * 0.044715f),
+                                        splat(-2.0f * 0.7978845608028654f));
+  return x / (1.0f + exponential(twice));
 }
 
 // c[r][j] = sum_k a[r][k] b[k][j] for R rows and C * 16 columns. b is packed in fours: [k / 4][column][k % 4].
@@ -80,20 +127,27 @@ template <int R, int C>
 inline void dot_tile(const uint8_t* a, int64_t lda, const int8_t* b, int64_t columns, int64_t fours, int32_t* c,
                      int64_t ldc) {
 #if defined(__AVX512VNNI__)
-  __m512i sums[R][C];
+  __m512i sums[R][C];  // in registers, once the loops over it are unrolled
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
     for (int j = 0; j < C; ++j) sums[r][j] = _mm512_setzero_si512();
   for (int64_t k = 0; k < fours; ++k) {
     __m512i right[C];
+#pragma GCC unroll 8
     for (int j = 0; j < C; ++j) right[j] = _mm512_loadu_si512(b + k * columns * 4 + j * 64);
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       int32_t left;
       std::memcpy(&left, a + r * lda + k * 4, 4);
       const __m512i four = _mm512_set1_epi32(left);
+#pragma GCC unroll 8
       for (int j = 0; j < C; ++j) sums[r][j] = _mm512_dpbusd_epi32(sums[r][j], four, right[j]);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
     for (int j = 0; j < C; ++j) _mm512_storeu_si512(c + r * ldc + j * LANES, sums[r][j]);
 #else
   for (int r = 0; r < R; ++r) {
@@ -112,9 +166,12 @@ template <int R>
 inline void dot_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t columns, int64_t fours, int32_t* c,
                      int64_t ldc) {
   int64_t j = 0;
-  for (; j + 4 * LANES <= columns; j += 4 * LANES)
+  for (; columns - j > 6 * LANES; j += 4 * LANES)
     dot_tile<R, 4>(a, lda, b + j * 4, columns, fours, c + j, ldc);
   switch ((columns - j) / LANES) {
+    case 6: dot_tile<R, 6>(a, lda, b + j * 4, columns, fours, c + j, ldc); break;
+    case 5: dot_tile<R, 5>(a, lda, b + j * 4, columns, fours, c + j, ldc); break;
+    case 4: dot_tile<R, 4>(a, lda, b + j * 4, columns, fours, c + j, ldc); break;
     case 3: dot_tile<R, 3>(a, lda, b + j * 4, columns, fours, c + j, ldc); break;
     case 2: dot_tile<R, 2>(a, lda, b + j * 4, columns, fours, c + j, ldc); break;
     case 1: dot_tile<R, 1>(a, lda, b + j * 4, columns, fours, c + j, ldc); break;
@@ -131,18 +188,60 @@ void dot(const uint8_t* a, int64_t lda, int64_t rows, const int8_t* b, int64_t c
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Columns of b are `count` items `column_stride` apart; along k the items are `k_stride` apart. `sums`: of each column.
-void pack(const uint8_t* b, int64_t column_stride, int64_t count, int64_t k_stride, int64_t k_count, int8_t* packed,
-          int64_t columns, int32_t* sums) {
-  std::memset(packed, 0, columns * round_up(k_count, 4));
-  for (int64_t j = 0; j < count; ++j) sums[j] = 0;
-  for (int64_t k = 0; k < k_count; ++k)
-    for (int64_t j = 0; j < count; ++j) {
-      const int8_t code = static_cast<int8_t>(b[j * column_stride + k * k_stride] ^ 0x80);
-      packed[((k >> 2) * columns + j) * 4 + (k & 3)] = code;
-      sums[j] += code;
+// Keys as the columns of Q K^T: four adjacent items of a key become one group. Codes turn signed; padding is 0.
+void pack_keys(const uint8_t* keys, int64_t stride, int64_t tokens, int64_t dim, int8_t* packed, int64_t columns) {
+  std::memset(packed, 0, columns * round_up(dim, 4));
+  const int64_t whole = dim / 4 * 4, rest = dim - whole;
+  for (int64_t j = 0; j < tokens; ++j) {
+    const uint8_t* key = keys + j * stride;
+    uint32_t four;
+    for (int64_t k = 0; k < whole; k += 4) {
+      std::memcpy(&four, key + k, 4);
+      four ^= 0x80808080u;
+      std::memcpy(packed + k * columns + j * 4, &four, 4);
+    }
+    for (int64_t i = 0; i < rest; ++i)
+      packed[whole * columns + j * 4 + i] = static_cast<int8_t>(key[whole + i] ^ 0x80);
+  }
+}
+
+// Values as the columns of P V: one item of four successive tokens becomes one group.
+void pack_values(const uint8_t* values, int64_t stride, int64_t tokens, int64_t dim, int8_t* packed, int64_t columns,
+                 int64_t fours) {
+  for (int64_t group = 0; group < fours; ++group)
+    for (int64_t j = 0; j < columns; j += LANES) {
+      vint four{};
+      for (int64_t i = 0; i < 4 && group * 4 + i < tokens; ++i) {
+        const uint8_t* from = values + (group * 4 + i) * stride + j;
+        vbyte bytes = vbyte{} + static_cast<uint8_t>(0x80);  // of a padding lane: code 0
+        if (dim - j >= LANES)
+          std::memcpy(&bytes, from, LANES);
+        else
+          std::memcpy(&bytes, from, dim - j);
+        four |= (widen(bytes) ^ 0x80) << (8 * i);
+      }
+      std::memcpy(packed + (group * columns + j) * 4, &four, sizeof four);
     }
 }
+
+// Sums of the columns of a packed matrix; `ones`: that many ones.
+void column_sums(const uint8_t* ones, const int8_t* packed, int64_t columns, int64_t fours, int32_t* sums) {
+  dot(ones, 0, 1, packed, columns, fours, sums, 0);
+}
+
+// Scratch memory on a cache line boundary.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : items_(static_cast<T*>(std::aligned_alloc(64, round_up(count * sizeof(T), 64)))) {
+    if (!items_) throw std::bad_alloc();
+  }
+  T* data() const { return items_.get(); }
+
+ private:
+  struct Free { void operator()(T* p) const { std::free(p); } };
+  std::unique_ptr<T, Free> items_;
+};
 
 enum Grid { UNIFORM = 0, TWO_REGION = 1, MERGED = 2 };
 
@@ -164,11 +263,14 @@ namespace {
 
 // x -> unsigned code of a uniform grid.
 struct Uniform {
-  vfloat scale, zero, low, high;
+  vfloat scale, inverse, zero, low, high;
   Uniform(const Operand& o, int64_t i)
-      : scale(splat(o.scale[i])), zero(splat(o.zero[i] + 128)), low(splat(128 - (1 << (o.bits - 1)))),
+      : scale(splat(o.scale[i])), inverse(splat(1.0f / o.scale[i])), zero(splat(o.zero[i] + 128)), low(splat(128 - (1 << (o.bits - 1)))),
         high(splat(127 + (1 << (o.bits - 1)))) {}
-  vint code(vfloat x) const { return to_int(at_most(at_least(round_even(x / scale) + zero, low), high)); }
+  vint code(vfloat x) const { return clip(round_even(x / scale)); }
+  // For an x that is not promised to the last bit either.
+  vint code_near(vfloat x) const { return clip(round_even(x * inverse)); }
+  vint clip(vfloat steps) const { return to_int(at_most(at_least(steps + zero, low), high)); }
 };
 
 }  // namespace
@@ -193,14 +295,18 @@ constexpr int64_t QUERY_ROWS = 16;  // per pass: scores and codes of 1024 keys s
 // Buffers of one thread, for one (sample, head) at a time.
 struct Workspace {
   int64_t keys, depth, key_fours, value_fours;
-  std::vector<int8_t> key, value;
-  std::vector<int32_t> key_sums, value_sums, scores, first_sums, second_sums;
-  std::vector<uint8_t> first, second;
+  Buffer<int8_t> key, value;
+  Buffer<int32_t> key_sums, value_sums, scores, first_sums, second_sums;
+  Buffer<uint8_t> first, second, ones;
+  vint inside;  // which lanes of the last vector of keys are keys
   explicit Workspace(const AttentionCall& c)
       : keys(round_up(c.tokens, LANES)), depth(round_up(c.dim, LANES)), key_fours(round_up(c.dim, 4) / 4),
         value_fours(keys / 4), key(keys * key_fours * 4), value(depth * keys), key_sums(keys), value_sums(depth),
         scores(QUERY_ROWS * keys), first_sums(QUERY_ROWS * depth), second_sums(QUERY_ROWS * depth),
-        first(QUERY_ROWS * keys), second(QUERY_ROWS * keys) {}
+        first(QUERY_ROWS * keys), second(QUERY_ROWS * keys), ones(keys + round_up(c.dim, 4)) {
+    std::memset(ones.data(), 1, keys + round_up(c.dim, 4));
+    for (int i = 0; i < LANES; ++i) inside[i] = keys - LANES + i < c.tokens ? -1 : 0;
+  }
 };
 
 // One (sample, head) of a call, with its scales looked up.
@@ -223,20 +329,11 @@ struct Head {
 
 struct RowSums { int32_t first, second; };  // of the codes of one row of probabilities
 
-// Scores of one row -> exp(score - largest) in place, and their sum. Padding becomes 0.
-float exponentials(float* scores, int64_t keys, vint inside) {
-  const vfloat lowest = splat(-3.0e38f);
-  vfloat top = lowest;
-  for (int64_t j = 0; j < keys; j += LANES) {
-    vfloat x = load(scores + j);
-    if (j + LANES >= keys) x = inside ? x : lowest;
-    top = at_least(top, x);
-  }
-  float largest = top[0];
-  for (int i = 1; i < LANES; ++i) largest = top[i] > largest ? top[i] : largest;
+// exp(score - top) of one row in place, and their sum. Padding becomes 0.
+float exponentials(float* scores, float top, int64_t keys, vint inside) {
   vfloat total{};
   for (int64_t j = 0; j < keys; j += LANES) {
-    vfloat e = exponential(load(scores + j) - largest);
+    vfloat e = exponential(load(scores + j) - top);
     if (j + LANES >= keys) e = inside ? e : vfloat{};
     total += e;
     store(scores + j, e);
@@ -245,26 +342,24 @@ float exponentials(float* scores, int64_t keys, vint inside) {
 }
 
 // Softmax of one row of scores and its codes: `first` uniform, merged or fine ones, `second` coarse ones.
-RowSums softmax_codes(const Head& h, float* scores, int64_t keys, uint8_t* first, uint8_t* second) {
-  const int32_t tail = h.c.tokens % LANES;
-  vint lane;
-  for (int i = 0; i < LANES; ++i) lane[i] = i;
-  const vint everywhere = vint{} == 0, inside = tail ? lane < tail : everywhere;
-  const vfloat whole = splat(exponentials(scores, keys, inside));
-  const vfloat s1 = splat(h.s1), s2 = splat(h.s2), limit = splat((1 << (h.c.probability.bits - 1)) - 1);
-  const vfloat border = limit * s1;
+RowSums softmax_codes(const Head& h, float* scores, float top, const Workspace& w, uint8_t* first, uint8_t* second) {
+  const int64_t keys = w.keys;
+  const vint everywhere = vint{} == 0, inside = w.inside;
+  const vfloat share = splat(1.0f / exponentials(scores, top, keys, inside));
+  const vfloat limit = splat((1 << (h.c.probability.bits - 1)) - 1), border = limit * h.s1;
+  const vfloat per_s1 = splat(1.0f / h.s1), per_s2 = splat(1.0f / h.s2);
   vint first_total{}, second_total{};
   for (int64_t j = 0; j < keys; j += LANES) {
-    const vfloat p = load(scores + j) / whole;
+    const vfloat p = load(scores + j) * share;
     const vint valid = j + LANES >= keys ? inside : everywhere;
     if (h.c.probability.grid == UNIFORM) {
-      const vint code = h.probability.code(p) & valid;
+      const vint code = h.probability.code_near(p) & valid;
       first_total += code;
       store_bytes(first + j, code, LANES);
       continue;
     }
     const vint fine = p <= border;
-    const vint code = to_int(at_most(round_even(p / (fine ? s1 : s2)), limit)) & valid;
+    const vint code = to_int(at_most(round_nearest(p * (fine ? per_s1 : per_s2)), limit)) & valid;
     const bool merged = h.c.probability.grid == MERGED;
     const vint in_first = merged ? (fine ? code : code << h.shift) : (code & fine);
     first_total += in_first;
@@ -302,15 +397,33 @@ void write_trace(const Head& h, const uint8_t* first, const uint8_t* second, int
   for (int64_t j = 0; j < h.c.tokens; ++j) trace[j] = two ? second[j] - first[j] : first[j] - 128;
 }
 
-// Integer scores of one row, zero points corrected, times their scale; in place.
-void scale_scores(const Head& h, const uint8_t* query, const Workspace& w, int32_t* scores) {
+// Integer scores of one row, zero points corrected, times their scale, in place; the largest one.
+float scale_scores(const Head& h, const uint8_t* query, const Workspace& w, int32_t* scores) {
   int32_t query_sum = 0;
   for (int64_t k = 0; k < h.c.dim; ++k) query_sum += query[k];
   const int32_t constant = h.key_zero * (static_cast<int32_t>(h.c.dim) * h.query_zero - query_sum);
+  const vfloat lowest = splat(-3.0e38f);
+  vfloat top = lowest;
   for (int64_t j = 0; j < w.keys; j += LANES) {
     const vint acc = load(scores + j) + (constant - h.query_zero * load(w.key_sums.data() + j));
     const vfloat x = to_float(acc) * h.score_scale;
+    top = at_least(top, j + LANES >= w.keys ? (w.inside ? x : lowest) : x);
     std::memcpy(scores + j, &x, sizeof x);
+  }
+  return largest(top);
+}
+
+// The product of the coarse codes, of which many rows have none.
+void second_product(const RowSums* sums, int64_t rows, Workspace& w) {
+  for (int64_t r = 0; r < rows; r += 4) {
+    const int64_t count = rows - r < 4 ? rows - r : 4;
+    bool any = false;
+    for (int64_t i = 0; i < count; ++i) any |= sums[r + i].second != 0;
+    int32_t* out = w.second_sums.data() + r * w.depth;
+    if (any)
+      dot(w.second.data() + r * w.keys, w.keys, count, w.value.data(), w.depth, w.value_fours, out, w.depth);
+    else
+      std::memset(out, 0, count * w.depth * sizeof *out);
   }
 }
 
@@ -319,8 +432,10 @@ void attend(const Head& h, int64_t begin, int64_t end, Workspace& w) {
   const AttentionCall& c = h.c;
   const int64_t width = c.heads * c.dim, stride = 3 * width;
   const uint8_t* query = c.qkv + h.sample * c.tokens * stride + h.head * c.dim;
-  pack(query + width, stride, c.tokens, 1, c.dim, w.key.data(), w.keys, w.key_sums.data());
-  pack(query + 2 * width, 1, c.dim, stride, c.tokens, w.value.data(), w.depth, w.value_sums.data());
+  pack_keys(query + width, stride, c.tokens, c.dim, w.key.data(), w.keys);
+  column_sums(w.ones.data(), w.key.data(), w.keys, w.key_fours, w.key_sums.data());
+  pack_values(query + 2 * width, stride, c.tokens, c.dim, w.value.data(), w.depth, w.value_fours);
+  column_sums(w.ones.data(), w.value.data(), w.depth, w.value_fours, w.value_sums.data());
   for (int64_t i = begin; i < end; i += QUERY_ROWS) {
     const int64_t rows = end - i < QUERY_ROWS ? end - i : QUERY_ROWS;
     dot(query + i * stride, stride, rows, w.key.data(), w.keys, w.key_fours, w.scores.data(), w.keys);
@@ -328,14 +443,13 @@ void attend(const Head& h, int64_t begin, int64_t end, Workspace& w) {
     for (int64_t r = 0; r < rows; ++r) {
       int32_t* scores = w.scores.data() + r * w.keys;
       uint8_t *first = w.first.data() + r * w.keys, *second = w.second.data() + r * w.keys;
-      scale_scores(h, query + (i + r) * stride, w, scores);
-      sums[r] = softmax_codes(h, reinterpret_cast<float*>(scores), w.keys, first, second);
+      const float top = scale_scores(h, query + (i + r) * stride, w, scores);
+      sums[r] = softmax_codes(h, reinterpret_cast<float*>(scores), top, w, first, second);
       if (c.trace)
         write_trace(h, first, second, c.trace + ((h.sample * c.heads + h.head) * c.tokens + i + r) * c.tokens);
     }
     dot(w.first.data(), w.keys, rows, w.value.data(), w.depth, w.value_fours, w.first_sums.data(), w.depth);
-    if (c.probability.grid == TWO_REGION)
-      dot(w.second.data(), w.keys, rows, w.value.data(), w.depth, w.value_fours, w.second_sums.data(), w.depth);
+    if (c.probability.grid == TWO_REGION) second_product(sums, rows, w);
     for (int64_t r = 0; r < rows; ++r)
       attended_codes(h, sums[r], w, r, c.out + (h.sample * c.tokens + i + r) * width + h.head * c.dim);
   }
@@ -427,16 +541,16 @@ void tqdit_gelu_quantize(const float* acc, const Operand* source, const float* w
     const int64_t b = row / tokens, i = b * target->stride;
     const float s = source->scale[b * source->stride];
     const Uniform grid(*target, i);
-    const vfloat s1 = splat(target->scale[i]), s2 = splat(target->coarse[i]);
+    const vfloat per_s1 = splat(1.0f / target->scale[i]), per_s2 = splat(1.0f / target->coarse[i]);
     const int32_t shift = target->grid == MERGED ? target->shift[i] : 0, half = 1 << (target->bits - 1);
     for (int64_t j = 0; j < columns; j += LANES) {
       const int64_t n = columns - j, at = row * columns + j;
       const vfloat y = gelu(load(acc + at, n) * (s * load(weight + j, n)) + load(bias + j, n));
       if (target->grid == UNIFORM) {
-        store_bytes(first + at, grid.code(y), n);
+        store_bytes(first + at, grid.code_near(y), n);
         continue;
       }
-      const vfloat steps = round_even(y / (y < 0.0f ? s1 : s2));
+      const vfloat steps = round_even(y * (y < 0.0f ? per_s1 : per_s2));
       const vint code = to_int(at_most(at_least(steps, splat(-half)), splat(half - 1)));
       if (target->grid == MERGED) {
         store_bytes(first + at, (code < 0 ? code : code << shift) + half, n);
@@ -471,33 +585,52 @@ void tqdit_residual(const float* first, const float* second, const Operand* sour
   }
 }
 
+}  // extern "C"
+
+namespace {
+
+// One column of the weight times R rows of x.
+template <int R>
+void weight_only_column(const float* x, const int8_t* w, int64_t depth, float scale, float bias, float* out,
+                        int64_t out_stride) {
+  const int64_t whole = depth / LANES * LANES;
+  vfloat sums[R] = {};
+  for (int64_t k = 0; k < whole; k += LANES) {
+    vchar bytes;
+    std::memcpy(&bytes, w + k, sizeof bytes);
+    const vfloat weight = to_float(widen(bytes));
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sums[r] = multiply_add(load(x + r * depth + k), weight, sums[r]);
+  }
+  for (int r = 0; r < R; ++r) {
+    float acc = sum(sums[r]);
+    for (int64_t k = whole; k < depth; ++k) acc += x[r * depth + k] * w[k];
+    out[r * out_stride] = acc * scale + bias;
+  }
+}
+
+using WeightOnlyColumn = decltype(&weight_only_column<1>);
+constexpr WeightOnlyColumn WEIGHT_ONLY[] = {
+    weight_only_column<1>, weight_only_column<2>, weight_only_column<3>, weight_only_column<4>,
+    weight_only_column<5>, weight_only_column<6>, weight_only_column<7>, weight_only_column<8>};
+
+}  // namespace
+
+extern "C" {
+
 // out = (x codes^T) * scale + bias for float x. x (rows, depth), codes (columns, depth), scale and bias (columns), out
 // (rows, columns). Up to 8 rows read the int8 weight once.
 void tqdit_weight_only(const float* x, const int8_t* codes, const float* scale, const float* bias, int64_t rows,
                        int64_t columns, int64_t depth, float* out, int64_t threads) {
   constexpr int64_t ROWS = 8, COLUMNS = 32;
-  const int64_t whole = depth / LANES * LANES;
 #pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
   for (int64_t first = 0; first < rows; first += ROWS)
     for (int64_t part = 0; part < columns; part += COLUMNS) {
       const int64_t count = rows - first < ROWS ? rows - first : ROWS;
       const int64_t end = columns - part < COLUMNS ? columns : part + COLUMNS;
-      const float* in = x + first * depth;
-      for (int64_t column = part; column < end; ++column) {
-        const int8_t* w = codes + column * depth;
-        vfloat sums[ROWS] = {};
-        for (int64_t k = 0; k < whole; k += LANES) {
-          vchar bytes;
-          std::memcpy(&bytes, w + k, sizeof bytes);
-          const vfloat weight = to_float(__builtin_convertvector(bytes, vint));
-          for (int64_t r = 0; r < count; ++r) sums[r] += load(in + r * depth + k) * weight;
-        }
-        for (int64_t r = 0; r < count; ++r) {
-          float acc = sum(sums[r]);
-          for (int64_t k = whole; k < depth; ++k) acc += in[r * depth + k] * w[k];
-          out[(first + r) * columns + column] = acc * scale[column] + bias[column];
-        }
-      }
+      for (int64_t column = part; column < end; ++column)
+        WEIGHT_ONLY[count - 1](x + first * depth, codes + column * depth, depth, scale[column], bias[column],
+                               out + first * columns + column, columns);
     }
 }
 
