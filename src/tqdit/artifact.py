@@ -82,7 +82,9 @@ def read(folder: Path) -> Solution:
             raise InputError(f"{folder / name} is missing")
         if _sha256(folder / name) != expected:
             raise InputError(f"{folder / name} was changed: its sha256 is not the one in {MANIFEST}")
-    tensors = _read_verified(folder / WEIGHTS, manifest)
+    mapped = _read_verified(folder / WEIGHTS, manifest)
+    # Weight codes stay in the mapped file until `convert` packs them; a small tensor must not hold the file.
+    tensors = {name: t if name.endswith(".codes") else t.clone() for name, t in mapped.items()}
     for name, target in manifest["aliases"].items():
         if target not in tensors:
             raise InputError(f"{folder / MANIFEST}: tensor '{name}' refers to '{target}', which is missing")

@@ -58,6 +58,7 @@ class _Builder:
         self.clock = TimestepClock(solution.time_groups)
         self.conditioning = Conditioning()
         self.used: set[str] = set()
+        self.float_inputs: dict[tuple[int, ...], nn.Module] = {}
 
     def weight(self, name: str) -> WeightParams:
         try:
@@ -66,8 +67,7 @@ class _Builder:
             raise InputError(f"the solution has no codes for weight site '{name}'") from None
         self._check_shape(name, codes)
         self.used.add(name)
-        codes = codes.flatten(1)
-        return WeightParams(codes, params.scale.reshape(-1), codes.sum(1, dtype=torch.int32))
+        return WeightParams(codes.flatten(1), params.scale.reshape(-1))
 
     def parameter(self, name: str) -> torch.Tensor:
         """A parameter that stays in float."""
@@ -109,8 +109,11 @@ class _Builder:
         )  # fmt: skip
 
     def float_input(self, module: nn.Module, name: str) -> nn.Module:
-        layer = self.backend.prepare_float_input(self.weight(f"{name}.weight"), self.bias(name))
-        linear = WeightOnlyLinear(layer, self.backend)
+        weight, bias = self.weight(f"{name}.weight"), self.bias(name)
+        key = tuple(0 if tensor is None else tensor.data_ptr() for tensor in (weight.codes, weight.scale, bias))
+        if key not in self.float_inputs:  # an artifact stores a tied layer once: hold it once
+            self.float_inputs[key] = self.backend.prepare_float_input(weight, bias)
+        linear = WeightOnlyLinear(self.float_inputs[key], self.backend)
         return WeightOnlyPatchEmbed(linear, module.stride[0]) if isinstance(module, nn.Conv2d) else linear
 
     def fill_floats(self, model: nn.Module) -> None:
@@ -137,7 +140,7 @@ def _stacked(weights: list[WeightParams]) -> WeightParams:
     if len(weights) == 1:
         return weights[0]
     scales = [w.scale.expand(len(w.codes)) for w in weights]  # per tensor or per channel
-    return WeightParams(torch.cat([w.codes for w in weights]), torch.cat(scales), torch.cat([w.colsum for w in weights]))
+    return WeightParams(torch.cat([w.codes for w in weights]), torch.cat(scales))
 
 
 def _stacked_biases(biases: list[torch.Tensor | None]) -> torch.Tensor | None:

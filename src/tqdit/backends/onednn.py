@@ -10,7 +10,7 @@ from typing import Self
 import torch
 
 from tqdit.ops.holders import FixedDtype
-from tqdit.ops.reference import int_matmul
+from tqdit.ops.reference import column_sums, int_matmul
 from tqdit.ops.schema import WeightParams
 
 SIGN = 128  # unsigned code = signed code + 128
@@ -37,10 +37,10 @@ class PackedLinear(FixedDtype):
         columns = len(weight.codes)
         self.shape = tuple(weight.codes.shape)
         self.packed = None if reason() else Packed(weight.codes)
-        self.register_buffer("codes", weight.codes if self.packed is None else None)
+        self.register_buffer("codes", weight.codes.clone() if self.packed is None else None)
+        self.register_buffer("colsum", column_sums(weight.codes) if self.packed is None else None)
         self.register_buffer("scale", weight.scale.expand(columns).contiguous())
         self.register_buffer("bias", torch.zeros(columns) if bias is None else bias.float().contiguous())
-        self.register_buffer("colsum", weight.colsum)
 
     def product(self, codes: torch.Tensor, zero: int) -> torch.Tensor:
         """fp32 (M, out): the int32 sums of (codes - zero) W^T, each rounded once. codes: uint8 (M, in), contiguous."""

@@ -28,9 +28,9 @@ def unpack(packed: torch.Tensor, bits: int, shape: tuple[int, ...]) -> torch.Ten
             f"packed codes are {packed.numel()} bytes of {packed.dtype}; shape {tuple(shape)} at {bits} bits "
             f"takes {packed_size(count, bits)} bytes of uint8"
         )
-    data = packed.cpu().numpy()
     if bits == 8:
-        return torch.from_numpy(data.view(np.int8).copy()).reshape(shape)
+        return packed.view(torch.int8).reshape(shape)  # no copy
+    data = packed.cpu().numpy()
     stream = np.unpackbits(data, count=count * bits, bitorder="little").reshape(count, bits)
     unsigned = np.packbits(stream, axis=1, bitorder="little")[:, 0].astype(np.int16)
     signed = np.where(unsigned >= 1 << (bits - 1), unsigned - (1 << bits), unsigned)

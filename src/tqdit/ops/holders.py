@@ -23,16 +23,19 @@ class FixedDtype(nn.Module):
 
 
 class LinearCodes(FixedDtype):
-    """int8 codes (out, in), fp32 scale (out,) or (1,), int32 column sums and fp32 bias of one linear layer."""
+    """int8 codes (out, in), fp32 scale (out,) or (1,), column sums if they were given, and bias of a linear layer.
+
+    The codes are a copy: given ones may be part of a mapped file.
+    """
 
     codes: torch.Tensor
     scale: torch.Tensor
-    colsum: torch.Tensor
+    colsum: torch.Tensor | None
     bias: torch.Tensor | None
 
     def __init__(self, weight: WeightParams, bias: torch.Tensor | None) -> None:
         super().__init__()
-        self.register_buffer("codes", weight.codes)
+        self.register_buffer("codes", weight.codes.clone())
         self.register_buffer("scale", weight.scale)
         self.register_buffer("colsum", weight.colsum)
         self.register_buffer("bias", bias)
@@ -40,3 +43,4 @@ class LinearCodes(FixedDtype):
     @property
     def weight(self) -> WeightParams:
         return WeightParams(self.codes, self.scale, self.colsum)
+

@@ -37,6 +37,12 @@ def int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return sum((torch.matmul(x.float(), y.float()).to(torch.int32) for x, y in pieces), start=_ZERO.to(a.device))
 
 
+def column_sums(codes: torch.Tensor) -> torch.Tensor:
+    """Sums of the codes of each output channel, int32 (out,): the zero point of an activation multiplies them."""
+    ones = torch.ones(codes.shape[1], 1, dtype=torch.int8, device=codes.device)
+    return int_matmul(codes, ones).squeeze(1)
+
+
 def _has_int8_kernel(m: int, k: int, n: int, device: torch.device) -> bool:
     """Whether torch._int_mm takes this product, exactly: any shape on a CPU that can, aligned ones on an NVIDIA GPU."""
     if device.type == "cpu":
@@ -63,6 +69,7 @@ def linear(codes: torch.Tensor, params: OperandParams, weight: WeightParams, bia
     MRQ whose regions merge (s2 = s1 2^i): s1 s_w acc + bias with acc = 2^i (C2 W) +- C1 W, still an integer.
     """
     w = weight.codes.t()
+    assert weight.colsum is not None
     if params.grid.two_region:
         negative, positive = (int_matmul(c, w) for c in split_regions(codes))
         out = _two_regions(negative, positive, params, weight.scale)
@@ -128,6 +135,9 @@ class Reference(Composed):
     INTEGER = True
     scores = staticmethod(scores)
     values = staticmethod(values)
+
+    def prepare(self, weight: WeightParams, bias: torch.Tensor | None) -> LinearCodes:
+        return LinearCodes(weight._replace(colsum=column_sums(weight.codes)), bias)
 
     def kernel(self, operation: str) -> str:
         return "float32 x int8" if operation == "float_input_linear" else "int8"

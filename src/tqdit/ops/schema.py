@@ -29,11 +29,14 @@ class OperandParams(NamedTuple):
 
 
 class WeightParams(NamedTuple):
-    """A quantized weight: `codes` int8 (out, in), `scale` fp32 (out,) or (1,), `colsum` int32 (out,) sums of codes."""
+    """A quantized weight: `codes` int8 (out, in), `scale` fp32 (out,) or (1,).
+
+    `colsum`: int32 (out,) sums of codes, for those who correct zero points themselves.
+    """
 
     codes: torch.Tensor
     scale: torch.Tensor
-    colsum: torch.Tensor
+    colsum: torch.Tensor | None = None
 
 
 class AttentionParams(NamedTuple):
