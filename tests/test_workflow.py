@@ -106,13 +106,13 @@ def test_records_of_other_calibration_settings_are_refused(pipeline, tiny_recipe
 def test_inspect_lists_every_site(quantized, model, tiny_recipe) -> None:
     found = workflow.inspect(quantized[0])
     expected = sites(model.config, tiny_recipe("plus"))
-    assert found["backend"] == "reference"
+    assert found["backend"] == "cpu"
     assert [row["name"] for row in found["sites"]] == [site.name for site in expected]
     for row, site in zip(found["sites"], expected, strict=True):
         assert set(row) == {"name", "role", "bits", "grid", "groups", "granularity", "kernel"}
         assert (row["role"], row["bits"], row["groups"]) == (site.role, site.bits, site.groups)
         assert row["granularity"] == site.granularity
-        assert row["kernel"].startswith("reference.")
+        assert row["kernel"].startswith("cpu.")
     json.dumps(found, allow_nan=False)
     simulated = workflow.inspect(quantized[0], "simulated")
     assert {row["kernel"].split(".")[0] for row in simulated["sites"]} == {"simulated"}
@@ -240,6 +240,7 @@ def test_quantizing_an_artifact_is_an_error(quantized, tiny_recipe, tmp_path) ->
 
 
 def test_load_gives_integers_or_floats(quantized, pipeline) -> None:
-    assert workflow.load(quantized[0]).quantization_backend == "reference"
+    assert workflow.load(quantized[0]).quantization_backend == "cpu"
+    assert workflow.load(quantized[0], "reference").quantization_backend == "reference"
     assert workflow.load(quantized[0], "simulated").quantization_backend == "simulated"
     assert not hasattr(workflow.load(pipeline), "quantization_backend")

@@ -1,5 +1,6 @@
 """`convert`: a Solution becomes a runnable transformer. The sole place where modules are swapped."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def convert(solution: Solution, backend: str = "auto", device: str | torch.devic
         _replace(model, layout.prefix, builder.block(layout, model.get_submodule(layout.prefix)))
     builder.fill_floats(model)
     builder.check_complete(model)
-    _share_embedders(list(model.transformer_blocks))
+    _share_embedders(model.transformer_blocks)
 
     model.add_module("clock", builder.clock)
     model.add_module("conditioning", builder.conditioning)
@@ -94,7 +95,7 @@ class _Builder:
         biases = [self.bias(module) for module in group.modules]
         return IntLinear(self.site(group.source, 3), self.backend.prepare(_stacked(weights), _stacked_biases(biases)))
 
-    def block(self, layout: BlockLayout, empty: nn.Module) -> IntBlock:
+    def block(self, layout: BlockLayout, empty: Any) -> IntBlock:
         """`empty`: diffusers' block, whose float-input layers are filled already."""
         roles = (Role.QUERY, Role.KEY, Role.VALUE, Role.SOFTMAX)
         return IntBlock(
@@ -149,7 +150,7 @@ def _stacked_biases(biases: list[torch.Tensor | None]) -> torch.Tensor | None:
     return torch.cat(found) if found else None
 
 
-def _share_embedders(transformer_blocks: list[nn.Module]) -> None:
+def _share_embedders(transformer_blocks: Iterable[Any]) -> None:
     """diffusers gives every block its own copy of one embedder: hold equal ones once."""
     distinct: list[nn.Module] = []
     for block in transformer_blocks:

@@ -35,7 +35,12 @@ class Maker:
         return torch.randn(shape, generator=self.generator)
 
     def params(
-        self, grid: Grid = Grid.UNIFORM, lead: int = 1, units: int | None = None, reach: float = 4.0, merged: bool = False
+        self,
+        grid: Grid = Grid.UNIFORM,
+        lead: int = 1,
+        units: int | None = None,
+        reach: float = 4.0,
+        merged: bool = False,
     ) -> OperandParams:
         """A grid that reaches to about +-`reach`; (lead, 1, 1), or (lead, units, 1, 1) per head."""
         shape = (lead, 1, 1) if units is None else (lead, units, 1, 1)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from operands import Maker, maker
 
-from tests.backends.operands import Maker, maker
 from tqdit.backends import native, onednn
 from tqdit.backends.cpu import NativeCpu
 from tqdit.backends.onednn import SIGN, PackedLinear
@@ -190,8 +190,10 @@ def test_linear_gelu(
 ) -> None:
     make = maker(3, bits)
     count = batch if lead else 1
-    codes, source, target = make.codes(batch, tokens, width), make.params(lead=count), make.params(
-        grid, count, merged=merged
+    codes, source, target = (
+        make.codes(batch, tokens, width),
+        make.params(lead=count),
+        make.params(grid, count, merged=merged),
     )
     weight, bias = make.weight(2 * width + 1, width), make.values(2 * width + 1)
     layer = REFERENCE.prepare(weight, bias)
@@ -233,7 +235,7 @@ def test_float_input_linear(run, rows: int, columns: int, depth: int, bias: bool
     assert ((actual - exact).abs() <= bound).all()
 
 
-# Threads, batches, copies ----------------------------------------------------------------------------------------------
+# Threads, batches, copies ------------------------------------------------------------------------------------------
 
 
 def every_operation(run, make: Maker, batch: int, members: slice = slice(None)) -> list[torch.Tensor]:
@@ -283,7 +285,7 @@ def test_threads_change_nothing(fast) -> None:
             assert torch.equal(a, b)
 
 
-# Probes and fallbacks --------------------------------------------------------------------------------------------------
+# Probes and fallbacks ----------------------------------------------------------------------------------------------
 
 
 def test_kernel_names_say_what_runs(run, request: pytest.FixtureRequest) -> None:
@@ -291,9 +293,9 @@ def test_kernel_names_say_what_runs(run, request: pytest.FixtureRequest) -> None
     vnni = onednn.reason() is None
     assert run.kernel("linear") == ("onednn u8 x s8" if vnni else "int8 in fp32, exact")
     assert ("fused attention" in run.kernel("scores")) == (way in ("native", "generic", "no-onednn"))
-    assert ("generic" in run.kernel("values")) == (way == "generic" or (
-        isinstance(run, NativeCpu) and native.instructions() == "generic"
-    ))
+    assert ("generic" in run.kernel("values")) == (
+        way == "generic" or (isinstance(run, NativeCpu) and native.instructions() == "generic")
+    )
 
 
 def test_a_processor_without_vnni_is_found_out() -> None:
@@ -301,7 +303,7 @@ def test_a_processor_without_vnni_is_found_out() -> None:
     code = (
         "import torch\n"
         "from tqdit.backends import onednn\n"
-        "from tests.backends.operands import maker\n"
+        "from operands import maker\n"
         "layer = onednn.PackedLinear(maker(0).weight(7, 300), None)\n"
         "codes = torch.full((4, 300), 255, dtype=torch.uint8)\n"
         "exact = (codes.long() - 3) @ maker(0).weight(7, 300).codes.long().t()\n"

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tqdit.layers.clock import TimestepClock
-from tqdit.layers.params import ActivationParams, QuantizedWeight
-from tqdit.spec import Granularity, Grid, GridParams, Role, SiteSpec
+from tqdit.layers.params import ActivationParams
+from tqdit.ops.schema import WeightParams
+from tqdit.spec import Grid, GridParams, Role, SiteSpec
 from tqdit.timegroups import TimeGroups
 
 
@@ -20,8 +21,8 @@ def clock() -> TimestepClock:
 def site(clock: TimestepClock) -> Callable[..., ActivationParams]:
     """An activation site with other parameters in every group and unit."""
 
-    def make(role: Role, ndim: int = 3, groups: int = 1, units: int = 1, grid: Grid = Grid.UNIFORM):
-        spec = SiteSpec(f"a.{role}", role, 8, grid, groups=groups, units=units)
+    def make(role: Role, ndim: int = 3, groups: int = 1, units: int = 1, grid: Grid = Grid.UNIFORM, bits: int = 8):
+        spec = SiteSpec(f"a.{role}", role, bits, grid, groups=groups, units=units)
         shape = (groups, units)
         if grid.two_region:
             params = GridParams(spec, torch.rand(*shape, 2) * torch.tensor([0.002, 0.02]) + 0.001)
@@ -34,10 +35,9 @@ def site(clock: TimestepClock) -> Callable[..., ActivationParams]:
 
 
 @pytest.fixture
-def quantized_weight() -> Callable[..., QuantizedWeight]:
-    def make(out: int, inner: int) -> QuantizedWeight:
-        spec = SiteSpec("a.weight", Role.WEIGHT, 8, granularity=Granularity.PER_CHANNEL, units=out)
+def weight() -> Callable[..., WeightParams]:
+    def make(out: int, inner: int) -> WeightParams:
         codes = torch.randint(-128, 128, (out, inner), dtype=torch.int8)
-        return QuantizedWeight(codes, GridParams(spec, torch.rand(1, out) * 0.01 + 0.001))
+        return WeightParams(codes, torch.rand(out) * 0.01 + 0.001)
 
     return make

@@ -3,15 +3,21 @@
 import pytest
 import torch
 
-from tqdit.spec import Grid, Role
+from tqdit.layers.params import ActivationParams
+from tqdit.ops.dispatch import get_backend
+from tqdit.spec import Grid, GridParams, Role, SiteSpec
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float64]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_trap_7_scales_stay_fp32(site, quantized_weight, dtype: torch.dtype) -> None:
-    for module in (site(Role.INPUT, groups=4), quantized_weight(6, 5)):
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_trap_7_scales_stay_fp32(site, weight, dtype: torch.dtype, backend: str) -> None:
+    run = get_backend(backend)
+    layers = run.prepare(weight(6, 5), torch.randn(6)), run.prepare_float_input(weight(6, 5), torch.randn(6))
+    for module in (site(Role.INPUT, groups=4), *layers):
         before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        assert before
         module.to(dtype)
         for name, buffer in module.named_buffers():
             assert buffer.dtype is before[name].dtype, name
@@ -56,7 +62,36 @@ def test_grouped_site_before_any_call_is_an_error(site) -> None:
         site(Role.INPUT, groups=4).select()
 
 
-def test_column_sums(quantized_weight) -> None:
-    weight = quantized_weight(6, 50)
-    assert weight.colsum.tolist() == weight.codes.long().sum(1).tolist()
-    assert "8 bits" in repr(weight)
+def test_shared_group_is_a_view(site, clock) -> None:
+    module = site(Role.QUERY, 4, groups=4, units=2)
+    clock.set(torch.tensor([260, 499, 300]), 3)
+    params = module.select()
+    assert params.scale.shape == (1, 2, 1, 1)
+    assert torch.equal(params.scale[0], module.scale[1])
+    assert params.scale.data_ptr() == module.scale[1].data_ptr()
+
+
+def test_column_sums(weight) -> None:
+    w = weight(6, 50)
+    assert get_backend("reference").prepare(w, None).colsum.tolist() == w.codes.long().sum(1).tolist()
+
+
+def test_merging_regions_are_found(clock) -> None:
+    """s2 = s1 2^i in every group, and both regions in one byte: 6-bit codes after GELU merge up to i = 2."""
+
+    def shift_of(exponents: list[int], bits: int, role: Role, grid: Grid, factor: float = 1.0) -> list[int] | None:
+        spec = SiteSpec("a", role, bits, grid, groups=len(exponents))
+        s1 = torch.full((len(exponents), 1), 0.0123)
+        s2 = s1 * 2.0 ** torch.tensor(exponents)[:, None] * factor
+        shift = ActivationParams(GridParams(spec, torch.stack([s1, s2], -1)), clock, 3).shift
+        return None if shift is None else shift.flatten().tolist()
+
+    gelu, softmax = (Role.GELU, Grid.MRQ_GELU), (Role.SOFTMAX, Grid.MRQ_SOFTMAX)
+    assert shift_of([0, 2], 6, *gelu) == [0, 2]
+    assert shift_of([0, 3], 6, *gelu) is None
+    assert shift_of([3, 1], 6, *softmax) == [3, 1]
+    assert shift_of([4], 6, *softmax) is None
+    assert shift_of([1], 8, *softmax) == [1]
+    assert shift_of([2], 8, *softmax) is None
+    assert shift_of([1], 6, *gelu, factor=1.0001) is None
+    assert shift_of([-1], 6, *gelu) is None

@@ -1,10 +1,12 @@
 """Backends by name, and what each site's kernel is called."""
 
 import pytest
+import torch
 
 from tqdit.errors import InputError
-from tqdit.ops.dispatch import BACKENDS, get_backend, kernel_name
-from tqdit.spec import Grid, Role, SiteSpec
+from tqdit.ops.dispatch import BACKENDS, explain, get_backend, kernel_name
+from tqdit.ops.schema import Backend
+from tqdit.spec import Grid, GridParams, Role, SiteSpec
 
 
 def test_auto_is_an_integer_backend() -> None:
@@ -20,7 +22,9 @@ def test_every_backend_has_every_operation() -> None:
     for name in BACKENDS:
         backend = get_backend(name)
         assert name == backend.NAME
-        for operation in ("quantize", "linear", "scores", "values", "weight_only_linear"):
+        operations = {n for n, m in vars(Backend).items() if callable(m) and n[0] != "_"}
+        assert {"qkv", "attention", "linear_gelu", "linear_residual", "norm_quantize"} <= operations
+        for operation in operations:
             assert callable(getattr(backend, operation))
 
 
@@ -38,9 +42,32 @@ def test_unknown_backend_names_the_known_ones() -> None:
         (Role.GELU, Grid.UNIFORM, "reference", "reference.linear[int8]"),
         (Role.KEY, Grid.UNIFORM, "reference", "reference.scores[int8]"),
         (Role.SOFTMAX, Grid.MRQ_SOFTMAX, "reference", "reference.values[int8, 2 products]"),
-        (Role.WEIGHT_ONLY, Grid.UNIFORM, "reference", "reference.weight_only_linear[float32 x int8]"),
+        (Role.WEIGHT_ONLY, Grid.UNIFORM, "reference", "reference.float_input_linear[float32 x int8]"),
         (Role.SOFTMAX, Grid.MRQ_SOFTMAX, "simulated", "simulated.values[float32]"),
     ],
 )
 def test_kernel_names(role: Role, grid: Grid, backend: str, kernel: str) -> None:
-    assert kernel_name(SiteSpec("s", role, 8, grid), get_backend(backend)) == kernel
+    scale = torch.tensor([[[0.001, 0.013]]]) if grid.two_region else torch.ones(1, 1)
+    assert kernel_name(GridParams(SiteSpec("s", role, 8, grid), scale), get_backend(backend)) == kernel
+
+
+def test_merged_regions_are_one_product() -> None:
+    site = SiteSpec("s", Role.SOFTMAX, 6, Grid.MRQ_SOFTMAX)
+    params = GridParams(site, torch.tensor([[[0.01, 0.04]]]))
+    assert kernel_name(params, get_backend("reference")) == "reference.values[int8, 1 merged product]"
+
+
+def test_automatic_choice_is_the_cpu_backend_on_a_cpu_and_never_simulated() -> None:
+    assert get_backend("auto", "cpu").NAME == "cpu"
+    assert get_backend("auto", torch.device("cuda")).NAME == "reference"
+
+
+def test_a_backend_asked_for_that_cannot_run_says_why() -> None:
+    with pytest.raises(InputError, match="'cpu' cannot run on cuda: it runs on CPUs only"):
+        get_backend("cpu", "cuda")
+
+
+def test_explain_names_every_backend() -> None:
+    assert list(explain("cpu")) == list(BACKENDS)
+    assert "linear[" in explain("cpu")["cpu"]
+    assert explain("cuda")["cpu"] == "it runs on CPUs only"

@@ -1,4 +1,4 @@
-"""The simulated twin: the same codes bit for bit, and outputs within the bound of an fp32 sum."""
+"""The simulated twin: outputs of the same codes within the bound of an fp32 sum."""
 
 import pytest
 import torch
@@ -15,15 +15,6 @@ def gamma(k: int) -> float:
 
 def assert_twins(a: torch.Tensor, b: torch.Tensor, magnitude: torch.Tensor, k: int) -> None:
     assert ((a.double() - b.double()).abs() <= gamma(k) * magnitude).all()
-
-
-@pytest.mark.parametrize("grid", list(Grid))
-@pytest.mark.parametrize("bits", [4, 6, 8])
-def test_codes_are_the_same_bit_for_bit(operand, grid: Grid, bits: int) -> None:
-    _, params = operand((3, 2, 5, 7), grid, lead=3, units=2, bits=bits)
-    x = torch.randn(3, 2, 5, 7)
-    x = x.softmax(-1) if grid is Grid.MRQ_SOFTMAX else x
-    assert torch.equal(reference.quantize(x, params), simulated.quantize(x, params))
 
 
 def test_quantizer_picks_the_grid_of_the_operand(operand) -> None:

@@ -68,7 +68,7 @@ class NativeCpu(TorchCpu):
     def norm_quantize(
         self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, target: OperandParams
     ) -> torch.Tensor:
-        x = x.contiguous()
+        x = x.float().contiguous()
         out = torch.empty(x.shape, dtype=torch.uint8)
         native.call(
             "norm_quantize", x, _rows(shift), _rows(scale), shift.stride(0), eps, native.operand(target), *x.shape,
@@ -124,7 +124,7 @@ class NativeCpu(TorchCpu):
         self, codes: torch.Tensor, source: OperandParams, layer: PackedLinear, gate: torch.Tensor, x: torch.Tensor
     ) -> torch.Tensor:
         sums = _sums(list(codes) if codes.ndim == 4 else [codes], source, layer)
-        x = x.contiguous()
+        x = x.float().contiguous()
         out = torch.empty_like(x)
         native.call(
             "residual", sums[0], sums[1] if len(sums) == 2 else None, native.operand(source), layer.scale, layer.bias,
@@ -183,5 +183,6 @@ def _product(codes: torch.Tensor, zeros: list[int], layer: PackedLinear) -> torc
 
 def _rows(x: torch.Tensor) -> ctypes.c_void_p:
     """Rows whose elements are adjacent; the rows need not be."""
+    assert x.dtype is torch.float32
     assert x.stride(-1) == 1
     return ctypes.c_void_p(x.data_ptr())

@@ -1,12 +1,13 @@
 """`kernels.cpp` compiled for this processor at first use, kept in a cache folder, and called through its C functions.
 
-No compiler is needed to install the package. Where none is found, or it fails, `library` raises `Unavailable` with the
-reason, and the CPU backend runs the same operations through torch.
+No compiler is needed to install the package. Where none is found, or it fails, `library` raises `UnavailableError` with
+the reason, and the CPU backend runs the same operations through torch.
 
 Settings, from the environment: TQDIT_CXX (the compiler; empty: none), TQDIT_CXXFLAGS (instead of the processor's own
 instruction set), TQDIT_CACHE (the folder; default: tqdit in the user's cache folder).
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -31,7 +32,7 @@ COMPILERS = ("c++", "g++", "clang++")
 BUILD_SECONDS = 300
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """The kernels cannot be built or loaded here; the message says why."""
 
 
@@ -77,7 +78,8 @@ def call(name: str, *arguments: Argument) -> None:
 
 def _argument(value: Argument) -> object:
     if isinstance(value, torch.Tensor):
-        assert value.is_contiguous() and value.device.type == "cpu"
+        assert value.is_contiguous()
+        assert value.device.type == "cpu"
         return ctypes.c_void_p(value.data_ptr())
     if isinstance(value, ctypes.Structure):
         return ctypes.byref(value)
@@ -90,7 +92,7 @@ def reason() -> str | None:
     """Why the kernels cannot run here, or None if they can."""
     try:
         library()
-    except Unavailable as error:
+    except UnavailableError as error:
         return str(error)
     return None
 
@@ -103,10 +105,10 @@ def instructions() -> str:
 
 
 def library() -> ctypes.CDLL:
-    """The compiled kernels; built on the first call. Raises `Unavailable`."""
+    """The compiled kernels; built on the first call. Raises `UnavailableError`."""
     loaded = _load()
     if isinstance(loaded, str):
-        raise Unavailable(loaded)
+        raise UnavailableError(loaded)
     return loaded
 
 
@@ -115,7 +117,7 @@ def _load() -> ctypes.CDLL | str:
     """The library, or why there is none; either way, one attempt a process."""
     try:
         return _built()
-    except Unavailable as error:
+    except UnavailableError as error:
         return str(error)
 
 
@@ -133,8 +135,9 @@ def _built() -> ctypes.CDLL:
             return ctypes.CDLL(str(path))
         except OSError as error:
             problem = f"{path}: {error}"
-            path.unlink(missing_ok=True)  # damaged: built again next time
-    raise Unavailable(f"cannot keep or load the compiled kernels: {problem}")
+            with contextlib.suppress(OSError):
+                path.unlink()  # damaged: built again next time
+    raise UnavailableError(f"cannot keep or load the compiled kernels: {problem}")
 
 
 def _compiler() -> str:
@@ -142,14 +145,14 @@ def _compiler() -> str:
         named = os.environ["TQDIT_CXX"]
         found = shutil.which(named) if named else None
         if found is None:
-            raise Unavailable(f"TQDIT_CXX names no compiler: '{named}'")
+            raise UnavailableError(f"TQDIT_CXX names no compiler: '{named}'")
         return found
     if sys.platform == "win32":
-        raise Unavailable("kernels.cpp is written for GCC and Clang; set TQDIT_CXX to one of them")
+        raise UnavailableError("kernels.cpp is written for GCC and Clang; set TQDIT_CXX to one of them")
     for candidate in COMPILERS:
         if found := shutil.which(candidate):
             return found
-    raise Unavailable(f"no C++ compiler found ({', '.join(COMPILERS)})")
+    raise UnavailableError(f"no C++ compiler found ({', '.join(COMPILERS)})")
 
 
 def _target_flags() -> tuple[str, ...]:
@@ -201,9 +204,9 @@ def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
             if done.returncode == 0:
                 os.replace(scratch, path)
                 return
-        raise Unavailable(f"{compiler} cannot build the kernels: {_last_line(done.stderr)}")
+        raise UnavailableError(f"{compiler} cannot build the kernels: {_last_line(done.stderr)}")
     except subprocess.TimeoutExpired:
-        raise Unavailable(f"{compiler} took more than {BUILD_SECONDS} s to build the kernels") from None
+        raise UnavailableError(f"{compiler} took more than {BUILD_SECONDS} s to build the kernels") from None
     finally:
         Path(scratch).unlink(missing_ok=True)
 

@@ -31,6 +31,8 @@ class PackedLinear(FixedDtype):
 
     scale: torch.Tensor
     bias: torch.Tensor
+    codes: torch.Tensor | None
+    colsum: torch.Tensor | None
 
     def __init__(self, weight: WeightParams, bias: torch.Tensor | None) -> None:
         super().__init__()
@@ -47,6 +49,7 @@ class PackedLinear(FixedDtype):
         if self.packed is not None:
             return _qlinear(codes, zero, self.packed.tensor)
         assert self.codes is not None
+        assert self.colsum is not None
         signed = (codes ^ SIGN).view(torch.int8)
         return (int_matmul(signed, self.codes.t()) - (zero - SIGN) * self.colsum).float()
 

@@ -11,6 +11,8 @@ from tqdit.layers.linear import IntLinear
 from tqdit.layers.params import ActivationParams
 from tqdit.ops.schema import AttentionParams, Backend
 
+ATTENTION_OPERANDS = ("query", "key", "value", "softmax")
+
 
 class Conditioning(nn.Module):
     """SiLU(embedding of t and class), computed once per denoiser call, not once per block.
@@ -42,12 +44,12 @@ class Conditioning(nn.Module):
             distinct, self._rows = torch.unique(pairs, dim=1, return_inverse=True)
             self._inputs = distinct[0].to(timestep.dtype), distinct[1].to(labels.dtype)
 
-    def modulation(self, norm: nn.Module) -> tuple[torch.Tensor, ...]:
+    def modulation(self, norm: Any) -> tuple[torch.Tensor, ...]:
         """shift, scale, gate of attention, then of the feed-forward, each (B, C) fp32, from a block's adaLN layer."""
         assert self._inputs is not None, "the conditioning is set by the model's forward"
         embedder = norm.emb
         if id(embedder) not in self._embedded:
-            self._embedded[id(embedder)] = F.silu(embedder(*self._inputs, hidden_dtype=torch.float32))
+            self._embedded[id(embedder)] = F.silu(embedder(*self._inputs, hidden_dtype=torch.float32)).float()
         out = norm.linear(self._embedded[id(embedder)])
         out = out if self._rows is None else out.index_select(0, self._rows)
         return out.chunk(6, dim=1)
@@ -57,7 +59,7 @@ class IntBlock(nn.Module):
     """A DiT block on integer codes, (B, N, C) -> (B, N, C); the residual stream, LayerNorm, softmax and GELU are fp32.
 
     `norm1` holds the block's embedder and adaLN layer, where diffusers' own forward looks for the embedder. q, k and v
-    are one stacked layer. `operands`: parameters of "query", "key", "value" (per head) and "softmax".
+    are one stacked layer. `operands`: parameters of ATTENTION_OPERANDS, all per head but the last.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class IntBlock(nn.Module):
         super().__init__()
         self.norm1 = norm1
         self.qkv, self.out, self.fc1, self.fc2 = (linears[name] for name in ("qkv", "out", "fc1", "fc2"))
-        self.operands = nn.ModuleDict(operands)
+        self.operands: Any = nn.ModuleDict(operands)
         self.heads = heads
         self.eps = eps
         self.backend = backend
@@ -93,10 +95,8 @@ class IntBlock(nn.Module):
         run = self.backend
         x = hidden_states.float()
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self._conditioning[0].modulation(self.norm1)
-        attention = AttentionParams(
-            *(self.operands[name].select() for name in ("query", "key", "value", "softmax")),
-            heads=self.heads,
-        )
+        query, key, value, softmax = (self.operands[name].select() for name in ATTENTION_OPERANDS)
+        attention = AttentionParams(query, key, value, softmax, self.heads)
         source, layer = self.qkv.select()
         codes = run.norm_quantize(x, shift_1, scale_1, self.eps[0], source)
         codes = run.qkv(codes, source, layer, attention)

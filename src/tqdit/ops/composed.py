@@ -51,9 +51,7 @@ class Composed:
         normal = F.layer_norm(x, x.shape[-1:], eps=eps)
         return quantize(normal * (1 + scale[:, None]) + shift[:, None], target)
 
-    def qkv(
-        self, codes: torch.Tensor, source: OperandParams, layer: Any, params: AttentionParams
-    ) -> torch.Tensor:
+    def qkv(self, codes: torch.Tensor, source: OperandParams, layer: Any, params: AttentionParams) -> torch.Tensor:
         parts = _split_heads(self.linear(codes, source, layer), params.heads)
         return _join_heads([quantize(y, target) for y, target in zip(parts, params.projections, strict=True)])
 

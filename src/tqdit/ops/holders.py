@@ -43,4 +43,3 @@ class LinearCodes(FixedDtype):
     @property
     def weight(self) -> WeightParams:
         return WeightParams(self.codes, self.scale, self.colsum)
-

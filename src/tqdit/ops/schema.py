@@ -76,9 +76,7 @@ class Backend(Protocol):
     ) -> torch.Tensor:
         """Codes (B, N, C) of LayerNorm(x) (1 + scale) + shift."""
 
-    def qkv(
-        self, codes: torch.Tensor, source: OperandParams, layer: Any, params: AttentionParams
-    ) -> torch.Tensor:
+    def qkv(self, codes: torch.Tensor, source: OperandParams, layer: Any, params: AttentionParams) -> torch.Tensor:
         """Codes (B, N, 3 C) of q, k and v, each with heads of one scale."""
 
     def attention(self, qkv: torch.Tensor, params: AttentionParams, target: OperandParams) -> torch.Tensor:
