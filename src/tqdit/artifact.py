@@ -123,13 +123,18 @@ def _tensors_of(solution: Solution) -> tuple[dict[str, torch.Tensor], dict[str, 
 def _deduplicated(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors to store, and name -> stored name for those that repeat one. Small ones are not worth an entry."""
     first: dict[tuple[Any, ...], str] = {}
+    stored: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     for name, tensor in tensors.items():
         description = _describe(tensor)
         key = (description["sha256"], description["dtype"], tuple(description["shape"]))
-        if first.setdefault(key, name) != name and tensor.numel() >= 256:
+        if first.setdefault(key, name) == name:
+            stored[name] = tensor
+        elif tensor.numel() >= 256:
             aliases[name] = first[key]
-    return {name: tensor for name, tensor in tensors.items() if name not in aliases}, aliases
+        else:
+            stored[name] = tensor.clone()  # safetensors refuses two names of one memory
+    return stored, aliases
 
 
 def _describe(tensor: torch.Tensor) -> dict[str, Any]:
