@@ -188,7 +188,8 @@ def _read_verified(path: Path, manifest: Mapping[str, Any]) -> dict[str, torch.T
                 raise InputError(f"{path}: tensor '{name}' has {key} {found[key]}, expected {expected[key]}")
     if extra := sorted(set(tensors) - set(manifest["tensors"])):
         raise InputError(f"{path} has an unexpected tensor '{extra[0]}'")
-    return tensors
+    # Copies, and codes are copied when unpacked: one tensor of the mapped file would keep all of it in memory.
+    return {name: tensor if tensor.dtype is torch.uint8 else tensor.clone() for name, tensor in tensors.items()}
 
 
 def _take(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
