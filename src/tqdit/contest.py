@@ -106,8 +106,10 @@ def contest(
     A baseline that cannot be built, compiled or held here is skipped; a quantized model that fails is an error.
     """
     results, skipped = _timed(subjects, settings, device, report)
+    if settings.against:
+        with quiet():
+            torch.compiler.reset()
     gc.collect()  # the models are gone: the memory is measured with the machine to itself
-    torch.compiler.reset()
     measured = []
     for number, result in enumerate(results):
         report("memory", number / len(results))
