@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -310,3 +311,27 @@ def test_full_disk_is_an_os_error(tmp_path, solved, monkeypatch) -> None:
     monkeypatch.setattr(artifact, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         artifact.write(solved(), tmp_path)
+
+
+def test_tensors_that_share_memory_are_written(tmp_path, solved) -> None:
+    """Small ones are stored as often as they are named; safetensors refuses them as they are."""
+    solution = solved("plus", "w6a6")
+    same = torch.ones(32)
+    names = [f"transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_1.bias" for i in range(2)]
+    assert all(solution.floats[name].shape == same.shape for name in names)
+    floats = {**solution.floats, **dict.fromkeys(names, same)}
+    artifact.write(replace(solution, floats=floats), tmp_path)
+    again = artifact.read(tmp_path).floats
+    assert all(torch.equal(again[name], value) for name, value in floats.items())
+    copies = {name: value.clone() for name, value in floats.items()}
+    (tmp_path / "copies").mkdir()
+    artifact.write(replace(solution, floats=copies), tmp_path / "copies")
+    assert (tmp_path / "copies" / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs /proc")
+def test_a_read_artifact_does_not_hold_its_file(folder) -> None:
+    """One tensor of a mapped file would keep all of it in memory beside the unpacked codes."""
+    loaded = artifact.read(folder)
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    del loaded

@@ -1,6 +1,7 @@
 """The command line in process: what a user types, the exit code, and what is on disk afterwards."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tqdit import workflow
+from tqdit import benchmark, contest, workflow
 from tqdit.cli import main
+from tqdit.evaluation.machine import Peaks
+from tqdit.memory_probe import Footprint
 from tqdit.version import VERSION
 
 FAST = ["--groups", "4", "--samples", "2", "--steps", "8", "--rounds", "1", "--quiet"]
@@ -131,6 +134,21 @@ def test_wrong_settings(run: Callable, pipeline: Path, tmp_path: Path, options: 
         (["compare", "{pipeline}", "{pipeline}"], "not quantized"),
         (["compare", "{artifact}", "{artifact}"], "already quantized"),
         (["inspect", "{pipeline}"], "not quantized"),
+        (["bench", "{pipeline}"], "quantize it first"),
+        (["bench"], "nothing to time"),
+        (["bench", "no-such-model"], "no-such-model"),
+        (["bench", "{artifact}", "--json", "empty"], "is a folder"),
+        (["bench", "{artifact}", "--batch", "0"], "batch"),
+        (["bench", "{artifact}", "--repeats", "0"], "repeats"),
+        (["bench", "{artifact}", "--steps", "1001"], "1001"),
+        (["bench", "{artifact}", "--backend", "simulated"], "never timed"),
+        (["bench", "{artifact}", "--against", "float32,onnx"], "'onnx'"),
+        (["bench", "{artifact}", "--bits", "w8a8"], "--bits is for --random"),
+        (["bench", "{artifact}", "--preset", "plus"], "--preset is for --random"),
+        (["bench", "--random", "DiT-M/2"], "DiT-M/2"),
+        (["bench", "--random", "DiT-S/2@300"], "@300"),
+        (["bench", "--random", "DiT-S/2", "--bits", "w9a8"], "w9a8"),
+        (["bench", "--random", "DiT-S/2", "--preset", "best"], "best"),
         (["inspect", "{empty}"], "config.json"),
     ],
 )
@@ -146,6 +164,28 @@ def test_wrong_inputs(
     assert named in err
     assert err.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
+
+
+def test_bench(run: Callable, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "measure_peaks", lambda device: Peaks(100.0, 10.0))
+    options = ["--against", "", "--batch", "2", "--repeats", "2", "--steps", "2", "--quiet"]
+    code, out, _ = run("bench", artifact, "--json", tmp_path / "b.json", *options)
+    assert code == 0
+    value = json.loads((tmp_path / "b.json").read_text())
+    typed = ["bench", str(artifact), "--json", str(tmp_path / "b.json"), *options]
+    assert shlex.split(value["command"]) == ["tqdit", *typed]
+    (row,) = value["rows"]
+    assert (row["model"], row["bits"], row["integer"], row["speedup_over"]) == ("w8a8", "w8a8", True, {})
+    assert row["images_per_second"] > 0
+    assert row["peak_bytes"] > 0
+    for kernel, count in row["kernels"].items():
+        assert f"{count} x {kernel}" in out, "brackets are not markup"
+    assert "transformer_blocks.0.attn1.to_q.weight" not in out
+
+    monkeypatch.setattr(contest, "footprint", lambda request: Footprint(1, 2, 3.0))
+    code, out, _ = run("bench", artifact, *options, "--no-sampling", "--kernels")
+    assert code == 0
+    assert all(site in out for site in ("transformer_blocks.1.attn1.to_q.weight", "pos_embed.proj.weight"))
 
 
 def test_bare_command_prints_its_help(run: Callable) -> None:

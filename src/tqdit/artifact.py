@@ -125,13 +125,18 @@ def _tensors_of(solution: Solution) -> tuple[dict[str, torch.Tensor], dict[str, 
 def _deduplicated(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors to store, and name -> stored name for those that repeat one. Small ones are not worth an entry."""
     first: dict[tuple[Any, ...], str] = {}
+    stored: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     for name, tensor in tensors.items():
         description = _describe(tensor)
         key = (description["sha256"], description["dtype"], tuple(description["shape"]))
-        if first.setdefault(key, name) != name and tensor.numel() >= 256:
+        if first.setdefault(key, name) == name:
+            stored[name] = tensor
+        elif tensor.numel() >= 256:
             aliases[name] = first[key]
-    return {name: tensor for name, tensor in tensors.items() if name not in aliases}, aliases
+        else:
+            stored[name] = tensor.clone()  # safetensors refuses two names of one memory
+    return stored, aliases
 
 
 def _describe(tensor: torch.Tensor) -> dict[str, Any]:
@@ -185,7 +190,8 @@ def _read_verified(path: Path, manifest: Mapping[str, Any]) -> dict[str, torch.T
                 raise InputError(f"{path}: tensor '{name}' has {key} {found[key]}, expected {expected[key]}")
     if extra := sorted(set(tensors) - set(manifest["tensors"])):
         raise InputError(f"{path} has an unexpected tensor '{extra[0]}'")
-    return tensors
+    # Copies, and codes are copied when unpacked: one tensor of the mapped file would keep all of it in memory.
+    return {name: tensor if tensor.dtype is torch.uint8 else tensor.clone() for name, tensor in tensors.items()}
 
 
 def _take(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The command line: `tqdit quantize | sample | compare | inspect | demo`. Heavy imports happen inside commands."""
+"""The command line: `tqdit quantize | sample | compare | bench | inspect | demo`. Commands import what they need."""
 
 import signal
 import sys
@@ -7,7 +7,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tqdit.console import print_table, progress
+from tqdit.console import print_benchmark, print_table, progress
 
 app = typer.Typer(
     add_completion=False,
@@ -159,6 +159,50 @@ def compare(
     print_table(result)
     if json_file:
         _write_text(json_file, result.to_json())
+
+
+@app.command()
+def bench(
+    models: Annotated[list[str] | None, typer.Argument(metavar="MODEL...", help="artifacts to time")] = None,
+    random: Annotated[
+        str | None, typer.Option(help="also time random codes in a shape: DiT-{S,B,L,XL}/{2,4,8}, with @512 for 512 px")
+    ] = None,
+    bits: Annotated[str | None, typer.Option(help="of --random; default w8a8")] = None,
+    preset: Annotated[str | None, typer.Option(help="of --random: paper or plus; default plus")] = None,
+    backend: Backend = "auto",
+    against: Annotated[
+        str, typer.Option(help="baselines, comma-separated: float32, bfloat16, torchao; empty for none")
+    ] = "float32,bfloat16,torchao",
+    batch: Annotated[int, typer.Option(help="samples of one denoiser call, two per image with guidance")] = 16,
+    repeats: Annotated[int, typer.Option(help="timed calls of each model")] = 20,
+    sampling: Annotated[bool, typer.Option(help="also time a full sampling run of each model")] = True,
+    steps: Annotated[int, typer.Option(help="sampler steps of that run")] = 50,
+    kernels: Annotated[bool, typer.Option("--kernels", help="print the kernel of every site")] = False,
+    json_file: JsonFile = None,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+) -> None:
+    """Time artifacts against float32, bfloat16 and torchao models of their shape: calls, sampling, loading, memory."""
+    import shlex
+
+    from tqdit import benchmark
+    from tqdit.contest import BenchSettings
+    from tqdit.errors import InputError
+    from tqdit.models.sampler import Sampling
+    from tqdit.recipe import Recipe
+
+    _check_outputs(json_file)
+    for option, value in (("--bits", bits), ("--preset", preset)):
+        if value is not None and random is None:
+            raise InputError(f"{option} is for --random; an artifact has its own")
+    chosen = benchmark.RandomModel(random, Recipe.build(preset or "plus", bits or "w8a8")) if random else None
+    names = tuple(dict.fromkeys(name.strip() for name in against.split(",") if name.strip()))
+    run = Sampling("ddim", steps, 1.5) if sampling else None
+    settings = BenchSettings(backend, batch, names, repeats, run, device)
+    with progress(quiet) as report:
+        result = benchmark.bench(models or [], chosen, settings, report)
+    print_benchmark(result, kernels)
+    _write_json(json_file, {"command": shlex.join(["tqdit", *sys.argv[1:]]), **result.figures()})
 
 
 @app.command()

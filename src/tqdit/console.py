@@ -1,4 +1,4 @@
-"""What the command line shows: progress bars with time left, and the table of a comparison."""
+"""What the command line shows: progress bars with time left, and the tables of a comparison and of a benchmark."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tqdit.benchmark import Benchmark
     from tqdit.comparison import Comparison
 
 
@@ -46,13 +47,52 @@ def print_table(result: "Comparison") -> None:
         f"FD-fashion (n={result.settings['num']})", box=None,
     )  # fmt: skip
 
-    def cell(value: float | None, digits: int) -> str:
-        return "–" if value is None else f"{value:.{digits}f}"
-
     for row in (result.float_model, *result.models):
         table.add_row(
-            escape(row.name), row.preset or "–", row.bits, cell(row.size_bytes / 1e6, 2), cell(row.size_ratio, 3),
-            cell(row.calibration_seconds, 0), cell(row.eps.overall if row.eps else None, 1), cell(row.psnr_db, 1),
-            cell(row.fd_fashion, 1),
+            escape(row.name), row.preset or "–", row.bits, _cell(row.size_bytes / 1e6, 2), _cell(row.size_ratio, 3),
+            _cell(row.calibration_seconds, 0), _cell(row.eps.overall if row.eps else None, 1), _cell(row.psnr_db, 1),
+            _cell(row.fd_fashion, 1),
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def print_benchmark(result: "Benchmark", every_site: bool = False) -> None:
+    """The figures of a benchmark, what was skipped and why, and the kernels: counted, or those of `every_site`."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    families = result.settings["against"]
+    table = Table(
+        "model", "bits", "runs in", "ms p20", "p50", "p80", *(f"x {family}" for family in families), "img/s",
+        "peak MB", "loaded MB", "load s", "of peak", box=None,
+    )  # fmt: skip
+    for row in result.rows:
+        table.add_row(
+            escape(row.model), row.bits or "float", row.backend, *(_cell(ms, 1) for ms in (row.p20_ms, row.p50_ms)),
+            _cell(row.p80_ms, 1), *(_cell(row.speedup_over.get(family), 2) for family in families),
+            _cell(row.images_per_second, 3), _cell(_mega(row.peak_bytes), 0), _cell(_mega(row.resident_bytes), 0),
+            _cell(row.load_seconds, 1), _cell(row.floor_fraction, 2),
+        )  # fmt: skip
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    where = result.environment
+    console.print(
+        f"of peak: least time at this machine's {where['int8_peak_gops']:.0f} G int8 operations/s and "
+        f"{where['read_gb_per_s']:.0f} GB/s, over p50", highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    for name, reason in result.skipped.items():
+        console.print(escape(f"skipped {name}: {reason}"), highlight=False)
+    for row, (model, sites) in zip([row for row in result.rows if row.integer], result.sites, strict=True):
+        console.print(escape(f"kernels of {model} {row.bits}:"), highlight=False)
+        lines = sites.items() if every_site else ((f"{count:>6} x", kernel) for kernel, count in row.kernels.items())
+        for left, kernel in lines:
+            console.print(escape(f"  {left} {kernel}"), highlight=False, soft_wrap=True)
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _mega(count: int | None) -> float | None:
+    return None if count is None else count / 1e6

@@ -1,0 +1,201 @@
+"""Speed and memory of quantized models, with float baselines of the same shape; one frozen result, as JSON shows it."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tqdit import artifact
+from tqdit.contest import BenchSettings, Result, Subject, best_of, contest
+from tqdit.environment import environment
+from tqdit.errors import InputError
+from tqdit.evaluation.baselines import FAMILIES, quiet
+from tqdit.evaluation.machine import Peaks, measure_peaks
+from tqdit.models.random_solution import random_solution
+from tqdit.models.sampler import make_scheduler
+from tqdit.models.shapes import shape_config, shape_key
+from tqdit.models.sources import resolve
+from tqdit.ops.dispatch import get_backend
+from tqdit.recipe import Recipe
+from tqdit.workflow import Report, checked_device, silent
+
+
+@dataclass(frozen=True)
+class RandomModel:
+    """A model of a published shape such as "DiT-XL/2" with random codes, as `recipe` would quantize it."""
+
+    name: str
+    recipe: Recipe
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Raises `InputError` naming what is wrong with `name`."""
+        return shape_config(self.name)
+
+
+@dataclass(frozen=True)
+class TimedModel:
+    """One contender. Times: percentiles in ms of one denoiser call with `batch` samples. Bytes are above the imports.
+
+    `speedup_over`: median ms of the best baseline of each family over ours. `floor_ms`: the least that the model's
+    integer products and the reading of its other weights take at the machine's measured peaks; `floor_fraction` of
+    p50. `operations` counts each integer product once, `operations_executed` both of a two-region operand.
+    """
+
+    model: str
+    backend: str
+    batch: int
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    peak_bytes: int | None
+    integer: bool
+    speedup_over: Mapping[str, float]
+    bits: str | None
+    preset: str | None
+    resident_bytes: int | None
+    load_seconds: float | None
+    images_per_second: float | None
+    operations: int | None
+    operations_executed: int | None
+    floor_ms: float | None
+    floor_fraction: float | None
+    kernels: Mapping[str, int]  # kernel -> sites
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """All contenders, and the reason of every one that could not run. `sites`: (model, site -> kernel) in order."""
+
+    settings: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    skipped: Mapping[str, str]
+    rows: tuple[TimedModel, ...]
+    sites: tuple[tuple[str, Mapping[str, str]], ...]
+
+    def figures(self) -> dict[str, Any]:
+        """`tqdit bench --json`, as JSON values."""
+        return {
+            "environment": dict(self.environment),
+            "settings": dict(self.settings),
+            "skipped": dict(self.skipped),
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+
+def bench(
+    models: Sequence[str | Path],
+    random: RandomModel | None = None,
+    settings: BenchSettings = BenchSettings(),
+    report: Report = silent,
+) -> Benchmark:
+    """Time artifacts, and a random model if one is asked for, against the baselines of their shapes.
+
+    Baselines have random weights in the artifact's shape: speed does not depend on values, and no float checkpoint is
+    needed. Raises `InputError` before any model is built: for a simulated backend, a model that is not quantized, a
+    shape, device or step count that does not exist, and for nothing to time.
+    """
+    with quiet():
+        from diffusers import DDIMScheduler, DiTTransformer2DModel  # noqa: F401
+    if not get_backend(settings.backend).INTEGER:
+        raise InputError(f"backend '{settings.backend}' computes in float; simulated arithmetic is never timed")
+    if not models and random is None:
+        raise InputError("nothing to time: give an artifact, or --random with a shape such as DiT-XL/2")
+    device = checked_device(settings.device)
+    subjects = [_subject(model) for model in models]
+    if random:
+        subjects.append(Subject(random.name, Path(), random.config, None))
+    if settings.sampling:
+        for subject in subjects:
+            make_scheduler(subject.scheduler, settings.sampling, learned_variance=False)
+    with tempfile.TemporaryDirectory(prefix="tqdit-bench-") as scratch:
+        if random:
+            report("random codes", 0.0)
+            artifact.write(random_solution(random.config, random.recipe), Path(scratch))
+            report("random codes", 1.0)
+            subjects[-1] = replace(subjects[-1], folder=Path(scratch))
+        peaks = measure_peaks(device)
+        results, skipped = _contests(subjects, settings, device, report)
+    peaks = peaks.best(measure_peaks(device))  # a machine that was busy before may not be now
+    return _benchmark(results, skipped, peaks, settings)
+
+
+def _subject(model: str | Path) -> Subject:
+    source = resolve(model)
+    if not source.quantized:
+        raise InputError(f"nothing to time: '{model}' is a float model; quantize it first")
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    return Subject(source.name, source.folder, config, source.scheduler)
+
+
+def _contests(
+    subjects: Sequence[Subject], settings: BenchSettings, device: torch.device, report: Report
+) -> tuple[list[list[Result]], dict[str, str]]:
+    """One contest per shape: a baseline is compared with models of its own shape alone."""
+    shapes: dict[tuple[int, ...], list[Subject]] = {}
+    for subject in subjects:
+        shapes.setdefault(shape_key(subject.config), []).append(subject)
+    found: list[list[Result]] = []
+    skipped: dict[str, str] = {}
+    for members in shapes.values():
+        results, reasons = contest(members, settings, device, report)
+        found.append(results)
+        skipped |= reasons
+    return found, skipped
+
+
+def _benchmark(
+    contests: Sequence[Sequence[Result]], skipped: Mapping[str, str], peaks: Peaks, settings: BenchSettings
+) -> Benchmark:
+    rows = tuple(_row(result, results, peaks, settings) for results in contests for result in results)
+    sites = tuple((r.model, r.facts.report) for results in contests for r in results if r.facts)
+    how = asdict(settings) | {"images": settings.images}
+    measured = {"torchao": _version("torchao"), "int8_peak_gops": peaks.int8_gops}
+    where = environment(settings.device) | measured | {"read_gb_per_s": peaks.read_gb_per_s}
+    return Benchmark(how, where, dict(skipped), rows, sites)
+
+
+def _row(result: Result, rivals: Sequence[Result], peaks: Peaks, settings: BenchSettings) -> TimedModel:
+    facts, memory, p50 = result.facts, result.footprint, result.times.p50
+    floor = facts.operations.floor_ms(peaks.int8_gops, peaks.read_gb_per_s) if facts else None
+    raced = {rival.family for rival in rivals}
+    return TimedModel(
+        model=result.model,
+        backend=result.backend,
+        batch=settings.batch,
+        p20_ms=result.times.p20,
+        p50_ms=p50,
+        p80_ms=result.times.p80,
+        peak_bytes=memory.peak_bytes if memory else None,
+        integer=facts is not None,
+        speedup_over={name: best_of(rivals, name) / p50 for name in FAMILIES if facts and name in raced},
+        bits=facts.bits if facts else None,
+        preset=facts.preset if facts else None,
+        resident_bytes=memory.resident_bytes if memory else None,
+        load_seconds=memory.load_seconds if memory else None,
+        images_per_second=result.images_per_second,
+        operations=facts.operations.integer if facts else None,
+        operations_executed=facts.operations.executed if facts else None,
+        floor_ms=floor,
+        floor_fraction=floor / p50 if floor is not None else None,
+        kernels=kernel_counts(facts.report) if facts else {},
+    )
+
+
+def kernel_counts(report: Mapping[str, str]) -> dict[str, int]:
+    """Number of sites by kernel, most first, from a model's `quantization_report` (site -> kernel)."""
+    counts: dict[str, int] = {}
+    for kernel in report.values():
+        counts[kernel] = counts.get(kernel, 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,52 @@
+"""Fair timing of several functions: interleaved rounds, percentiles. No model, no torch."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    """20th, 50th and 80th percentile of a sample, in the unit of the sample."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Percentiles":
+        """Linear between order statistics. `values`: at least one."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        deciles = statistics.quantiles(values, n=10, method="inclusive")
+        return cls(deciles[1], statistics.median(values), deciles[7])
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[int], object]],
+    repeats: int,
+    progress: Callable[[float], None] = lambda _: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Milliseconds of every call in each of `repeats` rounds.
+
+    Each round times every call once, so that a machine that slows down slows all of them; the order is reversed from
+    one round to the next, so that none profits from its neighbour. A call receives the round's number and returns
+    when its work is done (on a GPU: synchronised).
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    for round_ in range(repeats):
+        for name in order:
+            start = clock()
+            calls[name](round_)
+            times[name].append((clock() - start) * 1e3)
+        order.reverse()
+        progress((round_ + 1) / repeats)
+    return times
+
+
+def spread_timesteps(count: int, total: int) -> list[int]:
+    """`count` training timesteps over [0, `total`), evenly and from high to low; different while `count` <= `total`."""
+    return [(2 * i + 1) * total // (2 * count) for i in reversed(range(count))]

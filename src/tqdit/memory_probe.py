@@ -1,0 +1,131 @@
+"""Load time and memory of one model, in a process of its own: one process cannot tell its models apart.
+
+`python -m tqdit.memory_probe` reads a request as JSON from standard input and prints a `Footprint` as JSON.
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tqdit import workflow
+from tqdit.environment import peak_memory_bytes
+from tqdit.evaluation.baselines import DenoiserCall, build, quiet
+from tqdit.models.random_weights import empty_model
+from tqdit.ops.dispatch import get_backend
+
+PACKAGES = Path(__file__).resolve().parent.parent  # so that the child runs this very package
+STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes above the imports: `resident_bytes` after loading, `peak_bytes` at most during a call after the first.
+
+    On a GPU they are bytes of its memory. Where a process cannot ask for its present size (not Linux), both are
+    upper bounds: its largest size so far. `load_seconds` is None for a baseline, whose weights are made up.
+    """
+
+    resident_bytes: int
+    peak_bytes: int
+    load_seconds: float | None
+
+
+def footprint(request: Mapping[str, Any]) -> Footprint:
+    """Measure a model in a fresh process; `RuntimeError` with its last words if that fails.
+
+    `request`: `config`, `batch`, `device`, `threads`; and `artifact` with `backend`, or `baseline`.
+    """
+    command = [sys.executable, "-m", "tqdit.memory_probe"]
+    path = os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH")]))
+    child = subprocess.run(
+        command, input=json.dumps(dict(request)), capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    if child.returncode:
+        lines = child.stderr.strip().splitlines()
+        raise RuntimeError(lines[-1] if lines else f"the process ended with code {child.returncode}")
+    return Footprint(**json.loads(child.stdout.splitlines()[-1]))
+
+
+def measure(request: Mapping[str, Any]) -> Footprint:
+    """What the child does: load, look, call once to warm up, call again and look."""
+    torch.set_num_threads(request["threads"])
+    device = torch.device(request["device"])
+    _import_what_it_needs(request, device)
+    before = _resident(device)
+    start = time.perf_counter()
+    module = _load(request, device)
+    seconds = time.perf_counter() - start
+    gc.collect()
+    resident = _resident(device) - before
+    call = DenoiserCall(module, request["config"], request["batch"], device)
+    with quiet():
+        call(0)
+    _forget_peak(device)
+    call(0)
+    return Footprint(resident, _peak(device) - before, seconds if "artifact" in request else None)
+
+
+def _load(request: Mapping[str, Any], device: torch.device) -> nn.Module:
+    if "artifact" in request:
+        return workflow.load(request["artifact"], request["backend"], str(device))
+    name = request["baseline"]
+    return build((name,), request["config"], device)[name]
+
+
+def _import_what_it_needs(request: Mapping[str, Any], device: torch.device) -> None:
+    """All libraries that loading and calling would import, the compiler included."""
+    with quiet():
+        empty_model(request["config"])
+        if "artifact" in request:
+            get_backend(request["backend"])
+        elif request["baseline"].startswith("torchao"):
+            import torchao.quantization  # noqa: F401
+        if request.get("baseline", "").endswith("-compiled"):
+            torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
+
+
+def _resident(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM")
+
+
+def _forget_peak(device: torch.device) -> None:
+    """Start a new high-water mark; where the system refuses, the old one stays, which is an upper bound."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def _status(key: str) -> int:
+    """A size from Linux' account of this process, in bytes."""
+    try:
+        lines = STATUS.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return peak_memory_bytes()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(measure(json.load(sys.stdin)))))

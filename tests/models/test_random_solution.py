@@ -1,0 +1,174 @@
+"""Random solutions are complete and fill their grids."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+
+from tqdit import artifact
+from tqdit.convert import convert
+from tqdit.grids import regions, uniform
+from tqdit.models.random_solution import random_solution
+from tqdit.models.random_weights import Pool
+from tqdit.models.shapes import shape_config
+from tqdit.recipe import Recipe
+from tqdit.spec import Grid, Role, Solution
+
+SETTINGS = [("paper", "w8a8"), ("plus", "w8a8"), ("paper", "w6a6"), ("plus", "w4a4"), ("plus", "w2a4")]
+
+
+@pytest.fixture
+def config(tiny_dit) -> dict:
+    sizes = {"in_channels": 4, "out_channels": 8, "sample_size": 32, "attention_head_dim": 32}
+    return {"_class_name": "DiTTransformer2DModel", **tiny_dit(**sizes).config}
+
+
+def run(model: torch.nn.Module) -> torch.Tensor:
+    labels = torch.tensor([1, 2, 10, 10])
+    with torch.inference_mode():
+        x = torch.randn(4, 4, 32, 32)
+        return model(x, timestep=torch.tensor([3, 333, 666, 999]), class_labels=labels, return_dict=False)[0]
+
+
+def float_twin(solution: Solution) -> torch.nn.Module:
+    """diffusers' model with the values of the codes: what the scales are for, without our layers."""
+    state = dict(solution.floats)
+    for name, codes in solution.codes.items():
+        scale = solution.params[name].scale.reshape(-1)
+        state[name] = codes.float() * scale.reshape(-1, *[1] * (codes.ndim - 1))
+    model = DiTTransformer2DModel.from_config(dict(solution.model_config))
+    model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+def operands(model: torch.nn.Module, block: int) -> dict[str, torch.Tensor]:
+    """Site -> its values in a run, but for the probabilities."""
+    prefix = f"transformer_blocks.{block}"
+    inside = model.transformer_blocks[block]
+    heads, seen = inside.attn1.heads, {}
+
+    def keep(name: str, value: torch.Tensor) -> None:
+        seen[f"{prefix}.{name}"] = value
+
+    inside.attn1.register_forward_hook(lambda m, args, out: keep("attn1.qkv_input", args[0]))
+    inside.attn1.to_out[0].register_forward_hook(lambda m, args, out: keep("attn1.out_input", args[0]))
+    inside.ff.register_forward_hook(lambda m, args, out: keep("ff.fc1_input", args[0]))
+    inside.ff.net[2].register_forward_hook(lambda m, args, out: keep("ff.fc2_input", args[0]))
+    for role in ("query", "key", "value"):
+        projection = getattr(inside.attn1, f"to_{role[0]}")
+        projection.register_forward_hook(
+            lambda m, args, out, role=role: keep(f"attn1.{role}", out.unflatten(-1, (heads, -1)).transpose(1, 2))
+        )
+    run(model)
+    return seen
+
+
+@pytest.mark.parametrize(("preset", "bits"), SETTINGS)
+def test_activations_fill_their_grids(config, preset: str, bits: str) -> None:
+    """The highest and lowest code are rare, and many are used. After GELU the lowest is the function's own minimum."""
+    solution = random_solution(config, Recipe.build(preset, bits))
+    found = operands(float_twin(solution), 1)
+    assert len(found) == 7
+    for name, x in found.items():
+        params = solution.params[name]
+        fmt, scale = params.spec.format, params.scale[0]
+        if params.spec.grid.two_region:
+            codes = regions.quantize(x, scale[..., 0], scale[..., 1], fmt.bits, params.spec.grid)
+        else:
+            shape = (-1, 1, 1) if scale.numel() > 1 else ()
+            codes = uniform.quantize(x, scale.reshape(shape), params.zero_point[0].reshape(shape), fmt.bits)
+        clipped = (codes == fmt.qmax) | ((codes == fmt.qmin) & (params.spec.role is not Role.GELU))
+        assert clipped.float().mean() < 0.03, name
+        assert codes.float().std() > 0.05 * (fmt.qmax - fmt.qmin), name
+
+
+@pytest.mark.parametrize(("preset", "bits"), SETTINGS)
+def test_output_is_not_degenerate(config, preset: str, bits: str) -> None:
+    y = run(convert(random_solution(config, Recipe.build(preset, bits))))
+    assert torch.isfinite(y).all()
+    assert 0.3 < y.std() < 4
+    assert (y[0] - y[1]).std() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("preset", "bits", "gelu", "softmax"),
+    [
+        ("plus", "w8a8", Grid.UNIFORM, Grid.MRQ_SOFTMAX),
+        ("plus", "w4a8", Grid.UNIFORM, Grid.MRQ_SOFTMAX),
+        ("plus", "w6a6", Grid.MRQ_GELU, Grid.MRQ_SOFTMAX),
+        ("paper", "w8a8", Grid.MRQ_GELU, Grid.MRQ_SOFTMAX),
+    ],
+)
+def test_grids(config, preset: str, bits: str, gelu: Grid, softmax: Grid) -> None:
+    solution = random_solution(config, Recipe.build(preset, bits))
+    assert {site.grid for site in solution.sites if site.role is Role.GELU} == {gelu}
+    assert {site.grid for site in solution.sites if site.role is Role.SOFTMAX} == {softmax}
+    assert solution.provenance["preset"] == preset
+
+
+def test_uniform_grids_everywhere(config) -> None:
+    recipe = Recipe.build("plus", softmax_grid="uniform", gelu_grid="uniform", time_grouped="none")
+    solution = random_solution(config, recipe)
+    assert not any(site.grid.two_region for site in solution.sites)
+    assert 0.3 < run(convert(solution)).std() < 4
+
+
+@pytest.mark.parametrize(("preset", "bits"), SETTINGS)
+def test_an_artifact_of_it_reads_back(config, tmp_path: Path, preset: str, bits: str) -> None:
+    """Writing checks that it is complete, reading that every scale, zero point and code is legal."""
+    solution = random_solution(config, Recipe.build(preset, bits))
+    artifact.write(solution, tmp_path)
+    again = artifact.read(tmp_path)
+    assert again.sites == solution.sites
+    assert all(torch.equal(again.codes[name], codes) for name, codes in solution.codes.items())
+    assert torch.equal(run_seeded(again), run_seeded(solution))
+
+
+def run_seeded(solution) -> torch.Tensor:
+    torch.manual_seed(1)
+    return run(convert(solution))
+
+
+def test_time_groups_differ_a_little(config) -> None:
+    for params in random_solution(config, Recipe.build("plus")).params.values():
+        if params.spec.role in (Role.INPUT, Role.QUERY, Role.GELU):
+            spread = params.scale.max() / params.scale.min()
+            assert params.scale.shape[0] == 10
+            assert 1.01 < spread < 1.25
+            assert params.scale[:, 0].unique().numel() == 10
+
+
+def test_blocks_share_the_embedder(config) -> None:
+    solution = random_solution(config, Recipe.build("plus"))
+    emb = "transformer_blocks.{}.norm1.emb."
+    weight, bias = "timestep_embedder.linear_2.weight", "timestep_embedder.linear_2.bias"
+    table = "class_embedder.embedding_table.weight"
+    zero, one = emb.format(0), emb.format(1)
+    assert solution.codes[zero + weight] is solution.codes[one + weight]
+    assert solution.params[zero + weight].scale is solution.params[one + weight].scale
+    assert solution.params[one + weight].spec.name == one + weight
+    assert solution.floats[zero + bias] is solution.floats[one + bias]
+    assert solution.floats[zero + table] is solution.floats[one + table]
+    other = "transformer_blocks.{}.norm1.linear.weight"
+    assert not torch.equal(solution.codes[other.format(0)], solution.codes[other.format(1)])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_use_their_bits(config, bits: int) -> None:
+    solution = random_solution(config, Recipe.build("plus", f"w{bits}a8"))
+    used = solution.codes["transformer_blocks.0.ff.net.2.weight"].unique()
+    high = (1 << bits - 1) - 1
+    assert -high - 1 <= used.min() <= -0.7 * high
+    assert 0.7 * high <= used.max() <= high
+    assert len(used) > 1.2 * high
+
+
+def test_few_numbers_are_drawn(config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large model takes seconds because its codes are dealt out of a pool as large as its largest weight."""
+    drawn = []
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *size, **options: drawn.append(size) or randn(*size, **options))
+    sizes = [codes.numel() for codes in random_solution(shape_config("DiT-B/4"), Recipe.build("plus")).codes.values()]
+    large = [size for size in drawn if torch.Size(size).numel() > 100_000]
+    assert large == [(max(sizes) + Pool.MARGIN,)]

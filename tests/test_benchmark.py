@@ -1,0 +1,266 @@
+"""The benchmark: what a row says, what is refused, what is skipped. Child processes and peaks are replaced but once."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tqdit import artifact, benchmark, contest
+from tqdit.benchmark import Benchmark, RandomModel, bench, kernel_counts
+from tqdit.contest import BenchSettings
+from tqdit.errors import InputError
+from tqdit.evaluation import baselines
+from tqdit.evaluation.machine import Peaks
+from tqdit.evaluation.operations import count_operations
+from tqdit.memory_probe import Footprint
+from tqdit.models import shapes
+from tqdit.models.sampler import Sampling
+from tqdit.recipe import Recipe
+
+FAST = {"batch": 4, "repeats": 3, "sampling": Sampling("ddim", 2, 1.5)}
+TINY = RandomModel("DiT-T/4", Recipe.build("plus", "w8a8"))
+KEYS = {
+    "model", "backend", "batch", "p20_ms", "p50_ms", "p80_ms", "peak_bytes", "integer", "speedup_over", "bits",
+    "preset", "resident_bytes", "load_seconds", "images_per_second", "operations", "operations_executed", "floor_ms",
+    "floor_fraction", "kernels",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny published shape, no compiler, no children, known peaks."""
+    monkeypatch.setattr(shapes, "SIZES", {**shapes.SIZES, "T": (1, 2, 16)})
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    monkeypatch.setattr(benchmark, "measure_peaks", lambda device: Peaks(100.0, 10.0))
+    monkeypatch.setattr(
+        contest, "footprint", lambda request: Footprint(1000, 2000, 0.5 if "artifact" in request else None)
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(solved: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artifacts") / "tiny-w6a6"
+    folder.mkdir()
+    artifact.write(solved("paper", "w6a6"), folder)
+    return folder
+
+
+def run(*models: Path, random: RandomModel | None = None, **settings) -> Benchmark:
+    return bench(models, random, BenchSettings(**{**FAST, "against": ("float32", "bfloat16"), **settings}))
+
+
+def test_rows_of_an_artifact(folder: Path, solved: Callable) -> None:
+    result = run(folder)
+    ours, *floats = result.rows
+    assert (ours.model, ours.backend, ours.bits, ours.batch) == ("tiny-w6a6", "reference", "w6a6", 4)
+    assert ours.integer
+    assert [row.backend for row in floats] == [
+        "float32-eager", "float32-compiled", "bfloat16-eager", "bfloat16-compiled",
+    ]  # fmt: skip
+    assert not any(row.integer or row.speedup_over or row.kernels for row in floats)
+    assert {row.model for row in floats} == {"DiT-2x32/2@8"}
+    for row in result.rows:
+        assert 0 < row.p20_ms <= row.p50_ms <= row.p80_ms
+        assert (row.resident_bytes, row.peak_bytes) == (1000, 2000)
+    assert [row.load_seconds for row in result.rows] == [0.5, None, None, None, None]
+    medians = {row.backend: row.p50_ms for row in floats}
+    assert ours.speedup_over == {
+        family: min(medians[f"{family}-eager"], medians[f"{family}-compiled"]) / ours.p50_ms
+        for family in ("float32", "bfloat16")
+    }
+    operations = count_operations(solved("paper", "w6a6"), 4)
+    assert (ours.operations, ours.operations_executed) == (operations.integer, operations.executed)
+    assert ours.floor_ms == pytest.approx(operations.floor_ms(100.0, 10.0))
+    assert ours.floor_fraction == pytest.approx(ours.floor_ms / ours.p50_ms)
+    assert sum(ours.kernels.values()) == len(solved("paper", "w6a6").sites) == len(result.sites[0][1])
+
+
+def test_sampling_runs_are_of_the_fastest_of_each_family(folder: Path) -> None:
+    result = run(folder)
+    rates = {row.backend: row.images_per_second for row in result.rows}
+    assert rates["reference"] > 0
+    for family in ("float32", "bfloat16"):
+        members = [row for row in result.rows if row.backend.startswith(family)]
+        fastest = min(members, key=lambda row: row.p50_ms)
+        assert [row.images_per_second is not None for row in members] == [row is fastest for row in members]
+    assert {row.images_per_second for row in run(folder, sampling=None).rows} == {None}
+
+
+def test_json_values(folder: Path) -> None:
+    value = json.loads(json.dumps(run(folder, random=TINY).figures(), allow_nan=False))
+    assert set(value) == {"environment", "settings", "skipped", "rows"}
+    assert {"cpu", "torch", "threads", "torchao"} <= set(value["environment"])
+    assert (value["environment"]["int8_peak_gops"], value["environment"]["read_gb_per_s"]) == (100.0, 10.0)
+    assert value["settings"]["sampling"] == {"sampler": "ddim", "steps": 2, "guidance": 1.5}
+    assert (value["settings"]["images"], value["settings"]["repeats"]) == (2, 3)
+    assert value["skipped"] == {}
+    assert all(set(row) == KEYS for row in value["rows"])
+
+
+def test_models_of_one_shape_share_baselines_and_others_have_their_own(folder: Path) -> None:
+    result = run(folder, folder, random=TINY, against=("float32",))
+    assert [(row.model, row.integer) for row in result.rows] == [
+        ("tiny-w6a6", True), ("tiny-w6a6", True), ("DiT-2x32/2@8", False), ("DiT-2x32/2@8", False),
+        ("DiT-T/4", True), ("DiT-T/4", False), ("DiT-T/4", False),
+    ]  # fmt: skip
+    rows = result.rows
+    for ours, rivals in ((rows[0], rows[2:4]), (rows[1], rows[2:4]), (rows[4], rows[5:])):
+        assert ours.speedup_over["float32"] == min(rival.p50_ms for rival in rivals) / ours.p50_ms
+    assert [model for model, _ in result.sites] == ["tiny-w6a6", "tiny-w6a6", "DiT-T/4"]
+
+
+def test_random_model_is_as_its_recipe_says() -> None:
+    (row,) = run(random=RandomModel("DiT-T/4@512", Recipe.build("paper", "w4a6")), against=(), batch=1).rows
+    assert (row.model, row.bits, row.preset, row.speedup_over) == ("DiT-T/4@512", "w4a6", "paper", {})
+
+
+def test_what_the_child_is_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model is loaded from a real artifact, which is there while the child runs and gone afterwards."""
+    requests = []
+
+    def footprint(request) -> Footprint:
+        if "artifact" in request:
+            artifact.read(Path(request["artifact"]))
+        requests.append(request)
+        return Footprint(1, 2, 3.0)
+
+    monkeypatch.setattr(contest, "footprint", footprint)
+    run(folder, random=TINY, against=("float32",))
+    assert [request.get("baseline") for request in requests] == [
+        None, "float32-eager", "float32-compiled", None, "float32-eager", "float32-compiled",
+    ]  # fmt: skip
+    assert requests[0]["artifact"] == str(folder)
+    assert not Path(requests[3]["artifact"]).exists()
+    assert requests[3]["backend"] == "reference", "what auto became"
+    assert {request["threads"] for request in requests} == {torch.get_num_threads()}
+    json.dumps(requests)
+
+
+def test_timesteps_differ_between_calls_and_are_the_models_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[int, list[int]] = {}
+    call = baselines.DenoiserCall.__call__
+
+    def spy(self, t: int):
+        seen.setdefault(id(self), []).append(t)
+        return call(self, t)
+
+    monkeypatch.setattr(baselines.DenoiserCall, "__call__", spy)
+    run(folder, sampling=None, against=("float32",), repeats=5)
+    assert len(seen) == 3
+    assert len({tuple(timesteps) for timesteps in seen.values()}) == 1, "the same for every contender"
+    (timesteps,) = {tuple(timesteps) for timesteps in seen.values()}
+    warm_up, timed = timesteps[: contest.WARM_UP], timesteps[contest.WARM_UP :]
+    assert len(set(warm_up)) == 2
+    assert len(set(timed)) == 5
+    assert max(timed) - min(timed) >= 800
+
+
+def test_simulated_arithmetic_is_never_timed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifact, "read", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(benchmark, "random_solution", lambda *_: pytest.fail("built"))
+    with pytest.raises(InputError, match="simulated arithmetic is never timed"):
+        run(folder, random=TINY, backend="simulated")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"batch": 0}, "batch"),
+        ({"repeats": 0}, "repeats"),
+        ({"against": ("tensorrt",)}, "tensorrt"),
+        ({"device": "cuda:99"}, "cuda:99"),
+        ({"backend": "abacus"}, "abacus"),
+        ({"sampling": Sampling("ddim", 1001)}, "1001"),
+        ({"random": RandomModel("DiT-M/2", Recipe())}, "DiT-M/2"),
+    ],
+)
+def test_wrong_settings_stop_before_building(folder: Path, monkeypatch, settings: dict, named: str) -> None:
+    for module, name in ((artifact, "read"), (benchmark, "random_solution"), (benchmark, "measure_peaks")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("built"))
+    with pytest.raises(InputError, match=named):
+        run(folder, **settings)
+
+
+def test_nothing_to_time(pipeline: Path) -> None:
+    with pytest.raises(InputError, match="nothing to time: give an artifact, or --random"):
+        run()
+    with pytest.raises(InputError, match=r"nothing to time: '.*tiny-dit' is a float model; quantize it first"):
+        run(pipeline)
+
+
+def test_a_baseline_that_does_not_compile_is_skipped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model, **_):
+        def call(*args, **kwargs):
+            raise RuntimeError("no C++ compiler\nand a long story")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    result = run(folder)
+    assert result.skipped == {"float32-compiled": "no C++ compiler", "bfloat16-compiled": "no C++ compiler"}
+    ours, *floats = result.rows
+    assert [row.backend for row in floats] == ["float32-eager", "bfloat16-eager"]
+    assert ours.speedup_over["float32"] == floats[0].p50_ms / ours.p50_ms
+    assert floats[0].images_per_second > 0
+
+
+def test_torchao_that_is_missing_is_skipped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
+    result = run(folder, against=("torchao",))
+    assert "pip install 'tqdit[bench]'" in result.skipped["torchao-compiled"]
+    assert [row.speedup_over for row in result.rows] == [{}]
+
+
+def test_a_baseline_that_cannot_be_built_is_skipped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = contest.build
+
+    def without_memory(names, *rest):
+        if names[0].startswith("bfloat16"):
+            raise RuntimeError("not enough memory")
+        return build(names, *rest)
+
+    monkeypatch.setattr(contest, "build", without_memory)
+    result = run(folder)
+    assert result.skipped == dict.fromkeys(("bfloat16-eager", "bfloat16-compiled"), "not enough memory")
+    assert list(result.rows[0].speedup_over) == ["float32"]
+
+
+def test_a_model_of_ours_that_fails_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contest, "convert", lambda *_: (_ for _ in ()).throw(RuntimeError("broken kernel")))
+    with pytest.raises(RuntimeError, match="broken kernel"):
+        run(folder)
+
+
+def test_memory_that_cannot_be_measured_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(request):
+        raise RuntimeError("the process ended with code -9")
+
+    monkeypatch.setattr(contest, "footprint", killed)
+    result = run(folder, against=())
+    assert result.skipped == {"memory of tiny-w6a6 reference": "the process ended with code -9"}
+    assert (result.rows[0].peak_bytes, result.rows[0].load_seconds) == (None, None)
+
+
+def test_kernel_counts() -> None:
+    report = {"a": "linear", "b": "values", "c": "linear", "d": "another"}
+    assert list(kernel_counts(report).items()) == [("linear", 2), ("another", 1), ("values", 1)]
+
+
+def test_best_of_nothing() -> None:
+    assert math.isnan(contest.best_of([], "float32"))
+
+
+@pytest.mark.slow
+def test_compiled_baselines_for_real(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One layer, compiled, in a child process too: the compiler is imported, so it is not in the memory."""
+    monkeypatch.undo()
+    monkeypatch.setattr(shapes, "SIZES", {**shapes.SIZES, "T": (1, 2, 16)})
+    monkeypatch.setattr(benchmark, "measure_peaks", lambda device: Peaks(100.0, 10.0))
+    result = run(random=TINY, against=("float32",))
+    assert result.skipped == {} or "C++" in result.skipped["float32-compiled"]
+    assert result.rows[0].load_seconds > 0
+    for row in result.rows:
+        assert 0 < row.peak_bytes < 200e6

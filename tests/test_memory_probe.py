@@ -1,0 +1,59 @@
+"""Memory of one model in its own process: orders of magnitude that only the right measurement gives."""
+
+import pytest
+import torch
+
+from tqdit import artifact
+from tqdit.memory_probe import footprint
+from tqdit.models.random_solution import random_solution
+from tqdit.models.random_weights import random_float
+from tqdit.recipe import Recipe
+
+MB = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def config(tiny_dit) -> dict:
+    sizes = {"num_layers": 2, "num_attention_heads": 16, "attention_head_dim": 64, "in_channels": 4, "out_channels": 8}
+    return {"_class_name": "DiTTransformer2DModel", **tiny_dit(**sizes).config}
+
+
+@pytest.fixture(scope="module")
+def request_(config) -> dict:
+    return {"config": config, "batch": 2, "device": "cpu", "threads": 1}
+
+
+def test_a_float_model_takes_its_weights(config, request_) -> None:
+    weights = sum(p.numel() * 4 for p in random_float(config).parameters())
+    found = footprint({**request_, "baseline": "float32-eager"})
+    assert weights * 0.9 < found.resident_bytes < weights + 30 * MB, "imports and the pool of random numbers are out"
+    assert found.resident_bytes <= found.peak_bytes < found.resident_bytes + 60 * MB
+    assert found.load_seconds is None
+
+
+def test_an_artifact_takes_its_codes(config, request_, tmp_path) -> None:
+    solution = random_solution(config, Recipe.build("plus"))
+    artifact.write(solution, tmp_path)
+    codes = sum({c.data_ptr(): c.numel() for c in solution.codes.values()}.values())
+    found = footprint({**request_, "artifact": str(tmp_path), "backend": "reference"})
+    assert codes > 35 * MB
+    assert codes * 0.9 < found.resident_bytes < 6 * codes, "what loading allocated and freed may still be resident"
+    assert found.peak_bytes >= codes
+    assert 0 < found.load_seconds < 60
+
+
+def test_a_child_that_fails_gives_its_last_words(request_, tmp_path) -> None:
+    with pytest.raises(RuntimeError, match=f"unknown model '{tmp_path}/no'"):
+        footprint({**request_, "artifact": f"{tmp_path}/no", "backend": "reference"})
+
+
+def test_threads_are_those_of_the_parent(request_, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In process, with the model replaced: only the settings are looked at."""
+    from tqdit import memory_probe
+
+    seen = []
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    monkeypatch.setattr(memory_probe, "_load", lambda request, device: pytest.fail("loaded"))
+    with pytest.raises(pytest.fail.Exception, match="loaded"):
+        memory_probe.measure({**request_, "threads": 3, "baseline": "float32-eager"})
+    assert seen == [3]
