@@ -82,9 +82,7 @@ def read(folder: Path) -> Solution:
             raise InputError(f"{folder / name} is missing")
         if _sha256(folder / name) != expected:
             raise InputError(f"{folder / name} was changed: its sha256 is not the one in {MANIFEST}")
-    mapped = _read_verified(folder / WEIGHTS, manifest)
-    # Weight codes stay in the mapped file until `convert` packs them; a small tensor must not hold the file.
-    tensors = {name: t if name.endswith(".codes") else t.clone() for name, t in mapped.items()}
+    tensors = _read_verified(folder / WEIGHTS, manifest)
     for name, target in manifest["aliases"].items():
         if target not in tensors:
             raise InputError(f"{folder / MANIFEST}: tensor '{name}' refers to '{target}', which is missing")
@@ -190,7 +188,7 @@ def _read_verified(path: Path, manifest: Mapping[str, Any]) -> dict[str, torch.T
                 raise InputError(f"{path}: tensor '{name}' has {key} {found[key]}, expected {expected[key]}")
     if extra := sorted(set(tensors) - set(manifest["tensors"])):
         raise InputError(f"{path} has an unexpected tensor '{extra[0]}'")
-    # Copies, and codes are copied when unpacked: one tensor of the mapped file would keep all of it in memory.
+    # Weight codes stay in the mapped file until `convert` packs them; no other tensor may keep all of it in memory.
     return {name: tensor if tensor.dtype is torch.uint8 else tensor.clone() for name, tensor in tensors.items()}
 
 

@@ -101,11 +101,11 @@ def bench(
     """
     with quiet():
         from diffusers import DDIMScheduler, DiTTransformer2DModel  # noqa: F401
-    if not get_backend(settings.backend).INTEGER:
+    device = checked_device(settings.device)
+    if not get_backend(settings.backend, device).INTEGER:
         raise InputError(f"backend '{settings.backend}' computes in float; simulated arithmetic is never timed")
     if not models and random is None:
         raise InputError("nothing to time: give an artifact, or --random with a shape such as DiT-XL/2")
-    device = checked_device(settings.device)
     subjects = [_subject(model) for model in models]
     if random:
         subjects.append(Subject(random.name, Path(), random.config, None))

@@ -157,7 +157,7 @@ class _Maker:
 
     def quantized(self, subject: Subject) -> _Contender:
         solution = artifact.read(subject.folder)
-        module = convert(solution, self.settings.backend).to(self.device)
+        module = convert(solution, self.settings.backend, self.device)
         total = solution.time_groups.num_timesteps
         self.timesteps = min(self.timesteps or total, total)
         recipe = solution.provenance.get("recipe", {})

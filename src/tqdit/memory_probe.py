@@ -88,7 +88,7 @@ def _import_what_it_needs(request: Mapping[str, Any], device: torch.device) -> N
     with quiet():
         empty_model(request["config"])
         if "artifact" in request:
-            get_backend(request["backend"])
+            get_backend(request["backend"], device)
         elif request["baseline"].startswith("torchao"):
             import torchao.quantization  # noqa: F401
         if request.get("baseline", "").endswith("-compiled"):

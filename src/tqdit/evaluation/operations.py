@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tqdit.grids.regions import is_merged
 from tqdit.models.shapes import tokens, width
 from tqdit.spec import Role, Solution
 
@@ -27,15 +28,15 @@ class Operations:
 def count_operations(solution: Solution, batch: int) -> Operations:
     """Operations of one call with `batch` samples.
 
-    Linear layers are 2 B N in out; Q K^T and P V are 2 B N N C each. Two-region operands (after GELU, after softmax)
-    take two products with the reference's kernels.
+    Linear layers are 2 B N in out; Q K^T and P V are 2 B N N C each. A two-region operand (after GELU, after softmax)
+    takes two products, unless its regions merge.
     """
     config = solution.model_config
     layers, n, c = int(config["num_layers"]), tokens(config), width(config)
     linears = {"qkv": 3 * c * c, "out": c * c, "fc1": 4 * c * c, "fc2": 4 * c * c}
     per_block = 2 * batch * n * (sum(linears.values()) + 2 * n * c)
     twice = {Role.GELU: 2 * batch * n * linears["fc2"], Role.SOFTMAX: 2 * batch * n * n * c}
-    again = sum(twice[spec.role] for spec in solution.sites if spec.grid.two_region)
+    again = sum(twice[p.spec.role] for p in solution.params.values() if p.spec.grid.two_region and not is_merged(p))
     return Operations(layers * per_block, layers * per_block + again, _weight_only_bytes(solution))
 
 

@@ -7,7 +7,7 @@ A value belongs to exactly one region, so the two products of a matmul have disj
 
 import torch
 
-from tqdit.spec import Grid, IntFormat
+from tqdit.spec import Grid, GridParams, IntFormat
 
 GELU_MINIMUM = 0.17  # max |gelu(x)| for x < 0, TQ-DiT's fixed extent of the negative region
 
@@ -66,6 +66,12 @@ def merge_shift(s1: torch.Tensor, s2: torch.Tensor, bits: int, grid: Grid) -> to
     if bool(((mantissa == 0.5) & (s1 * 2.0**shift == s2) & (shift >= 0) & (span <= 255)).all()):
         return shift
     return None
+
+
+def is_merged(params: GridParams) -> bool:
+    """Whether a two-region site takes one product in every time group."""
+    spec = params.spec
+    return merge_shift(params.scale[..., 0], params.scale[..., 1], spec.bits, spec.grid) is not None
 
 
 def softmax_exponents(bits: int) -> range:

@@ -6,7 +6,7 @@ from typing import cast
 import torch
 
 from tqdit.errors import InputError
-from tqdit.grids.regions import merge_shift
+from tqdit.grids.regions import is_merged
 from tqdit.ops.schema import Backend
 from tqdit.spec import Grid, GridParams, Role
 
@@ -63,8 +63,7 @@ def kernel_name(params: GridParams, backend: Backend) -> str:
     operation = _OPERATIONS[spec.role]
     detail = backend.kernel(operation)
     if backend.INTEGER and spec.grid is not Grid.UNIFORM:
-        merged = merge_shift(params.scale[..., 0], params.scale[..., 1], spec.bits, spec.grid) is not None
-        detail += ", 1 merged product" if merged else ", 2 products"
+        detail += ", 1 merged product" if is_merged(params) else ", 2 products"
     return f"{backend.NAME}.{operation}[{detail}]"
 
 
