@@ -16,7 +16,6 @@ WAYS = ("native", "generic", "torch", "no-onednn", "nothing")
 def forget() -> None:
     """Drop what was probed and built, so that the environment is read again."""
     native._load.cache_clear()
-    native.instructions.cache_clear()
 
 
 def backend_that(way: str, monkeypatch: pytest.MonkeyPatch) -> Composed:

@@ -17,9 +17,10 @@ from operands import Maker, maker
 from tqdit.backends import native, onednn
 from tqdit.backends.cpu import NativeCpu
 from tqdit.backends.onednn import SIGN, PackedLinear
+from tqdit.backends.panels import PanelLinear
 from tqdit.ops.quantizer import dequantize, quantize
 from tqdit.ops.reference import Reference, int_matmul
-from tqdit.ops.schema import OperandParams
+from tqdit.ops.schema import OperandParams, WeightParams
 from tqdit.spec import Grid
 
 REFERENCE = Reference()
@@ -114,6 +115,27 @@ def test_products_beyond_2_to_24_are_rounded_once(run, k: int) -> None:
     expected = (codes.long() - 3) @ weight.codes.long().t()
     assert expected.abs().max() > 2**24
     assert torch.equal(PackedLinear(weight, None).product(codes, 3), expected.float())
+
+
+@given(
+    batch=st.integers(1, 3), tokens=st.integers(1, 40), fours=st.integers(1, 80), n=st.integers(1, 150),
+    zero=st.integers(-128, 127), extreme=st.booleans(), seed=st.integers(0, 2**20),
+)  # fmt: skip
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_fused_products_are_exact(fast, batch, tokens, fours, n, zero: int, extreme: bool, seed: int) -> None:
+    """The accumulators themselves: scales and gate 1, bias and residual 0."""
+    make = maker(seed)
+    codes, weight = make.codes(batch, tokens, 4 * fours), make.weight(n, 4 * fours)
+    if extreme:
+        codes, weight = torch.full_like(codes, 127), weight._replace(codes=torch.full_like(weight.codes, -128))
+    one = torch.ones(1, 1, 1)
+    source = OperandParams(Grid.UNIFORM, 8, one, torch.full((1, 1, 1), zero, dtype=torch.int32), one)
+    layer = fast.prepare(WeightParams(weight.codes, torch.ones(1)), None)
+    x = torch.zeros(batch, tokens, n)
+    out = fast.linear_residual(given_codes(fast, codes, source), source, layer, torch.ones(batch, n), x)
+    assert torch.equal(out, ((codes.long() - zero) @ weight.codes.long().t()).float())
+    if isinstance(layer, PanelLinear):
+        assert torch.equal(layer.unpacked(), weight.codes)
 
 
 # Operations ---------------------------------------------------------------------------------------------------------
@@ -290,12 +312,16 @@ def test_threads_change_nothing(fast) -> None:
 
 def test_kernel_names_say_what_runs(run, request: pytest.FixtureRequest) -> None:
     way = request.node.callspec.params["run"]
-    vnni = onednn.reason() is None
-    assert run.kernel("linear") == ("onednn u8 x s8" if vnni else "int8 in fp32, exact")
-    assert ("fused attention" in run.kernel("scores")) == (way in ("native", "generic", "no-onednn"))
-    assert ("generic" in run.kernel("values")) == (
-        way == "generic" or (isinstance(run, NativeCpu) and native.instructions() == "generic")
-    )
+    compiled, vnni = isinstance(run, NativeCpu), isinstance(run, NativeCpu) and native.has_vnni()
+    onednn_runs = onednn.reason() is None
+    assert compiled == (way not in ("torch", "nothing"))
+    assert not (way == "generic" and vnni)
+    product = "onednn u8 x s8" if onednn_runs else "int8 in fp32, exact"
+    assert run.kernel("linear") == ("fused, avx512-vnni u8 x s8" if vnni else product)
+    assert ("fused attention" in run.kernel("scores")) == compiled
+    assert ("avx512-vnni" in run.kernel("values")) == vnni
+    assert isinstance(run.prepare(maker(0).weight(5, 8), None), PanelLinear) == vnni
+    assert not isinstance(run.prepare(maker(0).weight(5, 7), None), PanelLinear)  # no multiple of four
 
 
 def test_a_processor_without_vnni_is_found_out() -> None:

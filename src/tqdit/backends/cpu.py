@@ -10,13 +10,16 @@ import ctypes
 import torch
 from torch import nn
 
-from tqdit.backends import native, onednn
+from tqdit.backends import native, onednn, panels
 from tqdit.backends.onednn import SIGN, PackedLinear
+from tqdit.backends.panels import PanelLinear
 from tqdit.grids.regions import sign
 from tqdit.ops import reference
 from tqdit.ops.composed import Composed
 from tqdit.ops.holders import LinearCodes
 from tqdit.ops.schema import AttentionParams, OperandParams, WeightParams
+
+Layer = PackedLinear | PanelLinear
 
 WEIGHT_ROWS = 4096  # of a float-input weight that exist in fp32 at a time, where nothing is compiled
 
@@ -56,7 +59,12 @@ class NativeCpu(TorchCpu):
     def kernel(self, operation: str) -> str:
         if operation in ("scores", "values"):
             return f"fused attention, {native.instructions()} u8 x s8"
+        if operation == "linear" and native.has_vnni():
+            return "fused, avx512-vnni u8 x s8"
         return super().kernel(operation)
+
+    def prepare(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:
+        return PanelLinear(weight, bias) if panels.supported(weight.codes.shape[1]) else PackedLinear(weight, bias)
 
     def prepare_float_input(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:
         columns = len(weight.codes)
@@ -77,17 +85,12 @@ class NativeCpu(TorchCpu):
         return out
 
     @torch.compiler.disable
-    def qkv(
-        self, codes: torch.Tensor, source: OperandParams, layer: PackedLinear, params: AttentionParams
-    ) -> torch.Tensor:
-        (acc,) = _sums([codes], source, layer)
-        batch, tokens, columns = acc.shape
-        out = torch.empty(acc.shape, dtype=torch.uint8)
+    def qkv(self, codes: torch.Tensor, source: OperandParams, layer: Layer, params: AttentionParams) -> torch.Tensor:
+        call = _Call(codes, source, layer)
+        out = torch.empty(call.shape, dtype=torch.uint8)
         native.call(
-            "heads_quantize", acc, native.operand(source), layer.scale, layer.bias,
-            *(native.operand(target) for target in params.projections), batch, tokens, params.heads,
-            columns // (3 * params.heads), out, torch.get_num_threads(),
-        )  # fmt: skip
+            "linear_heads", call.struct, *(native.operand(target) for target in params.projections), params.heads, out
+        )
         return out
 
     @torch.compiler.disable
@@ -108,28 +111,22 @@ class NativeCpu(TorchCpu):
 
     @torch.compiler.disable
     def linear_gelu(
-        self, codes: torch.Tensor, source: OperandParams, layer: PackedLinear, target: OperandParams
+        self, codes: torch.Tensor, source: OperandParams, layer: Layer, target: OperandParams
     ) -> torch.Tensor:
-        (acc,) = _sums([codes], source, layer)
+        call = _Call(codes, source, layer)
         two = target.grid.two_region and target.shift is None
-        out = torch.empty(2 if two else 1, *acc.shape, dtype=torch.uint8)
-        native.call(
-            "gelu_quantize", acc, native.operand(source), layer.scale, layer.bias, native.operand(target), *acc.shape,
-            out[0], out[1] if two else None, torch.get_num_threads(),
-        )  # fmt: skip
+        out = torch.empty(2 if two else 1, *call.shape, dtype=torch.uint8)
+        native.call("linear_gelu", call.struct, native.operand(target), out[0], out[1] if two else None)
         return out if two else out[0]
 
     @torch.compiler.disable
     def linear_residual(
-        self, codes: torch.Tensor, source: OperandParams, layer: PackedLinear, gate: torch.Tensor, x: torch.Tensor
+        self, codes: torch.Tensor, source: OperandParams, layer: Layer, gate: torch.Tensor, x: torch.Tensor
     ) -> torch.Tensor:
-        sums = _sums(list(codes) if codes.ndim == 4 else [codes], source, layer)
         x = x.float().contiguous()
         out = torch.empty_like(x)
-        native.call(
-            "residual", sums[0], sums[1] if len(sums) == 2 else None, native.operand(source), layer.scale, layer.bias,
-            _rows(gate), gate.stride(0), x, *x.shape, out, torch.get_num_threads(),
-        )  # fmt: skip
+        call = _Call(codes, source, layer)
+        native.call("linear_residual", call.struct, _rows(gate), gate.stride(0), x, out)
         return out
 
     @torch.compiler.disable
@@ -142,6 +139,29 @@ class NativeCpu(TorchCpu):
             torch.get_num_threads(),
         )  # fmt: skip
         return out.view(*x.shape[:-1], columns)
+
+
+class _Call:
+    """`LinearCall` of kernels.cpp with the tensors it points into. `shape`: of the result, (B, N, out)."""
+
+    def __init__(self, codes: torch.Tensor, source: OperandParams, layer: Layer) -> None:
+        planes = list(codes) if codes.ndim == 4 else [codes]
+        batch, tokens, depth = planes[0].shape
+        self.shape = batch, tokens, layer.shape[0]
+        self.struct = native.LinearCall(
+            weight=layer.scale.data_ptr(), bias=layer.bias.data_ptr(), batch=batch, tokens=tokens, depth=depth,
+            columns=layer.shape[0], threads=torch.get_num_threads(), source=native.operand(source),
+        )  # fmt: skip
+        if isinstance(layer, PanelLinear):
+            self.alive = planes
+            self.struct.packed, self.struct.column_sums = layer.packed.data_ptr(), layer.sums.data_ptr()
+            pointers = ("first", "second")
+        else:
+            self.alive = _sums(planes, source, layer)
+            pointers = ("first_sums", "second_sums")
+        for name, tensor in zip(pointers, self.alive, strict=False):
+            assert tensor.is_contiguous()
+            setattr(self.struct, name, tensor.data_ptr())
 
 
 def unavailable(device: torch.device) -> str | None:

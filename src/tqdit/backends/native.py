@@ -56,6 +56,19 @@ class AttentionCall(ctypes.Structure):
     )
 
 
+class LinearCall(ctypes.Structure):
+    """`LinearCall` of kernels.cpp."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("first", "second", "packed", "column_sums", "first_sums", "second_sums", "weight", "bias")
+        ),
+        *((name, ctypes.c_int64) for name in ("batch", "tokens", "depth", "columns", "threads")),
+        ("source", Operand),
+    )
+
+
 def operand(params: OperandParams) -> Operand:
     """Pointers into the parameters, which must outlive the call."""
     shared = params.scale.shape[0] == 1
@@ -97,11 +110,14 @@ def reason() -> str | None:
     return None
 
 
-@functools.cache
+def has_vnni() -> bool:
+    """Whether the kernels were compiled to AVX-512 VNNI; their own integer matmul is slow without it."""
+    return bool(library().tqdit_has_vnni())
+
+
 def instructions() -> str:
     """The integer instructions the kernels were compiled to, for reports."""
-    flags = _processor_flags()
-    return "avx512-vnni" if "TQDIT_CXXFLAGS" not in os.environ and "avx512_vnni" in flags else "generic"
+    return "avx512-vnni" if has_vnni() else "generic"
 
 
 def library() -> ctypes.CDLL:

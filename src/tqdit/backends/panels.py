@@ -1,0 +1,48 @@
+"""A weight in the layout of the compiled integer matmul: panels of 64 columns, four items of K side by side."""
+
+import torch
+
+from tqdit.backends import native
+from tqdit.ops.holders import FixedDtype
+from tqdit.ops.schema import WeightParams
+
+FOUR = 4  # items of K that one VNNI instruction multiplies
+LANES = 16
+
+
+def supported(depth: int) -> bool:
+    """Whether the compiled product serves a weight (out, depth) here."""
+    return depth % FOUR == 0 and native.has_vnni()
+
+
+class PanelLinear(FixedDtype):
+    """A linear layer for integer products: packed int8 codes, their sums, fp32 scale and bias (out,).
+
+    The plain codes are not kept; `unpacked` gives them back.
+    """
+
+    packed: torch.Tensor
+    sums: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(self, weight: WeightParams, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        columns, depth = self.shape = tuple(weight.codes.shape)
+        packed = torch.empty(-(-columns // LANES) * LANES * depth, dtype=torch.int8)
+        sums = torch.empty(columns, dtype=torch.int32)
+        native.call("pack_weight", weight.codes.contiguous(), columns, depth, packed, sums, torch.get_num_threads())
+        self.register_buffer("packed", packed)
+        self.register_buffer("sums", sums)
+        self.register_buffer("scale", weight.scale.expand(columns).contiguous())
+        self.register_buffer("bias", torch.zeros(columns) if bias is None else bias.float().contiguous())
+
+    def unpacked(self) -> torch.Tensor:
+        """The codes, int8 (out, in)."""
+        columns, depth = self.shape
+        panels = []
+        for begin in range(0, columns, 64):
+            width = min(64, -(-(columns - begin) // LANES) * LANES)
+            panel = self.packed[begin * depth : (begin + width) * depth].view(depth // FOUR, width, FOUR)
+            panels.append(panel.permute(1, 0, 2).reshape(width, depth))
+        return torch.cat(panels)[:columns]
