@@ -142,7 +142,7 @@ class NativeCpu(TorchCpu):
 
 
 class _Call:
-    """`LinearCall` of kernels.cpp with the tensors it points into. `shape`: of the result, (B, N, out)."""
+    """`LinearCall` of linear.h with the tensors it points into. `shape`: of the result, (B, N, out)."""
 
     def __init__(self, codes: torch.Tensor, source: OperandParams, layer: Layer) -> None:
         planes = list(codes) if codes.ndim == 4 else [codes]

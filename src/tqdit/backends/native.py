@@ -1,4 +1,4 @@
-"""`kernels.cpp` compiled for this processor at first use, kept in a cache folder, and called through its C functions.
+"""`kernels/` compiled for this processor at first use, kept in a cache folder, and called through its C functions.
 
 No compiler is needed to install the package. Where none is found, or it fails, `library` raises `UnavailableError` with
 the reason, and the CPU backend runs the same operations through torch.
@@ -24,7 +24,7 @@ import torch
 from tqdit.ops.schema import OperandParams
 from tqdit.spec import Grid
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = Path(__file__).with_name("kernels")
 # No contraction: codes must not depend on where a compiler finds a fused multiply-add.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-Wno-psabi")
 OPENMP = ("-fopenmp",)
@@ -37,7 +37,7 @@ class UnavailableError(Exception):
 
 
 class Operand(ctypes.Structure):
-    """`Operand` of kernels.cpp."""
+    """`Operand` of operands.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("scale", "coarse", "zero", "shift")),
@@ -46,7 +46,7 @@ class Operand(ctypes.Structure):
 
 
 class AttentionCall(ctypes.Structure):
-    """`AttentionCall` of kernels.cpp."""
+    """`AttentionCall` of attention.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("qkv", "out", "trace")),
@@ -57,7 +57,7 @@ class AttentionCall(ctypes.Structure):
 
 
 class LinearCall(ctypes.Structure):
-    """`LinearCall` of kernels.cpp."""
+    """`LinearCall` of linear.h."""
 
     _fields_ = (
         *(
@@ -164,7 +164,7 @@ def _compiler() -> str:
             raise UnavailableError(f"TQDIT_CXX names no compiler: '{named}'")
         return found
     if sys.platform == "win32":
-        raise UnavailableError("kernels.cpp is written for GCC and Clang; set TQDIT_CXX to one of them")
+        raise UnavailableError("the kernels are written for GCC and Clang; set TQDIT_CXX to one of them")
     for candidate in COMPILERS:
         if found := shutil.which(candidate):
             return found
@@ -180,7 +180,8 @@ def _target_flags() -> tuple[str, ...]:
 def _key(compiler: str, flags: tuple[str, ...]) -> str:
     """Hash of everything that decides the binary: a cache folder may be shared by machines."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    parts = (SOURCE.read_bytes(), " ".join(flags).encode(), version, _processor_flags().encode())
+    sources = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
+    parts = (sources, " ".join(flags).encode(), version, _processor_flags().encode())
     return hashlib.sha256(b"\0".join((*parts, torch.__version__.encode()))).hexdigest()[:24]
 
 
@@ -215,7 +216,7 @@ def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
     os.close(handle)
     try:
         for threads in (OPENMP, ()):  # Apple's clang has no OpenMP of its own: then one thread
-            command = [compiler, *flags, *threads, str(SOURCE), "-o", scratch]
+            command = [compiler, *flags, *threads, str(SOURCES / "kernels.cpp"), "-o", scratch]
             done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
             if done.returncode == 0:
                 os.replace(scratch, path)

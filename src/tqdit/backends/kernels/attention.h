@@ -1,0 +1,243 @@
+// Fused attention: exact Q K^T, fp32 softmax, exact P V, a few query rows of one head at a time.
+#pragma once
+#include "operands.h"
+#include "products.h"
+
+namespace tqdit {
+
+struct AttentionCall {
+  const uint8_t* qkv;  // (batch, tokens, 3, heads, dim)
+  uint8_t* out;        // (batch, tokens, heads, dim)
+  int8_t* trace;       // null, or (batch, heads, tokens, tokens) codes of the probabilities, for tests
+  int64_t batch, tokens, heads, dim, threads;
+  Operand query, key, value, probability, target;
+  float factor;
+};
+
+// Keys as the columns of Q K^T: four adjacent items of a key become one group. Codes turn signed; padding is 0.
+void pack_keys(const uint8_t* keys, int64_t stride, int64_t tokens, int64_t dim, int8_t* packed, int64_t columns) {
+  std::memset(packed, 0, columns * round_up(dim, 4));
+  const int64_t whole = dim / 4 * 4, rest = dim - whole;
+  for (int64_t j = 0; j < tokens; ++j) {
+    const uint8_t* key = keys + j * stride;
+    uint32_t four;
+    for (int64_t k = 0; k < whole; k += 4) {
+      std::memcpy(&four, key + k, 4);
+      four ^= 0x80808080u;
+      std::memcpy(packed + k * columns + j * 4, &four, 4);
+    }
+    for (int64_t i = 0; i < rest; ++i)
+      packed[whole * columns + j * 4 + i] = static_cast<int8_t>(key[whole + i] ^ 0x80);
+  }
+}
+
+// Values as the columns of P V: one item of four successive tokens becomes one group.
+void pack_values(const uint8_t* values, int64_t stride, int64_t tokens, int64_t dim, int8_t* packed, int64_t columns,
+                 int64_t fours) {
+  for (int64_t group = 0; group < fours; ++group)
+    for (int64_t j = 0; j < columns; j += LANES) {
+      vint four{};
+      for (int64_t i = 0; i < 4 && group * 4 + i < tokens; ++i) {
+        const uint8_t* from = values + (group * 4 + i) * stride + j;
+        vbyte bytes = vbyte{} + static_cast<uint8_t>(0x80);  // of a padding lane: code 0
+        if (dim - j >= LANES)
+          std::memcpy(&bytes, from, LANES);
+        else
+          std::memcpy(&bytes, from, dim - j);
+        four |= (widen(bytes) ^ 0x80) << (8 * i);
+      }
+      std::memcpy(packed + (group * columns + j) * 4, &four, sizeof four);
+    }
+}
+
+// Sums of the columns of a packed matrix; `ones`: that many ones.
+void column_sums(const uint8_t* ones, const int8_t* packed, int64_t columns, int64_t fours, int32_t* sums) {
+  dot(ones, 0, 1, packed, columns, fours, sums, 0);
+}
+
+constexpr int64_t QUERY_ROWS = 16;  // per pass: scores and codes of 1024 keys stay in the second-level cache
+
+// Buffers of one thread, for one (sample, head) at a time.
+struct Workspace {
+  int64_t keys, depth, key_fours, value_fours;
+  Buffer<int8_t> key, value;
+  Buffer<int32_t> key_sums, value_sums, scores, first_sums, second_sums;
+  Buffer<uint8_t> first, second, ones;
+  vint inside;  // which lanes of the last vector of keys are keys
+  explicit Workspace(const AttentionCall& c)
+      : keys(round_up(c.tokens, LANES)), depth(round_up(c.dim, LANES)), key_fours(round_up(c.dim, 4) / 4),
+        value_fours(keys / 4), key(keys * key_fours * 4), value(depth * keys), key_sums(keys), value_sums(depth),
+        scores(QUERY_ROWS * keys), first_sums(QUERY_ROWS * depth), second_sums(QUERY_ROWS * depth),
+        first(QUERY_ROWS * keys), second(QUERY_ROWS * keys), ones(keys + round_up(c.dim, 4)) {
+    std::memset(ones.data(), 1, keys + round_up(c.dim, 4));
+    for (int i = 0; i < LANES; ++i) inside[i] = keys - LANES + i < c.tokens ? -1 : 0;
+  }
+};
+
+// One (sample, head) of a call, with its scales looked up.
+struct Head {
+  const AttentionCall& c;
+  int64_t sample, head;
+  int32_t query_zero, key_zero, value_zero, probability_zero, shift;  // of query and uniform probability: unsigned
+  float score_scale, value_scale, s1, s2;
+  Uniform probability, target;
+  Head(const AttentionCall& call, int64_t b, int64_t h)
+      : c(call), sample(b), head(h), query_zero(c.query.zero[b * c.query.stride + h] + 128),
+        key_zero(c.key.zero[b * c.key.stride + h]), value_zero(c.value.zero[b * c.value.stride + h]),
+        probability_zero(c.probability.zero[b * c.probability.stride] + 128),
+        shift(c.probability.grid == MERGED ? c.probability.shift[b * c.probability.stride] : 0),
+        score_scale(c.query.scale[b * c.query.stride + h] * c.key.scale[b * c.key.stride + h] * c.factor),
+        value_scale(c.value.scale[b * c.value.stride + h]), s1(c.probability.scale[b * c.probability.stride]),
+        s2(c.probability.coarse[b * c.probability.stride]), probability(c.probability, b * c.probability.stride),
+        target(c.target, b * c.target.stride) {}
+};
+
+struct RowSums { int32_t first, second; };  // of the codes of one row of probabilities
+
+// exp(score - top) of one row in place, and their sum. Padding becomes 0.
+float exponentials(float* scores, float top, int64_t keys, vint inside) {
+  vfloat total{};
+  for (int64_t j = 0; j < keys; j += LANES) {
+    vfloat e = exponential(load(scores + j) - top);
+    if (j + LANES >= keys) e = inside ? e : vfloat{};
+    total += e;
+    store(scores + j, e);
+  }
+  return sum(total);
+}
+
+// Softmax of one row of scores and its codes: `first` uniform, merged or fine ones, `second` coarse ones.
+RowSums softmax_codes(const Head& h, float* scores, float top, const Workspace& w, uint8_t* first, uint8_t* second) {
+  const int64_t keys = w.keys;
+  const vint everywhere = vint{} == 0, inside = w.inside;
+  const vfloat share = splat(1.0f / exponentials(scores, top, keys, inside));
+  const vfloat limit = splat((1 << (h.c.probability.bits - 1)) - 1), border = limit * h.s1;
+  const vfloat per_s1 = splat(1.0f / h.s1), per_s2 = splat(1.0f / h.s2);
+  vint first_total{}, second_total{};
+  for (int64_t j = 0; j < keys; j += LANES) {
+    const vfloat p = load(scores + j) * share;
+    const vint valid = j + LANES >= keys ? inside : everywhere;
+    if (h.c.probability.grid == UNIFORM) {
+      const vint code = h.probability.code_near(p) & valid;
+      first_total += code;
+      store_bytes(first + j, code, LANES);
+      continue;
+    }
+    const vint fine = p <= border;
+    const vint code = nearest(at_most(p * (fine ? per_s1 : per_s2), limit)) & valid;
+    const bool merged = h.c.probability.grid == MERGED;
+    const vint in_first = merged ? (fine ? code : code << h.shift) : (code & fine);
+    first_total += in_first;
+    store_bytes(first + j, in_first, LANES);
+    if (merged) continue;
+    second_total += code & ~fine;
+    store_bytes(second + j, code & ~fine, LANES);
+  }
+  return {sum(first_total), sum(second_total)};
+}
+
+// One row of P V from its exact sums, quantized for the output projection.
+void attended_codes(const Head& h, RowSums rows, const Workspace& w, int64_t row, uint8_t* out) {
+  const int32_t *firsts = w.first_sums.data() + row * w.depth, *seconds = w.second_sums.data() + row * w.depth;
+  for (int64_t j = 0; j < h.c.dim; j += LANES) {
+    vint acc = load(firsts + j) - h.value_zero * rows.first;
+    vfloat x;
+    if (h.c.probability.grid == TWO_REGION) {
+      const vint second = load(seconds + j) - h.value_zero * rows.second;
+      x = (to_float(second) * h.s2 + to_float(acc) * h.s1) * h.value_scale;
+    } else {
+      if (h.c.probability.grid == UNIFORM) {
+        const vint centred = load(w.value_sums.data() + j) - static_cast<int32_t>(h.c.tokens) * h.value_zero;
+        acc -= h.probability_zero * centred;
+      }
+      x = to_float(acc) * (h.s1 * h.value_scale);
+    }
+    store_bytes(out + j, h.target.code(x), h.c.dim - j);
+  }
+}
+
+// Codes as ops/reference.py has them: signed, a fine code negative.
+void write_trace(const Head& h, const uint8_t* first, const uint8_t* second, int8_t* trace) {
+  const bool two = h.c.probability.grid == TWO_REGION;
+  for (int64_t j = 0; j < h.c.tokens; ++j) trace[j] = two ? second[j] - first[j] : first[j] - 128;
+}
+
+// Integer scores of one row, zero points corrected, times their scale, in place; the largest one.
+float scale_scores(const Head& h, const uint8_t* query, const Workspace& w, int32_t* scores) {
+  int32_t query_sum = 0;
+  for (int64_t k = 0; k < h.c.dim; ++k) query_sum += query[k];
+  const int32_t constant = h.key_zero * (static_cast<int32_t>(h.c.dim) * h.query_zero - query_sum);
+  const vfloat lowest = splat(-3.0e38f);
+  vfloat top = lowest;
+  for (int64_t j = 0; j < w.keys; j += LANES) {
+    const vint acc = load(scores + j) + (constant - h.query_zero * load(w.key_sums.data() + j));
+    const vfloat x = to_float(acc) * h.score_scale;
+    top = at_least(top, j + LANES >= w.keys ? (w.inside ? x : lowest) : x);
+    std::memcpy(scores + j, &x, sizeof x);
+  }
+  return largest(top);
+}
+
+// The product of the coarse codes, of which many rows have none.
+void second_product(const RowSums* sums, int64_t rows, Workspace& w) {
+  for (int64_t r = 0; r < rows; r += 4) {
+    const int64_t count = rows - r < 4 ? rows - r : 4;
+    bool any = false;
+    for (int64_t i = 0; i < count; ++i) any |= sums[r + i].second != 0;
+    int32_t* out = w.second_sums.data() + r * w.depth;
+    if (any)
+      dot(w.second.data() + r * w.keys, w.keys, count, w.value.data(), w.depth, w.value_fours, out, w.depth);
+    else
+      std::memset(out, 0, count * w.depth * sizeof *out);
+  }
+}
+
+// Query rows [begin, end) of one head.
+void attend(const Head& h, int64_t begin, int64_t end, Workspace& w) {
+  const AttentionCall& c = h.c;
+  const int64_t width = c.heads * c.dim, stride = 3 * width;
+  const uint8_t* query = c.qkv + h.sample * c.tokens * stride + h.head * c.dim;
+  pack_keys(query + width, stride, c.tokens, c.dim, w.key.data(), w.keys);
+  column_sums(w.ones.data(), w.key.data(), w.keys, w.key_fours, w.key_sums.data());
+  pack_values(query + 2 * width, stride, c.tokens, c.dim, w.value.data(), w.depth, w.value_fours);
+  column_sums(w.ones.data(), w.value.data(), w.depth, w.value_fours, w.value_sums.data());
+  for (int64_t i = begin; i < end; i += QUERY_ROWS) {
+    const int64_t rows = end - i < QUERY_ROWS ? end - i : QUERY_ROWS;
+    dot(query + i * stride, stride, rows, w.key.data(), w.keys, w.key_fours, w.scores.data(), w.keys);
+    RowSums sums[QUERY_ROWS];
+    for (int64_t r = 0; r < rows; ++r) {
+      int32_t* scores = w.scores.data() + r * w.keys;
+      uint8_t *first = w.first.data() + r * w.keys, *second = w.second.data() + r * w.keys;
+      const float top = scale_scores(h, query + (i + r) * stride, w, scores);
+      sums[r] = softmax_codes(h, reinterpret_cast<float*>(scores), top, w, first, second);
+      if (c.trace)
+        write_trace(h, first, second, c.trace + ((h.sample * c.heads + h.head) * c.tokens + i + r) * c.tokens);
+    }
+    dot(w.first.data(), w.keys, rows, w.value.data(), w.depth, w.value_fours, w.first_sums.data(), w.depth);
+    if (c.probability.grid == TWO_REGION) second_product(sums, rows, w);
+    for (int64_t r = 0; r < rows; ++r)
+      attended_codes(h, sums[r], w, r, c.out + (h.sample * c.tokens + i + r) * width + h.head * c.dim);
+  }
+}
+
+// Attention of all heads: exact Q K^T, fp32 softmax, exact P V, codes for the output projection.
+extern "C" void tqdit_attention(const AttentionCall* call) {
+  const AttentionCall& c = *call;
+  const int64_t heads = c.batch * c.heads;
+  const int64_t most = (c.tokens + QUERY_ROWS - 1) / QUERY_ROWS;
+  int64_t parts = heads >= c.threads ? 1 : (c.threads + heads - 1) / heads;
+  if (parts > most) parts = most;
+  const int64_t rows = round_up((c.tokens + parts - 1) / parts, QUERY_ROWS);
+#pragma omp parallel num_threads(c.threads)
+  {
+    Workspace w(c);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < heads * parts; ++task) {
+      const int64_t unit = task / parts, first = task % parts * rows;
+      const int64_t last = first + rows < c.tokens ? first + rows : c.tokens;
+      if (first < last) attend(Head(c, unit / c.heads, unit % c.heads), first, last, w);
+    }
+  }
+}
+
+}  // namespace tqdit

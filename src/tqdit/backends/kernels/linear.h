@@ -1,0 +1,204 @@
+// Linear layers on codes: the integer product, and what follows it, tile by tile.
+#pragma once
+#include "operands.h"
+#include "products.h"
+
+namespace tqdit {
+
+// A linear layer on codes. Either `packed` (see tqdit_pack_weight) and the codes are given, and the sums are computed
+// here; or the sums are, zero points taken out, from a product elsewhere. `second`: the other plane of two regions.
+struct LinearCall {
+  const uint8_t *first, *second;         // (batch, tokens, depth) codes
+  const int8_t* packed;                  // null: use the sums
+  const int32_t* column_sums;            // (columns) of the packed weight
+  const float *first_sums, *second_sums;  // (batch, tokens, columns)
+  const float *weight, *bias;            // (columns): weight scale, bias
+  int64_t batch, tokens, depth, columns, threads;
+  Operand source;
+};
+
+constexpr int64_t PANEL = 64;        // columns of a packed weight that lie together
+constexpr int64_t TILE_ROWS = 6;     // 6 x 4 vectors of sums leave registers for one row and one column
+constexpr int64_t TASK_ROWS = 256;   // of one task, about
+
+int64_t panel_width(int64_t columns, int64_t begin) {
+  const int64_t rest = round_up(columns - begin, LANES);
+  return rest < PANEL ? rest : PANEL;
+}
+
+void dot_tile_rows(int64_t rows, const uint8_t* a, int64_t lda, const int8_t* panel, int64_t width, int64_t fours,
+                   int32_t* c) {
+  switch (rows) {
+    case 6: dot_rows<6>(a, lda, panel, width, fours, c, PANEL); break;
+    case 5: dot_rows<5>(a, lda, panel, width, fours, c, PANEL); break;
+    case 4: dot_rows<4>(a, lda, panel, width, fours, c, PANEL); break;
+    case 3: dot_rows<3>(a, lda, panel, width, fours, c, PANEL); break;
+    case 2: dot_rows<2>(a, lda, panel, width, fours, c, PANEL); break;
+    case 1: dot_rows<1>(a, lda, panel, width, fours, c, PANEL); break;
+  }
+}
+
+// Rows of one tile: integer sums, zero point taken out, as floats; then what the operation does with them.
+template <typename Finish>
+void finish_tile(const LinearCall& c, int64_t row, int64_t rows, int64_t begin, int64_t width, const int32_t* first,
+                 const int32_t* second, const Finish& finish) {
+  alignas(64) float sums[2][PANEL];
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t sample = (row + r) / c.tokens, i = sample * c.source.stride;
+    const int32_t zero = c.source.grid == UNIFORM  ? c.source.zero[i] + 128
+                         : c.source.grid == MERGED ? 1 << (c.source.bits - 1)
+                                                   : 0;
+    for (int64_t j = 0; j < width; j += LANES) {
+      const vint centre = zero * load(c.column_sums + begin + j, c.columns - begin - j);
+      store(sums[0] + j, to_float(load(first + r * PANEL + j) - centre));
+      if (second) store(sums[1] + j, to_float(load(second + r * PANEL + j)));
+    }
+    const int64_t count = c.columns - begin < width ? c.columns - begin : width;
+    finish(row + r, sample, begin, count, sums[0], second ? sums[1] : nullptr);
+  }
+}
+
+template <typename Finish>
+void run_task(const LinearCall& c, int64_t row, int64_t end, int64_t begin, const Finish& finish) {
+  alignas(64) int32_t first[TILE_ROWS * PANEL], second[TILE_ROWS * PANEL];
+  const int64_t width = panel_width(c.columns, begin), fours = c.depth / 4;
+  const int8_t* panel = c.packed + begin * c.depth;
+  for (; row < end; row += TILE_ROWS) {
+    const int64_t rows = end - row < TILE_ROWS ? end - row : TILE_ROWS;
+    dot_tile_rows(rows, c.first + row * c.depth, c.depth, panel, width, fours, first);
+    if (c.second) dot_tile_rows(rows, c.second + row * c.depth, c.depth, panel, width, fours, second);
+    finish_tile(c, row, rows, begin, width, first, c.second ? second : nullptr, finish);
+  }
+}
+
+// Calls finish(row, sample, first column, columns, first sums, second sums) for every piece of the result.
+template <typename Finish>
+void linear(const LinearCall& c, const Finish& finish) {
+  const int64_t rows = c.batch * c.tokens;
+  if (!c.packed) {
+#pragma omp parallel for num_threads(c.threads) schedule(static)
+    for (int64_t row = 0; row < rows; ++row)
+      finish(row, row / c.tokens, 0, c.columns, c.first_sums + row * c.columns,
+             c.second_sums ? c.second_sums + row * c.columns : nullptr);
+    return;
+  }
+  const int64_t parts = (rows + TASK_ROWS / 2) / TASK_ROWS > 0 ? (rows + TASK_ROWS / 2) / TASK_ROWS : 1;
+  const int64_t task = round_up((rows + parts - 1) / parts, TILE_ROWS);
+#pragma omp parallel for num_threads(c.threads) schedule(dynamic) collapse(2)
+  for (int64_t row = 0; row < rows; row += task)
+    for (int64_t begin = 0; begin < c.columns; begin += PANEL)
+      run_task(c, row, rows - row < task ? rows : row + task, begin, finish);
+}
+
+extern "C" int64_t tqdit_has_vnni() {
+#if defined(__AVX512VNNI__)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// Weight codes (columns, depth), depth a multiple of 4 -> panels of 64 columns (the last one: a multiple of 16) in the
+// layout of dot_tile, and the sums of each column. packed: (columns rounded up to 16) * depth bytes.
+extern "C" void tqdit_pack_weight(const int8_t* codes, int64_t columns, int64_t depth, int8_t* packed, int32_t* sums,
+                       int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t begin = 0; begin < columns; begin += PANEL) {
+    const int64_t width = panel_width(columns, begin);
+    int8_t* panel = packed + begin * depth;
+    for (int64_t j = 0; j < width; ++j) {
+      const int8_t* from = codes + (begin + j) * depth;
+      int32_t total = 0;
+      for (int64_t k = 0; k < depth; k += 4) {
+        int32_t four = 0;
+        if (begin + j < columns) std::memcpy(&four, from + k, 4);
+        std::memcpy(panel + (k / 4 * width + j) * 4, &four, 4);
+      }
+      if (begin + j >= columns) continue;
+      for (int64_t k = 0; k < depth; ++k) total += from[k];
+      sums[begin + j] = total;
+    }
+  }
+}
+
+// x W^T + bias -> codes of q, k and v, whose grids are per head. columns = 3 * heads * dim; out (batch, tokens, columns).
+extern "C" void tqdit_linear_heads(const LinearCall* call, const Operand* query, const Operand* key, const Operand* value,
+                        int64_t heads, uint8_t* out) {
+  const LinearCall& c = *call;
+  const Operand* parts[3] = {query, key, value};
+  const int64_t dim = c.columns / (3 * heads);
+  const int64_t size = c.batch * c.columns;
+  const Buffer<float> tables(3 * size);  // step, lowest and highest number of steps of every column
+  const Buffer<int32_t> zeros(size);     // and its zero point
+  float* const table = tables.data();
+  for (int64_t at = 0; at < size; ++at) {
+    const int64_t unit = at % c.columns / dim;
+    const Operand& part = *parts[unit / heads];
+    const int64_t i = at / c.columns * part.stride + unit % heads;
+    table[at] = part.scale[i];
+    table[size + at] = -(1 << (part.bits - 1)) - part.zero[i];
+    table[2 * size + at] = (1 << (part.bits - 1)) - 1 - part.zero[i];
+    zeros.data()[at] = part.zero[i] + 128;
+  }
+  linear(c, [&](int64_t row, int64_t sample, int64_t begin, int64_t count, const float* sums, const float*) {
+    const float s = c.source.scale[sample * c.source.stride];
+    for (int64_t j = 0; j < count; j += LANES) {
+      const int64_t n = count - j, column = begin + j;
+      const int64_t entry = sample * c.columns + column;
+      const float* of_column = table + entry;
+      const vfloat y = load(sums + j, n) * (s * load(c.weight + column, n)) + load(c.bias + column, n);
+      const vfloat low = load(of_column + size, n), high = load(of_column + 2 * size, n);
+      const vint code = nearest(clip(y / load_or_one(of_column, n), low, high)) + load(zeros.data() + entry, n);
+      store_bytes(out + row * c.columns + column, code, n);
+    }
+  });
+}
+
+// GELU(x W^T + bias), quantized. Uniform: codes in `first`. Two regions: magnitudes of negative codes in `first`,
+// positive codes in `second`. Merged: one grid of step s1 in `first`, lowest code at 0.
+extern "C" void tqdit_linear_gelu(const LinearCall* call, const Operand* target, uint8_t* first, uint8_t* second) {
+  const LinearCall& c = *call;
+  linear(c, [&](int64_t row, int64_t sample, int64_t begin, int64_t count, const float* sums, const float*) {
+    const float s = c.source.scale[sample * c.source.stride];
+    const int64_t i = sample * target->stride;
+    const Uniform grid(*target, i);
+    const vfloat per_s1 = splat(1.0f / target->scale[i]), per_s2 = splat(1.0f / target->coarse[i]);
+    const int32_t shift = target->grid == MERGED ? target->shift[i] : 0, half = 1 << (target->bits - 1);
+    for (int64_t j = 0; j < count; j += LANES) {
+      const int64_t n = count - j, column = begin + j, at = row * c.columns + column;
+      const vfloat y = gelu(load(sums + j, n) * (s * load(c.weight + column, n)) + load(c.bias + column, n));
+      if (target->grid == UNIFORM) {
+        store_bytes(first + at, grid.code_near(y), n);
+        continue;
+      }
+      const vint code = nearest(clip(y * (y < 0.0f ? per_s1 : per_s2), splat(-half), splat(half - 1)));
+      if (target->grid == MERGED) {
+        store_bytes(first + at, (code < 0 ? code : code << shift) + half, n);
+      } else {
+        store_bytes(first + at, code < 0 ? -code : vint{}, n);
+        store_bytes(second + at, code > 0 ? code : vint{}, n);
+      }
+    }
+  });
+}
+
+// out = x + gate * (y W^T + bias) for the codes of y; of two regions (second * s2 - first * s1) * weight scale + bias.
+// x, out (batch, tokens, columns); gate: one row per sample, `stride` apart.
+extern "C" void tqdit_linear_residual(const LinearCall* call, const float* gate, int64_t stride, const float* x, float* out) {
+  const LinearCall& c = *call;
+  linear(c, [&](int64_t row, int64_t sample, int64_t begin, int64_t count, const float* first, const float* second) {
+    const float s1 = c.source.scale[sample * c.source.stride], s2 = c.source.coarse[sample * c.source.stride];
+    for (int64_t j = 0; j < count; j += LANES) {
+      const int64_t n = count - j, column = begin + j, at = row * c.columns + column;
+      vfloat y = load(first + j, n), factor = load(c.weight + column, n);
+      if (second)
+        y = load(second + j, n) * s2 + y * -s1;
+      else
+        factor = s1 * factor;
+      y = y * factor + load(c.bias + column, n);
+      store(out + at, load(x + at, n) + load(gate + sample * stride + column, n) * y, n);
+    }
+  });
+}
+
+}  // namespace tqdit

@@ -1,0 +1,127 @@
+// Sixteen lanes at a time, in GCC's and Clang's portable vectors; and the float functions made of them.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace tqdit {
+
+constexpr int64_t LANES = 16;
+typedef float vfloat __attribute__((vector_size(64)));
+typedef int32_t vint __attribute__((vector_size(64)));
+typedef uint8_t vbyte __attribute__((vector_size(16)));
+typedef int8_t vchar __attribute__((vector_size(16)));
+
+inline vfloat splat(float x) { return vfloat{} + x; }
+inline vfloat load(const float* p) { vfloat v; std::memcpy(&v, p, sizeof v); return v; }
+inline vint load(const int32_t* p) { vint v; std::memcpy(&v, p, sizeof v); return v; }
+inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
+inline vfloat load(const float* p, int64_t count) {
+  if (count >= LANES) return load(p);
+  vfloat v{};
+  std::memcpy(&v, p, count * sizeof(float));
+  return v;
+}
+inline vint load(const int32_t* p, int64_t count) {
+  if (count >= LANES) return load(p);
+  vint v{};
+  std::memcpy(&v, p, count * sizeof(int32_t));
+  return v;
+}
+inline vfloat load_or_one(const float* p, int64_t count) {  // for divisors
+  if (count >= LANES) return load(p);
+  vfloat v = splat(1.0f);
+  std::memcpy(&v, p, count * sizeof(float));
+  return v;
+}
+inline void store(float* p, vfloat v, int64_t count) {
+  if (count >= LANES)
+    std::memcpy(p, &v, sizeof v);
+  else
+    std::memcpy(p, &v, count * sizeof(float));
+}
+inline vfloat to_float(vint v) { return __builtin_convertvector(v, vfloat); }
+inline void store_bytes(uint8_t* p, vint v, int64_t count) {
+  const vbyte bytes = __builtin_convertvector(v, vbyte);
+  if (count >= LANES)
+    std::memcpy(p, &bytes, LANES);  // of known size: one instruction
+  else
+    std::memcpy(p, &bytes, count);
+}
+// GCC converts bytes to ints one by one; in two steps it does not.
+inline vint widen(vchar v) {
+  typedef int16_t vshort __attribute__((vector_size(32)));
+  return __builtin_convertvector(__builtin_convertvector(v, vshort), vint);
+}
+inline vint widen(vbyte v) {
+  typedef uint16_t vshort __attribute__((vector_size(32)));
+  return __builtin_convertvector(__builtin_convertvector(v, vshort), vint);
+}
+inline vfloat at_most(vfloat a, vfloat b) { return a < b ? a : b; }
+inline vfloat at_least(vfloat a, vfloat b) { return a > b ? a : b; }
+
+// All lanes into one, by halves.
+template <typename Scalar, typename Vector, typename Combine>
+inline Scalar reduce(Vector v, Combine combine) {
+  typedef Scalar Half __attribute__((vector_size(32)));
+  typedef Scalar Quarter __attribute__((vector_size(16)));
+  struct { Half low, high; } halves;
+  struct { Quarter low, high; } quarters;
+  std::memcpy(&halves, &v, sizeof v);
+  const Half half = combine(halves.low, halves.high);
+  std::memcpy(&quarters, &half, sizeof half);
+  const Quarter four = combine(quarters.low, quarters.high);
+  return combine(combine(four[0], four[2]), combine(four[1], four[3]));
+}
+inline float sum(vfloat v) { return reduce<float>(v, [](auto a, auto b) { return a + b; }); }
+inline int32_t sum(vint v) { return reduce<int32_t>(v, [](auto a, auto b) { return a + b; }); }
+inline float largest(vfloat v) { return reduce<float>(v, [](auto a, auto b) { return a > b ? a : b; }); }
+
+// a * b + c, only where results are not promised bit for bit: inside exp and GELU.
+inline vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vfloat>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b),
+                                                  reinterpret_cast<__m512>(c)));
+#else
+  return a * b + c;
+#endif
+}
+
+// Nearest integer, half to even, of |x| < 2^22: adding 1.5 * 2^23 leaves no room for a fraction, and the low bits of the
+// sum are the integer.
+inline vint nearest(vfloat x) {
+  const vfloat shifted = x + 12582912.0f;
+  vint bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  return bits - 0x4B400000;
+}
+inline vfloat clip(vfloat x, vfloat low, vfloat high) { return at_most(at_least(x, low), high); }
+
+// exp(x) within 2 ulp, x clipped to +-87: 2^n p(r), |r| <= ln(2) / 2, p the Taylor polynomial of degree 7.
+inline vfloat exponential(vfloat x) {
+  const vfloat big = splat(12582912.0f);
+  x = at_most(at_least(x, splat(-87.0f)), splat(87.0f));
+  const vfloat shifted = multiply_add(x, splat(1.44269504088896341f), big), n = shifted - big;
+  const vfloat r = multiply_add(n, splat(2.12194440e-4f), multiply_add(n, splat(-0.693359375f), x));
+  vfloat p = splat(1.0f / 5040);
+  for (float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    p = multiply_add(p, r, splat(coefficient));
+  vint exponent;  // the low bits of `shifted` are n
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  exponent = (exponent + 127) << 23;
+  vfloat power;
+  std::memcpy(&power, &exponent, sizeof power);
+  return p * power;
+}
+
+// tanh-GELU: x / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3).
+inline vfloat gelu(vfloat x) {
+  const vfloat twice = x * multiply_add(x * x, splat(-2.0f * 0.7978845608028654f * 0.044715f),
+                                        splat(-2.0f * 0.7978845608028654f));
+  return x / (1.0f + exponential(twice));
+}
+
+}  // namespace tqdit
