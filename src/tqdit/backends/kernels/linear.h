@@ -38,48 +38,49 @@ void dot_tile_rows(int64_t rows, const uint8_t* a, int64_t lda, const int8_t* pa
   }
 }
 
-// Rows of one tile: integer sums, zero point taken out, as floats; then what the operation does with them.
-template <typename Finish>
-void finish_tile(const LinearCall& c, int64_t row, int64_t rows, int64_t begin, int64_t width, const int32_t* first,
-                 const int32_t* second, const Finish& finish) {
-  alignas(64) float sums[2][PANEL];
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t sample = (row + r) / c.tokens, i = sample * c.source.stride;
-    const int32_t zero = c.source.grid == UNIFORM  ? c.source.zero[i] + 128
-                         : c.source.grid == MERGED ? 1 << (c.source.bits - 1)
-                                                   : 0;
-    for (int64_t j = 0; j < width; j += LANES) {
-      const vint centre = zero * load(c.column_sums + begin + j, c.columns - begin - j);
-      store(sums[0] + j, to_float(load(first + r * PANEL + j) - centre));
-      if (second) store(sums[1] + j, to_float(load(second + r * PANEL + j)));
-    }
-    const int64_t count = c.columns - begin < width ? c.columns - begin : width;
-    finish(row + r, sample, begin, count, sums[0], second ? sums[1] : nullptr);
-  }
-}
+// What an operation does with the sums of its product. `Finish::at(sample)` looks up what rows of a sample share;
+// `row(index, begin, count, first, second)` of the result takes `count` float sums of one row, from column `begin` on.
 
 template <typename Finish>
 void run_task(const LinearCall& c, int64_t row, int64_t end, int64_t begin, const Finish& finish) {
   alignas(64) int32_t first[TILE_ROWS * PANEL], second[TILE_ROWS * PANEL];
+  alignas(64) float sums[2][PANEL];
   const int64_t width = panel_width(c.columns, begin), fours = c.depth / 4;
+  const int64_t count = c.columns - begin < width ? c.columns - begin : width;
   const int8_t* panel = c.packed + begin * c.depth;
-  for (; row < end; row += TILE_ROWS) {
-    const int64_t rows = end - row < TILE_ROWS ? end - row : TILE_ROWS;
-    dot_tile_rows(rows, c.first + row * c.depth, c.depth, panel, width, fours, first);
-    if (c.second) dot_tile_rows(rows, c.second + row * c.depth, c.depth, panel, width, fours, second);
-    finish_tile(c, row, rows, begin, width, first, c.second ? second : nullptr, finish);
+  while (row < end) {
+    const int64_t sample = row / c.tokens, i = sample * c.source.stride;
+    const int64_t last = (sample + 1) * c.tokens < end ? (sample + 1) * c.tokens : end;
+    const int32_t zero = c.source.grid == UNIFORM  ? c.source.zero[i] + 128
+                         : c.source.grid == MERGED ? 1 << (c.source.bits - 1)
+                                                   : 0;
+    const auto rows_of_sample = finish.at(sample);
+    for (; row < last; row += TILE_ROWS) {
+      const int64_t rows = last - row < TILE_ROWS ? last - row : TILE_ROWS;
+      dot_tile_rows(rows, c.first + row * c.depth, c.depth, panel, width, fours, first);
+      if (c.second) dot_tile_rows(rows, c.second + row * c.depth, c.depth, panel, width, fours, second);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t j = 0; j < width; j += LANES) {
+          const vint centre = zero * load(c.column_sums + begin + j, c.columns - begin - j);
+          store(sums[0] + j, to_float(load(first + r * PANEL + j) - centre));
+          if (c.second) store(sums[1] + j, to_float(load(second + r * PANEL + j)));
+        }
+        rows_of_sample.row(row + r, begin, count, sums[0], c.second ? sums[1] : nullptr);
+      }
+    }
+    row = last;
   }
 }
 
-// Calls finish(row, sample, first column, columns, first sums, second sums) for every piece of the result.
 template <typename Finish>
 void linear(const LinearCall& c, const Finish& finish) {
   const int64_t rows = c.batch * c.tokens;
   if (!c.packed) {
 #pragma omp parallel for num_threads(c.threads) schedule(static)
     for (int64_t row = 0; row < rows; ++row)
-      finish(row, row / c.tokens, 0, c.columns, c.first_sums + row * c.columns,
-             c.second_sums ? c.second_sums + row * c.columns : nullptr);
+      finish.at(row / c.tokens)
+          .row(row, 0, c.columns, c.first_sums + row * c.columns,
+               c.second_sums ? c.second_sums + row * c.columns : nullptr);
     return;
   }
   const int64_t parts = (rows + TASK_ROWS / 2) / TASK_ROWS > 0 ? (rows + TASK_ROWS / 2) / TASK_ROWS : 1;
@@ -121,84 +122,136 @@ extern "C" void tqdit_pack_weight(const int8_t* codes, int64_t columns, int64_t 
   }
 }
 
-// x W^T + bias -> codes of q, k and v, whose grids are per head. columns = 3 * heads * dim; out (batch, tokens, columns).
-extern "C" void tqdit_linear_heads(const LinearCall* call, const Operand* query, const Operand* key, const Operand* value,
-                        int64_t heads, uint8_t* out) {
-  const LinearCall& c = *call;
-  const Operand* parts[3] = {query, key, value};
-  const int64_t dim = c.columns / (3 * heads);
-  const int64_t size = c.batch * c.columns;
-  const Buffer<float> tables(3 * size);  // step, lowest and highest number of steps of every column
-  const Buffer<int32_t> zeros(size);     // and its zero point
-  float* const table = tables.data();
-  for (int64_t at = 0; at < size; ++at) {
-    const int64_t unit = at % c.columns / dim;
-    const Operand& part = *parts[unit / heads];
-    const int64_t i = at / c.columns * part.stride + unit % heads;
-    table[at] = part.scale[i];
-    table[size + at] = -(1 << (part.bits - 1)) - part.zero[i];
-    table[2 * size + at] = (1 << (part.bits - 1)) - 1 - part.zero[i];
-    zeros.data()[at] = part.zero[i] + 128;
-  }
-  linear(c, [&](int64_t row, int64_t sample, int64_t begin, int64_t count, const float* sums, const float*) {
-    const float s = c.source.scale[sample * c.source.stride];
-    for (int64_t j = 0; j < count; j += LANES) {
-      const int64_t n = count - j, column = begin + j;
-      const int64_t entry = sample * c.columns + column;
-      const float* of_column = table + entry;
-      const vfloat y = load(sums + j, n) * (s * load(c.weight + column, n)) + load(c.bias + column, n);
-      const vfloat low = load(of_column + size, n), high = load(of_column + 2 * size, n);
-      const vint code = nearest(clip(y / load_or_one(of_column, n), low, high)) + load(zeros.data() + entry, n);
-      store_bytes(out + row * c.columns + column, code, n);
-    }
-  });
-}
+// Codes of q, k and v, whose grids are per head. Every column has a step, a lowest and highest number of steps, and a
+// zero point of its own.
+struct HeadsFinish {
+  const LinearCall& c;
+  uint8_t* out;
+  int64_t size;
+  Buffer<float> tables;
+  Buffer<int32_t> zeros;
 
-// GELU(x W^T + bias), quantized. Uniform: codes in `first`. Two regions: magnitudes of negative codes in `first`,
-// positive codes in `second`. Merged: one grid of step s1 in `first`, lowest code at 0.
-extern "C" void tqdit_linear_gelu(const LinearCall* call, const Operand* target, uint8_t* first, uint8_t* second) {
-  const LinearCall& c = *call;
-  linear(c, [&](int64_t row, int64_t sample, int64_t begin, int64_t count, const float* sums, const float*) {
-    const float s = c.source.scale[sample * c.source.stride];
-    const int64_t i = sample * target->stride;
-    const Uniform grid(*target, i);
-    const vfloat per_s1 = splat(1.0f / target->scale[i]), per_s2 = splat(1.0f / target->coarse[i]);
-    const int32_t shift = target->grid == MERGED ? target->shift[i] : 0, half = 1 << (target->bits - 1);
-    for (int64_t j = 0; j < count; j += LANES) {
-      const int64_t n = count - j, column = begin + j, at = row * c.columns + column;
-      const vfloat y = gelu(load(sums + j, n) * (s * load(c.weight + column, n)) + load(c.bias + column, n));
-      if (target->grid == UNIFORM) {
-        store_bytes(first + at, grid.code_near(y), n);
-        continue;
+  HeadsFinish(const LinearCall& call, const Operand* const parts[3], int64_t heads, uint8_t* codes)
+      : c(call), out(codes), size(c.batch * c.columns), tables(3 * size), zeros(size) {
+    const int64_t dim = c.columns / (3 * heads);
+    for (int64_t at = 0; at < size; ++at) {
+      const int64_t unit = at % c.columns / dim;
+      const Operand& part = *parts[unit / heads];
+      const int64_t i = at / c.columns * part.stride + unit % heads;
+      tables.data()[at] = part.scale[i];
+      tables.data()[size + at] = -(1 << (part.bits - 1)) - part.zero[i];
+      tables.data()[2 * size + at] = (1 << (part.bits - 1)) - 1 - part.zero[i];
+      zeros.data()[at] = part.zero[i] + 128;
+    }
+  }
+
+  struct Rows {
+    const HeadsFinish& f;
+    int64_t entry;  // of the sample's first column
+    float scale;
+    void row(int64_t index, int64_t begin, int64_t count, const float* sums, const float*) const {
+      for (int64_t j = 0; j < count; j += LANES) {
+        const int64_t n = count - j, column = begin + j;
+        const float* table = f.tables.data() + entry + column;
+        const vfloat y = load(sums + j, n) * (scale * load(f.c.weight + column, n)) + load(f.c.bias + column, n);
+        const vfloat steps = clip(y / load_or_one(table, n), load(table + f.size, n), load(table + 2 * f.size, n));
+        const vint code = nearest(steps) + load(f.zeros.data() + entry + column, n);
+        store_bytes(f.out + index * f.c.columns + column, code, n);
+      }
+    }
+  };
+  Rows at(int64_t sample) const { return {*this, sample * c.columns, c.source.scale[sample * c.source.stride]}; }
+};
+
+// Codes of GELU. Uniform: in `first`. Two regions: magnitudes of negative codes in `first`, positive codes in `second`.
+// Merged: one grid of step s1 in `first`, lowest code at 0.
+struct GeluFinish {
+  const LinearCall& c;
+  const Operand& target;
+  uint8_t *first, *second;
+
+  struct Rows {
+    const GeluFinish& f;
+    float scale;
+    Uniform grid;
+    vfloat per_s1, per_s2;
+    int32_t shift, half;
+    void row(int64_t index, int64_t begin, int64_t count, const float* sums, const float*) const {
+      for (int64_t j = 0; j < count; j += LANES) {
+        const int64_t n = count - j, column = begin + j;
+        const vfloat y = load(sums + j, n) * (scale * load(f.c.weight + column, n)) + load(f.c.bias + column, n);
+        encode(gelu(y), index * f.c.columns + column, n);
+      }
+    }
+    void encode(vfloat y, int64_t at, int64_t n) const {
+      if (f.target.grid == UNIFORM) {
+        store_bytes(f.first + at, grid.code_near(y), n);
+        return;
       }
       const vint code = nearest(clip(y * (y < 0.0f ? per_s1 : per_s2), splat(-half), splat(half - 1)));
-      if (target->grid == MERGED) {
-        store_bytes(first + at, (code < 0 ? code : code << shift) + half, n);
+      if (f.target.grid == MERGED) {
+        store_bytes(f.first + at, (code < 0 ? code : code << shift) + half, n);
       } else {
-        store_bytes(first + at, code < 0 ? -code : vint{}, n);
-        store_bytes(second + at, code > 0 ? code : vint{}, n);
+        store_bytes(f.first + at, code < 0 ? -code : vint{}, n);
+        store_bytes(f.second + at, code > 0 ? code : vint{}, n);
       }
     }
-  });
+  };
+  Rows at(int64_t sample) const {
+    const int64_t i = sample * target.stride;
+    return {*this, c.source.scale[sample * c.source.stride], Uniform(target, i), splat(1.0f / target.scale[i]),
+            splat(1.0f / target.coarse[i]), target.grid == MERGED ? target.shift[i] : 0, 1 << (target.bits - 1)};
+  }
+};
+
+// x + gate * y, y = sums * (s * weight scale) + bias; of two regions (second * s2 - first * s1) * weight scale + bias.
+struct ResidualFinish {
+  const LinearCall& c;
+  const float* gate;
+  int64_t stride;
+  const float* x;
+  float* out;
+
+  struct Rows {
+    const ResidualFinish& f;
+    const float* gate;
+    float s1, s2;
+    void row(int64_t index, int64_t begin, int64_t count, const float* first, const float* second) const {
+      for (int64_t j = 0; j < count; j += LANES) {
+        const int64_t n = count - j, column = begin + j, at = index * f.c.columns + column;
+        vfloat y = load(first + j, n), factor = load(f.c.weight + column, n);
+        if (second)
+          y = load(second + j, n) * s2 + y * -s1;
+        else
+          factor = s1 * factor;
+        y = y * factor + load(f.c.bias + column, n);
+        store(f.out + at, load(f.x + at, n) + load(gate + column, n) * y, n);
+      }
+    }
+  };
+  Rows at(int64_t sample) const {
+    const int64_t i = sample * c.source.stride;
+    return {*this, gate + sample * stride, c.source.scale[i], c.source.coarse[i]};
+  }
+};
+
+// x W^T + bias -> codes of q, k and v. columns = 3 * heads * dim; out (batch, tokens, columns).
+extern "C" void tqdit_linear_heads(const LinearCall* call, const Operand* query, const Operand* key,
+                                   const Operand* value, int64_t heads, uint8_t* out) {
+  const Operand* const parts[3] = {query, key, value};
+  linear(*call, HeadsFinish(*call, parts, heads, out));
 }
 
-// out = x + gate * (y W^T + bias) for the codes of y; of two regions (second * s2 - first * s1) * weight scale + bias.
-// x, out (batch, tokens, columns); gate: one row per sample, `stride` apart.
-extern "C" void tqdit_linear_residual(const LinearCall* call, const float* gate, int64_t stride, const float* x, float* out) {
-  const LinearCall& c = *call;
-  linear(c, [&](int64_t row, int64_t sample, int64_t begin, int64_t count, const float* first, const float* second) {
-    const float s1 = c.source.scale[sample * c.source.stride], s2 = c.source.coarse[sample * c.source.stride];
-    for (int64_t j = 0; j < count; j += LANES) {
-      const int64_t n = count - j, column = begin + j, at = row * c.columns + column;
-      vfloat y = load(first + j, n), factor = load(c.weight + column, n);
-      if (second)
-        y = load(second + j, n) * s2 + y * -s1;
-      else
-        factor = s1 * factor;
-      y = y * factor + load(c.bias + column, n);
-      store(out + at, load(x + at, n) + load(gate + sample * stride + column, n) * y, n);
-    }
-  });
+// GELU(x W^T + bias) -> codes; first, second (batch, tokens, columns).
+extern "C" void tqdit_linear_gelu(const LinearCall* call, const Operand* target, uint8_t* first, uint8_t* second) {
+  linear(*call, GeluFinish{*call, *target, first, second});
+}
+
+// out = x + gate * (y W^T + bias) for the codes of y. x, out (batch, tokens, columns); gate: one row per sample,
+// `stride` apart.
+extern "C" void tqdit_linear_residual(const LinearCall* call, const float* gate, int64_t stride, const float* x,
+                                      float* out) {
+  linear(*call, ResidualFinish{*call, gate, stride, x, out});
 }
 
 }  // namespace tqdit
