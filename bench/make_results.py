@@ -36,7 +36,7 @@ def pages() -> dict[Path, str]:
     after = rest.partition(END)[2]
     return {
         ROOT / "docs" / "results.md": _results(training, ablation, cost),
-        readme: f"{before}{START}\n{_readme_table(ablation, cost)}\n{END}{after}",
+        readme: f"{before}{START}\n{_readme_table(ablation, cost)}\n\n{_readme_speed()}\n{END}{after}",
     }
 
 
@@ -87,6 +87,7 @@ def _results(training: dict[str, Any], ablation: dict[str, Any], cost: dict[str,
             *_training(training),
             *_ablation(ablation),
             *_cost(cost),
+            *_cpu_speed(),
         ]
     )
 
@@ -202,6 +203,101 @@ def _cost(cost: dict[str, Any]) -> list[str]:
         _table(["run", "calibration (s)", "peak memory (GiB)", "artifact (MB)", "size / fp32"], rows),
         "",
     ]
+
+
+# Result file -> the least speed-up asked for over each family, for the preset that is compared.
+CPU_RUNS = {
+    "cpu-dit-xl-2": {"float32": 4.0, "bfloat16": 1.7, "torchao": 1.4},
+    "cpu-fashion-dit": {"float32": 3.0, "bfloat16": 1.4, "torchao": 1.3},
+}
+MOST_RESIDENT, MOST_LOAD_SECONDS = 0.8e9, 3.0  # of DiT-XL/2 W8A8
+
+
+def _cpu_speed() -> list[str]:
+    lines = [
+        "## Speed on a CPU",
+        "",
+        "Milliseconds of one denoiser call, every contender timed in turn within one run (`tqdit bench`), and full "
+        "sampling runs; baselines have random weights in the same shape and share one embedder. Bytes are above the "
+        "imports, each in a process of its own; `of floor`: the integer products and the reading of the other weights "
+        "at this machine's peaks, measured in the same run, over the median. How it works: [cpu.md](cpu.md).",
+        "",
+    ]
+    for name, targets in CPU_RUNS.items():
+        run = _read(name)
+        where = run["environment"]
+        lines += [
+            f"`{run['command']}`",
+            "",
+            f"on {_environment(where)}, torchao {where['torchao']}; int8 peak {where['int8_peak_gops']:.0f} GOPS, "
+            f"reads {where['read_gb_per_s']:.0f} GB/s.",
+            "",
+            _table(
+                ["model", "runs in", "ms p20", "p50", "p80", *(f"× {family}" for family in targets), "images/s",
+                 "× float32", "× bfloat16", "× torchao", "peak MB", "loaded MB", "load s", "of floor"],
+                [_speed_row(row, run["rows"], targets) for row in run["rows"]],
+            ),
+            "",
+            *(f"- not measured: {what}: {why}" for what, why in run["skipped"].items()),
+            _table(["aim", "target", "measured", "met"], _speed_aims(run, targets)),
+            "",
+        ]  # fmt: skip
+    return [*lines, (ROOT / "bench" / "cpu-notes.md").read_text(encoding="utf-8").strip(), ""]
+
+
+def _speed_row(row: dict[str, Any], rows: list[dict[str, Any]], families: dict[str, float]) -> list[str]:
+    def cell(value: float | None, digits: int, factor: float = 1.0) -> str:
+        return "–" if value is None else f"{value * factor:.{digits}f}"
+
+    model = f"{row['model']} {row['bits'].upper()} {row['preset']}" if row["integer"] else row["model"]
+    ours = [cell(row["speedup_over"].get(family), 2) for family in families]
+    sampling = [cell(_sampling_ratio(row, rows, family), 2) for family in families]
+    return [
+        model, row["backend"], *(cell(row[f"p{p}_ms"], 1) for p in (20, 50, 80)), *ours,
+        cell(row["images_per_second"], 3), *sampling, cell(row["peak_bytes"], 0, 1e-6),
+        cell(row["resident_bytes"], 0, 1e-6), cell(row["load_seconds"], 1), cell(row["floor_fraction"], 2),
+    ]  # fmt: skip
+
+
+def _sampling_ratio(row: dict[str, Any], rows: list[dict[str, Any]], family: str) -> float | None:
+    """Images per second over those of a family's fastest member."""
+    rates = [r["images_per_second"] for r in rows if r["backend"].startswith(f"{family}-") and r["images_per_second"]]
+    return row["images_per_second"] / max(rates) if row["integer"] and rates and row["images_per_second"] else None
+
+
+def _speed_aims(run: dict[str, Any], targets: dict[str, float]) -> list[list[str]]:
+    aims = []
+    for row in (row for row in run["rows"] if row["integer"]):
+        name = f"{row['preset']} {row['bits'].upper()}"
+        for family, target in targets.items():
+            found = row["speedup_over"].get(family)
+            shown = "–" if found is None else f"{found:.2f}×"
+            aims.append([f"{name} over {family}", f"≥ {target}×", shown, "yes" if found and found >= target else "no"])
+        if "XL" in row["model"] and row["bits"] == "w8a8":
+            resident, seconds = row["resident_bytes"], row["load_seconds"]
+            aims.append([f"{name} resident after loading", f"≤ {MOST_RESIDENT / 1e9} GB", f"{resident / 1e9:.2f} GB",
+                         "yes" if resident <= MOST_RESIDENT else "no"])  # fmt: skip
+            aims.append([f"{name} load from page cache", f"< {MOST_LOAD_SECONDS:.0f} s", f"{seconds:.1f} s",
+                         "yes" if seconds < MOST_LOAD_SECONDS else "no"])  # fmt: skip
+    return aims
+
+
+def _readme_speed() -> str:
+    """What the README says about speed."""
+    rows = []
+    for name, targets in CPU_RUNS.items():
+        run = _read(name)
+        for row in (row for row in run["rows"] if row["integer"]):
+            rows.append([
+                f"{row['model']} {row['bits'].upper()} `{row['preset']}`", str(row["batch"]), f"{row['p50_ms']:.0f}",
+                *(f"{row['speedup_over'][family]:.1f}×" for family in targets),
+            ])  # fmt: skip
+    where = _read("cpu-dit-xl-2")["environment"]
+    table = _table(["on a CPU", "batch", "ms a call", "over float32", "over bfloat16", "over torchao int8"], rows)
+    return (
+        f"{table}\n\nMedians of one interleaved run on {where['cores']} cores of an {where['cpu']} processor with "
+        "AVX-512 VNNI; each baseline is the better of eager and `torch.compile`."
+    )
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ def folder(solved: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*models: Path, random: RandomModel | None = None, **settings) -> Benchmark:
-    return bench(models, random, BenchSettings(**{**FAST, "against": ("float32", "bfloat16"), **settings}))
+    how = BenchSettings(**{**FAST, "against": ("float32", "bfloat16"), **settings})
+    return bench(models, [random] if random else [], how)
 
 
 def test_rows_of_an_artifact(folder: Path, solved: Callable) -> None:

@@ -89,11 +89,11 @@ class Benchmark:
 
 def bench(
     models: Sequence[str | Path],
-    random: RandomModel | None = None,
+    random: Sequence[RandomModel] = (),
     settings: BenchSettings = BenchSettings(),
     report: Report = silent,
 ) -> Benchmark:
-    """Time artifacts, and a random model if one is asked for, against the baselines of their shapes.
+    """Time artifacts and random models against the baselines of their shapes.
 
     Baselines have random weights in the artifact's shape: speed does not depend on values, and no float checkpoint is
     needed. Raises `InputError` before any model is built: for a simulated backend, a model that is not quantized, a
@@ -104,20 +104,20 @@ def bench(
     device = checked_device(settings.device)
     if not get_backend(settings.backend, device).INTEGER:
         raise InputError(f"backend '{settings.backend}' computes in float; simulated arithmetic is never timed")
-    if not models and random is None:
+    if not models and not random:
         raise InputError("nothing to time: give an artifact, or --random with a shape such as DiT-XL/2")
     subjects = [_subject(model) for model in models]
-    if random:
-        subjects.append(Subject(random.name, Path(), random.config, None))
+    subjects += [Subject(model.name, Path(), model.config, None) for model in random]
     if settings.sampling:
         for subject in subjects:
             make_scheduler(subject.scheduler, settings.sampling, learned_variance=False)
     with tempfile.TemporaryDirectory(prefix="tqdit-bench-") as scratch:
-        if random:
-            report("random codes", 0.0)
-            artifact.write(random_solution(random.config, random.recipe), Path(scratch))
-            report("random codes", 1.0)
-            subjects[-1] = replace(subjects[-1], folder=Path(scratch))
+        for number, model in enumerate(random):
+            report("random codes", number / len(random))
+            folder = Path(scratch, str(number))
+            folder.mkdir()
+            artifact.write(random_solution(model.config, model.recipe), folder)
+            subjects[len(models) + number] = replace(subjects[len(models) + number], folder=folder)
         peaks = measure_peaks(device)
         results, skipped = _contests(subjects, settings, device, report)
     peaks = peaks.best(measure_peaks(device))  # a machine that was busy before may not be now

@@ -167,8 +167,8 @@ def bench(
     random: Annotated[
         str | None, typer.Option(help="also time random codes in a shape: DiT-{S,B,L,XL}/{2,4,8}, with @512 for 512 px")
     ] = None,
-    bits: Annotated[str | None, typer.Option(help="of --random; default w8a8")] = None,
-    preset: Annotated[str | None, typer.Option(help="of --random: paper or plus; default plus")] = None,
+    bits: Annotated[str | None, typer.Option(help="of --random, comma-separated; default w8a8")] = None,
+    preset: Annotated[str | None, typer.Option(help="of --random, comma-separated: paper, plus; default plus")] = None,
     backend: Backend = "auto",
     against: Annotated[
         str, typer.Option(help="baselines, comma-separated: float32, bfloat16, torchao; empty for none")
@@ -195,8 +195,13 @@ def bench(
     for option, value in (("--bits", bits), ("--preset", preset)):
         if value is not None and random is None:
             raise InputError(f"{option} is for --random; an artifact has its own")
-    chosen = benchmark.RandomModel(random, Recipe.build(preset or "plus", bits or "w8a8")) if random else None
-    names = tuple(dict.fromkeys(name.strip() for name in against.split(",") if name.strip()))
+    chosen = [
+        benchmark.RandomModel(random, Recipe.build(a_preset, a_width))
+        for a_preset in _listed(preset or "plus")
+        for a_width in _listed(bits or "w8a8")
+        if random
+    ]
+    names = tuple(_listed(against))
     run = Sampling("ddim", steps, 1.5) if sampling else None
     settings = BenchSettings(backend, batch, names, repeats, run, device)
     with progress(quiet) as report:
@@ -284,6 +289,11 @@ def _check_recipe_alone(context: typer.Context, recipe: Path | None) -> None:
         if source is not None and source.name == "COMMANDLINE":
             option = f"--no-{name}" if context.params[name] is False else f"--{name}"
             raise InputError(f"{option} and --recipe exclude each other; set it in {recipe}")
+
+
+def _listed(text: str) -> list[str]:
+    """The different entries of a comma-separated list, in order."""
+    return list(dict.fromkeys(entry.strip() for entry in text.split(",") if entry.strip()))
 
 
 def _check_outputs(*paths: Path | None) -> None:
