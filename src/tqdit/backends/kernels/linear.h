@@ -1,5 +1,7 @@
 // Linear layers on codes: the integer product, and what follows it, tile by tile.
 #pragma once
+#include <type_traits>
+
 #include "operands.h"
 #include "products.h"
 
@@ -35,6 +37,18 @@ void dot_tile_rows(int64_t rows, const uint8_t* a, int64_t lda, const int8_t* pa
     case 3: dot_rows<3>(a, lda, panel, width, fours, c, PANEL); break;
     case 2: dot_rows<2>(a, lda, panel, width, fours, c, PANEL); break;
     case 1: dot_rows<1>(a, lda, panel, width, fours, c, PANEL); break;
+  }
+}
+
+// piece(j, n) for every vector of `count` columns: n lanes from j on. A whole panel is unrolled with n a constant, which
+// lets the long chains of exp and divisions of four vectors overlap.
+template <typename Piece>
+inline void each_vector(int64_t count, const Piece& piece) {
+  if (count == PANEL) {
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < PANEL; j += LANES) piece(j, std::integral_constant<int64_t, LANES>{});
+  } else {
+    for (int64_t j = 0; j < count; j += LANES) piece(j, count - j);
   }
 }
 
@@ -150,14 +164,15 @@ struct HeadsFinish {
     int64_t entry;  // of the sample's first column
     float scale;
     void row(int64_t index, int64_t begin, int64_t count, const float* sums, const float*) const {
-      for (int64_t j = 0; j < count; j += LANES) {
-        const int64_t n = count - j, column = begin + j;
-        const float* table = f.tables.data() + entry + column;
-        const vfloat y = load(sums + j, n) * (scale * load(f.c.weight + column, n)) + load(f.c.bias + column, n);
-        const vfloat steps = clip(y / load_or_one(table, n), load(table + f.size, n), load(table + 2 * f.size, n));
-        const vint code = nearest(steps) + load(f.zeros.data() + entry + column, n);
-        store_bytes(f.out + index * f.c.columns + column, code, n);
-      }
+      const float *weight = f.c.weight + begin, *bias = f.c.bias + begin;
+      const float *table = f.tables.data() + entry + begin, *lows = table + f.size, *highs = lows + f.size;
+      const int32_t* zeros = f.zeros.data() + entry + begin;
+      uint8_t* out = f.out + index * f.c.columns + begin;
+      each_vector(count, [=, scale = scale](int64_t j, auto n) {
+        const vfloat y = load(sums + j, n) * (scale * load(weight + j, n)) + load(bias + j, n);
+        const vfloat steps = clip(y / load_or_one(table + j, n), load(lows + j, n), load(highs + j, n));
+        store_bytes(out + j, nearest(steps) + load(zeros + j, n), n);
+      });
     }
   };
   Rows at(int64_t sample) const { return {*this, sample * c.columns, c.source.scale[sample * c.source.stride]}; }
@@ -165,6 +180,7 @@ struct HeadsFinish {
 
 // Codes of GELU. Uniform: in `first`. Two regions: magnitudes of negative codes in `first`, positive codes in `second`.
 // Merged: one grid of step s1 in `first`, lowest code at 0.
+template <int GRID>
 struct GeluFinish {
   const LinearCall& c;
   const Operand& target;
@@ -177,30 +193,34 @@ struct GeluFinish {
     vfloat per_s1, per_s2;
     int32_t shift, half;
     void row(int64_t index, int64_t begin, int64_t count, const float* sums, const float*) const {
-      for (int64_t j = 0; j < count; j += LANES) {
-        const int64_t n = count - j, column = begin + j;
-        const vfloat y = load(sums + j, n) * (scale * load(f.c.weight + column, n)) + load(f.c.bias + column, n);
-        encode(gelu(y), index * f.c.columns + column, n);
-      }
+      const float *weight = f.c.weight + begin, *bias = f.c.bias + begin;
+      uint8_t* first = f.first + index * f.c.columns + begin;
+      uint8_t* second = GRID == TWO_REGION ? f.second + index * f.c.columns + begin : nullptr;
+      const Rows rows = *this;  // in registers: the bytes written below could be anything's
+      each_vector(count, [=](int64_t j, auto n) {
+        const vfloat y = load(sums + j, n) * (rows.scale * load(weight + j, n)) + load(bias + j, n);
+        rows.encode(gelu(y), first + j, second + j, n);
+      });
     }
-    void encode(vfloat y, int64_t at, int64_t n) const {
-      if (f.target.grid == UNIFORM) {
-        store_bytes(f.first + at, grid.code_near(y), n);
+    template <typename Count>
+    inline void encode(vfloat y, uint8_t* to_first, uint8_t* to_second, Count n) const {
+      if (GRID == UNIFORM) {
+        store_bytes(to_first, grid.code_near(y), n);
         return;
       }
       const vint code = nearest(clip(y * (y < 0.0f ? per_s1 : per_s2), splat(-half), splat(half - 1)));
-      if (f.target.grid == MERGED) {
-        store_bytes(f.first + at, (code < 0 ? code : code << shift) + half, n);
+      if (GRID == MERGED) {
+        store_bytes(to_first, (code < 0 ? code : code << shift) + half, n);
       } else {
-        store_bytes(f.first + at, code < 0 ? -code : vint{}, n);
-        store_bytes(f.second + at, code > 0 ? code : vint{}, n);
+        store_bytes(to_first, code < 0 ? -code : vint{}, n);
+        store_bytes(to_second, code > 0 ? code : vint{}, n);
       }
     }
   };
   Rows at(int64_t sample) const {
     const int64_t i = sample * target.stride;
     return {*this, c.source.scale[sample * c.source.stride], Uniform(target, i), splat(1.0f / target.scale[i]),
-            splat(1.0f / target.coarse[i]), target.grid == MERGED ? target.shift[i] : 0, 1 << (target.bits - 1)};
+            splat(1.0f / target.coarse[i]), GRID == MERGED ? target.shift[i] : 0, 1 << (target.bits - 1)};
   }
 };
 
@@ -217,16 +237,18 @@ struct ResidualFinish {
     const float* gate;
     float s1, s2;
     void row(int64_t index, int64_t begin, int64_t count, const float* first, const float* second) const {
-      for (int64_t j = 0; j < count; j += LANES) {
-        const int64_t n = count - j, column = begin + j, at = index * f.c.columns + column;
-        vfloat y = load(first + j, n), factor = load(f.c.weight + column, n);
+      const float *weight = f.c.weight + begin, *bias = f.c.bias + begin, *gates = gate + begin;
+      const float* x = f.x + index * f.c.columns + begin;
+      float* out = f.out + index * f.c.columns + begin;
+      each_vector(count, [=, s1 = s1, s2 = s2](int64_t j, auto n) {
+        vfloat y = load(first + j, n), factor = load(weight + j, n);
         if (second)
           y = load(second + j, n) * s2 + y * -s1;
         else
           factor = s1 * factor;
-        y = y * factor + load(f.c.bias + column, n);
-        store(f.out + at, load(f.x + at, n) + load(gate + column, n) * y, n);
-      }
+        y = y * factor + load(bias + j, n);
+        store(out + j, load(x + j, n) + load(gates + j, n) * y, n);
+      });
     }
   };
   Rows at(int64_t sample) const {
@@ -244,7 +266,11 @@ extern "C" void tqdit_linear_heads(const LinearCall* call, const Operand* query,
 
 // GELU(x W^T + bias) -> codes; first, second (batch, tokens, columns).
 extern "C" void tqdit_linear_gelu(const LinearCall* call, const Operand* target, uint8_t* first, uint8_t* second) {
-  linear(*call, GeluFinish{*call, *target, first, second});
+  switch (target->grid) {
+    case UNIFORM: return linear(*call, GeluFinish<UNIFORM>{*call, *target, first, second});
+    case TWO_REGION: return linear(*call, GeluFinish<TWO_REGION>{*call, *target, first, second});
+    case MERGED: return linear(*call, GeluFinish<MERGED>{*call, *target, first, second});
+  }
 }
 
 // out = x + gate * (y W^T + bias) for the codes of y. x, out (batch, tokens, columns); gate: one row per sample,
