@@ -244,7 +244,7 @@ def test_linear_residual_is_equal(
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize(("rows", "columns", "depth"), [(1, 1, 1), (3, 33, 17), (9, 70, 64), (20, 5, 130)])
+@pytest.mark.parametrize(("rows", "columns", "depth"), [(1, 1, 1), (3, 33, 17), (9, 70, 64), (20, 5, 65), (3, 40, 130)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_float_input_linear(run, rows: int, columns: int, depth: int, bias: bool) -> None:
     make = maker(5)

@@ -1,6 +1,7 @@
 // LayerNorm with its quantization, and linear layers on float inputs.
 #pragma once
 #include "operands.h"
+#include "products.h"
 
 namespace tqdit {
 
@@ -58,10 +59,32 @@ constexpr WeightOnlyColumn WEIGHT_ONLY[] = {
     weight_only_column<1>, weight_only_column<2>, weight_only_column<3>, weight_only_column<4>,
     weight_only_column<5>, weight_only_column<6>, weight_only_column<7>, weight_only_column<8>};
 
+constexpr int64_t NARROW = 64;
+
+// The same for a narrow x, such as the pixels of a patch: vectors along the columns, which needs no sums across lanes.
+inline void weight_only_narrow(const float* x, const int8_t* codes, const float* scale, const float* bias, int64_t rows,
+                               int64_t columns, int64_t depth, float* out, int64_t threads) {
+  const int64_t padded = round_up(columns, LANES);
+  const Buffer<float> transposed(depth * padded);
+  float* const weight = transposed.data();
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t j = 0; j < padded; ++j) weight[k * padded + j] = j < columns ? codes[j * depth + k] : 0;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t j = 0; j < columns; j += LANES) {
+      vfloat total{};
+      for (int64_t k = 0; k < depth; ++k)
+        total = multiply_add(splat(x[row * depth + k]), load(weight + k * padded + j), total);
+      const int64_t n = columns - j;
+      store(out + row * columns + j, total * load(scale + j, n) + load(bias + j, n), n);
+    }
+}
+
 // out = (x codes^T) * scale + bias for float x. x (rows, depth), codes (columns, depth), scale and bias (columns), out
 // (rows, columns). Up to 8 rows read the int8 weight once.
 extern "C" void tqdit_weight_only(const float* x, const int8_t* codes, const float* scale, const float* bias, int64_t rows,
                        int64_t columns, int64_t depth, float* out, int64_t threads) {
+  if (depth <= NARROW) return weight_only_narrow(x, codes, scale, bias, rows, columns, depth, out, threads);
   constexpr int64_t ROWS = 8, COLUMNS = 32;
 #pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
   for (int64_t first = 0; first < rows; first += ROWS)
