@@ -22,6 +22,7 @@ struct LinearCall {
 constexpr int64_t PANEL = 64;        // columns of a packed weight that lie together
 constexpr int64_t TILE_ROWS = 6;     // 6 x 4 vectors of sums leave registers for one row and one column
 constexpr int64_t TASK_ROWS = 256;   // of one task, about
+constexpr int64_t LEAST_ROWS = 24;
 
 int64_t panel_width(int64_t columns, int64_t begin) {
   const int64_t rest = round_up(columns - begin, LANES);
@@ -97,8 +98,12 @@ void linear(const LinearCall& c, const Finish& finish) {
                c.second_sums ? c.second_sums + row * c.columns : nullptr);
     return;
   }
-  const int64_t parts = (rows + TASK_ROWS / 2) / TASK_ROWS > 0 ? (rows + TASK_ROWS / 2) / TASK_ROWS : 1;
-  const int64_t task = round_up((rows + parts - 1) / parts, TILE_ROWS);
+  // Long tasks reuse a panel; with many threads they are shorter, so that all have work to the end.
+  const int64_t panels = (c.columns + PANEL - 1) / PANEL, wanted = (4 * c.threads + panels - 1) / panels;
+  int64_t parts = (rows + TASK_ROWS / 2) / TASK_ROWS;
+  if (parts < wanted) parts = wanted;
+  int64_t task = round_up((rows + parts - 1) / parts, TILE_ROWS);
+  if (task < LEAST_ROWS) task = LEAST_ROWS;
 #pragma omp parallel for num_threads(c.threads) schedule(dynamic) collapse(2)
   for (int64_t row = 0; row < rows; row += task)
     for (int64_t begin = 0; begin < c.columns; begin += PANEL)
