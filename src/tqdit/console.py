@@ -70,7 +70,8 @@ def print_benchmark(result: "Benchmark", every_site: bool = False) -> None:
     for row in result.rows:
         table.add_row(
             escape(row.model), " ".join(filter(None, (row.bits, row.preset))) or "float", row.backend,
-            *(_cell(ms, 1) for ms in (row.p20_ms, row.p50_ms, row.p80_ms)), *(_cell(row.speedup_over.get(family), 2) for family in families),
+            *(_cell(ms, 1) for ms in (row.p20_ms, row.p50_ms, row.p80_ms)),
+            *(_cell(row.speedup_over.get(family), 2) for family in families),
             _cell(row.images_per_second, 3), _cell(_mega(row.peak_bytes), 0), _cell(_mega(row.resident_bytes), 0),
             _cell(row.load_seconds, 1), _cell(row.floor_fraction, 2),
         )  # fmt: skip

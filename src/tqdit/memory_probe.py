@@ -88,6 +88,8 @@ def _import_what_it_needs(request: Mapping[str, Any], device: torch.device) -> N
     with quiet():
         empty_model(request["config"])
         if "artifact" in request:
+            import accelerate  # noqa: F401
+
             get_backend(request["backend"], device)
         elif request["baseline"].startswith("torchao"):
             import torchao.quantization  # noqa: F401
