@@ -122,7 +122,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         artifact.write(solution, Path(folder))
         size = artifact.size_bytes(Path(folder))
-    module = convert(solution).to(device)
+    module = convert(solution, device=device)
     eps = fidelity.compare_epsilon(float_epsilon, bench.epsilon(module), bench.data)
     pixels = bench.images(module, 0)
     return {

@@ -95,7 +95,7 @@ def bench(
 ) -> Benchmark:
     """Time artifacts and random models against the baselines of their shapes.
 
-    Baselines have random weights in the artifact's shape: speed does not depend on values, and no float checkpoint is
+    Baselines have random weights in the artifact's shape: their speed does not depend on values, and no checkpoint is
     needed. Raises `InputError` before any model is built: for a simulated backend, a model that is not quantized, a
     shape, device or step count that does not exist, and for nothing to time.
     """

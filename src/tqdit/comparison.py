@@ -116,7 +116,7 @@ def compare(
     expected = fidelity.predict_epsilon(model, data)
     rows = []
     for entry in found:
-        module = convert(entry.solution).to(device)
+        module = convert(entry.solution, device=device)
         eps = fidelity.compare_epsilon(expected, fidelity.predict_epsilon(module, data), data)
         rows.append(_quantized_row(entry, first, images(module, entry.name), eps, source))
     settings = {"num": num, "samples_per_group": samples, "groups": groups, "seed": seed, **asdict(sampling)}

@@ -1,11 +1,13 @@
-"""The CPU backend: integer products through oneDNN, everything between them in kernels compiled for this processor.
+"""The CPU backend: fused integer operations, compiled for this processor at first use.
 
-Either half falls back by itself: without VNNI the products run in exact pieces of fp32, without a C++ compiler the rest
-runs in torch. Results are those of `ops.reference`: the same accumulators, and the same codes but where LayerNorm,
-GELU or exp, rounded differently from torch's, fall on the other side of a rounding boundary.
+Either half falls back by itself: without AVX-512 VNNI the integer products go through oneDNN, or in exact pieces of
+fp32; without a C++ compiler everything else runs in torch. Results are those of `ops.reference`: the same
+accumulators, and the same codes but where LayerNorm, GELU or exp, rounded differently from torch's, fall on the other
+side of a rounding boundary.
 """
 
 import ctypes
+import warnings
 
 import torch
 from torch import nn
@@ -78,9 +80,10 @@ class NativeCpu(TorchCpu):
     ) -> torch.Tensor:
         x = x.float().contiguous()
         out = torch.empty(x.shape, dtype=torch.uint8)
+        assert shift.stride(0) == scale.stride(0)
         native.call(
-            "norm_quantize", x, _rows(shift), _rows(scale), shift.stride(0), eps, native.operand(target), *x.shape,
-            out, torch.get_num_threads(),
+            "norm_quantize", x, _rows(shift, x), _rows(scale, x), shift.stride(0), eps,
+            native.operand(target, len(x)), *x.shape, out, torch.get_num_threads(),
         )  # fmt: skip
         return out
 
@@ -89,7 +92,11 @@ class NativeCpu(TorchCpu):
         call = _Call(codes, source, layer)
         out = torch.empty(call.shape, dtype=torch.uint8)
         native.call(
-            "linear_heads", call.struct, *(native.operand(target) for target in params.projections), params.heads, out
+            "linear_heads",
+            call.struct,
+            *(native.operand(target, len(out)) for target in params.projections),
+            params.heads,
+            out,
         )
         return out
 
@@ -104,7 +111,7 @@ class NativeCpu(TorchCpu):
         operands = (*params.projections, params.softmax, target)
         call = native.AttentionCall(
             qkv.data_ptr(), out.data_ptr(), None if trace is None else trace.data_ptr(), batch, tokens, params.heads,
-            dim, torch.get_num_threads(), *(native.operand(o) for o in operands), dim**-0.5,
+            dim, torch.get_num_threads(), *(native.operand(o, batch) for o in operands), dim**-0.5,
         )  # fmt: skip
         native.call("attention", call)
         return out
@@ -116,7 +123,7 @@ class NativeCpu(TorchCpu):
         call = _Call(codes, source, layer)
         two = target.grid.two_region and target.shift is None
         out = torch.empty(2 if two else 1, *call.shape, dtype=torch.uint8)
-        native.call("linear_gelu", call.struct, native.operand(target), out[0], out[1] if two else None)
+        native.call("linear_gelu", call.struct, native.operand(target, call.shape[0]), out[0], out[1] if two else None)
         return out if two else out[0]
 
     @torch.compiler.disable
@@ -126,13 +133,15 @@ class NativeCpu(TorchCpu):
         x = x.float().contiguous()
         out = torch.empty_like(x)
         call = _Call(codes, source, layer)
-        native.call("linear_residual", call.struct, _rows(gate), gate.stride(0), x, out)
+        assert call.shape == x.shape
+        native.call("linear_residual", call.struct, _rows(gate, x), gate.stride(0), x, out)
         return out
 
     @torch.compiler.disable
     def float_input_linear(self, x: torch.Tensor, layer: LinearCodes) -> torch.Tensor:
         rows = x.float().reshape(-1, x.shape[-1]).contiguous()
         columns, depth = layer.codes.shape
+        assert rows.shape[1] == depth
         out = torch.empty(len(rows), columns)
         native.call(
             "weight_only", rows, layer.codes, layer.scale, layer.bias, len(rows), columns, depth, out,
@@ -147,10 +156,12 @@ class _Call:
     def __init__(self, codes: torch.Tensor, source: OperandParams, layer: Layer) -> None:
         planes = list(codes) if codes.ndim == 4 else [codes]
         batch, tokens, depth = planes[0].shape
+        assert depth == layer.shape[1], f"codes of depth {depth} for a layer of depth {layer.shape[1]}"
+        assert all(plane.dtype is torch.uint8 for plane in planes)
         self.shape = batch, tokens, layer.shape[0]
         self.struct = native.LinearCall(
             weight=layer.scale.data_ptr(), bias=layer.bias.data_ptr(), batch=batch, tokens=tokens, depth=depth,
-            columns=layer.shape[0], threads=torch.get_num_threads(), source=native.operand(source),
+            columns=layer.shape[0], threads=torch.get_num_threads(), source=native.operand(source, batch),
         )  # fmt: skip
         if isinstance(layer, PanelLinear):
             self.alive = planes
@@ -170,8 +181,13 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def BACKEND() -> TorchCpu:  # noqa: N802  (a class in the other backends)
-    """The compiled kernels where they can be built."""
-    return TorchCpu() if native.reason() else NativeCpu()
+    """The compiled kernels where they can be built; a warning where they cannot."""
+    if reason := native.reason():
+        warnings.warn(f"integer models run in torch, several times slower: {reason} (docs/cpu.md)", stacklevel=3)
+        return TorchCpu()
+    if not native.has_openmp():
+        warnings.warn("the CPU kernels were compiled without OpenMP and use one thread", stacklevel=3)
+    return NativeCpu()
 
 
 def _planes(codes: torch.Tensor, source: OperandParams) -> list[torch.Tensor]:
@@ -201,8 +217,9 @@ def _product(codes: torch.Tensor, zeros: list[int], layer: PackedLinear) -> torc
     return torch.stack([layer.product(x, zero) for x, zero in zip(codes, zeros, strict=True)])
 
 
-def _rows(x: torch.Tensor) -> ctypes.c_void_p:
-    """Rows whose elements are adjacent; the rows need not be."""
-    assert x.dtype is torch.float32
-    assert x.stride(-1) == 1
-    return ctypes.c_void_p(x.data_ptr())
+def _rows(rows: torch.Tensor, x: torch.Tensor) -> ctypes.c_void_p:
+    """One row per sample of x (B, N, C), its elements adjacent; the rows need not be."""
+    assert rows.shape == (x.shape[0], x.shape[2])
+    assert rows.dtype is torch.float32
+    assert rows.stride(-1) == 1
+    return ctypes.c_void_p(rows.data_ptr())

@@ -69,9 +69,10 @@ class LinearCall(ctypes.Structure):
     )
 
 
-def operand(params: OperandParams) -> Operand:
-    """Pointers into the parameters, which must outlive the call."""
+def operand(params: OperandParams, batch: int) -> Operand:
+    """Pointers into the parameters, which must outlive the call and be those of one sample or of `batch`."""
     shared = params.scale.shape[0] == 1
+    assert shared or params.scale.shape[0] == batch, f"parameters of {params.scale.shape[0]} samples, not {batch}"
     merged = params.shift is not None
     grid = 0 if params.grid is Grid.UNIFORM else 2 if merged else 1
     return Operand(
@@ -92,7 +93,7 @@ def call(name: str, *arguments: Argument) -> None:
 def _argument(value: Argument) -> object:
     if isinstance(value, torch.Tensor):
         assert value.is_contiguous()
-        assert value.device.type == "cpu"
+        assert value.device.type == "cpu", f"a model converted for the CPU was given a tensor on {value.device}"
         return ctypes.c_void_p(value.data_ptr())
     if isinstance(value, ctypes.Structure):
         return ctypes.byref(value)
@@ -115,6 +116,11 @@ def has_vnni() -> bool:
     return bool(library().tqdit_has_vnni())
 
 
+def has_openmp() -> bool:
+    """Whether the kernels use more than one thread."""
+    return bool(library().tqdit_has_openmp())
+
+
 def instructions() -> str:
     """The integer instructions the kernels were compiled to, for reports."""
     return "avx512-vnni" if has_vnni() else "generic"
@@ -135,6 +141,8 @@ def _load() -> ctypes.CDLL | str:
         return _built()
     except UnavailableError as error:
         return str(error)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return f"cannot build the kernels: {error}"
 
 
 def _built() -> ctypes.CDLL:
@@ -148,6 +156,7 @@ def _built() -> ctypes.CDLL:
             _make_private(folder)
             if not path.is_file():
                 _compile(compiler, flags, path)
+            _check_private(path)
             return ctypes.CDLL(str(path))
         except OSError as error:
             problem = f"{path}: {error}"
@@ -179,8 +188,8 @@ def _target_flags() -> tuple[str, ...]:
 
 def _key(compiler: str, flags: tuple[str, ...]) -> str:
     """Hash of everything that decides the binary: a cache folder may be shared by machines."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    sources = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=BUILD_SECONDS, check=False).stdout
+    sources = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.is_file())
     parts = (sources, " ".join(flags).encode(), version, _processor_flags().encode())
     return hashlib.sha256(b"\0".join((*parts, torch.__version__.encode()))).hexdigest()[:24]
 
@@ -190,24 +199,34 @@ def _processor_flags() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor() + platform.machine()
+        sysctl = shutil.which("sysctl")  # macOS
+        command = [sysctl or "", "-n", "machdep.cpu.brand_string"]
+        brand = subprocess.run(command, capture_output=True, text=True, check=False).stdout if sysctl else ""
+        return platform.processor() + platform.machine() + brand
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
 
 
 def _folders() -> list[Path]:
     """Where the library may be kept: the cache folder, or one that lasts as long as this process's machine is up."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tqdit"
-    chosen = Path(os.environ["TQDIT_CACHE"]) if "TQDIT_CACHE" in os.environ else default
-    return [chosen, Path(tempfile.gettempdir()) / f"tqdit-{os.getuid() if hasattr(os, 'getuid') else 'user'}"]
+    temporary = Path(tempfile.gettempdir()) / f"tqdit-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
+    if "TQDIT_CACHE" in os.environ:
+        return [Path(os.environ["TQDIT_CACHE"]), temporary]
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        return [Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tqdit", temporary]
+    return [temporary]
 
 
 def _make_private(folder: Path) -> None:
     """Code is loaded from it: refuse a folder that somebody else could write to."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_private(folder)
+
+
+def _check_private(path: Path) -> None:
     if hasattr(os, "getuid"):
-        status = folder.stat()
+        status = path.lstat()
         if status.st_uid != os.getuid() or status.st_mode & 0o022:
-            raise PermissionError("the folder is writable by others")
+            raise PermissionError(f"{path} can be written to by others")
 
 
 def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:

@@ -5,7 +5,7 @@ sums of two products saturate at 16 bits). Where they do not serve, the products
 """
 
 import functools
-from typing import Self
+from typing import NoReturn, Self
 
 import torch
 
@@ -24,6 +24,9 @@ class Packed:
 
     def __deepcopy__(self, memo: object) -> Self:
         return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("weights packed by oneDNN cannot be pickled; keep the artifact and load it")
 
 
 class PackedLinear(FixedDtype):

@@ -1,5 +1,6 @@
 """Fair timing of several functions: interleaved rounds, percentiles. No model, no torch."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,18 +32,21 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Milliseconds of every call in each of `repeats` rounds.
 
-    Each round times every call once, so that a machine that slows down slows all of them; the order is reversed from
-    one round to the next, so that none profits from its neighbour. A call receives the round's number and returns
-    when its work is done (on a GPU: synchronised).
+    Each round times every call once, so that a machine that slows down slows all of them; the order is shuffled
+    (seeded) from one round to the next, and none follows itself, which would leave its data in the caches. A call
+    receives the round's number and returns when its work is done (on a GPU: synchronised).
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
+    order, shuffle = list(calls), random.Random(0).shuffle
     for round_ in range(repeats):
         for name in order:
             start = clock()
             calls[name](round_)
             times[name].append((clock() - start) * 1e3)
-        order.reverse()
+        last = order[-1]
+        shuffle(order)
+        if order[0] == last:
+            order.append(order.pop(0))
         progress((round_ + 1) / repeats)
     return times
 

@@ -1,12 +1,13 @@
 """`IntBlock`: a DiT block in integers, seven backend calls; and the conditioning that all blocks of a model share."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from tqdit.errors import InputError
+from tqdit.layers.clock import thread
 from tqdit.layers.linear import IntLinear
 from tqdit.layers.params import ActivationParams
 from tqdit.ops.schema import AttentionParams, Backend
@@ -14,8 +15,17 @@ from tqdit.ops.schema import AttentionParams, Backend
 ATTENTION_OPERANDS = ("query", "key", "value", "softmax")
 
 
+class _Call(NamedTuple):
+    """The distinct inputs of one denoiser call, the row each sample uses, and what embedders made of them."""
+
+    timestep: torch.Tensor
+    labels: torch.Tensor
+    rows: torch.Tensor | None
+    embedded: dict[int, torch.Tensor]
+
+
 class Conditioning(nn.Module):
-    """SiLU(embedding of t and class), computed once per denoiser call, not once per block.
+    """SiLU(embedding of t and class), computed once for all blocks of a denoiser call.
 
     On the CPU equal (t, class) rows of the batch, such as the null class under guidance, are computed once; `rows`
     says which row each sample uses.
@@ -23,9 +33,7 @@ class Conditioning(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._inputs: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._rows: torch.Tensor | None = None
-        self._embedded: dict[int, torch.Tensor] = {}
+        self._now: dict[int, _Call] = {}  # by thread: calls of one model may overlap
 
     def pre_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of a transformer called as (hidden_states, timestep, class_labels, ...)."""
@@ -37,21 +45,23 @@ class Conditioning(nn.Module):
         if labels.shape != (batch,):
             raise InputError(f"class_labels have shape {tuple(labels.shape)}, the batch needs ({batch},)")
         timestep = torch.as_tensor(given["timestep"], device=labels.device).reshape(-1).expand(batch)
-        self._embedded.clear()
-        self._inputs, self._rows = (timestep, labels), None
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             pairs = torch.stack([timestep.double(), labels.double()])
-            distinct, self._rows = torch.unique(pairs, dim=1, return_inverse=True)
-            self._inputs = distinct[0].to(timestep.dtype), distinct[1].to(labels.dtype)
+            distinct, rows = torch.unique(pairs, dim=1, return_inverse=True)
+            call = _Call(distinct[0].to(timestep.dtype), distinct[1].to(labels.dtype), rows, {})
+        else:
+            call = _Call(timestep, labels, None, {})
+        self._now[thread()] = self._now[0] = call
 
     def modulation(self, norm: Any) -> tuple[torch.Tensor, ...]:
         """shift, scale, gate of attention, then of the feed-forward, each (B, C) fp32, from a block's adaLN layer."""
-        assert self._inputs is not None, "the conditioning is set by the model's forward"
-        embedder = norm.emb
-        if id(embedder) not in self._embedded:
-            self._embedded[id(embedder)] = F.silu(embedder(*self._inputs, hidden_dtype=torch.float32)).float()
-        out = norm.linear(self._embedded[id(embedder)])
-        out = out if self._rows is None else out.index_select(0, self._rows)
+        assert thread() in self._now, "the conditioning is set by the model's forward"
+        call, embedder = self._now[thread()], norm.emb
+        if id(embedder) not in call.embedded:
+            embedded = embedder(call.timestep, call.labels, hidden_dtype=torch.float32)
+            call.embedded[id(embedder)] = F.silu(embedded).float()
+        out = norm.linear(call.embedded[id(embedder)])
+        out = out if call.rows is None else out.index_select(0, call.rows)
         return out.chunk(6, dim=1)
 
 

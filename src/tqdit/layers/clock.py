@@ -1,5 +1,6 @@
 """`TimestepClock`: tells the quantized layers of one model which time group each sample of the batch is in."""
 
+import threading
 from typing import Any
 
 import torch
@@ -7,6 +8,11 @@ from torch import nn
 
 from tqdit.errors import InputError
 from tqdit.timegroups import TimeGroups
+
+
+def thread() -> int:
+    """Which thread runs; one for all inside a compiled graph."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 class TimestepClock(nn.Module):
@@ -22,8 +28,17 @@ class TimestepClock(nn.Module):
         super().__init__()
         self.time_groups = time_groups
         self.register_buffer("table", time_groups.table(), persistent=False)
-        self.group: torch.Tensor | None = None
-        self.shared: int | None = None  # the group of the whole batch, where reading it costs nothing (on the CPU)
+        self._now: dict[int, tuple[torch.Tensor, int | None]] = {}  # by thread: calls of one model may overlap
+
+    @property
+    def group(self) -> torch.Tensor | None:
+        """Group indices of the call that this thread is in, (1,) or (B,)."""
+        return self._now[thread()][0] if thread() in self._now else None
+
+    @property
+    def shared(self) -> int | None:
+        """The group of the whole batch, where reading it costs nothing: on the CPU, not compiled."""
+        return self._now[thread()][1] if thread() in self._now else None
 
     def set(self, timestep: torch.Tensor, batch: int) -> None:
         """timestep: () or (B,), any number type. Stores group indices, shape (1,) or (B,)."""
@@ -31,12 +46,12 @@ class TimestepClock(nn.Module):
         if t.numel() not in (1, batch):
             raise InputError(f"timestep has {t.numel()} entries for a batch of {batch}")
         if t.device.type == "cpu" and not torch.compiler.is_compiling():
-            self.group = self.time_groups.of(t)
-            first, last = self.group.aminmax()
-            self.shared = int(first) if first == last else None
+            group = self.time_groups.of(t)
+            first, last = group.aminmax()
+            shared = int(first) if first == last else None
         else:
-            self.shared = None
-            self.group = torch.index_select(self.table, 0, t.long())
+            group, shared = torch.index_select(self.table, 0, t.long()), None
+        self._now[thread()] = self._now[0] = group, shared
 
     def pre_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of a transformer called as (hidden_states, timestep, ...)."""

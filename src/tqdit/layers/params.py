@@ -40,7 +40,8 @@ class ActivationParams(FixedDtype):
         clock = self._clock[0]
         if self.spec.groups > 1:
             assert clock.group is not None, "the clock is set by the model's forward"
-            if clock.shared is not None:  # a view, no copy
+            # A view, no copy; not when compiled, which would compile once for every group.
+            if clock.shared is not None and not torch.compiler.is_compiling():
                 tensors = [None if t is None else t[clock.shared : clock.shared + 1] for t in tensors]
             else:
                 tensors = [None if t is None else t.index_select(0, clock.group) for t in tensors]

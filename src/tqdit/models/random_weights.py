@@ -1,6 +1,7 @@
 """Models of a shape with random weights that are not degenerate: what a speed is measured on.
 
-Speed does not depend on values, but zeros would hide it (a zero-initialised DiT computes zeros) and NaN would slow it.
+A float model's speed does not depend on values, but zeros would hide it (a zero-initialised DiT computes zeros) and
+NaN would slow it.
 """
 
 from collections.abc import Iterable, Mapping

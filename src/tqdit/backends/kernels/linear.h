@@ -110,8 +110,17 @@ void linear(const LinearCall& c, const Finish& finish) {
       run_task(c, row, rows - row < task ? rows : row + task, begin, finish);
 }
 
+extern "C" int64_t tqdit_has_openmp() {
+#if defined(_OPENMP)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// Whether products belong here. TQDIT_FORCE_PANELS: also where they are slow, for tests on any processor.
 extern "C" int64_t tqdit_has_vnni() {
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) || defined(TQDIT_FORCE_PANELS)
   return 1;
 #else
   return 0;
