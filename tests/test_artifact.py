@@ -330,8 +330,10 @@ def test_tensors_that_share_memory_are_written(tmp_path, solved) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs /proc")
-def test_a_read_artifact_does_not_hold_its_file(folder) -> None:
-    """One tensor of a mapped file would keep all of it in memory beside the unpacked codes."""
+def test_a_converted_model_does_not_hold_its_file(folder) -> None:
+    """8-bit codes are views of the mapped file until they are packed: the model must not keep it in memory."""
     loaded = artifact.read(folder)
-    assert str(folder) not in Path("/proc/self/maps").read_text()
+    models = [convert(loaded, backend) for backend in ("cpu", "reference")]
     del loaded
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    assert models

@@ -56,7 +56,7 @@ def run(*models: Path, random: RandomModel | None = None, **settings) -> Benchma
 def test_rows_of_an_artifact(folder: Path, solved: Callable) -> None:
     result = run(folder)
     ours, *floats = result.rows
-    assert (ours.model, ours.backend, ours.bits, ours.batch) == ("tiny-w6a6", "reference", "w6a6", 4)
+    assert (ours.model, ours.backend, ours.bits, ours.batch) == ("tiny-w6a6", "cpu", "w6a6", 4)
     assert ours.integer
     assert [row.backend for row in floats] == [
         "float32-eager", "float32-compiled", "bfloat16-eager", "bfloat16-compiled",
@@ -82,7 +82,7 @@ def test_rows_of_an_artifact(folder: Path, solved: Callable) -> None:
 def test_sampling_runs_are_of_the_fastest_of_each_family(folder: Path) -> None:
     result = run(folder)
     rates = {row.backend: row.images_per_second for row in result.rows}
-    assert rates["reference"] > 0
+    assert rates["cpu"] > 0
     for family in ("float32", "bfloat16"):
         members = [row for row in result.rows if row.backend.startswith(family)]
         fastest = min(members, key=lambda row: row.p50_ms)
@@ -135,7 +135,7 @@ def test_what_the_child_is_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     ]  # fmt: skip
     assert requests[0]["artifact"] == str(folder)
     assert not Path(requests[3]["artifact"]).exists()
-    assert requests[3]["backend"] == "reference", "what auto became"
+    assert requests[3]["backend"] == "cpu", "what auto became"
     assert {request["threads"] for request in requests} == {torch.get_num_threads()}
     json.dumps(requests)
 
@@ -241,7 +241,7 @@ def test_memory_that_cannot_be_measured_is_said(folder: Path, monkeypatch: pytes
 
     monkeypatch.setattr(contest, "footprint", killed)
     result = run(folder, against=())
-    assert result.skipped == {"memory of tiny-w6a6 reference": "the process ended with code -9"}
+    assert result.skipped == {"memory of tiny-w6a6 cpu": "the process ended with code -9"}
     assert (result.rows[0].peak_bytes, result.rows[0].load_seconds) == (None, None)
 
 

@@ -18,4 +18,4 @@ def test_local_links_lead_somewhere() -> None:
         text = page.read_text(encoding="utf-8")
         links = [part.split(")")[0] for part in text.split("](")[1:]]
         for link in links:
-            assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+            assert link.startswith("http") or (page.parent / link.partition("#")[0]).exists(), f"{page.name}: {link}"

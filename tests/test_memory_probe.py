@@ -35,10 +35,11 @@ def test_an_artifact_takes_its_codes(config, request_, tmp_path) -> None:
     solution = random_solution(config, Recipe.build("plus"))
     artifact.write(solution, tmp_path)
     codes = sum({c.data_ptr(): c.numel() for c in solution.codes.values()}.values())
-    found = footprint({**request_, "artifact": str(tmp_path), "backend": "reference"})
+    found = footprint({**request_, "artifact": str(tmp_path), "backend": "cpu"})
     assert codes > 35 * MB
-    assert codes * 0.9 < found.resident_bytes < 6 * codes, "what loading allocated and freed may still be resident"
-    assert found.peak_bytes >= codes
+    # A float copy, kept or only freed, would add four times the codes.
+    assert codes * 0.5 < found.resident_bytes < 2.5 * codes, "less than the codes: imports left room to reuse"
+    assert codes * 0.5 < found.peak_bytes < 2.5 * codes
     assert 0 < found.load_seconds < 60
 
 

@@ -9,7 +9,7 @@ from tqdit.ops.composed import Composed
 
 # The oldest processor that torch's builds run on: no VNNI, no AVX.
 GENERIC = "-march=x86-64" if platform.machine() in ("x86_64", "AMD64") else ""
-WAYS = ("native", "generic", "torch", "no-onednn", "nothing")
+WAYS = ("native", "generic", "panels", "torch", "no-onednn", "nothing")
 
 
 def forget() -> None:
@@ -20,6 +20,8 @@ def forget() -> None:
 def backend_that(way: str, monkeypatch: pytest.MonkeyPatch) -> Composed:
     if way == "generic":
         monkeypatch.setenv("TQDIT_CXXFLAGS", GENERIC)
+    if way == "panels":  # the integer matmul of VNNI, in portable code
+        monkeypatch.setenv("TQDIT_CXXFLAGS", f"{GENERIC} -DTQDIT_FORCE_PANELS")
     if way in ("torch", "nothing"):
         monkeypatch.setenv("TQDIT_CXX", "")
     if way in ("no-onednn", "nothing"):

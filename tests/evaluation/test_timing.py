@@ -1,5 +1,7 @@
 """Percentiles and interleaving, on a clock of our own."""
 
+from itertools import pairwise
+
 import pytest
 
 from tqdit.evaluation.timing import Percentiles, interleaved, spread_timesteps
@@ -34,17 +36,20 @@ class Machine:
         return work
 
 
-def test_every_round_times_every_call_once_in_alternating_order() -> None:
+def test_every_round_times_every_call_once_and_none_follows_itself() -> None:
     machine = Machine()
     calls = {name: machine.call(name, seconds) for name, seconds in (("a", 1.0), ("b", 0.5), ("c", 0.1))}
     fractions: list[float] = []
-    times = interleaved(calls, 3, fractions.append, lambda: machine.now)
-    assert machine.log == [
-        ("a", 0), ("b", 0), ("c", 0), ("c", 1), ("b", 1), ("a", 1), ("a", 2), ("b", 2), ("c", 2),
-    ]  # fmt: skip
-    assert times["a"] == pytest.approx([1000, 2000, 3000])
-    assert times["c"] == pytest.approx([100, 200, 300])
-    assert fractions == pytest.approx([1 / 3, 2 / 3, 1])
+    times = interleaved(calls, 30, fractions.append, lambda: machine.now)
+    rounds = [machine.log[i : i + 3] for i in range(0, 90, 3)]
+    for number, entries in enumerate(rounds):
+        assert sorted(entries) == [("a", number), ("b", number), ("c", number)]
+    names = [name for name, _ in machine.log]
+    assert all(one != following for one, following in pairwise(names))
+    assert len({tuple(name for name, _ in entries) for entries in rounds}) > 3
+    assert times["a"] == pytest.approx([1000 * (i + 1) for i in range(30)])
+    assert times["c"] == pytest.approx([100 * (i + 1) for i in range(30)])
+    assert fractions == pytest.approx([(i + 1) / 30 for i in range(30)])
 
 
 def test_only_the_call_is_timed() -> None:

@@ -41,7 +41,7 @@ class ActivationParams(FixedDtype):
         if self.spec.groups > 1:
             assert clock.group is not None, "the clock is set by the model's forward"
             # A view, no copy; not when compiled, which would compile once for every group.
-            if clock.shared is not None and not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and clock.shared is not None:
                 tensors = [None if t is None else t[clock.shared : clock.shared + 1] for t in tensors]
             else:
                 tensors = [None if t is None else t.index_select(0, clock.group) for t in tensors]
