@@ -41,7 +41,17 @@ def cpu_speed() -> list[str]:
             table(["aim", "target", "measured", "met"], _speed_aims(run, targets)),
             "",
         ]  # fmt: skip
-    lines += ["### The same on 16 cores with AMX", "", *_amx(), "### By operation", "", *_breakdown()]
+    lines += [
+        "### Loading DiT-XL/2",
+        "",
+        *_loading(),
+        "### The same on 16 cores with AMX",
+        "",
+        *_amx(),
+        "### By operation",
+        "",
+        *_breakdown(),
+    ]
     return [*lines, (ROOT / "bench" / "cpu-notes.md").read_text(encoding="utf-8").strip(), ""]
 
 
@@ -74,6 +84,25 @@ def _breakdown() -> list[str]:
     return lines
 
 
+def _loading() -> list[str]:
+    """Load time and memory in a run of their own, the artifact's file in the page cache first."""
+    run = read("cpu-dit-xl-2-load")
+    aims = []
+    for row in run["rows"]:
+        name, resident, seconds = f"{row['preset']} {row['bits'].upper()}", row["resident_bytes"], row["load_seconds"]
+        aims.append([f"{name} resident after loading", f"≤ {MOST_RESIDENT / 1e9} GB", f"{resident / 1e9:.2f} GB",
+                     "yes" if resident <= MOST_RESIDENT else "no"])  # fmt: skip
+        aims.append([f"{name} load from page cache", f"< {MOST_LOAD_SECONDS:.0f} s", f"{seconds:.1f} s",
+                     "yes" if seconds < MOST_LOAD_SECONDS else "no"])  # fmt: skip
+    return [
+        f"`{run['command']}`, which reads the file once before it times loading (the runs above were measured before it "
+        "did, with less of the file in memory):",
+        "",
+        table(["aim", "target", "measured", "met"], aims),
+        "",
+    ]
+
+
 def _operation(found: dict[str, float] | None) -> str:
     if found is None:
         return "–"
@@ -101,12 +130,6 @@ def _speed_aims(run: dict[str, Any], targets: dict[str, float]) -> list[list[str
             found = row["speedup_over"].get(family)
             shown = "–" if found is None else f"{found:.2f}×"
             aims.append([f"{name} over {family}", f"≥ {target}×", shown, "yes" if found and found >= target else "no"])
-        if "XL" in row["model"] and row["bits"] == "w8a8":
-            resident, seconds = row["resident_bytes"], row["load_seconds"]
-            aims.append([f"{name} resident after loading", f"≤ {MOST_RESIDENT / 1e9} GB", f"{resident / 1e9:.2f} GB",
-                         "yes" if resident <= MOST_RESIDENT else "no"])  # fmt: skip
-            aims.append([f"{name} load from page cache", f"< {MOST_LOAD_SECONDS:.0f} s", f"{seconds:.1f} s",
-                         "yes" if seconds < MOST_LOAD_SECONDS else "no"])  # fmt: skip
     return aims
 
 
