@@ -95,8 +95,8 @@ def _loading() -> list[str]:
         aims.append([f"{name} load from page cache", f"< {MOST_LOAD_SECONDS:.0f} s", f"{seconds:.1f} s",
                      "yes" if seconds < MOST_LOAD_SECONDS else "no"])  # fmt: skip
     return [
-        f"`{run['command']}`, which reads the file once before it times loading (the runs above were measured before it "
-        "did, with less of the file in memory):",
+        f"`{run['command']}`, which reads the file once before it times loading; the run above was measured before it "
+        "did, with less of the file in memory:",
         "",
         table(["aim", "target", "measured", "met"], aims),
         "",
