@@ -1,4 +1,4 @@
-"""The operations of a DiT block, composed of four primitive ones; what `ops.reference` and `ops.simulated` share."""
+"""The operations of a DiT block out of four primitive ones: what a backend must equal, and what it may fall back to."""
 
 from typing import Any
 
