@@ -26,7 +26,7 @@ IN_RECIPE = (
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="bundled name, diffusers folder or artifact")]
 Device = Annotated[str, typer.Option(help="torch device: cpu, cuda, cuda:1")]
-Backend = Annotated[str, typer.Option(help="integer backend: auto or reference; simulated checks, never timed")]
+Backend = Annotated[str, typer.Option(help="integer backend: auto, cpu or reference; simulated checks, never timed")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="seed; the same seed gives the same bytes")]
 Guidance = Annotated[float, typer.Option(min=0.0, help="classifier-free guidance; 1 turns it off")]
 Sampler = Annotated[str, typer.Option(help="ddim or ddpm")]

@@ -27,7 +27,7 @@ WEIGHT_ROWS = 4096  # of a float-input weight that exist in fp32 at a time, wher
 
 
 class TorchCpu(Composed):
-    """Integer products through oneDNN, the rest composed of torch operations; codes are int8."""
+    """Integer products through oneDNN or exact fp32, the rest composed of torch operations; codes are int8."""
 
     NAME = "cpu"
     INTEGER = True
@@ -106,6 +106,8 @@ class NativeCpu(TorchCpu):
     ) -> torch.Tensor:
         """`trace`: int8 (B, H, N, N), filled with the codes of the probabilities; for tests."""
         batch, tokens, columns = qkv.shape
+        assert qkv.dtype is torch.uint8
+        assert qkv.is_contiguous()
         dim = columns // (3 * params.heads)
         out = torch.empty(batch, tokens, columns // 3, dtype=torch.uint8)
         operands = (*params.projections, params.softmax, target)
