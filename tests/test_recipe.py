@@ -13,6 +13,7 @@ def test_paper_is_the_published_setting() -> None:
     recipe = Recipe.build("paper")
     assert (recipe.weight_bits, recipe.activation_bits, recipe.granularity) == (8, 8, Granularity.PER_TENSOR)
     assert (recipe.softmax_grid, recipe.gelu_grid, recipe.time_grouped) == ("mrq", "mrq", "softmax")
+    assert (recipe.softmax_products, recipe.gelu_products) == ("two", "two")
     assert (recipe.groups, recipe.samples, recipe.steps, recipe.guidance) == (10, 32, 250, 1.5)
     assert (recipe.rounds, recipe.candidates, recipe.low, recipe.high) == (3, 100, 0.01, 1.2)
     assert recipe.hessian
@@ -63,6 +64,7 @@ def test_layers_on_float_inputs_keep_two_more_bits(weight_bits: int, expected: i
         ("high", 0.9),
         ("sampler", "euler"),
         ("gelu_grid", "log"),
+        ("gelu_products", 1),
         ("time_grouped", "some"),
         ("seed", -1),
         ("groups", 0),
@@ -83,6 +85,9 @@ def test_illegal_value_names_the_setting(setting: str, value: object) -> None:
     low=st.floats(1e-6, 1),
     trajectories=st.none() | st.integers(1, 99),
     hessian=st.booleans(),
+    gelu_products=st.sampled_from(["one", "two"]),
+    gelu_grid=st.sampled_from(["best", "uniform"]),
+    softmax_grid=st.just("best"),
 )
 @settings(max_examples=30, deadline=None)
 def test_toml_round_trip(tmp_path_factory, preset, weight_bits, activation_bits, **overrides) -> None:
@@ -124,4 +129,42 @@ def test_label_says_what_was_changed() -> None:
     assert Recipe.build("paper", "w6a6", rounds=1).label == "paper"
     assert Recipe.build("plus").label == "plus"
     assert Recipe.build("paper", hessian=False).label == "paper (changed: hessian)"
-    assert Recipe.build("plus", loss="epsilon", gelu_grid="mrq").label == "plus (changed: gelu_grid, loss)"
+    assert Recipe.build("plus", loss="epsilon", gelu_grid="uniform").label == "plus (changed: gelu_grid, loss)"
+
+
+# Integer products of a matmul --------------------------------------------------------------------------------------
+
+
+OPERANDS = ["softmax", "gelu"]
+
+
+@pytest.mark.parametrize("operand", OPERANDS)
+def test_two_regions_of_8_bits_need_two_products(tmp_path, operand: str) -> None:
+    grid, products = f"{operand}_grid", f"{operand}_products"
+    path = tmp_path / "recipe.toml"
+    path.write_text(f"preset = 'plus'\n{products} = 'one'\n{grid} = 'mrq'\n", encoding="utf-8")
+    with pytest.raises(InputError, match=f"'{grid}' and '{products}'.*got 'one'"):
+        Recipe.build("plus", "w4a8", **{grid: "mrq", products: "one"})
+    with pytest.raises(InputError, match=f"'{grid}' and '{products}'.*got 'one'"):
+        Recipe.from_toml(path)
+    assert getattr(Recipe.build("plus", "w8a7", **{grid: "mrq", products: "one"}), grid) == "mrq"
+    assert getattr(Recipe.build("plus", "w8a8", **{grid: "mrq", products: "two"}), grid) == "mrq"
+
+
+@pytest.mark.parametrize("operand", OPERANDS)
+@pytest.mark.parametrize(
+    ("bits", "products", "expected"),
+    [("w8a8", "one", "uniform"), ("w8a8", "two", "best"), ("w8a7", "one", "best"), ("w6a6", "two", "best")],
+)
+def test_settled_leaves_only_choices_that_are_some(operand: str, bits: str, products: str, expected: str) -> None:
+    both = {f"{name}_{kind}": value for name in OPERANDS for kind, value in (("grid", "best"), ("products", "two"))}
+    recipe = Recipe.build("plus", bits, **both | {f"{operand}_products": products})
+    assert recipe.settled == recipe.model_copy(update={f"{operand}_grid": expected})
+    assert recipe.gelu_grid == recipe.softmax_grid == "best"
+
+
+@pytest.mark.parametrize("operand", OPERANDS)
+def test_label_names_the_products(operand: str) -> None:
+    name = f"{operand}_products"
+    other = {"one": "two", "two": "one"}[getattr(Recipe.build("plus"), name)]
+    assert Recipe.build("plus", **{name: other}).label == f"plus (changed: {name})"

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tqdit.errors import InputError
-from tqdit.spec import Granularity
+from tqdit.spec import MAX_BITS, Granularity
 
 BITS_PATTERN = re.compile(r"w([2-8])a([4-8])", re.IGNORECASE)
 
@@ -17,18 +17,25 @@ CALIBRATION_SETTINGS = (
     "groups", "samples", "sampler", "steps", "guidance", "trajectories", "probes", "rows", "queries", "seed",
 )  # fmt: skip
 
-METHOD_SETTINGS = ("weight_granularity", "softmax_grid", "gelu_grid", "time_grouped", "hessian", "loss")
+METHOD_SETTINGS = (
+    "weight_granularity", "softmax_grid", "gelu_grid", "softmax_products", "gelu_products", "time_grouped", "hessian",
+    "loss",
+)  # fmt: skip
+
+PRODUCTS_OF = {"softmax_grid": "softmax_products", "gelu_grid": "gelu_products"}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # As published: per-tensor weights, MRQ everywhere, TGQ on post-softmax only.
     "paper": {},
-    # Better at no run-time cost: per-channel weights, time groups for all activations, MRQ where it
-    # wins, errors weighed as the sampler weighs them.
+    # Better at little or no run-time cost: per-channel weights, time groups for all activations, errors weighed as the
+    # sampler weighs them, MRQ where it wins. After GELU a second product is a quarter of the model's arithmetic and
+    # wins nothing that lasts to the image; after softmax it is little and wins much.
     "plus": {
         "weight_granularity": "per_channel",
         "time_grouped": "all",
         "softmax_grid": "best",
         "gelu_grid": "best",
+        "gelu_products": "one",
         "loss": "sampler",
     },
 }
@@ -49,6 +56,8 @@ class Recipe(BaseModel):
     weight_granularity: Literal["per_tensor", "per_channel"] = "per_tensor"
     softmax_grid: Literal["mrq", "uniform", "best"] = "mrq"
     gelu_grid: Literal["mrq", "uniform", "best"] = "mrq"
+    softmax_products: Literal["one", "two"] = "two"  # "one": no two-region grid but those of one integer product
+    gelu_products: Literal["one", "two"] = "two"
     time_grouped: Literal["none", "softmax", "all"] = "softmax"
     hessian: bool = True
     loss: Literal["epsilon", "sampler"] = "epsilon"  # HO counts errors of epsilon alike, or as the sampler's step does
@@ -73,6 +82,17 @@ class Recipe(BaseModel):
         """Whether records that were made under another recipe serve this one: only search settings may differ."""
         same = all(getattr(self, name) == getattr(recorded, name) for name in CALIBRATION_SETTINGS)
         return same and (recorded.hessian or not self.hessian)
+
+    @property
+    def settled(self) -> "Recipe":
+        """The recipe without choices that are none: "best" is "uniform" where no two-region grid could be better."""
+        idle = [name for name in self._uniform_at_best() if getattr(self, name) == "best"]
+        return self.model_copy(update=dict.fromkeys(idle, "uniform"))
+
+    def _uniform_at_best(self) -> list[str]:
+        """Grid settings that one product limits to levels of a uniform grid (`regions.merging_exponents`)."""
+        one = [grid for grid, products in PRODUCTS_OF.items() if getattr(self, products) == "one"]
+        return one if self.activation_bits == MAX_BITS else []
 
     @property
     def label(self) -> str:
@@ -134,4 +154,14 @@ class Recipe(BaseModel):
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
             raise InputError(f"recipe setting '{name}': {first['msg']}, got {first['input']!r}") from None
+        recipe._check_products()
         return recipe
+
+    def _check_products(self) -> None:
+        """Refuse a two-region grid that its number of products leaves nothing of."""
+        for name in self._uniform_at_best():
+            if getattr(self, name) == "mrq":
+                raise InputError(
+                    f"recipe settings '{name}' and '{PRODUCTS_OF[name]}': 'mrq' of {MAX_BITS} bits takes two products, "
+                    f"got 'one'; legal with 'one' are 'best', 'uniform', or at most {MAX_BITS - 1} bits"
+                )

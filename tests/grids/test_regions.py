@@ -136,3 +136,40 @@ def test_fake_quantization_at_the_border_of_the_regions(grid: Grid) -> None:
     x = x.clamp(min=0) if grid is Grid.MRQ_SOFTMAX else x
     codes = regions.quantize(x, s1, s2, 4, grid)
     assert torch.equal(regions.fake_quantize(x, s1, s2, 4, grid), regions.dequantize(codes, s1, s2, grid))
+
+
+def merged_levels(bits: int, exponent: int, grid: Grid) -> torch.Tensor:
+    """The values of all codes in units of s1, where s2 = s1 2^exponent."""
+    low = -(2 ** (bits - 1)) if grid is Grid.MRQ_GELU else 1 - 2 ** (bits - 1)
+    codes = torch.arange(low, 2 ** (bits - 1))
+    return regions.dequantize(codes, torch.tensor(1.0), torch.tensor(2.0**exponent), grid)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("grid", [Grid.MRQ_SOFTMAX, Grid.MRQ_GELU])
+def test_merging_exponents_are_those_whose_levels_fit_a_byte(bits: int, grid: Grid) -> None:
+    legal = regions.merging_exponents(bits, grid)
+    s2 = torch.tensor([0.37, 1 / 31])
+    for exponent in range(12):
+        levels = merged_levels(bits, exponent, grid)
+        fits = (levels.max() - levels.min()).item() <= 255
+        assert (exponent in legal) == fits
+        shift = regions.merge_shift(s2 * 2.0**-exponent, s2, bits, grid)
+        assert shift.tolist() == [exponent] * 2 if fits else shift is None
+    assert regions.merge_shift(s2 * 2.0 ** -legal[-1], s2 * (1 + 2**-20), bits, grid) is None
+    assert regions.merge_shift(s2 * 2, s2, bits, grid) is None
+
+
+@pytest.mark.parametrize("grid", [Grid.MRQ_SOFTMAX, Grid.MRQ_GELU])
+def test_merging_regions_are_worth_more_than_a_uniform_grid_below_8_bits_only(grid: Grid) -> None:
+    for bits in BITS:
+        spans = [levels.max() - levels.min() for i in regions.merging_exponents(bits, grid)
+                 for levels in [merged_levels(bits, i, grid)]]  # fmt: skip
+        assert (max(spans) > 2**bits - 1) == (bits < 8)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_merging_softmax_candidates_are_some_of_all(bits: int) -> None:
+    some, every = regions.softmax_exponents(bits, merging=True), regions.softmax_exponents(bits)
+    assert len(some) > 0
+    assert set(some) == set(every) & set(regions.merging_exponents(bits, Grid.MRQ_SOFTMAX))

@@ -18,6 +18,10 @@ from tqdit.spec import Grid, Role, Solution
 SETTINGS = [("paper", "w8a8"), ("plus", "w8a8"), ("paper", "w6a6"), ("plus", "w4a4"), ("plus", "w2a4")]
 
 
+def products(number: str) -> dict[str, str]:
+    return {"gelu_products": number, "softmax_products": number}
+
+
 @pytest.fixture
 def config(tiny_dit) -> dict:
     sizes = {"in_channels": 4, "out_channels": 8, "sample_size": 32, "attention_head_dim": 32}
@@ -101,10 +105,36 @@ def test_output_is_not_degenerate(config, preset: str, bits: str) -> None:
     ],
 )
 def test_grids(config, preset: str, bits: str, gelu: Grid, softmax: Grid) -> None:
-    solution = random_solution(config, Recipe.build(preset, bits))
+    recipe = Recipe.build(preset, bits, **products("two"))
+    solution = random_solution(config, recipe)
     assert {site.grid for site in solution.sites if site.role is Role.GELU} == {gelu}
     assert {site.grid for site in solution.sites if site.role is Role.SOFTMAX} == {softmax}
-    assert solution.provenance["preset"] == preset
+    assert solution.provenance["preset"] == recipe.label
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a8", "w8a7", "w6a6", "w4a4"])
+@pytest.mark.parametrize("number", ["one", "two"])
+def test_products(config, bits: str, number: str) -> None:
+    """What costs most of what the recipe allows: two products, one of merged regions, or a uniform grid at 8 bits."""
+    solution = random_solution(config, Recipe.build("plus", bits, **products(number)))
+    sites = [params for params in solution.params.values() if params.spec.role in (Role.GELU, Role.SOFTMAX)]
+    assert len(sites) == 4
+    if number == "one":
+        assert all(params.spec.grid.two_region != bits.endswith("a8") for params in sites)
+        assert all(regions.is_merged(params) for params in sites if params.spec.grid.two_region)
+    else:
+        gelu = [params for params in sites if params.spec.role is Role.GELU]
+        assert all(params.spec.grid.two_region for params in sites)
+        assert not any(regions.is_merged(params) for params in gelu)
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w6a6", "w2a4"])
+def test_one_product_leaves_the_rest_as_it_is(config, bits: str) -> None:
+    one, two = (random_solution(config, Recipe.build("plus", bits, **products(number))) for number in ("one", "two"))
+    assert all(torch.equal(one.codes[name], codes) for name, codes in two.codes.items())
+    y = run(convert(one))
+    assert torch.isfinite(y).all()
+    assert 0.3 < y.std() < 4
 
 
 def test_uniform_grids_everywhere(config) -> None:

@@ -118,10 +118,62 @@ def test_gelu_candidates_search_one_region_at_a_time(rows, tiny_recipe) -> None:
     assert len({t[0, 0, 0].item() for t in fine}) == len({t[0, 0, 1].item() for t in coarse}) == 5
 
 
+# One product -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", range(4, 9))
+def test_gelu_candidates_of_one_product_are_every_scale_with_every_exponent(rows, tiny_recipe, bits: int) -> None:
+    x, group = torch.nn.functional.gelu(rows[0]), rows[1]
+    spec = SiteSpec("s", Role.GELU, bits, Grid.MRQ_GELU, groups=3)
+    operand = operands.activation(spec, x, group, stats(x, group, 3), merging=True)
+    recipe = tiny_recipe(candidates=7)
+    (tables,) = operand.candidate_scales(operand.scale, recipe)
+    found = set()
+    for table in tables:
+        shift = regions.merge_shift(table[..., 0], table[..., 1], bits, spec.grid)
+        assert shift is not None
+        assert shift.unique().numel() == 1
+        found.add((shift[0, 0].item(), (table[..., 1] / operand.scale[..., 1])[0, 0].item()))
+    exponents, multiples = ({part[axis] for part in found} for axis in (0, 1))
+    assert exponents == set(regions.merging_exponents(bits, spec.grid))
+    assert sorted(multiples) == pytest.approx(uniform.factors(recipe.low, recipe.high, 7).tolist())
+    assert len(found) == len(tables) == len(exponents) * 7
+
+
+@pytest.mark.parametrize("bits", range(4, 9))
+@pytest.mark.parametrize("largest", [0.02, 0.4, 2.0, 40.0])
+def test_merging_gelu_starts_with_both_ranges_covered(bits: int, largest: float) -> None:
+    x, group = torch.tensor([[-0.17, largest], [0.0, largest / 3]]), torch.arange(2)
+    spec = SiteSpec("s", Role.GELU, bits, Grid.MRQ_GELU, groups=2)
+    operand = operands.activation(spec, x, group, stats(x, group, 2), merging=True)
+    s1, s2 = operand.scale[..., 0], operand.scale[..., 1]
+    top = 2 ** (bits - 1)
+    shift = regions.merge_shift(s1, s2, bits, spec.grid)
+    assert shift is not None
+    assert (s1 * top >= 0.17 * (1 - 1e-6)).all()
+    assert (s2 * (top - 1) >= torch.tensor([[largest], [largest / 3]]) * (1 - 1e-6)).all()
+    finer = (shift < regions.merging_exponents(bits, spec.grid).stop - 1) & (s1 / 2 * top >= 0.17)
+    assert not finer.any()
+
+
+@pytest.mark.parametrize("bits", range(4, 9))
+def test_softmax_of_one_product_starts_and_stays_where_regions_merge(tiny_recipe, bits: int) -> None:
+    p, group = torch.randn(6, 2, 5, 9).softmax(-1), torch.arange(6) % 3
+    spec = SiteSpec("s", Role.SOFTMAX, bits, Grid.MRQ_SOFTMAX, groups=3)
+    operand = operands.activation(spec, p, group, stats(p, group, 3).over_units(), merging=True)
+    (tables,) = operand.candidate_scales(operand.scale, tiny_recipe())
+    shifts = [regions.merge_shift(t[..., 0], t[..., 1], bits, spec.grid) for t in [operand.scale, *tables]]
+    assert all(shift is not None for shift in shifts)
+    assert [shift[0, 0].item() for shift in shifts[1:]] == list(regions.softmax_exponents(bits, merging=True))
+
+
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_range_without_a_scale_names_the_site(value: float) -> None:
     x, group = torch.full((4, 8), value), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(InputError, match=r"'block\.3\.fc1'"):
         operands.activation(SiteSpec("block.3.fc1", Role.INPUT, 8), x, group, stats(x, group, 1))
+    gelu = SiteSpec("block.3.fc2", Role.GELU, 6, Grid.MRQ_GELU)
+    with pytest.raises(InputError, match=r"'block\.3\.fc2'"):
+        operands.activation(gelu, x, group, stats(x, group, 1), merging=True)
     with pytest.raises(InputError, match=r"'block\.3\.w'"):
         operands.weight([SiteSpec("block.3.w", Role.WEIGHT, 8)], [x])

@@ -11,6 +11,7 @@ from tqdit.calibration.trajectories import collect
 from tqdit.convert import convert
 from tqdit.errors import InputError
 from tqdit.evaluation.metrics import sqnr_db
+from tqdit.grids.regions import is_merged, merge_shift
 from tqdit.models.sites import blocks, sites
 from tqdit.search.solver import solve
 from tqdit.spec import Grid, Role
@@ -152,6 +153,87 @@ def test_best_softmax_grid(model, records, tiny_recipe, sharpness: float, better
     doctored = replace(records, attentions={**records.attentions, block.attention: attention}, ranges=ranges)
     solution = solution_of(model, doctored, tiny_recipe("plus", "w6a6"))
     assert solution.params[name].spec.grid is better
+
+
+# One product -------------------------------------------------------------------------------------------------------
+
+
+ONE = {"gelu_products": "one", "softmax_products": "one"}
+TWO = dict.fromkeys(ONE, "two")
+MRQ = {"gelu_grid": "mrq", "softmax_grid": "mrq"}
+
+
+def two_region(solution) -> list:
+    return [params for params in solution.params.values() if params.spec.grid.two_region]
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+@pytest.mark.parametrize("bits", ["w6a6", "w4a4", "w8a7"])
+def test_one_product_merges_every_two_region_site(solved, bits: str, rounds: int) -> None:
+    one = solved("plus", bits, rounds=rounds, **MRQ, **ONE)
+    assert {params.spec.role for params in two_region(one)} == {Role.GELU, Role.SOFTMAX}
+    assert all(is_merged(params) for params in two_region(one))
+    two = solved("plus", bits, rounds=rounds, **MRQ, **TWO)
+    assert not any(is_merged(params) for params in two_region(two) if params.spec.role is Role.GELU)
+
+
+def test_one_product_of_8_bits_is_uniform(model, solved) -> None:
+    one = solved("plus", "w4a8", **ONE)
+    assert not two_region(one)
+    assert_identical(one, solved("plus", "w4a8", gelu_grid="uniform", softmax_grid="uniform"))
+
+
+@pytest.mark.parametrize("operand", ["gelu", "softmax"])
+def test_products_are_limited_for_each_operand_alone(solved, operand: str) -> None:
+    limited = solved("plus", "w6a6", rounds=0, **MRQ, **TWO | {f"{operand}_products": "one"})
+    free = solved("plus", "w6a6", rounds=0, **MRQ, **TWO)
+    for params, other in zip(two_region(limited), two_region(free), strict=True):
+        if params.spec.role is Role(operand):
+            assert is_merged(params)
+        else:
+            assert torch.equal(params.scale, other.scale)
+    mixed = solved("plus", "w4a8", rounds=0, **TWO | {f"{operand}_products": "one"}, **{f"{operand}_grid": "best"})
+    assert all(params.spec.role is not Role(operand) for params in two_region(mixed))
+
+
+@pytest.mark.parametrize(("negative_share", "better"), [(0.05, Grid.UNIFORM), (0.9, Grid.MRQ_GELU)])
+def test_uniform_competes_with_merged_regions(model, records, tiny_recipe, negative_share: float, better: Grid) -> None:
+    name = blocks(model.config)[1].fc2.source
+    shape = records.linears[name].x.shape
+    x = torch.where(torch.rand(shape) < negative_share, -0.17 * torch.rand(shape), 2 * torch.rand(shape))
+    solution = solution_of(model, with_input(records, name, x), tiny_recipe("plus", "w6a6", **ONE))
+    assert solution.params[name].spec.grid is better
+    assert all(is_merged(params) for params in two_region(solution))
+
+
+def test_each_group_has_its_own_exponent(model, records, tiny_recipe) -> None:
+    """Positive values of 4 need i = 2 at 6 bits; where they reach 0.17 like the negative ones, i = 0 covers both."""
+    name = blocks(model.config)[0].fc2.source
+    linear = records.linears[name]
+    largest = torch.where(linear.group == 0, 4.0, 0.17)[:, None]
+    x = torch.where(torch.rand(linear.x.shape) < 0.5, -0.17, 1.0) * torch.rand(linear.x.shape)
+    x = torch.where(x > 0, x * largest, x)
+    linear = replace(linear, x=x, fisher=torch.ones_like(linear.fisher))
+    ranges = RangeStats.empty(4, 1).update(x[:, None], linear.group)
+    doctored = replace(
+        records, linears={**records.linears, name: linear}, ranges={**records.ranges, name: ranges}
+    )  # fmt: skip
+    recipe = tiny_recipe("plus", "w6a6", **ONE, gelu_grid="mrq")
+    params = solution_of(model, doctored, recipe).params[name]
+    shift = merge_shift(params.scale[..., 0], params.scale[..., 1], 6, Grid.MRQ_GELU)
+    assert shift is not None
+    assert shift[0] == 2
+    assert (shift[1:] < 2).all()
+
+
+@pytest.mark.parametrize("bits", ["w6a6", "w4a4"])
+def test_merged_models_run_as_their_simulated_twins(model_inputs, solved, bits: str) -> None:
+    solution = solved("plus", bits, **MRQ, **ONE)
+    with torch.inference_mode():
+        integer, simulated = (
+            convert(solution, backend)(**model_inputs).sample for backend in ("reference", "simulated")
+        )  # fmt: skip
+    assert sqnr_db(simulated, integer) > 40  # a value on the border of two codes may fall to either side
 
 
 # Determinism, errors -----------------------------------------------------------------------------------------------

@@ -58,14 +58,22 @@ def merge_shift(s1: torch.Tensor, s2: torch.Tensor, bits: int, grid: Grid) -> to
 
     Then a matmul needs one integer product instead of one per region (TQ-DiT codes of k bits; 256 levels in a byte).
     """
-    fmt = IntFormat(bits)
     mantissa, exponent = torch.frexp(s2 / s1)
     shift = (exponent - 1).to(torch.int32)
-    lowest = fmt.qmin if grid is Grid.MRQ_GELU else 0
-    span = fmt.qmax * 2.0**shift - lowest
-    if bool(((mantissa == 0.5) & (s1 * 2.0**shift == s2) & (shift >= 0) & (span <= 255)).all()):
+    largest = merging_exponents(bits, grid).stop - 1
+    if bool(((mantissa == 0.5) & (s1 * 2.0**shift == s2) & (shift >= 0) & (shift <= largest)).all()):
         return shift
     return None
+
+
+def merging_exponents(bits: int, grid: Grid) -> range:
+    """Every i >= 0 of s2 = s1 2^i whose merged codes c1 and c2 2^i fit one byte: their span is at most 255.
+
+    At 8 bits (GELU 0; softmax 0, 1) such a grid has no level that one uniform grid of 8 bits lacks.
+    """
+    fmt = IntFormat(bits)
+    lowest = fmt.qmin if grid is Grid.MRQ_GELU else 0
+    return range(((255 + lowest) // fmt.qmax).bit_length())
 
 
 def is_merged(params: GridParams) -> bool:
@@ -74,7 +82,7 @@ def is_merged(params: GridParams) -> bool:
     return merge_shift(params.scale[..., 0], params.scale[..., 1], spec.bits, spec.grid) is not None
 
 
-def softmax_exponents(bits: int) -> range:
+def softmax_exponents(bits: int, merging: bool = False) -> range:
     """Candidates i of s1 = s2 2^-i. The last one has steps s1 of about 2^-17, finer than any
-    probability needs."""
-    return range(1, 19 - bits)
+    probability needs. `merging`: only those whose regions merge."""
+    return range(1, merging_exponents(bits, Grid.MRQ_SOFTMAX).stop if merging else 19 - bits)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from tqdit.environment import versions
-from tqdit.grids.regions import GELU_MINIMUM, coarse_softmax_scale, softmax_exponents
+from tqdit.grids.regions import GELU_MINIMUM, coarse_softmax_scale, merging_exponents, softmax_exponents
 from tqdit.models.random_weights import Pool, embedder_twin, empty_model, standard_deviation
 from tqdit.models.shapes import shape_name, tokens
 from tqdit.models.sites import sites
-from tqdit.recipe import Recipe
+from tqdit.recipe import PRODUCTS_OF, Recipe
 from tqdit.spec import Grid, GridParams, IntFormat, Role, SiteSpec, Solution
 from tqdit.timegroups import TimeGroups
 
@@ -30,7 +30,7 @@ def random_solution(config: Mapping[str, Any], recipe: Recipe, seed: int = 0) ->
     """
     shapes = {name: parameter.shape for name, parameter in empty_model(config).named_parameters()}
     specs = sites(config, _resolved(recipe))
-    draw = _Draw(max(shape.numel() for shape in shapes.values()), tokens(config), seed)
+    draw = _Draw(max(shape.numel() for shape in shapes.values()), tokens(config), seed, recipe)
     params: dict[str, GridParams] = {}
     codes: dict[str, torch.Tensor] = {}
     for spec in specs:
@@ -58,20 +58,21 @@ def random_solution(config: Mapping[str, Any], recipe: Recipe, seed: int = 0) ->
 
 
 def _resolved(recipe: Recipe) -> Recipe:
-    """The recipe with MRQ where a search would choose: the grid that costs two products, so that timing is on the safe
-    side."""
-    found = {key: "mrq" for key in ("softmax_grid", "gelu_grid") if getattr(recipe, key) == "best"}
-    return recipe.model_copy(update=found)
+    """The recipe with MRQ where a search would choose: the grid that costs most, two products unless the recipe allows
+    one, so that timing is on the safe side."""
+    recipe = recipe.settled
+    return recipe.model_copy(update={name: "mrq" for name in PRODUCTS_OF if getattr(recipe, name) == "best"})
 
 
 class _Draw:
     """Random codes and parameters of one model."""
 
-    def __init__(self, largest: int, keys: int, seed: int) -> None:
+    def __init__(self, largest: int, keys: int, seed: int, recipe: Recipe) -> None:
         """`keys`: tokens a softmax row spreads over."""
         self._pool = Pool(largest, seed)
         self._generator = torch.Generator().manual_seed(seed)
         self._keys = keys
+        self._recipe = recipe
         self._codes: dict[int, torch.Tensor] = {}  # bits -> the pool as codes
 
     def codes(self, spec: SiteSpec, shape: torch.Size) -> torch.Tensor:
@@ -94,8 +95,11 @@ class _Draw:
             coarse = torch.full((spec.groups, spec.units), coarse_softmax_scale(spec.bits))
             return GridParams(spec, torch.stack([coarse * 2.0 ** -self._exponents(spec), coarse], -1))
         if spec.grid is Grid.MRQ_GELU:
-            fine = torch.full((spec.groups, spec.units), GELU_MINIMUM / -fmt.qmin)
-            return GridParams(spec, torch.stack([fine, self._varied(spec, GELU_MAXIMUM / fmt.qmax)], -1))
+            coarse = self._varied(spec, GELU_MAXIMUM / fmt.qmax)
+            fine = torch.full_like(coarse, GELU_MINIMUM / -fmt.qmin)
+            if self._recipe.gelu_products == "one":
+                fine = coarse * 2.0 ** -(merging_exponents(spec.bits, spec.grid).stop - 1)
+            return GridParams(spec, torch.stack([fine, coarse], -1))
         if spec.role is Role.SOFTMAX:
             return GridParams(spec, *_from_low(spec, self._varied(spec, 1 / levels), 0.0))
         if spec.role is Role.GELU:
@@ -114,7 +118,7 @@ class _Draw:
 
     def _exponents(self, spec: SiteSpec) -> torch.Tensor:
         """i of s1 = s2 2^-i: the fine region ends near the largest probabilities of a row, one to either side."""
-        legal = softmax_exponents(spec.bits)
+        legal = softmax_exponents(spec.bits, merging=self._recipe.softmax_products == "one")
         middle = round(math.log2(max(self._keys / 16, 1)))
         shift = torch.randint(-1, 2, (spec.groups, spec.units), generator=self._generator)
         return (middle + shift).clamp(legal.start, legal.stop - 1).float()

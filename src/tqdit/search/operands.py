@@ -24,6 +24,7 @@ class Operand:
     unit: torch.Tensor  # (values.shape[0],) for weights, (H,) for attention, (1,) for rows
     scale: torch.Tensor  # (groups, units), or (groups, units, 2) for two regions
     zero_point: torch.Tensor  # (groups, units) int32
+    merging: bool = False  # two regions: only at scales that merge, so that one product is enough
 
     @property
     def is_weight(self) -> bool:
@@ -60,11 +61,15 @@ class Operand:
 
         Uniform and GELU: `candidates` multiples of the min-max scale from `low` to `high` (TQ-DiT's setting).
         Softmax: s1 = s2 2^-i. The tables of region 2 keep the current region 1, so ask again after each choice.
+        Merging: fewer i after softmax; after GELU every multiple of s2 with every i, as one list.
         """
         if self.spec.grid is Grid.MRQ_SOFTMAX:
-            exponents = regions.softmax_exponents(self.spec.bits)
-            return [[torch.stack([base[..., 1] * 2.0**-i, base[..., 1]], -1) for i in exponents]]
+            exponents = regions.softmax_exponents(self.spec.bits, self.merging)
+            return [[_with_fine(base[..., 1], i) for i in exponents]]
         steps = uniform.factors(recipe.low, recipe.high, recipe.candidates)
+        if self.spec.grid is Grid.MRQ_GELU and self.merging:
+            exponents = regions.merging_exponents(self.spec.bits, self.spec.grid)
+            return [[_with_fine(base[..., 1] * c, i) for i in exponents for c in steps]]
         if self.spec.grid is Grid.MRQ_GELU:
             fine = [torch.stack([base[..., 0] * c, self.scale[..., 1]], -1) for c in steps]
             coarse = [torch.stack([self.scale[..., 0], base[..., 1] * c], -1) for c in steps]
@@ -75,14 +80,21 @@ class Operand:
         return replace(self, scale=scale)
 
 
-def activation(spec: SiteSpec, values: torch.Tensor, group: torch.Tensor, ranges: RangeStats) -> Operand:
+def _with_fine(coarse: torch.Tensor, exponent: int) -> torch.Tensor:
+    """(s1, s2) of s2 = `coarse` and s1 = s2 2^-i, exact: the power is a number, not a tensor's approximate one."""
+    return torch.stack([coarse * 2.0**-exponent, coarse], -1)
+
+
+def activation(
+    spec: SiteSpec, values: torch.Tensor, group: torch.Tensor, ranges: RangeStats, merging: bool = False
+) -> Operand:
     """An operand at its min-max parameters. `group`: (values.shape[0],) time groups; `ranges` per group."""
     pooled = ranges.pooled(spec.groups)
     lead = group if spec.groups > 1 else torch.zeros_like(group)
-    scale, zero_point = _initial(spec, pooled)
+    scale, zero_point = _initial(spec, pooled, merging)
     unit = torch.arange(spec.units) if spec.units > 1 else torch.zeros(1, dtype=torch.int64)
     unit = unit.to(values.device)
-    return Operand(spec, values, lead, unit, scale, zero_point)
+    return Operand(spec, values, lead, unit, scale, zero_point, merging)
 
 
 def weight(specs: list[SiteSpec], weights: list[torch.Tensor]) -> Operand:
@@ -103,17 +115,27 @@ def weight(specs: list[SiteSpec], weights: list[torch.Tensor]) -> Operand:
     return Operand(specs[0], values, lead, torch.cat(unit).to(values.device), scale, zeros)
 
 
-def _initial(spec: SiteSpec, ranges: RangeStats) -> tuple[torch.Tensor, torch.Tensor]:
+def _initial(spec: SiteSpec, ranges: RangeStats, merging: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Min-max scale and zero point. The GELU's negative region has its fixed extent; softmax starts mid-range."""
     zero = torch.zeros_like(ranges.low, dtype=torch.int32)
     top = 1 << (spec.bits - 1)
     if spec.grid is Grid.MRQ_SOFTMAX:
         coarse = torch.full_like(ranges.high, regions.coarse_softmax_scale(spec.bits))
-        return torch.stack([coarse * 2.0 ** -(spec.bits // 2), coarse], -1), zero
+        return _with_fine(coarse, min(spec.bits // 2, regions.softmax_exponents(spec.bits, merging).stop - 1)), zero
     if spec.grid is Grid.MRQ_GELU:
         fine = torch.full_like(ranges.high, regions.GELU_MINIMUM / top)
         coarse = uniform.checked_scale(ranges.high.clamp(min=0) / (top - 1), spec.name)
-        return torch.stack([fine, coarse], -1), zero
+        return _merged_gelu(fine, coarse, spec.bits) if merging else torch.stack([fine, coarse], -1), zero
     if spec.role is Role.SOFTMAX:  # probabilities are in [0, 1] whatever was seen
         ranges = RangeStats(torch.zeros_like(ranges.low), ranges.high)
     return uniform.minmax_asymmetric(ranges.low, ranges.high, spec.bits, spec.name)
+
+
+def _merged_gelu(fine: torch.Tensor, coarse: torch.Tensor, bits: int) -> torch.Tensor:
+    """The finest merging regions that reach as far as s1 = `fine` and s2 = `coarse` do: (groups, units, 2)."""
+    coarse = torch.maximum(fine, coarse)
+    found = coarse
+    for exponent in regions.merging_exponents(bits, Grid.MRQ_GELU):
+        smaller = coarse * 2.0**-exponent
+        found = torch.where(smaller >= fine, smaller, found)
+    return torch.stack([found, coarse], -1)

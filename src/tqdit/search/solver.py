@@ -49,8 +49,8 @@ class _Solver:
     def __init__(self, model: nn.Module, records: Records, recipe: Recipe) -> None:
         self.model = model
         self.records = records
-        self.recipe = recipe
-        self.specs = {spec.name: spec for spec in sites(config_of(model), recipe)}
+        self.recipe = recipe.settled
+        self.specs = {spec.name: spec for spec in sites(config_of(model), self.recipe)}
         self.state = model.state_dict()
         self.device = next(model.parameters()).device
         self.params: dict[str, GridParams] = {}
@@ -88,7 +88,7 @@ class _Solver:
         objective = MatmulObjective.of(objectives.linear, record.x, w.values, self._weights(record, record.fisher))
 
         def attempt(spec: SiteSpec) -> tuple[Operand, Operand, float]:
-            x = operands.activation(spec, record.x, record.group, ranges)
+            x = operands.activation(spec, record.x, record.group, ranges, self.recipe.gelu_products == "one")
             return alternate(objective, x, w, self.recipe)
 
         x, w, _ = self._best_grid(self.specs[group.source], self.recipe.gelu_grid, attempt)
@@ -114,7 +114,7 @@ class _Solver:
         ranges = self._ranges(name).over_units()
 
         def attempt(spec: SiteSpec) -> tuple[Operand, Operand, float]:
-            left = operands.activation(spec, p, record.group, ranges)
+            left = operands.activation(spec, p, record.group, ranges, self.recipe.softmax_products == "one")
             return alternate(objective, left, v, self.recipe)
 
         for operand in self._best_grid(self.specs[name], self.recipe.softmax_grid, attempt)[:2]:
