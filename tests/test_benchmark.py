@@ -2,15 +2,16 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tqdit import artifact, benchmark, contest
+from tqdit import artifact, benchmark, contest, entrants
 from tqdit.benchmark import Benchmark, RandomModel, bench, kernel_counts
-from tqdit.contest import BenchSettings
+from tqdit.entrants import BenchSettings, workload
 from tqdit.errors import InputError
 from tqdit.evaluation import baselines
 from tqdit.evaluation.machine import Peaks
@@ -20,12 +21,12 @@ from tqdit.models import shapes
 from tqdit.models.sampler import Sampling
 from tqdit.recipe import Recipe
 
-FAST = {"batch": 4, "repeats": 3, "sampling": Sampling("ddim", 2, 1.5)}
+FAST = {"batches": (4,), "repeats": 3, "sampling": Sampling("ddim", 2, 1.5)}
 TINY = RandomModel("DiT-T/4", Recipe.build("plus", "w8a8"))
 KEYS = {
-    "model", "backend", "batch", "p20_ms", "p50_ms", "p80_ms", "peak_bytes", "integer", "speedup_over", "bits",
-    "preset", "resident_bytes", "load_seconds", "images_per_second", "operations", "operations_executed", "floor_ms",
-    "floor_fraction", "kernels",
+    "model", "backend", "workload", "batch", "p20_ms", "p50_ms", "p80_ms", "peak_bytes", "integer", "speedup_over",
+    "speedup_over_each", "bits", "preset", "resident_bytes", "load_seconds", "images_per_second", "operations",
+    "operations_executed", "floor_ms", "floor_fraction", "kernels",
 }  # fmt: skip
 
 
@@ -57,11 +58,12 @@ def test_rows_of_an_artifact(folder: Path, solved: Callable) -> None:
     result = run(folder)
     ours, *floats = result.rows
     assert (ours.model, ours.backend, ours.bits, ours.batch) == ("tiny-w6a6", "cpu", "w6a6", 4)
+    assert {row.workload for row in result.rows} == {"8-b4"}, "one channel: pixels, not latents"
     assert ours.integer
     assert [row.backend for row in floats] == [
-        "float32-eager", "float32-compiled", "bfloat16-eager", "bfloat16-compiled",
+        "float32-eager", "float32-compiled", "bf16-eager", "bf16-compiled",
     ]  # fmt: skip
-    assert not any(row.integer or row.speedup_over or row.kernels for row in floats)
+    assert not any(row.integer or row.speedup_over or row.speedup_over_each or row.kernels for row in floats)
     assert {row.model for row in floats} == {"DiT-2x32/2@8"}
     for row in result.rows:
         assert 0 < row.p20_ms <= row.p50_ms <= row.p80_ms
@@ -69,9 +71,10 @@ def test_rows_of_an_artifact(folder: Path, solved: Callable) -> None:
     assert [row.load_seconds for row in result.rows] == [0.5, None, None, None, None]
     medians = {row.backend: row.p50_ms for row in floats}
     assert ours.speedup_over == {
-        family: min(medians[f"{family}-eager"], medians[f"{family}-compiled"]) / ours.p50_ms
-        for family in ("float32", "bfloat16")
+        family: min(medians[f"{prefix}-eager"], medians[f"{prefix}-compiled"]) / ours.p50_ms
+        for family, prefix in (("float32", "float32"), ("bfloat16", "bf16"))
     }
+    assert ours.speedup_over_each == {name: median / ours.p50_ms for name, median in medians.items()}
     operations = count_operations(solved("paper", "w6a6"), 4)
     assert (ours.operations, ours.operations_executed) == (operations.integer, operations.executed)
     assert ours.floor_ms == pytest.approx(operations.floor_ms(100.0, 10.0))
@@ -83,8 +86,8 @@ def test_sampling_runs_are_of_the_fastest_of_each_family(folder: Path) -> None:
     result = run(folder)
     rates = {row.backend: row.images_per_second for row in result.rows}
     assert rates["cpu"] > 0
-    for family in ("float32", "bfloat16"):
-        members = [row for row in result.rows if row.backend.startswith(family)]
+    for prefix in ("float32", "bf16"):
+        members = [row for row in result.rows if row.backend.startswith(prefix)]
         fastest = min(members, key=lambda row: row.p50_ms)
         assert [row.images_per_second is not None for row in members] == [row is fastest for row in members]
     assert {row.images_per_second for row in run(folder, sampling=None).rows} == {None}
@@ -96,7 +99,7 @@ def test_json_values(folder: Path) -> None:
     assert {"cpu", "torch", "threads", "torchao"} <= set(value["environment"])
     assert (value["environment"]["int8_peak_gops"], value["environment"]["read_gb_per_s"]) == (100.0, 10.0)
     assert value["settings"]["sampling"] == {"sampler": "ddim", "steps": 2, "guidance": 1.5}
-    assert (value["settings"]["images"], value["settings"]["repeats"]) == (2, 3)
+    assert (value["settings"]["batches"], value["settings"]["images"], value["settings"]["repeats"]) == ([4], [2], 3)
     assert value["skipped"] == {}
     assert all(set(row) == KEYS for row in value["rows"])
 
@@ -114,7 +117,7 @@ def test_models_of_one_shape_share_baselines_and_others_have_their_own(folder: P
 
 
 def test_random_model_is_as_its_recipe_says() -> None:
-    (row,) = run(random=RandomModel("DiT-T/4@512", Recipe.build("paper", "w4a6")), against=(), batch=1).rows
+    (row,) = run(random=RandomModel("DiT-T/4@512", Recipe.build("paper", "w4a6")), against=(), batches=(1,)).rows
     assert (row.model, row.bits, row.preset, row.speedup_over) == ("DiT-T/4@512", "w4a6", "paper", {})
 
 
@@ -153,7 +156,7 @@ def test_timesteps_differ_between_calls_and_are_the_models_own(folder: Path, mon
     assert len(seen) == 3
     assert len({tuple(timesteps) for timesteps in seen.values()}) == 1, "the same for every contender"
     (timesteps,) = {tuple(timesteps) for timesteps in seen.values()}
-    warm_up, timed = timesteps[: contest.WARM_UP], timesteps[contest.WARM_UP :]
+    warm_up, timed = timesteps[: entrants.WARM_UP], timesteps[entrants.WARM_UP :]
     assert len(set(warm_up)) == 2
     assert len(set(timed)) == 5
     assert max(timed) - min(timed) >= 800
@@ -169,7 +172,8 @@ def test_simulated_arithmetic_is_never_timed(folder: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"batch": 0}, "batch"),
+        ({"batches": (4, 0)}, "batch"),
+        ({"batches": ()}, "batch"),
         ({"repeats": 0}, "repeats"),
         ({"against": ("tensorrt",)}, "tensorrt"),
         ({"device": "cuda:99"}, "cuda:99"),
@@ -201,9 +205,13 @@ def test_a_baseline_that_does_not_compile_is_skipped(folder: Path, monkeypatch: 
 
     monkeypatch.setattr(torch, "compile", broken)
     result = run(folder)
-    assert result.skipped == {"float32-compiled": "no C++ compiler", "bfloat16-compiled": "no C++ compiler"}
+    assert result.skipped == {
+        "DiT-2x32/2@8 float32-compiled at 8-b4": "no C++ compiler",
+        "DiT-2x32/2@8 bf16-compiled at 8-b4": "no C++ compiler",
+    }
+    assert result.failed == (), "baselines are no failure of ours"
     ours, *floats = result.rows
-    assert [row.backend for row in floats] == ["float32-eager", "bfloat16-eager"]
+    assert [row.backend for row in floats] == ["float32-eager", "bf16-eager"]
     assert ours.speedup_over["float32"] == floats[0].p50_ms / ours.p50_ms
     assert floats[0].images_per_second > 0
 
@@ -211,28 +219,113 @@ def test_a_baseline_that_does_not_compile_is_skipped(folder: Path, monkeypatch: 
 def test_torchao_that_is_missing_is_skipped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
     result = run(folder, against=("torchao",))
-    assert "pip install 'tqdit[bench]'" in result.skipped["torchao-compiled"]
+    assert "pip install 'tqdit[bench]'" in result.skipped["DiT-2x32/2@8 torchao-int8"]
     assert [row.speedup_over for row in result.rows] == [{}]
 
 
 def test_a_baseline_that_cannot_be_built_is_skipped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = contest.build
+    build = entrants.build
 
     def without_memory(names, *rest):
-        if names[0].startswith("bfloat16"):
-            raise RuntimeError("not enough memory")
+        if names[0].startswith("bf16"):
+            raise RuntimeError("backend='inductor' raised:\nOutOfMemoryError: not enough memory\nand a long story")
         return build(names, *rest)
 
-    monkeypatch.setattr(contest, "build", without_memory)
+    monkeypatch.setattr(entrants, "build", without_memory)
     result = run(folder)
-    assert result.skipped == dict.fromkeys(("bfloat16-eager", "bfloat16-compiled"), "not enough memory")
+    reason = "backend='inductor' raised: OutOfMemoryError: not enough memory"
+    assert result.skipped == {f"DiT-2x32/2@8 bf16-{way}": reason for way in ("eager", "compiled")}
     assert list(result.rows[0].speedup_over) == ["float32"]
 
 
-def test_a_model_of_ours_that_fails_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contest, "convert", lambda *_: (_ for _ in ()).throw(RuntimeError("broken kernel")))
+def test_single_contenders_can_be_asked_for(folder: Path) -> None:
+    result = run(folder, against=("bf16-compiled", "float32-eager"))
+    assert [row.backend for row in result.rows] == ["cpu", "float32-eager", "bf16-compiled"]
+    assert list(result.rows[0].speedup_over) == ["float32", "bfloat16"]
+
+
+def test_several_batches_are_raced_with_the_same_models(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built, requests = [], []
+    build, convert = entrants.build, entrants.convert
+    monkeypatch.setattr(entrants, "build", lambda names, *rest: built.append(names) or build(names, *rest))
+    monkeypatch.setattr(entrants, "convert", lambda *given: built.append("ours") or convert(*given))
+    monkeypatch.setattr(contest, "footprint", lambda request: requests.append(request) or Footprint(1, 2, 3.0))
+    result = run(folder, batches=(4, 2), against=("float32",))
+    assert built == ["ours", ["float32-eager", "float32-compiled"]], "once each"
+    assert [(row.workload, row.backend) for row in result.rows] == [
+        (f"8-b{batch}", backend) for batch in (4, 2) for backend in ("cpu", "float32-eager", "float32-compiled")
+    ]
+    assert [request["batch"] for request in requests] == [4, 4, 4, 2, 2, 2]
+    large, small = result.rows[0], result.rows[3]
+    assert large.operations == 2 * small.operations
+    for ours, rivals in ((large, result.rows[1:3]), (small, result.rows[4:])):
+        assert ours.speedup_over["float32"] == min(rival.p50_ms for rival in rivals) / ours.p50_ms
+    assert len(result.sites) == 2
+
+
+def test_latents_count_as_the_images_they_make() -> None:
+    assert workload(shapes.shape_config("DiT-XL/2"), 64) == "256-b64"
+    assert workload(shapes.shape_config("DiT-XL/2@512"), 16) == "512-b16"
+
+
+def test_memory_is_measured_only_if_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contest, "footprint", lambda request: pytest.fail("a process"))
+    (row,) = run(folder, against=(), memory=False).rows
+    assert (row.peak_bytes, row.resident_bytes, row.load_seconds) == (None, None, None)
+
+
+def breaking(monkeypatch: pytest.MonkeyPatch, numbers: set[int]) -> None:
+    """Make converting fail for the artifacts of those numbers, in order."""
+    convert, calls = entrants.convert, []
+
+    def sometimes(*given):
+        calls.append(given)
+        if len(calls) - 1 in numbers:
+            raise RuntimeError("broken kernel\nat this line")
+        return convert(*given)
+
+    monkeypatch.setattr(entrants, "convert", sometimes)
+
+
+def test_a_model_of_ours_that_fails_is_named_and_the_rest_is_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    breaking(monkeypatch, {1})
+    result = run(folder, random=TINY, against=("float32-eager",))
+    assert [(row.model, row.backend) for row in result.rows] == [
+        ("tiny-w6a6", "cpu"), ("DiT-2x32/2@8", "float32-eager"),
+    ]  # fmt: skip
+    assert result.skipped == {"DiT-T/4 plus w8a8": "broken kernel"}
+    assert result.failed == ("DiT-T/4 plus w8a8",)
+    assert "in sometimes" in caplog.text, "where it happened"
+
+
+def test_a_model_of_ours_that_fails_at_one_batch_is_in_the_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = entrants.DenoiserCall
+
+    def picky(module, config, batch, device):
+        if batch == 4:
+            raise RuntimeError("too large")
+        return call(module, config, batch, device)
+
+    monkeypatch.setattr(entrants, "DenoiserCall", picky)
+    result = run(folder, batches=(4, 2), against=("float32",))
+    assert {row.workload for row in result.rows} == {"8-b2"}, "baselines alone are not worth their time"
+    assert result.failed == ("tiny-w6a6 at 8-b4",)
+
+
+def test_nothing_left_of_ours_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    breaking(monkeypatch, {0, 1})
     with pytest.raises(RuntimeError, match="broken kernel"):
-        run(folder)
+        run(folder, random=TINY)
+
+
+def test_a_damaged_artifact_is_an_error_whatever_else_there_is(folder: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
+    file = damaged / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match="safetensors"):
+        run(folder, damaged, against=())
 
 
 def test_memory_that_cannot_be_measured_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +334,7 @@ def test_memory_that_cannot_be_measured_is_said(folder: Path, monkeypatch: pytes
 
     monkeypatch.setattr(contest, "footprint", killed)
     result = run(folder, against=())
-    assert result.skipped == {"memory of tiny-w6a6 cpu": "the process ended with code -9"}
+    assert result.skipped == {"memory of tiny-w6a6 cpu at 8-b4": "the process ended with code -9"}
     assert (result.rows[0].peak_bytes, result.rows[0].load_seconds) == (None, None)
 
 
@@ -261,7 +354,7 @@ def test_compiled_baselines_for_real(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(shapes, "SIZES", {**shapes.SIZES, "T": (1, 2, 16)})
     monkeypatch.setattr(benchmark, "measure_peaks", lambda device: Peaks(100.0, 10.0))
     result = run(random=TINY, against=("float32",))
-    assert result.skipped == {} or "C++" in result.skipped["float32-compiled"]
+    assert result.skipped == {} or "C++" in result.skipped["DiT-T/4 float32-compiled at 256-b4"]
     assert result.rows[0].load_seconds > 0
     for row in result.rows:
         assert 0 < row.peak_bytes < 200e6

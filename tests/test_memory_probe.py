@@ -58,3 +58,26 @@ def test_threads_are_those_of_the_parent(request_, tmp_path, monkeypatch: pytest
     with pytest.raises(pytest.fail.Exception, match="loaded"):
         memory_probe.measure({**request_, "threads": 3, "baseline": "float32-eager"})
     assert seen == [3]
+
+
+def test_memory_that_graphs_keep_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this device, and what no tensor is in: the allocator counts the rest."""
+    from tqdit import memory_probe
+
+    def segment(pool: tuple[int, int], total: int, allocated: int, device: int = 1) -> dict:
+        return {"segment_pool_id": pool, "total_size": total, "allocated_size": allocated, "device": device}
+
+    segments = [segment((0, 0), 1000, 10), segment((0, 1), 200, 50), segment((0, 2), 30, 0), segment((0, 1), 7, 0, 0)]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5000)
+    assert memory_probe._peak(torch.device("cuda:1")) == 5000 + 150 + 30
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("baseline", ["float32-eager", "float32-compiled"])
+def test_memory_of_a_gpu(config, request_, baseline: str) -> None:
+    weights = sum(p.numel() * 4 for p in random_float(config).parameters())
+    found = footprint({**request_, "device": "cuda", "baseline": baseline})
+    assert weights <= found.resident_bytes < weights + 5 * MB
+    assert found.resident_bytes < found.peak_bytes < found.resident_bytes + 200 * MB

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from tqdit import artifact
-from tqdit.contest import BenchSettings, Result, Subject, best_of, contest
+from tqdit.contest import Contest, Result, best_of, contest
+from tqdit.entrants import BenchSettings, Subject, images
 from tqdit.environment import environment
 from tqdit.errors import InputError
 from tqdit.evaluation.baselines import FAMILIES, quiet
@@ -32,6 +33,10 @@ class RandomModel:
     recipe: Recipe
 
     @property
+    def title(self) -> str:
+        return f"{self.name} {self.recipe.label} {self.recipe.bits}"
+
+    @property
     def config(self) -> dict[str, Any]:
         """Raises `InputError` naming what is wrong with `name`."""
         return shape_config(self.name)
@@ -41,13 +46,15 @@ class RandomModel:
 class TimedModel:
     """One contender. Times: percentiles in ms of one denoiser call with `batch` samples. Bytes are above the imports.
 
-    `speedup_over`: median ms of the best baseline of each family over ours. `floor_ms`: the least that the model's
-    integer products and the reading of its other weights take at the machine's measured peaks; `floor_fraction` of
-    p50. `operations` counts each integer product once, `operations_executed` both of a two-region operand.
+    `workload`: image side and batch, "256-b64". `speedup_over`: median ms of the best baseline of each family over
+    ours; `speedup_over_each`: of each baseline. `floor_ms`: the least that the model's integer products and the reading
+    of its other weights take at the machine's measured peaks; `floor_fraction` of p50. `operations` counts each integer
+    product once, `operations_executed` both of a two-region operand.
     """
 
     model: str
     backend: str
+    workload: str
     batch: int
     p20_ms: float
     p50_ms: float
@@ -55,6 +62,7 @@ class TimedModel:
     peak_bytes: int | None
     integer: bool
     speedup_over: Mapping[str, float]
+    speedup_over_each: Mapping[str, float]
     bits: str | None
     preset: str | None
     resident_bytes: int | None
@@ -69,13 +77,17 @@ class TimedModel:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """All contenders, and the reason of every one that could not run. `sites`: (model, site -> kernel) in order."""
+    """All contenders, and the reason of every one that could not run. `failed`: quantized models among those.
+
+    `sites`: (model, site -> kernel) of every quantized row, in order.
+    """
 
     settings: Mapping[str, Any]
     environment: Mapping[str, Any]
     skipped: Mapping[str, str]
     rows: tuple[TimedModel, ...]
     sites: tuple[tuple[str, Mapping[str, str]], ...]
+    failed: tuple[str, ...]
 
     def figures(self) -> dict[str, Any]:
         """`tqdit bench --json`, as JSON values."""
@@ -96,8 +108,9 @@ def bench(
     """Time artifacts and random models against the baselines of their shapes.
 
     Baselines have random weights in the artifact's shape: their speed does not depend on values, and no checkpoint is
-    needed. Raises `InputError` before any model is built: for a simulated backend, a model that is not quantized, a
-    shape, device or step count that does not exist, and for nothing to time.
+    needed. A quantized model that fails is left out and named, but its error is raised if no other is left. Raises
+    `InputError` before any model is built: for a simulated backend, a model that is not quantized, a shape, device or
+    step count that does not exist, and for nothing to time.
     """
     with quiet():
         from diffusers import DDIMScheduler, DiTTransformer2DModel  # noqa: F401
@@ -107,7 +120,7 @@ def bench(
     if not models and not random:
         raise InputError("nothing to time: give an artifact, or --random with a shape such as DiT-XL/2")
     subjects = [_subject(model) for model in models]
-    subjects += [Subject(model.name, Path(), model.config, None) for model in random]
+    subjects += [Subject(model.name, model.title, Path(), model.config, None) for model in random]
     if settings.sampling:
         for subject in subjects:
             make_scheduler(subject.scheduler, settings.sampling, learned_variance=False)
@@ -119,9 +132,12 @@ def bench(
             artifact.write(random_solution(model.config, model.recipe), folder)
             subjects[len(models) + number] = replace(subjects[len(models) + number], folder=folder)
         peaks = measure_peaks(device)
-        results, skipped = _contests(subjects, settings, device, report)
+        contests = _contests(subjects, settings, device, report)
+    failed = {title: error for one in contests for title, error in one.failed.items()}
+    if failed and not any(one.races for one in contests):
+        raise next(iter(failed.values()))
     peaks = peaks.best(measure_peaks(device))  # a machine that was busy before may not be now
-    return _benchmark(results, skipped, peaks, settings)
+    return _benchmark(contests, peaks, settings)
 
 
 def _subject(model: str | Path) -> Subject:
@@ -129,57 +145,58 @@ def _subject(model: str | Path) -> Subject:
     if not source.quantized:
         raise InputError(f"nothing to time: '{model}' is a float model; quantize it first")
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    return Subject(source.name, source.folder, config, source.scheduler)
+    return Subject(source.name, source.name, source.folder, config, source.scheduler)
 
 
 def _contests(
     subjects: Sequence[Subject], settings: BenchSettings, device: torch.device, report: Report
-) -> tuple[list[list[Result]], dict[str, str]]:
+) -> list[Contest]:
     """One contest per shape: a baseline is compared with models of its own shape alone."""
     shapes: dict[tuple[int, ...], list[Subject]] = {}
     for subject in subjects:
         shapes.setdefault(shape_key(subject.config), []).append(subject)
-    found: list[list[Result]] = []
-    skipped: dict[str, str] = {}
-    for members in shapes.values():
-        results, reasons = contest(members, settings, device, report)
-        found.append(results)
-        skipped |= reasons
-    return found, skipped
+    return [contest(members, settings, device, report) for members in shapes.values()]
 
 
-def _benchmark(
-    contests: Sequence[Sequence[Result]], skipped: Mapping[str, str], peaks: Peaks, settings: BenchSettings
-) -> Benchmark:
-    rows = tuple(_row(result, results, peaks, settings) for results in contests for result in results)
-    sites = tuple((r.model, r.facts.report) for results in contests for r in results if r.facts)
-    how = asdict(settings) | {"images": settings.images}
+def _benchmark(contests: Sequence[Contest], peaks: Peaks, settings: BenchSettings) -> Benchmark:
+    races = [race for one in contests for race in one.races]
+    how = asdict(settings) | {"images": [images(batch) for batch in settings.batches]}
     measured = {"torchao": _version("torchao"), "int8_peak_gops": peaks.int8_gops}
-    where = environment(settings.device) | measured | {"read_gb_per_s": peaks.read_gb_per_s}
-    return Benchmark(how, where, dict(skipped), rows, sites)
+    return Benchmark(
+        settings=how,
+        environment=environment(settings.device) | measured | {"read_gb_per_s": peaks.read_gb_per_s},
+        skipped={title: reason for one in contests for title, reason in one.skipped.items()},
+        rows=tuple(_row(result, race, peaks) for race in races for result in race),
+        sites=tuple((r.model, r.facts.report) for race in races for r in race if r.facts),
+        failed=tuple(title for one in contests for title in one.failed),
+    )
 
 
-def _row(result: Result, rivals: Sequence[Result], peaks: Peaks, settings: BenchSettings) -> TimedModel:
+def _row(result: Result, race: Sequence[Result], peaks: Peaks) -> TimedModel:
     facts, memory, p50 = result.facts, result.footprint, result.times.p50
-    floor = facts.operations.floor_ms(peaks.int8_gops, peaks.read_gb_per_s) if facts else None
+    operations = facts.operations[result.batch] if facts else None
+    floor = operations.floor_ms(peaks.int8_gops, peaks.read_gb_per_s) if operations else None
+    rivals = [rival for rival in race if facts and rival.family]
     raced = {rival.family for rival in rivals}
     return TimedModel(
         model=result.model,
         backend=result.backend,
-        batch=settings.batch,
+        workload=result.workload,
+        batch=result.batch,
         p20_ms=result.times.p20,
         p50_ms=p50,
         p80_ms=result.times.p80,
         peak_bytes=memory.peak_bytes if memory else None,
         integer=facts is not None,
-        speedup_over={name: best_of(rivals, name) / p50 for name in FAMILIES if facts and name in raced},
+        speedup_over={name: best_of(rivals, name) / p50 for name in FAMILIES if name in raced},
+        speedup_over_each={rival.backend: rival.times.p50 / p50 for rival in rivals},
         bits=facts.bits if facts else None,
         preset=facts.preset if facts else None,
         resident_bytes=memory.resident_bytes if memory else None,
         load_seconds=memory.load_seconds if memory else None,
         images_per_second=result.images_per_second,
-        operations=facts.operations.integer if facts else None,
-        operations_executed=facts.operations.executed if facts else None,
+        operations=operations.integer if operations else None,
+        operations_executed=operations.executed if operations else None,
         floor_ms=floor,
         floor_fraction=floor / p50 if floor is not None else None,
         kernels=kernel_counts(facts.report) if facts else {},

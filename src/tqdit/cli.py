@@ -7,7 +7,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tqdit.console import print_benchmark, print_table, progress
+from tqdit.cli_bench import bench
+from tqdit.cli_options import Backend, Device, JsonFile, Quiet, check_outputs, write_json, write_text
+from tqdit.console import print_table, progress
 
 app = typer.Typer(
     add_completion=False,
@@ -25,14 +27,10 @@ IN_RECIPE = (
 )  # fmt: skip
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="bundled name, diffusers folder or artifact")]
-Device = Annotated[str, typer.Option(help="torch device: cpu, cuda, cuda:1")]
-Backend = Annotated[str, typer.Option(help="integer backend: auto, cpu or reference; simulated checks, never timed")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="seed; the same seed gives the same bytes")]
 Guidance = Annotated[float, typer.Option(min=0.0, help="classifier-free guidance; 1 turns it off")]
 Sampler = Annotated[str, typer.Option(help="ddim or ddpm")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing artifact")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="write the result here as JSON")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -82,7 +80,7 @@ def quantize(
     from tqdit import workflow
     from tqdit.recipe import Recipe
 
-    _check_outputs(json_file)
+    check_outputs(json_file)
     settings: dict[str, Any] = {
         "groups": groups, "samples": samples, "steps": steps, "sampler": sampler, "trajectories": trajectories,
         "guidance": guidance, "rounds": rounds, "seed": seed, "hessian": ho,
@@ -100,7 +98,7 @@ def quantize(
         f"({result['size_ratio']:.3f} of fp32), calibrated in {result['calibration_seconds']:.0f} s, "
         f"peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB"
     )
-    _write_json(json_file, result)
+    write_json(json_file, result)
 
 
 @app.command()
@@ -125,7 +123,7 @@ def sample(
 
     if out.suffix.lower() != ".png":
         raise InputError(f"output {out} must end in .png")
-    _check_outputs(out)
+    check_outputs(out)
     names = [name for name in classes.split(",") if name.strip()]
     sampling = Sampling(sampler, steps, guidance)
     with progress(quiet) as report:
@@ -152,62 +150,16 @@ def compare(
     from tqdit import comparison
     from tqdit.models.sampler import Sampling
 
-    _check_outputs(json_file)
+    check_outputs(json_file)
     sampling = Sampling(sampler, steps, guidance)
     with progress(quiet) as report:
         result = comparison.compare(reference, list(quantized), num, sampling, samples, seed, report, device)
     print_table(result)
     if json_file:
-        _write_text(json_file, result.to_json())
+        write_text(json_file, result.to_json())
 
 
-@app.command()
-def bench(
-    models: Annotated[list[str] | None, typer.Argument(metavar="MODEL...", help="artifacts to time")] = None,
-    random: Annotated[
-        str | None, typer.Option(help="also time random codes in a shape: DiT-{S,B,L,XL}/{2,4,8}, with @512 for 512 px")
-    ] = None,
-    bits: Annotated[str | None, typer.Option(help="of --random, comma-separated; default w8a8")] = None,
-    preset: Annotated[str | None, typer.Option(help="of --random, comma-separated: paper, plus; default plus")] = None,
-    backend: Backend = "auto",
-    against: Annotated[
-        str, typer.Option(help="baselines, comma-separated: float32, bfloat16, torchao; empty for none")
-    ] = "float32,bfloat16,torchao",
-    batch: Annotated[int, typer.Option(help="samples of one denoiser call, two per image with guidance")] = 16,
-    repeats: Annotated[int, typer.Option(help="timed calls of each model")] = 20,
-    sampling: Annotated[bool, typer.Option(help="also time a full sampling run of each model")] = True,
-    steps: Annotated[int, typer.Option(help="sampler steps of that run")] = 50,
-    kernels: Annotated[bool, typer.Option("--kernels", help="print the kernel of every site")] = False,
-    json_file: JsonFile = None,
-    device: Device = "cpu",
-    quiet: Quiet = False,
-) -> None:
-    """Time artifacts against float32, bfloat16 and torchao models of their shape: calls, sampling, loading, memory."""
-    import shlex
-
-    from tqdit import benchmark
-    from tqdit.contest import BenchSettings
-    from tqdit.errors import InputError
-    from tqdit.models.sampler import Sampling
-    from tqdit.recipe import Recipe
-
-    _check_outputs(json_file)
-    for option, value in (("--bits", bits), ("--preset", preset)):
-        if value is not None and random is None:
-            raise InputError(f"{option} is for --random; an artifact has its own")
-    chosen = [
-        benchmark.RandomModel(random, Recipe.build(a_preset, a_width))
-        for a_preset in _listed(preset or "plus")
-        for a_width in _listed(bits or "w8a8")
-        if random
-    ]
-    names = tuple(_listed(against))
-    run = Sampling("ddim", steps, 1.5) if sampling else None
-    settings = BenchSettings(backend, batch, names, repeats, run, device)
-    with progress(quiet) as report:
-        result = benchmark.bench(models or [], chosen, settings, report)
-    print_benchmark(result, kernels)
-    _write_json(json_file, {"command": shlex.join(["tqdit", *sys.argv[1:]]), **result.figures()})
+app.command()(bench)
 
 
 @app.command()
@@ -223,14 +175,14 @@ def inspect(
 
     from tqdit import workflow
 
-    _check_outputs(json_file)
+    check_outputs(json_file)
     result = workflow.inspect(folder, backend)
     columns = ("name", "role", "bits", "grid", "groups", "granularity", "kernel")
     table = Table(*columns, box=None)
     for site in result["sites"]:
         table.add_row(*(escape(str(site[column])) for column in columns))
     Console(width=None if sys.stdout.isatty() else 200).print(table)
-    _write_json(json_file, result)
+    write_json(json_file, result)
 
 
 @app.command()
@@ -246,7 +198,7 @@ def demo(
 
     for bits in BITS:
         check_target(out / f"{MODEL}-{bits}", overwrite=True)
-    _check_outputs(out / "report.html", out / "side-by-side.png", out / "summary.json")
+    check_outputs(out / "report.html", out / "side-by-side.png", out / "summary.json")
     with progress(quiet) as report:
         result = run_demo(out, report)
     print_table(result)
@@ -270,7 +222,7 @@ def main() -> NoReturn:
         _fail(error.format_message())
     if code == INTERRUPTED:
         _fail(INTERRUPT_MESSAGE)
-    sys.exit(0)
+    sys.exit(code or 0)  # 1: a benchmark with models that failed
 
 
 def _fail(message: str) -> NoReturn:
@@ -289,31 +241,3 @@ def _check_recipe_alone(context: typer.Context, recipe: Path | None) -> None:
         if source is not None and source.name == "COMMANDLINE":
             option = f"--no-{name}" if context.params[name] is False else f"--{name}"
             raise InputError(f"{option} and --recipe exclude each other; set it in {recipe}")
-
-
-def _listed(text: str) -> list[str]:
-    """The different entries of a comma-separated list, in order."""
-    return list(dict.fromkeys(entry.strip() for entry in text.split(",") if entry.strip()))
-
-
-def _check_outputs(*paths: Path | None) -> None:
-    """`InputError` for a file that cannot be written, before the work whose result it is for."""
-    from tqdit.files import check_file
-
-    for path in paths:
-        if path:
-            check_file(path)
-
-
-def _write_json(path: Path | None, value: Any) -> None:
-    import json
-
-    if path:
-        _write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    from tqdit.files import write_text
-
-    write_text(path, text)
-    typer.echo(f"figures: {path}", file=sys.stderr)

@@ -62,15 +62,15 @@ def print_benchmark(result: "Benchmark", every_site: bool = False) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    families = result.settings["against"]
+    families = list(dict.fromkeys(family for row in result.rows for family in row.speedup_over))
     table = Table(
-        "model", "bits", "runs in", "ms p20", "p50", "p80", *(f"x {family}" for family in families), "img/s",
-        "peak MB", "loaded MB", "load s", "of peak", box=None,
+        "model", "bits", "runs in", "workload", "ms p20", "p50", "p80", *(f"x {family}" for family in families),
+        "img/s", "peak MB", "loaded MB", "load s", "of peak", box=None,
     )  # fmt: skip
     for row in result.rows:
         table.add_row(
             escape(row.model), " ".join(filter(None, (row.bits, row.preset))) or "float", row.backend,
-            *(_cell(ms, 1) for ms in (row.p20_ms, row.p50_ms, row.p80_ms)),
+            row.workload, *(_cell(ms, 1) for ms in (row.p20_ms, row.p50_ms, row.p80_ms)),
             *(_cell(row.speedup_over.get(family), 2) for family in families),
             _cell(row.images_per_second, 3), _cell(_mega(row.peak_bytes), 0), _cell(_mega(row.resident_bytes), 0),
             _cell(row.load_seconds, 1), _cell(row.floor_fraction, 2),
@@ -84,8 +84,12 @@ def print_benchmark(result: "Benchmark", every_site: bool = False) -> None:
     )  # fmt: skip
     for name, reason in result.skipped.items():
         console.print(escape(f"skipped {name}: {reason}"), highlight=False)
+    shown = set()
     for row, (model, sites) in zip([row for row in result.rows if row.integer], result.sites, strict=True):
-        console.print(escape(f"kernels of {model} {row.bits}:"), highlight=False)
+        if (title := " ".join(filter(None, (model, row.preset, row.bits)))) in shown:
+            continue  # the same at another batch size
+        shown.add(title)
+        console.print(escape(f"kernels of {title}:"), highlight=False)
         lines = sites.items() if every_site else ((f"{count:>6} x", kernel) for kernel, count in row.kernels.items())
         for left, kernel in lines:
             console.print(escape(f"  {left} {kernel}"), highlight=False, soft_wrap=True)

@@ -19,20 +19,24 @@ from torch import nn
 
 from tqdit import workflow
 from tqdit.environment import peak_memory_bytes
-from tqdit.evaluation.baselines import DenoiserCall, build, quiet
+from tqdit.evaluation.baselines import DenoiserCall, build, is_compiled, quiet
+from tqdit.evaluation.machine import synchronise
 from tqdit.models.random_weights import empty_model
 from tqdit.ops.dispatch import get_backend
 
 PACKAGES = Path(__file__).resolve().parent.parent  # so that the child runs this very package
 STATUS = Path("/proc/self/status")
+WARM_UP = 2  # calls before the one that is looked at: the first compiles, a later one may capture a graph
 
 
 @dataclass(frozen=True)
 class Footprint:
     """Bytes above the imports: `resident_bytes` after loading, `peak_bytes` at most during a call after the first.
 
-    On a GPU they are bytes of its memory. Where a process cannot ask for its present size (not Linux), both are
-    upper bounds: its largest size so far. `load_seconds`: from the page cache; None for a baseline, which is made up.
+    On a GPU they are bytes of its memory that torch's allocator has given out: weights, activations, workspaces of
+    cuBLAS, not the driver's own. What a CUDA graph reserves for its replays is in the peak: nobody else can use it,
+    though no tensor is in it. Where a process cannot ask for its present size (not Linux), both are upper bounds: its
+    largest size so far. `load_seconds`: from the page cache; None for a baseline, which is made up.
     """
 
     resident_bytes: int
@@ -58,7 +62,7 @@ def footprint(request: Mapping[str, Any]) -> Footprint:
 
 
 def measure(request: Mapping[str, Any]) -> Footprint:
-    """What the child does: load, look, call once to warm up, call again and look."""
+    """What the child does: load, look, call to warm up, call again and look."""
     torch.set_num_threads(request["threads"])
     device = torch.device(request["device"])
     _import_what_it_needs(request, device)
@@ -67,12 +71,14 @@ def measure(request: Mapping[str, Any]) -> Footprint:
     before = _resident(device)
     start = time.perf_counter()
     module = _load(request, device)
+    synchronise(device)
     seconds = time.perf_counter() - start
     gc.collect()
     resident = _resident(device) - before
     call = DenoiserCall(module, request["config"], request["batch"], device)
     with quiet():
-        call(0)
+        for t in range(WARM_UP):
+            call(t)
     _forget_peak(device)
     call(0)
     return Footprint(resident, _peak(device) - before, seconds if "artifact" in request else None)
@@ -95,8 +101,9 @@ def _load(request: Mapping[str, Any], device: torch.device) -> nn.Module:
 
 
 def _import_what_it_needs(request: Mapping[str, Any], device: torch.device) -> None:
-    """All libraries that loading and calling would import, the compiler included."""
+    """All libraries that loading and calling would import, the compiler included; a GPU is started."""
     with quiet():
+        torch.ones(1, device=device)
         empty_model(request["config"])
         if "artifact" in request:
             import accelerate  # noqa: F401
@@ -104,7 +111,7 @@ def _import_what_it_needs(request: Mapping[str, Any], device: torch.device) -> N
             get_backend(request["backend"], device)
         elif request["baseline"].startswith("torchao"):
             import torchao.quantization  # noqa: F401
-        if request.get("baseline", "").endswith("-compiled"):
+        if "baseline" in request and is_compiled(request["baseline"]):
             torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
 
 
@@ -116,8 +123,15 @@ def _resident(device: torch.device) -> int:
 
 def _peak(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device) + _idle_in_graphs(device)
     return _status("VmHWM")
+
+
+def _idle_in_graphs(device: torch.device) -> int:
+    """Bytes that CUDA graphs keep to themselves in segments of their own, beyond the tensors that are in them."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    segments = [segment for segment in torch.cuda.memory_snapshot() if segment["device"] == index]
+    return sum(s["total_size"] - s["allocated_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
 
 
 def _forget_peak(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Baselines: what they compute, that torchao is really torchao, and what a denoiser call is."""
+"""Baselines: their names, what they compute, that torchao is really torchao, and what a denoiser call is."""
 
 import importlib.util
 
@@ -8,10 +8,21 @@ from torch import nn
 
 from tqdit.errors import InputError
 from tqdit.evaluation import baselines
-from tqdit.evaluation.baselines import DenoiserCall, build, check_families, missing
+from tqdit.evaluation.baselines import (
+    FAMILIES,
+    DenoiserCall,
+    build,
+    contenders,
+    fuse_projections,
+    is_compiled,
+    missing,
+    weights_of,
+)
+from tqdit.evaluation.cuda_graphs import CudaGraphed
 from tqdit.models.random_weights import random_float
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
 
 
 @pytest.fixture
@@ -27,15 +38,27 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     return given
 
 
-def test_families_are_known() -> None:
-    check_families(("torchao", "float32"))
-    with pytest.raises(InputError, match=r"'float16'.*float32, bfloat16, torchao"):
-        check_families(("float32", "float16"))
+def test_contenders_by_family_and_by_name() -> None:
+    assert contenders(("torchao", "float32")) == {
+        "float32-eager": "float32", "float32-compiled": "float32", "torchao-int8": "torchao", "torchao-fp8": "torchao",
+    }  # fmt: skip
+    assert contenders(("torchao-fp8", "bf16-compiled")) == {"bf16-compiled": "bfloat16", "torchao-fp8": "torchao"}
+    assert contenders(("bf16-eager", "bfloat16")) == {"bf16-eager": "bfloat16", "bf16-compiled": "bfloat16"}
+    assert contenders(()) == {}
+    with pytest.raises(InputError, match=r"'float16'.*float32, bfloat16, torchao, .*bf16-compiled"):
+        contenders(("float32", "float16"))
+
+
+def test_only_what_is_not_changed_in_place_shares_weights() -> None:
+    names = contenders(tuple(FAMILIES))
+    assert [weights_of(name) for name in names] == ["float32"] * 2 + ["bf16"] * 2 + ["torchao-int8", "torchao-fp8"]
+    assert [name for name in names if not is_compiled(name)] == ["float32-eager", "bf16-eager"]
 
 
 def test_float32_is_the_float_model(config, eager) -> None:
     built = build(("float32-eager", "float32-compiled"), config, CPU)
-    assert len(eager) == 1
+    (given,) = eager
+    assert (given["fullgraph"], given["dynamic"], given["options"]) == (True, False, {"freezing": True})
     reference = DenoiserCall(random_float(config), config, 4, CPU)(500)
     for module in built.values():
         assert torch.equal(DenoiserCall(module, config, 4, CPU)(500), reference)
@@ -44,7 +67,7 @@ def test_float32_is_the_float_model(config, eager) -> None:
 
 def test_bfloat16_takes_and_gives_fp32(config) -> None:
     reference = DenoiserCall(random_float(config), config, 4, CPU)(500)
-    module = build(("bfloat16-eager",), config, CPU)["bfloat16-eager"]
+    module = build(("bf16-eager",), config, CPU)["bf16-eager"]
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
     output = DenoiserCall(module, config, 4, CPU)(500)
     assert output.dtype is torch.float32
@@ -52,9 +75,9 @@ def test_bfloat16_takes_and_gives_fp32(config) -> None:
     assert 1e-4 < error < 0.1
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
+@needs_torchao
 def test_torchao_quantizes_every_linear_layer_once(config, eager) -> None:
-    module = build(("torchao-compiled",), config, CPU)["torchao-compiled"]
+    module = build(("torchao-int8",), config, CPU)["torchao-int8"]
     linears = {m for m in module.modules() if isinstance(m, nn.Linear)}
     assert len(linears) == 2 * 7 + 2 + 2, "the embedder's two are shared by the blocks"
     assert {type(m.weight).__module__.partition(".")[0] for m in linears} == {"torchao"}
@@ -66,8 +89,77 @@ def test_torchao_quantizes_every_linear_layer_once(config, eager) -> None:
 
 def test_torchao_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
-    assert "tqdit[bench]" in (missing("torchao") or "")
-    assert missing("float32") is None
+    assert "tqdit[bench]" in (missing("torchao-int8", CPU) or "")
+    assert "tqdit[bench]" in (missing("torchao-fp8", CPU) or "")
+    assert missing("float32-eager", CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "reason"),
+    [
+        (CPU, None, "capability 8.9; cpu has none"),
+        (CUDA, (8, 0), "capability 8.9; cuda has 8.0"),
+        (CUDA, (8, 9), None),
+        (CUDA, (9, 0), None),
+        (CUDA, (10, 0), None),
+    ],
+)
+def test_fp8_needs_a_device_that_has_it(monkeypatch: pytest.MonkeyPatch, device, capability, reason) -> None:
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: "found")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = missing("torchao-fp8", device)
+    assert found is None if reason is None else reason in (found or "")
+    assert missing("torchao-int8", device) is None
+
+
+def test_fused_projections_are_the_same_model(config) -> None:
+    model = random_float(config)
+    expected = DenoiserCall(baselines.Baseline(model, model), config, 4, CPU)(500)
+    fuse_projections(model)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert not any("to_q." in f"{name}." or "to_k" in name or "to_v" in name for name in linears)
+    assert sum("to_qkv" in name for name in linears) == 2
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    actual = DenoiserCall(baselines.Baseline(model, model), config, 4, CPU)(500)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_on_a_gpu_compiled_baselines_are_tuned_graphs_of_fused_models(config, eager, monkeypatch) -> None:
+    """Built as if for a GPU; nothing is run."""
+    monkeypatch.setattr(nn.Module, "to", lambda model, *_: model)
+    built = build(("bf16-eager", "bf16-compiled"), config, CUDA)
+    assert isinstance(built["bf16-compiled"], CudaGraphed)
+    assert not isinstance(built["bf16-eager"], CudaGraphed)
+    (given,) = eager
+    assert given["options"] == {"max_autotune": True, "coordinate_descent_tuning": True}
+    assert hasattr(built["bf16-eager"].model.transformer_blocks[0].attn1, "to_qkv")
+    assert built["bf16-compiled"].config["num_layers"] == 2
+
+
+def test_tuning_options_are_known_to_torch() -> None:
+    """torch.compile refuses unknown options, on the GPU too late."""
+    from torch._inductor import list_mode_options, list_options
+
+    known = set(list_options())
+    for options in (*baselines.COMPILE_OPTIONS.values(), baselines.TORCHAO_OPTIONS):
+        assert set(options) <= known
+    assert dict(baselines.COMPILE_OPTIONS["cuda"]) == list_mode_options("max-autotune-no-cudagraphs")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["float32-compiled", "bf16-compiled", "torchao-int8", "torchao-fp8"])
+def test_every_baseline_runs_on_a_gpu(config, name: str) -> None:
+    """At two batch sizes in turn, so that each graph is replayed after the other; fp8 and int8 are coarse."""
+    if reason := missing(name, CUDA):
+        pytest.skip(reason)
+    module = build((name,), config, CUDA)[name]
+    reference = baselines.Baseline(model := random_float(config).cuda(), model)
+    for batch, t in ((32, 500), (4, 20), (32, 900), (4, 700)):
+        expected = DenoiserCall(reference, config, batch, CUDA)(t)
+        actual = DenoiserCall(module, config, batch, CUDA)(t)
+        assert (actual - expected).norm() / expected.norm() < (0.15 if name.startswith("torchao") else 0.05)
 
 
 @pytest.mark.parametrize(("batch", "null"), [(1, 0), (2, 1), (5, 2), (16, 8)])

@@ -1,70 +1,126 @@
-"""What a quantized model is timed against: float models of its shape with random weights, and torchao's int8."""
+"""What a quantized model is timed against: float models of its shape with random weights; torchao's int8 and fp8."""
 
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from tqdit.errors import InputError
+from tqdit.evaluation.cuda_graphs import CudaGraphed
 from tqdit.evaluation.machine import synchronise
 from tqdit.models.random_weights import random_float
 
-# Family -> its contenders. The best one of a family is what a speed-up is over.
+# Family -> its contenders. The best one of a family is what a speed-up is over. All but the eager ones are compiled.
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "float32": ("float32-eager", "float32-compiled"),
-    "bfloat16": ("bfloat16-eager", "bfloat16-compiled"),
-    "torchao": ("torchao-compiled",),
+    "bfloat16": ("bf16-eager", "bf16-compiled"),
+    "torchao": ("torchao-int8", "torchao-fp8"),
+}
+FP8_CAPABILITY = (8, 9)
+# torch.compile's options for the strongest baseline, by kind of device. cuda: its mode "max-autotune", but for the CUDA
+# graphs, which are ours (`CudaGraphed`).
+COMPILE_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "cpu": {"freezing": True},  # packed weights
+    "cuda": {"max_autotune": True, "coordinate_descent_tuning": True},
 }
 # What torchao would set for the whole process: torchao.quantization.utils.recommended_inductor_config_setter.
-TORCHAO_OPTIONS: dict[str, Any] = {
+TORCHAO_OPTIONS: Mapping[str, Any] = {
     "coordinate_descent_tuning": True,
     "coordinate_descent_check_all_directions": True,
     "force_fuse_int_mm_with_mul": True,
     "triton.unique_kernel_names": True,
 }
+RECOMPILE_LIMIT = 64  # every compiled contender at every batch size counts: diffusers' models are one piece of code
 
 
-def check_families(names: tuple[str, ...]) -> None:
-    """`InputError` naming an unknown baseline and the known ones."""
-    for name in names:
-        if name not in FAMILIES:
-            raise InputError(f"unknown baseline '{name}'; known: {', '.join(FAMILIES)}")
+def contenders(against: Sequence[str]) -> dict[str, str]:
+    """Contender -> family, in the order of `FAMILIES`, of families and single contenders by name.
+
+    `InputError` naming an unknown one and the known ones.
+    """
+    for name in against:
+        if name not in FAMILIES and all(name not in members for members in FAMILIES.values()):
+            known = ", ".join([*FAMILIES, *(member for members in FAMILIES.values() for member in members)])
+            raise InputError(f"unknown baseline '{name}'; known: {known}")
+    return {
+        member: family
+        for family, members in FAMILIES.items()
+        for member in members
+        if family in against or member in against
+    }
 
 
-def missing(family: str) -> str | None:
-    """Why the baselines of a family cannot be built here, or None."""
-    if family == "torchao" and importlib.util.find_spec("torchao") is None:
+def is_compiled(name: str) -> bool:
+    """Whether torch.compile runs that contender."""
+    return not name.endswith("-eager")
+
+
+def weights_of(name: str) -> str:
+    """Equal for contenders that share one set of weights; torchao's do not, since it quantizes in place."""
+    return name if name in FAMILIES["torchao"] else name.partition("-")[0]
+
+
+def missing(name: str, device: torch.device) -> str | None:
+    """Why a contender cannot be built here, or None."""
+    if name not in FAMILIES["torchao"]:
+        return None
+    if importlib.util.find_spec("torchao") is None:
         return "torchao is not installed; pip install 'tqdit[bench]'"
+    if name == "torchao-fp8":
+        found = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        if found is None or found < FP8_CAPABILITY:
+            needed, here = (".".join(map(str, version)) if version else "none" for version in (FP8_CAPABILITY, found))
+            return f"fp8 products need a CUDA device of compute capability {needed}; {device} has {here}"
     return None
 
 
-def build(names: tuple[str, ...], config: Mapping[str, Any], device: torch.device) -> dict[str, nn.Module]:
-    """Contenders of one family, on `device`; they share their weights. Compilation happens in their first call."""
-    family = names[0].partition("-")[0]
-    model = random_float(config, torch.float32 if family == "float32" else torch.bfloat16)
+def build(names: Sequence[str], config: Mapping[str, Any], device: torch.device) -> dict[str, nn.Module]:
+    """Contenders with the same `weights_of`, on `device`. Compilation happens in their first call."""
+    weights = weights_of(names[0])
+    model = random_float(config, torch.float32 if weights == "float32" else torch.bfloat16)
     nn.Module.to(model, device)
-    options: dict[str, Any] = (
-        {"freezing": True} if device.type == "cpu" else {}
-    )  # packed weights: the stronger baseline
-    if family == "torchao":
-        quantize_with_torchao(model)
+    options = dict(COMPILE_OPTIONS.get(device.type, {}))
+    if device.type == "cuda":
+        fuse_projections(model)
+    if weights in FAMILIES["torchao"]:
+        quantize_with_torchao(model, weights)
         options |= TORCHAO_OPTIONS
-    built: dict[str, nn.Module] = {}
-    for name in names:
-        compiled = name.endswith("-compiled")
-        built[name] = Baseline(model, torch.compile(model, dynamic=False, options=options) if compiled else model)
-    return built
+    return {name: _compiled(model, options, device) if is_compiled(name) else Baseline(model, model) for name in names}
 
 
-def quantize_with_torchao(model: nn.Module) -> None:
-    """torchao's dynamic int8 for every linear layer, in place; a layer that blocks share is quantized once."""
+def _compiled(model: nn.Module, options: Mapping[str, Any], device: torch.device) -> nn.Module:
+    """`model` compiled whole for one shape at a time: what would silently run parts of it uncompiled is an error."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    baseline = Baseline(model, torch.compile(model, dynamic=False, fullgraph=True, options=dict(options)))
+    return CudaGraphed(baseline) if device.type == "cuda" else baseline
+
+
+def fuse_projections(model: nn.Module) -> None:
+    """Query, key and value of every block as one layer, in place: the same numbers out of fewer, larger products."""
+    from diffusers.models.attention_processor import FusedAttnProcessor2_0
+
+    for block in cast(Any, model).transformer_blocks:
+        attention = block.attn1
+        attention.fuse_projections()
+        attention.set_processor(FusedAttnProcessor2_0())
+        del attention.to_q, attention.to_k, attention.to_v
+    model.requires_grad_(False)
+
+
+def quantize_with_torchao(model: nn.Module, name: str) -> None:
+    """torchao's dynamic int8 or fp8 for every linear layer, in place; a layer that blocks share is quantized once."""
     with quiet():
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+        from torchao.quantization import (
+            Float8DynamicActivationFloat8WeightConfig,
+            Int8DynamicActivationInt8WeightConfig,
+            PerRow,
+            quantize_,
+        )
 
     done: set[int] = set()
 
@@ -74,7 +130,12 @@ def quantize_with_torchao(model: nn.Module) -> None:
         done.add(id(module))
         return True
 
-    quantize_(model, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False), is_new_linear)
+    # What they set for the whole process is in TORCHAO_OPTIONS, for theirs alone.
+    if name == "torchao-fp8":
+        config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    else:
+        config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+    quantize_(model, config, is_new_linear)
 
 
 class Baseline(nn.Module):

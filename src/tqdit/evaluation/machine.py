@@ -1,4 +1,4 @@
-"""What the machine can do at best, measured in the same run as the models: int8 products and reading memory."""
+"""What the machine can do at best, measured in the same run as the models: int8 products and moving memory."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -6,14 +6,19 @@ from dataclasses import dataclass
 
 import torch
 
-SIZES = (1024, 2048, 4096)  # of square products; a CPU is at its peak from the first, a GPU at the last
+# Of square products. A CPU is at its peak from the first on, a GPU at the last.
+SIZES = {"cpu": (1024, 2048, 4096), "cuda": (2048, 4096, 8192)}
+READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # far more than a cache holds
+QUEUED = {"cpu": 1, "cuda": 10}  # calls timed together, so that a GPU never waits for the next launch
 SECONDS = 1.0  # for repeating one product or one read
-READ_BYTES = 1 << 28  # far more than a cache holds
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """10^9 integer operations and 10^9 bytes read per second, the best of all tries."""
+    """10^9 integer operations and 10^9 bytes read per second, the best of all tries.
+
+    On a GPU the bytes are those of a copy from the device to itself, read and written, as its makers count them.
+    """
 
     int8_gops: float
     read_gb_per_s: float
@@ -25,14 +30,13 @@ class Peaks:
 def measure_peaks(device: torch.device) -> Peaks:
     """The peaks of `device` with the current number of threads; takes a few seconds."""
     best = 0.0
-    for size in SIZES:
+    for size in SIZES[_kind(device)]:
         for product in _int8_products(size, device):
             seconds = _fastest(product, device)
             best = max(best, 2 * size**3 / seconds / 1e9)
         if 8 * 2 * size**3 / best / 1e9 > SECONDS:
             break  # one product of the next size
-    data = torch.ones(READ_BYTES // 4, device=device)
-    return Peaks(best, READ_BYTES / _fastest(data.sum, device) / 1e9)
+    return Peaks(best, _read_gb_per_s(device))
 
 
 def synchronise(device: torch.device) -> None:
@@ -41,10 +45,23 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _kind(device: torch.device) -> str:
+    return "cuda" if device.type == "cuda" else "cpu"
+
+
+def _read_gb_per_s(device: torch.device) -> float:
+    size = READ_BYTES[_kind(device)]
+    data = torch.ones(size // 4, device=device)
+    if device.type != "cuda":
+        return size / _fastest(data.sum, device) / 1e9
+    target = torch.empty_like(data)
+    return 2 * size / _fastest(lambda: target.copy_(data), device) / 1e9
+
+
 def _int8_products(size: int, device: torch.device) -> Iterator[Callable[[], object]]:
     """Calls that multiply two square int8 matrices, by each kernel that torch has here."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randint(-128, 128, (2, size, size), generator=generator).to(torch.int8).to(device).unbind()
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = torch.randint(-128, 128, (2, size, size), dtype=torch.int8, device=device, generator=generator).unbind()
     yield lambda: torch._int_mm(a, b.t())
     if device.type != "cpu":
         return
@@ -65,14 +82,15 @@ def _int8_products(size: int, device: torch.device) -> Iterator[Callable[[], obj
 
 
 def _fastest(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of at least three calls within `SECONDS`."""
+    """Seconds of one call: the fastest of at least three tries within `SECONDS`."""
     call()
     synchronise(device)
-    best, spent, tries = float("inf"), 0.0, 0
+    best, spent, tries, queued = float("inf"), 0.0, 0, QUEUED[_kind(device)]
     while tries < 3 or (spent < SECONDS and tries < 30):
         start = time.perf_counter()
-        call()
+        for _ in range(queued):
+            call()
         synchronise(device)
         seconds = time.perf_counter() - start
-        best, spent, tries = min(best, seconds), spent + seconds, tries + 1
+        best, spent, tries = min(best, seconds / queued), spent + seconds, tries + 1
     return best
