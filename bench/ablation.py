@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from pages import FORMER_PLUS
 from tqdit import artifact, workflow
 from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.comparison import HELD_OUT_SEED, fd_fashion, held_out
@@ -39,6 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "search + TGQ": {"hessian": False, **UNIFORM},
     "paper (HO + MRQ + TGQ)": {},
     "plus": {"preset": "plus"},
+    FORMER_PLUS: {"preset": "plus", "gelu_products": "two"},
 }
 
 

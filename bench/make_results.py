@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pages import ROOT, environment, read, table
+from pages import FORMER_PLUS, ROOT, TWO_PRODUCTS, environment, read, table, variant
 from speed_pages import cpu_speed, readme_speed
 
 START, END = "<!-- results: written by bench/make_results.py -->", "<!-- end of results -->"
@@ -47,7 +47,7 @@ def _readme_table(ablation: dict[str, Any], cost: dict[str, Any]) -> str:
     measured = {(row["bits"], row["variant"]) for row in ablation["rows"]}
     rows = [["float32", "–", "1.000", "–", "–", f"{floats[0]:.2f}"]]
     rows += [
-        [row["bits"].upper(), row["variant"], f"{row['size_ratio']:.3f}", f"{row['eps_sqnr_db']:.1f}",
+        [row["bits"].upper(), variant(row, ablation), f"{row['size_ratio']:.3f}", f"{row['eps_sqnr_db']:.1f}",
          f"{row['psnr_db']:.1f}", f"{row['fd_fashion']:.2f}"]
         for row in ablation["rows"] if row["variant"] in wanted and (row["bits"], "plus") in measured
     ]  # fmt: skip
@@ -60,7 +60,24 @@ def _readme_table(ablation: dict[str, Any], cost: dict[str, Any]) -> str:
         f"settings takes {paper['calibration_seconds']:.0f} s and {paper['peak_memory_bytes'] / 2**30:.1f} GiB on "
         f"{paper['environment']['cores']} CPU cores. All figures: [docs/results.md](docs/results.md)."
     )
-    return f"{methods}\n\n{note}"
+    return f"{methods}\n\n{note}\n\n{_readme_products(read('ablation-plus-cpu'))}"
+
+
+def _readme_products(both: dict[str, Any]) -> str:
+    """What `plus` gives now beside its former definition, in a sentence."""
+    rows = {(row["bits"], variant(row, both)): row for row in both["rows"]}
+    changes = []
+    for bits in dict.fromkeys(row["bits"] for row in both["rows"]):
+        now, former = rows[bits, "plus"], rows[bits, FORMER_PLUS]
+        changes.append(
+            f"{bits.upper()} {former['eps_sqnr_db']:.1f} → {now['eps_sqnr_db']:.1f} and "
+            f"{former['psnr_db']:.1f} → {now['psnr_db']:.1f}"
+        )
+    return (
+        f"*{TWO_PRODUCTS.capitalize()}*: `plus` as it was when these rows were measured; now it allows one. Both "
+        f"definitions from the same calibration, ε SQNR and PSNR in dB over {both['settings']['images']} images: "
+        f"{'; '.join(changes)}. FD-fashion was not measured again."
+    )
 
 
 def _results(training: dict[str, Any], ablation: dict[str, Any], cost: dict[str, Any]) -> str:
@@ -115,19 +132,20 @@ def _ablation(ablation: dict[str, Any]) -> list[str]:
     header = ["variant", "ε SQNR (dB)", "PSNR (dB)", "FD-fashion", "calibration (s)", "GPU memory (GiB)", "size / fp32"]
     for bits in dict.fromkeys(row["bits"] for row in ablation["rows"]):
         rows = [
-            [row["variant"], f"{row['eps_sqnr_db']:.2f}", f"{row['psnr_db']:.2f}", f"{row['fd_fashion']:.3f}",
+            [variant(row, ablation), f"{row['eps_sqnr_db']:.2f}", f"{row['psnr_db']:.2f}", f"{row['fd_fashion']:.3f}",
              f"{row['calibration_seconds']:.0f}", f"{row['peak_memory_bytes'] / 2**30:.1f}", f"{row['size_ratio']:.3f}"]
             for row in ablation["rows"] if row["bits"] == bits
         ]  # fmt: skip
         lines += [f"### {bits.upper()}", "", table(header, rows), ""]
     lines += _w4a8_on_cpu(read("ablation-w4a8-cpu"))
+    lines += _products(read("ablation-plus-cpu"))
     lines += ["### ε SQNR (dB) by time group, W8A8", "", _by_group(ablation, "w8a8"), ""]
     notes = ROOT / "bench" / "ablation-notes.md"
     return [*lines, notes.read_text(encoding="utf-8").strip(), ""]
 
 
 def _w4a8_on_cpu(cpu: dict[str, Any]) -> list[str]:
-    rows = [[r["variant"], f"{r['eps_sqnr_db']:.2f}", f"{r['psnr_db']:.2f}"] for r in cpu["rows"]]
+    rows = [[variant(r, cpu), f"{r['eps_sqnr_db']:.2f}", f"{r['psnr_db']:.2f}"] for r in cpu["rows"]]
     return [
         "The GPU run ended before `paper` and `plus` at W4A8, so their FD-fashion was not measured. SQNR over the same "
         f"held-out states and PSNR over {cpu['settings']['images']} images, DDIM {cpu['settings']['steps']} steps, on "
@@ -138,11 +156,36 @@ def _w4a8_on_cpu(cpu: dict[str, Any]) -> list[str]:
     ]
 
 
+def _products(both: dict[str, Any]) -> list[str]:
+    """`plus` beside its former definition."""
+    rows = [
+        [row["bits"].upper(), variant(row, both), f"{row['eps_sqnr_db']:.2f}", f"{row['psnr_db']:.2f}",
+         f"{row['calibration_seconds']:.0f}", f"{row['size_ratio']:.3f}"]
+        for row in both["rows"]
+    ]  # fmt: skip
+    return [
+        "### `plus`: one product after GELU, or two",
+        "",
+        "`plus` allows one integer product after GELU: a uniform grid at 8 bits, below that the better of regions that "
+        f"merge and a uniform grid. Rows on this page that say *{TWO_PRODUCTS}* were measured before, when it took the "
+        "better of MRQ and a uniform grid at any cost. Both definitions, solved from the same records and run in "
+        f"integers on {environment(both['environment'])}; SQNR over the same held-out states, PSNR over "
+        f"{both['settings']['images']} images, DDIM {both['settings']['steps']} steps. FD-fashion of so few images is "
+        "not shown; with one product it was not measured.",
+        "",
+        table(["bits", "variant", "ε SQNR (dB)", "PSNR (dB)", "calibration (s)", "size / fp32"], rows),
+        "",
+        "ε SQNR (dB) by time group:",
+        "",
+        *(line for bits in ("w8a8", "w6a6") for line in (f"{bits.upper()}:", "", _by_group(both, bits), "")),
+    ]
+
+
 def _by_group(ablation: dict[str, Any], bits: str) -> str:
     rows = [row for row in ablation["rows"] if row["bits"] == bits]
     step = 1000 // len(rows[0]["eps_sqnr_db_by_group"])
     header = ["variant", *(f"t < {step * (g + 1)}" for g in range(1000 // step))]
-    return table(header, [[row["variant"], *(f"{v:.1f}" for v in row["eps_sqnr_db_by_group"])] for row in rows])
+    return table(header, [[variant(r, ablation), *(f"{v:.1f}" for v in r["eps_sqnr_db_by_group"])] for r in rows])
 
 
 def _aims(ablation: dict[str, Any], cost: dict[str, Any]) -> list[str]:
@@ -156,7 +199,7 @@ def _aims(ablation: dict[str, Any], cost: dict[str, Any]) -> list[str]:
     runs = cost["runs"]
     slowest = max(run["calibration_seconds"] for run in runs)
     memory = max(run["peak_memory_bytes"] for run in runs) / 2**30
-    measured = [*ablation["rows"], *read("ablation-w4a8-cpu")["rows"]]
+    measured = [*ablation["rows"], *read("ablation-w4a8-cpu")["rows"], *read("ablation-plus-cpu")["rows"]]
     sizes = {bits: max(r["size_ratio"] for r in measured if r["bits"] == bits) for bits in ("w8a8", "w6a6", "w4a8")}
 
     def met(condition: bool) -> str:
@@ -185,7 +228,8 @@ def _cost(cost: dict[str, Any]) -> list[str]:
         "## Calibration cost on a CPU",
         "",
         f"`bench/calibration_cost.py`, each run a fresh process of `tqdit quantize` with published settings, on "
-        f"{environment(cost['runs'][0]['environment'])}. Peak memory is the whole process, imports included.",
+        f"{environment(cost['runs'][0]['environment'])}. Peak memory is the whole process, imports included. "
+        f"The run of `plus` also tried {TWO_PRODUCTS}, which `plus` no longer does.",
         "",
         table(["run", "calibration (s)", "peak memory (GiB)", "artifact (MB)", "size / fp32"], rows),
         "",

@@ -1,6 +1,6 @@
 """`convert`: a Solution becomes a runnable transformer. The sole place where modules are swapped."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,10 @@ from tqdit.layers.params import ActivationParams
 from tqdit.models.sites import BlockLayout, LinearGroup, blocks, float_input_modules
 from tqdit.ops.dispatch import get_backend, kernel_name
 from tqdit.ops.schema import Backend, WeightParams
+from tqdit.runtime import attach_runtime
 from tqdit.spec import Role, Solution
+
+ADALN = "norm1.linear"  # of a block
 
 
 def convert(solution: Solution, backend: str = "auto", device: str | torch.device = "cpu") -> nn.Module:
@@ -32,17 +35,17 @@ def convert(solution: Solution, backend: str = "auto", device: str | torch.devic
         model = DiTTransformer2DModel.from_config(dict(solution.model_config))
     builder = _Builder(solution, chosen, model)
     for name in float_input_modules(solution.model_config):
-        _replace(model, name, builder.float_input(model.get_submodule(name), name))
+        if not name.endswith(ADALN):
+            _replace(model, name, builder.float_input(model.get_submodule(name), name))
+    embedders = {}
     for layout in blocks(solution.model_config):
-        _replace(model, layout.prefix, builder.block(layout, model.get_submodule(layout.prefix)))
-    builder.fill_floats(model)
+        empty: Any = model.get_submodule(layout.prefix)
+        embedders[layout.prefix] = builder.filled(empty.norm1.emb, f"{layout.prefix}.norm1.emb.")
+        _replace(model, layout.prefix, builder.block(layout, empty))
+    builder.filled(model)
+    builder.condition(model, embedders)
+    attach_runtime(model, builder.clock, builder.conditioning, graphs=chosen.GRAPHS)
     builder.check_complete(model)
-    _share_embedders(model.transformer_blocks)
-
-    model.add_module("clock", builder.clock)
-    model.add_module("conditioning", builder.conditioning)
-    for hook in (builder.conditioning.pre_hook, builder.clock.pre_hook):
-        model.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
     model.quantization_backend = chosen.NAME
     model.quantization_report = {name: kernel_name(params, chosen) for name, params in solution.params.items()}
     return model.eval().requires_grad_(False).to(device)
@@ -87,7 +90,7 @@ class _Builder:
         if name not in self.solution.params:
             raise InputError(f"the solution has no parameters for activation site '{name}'")
         self.used.add(name)
-        return ActivationParams(self.solution.params[name], self.clock, ndim)
+        return ActivationParams(self.solution.params[name], self.clock, ndim, self.backend.TABLES)
 
     def linear(self, group: LinearGroup) -> IntLinear:
         """Layers that read one site, stacked along their outputs."""
@@ -96,10 +99,9 @@ class _Builder:
         return IntLinear(self.site(group.source, 3), self.backend.prepare(_stacked(weights), _stacked_biases(biases)))
 
     def block(self, layout: BlockLayout, empty: Any) -> IntBlock:
-        """`empty`: diffusers' block, whose float-input layers are filled already."""
+        """`empty`: diffusers' block."""
         roles = (Role.QUERY, Role.KEY, Role.VALUE, Role.SOFTMAX)
         return IntBlock(
-            empty.norm1,
             {"qkv": self.linear(layout.qkv), "out": self.linear(layout.out),
              "fc1": self.linear(layout.fc1), "fc2": self.linear(layout.fc2)},
             {role.value: self.site(layout.operand(role), 4) for role in roles},
@@ -109,6 +111,23 @@ class _Builder:
             self.conditioning,
         )  # fmt: skip
 
+    def condition(self, model: Any, embedders: Mapping[str, nn.Module]) -> None:
+        """Stack the adaLN layers of all blocks whose embedders are equal: diffusers gives each block its own copy."""
+        groups: list[tuple[nn.Module, list[str]]] = []
+        for block, embedder in embedders.items():
+            same = next((members for other, members in groups if _equal(other, embedder)), None)
+            if same is None:
+                groups.append((embedder, [block]))
+            else:
+                same.append(block)
+        for embedder, members in groups:
+            weights = _stacked([self.weight(f"{name}.{ADALN}.weight") for name in members])
+            bias = _stacked_biases([self.bias(f"{name}.{ADALN}") for name in members])
+            linear = WeightOnlyLinear(self.backend.prepare_float_input(weights, bias), self.backend)
+            group = self.conditioning.add(embedder, linear)
+            for place, name in enumerate(members):
+                model.get_submodule(name).join(group, place)
+
     def float_input(self, module: nn.Module, name: str) -> nn.Module:
         weight, bias = self.weight(f"{name}.weight"), self.bias(name)
         key = tuple(0 if tensor is None else tensor.data_ptr() for tensor in (weight.codes, weight.scale, bias))
@@ -117,10 +136,11 @@ class _Builder:
         linear = WeightOnlyLinear(self.float_inputs[key], self.backend)
         return WeightOnlyPatchEmbed(linear, module.stride[0]) if isinstance(module, nn.Conv2d) else linear
 
-    def fill_floats(self, model: nn.Module) -> None:
-        """Put the parameters that stay in float where the empty ones are."""
-        for name, _ in list(model.named_parameters()):
-            _replace(model, name, nn.Parameter(self.parameter(name), requires_grad=False))
+    def filled(self, module: nn.Module, prefix: str = "") -> nn.Module:
+        """The module, the parameters that stay in float put where its empty ones are. `prefix`: of their names."""
+        for name, _ in list(module.named_parameters()):
+            _replace(module, name, nn.Parameter(self.parameter(prefix + name), requires_grad=False))
+        return module
 
     def check_complete(self, model: nn.Module) -> None:
         """Nothing empty is left in the model, and nothing of the solution is left over."""
@@ -148,17 +168,6 @@ def _stacked_biases(biases: list[torch.Tensor | None]) -> torch.Tensor | None:
     found = [bias for bias in biases if bias is not None]
     assert len(found) in (0, len(biases)), "an architecture has biases on all of q, k and v or on none"
     return torch.cat(found) if found else None
-
-
-def _share_embedders(transformer_blocks: Iterable[Any]) -> None:
-    """diffusers gives every block its own copy of one embedder: hold equal ones once."""
-    distinct: list[nn.Module] = []
-    for block in transformer_blocks:
-        same = next((embedder for embedder in distinct if _equal(embedder, block.norm1.emb)), None)
-        if same is None:
-            distinct.append(block.norm1.emb)
-        else:
-            block.norm1.emb = same
 
 
 def _equal(a: nn.Module, b: nn.Module) -> bool:

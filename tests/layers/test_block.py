@@ -17,6 +17,9 @@ from tqdit.spec import Grid, Role
 HEADS, WIDTH, TOKENS = 2, 16, 9
 
 
+INTERPRETED = pytest.param("triton", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted on CPUs"))
+
+
 class Embedder(nn.Module):
     """Stands for diffusers' timestep and class embedder; counts its calls and rows."""
 
@@ -44,10 +47,12 @@ def parts(site, weight, clock) -> SimpleNamespace:
     sources["fc2"] = site(Role.GELU, groups=4, grid=Grid.MRQ_GELU)
     operands = {role.value: site(role, 4, groups=4, units=HEADS) for role in (Role.QUERY, Role.KEY, Role.VALUE)}
     operands["softmax"] = site(Role.SOFTMAX, 4, groups=4, grid=Grid.MRQ_SOFTMAX)
+    norm, conditioning = norm1(), Conditioning()
+    conditioning.add(norm.emb, norm.linear)
     return SimpleNamespace(
         weights={name: weight(*shape) for name, shape in shapes.items()},
         biases={name: torch.randn(shape[0]) for name, shape in shapes.items()},
-        sources=sources, operands=operands, norm1=norm1(), clock=clock, conditioning=Conditioning(),
+        sources=sources, operands=operands, norm1=norm, clock=clock, conditioning=conditioning,
     )  # fmt: skip
 
 
@@ -57,7 +62,9 @@ def build(parts: SimpleNamespace, backend: str) -> IntBlock:
         name: IntLinear(parts.sources[name], run.prepare(parts.weights[name], parts.biases[name]))
         for name in parts.weights
     }
-    return IntBlock(parts.norm1, linears, parts.operands, HEADS, (1e-6, 1e-5), run, parts.conditioning)
+    block = IntBlock(linears, parts.operands, HEADS, (1e-6, 1e-5), run, parts.conditioning)
+    block.join(0, 0)
+    return block
 
 
 def enter(parts: SimpleNamespace, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> None:
@@ -92,7 +99,7 @@ def by_hand(parts: SimpleNamespace, x: torch.Tensor, t: torch.Tensor, labels: to
     return x + gate_2 * linear("fc2", hidden)
 
 
-@pytest.mark.parametrize("backend", ["reference", "simulated", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "simulated", "cpu", INTERPRETED])
 @pytest.mark.parametrize("t", [[999, 0, 260], [431]])
 def test_block_is_the_float_block_of_its_codes(parts, backend: str, t: list[int]) -> None:
     x, labels = torch.randn(3, TOKENS, WIDTH), torch.tensor([4, 7, 7])
@@ -103,7 +110,7 @@ def test_block_is_the_float_block_of_its_codes(parts, backend: str, t: list[int]
     assert ((y - expected).abs() < 1e-4 * expected.abs().max()).float().mean() > 0.8
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", INTERPRETED])
 def test_mixed_timesteps_equal_each_sample_alone(parts, backend: str) -> None:
     block = build(parts, backend)
     x, t, labels = torch.randn(4, TOKENS, WIDTH), torch.tensor([999, 0, 260, 510]), torch.tensor([1, 2, 2, 3])
@@ -127,7 +134,7 @@ def test_conditioning_is_computed_once_for_equal_rows(parts) -> None:
     x, labels = torch.randn(6, TOKENS, WIDTH), torch.tensor([1, 2, 3, 9, 9, 9])
     enter(parts, x, torch.tensor([5]), labels)
     for _ in range(3):
-        modulation = parts.conditioning.modulation(parts.norm1)
+        modulation = parts.conditioning.modulation(0, 0)
     assert parts.norm1.emb.rows == [4]
     embedded = F.silu(parts.norm1.emb(torch.full((6,), 5), labels, torch.float32))
     assert torch.allclose(torch.cat(modulation, 1), parts.norm1.linear(embedded), atol=1e-6)
@@ -136,18 +143,31 @@ def test_conditioning_is_computed_once_for_equal_rows(parts) -> None:
 def test_conditioning_of_mixed_timesteps(parts) -> None:
     x, t, labels = torch.randn(4, TOKENS, WIDTH), torch.tensor([700, 3, 700, 3]), torch.tensor([8, 1, 8, 2])
     enter(parts, x, t, labels)
-    modulation = parts.conditioning.modulation(parts.norm1)
+    modulation = parts.conditioning.modulation(0, 0)
     assert parts.norm1.emb.rows == [3]
     embedded = F.silu(parts.norm1.emb(t, labels, torch.float32))
     assert torch.allclose(torch.cat(modulation, 1), parts.norm1.linear(embedded), atol=1e-6)
 
 
+def test_stacked_layers_of_two_blocks_are_told_apart(parts) -> None:
+    x, t, labels = torch.randn(3, TOKENS, WIDTH), torch.tensor([5]), torch.tensor([1, 2, 2])
+    stacked = nn.Linear(WIDTH, 12 * WIDTH)
+    group = parts.conditioning.add(parts.norm1.emb, stacked)
+    enter(parts, x, t, labels)
+    embedded = parts.norm1.emb(t.expand(3), labels, torch.float32)
+    expected = stacked(F.silu(embedded))
+    for place in (1, 0):
+        modulation = torch.cat(parts.conditioning.modulation(group, place), 1)
+        assert torch.allclose(modulation, expected.chunk(2, 1)[place], atol=1e-6)
+    assert torch.equal(parts.conditioning.embedding(group), embedded)
+
+
 def test_the_next_call_forgets_the_last(parts) -> None:
     x = torch.randn(2, TOKENS, WIDTH)
     enter(parts, x, torch.tensor([5]), torch.tensor([1, 2]))
-    first = parts.conditioning.modulation(parts.norm1)[0]
+    first = parts.conditioning.modulation(0, 0)[0]
     enter(parts, x, torch.tensor([6]), torch.tensor([1, 2]))
-    assert not torch.equal(first, parts.conditioning.modulation(parts.norm1)[0])
+    assert not torch.equal(first, parts.conditioning.modulation(0, 0)[0])
 
 
 @pytest.mark.parametrize(("labels", "message"), [(None, "class_labels"), (torch.tensor([1]), r"\(1,\).*\(2,\)")])

@@ -59,7 +59,26 @@ def test_merged_regions_are_one_product() -> None:
 
 def test_automatic_choice_is_the_cpu_backend_on_a_cpu_and_never_simulated() -> None:
     assert get_backend("auto", "cpu").NAME == "cpu"
-    assert get_backend("auto", torch.device("cuda")).NAME == "reference"
+    assert ("triton" if torch.cuda.is_available() else "reference") == get_backend("auto", torch.device("cuda")).NAME
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_triton_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="'triton' cannot run on cuda: torch sees no NVIDIA GPU"):
+        get_backend("triton", "cuda")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(InputError, match="'triton-packed' cannot run on cpu: it runs on NVIDIA GPUs only"):
+        get_backend("triton-packed", "cpu")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="'triton' cannot run on cuda: Triton is not installed"):
+        get_backend("triton", "cuda")
+
+
+def test_an_old_gpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
+    with pytest.raises(InputError, match=r"needs compute capability 8\.0, the GPU has 7\.5"):
+        get_backend("triton", "cuda")
 
 
 def test_a_backend_asked_for_that_cannot_run_says_why() -> None:

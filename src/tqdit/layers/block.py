@@ -16,27 +16,36 @@ ATTENTION_OPERANDS = ("query", "key", "value", "softmax")
 
 
 class _Call(NamedTuple):
-    """The distinct inputs of one denoiser call, the row each sample uses, and what embedders made of them."""
+    """The distinct inputs of one denoiser call, the row each sample uses, and by group what was made of them."""
 
     timestep: torch.Tensor
     labels: torch.Tensor
     rows: torch.Tensor | None
     embedded: dict[int, torch.Tensor]
+    modulation: dict[int, torch.Tensor]
 
 
 class Conditioning(nn.Module):
-    """SiLU(embedding of t and class), computed once for all blocks of a denoiser call.
+    """The adaLN modulation of all blocks, computed once in a denoiser call: it depends on timestep and class alone.
 
-    On the CPU equal (t, class) rows of the batch, such as the null class under guidance, are computed once; `rows`
-    says which row each sample uses.
+    Blocks with the same embedder are a group: their adaLN layers are one. On the CPU equal (t, class) rows of the
+    batch, such as the null class under guidance, are computed once; `rows` says which row each sample uses.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.embedders = nn.ModuleList()
+        self.linears = nn.ModuleList()
         self._now: dict[int, _Call] = {}  # by thread: calls of one model may overlap
 
+    def add(self, embedder: nn.Module, linear: nn.Module) -> int:
+        """A group of blocks: its embedder, and their adaLN layers stacked, C -> blocks * 6 C. Returns its number."""
+        self.embedders.append(embedder)
+        self.linears.append(linear)
+        return len(self.linears) - 1
+
     def pre_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of a transformer called as (hidden_states, timestep, class_labels, ...)."""
+        """Before the forward of a transformer called as (hidden_states, timestep, class_labels, ...)."""
         given = dict(zip(("hidden_states", "timestep", "class_labels"), args, strict=False)) | kwargs
         labels = given.get("class_labels")
         if labels is None:
@@ -48,33 +57,66 @@ class Conditioning(nn.Module):
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             pairs = torch.stack([timestep.double(), labels.double()])
             distinct, rows = torch.unique(pairs, dim=1, return_inverse=True)
-            call = _Call(distinct[0].to(timestep.dtype), distinct[1].to(labels.dtype), rows, {})
+            call = _Call(distinct[0].to(timestep.dtype), distinct[1].to(labels.dtype), rows, {}, {})
         else:
-            call = _Call(timestep, labels, None, {})
+            call = _Call(timestep, labels, None, {}, {})
         self._now[thread()] = self._now[0] = call
 
-    def modulation(self, norm: Any) -> tuple[torch.Tensor, ...]:
-        """shift, scale, gate of attention, then of the feed-forward, each (B, C) fp32, from a block's adaLN layer."""
-        assert thread() in self._now, "the conditioning is set by the model's forward"
-        call, embedder = self._now[thread()], norm.emb
-        if id(embedder) not in call.embedded:
-            embedded = embedder(call.timestep, call.labels, hidden_dtype=torch.float32)
-            call.embedded[id(embedder)] = F.silu(embedded).float()
-        out = norm.linear(call.embedded[id(embedder)])
+    def forget(self) -> None:
+        """Drop what is set; the next call sets it again."""
+        self._now.clear()
+
+    def embedding(self, group: int) -> torch.Tensor:
+        """Embedding of timestep and class, (B, C) fp32."""
+        call = self._call()
+        out = self._embedded(call, group)
+        return out if call.rows is None else out.index_select(0, call.rows)
+
+    def modulation(self, group: int, place: int) -> tuple[torch.Tensor, ...]:
+        """shift, scale, gate of attention, then of the feed-forward, each (B, C) fp32, of block `place` of a group."""
+        call = self._call()
+        if group not in call.modulation:
+            embedded = self._embedded(call, group)
+            call.modulation[group] = self.linears[group](F.silu(embedded))
+        width = 6 * self._embedded(call, group).shape[1]
+        out = call.modulation[group][:, place * width : (place + 1) * width]
         out = out if call.rows is None else out.index_select(0, call.rows)
         return out.chunk(6, dim=1)
+
+    def _call(self) -> _Call:
+        assert thread() in self._now, "the conditioning is set by the model's forward"
+        return self._now[thread()]
+
+    def _embedded(self, call: _Call, group: int) -> torch.Tensor:
+        if group not in call.embedded:
+            embedder = self.embedders[group]
+            call.embedded[group] = embedder(call.timestep, call.labels, hidden_dtype=torch.float32).float()
+        return call.embedded[group]
+
+
+class CallEmbedding(nn.Module):
+    """Stands where diffusers' own forward looks for an embedder: the embedding that the call has already."""
+
+    def __init__(self, conditioning: Conditioning, group: int) -> None:
+        super().__init__()
+        self._conditioning = [conditioning]  # in a list: the model owns it
+        self.group = group
+
+    def forward(
+        self, timestep: torch.Tensor, class_labels: torch.Tensor, hidden_dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        return self._conditioning[0].embedding(self.group).to(hidden_dtype)
 
 
 class IntBlock(nn.Module):
     """A DiT block on integer codes, (B, N, C) -> (B, N, C); the residual stream, LayerNorm, softmax and GELU are fp32.
 
-    `norm1` holds the block's embedder and adaLN layer, where diffusers' own forward looks for the embedder. q, k and v
-    are one stacked layer. `operands`: parameters of ATTENTION_OPERANDS, all per head but the last.
+    q, k and v are one stacked layer. `operands`: parameters of ATTENTION_OPERANDS, all per head but the last. Its
+    modulation is in `conditioning`, from `join` on.
     """
 
     def __init__(
         self,
-        norm1: nn.Module,
         linears: dict[str, IntLinear],
         operands: dict[str, ActivationParams],
         heads: int,
@@ -84,13 +126,19 @@ class IntBlock(nn.Module):
     ) -> None:
         """`linears`: "qkv", "out", "fc1", "fc2". `eps` of the two LayerNorms."""
         super().__init__()
-        self.norm1 = norm1
         self.qkv, self.out, self.fc1, self.fc2 = (linears[name] for name in ("qkv", "out", "fc1", "fc2"))
         self.operands: Any = nn.ModuleDict(operands)
         self.heads = heads
         self.eps = eps
         self.backend = backend
         self._conditioning = [conditioning]  # in a list: the model owns it, a block only reads it
+        self._place: tuple[int, int] | None = None
+
+    def join(self, group: int, place: int) -> None:
+        """This block is block `place` of a group of the conditioning."""
+        self._place = group, place
+        self.norm1 = nn.Module()
+        self.norm1.emb = CallEmbedding(self._conditioning[0], group)
 
     def forward(
         self,
@@ -104,7 +152,8 @@ class IntBlock(nn.Module):
             raise ValueError("IntBlock is self-attention without a mask")
         run = self.backend
         x = hidden_states.float()
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self._conditioning[0].modulation(self.norm1)
+        assert self._place is not None, "a block has to join the conditioning"
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self._conditioning[0].modulation(*self._place)
         query, key, value, softmax = (self.operands[name].select() for name in ATTENTION_OPERANDS)
         attention = AttentionParams(query, key, value, softmax, self.heads)
         source, layer = self.qkv.select()

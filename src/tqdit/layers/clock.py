@@ -16,7 +16,7 @@ def thread() -> int:
 
 
 class TimestepClock(nn.Module):
-    """Set once per denoiser call by a hook on the model that owns it; read by every grouped site.
+    """Set once per denoiser call of the model that owns it; read by every grouped site.
 
     The lookup stays on the device: no host sync, no recompilation over timesteps. On the CPU a timestep outside
     [0, T) is an `InputError`; on a GPU the lookup itself asserts.
@@ -53,8 +53,12 @@ class TimestepClock(nn.Module):
             group, shared = torch.index_select(self.table, 0, t.long()), None
         self._now[thread()] = self._now[0] = group, shared
 
+    def forget(self) -> None:
+        """Drop what is set; the next call sets it again."""
+        self._now.clear()
+
     def pre_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of a transformer called as (hidden_states, timestep, ...)."""
+        """Before the forward of a transformer called as (hidden_states, timestep, ...)."""
         hidden = args[0] if args else kwargs["hidden_states"]
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1] if len(args) > 1 else None
         if timestep is None:

@@ -6,6 +6,7 @@ from tqdit.grids.regions import merge_shift
 from tqdit.layers.clock import TimestepClock
 from tqdit.ops.holders import FixedDtype
 from tqdit.ops.schema import OperandParams
+from tqdit.ops.tables import parameter_table
 from tqdit.spec import GridParams
 
 
@@ -16,9 +17,10 @@ class ActivationParams(FixedDtype):
     zero_point: torch.Tensor
     coarse: torch.Tensor
     shift: torch.Tensor | None
+    table: torch.Tensor | None
 
-    def __init__(self, params: GridParams, clock: TimestepClock, ndim: int) -> None:
-        """`ndim`: of the tensor they apply to, (B, N, C) or (B, H, N, head_dim)."""
+    def __init__(self, params: GridParams, clock: TimestepClock, ndim: int, tables: bool = False) -> None:
+        """`ndim`: of the tensor they apply to, (B, N, C) or (B, H, N, head_dim). `tables`: see `Backend.TABLES`."""
         super().__init__()
         self.spec = spec = params.spec
         self._clock = [clock]  # in a list: the model owns the clock, a site only reads it
@@ -33,11 +35,17 @@ class ActivationParams(FixedDtype):
         self.register_buffer("zero_point", zero_point.reshape(shape).contiguous())
         self.register_buffer("coarse", coarse.reshape(shape).contiguous())
         self.register_buffer("shift", None if shift is None else shift.reshape(shape).contiguous())
+        operand = OperandParams(spec.grid, spec.bits, self.scale, self.zero_point, self.coarse, self.shift)
+        self.register_buffer("table", parameter_table(operand) if tables else None, persistent=False)
 
     def select(self) -> OperandParams:
-        """Parameters that broadcast to the batch: leading axis 1 (one group) or B."""
+        """Parameters that broadcast to the batch: leading axis 1 (one group) or B; or the table of all groups."""
+        spec, clock = self.spec, self._clock[0]
+        if self.table is not None:
+            group = clock.group if spec.groups > 1 else None
+            given = self.scale, self.zero_point, self.coarse, self.shift
+            return OperandParams(spec.grid, spec.bits, *given, table=self.table, group=group)
         tensors = [self.scale, self.zero_point, self.coarse, self.shift]
-        clock = self._clock[0]
         if self.spec.groups > 1:
             assert clock.group is not None, "the clock is set by the model's forward"
             # A view, no copy; not when compiled, which would compile once for every group.

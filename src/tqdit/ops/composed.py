@@ -19,6 +19,8 @@ class Composed:
 
     NAME: str
     INTEGER: bool
+    TABLES = False
+    GRAPHS = False
 
     def linear(self, codes: torch.Tensor, source: OperandParams, layer: Any) -> torch.Tensor:
         """x W^T + bias in fp32: (B, N, in) -> (B, N, out)."""

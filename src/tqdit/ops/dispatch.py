@@ -15,8 +15,10 @@ BACKENDS = {
     "cpu": "tqdit.backends.cpu",
     "reference": "tqdit.ops.reference",
     "simulated": "tqdit.ops.simulated",
+    "triton": "tqdit.backends.triton",
+    "triton-packed": "tqdit.backends.triton.packed",
 }
-AUTOMATIC = ("cpu", "reference")  # what "auto" tries, best first
+AUTOMATIC = ("cpu", "triton", "reference")  # what "auto" tries, best first
 
 _OPERATIONS = {
     Role.WEIGHT: "linear",

@@ -18,6 +18,9 @@ class OperandParams(NamedTuple):
 
     Uniform: `scale`, `zero_point`. Two-region: `scale` = s1, `coarse` = s2; `shift` where s2 = s1 2^shift and both
     regions fit one 8-bit operand, so that one product is enough. Shapes (B or 1, [H or 1, 1,] 1, 1).
+
+    With a `table` nothing is selected yet: it is `ops.tables.parameter_table` of all time groups, `group` the row of
+    each sample, (1,) or (B,), None if there is one row. A kernel that reads it needs no gather per site.
     """
 
     grid: Grid
@@ -26,6 +29,8 @@ class OperandParams(NamedTuple):
     zero_point: torch.Tensor
     coarse: torch.Tensor
     shift: torch.Tensor | None = None
+    table: torch.Tensor | None = None
+    group: torch.Tensor | None = None
 
 
 class WeightParams(NamedTuple):
@@ -61,6 +66,8 @@ class Backend(Protocol):
 
     NAME: str
     INTEGER: bool  # False: simulated in float, for checking only, never to be timed
+    TABLES: bool  # whether operands come with their `table`, not selected
+    GRAPHS: bool  # whether whole calls on a GPU are to be captured as CUDA graphs
 
     def kernel(self, operation: str) -> str:
         """What runs an operation, for reports, such as "int8" or "onednn u8 x s8"."""

@@ -1,0 +1,245 @@
+"""Times every kernel of DiT-XL/2 on this GPU with every candidate configuration; writes a roofline and the best ones.
+
+python bench/gpu_kernels.py --json bench/results/h200-kernels.json --tuned src/tqdit/backends/triton/tuned
+
+A roofline row: the operations and the bytes a kernel cannot do without (each operand read once, each result written
+once), the time they take at the peaks measured in the same run, and the fraction of the measured time that is.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from tqdit.backends.triton import launch, tuning
+from tqdit.backends.triton.kernels import rounding
+from tqdit.backends.triton.launch import Config, Operand, Weight
+from tqdit.backends.triton.layer import TritonLinear
+from tqdit.environment import environment
+from tqdit.files import write_text
+from tqdit.ops.schema import WeightParams
+
+WIDTH, HEADS, LAYERS = 1152, 16, 28
+HEAD_DIM = WIDTH // HEADS
+WORKLOADS = {"256-b64": (64, 256), "256-b2": (2, 256), "512-b16": (16, 1024)}  # samples, tokens
+LINEARS = {  # epilogue, depth, columns, products, mode of its codes
+    "qkv": ("heads", WIDTH, 3 * WIDTH, 1),
+    "out": ("residual", WIDTH, WIDTH, 1),
+    "fc1": ("gelu", WIDTH, 4 * WIDTH, 1),
+    "fc2": ("residual", 4 * WIDTH, WIDTH, 1),
+    "fc2, 2 products": ("residual", 4 * WIDTH, WIDTH, 2),
+}
+PROBABILITIES = {
+    "uniform": rounding.UNIFORM.value,
+    "MRQ": rounding.SOFTMAX.value,
+    "merged": rounding.SOFTMAX_MERGED.value,
+}
+FLOAT_INPUTS = {  # whether it has a row per token, columns, depth
+    "adaLN of all blocks": (False, LAYERS * 6 * WIDTH, WIDTH),
+    "final adaLN": (False, 2 * WIDTH, WIDTH),
+    "timestep, first": (False, WIDTH, 256),
+    "timestep, second": (False, WIDTH, WIDTH),
+    "final": (True, 32, WIDTH),
+    "patches": (True, WIDTH, 16),
+}
+SMALL = 2  # samples, for compiling
+PROCESSES = 14
+
+
+class Job(NamedTuple):
+    """One kernel at one size. `floor`: operations on int8 or bf16 and bytes that it cannot do without."""
+
+    workload: str
+    name: str
+    key: str
+    candidates: tuple[Config, ...]
+    operations: int
+    bytes: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--tuned", type=Path, help="folder of committed configurations")
+    arguments = parser.parse_args()
+    found = list(jobs())
+    compile_all(found)
+    peaks = {
+        "copy_tb_per_s": copy_rate(),
+        "bf16_tflops": product_rate(torch.bfloat16),
+        "int8_tops_torch": product_rate(torch.int8),
+    }
+    rows, best = [], {}
+    for job in found:
+        run = maker(job)
+        times = tuning.fastest(job.candidates, run)
+        best[job.key] = list(times[0][0])
+        rows.append(row(job, times))
+    peaks["int8_tops"] = max([peaks["int8_tops_torch"], *(r["tera_per_s"] for r in rows if r["operations"])])
+    for r in rows:
+        floor = max(r["bytes"] / peaks["copy_tb_per_s"], r["operations"] / peaks["int8_tops"]) / 1e6
+        r |= {"floor_us": floor, "fraction": floor / r["us"]}
+    norms = [norm_row(workload, peaks) for workload in WORKLOADS]
+    result = {"environment": environment("cuda") | peaks, "rows": rows + norms, "sdpa_bf16_us": sdpa()}
+    write_text(arguments.json, json.dumps(result, indent=1) + "\n")
+    if arguments.tuned:
+        text = json.dumps({"environment": environment("cuda"), "configurations": best}, indent=1)
+        write_text(tuning.tuned_file(arguments.tuned, torch.cuda.get_device_name()), text + "\n")
+    for r in result["rows"]:
+        print(
+            f"{r['workload']:8} {r['name']:24} {r['us']:8.1f} us  {r['tera_per_s'] or 0:6.0f} TOPS  {r['fraction']:.2f}"
+            f"  {r['config']}"
+        )
+    print(json.dumps({"peaks": peaks, "sdpa": result["sdpa_bf16_us"]}))
+
+
+def jobs() -> Iterator[Job]:
+    for workload, (batch, tokens) in WORKLOADS.items():
+        rows = batch * tokens
+        for name, (epilogue, depth, columns, products) in LINEARS.items():
+            two = products == 2
+            key = tuning.linear_key(epilogue, rows, columns, depth, 8, two)
+            out = {"heads": 1, "gelu": 1, "residual": 8}[epilogue]
+            moved = rows * depth + columns * depth + rows * columns * out
+            candidates = tuple(tuning.linear_candidates(rows, two, 8))
+            yield Job(workload, name, key, candidates, 2 * rows * columns * depth * products, moved)
+        for name, mode in PROBABILITIES.items():
+            key = tuning.attention_key(batch * HEADS, tokens, HEAD_DIM, mode)
+            operations = 2 * rows * tokens * WIDTH * (3 if name == "MRQ" else 2)
+            candidates = tuple(tuning.attention_candidates(batch * HEADS, tokens))
+            yield Job(workload, f"attention, {name}", key, candidates, operations, 4 * rows * WIDTH)
+        for name, (per_token, columns, depth) in FLOAT_INPUTS.items():
+            m = rows if per_token else batch
+            moved = 4 * m * depth + columns * depth + 4 * m * columns
+            yield Job(
+                workload, name, tuning.float_key(m, columns, depth, 8), tuple(tuning.float_candidates(m)), 0, moved
+            )
+
+
+def maker(job: Job, small: bool = False) -> Callable[[Config], object]:
+    """A call of the kernel on random operands, at the size of the job or at a small one that compiles to the same."""
+    batch, tokens = WORKLOADS[job.workload]
+    batch = SMALL if small and not (job.name in FLOAT_INPUTS and not FLOAT_INPUTS[job.name][0]) else batch
+    group = torch.zeros(1, dtype=torch.int64, device="cuda")
+    torch.manual_seed(0)
+    if job.name in LINEARS:
+        return linear(*LINEARS[job.name], batch, tokens, group)
+    if job.name in FLOAT_INPUTS:
+        per_token, columns, depth = FLOAT_INPUTS[job.name]
+        columns = min(columns, 6 * WIDTH) if small else columns
+        x, layer = torch.randn(batch * (tokens if per_token else 1), depth, device="cuda"), weight(columns, depth)
+        return lambda config: launch.float_input(x, layer, config)
+    mode = PROBABILITIES[job.name.partition(", ")[2]]
+    size = launch.heads_size(batch, tokens, HEADS, HEAD_DIM)
+    qkv = codes(size)
+    parts = [operand(group, HEADS) for _ in range(3)]
+    zero = -128.0 if mode != rounding.SOFTMAX.value else 0.0
+    operands = (*parts, operand(group, mode=mode, scale=1 / 255, zero=zero), operand(group))
+    return lambda config: launch.attention(qkv, batch, tokens, HEADS, HEAD_DIM, operands, config)
+
+
+def linear(
+    epilogue: str, depth: int, columns: int, products: int, batch: int, tokens: int, group: torch.Tensor
+) -> Callable[[Config], object]:
+    layer, x = weight(columns, depth), codes(batch, tokens, depth)
+    source = operand(group, mode=rounding.GELU.value if products == 2 else rounding.UNIFORM.value)
+    if epilogue == "heads":
+        targets = tuple(operand(group, HEADS) for _ in range(3))
+        return lambda config: launch.heads(x, source, layer, config, targets, HEAD_DIM)
+    if epilogue == "gelu":
+        target = operand(group)
+        return lambda config: launch.activation(x, source, layer, config, target)
+    stream, gate = torch.randn(batch, tokens, columns, device="cuda"), torch.randn(batch, 6 * columns, device="cuda")
+    return lambda config: launch.residual(x, source, layer, config, gate[:, columns : 2 * columns], stream)
+
+
+def codes(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device="cuda").mul_(32).round_().clamp_(-128, 127).to(torch.int8)
+
+
+def weight(columns: int, depth: int) -> Weight:
+    params = WeightParams(codes(columns, depth).cpu(), torch.full((columns,), 0.03 / depth**0.5))
+    layer = TritonLinear(params, torch.zeros(columns)).cuda()
+    return Weight(layer.codes, None, layer.scale, layer.bias, layer.sums, depth, 8)
+
+
+def operand(group: torch.Tensor, units: int = 1, mode: int = 0, scale: float = 0.03, zero: float = 3.0) -> Operand:
+    table = torch.zeros(10, units, 8, device="cuda")
+    table[...] = torch.tensor([scale, 1 / 127, zero, 4.0, 1 / scale, 127.0, 0.0, 0.0])
+    return Operand(table, group, mode, 8)
+
+
+def compile_all(found: list[Job]) -> None:
+    """Compile every kernel once, in several processes, into Triton's cache."""
+    distinct = {
+        (job.key.split(" ", 1)[0], job.name, config): (job, config) for job in found for config in job.candidates
+    }
+    todo = list(distinct.values())
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
+        list(pool.map(_compile, [todo[start::PROCESSES] for start in range(PROCESSES)]))
+
+
+def _compile(todo: list[tuple[Job, Config]]) -> None:
+    for job, config in todo:
+        try:
+            maker(job, small=True)(config)
+        except Exception as error:  # a configuration that does not fit: the timing says so again
+            print(job.name, config, str(error)[:100])
+
+
+def row(job: Job, times: list[tuple[Config, float]]) -> dict[str, Any]:
+    config, ms = times[0]
+    return {
+        "workload": job.workload, "name": job.name, "us": ms * 1e3, "operations": job.operations, "bytes": job.bytes,
+        "tera_per_s": job.operations / ms / 1e9 or None, "config": list(config),
+        "others_us": {str(list(c)): t * 1e3 for c, t in times[1:]},
+    }  # fmt: skip
+
+
+def norm_row(workload: str, peaks: dict[str, float]) -> dict[str, Any]:
+    batch, tokens = WORKLOADS[workload]
+    x, modulation = torch.randn(batch, tokens, WIDTH, device="cuda"), torch.randn(batch, 6 * WIDTH, device="cuda")
+    target = operand(torch.zeros(1, dtype=torch.int64, device="cuda"))
+    parts = modulation[:, :WIDTH], modulation[:, WIDTH : 2 * WIDTH]
+    us = tuning.milliseconds(lambda: launch.norm_quantize(x, *parts, 1e-6, target)) * 1e3
+    moved = 5 * x.numel()
+    floor = moved / peaks["copy_tb_per_s"] / 1e6
+    return {
+        "workload": workload, "name": "norm", "us": us, "operations": 0, "bytes": moved,
+        "tera_per_s": None, "config": None,
+        "floor_us": floor, "fraction": floor / us,
+    }  # fmt: skip
+
+
+def copy_rate() -> float:
+    """10^12 bytes per second, read and written, of one pass over a tensor far larger than the caches."""
+    a = torch.randn(2**28, device="cuda")
+    b = torch.empty_like(a)
+    return 8 * a.numel() / tuning.milliseconds(lambda: torch.mul(a, 2.0, out=b)) / 1e9
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """10^12 operations per second of torch's product of square matrices."""
+    n = 8192
+    a, b = (torch.randn(n, n, device="cuda").mul_(32).clamp_(-127, 127).to(dtype) for _ in range(2))
+    product = (lambda: torch._int_mm(a, b.t())) if dtype is torch.int8 else lambda: a @ b.t()
+    return 2 * n**3 / tuning.milliseconds(product) / 1e9
+
+
+def sdpa() -> dict[str, float]:
+    found = {}
+    for workload, (batch, tokens) in WORKLOADS.items():
+        q, k, v = torch.randn(3, batch, HEADS, tokens, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        found[workload] = tuning.milliseconds(lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v)) * 1e3
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The kernels as `torch.library` operators, so that torch.compile takes a whole model without a graph break.
+
+Operands travel flat: their tables, the time groups they share, and two integers each (mode, bits); a weight as its
+tensors and two integers (depth, bits).
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from tqdit.backends.triton import launch, tuning
+from tqdit.backends.triton.launch import Config, Operand, Weight, pitch
+
+Flat = tuple[list[Tensor], Tensor | None, list[int]]
+
+
+def flatten(*operands: Operand) -> Flat:
+    group = next((o.group for o in operands if o.group is not None), None)
+    return [o.table for o in operands], group, [number for o in operands for number in (o.mode, o.bits)]
+
+
+def _operands(tables: list[Tensor], group: Tensor | None, kinds: list[int]) -> tuple[Operand, ...]:
+    return tuple(
+        Operand(table, group if len(table) > 1 else None, mode, bits)
+        for table, mode, bits in zip(tables, kinds[::2], kinds[1::2], strict=True)
+    )
+
+
+def _weight(tensors: list[Tensor], kind: list[int]) -> Weight:
+    codes, scale, bias, sums, *high = tensors
+    return Weight(codes, high[0] if high else None, scale, bias, sums, *kind)
+
+
+def _linear_config(epilogue: str, codes: Tensor, layer: Weight, source: Operand, run: tuning.Run) -> Config:
+    rows, columns = codes.shape[0] * codes.shape[1], len(layer.codes)
+    two = launch.takes_two_products(source)
+    key = tuning.linear_key(epilogue, rows, columns, layer.depth, layer.bits, two)
+    candidates = functools.partial(tuning.linear_candidates, rows, two, layer.bits)
+    return tuning.choose(key, codes.device, candidates, run)
+
+
+@custom_op("tqdit::norm_quantize", mutates_args=())
+def norm_quantize(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, tables: list[Tensor], group: Tensor | None, kinds: list[int]
+) -> Tensor:
+    return launch.norm_quantize(x, shift, scale, eps, *_operands(tables, group, kinds))
+
+
+@norm_quantize.register_fake
+def _(x, shift, scale, eps, tables, group, kinds):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], x.shape[1], pitch(x.shape[2]), dtype=torch.int8)
+
+
+@custom_op("tqdit::linear_heads", mutates_args=())
+def linear_heads(
+    codes: Tensor, weight: list[Tensor], weight_kind: list[int],
+    tables: list[Tensor], group: Tensor | None, kinds: list[int], head_dim: int,
+) -> Tensor:  # fmt: skip
+    source, *targets = _operands(tables, group, kinds)
+    layer = _weight(weight, weight_kind)
+
+    def run(config: Config) -> Tensor:
+        return launch.heads(codes, source, layer, config, tuple(targets), head_dim)
+
+    return run(_linear_config("heads", codes, layer, source, run))
+
+
+@linear_heads.register_fake
+def _(codes, weight, weight_kind, tables, group, kinds, head_dim):  # type: ignore[no-untyped-def]
+    batch, tokens, _ = codes.shape
+    size = launch.heads_size(batch, tokens, weight[0].shape[0] // 3 // head_dim, head_dim)
+    return codes.new_empty(size)
+
+
+@custom_op("tqdit::attention", mutates_args=())
+def attention(
+    qkv: Tensor, batch: int, tokens: int, heads: int, head_dim: int,
+    tables: list[Tensor], group: Tensor | None, kinds: list[int],
+) -> Tensor:  # fmt: skip
+    operands = _operands(tables, group, kinds)
+
+    def run(config: Config) -> Tensor:
+        return launch.attention(qkv, batch, tokens, heads, head_dim, operands, config)
+
+    key = tuning.attention_key(batch * heads, tokens, head_dim, operands[3].mode)
+    candidates = functools.partial(tuning.attention_candidates, batch * heads, tokens)
+    return run(tuning.choose(key, qkv.device, candidates, run))
+
+
+@attention.register_fake
+def _(qkv, batch, tokens, heads, head_dim, tables, group, kinds):  # type: ignore[no-untyped-def]
+    return qkv.new_empty(batch, tokens, pitch(heads * head_dim))
+
+
+@custom_op("tqdit::linear_residual", mutates_args=())
+def linear_residual(
+    codes: Tensor, weight: list[Tensor], weight_kind: list[int],
+    tables: list[Tensor], group: Tensor | None, kinds: list[int], gate: Tensor, x: Tensor,
+) -> Tensor:  # fmt: skip
+    (source,) = _operands(tables, group, kinds)
+    layer = _weight(weight, weight_kind)
+
+    def run(config: Config) -> Tensor:
+        return launch.residual(codes, source, layer, config, gate, x)
+
+    return run(_linear_config("residual", codes, layer, source, run))
+
+
+@linear_residual.register_fake
+def _(codes, weight, weight_kind, tables, group, kinds, gate, x):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
+
+
+@custom_op("tqdit::linear_gelu", mutates_args=())
+def linear_gelu(
+    codes: Tensor, weight: list[Tensor], weight_kind: list[int],
+    tables: list[Tensor], group: Tensor | None, kinds: list[int],
+) -> Tensor:  # fmt: skip
+    source, target = _operands(tables, group, kinds)
+    layer = _weight(weight, weight_kind)
+
+    def run(config: Config) -> Tensor:
+        return launch.activation(codes, source, layer, config, target)
+
+    return run(_linear_config("gelu", codes, layer, source, run))
+
+
+@linear_gelu.register_fake
+def _(codes, weight, weight_kind, tables, group, kinds):  # type: ignore[no-untyped-def]
+    return codes.new_empty(codes.shape[0], codes.shape[1], pitch(weight[0].shape[0]))
+
+
+@custom_op("tqdit::float_input_linear", mutates_args=())
+def float_input_linear(x: Tensor, weight: list[Tensor], weight_kind: list[int]) -> Tensor:
+    layer = _weight(weight, weight_kind)
+
+    def run(config: Config) -> Tensor:
+        return launch.float_input(x, layer, config)
+
+    key = tuning.float_key(len(x), len(layer.codes), layer.depth, layer.bits)
+    candidates = functools.partial(tuning.float_candidates, len(x))
+    return run(tuning.choose(key, x.device, candidates, run))
+
+
+@float_input_linear.register_fake
+def _(x, weight, weight_kind):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], weight[0].shape[0])

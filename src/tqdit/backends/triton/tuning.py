@@ -1,0 +1,192 @@
+"""Which blocks and schedule each kernel runs with: committed for GPUs we measured, found once and kept elsewhere.
+
+A configuration changes speed alone, never a result. On a GPU without committed ones the first call of every kernel
+shape times the candidates (seconds), and remembers the best in the user's cache folder (TQDIT_CACHE).
+"""
+
+import functools
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+import triton
+
+from tqdit.backends.triton.launch import FEW_ROWS, NATIVE, Config
+from tqdit.files import write_text
+
+TUNED = Path(__file__).with_name("tuned")
+INTERPRETED = {"linear": Config(32, 32, 128), "attention": Config(32, 0, 64), "float": Config(16, 32, 64)}
+ROUNDS, ROUND_MS = 5, 4
+
+Run = Callable[[Config], object]
+
+
+def choose(key: str, device: torch.device, candidates: Callable[[], list[Config]], run: Run) -> Config:
+    """The configuration of a kernel and shape, timed if nobody has before. `run` launches the kernel with one.
+
+    While a CUDA graph is captured nothing can be timed: the first candidate is used and not remembered.
+    """
+    if not NATIVE:
+        return INTERPRETED[key.partition(" ")[0]]
+    gpu = torch.cuda.get_device_name(device)
+    table = _table(gpu)
+    if key not in table:
+        if torch.cuda.is_current_stream_capturing():
+            return candidates()[0]
+        table[key] = fastest(candidates(), run)[0][0]
+        _keep(gpu, key, table[key])
+    return table[key]
+
+
+def linear_key(epilogue: str, rows: int, columns: int, depth: int, bits: int, two: bool) -> str:
+    return f"linear {epilogue} {bucket(rows)}x{columns}x{depth}, {bits} bits, {2 if two else 1} products"
+
+
+def attention_key(sequences: int, tokens: int, head_dim: int, mode: int) -> str:
+    """`sequences`: samples times heads; `mode`: of the probabilities, `rounding`."""
+    return f"attention {bucket(sequences)}x{tokens}x{head_dim}, mode {mode}"
+
+
+def float_key(rows: int, columns: int, depth: int, bits: int) -> str:
+    return f"float {bucket(rows)}x{columns}x{depth}, {bits} bits"
+
+
+def fastest(candidates: Sequence[Config], run: Run) -> list[tuple[Config, float]]:
+    """Candidates that work and their milliseconds, best first. `RuntimeError` with the last reason if none does."""
+    times: dict[Config, float] = {}
+    reason: Exception | None = None
+    for config in candidates:
+        try:
+            times[config] = milliseconds(functools.partial(run, config))
+        except (triton.CompilationError, triton.OutOfResources, RuntimeError) as error:
+            reason = error  # too much shared memory for this GPU, say
+    if not times:
+        raise RuntimeError(f"no configuration of the kernel runs here: {reason}")
+    return sorted(times.items(), key=lambda item: item[1])
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """Of one call, the median of a few rounds of a CUDA graph of many: launching from Python would hide a small one."""
+    call()
+    torch.cuda.synchronize()
+    graph, start, end = torch.cuda.CUDAGraph(), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.graph(graph):
+        call()
+    graph.replay()
+    start.record()
+    graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    count = max(1, int(ROUND_MS / max(start.elapsed_time(end), 1e-3)))
+    count = min(count, 200)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            call()
+    found = []
+    for _ in range(ROUNDS):
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(start.elapsed_time(end) / count)
+    return median(found)
+
+
+def bucket(rows: int) -> int:
+    """Rows that share a configuration: up to the next power of two."""
+    return triton.next_power_of_2(max(rows, 16))
+
+
+def linear_candidates(rows: int, two: bool, bits: int) -> list[Config]:
+    """Tiles that fill a GPU: large ones where there are many rows, small ones where there are few."""
+    if two:
+        found = [
+            Config(64, 128, 128, 8, 4, 3, 64), Config(64, 128, 128, 8, 4, 4, 64), Config(128, 128, 128, 8, 8, 3, 64),
+            Config(128, 128, 128, 8, 8, 4, 32),
+        ]  # fmt: skip
+    else:
+        found = [
+            Config(128, 128, 128, 8, 4, 3, 64), Config(128, 128, 128, 8, 4, 3, 32),
+            Config(128, 128, 128, 8, 4, 2, 32, 168), Config(128, 128, 64, 8, 4, 4, 32, 168),
+        ]  # fmt: skip
+    if rows <= 4096:
+        small = [
+            Config(64, 64, 128, 8, 4, 4, 32), Config(64, 64, 128, 8, 4, 3, 64, 128), Config(64, 128, 128, 8, 4, 4, 32),
+            Config(128, 64, 128, 8, 4, 4, 32), Config(64, 128, 256, 8, 4, 3, 32), Config(64, 64, 256, 8, 4, 3, 32),
+            Config(64, 32, 256, 8, 4, 4, 32), Config(64, 64, 256, 8, 4, 4, 32),
+        ]  # fmt: skip
+        found = small + found[:2]
+    return found if bits == 8 else [c for c in found if c.block_k == 128]
+
+
+def attention_candidates(sequences: int, tokens: int) -> list[Config]:
+    """All keys at once up to 256, by several blocks of rows where there are many sequences; or tiles of keys."""
+    tiles = [
+        Config(64, 0, 128, warps=4, stages=3), Config(64, 0, 128, warps=4, stages=2, registers=128),
+        Config(64, 0, 64, warps=4, stages=3), Config(64, 0, 64, warps=4, stages=2, registers=128),
+    ]  # fmt: skip
+    if tokens > 256:
+        return [*tiles, Config(128, 0, 128, warps=8, stages=3)]
+    keys = max(32, triton.next_power_of_2(tokens))
+    found = [Config(64, 0, keys, warps=4, stages=stages) for stages in (2, 1)]
+    found.append(Config(128, 0, keys, warps=8, stages=2))
+    if sequences >= 256 and tokens > 64:
+        several = [c._replace(blocks=4) for c in found[:2]]
+        found = several + [several[0]._replace(registers=limit) for limit in (168, 200)] + found + tiles[:2]
+    return found
+
+
+def float_candidates(rows: int) -> list[Config]:
+    if rows <= FEW_ROWS:
+        return [Config(0, bn, 512, warps=warps) for bn, warps in ((8, 4), (16, 4), (32, 8), (4, 2))]
+    if rows <= 16:
+        return [Config(16, 128, 64, warps=4, stages=3), Config(16, 64, 128, warps=4, stages=4)]
+    return [
+        Config(64, 128, 32, warps=4, stages=3), Config(64, 128, 64, warps=4, stages=3),
+        Config(64, 64, 64, warps=4, stages=3), Config(64, 128, 64, warps=8, stages=3),
+    ]  # fmt: skip
+
+
+@functools.cache
+def _table(gpu: str) -> dict[str, Config]:
+    """Configurations of a GPU by kernel and shape: the committed ones, and those found here."""
+    found: dict[str, Config] = {}
+    for path in (_cache_file(gpu), tuned_file(TUNED, gpu)):
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8"))
+            found |= {key: Config(*numbers) for key, numbers in entries["configurations"].items()}
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            warnings.warn(f"{path} is damaged and ignored: {error}", stacklevel=2)
+    return found
+
+
+def _keep(gpu: str, key: str, config: Config) -> None:
+    """Add one to the user's file; a folder that cannot be written to costs the next process the time again."""
+    path = _cache_file(gpu)
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"configurations": {}}
+        kept["configurations"][key] = list(config)
+        write_text(path, json.dumps(kept, indent=1) + "\n")
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+
+
+def _cache_file(gpu: str) -> Path:
+    folder = os.environ.get("TQDIT_CACHE")
+    base = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "tqdit"
+    return base / f"triton-{triton.__version__}-{_slug(gpu)}.json"
+
+
+def tuned_file(folder: Path, gpu: str) -> Path:
+    return folder / f"{_slug(gpu)}.json"
+
+
+def _slug(gpu: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in gpu.lower())

@@ -1,0 +1,74 @@
+"""The layouts of codes between the kernels, written down once more: what a test gives to a kernel and reads back."""
+
+import torch
+
+from tqdit.backends.triton.backend import Heads
+from tqdit.ops.schema import AttentionParams, OperandParams, WeightParams
+from tqdit.spec import Grid
+
+UNREAD = 99  # what is beyond a row's end
+
+
+def pitch(columns: int) -> int:
+    return -(-columns // 16) * 16
+
+
+def padded(codes: torch.Tensor) -> torch.Tensor:
+    """Rows of a multiple of 16 bytes, the rest of each not to be read."""
+    out = torch.full((*codes.shape[:-1], pitch(codes.shape[-1])), UNREAD, dtype=torch.int8, device=codes.device)
+    out[..., : codes.shape[-1]] = codes
+    return out
+
+
+def stored(codes: torch.Tensor, params: OperandParams) -> torch.Tensor:
+    """Signed codes as kernels keep them: merged GELU regions are one integer, its lowest value -128."""
+    if params.shift is None or params.grid is not Grid.MRQ_GELU:
+        return padded(codes)
+    merged = torch.where(codes < 0, codes.int(), codes.int() << params.shift)
+    return padded((merged + (1 << (params.bits - 1)) - 128).to(torch.int8))
+
+
+def read(codes: torch.Tensor, columns: int, params: OperandParams | None = None) -> torch.Tensor:
+    """The inverse, int32 on the CPU."""
+    out = codes[..., :columns].cpu().int()
+    if params is None or params.shift is None or params.grid is not Grid.MRQ_GELU:
+        return out
+    merged = out - ((1 << (params.bits - 1)) - 128)
+    return torch.where(merged < 0, merged, merged >> params.shift.cpu())
+
+
+def token_order(tokens: int) -> torch.Tensor:
+    """Which token is at each place of a row of v."""
+    sixteen = torch.tensor([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15])
+    if tokens % 16:
+        return torch.arange(tokens)
+    return (torch.arange(0, tokens, 16)[:, None] + sixteen).flatten()
+
+
+def heads_of(qkv: torch.Tensor, heads: int) -> Heads:
+    """(B, N, 3 C) codes of q, k and v as the buffer that the kernels share."""
+    batch, tokens, width = qkv.shape
+    head_dim = width // 3 // heads
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    v = v.transpose(2, 3)[..., token_order(tokens).to(qkv.device)]
+    return Heads(torch.cat([padded(x).flatten() for x in (q, k, v)]), batch, tokens, head_dim)
+
+
+def from_heads(buffer: Heads, heads: int) -> torch.Tensor:
+    """The inverse, int32 on the CPU."""
+    batch, tokens, dim = buffer.batch, buffer.tokens, buffer.head_dim
+    by_token, by_channel = batch * heads * tokens * pitch(dim), batch * heads * dim * pitch(tokens)
+    q, k, v = buffer.codes.cpu().int().split([by_token, by_token, by_channel])
+    q, k = (x.view(batch, heads, tokens, pitch(dim))[..., :dim] for x in (q, k))
+    ordered = torch.empty(batch, heads, dim, tokens, dtype=torch.int32)
+    ordered[..., token_order(tokens)] = v.view(batch, heads, dim, pitch(tokens))[..., :tokens]
+    return torch.stack([q, k, ordered.transpose(2, 3)]).permute(1, 3, 0, 2, 4).flatten(2)
+
+
+def to(device: torch.device, value):
+    """Operands, or a tensor, on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, OperandParams | AttentionParams | WeightParams):
+        return type(value)(*(to(device, x) for x in value))
+    return value
