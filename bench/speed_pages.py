@@ -21,8 +21,8 @@ def cpu_speed() -> list[str]:
         "imports, each in a process of its own; `of floor`: the integer products and the reading of the other weights "
         "at this machine's peaks, measured in the same run, over the median. How it works: [cpu.md](cpu.md).",
         "",
-        f"*{TWO_PRODUCTS.capitalize()}*: these models have MRQ there, from before `plus` allowed one product only. "
-        "They do more work than `plus` now asks for: the rows are on the safe side.",
+        f"Rows of `plus` that say *{TWO_PRODUCTS}* were measured before it allowed one only: those models have MRQ "
+        "there and do more work than `plus` now asks for, so the rows are on the safe side.",
         "",
     ]
     for name, targets in CPU_RUNS.items():

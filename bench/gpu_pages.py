@@ -1,0 +1,131 @@
+"""The part of the result pages that is about speed on a GPU."""
+
+from typing import Any
+
+from pages import ROOT, environment, read, table
+
+# Workload -> (preset, bits) -> the least speed-up asked for over compiled bf16.
+TARGETS = {
+    "256-b64": {("plus", "w8a8"): 2.0, ("paper", "w8a8"): 1.5, ("plus", "w6a6"): 2.0},
+    "256-b2": {("plus", "w8a8"): 1.8, ("paper", "w8a8"): 1.5, ("plus", "w6a6"): 1.8},
+    "512-b16": {("plus", "w8a8"): 2.0, ("paper", "w8a8"): 1.6, ("plus", "w6a6"): 2.0},
+}
+BASELINE = "bf16-compiled"
+TOPS_TARGET = 1150  # of the int8 products with 16384 rows
+ATTENTION_TARGET = 2.0  # over bf16 scaled_dot_product_attention, head_dim 72
+LINEARS = ("qkv", "out", "fc1", "fc2")
+MOST_OF_FP32 = {("w8a8", "triton"): 0.26, ("w4a8", "triton-packed"): 0.14}
+
+
+def gpu_speed() -> list[str]:
+    run, kernels = read("h200"), read("h200-kernels")
+    where = run["environment"]
+    return [
+        "## Speed on an H200",
+        "",
+        "Milliseconds of one denoiser call of DiT-XL/2 (random codes, plausible scales), all contenders of a workload "
+        "timed in turn within one run (`python bench/gpu.py bench/results/h200.json`); a workload such as `256-b64` "
+        "is 256 × 256 pixels and 64 samples, two an image under guidance. Compiled bf16 is torch.compile with every "
+        "kernel tuned (max-autotune), q, k and v as one layer, one embedder for all blocks, captured as a CUDA graph "
+        "as ours is. `of floor`: the integer products at torch's own int8 peak in the same run, and the reading of the "
+        "other weights, over the median. How it works: [gpu.md](gpu.md).",
+        "",
+        f"on {environment(where)}; int8 peak of torch {where['int8_peak_gops'] / 1e3:.0f} TOPS, copies "
+        f"{where['read_gb_per_s']:.0f} GB/s.",
+        "",
+        table(["workload", "model", "runs in", "ms p20", "p50", "p80", f"× {BASELINE}", "× bf16-eager", "of floor"],
+              [_row(row) for row in run["rows"]]),
+        "",
+        "torchao's int8 and fp8 were not measured in this run.",
+        "",
+        table(["aim", "target", "measured", "met"], [*_speed_aims(run), *_kernel_aims(kernels), *_weight_aims()]),
+        "",
+        "### By kernel",
+        "",
+        "`python bench/gpu_kernels.py`, every kernel of DiT-XL/2 by itself; bytes and operations are those it cannot "
+        "do without, `of roofline` their time at this run's measured peaks "
+        f"({kernels['environment']['copy_tb_per_s']:.2f} TB/s of a copy; {kernels['environment']['int8_tops']:.0f} TOPS, the fastest of our own products) over the "
+        "measured one. The adaLN layers of all blocks run once a call, the rest once or twice a block.",
+        "",
+        table(["workload", "kernel", "µs", "MB", "10⁹ operations", "TOPS", "of roofline"],
+              [_kernel_row(row) for row in kernels["rows"]]),
+        "",
+        "### Bytes of weights on the device",
+        "",
+        "`TRITON_INTERPRET=1 python bench/gpu_weights.py`, every tensor of the converted model:",
+        "",
+        table(["bits", "backend", "MB", "of fp32"],
+              [[row["bits"].upper(), row["backend"], f"{row['bytes'] / 1e6:.0f}", f"{row['of_fp32']:.3f}"]
+               for row in read("gpu-weights")["rows"]]),
+        "",
+        (ROOT / "bench" / "gpu-notes.md").read_text(encoding="utf-8").strip(),
+        "",
+    ]  # fmt: skip
+
+
+def _row(row: dict[str, Any]) -> list[str]:
+    over = row.get("speedup_over_each") or {}
+    model = f"{row['bits'].upper()} {row['preset']}" if row["integer"] else "float"
+    return [
+        row["workload"], model, row["backend"], *(f"{row[f'p{p}_ms']:.2f}" for p in (20, 50, 80)),
+        *(f"{over[name]:.2f}" if name in over else "–" for name in (BASELINE, "bf16-eager")),
+        f"{row['floor_fraction']:.2f}" if row["floor_fraction"] else "–",
+    ]  # fmt: skip
+
+
+def _speed_aims(run: dict[str, Any]) -> list[list[str]]:
+    aims = []
+    for row in run["rows"]:
+        target = TARGETS[row["workload"]].get((row["preset"], row["bits"]))
+        if target:
+            found = row["speedup_over_each"][BASELINE]
+            name = f"{row['workload']}, {row['preset']} {row['bits'].upper()} over {BASELINE}"
+            aims.append([name, f"≥ {target}×", f"{found:.2f}×", "yes" if found >= target else "no"])
+    return aims
+
+
+def _kernel_aims(kernels: dict[str, Any]) -> list[list[str]]:
+    rows = {(row["workload"], row["name"]): row for row in kernels["rows"]}
+    aims = []
+    for name in LINEARS:
+        found = rows["256-b64", name]["tera_per_s"]
+        met = "yes" if found >= TOPS_TARGET else "no"
+        aims.append([f"int8 product {name} with its epilogue", f"≥ {TOPS_TARGET} TOPS", f"{found:.0f} TOPS", met])
+    for workload in ("256-b64", "512-b16"):
+        found = kernels["sdpa_bf16_us"][workload] / rows[workload, "attention, uniform"]["us"]
+        met = "yes" if found >= ATTENTION_TARGET else "no"
+        aims.append([f"attention {workload} over bf16 SDPA", f"≥ {ATTENTION_TARGET}×", f"{found:.2f}×", met])
+    return aims
+
+
+def _weight_aims() -> list[list[str]]:
+    found = {(row["bits"], row["backend"]): row["of_fp32"] for row in read("gpu-weights")["rows"]}
+    return [
+        [f"weights on the device, {bits.upper()} in {backend}", f"≤ {most} of fp32", f"{found[bits, backend]:.3f}",
+         "yes" if found[bits, backend] <= most else "no"]
+        for (bits, backend), most in MOST_OF_FP32.items()
+    ]  # fmt: skip
+
+
+def _kernel_row(row: dict[str, Any]) -> list[str]:
+    operations = row["operations"]
+    return [
+        row["workload"], row["name"], f"{row['us']:.1f}", f"{row['bytes'] / 1e6:.0f}",
+        f"{operations / 1e9:.0f}" if operations else "–", f"{row['tera_per_s']:.0f}" if row["tera_per_s"] else "–",
+        f"{row['fraction']:.2f}",
+    ]  # fmt: skip
+
+
+def readme_gpu_speed() -> str:
+    """What the README says about speed on a GPU."""
+    run = read("h200")
+    rows = [
+        [row["workload"], f"{row['bits'].upper()} {row['preset']}", f"{row['p50_ms']:.1f}",
+         f"{row['speedup_over_each'][BASELINE]:.2f}×", f"{row['speedup_over_each']['bf16-eager']:.2f}×"]
+        for row in run["rows"] if row["integer"] and (row["preset"], row["bits"]) != ("plus", "w4a8")
+    ]  # fmt: skip
+    return (
+        "DiT-XL/2 on one H200, ms of a denoiser call (workload: pixels and samples), over bf16 compiled with "
+        "max-autotune and CUDA graphs, and over eager bf16:\n\n"
+        + table(["workload", "model", "ms", "× bf16 compiled", "× bf16 eager"], rows)
+    )

@@ -1,0 +1,143 @@
+"""A whole converted model on the GPU backend: close to the reference, compiled without a break, replayed as it runs."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tqdit.convert import convert
+from tqdit.errors import InputError
+from tqdit.evaluation.metrics import sqnr_db
+
+pytest.importorskip("triton")
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
+BOUND_DB = 45.0  # single codes that fall on the other side of a rounding boundary
+
+
+def run(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(**inputs).sample
+
+
+def some(inputs: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+    return {name: x[:count].to(DEVICE) for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton-packed"])
+@pytest.mark.parametrize(("preset", "bits"), [("paper", "w8a8"), ("plus", "w6a6"), ("plus", "w4a8")])
+def test_model_is_within_the_bound_of_the_reference(solved, model_inputs, backend: str, preset: str, bits: str) -> None:
+    inputs = some(model_inputs, 5)
+    expected = run(convert(solved(preset, bits), "reference", DEVICE), inputs)
+    assert sqnr_db(expected.cpu(), run(convert(solved(preset, bits), backend, DEVICE), inputs).cpu()) > BOUND_DB
+
+
+def test_compiles_whole_and_for_every_timestep(solved, model_inputs) -> None:
+    inputs = some(model_inputs, 3)
+    later = inputs | {"timestep": 999 - inputs["timestep"]}
+    model = convert(solved("plus"), "triton", DEVICE)
+    expected = [run(model, inputs), run(model, later)]
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.inference_mode():
+        found = compiled(**inputs, return_dict=False)[0]
+        assert torch.equal(found, expected[0])
+        with torch.compiler.set_stance("fail_on_recompile"):
+            other = compiled(**later, return_dict=False)[0]
+    assert torch.equal(other, expected[1])
+
+
+def test_operators_have_true_fake_implementations(solved, model_inputs) -> None:
+    """Shapes, dtypes and aliasing of every operator, as torch checks them."""
+    from tqdit.backends.triton import operators
+
+    calls: dict[str, tuple[Any, ...]] = {}
+    names = ("norm_quantize", "linear_heads", "attention", "linear_residual", "linear_gelu", "float_input_linear")
+    originals = {name: getattr(operators, name) for name in names}
+    model = convert(solved("plus"), "triton", DEVICE)
+    model.runtime.graphs = False
+    try:
+        for name, op in originals.items():
+
+            def kept(*args: Any, name: str = name, op: Any = op) -> torch.Tensor:
+                calls.setdefault(name, args)
+                return op(*args)
+
+            setattr(operators, name, kept)
+        with torch.no_grad():
+            model(**some(model_inputs, 2))
+    finally:
+        for name, op in originals.items():
+            setattr(operators, name, op)
+    assert set(calls) == set(names)
+    for name, args in calls.items():
+        torch.library.opcheck(originals[name], args, test_utils=("test_schema", "test_faketensor"))
+
+
+class TestGraphs:
+    pytestmark = gpu
+
+    @pytest.fixture
+    def model(self, solved) -> nn.Module:
+        return convert(solved("plus"), "triton", "cuda")
+
+    def test_a_replay_is_the_call(self, model, model_inputs) -> None:
+        inputs = some(model_inputs, 4)
+        other = inputs | {"timestep": 999 - inputs["timestep"], "hidden_states": inputs["hidden_states"] * 0.5}
+        model.runtime.graphs = False
+        expected = [run(model, inputs), run(model, other)]
+        model.runtime.graphs = True
+        for _ in range(2):
+            assert torch.equal(run(model, inputs), expected[0])
+            assert torch.equal(run(model, other), expected[1])
+        assert len(model.runtime._captured) == 1
+
+    def test_outputs_are_the_callers(self, model, model_inputs) -> None:
+        inputs = some(model_inputs, 2)
+        first = run(model, inputs)
+        before = first.clone()
+        run(model, inputs | {"timestep": 999 - inputs["timestep"]})
+        assert torch.equal(first, before)
+
+    def test_batches_of_every_size_and_a_scalar_timestep(self, model, model_inputs) -> None:
+        inputs = some(model_inputs, 5)
+        inputs["timestep"] = torch.full_like(inputs["timestep"], 431)
+        whole = run(model, inputs)
+        for count in (1, 3, 5):
+            part = {name: x[:count] for name, x in inputs.items()}
+            assert sqnr_db(whole[:count], run(model, part)) > BOUND_DB
+            for timestep in (torch.tensor(431, device="cuda"), torch.tensor(431)):
+                assert torch.equal(run(model, part | {"timestep": timestep}), run(model, part))
+
+    def test_nothing_waits_for_the_host(self, model, model_inputs) -> None:
+        inputs = some(model_inputs, 2)
+        run(model, inputs)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run(model, inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_a_copy_and_a_moved_model_have_graphs_of_their_own(self, model, model_inputs) -> None:
+        inputs = some(model_inputs, 2)
+        expected = run(model, inputs)
+        twin = copy.deepcopy(model)
+        assert not twin.runtime._captured
+        del model
+        assert torch.equal(run(twin, inputs), expected)
+        twin.cpu()
+        assert not twin.runtime._captured
+        assert torch.equal(run(twin.cuda(), inputs), expected)
+
+    def test_wrong_inputs_are_named(self, model, model_inputs) -> None:
+        inputs = some(model_inputs, 2)
+        with pytest.raises(InputError, match="class_labels have shape"):
+            run(model, inputs | {"class_labels": inputs["class_labels"][:1]})
+        with pytest.raises(InputError, match="timestep has 3 entries"):
+            run(model, inputs | {"timestep": torch.tensor([1, 2, 3], device="cuda")})
+        with pytest.raises(InputError, match="class-conditional"):
+            model(inputs["hidden_states"], timestep=inputs["timestep"])
