@@ -44,7 +44,8 @@ def gpu_speed() -> list[str]:
         "",
         "`python bench/gpu_kernels.py`, every kernel of DiT-XL/2 by itself; bytes and operations are those it cannot "
         "do without, `of roofline` their time at this run's measured peaks "
-        f"({kernels['environment']['copy_tb_per_s']:.2f} TB/s of a copy; {kernels['environment']['int8_tops']:.0f} TOPS, the fastest of our own products) over the "
+        f"({kernels['environment']['copy_tb_per_s']:.2f} TB/s of a copy; "
+        f"{kernels['environment']['int8_tops']:.0f} TOPS, the fastest of our own products) over the "
         "measured one. The adaLN layers of all blocks run once a call, the rest once or twice a block.",
         "",
         table(["workload", "kernel", "µs", "MB", "10⁹ operations", "TOPS", "of roofline"],

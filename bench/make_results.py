@@ -36,9 +36,10 @@ def pages() -> dict[Path, str]:
     readme = ROOT / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(START)
     after = rest.partition(END)[2]
+    parts = [_readme_table(ablation, cost), readme_speed(), readme_gpu_speed()]
     return {
         ROOT / "docs" / "results.md": _results(training, ablation, cost),
-        readme: f"{before}{START}\n{_readme_table(ablation, cost)}\n\n{readme_speed()}\n\n{readme_gpu_speed()}\n{END}{after}",
+        readme: "".join([before, START, "\n", "\n\n".join(parts), "\n", END, after]),
     }
 
 
