@@ -1,6 +1,9 @@
 """A whole converted model on the GPU backend: close to the reference, compiled without a break, replayed as it runs."""
 
 import copy
+import gc
+import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -78,6 +81,52 @@ def test_operators_have_true_fake_implementations(solved, model_inputs) -> None:
         torch.library.opcheck(originals[name], args, test_utils=("test_schema", "test_faketensor"))
 
 
+def test_one_sample_alone_is_that_sample(solved, model_inputs) -> None:
+    """Its patches are a view with other strides than a batch's."""
+    model, inputs = convert(solved("plus"), "triton", DEVICE), some(model_inputs, 2)
+    together = run(model, inputs)
+    for i in range(2):
+        alone = run(model, {name: x[i : i + 1] for name, x in inputs.items()})
+        assert sqnr_db(together[i : i + 1].cpu(), alone.cpu()) > BOUND_DB
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_wrong_inputs_are_named(solved, model_inputs, backend: str) -> None:
+    device = DEVICE if backend == "triton" else "cpu"
+    inputs = {name: x[:2].to(device) for name, x in model_inputs.items()}
+    model = convert(solved("plus"), backend, device)
+    for changed, message in [
+        ({"class_labels": inputs["class_labels"][:1]}, r"class_labels have shape \(1,\), the batch needs \(2,\)"),
+        ({"class_labels": None}, "needs `class_labels`"),
+        ({"class_labels": [1, 2]}, "needs `class_labels`, a tensor"),
+        ({"timestep": torch.tensor([1, 2, 3], device=device)}, "timestep has 3 entries for a batch of 2"),
+        ({"timestep": None}, "needs `timestep`"),
+        ({"timestep": 1000}, "timestep 1000 is outside"),
+        ({name: x[:0] for name, x in inputs.items()}, "batch of 0 samples"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            run(model, inputs | changed)
+    with pytest.raises(TypeError, match="colour"):
+        model(**inputs, colour=3)
+
+
+def test_a_deleted_model_is_gone_at_once(solved) -> None:
+    model = convert(solved("plus"))
+    alive = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_a_model_can_be_pickled(solved, model_inputs) -> None:
+    model = convert(solved("plus"), "reference")
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(run(twin, model_inputs), run(model, model_inputs))
+
+
 class TestGraphs:
     pytestmark = gpu
 
@@ -132,12 +181,3 @@ class TestGraphs:
         twin.cpu()
         assert not twin.runtime._captured
         assert torch.equal(run(twin.cuda(), inputs), expected)
-
-    def test_wrong_inputs_are_named(self, model, model_inputs) -> None:
-        inputs = some(model_inputs, 2)
-        with pytest.raises(InputError, match="class_labels have shape"):
-            run(model, inputs | {"class_labels": inputs["class_labels"][:1]})
-        with pytest.raises(InputError, match="timestep has 3 entries"):
-            run(model, inputs | {"timestep": torch.tensor([1, 2, 3], device="cuda")})
-        with pytest.raises(InputError, match="class-conditional"):
-            model(inputs["hidden_states"], timestep=inputs["timestep"])

@@ -56,7 +56,9 @@ def quantize(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("-o", "--out", help="artifact folder to write")],
     bits: Annotated[str, typer.Option(help="w<2-8>a<4-8>, such as w8a8, w6a6, w4a8")] = "w8a8",
-    preset: Annotated[str, typer.Option(help="paper: as published; plus: better at little or no run-time cost")] = "paper",
+    preset: Annotated[
+        str, typer.Option(help="paper: as published; plus: better at little or no run-time cost")
+    ] = "paper",
     recipe: Annotated[
         Path | None, typer.Option(help="a recipe file (TOML); then no other option of the method")
     ] = None,

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from tqdit.evaluation.cuda_graphs import WARM_UP, CudaGraphed
+from tqdit.capture import WARM_UP
+from tqdit.evaluation.cuda_graphs import CudaGraphed
 
 
 class Denoiser(nn.Module):

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tqdit.errors import InputError
 from tqdit.layers.block import Conditioning, IntBlock
 from tqdit.layers.linear import IntLinear
 from tqdit.ops.dispatch import get_backend
@@ -70,7 +69,7 @@ def build(parts: SimpleNamespace, backend: str) -> IntBlock:
 def enter(parts: SimpleNamespace, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> None:
     """What the model's forward does before its blocks run."""
     parts.clock.set(t, len(x))
-    parts.conditioning.pre_hook(parts.norm1, (x,), {"timestep": t, "class_labels": labels})
+    parts.conditioning.set(t, labels)
 
 
 def fake(x: torch.Tensor, site) -> torch.Tensor:
@@ -168,12 +167,6 @@ def test_the_next_call_forgets_the_last(parts) -> None:
     first = parts.conditioning.modulation(0, 0)[0]
     enter(parts, x, torch.tensor([6]), torch.tensor([1, 2]))
     assert not torch.equal(first, parts.conditioning.modulation(0, 0)[0])
-
-
-@pytest.mark.parametrize(("labels", "message"), [(None, "class_labels"), (torch.tensor([1]), r"\(1,\).*\(2,\)")])
-def test_wrong_labels_are_an_error(parts, labels: torch.Tensor | None, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        enter(parts, torch.randn(2, TOKENS, WIDTH), torch.tensor([5]), labels)
 
 
 @pytest.mark.parametrize("argument", ["encoder_hidden_states", "attention_mask"])

@@ -7,8 +7,6 @@ from tqdit.errors import InputError
 from tqdit.layers.clock import TimestepClock
 from tqdit.timegroups import TimeGroups
 
-X = torch.zeros(3, 1, 8, 8)
-
 
 @pytest.mark.parametrize(
     ("timestep", "group"),
@@ -35,24 +33,6 @@ def test_timestep_outside_is_an_error(clock: TimestepClock, timestep) -> None:
 def test_timesteps_must_fit_the_batch(clock: TimestepClock) -> None:
     with pytest.raises(InputError, match="2 entries for a batch of 3"):
         clock.set(torch.tensor([1, 2]), 3)
-
-
-@pytest.mark.parametrize(
-    ("args", "kwargs"),
-    [
-        ((X, torch.tensor([999])), {}),
-        ((X,), {"timestep": torch.tensor([999])}),
-        ((), {"hidden_states": X, "timestep": torch.tensor([999])}),
-    ],
-)
-def test_hook_finds_positional_and_keyword_timesteps(clock: TimestepClock, args, kwargs) -> None:
-    clock.pre_hook(clock, args, kwargs)
-    assert clock.group.tolist() == [3]
-
-
-def test_hook_without_a_timestep_is_an_error(clock: TimestepClock) -> None:
-    with pytest.raises(InputError, match="timestep"):
-        clock.pre_hook(clock, (X,), {})
 
 
 def test_clocks_are_independent() -> None:

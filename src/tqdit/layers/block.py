@@ -6,7 +6,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tqdit.errors import InputError
 from tqdit.layers.clock import thread
 from tqdit.layers.linear import IntLinear
 from tqdit.layers.params import ActivationParams
@@ -44,16 +43,9 @@ class Conditioning(nn.Module):
         self.linears.append(linear)
         return len(self.linears) - 1
 
-    def pre_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the forward of a transformer called as (hidden_states, timestep, class_labels, ...)."""
-        given = dict(zip(("hidden_states", "timestep", "class_labels"), args, strict=False)) | kwargs
-        labels = given.get("class_labels")
-        if labels is None:
-            raise InputError("a class-conditional model needs `class_labels`")
-        batch = given["hidden_states"].shape[0]
-        if labels.shape != (batch,):
-            raise InputError(f"class_labels have shape {tuple(labels.shape)}, the batch needs ({batch},)")
-        timestep = torch.as_tensor(given["timestep"], device=labels.device).reshape(-1).expand(batch)
+    def set(self, timestep: torch.Tensor, labels: torch.Tensor) -> None:
+        """Begin a denoiser call. timestep: (1,) or (B,), any number type; labels: (B,), on the same device."""
+        timestep = timestep.expand(len(labels))
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             pairs = torch.stack([timestep.double(), labels.double()])
             distinct, rows = torch.unique(pairs, dim=1, return_inverse=True)
@@ -63,8 +55,9 @@ class Conditioning(nn.Module):
         self._now[thread()] = self._now[0] = call
 
     def forget(self) -> None:
-        """Drop what is set; the next call sets it again."""
-        self._now.clear()
+        """Drop what this thread has set; its next call sets it again."""
+        self._now.pop(thread(), None)
+        self._now.pop(0, None)
 
     def embedding(self, group: int) -> torch.Tensor:
         """Embedding of timestep and class, (B, C) fp32."""

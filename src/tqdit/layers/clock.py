@@ -1,7 +1,6 @@
 """`TimestepClock`: tells the quantized layers of one model which time group each sample of the batch is in."""
 
 import threading
-from typing import Any
 
 import torch
 from torch import nn
@@ -54,13 +53,6 @@ class TimestepClock(nn.Module):
         self._now[thread()] = self._now[0] = group, shared
 
     def forget(self) -> None:
-        """Drop what is set; the next call sets it again."""
-        self._now.clear()
-
-    def pre_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the forward of a transformer called as (hidden_states, timestep, ...)."""
-        hidden = args[0] if args else kwargs["hidden_states"]
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1] if len(args) > 1 else None
-        if timestep is None:
-            raise InputError("a time-grouped model needs `timestep`")
-        self.set(timestep, hidden.shape[0])
+        """Drop what this thread has set; its next call sets it again."""
+        self._now.pop(thread(), None)
+        self._now.pop(0, None)

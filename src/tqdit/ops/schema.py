@@ -83,10 +83,10 @@ class Backend(Protocol):
     ) -> torch.Tensor:
         """Codes (B, N, C) of LayerNorm(x) (1 + scale) + shift."""
 
-    def qkv(self, codes: torch.Tensor, source: OperandParams, layer: Any, params: AttentionParams) -> torch.Tensor:
-        """Codes (B, N, 3 C) of q, k and v, each with heads of one scale."""
+    def qkv(self, codes: torch.Tensor, source: OperandParams, layer: Any, params: AttentionParams) -> Any:
+        """Codes (B, N, 3 C) of q, k and v, each with heads of one scale, as `attention` takes them."""
 
-    def attention(self, qkv: torch.Tensor, params: AttentionParams, target: OperandParams) -> torch.Tensor:
+    def attention(self, qkv: Any, params: AttentionParams, target: OperandParams) -> torch.Tensor:
         """Codes (B, N, C) of softmax(Q K^T / sqrt(head_dim)) V, the probabilities quantized on the way."""
 
     def linear_gelu(

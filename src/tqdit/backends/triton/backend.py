@@ -83,7 +83,7 @@ class TritonBackend:
         return operators.linear_residual(codes, *_weight(layer), *_flat(source), gate, x.float().contiguous())
 
     def float_input_linear(self, x: torch.Tensor, layer: TritonLinear) -> torch.Tensor:
-        rows = x.float().reshape(-1, x.shape[-1])
+        rows = x.float().reshape(-1, x.shape[-1]).contiguous()
         return operators.float_input_linear(rows, *_weight(layer)).view(*x.shape[:-1], layer.shape[0])
 
 

@@ -12,6 +12,7 @@ from tqdit.backends.triton.kernels.float_input import few_rows_kernel, float_inp
 from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS, PLAIN, RESIDUAL, linear_kernel
 from tqdit.backends.triton.kernels.norm import norm_quantize_kernel
 from tqdit.backends.triton.layer import ALIGN
+from tqdit.errors import InputError
 
 NATIVE = not triton.knobs.runtime.interpret
 
@@ -169,7 +170,10 @@ def heads(
     width = len(weight.codes) // 3
     layout = head_dim, pitch(head_dim), pitch(tokens)
     size = heads_size(batch, tokens, width // head_dim, head_dim)
-    assert size < 2**31, "more codes of q, k and v than 32-bit offsets reach"
+    if size >= 2**31:
+        raise InputError(
+            f"a batch of {batch} samples of {tokens} tokens is too large: q, k and v exceed 2 GiB of codes"
+        )
     out = torch.empty(size, dtype=torch.int8, device=codes.device)
     return linear(codes, source, weight, config, HEADS.value, out, 0, targets=targets, layout=layout)
 
@@ -201,7 +205,7 @@ def attention(
     groups = groups_of(*operands)
     one_pass = tokens <= bk
     blocks = min(config.blocks, triton.cdiv(tokens, bm)) if one_pass else 1
-    attention_kernel[(triton.cdiv(tokens, bm * blocks), batch * count)](
+    attention_kernel[(triton.cdiv(tokens, bm * blocks) * batch * count,)](
         by_token(q, bm, first), by_token(q, bm, d_rest), by_token(k, bk, first), by_token(k, bk, d_rest),
         by_channel(first), by_channel(v_rest), out, out if trace is None else trace, groups.tensor,
         query.table, key.table, value.table, softmax.table, target.table, tokens, count, out.stride(1), head_dim**-0.5,
@@ -217,6 +221,7 @@ def attention(
 def float_input(x: torch.Tensor, weight: Weight, config: Config) -> torch.Tensor:
     """x (M, K) fp32 -> (M, N)."""
     m, n = len(x), len(weight.codes)
+    assert x.stride(1) == 1
     out = torch.empty(m, n, device=x.device)
     high = weight.codes if weight.high is None else weight.high
     if m <= FEW_ROWS:

@@ -4,7 +4,10 @@ Operands travel flat: their tables, the time groups they share, and two integers
 tensors and two integers (depth, bits).
 """
 
+import contextlib
 import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +15,23 @@ from torch.library import custom_op
 
 from tqdit.backends.triton import launch, tuning
 from tqdit.backends.triton.launch import Config, Operand, Weight, pitch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_device_of(function: Callable[P, R]) -> Callable[P, R]:
+    """The first argument's GPU is the current one while the operator runs: Triton launches there."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0]
+        assert isinstance(first, Tensor)
+        with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+            return function(*args, **kwargs)
+
+    return run
+
 
 Flat = tuple[list[Tensor], Tensor | None, list[int]]
 
@@ -42,6 +62,7 @@ def _linear_config(epilogue: str, codes: Tensor, layer: Weight, source: Operand,
 
 
 @custom_op("tqdit::norm_quantize", mutates_args=())
+@on_device_of
 def norm_quantize(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float, tables: list[Tensor], group: Tensor | None, kinds: list[int]
 ) -> Tensor:
@@ -54,6 +75,7 @@ def _(x, shift, scale, eps, tables, group, kinds):  # type: ignore[no-untyped-de
 
 
 @custom_op("tqdit::linear_heads", mutates_args=())
+@on_device_of
 def linear_heads(
     codes: Tensor, weight: list[Tensor], weight_kind: list[int],
     tables: list[Tensor], group: Tensor | None, kinds: list[int], head_dim: int,
@@ -75,6 +97,7 @@ def _(codes, weight, weight_kind, tables, group, kinds, head_dim):  # type: igno
 
 
 @custom_op("tqdit::attention", mutates_args=())
+@on_device_of
 def attention(
     qkv: Tensor, batch: int, tokens: int, heads: int, head_dim: int,
     tables: list[Tensor], group: Tensor | None, kinds: list[int],
@@ -95,6 +118,7 @@ def _(qkv, batch, tokens, heads, head_dim, tables, group, kinds):  # type: ignor
 
 
 @custom_op("tqdit::linear_residual", mutates_args=())
+@on_device_of
 def linear_residual(
     codes: Tensor, weight: list[Tensor], weight_kind: list[int],
     tables: list[Tensor], group: Tensor | None, kinds: list[int], gate: Tensor, x: Tensor,
@@ -114,6 +138,7 @@ def _(codes, weight, weight_kind, tables, group, kinds, gate, x):  # type: ignor
 
 
 @custom_op("tqdit::linear_gelu", mutates_args=())
+@on_device_of
 def linear_gelu(
     codes: Tensor, weight: list[Tensor], weight_kind: list[int],
     tables: list[Tensor], group: Tensor | None, kinds: list[int],
@@ -133,6 +158,7 @@ def _(codes, weight, weight_kind, tables, group, kinds):  # type: ignore[no-unty
 
 
 @custom_op("tqdit::float_input_linear", mutates_args=())
+@on_device_of
 def float_input_linear(x: Tensor, weight: list[Tensor], weight_kind: list[int]) -> Tensor:
     layer = _weight(weight, weight_kind)
 

@@ -4,9 +4,11 @@ A configuration changes speed alone, never a result. On a GPU without committed 
 shape times the candidates (seconds), and remembers the best in the user's cache folder (TQDIT_CACHE).
 """
 
+import contextlib
 import functools
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,8 +16,10 @@ from statistics import median
 
 import torch
 import triton
+from triton.errors import TritonError
 
 from tqdit.backends.triton.launch import FEW_ROWS, NATIVE, Config
+from tqdit.capture import recording
 from tqdit.files import write_text
 
 TUNED = Path(__file__).with_name("tuned")
@@ -31,7 +35,7 @@ def choose(key: str, device: torch.device, candidates: Callable[[], list[Config]
     While a CUDA graph is captured nothing can be timed: the first candidate is used and not remembered.
     """
     if not NATIVE:
-        return INTERPRETED[key.partition(" ")[0]]
+        return INTERPRETED[key.partition(" ")[0].strip(",")]
     gpu = torch.cuda.get_device_name(device)
     table = _table(gpu)
     if key not in table:
@@ -52,7 +56,9 @@ def attention_key(sequences: int, tokens: int, head_dim: int, mode: int) -> str:
 
 
 def float_key(rows: int, columns: int, depth: int, bits: int) -> str:
-    return f"float {bucket(rows)}x{columns}x{depth}, {bits} bits"
+    """Few rows have a kernel of their own."""
+    which = "float, few rows," if rows <= FEW_ROWS else "float"
+    return f"{which} {bucket(rows)}x{columns}x{depth}, {bits} bits"
 
 
 def fastest(candidates: Sequence[Config], run: Run) -> list[tuple[Config, float]]:
@@ -62,10 +68,12 @@ def fastest(candidates: Sequence[Config], run: Run) -> list[tuple[Config, float]
     for config in candidates:
         try:
             times[config] = milliseconds(functools.partial(run, config))
-        except (triton.CompilationError, triton.OutOfResources, RuntimeError) as error:
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise  # says nothing of the configuration
+        except (TritonError, RuntimeError) as error:
             reason = error  # too much shared memory for this GPU, say
     if not times:
-        raise RuntimeError(f"no configuration of the kernel runs here: {reason}")
+        raise RuntimeError(f"no configuration of the kernel runs here: {reason}") from reason
     return sorted(times.items(), key=lambda item: item[1])
 
 
@@ -73,20 +81,16 @@ def milliseconds(call: Callable[[], object]) -> float:
     """Of one call, the median of a few rounds of a CUDA graph of many: launching from Python would hide a small one."""
     call()
     torch.cuda.synchronize()
-    graph, start, end = torch.cuda.CUDAGraph(), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with torch.cuda.graph(graph):
-        call()
-    graph.replay()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    graph.replay()
+    call()
     end.record()
     torch.cuda.synchronize()
-    count = max(1, int(ROUND_MS / max(start.elapsed_time(end), 1e-3)))
-    count = min(count, 200)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    count = min(max(1, int(ROUND_MS / max(start.elapsed_time(end), 1e-3))), 200)
+    with recording() as graph:
         for _ in range(count):
             call()
+    graph.replay()
     found = []
     for _ in range(ROUNDS):
         start.record()
@@ -155,32 +159,46 @@ def float_candidates(rows: int) -> list[Config]:
 @functools.cache
 def _table(gpu: str) -> dict[str, Config]:
     """Configurations of a GPU by kernel and shape: the committed ones, and those found here."""
-    found: dict[str, Config] = {}
-    for path in (_cache_file(gpu), tuned_file(TUNED, gpu)):
-        try:
-            entries = json.loads(path.read_text(encoding="utf-8"))
-            found |= {key: Config(*numbers) for key, numbers in entries["configurations"].items()}
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            warnings.warn(f"{path} is damaged and ignored: {error}", stacklevel=2)
-    return found
+    return _read(_cache_file(gpu)) | _read(tuned_file(TUNED, gpu))
+
+
+def _read(path: Path) -> dict[str, Config]:
+    """The configurations in a file; one that is damaged is ignored, with a warning, and written anew in time."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["configurations"]
+        return {str(key): _config(numbers) for key, numbers in entries.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(f"{path} is damaged and ignored: {error}", stacklevel=2)
+        return {}
+
+
+def _config(numbers: object) -> Config:
+    if not isinstance(numbers, list) or len(numbers) != len(Config._fields):
+        raise ValueError(f"not a configuration: {numbers}")
+    limit = Config._fields.index("registers")
+    if any(type(n) is not int and not (i == limit and n is None) for i, n in enumerate(numbers)):
+        raise ValueError(f"not a configuration: {numbers}")
+    return Config(*numbers)
 
 
 def _keep(gpu: str, key: str, config: Config) -> None:
     """Add one to the user's file; a folder that cannot be written to costs the next process the time again."""
     path = _cache_file(gpu)
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"configurations": {}}
-        kept["configurations"][key] = list(config)
-        write_text(path, json.dumps(kept, indent=1) + "\n")
-    except (OSError, ValueError, KeyError, TypeError):
-        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kept = {name: list(found) for name, found in _read(path).items()} | {key: list(config)}
+    with contextlib.suppress(OSError):
+        write_text(path, json.dumps({"configurations": kept}, indent=1) + "\n")
 
 
 def _cache_file(gpu: str) -> Path:
     folder = os.environ.get("TQDIT_CACHE")
-    base = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "tqdit"
+    try:
+        base = Path(folder or Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "tqdit")
+    except RuntimeError:  # a user without a home
+        base = Path(tempfile.gettempdir()) / "tqdit"
     return base / f"triton-{triton.__version__}-{_slug(gpu)}.json"
 
 

@@ -190,7 +190,8 @@ def attention_kernel(
 
     head_dim is D_FIRST and D_REST (of v: V_REST) columns, powers of two: 72 is not padded to 128.
     """
-    head_row = tl.program_id(1)
+    programs = tl.cdiv(N, BM * BLOCKS)  # of a head; neighbours share its keys
+    head_row, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     sample, head = head_row // HEADS, head_row % HEADS
     time_group = tl.load(group + sample * GROUP_STRIDE).to(tl.int32)
     query += time_group * QUERY_STRIDE + head * ROW
@@ -221,7 +222,7 @@ def attention_kernel(
             if V_REST:
                 rest_sum = tl.sum(values_rest.to(tl.int32), 1)
         for block in range(BLOCKS):
-            first_row = (tl.program_id(0) * BLOCKS + block) * BM
+            first_row = (program * BLOCKS + block) * BM
             queries = q.load([first_token + first_row, 0])
             queries_rest = queries
             if D_REST:
@@ -252,7 +253,7 @@ def attention_kernel(
             _store(out, first_row, sample, head, N, out_stride, sums, fine, value_sum, sum_one, sum_two, value,
                    softmax, target, D, 0, D_FIRST, MODE, TARGET_BITS, ALIGNED, NATIVE, BM)  # fmt: skip
     else:
-        first_row = tl.program_id(0) * BM
+        first_row = program * BM
         queries = q.load([first_token + first_row, 0])
         queries_rest = queries
         if D_REST:

@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def _codes(low, high, depth, inside, BITS: tl.constexpr):
-    """Codes at `depth` of rows that start at the pointers `low` and `high`, packed as `packing` says."""
+    """Codes at `depth` of rows that start at the pointers `low` and `high`, packed as `TritonLinear` says."""
     block, place = depth // 128, depth % 128
     quarter = place // 32
     if BITS == 8:

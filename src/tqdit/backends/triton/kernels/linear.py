@@ -83,7 +83,7 @@ def _sums(
 
 @triton.jit
 def permuted_rows(codes, BM: tl.constexpr, BN: tl.constexpr):
-    """Tokens in the order in which the attention kernel has probabilities in its registers (`attention.permuted`)."""
+    """Tokens in the order in which the attention kernel has probabilities in its registers (`attention._permuted`)."""
     return codes.reshape(BM // 16, 2, 4, 2, BN).permute(0, 2, 1, 3, 4).reshape(BM, BN)
 
 

@@ -39,7 +39,7 @@ def divide(x, by, inverse, NATIVE: tl.constexpr):
     """x / by, rounded as IEEE division. `inverse`: 1 / by, rounded; `by` normal.
 
     One Newton step on the product with the inverse gives the rounded quotient (Markstein), given a fused
-    multiply-add. Where the quotient overflows it keeps its sign.
+    multiply-add and a quotient that does not overflow.
     """
     if NATIVE:
         quotient = x * inverse

@@ -1,0 +1,50 @@
+"""CUDA graphs: a call recorded once, then replayed with other inputs by one launch."""
+
+import gc
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+WARM_UP = 3  # calls before a capture: the first compiles, the others find every workspace and kernel in place
+LOCK = threading.RLock()  # one capture at a time in a process: another's allocations would end up in it
+
+
+@contextmanager
+def recording(stream: torch.cuda.Stream | None = None) -> Iterator[torch.cuda.CUDAGraph]:
+    """What is launched inside becomes a graph; on an error the current stream is what it was.
+
+    thread_local: an allocation of another thread, of a progress bar or a compiler, does not break the capture.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with LOCK, torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails leaves its own stream behind
+        gc.collect()  # nothing may be freed while a capture is under way
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            yield graph
+
+
+class Captured:
+    """A call of tensors that gives a tensor, as one graph with static inputs and output of its own."""
+
+    def __init__(self, call: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], device: torch.device) -> None:
+        """`inputs` may be on the host; they are copied to `device`."""
+        with LOCK, torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
+            # Inference tensors could not be written to later.
+            self._inputs = tuple(x.to(device, copy=True) for x in inputs)
+            call(*self._inputs)  # compiles and tunes, on the stream of every other call
+            current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):  # cuBLAS keeps a workspace per stream: not in the graph's memory
+                for _ in range(WARM_UP - 1):
+                    call(*self._inputs)
+            with recording(stream) as self._graph:
+                self._output = call(*self._inputs)
+            current.wait_stream(stream)
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """The output for other inputs of the same shapes; the caller's to keep."""
+        for static, given in zip(self._inputs, inputs, strict=True):
+            static.copy_(given)
+        self._graph.replay()
+        return self._output.clone()  # the next replay writes over it

@@ -1,0 +1,101 @@
+"""Choosing a configuration: keys, candidates, and the files they are kept in."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from tqdit.backends.triton import tuning
+from tqdit.backends.triton.launch import FEW_ROWS, Config
+
+GPU = "Some GPU 9000"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TQDIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "NATIVE", True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    tuning._table.cache_clear()
+    yield tuning._cache_file(GPU)
+    tuning._table.cache_clear()
+
+
+def pick(monkeypatch: pytest.MonkeyPatch, key: str, milliseconds: dict[Config, float]) -> Config:
+    """`choose` where every candidate takes the time it is given."""
+
+    def timed(call) -> float:
+        call()
+        return milliseconds[call.args[0]]
+
+    monkeypatch.setattr(tuning, "milliseconds", timed)
+    return tuning.choose(key, torch.device("cuda"), lambda: list(milliseconds), lambda config: None)
+
+
+SLOW, FAST = Config(32, 32, 64), Config(64, 64, 128, registers=168)
+
+
+def test_the_fastest_is_chosen_and_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pick(monkeypatch, "linear a", {SLOW: 2.0, FAST: 1.0}) == FAST
+    tuning._table.cache_clear()
+    assert pick(monkeypatch, "linear a", {SLOW: 1.0, FAST: 2.0}) == FAST
+    assert pick(monkeypatch, "linear b", {SLOW: 1.0, FAST: 2.0}) == SLOW
+    assert set(tuning._read(cache)) == {"linear a", "linear b"}
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "null", '{"configurations": []}', '{"configurations": {"a": "xyz"}}',
+             '{"configurations": {"a": [1, 2]}}', '{"configurations": {"a": [64, 64, 64, "8", 4, 3, 0, null, 1]}}'],
+)  # fmt: skip
+def test_a_damaged_file_is_ignored_with_a_warning_and_written_anew(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    cache.write_text(text)
+    with pytest.warns(UserWarning, match="damaged"):
+        assert pick(monkeypatch, "linear a", {SLOW: 2.0, FAST: 1.0}) == FAST
+    assert tuning._read(cache) == {"linear a": FAST}
+
+
+def test_a_candidate_that_fails_is_passed_over_and_all_failing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(config: Config) -> None:
+        if config == FAST:
+            raise RuntimeError("out of shared memory")
+
+    monkeypatch.setattr(tuning, "milliseconds", lambda call: call() or 1.0)
+    assert tuning.fastest([FAST, SLOW], run) == [(SLOW, 1.0)]
+    with pytest.raises(RuntimeError, match="out of shared memory"):
+        tuning.fastest([FAST], run)
+
+
+def test_running_out_of_memory_is_not_a_fault_of_the_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(config: Config) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tuning, "milliseconds", lambda call: call())
+    with pytest.raises(torch.OutOfMemoryError):
+        tuning.fastest([FAST, SLOW], run)
+
+
+def test_nothing_is_timed_while_a_graph_is_captured(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert pick(monkeypatch, "linear a", {SLOW: 2.0, FAST: 1.0}) == SLOW
+    assert not cache.exists()
+
+
+def test_kernels_with_other_candidates_have_other_keys() -> None:
+    few, many = (tuning.float_key(rows, 1152, 1152, 8) for rows in (FEW_ROWS, FEW_ROWS + 1))
+    assert few != many
+    assert all(config.block_m == 0 for config in tuning.float_candidates(FEW_ROWS))
+    assert all(config.block_m > 0 for config in tuning.float_candidates(FEW_ROWS + 1))
+
+
+def test_committed_files_are_whole() -> None:
+    files = list(tuning.TUNED.glob("*.json"))
+    assert files
+    for path in files:
+        found = tuning._read(path)
+        assert len(found) == len(json.loads(path.read_text())["configurations"]) > 20
+        assert all((config.block_m == 0) == key.startswith("float, few rows") for key, config in found.items())
