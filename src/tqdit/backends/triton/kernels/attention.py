@@ -96,6 +96,22 @@ def _scores(sums, first_key, N, EDGE: tl.constexpr, MAGIC_SUM: tl.constexpr, BK:
 
 
 @triton.jit
+def _tile_scores(
+    queries, queries_rest, k, k_rest, first_token, first_key, zero, N, FIRST: tl.constexpr, D_FIRST: tl.constexpr,
+    D_REST: tl.constexpr, EDGE: tl.constexpr, MAGIC_SUM: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """`_scores` of a tile of keys."""
+    keys = k.load([first_token + first_key, 0])
+    keys_rest = keys
+    if D_REST:
+        keys_rest = k_rest.load([first_token + first_key, D_FIRST])
+    start = _key_sums(keys, keys_rest, zero, FIRST, D_FIRST, D_REST)
+    start = tl.broadcast_to(start[None, :], (BM, BK))
+    sums = _products(queries, queries_rest, keys, keys_rest, start, D_REST)
+    return _scores(sums, first_key, N, EDGE, MAGIC_SUM, BK)
+
+
+@triton.jit
 def _codes(e, total, softmax, MODE: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr):
     """Codes of e / total as int8 operands of one or two products, rounded as in `nearest_codes`.
 
@@ -261,14 +277,10 @@ def attention_kernel(
         top = tl.full((BM,), LOWEST, tl.float32)
         total = tl.zeros((BM,), tl.float32)
         for first_key in tl.range(0, N, BK):
-            keys = k.load([first_token + first_key, 0])
-            keys_rest = keys
-            if D_REST:
-                keys_rest = k_rest.load([first_token + first_key, D_FIRST])
-            start = _key_sums(keys, keys_rest, zero, FIRST, D_FIRST, D_REST)
-            start = tl.broadcast_to(start[None, :], (BM, BK))
-            scores = _products(queries, queries_rest, keys, keys_rest, start, D_REST)
-            scores = _scores(scores, first_key, N, EDGE, MAGIC_SUM, BK)
+            scores = _tile_scores(
+                queries, queries_rest, k, k_rest, first_token, first_key, zero, N, FIRST, D_FIRST, D_REST, EDGE,
+                MAGIC_SUM, BM, BK,
+            )  # fmt: skip
             higher = tl.maximum(top, tl.max(scores, 1))
             e = power_of_two((scores - higher[:, None]) * scale, NATIVE)
             total = total * power_of_two((top - higher) * scale, NATIVE) + tl.sum(e, 1)
@@ -283,14 +295,10 @@ def attention_kernel(
         sum_one = tl.zeros((BM,), tl.int32)
         sum_two = sum_one
         for first_key in tl.range(0, N, BK):
-            keys = k.load([first_token + first_key, 0])
-            keys_rest = keys
-            if D_REST:
-                keys_rest = k_rest.load([first_token + first_key, D_FIRST])
-            start = _key_sums(keys, keys_rest, zero, FIRST, D_FIRST, D_REST)
-            start = tl.broadcast_to(start[None, :], (BM, BK))
-            scores = _products(queries, queries_rest, keys, keys_rest, start, D_REST)
-            scores = _scores(scores, first_key, N, EDGE, MAGIC_SUM, BK)
+            scores = _tile_scores(
+                queries, queries_rest, k, k_rest, first_token, first_key, zero, N, FIRST, D_FIRST, D_REST, EDGE,
+                MAGIC_SUM, BM, BK,
+            )  # fmt: skip
             e = power_of_two((scores - top[:, None]) * scale, NATIVE)
             one, two = _codes(e, total, softmax, MODE, BITS, NATIVE)
             if TRACE:
