@@ -138,6 +138,19 @@ def test_attention(batch, tokens, width, heads, grid: Grid, bits: int, merged: b
     assert torch.equal(read(actual, width), quantize(attended, target).int())
 
 
+def test_attention_where_no_query_is_negative() -> None:
+    """Their zero point is -128, and 128 is no int8: the product that takes it out is made of two."""
+    make, batch, tokens, width, heads = maker(8), 2, 48, 144, 2
+    params, target = make.attention(heads, Grid.UNIFORM, batch), make.params(lead=batch, reach=2.0)
+    params = params._replace(query=params.query._replace(zero_point=torch.full_like(params.query.zero_point, -128)))
+    qkv = make.codes(batch, tokens, 3 * width)
+    operands = tuple(operand(to(DEVICE, p)) for p in (*params.projections, params.softmax, target))
+    given = heads_of(to(DEVICE, qkv), heads)
+    for config in (Config(32, 0, 64), Config(32, 0, 32)):
+        found = launch.attention(given.codes, batch, tokens, heads, given.head_dim, operands, config)
+        assert (read(found, width) != REFERENCE.attention(qkv, params, target)).float().mean() < 0.01
+
+
 @each_shape
 @each_gelu
 @each_backend

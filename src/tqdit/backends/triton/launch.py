@@ -14,8 +14,7 @@ from tqdit.backends.triton.kernels.norm import norm_quantize_kernel
 from tqdit.backends.triton.layer import ALIGN
 from tqdit.errors import InputError
 
-NATIVE = not triton.knobs.runtime.interpret
-
+NATIVE = not triton.knobs.runtime.interpret  # compiled for a GPU
 FEW_ROWS = 8  # of a float input: below, reading the weight takes longer than multiplying without tensor cores
 
 
@@ -136,7 +135,7 @@ def linear(
         weight.scale if gate is None else gate, 0 if gate is None else gate.stride(0), groups.tensor,
         source.table, first.table, second.table, third.table, rows, columns // divided, depth, tokens, out_stride,
         groups.stride, source.stride, first.stride, second.stride, third.stride, head_dim, head_pitch, token_pitch,
-        weight.bits, two, 1, epilogue, first.mode, first.bits, tokens % bm == 0, tokens % 16 == 0 and head_dim % 8 == 0,
+        weight.bits, two, epilogue, first.mode, first.bits, tokens % bm == 0, tokens % 16 == 0 and head_dim % 8 == 0,
         NATIVE, bm, bn, bk, config.band, config.piece or bn,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         enable_fp_fusion=epilogue == ACTIVATION.value,

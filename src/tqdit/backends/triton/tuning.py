@@ -1,7 +1,8 @@
 """Which blocks and schedule each kernel runs with: committed for GPUs we measured, found once and kept elsewhere.
 
-A configuration changes speed alone, never a result. On a GPU without committed ones the first call of every kernel
-shape times the candidates (seconds), and remembers the best in the user's cache folder (TQDIT_CACHE).
+A configuration changes speed alone, but for the last bits of layers on float inputs. Where none is committed the first
+call of every kernel and shape times the candidates (seconds), and keeps the best in the user's cache folder
+(TQDIT_CACHE).
 """
 
 import contextlib

@@ -98,7 +98,7 @@ def _finish(
     sums, negative, rows, sample, which, width, first_column, weight_scale, weight_sums, bias, out, x, gate,
     gate_stride, source, targets, target_row, M, TOKENS, out_stride,
     HEAD_DIM: tl.constexpr, HEAD_PITCH: tl.constexpr, TOKEN_PITCH: tl.constexpr,
-    TWO: tl.constexpr, SIGN: tl.constexpr, EPILOGUE: tl.constexpr, MODE: tl.constexpr,
+    TWO: tl.constexpr, EPILOGUE: tl.constexpr, MODE: tl.constexpr,
     TARGET_BITS: tl.constexpr, ALIGNED: tl.constexpr, NATIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Scale the sums of BN columns and write what the epilogue makes of them."""
@@ -110,7 +110,7 @@ def _finish(
     by_weight = tl.load(weight_scale + columns, inside_n, 1.0)[None, :]
     added = tl.load(bias + columns, inside_n, 0.0)[None, :]
     if TWO:
-        fine = negative.to(tl.float32) * (SIGN * tl.load(source))
+        fine = negative.to(tl.float32) * tl.load(source)
         y = (sums.to(tl.float32) * tl.load(source + COARSE) + fine) * by_weight + added
     else:
         shift = tl.load(source + ZERO).to(tl.int32) * tl.load(weight_sums + columns, inside_n, 0)[None, :]
@@ -160,7 +160,7 @@ def linear_kernel(
     GROUP_STRIDE: tl.constexpr, SOURCE_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr,
     TARGET_K_STRIDE: tl.constexpr, TARGET_V_STRIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_PITCH: tl.constexpr, TOKEN_PITCH: tl.constexpr,
-    BITS: tl.constexpr, TWO: tl.constexpr, SIGN: tl.constexpr, EPILOGUE: tl.constexpr, MODE: tl.constexpr,
+    BITS: tl.constexpr, TWO: tl.constexpr, EPILOGUE: tl.constexpr, MODE: tl.constexpr,
     TARGET_BITS: tl.constexpr, PER_TILE: tl.constexpr, ALIGNED: tl.constexpr, NATIVE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
@@ -204,6 +204,6 @@ def linear_kernel(
         _finish(
             columns[piece], columns_negative[piece], rows, sample, which, width, first_column + piece * PIECE,
             weight_scale, weight_sums, bias, out, x, gate, gate_stride, source, target, time_group * stride,
-            M, TOKENS, out_stride, HEAD_DIM, HEAD_PITCH, TOKEN_PITCH, TWO, SIGN, EPILOGUE, MODE, TARGET_BITS, ALIGNED,
+            M, TOKENS, out_stride, HEAD_DIM, HEAD_PITCH, TOKEN_PITCH, TWO, EPILOGUE, MODE, TARGET_BITS, ALIGNED,
             NATIVE, BM, PIECE,
         )  # fmt: skip
