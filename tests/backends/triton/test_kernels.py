@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from layouts import from_heads, heads_of, padded, read, stored, to
+from layouts import PoisonedTorch, from_heads, heads_of, padded, read, stored, to
 from operands import maker
 from test_cpu import assert_equal_up_to_ties, each_gelu, each_shape, each_softmax, traced
 
@@ -31,21 +31,6 @@ def first_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests time nothing; `test_results_do_not_depend_on_the_configuration` has the others."""
     if DEVICE.type == "cuda":
         monkeypatch.setattr(tuning, "choose", lambda key, device, candidates, run: candidates()[0])
-
-
-class PoisonedTorch:
-    """torch, but that its fresh memory is rubbish: what a kernel does not write shows."""
-
-    @staticmethod
-    def empty(*shape, dtype=torch.float32, device=None):
-        return torch.full(shape, 77 if dtype is torch.int8 else float("nan"), dtype=dtype, device=device)
-
-    @staticmethod
-    def empty_like(x):
-        return torch.full_like(x, float("nan"))
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
 
 
 @pytest.fixture(autouse=True)
