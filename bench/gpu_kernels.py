@@ -53,11 +53,15 @@ PROCESSES = 14
 
 
 class Job(NamedTuple):
-    """One kernel at one size. `floor`: operations on int8 or bf16 and bytes that it cannot do without."""
+    """One kernel at one size. `key`: of its best configuration, `ordinary_key`: of the best one not for Hopper alone.
+
+    `operations` on int8 or bf16 and `bytes`: what it cannot do without.
+    """
 
     workload: str
     name: str
     key: str
+    ordinary_key: str
     candidates: tuple[Config, ...]
     operations: int
     bytes: int
@@ -79,6 +83,7 @@ def main() -> None:
     for job in found:
         run = maker(job)
         times = tuning.fastest(job.candidates, run)
+        best[job.ordinary_key] = list(next(config for config, _ in times if not config.hopper))
         best[job.key] = list(times[0][0])
         rows.append(row(job, times))
     peaks["int8_tops"] = max([peaks["int8_tops_torch"], *(r["tera_per_s"] for r in rows if r["operations"])])
@@ -104,22 +109,25 @@ def jobs() -> Iterator[Job]:
         rows = batch * tokens
         for name, (epilogue, depth, columns, products) in LINEARS.items():
             two = products == 2
-            key = tuning.linear_key(epilogue, rows, columns, depth, 8, two)
+            ordinary_key = tuning.linear_key(epilogue, rows, columns, depth, 8, two)
+            tile = launch.hopper_rows(torch.device("cuda"), tokens, 8, two)
+            key = tuning.linear_key(epilogue, rows, columns, depth, 8, two, tile)
             out = {"heads": 1, "gelu": 1, "residual": 8}[epilogue]
             moved = rows * depth + columns * depth + rows * columns * out
-            candidates = tuple(tuning.linear_candidates(rows, two, 8))
-            yield Job(workload, name, key, candidates, 2 * rows * columns * depth * products, moved)
+            hopper = tuning.hopper_candidates(epilogue, rows, columns, tile)
+            candidates = (*hopper, *tuning.linear_candidates(rows, two, 8))
+            operations = 2 * rows * columns * depth * products
+            yield Job(workload, name, key, ordinary_key, candidates, operations, moved)
         for name, mode in PROBABILITIES.items():
             key = tuning.attention_key(batch * HEADS, tokens, HEAD_DIM, mode)
             operations = 2 * rows * tokens * WIDTH * (3 if name == "MRQ" else 2)
             candidates = tuple(tuning.attention_candidates(batch * HEADS, tokens))
-            yield Job(workload, f"attention, {name}", key, candidates, operations, 4 * rows * WIDTH)
+            yield Job(workload, f"attention, {name}", key, key, candidates, operations, 4 * rows * WIDTH)
         for name, (per_token, columns, depth) in FLOAT_INPUTS.items():
             m = rows if per_token else batch
             moved = 4 * m * depth + columns * depth + 4 * m * columns
-            yield Job(
-                workload, name, tuning.float_key(m, columns, depth, 8), tuple(tuning.float_candidates(m)), 0, moved
-            )
+            key = tuning.float_key(m, columns, depth, 8)
+            yield Job(workload, name, key, key, tuple(tuning.float_candidates(m)), 0, moved)
 
 
 def maker(job: Job, small: bool = False) -> Callable[[Config], object]:

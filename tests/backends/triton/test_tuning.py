@@ -46,6 +46,16 @@ def test_the_fastest_is_chosen_and_kept(cache: Path, monkeypatch: pytest.MonkeyP
     assert set(tuning._read(cache)) == {"linear a", "linear b"}
 
 
+def test_files_without_the_last_settings_are_read_with_their_defaults(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hopper = Config(128, 128, 128, stages=6, piece=64, hopper=1)
+    cache.write_text('{"configurations": {"old": [128, 128, 128, 8, 4, 2, 32, 168, 1]}}')
+    assert pick(monkeypatch, "new", {hopper: 1.0, SLOW: 2.0}) == hopper
+    old = Config(128, 128, 128, 8, 4, 2, 32, 168)
+    assert tuning._read(cache) == {"old": old, "new": hopper}
+
+
 @pytest.mark.parametrize(
     "text", ["{", "[]", "null", '{"configurations": []}', '{"configurations": {"a": "xyz"}}',
              '{"configurations": {"a": [1, 2]}}', '{"configurations": {"a": [64, 64, 64, "8", 4, 3, 0, null, 1]}}'],

@@ -1,6 +1,7 @@
 """Calling the kernels: layouts, grids of programs, descriptors."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -55,6 +56,7 @@ class Config(NamedTuple):
     piece: int = 0  # columns that the epilogue has in registers at a time: block_n (0), or a half or a quarter of it
     registers: int | None = None  # a thread's, at most
     blocks: int = 1  # of query rows that a program of the attention kernel takes
+    hopper: int = 0  # 1: by `kernels.hopper`, which has its own numbers of warps and registers
 
 
 class Groups(NamedTuple):
@@ -89,6 +91,44 @@ def powers_of_two(width: int, least: int) -> tuple[int, int]:
     return whole // 2, triton.next_power_of_2(width - whole // 2)
 
 
+@functools.cache
+def hopper_kernels() -> Any:
+    """The module of the kernels in Gluon; None if the installed Triton has not what it needs of it."""
+    try:
+        from tqdit.backends.triton.kernels import hopper
+    except (ImportError, AttributeError):
+        return None
+    return hopper
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU that runs the kernels for Hopper; 0 if the device does not."""
+    if not NATIVE or device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count if hopper_kernels() else 0
+
+
+def hopper_rows(device: torch.device, tokens: int, bits: int, two: bool, head_dim: int = 8) -> int:
+    """Rows of the largest tile in which `kernels.hopper` takes a product, 128 or 64; 0 if it takes none.
+
+    `tokens`: of a sample, `bits`: of weights as stored, `two`: products. A tile is of one sample.
+    """
+    if bits != 8 or two or head_dim % 8 or not processors(device):
+        return 0
+    return next((rows for rows in (128, 64) if tokens % rows == 0), 0)
+
+
+def hopper_takes(config: Config, tile: int, width: int) -> bool:
+    """Whether the Hopper kernel has such tiles, and they are whole.
+
+    `tile`: of `hopper_rows`; `width`: columns of the product, or of q alone where they are those of q, k and v.
+    """
+    sizes = config.block_m in (64, 128) and config.block_n in (64, 128) and config.block_k == 128
+    pieces = config.piece in (0, 16, 32, 64, 128) and config.piece <= config.block_n
+    return sizes and pieces and config.block_m <= tile and width % config.block_n == 0
+
+
 def norm_quantize(
     x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, target: Operand
 ) -> torch.Tensor:
@@ -112,6 +152,8 @@ def linear(
     targets: tuple[Operand, ...] = (), layout: tuple[int, int, int] = (1, 1, 1),
 ) -> torch.Tensor:  # fmt: skip
     """`layout`: head_dim, pitch of a token of q or k, pitch of a row of v."""
+    if config.hopper:
+        return _hopper_linear(codes, source, weight, config, epilogue, out, out_stride, x, gate, targets, layout)
     batch, tokens = codes.shape[:2]
     rows, columns, depth = batch * tokens, len(weight.codes), weight.depth
     bm, bn, bk = config.block_m, config.block_n, config.block_k
@@ -139,6 +181,42 @@ def linear(
         NATIVE, bm, bn, bk, config.band, config.piece or bn,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         enable_fp_fusion=epilogue == ACTIVATION.value,
+    )  # fmt: skip
+    return out
+
+
+def _hopper_linear(
+    codes: torch.Tensor, source: Operand, weight: Weight, config: Config, epilogue: int, out: torch.Tensor,
+    out_stride: int, x: torch.Tensor | None, gate: torch.Tensor | None, targets: tuple[Operand, ...],
+    layout: tuple[int, int, int],
+) -> torch.Tensor:  # fmt: skip
+    """As `linear`. `InputError` where the kernel cannot run."""
+    batch, tokens = codes.shape[:2]
+    rows, columns, depth = batch * tokens, len(weight.codes), weight.depth
+    head_dim, head_pitch, token_pitch = layout
+    width = columns // 3 if epilogue == HEADS.value else columns
+    divides = head_dim if epilogue == HEADS.value else 8
+    tile = hopper_rows(codes.device, tokens, weight.bits, takes_two_products(source), divides)
+    if not hopper_takes(config, tile, width):
+        raise InputError(
+            f"{config} cannot run here: the Hopper kernel needs a GPU of compute capability 9.0, Triton with Gluon, "
+            f"8-bit weights, one product, tiles of 64 or 128 rows and columns, and {tokens} tokens, {width} columns "
+            "that are multiples of them"
+        )
+    hopper = hopper_kernels()
+    bm, bn = config.block_m, config.block_n
+    groups = groups_of(source, *targets)
+    first, second, third = (targets * 3)[:3] if targets else (source,) * 3
+    tiles = rows // bm * (columns // bn)
+    hopper.hopper_linear_kernel[(min(tiles, processors(codes.device)),)](
+        hopper.blocks_of(codes, rows, depth, codes.stride(1), bm),
+        hopper.blocks_of(weight.codes, columns, depth, weight.codes.stride(0), bn),
+        weight.scale, weight.sums, weight.bias, out, out if x is None else x,
+        weight.scale if gate is None else gate, 0 if gate is None else gate.stride(0), groups.tensor,
+        source.table, first.table, second.table, third.table, rows, width, depth, tokens, out_stride,
+        groups.stride, source.stride, (first.stride, second.stride, third.stride), head_dim, head_pitch, token_pitch,
+        epilogue, first.mode, first.bits, bm, bn, config.block_k, config.band, config.stages, config.piece or bn,
+        *hopper.REGISTERS, num_warps=4, enable_fp_fusion=epilogue == ACTIVATION.value,
     )  # fmt: skip
     return out
 

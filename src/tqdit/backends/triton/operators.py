@@ -53,11 +53,18 @@ def _weight(tensors: list[Tensor], kind: list[int]) -> Weight:
     return Weight(codes, high[0] if high else None, scale, bias, sums, *kind)
 
 
-def _linear_config(epilogue: str, codes: Tensor, layer: Weight, source: Operand, run: tuning.Run) -> Config:
-    rows, columns = codes.shape[0] * codes.shape[1], len(layer.codes)
-    two = launch.takes_two_products(source)
-    key = tuning.linear_key(epilogue, rows, columns, layer.depth, layer.bits, two)
-    candidates = functools.partial(tuning.linear_candidates, rows, two, layer.bits)
+def _linear_config(
+    epilogue: str, codes: Tensor, layer: Weight, source: Operand, run: tuning.Run, head_dim: int = 8
+) -> Config:
+    batch, tokens, _ = codes.shape
+    rows, columns, two = batch * tokens, len(layer.codes), launch.takes_two_products(source)
+    tile = launch.hopper_rows(codes.device, tokens, layer.bits, two, head_dim)
+
+    def candidates() -> list[Config]:
+        hopper = tuning.hopper_candidates(epilogue, rows, columns, tile)
+        return hopper + tuning.linear_candidates(rows, two, layer.bits)
+
+    key = tuning.linear_key(epilogue, rows, columns, layer.depth, layer.bits, two, tile)
     return tuning.choose(key, codes.device, candidates, run)
 
 
@@ -86,7 +93,7 @@ def linear_heads(
     def run(config: Config) -> Tensor:
         return launch.heads(codes, source, layer, config, tuple(targets), head_dim)
 
-    return run(_linear_config("heads", codes, layer, source, run))
+    return run(_linear_config("heads", codes, layer, source, run, head_dim))
 
 
 @linear_heads.register_fake

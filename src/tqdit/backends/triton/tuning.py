@@ -19,13 +19,15 @@ import torch
 import triton
 from triton.errors import TritonError
 
-from tqdit.backends.triton.launch import FEW_ROWS, NATIVE, Config
+from tqdit.backends.triton.launch import FEW_ROWS, NATIVE, Config, hopper_takes
 from tqdit.capture import recording
 from tqdit.files import write_text
 
 TUNED = Path(__file__).with_name("tuned")
 INTERPRETED = {"linear": Config(32, 32, 128), "attention": Config(32, 0, 64), "float": Config(16, 32, 64)}
 ROUNDS, ROUND_MS = 5, 4
+OLDEST = 9  # numbers of a configuration in the oldest files that are read; what they lack has its default
+FEW_TILES = 4096  # rows: below, large tiles leave multiprocessors without work
 
 Run = Callable[[Config], object]
 
@@ -47,8 +49,10 @@ def choose(key: str, device: torch.device, candidates: Callable[[], list[Config]
     return table[key]
 
 
-def linear_key(epilogue: str, rows: int, columns: int, depth: int, bits: int, two: bool) -> str:
-    return f"linear {epilogue} {bucket(rows)}x{columns}x{depth}, {bits} bits, {2 if two else 1} products"
+def linear_key(epilogue: str, rows: int, columns: int, depth: int, bits: int, two: bool, tile: int = 0) -> str:
+    """`tile`: of `launch.hopper_rows`. What the Hopper kernel may run has candidates, and so a key, of its own."""
+    key = f"linear {epilogue} {bucket(rows)}x{columns}x{depth}, {bits} bits, {2 if two else 1} products"
+    return f"{key}, Hopper tiles of {tile} rows" if tile else key
 
 
 def attention_key(sequences: int, tokens: int, head_dim: int, mode: int) -> str:
@@ -119,7 +123,7 @@ def linear_candidates(rows: int, two: bool, bits: int) -> list[Config]:
             Config(128, 128, 128, 8, 4, 3, 64), Config(128, 128, 128, 8, 4, 3, 32),
             Config(128, 128, 128, 8, 4, 2, 32, 168), Config(128, 128, 64, 8, 4, 4, 32, 168),
         ]  # fmt: skip
-    if rows <= 4096:
+    if rows <= FEW_TILES:
         small = [
             Config(64, 64, 128, 8, 4, 4, 32), Config(64, 64, 128, 8, 4, 3, 64, 128), Config(64, 128, 128, 8, 4, 4, 32),
             Config(128, 64, 128, 8, 4, 4, 32), Config(64, 128, 256, 8, 4, 3, 32), Config(64, 64, 256, 8, 4, 3, 32),
@@ -127,6 +131,21 @@ def linear_candidates(rows: int, two: bool, bits: int) -> list[Config]:
         ]  # fmt: skip
         found = small + found[:2]
     return found if bits == 8 else [c for c in found if c.block_k == 128]
+
+
+def hopper_candidates(epilogue: str, rows: int, columns: int, tile: int) -> list[Config]:
+    """Those of `kernels.hopper` for a product; `tile`: of `launch.hopper_rows`, none if it is 0.
+
+    As many stages as fit beside what the stores pass through shared memory: pieces of fp32 results are narrow for that,
+    and because the residual stream's registers are added to those of the sums.
+    """
+    fp32 = epilogue == "residual"
+    found = [Config(128, 128, 128, stages=6, piece=piece, hopper=1) for piece in ((16,) if fp32 else (64, 32))]
+    if rows <= FEW_TILES or tile < 128:
+        small = [(64, 128, 8), (128, 64, 8), (64, 64, 8), (64, 64, 12)]
+        found += [Config(m, n, 128, stages=stages, piece=32 if fp32 else 64, hopper=1) for m, n, stages in small]
+    width = columns // 3 if epilogue == "heads" else columns
+    return [config for config in found if hopper_takes(config, tile, width)]
 
 
 def attention_candidates(sequences: int, tokens: int) -> list[Config]:
@@ -176,7 +195,7 @@ def _read(path: Path) -> dict[str, Config]:
 
 
 def _config(numbers: object) -> Config:
-    if not isinstance(numbers, list) or len(numbers) != len(Config._fields):
+    if not isinstance(numbers, list) or not OLDEST <= len(numbers) <= len(Config._fields):
         raise ValueError(f"not a configuration: {numbers}")
     limit = Config._fields.index("registers")
     if any(type(n) is not int and not (i == limit and n is None) for i, n in enumerate(numbers)):

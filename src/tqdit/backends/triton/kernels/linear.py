@@ -30,7 +30,7 @@ HEADS = tl.constexpr(3)  # codes of y per head: q and k by token, v transposed
 
 
 @triton.jit
-def _tile_of(program, tiles_m, tiles_n, BAND: tl.constexpr):
+def tile_of(program, tiles_m, tiles_n, BAND: tl.constexpr):
     """Tiles in bands of BAND rows, so that tiles that run together share operands in the L2 cache."""
     first = program // (BAND * tiles_n) * BAND
     height = min(tiles_m - first, BAND)
@@ -171,7 +171,7 @@ def linear_kernel(
     """
     parts: tl.constexpr = 3 if EPILOGUE == HEADS else 1
     tiles_part = tl.cdiv(width, BN)
-    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BM), parts * tiles_part, BAND)
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BM), parts * tiles_part, BAND)
     which = tile_n // tiles_part
     first_row, first_column = tile_m * BM, which * width + (tile_n % tiles_part) * BN
     sums, negative = _sums(a, b, b_high, first_row, first_column, K, BM, BN, BK, BITS, TWO, NATIVE)

@@ -1,0 +1,281 @@
+"""The linear kernel for Hopper: a program stays on its multiprocessor, and its products and epilogues overlap.
+
+One warp copies blocks of both operands into a ring of stages in shared memory. Two groups of four warps take the
+program's tiles in turn: while one multiplies, the other finishes its tile. Results are those of `linear_kernel`. For
+8-bit weights, one product, whole tiles of one sample each (`launch.hopper_rows`).
+
+The barriers. `full[s]`: the copies into stage s are complete (one arrival, and their bytes). `empty[s]`: the group that
+read stage s has multiplied it. `turn[g]`: group g may multiply. Block number i of all that go through the ring is in
+stage i % STAGES for the (i // STAGES)-th time, whose parity a wait asks for. A wait tells a round of the ring from the
+next one only, so a group must not wait for a block before the other group has seen all blocks of its tile: `turn` is
+needed for that too, not for speed alone.
+
+Stages and rounds are computed from the numbers of tile and block, never carried from one step to the next: a name that
+is assigned another's value in a loop (`last = stage`) is taken for a constant if both had one value before the loop,
+for Triton finds what a loop changes by comparing values after visiting its body once.
+
+Written in Gluon, Triton's language with explicit layouts: the main language has no such turns. Gluon is experimental;
+`launch` imports this module where it is to run.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS, PLAIN, RESIDUAL, permuted_rows, tile_of
+from tqdit.backends.triton.kernels.rounding import (
+    GELU_MERGED,
+    INVERSE,
+    ROW,
+    UNIFORM,
+    ZERO,
+    divide,
+    gelu,
+    gelu_codes,
+    nearest_codes,
+    uniform_codes,
+)
+
+BLOCK_K = 128  # bytes of a row of a swizzled block
+COPY = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name before Triton 3.7
+REGISTERS = 240, 24  # of a thread that multiplies, and of one that copies: at most 65,536 in all
+
+
+def block_layout() -> gl.NVMMASharedLayout:
+    """Of a block of codes in shared memory, as copies write it and products read it."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=BLOCK_K, element_bitwidth=8, rank=2)
+
+
+def blocks_of(codes: torch.Tensor, rows: int, columns: int, stride: int, block: int) -> TensorDescriptor:
+    """Blocks of `block` rows and BLOCK_K columns of a matrix of codes whose rows are `stride` bytes apart."""
+    return TensorDescriptor(codes, [rows, columns], [stride, 1], [block, BLOCK_K], block_layout())
+
+
+@gluon.jit
+def _pieces(x, BM: gl.constexpr, BN: gl.constexpr, PIECE: gl.constexpr):
+    """Columns in pieces that stay in their registers, each in the layout of a product of PIECE columns."""
+    if PIECE == BN:
+        return (x,)
+    else:
+        left, right = x.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN // 2, 32])
+        left = gl.convert_layout(left, layout, assert_trivial=True)
+        right = gl.convert_layout(right, layout, assert_trivial=True)
+        return _pieces(left, BM, BN // 2, PIECE) + _pieces(right, BM, BN // 2, PIECE)
+
+
+@gluon.jit
+def _produce(
+    a, b, a_ring, b_ring, barriers, tiles_m, tiles_n, K,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Copies blocks of codes and weights into the ring, in the order in which they are multiplied."""
+    full, empty, _ = barriers
+    programs, steps = gl.num_programs(0), gl.cdiv(K, BK)
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, programs):
+        tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, BAND)
+        first_block = tile // programs * steps
+        for k in range(0, steps):
+            stage = (first_block + k) % STAGES
+            mbarrier.wait(empty.index(stage), ((first_block + k) // STAGES & 1) ^ 1)
+            ready = full.index(stage)
+            mbarrier.expect(ready, (BM + BN) * BK)
+            COPY(a, [tile_m * BM, k * BK], ready, a_ring.index(stage))
+            COPY(b, [tile_n * BN, k * BK], ready, b_ring.index(stage))
+
+
+@gluon.jit
+def _consume(
+    a_ring, b_ring, barriers, pointers, numbers,
+    GROUP_STRIDE: gl.constexpr, SOURCE_STRIDE: gl.constexpr, TARGET_STRIDES: gl.constexpr,
+    HEAD_DIM: gl.constexpr, HEAD_PITCH: gl.constexpr, TOKEN_PITCH: gl.constexpr,
+    EPILOGUE: gl.constexpr, MODE: gl.constexpr, TARGET_BITS: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
+    PIECE: gl.constexpr, ME: gl.constexpr,
+):  # fmt: skip
+    """One of the two groups of four warps: multiplies and finishes every second tile of the program, from its ME-th."""
+    full, empty, turn = barriers
+    weight_scale, weight_sums, bias, out, x, gate, group, source, target_q, target_k, target_v = pointers
+    gate_stride, M, width, K, TOKENS, out_stride, tiles_m, tiles_n = numbers
+    PIECES: gl.constexpr = BN // PIECE
+    product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
+    part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 32])
+    # Stores: a row's columns next to each other across threads, 16 bytes each; 8 where heads break them.
+    VECTOR: gl.constexpr = 16 if EPILOGUE == ACTIVATION else (8 if EPILOGUE == HEADS else 4)
+    ACROSS: gl.constexpr = min(32, PIECE // VECTOR)
+    stored: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
+    stored_rows: gl.constexpr = gl.SliceLayout(1, stored)
+    stored_columns: gl.constexpr = gl.SliceLayout(0, stored)
+    by_token: gl.constexpr = gl.BlockedLayout([16, 1], [BM // 16, 512 // BM], [1, 4], [0, 1])
+
+    # What belongs to columns waits in shared memory while the group multiplies.
+    of_part: gl.constexpr = gl.SliceLayout(0, part)
+    line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    scales = gl.allocate_shared_memory(gl.float32, [BN], flat)
+    shifts = gl.allocate_shared_memory(gl.int32, [BN], flat)
+    biases = gl.allocate_shared_memory(gl.float32, [BN], flat)
+    if EPILOGUE == RESIDUAL:
+        gates = gl.allocate_shared_memory(gl.float32, [BN], flat)
+    if EPILOGUE == HEADS:
+        target_scales = gl.allocate_shared_memory(gl.float32, [BN], flat)
+        target_inverses = gl.allocate_shared_memory(gl.float32, [BN], flat)
+        target_zeros = gl.allocate_shared_memory(gl.float32, [BN], flat)
+
+    programs, steps = gl.num_programs(0), gl.cdiv(K, BK)
+    for tile in range(gl.program_id(0) + ME * programs, tiles_m * tiles_n, 2 * programs):
+        # What the epilogue reads is on its way before the group waits for its turn.
+        tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, BAND)
+        first_row, first_column = tile_m * BM, tile_n * BN
+        sample = first_row // TOKENS
+        time_group = gl.load(group + sample * GROUP_STRIDE).to(gl.int32)
+        operand = source + time_group * SOURCE_STRIDE
+        which = 0
+        target = target_q + time_group * TARGET_STRIDES[0]
+        if EPILOGUE == HEADS:
+            which = first_column // width
+            if which == 1:
+                target = target_k + time_group * TARGET_STRIDES[1]
+            elif which == 2:
+                target = target_v + time_group * TARGET_STRIDES[2]
+        columns = first_column + gl.arange(0, BN, line)
+        by_weight = gl.load(weight_scale + columns)
+        total = gl.load(weight_sums + columns)
+        added = gl.load(bias + columns)
+        source_scale = gl.load(operand)
+        source_zero = gl.load(operand + ZERO)
+        corner = first_row.to(gl.int64) * out_stride + first_column
+        offset = gl.arange(0, BM, stored_rows)[:, None] * out_stride + gl.arange(0, PIECE, stored_columns)[None, :]
+        if EPILOGUE == RESIDUAL:
+            through = gl.load(gate + sample * gate_stride + columns)
+            before = gl.load(x + corner + offset)
+        if EPILOGUE == HEADS:
+            chosen = target + (columns - which * width) // HEAD_DIM * ROW
+            target_scale = gl.load(chosen)
+            target_inverse = gl.load(chosen + INVERSE)
+            target_zero = gl.load(chosen + ZERO)
+        if EPILOGUE == ACTIVATION and MODE == UNIFORM:
+            inverse = gl.load(target + INVERSE)
+            zero = gl.load(target + ZERO)
+        scales.store(source_scale * by_weight)
+        shifts.store(source_zero.to(gl.int32) * total)
+        biases.store(added)
+        if EPILOGUE == RESIDUAL:
+            gates.store(through)
+        if EPILOGUE == HEADS:
+            target_scales.store(target_scale)
+            target_inverses.store(target_inverse)
+            target_zeros.store(target_zero)
+
+        nth = tile // programs  # of the program's tiles
+        first_block = nth * steps
+        mbarrier.wait(turn.index(ME), (nth // 2 & 1) ^ (1 - ME))  # the first turn of the first group comes by itself
+        sums = gl.zeros((BM, BN), gl.int32, product)
+        for k in range(0, steps):
+            stage = (first_block + k) % STAGES
+            mbarrier.wait(full.index(stage), (first_block + k) // STAGES & 1)
+            weights = b_ring.index(stage).permute((1, 0))
+            running = warpgroup_mma(a_ring.index(stage), weights, sums, use_acc=k > 0, is_async=True)
+            sums = warpgroup_mma_wait(1, deps=(running,))  # the block before this one is multiplied
+            mbarrier.arrive(empty.index((first_block + k + STAGES - 1) % STAGES), pred=k > 0)
+        mbarrier.arrive(turn.index(1 - ME))
+        sums = warpgroup_mma_wait(0, deps=(sums,))
+        mbarrier.arrive(empty.index((first_block + steps - 1) % STAGES))
+
+        # s_x s_w (acc - z_x colsum(W)) + bias, rounded in the order of ops.reference.
+        pieces = _pieces(sums, BM, BN, PIECE)
+        for piece in gl.static_range(PIECES):
+            shift = shifts.slice(piece * PIECE, PIECE).load(of_part)[None, :]
+            scale = scales.slice(piece * PIECE, PIECE).load(of_part)[None, :]
+            y = (pieces[piece] - shift).to(gl.float32) * scale
+            y = y + biases.slice(piece * PIECE, PIECE).load(of_part)[None, :]
+            place = out + corner + piece * PIECE + offset
+            if EPILOGUE == PLAIN:
+                gl.store(place, gl.convert_layout(y, stored))
+            elif EPILOGUE == RESIDUAL:
+                now = before
+                if piece + 1 < PIECES:
+                    before = gl.load(x + corner + (piece + 1) * PIECE + offset)
+                factor = gates.slice(piece * PIECE, PIECE).load(of_part)[None, :]
+                gl.store(place, now + gl.convert_layout(factor * y, stored))
+            elif EPILOGUE == ACTIVATION:
+                if MODE == UNIFORM:
+                    codes = nearest_codes(gelu(y, True), inverse, zero, TARGET_BITS, True)
+                else:
+                    codes = gelu_codes(gelu(y, True), target, MODE == GELU_MERGED, TARGET_BITS)
+                gl.store(place, gl.convert_layout(codes, stored))
+            else:
+                by_scale = target_scales.slice(piece * PIECE, PIECE).load(of_part)[None, :]
+                by_inverse = target_inverses.slice(piece * PIECE, PIECE).load(of_part)[None, :]
+                zeros = target_zeros.slice(piece * PIECE, PIECE).load(of_part)[None, :]
+                codes = uniform_codes(divide(y, by_scale, by_inverse, True), zeros, TARGET_BITS)
+                first_token = first_row % TOKENS
+                size = (M // TOKENS) * (width // HEAD_DIM) * TOKENS * HEAD_PITCH  # of q, and of k
+                first_channel = first_column - which * width + piece * PIECE
+                if which == 2:  # (B, H, head_dim, TOKEN_PITCH)
+                    token = sample * (width * TOKEN_PITCH) + first_token + 2 * size
+                    token += gl.arange(0, BM, gl.SliceLayout(1, by_token))
+                    token = gl.max_contiguous(gl.multiple_of(token, 16), 16)
+                    line_of = (first_channel + gl.arange(0, PIECE, gl.SliceLayout(0, by_token))) * TOKEN_PITCH
+                    turned = gl.convert_layout(permuted_rows(codes, BM, PIECE), by_token)
+                    gl.store(out + (token[:, None] + line_of[None, :]), turned)
+                else:  # (B, H, N, HEAD_PITCH)
+                    channel = first_channel + gl.arange(0, PIECE, stored_columns)
+                    across = channel // HEAD_DIM * (TOKENS * HEAD_PITCH) + channel % HEAD_DIM
+                    across += which * size + (sample * (width // HEAD_DIM) * TOKENS + first_token) * HEAD_PITCH
+                    across = gl.max_contiguous(gl.multiple_of(across, 8), 8)
+                    down = gl.arange(0, BM, stored_rows) * HEAD_PITCH
+                    gl.store(out + (down[:, None] + across[None, :]), gl.convert_layout(codes, stored))
+
+
+@gluon.jit
+def hopper_linear_kernel(
+    a, b, weight_scale, weight_sums, bias, out, x, gate, gate_stride, group,
+    source, target, target_k, target_v, M, width, K, TOKENS, out_stride,
+    GROUP_STRIDE: gl.constexpr, SOURCE_STRIDE: gl.constexpr, TARGET_STRIDES: gl.constexpr,
+    HEAD_DIM: gl.constexpr, HEAD_PITCH: gl.constexpr, TOKEN_PITCH: gl.constexpr,
+    EPILOGUE: gl.constexpr, MODE: gl.constexpr, TARGET_BITS: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
+    PIECE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """All (BM, BN) tiles of a (M, K) . b (N, K)^T and the epilogue; arguments as those of `linear_kernel`."""
+    a_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BM, BK], a.layout)
+    b_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BN, BK], b.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(turn.index(i), count=1)
+    fence_async_shared()  # copies arrive at the barriers as initialized
+    barriers = (full, empty, turn)
+
+    tiles_m = M // BM
+    tiles_n = (3 if EPILOGUE == HEADS else 1) * (width // BN)
+    pointers = (weight_scale, weight_sums, bias, out, x, gate, group, source, target, target_k, target_v)
+    numbers = (gate_stride, M, width, K, TOKENS, out_stride, tiles_m, tiles_n)
+    gl.warp_specialize(
+        [
+            (_consume, (
+                a_ring, b_ring, barriers, pointers, numbers, GROUP_STRIDE, SOURCE_STRIDE, TARGET_STRIDES,
+                HEAD_DIM, HEAD_PITCH, TOKEN_PITCH, EPILOGUE, MODE, TARGET_BITS, BM, BN, BK, BAND, STAGES, PIECE,
+                gl.constexpr(0))),
+            (_consume, (
+                a_ring, b_ring, barriers, pointers, numbers, GROUP_STRIDE, SOURCE_STRIDE, TARGET_STRIDES,
+                HEAD_DIM, HEAD_PITCH, TOKEN_PITCH, EPILOGUE, MODE, TARGET_BITS, BM, BN, BK, BAND, STAGES, PIECE,
+                gl.constexpr(1))),
+            (_produce, (a, b, a_ring, b_ring, barriers, tiles_m, tiles_n, K, BM, BN, BK, BAND, STAGES)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip

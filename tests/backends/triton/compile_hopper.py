@@ -1,0 +1,85 @@
+"""Compiles the Hopper kernels for sm_90a without a GPU and prints what each takes: one JSON object a line.
+
+In a process of its own, without TRITON_INTERPRET, which Triton reads when it is imported.
+"""
+
+import contextlib
+import io
+import json
+import re
+import subprocess
+import sys
+import tempfile
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from tqdit.backends.triton.kernels import hopper, rounding
+from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS, PLAIN, RESIDUAL
+
+EPILOGUES = {
+    "plain": (PLAIN, rounding.UNIFORM), "residual": (RESIDUAL, rounding.UNIFORM), "heads": (HEADS, rounding.UNIFORM),
+    "gelu": (ACTIVATION, rounding.UNIFORM), "gelu merged": (ACTIVATION, rounding.GELU_MERGED),
+    "gelu two": (ACTIVATION, rounding.GELU),
+}  # fmt: skip
+POINTERS = {
+    "weight_scale": "*fp32", "weight_sums": "*i32", "bias": "*fp32", "x": "*fp32", "gate": "*fp32", "group": "*i64",
+    "source": "*fp32", "target": "*fp32", "target_k": "*fp32", "target_v": "*fp32",
+}  # fmt: skip
+NUMBERS = ("gate_stride", "M", "width", "K", "TOKENS", "out_stride")
+
+
+def compiled(epilogue: str, bm: int, bn: int, stages: int, piece: int):
+    """The kernel for DiT-XL/2, as a launch would specialize it."""
+    which, mode = EPILOGUES[epilogue]
+    names = hopper.hopper_linear_kernel.arg_names
+    kinds = {n: f"tensordesc<i8[{rows},128],{hopper.block_layout()!r}>" for n, rows in (("a", bm), ("b", bn))}
+    kinds |= POINTERS | dict.fromkeys(NUMBERS, "i32")
+    kinds["out"] = "*fp32" if which.value in (PLAIN.value, RESIDUAL.value) else "*i8"
+    constants = {
+        "GROUP_STRIDE": 0, "SOURCE_STRIDE": 8, "TARGET_STRIDES": (128, 128, 128), "HEAD_DIM": 72, "HEAD_PITCH": 80,
+        "TOKEN_PITCH": 256, "EPILOGUE": which.value, "MODE": mode.value, "TARGET_BITS": 8, "BM": bm, "BN": bn,
+        "BK": hopper.BLOCK_K, "BAND": 8, "STAGES": stages, "PIECE": piece or bn,
+        "CONSUMER_REGISTERS": hopper.REGISTERS[0], "PRODUCER_REGISTERS": hopper.REGISTERS[1],
+    }  # fmt: skip
+    source = GluonASTSource(
+        fn=hopper.hopper_linear_kernel,
+        signature={n: kinds.get(n, "constexpr") for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in names if n in kinds and n not in ("a", "b")},
+    )
+    options = {"num_warps": 4, "enable_fp_fusion": which.value == ACTIVATION.value}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def resources(kernel, said: str) -> dict:
+    """What ptxas said of the kernel, and the registers of the parts that multiply and that copy."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, file.name]
+        assembly = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {"multiplies": 0, "copies": 0}
+    for part in re.split("USETMAXREG", assembly)[1:]:  # code after a change of the number of registers
+        numbers = [int(n) for n in re.findall(r"\bR(\d+)\b", part)]
+        numbers += [int(n) + int(bits) // 32 - 1 for n, bits in re.findall(r"\bR(\d+)\.(64|128)\b", part)]
+        for name, instruction in (("multiplies", "IGMMA"), ("copies", "UTMALDG")):
+            if instruction in part:
+                used[name] = max(used[name], *numbers) + 1
+    return {
+        "shared": kernel.metadata.shared,
+        "spilled": sum(int(n) for n in re.findall(r"(\d+) bytes spill", said)),
+        "warnings": re.findall(r"\(C7\d\d\d\)[^\n]*", said),
+        "registers": used,
+    }
+
+
+if __name__ == "__main__":
+    triton.knobs.compilation.always_compile = True  # a kernel from the cache has no log
+    triton.knobs.nvidia.dump_ptxas_log = True
+    for asked in json.loads(sys.argv[1]):
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            kernel = compiled(*asked)
+        print(json.dumps({"kernel": asked, **resources(kernel, log.getvalue())}), flush=True)

@@ -1,0 +1,294 @@
+"""The linear kernel for Hopper: where it runs, what it compiles to, and on a Hopper GPU its results."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from layouts import PoisonedTorch, from_heads, padded, read, to
+from operands import maker
+from test_cpu import assert_equal_up_to_ties
+
+pytest.importorskip("triton")
+pytest.importorskip("triton.experimental.gluon")
+import triton
+
+from tqdit.backends.triton import launch, operators, tuning
+from tqdit.backends.triton.backend import TritonBackend, operand
+from tqdit.backends.triton.kernels import rounding
+from tqdit.backends.triton.launch import Config, Operand
+from tqdit.errors import InputError
+from tqdit.ops.reference import Reference
+from tqdit.spec import Grid
+
+REFERENCE = Reference()
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")]
+TILE = Config(128, 128, 128, stages=4, piece=64, hopper=1)
+SHARED = 232448  # bytes that a program has at most
+
+
+@pytest.fixture
+def four_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "processors", lambda device: 4)
+
+
+def candidates() -> list[tuple[str, Config]]:
+    """All of every epilogue, at one size with many rows and one with few."""
+    return [
+        (epilogue, config)
+        for epilogue, columns in (("residual", 1152), ("heads", 3456), ("gelu", 4608))
+        for config in dict.fromkeys(
+            tuning.hopper_candidates(epilogue, 16384, columns, 128)
+            + tuning.hopper_candidates(epilogue, 512, columns, 128)
+        )
+    ]
+
+
+@pytest.mark.slow
+def test_every_candidate_compiles_without_spills(tmp_path: Path) -> None:
+    """For sm_90a, with the compilers that Triton brings; no GPU is needed."""
+    try:
+        assert triton.knobs.nvidia.ptxas.path
+        assert triton.knobs.nvidia.nvdisasm.path
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    asked = [(epilogue, c.block_m, c.block_n, c.stages, c.piece) for epilogue, c in candidates()]
+    asked += [("plain", 128, 128, 6, 16), ("gelu merged", 128, 128, 6, 64), ("gelu two", 128, 128, 6, 64)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, Path(__file__).with_name("compile_hopper.py"), json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(asked) > 15
+    for kernel in found:
+        assert not kernel["spilled"], kernel
+        assert not kernel["warnings"], kernel  # products one after another, say
+        assert kernel["shared"] <= SHARED, kernel
+        assert 0 < kernel["registers"]["multiplies"] <= 240, kernel
+        assert 0 < kernel["registers"]["copies"] <= 24, kernel
+
+
+def test_no_other_device_runs_it() -> None:
+    assert launch.processors(CPU) == 0
+    assert launch.hopper_rows(CPU, 256, 8, False) == 0
+    if torch.cuda.is_available():
+        assert (launch.processors(torch.device("cuda:0")) > 0) == HOPPER
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bits", "two", "head_dim", "rows"),
+    [
+        (256, 8, False, 72, 128), (64, 8, False, 72, 64), (320, 8, False, 72, 64), (100, 8, False, 72, 0),
+        (256, 6, False, 72, 0), (256, 8, True, 72, 0), (256, 8, False, 36, 0),
+    ],
+)  # fmt: skip
+def test_what_it_takes(four_processors, tokens: int, bits: int, two: bool, head_dim: int, rows: int) -> None:
+    """One product of 8-bit weights; tiles whose rows are of one sample; heads of whole groups of 8 columns."""
+    assert launch.hopper_rows(CPU, tokens, bits, two, head_dim) == rows
+
+
+def test_tiles_it_takes() -> None:
+    assert launch.hopper_takes(TILE, 128, 1152)
+    assert not launch.hopper_takes(TILE, 64, 1152)
+    assert not launch.hopper_takes(TILE, 0, 1152)
+    assert not launch.hopper_takes(TILE, 128, 64)
+    assert launch.hopper_takes(TILE._replace(block_n=64), 128, 64)
+    for changed in ({"block_m": 32}, {"block_n": 256}, {"block_k": 64}, {"piece": 8}, {"piece": 48}):
+        assert not launch.hopper_takes(TILE._replace(**changed), 128, 1152 * 2)
+
+
+def test_candidates_are_whole_tiles_that_run(four_processors) -> None:
+    assert all(launch.hopper_takes(config, 128, 1152) and config.hopper for _, config in candidates())
+    assert tuning.hopper_candidates("heads", 16384, 3456, 0) == []
+    few, small = (tuning.hopper_candidates("gelu", rows, 4608, tile) for rows, tile in ((512, 128), (16384, 64)))
+    assert {c.block_m for c in few} == {64, 128}
+    assert {c.block_m for c in small} == {64}
+    assert all(c.block_n == 64 for c in tuning.hopper_candidates("heads", 512, 3 * 192, 128))
+    assert tuning.hopper_candidates("residual", 512, 96, 128) == []
+    assert not any(config.hopper for two in (False, True) for config in tuning.linear_candidates(512, two, 8))
+
+
+def test_it_is_tried_under_a_key_of_its_own(four_processors, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that configurations found without it, or for ragged tiles, are neither taken nor replaced."""
+    asked = {}
+    monkeypatch.setattr(tuning, "choose", lambda key, device, candidates, run: asked.setdefault(key, candidates())[0])
+    make = maker(0)
+    layer = operators._weight(*weights(TritonBackend().prepare(make.weight(128, 64), None)))
+
+    def config(tokens: int, grid: Grid = Grid.UNIFORM) -> Config:
+        source = operand(make.params(grid))
+        return operators._linear_config("residual", make.codes(1, tokens, 64), layer, source, lambda config: None)
+
+    assert config(128).hopper
+    assert config(64).hopper
+    assert not config(96).hopper
+    assert not config(128, Grid.MRQ_GELU).hopper
+    assert len(asked) == 4
+    assert "linear residual 128x128x64, 8 bits, 1 products" in asked  # of 96 tokens, as in older files
+    monkeypatch.setattr(launch, "processors", lambda device: 0)
+    asked.clear()
+    assert not config(128).hopper
+    assert list(asked) == ["linear residual 128x128x64, 8 bits, 1 products"]
+
+
+def weights(layer) -> tuple[list[torch.Tensor], list[int]]:
+    return [layer.codes, layer.scale, layer.bias, layer.sums], [layer.shape[1], layer.bits]
+
+
+def test_asking_for_it_where_it_cannot_run_is_an_error() -> None:
+    make = maker(1)
+    layer = operators._weight(*weights(TritonBackend().prepare(make.weight(128, 128), None)))
+    source = operand(make.params())
+    with pytest.raises(InputError, match="compute capability"):
+        launch.plain(make.codes(1, 128, 128), source, layer, TILE)
+
+
+class Recorded:
+    """In the place of a kernel: binds its arguments."""
+
+    def __init__(self, kernel):
+        self.signature = inspect.signature(kernel.fn)
+
+    def __getitem__(self, grid):
+        def call(*arguments, num_warps, enable_fp_fusion):
+            self.grid, self.given = grid, self.signature.bind(*arguments).arguments
+
+        return call
+
+
+def test_what_the_kernel_is_given(four_processors, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, batch, tokens, width, heads = maker(2), 2, 128, 256, 4
+    params = make.attention(heads, Grid.UNIFORM, batch)
+    targets = tuple(operand(p) for p in params.projections)
+    layer = operators._weight(*weights(TritonBackend().prepare(make.weight(3 * width, 320), None)))
+    kernel = Recorded(launch.hopper_kernels().hopper_linear_kernel)
+    monkeypatch.setattr(launch.hopper_kernels(), "hopper_linear_kernel", kernel)
+    codes = make.codes(batch, tokens, 320)
+    launch.heads(codes, operand(make.params()), layer, TILE, targets, width // heads)
+    given = kernel.given
+    assert kernel.grid == (4,)
+    assert (given["M"], given["width"], given["K"], given["TOKENS"]) == (256, 256, 320, 128)
+    assert given["a"].block_shape == given["b"].block_shape == [128, 128]
+    assert given["b"].shape == [768, 320]
+    assert given["TARGET_STRIDES"] == (8 * heads,) * 3
+    assert (given["HEAD_DIM"], given["STAGES"], given["PIECE"]) == (64, 4, 64)
+    launch.heads(codes, operand(make.params()), layer, TILE._replace(piece=0), targets, width // heads)
+    assert kernel.given["PIECE"] == 128
+    few = Operand(targets[0].table, None, rounding.UNIFORM.value, 8)
+    launch.activation(codes[:1], operand(make.params()), layer, TILE, few)
+    assert kernel.grid == (4,)
+    assert kernel.given["width"] == 768
+
+
+# On a GPU. batch, tokens, depth, width, heads, programs (0: one per multiprocessor): one tile; odd numbers of tiles in
+# one program and in three; 1, 9 and 36 blocks of depth; depths that end within a block; more tiles than programs.
+WIDE, DEEP, WHOLE = (1, 128, 1152, 384, 4, 1), (2, 256, 4608, 128, 1, 1), (2, 256, 1152, 1152, 16, 0)
+SHAPES = [(1, 128, 128, 128, 2, 0), (1, 128, 100, 896, 8, 3), (3, 128, 448, 640, 8, 1), WIDE, DEEP, WHOLE]
+SHORT, MANY = (2, 64, 320, 192, 2, 1), (5, 64, 1152, 1152, 16, 7)  # samples of 64 tokens
+CASES = [(TILE, *shape) for shape in SHAPES]
+CASES += [(TILE._replace(stages=2, piece=16, band=1), *shape) for shape in (WIDE, DEEP, WHOLE)]
+CASES += [(Config(128, 64, 128, stages=8, piece=32, hopper=1), *shape) for shape in (WIDE, DEEP)]
+CASES += [(Config(64, 128, 128, stages=8, piece=32, hopper=1), *shape) for shape in (WIDE, MANY)]
+CASES += [(Config(64, 64, 128, stages=12, hopper=1), *shape) for shape in (SHORT, MANY, WHOLE)]
+ORDINARY = Config(64, 64, 128, 8, 4, 3, 32)
+each_case = pytest.mark.parametrize(
+    ("config", "batch", "tokens", "depth", "width", "heads", "programs"), CASES,
+    ids=["x".join(map(str, c[:2])) + "-" + "-".join(map(str, shape)) for c, *shape in CASES],
+)  # fmt: skip
+
+
+class Runs:
+    """Calls of the backend with a given configuration, outputs poisoned, and the whole three times: races show."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
+        self.patch, self.backend = monkeypatch, TritonBackend()
+        monkeypatch.setattr(launch, "torch", PoisonedTorch())
+        if programs:
+            monkeypatch.setattr(launch, "processors", lambda device: programs)
+
+    def __call__(self, config: Config, call):
+        self.patch.setattr(tuning, "choose", lambda key, device, candidates, run: config)
+        first, *others = [call(self.backend) for _ in range(3)]
+        assert all(torch.equal(first, other) for other in others)
+        return first
+
+
+@each_case
+class TestOnHopper:
+    pytestmark = gpu
+
+    def test_heads(self, monkeypatch, config, batch, tokens, depth, width, heads, programs) -> None:
+        make = maker(1)
+        codes, source = make.codes(batch, tokens, depth), make.params(lead=batch)
+        weight, bias = make.weight(3 * width, depth), make.values(3 * width)
+        params = make.attention(heads, Grid.UNIFORM, batch)
+        expected = REFERENCE.qkv(codes, source, REFERENCE.prepare(weight, bias), params)
+        given = to(CUDA, padded(codes)), to(CUDA, source), TritonBackend().prepare(weight, bias).to(CUDA)
+        run = Runs(monkeypatch, programs)
+        buffer = run(config, lambda backend: backend.qkv(*given, to(CUDA, params)).codes)
+        found = run.backend.qkv(*given, to(CUDA, params))._replace(codes=buffer)
+        assert torch.equal(from_heads(found, heads), expected.int())
+
+    def test_residual_and_plain(self, monkeypatch, config, batch, tokens, depth, width, heads, programs) -> None:
+        make = maker(2)
+        codes, source = make.codes(batch, tokens, depth), make.params(lead=batch)
+        weight, bias = make.weight(width, depth), make.values(width)
+        x, gate = make.values(batch, tokens, width), make.values(batch, 6 * width).chunk(6, dim=1)[2]
+        expected = REFERENCE.linear_residual(codes, source, REFERENCE.prepare(weight, bias), gate, x)
+        layer = TritonBackend().prepare(weight, bias).to(CUDA)
+        given = to(CUDA, padded(codes)), to(CUDA, source), layer
+        run = Runs(monkeypatch, programs)
+        out = run(config, lambda backend: backend.linear_residual(*given, to(CUDA, gate), to(CUDA, x)))
+        assert torch.equal(out.cpu(), expected)
+        tensors = operators._weight(*weights(layer))
+        out = run(config, lambda _: launch.plain(given[0], operand(given[1]), tensors, config))
+        assert torch.equal(out.cpu(), REFERENCE.linear(codes, source, REFERENCE.prepare(weight, bias)))
+
+    @pytest.mark.parametrize(
+        ("grid", "bits", "merged"),
+        [(Grid.UNIFORM, 8, False), (Grid.MRQ_GELU, 6, True), (Grid.MRQ_GELU, 8, False)],
+        ids=["uniform", "merged", "two"],
+    )
+    def test_gelu(
+        self, monkeypatch, config, batch, tokens, depth, width, heads, programs, grid: Grid, bits: int, merged: bool
+    ) -> None:
+        eight, make = maker(3), maker(4, bits)
+        codes, source = eight.codes(batch, tokens, depth), eight.params(lead=batch)
+        target = make.params(grid, batch, merged=merged)
+        weight, bias = eight.weight(width, depth), eight.values(width)
+        given = to(CUDA, padded(codes)), to(CUDA, source), TritonBackend().prepare(weight, bias).to(CUDA)
+        run = Runs(monkeypatch, programs)
+        found = run(config, lambda backend: backend.linear_gelu(*given, to(CUDA, target)))
+        hidden = REFERENCE.linear(codes, source, REFERENCE.prepare(weight, bias)).double()
+        value = torch.nn.functional.gelu(hidden, approximate="tanh")
+        assert_equal_up_to_ties(read(found, width, target), value, target)
+        ordinary = run(ORDINARY, lambda backend: backend.linear_gelu(*given, to(CUDA, target)))
+        assert torch.equal(found, ordinary)
+
+
+@pytest.mark.parametrize("tokens", [96, 200])
+def test_a_tile_of_two_samples_is_the_other_kernels(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    make, batch = maker(5), 4
+    codes, source, weight = make.codes(batch, tokens, 128), make.params(lead=batch), make.weight(128, 128)
+    x, gate = make.values(batch, tokens, 128), make.values(batch, 128)
+    chosen = []
+
+    def choose(key, device, candidates, run):
+        chosen.append(candidates()[0] if HOPPER else ORDINARY)
+        return chosen[0]
+
+    monkeypatch.setattr(tuning, "choose", choose)
+    device = CUDA if torch.cuda.is_available() else CPU
+    layer = TritonBackend().prepare(weight, None).to(device)
+    out = TritonBackend().linear_residual(
+        to(device, padded(codes)), to(device, source), layer, to(device, gate), to(device, x)
+    )
+    assert not chosen[0].hopper
+    assert torch.equal(out.cpu(), REFERENCE.linear_residual(codes, source, REFERENCE.prepare(weight, None), gate, x))
