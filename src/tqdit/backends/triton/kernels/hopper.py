@@ -45,7 +45,7 @@ from tqdit.backends.triton.kernels.rounding import (
 )
 
 BLOCK_K = 128  # bytes of a row of a swizzled block
-COPY = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name before Triton 3.7
+COPY = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name in Triton 3.6
 REGISTERS = 240, 24  # of a thread that multiplies, and of one that copies: at most 65,536 in all
 
 
