@@ -119,10 +119,12 @@ def jobs() -> Iterator[Job]:
             operations = 2 * rows * columns * depth * products
             yield Job(workload, name, key, ordinary_key, candidates, operations, moved)
         for name, mode in PROBABILITIES.items():
-            key = tuning.attention_key(batch * HEADS, tokens, HEAD_DIM, mode)
+            ordinary_key = tuning.attention_key(batch * HEADS, tokens, HEAD_DIM, mode)
+            special = tuning.hopper_attention_candidates(torch.device("cuda"), tokens, HEAD_DIM, name == "MRQ")
+            key = tuning.attention_key(batch * HEADS, tokens, HEAD_DIM, mode, bool(special))
             operations = 2 * rows * tokens * WIDTH * (3 if name == "MRQ" else 2)
-            candidates = tuple(tuning.attention_candidates(batch * HEADS, tokens))
-            yield Job(workload, f"attention, {name}", key, key, candidates, operations, 4 * rows * WIDTH)
+            candidates = (*special, *tuning.attention_candidates(batch * HEADS, tokens))
+            yield Job(workload, f"attention, {name}", key, ordinary_key, candidates, operations, 4 * rows * WIDTH)
         for name, (per_token, columns, depth) in FLOAT_INPUTS.items():
             m = rows if per_token else batch
             moved = 4 * m * depth + columns * depth + 4 * m * columns

@@ -15,7 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from tqdit.backends.triton.kernels import hopper, rounding
+from tqdit.backends.triton import launch
+from tqdit.backends.triton.kernels import hopper, hopper_attention, rounding
 from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS, PLAIN, RESIDUAL
 
 EPILOGUES = {
@@ -53,6 +54,43 @@ def compiled(epilogue: str, bm: int, bn: int, stages: int, piece: int):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
+def compiled_attention(tokens: int, head_dim: int, mode: int, config: list[int], by_sample: bool, trace: bool):
+    """The attention kernel, with one time group or one for each sample."""
+    chosen = launch.Config(*config)
+    sizes = launch._HopperAttention.of(chosen, tokens, head_dim)
+    assert sizes, config
+    k_rest, v_pad = sizes.padded
+    blocks = {
+        "q": (chosen.block_m, sizes.first), "k": (chosen.block_k, sizes.first), "v": (sizes.first, chosen.block_k),
+        "q_rest": (chosen.block_m, k_rest), "k_rest": (chosen.block_k, k_rest), "v_rest": (sizes.rest, chosen.block_k),
+    }  # fmt: skip
+    kinds = {
+        n: f"tensordesc<i8[{rows},{width}],{hopper_attention.block_layout(width)!r}>"
+        for n, (rows, width) in blocks.items()
+        if rows and width
+    }
+    kinds |= {"out": "*i8", "trace": "*i8", "group": "*i64", "factor": "fp32"}
+    kinds |= dict.fromkeys(("query", "key", "value", "softmax", "target"), "*fp32")
+    kinds |= dict.fromkeys(("sequences", "heads", "out_stride"), "i32")
+    constants = {
+        "GROUP_STRIDE": int(by_sample), "STRIDES": (128, 128, 128, 8, 8), "N": tokens, "PARTS": sizes.parts,
+        "D": head_dim, "D_FIRST": sizes.first, "D_REST": k_rest, "V_REST": sizes.rest, "V_PAD": v_pad, "MODE": mode,
+        "BITS": 8, "TARGET_BITS": 8, "SLOTS": sizes.slots, "Q_SLOTS": sizes.q_slots, "BK": chosen.block_k,
+        "AT_ONCE": chosen.blocks, "TRACE": trace, "WARPS": sizes.warps,
+        "COPY_REGISTERS": hopper_attention.COPY_REGISTERS,
+    }  # fmt: skip
+    names = hopper_attention.hopper_attention_kernel.arg_names
+    constants |= {n: None for n in blocks if n not in kinds}
+    source = GluonASTSource(
+        fn=hopper_attention.hopper_attention_kernel,
+        signature={n: kinds.get(n, "constexpr") for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in kinds if n not in blocks and n != "factor"},
+    )
+    options = {"num_warps": sizes.warps, "enable_fp_fusion": False, "maxnreg": 128 if sizes.programs == 2 else None}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
 def resources(kernel, said: str) -> dict:
     """What ptxas said of the kernel, and the registers of the parts that multiply and that copy."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -81,5 +119,5 @@ if __name__ == "__main__":
     for asked in json.loads(sys.argv[1]):
         log = io.StringIO()
         with contextlib.redirect_stdout(log):
-            kernel = compiled(*asked)
+            kernel = compiled(*asked) if isinstance(asked[0], str) else compiled_attention(*asked)
         print(json.dumps({"kernel": asked, **resources(kernel, log.getvalue())}), flush=True)

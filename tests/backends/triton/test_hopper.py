@@ -168,8 +168,8 @@ def test_what_the_kernel_is_given(four_processors, monkeypatch: pytest.MonkeyPat
     params = make.attention(heads, Grid.UNIFORM, batch)
     targets = tuple(operand(p) for p in params.projections)
     layer = operators._weight(*weights(TritonBackend().prepare(make.weight(3 * width, 320), None)))
-    kernel = Recorded(launch.hopper_kernels().hopper_linear_kernel)
-    monkeypatch.setattr(launch.hopper_kernels(), "hopper_linear_kernel", kernel)
+    kernel = Recorded(launch.hopper_kernels().linear.hopper_linear_kernel)
+    monkeypatch.setattr(launch.hopper_kernels().linear, "hopper_linear_kernel", kernel)
     codes = make.codes(batch, tokens, 320)
     launch.heads(codes, operand(make.params()), layer, TILE, targets, width // heads)
     given = kernel.given

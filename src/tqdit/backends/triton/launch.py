@@ -55,8 +55,8 @@ class Config(NamedTuple):
     stages: int = 3
     piece: int = 0  # columns that the epilogue has in registers at a time: block_n (0), or a half or a quarter of it
     registers: int | None = None  # a thread's, at most
-    blocks: int = 1  # of query rows that a program of the attention kernel takes
-    hopper: int = 0  # 1: by `kernels.hopper`, which has its own numbers of warps and registers
+    blocks: int = 1  # of query rows that a program of the attention kernel takes; for Hopper: its AT_ONCE
+    hopper: int = 0  # 1: by `kernels.hopper` or `kernels.hopper_attention`, with their own numbers of warps, registers
 
 
 class Groups(NamedTuple):
@@ -91,14 +91,19 @@ def powers_of_two(width: int, least: int) -> tuple[int, int]:
     return whole // 2, triton.next_power_of_2(width - whole // 2)
 
 
+class HopperKernels(NamedTuple):
+    linear: Any
+    attention: Any
+
+
 @functools.cache
 def hopper_kernels() -> Any:
-    """The module of the kernels in Gluon; None if the installed Triton has not what it needs of it."""
+    """The modules of the kernels in Gluon; None if the installed Triton has not what they need of it."""
     try:
-        from tqdit.backends.triton.kernels import hopper
+        from tqdit.backends.triton.kernels import hopper, hopper_attention
     except (ImportError, AttributeError):
         return None
-    return hopper
+    return HopperKernels(hopper, hopper_attention)
 
 
 @functools.cache
@@ -203,7 +208,7 @@ def _hopper_linear(
             f"8-bit weights, one product, tiles of 64 or 128 rows and columns, and {tokens} tokens, {width} columns "
             "that are multiples of them"
         )
-    hopper = hopper_kernels()
+    hopper = hopper_kernels().linear
     bm, bn = config.block_m, config.block_n
     groups = groups_of(source, *targets)
     first, second, third = (targets * 3)[:3] if targets else (source,) * 3
@@ -264,6 +269,8 @@ def attention(
     config: Config, trace: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`operands`: query, key, value, softmax, target."""
+    if config.hopper:
+        return _hopper_attention(qkv, batch, tokens, count, head_dim, operands, config, trace)
     query, key, value, softmax, target = operands
     out = torch.empty(batch, tokens, pitch(count * head_dim), dtype=torch.int8, device=qkv.device)
     bm, bk = config.block_m, config.block_k
@@ -291,6 +298,88 @@ def attention(
         head_dim, first, d_rest, v_rest, softmax.mode, softmax.bits, target.bits,
         one_pass, tokens % bk != 0, head_dim % 8 == 0, tokens % ALIGN == 0, trace is not None, NATIVE, bm, bk,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
+    )  # fmt: skip
+    return out
+
+
+def hopper_attends(config: Config, device: torch.device, tokens: int, head_dim: int) -> bool:
+    """Whether `kernels.hopper_attention` takes such sequences with a configuration: slots and tiles are whole."""
+    return _HopperAttention.of(config, tokens, head_dim) is not None and processors(device) > 0
+
+
+class _HopperAttention(NamedTuple):
+    """Sizes of `kernels.hopper_attention`. A head's keys and values fill `blocks` slots of a ring of `slots`."""
+
+    warps: int
+    blocks: int
+    parts: int
+    slots: int
+    q_slots: int
+    first: int
+    rest: int
+    programs: int  # of a multiprocessor
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Columns after the first of q and k, of v with those of ones."""
+        return max(32, self.rest) if self.rest else 0, triton.next_power_of_2(self.rest + 8)
+
+    @classmethod
+    def of(cls, config: Config, tokens: int, head_dim: int) -> "_HopperAttention | None":
+        """None where the kernel cannot have these sizes."""
+        bm, bk, rows = config.block_m, config.block_k, config.block_n or tokens
+        first, rest = powers_of_two(head_dim, 32)
+        whole = bm in (64, 128, 256) and bk in (64, 128) and tokens % bk == 0 and tokens % rows == 0 and rows % bm == 0
+        if not whole or head_dim not in (first, first + rest) or first > 64 or rest not in (0, 8, 16, 32):
+            return None
+        blocks = tokens // bk
+        if blocks > 2 and blocks % config.blocks:
+            return None
+        slots = max(config.stages // blocks, 1) * blocks
+        programs = 2 if bm == 64 else 1
+        found = cls(bm // 16, blocks, tokens // rows, slots, 2 if blocks <= 2 else 1, first, rest, programs)
+        k_rest, v_pad = found.padded
+        used = slots * bk * (2 * first + k_rest + v_pad) + found.q_slots * bm * (first + k_rest)
+        used += 4 * tokens + bm * first + 2048  # sums of keys, codes on their way out, barriers
+        return found if used <= 232448 // programs - 1024 else None
+
+
+def _hopper_attention(
+    qkv: torch.Tensor, batch: int, tokens: int, count: int, head_dim: int, operands: tuple[Operand, ...],
+    config: Config, trace: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """As `attention`. `InputError` where the kernel cannot run."""
+    sizes = _HopperAttention.of(config, tokens, head_dim)
+    if sizes is None or not processors(qkv.device):
+        raise InputError(
+            f"{config} cannot run here: the Hopper kernel needs a GPU of compute capability 9.0, Triton with Gluon, "
+            f"and {tokens} tokens of {head_dim} channels a head that fill its tiles and its shared memory"
+        )
+    hopper = hopper_kernels().attention
+    query, key, value, softmax, target = operands
+    out = torch.empty(batch, tokens, pitch(count * head_dim), dtype=torch.int8, device=qkv.device)
+    bm, bk = config.block_m, config.block_k
+    first, (k_rest, v_pad) = sizes.first, sizes.padded
+    rows, head_pitch, token_pitch = batch * count * tokens, pitch(head_dim), pitch(tokens)
+    q, k, v = qkv.split([rows * head_pitch, rows * head_pitch, batch * count * head_dim * token_pitch])
+
+    def by_token(part: torch.Tensor, block: int, width: int) -> Any:
+        return hopper.blocks_of(part, (rows, head_dim), head_pitch, (block, width)) if width else None
+
+    def by_channel(width: int) -> Any:
+        return hopper.blocks_of(v, (batch * count * head_dim, tokens), token_pitch, (width, bk)) if width else None
+
+    groups = groups_of(*operands)
+    programs = min(processors(qkv.device) * sizes.programs, batch * count * sizes.parts)
+    hopper.hopper_attention_kernel[(programs,)](
+        by_token(q, bm, first), by_token(q, bm, k_rest), by_token(k, bk, first), by_token(k, bk, k_rest),
+        by_channel(first), by_channel(sizes.rest), out, out if trace is None else trace, groups.tensor,
+        query.table, key.table, value.table, softmax.table, target.table, batch * count, count, out.stride(1),
+        head_dim**-0.5,
+        groups.stride, (query.stride, key.stride, value.stride, softmax.stride, target.stride),
+        tokens, sizes.parts, head_dim, first, k_rest, sizes.rest, v_pad, softmax.mode, softmax.bits, target.bits,
+        sizes.slots, sizes.q_slots, bk, config.blocks, trace is not None, sizes.warps, hopper.COPY_REGISTERS,
+        num_warps=sizes.warps, maxnreg=128 if sizes.programs == 2 else None, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 

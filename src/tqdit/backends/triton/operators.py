@@ -114,9 +114,10 @@ def attention(
     def run(config: Config) -> Tensor:
         return launch.attention(qkv, batch, tokens, heads, head_dim, operands, config)
 
-    key = tuning.attention_key(batch * heads, tokens, head_dim, operands[3].mode)
-    candidates = functools.partial(tuning.attention_candidates, batch * heads, tokens)
-    return run(tuning.choose(key, qkv.device, candidates, run))
+    two = launch.takes_two_products(operands[3])
+    hopper = tuning.hopper_attention_candidates(qkv.device, tokens, head_dim, two)
+    key = tuning.attention_key(batch * heads, tokens, head_dim, operands[3].mode, bool(hopper))
+    return run(tuning.choose(key, qkv.device, lambda: hopper + tuning.attention_candidates(batch * heads, tokens), run))
 
 
 @attention.register_fake

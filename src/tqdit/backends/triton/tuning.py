@@ -19,7 +19,7 @@ import torch
 import triton
 from triton.errors import TritonError
 
-from tqdit.backends.triton.launch import FEW_ROWS, NATIVE, Config, hopper_takes
+from tqdit.backends.triton.launch import FEW_ROWS, NATIVE, Config, hopper_attends, hopper_takes
 from tqdit.capture import recording
 from tqdit.files import write_text
 
@@ -55,9 +55,9 @@ def linear_key(epilogue: str, rows: int, columns: int, depth: int, bits: int, tw
     return f"{key}, Hopper tiles of {tile} rows" if tile else key
 
 
-def attention_key(sequences: int, tokens: int, head_dim: int, mode: int) -> str:
-    """`sequences`: samples times heads; `mode`: of the probabilities, `rounding`."""
-    return f"attention {bucket(sequences)}x{tokens}x{head_dim}, mode {mode}"
+def attention_key(sequences: int, tokens: int, head_dim: int, mode: int, hopper: bool = False) -> str:
+    """`sequences`: samples times heads; `mode`: of the probabilities, `rounding`; `hopper`: that kernel takes them."""
+    return f"attention {bucket(sequences)}x{tokens}x{head_dim}, mode {mode}{', Hopper' if hopper else ''}"
 
 
 def float_key(rows: int, columns: int, depth: int, bits: int) -> str:
@@ -163,6 +163,22 @@ def attention_candidates(sequences: int, tokens: int) -> list[Config]:
         several = [c._replace(blocks=4) for c in found[:2]]
         found = several + [several[0]._replace(registers=limit) for limit in (168, 200)] + found + tiles[:2]
     return found
+
+
+def hopper_attention_candidates(device: torch.device, tokens: int, head_dim: int, two: bool) -> list[Config]:
+    """Those of `kernels.hopper_attention`: a head's rows together, or in parts where there are few heads.
+
+    `two`: products of the probabilities, which take the registers of scores. Keys that fill two slots are multiplied
+    once; for more, sixteen warps hide each other's waiting and have few registers.
+    """
+    if tokens <= 256:
+        found = [Config(64, rows, bk, stages=4, hopper=1) for bk in (128, 64) for rows in (0, 64)]
+        found.append(Config(128, 0, 128, stages=8, hopper=1))
+    else:
+        found = [Config(128, rows, 128, stages=8, blocks=2 - two, hopper=1) for rows in (0, 128)]
+        if not two:
+            found[:0] = [Config(256, rows, 64, stages=16, hopper=1) for rows in (0, 256)]
+    return [config for config in found if hopper_attends(config, device, tokens, head_dim)]
 
 
 def float_candidates(rows: int) -> list[Config]:

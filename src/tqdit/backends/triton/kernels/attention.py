@@ -112,31 +112,43 @@ def _tile_scores(
 
 
 @triton.jit
-def _codes(e, total, softmax, MODE: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """Codes of e / total as int8 operands of one or two products, rounded as in `nearest_codes`.
+def softmax_parameters(softmax):
+    """A row of the softmax's table, as `probability_codes` wants it."""
+    return (
+        tl.load(softmax), tl.load(softmax + COARSE), tl.load(softmax + ZERO), tl.load(softmax + FACTOR),
+        tl.load(softmax + INVERSE), tl.load(softmax + INVERSE_COARSE),
+    )  # fmt: skip
+
+
+@triton.jit
+def probability_codes(e, total, parameters, MODE: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr):
+    """Codes of e / total as int8 operands of one or two products, within 2^-16 steps before rounding.
 
     A single operand is the integer minus 128: probabilities are not negative and have up to 256 levels. Two regions:
     the coarse operand, then the fine one, negative as in its codes.
     """
+    scale, coarse_scale, zero, factor, inverse, inverse_coarse = parameters
     share = 1.0 / total
     half: tl.constexpr = 1 << (BITS - 1)
     if MODE == UNIFORM:
-        high = half - 1.0 - tl.load(softmax + ZERO)
-        level = saturated(e, (share * (tl.load(softmax + INVERSE) / high))[:, None], 0.0, NATIVE)
+        high = half - 1.0 - zero
+        level = saturated(e, (share * (inverse / high))[:, None], 0.0, NATIVE)
         one = tl.fma(level, high, MAGIC - 128.0).to(tl.int32, bitcast=True).to(tl.int8)
         two = one
     else:
         top: tl.constexpr = half - 1.0
-        small = e <= (total * (tl.load(softmax) * top))[:, None]
-        fine = (share * (tl.load(softmax + INVERSE) / top))[:, None]
-        coarse = (share * (tl.load(softmax + INVERSE_COARSE) / top))[:, None]
-        level = saturated(e, tl.where(small, fine, coarse), 0.0, NATIVE)
+        small = e <= (total * (scale * top))[:, None]
+        fine, coarse = share * inverse, share * inverse_coarse
         if MODE == SOFTMAX:
-            codes = tl.fma(level, tl.where(small, -top, top), MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+            fine = -fine
+        clipped = tl.minimum(e, (total * (coarse_scale * top))[:, None])
+        rounded = tl.fma(clipped, tl.where(small, fine[:, None], coarse[:, None]), MAGIC).to(tl.int32, bitcast=True)
+        if MODE == SOFTMAX:
+            codes = rounded.to(tl.int8)
             one, two = positive_part(codes, NATIVE), negative_part(codes, NATIVE)
         else:
-            merged = tl.fma(level, top, MAGIC).to(tl.int32, bitcast=True) - MAGIC_BITS
-            merged = tl.where(small, merged, merged * tl.load(softmax + FACTOR).to(tl.int32))
+            merged = rounded - MAGIC_BITS
+            merged = tl.where(small, merged, merged * factor.to(tl.int32))
             one = (merged - 128).to(tl.int8)
             two = one
     return one, two
@@ -144,7 +156,7 @@ def _codes(e, total, softmax, MODE: tl.constexpr, BITS: tl.constexpr, NATIVE: tl
 
 @triton.jit
 def _code_sums(one, two, MODE: tl.constexpr, BK: tl.constexpr):
-    """Sums of the rows of `_codes`, of the integers."""
+    """Sums of the rows of `probability_codes`, of the integers."""
     sum_one = _row_sums(one, BK)
     sum_two = sum_one
     if MODE == SOFTMAX:
@@ -248,7 +260,7 @@ def attention_kernel(
             sums = _shifted(sums, keys, keys_rest, zero, D_FIRST, D_REST, BM)
             scores = _scores(sums, 0, N, EDGE, MAGIC_SUM, BK)
             e = power_of_two((scores - tl.max(scores, 1)[:, None]) * scale, NATIVE)
-            one, two = _codes(e, tl.sum(e, 1), softmax, MODE, BITS, NATIVE)
+            one, two = probability_codes(e, tl.sum(e, 1), softmax_parameters(softmax), MODE, BITS, NATIVE)
             if TRACE:
                 _trace(trace, one, two, softmax, head_row, first_row, 0, N, MODE, BM, BK)
             if PERMUTED:
@@ -300,7 +312,7 @@ def attention_kernel(
                 MAGIC_SUM, BM, BK,
             )  # fmt: skip
             e = power_of_two((scores - top[:, None]) * scale, NATIVE)
-            one, two = _codes(e, total, softmax, MODE, BITS, NATIVE)
+            one, two = probability_codes(e, total, softmax_parameters(softmax), MODE, BITS, NATIVE)
             if TRACE:
                 _trace(trace, one, two, softmax, head_row, first_row, first_key, N, MODE, BM, BK)
             if PERMUTED:

@@ -1,0 +1,518 @@
+"""The attention kernel for Hopper: a head's keys and values stay in shared memory for all its rows of queries.
+
+One warp copies ahead: keys and values into a ring of slots of BK tokens, tiles of queries into one of their own. The
+other WARPS (4, 8 or 16, 16 rows each) compute. `full[s]`: the copies into slot s are complete; `empty[s]`: all rows
+have read it; likewise for queries. Slots and parities are computed from numbers, as in `kernels.hopper`.
+
+Keys that fill one or two slots are multiplied once, and a tile's scores stay in registers. For more there are two
+passes: sums of powers first, codes with the final sums second. What the ordinary kernel spends instructions on is free
+here or shared by a head's rows: zero points of queries and values are in what sums start from, the bits of the integer
+scores are floats, a score becomes a power with one multiply-add, and rows of ones below the values add up the codes.
+
+All computing warps run the same instructions: as two partitions of a program their code, twice as long, did not stay
+in the instruction cache.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from tqdit.backends.triton.kernels.attention import LOG2E, probability_codes, softmax_parameters
+from tqdit.backends.triton.kernels.hopper import COPY
+from tqdit.backends.triton.kernels.rounding import (
+    INVERSE,
+    MAGIC_BITS,
+    ROW,
+    SOFTMAX,
+    UNIFORM,
+    ZERO,
+    divide,
+    power_of_two,
+    uniform_codes,
+)
+
+PRIVATE = gl.constexpr(not hasattr(gl.shared_memory_descriptor, "reinterpret"))  # its name before Triton 3.7
+COPY_REGISTERS = 24  # of a thread that copies
+
+
+def block_layout(width: int) -> gl.NVMMASharedLayout:
+    """Of a block of `width` columns of codes in shared memory."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=min(width, 128), element_bitwidth=8, rank=2)
+
+
+def blocks_of(codes: torch.Tensor, shape: Sequence[int], stride: int, block: Sequence[int]) -> TensorDescriptor:
+    return TensorDescriptor(codes, list(shape), [stride, 1], list(block), block_layout(block[1]))
+
+
+@gluon.constexpr_function
+def _layout(columns: int, warps: int) -> gl.NVMMADistributedLayout:
+    """Of a product of 16 rows a warp and so many columns."""
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, columns, 32])
+
+
+@gluon.jit
+def _byte_sums(memory, ROWS: gl.constexpr, BYTES: gl.constexpr, WARPS: gl.constexpr):
+    """Sums of the rows of int8 (ROWS, BYTES) in shared memory: where in its row a byte is does not matter."""
+    WORDS: gl.constexpr = BYTES // 4
+    ACROSS: gl.constexpr = WORDS // 4
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    blocked: gl.constexpr = gl.BlockedLayout([1, 4], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
+    if PRIVATE:
+        words = memory._reinterpret(gl.int32, [ROWS, WORDS], flat).load(blocked)
+    else:
+        words = memory.reinterpret(gl.int32, [ROWS, WORDS], flat).load(blocked)
+    sums = gl.inline_asm_elementwise(
+        "dp4a.s32.s32 $0, $1, 0x01010101, 0;", "=r,r", [words], gl.int32, is_pure=True, pack=1
+    )
+    return gl.sum(sums, 1)
+
+
+@gluon.jit
+def _halves(x, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
+    """The left and the right half of the columns of a product, in the registers where they are."""
+    layout: gl.constexpr = _layout(COLUMNS // 2, WARPS)
+    left, right = x.reshape(16 * WARPS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+    return gl.convert_layout(left, layout, assert_trivial=True), gl.convert_layout(right, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _of_rows(x, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
+    """A value per row, for use with products of so many columns."""
+    return gl.convert_layout(x, gl.SliceLayout(1, _layout(COLUMNS, WARPS)), assert_trivial=True)
+
+
+@gluon.jit
+def _row_sums(x, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
+    """By halves first: additions that do not wait for each other."""
+    if COLUMNS > 16:
+        left, right = _halves(x, COLUMNS, WARPS)
+        return _row_sums(left + right, COLUMNS // 2, WARPS)
+    else:
+        return gl.sum(x, 1)
+
+
+@gluon.jit
+def _row_maxima(x, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
+    if COLUMNS > 16:
+        left, right = _halves(x, COLUMNS, WARPS)
+        return _row_maxima(gl.maximum(left, right), COLUMNS // 2, WARPS)
+    else:
+        return gl.max(x, 1)
+
+
+@gluon.jit
+def _start_scores(
+    queries, keys, slot, starts, block, D_REST: gl.constexpr, BK: gl.constexpr, WARPS: gl.constexpr
+):  # fmt: skip
+    """starts + q k^T of a slot of keys, int32 (16 WARPS, BK); does not wait for it."""
+    layout: gl.constexpr = _layout(BK, WARPS)
+    start = gl.full((16 * WARPS, BK), 0, gl.int32, layout)
+    start += starts.index(block).load(gl.SliceLayout(0, layout))[None, :]
+    scores = warpgroup_mma(queries[0], keys[0].index(slot).permute((1, 0)), start, is_async=True)
+    if D_REST:
+        scores = warpgroup_mma(queries[1], keys[1].index(slot).permute((1, 0)), scores, is_async=True)
+    return scores
+
+
+@gluon.jit
+def _as_floats(scores):
+    return scores.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _powers(scores, shift, scale):
+    """2^(scores scale + shift) within 2^-20 of it and a factor of the row that is the same in its sum."""
+    x = _as_floats(scores)
+    nothing = gl.full_like(x, 0.0)
+    return power_of_two(gl.fma(x, nothing + scale, nothing + shift[:, None]), True)
+
+
+@gluon.jit
+def _operand(codes, BK: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
+    """Codes of probabilities as an operand of a product of COLUMNS: the same registers (`attention._permuted`)."""
+    codes = codes.reshape(16 * WARPS, BK // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(16 * WARPS, BK)
+    layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=_layout(COLUMNS, WARPS), k_width=4)
+    return gl.convert_layout(codes, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _start_values(
+    codes, values, slot, sums, D_FIRST: gl.constexpr, V_PAD: gl.constexpr, MODE: gl.constexpr, BK: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """sums + P V of a slot: first channels and the rest, of one operand or two. Does not wait for them."""
+    first, rest, fine, fine_rest = sums
+    first_values, rest_values = values[0].index(slot).permute((1, 0)), values[1].index(slot).permute((1, 0))
+    first = warpgroup_mma(_operand(codes[0], BK, D_FIRST, WARPS), first_values, first, is_async=True)
+    rest = warpgroup_mma(_operand(codes[0], BK, V_PAD, WARPS), rest_values, rest, is_async=True)
+    if MODE == SOFTMAX:
+        fine = warpgroup_mma(_operand(codes[1], BK, D_FIRST, WARPS), first_values, fine, is_async=True)
+        fine_rest = warpgroup_mma(_operand(codes[1], BK, V_PAD, WARPS), rest_values, fine_rest, is_async=True)
+    return first, rest, fine, fine_rest
+
+
+@gluon.jit
+def _complete(sums, MODE: gl.constexpr):
+    """Waits for `_start_values`."""
+    first, rest, fine, fine_rest = sums
+    if MODE == SOFTMAX:
+        first, rest, fine, fine_rest = warpgroup_mma_wait(0, deps=(first, rest, fine, fine_rest))
+    else:
+        first, rest = warpgroup_mma_wait(0, deps=(first, rest))
+    return first, rest, fine, fine_rest
+
+
+@gluon.jit
+def _total(
+    queries, keys, starts, base, shift, scale, BLOCKS: gl.constexpr, D_REST: gl.constexpr, HIGHEST: gl.constexpr,
+    BK: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Row sums of the powers of all keys; HIGHEST: row maxima of the scores."""
+    result = gl.full_like(shift, 0.0)
+    for block in range(0, BLOCKS):
+        scores = _start_scores(queries, keys, base + block, starts, block, D_REST, BK, WARPS)
+        scores = warpgroup_mma_wait(0, deps=(scores,))
+        if HIGHEST:
+            result = gl.maximum(result, gl.max(_as_floats(scores), 1))  # floats of MAGIC are positive
+        else:
+            result += gl.sum(_powers(scores, shift, scale), 1)
+    return result
+
+
+@gluon.jit
+def _trace(trace, codes, softmax_zero, row, first_row, first_key, N, MODE: gl.constexpr, BK: gl.constexpr,
+           WARPS: gl.constexpr):  # fmt: skip
+    """As `attention._trace`."""
+    layout: gl.constexpr = _layout(BK, WARPS)
+    rows = first_row + gl.arange(0, 16 * WARPS, gl.SliceLayout(1, layout))
+    keys = first_key + gl.arange(0, BK, gl.SliceLayout(0, layout))
+    written = codes[0]
+    if MODE == UNIFORM:
+        written = (codes[0].to(gl.int32) + 128 + softmax_zero.to(gl.int32)).to(gl.int8)
+    elif MODE == SOFTMAX:
+        written = codes[0] + codes[1]
+    gl.store(trace + ((row * N + rows).to(gl.int64)[:, None] * N + keys[None, :]), written)
+
+
+@gluon.jit
+def _quantized(sums, fine, sum_one, sum_two, value, softmax, target, MODE: gl.constexpr, BITS: gl.constexpr):
+    """Codes of P V, whose scales are applied as the reference does; `sum_one`, `sum_two`: of the codes of a row."""
+    scale, zero = value
+    if MODE == SOFTMAX:
+        coarse = (sums - zero * sum_one[:, None]).to(gl.float32) * softmax[1]
+        small = (fine - zero * sum_two[:, None]).to(gl.float32) * -softmax[0]
+        y = (coarse + small) * scale
+    else:
+        y = (sums - zero * sum_one[:, None]).to(gl.float32) * (softmax[0] * scale)
+    return uniform_codes(divide(y, target[0], target[1], True), target[2], BITS)
+
+
+@gluon.jit
+def _split(rest, V_REST: gl.constexpr, V_PAD: gl.constexpr, WARPS: gl.constexpr):
+    """The last channels of P V, and the sums of the codes, which the columns after them all have."""
+    if V_REST == 0:
+        return rest, gl.max(rest, 1)
+    else:
+        left, right = _halves(rest, V_PAD, WARPS)
+        return left, gl.max(right, 1)
+
+
+@gluon.jit
+def _store(out, codes, row, column, out_stride, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
+    """Codes (16 WARPS, COLUMNS); 8 bytes a store where that is worth a change of layout."""
+    ACROSS: gl.constexpr = COLUMNS // 8
+    blocked: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
+    layout: gl.constexpr = blocked if COLUMNS > 8 else _layout(COLUMNS, WARPS)
+    down = (row + gl.arange(0, 16 * WARPS, gl.SliceLayout(1, layout))).to(gl.int64) * out_stride
+    across = gl.max_contiguous(gl.multiple_of(column + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout)), 8), 8)
+    gl.store(out + (down[:, None] + across[None, :]), gl.convert_layout(codes, layout))
+
+
+@gluon.jit
+def _finish(
+    out, sums, row, column, out_stride, value, softmax, target, D_FIRST: gl.constexpr, V_REST: gl.constexpr,
+    V_PAD: gl.constexpr, MODE: gl.constexpr, BITS: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Writes the codes of a tile's rows, at `column` of the output."""
+    first, rest, fine, fine_rest = sums
+    last, sum_one = _split(rest, V_REST, V_PAD, WARPS)
+    if MODE == SOFTMAX:
+        fine_last, sum_two = _split(fine_rest, V_REST, V_PAD, WARPS)
+    else:
+        fine_last, sum_two = last, sum_one
+    if V_REST:
+        codes = _quantized(last, fine_last, sum_one, sum_two, value, softmax, target, MODE, BITS)
+        _store(out, codes, row, column + D_FIRST, out_stride, V_REST, WARPS)
+    sum_one, sum_two = _of_rows(sum_one, D_FIRST, WARPS), _of_rows(sum_two, D_FIRST, WARPS)
+    codes = _quantized(first, fine, sum_one, sum_two, value, softmax, target, MODE, BITS)
+    _store(out, codes, row, column, out_stride, D_FIRST, WARPS)
+
+
+@gluon.jit
+def _produce(
+    inputs, rings, barriers, sequences, N: gl.constexpr, PARTS: gl.constexpr, D: gl.constexpr, D_FIRST: gl.constexpr,
+    D_REST: gl.constexpr, V_REST: gl.constexpr, SLOTS: gl.constexpr, Q_SLOTS: gl.constexpr, BK: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """Copies for this program's parts of heads: the first queries, keys and values, the other queries."""
+    q, q_rest, k, k_rest, v, v_rest = inputs
+    queries, keys, values = rings
+    full, empty, q_full, q_empty = barriers
+    BM: gl.constexpr = 16 * WARPS
+    BLOCKS: gl.constexpr = N // BK
+    TILES: gl.constexpr = N // BM // PARTS
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    for part in range(0, (sequences * PARTS - program + programs - 1) // programs):
+        row = (program + part * programs) // PARTS
+        first_tile = (program + part * programs) % PARTS * TILES
+        for tile in range(0, TILES):
+            number = part * TILES + tile
+            place = number % Q_SLOTS
+            mbarrier.wait(q_empty.index(place), (number // Q_SLOTS & 1) ^ 1)
+            ready = q_full.index(place)
+            mbarrier.expect(ready, BM * (D_FIRST + D_REST))
+            token = row * N + (first_tile + tile) * BM
+            COPY(q, [token, 0], ready, queries[0].index(place))
+            if D_REST:
+                COPY(q_rest, [token, D_FIRST], ready, queries[1].index(place))
+            if tile == 0:
+                for block in range(0, BLOCKS):
+                    number = part * BLOCKS + block
+                    slot = number % SLOTS
+                    mbarrier.wait(empty.index(slot), (number // SLOTS & 1) ^ 1)
+                    ready = full.index(slot)
+                    mbarrier.expect(ready, BK * (2 * D_FIRST + D_REST + V_REST))
+                    token = row * N + block * BK
+                    COPY(k, [token, 0], ready, keys[0].index(slot))
+                    if D_REST:
+                        COPY(k_rest, [token, D_FIRST], ready, keys[1].index(slot))
+                    COPY(v, [row * D, block * BK], ready, values[0].index(slot))
+                    if V_REST:
+                        above = values[1].index(slot).slice(0, V_REST, 0)
+                        COPY(v_rest, [row * D + D_FIRST, block * BK], ready, above)
+
+
+@gluon.jit
+def _consume(
+    rings, barriers, pointers, numbers, GROUP_STRIDE: gl.constexpr, STRIDES: gl.constexpr, N: gl.constexpr,
+    PARTS: gl.constexpr, D: gl.constexpr, D_FIRST: gl.constexpr, D_REST: gl.constexpr, V_REST: gl.constexpr,
+    V_PAD: gl.constexpr, SLOTS: gl.constexpr, Q_SLOTS: gl.constexpr, BK: gl.constexpr, MODE: gl.constexpr,
+    BITS: gl.constexpr, TARGET_BITS: gl.constexpr, AT_ONCE: gl.constexpr, TRACE: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Computes and writes the rows of this program's parts of heads."""
+    query_ring, keys, values = rings
+    full, empty, q_full, q_empty = barriers
+    out, trace, group, query, key, value, softmax, target = pointers
+    sequences, heads, out_stride, factor = numbers
+    BM: gl.constexpr = 16 * WARPS
+    BLOCKS: gl.constexpr = N // BK
+    TILES: gl.constexpr = N // BM // PARTS
+    PRODUCTS: gl.constexpr = 2 if D_REST else 1  # of a call of _start_scores
+    first_layout: gl.constexpr = _layout(D_FIRST, WARPS)
+    rest_layout: gl.constexpr = _layout(V_PAD, WARPS)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    starts = gl.allocate_shared_memory(gl.int32, [BLOCKS, BK], flat)
+    first_starts = gl.allocate_shared_memory(gl.int32, [D_FIRST], flat)
+    rest_starts = gl.allocate_shared_memory(gl.int32, [V_PAD], flat)
+
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    time_group = gl.load(group).to(gl.int32)
+    probability = softmax_parameters(softmax + time_group * STRIDES[3])
+    of_target = target + time_group * STRIDES[4]
+    result = (gl.load(of_target), gl.load(of_target + INVERSE), gl.load(of_target + ZERO))
+    for part in range(0, (sequences * PARTS - program + programs - 1) // programs):
+        row = (program + part * programs) // PARTS
+        first_tile = (program + part * programs) % PARTS * TILES
+        sample, which = row // heads, row % heads
+        if GROUP_STRIDE:
+            time_group = gl.load(group + sample * GROUP_STRIDE).to(gl.int32)
+            probability = softmax_parameters(softmax + time_group * STRIDES[3])
+            of_target = target + time_group * STRIDES[4]
+            result = (gl.load(of_target), gl.load(of_target + INVERSE), gl.load(of_target + ZERO))
+        of_query = query + (time_group * STRIDES[0] + which * ROW)
+        of_value = value + (time_group * STRIDES[2] + which * ROW)
+        scale = gl.load(of_query) * gl.load(key + (time_group * STRIDES[1] + which * ROW)) * factor * LOG2E
+        zero = gl.load(of_query + ZERO).to(gl.int32)
+        of_values = (gl.load(of_value), gl.load(of_value + ZERO).to(gl.int32))
+
+        base = part * BLOCKS % SLOTS  # SLOTS is a multiple of BLOCKS: a head's slots follow each other
+        for block in range(0, BLOCKS):
+            mbarrier.wait(full.index(base + block), part * BLOCKS // SLOTS & 1)
+            total = _byte_sums(keys[0].index(base + block), BK, D_FIRST, WARPS)
+            if D_REST:
+                rest_total = _byte_sums(keys[1].index(base + block), BK, D_REST, WARPS)
+                total += gl.convert_layout(rest_total, total.type.layout)
+            starts.index(block).store(MAGIC_BITS - zero * total)
+        if MODE != SOFTMAX:  # operands are 128 less than the integers
+            first_total = _byte_sums(values[0].index(base), D_FIRST, BK, WARPS)
+            rest_total = _byte_sums(values[1].index(base), V_PAD, BK, WARPS)
+            for block in range(1, BLOCKS):
+                first_total += _byte_sums(values[0].index(base + block), D_FIRST, BK, WARPS)
+                rest_total += _byte_sums(values[1].index(base + block), V_PAD, BK, WARPS)
+            first_starts.store(128 * first_total)
+            rest_starts.store(128 * rest_total)
+
+        for tile in range(0, TILES):
+            first_row = (first_tile + tile) * BM
+            number = part * TILES + tile
+            place = number % Q_SLOTS
+            mbarrier.wait(q_full.index(place), number // Q_SLOTS & 1)
+            queries = (query_ring[0].index(place), query_ring[1].index(place))
+            first = gl.zeros((BM, D_FIRST), gl.int32, first_layout)
+            rest = gl.zeros((BM, V_PAD), gl.int32, rest_layout)
+            if MODE == SOFTMAX:
+                fine = gl.zeros((BM, D_FIRST), gl.int32, first_layout)
+                fine_rest = gl.zeros((BM, V_PAD), gl.int32, rest_layout)
+            else:
+                first += first_starts.load(gl.SliceLayout(0, first_layout))[None, :]
+                rest += rest_starts.load(gl.SliceLayout(0, rest_layout))[None, :]
+                fine = 0
+                fine_rest = 0
+            sums = (first, rest, fine, fine_rest)
+
+            if BLOCKS <= 2:
+                scores = _start_scores(queries, keys, base, starts, 0, D_REST, BK, WARPS)
+                if BLOCKS == 2:
+                    others = _start_scores(queries, keys, base + 1, starts, 1, D_REST, BK, WARPS)
+                    scores, others = warpgroup_mma_wait(0, deps=(scores, others))
+                    highest = _row_maxima(gl.maximum(_as_floats(scores), _as_floats(others)), BK, WARPS)
+                else:
+                    scores = warpgroup_mma_wait(0, deps=(scores,))
+                    highest = _row_maxima(_as_floats(scores), BK, WARPS)
+                mbarrier.arrive(q_empty.index(place))
+                shift = -_of_rows(highest, BK, WARPS) * scale
+                e = _powers(scores, shift, scale)
+                if BLOCKS == 2:
+                    more = _powers(others, shift, scale)
+                    total = _of_rows(_row_sums(e + more, BK, WARPS), BK, WARPS)
+                else:
+                    total = _of_rows(_row_sums(e, BK, WARPS), BK, WARPS)
+                codes = probability_codes(e, total, probability, MODE, BITS, True)
+                if TRACE:
+                    _trace(trace, codes, probability[2], row, first_row, 0, N, MODE, BK, WARPS)
+                sums = _start_values(codes, values, base, sums, D_FIRST, V_PAD, MODE, BK, WARPS)
+                if BLOCKS == 2:
+                    codes = probability_codes(more, total, probability, MODE, BITS, True)
+                    if TRACE:
+                        _trace(trace, codes, probability[2], row, first_row, BK, N, MODE, BK, WARPS)
+                    sums = _start_values(codes, values, base + 1, sums, D_FIRST, V_PAD, MODE, BK, WARPS)
+                sums = _complete(sums, MODE)
+            else:
+                # Powers relative to the highest score of the first slot instead of all: their sums overflow only where
+                # another score makes a power beyond 2^127.
+                scores = _start_scores(queries, keys, base, starts, 0, D_REST, BK, WARPS)
+                scores = warpgroup_mma_wait(0, deps=(scores,))
+                shift = -_of_rows(_row_maxima(_as_floats(scores), BK, WARPS), BK, WARPS) * scale
+                total = _row_sums(_powers(scores, shift, scale), BK, WARPS)
+                for block in range(1, BLOCKS - AT_ONCE + 1, AT_ONCE):
+                    now = _start_scores(queries, keys, base + block, starts, block, D_REST, BK, WARPS)
+                    if AT_ONCE == 2:
+                        after = _start_scores(queries, keys, base + (block + 1), starts, block + 1, D_REST, BK, WARPS)
+                        now = warpgroup_mma_wait(PRODUCTS, deps=(now,))
+                        total += _row_sums(_powers(now, shift, scale), BK, WARPS)
+                        now = warpgroup_mma_wait(0, deps=(after,))
+                    else:
+                        now = warpgroup_mma_wait(0, deps=(now,))
+                    total += _row_sums(_powers(now, shift, scale), BK, WARPS)
+                if AT_ONCE == 2:  # an even number of slots, less the first
+                    last = _start_scores(queries, keys, base + (BLOCKS - 1), starts, BLOCKS - 1, D_REST, BK, WARPS)
+                    last = warpgroup_mma_wait(0, deps=(last,))
+                    total += _row_sums(_powers(last, shift, scale), BK, WARPS)
+                total = _of_rows(total, BK, WARPS)
+                if gl.max((total > 3e38).to(gl.int32), 0) != 0:
+                    highest = _total(queries, keys, starts, base, shift, scale, BLOCKS, D_REST, True, BK, WARPS)
+                    shift = -highest * scale
+                    total = _total(queries, keys, starts, base, shift, scale, BLOCKS, D_REST, False, BK, WARPS)
+
+                for block in range(0, BLOCKS, AT_ONCE):
+                    now = _start_scores(queries, keys, base + block, starts, block, D_REST, BK, WARPS)
+                    if AT_ONCE == 2:
+                        after = _start_scores(queries, keys, base + (block + 1), starts, block + 1, D_REST, BK, WARPS)
+                        now = warpgroup_mma_wait(PRODUCTS, deps=(now,))
+                    else:
+                        now = warpgroup_mma_wait(0, deps=(now,))
+                    codes = probability_codes(_powers(now, shift, scale), total, probability, MODE, BITS, True)
+                    if TRACE:
+                        _trace(trace, codes, probability[2], row, first_row, block * BK, N, MODE, BK, WARPS)
+                    started = _start_values(codes, values, base + block, sums, D_FIRST, V_PAD, MODE, BK, WARPS)
+                    if AT_ONCE == 2:
+                        now = warpgroup_mma_wait(4 if MODE == SOFTMAX else 2, deps=(after,))
+                        codes = probability_codes(_powers(now, shift, scale), total, probability, MODE, BITS, True)
+                        if TRACE:
+                            _trace(trace, codes, probability[2], row, first_row, (block + 1) * BK, N, MODE, BK, WARPS)
+                        started = _start_values(
+                            codes, values, base + (block + 1), started, D_FIRST, V_PAD, MODE, BK, WARPS
+                        )
+                    sums = _complete(started, MODE)
+                mbarrier.arrive(q_empty.index(place))
+            _finish(
+                out, sums, sample * N + first_row, which * D, out_stride, of_values, probability, result, D_FIRST,
+                V_REST, V_PAD, MODE, TARGET_BITS, WARPS,
+            )  # fmt: skip
+        for block in range(0, BLOCKS):
+            mbarrier.arrive(empty.index(base + block))
+
+
+@gluon.jit
+def hopper_attention_kernel(
+    q, q_rest, k, k_rest, v, v_rest, out, trace, group, query, key, value, softmax, target,
+    sequences, heads, out_stride, factor,
+    GROUP_STRIDE: gl.constexpr, STRIDES: gl.constexpr, N: gl.constexpr, PARTS: gl.constexpr, D: gl.constexpr,
+    D_FIRST: gl.constexpr, D_REST: gl.constexpr, V_REST: gl.constexpr, V_PAD: gl.constexpr, MODE: gl.constexpr,
+    BITS: gl.constexpr, TARGET_BITS: gl.constexpr, SLOTS: gl.constexpr, Q_SLOTS: gl.constexpr, BK: gl.constexpr,
+    AT_ONCE: gl.constexpr, TRACE: gl.constexpr, WARPS: gl.constexpr, COPY_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """As `attention_kernel`, for N tokens that fill slots of BK and tiles of 16 WARPS rows.
+
+    head_dim D is D_FIRST and D_REST (of v: V_REST, 0 or half of V_PAD or less) columns. PARTS: of a head's rows, which
+    programs take one by one. AT_ONCE: slots whose scores a tile has in registers together, of two passes.
+    """
+    BM: gl.constexpr = 16 * WARPS
+    q_ring = gl.allocate_shared_memory(gl.int8, [Q_SLOTS, BM, D_FIRST], q.layout)
+    k_ring = gl.allocate_shared_memory(gl.int8, [SLOTS, BK, D_FIRST], k.layout)
+    v_ring = gl.allocate_shared_memory(gl.int8, [SLOTS, D_FIRST, BK], v.layout)
+    v_rest_ring = gl.allocate_shared_memory(gl.int8, [SLOTS, V_PAD, BK], v.layout)
+    if D_REST:
+        q_rest_ring = gl.allocate_shared_memory(gl.int8, [Q_SLOTS, BM, D_REST], q_rest.layout)
+        k_rest_ring = gl.allocate_shared_memory(gl.int8, [SLOTS, BK, D_REST], k_rest.layout)
+    else:
+        q_rest_ring, k_rest_ring = q_ring, k_ring
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_SLOTS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_SLOTS, 1], mbarrier.MBarrierLayout())
+    ACROSS: gl.constexpr = BK // 16
+    ones: gl.constexpr = gl.BlockedLayout([1, 16], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=1)
+        v_rest_ring.index(slot).store(gl.full((V_PAD, BK), 1, gl.int8, ones))  # copies fill the first rows only
+    for place in gl.static_range(Q_SLOTS):
+        mbarrier.init(q_full.index(place), count=1)
+        mbarrier.init(q_empty.index(place), count=1)
+    fence_async_shared()  # for copies and products, which see what was stored only then
+    rings = ((q_ring, q_rest_ring), (k_ring, k_rest_ring), (v_ring, v_rest_ring))
+    barriers = (full, empty, q_full, q_empty)
+    pointers = (out, trace, group, query, key, value, softmax, target)
+    numbers = (sequences, heads, out_stride, factor)
+    gl.warp_specialize(
+        [
+            (_consume, (
+                rings, barriers, pointers, numbers, GROUP_STRIDE, STRIDES, N, PARTS, D, D_FIRST, D_REST, V_REST, V_PAD,
+                SLOTS, Q_SLOTS, BK, MODE, BITS, TARGET_BITS, AT_ONCE, TRACE, WARPS)),
+            (_produce, (
+                (q, q_rest, k, k_rest, v, v_rest), rings, barriers, sequences, N, PARTS, D, D_FIRST, D_REST, V_REST,
+                SLOTS, Q_SLOTS, BK, WARPS)),
+        ],
+        [1],
+        [COPY_REGISTERS],
+    )  # fmt: skip

@@ -1,0 +1,167 @@
+"""The attention kernel for Hopper: where it runs, what it compiles to, and on a Hopper GPU its results."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from layouts import PoisonedTorch, heads_of, read, to
+from operands import maker
+from test_cpu import assert_equal_up_to_ties, traced
+
+pytest.importorskip("triton")
+pytest.importorskip("triton.experimental.gluon")
+import triton
+
+from tqdit.backends.triton import launch, tuning
+from tqdit.backends.triton.backend import operand
+from tqdit.backends.triton.kernels.rounding import SOFTMAX, SOFTMAX_MERGED, UNIFORM
+from tqdit.backends.triton.launch import Config
+from tqdit.errors import InputError
+from tqdit.ops.quantizer import dequantize, quantize
+from tqdit.ops.reference import Reference
+from tqdit.spec import Grid
+
+REFERENCE = Reference()
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+ONE, TWO = Config(64, 0, 128, stages=4, hopper=1), Config(256, 0, 64, stages=16, hopper=1)
+SHARED = 232448  # bytes of a multiprocessor that programs have
+
+
+@pytest.fixture
+def four_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "processors", lambda device: 4)
+
+
+@pytest.mark.slow
+def test_every_candidate_compiles(four_processors, tmp_path: Path) -> None:
+    """For sm_90a; products run one after another nowhere, and scores stay in registers."""
+    try:
+        assert triton.knobs.nvidia.ptxas.path
+        assert triton.knobs.nvidia.nvdisasm.path
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    asked = [
+        (tokens, 72, mode.value, list(config), False, False)
+        for tokens in (256, 1024)
+        for mode in (UNIFORM, SOFTMAX, SOFTMAX_MERGED)
+        for config in tuning.hopper_attention_candidates(CPU, tokens, 72, mode is SOFTMAX)
+        if config.block_n == 0 and config.block_k == (64 if config.block_m == 256 else 128)
+    ]
+    asked += [(256, 64, UNIFORM.value, list(ONE._replace(block_n=64)), True, True)]
+    asked += [(512, 96, UNIFORM.value, list(Config(128, 0, 128, stages=4, hopper=1)), True, True)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, Path(__file__).with_name("compile_hopper.py"), json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(asked) > 8
+    for kernel in found:
+        programs = 2 if kernel["kernel"][3][0] == 64 else 1
+        assert kernel["shared"] <= SHARED // programs - 1024, kernel
+        assert kernel["spilled"] <= 1024, kernel  # bytes, of two products: scores fill half the registers
+        assert not any("serialized" in warning for warning in kernel["warnings"]), kernel
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens", "head_dim", "takes"),
+    [
+        (ONE, 256, 72, True), (ONE, 256, 64, True), (ONE, 128, 96, True), (ONE, 192, 72, False), (ONE, 256, 36, False),
+        (ONE, 256, 128, False), (ONE._replace(block_n=64), 256, 72, True), (ONE._replace(block_n=96), 256, 72, False),
+        (TWO, 1024, 72, True), (TWO, 512, 72, True), (TWO, 2048, 72, False), (TWO, 128, 72, False),
+        (Config(128, 0, 128, stages=8, blocks=2, hopper=1), 384, 72, False),
+        (Config(128, 0, 128, stages=8, hopper=1), 384, 72, True),
+    ],
+)  # fmt: skip
+def test_what_it_takes(four_processors, config: Config, tokens: int, head_dim: int, takes: bool) -> None:
+    """Whole tiles and slots; a head that fits shared memory; heads of 32 or 64 channels and 8, 16 or 32 more."""
+    assert launch.hopper_attends(config, CPU, tokens, head_dim) == takes
+
+
+def test_no_other_device_runs_it() -> None:
+    assert not launch.hopper_attends(ONE, CPU, 256, 72)
+    assert tuning.hopper_attention_candidates(CPU, 256, 72, False) == []
+    make = maker(1)
+    params, target = make.attention(2, Grid.UNIFORM), make.params()
+    given = heads_of(make.codes(1, 128, 3 * 128), 2)
+    operands = tuple(operand(p) for p in (*params.projections, params.softmax, target))
+    with pytest.raises(InputError, match="compute capability"):
+        launch.attention(given.codes, 1, 128, 2, 64, operands, ONE)
+
+
+def test_candidates_run_and_have_a_key_of_their_own(four_processors) -> None:
+    for tokens in (64, 128, 256, 512, 1024):
+        for two in (False, True):
+            found = tuning.hopper_attention_candidates(CPU, tokens, 72, two)
+            assert found
+            assert all(config.hopper and launch.hopper_attends(config, CPU, tokens, 72) for config in found)
+    assert tuning.hopper_attention_candidates(CPU, 100, 72, False) == []
+    assert tuning.attention_key(32, 256, 72, 0) != tuning.attention_key(32, 256, 72, 0, True)
+
+
+# Sequences and tokens; every slot and tile size; heads of one, two and three parts of channels; parts of a head.
+CASES = [
+    (1, 128, 72, 2, ONE), (3, 256, 72, 4, ONE), (40, 256, 72, 16, ONE), (2, 256, 72, 3, ONE._replace(block_n=64)),
+    (2, 64, 72, 2, Config(64, 0, 64, stages=4, hopper=1)), (2, 256, 64, 2, ONE), (1, 128, 40, 3, ONE),
+    (2, 256, 96, 2, Config(128, 0, 128, stages=8, hopper=1)), (1, 384, 72, 2, Config(128, 0, 128, stages=8, hopper=1)),
+    (1, 512, 72, 3, Config(128, 128, 128, stages=8, blocks=2, hopper=1)), (1, 1024, 72, 2, TWO),
+    (1, 512, 72, 2, TWO._replace(block_n=256)), (1, 1024, 72, 2, Config(128, 0, 128, stages=8, blocks=2, hopper=1)),
+]  # fmt: skip
+GRIDS = [(Grid.UNIFORM, 8, False), (Grid.UNIFORM, 6, False), (Grid.MRQ_SOFTMAX, 8, False), (Grid.MRQ_SOFTMAX, 6, True)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
+class TestOnHopper:
+    @pytest.mark.parametrize(("grid", "bits", "merged"), GRIDS, ids=["uniform", "6 bits", "two", "merged"])
+    @pytest.mark.parametrize("by_sample", [False, True])
+    @pytest.mark.parametrize(("batch", "tokens", "head_dim", "heads", "config"), CASES)
+    def test_codes(
+        self, monkeypatch, batch, tokens, head_dim, heads, config: Config, by_sample, grid: Grid, bits, merged
+    ) -> None:
+        """Of the probabilities up to ties; given those, P V and its codes exactly; the same three times."""
+        if grid is Grid.MRQ_SOFTMAX and not merged and config.block_m == 256:
+            pytest.skip("two products have too few registers there, and no such candidate")
+        monkeypatch.setattr(launch, "torch", PoisonedTorch())
+        lead, width = batch if by_sample else 1, heads * head_dim
+        make = maker(2, bits)
+        params, target = make.attention(heads, grid, lead, merged), make.params(lead=lead, reach=2.0)
+        qkv = make.codes(batch, tokens, 3 * width)
+        trace = torch.full((batch, heads, tokens, tokens), 55, dtype=torch.int8, device=CUDA)
+        operands = tuple(operand(to(CUDA, p)) for p in (*params.projections, params.softmax, target))
+        given = heads_of(to(CUDA, qkv), heads)
+        sizes = given.codes, batch, tokens, heads, head_dim, operands, config
+        actual = launch.attention(*sizes, trace)
+        for _ in range(3):
+            assert torch.equal(launch.attention(*sizes)[..., :width], actual[..., :width])
+        codes = traced(trace.cpu(), params.softmax)
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = dequantize(q, params.query).double() @ dequantize(k, params.key).double().transpose(-1, -2)
+        assert_equal_up_to_ties(codes.int(), (scores * head_dim**-0.5).softmax(-1), params.softmax)
+        attended = REFERENCE.values(codes, params.softmax, v, params.value).transpose(1, 2).flatten(2)
+        assert torch.equal(read(actual, width), quantize(attended, target).int())
+
+    @pytest.mark.parametrize("config", [TWO, Config(128, 0, 128, stages=8, blocks=2, hopper=1)])
+    def test_scores_far_above_those_of_the_first_keys(self, config: Config) -> None:
+        """Sums of powers relative to the first slot's highest score overflow, and are made anew."""
+        make, heads, tokens = maker(3), 2, 1024
+        params, target = make.attention(heads, Grid.UNIFORM), make.params(reach=2.0)
+        large = params.query._replace(scale=params.query.scale * 200)
+        params = params._replace(query=large)
+        qkv = make.codes(1, tokens, 3 * heads * 72)
+        operands = tuple(operand(to(CUDA, p)) for p in (*params.projections, params.softmax, target))
+        given = heads_of(to(CUDA, qkv), heads)
+        trace = torch.full((1, heads, tokens, tokens), 55, dtype=torch.int8, device=CUDA)
+        launch.attention(given.codes, 1, tokens, heads, 72, operands, config, trace)
+        q, k, _ = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = dequantize(q, params.query).double() @ dequantize(k, params.key).double().transpose(-1, -2)
+        first = scores[..., : config.block_k].amax(-1)
+        assert ((scores.amax(-1) - first) * 72**-0.5 > 100).any()
+        assert_equal_up_to_ties(
+            traced(trace.cpu(), params.softmax).int(), (scores * 72**-0.5).softmax(-1), params.softmax
+        )
