@@ -29,7 +29,6 @@ REFERENCE = Reference()
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 ONE, TWO = Config(64, 0, 128, stages=4, hopper=1), Config(256, 0, 64, stages=16, hopper=1)
-SHARED = 232448  # bytes of a multiprocessor that programs have
 
 
 @pytest.fixture
@@ -63,7 +62,7 @@ def test_every_candidate_compiles(four_processors, tmp_path: Path) -> None:
     assert len(found) == len(asked) > 8
     for kernel in found:
         programs = 2 if kernel["kernel"][3][0] == 64 else 1
-        assert kernel["shared"] <= SHARED // programs - 1024, kernel
+        assert kernel["shared"] <= launch.SHARED_MEMORY // programs - 1024, kernel
         assert kernel["spilled"] <= 1024, kernel  # bytes, of two products: scores fill half the registers
         assert not any("serialized" in warning for warning in kernel["warnings"]), kernel
 

@@ -16,6 +16,7 @@ from tqdit.backends.triton.layer import ALIGN
 from tqdit.errors import InputError
 
 NATIVE = not triton.knobs.runtime.interpret  # compiled for a GPU
+SHARED_MEMORY = 232448  # bytes of a Hopper multiprocessor, but for 1024 that each program takes of them
 FEW_ROWS = 8  # of a float input: below, reading the weight takes longer than multiplying without tensor cores
 
 
@@ -335,13 +336,14 @@ class _HopperAttention(NamedTuple):
         blocks = tokens // bk
         if blocks > 2 and blocks % config.blocks:
             return None
-        slots = max(config.stages // blocks, 1) * blocks
         programs = 2 if bm == 64 else 1
-        found = cls(bm // 16, blocks, tokens // rows, slots, 2 if blocks <= 2 else 1, first, rest, programs)
+        found = cls(bm // 16, blocks, tokens // rows, blocks, 2 if blocks <= 2 else 1, first, rest, programs)
         k_rest, v_pad = found.padded
-        used = slots * bk * (2 * first + k_rest + v_pad) + found.q_slots * bm * (first + k_rest)
-        used += 4 * tokens + bm * first + 2048  # sums of keys, codes on their way out, barriers
-        return found if used <= 232448 // programs - 1024 else None
+        head = tokens * (2 * first + k_rest + v_pad)
+        others = found.q_slots * bm * (first + k_rest)
+        others += 4 * tokens + bm * first + 2048  # sums of keys, codes on their way out, barriers
+        heads = min((SHARED_MEMORY // programs - 1024 - others) // head, max(config.stages // blocks, 1))
+        return found._replace(slots=heads * blocks) if heads > 0 else None
 
 
 def _hopper_attention(
