@@ -37,18 +37,24 @@ def compiled(epilogue: str, bm: int, bn: int, stages: int, piece: int):
     names = hopper.hopper_linear_kernel.arg_names
     kinds = {n: f"tensordesc<i8[{rows},128],{hopper.block_layout()!r}>" for n, rows in (("a", bm), ("b", bn))}
     kinds |= POINTERS | dict.fromkeys(NUMBERS, "i32")
-    kinds["out"] = "*fp32" if which.value in (PLAIN.value, RESIDUAL.value) else "*i8"
+    kinds["out"] = "*fp32" if which.value == PLAIN.value else "*i8"
+    blocks = {"a", "b"}
+    if which.value == RESIDUAL.value:
+        blocks |= {"x", "out"}
+        piece = hopper.X_COLUMNS
+        kinds |= {n: f"tensordesc<fp32[{bm},{piece}],{hopper.x_layout()!r}>" for n in ("x", "out")}
     constants = {
         "GROUP_STRIDE": 0, "SOURCE_STRIDE": 8, "TARGET_STRIDES": (128, 128, 128), "HEAD_DIM": 72, "HEAD_PITCH": 80,
         "TOKEN_PITCH": 256, "EPILOGUE": which.value, "MODE": mode.value, "TARGET_BITS": 8, "BM": bm, "BN": bn,
         "BK": hopper.BLOCK_K, "BAND": 8, "STAGES": stages, "PIECE": piece or bn,
+        "X_BLOCKS": launch.hopper_x_blocks(bm, bn, stages),
         "CONSUMER_REGISTERS": hopper.REGISTERS[0], "PRODUCER_REGISTERS": hopper.REGISTERS[1],
     }  # fmt: skip
     source = GluonASTSource(
         fn=hopper.hopper_linear_kernel,
         signature={n: kinds.get(n, "constexpr") for n in names},
         constexprs={(names.index(n),): value for n, value in constants.items()},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in names if n in kinds and n not in ("a", "b")},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in names if n in kinds and n not in blocks},
     )
     options = {"num_warps": 4, "enable_fp_fusion": which.value == ACTIVATION.value}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

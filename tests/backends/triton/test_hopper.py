@@ -185,22 +185,48 @@ def test_what_the_kernel_is_given(four_processors, monkeypatch: pytest.MonkeyPat
     launch.activation(codes[:1], operand(make.params()), layer, TILE, few)
     assert kernel.grid == (4,)
     assert kernel.given["width"] == 768
+    x, gate = make.values(batch, tokens, 768), make.values(batch, 768)
+    out = launch.residual(codes, operand(make.params()), layer, TILE, gate, x)
+    given = kernel.given
+    assert (given["x"].base is x, given["out"].base is out) == (True, True)
+    for blocks in (given["x"], given["out"]):
+        assert (blocks.shape, blocks.strides, blocks.block_shape) == ([256, 768], [768, 1], [128, 32])
+    assert (given["PIECE"], given["X_BLOCKS"]) == (32, 5)
+    odd = torch.cat([x.flatten()[:1], x.flatten()])[1:].view_as(x)  # copies cannot start there
+    launch.residual(codes, operand(make.params()), layer, TILE, gate, odd)
+    assert torch.equal(kernel.given["x"].base, x)
+
+
+@pytest.mark.parametrize(
+    ("size", "blocks"),
+    [
+        ((128, 128, 4), 5), ((128, 128, 5), 3), ((128, 128, 6), 1), ((128, 128, 2), 8), ((128, 64, 8), 2),
+        ((64, 128, 8), 3), ((64, 64, 12), 4),
+    ],
+)  # fmt: skip
+def test_blocks_of_the_residual_stream(size: tuple[int, int, int], blocks: int) -> None:
+    """What is left of shared memory, and not more than two tiles."""
+    assert launch.hopper_x_blocks(*size) == blocks
 
 
 # On a GPU. batch, tokens, depth, width, heads, programs (0: one per multiprocessor): one tile; odd numbers of tiles in
-# one program and in three; 1, 9 and 36 blocks of depth; depths that end within a block; more tiles than programs.
+# one program and in three; 1, 9 and 36 blocks of depth; depths that end within a block; more tiles than programs. From
+# one block of the residual stream in shared memory, with six stages, to those of two tiles.
 WIDE, DEEP, WHOLE = (1, 128, 1152, 384, 4, 1), (2, 256, 4608, 128, 1, 1), (2, 256, 1152, 1152, 16, 0)
 SHAPES = [(1, 128, 128, 128, 2, 0), (1, 128, 100, 896, 8, 3), (3, 128, 448, 640, 8, 1), WIDE, DEEP, WHOLE]
+FLAT = (3, 128, 128, 640, 8, 1)
 SHORT, MANY = (2, 64, 320, 192, 2, 1), (5, 64, 1152, 1152, 16, 7)  # samples of 64 tokens
 CASES = [(TILE, *shape) for shape in SHAPES]
 CASES += [(TILE._replace(stages=2, piece=16, band=1), *shape) for shape in (WIDE, DEEP, WHOLE)]
+CASES += [(TILE._replace(stages=5, piece=32), *shape) for shape in (FLAT, WIDE, DEEP, WHOLE)]
+CASES += [(TILE._replace(stages=6, piece=16), *shape) for shape in (FLAT, DEEP)]
 CASES += [(Config(128, 64, 128, stages=8, piece=32, hopper=1), *shape) for shape in (WIDE, DEEP)]
 CASES += [(Config(64, 128, 128, stages=8, piece=32, hopper=1), *shape) for shape in (WIDE, MANY)]
 CASES += [(Config(64, 64, 128, stages=12, hopper=1), *shape) for shape in (SHORT, MANY, WHOLE)]
 ORDINARY = Config(64, 64, 128, 8, 4, 3, 32)
 each_case = pytest.mark.parametrize(
     ("config", "batch", "tokens", "depth", "width", "heads", "programs"), CASES,
-    ids=["x".join(map(str, c[:2])) + "-" + "-".join(map(str, shape)) for c, *shape in CASES],
+    ids=["x".join(map(str, (*c[:2], c.stages))) + "-" + "-".join(map(str, shape)) for c, *shape in CASES],
 )  # fmt: skip
 
 

@@ -135,6 +135,13 @@ def hopper_takes(config: Config, tile: int, width: int) -> bool:
     return sizes and pieces and config.block_m <= tile and width % config.block_n == 0
 
 
+def hopper_x_blocks(block_m: int, block_n: int, stages: int) -> int:
+    """Blocks of the residual stream that fit beside the operands in shared memory, at most those of two tiles."""
+    columns = hopper_kernels().linear.X_COLUMNS
+    others = stages * (block_m + block_n) * 128 + 2 * 4 * block_n * 4 + 512  # what belongs to columns; barriers
+    return max(1, min((SHARED_MEMORY - others) // (block_m * columns * 4), 2 * block_n // columns))
+
+
 def norm_quantize(
     x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, target: Operand
 ) -> torch.Tensor:
@@ -210,19 +217,26 @@ def _hopper_linear(
             "that are multiples of them"
         )
     hopper = hopper_kernels().linear
-    bm, bn = config.block_m, config.block_n
+    bm, bn, piece = config.block_m, config.block_n, config.piece or config.block_n
+    before: Any = out
+    after: Any = out
+    if x is not None:
+        x = x if x.data_ptr() % 16 == 0 else x.clone()  # as bulk copies want it
+        before, after = (hopper.x_blocks_of(part, rows, width, out_stride, bm) for part in (x, out))
+        piece = hopper.X_COLUMNS
     groups = groups_of(source, *targets)
     first, second, third = (targets * 3)[:3] if targets else (source,) * 3
     tiles = rows // bm * (columns // bn)
     hopper.hopper_linear_kernel[(min(tiles, processors(codes.device)),)](
         hopper.blocks_of(codes, rows, depth, codes.stride(1), bm),
         hopper.blocks_of(weight.codes, columns, depth, weight.codes.stride(0), bn),
-        weight.scale, weight.sums, weight.bias, out, out if x is None else x,
+        weight.scale, weight.sums, weight.bias, after, before,
         weight.scale if gate is None else gate, 0 if gate is None else gate.stride(0), groups.tensor,
         source.table, first.table, second.table, third.table, rows, width, depth, tokens, out_stride,
         groups.stride, source.stride, (first.stride, second.stride, third.stride), head_dim, head_pitch, token_pitch,
-        epilogue, first.mode, first.bits, bm, bn, config.block_k, config.band, config.stages, config.piece or bn,
-        *hopper.REGISTERS, num_warps=4, enable_fp_fusion=epilogue == ACTIVATION.value,
+        epilogue, first.mode, first.bits, bm, bn, config.block_k, config.band, config.stages, piece,
+        hopper_x_blocks(bm, bn, config.stages), *hopper.REGISTERS,
+        num_warps=4, enable_fp_fusion=epilogue == ACTIVATION.value,
     )  # fmt: skip
     return out
 

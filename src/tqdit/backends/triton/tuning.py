@@ -136,14 +136,15 @@ def linear_candidates(rows: int, two: bool, bits: int) -> list[Config]:
 def hopper_candidates(epilogue: str, rows: int, columns: int, tile: int) -> list[Config]:
     """Those of `kernels.hopper` for a product; `tile`: of `launch.hopper_rows`, none if it is 0.
 
-    As many stages as fit beside what the stores pass through shared memory: pieces of fp32 results are narrow for that,
-    and because the residual stream's registers are added to those of the sums.
+    As many stages as fit beside what the stores pass through shared memory, or the blocks of the residual stream: five
+    of those beside four stages, three beside five.
     """
-    fp32 = epilogue == "residual"
-    found = [Config(128, 128, 128, stages=6, piece=piece, hopper=1) for piece in ((16,) if fp32 else (64, 32))]
+    residual = epilogue == "residual"
+    large = [(4, 32), (5, 32)] if residual else [(6, 64), (6, 32)]
+    found = [Config(128, 128, 128, stages=stages, piece=piece, hopper=1) for stages, piece in large]
     if rows <= FEW_TILES or tile < 128:
         small = [(64, 128, 8), (128, 64, 8), (64, 64, 8), (64, 64, 12)]
-        found += [Config(m, n, 128, stages=stages, piece=32 if fp32 else 64, hopper=1) for m, n, stages in small]
+        found += [Config(m, n, 128, stages=stages, piece=32 if residual else 64, hopper=1) for m, n, stages in small]
     width = columns // 3 if epilogue == "heads" else columns
     return [config for config in found if hopper_takes(config, tile, width)]
 

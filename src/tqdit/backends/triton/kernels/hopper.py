@@ -4,11 +4,22 @@ One warp copies blocks of both operands into a ring of stages in shared memory. 
 program's tiles in turn: while one multiplies, the other finishes its tile. Results are those of `linear_kernel`. For
 8-bit weights, one product, whole tiles of one sample each (`launch.hopper_rows`).
 
+Another warp copies blocks of the residual stream into a second ring. A group turns a block into that of the result
+where it is, and copies write it: ordinary loads of the stream, a few registers ahead, made epilogues wait for memory.
+
 The barriers. `full[s]`: the copies into stage s are complete (one arrival, and their bytes). `empty[s]`: the group that
 read stage s has multiplied it. `turn[g]`: group g may multiply. Block number i of all that go through the ring is in
 stage i % STAGES for the (i // STAGES)-th time, whose parity a wait asks for. A wait tells a round of the ring from the
 next one only, so a group must not wait for a block before the other group has seen all blocks of its tile: `turn` is
 needed for that too, not for speed alone.
+
+Blocks of the residual stream, PIECES for a tile, have an `x_full` for every group and piece: `turn` orders products,
+and a group may be done with one before the stream of the tile before has come. Only one group waits for such a barrier,
+for its phases one by one; with at most 2 PIECES blocks in the ring, a phase is complete only after the group has given
+back the block of the one before. `x_empty[s]`, as `empty`, has one warp wait for it. A block is given back when the one
+LAG blocks after it is on its way out, and LAG is less than the blocks in the ring: what a group waits for is behind
+blocks that it has given back, or that the other group will, which waits for earlier ones only. The streams have a warp
+of their own because operands must not wait for epilogues.
 
 Stages and rounds are computed from the numbers of tile and block, never carried from one step to the next: a name that
 is assigned another's value in a loop (`last = stage`) is taken for a constant if both had one value before the loop,
@@ -45,7 +56,9 @@ from tqdit.backends.triton.kernels.rounding import (
 )
 
 BLOCK_K = 128  # bytes of a row of a swizzled block
-COPY = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name in Triton 3.6
+X_COLUMNS = 32  # of a block of the residual stream: rows of 128 bytes
+COPY = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # their names in Triton 3.6
+COPY_BACK = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 REGISTERS = 240, 24  # of a thread that multiplies, and of one that copies: at most 65,536 in all
 
 
@@ -57,6 +70,16 @@ def block_layout() -> gl.NVMMASharedLayout:
 def blocks_of(codes: torch.Tensor, rows: int, columns: int, stride: int, block: int) -> TensorDescriptor:
     """Blocks of `block` rows and BLOCK_K columns of a matrix of codes whose rows are `stride` bytes apart."""
     return TensorDescriptor(codes, [rows, columns], [stride, 1], [block, BLOCK_K], block_layout())
+
+
+def x_layout() -> gl.NVMMASharedLayout:
+    """Of a block of the residual stream in shared memory."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=4 * X_COLUMNS, element_bitwidth=32, rank=2)
+
+
+def x_blocks_of(x: torch.Tensor, rows: int, columns: int, stride: int, block: int) -> TensorDescriptor:
+    """Blocks of `block` rows and X_COLUMNS columns of an fp32 matrix whose rows are `stride` numbers apart."""
+    return TensorDescriptor(x, [rows, columns], [stride, 1], [block, X_COLUMNS], x_layout())
 
 
 @gluon.jit
@@ -93,19 +116,43 @@ def _produce(
 
 
 @gluon.jit
+def _produce_x(
+    x, x_ring, barriers, tiles_m, tiles_n, EPILOGUE: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BAND: gl.constexpr, PIECE: gl.constexpr, X_BLOCKS: gl.constexpr,
+):  # fmt: skip
+    """Copies blocks of the residual stream into their ring, in the order in which they are added to."""
+    if EPILOGUE == RESIDUAL:
+        full, empty = barriers
+        PIECES: gl.constexpr = BN // PIECE
+        programs = gl.num_programs(0)
+        for tile in range(gl.program_id(0), tiles_m * tiles_n, programs):
+            tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, BAND)
+            nth = tile // programs
+            for piece in range(0, PIECES):
+                number = nth * PIECES + piece
+                slot = number % X_BLOCKS
+                mbarrier.wait(empty.index(slot), (number // X_BLOCKS & 1) ^ 1)
+                ready = full.index(nth % 2 * PIECES + piece)
+                mbarrier.expect(ready, BM * PIECE * 4)
+                COPY(x, [tile_m * BM, tile_n * BN + piece * PIECE], ready, x_ring.index(slot))
+
+
+@gluon.jit
 def _consume(
-    a_ring, b_ring, barriers, pointers, numbers,
+    a_ring, b_ring, x_ring, barriers, x_barriers, pointers, numbers,
     GROUP_STRIDE: gl.constexpr, SOURCE_STRIDE: gl.constexpr, TARGET_STRIDES: gl.constexpr,
     HEAD_DIM: gl.constexpr, HEAD_PITCH: gl.constexpr, TOKEN_PITCH: gl.constexpr,
     EPILOGUE: gl.constexpr, MODE: gl.constexpr, TARGET_BITS: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
-    PIECE: gl.constexpr, ME: gl.constexpr,
+    PIECE: gl.constexpr, X_BLOCKS: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
     """One of the two groups of four warps: multiplies and finishes every second tile of the program, from its ME-th."""
     full, empty, turn = barriers
-    weight_scale, weight_sums, bias, out, x, gate, group, source, target_q, target_k, target_v = pointers
+    x_full, x_empty = x_barriers
+    weight_scale, weight_sums, bias, out, gate, group, source, target_q, target_k, target_v = pointers
     gate_stride, M, width, K, TOKENS, out_stride, tiles_m, tiles_n = numbers
     PIECES: gl.constexpr = BN // PIECE
+    LAG: gl.constexpr = min(1, X_BLOCKS - 1)
     product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
     part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 32])
     # Stores: a row's columns next to each other across threads, 16 bytes each; 8 where heads break them.
@@ -156,7 +203,6 @@ def _consume(
         offset = gl.arange(0, BM, stored_rows)[:, None] * out_stride + gl.arange(0, PIECE, stored_columns)[None, :]
         if EPILOGUE == RESIDUAL:
             through = gl.load(gate + sample * gate_stride + columns)
-            before = gl.load(x + corner + offset)
         if EPILOGUE == HEADS:
             chosen = target + (columns - which * width) // HEAD_DIM * ROW
             target_scale = gl.load(chosen)
@@ -197,21 +243,25 @@ def _consume(
             scale = scales.slice(piece * PIECE, PIECE).load(of_part)[None, :]
             y = (pieces[piece] - shift).to(gl.float32) * scale
             y = y + biases.slice(piece * PIECE, PIECE).load(of_part)[None, :]
-            place = out + corner + piece * PIECE + offset
             if EPILOGUE == PLAIN:
-                gl.store(place, gl.convert_layout(y, stored))
+                gl.store(out + corner + piece * PIECE + offset, gl.convert_layout(y, stored))
             elif EPILOGUE == RESIDUAL:
-                now = before
-                if piece + 1 < PIECES:
-                    before = gl.load(x + corner + (piece + 1) * PIECE + offset)
                 factor = gates.slice(piece * PIECE, PIECE).load(of_part)[None, :]
-                gl.store(place, now + gl.convert_layout(factor * y, stored))
+                number = nth * PIECES + piece
+                block = x_ring.index(number % X_BLOCKS)
+                mbarrier.wait(x_full.index(ME * PIECES + piece), nth // 2 & 1)
+                block.store(block.load(part) + factor * y)
+                fence_async_shared()
+                COPY_BACK(out, [first_row, first_column + piece * PIECE], block)
+                if piece >= LAG:
+                    tma.store_wait(LAG)
+                    mbarrier.arrive(x_empty.index((number - LAG) % X_BLOCKS))
             elif EPILOGUE == ACTIVATION:
                 if MODE == UNIFORM:
                     codes = nearest_codes(gelu(y, True), inverse, zero, TARGET_BITS, True)
                 else:
                     codes = gelu_codes(gelu(y, True), target, MODE == GELU_MERGED, TARGET_BITS)
-                gl.store(place, gl.convert_layout(codes, stored))
+                gl.store(out + corner + piece * PIECE + offset, gl.convert_layout(codes, stored))
             else:
                 by_scale = target_scales.slice(piece * PIECE, PIECE).load(of_part)[None, :]
                 by_inverse = target_inverses.slice(piece * PIECE, PIECE).load(of_part)[None, :]
@@ -234,6 +284,9 @@ def _consume(
                     across = gl.max_contiguous(gl.multiple_of(across, 8), 8)
                     down = gl.arange(0, BM, stored_rows) * HEAD_PITCH
                     gl.store(out + (down[:, None] + across[None, :]), gl.convert_layout(codes, stored))
+        if EPILOGUE == RESIDUAL and LAG > 0:
+            tma.store_wait(0)
+            mbarrier.arrive(x_empty.index((nth * PIECES + PIECES - 1) % X_BLOCKS))
 
 
 @gluon.jit
@@ -244,9 +297,12 @@ def hopper_linear_kernel(
     HEAD_DIM: gl.constexpr, HEAD_PITCH: gl.constexpr, TOKEN_PITCH: gl.constexpr,
     EPILOGUE: gl.constexpr, MODE: gl.constexpr, TARGET_BITS: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
-    PIECE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    PIECE: gl.constexpr, X_BLOCKS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """All (BM, BN) tiles of a (M, K) . b (N, K)^T and the epilogue; arguments as those of `linear_kernel`."""
+    """All (BM, BN) tiles of a (M, K) . b (N, K)^T and the epilogue; arguments as those of `linear_kernel`.
+
+    But for the residual stream: x and out are descriptors of its blocks, X_BLOCKS of which are in shared memory.
+    """
     a_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BM, BK], a.layout)
     b_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BN, BK], b.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -257,25 +313,35 @@ def hopper_linear_kernel(
         mbarrier.init(empty.index(stage), count=1)
     for i in gl.static_range(2):
         mbarrier.init(turn.index(i), count=1)
+    x_ring, x_full, x_empty = a_ring, turn, turn  # where there is no such stream
+    if EPILOGUE == RESIDUAL:
+        x_ring = gl.allocate_shared_memory(gl.float32, [X_BLOCKS, BM, PIECE], x.layout)
+        x_full = gl.allocate_shared_memory(gl.int64, [2 * (BN // PIECE), 1], mbarrier.MBarrierLayout())
+        x_empty = gl.allocate_shared_memory(gl.int64, [X_BLOCKS, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(2 * (BN // PIECE)):
+            mbarrier.init(x_full.index(i), count=1)
+        for slot in gl.static_range(X_BLOCKS):
+            mbarrier.init(x_empty.index(slot), count=1)
     fence_async_shared()  # copies arrive at the barriers as initialized
-    barriers = (full, empty, turn)
+    barriers, x_barriers = (full, empty, turn), (x_full, x_empty)
 
     tiles_m = M // BM
     tiles_n = (3 if EPILOGUE == HEADS else 1) * (width // BN)
-    pointers = (weight_scale, weight_sums, bias, out, x, gate, group, source, target, target_k, target_v)
+    pointers = (weight_scale, weight_sums, bias, out, gate, group, source, target, target_k, target_v)
     numbers = (gate_stride, M, width, K, TOKENS, out_stride, tiles_m, tiles_n)
     gl.warp_specialize(
         [
             (_consume, (
-                a_ring, b_ring, barriers, pointers, numbers, GROUP_STRIDE, SOURCE_STRIDE, TARGET_STRIDES,
-                HEAD_DIM, HEAD_PITCH, TOKEN_PITCH, EPILOGUE, MODE, TARGET_BITS, BM, BN, BK, BAND, STAGES, PIECE,
-                gl.constexpr(0))),
+                a_ring, b_ring, x_ring, barriers, x_barriers, pointers, numbers, GROUP_STRIDE, SOURCE_STRIDE,
+                TARGET_STRIDES, HEAD_DIM, HEAD_PITCH, TOKEN_PITCH, EPILOGUE, MODE, TARGET_BITS, BM, BN, BK, BAND,
+                STAGES, PIECE, X_BLOCKS, gl.constexpr(0))),
             (_consume, (
-                a_ring, b_ring, barriers, pointers, numbers, GROUP_STRIDE, SOURCE_STRIDE, TARGET_STRIDES,
-                HEAD_DIM, HEAD_PITCH, TOKEN_PITCH, EPILOGUE, MODE, TARGET_BITS, BM, BN, BK, BAND, STAGES, PIECE,
-                gl.constexpr(1))),
+                a_ring, b_ring, x_ring, barriers, x_barriers, pointers, numbers, GROUP_STRIDE, SOURCE_STRIDE,
+                TARGET_STRIDES, HEAD_DIM, HEAD_PITCH, TOKEN_PITCH, EPILOGUE, MODE, TARGET_BITS, BM, BN, BK, BAND,
+                STAGES, PIECE, X_BLOCKS, gl.constexpr(1))),
             (_produce, (a, b, a_ring, b_ring, barriers, tiles_m, tiles_n, K, BM, BN, BK, BAND, STAGES)),
+            (_produce_x, (x, x_ring, x_barriers, tiles_m, tiles_n, EPILOGUE, BM, BN, BAND, PIECE, X_BLOCKS)),
         ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        [4, 1, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
