@@ -129,7 +129,7 @@ def jobs() -> Iterator[Job]:
             m = rows if per_token else batch
             moved = 4 * m * depth + columns * depth + 4 * m * columns
             key = tuning.float_key(m, columns, depth, 8)
-            yield Job(workload, name, key, key, tuple(tuning.float_candidates(m)), 0, moved)
+            yield Job(workload, name, key, key, tuple(tuning.float_candidates(m, columns)), 0, moved)
 
 
 def maker(job: Job, small: bool = False) -> Callable[[Config], object]:

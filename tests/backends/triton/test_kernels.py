@@ -15,7 +15,8 @@ from test_cpu import assert_equal_up_to_ties, each_gelu, each_shape, each_softma
 pytest.importorskip("triton")
 from tqdit.backends.triton import launch, tuning
 from tqdit.backends.triton.backend import PackedTritonBackend, TritonBackend, operand
-from tqdit.backends.triton.launch import Config
+from tqdit.backends.triton.launch import FEW_ROWS, Config, Weight
+from tqdit.backends.triton.layer import TritonLinear
 from tqdit.ops.quantizer import dequantize, quantize
 from tqdit.ops.reference import Reference
 from tqdit.ops.schema import OperandParams, WeightParams
@@ -173,6 +174,29 @@ def test_float_input_linear(run, rows: int, depth: int, columns: int, bits: int)
     out = run.float_input_linear(to(DEVICE, x), layer).cpu()
     strided = to(DEVICE, x.t().contiguous()).t()
     assert torch.equal(run.float_input_linear(strided, layer).cpu(), out)
+    w = weight.codes.double() * weight.scale.double()[:, None]
+    exact, size = x.double() @ w.t() + bias.double(), x.double().abs() @ w.abs().t() + bias.abs()
+    assert ((out - exact).abs() <= (depth + 4) * 2.0**-24 * size).all()
+
+
+FLOAT_CONFIGS = [Config(0, 8, 32), Config(8, 32, 64), Config(16, 32, 128), Config(64, 32, 64), Config(64, 128, 32)]
+if DEVICE.type == "cuda":
+    sizes = ((FEW_ROWS, 64), (16, 64), (64, 32), (64, 64), (16384, 32), (16384, 64))
+    FLOAT_CONFIGS = list(dict.fromkeys(c for size in sizes for c in tuning.float_candidates(*size)))
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4])
+@pytest.mark.parametrize("config", FLOAT_CONFIGS)
+def test_float_input_configurations(config: Config, bits: int) -> None:
+    """All codes, and inputs of many magnitudes: the three parts of each are exact."""
+    make, rows, depth, columns = maker(6), FEW_ROWS if config.block_m == 0 else 70, 300, 150
+    x = make.values(rows, depth) * 10 ** (4 * make.values(rows, depth)).clamp(-30, 30)
+    weight, bias = narrow(make.weight(columns, depth), bits), make.values(columns)
+    every = torch.arange(columns * depth).remainder(1 << bits).sub(1 << (bits - 1)).view(columns, depth)
+    weight = weight._replace(codes=every.to(torch.int8))
+    layer = on_device(TritonLinear(weight, bias, bits))
+    tensors = Weight(layer.codes, layer.high, layer.scale, layer.bias, layer.sums, depth, bits)
+    out = launch.float_input(to(DEVICE, x), tensors, config).cpu()
     w = weight.codes.double() * weight.scale.double()[:, None]
     exact, size = x.double() @ w.t() + bias.double(), x.double().abs() @ w.abs().t() + bias.abs()
     assert ((out - exact).abs() <= (depth + 4) * 2.0**-24 * size).all()

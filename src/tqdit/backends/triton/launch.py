@@ -17,7 +17,7 @@ from tqdit.errors import InputError
 
 NATIVE = not triton.knobs.runtime.interpret  # compiled for a GPU
 SHARED_MEMORY = 232448  # bytes of a Hopper multiprocessor, but for 1024 that each program takes of them
-FEW_ROWS = 8  # of a float input: below, reading the weight takes longer than multiplying without tensor cores
+FEW_ROWS = 2  # of a float input: no more than these are worth multiplying without tensor cores
 
 
 class Operand(NamedTuple):
@@ -401,21 +401,22 @@ def _hopper_attention(
 
 
 def float_input(x: torch.Tensor, weight: Weight, config: Config) -> torch.Tensor:
-    """x (M, K) fp32 -> (M, N)."""
+    """x (M, K) fp32 -> (M, N). `block_m` of 0: without tensor cores, for up to FEW_ROWS rows."""
     m, n = len(x), len(weight.codes)
     assert x.stride(1) == 1
     out = torch.empty(m, n, device=x.device)
     high = weight.codes if weight.high is None else weight.high
-    if m <= FEW_ROWS:
+    if config.block_m == 0:
         few_rows_kernel[(triton.cdiv(n, config.block_n),)](
             x, weight.codes, high, weight.scale, weight.bias, out, m, n, weight.depth, x.stride(0),
-            weight.codes.stride(0), high.stride(0), weight.bits, triton.next_power_of_2(m),
+            weight.codes.stride(0), high.stride(0), weight.bits, NATIVE, triton.next_power_of_2(m),
             config.block_n, config.block_k, num_warps=config.warps,
         )  # fmt: skip
         return out
+    turned = config.block_m < min(config.block_n, 64)
     float_input_kernel[(triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m))](
         x, weight.codes, high, weight.scale, weight.bias, out, m, n, weight.depth, x.stride(0),
-        weight.codes.stride(0), high.stride(0), weight.bits, not NATIVE, config.block_m, config.block_n,
+        weight.codes.stride(0), high.stride(0), weight.bits, NATIVE, turned, config.block_m, config.block_n,
         config.block_k, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out

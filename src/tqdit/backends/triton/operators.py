@@ -174,7 +174,7 @@ def float_input_linear(x: Tensor, weight: list[Tensor], weight_kind: list[int]) 
         return launch.float_input(x, layer, config)
 
     key = tuning.float_key(len(x), len(layer.codes), layer.depth, layer.bits)
-    candidates = functools.partial(tuning.float_candidates, len(x))
+    candidates = functools.partial(tuning.float_candidates, len(x), len(layer.codes))
     return run(tuning.choose(key, x.device, candidates, run))
 
 

@@ -61,9 +61,9 @@ def attention_key(sequences: int, tokens: int, head_dim: int, mode: int, hopper:
 
 
 def float_key(rows: int, columns: int, depth: int, bits: int) -> str:
-    """Few rows have a kernel of their own."""
-    which = "float, few rows," if rows <= FEW_ROWS else "float"
-    return f"{which} {bucket(rows)}x{columns}x{depth}, {bits} bits"
+    """Few rows have a kernel of their own; tensor cores take eight at a time."""
+    which = "float input, few rows," if rows <= FEW_ROWS else "float input"
+    return f"{which} {triton.next_power_of_2(max(rows, 8))}x{columns}x{depth}, {bits} bits"
 
 
 def fastest(candidates: Sequence[Config], run: Run) -> list[tuple[Config, float]]:
@@ -182,14 +182,46 @@ def hopper_attention_candidates(device: torch.device, tokens: int, head_dim: int
     return [config for config in found if hopper_attends(config, device, tokens, head_dim)]
 
 
-def float_candidates(rows: int) -> list[Config]:
-    if rows <= FEW_ROWS:
-        return [Config(0, bn, 512, warps=warps) for bn, warps in ((8, 4), (16, 4), (32, 8), (4, 2))]
+def float_candidates(rows: int, columns: int) -> list[Config]:
+    """Tiles of rows as narrow as tensor cores take them where there are few, so that reading the weight is all there
+    is; small tiles of both where one of them is short, for more programs; for few rows also without tensor cores.
+    """
+    if rows <= 8:
+        found = [
+            Config(8, 128, 64, warps=4, stages=4), Config(8, 256, 64, warps=4, stages=4),
+            Config(8, 128, 64, warps=2, stages=4), Config(8, 32, 128, warps=2, stages=4),
+        ]  # fmt: skip
+        if rows <= FEW_ROWS:
+            found += [Config(0, bn, bk, warps=4) for bn, bk in ((32, 128), (8, 512), (4, 1024))]
+        return found
     if rows <= 16:
-        return [Config(16, 128, 64, warps=4, stages=3), Config(16, 64, 128, warps=4, stages=4)]
+        return [
+            Config(16, 128, 64, warps=2, stages=4), Config(16, 64, 64, warps=2, stages=4),
+            Config(16, 128, 64, warps=4, stages=4), Config(16, 128, 64, warps=2, stages=6),
+            Config(16, 32, 128, warps=2, stages=4), Config(8, 32, 128, warps=2, stages=4),
+        ]  # fmt: skip
+    if rows > FEW_TILES:
+        if columns <= 32:
+            return [
+                Config(64, 32, 64, warps=4, stages=3), Config(64, 32, 64, warps=4, stages=4),
+                Config(64, 32, 128, warps=4, stages=2), Config(128, 32, 64, warps=8, stages=3),
+                Config(32, 32, 128, warps=4, stages=3),
+            ]  # fmt: skip
+        return [
+            Config(64, 128, 32, warps=4, stages=3), Config(64, 128, 64, warps=4, stages=3),
+            Config(64, 64, 64, warps=4, stages=3), Config(64, 128, 64, warps=8, stages=3),
+            Config(64, 256, 32, warps=4, stages=3),
+        ]  # fmt: skip
+    small = [
+        Config(16, 32, 128, warps=2, stages=4), Config(8, 32, 128, warps=2, stages=4),
+        Config(16, 32, 128, warps=4, stages=4),
+    ]  # fmt: skip
+    if columns <= 32:
+        return [*small, Config(8, 32, 256, warps=2, stages=3), Config(64, 32, 64, warps=4, stages=3)]
     return [
-        Config(64, 128, 32, warps=4, stages=3), Config(64, 128, 64, warps=4, stages=3),
-        Config(64, 64, 64, warps=4, stages=3), Config(64, 128, 64, warps=8, stages=3),
+        Config(64, 128, 64, warps=4, stages=3), Config(64, 256, 64, warps=4, stages=2),
+        Config(64, 256, 32, warps=4, stages=3), Config(64, 64, 64, warps=4, stages=3),
+        Config(32, 64, 64, warps=2, stages=4), *small,
     ]  # fmt: skip
 
 

@@ -1,10 +1,39 @@
 """Linear layers whose input stays in float: integer weights are exact in bf16, and an fp32 input is three bf16 numbers.
 
-So tensor cores compute the product with the precision of fp32, and the weight is read as integers.
+So tensor cores compute the product with the precision of fp32, and the weight is read as integers. Conversions are made
+of integer operations and additions, which have several times the rate of the instructions for them (I2F, F2F).
 """
 
 import triton
 import triton.language as tl
+
+# Four int8 codes w = 128 s + l, s in (-1, 0), as bf16: (128 + l) - (128 - 128 s), whose bits are 0x4300 | l and
+# 0x4300 | (w & 0x80). The subtraction is a multiply-add, which GPUs before Hopper have for pairs of bf16.
+TO_BF16 = tl.constexpr("""{
+    .reg .b32 pair, value, less, one;
+    mov.b32 one, 0x3F803F80;
+    prmt.b32 pair, $2, 0, 0x4140;
+    lop3.b32 value, pair, 0x007F007F, 0x43004300, 0xEA;
+    lop3.b32 less, pair, 0x00800080, 0xC300C300, 0xEA;
+    fma.rn.bf16x2 $0, value, one, less;
+    prmt.b32 pair, $2, 0, 0x4342;
+    lop3.b32 value, pair, 0x007F007F, 0x43004300, 0xEA;
+    lop3.b32 less, pair, 0x00800080, 0xC300C300, 0xEA;
+    fma.rn.bf16x2 $1, value, one, less;
+}""")
+# The same as fp32: w + 128 are the low bits of 2^23 + w + 128.
+TO_FP32 = tl.constexpr("""{
+    .reg .b32 bytes, bits;
+    xor.b32 bytes, $4, 0x80808080;
+    prmt.b32 bits, bytes, 0x4B000000, 0x7440;
+    sub.rn.f32 $0, bits, 0f4B000080;
+    prmt.b32 bits, bytes, 0x4B000000, 0x7441;
+    sub.rn.f32 $1, bits, 0f4B000080;
+    prmt.b32 bits, bytes, 0x4B000000, 0x7442;
+    sub.rn.f32 $2, bits, 0f4B000080;
+    prmt.b32 bits, bytes, 0x4B000000, 0x7443;
+    sub.rn.f32 $3, bits, 0f4B000080;
+}""")
 
 
 @triton.jit
@@ -25,14 +54,42 @@ def _codes(low, high, depth, inside, BITS: tl.constexpr):
 
 
 @triton.jit
+def _floats(codes, BF16: tl.constexpr, NATIVE: tl.constexpr):
+    """Codes as bf16 or fp32."""
+    if not NATIVE:
+        result = codes.to(tl.float32)
+    elif BF16:
+        result = tl.inline_asm_elementwise(TO_BF16, "=r,=r,r", [codes.to(tl.int8)], tl.bfloat16, True, 4)
+    else:
+        result = tl.inline_asm_elementwise(TO_FP32, "=f,=f,=f,=f,r", [codes.to(tl.int8)], tl.float32, True, 4)
+    return result
+
+
+@triton.jit
+def _upper(value):
+    """The first 8 of the 24 binary digits of an fp32 number."""
+    return (value.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _bf16(value, NATIVE: tl.constexpr):
+    """A number of 8 digits as bf16: the upper half of its bits."""
+    if NATIVE:
+        value = (value.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return value
+
+
+@triton.jit
 def float_input_kernel(
     x, codes, codes_high, weight_scale, bias, out, M, N, K, x_stride, codes_stride, high_stride,
-    BITS: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BITS: tl.constexpr, NATIVE: tl.constexpr, TURNED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out (M, N) = (x (M, K) codes (N, K)^T) scale + bias. WIDE: bf16 numbers multiplied as fp32, if interpreted."""
+    """out (M, N) = (x (M, K) codes (N, K)^T) scale + bias. TURNED: the transposed product, for few rows: tensor cores
+    take 64 rows of their first operand, and 8 of the second. Not NATIVE: interpreted, so bf16 numbers are fp32."""
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    sums = tl.zeros((BM, BN), tl.float32)
+    sums = tl.zeros((BN, BM) if TURNED else (BM, BN), tl.float32)
     for k in range(0, K, BK):
         depth = k + tl.arange(0, BK)
         value = tl.load(x + rows.to(tl.int64)[:, None] * x_stride + depth[None, :],
@@ -40,15 +97,25 @@ def float_input_kernel(
         here = (columns < N)[:, None] & (depth < K)[None, :]
         row = columns.to(tl.int64)[:, None]
         weight = _codes(codes + row * codes_stride, codes_high + row * high_stride, depth[None, :], here, BITS)
-        high = value.to(tl.bfloat16)
-        value -= high.to(tl.float32)
-        middle = value.to(tl.bfloat16)
-        low = (value - middle.to(tl.float32)).to(tl.bfloat16)
-        operand: tl.constexpr = tl.float32 if WIDE else tl.bfloat16
-        weight = weight.to(operand).trans()
-        sums = tl.dot(low.to(operand), weight, sums)
-        sums = tl.dot(middle.to(operand), weight, sums)
-        sums = tl.dot(high.to(operand), weight, sums)
+        weight = _floats(weight, True, NATIVE)
+        # Exact: of 24 digits the first two parts leave 8.
+        high = _upper(value)
+        value -= high
+        middle = _upper(value)
+        low = _bf16(value - middle, NATIVE)
+        middle = _bf16(middle, NATIVE)
+        high = _bf16(high, NATIVE)
+        if TURNED:
+            sums = tl.dot(weight, low.trans(), sums)
+            sums = tl.dot(weight, middle.trans(), sums)
+            sums = tl.dot(weight, high.trans(), sums)
+        else:
+            weight = weight.trans()
+            sums = tl.dot(low, weight, sums)
+            sums = tl.dot(middle, weight, sums)
+            sums = tl.dot(high, weight, sums)
+    if TURNED:
+        sums = sums.trans()
     scale = tl.load(weight_scale + columns, columns < N, 0.0)
     added = tl.load(bias + columns, columns < N, 0.0)
     y = sums * scale[None, :] + added[None, :]
@@ -58,23 +125,24 @@ def float_input_kernel(
 @triton.jit
 def few_rows_kernel(
     x, codes, codes_high, weight_scale, bias, out, M, N, K, x_stride, codes_stride, high_stride,
-    BITS: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BITS: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The same for M <= ROWS, a few: reading the weight is all there is, so each of its rows is read in long pieces and
-    multiplied in fp32."""
+    multiplied in fp32. A thread adds up its own 16 codes' products; threads' sums are added at the end."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    row = columns.to(tl.int64)[:, None]
+    row = columns.to(tl.int64)[:, None, None]
     which = tl.arange(0, ROWS)[:, None]
-    sums = tl.zeros((ROWS, BN), tl.float32)
+    sums = tl.zeros((ROWS, BN, BK // 16), tl.float32)
     for k in range(0, K, BK):
-        depth = k + tl.arange(0, BK)
-        here = (columns < N)[:, None] & (depth < K)[None, :]
-        weight = _codes(codes + row * codes_stride, codes_high + row * high_stride, depth[None, :], here, BITS)
-        weight = weight.to(tl.float32)
+        depth = k + (tl.arange(0, BK // 16) * 16)[:, None] + tl.arange(0, 16)[None, :]
+        here = (columns < N)[:, None, None] & (depth < K)[None, :, :]
+        weight = _codes(codes + row * codes_stride, codes_high + row * high_stride, depth[None, :, :], here, BITS)
+        weight = _floats(weight, False, NATIVE)
         for r in tl.static_range(ROWS):
             value = tl.load(x + tl.minimum(r, M - 1) * x_stride + depth, depth < K, 0.0)
-            sums += tl.where(which == r, tl.sum(weight * value[None, :], 1)[None, :], 0.0)
+            part = tl.sum(weight * value[None, :, :], 2)
+            sums += tl.where(which[:, :, None] == r, part[None, :, :], 0.0)
     scale = tl.load(weight_scale + columns, columns < N, 0.0)
     added = tl.load(bias + columns, columns < N, 0.0)
-    y = sums * scale[None, :] + added[None, :]
+    y = tl.sum(sums, 2) * scale[None, :] + added[None, :]
     tl.store(out + which * N + columns[None, :], y, (which < M) & (columns < N)[None, :])
