@@ -36,20 +36,55 @@ TO_FP32 = tl.constexpr("""{
 }""")
 
 
+# Four packed codes to int8 in one register: bytes $1 (and $4) hold more codes each, bytes $2 (and $3) are all ones where
+# the upper of two is meant. With the sign bit turned codes are w + 8 or w + 32; the highest bit keeps borrows apart.
+FROM_4_BITS = tl.constexpr("""{
+    .reg .b32 upper, codes;
+    shr.u32 upper, $1, 4;
+    lop3.b32 codes, $2, upper, $1, 0xCA;
+    lop3.b32 codes, codes, 0x0F0F0F0F, 0x88888888, 0x6A;
+    sub.u32 codes, codes, 0x08080808;
+    xor.b32 $0, codes, 0x80808080;
+}""")
+FROM_6_BITS = tl.constexpr("""{
+    .reg .b32 upper, codes, top;
+    shr.u32 upper, $1, 4;
+    lop3.b32 codes, $2, upper, $1, 0xCA;
+    shr.u32 upper, $4, 4;
+    lop3.b32 top, $2, upper, $4, 0xCA;
+    shr.u32 upper, top, 2;
+    lop3.b32 top, $3, upper, top, 0xCA;
+    shl.b32 top, top, 4;
+    lop3.b32 codes, 0x0F0F0F0F, codes, top, 0xCA;
+    lop3.b32 codes, codes, 0x3F3F3F3F, 0xA0A0A0A0, 0x6A;
+    sub.u32 codes, codes, 0x20202020;
+    xor.b32 $0, codes, 0x80808080;
+}""")
+
+
 @triton.jit
-def _codes(low, high, depth, inside, BITS: tl.constexpr):
+def _codes(low, high, depth, inside, BITS: tl.constexpr, NATIVE: tl.constexpr):
     """Codes at `depth` of rows that start at the pointers `low` and `high`, packed as `TritonLinear` says."""
     block, place = depth // 128, depth % 128
     quarter = place // 32
     if BITS == 8:
-        codes = tl.load(low + depth, inside, 0).to(tl.int32)
+        codes = tl.load(low + depth, inside, 0)
     elif BITS == 4:
-        packed = tl.load(low + block * 64 + place % 64, inside, 0).to(tl.int32)
-        codes = (((packed >> (4 * (place // 64))) & 15) ^ 8) - 8
+        packed = tl.load(low + block * 64 + place % 64, inside, 0)
+        if NATIVE:
+            half = (-(place // 64)).to(tl.int8)
+            codes = tl.inline_asm_elementwise(FROM_4_BITS, "=r,r,r", [packed, half], tl.int8, True, 4)
+        else:
+            codes = (((packed.to(tl.int32) >> (4 * (place // 64))) & 15) ^ 8) - 8
     else:
-        nibble = tl.load(low + block * 64 + quarter % 2 * 32 + place % 32, inside, 0).to(tl.int32)
-        top = tl.load(high + block * 32 + place % 32, inside, 0).to(tl.int32) >> (2 * quarter)
-        codes = (((top & 3) << 4 | ((nibble >> (4 * (quarter // 2))) & 15)) ^ 32) - 32
+        nibble = tl.load(low + block * 64 + quarter % 2 * 32 + place % 32, inside, 0)
+        top = tl.load(high + block * 32 + place % 32, inside, 0)
+        if NATIVE:
+            half, odd = (-(quarter // 2)).to(tl.int8), (-(quarter % 2)).to(tl.int8)
+            codes = tl.inline_asm_elementwise(FROM_6_BITS, "=r,r,r,r,r", [nibble, half, odd, top], tl.int8, True, 4)
+        else:
+            shifted = top.to(tl.int32) >> (2 * quarter)
+            codes = (((shifted & 3) << 4 | ((nibble.to(tl.int32) >> (4 * (quarter // 2))) & 15)) ^ 32) - 32
     return codes
 
 
@@ -59,9 +94,9 @@ def _floats(codes, BF16: tl.constexpr, NATIVE: tl.constexpr):
     if not NATIVE:
         result = codes.to(tl.float32)
     elif BF16:
-        result = tl.inline_asm_elementwise(TO_BF16, "=r,=r,r", [codes.to(tl.int8)], tl.bfloat16, True, 4)
+        result = tl.inline_asm_elementwise(TO_BF16, "=r,=r,r", [codes], tl.bfloat16, True, 4)
     else:
-        result = tl.inline_asm_elementwise(TO_FP32, "=f,=f,=f,=f,r", [codes.to(tl.int8)], tl.float32, True, 4)
+        result = tl.inline_asm_elementwise(TO_FP32, "=f,=f,=f,=f,r", [codes], tl.float32, True, 4)
     return result
 
 
@@ -96,7 +131,7 @@ def float_input_kernel(
                         (rows < M)[:, None] & (depth < K)[None, :], 0.0)  # fmt: skip
         here = (columns < N)[:, None] & (depth < K)[None, :]
         row = columns.to(tl.int64)[:, None]
-        weight = _codes(codes + row * codes_stride, codes_high + row * high_stride, depth[None, :], here, BITS)
+        weight = _codes(codes + row * codes_stride, codes_high + row * high_stride, depth[None, :], here, BITS, NATIVE)
         weight = _floats(weight, True, NATIVE)
         # Exact: of 24 digits the first two parts leave 8.
         high = _upper(value)
@@ -136,7 +171,9 @@ def few_rows_kernel(
     for k in range(0, K, BK):
         depth = k + (tl.arange(0, BK // 16) * 16)[:, None] + tl.arange(0, 16)[None, :]
         here = (columns < N)[:, None, None] & (depth < K)[None, :, :]
-        weight = _codes(codes + row * codes_stride, codes_high + row * high_stride, depth[None, :, :], here, BITS)
+        weight = _codes(
+            codes + row * codes_stride, codes_high + row * high_stride, depth[None, :, :], here, BITS, NATIVE
+        )
         weight = _floats(weight, False, NATIVE)
         for r in tl.static_range(ROWS):
             value = tl.load(x + tl.minimum(r, M - 1) * x_stride + depth, depth < K, 0.0)
