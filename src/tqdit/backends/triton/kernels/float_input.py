@@ -36,7 +36,7 @@ TO_FP32 = tl.constexpr("""{
 }""")
 
 
-# Four packed codes to int8 in one register: bytes $1 (and $4) hold more codes each, bytes $2 (and $3) are all ones where
+# Four packed codes to int8 in one register: bytes $1 (and $4) hold more codes each, bytes $2 (and $3) are ones where
 # the upper of two is meant. With the sign bit turned codes are w + 8 or w + 32; the highest bit keeps borrows apart.
 FROM_4_BITS = tl.constexpr("""{
     .reg .b32 upper, codes;
