@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "paper (HO + MRQ + TGQ)": {},
     "plus": {"preset": "plus"},
     FORMER_PLUS: {"preset": "plus", "gelu_products": "two"},
+    "plus, one product after softmax": {"preset": "plus", "softmax_products": "one"},
 }
 
 

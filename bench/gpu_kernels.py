@@ -90,8 +90,7 @@ def main() -> None:
     for r in rows:
         floor = max(r["bytes"] / peaks["copy_tb_per_s"], r["operations"] / peaks["int8_tops"]) / 1e6
         r |= {"floor_us": floor, "fraction": floor / r["us"]}
-    norms = [norm_row(workload, peaks) for workload in WORKLOADS]
-    result = {"environment": environment("cuda") | peaks, "rows": rows + norms, "sdpa_bf16_us": sdpa()}
+    result = {"environment": environment("cuda") | peaks, "rows": rows, "sdpa_bf16_us": sdpa()}
     write_text(arguments.json, json.dumps(result, indent=1) + "\n")
     if arguments.tuned:
         text = json.dumps({"environment": environment("cuda"), "configurations": best}, indent=1)
@@ -130,6 +129,8 @@ def jobs() -> Iterator[Job]:
             moved = 4 * m * depth + columns * depth + 4 * m * columns
             key = tuning.float_key(m, columns, depth, 8)
             yield Job(workload, name, key, key, tuple(tuning.float_candidates(m, columns)), 0, moved)
+        key = tuning.norm_key(rows, WIDTH)
+        yield Job(workload, "norm", key, key, tuple(tuning.norm_candidates(rows, WIDTH)), 0, 5 * rows * WIDTH)
 
 
 def maker(job: Job, small: bool = False) -> Callable[[Config], object]:
@@ -145,6 +146,11 @@ def maker(job: Job, small: bool = False) -> Callable[[Config], object]:
         columns = min(columns, 6 * WIDTH) if small else columns
         x, layer = torch.randn(batch * (tokens if per_token else 1), depth, device="cuda"), weight(columns, depth)
         return lambda config: launch.float_input(x, layer, config)
+    if job.name == "norm":
+        x, modulation = torch.randn(batch, tokens, WIDTH, device="cuda"), torch.randn(batch, 6 * WIDTH, device="cuda")
+        parts = modulation[:, :WIDTH], modulation[:, WIDTH : 2 * WIDTH]
+        target = operand(group)
+        return lambda config: launch.norm_quantize(x, *parts, 1e-6, target, config)
     mode = PROBABILITIES[job.name.partition(", ")[2]]
     size = launch.heads_size(batch, tokens, HEADS, HEAD_DIM)
     qkv = codes(size)
@@ -210,21 +216,6 @@ def row(job: Job, times: list[tuple[Config, float]]) -> dict[str, Any]:
         "workload": job.workload, "name": job.name, "us": ms * 1e3, "operations": job.operations, "bytes": job.bytes,
         "tera_per_s": job.operations / ms / 1e9 or None, "config": list(config),
         "others_us": {str(list(c)): t * 1e3 for c, t in times[1:]},
-    }  # fmt: skip
-
-
-def norm_row(workload: str, peaks: dict[str, float]) -> dict[str, Any]:
-    batch, tokens = WORKLOADS[workload]
-    x, modulation = torch.randn(batch, tokens, WIDTH, device="cuda"), torch.randn(batch, 6 * WIDTH, device="cuda")
-    target = operand(torch.zeros(1, dtype=torch.int64, device="cuda"))
-    parts = modulation[:, :WIDTH], modulation[:, WIDTH : 2 * WIDTH]
-    us = tuning.milliseconds(lambda: launch.norm_quantize(x, *parts, 1e-6, target)) * 1e3
-    moved = 5 * x.numel()
-    floor = moved / peaks["copy_tb_per_s"] / 1e6
-    return {
-        "workload": workload, "name": "norm", "us": us, "operations": 0, "bytes": moved,
-        "tera_per_s": None, "config": None,
-        "floor_us": floor, "fraction": floor / us,
     }  # fmt: skip
 
 

@@ -56,7 +56,7 @@ class Config(NamedTuple):
     stages: int = 3
     piece: int = 0  # columns that the epilogue has in registers at a time: block_n (0), or a half or a quarter of it
     registers: int | None = None  # a thread's, at most
-    blocks: int = 1  # of query rows that a program of the attention kernel takes; for Hopper: its AT_ONCE
+    blocks: int = 1  # of rows that a program of the attention or norm kernel takes; attention for Hopper: AT_ONCE
     hopper: int = 0  # 1: by `kernels.hopper` or `kernels.hopper_attention`, with their own numbers of warps, registers
 
 
@@ -143,18 +143,18 @@ def hopper_x_blocks(block_m: int, block_n: int, stages: int) -> int:
 
 
 def norm_quantize(
-    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, target: Operand
+    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, target: Operand, config: Config
 ) -> torch.Tensor:
     batch, tokens, width = x.shape
     rows = batch * tokens
     out = torch.empty(batch, tokens, pitch(width), dtype=torch.int8, device=x.device)
     groups = groups_of(target)
     first, rest = powers_of_two(width, 16)
-    per_program = max(1, min(16, 4096 // first))  # rows, all of one warp, so that its sums need no barrier
-    norm_quantize_kernel[(triton.cdiv(rows, per_program),)](
+    of_program = config.block_m * config.blocks
+    norm_quantize_kernel[(triton.cdiv(rows, of_program),)](
         x, shift, scale, shift.stride(0), eps, target.table, groups.tensor, out, rows, width, tokens, out.stride(1),
-        groups.stride, target.stride, target.bits, tokens % per_program == 0, NATIVE, per_program, first, rest,
-        num_warps=1,
+        groups.stride, target.stride, target.bits, tokens % of_program == 0, NATIVE, config.block_m, config.blocks,
+        first, rest, num_warps=config.warps,
     )  # fmt: skip
     return out
 

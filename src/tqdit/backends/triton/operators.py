@@ -73,7 +73,14 @@ def _linear_config(
 def norm_quantize(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float, tables: list[Tensor], group: Tensor | None, kinds: list[int]
 ) -> Tensor:
-    return launch.norm_quantize(x, shift, scale, eps, *_operands(tables, group, kinds))
+    (target,) = _operands(tables, group, kinds)
+
+    def run(config: Config) -> Tensor:
+        return launch.norm_quantize(x, shift, scale, eps, target, config)
+
+    rows, width = x.shape[0] * x.shape[1], x.shape[2]
+    candidates = functools.partial(tuning.norm_candidates, rows, width)
+    return run(tuning.choose(tuning.norm_key(rows, width), x.device, candidates, run))
 
 
 @norm_quantize.register_fake

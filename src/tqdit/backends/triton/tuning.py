@@ -24,7 +24,10 @@ from tqdit.capture import recording
 from tqdit.files import write_text
 
 TUNED = Path(__file__).with_name("tuned")
-INTERPRETED = {"linear": Config(32, 32, 128), "attention": Config(32, 0, 64), "float": Config(16, 32, 64)}
+INTERPRETED = {
+    "linear": Config(32, 32, 128), "attention": Config(32, 0, 64), "float": Config(16, 32, 64),
+    "norm": Config(2, 0, 0, blocks=2),
+}  # fmt: skip
 ROUNDS, ROUND_MS = 5, 4
 OLDEST = 9  # numbers of a configuration in the oldest files that are read; what they lack has its default
 FEW_TILES = 4096  # rows: below, large tiles leave multiprocessors without work
@@ -58,6 +61,20 @@ def linear_key(epilogue: str, rows: int, columns: int, depth: int, bits: int, tw
 def attention_key(sequences: int, tokens: int, head_dim: int, mode: int, hopper: bool = False) -> str:
     """`sequences`: samples times heads; `mode`: of the probabilities, `rounding`; `hopper`: that kernel takes them."""
     return f"attention {bucket(sequences)}x{tokens}x{head_dim}, mode {mode}{', Hopper' if hopper else ''}"
+
+
+def norm_key(rows: int, width: int) -> str:
+    return f"norm {bucket(rows)}x{width}"
+
+
+def norm_candidates(rows: int, width: int) -> list[Config]:
+    """Rows of a warp together, as many as its registers hold, or one after another."""
+    most = max(1, min(16, 4096 // triton.next_power_of_2(width)))
+    one = Config(1, 0, 0, warps=1)
+    if rows <= FEW_TILES:
+        return [Config(2, 0, 0, warps=2), Config(4, 0, 0, warps=4), one, one._replace(warps=4)]
+    found = [one._replace(block_m=most), *(one._replace(blocks=blocks) for blocks in (4, 8, 16))]
+    return [*found, Config(2, 0, 0, warps=1, blocks=4), Config(4, 0, 0, warps=4, blocks=4), Config(2, 0, 0, warps=2)]
 
 
 def float_key(rows: int, columns: int, depth: int, bits: int) -> str:
