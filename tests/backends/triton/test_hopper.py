@@ -100,7 +100,7 @@ def test_tiles_it_takes() -> None:
     assert not launch.hopper_takes(TILE, 0, 1152)
     assert not launch.hopper_takes(TILE, 128, 64)
     assert launch.hopper_takes(TILE._replace(block_n=64), 128, 64)
-    for changed in ({"block_m": 32}, {"block_n": 256}, {"block_k": 64}, {"piece": 8}, {"piece": 48}):
+    for changed in ({"block_m": 32}, {"block_n": 256}, {"block_k": 64}, {"piece": 8}, {"piece": 48}, {"stages": 1}):
         assert not launch.hopper_takes(TILE._replace(**changed), 128, 1152 * 2)
 
 

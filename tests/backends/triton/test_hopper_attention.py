@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,13 +33,16 @@ ONE, TWO = Config(64, 0, 128, stages=4, hopper=1), Config(256, 0, 64, stages=16,
 
 
 @pytest.fixture
-def four_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+def four_processors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(launch, "processors", lambda device: 4)
+    tuning.hopper_attention_candidates.cache_clear()
+    yield
+    tuning.hopper_attention_candidates.cache_clear()
 
 
 @pytest.mark.slow
-def test_every_candidate_compiles(four_processors, tmp_path: Path) -> None:
-    """For sm_90a; products run one after another nowhere, and scores stay in registers."""
+def test_kernels_of_dit_xl_compile(four_processors, tmp_path: Path) -> None:
+    """For sm_90a, at 256 and 1024 tokens and two other shapes: no products one after another, few spills."""
     try:
         assert triton.knobs.nvidia.ptxas.path
         assert triton.knobs.nvidia.nvdisasm.path
@@ -51,6 +55,7 @@ def test_every_candidate_compiles(four_processors, tmp_path: Path) -> None:
         for config in tuning.hopper_attention_candidates(CPU, tokens, 72, mode is SOFTMAX)
         if config.block_n == 0 and config.block_k == (64 if config.block_m == 256 else 128)
     ]
+    asked += [(256, 72, SOFTMAX_MERGED.value, list(Config(64, 64, 64, stages=4, hopper=1)), False, False)]
     asked += [(256, 64, UNIFORM.value, list(ONE._replace(block_n=64)), True, True)]
     asked += [(512, 96, UNIFORM.value, list(Config(128, 0, 128, stages=4, hopper=1)), True, True)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -74,6 +79,8 @@ def test_every_candidate_compiles(four_processors, tmp_path: Path) -> None:
         (ONE, 256, 128, False), (ONE._replace(block_n=64), 256, 72, True), (ONE._replace(block_n=96), 256, 72, False),
         (TWO, 1024, 72, True), (TWO, 512, 72, True), (TWO, 2048, 72, False), (TWO, 128, 72, False),
         (Config(128, 0, 128, stages=8, blocks=2, hopper=1), 384, 72, False),
+        (Config(128, 0, 128, stages=8, blocks=4, hopper=1), 512, 72, False),
+        (Config(128, 0, 128, stages=8, blocks=0, hopper=1), 512, 72, False),
         (Config(128, 0, 128, stages=8, hopper=1), 384, 72, True),
     ],
 )  # fmt: skip
@@ -103,10 +110,31 @@ def test_candidates_run_and_have_a_key_of_their_own(four_processors) -> None:
     assert tuning.attention_key(32, 256, 72, 0) != tuning.attention_key(32, 256, 72, 0, True)
 
 
+def test_committed_configurations_run_what_they_are_for(four_processors) -> None:
+    """Nothing looks at them again before a kernel is launched with them."""
+    seen = 0
+    for path in tuning.TUNED.glob("*.json"):
+        for key, config in tuning._read(path).items():
+            assert bool(config.hopper) <= ("Hopper" in key), key
+            if config.hopper and key.startswith("attention"):
+                _, tokens, head_dim = map(int, key.split()[1].strip(",").split("x"))
+                assert launch.hopper_attends(config, CPU, tokens, head_dim), key
+                seen += 1
+            elif config.hopper:
+                epilogue, sizes = key.split()[1:3]
+                columns = int(sizes.split("x")[1])
+                tile = int(key.split()[-2])
+                assert launch.hopper_takes(config, tile, columns // 3 if epilogue == "heads" else columns), key
+                seen += 1
+    assert seen > 10
+
+
 # Sequences and tokens; every slot and tile size; heads of one, two and three parts of channels; parts of a head.
 CASES = [
     (1, 128, 72, 2, ONE), (3, 256, 72, 4, ONE), (40, 256, 72, 16, ONE), (2, 256, 72, 3, ONE._replace(block_n=64)),
-    (2, 64, 72, 2, Config(64, 0, 64, stages=4, hopper=1)), (2, 256, 64, 2, ONE), (1, 128, 40, 3, ONE),
+    (2, 256, 72, 2, Config(64, 64, 64, stages=4, hopper=1)), (2, 192, 72, 3, Config(64, 0, 64, stages=4, hopper=1)),
+    (1, 256, 72, 1, ONE), (2, 64, 72, 2, Config(64, 0, 64, stages=4, hopper=1)), (2, 256, 64, 2, ONE),
+    (1, 128, 40, 3, ONE),
     (2, 256, 96, 2, Config(128, 0, 128, stages=8, hopper=1)), (1, 384, 72, 2, Config(128, 0, 128, stages=8, hopper=1)),
     (1, 512, 72, 3, Config(128, 128, 128, stages=8, blocks=2, hopper=1)), (1, 1024, 72, 2, TWO),
     (1, 512, 72, 2, TWO._replace(block_n=256)), (1, 1024, 72, 2, Config(128, 0, 128, stages=8, blocks=2, hopper=1)),

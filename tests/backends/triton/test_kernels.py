@@ -124,6 +124,22 @@ def test_attention(batch, tokens, width, heads, grid: Grid, bits: int, merged: b
     assert torch.equal(read(actual, width), quantize(attended, target).int())
 
 
+@pytest.mark.parametrize("tokens", [32, 20])
+def test_attention_of_what_the_linear_kernel_wrote(tokens: int) -> None:
+    """Both have v's tokens in one order, also where heads are not whole groups of 8 columns."""
+    make, run, batch, heads, head_dim = maker(9), TritonBackend(), 2, 2, 12
+    width = heads * head_dim
+    codes, source = make.codes(batch, tokens, width), make.params()
+    params, target = make.attention(heads, Grid.UNIFORM), make.params(reach=2.0)
+    weight = make.weight(3 * width, width)
+    expected = REFERENCE.attention(
+        REFERENCE.qkv(codes, source, REFERENCE.prepare(weight, None), params), params, target
+    )
+    given = to(DEVICE, padded(codes)), to(DEVICE, source), on_device(run.prepare(weight, None)), to(DEVICE, params)
+    found = run.attention(run.qkv(*given), to(DEVICE, params), to(DEVICE, target))
+    assert (read(found, width) != expected).float().mean() < 0.01
+
+
 def test_attention_where_no_query_is_negative() -> None:
     """Their zero point is -128, and 128 is no int8: the product that takes it out is made of two."""
     make, batch, tokens, width, heads = maker(8), 2, 48, 144, 2

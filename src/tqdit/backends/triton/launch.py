@@ -1,6 +1,7 @@
 """Calling the kernels: layouts, grids of programs, descriptors."""
 
 import functools
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from tqdit.backends.triton.layer import ALIGN
 from tqdit.errors import InputError
 
 NATIVE = not triton.knobs.runtime.interpret  # compiled for a GPU
+GLUON = (3, 6), (3, 9)  # Triton's versions that compile the kernels for Hopper
 SHARED_MEMORY = 232448  # bytes of a Hopper multiprocessor, but for 1024 that each program takes of them
 FEW_ROWS = 2  # of a float input: no more than these are worth multiplying without tensor cores
 
@@ -92,14 +94,25 @@ def powers_of_two(width: int, least: int) -> tuple[int, int]:
     return whole // 2, triton.next_power_of_2(width - whole // 2)
 
 
+def permutes(tokens: int) -> bool:
+    """Whether rows of v have their tokens in the order in which attention has its probabilities."""
+    return tokens % 16 == 0
+
+
 class HopperKernels(NamedTuple):
     linear: Any
     attention: Any
 
 
 @functools.cache
-def hopper_kernels() -> Any:
-    """The modules of the kernels in Gluon; None if the installed Triton has not what they need of it."""
+def hopper_kernels() -> HopperKernels | None:
+    """The modules of the kernels in Gluon, which changes between versions: None with a Triton that was not tried.
+
+    TQDIT_HOPPER=0 in the environment does without them.
+    """
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if not GLUON[0] <= version <= GLUON[1] or os.environ.get("TQDIT_HOPPER") == "0":
+        return None
     try:
         from tqdit.backends.triton.kernels import hopper, hopper_attention
     except (ImportError, AttributeError):
@@ -132,12 +145,15 @@ def hopper_takes(config: Config, tile: int, width: int) -> bool:
     """
     sizes = config.block_m in (64, 128) and config.block_n in (64, 128) and config.block_k == 128
     pieces = config.piece in (0, 16, 32, 64, 128) and config.piece <= config.block_n
+    pieces = pieces and config.stages >= 2  # a stage is given back when the next block is being multiplied
     return sizes and pieces and config.block_m <= tile and width % config.block_n == 0
 
 
 def hopper_x_blocks(block_m: int, block_n: int, stages: int) -> int:
     """Blocks of the residual stream that fit beside the operands in shared memory, at most those of two tiles."""
-    columns = hopper_kernels().linear.X_COLUMNS
+    kernels = hopper_kernels()
+    assert kernels
+    columns = kernels.linear.X_COLUMNS
     others = stages * (block_m + block_n) * 128 + 2 * 4 * block_n * 4 + 512  # what belongs to columns; barriers
     return max(1, min((SHARED_MEMORY - others) // (block_m * columns * 4), 2 * block_n // columns))
 
@@ -190,8 +206,8 @@ def linear(
         weight.scale if gate is None else gate, 0 if gate is None else gate.stride(0), groups.tensor,
         source.table, first.table, second.table, third.table, rows, columns // divided, depth, tokens, out_stride,
         groups.stride, source.stride, first.stride, second.stride, third.stride, head_dim, head_pitch, token_pitch,
-        weight.bits, two, epilogue, first.mode, first.bits, tokens % bm == 0, tokens % 16 == 0 and head_dim % 8 == 0,
-        NATIVE, bm, bn, bk, config.band, config.piece or bn,
+        weight.bits, two, epilogue, first.mode, first.bits, tokens % bm == 0, permutes(tokens),
+        head_dim % 8 == 0, NATIVE, bm, bn, bk, config.band, config.piece or bn,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         enable_fp_fusion=epilogue == ACTIVATION.value,
     )  # fmt: skip
@@ -216,7 +232,9 @@ def _hopper_linear(
             f"8-bit weights, one product, tiles of 64 or 128 rows and columns, and {tokens} tokens, {width} columns "
             "that are multiples of them"
         )
-    hopper = hopper_kernels().linear
+    kernels = hopper_kernels()
+    assert kernels
+    hopper = kernels.linear
     bm, bn, piece = config.block_m, config.block_n, config.piece or config.block_n
     before: Any = out
     after: Any = out
@@ -311,7 +329,7 @@ def attention(
         blocks,
         groups.stride, query.stride, key.stride, value.stride, softmax.stride, target.stride,
         head_dim, first, d_rest, v_rest, softmax.mode, softmax.bits, target.bits,
-        one_pass, tokens % bk != 0, head_dim % 8 == 0, tokens % ALIGN == 0, trace is not None, NATIVE, bm, bk,
+        one_pass, tokens % bk != 0, head_dim % 8 == 0, permutes(tokens), trace is not None, NATIVE, bm, bk,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip
     return out
@@ -348,7 +366,7 @@ class _HopperAttention(NamedTuple):
         if not whole or head_dim not in (first, first + rest) or first > 64 or rest not in (0, 8, 16, 32):
             return None
         blocks = tokens // bk
-        if blocks > 2 and blocks % config.blocks:
+        if config.blocks not in (1, 2) or (blocks > 2 and blocks % config.blocks):
             return None
         programs = 2 if bm == 64 else 1
         found = cls(bm // 16, blocks, tokens // rows, blocks, 2 if blocks <= 2 else 1, first, rest, programs)
@@ -371,7 +389,9 @@ def _hopper_attention(
             f"{config} cannot run here: the Hopper kernel needs a GPU of compute capability 9.0, Triton with Gluon, "
             f"and {tokens} tokens of {head_dim} channels a head that fill its tiles and its shared memory"
         )
-    hopper = hopper_kernels().attention
+    kernels = hopper_kernels()
+    assert kernels
+    hopper = kernels.attention
     query, key, value, softmax, target = operands
     out = torch.empty(batch, tokens, pitch(count * head_dim), dtype=torch.int8, device=qkv.device)
     bm, bk = config.block_m, config.block_k

@@ -183,6 +183,7 @@ def attention_candidates(sequences: int, tokens: int) -> list[Config]:
     return found
 
 
+@functools.cache
 def hopper_attention_candidates(device: torch.device, tokens: int, head_dim: int, two: bool) -> list[Config]:
     """Those of `kernels.hopper_attention`: a head's rows together, or in parts where there are few heads.
 
@@ -196,6 +197,7 @@ def hopper_attention_candidates(device: torch.device, tokens: int, head_dim: int
         found = [Config(128, rows, 128, stages=8, blocks=2 - two, hopper=1) for rows in (0, 128)]
         if not two:
             found[:0] = [Config(256, rows, 64, stages=16, hopper=1) for rows in (0, 256)]
+        found += [c._replace(blocks=1) for c in found if c.blocks == 2 and tokens // c.block_k % 2]
     return [config for config in found if hopper_attends(config, device, tokens, head_dim)]
 
 

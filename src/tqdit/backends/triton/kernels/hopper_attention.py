@@ -1,6 +1,6 @@
 """The attention kernel for Hopper: a head's keys and values stay in shared memory for all its rows of queries.
 
-One warp copies ahead: keys and values into a ring of slots of BK tokens, tiles of queries into one of their own. The
+One warp copies: keys and values into a ring of slots of BK tokens, tiles of queries into one of their own. The
 other WARPS (4, 8 or 16, 16 rows each) compute. `full[s]`: the copies into slot s are complete; `empty[s]`: all rows
 have read it; likewise for queries. Slots and parities are computed from numbers, as in `kernels.hopper`.
 
@@ -130,7 +130,10 @@ def _as_floats(scores):
 
 @gluon.jit
 def _powers(scores, shift, scale):
-    """2^(scores scale + shift) within 2^-20 of it and a factor of the row that is the same in its sum."""
+    """2^(scores scale + shift) within 2^-20 of it, and a factor of the row that is the same in its sum.
+
+    The factor is within 2^(+-scale), as shift is rounded where it is 1.5 2^23 scale: for scales of scores far below 100.
+    """
     x = _as_floats(scores)
     nothing = gl.full_like(x, 0.0)
     return power_of_two(gl.fma(x, nothing + scale, nothing + shift[:, None]), True)

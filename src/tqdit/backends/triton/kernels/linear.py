@@ -99,7 +99,8 @@ def _finish(
     gate_stride, source, targets, target_row, M, TOKENS, out_stride,
     HEAD_DIM: tl.constexpr, HEAD_PITCH: tl.constexpr, TOKEN_PITCH: tl.constexpr,
     TWO: tl.constexpr, EPILOGUE: tl.constexpr, MODE: tl.constexpr,
-    TARGET_BITS: tl.constexpr, ALIGNED: tl.constexpr, NATIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    TARGET_BITS: tl.constexpr, PERMUTED: tl.constexpr, ALIGNED: tl.constexpr, NATIVE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Scale the sums of BN columns and write what the epilogue makes of them."""
     columns = first_column + tl.arange(0, BN)
@@ -140,7 +141,7 @@ def _finish(
         size = (M // TOKENS) * (width // HEAD_DIM) * TOKENS * HEAD_PITCH  # of q, and of k
         if which == 2:  # (B, H, head_dim, TOKEN_PITCH)
             down = samples * (width * TOKEN_PITCH) + tokens
-            if ALIGNED:
+            if PERMUTED:
                 down = tl.max_contiguous(tl.multiple_of(down, 16), 16)
                 codes = permuted_rows(codes, BM, BN)
             across = channel * TOKEN_PITCH + 2 * size
@@ -161,12 +162,14 @@ def linear_kernel(
     TARGET_K_STRIDE: tl.constexpr, TARGET_V_STRIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_PITCH: tl.constexpr, TOKEN_PITCH: tl.constexpr,
     BITS: tl.constexpr, TWO: tl.constexpr, EPILOGUE: tl.constexpr, MODE: tl.constexpr,
-    TARGET_BITS: tl.constexpr, PER_TILE: tl.constexpr, ALIGNED: tl.constexpr, NATIVE: tl.constexpr,
+    TARGET_BITS: tl.constexpr, PER_TILE: tl.constexpr, PERMUTED: tl.constexpr, ALIGNED: tl.constexpr,
+    NATIVE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """One (BM, BN) tile of a (M, K) . b (N, K)^T and its epilogue, PIECE columns at a time; M = samples * TOKENS.
 
-    PER_TILE: a tile's rows are of one sample. HEADS: N = 3 width, and a tile has columns of q, k or v alone; else N is
+    PER_TILE: a tile's rows are of one sample. PERMUTED: v gets its tokens in the order of `permuted_rows`. ALIGNED:
+    heads are whole groups of 8 columns. HEADS: N = 3 width, and a tile has columns of q, k or v alone; else N is
     `width`, an argument so that the compiler knows what divides it.
     """
     parts: tl.constexpr = 3 if EPILOGUE == HEADS else 1
@@ -204,6 +207,6 @@ def linear_kernel(
         _finish(
             columns[piece], columns_negative[piece], rows, sample, which, width, first_column + piece * PIECE,
             weight_scale, weight_sums, bias, out, x, gate, gate_stride, source, target, time_group * stride,
-            M, TOKENS, out_stride, HEAD_DIM, HEAD_PITCH, TOKEN_PITCH, TWO, EPILOGUE, MODE, TARGET_BITS, ALIGNED,
-            NATIVE, BM, PIECE,
+            M, TOKENS, out_stride, HEAD_DIM, HEAD_PITCH, TOKEN_PITCH, TWO, EPILOGUE, MODE, TARGET_BITS, PERMUTED,
+            ALIGNED, NATIVE, BM, PIECE,
         )  # fmt: skip
