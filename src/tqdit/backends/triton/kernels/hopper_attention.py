@@ -132,7 +132,7 @@ def _as_floats(scores):
 def _powers(scores, shift, scale):
     """2^(scores scale + shift) within 2^-20 of it, and a factor of the row that is the same in its sum.
 
-    The factor is within 2^(+-scale), for shift is rounded near 1.5 2^23 scale: scales of scores are to be far below 100.
+    The factor is within 2^(+-scale), for shift is rounded near 1.5 2^23 scale: scales of scores are far below 100.
     """
     x = _as_floats(scores)
     nothing = gl.full_like(x, 0.0)

@@ -43,7 +43,7 @@ def divide(x, by, inverse, NATIVE: tl.constexpr):
     """
     if NATIVE:
         quotient = x * inverse
-        return tl.fma(tl.fma(-quotient, by, x), inverse, quotient)
+        return tl.fma(tl.fma(quotient, -by, x), inverse, quotient)  # the minus costs an instruction: not for all of x
     else:
         return tl.div_rn(x, by)
 
