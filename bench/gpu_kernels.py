@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from tqdit.backends.triton import launch, tuning
+from tqdit.backends.triton import hopper, launch, tuning
 from tqdit.backends.triton.kernels import rounding
-from tqdit.backends.triton.launch import Config, Operand, Weight
 from tqdit.backends.triton.layer import TritonLinear
+from tqdit.backends.triton.layouts import Config, Operand, Weight
 from tqdit.environment import environment
 from tqdit.files import write_text
 from tqdit.ops.schema import WeightParams
@@ -109,12 +109,12 @@ def jobs() -> Iterator[Job]:
         for name, (epilogue, depth, columns, products) in LINEARS.items():
             two = products == 2
             ordinary_key = tuning.linear_key(epilogue, rows, columns, depth, 8, two)
-            tile = launch.hopper_rows(torch.device("cuda"), tokens, 8, two)
+            tile = hopper.rows_of_tile(torch.device("cuda"), tokens, 8, two)
             key = tuning.linear_key(epilogue, rows, columns, depth, 8, two, tile)
             out = {"heads": 1, "gelu": 1, "residual": 8}[epilogue]
             moved = rows * depth + columns * depth + rows * columns * out
-            hopper = tuning.hopper_candidates(epilogue, rows, columns, tile)
-            candidates = (*hopper, *tuning.linear_candidates(rows, two, 8))
+            special = tuning.hopper_candidates(epilogue, rows, columns, tile)
+            candidates = (*special, *tuning.linear_candidates(rows, two, 8))
             operations = 2 * rows * columns * depth * products
             yield Job(workload, name, key, ordinary_key, candidates, operations, moved)
         for name, mode in PROBABILITIES.items():

@@ -15,9 +15,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from tqdit.backends.triton import launch
+from tqdit.backends.triton.hopper import AttentionSizes, x_blocks
 from tqdit.backends.triton.kernels import hopper, hopper_attention, rounding
 from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS, PLAIN, RESIDUAL
+from tqdit.backends.triton.layouts import Config
 
 EPILOGUES = {
     "plain": (PLAIN, rounding.UNIFORM), "residual": (RESIDUAL, rounding.UNIFORM), "heads": (HEADS, rounding.UNIFORM),
@@ -47,7 +48,7 @@ def compiled(epilogue: str, bm: int, bn: int, stages: int, piece: int):
         "GROUP_STRIDE": 0, "SOURCE_STRIDE": 8, "TARGET_STRIDES": (128, 128, 128), "HEAD_DIM": 72, "HEAD_PITCH": 80,
         "TOKEN_PITCH": 256, "EPILOGUE": which.value, "MODE": mode.value, "TARGET_BITS": 8, "BM": bm, "BN": bn,
         "BK": hopper.BLOCK_K, "BAND": 8, "STAGES": stages, "PIECE": piece or bn,
-        "X_BLOCKS": launch.hopper_x_blocks(bm, bn, stages),
+        "X_BLOCKS": x_blocks(bm, bn, stages),
         "CONSUMER_REGISTERS": hopper.REGISTERS[0], "PRODUCER_REGISTERS": hopper.REGISTERS[1],
     }  # fmt: skip
     source = GluonASTSource(
@@ -62,8 +63,8 @@ def compiled(epilogue: str, bm: int, bn: int, stages: int, piece: int):
 
 def compiled_attention(tokens: int, head_dim: int, mode: int, config: list[int], by_sample: bool, trace: bool):
     """The attention kernel, with one time group or one for each sample."""
-    chosen = launch.Config(*config)
-    sizes = launch._HopperAttention.of(chosen, tokens, head_dim)
+    chosen = Config(*config)
+    sizes = AttentionSizes.of(chosen, tokens, head_dim)
     assert sizes, config
     k_rest, v_pad = sizes.padded
     blocks = {

@@ -17,10 +17,10 @@ pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
 import triton
 
-from tqdit.backends.triton import launch, operators, tuning
+from tqdit.backends.triton import hopper, launch, operators, tuning
 from tqdit.backends.triton.backend import TritonBackend, operand
 from tqdit.backends.triton.kernels import rounding
-from tqdit.backends.triton.launch import Config, Operand
+from tqdit.backends.triton.layouts import Config, Operand
 from tqdit.errors import InputError
 from tqdit.ops.reference import Reference
 from tqdit.spec import Grid
@@ -35,7 +35,7 @@ SHARED = 232448  # bytes that a program has at most
 
 @pytest.fixture
 def four_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "processors", lambda device: 4)
+    monkeypatch.setattr(hopper, "processors", lambda device: 4)
 
 
 def candidates() -> list[tuple[str, Config]]:
@@ -76,10 +76,10 @@ def test_every_candidate_compiles_without_spills(tmp_path: Path) -> None:
 
 
 def test_no_other_device_runs_it() -> None:
-    assert launch.processors(CPU) == 0
-    assert launch.hopper_rows(CPU, 256, 8, False) == 0
+    assert hopper.processors(CPU) == 0
+    assert hopper.rows_of_tile(CPU, 256, 8, False) == 0
     if torch.cuda.is_available():
-        assert (launch.processors(torch.device("cuda:0")) > 0) == HOPPER
+        assert (hopper.processors(torch.device("cuda:0")) > 0) == HOPPER
 
 
 @pytest.mark.parametrize(
@@ -91,21 +91,21 @@ def test_no_other_device_runs_it() -> None:
 )  # fmt: skip
 def test_what_it_takes(four_processors, tokens: int, bits: int, two: bool, head_dim: int, rows: int) -> None:
     """One product of 8-bit weights; tiles whose rows are of one sample; heads of whole groups of 8 columns."""
-    assert launch.hopper_rows(CPU, tokens, bits, two, head_dim) == rows
+    assert hopper.rows_of_tile(CPU, tokens, bits, two, head_dim) == rows
 
 
 def test_tiles_it_takes() -> None:
-    assert launch.hopper_takes(TILE, 128, 1152)
-    assert not launch.hopper_takes(TILE, 64, 1152)
-    assert not launch.hopper_takes(TILE, 0, 1152)
-    assert not launch.hopper_takes(TILE, 128, 64)
-    assert launch.hopper_takes(TILE._replace(block_n=64), 128, 64)
+    assert hopper.takes(TILE, 128, 1152)
+    assert not hopper.takes(TILE, 64, 1152)
+    assert not hopper.takes(TILE, 0, 1152)
+    assert not hopper.takes(TILE, 128, 64)
+    assert hopper.takes(TILE._replace(block_n=64), 128, 64)
     for changed in ({"block_m": 32}, {"block_n": 256}, {"block_k": 64}, {"piece": 8}, {"piece": 48}, {"stages": 1}):
-        assert not launch.hopper_takes(TILE._replace(**changed), 128, 1152 * 2)
+        assert not hopper.takes(TILE._replace(**changed), 128, 1152 * 2)
 
 
 def test_candidates_are_whole_tiles_that_run(four_processors) -> None:
-    assert all(launch.hopper_takes(config, 128, 1152) and config.hopper for _, config in candidates())
+    assert all(hopper.takes(config, 128, 1152) and config.hopper for _, config in candidates())
     assert tuning.hopper_candidates("heads", 16384, 3456, 0) == []
     few, small = (tuning.hopper_candidates("gelu", rows, 4608, tile) for rows, tile in ((512, 128), (16384, 64)))
     assert {c.block_m for c in few} == {64, 128}
@@ -132,7 +132,7 @@ def test_it_is_tried_under_a_key_of_its_own(four_processors, monkeypatch: pytest
     assert not config(128, Grid.MRQ_GELU).hopper
     assert len(asked) == 4
     assert "linear residual 128x128x64, 8 bits, 1 products" in asked  # of 96 tokens, as in older files
-    monkeypatch.setattr(launch, "processors", lambda device: 0)
+    monkeypatch.setattr(hopper, "processors", lambda device: 0)
     asked.clear()
     assert not config(128).hopper
     assert list(asked) == ["linear residual 128x128x64, 8 bits, 1 products"]
@@ -168,8 +168,8 @@ def test_what_the_kernel_is_given(four_processors, monkeypatch: pytest.MonkeyPat
     params = make.attention(heads, Grid.UNIFORM, batch)
     targets = tuple(operand(p) for p in params.projections)
     layer = operators._weight(*weights(TritonBackend().prepare(make.weight(3 * width, 320), None)))
-    kernel = Recorded(launch.hopper_kernels().linear.hopper_linear_kernel)
-    monkeypatch.setattr(launch.hopper_kernels().linear, "hopper_linear_kernel", kernel)
+    kernel = Recorded(hopper.kernels().linear.hopper_linear_kernel)
+    monkeypatch.setattr(hopper.kernels().linear, "hopper_linear_kernel", kernel)
     codes = make.codes(batch, tokens, 320)
     launch.heads(codes, operand(make.params()), layer, TILE, targets, width // heads)
     given = kernel.given
@@ -206,7 +206,7 @@ def test_what_the_kernel_is_given(four_processors, monkeypatch: pytest.MonkeyPat
 )  # fmt: skip
 def test_blocks_of_the_residual_stream(size: tuple[int, int, int], blocks: int) -> None:
     """What is left of shared memory, and not more than two tiles."""
-    assert launch.hopper_x_blocks(*size) == blocks
+    assert hopper.x_blocks(*size) == blocks
 
 
 # On a GPU. batch, tokens, depth, width, heads, programs (0: one per multiprocessor): one tile; odd numbers of tiles in
@@ -237,7 +237,7 @@ class Runs:
         self.patch, self.backend = monkeypatch, TritonBackend()
         monkeypatch.setattr(launch, "torch", PoisonedTorch())
         if programs:
-            monkeypatch.setattr(launch, "processors", lambda device: programs)
+            monkeypatch.setattr(hopper, "processors", lambda device: programs)
 
     def __call__(self, config: Config, call):
         self.patch.setattr(tuning, "choose", lambda key, device, candidates, run: config)

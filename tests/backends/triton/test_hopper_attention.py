@@ -17,10 +17,10 @@ pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
 import triton
 
-from tqdit.backends.triton import launch, tuning
+from tqdit.backends.triton import hopper, launch, tuning
 from tqdit.backends.triton.backend import operand
 from tqdit.backends.triton.kernels.rounding import SOFTMAX, SOFTMAX_MERGED, UNIFORM
-from tqdit.backends.triton.launch import Config
+from tqdit.backends.triton.layouts import Config
 from tqdit.errors import InputError
 from tqdit.ops.quantizer import dequantize, quantize
 from tqdit.ops.reference import Reference
@@ -34,7 +34,7 @@ ONE, TWO = Config(64, 0, 128, stages=4, hopper=1), Config(256, 0, 64, stages=16,
 
 @pytest.fixture
 def four_processors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(launch, "processors", lambda device: 4)
+    monkeypatch.setattr(hopper, "processors", lambda device: 4)
     tuning.hopper_attention_candidates.cache_clear()
     yield
     tuning.hopper_attention_candidates.cache_clear()
@@ -67,7 +67,7 @@ def test_kernels_of_dit_xl_compile(four_processors, tmp_path: Path) -> None:
     assert len(found) == len(asked) > 8
     for kernel in found:
         programs = 2 if kernel["kernel"][3][0] == 64 else 1
-        assert kernel["shared"] <= launch.SHARED_MEMORY // programs - 1024, kernel
+        assert kernel["shared"] <= hopper.SHARED_MEMORY // programs - 1024, kernel
         assert kernel["spilled"] <= 1024, kernel  # bytes, of two products: scores fill half the registers
         assert not any("serialized" in warning for warning in kernel["warnings"]), kernel
 
@@ -86,11 +86,11 @@ def test_kernels_of_dit_xl_compile(four_processors, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_it_takes(four_processors, config: Config, tokens: int, head_dim: int, takes: bool) -> None:
     """Whole tiles and slots; a head that fits shared memory; heads of 32 or 64 channels and 8, 16 or 32 more."""
-    assert launch.hopper_attends(config, CPU, tokens, head_dim) == takes
+    assert hopper.attends(config, CPU, tokens, head_dim) == takes
 
 
 def test_no_other_device_runs_it() -> None:
-    assert not launch.hopper_attends(ONE, CPU, 256, 72)
+    assert not hopper.attends(ONE, CPU, 256, 72)
     assert tuning.hopper_attention_candidates(CPU, 256, 72, False) == []
     make = maker(1)
     params, target = make.attention(2, Grid.UNIFORM), make.params()
@@ -105,7 +105,7 @@ def test_candidates_run_and_have_a_key_of_their_own(four_processors) -> None:
         for two in (False, True):
             found = tuning.hopper_attention_candidates(CPU, tokens, 72, two)
             assert found
-            assert all(config.hopper and launch.hopper_attends(config, CPU, tokens, 72) for config in found)
+            assert all(config.hopper and hopper.attends(config, CPU, tokens, 72) for config in found)
     assert tuning.hopper_attention_candidates(CPU, 100, 72, False) == []
     assert tuning.attention_key(32, 256, 72, 0) != tuning.attention_key(32, 256, 72, 0, True)
 
@@ -118,13 +118,13 @@ def test_committed_configurations_run_what_they_are_for(four_processors) -> None
             assert bool(config.hopper) <= ("Hopper" in key), key
             if config.hopper and key.startswith("attention"):
                 _, tokens, head_dim = map(int, key.split()[1].strip(",").split("x"))
-                assert launch.hopper_attends(config, CPU, tokens, head_dim), key
+                assert hopper.attends(config, CPU, tokens, head_dim), key
                 seen += 1
             elif config.hopper:
                 epilogue, sizes = key.split()[1:3]
                 columns = int(sizes.split("x")[1])
                 tile = int(key.split()[-2])
-                assert launch.hopper_takes(config, tile, columns // 3 if epilogue == "heads" else columns), key
+                assert hopper.takes(config, tile, columns // 3 if epilogue == "heads" else columns), key
                 seen += 1
     assert seen > 10
 
@@ -154,7 +154,7 @@ class TestOnHopper:
         """Of the probabilities up to ties; given those, P V and its codes exactly; the same three times."""
         if grid is Grid.MRQ_SOFTMAX and not merged and config.block_m == 256:
             pytest.skip("two products have too few registers there, and no such candidate")
-        monkeypatch.setattr(launch, "torch", PoisonedTorch())
+        monkeypatch.setattr(hopper, "torch", PoisonedTorch())
         lead, width = batch if by_sample else 1, heads * head_dim
         make = maker(2, bits)
         params, target = make.attention(heads, grid, lead, merged), make.params(lead=lead, reach=2.0)

@@ -15,8 +15,9 @@ from test_cpu import assert_equal_up_to_ties, each_gelu, each_shape, each_softma
 pytest.importorskip("triton")
 from tqdit.backends.triton import launch, tuning
 from tqdit.backends.triton.backend import PackedTritonBackend, TritonBackend, operand
-from tqdit.backends.triton.launch import FEW_ROWS, Config, Weight
+from tqdit.backends.triton.launch import FEW_ROWS
 from tqdit.backends.triton.layer import TritonLinear
+from tqdit.backends.triton.layouts import Config, Weight
 from tqdit.ops.quantizer import dequantize, quantize
 from tqdit.ops.reference import Reference
 from tqdit.ops.schema import OperandParams, WeightParams
@@ -238,7 +239,7 @@ def test_results_do_not_depend_on_the_configuration(config: Config, two: bool) -
     codes, weight, bias = make.codes(batch, tokens, width), make.weight(width, width), make.values(width)
     x, gate = make.values(batch, tokens, width), make.values(batch, width)
     expected = REFERENCE.linear_residual(codes, source, REFERENCE.prepare(weight, bias), gate, x)
-    from tqdit.backends.triton.launch import Weight
+    from tqdit.backends.triton.layouts import Weight
 
     layer = on_device(TritonBackend().prepare(weight, bias))
     tensors = Weight(layer.codes, layer.high, layer.scale, layer.bias, layer.sums, width, 8)

@@ -8,7 +8,8 @@ import torch
 
 pytest.importorskip("triton")
 from tqdit.backends.triton import tuning
-from tqdit.backends.triton.launch import FEW_ROWS, Config
+from tqdit.backends.triton.launch import FEW_ROWS
+from tqdit.backends.triton.layouts import Config
 
 GPU = "Some GPU 9000"
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from tqdit.backends.triton import operators
 from tqdit.backends.triton.kernels import rounding
-from tqdit.backends.triton.launch import Operand
 from tqdit.backends.triton.layer import TritonLinear
+from tqdit.backends.triton.layouts import Operand
 from tqdit.ops.schema import AttentionParams, OperandParams, WeightParams
 from tqdit.ops.tables import parameter_table
 from tqdit.spec import Grid

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from tqdit.backends.triton import launch, tuning
-from tqdit.backends.triton.launch import Config, Operand, Weight, pitch
+from tqdit.backends.triton import hopper, launch, tuning
+from tqdit.backends.triton.layouts import Config, Operand, Weight, pitch, takes_two_products
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,12 +57,12 @@ def _linear_config(
     epilogue: str, codes: Tensor, layer: Weight, source: Operand, run: tuning.Run, head_dim: int = 8
 ) -> Config:
     batch, tokens, _ = codes.shape
-    rows, columns, two = batch * tokens, len(layer.codes), launch.takes_two_products(source)
-    tile = launch.hopper_rows(codes.device, tokens, layer.bits, two, head_dim)
+    rows, columns, two = batch * tokens, len(layer.codes), takes_two_products(source)
+    tile = hopper.rows_of_tile(codes.device, tokens, layer.bits, two, head_dim)
 
     def candidates() -> list[Config]:
-        hopper = tuning.hopper_candidates(epilogue, rows, columns, tile)
-        return hopper + tuning.linear_candidates(rows, two, layer.bits)
+        special = tuning.hopper_candidates(epilogue, rows, columns, tile)
+        return special + tuning.linear_candidates(rows, two, layer.bits)
 
     key = tuning.linear_key(epilogue, rows, columns, layer.depth, layer.bits, two, tile)
     return tuning.choose(key, codes.device, candidates, run)
@@ -121,10 +121,11 @@ def attention(
     def run(config: Config) -> Tensor:
         return launch.attention(qkv, batch, tokens, heads, head_dim, operands, config)
 
-    two = launch.takes_two_products(operands[3])
-    hopper = tuning.hopper_attention_candidates(qkv.device, tokens, head_dim, two)
-    key = tuning.attention_key(batch * heads, tokens, head_dim, operands[3].mode, bool(hopper))
-    return run(tuning.choose(key, qkv.device, lambda: hopper + tuning.attention_candidates(batch * heads, tokens), run))
+    two = takes_two_products(operands[3])
+    special = tuning.hopper_attention_candidates(qkv.device, tokens, head_dim, two)
+    key = tuning.attention_key(batch * heads, tokens, head_dim, operands[3].mode, bool(special))
+    ordinary = functools.partial(tuning.attention_candidates, batch * heads, tokens)
+    return run(tuning.choose(key, qkv.device, lambda: special + ordinary(), run))
 
 
 @attention.register_fake

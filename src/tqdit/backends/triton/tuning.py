@@ -19,7 +19,9 @@ import torch
 import triton
 from triton.errors import TritonError
 
-from tqdit.backends.triton.launch import FEW_ROWS, NATIVE, Config, hopper_attends, hopper_takes
+from tqdit.backends.triton import hopper
+from tqdit.backends.triton.launch import FEW_ROWS
+from tqdit.backends.triton.layouts import NATIVE, Config
 from tqdit.capture import recording
 from tqdit.files import write_text
 
@@ -53,7 +55,7 @@ def choose(key: str, device: torch.device, candidates: Callable[[], list[Config]
 
 
 def linear_key(epilogue: str, rows: int, columns: int, depth: int, bits: int, two: bool, tile: int = 0) -> str:
-    """`tile`: of `launch.hopper_rows`. What the Hopper kernel may run has candidates, and so a key, of its own."""
+    """`tile`: of `hopper.rows_of_tile`. What the Hopper kernel may run has candidates, and so a key, of its own."""
     key = f"linear {epilogue} {bucket(rows)}x{columns}x{depth}, {bits} bits, {2 if two else 1} products"
     return f"{key}, Hopper tiles of {tile} rows" if tile else key
 
@@ -151,7 +153,7 @@ def linear_candidates(rows: int, two: bool, bits: int) -> list[Config]:
 
 
 def hopper_candidates(epilogue: str, rows: int, columns: int, tile: int) -> list[Config]:
-    """Those of `kernels.hopper` for a product; `tile`: of `launch.hopper_rows`, none if it is 0.
+    """Those of `kernels.hopper` for a product; `tile`: of `hopper.rows_of_tile`, none if it is 0.
 
     As many stages as fit beside what the stores pass through shared memory, or the blocks of the residual stream: five
     of those beside four stages, three beside five.
@@ -163,7 +165,7 @@ def hopper_candidates(epilogue: str, rows: int, columns: int, tile: int) -> list
         small = [(64, 128, 8), (128, 64, 8), (64, 64, 8), (64, 64, 12)]
         found += [Config(m, n, 128, stages=stages, piece=32 if residual else 64, hopper=1) for m, n, stages in small]
     width = columns // 3 if epilogue == "heads" else columns
-    return [config for config in found if hopper_takes(config, tile, width)]
+    return [config for config in found if hopper.takes(config, tile, width)]
 
 
 def attention_candidates(sequences: int, tokens: int) -> list[Config]:
@@ -198,7 +200,7 @@ def hopper_attention_candidates(device: torch.device, tokens: int, head_dim: int
         if not two:
             found[:0] = [Config(256, rows, 64, stages=16, hopper=1) for rows in (0, 256)]
         found += [c._replace(blocks=1) for c in found if c.blocks == 2 and tokens // c.block_k % 2]
-    return [config for config in found if hopper_attends(config, device, tokens, head_dim)]
+    return [config for config in found if hopper.attends(config, device, tokens, head_dim)]
 
 
 def float_candidates(rows: int, columns: int) -> list[Config]:

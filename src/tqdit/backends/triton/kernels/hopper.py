@@ -2,7 +2,7 @@
 
 One warp copies blocks of both operands into a ring of stages in shared memory. Two groups of four warps take the
 program's tiles in turn: while one multiplies, the other finishes its tile. Results are those of `linear_kernel`. For
-8-bit weights, one product, whole tiles of one sample each (`launch.hopper_rows`).
+8-bit weights, one product, whole tiles of one sample each (`triton.hopper.rows_of_tile`).
 
 Another warp copies blocks of the residual stream into a second ring. A group turns a block into that of the result
 where it is, and copies write it: ordinary loads of the stream, a few registers ahead, made epilogues wait for memory.
@@ -26,7 +26,7 @@ is assigned another's value in a loop (`last = stage`) is taken for a constant i
 for Triton finds what a loop changes by comparing values after visiting its body once.
 
 Written in Gluon, Triton's language with explicit layouts: the main language has no such turns. Gluon is experimental;
-`launch` imports this module where it is to run.
+`triton.hopper` imports this module where it is to run.
 """
 
 import torch

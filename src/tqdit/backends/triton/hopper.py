@@ -1,0 +1,213 @@
+"""Calling the kernels for Hopper, which are in Gluon: where they run, what they take, their sizes and descriptors."""
+
+import functools
+import os
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS
+from tqdit.backends.triton.layouts import (
+    NATIVE,
+    Config,
+    Operand,
+    Weight,
+    groups_of,
+    pitch,
+    powers_of_two,
+    takes_two_products,
+)
+from tqdit.errors import InputError
+
+GLUON = (3, 6), (3, 9)  # Triton's versions that compile the kernels for Hopper
+SHARED_MEMORY = 232448  # bytes of a Hopper multiprocessor, but for 1024 that each program takes of them
+
+
+class Kernels(NamedTuple):
+    linear: Any
+    attention: Any
+
+
+@functools.cache
+def kernels() -> Kernels | None:
+    """The modules of the kernels in Gluon, which changes between versions: None with a Triton that was not tried.
+
+    TQDIT_HOPPER=0 in the environment does without them.
+    """
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if not GLUON[0] <= version <= GLUON[1] or os.environ.get("TQDIT_HOPPER") == "0":
+        return None
+    try:
+        from tqdit.backends.triton.kernels import hopper, hopper_attention
+    except (ImportError, AttributeError):
+        return None
+    return Kernels(hopper, hopper_attention)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU that runs the kernels for Hopper; 0 if the device does not."""
+    if not NATIVE or device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count if kernels() else 0
+
+
+def rows_of_tile(device: torch.device, tokens: int, bits: int, two: bool, head_dim: int = 8) -> int:
+    """Rows of the largest tile in which `kernels.hopper` takes a product, 128 or 64; 0 if it takes none.
+
+    `tokens`: of a sample, `bits`: of weights as stored, `two`: products. A tile is of one sample.
+    """
+    if bits != 8 or two or head_dim % 8 or not processors(device):
+        return 0
+    return next((rows for rows in (128, 64) if tokens % rows == 0), 0)
+
+
+def takes(config: Config, tile: int, width: int) -> bool:
+    """Whether the Hopper kernel has such tiles, and they are whole.
+
+    `tile`: of `rows_of_tile`; `width`: columns of the product, or of q alone where they are those of q, k and v.
+    """
+    sizes = config.block_m in (64, 128) and config.block_n in (64, 128) and config.block_k == 128
+    pieces = config.piece in (0, 16, 32, 64, 128) and config.piece <= config.block_n
+    pieces = pieces and config.stages >= 2  # a stage is given back when the next block is being multiplied
+    return sizes and pieces and config.block_m <= tile and width % config.block_n == 0
+
+
+def x_blocks(block_m: int, block_n: int, stages: int) -> int:
+    """Blocks of the residual stream that fit beside the operands in shared memory, at most those of two tiles."""
+    found = kernels()
+    assert found
+    columns = found.linear.X_COLUMNS
+    others = stages * (block_m + block_n) * 128 + 2 * 4 * block_n * 4 + 512  # what belongs to columns; barriers
+    return max(1, min((SHARED_MEMORY - others) // (block_m * columns * 4), 2 * block_n // columns))
+
+
+def linear(
+    codes: torch.Tensor, source: Operand, weight: Weight, config: Config, epilogue: int, out: torch.Tensor,
+    out_stride: int, x: torch.Tensor | None, gate: torch.Tensor | None, targets: tuple[Operand, ...],
+    layout: tuple[int, int, int],
+) -> torch.Tensor:  # fmt: skip
+    """As `linear`. `InputError` where the kernel cannot run."""
+    batch, tokens = codes.shape[:2]
+    rows, columns, depth = batch * tokens, len(weight.codes), weight.depth
+    head_dim, head_pitch, token_pitch = layout
+    width = columns // 3 if epilogue == HEADS.value else columns
+    divides = head_dim if epilogue == HEADS.value else 8
+    tile = rows_of_tile(codes.device, tokens, weight.bits, takes_two_products(source), divides)
+    if not takes(config, tile, width):
+        raise InputError(
+            f"{config} cannot run here: the Hopper kernel needs a GPU of compute capability 9.0, Triton with Gluon, "
+            f"8-bit weights, one product, tiles of 64 or 128 rows and columns, and {tokens} tokens, {width} columns "
+            "that are multiples of them"
+        )
+    found = kernels()
+    assert found
+    hopper = found.linear
+    bm, bn, piece = config.block_m, config.block_n, config.piece or config.block_n
+    before: Any = out
+    after: Any = out
+    if x is not None:
+        x = x if x.data_ptr() % 16 == 0 else x.clone()  # as bulk copies want it
+        before, after = (hopper.x_blocks_of(part, rows, width, out_stride, bm) for part in (x, out))
+        piece = hopper.X_COLUMNS
+    groups = groups_of(source, *targets)
+    first, second, third = (targets * 3)[:3] if targets else (source,) * 3
+    tiles = rows // bm * (columns // bn)
+    hopper.hopper_linear_kernel[(min(tiles, processors(codes.device)),)](
+        hopper.blocks_of(codes, rows, depth, codes.stride(1), bm),
+        hopper.blocks_of(weight.codes, columns, depth, weight.codes.stride(0), bn),
+        weight.scale, weight.sums, weight.bias, after, before,
+        weight.scale if gate is None else gate, 0 if gate is None else gate.stride(0), groups.tensor,
+        source.table, first.table, second.table, third.table, rows, width, depth, tokens, out_stride,
+        groups.stride, source.stride, (first.stride, second.stride, third.stride), head_dim, head_pitch, token_pitch,
+        epilogue, first.mode, first.bits, bm, bn, config.block_k, config.band, config.stages, piece,
+        x_blocks(bm, bn, config.stages), *hopper.REGISTERS,
+        num_warps=4, enable_fp_fusion=epilogue == ACTIVATION.value,
+    )  # fmt: skip
+    return out
+
+
+def attends(config: Config, device: torch.device, tokens: int, head_dim: int) -> bool:
+    """Whether `kernels.hopper_attention` takes such sequences with a configuration: slots and tiles are whole."""
+    return AttentionSizes.of(config, tokens, head_dim) is not None and processors(device) > 0
+
+
+class AttentionSizes(NamedTuple):
+    """Sizes of `kernels.hopper_attention`. A head's keys and values fill `blocks` slots of a ring of `slots`."""
+
+    warps: int
+    blocks: int
+    parts: int
+    slots: int
+    q_slots: int
+    first: int
+    rest: int
+    programs: int  # of a multiprocessor
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Columns after the first of q and k, of v with those of ones."""
+        return max(32, self.rest) if self.rest else 0, triton.next_power_of_2(self.rest + 8)
+
+    @classmethod
+    def of(cls, config: Config, tokens: int, head_dim: int) -> "AttentionSizes | None":
+        """None where the kernel cannot have these sizes."""
+        bm, bk, rows = config.block_m, config.block_k, config.block_n or tokens
+        first, rest = powers_of_two(head_dim, 32)
+        whole = bm in (64, 128, 256) and bk in (64, 128) and tokens % bk == 0 and tokens % rows == 0 and rows % bm == 0
+        if not whole or head_dim not in (first, first + rest) or first > 64 or rest not in (0, 8, 16, 32):
+            return None
+        blocks = tokens // bk
+        if config.blocks not in (1, 2) or (blocks > 2 and blocks % config.blocks):
+            return None
+        programs = 2 if bm == 64 else 1
+        found = cls(bm // 16, blocks, tokens // rows, blocks, 2 if blocks <= 2 else 1, first, rest, programs)
+        k_rest, v_pad = found.padded
+        head = tokens * (2 * first + k_rest + v_pad)
+        others = found.q_slots * bm * (first + k_rest)
+        others += 4 * tokens + bm * first + 2048  # sums of keys, codes on their way out, barriers
+        heads = min((SHARED_MEMORY // programs - 1024 - others) // head, max(config.stages // blocks, 1))
+        return found._replace(slots=heads * blocks) if heads > 0 else None
+
+
+def attention(
+    qkv: torch.Tensor, batch: int, tokens: int, count: int, head_dim: int, operands: tuple[Operand, ...],
+    config: Config, trace: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """As `attention`. `InputError` where the kernel cannot run."""
+    sizes = AttentionSizes.of(config, tokens, head_dim)
+    if sizes is None or not processors(qkv.device):
+        raise InputError(
+            f"{config} cannot run here: the Hopper kernel needs a GPU of compute capability 9.0, Triton with Gluon, "
+            f"and {tokens} tokens of {head_dim} channels a head that fill its tiles and its shared memory"
+        )
+    found = kernels()
+    assert found
+    hopper = found.attention
+    query, key, value, softmax, target = operands
+    out = torch.empty(batch, tokens, pitch(count * head_dim), dtype=torch.int8, device=qkv.device)
+    bm, bk = config.block_m, config.block_k
+    first, (k_rest, v_pad) = sizes.first, sizes.padded
+    rows, head_pitch, token_pitch = batch * count * tokens, pitch(head_dim), pitch(tokens)
+    q, k, v = qkv.split([rows * head_pitch, rows * head_pitch, batch * count * head_dim * token_pitch])
+
+    def by_token(part: torch.Tensor, block: int, width: int) -> Any:
+        return hopper.blocks_of(part, (rows, head_dim), head_pitch, (block, width)) if width else None
+
+    def by_channel(width: int) -> Any:
+        return hopper.blocks_of(v, (batch * count * head_dim, tokens), token_pitch, (width, bk)) if width else None
+
+    groups = groups_of(*operands)
+    programs = min(processors(qkv.device) * sizes.programs, batch * count * sizes.parts)
+    hopper.hopper_attention_kernel[(programs,)](
+        by_token(q, bm, first), by_token(q, bm, k_rest), by_token(k, bk, first), by_token(k, bk, k_rest),
+        by_channel(first), by_channel(sizes.rest), out, out if trace is None else trace, groups.tensor,
+        query.table, key.table, value.table, softmax.table, target.table, batch * count, count, out.stride(1),
+        head_dim**-0.5,
+        groups.stride, (query.stride, key.stride, value.stride, softmax.stride, target.stride),
+        tokens, sizes.parts, head_dim, first, k_rest, sizes.rest, v_pad, softmax.mode, softmax.bits, target.bits,
+        sizes.slots, sizes.q_slots, bk, config.blocks, trace is not None, sizes.warps, hopper.COPY_REGISTERS,
+        num_warps=sizes.warps, maxnreg=128 if sizes.programs == 2 else None, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
