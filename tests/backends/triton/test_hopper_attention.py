@@ -1,5 +1,6 @@
 """The attention kernel for Hopper: where it runs, what it compiles to, and on a Hopper GPU its results."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -108,6 +109,49 @@ def test_candidates_run_and_have_a_key_of_their_own(four_processors) -> None:
             assert all(config.hopper and hopper.attends(config, CPU, tokens, 72) for config in found)
     assert tuning.hopper_attention_candidates(CPU, 100, 72, False) == []
     assert tuning.attention_key(32, 256, 72, 0) != tuning.attention_key(32, 256, 72, 0, True)
+
+
+def test_what_the_kernel_is_given(four_processors, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but running it; there is no GPU."""
+    kernels = hopper.kernels()
+    assert kernels
+    signature = inspect.signature(kernels.attention.hopper_attention_kernel.fn)
+    seen: list[tuple] = []
+
+    class Recorded:
+        def __getitem__(self, grid):
+            return lambda *given, **options: seen.append((grid, signature.bind(*given).arguments, options))
+
+    monkeypatch.setattr(kernels.attention, "hopper_attention_kernel", Recorded())
+    make, batch, tokens, heads = maker(4), 3, 256, 5
+    params, target = make.attention(heads, Grid.UNIFORM, batch), make.params(lead=batch)
+    given = heads_of(make.codes(batch, tokens, 3 * heads * 72), heads)
+    operands = tuple(operand(p) for p in (*params.projections, params.softmax, target))
+    out = launch.attention(given.codes, batch, tokens, heads, 72, operands, ONE._replace(block_n=128))
+    grid, arguments, options = seen[0]
+    assert out.shape == (batch, tokens, 368)  # 360, padded to 16 bytes
+    assert grid == (8,)  # two for each of four multiprocessors
+    assert options == {"num_warps": 4, "maxnreg": 128, "enable_fp_fusion": False}
+    assert arguments["q"].block_shape == [64, 64]
+    assert arguments["k_rest"].block_shape == [128, 32]
+    assert arguments["v_rest"].block_shape == [8, 128]
+    assert arguments["v"].shape == [batch * heads * 72, tokens]
+    names = (
+        "sequences",
+        "heads",
+        "out_stride",
+        "N",
+        "PARTS",
+        "D",
+        "D_FIRST",
+        "D_REST",
+        "V_REST",
+        "V_PAD",
+        "SLOTS",
+        "BK",
+    )
+    assert [arguments[name] for name in names] == [15, 5, 368, 256, 2, 72, 64, 32, 8, 16, 4, 128]
+    assert (arguments["AT_ONCE"], arguments["Q_SLOTS"], arguments["WARPS"], arguments["TRACE"]) == (1, 2, 4, False)
 
 
 def test_committed_configurations_run_what_they_are_for(four_processors) -> None:
