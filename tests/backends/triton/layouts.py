@@ -1,6 +1,14 @@
 """The layouts of codes between the kernels, written down once more: what a test gives to a kernel and reads back."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 import torch
+import triton
 
 from tqdit.backends.triton.backend import Heads
 from tqdit.ops.schema import AttentionParams, OperandParams, WeightParams
@@ -87,3 +95,20 @@ class PoisonedTorch:
 
     def __getattr__(self, name):
         return getattr(torch, name)
+
+
+def compiled_for_hopper(asked: list, folder: Path) -> list[dict]:
+    """What `compile_hopper.py` says of kernels; skips where Triton came without its compilers."""
+    try:
+        assert triton.knobs.nvidia.ptxas.path
+        assert triton.knobs.nvidia.nvdisasm.path
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, Path(__file__).with_name("compile_hopper.py"), json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(asked)
+    return found

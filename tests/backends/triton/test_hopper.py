@@ -1,21 +1,16 @@
 """The linear kernel for Hopper: where it runs, what it compiles to, and on a Hopper GPU its results."""
 
 import inspect
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from layouts import PoisonedTorch, from_heads, padded, read, to
+from layouts import PoisonedTorch, compiled_for_hopper, from_heads, padded, read, to
 from operands import maker
 from test_cpu import assert_equal_up_to_ties
 
 pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
-import triton
 
 from tqdit.backends.triton import hopper, launch, operators, tuning
 from tqdit.backends.triton.backend import TritonBackend, operand
@@ -30,7 +25,6 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")]
 TILE = Config(128, 128, 128, stages=4, piece=64, hopper=1)
-SHARED = 232448  # bytes that a program has at most
 
 
 @pytest.fixture
@@ -53,24 +47,14 @@ def candidates() -> list[tuple[str, Config]]:
 @pytest.mark.slow
 def test_every_candidate_compiles_without_spills(tmp_path: Path) -> None:
     """For sm_90a, with the compilers that Triton brings; no GPU is needed."""
-    try:
-        assert triton.knobs.nvidia.ptxas.path
-        assert triton.knobs.nvidia.nvdisasm.path
-    except RuntimeError as error:
-        pytest.skip(str(error))
     asked = [(epilogue, c.block_m, c.block_n, c.stages, c.piece) for epilogue, c in candidates()]
     asked += [("plain", 128, 128, 6, 16), ("gelu merged", 128, 128, 6, 64), ("gelu two", 128, 128, 6, 64)]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, Path(__file__).with_name("compile_hopper.py"), json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == len(asked) > 15
+    found = compiled_for_hopper(asked, tmp_path)
+    assert len(found) > 15
     for kernel in found:
         assert not kernel["spilled"], kernel
         assert not kernel["warnings"], kernel  # products one after another, say
-        assert kernel["shared"] <= SHARED, kernel
+        assert kernel["shared"] <= hopper.SHARED_MEMORY, kernel
         assert 0 < kernel["registers"]["multiplies"] <= 240, kernel
         assert 0 < kernel["registers"]["copies"] <= 24, kernel
 

@@ -1,22 +1,17 @@
 """The attention kernel for Hopper: where it runs, what it compiles to, and on a Hopper GPU its results."""
 
 import inspect
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from layouts import PoisonedTorch, heads_of, read, to
+from layouts import PoisonedTorch, compiled_for_hopper, heads_of, read, to
 from operands import maker
 from test_cpu import assert_equal_up_to_ties, traced
 
 pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
-import triton
 
 from tqdit.backends.triton import hopper, launch, tuning
 from tqdit.backends.triton.backend import operand
@@ -44,11 +39,6 @@ def four_processors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.slow
 def test_kernels_of_dit_xl_compile(four_processors, tmp_path: Path) -> None:
     """For sm_90a, at 256 and 1024 tokens and two other shapes: no products one after another, few spills."""
-    try:
-        assert triton.knobs.nvidia.ptxas.path
-        assert triton.knobs.nvidia.nvdisasm.path
-    except RuntimeError as error:
-        pytest.skip(str(error))
     asked = [
         (tokens, 72, mode.value, list(config), False, False)
         for tokens in (256, 1024)
@@ -59,13 +49,8 @@ def test_kernels_of_dit_xl_compile(four_processors, tmp_path: Path) -> None:
     asked += [(256, 72, SOFTMAX_MERGED.value, list(Config(64, 64, 64, stages=4, hopper=1)), False, False)]
     asked += [(256, 64, UNIFORM.value, list(ONE._replace(block_n=64)), True, True)]
     asked += [(512, 96, UNIFORM.value, list(Config(128, 0, 128, stages=4, hopper=1)), True, True)]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, Path(__file__).with_name("compile_hopper.py"), json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == len(asked) > 8
+    found = compiled_for_hopper(asked, tmp_path)
+    assert len(found) > 8
     for kernel in found:
         programs = 2 if kernel["kernel"][3][0] == 64 else 1
         assert kernel["shared"] <= hopper.SHARED_MEMORY // programs - 1024, kernel

@@ -88,7 +88,7 @@ def linear(
     out_stride: int, x: torch.Tensor | None, gate: torch.Tensor | None, targets: tuple[Operand, ...],
     layout: tuple[int, int, int],
 ) -> torch.Tensor:  # fmt: skip
-    """As `linear`. `InputError` where the kernel cannot run."""
+    """As `launch.linear`. `InputError` where the kernel cannot run."""
     batch, tokens = codes.shape[:2]
     rows, columns, depth = batch * tokens, len(weight.codes), weight.depth
     head_dim, head_pitch, token_pitch = layout
@@ -175,7 +175,7 @@ def attention(
     qkv: torch.Tensor, batch: int, tokens: int, count: int, head_dim: int, operands: tuple[Operand, ...],
     config: Config, trace: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """As `attention`. `InputError` where the kernel cannot run."""
+    """As `launch.attention`. `InputError` where the kernel cannot run."""
     sizes = AttentionSizes.of(config, tokens, head_dim)
     if sizes is None or not processors(qkv.device):
         raise InputError(
