@@ -131,52 +131,52 @@ class TestGraphs:
     pytestmark = gpu
 
     @pytest.fixture
-    def model(self, solved) -> nn.Module:
+    def integer(self, solved) -> nn.Module:
         return convert(solved("plus"), "triton", "cuda")
 
-    def test_a_replay_is_the_call(self, model, model_inputs) -> None:
+    def test_a_replay_is_the_call(self, integer, model_inputs) -> None:
         inputs = some(model_inputs, 4)
         other = inputs | {"timestep": 999 - inputs["timestep"], "hidden_states": inputs["hidden_states"] * 0.5}
-        model.runtime.graphs = False
-        expected = [run(model, inputs), run(model, other)]
-        model.runtime.graphs = True
+        integer.runtime.graphs = False
+        expected = [run(integer, inputs), run(integer, other)]
+        integer.runtime.graphs = True
         for _ in range(2):
-            assert torch.equal(run(model, inputs), expected[0])
-            assert torch.equal(run(model, other), expected[1])
-        assert len(model.runtime._captured) == 1
+            assert torch.equal(run(integer, inputs), expected[0])
+            assert torch.equal(run(integer, other), expected[1])
+        assert len(integer.runtime._captured) == 1
 
-    def test_outputs_are_the_callers(self, model, model_inputs) -> None:
+    def test_outputs_are_the_callers(self, integer, model_inputs) -> None:
         inputs = some(model_inputs, 2)
-        first = run(model, inputs)
+        first = run(integer, inputs)
         before = first.clone()
-        run(model, inputs | {"timestep": 999 - inputs["timestep"]})
+        run(integer, inputs | {"timestep": 999 - inputs["timestep"]})
         assert torch.equal(first, before)
 
-    def test_batches_of_every_size_and_a_scalar_timestep(self, model, model_inputs) -> None:
+    def test_batches_of_every_size_and_a_scalar_timestep(self, integer, model_inputs) -> None:
         inputs = some(model_inputs, 5)
         inputs["timestep"] = torch.full_like(inputs["timestep"], 431)
-        whole = run(model, inputs)
+        whole = run(integer, inputs)
         for count in (1, 3, 5):
             part = {name: x[:count] for name, x in inputs.items()}
-            assert sqnr_db(whole[:count], run(model, part)) > BOUND_DB
+            assert sqnr_db(whole[:count], run(integer, part)) > BOUND_DB
             for timestep in (torch.tensor(431, device="cuda"), torch.tensor(431)):
-                assert torch.equal(run(model, part | {"timestep": timestep}), run(model, part))
+                assert torch.equal(run(integer, part | {"timestep": timestep}), run(integer, part))
 
-    def test_nothing_waits_for_the_host(self, model, model_inputs) -> None:
+    def test_nothing_waits_for_the_host(self, integer, model_inputs) -> None:
         inputs = some(model_inputs, 2)
-        run(model, inputs)
+        run(integer, inputs)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            run(model, inputs)
+            run(integer, inputs)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    def test_a_copy_and_a_moved_model_have_graphs_of_their_own(self, model, model_inputs) -> None:
+    def test_a_copy_and_a_moved_model_have_graphs_of_their_own(self, integer, model_inputs) -> None:
         inputs = some(model_inputs, 2)
-        expected = run(model, inputs)
-        twin = copy.deepcopy(model)
+        expected = run(integer, inputs)
+        twin = copy.deepcopy(integer)
         assert not twin.runtime._captured
-        del model
+        del integer
         assert torch.equal(run(twin, inputs), expected)
         twin.cpu()
         assert not twin.runtime._captured
