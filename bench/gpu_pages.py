@@ -1,6 +1,5 @@
 """The part of the result pages that is about speed on a GPU."""
 
-from collections.abc import Collection
 from typing import Any
 
 from pages import ROOT, environment, read, table
@@ -19,9 +18,8 @@ MOST_OF_FP32 = {("w8a8", "triton"): 0.26, ("w4a8", "triton-packed"): 0.14}
 
 
 def gpu_speed() -> list[str]:
-    run, kernels, former = read("h200"), read("h200-kernels"), read("h200-before-hopper")
+    run, kernels = read("h200"), read("h200-kernels")
     where = run["environment"]
-    measured = {row["workload"] for row in run["rows"]}
     return [
         "## Speed on an H200",
         "",
@@ -38,15 +36,10 @@ def gpu_speed() -> list[str]:
         table(["workload", "model", "runs in", "ms p20", "p50", "p80", f"× {BASELINE}", "× bf16-eager", "of floor"],
               [_row(row) for row in run["rows"]]),
         "",
-        "torchao's int8 and fp8 were not measured in this run. The other workloads have not been measured against bf16 "
-        "since there are kernels for Hopper; before, in a run of the same kind on a GPU of the same kind "
-        "(`bench/results/h200-before-hopper.json`):",
-        "",
-        table(["workload", "model", "runs in", "ms p20", "p50", "p80", f"× {BASELINE}", "× bf16-eager", "of floor"],
-              [_row(row) for row in former["rows"] if row["workload"] not in measured]),
+        "torchao's int8 and fp8, memory and images per second were not measured in these runs.",
         "",
         table(["aim", "target", "measured", "met"],
-              [*_speed_aims(run), *_speed_aims(former, measured), *_kernel_aims(kernels), *_weight_aims()]),
+              [*_speed_aims(run), *_kernel_aims(kernels), *_weight_aims()]),
         "",
         "### By kernel",
         "",
@@ -82,17 +75,13 @@ def _row(row: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def _speed_aims(run: dict[str, Any], but: Collection[str] | None = None) -> list[list[str]]:
-    """`but`: workloads to leave out, of a run before the kernels for Hopper."""
+def _speed_aims(run: dict[str, Any]) -> list[list[str]]:
     aims = []
     for row in run["rows"]:
-        if row["workload"] in (but or ()):
-            continue
         target = TARGETS[row["workload"]].get((row["preset"], row["bits"]))
         if target:
             found = row["speedup_over_each"][BASELINE]
             name = f"{row['workload']}, {row['preset']} {row['bits'].upper()} over {BASELINE}"
-            name += "" if but is None else ", before the kernels for Hopper"
             aims.append([name, f"≥ {target}×", f"{found:.2f}×", "yes" if found >= target else "no"])
     return aims
 
