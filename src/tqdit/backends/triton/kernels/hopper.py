@@ -45,6 +45,7 @@ from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS, PLAIN, RESID
 from tqdit.backends.triton.kernels.rounding import (
     GELU_MERGED,
     INVERSE,
+    MAGIC_BITS,
     ROW,
     UNIFORM,
     ZERO,
@@ -52,6 +53,7 @@ from tqdit.backends.triton.kernels.rounding import (
     gelu,
     gelu_codes,
     nearest_codes,
+    packed_codes,
     uniform_codes,
 )
 
@@ -175,7 +177,7 @@ def _consume(
     if EPILOGUE == HEADS:
         target_scales = gl.allocate_shared_memory(gl.float32, [BN], flat)
         target_inverses = gl.allocate_shared_memory(gl.float32, [BN], flat)
-        target_zeros = gl.allocate_shared_memory(gl.float32, [BN], flat)
+        target_zeros = gl.allocate_shared_memory(gl.int32, [BN], flat)
 
     programs, steps = gl.num_programs(0), gl.cdiv(K, BK)
     for tile in range(gl.program_id(0) + ME * programs, tiles_m * tiles_n, 2 * programs):
@@ -219,7 +221,7 @@ def _consume(
         if EPILOGUE == HEADS:
             target_scales.store(target_scale)
             target_inverses.store(target_inverse)
-            target_zeros.store(target_zero)
+            target_zeros.store(target_zero.to(gl.int32) - MAGIC_BITS)
 
         nth = tile // programs  # of the program's tiles
         first_block = nth * steps
@@ -266,7 +268,11 @@ def _consume(
                 by_scale = target_scales.slice(piece * PIECE, PIECE).load(of_part)[None, :]
                 by_inverse = target_inverses.slice(piece * PIECE, PIECE).load(of_part)[None, :]
                 zeros = target_zeros.slice(piece * PIECE, PIECE).load(of_part)[None, :]
-                codes = uniform_codes(divide(y, by_scale, by_inverse, True), zeros, TARGET_BITS)
+                steps_of_y = divide(y, by_scale, by_inverse, True)
+                if TARGET_BITS == 8:
+                    codes = packed_codes(steps_of_y, zeros)
+                else:
+                    codes = uniform_codes(steps_of_y, (zeros + MAGIC_BITS).to(gl.float32), TARGET_BITS)
                 first_token = first_row % TOKENS
                 size = (M // TOKENS) * (width // HEAD_DIM) * TOKENS * HEAD_PITCH  # of q, and of k
                 first_channel = first_column - which * width + piece * PIECE

@@ -112,6 +112,20 @@ def uniform_codes(steps, zero, BITS: tl.constexpr):
 
 
 @triton.jit
+def packed_codes(steps, offset):
+    """`uniform_codes` of 8 bits, compiled for a GPU; `offset`: zero point less MAGIC_BITS.
+
+    Packing clips, two codes an instruction. What is far above the range stays above it when it is rounded; what is far
+    below would turn around, and is kept from that.
+    """
+    integers = rounded(tl.maximum(steps, -4194304.0)) + offset
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 t; cvt.pack.sat.s8.s32.b32 t, $4, $3, 0; cvt.pack.sat.s8.s32.b32 $0, $2, $1, t; }", "=r,r,r,r,r",
+        [integers], tl.int8, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
 def nearest_codes(x, inverse, zero, BITS: tl.constexpr, NATIVE: tl.constexpr):
     """`uniform_codes` of x inverse within 2^-16 steps before rounding, for an x that is not exact anyway.
 
