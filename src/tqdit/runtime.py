@@ -15,7 +15,7 @@ from tqdit.layers.clock import TimestepClock
 
 MAX_GRAPHS = 16  # of different batch sizes and shapes; the one that was not used for longest goes first
 
-Forward = Callable[..., Any]
+Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Runtime(nn.Module):
@@ -50,23 +50,15 @@ class Runtime(nn.Module):
             self._captured.clear()
         return super()._apply(fn, recurse)
 
-    def call(
-        self, forward: Forward, x: torch.Tensor, timestep: Any, labels: torch.Tensor | None, return_dict: bool
-    ) -> Any:
-        """What `forward`, diffusers' own, gives for x (B, C, H, W), timestep () or (B,), labels (B,).
+    def call(self, forward: Forward, x: torch.Tensor, timestep: Any, labels: torch.Tensor | None) -> torch.Tensor:
+        """`forward` of x (B, C, H, W), for timestep () or (B,), labels (B,).
 
         Raises `InputError` for inputs that are missing or do not fit the batch, and for a timestep outside [0, T) where
         reading it costs nothing: given as a number or on the CPU.
         """
         labels, t = self._checked(x, timestep, labels)
-        if not self._graphable(x):
-            return self._eager(forward, x, t, labels, return_dict)
-        output = self._replayed(forward, x, t, labels)
-        if return_dict:
-            from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-            return Transformer2DModelOutput(sample=output)
-        return (output,)
+        run = self._replayed if self._graphable(x) else self._eager
+        return run(forward, x, t, labels)
 
     def _checked(
         self, x: torch.Tensor, timestep: Any, labels: torch.Tensor | None
@@ -96,13 +88,11 @@ class Runtime(nn.Module):
         with torch.cuda.device(x.device):
             return not torch.cuda.is_current_stream_capturing()
 
-    def _eager(
-        self, forward: Forward, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, return_dict: bool
-    ) -> Any:
+    def _eager(self, forward: Forward, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         clock, conditioning = self._parts
         clock.set(t, len(x))
         conditioning.set(t, labels)
-        return forward(x, timestep=t.expand(len(x)), class_labels=labels, return_dict=return_dict)
+        return forward(x)
 
     def _replayed(self, forward: Forward, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         t = t.expand(len(x))
@@ -122,7 +112,7 @@ class Runtime(nn.Module):
 
     def _capture(self, forward: Forward, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> Captured:
         def call(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            return self._eager(forward, x, t, labels, return_dict=False)[0]
+            return self._eager(forward, x, t, labels)
 
         try:
             return Captured(call, (x, t, labels), x.device)

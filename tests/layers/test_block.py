@@ -167,9 +167,3 @@ def test_the_next_call_forgets_the_last(parts) -> None:
     first = parts.conditioning.modulation(0, 0)[0]
     enter(parts, x, torch.tensor([6]), torch.tensor([1, 2]))
     assert not torch.equal(first, parts.conditioning.modulation(0, 0)[0])
-
-
-@pytest.mark.parametrize("argument", ["encoder_hidden_states", "attention_mask"])
-def test_cross_attention_and_masks_are_refused(parts, argument: str) -> None:
-    with pytest.raises(ValueError, match="self-attention"):
-        build(parts, "reference")(torch.randn(1, TOKENS, WIDTH), **{argument: torch.ones(1)})

@@ -87,20 +87,6 @@ class Conditioning(nn.Module):
         return call.embedded[group]
 
 
-class CallEmbedding(nn.Module):
-    """Stands where diffusers' own forward looks for an embedder: the embedding that the call has already."""
-
-    def __init__(self, conditioning: Conditioning, group: int) -> None:
-        super().__init__()
-        self._conditioning = [conditioning]  # in a list: the model owns it
-        self.group = group
-
-    def forward(
-        self, timestep: torch.Tensor, class_labels: torch.Tensor, hidden_dtype: torch.dtype = torch.float32
-    ) -> torch.Tensor:
-        return self._conditioning[0].embedding(self.group).to(hidden_dtype)
-
-
 class IntBlock(nn.Module):
     """A DiT block on integer codes, (B, N, C) -> (B, N, C); the residual stream, LayerNorm, softmax and GELU are fp32.
 
@@ -130,19 +116,8 @@ class IntBlock(nn.Module):
     def join(self, group: int, place: int) -> None:
         """This block is block `place` of a group of the conditioning."""
         self._place = group, place
-        self.norm1 = nn.Module()
-        self.norm1.emb = CallEmbedding(self._conditioning[0], group)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        encoder_hidden_states: torch.Tensor | None = None,
-        **unused: Any,
-    ) -> torch.Tensor:
-        """Raises `ValueError` for cross-attention and masks, which no supported DiT has."""
-        if encoder_hidden_states is not None or attention_mask is not None:
-            raise ValueError("IntBlock is self-attention without a mask")
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         run = self.backend
         x = hidden_states.float()
         assert self._place is not None, "a block has to join the conditioning"
