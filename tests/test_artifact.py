@@ -11,11 +11,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tqdit import artifact
-from tqdit.artifact import MANIFEST
+from tqdit import artifact, tensors
 from tqdit.convert import convert
 from tqdit.errors import InputError
-from tqdit.files import CONFIG, WEIGHTS
+from tqdit.files import CONFIG, INDEX, MANIFEST, TRANSFORMER, WEIGHTS
+from tqdit.tensors import MANIFEST_TENSOR
 
 FC1, FC2 = "transformer_blocks.0.ff.net.0.proj.weight", "transformer_blocks.0.ff.net.2.weight"
 TABLES = [f"transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table.weight" for i in range(2)]
@@ -35,18 +35,21 @@ def edit_json(path, change) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
 
 
+def manifest_of(folder) -> dict:
+    return json.loads(bytes(load_file(folder / WEIGHTS)[MANIFEST_TENSOR].tolist()))
+
+
 def forge(folder, change_manifest=lambda _: None, change_tensors=lambda _: None) -> None:
     """Change an artifact and make all of its hashes right again."""
-    tensors = load_file(folder / WEIGHTS)
-    change_tensors(tensors)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-    def update(manifest) -> None:
-        manifest["tensors"] = {name: artifact._describe(tensor) for name, tensor in tensors.items()}
-        change_manifest(manifest)
-
-    edit_json(folder / MANIFEST, update)
-    digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    stored = load_file(folder / WEIGHTS)
+    manifest = json.loads(bytes(stored.pop(MANIFEST_TENSOR).tolist()))
+    change_tensors(stored)
+    manifest["tensors"] = {name: tensors._describe(tensor) for name, tensor in stored.items()}
+    change_manifest(manifest)
+    data = json.dumps(manifest).encode()
+    stored[MANIFEST_TENSOR] = torch.tensor(list(data), dtype=torch.uint8)
+    save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+    digest = hashlib.sha256(data).hexdigest()
     edit_json(folder / CONFIG, lambda config: config["quantization_config"].update(manifest_sha256=digest))
 
 
@@ -98,7 +101,7 @@ def test_codes_are_stored_packed(folder, solved) -> None:
     for name, codes in solution.codes.items():
         bits = solution.params[name].spec.bits
         assert stored[f"{name}.codes"].numel() == -(-codes.numel() * bits // 8)
-    assert artifact.size_bytes(folder) == sum((folder / name).stat().st_size for name in (WEIGHTS, MANIFEST))
+    assert artifact.size_bytes(folder) == (folder / WEIGHTS).stat().st_size
 
 
 # Equal tensors -----------------------------------------------------------------------------------------------------
@@ -115,7 +118,7 @@ def with_equal_tensors(solution):
 def test_equal_tensors_are_stored_once_and_shared_after_loading(tmp_path, solved) -> None:
     solution, name = with_equal_tensors(solved())
     artifact.write(solution, tmp_path)
-    aliases = json.loads((tmp_path / MANIFEST).read_text())["aliases"]
+    aliases = manifest_of(tmp_path)["aliases"]
     assert aliases[TABLES[1]] == TABLES[0]
     assert aliases[f"{name}.codes"] == f"{FC1}.codes"
     assert not set(aliases) & set(load_file(tmp_path / WEIGHTS))
@@ -248,15 +251,18 @@ def test_manifest_is_checked_even_if_all_hashes_are_right(folder, change, messag
 
 
 def test_edited_manifest(folder) -> None:
-    edit_json(folder / MANIFEST, lambda manifest: manifest["provenance"].update(source="another"))
-    with pytest.raises(InputError, match=f"{MANIFEST} was changed"):
+    stored = load_file(folder / WEIGHTS)
+    data = bytes(stored[MANIFEST_TENSOR].tolist()).replace(b'"source": null', b'"source": true')
+    stored[MANIFEST_TENSOR] = torch.tensor([*data, ord(" ")], dtype=torch.uint8)
+    save_file(stored, folder / WEIGHTS)
+    with pytest.raises(InputError, match=f"'{MANIFEST_TENSOR}' has sha256 .*, config.json says"):
         artifact.read(folder)
 
 
-@pytest.mark.parametrize("version", [0, 2, None, "1"])
+@pytest.mark.parametrize("version", [0, 1, None, "2"])
 def test_other_format_version(folder, version: object) -> None:
     edit_json(folder / CONFIG, lambda c: c["quantization_config"].update(format_version=version))
-    with pytest.raises(InputError, match=f"format {version} is not supported; this tqdit reads 1"):
+    with pytest.raises(InputError, match=f"format {version} is not supported; this tqdit reads 2"):
         artifact.read(folder)
 
 
@@ -299,6 +305,37 @@ def test_files_beside_the_weights_are_hashed(tmp_path, solved) -> None:
         artifact.read(tmp_path)
     file.unlink()
     with pytest.raises(InputError, match=r"scheduler_config\.json is missing"):
+        artifact.read(tmp_path)
+
+
+def test_a_pipeline_is_verified_as_a_whole(tmp_path, solved) -> None:
+    (tmp_path / TRANSFORMER).mkdir()
+    file = tmp_path / "model_index.json"
+    file.write_text("{}")
+    artifact.write(solved(), tmp_path / TRANSFORMER)
+    artifact.seal(tmp_path)
+    for folder in (tmp_path, tmp_path / TRANSFORMER):
+        assert artifact.read(folder).time_groups == solved().time_groups
+    file.write_text('{"id2label": {}}')
+    for folder in (tmp_path, tmp_path / TRANSFORMER):
+        with pytest.raises(InputError, match=r"model_index\.json was changed"):
+            artifact.read(folder)
+
+
+def test_shards(tmp_path, solved) -> None:
+    artifact.write(solved(), tmp_path, shard_bytes=20_000)
+    shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert shards[0] == f"diffusion_pytorch_model-00001-of-{len(shards):05d}.safetensors"
+    weight_map = json.loads((tmp_path / INDEX).read_text())["weight_map"]
+    for name in shards:
+        held = load_file(tmp_path / name)
+        assert {key for key, shard in weight_map.items() if shard == name} == set(held)
+        assert sum(tensor.nbytes for tensor in held.values()) <= 20_000 or len(held) == 1
+    codes = artifact.read(tmp_path).codes
+    assert all(torch.equal(codes[name], expected) for name, expected in solved().codes.items())
+    (tmp_path / shards[1]).unlink()
+    with pytest.raises(InputError, match=shards[1]):
         artifact.read(tmp_path)
 
 

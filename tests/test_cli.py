@@ -60,9 +60,7 @@ def test_quantize_sample_compare_inspect(run: Callable, pipeline: Path, artifact
     assert row["eps_sqnr_db"] > 20
     assert len(row["eps_sqnr_db_by_group"]) == 4
     assert row["psnr_db"] > 20
-    assert row["size_bytes"] == sum(
-        (artifact / name).stat().st_size for name in ("tqdit.json", "diffusion_pytorch_model.safetensors")
-    )
+    assert row["size_bytes"] == (artifact / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
 
     code, out, _ = run("inspect", artifact, "--json", tmp_path / "i.json")
     assert code == 0
@@ -124,13 +122,13 @@ def test_wrong_settings(run: Callable, pipeline: Path, tmp_path: Path, options: 
         (["sample", "{pipeline}", "-o", "a.txt", "--num", "1", "--steps", "1"], "a.txt"),
         (["sample", "{artifact}", "-o", "a.png", "--backend", "abacus"], "abacus"),
         (["sample", "{pipeline}", "-o", "a.png", "--guidance", "inf"], "guidance"),
-        (["sample", "{pipeline}", "-o", "{artifact}/config.json/a.png"], "config.json is not a folder"),
+        (["sample", "{pipeline}", "-o", "{artifact}/tqdit.json/a.png"], "tqdit.json is not a folder"),
         (["sample", "{artifact}/nothing", "-o", "a.png"], "nothing"),
         (["compare", "{pipeline}", "{artifact}", "--guidance", "-1"], "guidance"),
         (["compare", "{pipeline}", "{artifact}", "--json", "empty"], "is a folder"),
         (["inspect", "{artifact}", "--json", "empty"], "is a folder"),
-        (["quantize", "{pipeline}", "-o", "{artifact}/config.json/out"], "config.json is not a folder"),
-        (["demo", "-o", "{artifact}/config.json"], "config.json is not a folder"),
+        (["quantize", "{pipeline}", "-o", "{artifact}/tqdit.json/out"], "tqdit.json is not a folder"),
+        (["demo", "-o", "{artifact}/tqdit.json"], "tqdit.json is not a folder"),
         (["compare", "{pipeline}", "{pipeline}"], "not quantized"),
         (["compare", "{artifact}", "{artifact}"], "already quantized"),
         (["inspect", "{pipeline}"], "not quantized"),
@@ -240,7 +238,7 @@ def test_damaged_weights_are_named(run: Callable, own_pipeline: Path, artifact: 
     assert (code, "proj_out_1.weight" in err, (tmp_path / "out").exists()) == (2, True, False)
 
     copy = Path(shutil.copytree(artifact, tmp_path / "copy"))
-    file = copy / "diffusion_pytorch_model.safetensors"
+    file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     code, _, err = run("inspect", copy)
     assert code == 2
@@ -249,14 +247,14 @@ def test_damaged_weights_are_named(run: Callable, own_pipeline: Path, artifact: 
 
 def test_existing_output_is_kept(run: Callable, pipeline: Path, artifact: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(artifact, tmp_path / "out"))
-    before = (out / "tqdit.json").read_bytes()
+    before = (out / "transformer" / "config.json").read_bytes()
     code, _, err = run("quantize", pipeline, "-o", out, *FAST)
     assert code == 2
     assert "--overwrite" in err
-    assert (out / "tqdit.json").read_bytes() == before
+    assert (out / "transformer" / "config.json").read_bytes() == before
     code, _, _ = run("quantize", pipeline, "-o", out, "--bits", "w6a6", "--overwrite", *FAST)
     assert code == 0
-    assert (out / "tqdit.json").read_bytes() != before
+    assert (out / "transformer" / "config.json").read_bytes() != before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

@@ -33,20 +33,20 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_artifact_folder_has_everything_that_sampling_needs(quantized, scheduler_config) -> None:
     folder, _ = quantized
     assert set(files_of(folder)) == {
-        "config.json", "tqdit.json", "diffusion_pytorch_model.safetensors", "id2label.json",
-        "scheduler/scheduler_config.json",
+        "model_index.json", "tqdit.json", "scheduler/scheduler_config.json", "transformer/config.json",
+        "transformer/tqdit.json", "transformer/diffusion_pytorch_model.safetensors",
     }  # fmt: skip
     source = resolve(folder)
     assert source.quantized
     assert source.scheduler == scheduler_config
     assert source.labels[7] == "class 7"
-    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config = json.loads((folder / "transformer" / "config.json").read_text())["quantization_config"]
     assert (config["preset"], config["weight_bits"], config["activation_bits"]) == ("plus", 8, 8)
 
 
 def test_summary_of_quantize(quantized, model) -> None:
     folder, summary = quantized
-    size = sum(len(data) for name, data in files_of(folder).items() if name.endswith(("safetensors", "tqdit.json")))
+    size = sum(len(data) for name, data in files_of(folder).items() if name.endswith("safetensors"))
     assert summary["size_bytes"] == size == artifact.size_bytes(folder)
     assert summary["float32_bytes"] == 4 * sum(p.numel() for p in model.parameters())
     assert summary["size_ratio"] == pytest.approx(size / summary["float32_bytes"])

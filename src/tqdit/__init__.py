@@ -4,17 +4,20 @@
     tqdit.quantize("fashion-dit", Path("w8a8"), tqdit.Recipe.build("paper", "w8a8"))
     images = tqdit.sample("w8a8", ["sneaker", "bag"], num=16, sampling=tqdit.Sampling("ddim", 50, 1.5))
 
-The names below are the whole public interface; they load on first use, so `import tqdit` is quick.
+Importing tqdit lets diffusers' `from_pretrained` load artifacts. The names below are the whole public interface; they
+load on first use, so `import tqdit` is quick.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tqdit.integrations.on_import import register_with_diffusers
 from tqdit.version import VERSION
 
 if TYPE_CHECKING:
     from tqdit.comparison import Comparison, compare
     from tqdit.errors import InputError
+    from tqdit.integrations.diffusers import TQDiTConfig
     from tqdit.models.sampler import Sampling
     from tqdit.recipe import Recipe
     from tqdit.workflow import inspect, load, quantize, sample
@@ -24,6 +27,7 @@ _HOMES = {
     "InputError": "tqdit.errors",
     "Recipe": "tqdit.recipe",
     "Sampling": "tqdit.models.sampler",
+    "TQDiTConfig": "tqdit.integrations.diffusers",
     "compare": "tqdit.comparison",
     "inspect": "tqdit.workflow",
     "load": "tqdit.workflow",
@@ -35,6 +39,7 @@ __all__ = [
     "InputError",
     "Recipe",
     "Sampling",
+    "TQDiTConfig",
     "compare",
     "inspect",
     "load",
@@ -44,6 +49,8 @@ __all__ = [
 
 
 __version__ = VERSION
+
+register_with_diffusers()
 
 
 def __getattr__(name: str) -> Any:

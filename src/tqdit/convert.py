@@ -1,6 +1,8 @@
 """`convert`: a Solution becomes a runnable transformer. The sole place where modules are swapped."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +26,9 @@ def convert(solution: Solution, backend: str = "auto", device: str | torch.devic
     """A diffusers `DiTTransformer2DModel` whose sites run on the codes of `solution`, in eval mode, on `device`.
 
     The float weights are never materialised: the structure is built empty and filled. The result has
-    `quantization_backend` and `quantization_report` (site name -> kernel). Raises `InputError` if the solution
-    lacks a site or a parameter of the model, and if the backend cannot run on the device.
+    `quantization_backend`, `quantization_report` (site name -> kernel) and `solution`, whose codes are those of its
+    layers. With the backend "auto" it is converted again by a call on another kind of device. Raises `InputError` if
+    the solution lacks a site or a parameter of the model, and if the backend cannot run on the device.
     """
     from accelerate import init_empty_weights
     from diffusers import DiTTransformer2DModel
@@ -48,7 +51,36 @@ def convert(solution: Solution, backend: str = "auto", device: str | torch.devic
     builder.check_complete(model)
     model.quantization_backend = chosen.NAME
     model.quantization_report = {name: kernel_name(params, chosen) for name, params in solution.params.items()}
+    model.solution = replace(solution, codes=LayerCodes(builder.places))
+    model.again = partial(convert, backend=backend)
+    model.prepared_for = torch.device(device).type
     return model.eval().requires_grad_(False).to(device)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a weight's codes are: `rows` of a layer's."""
+
+    layer: Any
+    rows: slice
+    shape: torch.Size
+
+
+class LayerCodes(Mapping[str, torch.Tensor]):
+    """Weight codes by site, as the layers of a model hold them, unpacked on demand: int8, on the CPU."""
+
+    def __init__(self, places: Mapping[str, _Place]) -> None:
+        self._places = places
+
+    def __getitem__(self, site: str) -> torch.Tensor:
+        place = self._places[site]
+        return place.layer.unpacked()[place.rows].reshape(place.shape).cpu()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 class _Builder:
@@ -63,6 +95,7 @@ class _Builder:
         self.conditioning = Conditioning()
         self.used: set[str] = set()
         self.float_inputs: dict[tuple[int, ...], nn.Module] = {}
+        self.places: dict[str, _Place] = {}
 
     def weight(self, name: str) -> WeightParams:
         try:
@@ -96,7 +129,9 @@ class _Builder:
         """Layers that read one site, stacked along their outputs."""
         weights = [self.weight(f"{module}.weight") for module in group.modules]
         biases = [self.bias(module) for module in group.modules]
-        return IntLinear(self.site(group.source, 3), self.backend.prepare(_stacked(weights), _stacked_biases(biases)))
+        layer = self.backend.prepare(_stacked(weights), _stacked_biases(biases))
+        self._placed(group.modules, layer)
+        return IntLinear(self.site(group.source, 3), layer)
 
     def block(self, layout: BlockLayout, empty: Any) -> IntBlock:
         """`empty`: diffusers' block."""
@@ -123,8 +158,9 @@ class _Builder:
         for embedder, members in groups:
             weights = _stacked([self.weight(f"{name}.{ADALN}.weight") for name in members])
             bias = _stacked_biases([self.bias(f"{name}.{ADALN}") for name in members])
-            linear = WeightOnlyLinear(self.backend.prepare_float_input(weights, bias), self.backend)
-            group = self.conditioning.add(embedder, linear)
+            layer = self.backend.prepare_float_input(weights, bias)
+            self._placed([f"{name}.{ADALN}" for name in members], layer)
+            group = self.conditioning.add(embedder, WeightOnlyLinear(layer, self.backend))
             for place, name in enumerate(members):
                 model.get_submodule(name).join(group, place)
 
@@ -133,8 +169,17 @@ class _Builder:
         key = tuple(0 if tensor is None else tensor.data_ptr() for tensor in (weight.codes, weight.scale, bias))
         if key not in self.float_inputs:  # an artifact stores a tied layer once: hold it once
             self.float_inputs[key] = self.backend.prepare_float_input(weight, bias)
+        self._placed([name], self.float_inputs[key])
         linear = WeightOnlyLinear(self.float_inputs[key], self.backend)
         return WeightOnlyPatchEmbed(linear, module.stride[0]) if isinstance(module, nn.Conv2d) else linear
+
+    def _placed(self, modules: Iterable[str], layer: nn.Module) -> None:
+        """Note that the weights of `modules` are `layer`, one under the other."""
+        first = 0
+        for name in modules:
+            shape = self.shapes[f"{name}.weight"]
+            self.places[f"{name}.weight"] = _Place(layer, slice(first, first + shape[0]), shape)
+            first += shape[0]
 
     def filled(self, module: nn.Module, prefix: str = "") -> nn.Module:
         """The module, the parameters that stay in float put where its empty ones are. `prefix`: of their names."""

@@ -17,6 +17,8 @@ from tqdit.errors import InputError
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
+TRANSFORMER = "transformer"  # the folder of a pipeline that has the model
 MANIFEST = "tqdit.json"  # what makes a folder an artifact
 QUANT_METHOD = "tqdit"  # in the `quantization_config` of an artifact's config
 
@@ -40,6 +42,28 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is missing, truncated or damaged: {error}") from None
+
+
+def model_folder(root: Path) -> Path:
+    """The folder that has the model's config.json: a pipeline's `transformer`, else `root` itself."""
+    return root / TRANSFORMER if (root / TRANSFORMER).is_dir() else root
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a model's folder, from one safetensors file or from shards with an index.
+
+    Raises `InputError` that names the file.
+    """
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX, "sharded weights have one")
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise InputError(f"{folder / INDEX} has no weight_map of tensor names to files")
+        shards = sorted(set(weight_map.values()))
+        return {name: tensor for shard in shards for name, tensor in read_tensors(folder / shard).items()}
+    if not (folder / WEIGHTS).is_file() and list(folder.glob("*.bin")):
+        raise InputError(f"{folder} has only pickled .bin weights; save it as safetensors first")
+    return read_tensors(folder / WEIGHTS)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -20,9 +20,9 @@ from tqdit.convert import convert
 from tqdit.environment import environment, peak_memory_bytes, versions
 from tqdit.errors import InputError
 from tqdit.evaluation import generate
-from tqdit.files import check_target, replacing
+from tqdit.files import TRANSFORMER, check_target, replacing
 from tqdit.models.sampler import Sampling
-from tqdit.models.sources import LABELS, ModelSource, class_indices, load_float, resolve, weights_hash
+from tqdit.models.sources import LABELS, PIPELINE, ModelSource, class_indices, load_float, resolve, weights_hash
 from tqdit.ops.dispatch import get_backend, kernel_name
 from tqdit.recipe import Recipe
 from tqdit.search.solver import solve
@@ -95,16 +95,23 @@ def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) 
 
 
 def save(solution: Solution, source: ModelSource, out: Path, overwrite: bool = False) -> None:
-    """Write an artifact with the scheduler, class names and VAE of its source; all or nothing."""
+    """Write an artifact with the scheduler, class names and VAE of its source; all or nothing. A pipeline stays one."""
     with replacing(out, overwrite) as folder:
         if source.scheduler is not None:
             (folder / "scheduler").mkdir()
             _write_json(folder / "scheduler" / "scheduler_config.json", source.scheduler)
-        if source.labels:
-            _write_json(folder / LABELS, {str(i): label for i, label in sorted(source.labels.items())})
         if source.vae is not None:
             shutil.copytree(source.vae, folder / "vae")
-        artifact.write(solution, folder)  # last: its manifest has the hashes of the files above
+        if source.pipeline is None:
+            if source.labels:
+                _write_json(folder / LABELS, {str(i): label for i, label in sorted(source.labels.items())})
+            artifact.write(solution, folder)  # last: it seals the folder
+        else:
+            index = {**source.pipeline, TRANSFORMER: ["diffusers", "DiTTransformer2DModel"]}
+            _write_json(folder / PIPELINE, index)
+            (folder / TRANSFORMER).mkdir()
+            artifact.write(solution, folder / TRANSFORMER)
+            artifact.seal(folder)
 
 
 def quantize(

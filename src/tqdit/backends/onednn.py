@@ -30,7 +30,10 @@ class Packed:
 
 
 class PackedLinear(FixedDtype):
-    """A linear layer for integer products: packed codes, fp32 scale and bias (out,). The plain codes are not kept."""
+    """A linear layer for integer products: packed codes, fp32 scale and bias (out,).
+
+    The plain codes are not kept; `unpacked` gives them back.
+    """
 
     scale: torch.Tensor
     bias: torch.Tensor
@@ -55,6 +58,12 @@ class PackedLinear(FixedDtype):
         assert self.colsum is not None
         signed = (codes ^ SIGN).view(torch.int8)
         return (int_matmul(signed, self.codes.t()) - (zero - SIGN) * self.colsum).float()
+
+    def unpacked(self) -> torch.Tensor:
+        """The codes, int8 (out, in): what an identity matrix gives, since the packed layout is oneDNN's secret."""
+        if self.codes is not None:
+            return self.codes
+        return self.product(torch.eye(self.shape[1], dtype=torch.uint8), 0).t().to(torch.int8).contiguous()
 
 
 def _qlinear(codes: torch.Tensor, zero: int, packed: torch.Tensor) -> torch.Tensor:

@@ -1,20 +1,60 @@
 """The class of a converted model; a module of its own because it imports diffusers."""
 
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from diffusers import DiTTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import nn
 from torch.nn import functional as F
+
+from tqdit import artifact
+from tqdit.errors import InputError
+from tqdit.files import MANIFEST, replacing
+from tqdit.spec import Solution
+
+PARTS = ("quantization_backend", "quantization_report", "solution", "again", "prepared_for")
 
 
 class IntegerDiT(DiTTransformer2DModel):
     """diffusers' transformer, its blocks, conditioning and call in integers; `convert` makes it."""
 
+    solution: Solution  # its codes are those of the layers
+    again: Any  # a Solution and `device` -> a model converted in the same way
+    prepared_for: str  # the kind of device that the layers are laid out for
     runtime: Any
     conditioning: Any
     config: Any
     out_channels: int
+    io_dtype: torch.dtype = torch.float32
+    _no_split_modules = ("IntBlock",)
+    _repeated_blocks = ("IntBlock",)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What a pipeline makes its latents in: the `torch_dtype` it was loaded with. The model computes as ever."""
+        return self.io_dtype
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Another dtype is that of inputs and outputs alone."""
+        self.io_dtype = fn(torch.zeros((), dtype=self.io_dtype)).dtype
+
+        def moved(x: torch.Tensor) -> torch.Tensor:
+            new = fn(x)
+            return new if new.dtype == x.dtype else x.to(new.device)
+
+        nn.Module._apply(self, moved, recurse)  # type: ignore[arg-type]
+        return self
+
+    def adopt(self, other: nn.Module) -> Self:
+        """Become what another converted model is; hooks and config stay."""
+        self._modules = other._modules
+        for name in PARTS:
+            setattr(self, name, getattr(other, name))
+        return self
 
     def forward(
         self,
@@ -25,26 +65,55 @@ class IntegerDiT(DiTTransformer2DModel):
         return_dict: bool = True,
     ) -> Any:
         """As diffusers' own."""
+        if hidden_states.device.type != self.prepared_for:
+            self.adopt(self.again(self.solution, device=hidden_states.device))
         output = self.runtime.call(self._denoised, hidden_states, timestep, class_labels)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        save_function: Any = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write an artifact that `from_pretrained` and tqdit read: whole or not at all, unlike diffusers' own.
+
+        An artifact that is there is replaced; `InputError` for any other folder that is not empty, and for what an
+        artifact does not have: pickled weights, variants. To push, call `push_to_hub`.
+        """
+        refused = {"safe_serialization=False": not safe_serialization, f"variant='{variant}'": variant is not None,
+                   "push_to_hub=True": push_to_hub}  # fmt: skip
+        for name, given in refused.items():
+            if given:
+                raise InputError(f"save_pretrained of an integer model does not support {name}")
+        if is_main_process:
+            folder = Path(save_directory)
+            empty = folder.is_dir() and not any(folder.iterdir())
+            with replacing(folder, overwrite=empty or (folder / MANIFEST).is_file()) as partial:
+                artifact.write(self.solution, partial, convert_file_size_to_int(max_shard_size))
+
     def _denoised(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C or 2C, H, W), as diffusers' own forward, for the call that clock and conditioning are
-        set to.
+        set to; in fp32 whatever the dtype of x.
 
         Each step takes the name of the one before, whose tensor is freed: the last LayerNorm would have four of (B, N,
         D) alive otherwise, more than any block.
         """
-        side, channels = self.config.patch_size, self.out_channels
+        side, channels, dtype = self.config.patch_size, self.out_channels, x.dtype
         rows, columns = (size // side for size in x.shape[-2:])
         layers: Any = self
-        x = layers.pos_embed(x)
+        x = layers.pos_embed(x.float())
         for block in layers.transformer_blocks:
             x = block(x)
-        embedded = self.conditioning.embedding(0).to(x.dtype)
+        embedded = self.conditioning.embedding(0)
         shift, scale = layers.proj_out_1(F.silu(embedded)).chunk(2, dim=1)
         x = layers.norm_out(x)
         x = x * (1 + scale[:, None])
         x = layers.proj_out_2(x + shift[:, None])
         patches = x.reshape(-1, rows, columns, side, side, channels)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, rows * side, columns * side)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, rows * side, columns * side).to(dtype)

@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from tqdit.errors import InputError
-from tqdit.files import CONFIG, QUANT_METHOD, WEIGHTS, read_json, read_tensors
+from tqdit.files import CONFIG, QUANT_METHOD, TRANSFORMER, model_folder, read_json, read_weights
 from tqdit.models.sites import check_supported
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 BUNDLED = {"fashion-dit": DATA / "fashion-dit"}
-INDEX = f"{WEIGHTS}.index.json"
 LABELS = "id2label.json"
 PIPELINE = "model_index.json"  # what makes a folder a diffusers pipeline
 SCHEDULER = Path("scheduler", "scheduler_config.json")
@@ -31,6 +30,7 @@ class ModelSource:
     scheduler: Mapping[str, Any] | None = None
     labels: Mapping[int, str] = field(default_factory=dict)
     vae: Path | None = None
+    pipeline: Mapping[str, Any] | None = None  # model_index.json
 
     @property
     def quantized(self) -> bool:
@@ -47,9 +47,9 @@ def resolve(model: str | Path) -> ModelSource:
     if not root.is_dir():
         raise InputError(f"unknown model '{model}'; give a folder, or a bundled model: {', '.join(BUNDLED)}")
     parent = root.resolve().parent
-    if root.resolve().name == "transformer" and (parent / PIPELINE).is_file():
+    if root.resolve().name == TRANSFORMER and (parent / PIPELINE).is_file():
         root = parent
-    folder = root / "transformer" if (root / "transformer").is_dir() else root
+    folder = model_folder(root)
     config = read_json(folder / CONFIG, "a diffusers transformer has one")
     source = ModelSource(
         name=str(model) if str(model) in BUNDLED else root.resolve().name,
@@ -57,6 +57,7 @@ def resolve(model: str | Path) -> ModelSource:
         config=config,
         scheduler=_scheduler(root / SCHEDULER),
         labels=_labels(root),
+        pipeline=_optional_json(root / PIPELINE),
         vae=root / "vae" if (root / "vae" / "config.json").is_file() else None,
     )
     try:
@@ -74,7 +75,7 @@ def load_float(source: ModelSource) -> nn.Module:
     """
     if source.quantized:
         raise InputError(f"model '{source.name}' is already quantized; give the float model")
-    state = _read_weights(source.folder)
+    state = read_weights(source.folder)
     model = _empty_model(source)
     expected = model.state_dict()
     for name, tensor in expected.items():
@@ -125,19 +126,6 @@ def class_indices(source: ModelSource, names: list[str]) -> list[int]:
             raise InputError(f"unknown class '{name}'; known: {known}, or a number from 0 to {count - 1}")
         found.append(index)
     return found
-
-
-def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX, "sharded weights have one")
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise InputError(f"{folder / INDEX} has no weight_map of tensor names to files")
-        shards = sorted(set(weight_map.values()))
-        return {name: tensor for shard in shards for name, tensor in read_tensors(folder / shard).items()}
-    if not (folder / WEIGHTS).is_file() and list(folder.glob("*.bin")):
-        raise InputError(f"{folder} has only pickled .bin weights; save it as safetensors first")
-    return read_tensors(folder / WEIGHTS)
 
 
 def _optional_json(path: Path) -> dict[str, Any] | None:

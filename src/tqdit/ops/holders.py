@@ -40,6 +40,10 @@ class LinearCodes(FixedDtype):
         self.register_buffer("colsum", weight.colsum)
         self.register_buffer("bias", bias)
 
+    def unpacked(self) -> torch.Tensor:
+        """The codes, int8 (out, in)."""
+        return self.codes
+
     @property
     def weight(self) -> WeightParams:
         return WeightParams(self.codes, self.scale, self.colsum)

@@ -73,7 +73,7 @@ class Backend(Protocol):
         """What runs an operation, for reports, such as "int8" or "onednn u8 x s8"."""
 
     def prepare(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:
-        """A linear layer in the backend's own layout, its input quantized."""
+        """A linear layer in the backend's own layout, its input quantized. `unpacked()` of it: the codes (out, in)."""
 
     def prepare_float_input(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:
         """The same for a layer whose input stays in float."""

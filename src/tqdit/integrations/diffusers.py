@@ -1,0 +1,139 @@
+"""diffusers' `from_pretrained` for artifacts: its quantizer collects the tensors, `convert` makes them a model."""
+
+from enum import StrEnum
+from typing import Any
+
+import torch
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+
+from tqdit import tensors
+from tqdit.errors import InputError
+from tqdit.files import QUANT_METHOD
+
+
+class _Method(StrEnum):  # diffusers reads its `value`
+    TQDIT = QUANT_METHOD
+
+
+METHOD = _Method.TQDIT.value
+WHOLE = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that leave the choice to us
+
+
+class TQDiTConfig(QuantizationConfigMixin):
+    """The `quantization_config` of an artifact's config.json; see `tqdit.tensors.pack`.
+
+    A float model cannot be quantized by passing one: calibration needs a sampler. Use `tqdit quantize`.
+    """
+
+    def __init__(
+        self,
+        format_version: int = tensors.FORMAT_VERSION,
+        preset: str | None = None,
+        weight_bits: int | None = None,
+        activation_bits: int | None = None,
+        manifest_sha256: str | None = None,
+        quant_method: str = METHOD,
+    ) -> None:
+        if quant_method != METHOD:
+            raise InputError(f"quant_method is '{quant_method}', a TQDiTConfig has '{METHOD}'")
+        self.quant_method: Any = _Method.TQDIT
+        self.format_version = format_version
+        self.preset = preset
+        self.weight_bits = weight_bits
+        self.activation_bits = activation_bits
+        self.manifest_sha256 = manifest_sha256
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "quant_method": METHOD}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What diffusers prints: all of it, it is small."""
+        return self.to_dict()
+
+
+class TQDiTQuantizer(DiffusersQuantizer):
+    """What `from_pretrained` does with an artifact: the empty model gives way to a list of the checkpoint's tensors,
+    diffusers hands them over one by one, and the integer model takes the empty one's place.
+
+    Tensors are taken as they are in the file: diffusers would cast the scales to `torch_dtype`. Whatever is missing,
+    left over or changed is an `InputError`; diffusers would warn.
+    """
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: TQDiTConfig, **kwargs: Any) -> None:
+        if not kwargs.get("pre_quantized", True):
+            raise InputError(
+                "a float model has to be calibrated: run `tqdit quantize MODEL -o FOLDER`, then load FOLDER"
+            )
+        super().__init__(quantization_config, **kwargs)
+        self._keys: list[str] = []
+        self._found: dict[str, torch.Tensor] = {}
+        self._device = torch.device("cpu")
+        self._dtype = torch.float32
+
+    def validate_environment(self, device_map: Any = None, **_: Any) -> None:
+        """`InputError` for a device map over several devices: codes move between the layers in one."""
+        if isinstance(device_map, dict) and len({str(device) for device in device_map.values()}) > 1:
+            raise InputError(f"an integer model runs on one device, device_map names several: {device_map}")
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:
+        self._dtype = torch_dtype or torch.float32
+        return torch_dtype
+
+    def update_device_map(self, device_map: Any) -> dict[str, Any] | None:
+        """One device for the whole model: the first GPU if diffusers leaves the choice to the model."""
+        if device_map is None:
+            return None
+        if isinstance(device_map, str) and device_map in WHOLE:
+            self._device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        else:
+            self._device = torch.device(next(iter(device_map.values())))
+        return {"": self._device}
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        self._keys = list(loaded_keys)
+        return loaded_keys
+
+    def check_if_quantized_param(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    def create_quantized_param(self, *args: Any, **_: Any) -> Any:
+        """Called with the model, the value, its name, the device and the file's tensors by name."""
+        name, state_dict = args[2], args[4]
+        self._found[name] = state_dict[name]  # `value` has been cast
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        """Give the model the checkpoint's names, of nothing yet."""
+        model._modules.clear()
+        for key in self._keys:
+            *path, leaf = key.split(".")
+            holder = model
+            for name in path:
+                if name not in holder._modules:
+                    holder.add_module(name, nn.Module())
+                holder = holder.get_submodule(name)
+            holder.register_buffer(leaf, torch.empty(0))
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        from tqdit.convert import convert
+
+        config = {**model.config, tensors.QUANTIZATION: self.quantization_config.to_dict()}
+        found, self._found = self._found, {}
+        built = convert(tensors.unpack(found, config, "the checkpoint"), device=self._device)
+        model.__class__ = type(built)
+        model.adopt(built).io_dtype = self._dtype
+
+    @property
+    def is_serializable(self) -> bool:
+        return True  # by the model's own `save_pretrained`
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True

@@ -1,0 +1,235 @@
+"""Solution <-> named tensors: what the weight files of an artifact hold, whoever reads and writes the files.
+
+    <weight>.codes                 uint8, packed
+    <site>.scale, <site>.zero_point    float32, int32
+    <parameter>                    float32, parameters that stay in float
+    tqdit.manifest                 uint8, JSON: sites, shapes, sha256 of every tensor, aliases, provenance
+
+The manifest is a tensor because diffusers, the hub and sharding move tensors and config.json, nothing else; config.json
+holds its sha256. Tensors with equal bytes are stored once: diffusers gives every block its own copy of one timestep
+embedder. The same Solution gives the same bytes.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from tqdit.errors import InputError
+from tqdit.files import CONFIG, QUANT_METHOD
+from tqdit.grids import packing
+from tqdit.spec import MAX_BITS, MIN_BITS, Granularity, Grid, GridParams, Role, SiteSpec, Solution
+from tqdit.timegroups import TimeGroups
+
+FORMAT_VERSION = 2
+MANIFEST_TENSOR = "tqdit.manifest"
+QUANTIZATION = "quantization_config"
+MANIFEST_KEYS = ("model_config", "time_groups", "sites", "shapes", "tensors", "aliases", "provenance")
+
+
+def pack(solution: Solution) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors by name, sorted, and the model's config with its `quantization_config` (small: diffusers sends it
+    along with requests)."""
+    tensors, shapes = _tensors_of(solution)
+    stored, aliases = _deduplicated(tensors)
+    manifest = {
+        "model_config": _public(solution.model_config),
+        "time_groups": asdict(solution.time_groups),
+        "sites": [asdict(spec) for spec in solution.sites],
+        "shapes": shapes,
+        "tensors": {name: _describe(tensor) for name, tensor in sorted(stored.items())},
+        "aliases": aliases,
+        "provenance": dict(solution.provenance),
+    }
+    text = bytearray(json.dumps(manifest, separators=(",", ":")).encode())
+    stored[MANIFEST_TENSOR] = torch.frombuffer(text, dtype=torch.uint8)
+    recipe = solution.provenance.get("recipe", {})
+    config = {
+        **{key: value for key, value in solution.model_config.items() if key != QUANTIZATION},
+        QUANTIZATION: {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "preset": solution.provenance.get("preset"),
+            "weight_bits": recipe.get("weight_bits"),
+            "activation_bits": recipe.get("activation_bits"),
+            "manifest_sha256": hashlib.sha256(text).hexdigest(),
+        },
+    }
+    return dict(sorted(stored.items())), config
+
+
+def check_config(config: Mapping[str, Any], where: object) -> Mapping[str, Any]:
+    """The `quantization_config` of a model's config. `InputError` if it is not ours, or of another format."""
+    quantization = config.get(QUANTIZATION)
+    if not isinstance(quantization, Mapping) or quantization.get("quant_method") != QUANT_METHOD:
+        raise InputError(f"{where} has no {QUANTIZATION} of method '{QUANT_METHOD}'")
+    version = quantization.get("format_version")
+    if version != FORMAT_VERSION:
+        raise InputError(f"{where}: artifact format {version} is not supported; this tqdit reads {FORMAT_VERSION}")
+    return quantization
+
+
+def unpack(found: Mapping[str, torch.Tensor], config: Mapping[str, Any], where: object) -> Solution:
+    """The Solution that `pack` took. `where`: for messages, the file or folder that the tensors are of.
+
+    Raises `InputError` naming the tensor for anything missing, left over, changed, of the wrong dtype or shape, and for
+    scales that are not finite and positive. 8-bit codes stay views of what was given, maybe a mapped file.
+    """
+    manifest = _manifest(found, config, where)
+    tensors = _verified(found, manifest, where)
+    for name, target in manifest["aliases"].items():
+        if target not in tensors:
+            raise InputError(f"{where}: tensor '{name}' refers to '{target}', which is missing")
+        tensors[name] = tensors[target]
+    try:
+        groups = TimeGroups(**manifest["time_groups"])
+        specs = [_spec(entry, groups) for entry in manifest["sites"]]
+        shapes = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: {MANIFEST_TENSOR}: {error}") from None
+    params = {spec.name: _take_params(spec, tensors) for spec in specs}
+    codes = _take_codes(specs, shapes, tensors)
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
+            raise InputError(f"{where}: tensor '{name}' must be finite float32, it is {tensor.dtype}")
+    model_config = {key: value for key, value in config.items() if key != QUANTIZATION}
+    return Solution(model_config, groups, params, codes, tensors, manifest["provenance"])
+
+
+def _tensors_of(solution: Solution) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
+    tensors = {name: tensor.float().contiguous() for name, tensor in solution.floats.items()}
+    shapes: dict[str, list[int]] = {}
+    for name, params in solution.params.items():
+        tensors[f"{name}.scale"] = params.scale.float().contiguous()
+        if params.zero_point is not None:
+            tensors[f"{name}.zero_point"] = params.zero_point.to(torch.int32).contiguous()
+        if params.spec.is_weight:
+            codes = solution.codes[name]
+            tensors[f"{name}.codes"] = packing.pack(codes, params.spec.bits)
+            shapes[name] = list(codes.shape)
+    return tensors, shapes
+
+
+def _deduplicated(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors to store, and name -> stored name for those that repeat one. Small ones are not worth an entry."""
+    first: dict[tuple[Any, ...], str] = {}
+    stored: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        description = _describe(tensor)
+        key = (description["sha256"], description["dtype"], tuple(description["shape"]))
+        if first.setdefault(key, name) == name:
+            stored[name] = tensor
+        elif tensor.numel() >= 256:
+            aliases[name] = first[key]
+        else:
+            stored[name] = tensor.clone()  # safetensors refuses two names of one memory
+    return stored, aliases
+
+
+def _describe(tensor: torch.Tensor) -> dict[str, Any]:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "shape": list(tensor.shape), "sha256": hashlib.sha256(_bytes(tensor)).hexdigest()}
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a model config that decides what the model computes; diffusers' own notes start with "_"."""
+    return {key: config[key] for key in sorted(config) if key[0] != "_" and key != QUANTIZATION}
+
+
+def _manifest(found: Mapping[str, torch.Tensor], config: Mapping[str, Any], where: object) -> dict[str, Any]:
+    expected_hash = check_config(config, where).get("manifest_sha256")
+    if MANIFEST_TENSOR not in found:
+        raise InputError(f"{where} lacks tensor '{MANIFEST_TENSOR}'")
+    data = _bytes(found[MANIFEST_TENSOR])
+    if (digest := hashlib.sha256(data).hexdigest()) != expected_hash:
+        raise InputError(f"{where}: tensor '{MANIFEST_TENSOR}' has sha256 {digest}, {CONFIG} says {expected_hash}")
+    manifest: dict[str, Any] = json.loads(data)
+    if missing := set(MANIFEST_KEYS) - set(manifest):
+        raise InputError(f"{where}: {MANIFEST_TENSOR} lacks '{sorted(missing)[0]}'")
+    public, expected = _public(config), manifest["model_config"]
+    for key in sorted({*public, *expected}):
+        if public.get(key) != expected.get(key):
+            raise InputError(f"{where}: {CONFIG} was changed: {key} is {public.get(key)!r}, not {expected.get(key)!r}")
+    return manifest
+
+
+def _verified(found: Mapping[str, torch.Tensor], manifest: Mapping[str, Any], where: object) -> dict[str, torch.Tensor]:
+    for name, expected in manifest["tensors"].items():
+        if name not in found:
+            raise InputError(f"{where} lacks tensor '{name}'")
+        description = _describe(found[name])
+        for key in ("dtype", "shape", "sha256"):
+            if description[key] != expected[key]:
+                raise InputError(f"{where}: tensor '{name}' has {key} {description[key]}, expected {expected[key]}")
+    if extra := sorted(set(found) - {*manifest["tensors"], MANIFEST_TENSOR}):
+        raise InputError(f"{where} has an unexpected tensor '{extra[0]}'")
+    # Weight codes stay in the mapped file until `convert` packs them; no other tensor may keep all of it in memory.
+    return {
+        name: found[name] if found[name].dtype is torch.uint8 else found[name].clone() for name in manifest["tensors"]
+    }
+
+
+def _take(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    if name not in tensors:
+        raise InputError(f"the artifact lacks tensor '{name}'")
+    return tensors.pop(name)
+
+
+def _take_params(spec: SiteSpec, tensors: dict[str, torch.Tensor]) -> GridParams:
+    """Scale and zero point of a site, checked for dtype, shape and range."""
+    name = f"{spec.name}.scale"
+    scale = _take(tensors, name)
+    shape = (spec.groups, spec.units, 2) if spec.grid.two_region else (spec.groups, spec.units)
+    if scale.dtype != torch.float32 or tuple(scale.shape) != shape:
+        raise InputError(f"tensor '{name}' is {scale.dtype} {tuple(scale.shape)}, expected torch.float32 {shape}")
+    if not (torch.isfinite(scale).all() and (scale > 0).all()):
+        raise InputError(f"tensor '{name}' has a scale that is not finite and positive")
+    if spec.grid.two_region or spec.is_weight:
+        return GridParams(spec, scale)
+    name = f"{spec.name}.zero_point"
+    zero_point = _take(tensors, name)
+    if zero_point.dtype != torch.int32 or zero_point.shape != scale.shape:
+        raise InputError(f"tensor '{name}' is {zero_point.dtype} {tuple(zero_point.shape)}, expected int32 {shape}")
+    fmt = spec.format
+    if ((zero_point < fmt.qmin) | (zero_point > fmt.qmax)).any():
+        raise InputError(f"tensor '{name}' has a zero point outside the codes of {spec.bits} bits")
+    return GridParams(spec, scale, zero_point)
+
+
+def _take_codes(
+    specs: list[SiteSpec], shapes: Mapping[str, tuple[int, ...]], tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Weight codes by site. Tensors that are stored once stay shared, unless their shape or width differs."""
+    codes: dict[str, torch.Tensor] = {}
+    unpacked: dict[tuple[Any, ...], torch.Tensor] = {}
+    for spec in specs:
+        if spec.is_weight:
+            packed = _take(tensors, f"{spec.name}.codes")
+            key = (id(packed), spec.bits, shapes.get(spec.name))
+            if key not in unpacked:
+                try:
+                    unpacked[key] = packing.unpack(packed, spec.bits, shapes[spec.name])
+                except (InputError, KeyError) as error:
+                    raise InputError(f"tensor '{spec.name}.codes': {error}") from None
+            codes[spec.name] = unpacked[key]
+    return codes
+
+
+def _spec(entry: Mapping[str, Any], time_groups: TimeGroups) -> SiteSpec:
+    values = dict(entry)
+    values["role"], values["grid"] = Role(values["role"]), Grid(values["grid"])
+    values["granularity"] = Granularity(values["granularity"])
+    spec = SiteSpec(**values)
+    if not MIN_BITS <= spec.bits <= MAX_BITS:
+        raise InputError(f"site '{spec.name}' has {spec.bits} bits, legal are {MIN_BITS} to {MAX_BITS}")
+    if spec.groups not in (1, time_groups.num_groups):
+        raise InputError(f"site '{spec.name}' has {spec.groups} groups, legal are 1 and {time_groups.num_groups}")
+    return spec
