@@ -3,7 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -123,9 +123,9 @@ class Runtime(nn.Module):
 
 def attach_runtime(model: nn.Module, clock: TimestepClock, conditioning: Conditioning, graphs: bool) -> None:
     """Give a converted diffusers transformer its clock, conditioning and runtime, and let the runtime run its call."""
-    from tqdit.models.integer import IntegerDiT
+    from tqdit.models.integer import make_integer
 
     model.add_module("clock", clock)
     model.add_module("conditioning", conditioning)
     model.add_module("runtime", Runtime(clock, conditioning, graphs))
-    model.__class__ = cast(type[nn.Module], IntegerDiT)
+    make_integer(model)

@@ -119,12 +119,12 @@ class TQDiTQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         from tqdit.convert import convert
+        from tqdit.models.integer import make_integer
 
         config = {**model.config, tensors.QUANTIZATION: self.quantization_config.to_dict()}
         found, self._found = self._found, {}
         built = convert(tensors.unpack(found, config, "the checkpoint"), device=self._device)
-        model.__class__ = type(built)
-        model.adopt(built).io_dtype = self._dtype
+        make_integer(model).adopt(built).io_dtype = self._dtype
 
     @property
     def is_serializable(self) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from accelerate.utils import convert_file_size_to_int
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tqdit import artifact
 from tqdit.errors import InputError
-from tqdit.files import MANIFEST, replacing
+from tqdit.files import replacing
 from tqdit.spec import Solution
 
 PARTS = ("quantization_backend", "quantization_report", "solution", "again", "prepared_for")
@@ -92,10 +92,8 @@ class IntegerDiT(DiTTransformer2DModel):
             if given:
                 raise InputError(f"save_pretrained of an integer model does not support {name}")
         if is_main_process:
-            folder = Path(save_directory)
-            empty = folder.is_dir() and not any(folder.iterdir())
-            with replacing(folder, overwrite=empty or (folder / MANIFEST).is_file()) as partial:
-                artifact.write(self.solution, partial, convert_file_size_to_int(max_shard_size))
+            with replacing(Path(save_directory), overwrite=True) as folder:
+                artifact.write(self.solution, folder, convert_file_size_to_int(max_shard_size))
 
     def _denoised(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C or 2C, H, W), as diffusers' own forward, for the call that clock and conditioning are
@@ -117,3 +115,15 @@ class IntegerDiT(DiTTransformer2DModel):
         x = layers.proj_out_2(x + shift[:, None])
         patches = x.reshape(-1, rows, columns, side, side, channels)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, rows * side, columns * side).to(dtype)
+
+
+# A pipeline that is saved notes the name and the module of each part, and is loaded by them. It has to find diffusers'
+# own class, whose `from_pretrained` makes this one; pickling goes by `__qualname__`, which stays.
+IntegerDiT.__name__ = DiTTransformer2DModel.__name__
+
+
+def make_integer(model: nn.Module) -> IntegerDiT:
+    """Give a diffusers transformer this class."""
+    model.__class__ = cast(type[nn.Module], IntegerDiT)
+    model.__dict__["__module__"] = DiTTransformer2DModel.__module__
+    return cast(IntegerDiT, model)

@@ -1,0 +1,327 @@
+"""Artifacts through diffusers' own methods: the same model bit for bit, and every trap on the way."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload_with_hook
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers.models import modeling_utils
+from diffusers.quantizers import PipelineQuantizationConfig, auto
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import tqdit
+from tqdit import artifact, workflow
+from tqdit.convert import convert
+from tqdit.errors import InputError
+from tqdit.files import CONFIG, INDEX, MANIFEST, WEIGHTS
+from tqdit.integrations import on_import
+from tqdit.integrations.diffusers import METHOD, TQDiTConfig, TQDiTQuantizer
+from tqdit.models.integer import IntegerDiT
+
+QUERY = "transformer_blocks.1.attn1.query"
+RECIPES = [("paper", "w8a8"), ("plus", "w6a6"), ("plus", "w4a8")]
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return DiTTransformer2DModel.from_pretrained(folder, **options)
+
+
+def run(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(**inputs).sample
+
+
+@pytest.fixture
+def folder(tmp_path, solved) -> Path:
+    """An artifact that a test may change."""
+    (tmp_path / "artifact").mkdir()
+    artifact.write(solved("plus", "w6a6"), tmp_path / "artifact")
+    return tmp_path / "artifact"
+
+
+@pytest.fixture(scope="module")
+def quantized_pipeline(tiny_dit, tiny_recipe, scheduler_config, tmp_path_factory) -> Path:
+    """A pipeline with everything that `DiTPipeline` needs, its transformer in integers."""
+    root = tmp_path_factory.mktemp("pipelines")
+    torch.manual_seed(0)
+    vae = AutoencoderKL(latent_channels=1, block_out_channels=(8,), norm_num_groups=4).eval()
+    transformer = tiny_dit(num_embeds_ada_norm=1000)  # the null class that DiTPipeline has in its code
+    labels = {number: f"class {number}" for number in range(1000)}
+    scheduler = DDIMScheduler.from_config(scheduler_config)
+    DiTPipeline(transformer, vae, scheduler, id2label=labels).save_pretrained(root / "float")
+    recipe = tiny_recipe("plus", "w6a6", rounds=0, hessian=False, samples=1, groups=2, steps=4)
+    workflow.quantize(root / "float", root / "w6a6", recipe)
+    return root / "w6a6"
+
+
+def images_of(pipeline: DiTPipeline) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipeline([3, 7], guidance_scale=1.5, generator=generator, num_inference_steps=2, output_type="np").images
+
+
+class TestLoading:
+    @pytest.mark.parametrize(("preset", "bits"), RECIPES)
+    def test_the_same_model_as_ours(self, tmp_path, solved, model_inputs, preset: str, bits: str) -> None:
+        artifact.write(solved(preset, bits), tmp_path)
+        found = load(tmp_path)
+        assert type(found) is IntegerDiT
+        assert not found.training
+        assert torch.equal(run(found, model_inputs), run(convert(solved(preset, bits)), model_inputs))
+        assert found.quantization_report == convert(solved(preset, bits)).quantization_report
+
+    def test_shards(self, folder, solved, model_inputs) -> None:
+        expected = run(load(folder), model_inputs)
+        artifact.write(solved("plus", "w6a6"), folder, shard_bytes=20_000)
+        (folder / WEIGHTS).unlink()
+        assert torch.equal(run(load(folder), model_inputs), expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_scales_are_not_cast(self, folder, model_inputs, dtype: torch.dtype) -> None:
+        """`torch_dtype` is the dtype of inputs and outputs alone."""
+        found = load(folder, torch_dtype=dtype)
+        x = model_inputs["hidden_states"].to(dtype)
+        output = run(found, model_inputs | {"hidden_states": x})
+        expected = run(load(folder), model_inputs | {"hidden_states": x.float()})
+        assert found.dtype is output.dtype is dtype
+        assert torch.equal(output, expected.to(dtype))
+
+    def test_moving_to_another_dtype_and_back_changes_nothing(self, solved, model_inputs) -> None:
+        """diffusers refuses it for models that it has loaded itself."""
+        found = convert(solved("plus", "w6a6"))
+        expected = run(found, model_inputs)
+        half = run(found.half(), model_inputs | {"hidden_states": model_inputs["hidden_states"].half()})
+        assert found.dtype is half.dtype is torch.float16
+        assert found.float().dtype is torch.float32
+        assert torch.equal(run(found, model_inputs), expected)
+
+    @pytest.mark.parametrize("device_map", ["auto", "balanced", "cpu", {"": "cpu"}])
+    def test_device_maps(self, folder, model_inputs, device_map: object) -> None:
+        device = "cuda" if device_map in ("auto", "balanced") and torch.cuda.is_available() else "cpu"
+        inputs = {name: x.to(device) for name, x in model_inputs.items()}
+        found = load(folder, device_map=device_map)
+        assert found.device.type == device
+        assert torch.equal(run(found, inputs), run(load(folder).to(device), inputs))
+
+    def test_several_devices_are_refused(self, folder) -> None:
+        with pytest.raises(InputError, match="one device, device_map names several"):
+            load(folder, device_map={"transformer_blocks.0": "cpu", "transformer_blocks.1": "meta"})
+
+    def test_a_float_model_is_not_quantized_on_loading(self, pipeline, quantized_pipeline) -> None:
+        with pytest.raises(InputError, match="calibrated: run `tqdit quantize"):
+            load(pipeline / "transformer", quantization_config=TQDiTConfig())
+        mapping = PipelineQuantizationConfig(quant_mapping={"transformer": TQDiTConfig()})
+        with pytest.raises(InputError, match="calibrated: run `tqdit quantize"):
+            DiTPipeline.from_pretrained(quantized_pipeline.parent / "float", quantization_config=mapping)
+        with pytest.warns(UserWarning, match="already has"):
+            assert DiTPipeline.from_pretrained(quantized_pipeline, quantization_config=mapping)
+
+
+class TestDamage:
+    """diffusers warns about a missing tensor and sees neither a flipped bit nor another dtype."""
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda t: t.pop(f"{QUERY}.scale"), rf"lacks tensor '{QUERY}\.scale'"),
+            (lambda t: t.pop("tqdit.manifest"), r"lacks tensor 'tqdit\.manifest'"),
+            (lambda t: t[f"{QUERY}.zero_point"].add_(1), rf"'{QUERY}\.zero_point' has sha256"),
+            (lambda t: t.update({"proj_out_1.bias": t["proj_out_1.bias"].half()}), r"'proj_out_1\.bias' has dtype"),
+            (lambda t: t.update(stranger=torch.zeros(3)), "unexpected tensor 'stranger'"),
+        ],
+    )
+    def test_is_an_error_that_names_the_tensor(self, folder, change, message: str) -> None:
+        stored = load_file(folder / WEIGHTS)
+        change(stored)
+        save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=message):
+            load(folder)
+
+    def test_of_the_config(self, folder) -> None:
+        config = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps(config | {"sample_size": 16}))
+        with pytest.raises(InputError, match=r"config\.json was changed: sample_size is 16, not 8"):
+            load(folder)
+
+    def test_of_the_config_that_is_another_format(self, folder) -> None:
+        config = json.loads((folder / CONFIG).read_text())
+        config["quantization_config"]["format_version"] = 1
+        (folder / CONFIG).write_text(json.dumps(config))
+        with pytest.raises(InputError, match="artifact format 1 is not supported"):
+            load(folder)
+
+
+class TestSaving:
+    @pytest.mark.parametrize("backend", ["auto", "cpu", "reference", "simulated"])
+    def test_gives_the_same_bytes(self, folder, solved, tmp_path, backend: str) -> None:
+        convert(solved("plus", "w6a6"), backend).save_pretrained(tmp_path / "saved")
+        for name in (WEIGHTS, CONFIG, MANIFEST):
+            assert (tmp_path / "saved" / name).read_bytes() == (folder / name).read_bytes(), name
+
+    def test_codes_that_onednn_packed(self, folder, solved, tmp_path, monkeypatch) -> None:
+        from tqdit.backends import panels
+
+        monkeypatch.setattr(panels, "supported", lambda depth: False)
+        convert(solved("plus", "w6a6"), "cpu").save_pretrained(tmp_path / "saved")
+        assert (tmp_path / "saved" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+
+    def test_a_loaded_model_with_shards(self, folder, tmp_path, model_inputs) -> None:
+        found = load(folder)
+        found.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
+        assert (tmp_path / "saved" / INDEX).is_file()
+        again = load(tmp_path / "saved")
+        assert torch.equal(run(again, model_inputs), run(found, model_inputs))
+        assert torch.equal(run(tqdit.load(tmp_path / "saved"), model_inputs), run(found, model_inputs))
+        again.save_pretrained(tmp_path / "saved")
+        assert not list((tmp_path / "saved").glob("*-of-*"))
+        assert (tmp_path / "saved" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+
+    def test_an_interrupted_one_leaves_the_former(self, folder, solved, model_inputs, monkeypatch) -> None:
+        expected = run(load(folder), model_inputs)
+        other = convert(solved("paper", "w8a8"))
+
+        def interrupted(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(artifact, "seal", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            other.save_pretrained(folder)
+        assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+        assert torch.equal(run(load(folder), model_inputs), expected)
+
+    def test_over_a_float_model_is_refused(self, own_pipeline, solved) -> None:
+        with pytest.raises(InputError, match="is not an artifact; refusing to overwrite it"):
+            convert(solved()).save_pretrained(own_pipeline / "transformer")
+
+    @pytest.mark.parametrize(
+        ("options", "name"),
+        [({"variant": "fp16"}, "variant='fp16'"), ({"safe_serialization": False}, "safe_serialization=False"),
+         ({"push_to_hub": True}, "push_to_hub=True")],
+    )  # fmt: skip
+    def test_what_an_artifact_does_not_have(self, solved, tmp_path, options: dict, name: str) -> None:
+        with pytest.raises(InputError, match=f"does not support {name}"):
+            convert(solved()).save_pretrained(tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
+
+
+class TestPipelines:
+    def test_load_and_sample(self, quantized_pipeline) -> None:
+        found = DiTPipeline.from_pretrained(quantized_pipeline)
+        assert type(found.transformer) is IntegerDiT
+        images = images_of(found)
+        assert images.shape == (2, 8, 8, 3)
+        ours = DiTPipeline.from_pretrained(quantized_pipeline, transformer=tqdit.load(quantized_pipeline))
+        assert (images_of(ours) == images).all()
+
+    def test_save_and_load_again(self, quantized_pipeline, tmp_path) -> None:
+        found = DiTPipeline.from_pretrained(quantized_pipeline)
+        found.save_pretrained(tmp_path / "saved")
+        name = Path("transformer", WEIGHTS)
+        assert (tmp_path / "saved" / name).read_bytes() == (quantized_pipeline / name).read_bytes()
+        assert (images_of(DiTPipeline.from_pretrained(tmp_path / "saved")) == images_of(found)).all()
+        assert tqdit.sample(tmp_path / "saved", ["3"], 1, tqdit.Sampling("ddim", 2, 1.5)).shape == (1, 3, 8, 8)
+
+    def test_in_half_precision(self, quantized_pipeline) -> None:
+        found = DiTPipeline.from_pretrained(quantized_pipeline, torch_dtype=torch.bfloat16)
+        assert found.vae.dtype is found.transformer.dtype is torch.bfloat16
+        assert images_of(found).shape == (2, 8, 8, 3)
+
+    def test_a_published_one_names_its_transformer_by_an_older_class(self, quantized_pipeline, tmp_path) -> None:
+        root = Path(shutil.copytree(quantized_pipeline.parent / "float", tmp_path / "old"))
+        index = json.loads((root / "model_index.json").read_text())
+        index["transformer"] = ["diffusers", "Transformer2DModel"]
+        (root / "model_index.json").write_text(json.dumps(index))
+        recipe = tqdit.Recipe.build("paper", rounds=0, hessian=False, samples=1, groups=2, steps=4)
+        tqdit.quantize(root, tmp_path / "w8a8", recipe)
+        assert type(DiTPipeline.from_pretrained(tmp_path / "w8a8").transformer) is IntegerDiT
+
+
+class TestModel:
+    def test_deep_copies(self, folder, model_inputs) -> None:
+        found = load(folder)
+        twin = copy.deepcopy(found)
+        expected = run(found, model_inputs)
+        del found
+        assert torch.equal(run(twin, model_inputs), expected)
+        assert twin.solution.codes["proj_out_2.weight"].dtype is torch.int8
+
+    def test_a_call_on_another_kind_of_device_converts_again(self, folder, model_inputs) -> None:
+        found = load(folder)
+        expected, layers = run(found, model_inputs), found.transformer_blocks
+        found.prepared_for = "another"
+        assert torch.equal(run(found, model_inputs), expected)
+        assert found.transformer_blocks is not layers
+        assert found.prepared_for == "cpu"
+        again = found.transformer_blocks
+        run(found, model_inputs)
+        assert found.transformer_blocks is again
+
+    def test_a_backend_that_was_asked_for_does_not_change(self, solved, model_inputs, monkeypatch) -> None:
+        model = convert(solved(), "reference")
+        model.prepared_for = "another"
+        run(model, model_inputs)
+        assert model.quantization_backend == "reference"
+
+    def test_offloading(self, folder, model_inputs) -> None:
+        found = load(folder)
+        expected = run(found, model_inputs)
+        found, hook = cpu_offload_with_hook(found, "cpu")
+        assert torch.equal(run(found, model_inputs), expected)
+        hook.offload()
+        assert torch.equal(run(found, model_inputs), expected)
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    def test_a_pipeline_that_offloads_runs_on_the_gpu(self, quantized_pipeline) -> None:
+        found = DiTPipeline.from_pretrained(quantized_pipeline)
+        found.enable_model_cpu_offload()
+        first = images_of(found)
+        assert found.transformer.quantization_backend == "triton"
+        assert found.transformer.device.type == "cpu"
+        assert (images_of(found) == first).all()
+
+
+class TestConfig:
+    def test_is_small_and_prints(self, folder) -> None:
+        config = load(folder).config.quantization_config
+        assert len(json.dumps(config.to_dict())) < modeling_utils._MAX_QUANT_CONFIG_USER_AGENT_CHARS
+        assert '"weight_bits": 6' in repr(config)
+        assert config.quant_method.value == "tqdit"
+        assert TQDiTConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+    def test_of_another_method(self) -> None:
+        with pytest.raises(InputError, match="quant_method is 'gguf'"):
+            TQDiTConfig(quant_method="gguf")
+
+
+class TestRegistration:
+    def test_twice_is_once(self) -> None:
+        before = list(sys.meta_path)
+        on_import.register_with_diffusers()
+        assert auto.AUTO_QUANTIZER_MAPPING[METHOD] is TQDiTQuantizer
+        assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] is TQDiTConfig
+        assert sys.meta_path == before
+
+    def test_does_not_overwrite(self) -> None:
+        tables = SimpleNamespace(AUTO_QUANTIZER_MAPPING={METHOD: int}, AUTO_QUANTIZATION_CONFIG_MAPPING={})
+        on_import._register(tables)
+        assert {METHOD: int} == tables.AUTO_QUANTIZER_MAPPING
+        assert {METHOD: TQDiTConfig} == tables.AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    def test_waits_for_diffusers(self) -> None:
+        """Importing tqdit imports neither torch nor diffusers; importing diffusers later registers."""
+        code = (
+            "import sys, tqdit; assert not {'torch', 'diffusers'} & set(sys.modules); tqdit.__version__;"
+            "from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING; assert 'tqdit' in AUTO_QUANTIZER_MAPPING;"
+            "assert not [finder for finder in sys.meta_path if 'tqdit' in type(finder).__module__]"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
