@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -221,6 +222,19 @@ class TestPipelines:
         assert images.shape == (2, 8, 8, 3)
         ours = DiTPipeline.from_pretrained(quantized_pipeline, transformer=tqdit.load(quantized_pipeline))
         assert (images_of(ours) == images).all()
+
+    def test_the_example_of_the_readme(self, quantized_pipeline, tmp_path, monkeypatch) -> None:
+        text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+        (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "DiTPipeline" in block]
+        monkeypatch.chdir(tmp_path)
+        Path("dit-w8a8").symlink_to(quantized_pipeline)
+        names: dict[str, Any] = {}
+        exec(code, names)
+        assert len(names["images"]) == 2
+        assert torch.equal(
+            load(tmp_path / "dit-w8a8-copy").solution.codes["proj_out_2.weight"],
+            names["pipe"].transformer.solution.codes["proj_out_2.weight"],
+        )
 
     def test_save_and_load_again(self, quantized_pipeline, tmp_path) -> None:
         found = DiTPipeline.from_pretrained(quantized_pipeline)
