@@ -136,7 +136,7 @@ class _Builder:
     def block(self, layout: BlockLayout, empty: Any) -> IntBlock:
         """`empty`: diffusers' block."""
         roles = (Role.QUERY, Role.KEY, Role.VALUE, Role.SOFTMAX)
-        return IntBlock(
+        block = IntBlock(
             {"qkv": self.linear(layout.qkv), "out": self.linear(layout.out),
              "fc1": self.linear(layout.fc1), "fc2": self.linear(layout.fc2)},
             {role.value: self.site(layout.operand(role), 4) for role in roles},
@@ -145,6 +145,11 @@ class _Builder:
             self.backend,
             self.conditioning,
         )  # fmt: skip
+        linears = {"qkv": layout.qkv, "out": layout.out, "fc1": layout.fc1, "fc2": layout.fc2}
+        inside = len(layout.prefix) + 1
+        names = {layer: [name[inside:] for name in group.modules] for layer, group in linears.items()}
+        block.add_slots(names, {name: empty.get_submodule(name).weight.shape for ns in names.values() for name in ns})
+        return block
 
     def condition(self, model: Any, embedders: Mapping[str, nn.Module]) -> None:
         """Stack the adaLN layers of all blocks whose embedders are equal: diffusers gives each block its own copy."""

@@ -50,14 +50,16 @@ class Runtime(nn.Module):
             self._captured.clear()
         return super()._apply(fn, recurse)
 
-    def call(self, forward: Forward, x: torch.Tensor, timestep: Any, labels: torch.Tensor | None) -> torch.Tensor:
-        """`forward` of x (B, C, H, W), for timestep () or (B,), labels (B,).
+    def call(
+        self, forward: Forward, x: torch.Tensor, timestep: Any, labels: torch.Tensor | None, graphs: bool = True
+    ) -> torch.Tensor:
+        """`forward` of x (B, C, H, W), for timestep () or (B,), labels (B,). Without `graphs`: this call runs as it is.
 
         Raises `InputError` for inputs that are missing or do not fit the batch, and for a timestep outside [0, T) where
         reading it costs nothing: given as a number or on the CPU.
         """
         labels, t = self._checked(x, timestep, labels)
-        run = self._replayed if self._graphable(x) else self._eager
+        run = self._replayed if graphs and self._graphable(x) else self._eager
         return run(forward, x, t, labels)
 
     def _checked(

@@ -123,6 +123,7 @@ class TQDiTQuantizer(DiffusersQuantizer):
 
         config = {**model.config, tensors.QUANTIZATION: self.quantization_config.to_dict()}
         found, self._found = self._found, {}
+        model._modules.clear()
         built = convert(tensors.unpack(found, config, "the checkpoint"), device=self._device)
         make_integer(model).adopt(built).io_dtype = self._dtype
 

@@ -1,17 +1,20 @@
 """`IntBlock`: a DiT block in integers, seven backend calls; and the conditioning that all blocks of a model share."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tqdit.layers.adapters import Adapted, Slots
 from tqdit.layers.clock import thread
 from tqdit.layers.linear import IntLinear
 from tqdit.layers.params import ActivationParams
-from tqdit.ops.schema import AttentionParams, Backend
+from tqdit.ops.schema import AttentionParams, Backend, OperandParams
 
 ATTENTION_OPERANDS = ("query", "key", "value", "softmax")
+ADAPTED = Adapted()
 
 
 class _Call(NamedTuple):
@@ -112,27 +115,46 @@ class IntBlock(nn.Module):
         self.backend = backend
         self._conditioning = [conditioning]  # in a list: the model owns it, a block only reads it
         self._place: tuple[int, int] | None = None
+        self.slots: Slots | None = None
 
     def join(self, group: int, place: int) -> None:
         """This block is block `place` of a group of the conditioning."""
         self._place = group, place
 
+    def add_slots(self, names: Mapping[str, Sequence[str]], shapes: Mapping[str, torch.Size]) -> None:
+        """Make places for adapters; see `Slots`."""
+        self.slots = Slots(self, names, shapes)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether there are adapters: the block then runs as the reference does."""
+        return self.slots is not None and self.slots.used
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        run = self.backend
+        adapted = self.adapted
+        run = ADAPTED if adapted else self.backend
         x = hidden_states.float()
         assert self._place is not None, "a block has to join the conditioning"
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self._conditioning[0].modulation(*self._place)
-        query, key, value, softmax = (self.operands[name].select() for name in ATTENTION_OPERANDS)
+        query, key, value, softmax = (self.operands[name].select(adapted) for name in ATTENTION_OPERANDS)
         attention = AttentionParams(query, key, value, softmax, self.heads)
-        source, layer = self.qkv.select()
+        source, layer = self._layer("qkv", adapted)
         codes = run.norm_quantize(x, shift_1, scale_1, self.eps[0], source)
         codes = run.qkv(codes, source, layer, attention)
-        source, layer = self.out.select()
+        source, layer = self._layer("out", adapted)
         codes = run.attention(codes, attention, source)
         x = run.linear_residual(codes, source, layer, gate_1, x)
 
-        source, layer = self.fc1.select()
+        source, layer = self._layer("fc1", adapted)
         codes = run.norm_quantize(x, shift_2, scale_2, self.eps[1], source)
-        target, second = self.fc2.select()
+        target, second = self._layer("fc2", adapted)
         codes = run.linear_gelu(codes, source, layer, target)
         return run.linear_residual(codes, target, second, gate_2, x).to(hidden_states.dtype)
+
+    def _layer(self, name: str, adapted: bool) -> tuple[OperandParams, Any]:
+        """A layer's input parameters, and the layer as the backend takes it."""
+        source, layer = getattr(self, name).select(adapted)
+        if not adapted:
+            return source, layer
+        assert self.slots is not None
+        return source, self.slots.adapted(name, layer)

@@ -16,9 +16,9 @@ class IntLinear(nn.Module):
         self.source = source
         self.layer = layer
 
-    def select(self) -> tuple[OperandParams, nn.Module]:
-        """What a backend's operations take."""
-        return self.source.select(), self.layer
+    def select(self, plain: bool = False) -> tuple[OperandParams, nn.Module]:
+        """What a backend's operations take; `plain` as in `ActivationParams.select`."""
+        return self.source.select(plain), self.layer
 
 
 class WeightOnlyLinear(nn.Module):

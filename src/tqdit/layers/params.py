@@ -38,10 +38,13 @@ class ActivationParams(FixedDtype):
         operand = OperandParams(spec.grid, spec.bits, self.scale, self.zero_point, self.coarse, self.shift)
         self.register_buffer("table", parameter_table(operand) if tables else None, persistent=False)
 
-    def select(self) -> OperandParams:
-        """Parameters that broadcast to the batch: leading axis 1 (one group) or B; or the table of all groups."""
+    def select(self, plain: bool = False) -> OperandParams:
+        """Parameters that broadcast to the batch: leading axis 1 (one group) or B; or the table of all groups.
+
+        `plain`: without the table, whatever the backend.
+        """
         spec, clock = self.spec, self._clock[0]
-        if self.table is not None:
+        if self.table is not None and not plain:
             group = clock.group if spec.groups > 1 else None
             given = self.scale, self.zero_point, self.coarse, self.shift
             return OperandParams(spec.grid, spec.bits, *given, table=self.table, group=group)

@@ -50,8 +50,11 @@ class IntegerDiT(DiTTransformer2DModel):
         return self
 
     def adopt(self, other: nn.Module) -> Self:
-        """Become what another converted model is; hooks and config stay."""
-        self._modules = other._modules
+        """Become what another converted model is; hooks, config and adapters stay."""
+        mine, others = (cast(Any, model)._modules for model in (self, other))
+        for old, new in zip(mine.get("transformer_blocks", ()), others["transformer_blocks"], strict=False):
+            new.slots.take(old.slots)
+        self._modules = others
         for name in PARTS:
             setattr(self, name, getattr(other, name))
         return self
@@ -67,7 +70,8 @@ class IntegerDiT(DiTTransformer2DModel):
         """As diffusers' own."""
         if hidden_states.device.type != self.prepared_for:
             self.adopt(self.again(self.solution, device=hidden_states.device))
-        output = self.runtime.call(self._denoised, hidden_states, timestep, class_labels)
+        adapted = any(block.adapted for block in cast(Any, self).transformer_blocks)
+        output = self.runtime.call(self._denoised, hidden_states, timestep, class_labels, graphs=not adapted)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def save_pretrained(

@@ -1,0 +1,100 @@
+"""Low-rank adapters on integer layers: places where peft can put them, and the operations of a block that has some."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from tqdit.ops import reference
+from tqdit.ops.holders import LinearCodes
+from tqdit.ops.quantizer import dequantize
+from tqdit.ops.schema import OperandParams, WeightParams
+
+
+class AdapterSlot(nn.Linear):
+    """Stands where the float model has a linear layer, under its name: peft wraps it as it would wrap that one.
+
+    It computes zeros, so that the wrapped one computes what the adapters add. Its `weight` says shape and device, and
+    that the layer is int8.
+    """
+
+    anchor: torch.Tensor
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("bias", None)
+        self.register_buffer("anchor", torch.zeros(1, 1, dtype=torch.int8), persistent=False)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        return self.anchor.expand(self.out_features, self.in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, in) -> (B, N, out)."""
+        return x.new_zeros(*x.shape[:-1], self.out_features)
+
+
+class Slots:
+    """The slots of one block by the layer they belong to: "qkv" has three, the other layers one."""
+
+    def __init__(self, block: nn.Module, names: Mapping[str, Sequence[str]], shapes: Mapping[str, torch.Size]) -> None:
+        """Add them to `block`. `names`: layer -> dotted names inside the block; `shapes`: (out, in) by name."""
+        self._places: dict[str, list[tuple[nn.Module, str]]] = {}
+        self._codes: dict[str, LinearCodes] = {}
+        for layer, dotted in names.items():
+            for name in dotted:
+                *path, leaf = name.split(".")
+                parent = block
+                for part in path:
+                    if part not in parent._modules:
+                        parent.add_module(part, nn.Module())
+                    parent = parent.get_submodule(part)
+                out_features, in_features = shapes[name]
+                parent.add_module(leaf, AdapterSlot(in_features, out_features))
+                self._places.setdefault(layer, []).append((parent, leaf))
+
+    @property
+    def used(self) -> bool:
+        """Whether anything has been put around a slot."""
+        places = [place for places in self._places.values() for place in places]
+        return any(type(parent._modules[leaf]) is not AdapterSlot for parent, leaf in places)
+
+    def of(self, layer: str) -> list[Any]:
+        """What is in a layer's slots, from its first output on."""
+        return [parent._modules[leaf] for parent, leaf in self._places[layer]]
+
+    def adapted(self, name: str, layer: Any) -> "AdaptedLayer":
+        """A layer, as a backend's `prepare` returned it, with its slots. It is unpacked once, a second copy of it."""
+        codes = self._codes.get(name)
+        if codes is None or codes.scale.device != layer.scale.device:
+            plain = layer.unpacked()
+            weight = WeightParams(plain, layer.scale, reference.column_sums(plain))
+            codes = self._codes[name] = LinearCodes(weight, layer.bias)
+        return AdaptedLayer(codes, self.of(name))
+
+    def take(self, other: "Slots") -> None:
+        """Have what is in the slots of the same block of another model."""
+        for layer, places in self._places.items():
+            for (parent, leaf), module in zip(places, other.of(layer), strict=True):
+                parent.add_module(leaf, module.to(parent._modules[leaf].anchor.device))  # type: ignore[union-attr]
+
+
+class AdaptedLayer(NamedTuple):
+    """A linear layer in plain codes, and what is in its slots."""
+
+    codes: LinearCodes
+    slots: list[Any]
+
+
+class Adapted(reference.Reference):
+    """The operations of a block with adapters: the reference's, since an epilogue has no place for them.
+
+    An adapter reads what the integer layer reads: the values of the codes.
+    """
+
+    def linear(self, codes: torch.Tensor, source: OperandParams, layer: Any) -> torch.Tensor:
+        x = dequantize(codes, source)
+        added = [slot(x) for slot in layer.slots]
+        return super().linear(codes, source, layer.codes) + torch.cat(added, dim=-1)
