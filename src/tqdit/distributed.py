@@ -202,4 +202,4 @@ def _together() -> Iterator[None]:
         raise
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ConnectionError(f"another process of the job has ended or does not answer: {reason}") from error
+        raise ConnectionError(f"another process of the job has ended or cannot be reached: {reason}") from error
