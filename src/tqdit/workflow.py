@@ -183,7 +183,7 @@ def sample_folder(
     `InputError` for a folder that has something else, before any work.
     """
     folder = Path(folder)
-    images.check_folder(folder, wanted.run())
+    images.check_folder(folder, wanted.run)
     model = load_source(wanted.source, backend, device)
     return images.into_folder(wanted, model, folder, lambda f: report("sampling", f))
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,9 @@ class Images:
         """The indices of the images, batch by batch."""
         return distributed.batches(self.num, self.batch)
 
+    @cached_property
     def run(self) -> dict[str, Any]:
-        """What decides the images, as JSON values; their number does not."""
+        """What decides the images, as JSON values; their number does not. Reads the model's files once."""
         settings = {"seed": self.seed, **asdict(self.sampling), "classes": list(self.classes)}
         return {"model": self.source.name, "model_sha256": _fingerprint(self.source), **settings}
 
@@ -101,10 +103,9 @@ def into_folder(images: Images, model: nn.Module, folder: Path, progress: Progre
     are `000017.png`, whole or not there at all. Ranks may see the same folder or, on other machines, one of their own.
     """
     world = distributed.current()
-    run = images.run()
-    check_folder(folder, run)
+    check_folder(folder, images.run)
     if not (folder / RUN).exists():
-        write_text(folder / RUN, json.dumps(run, indent=1) + "\n")
+        write_text(folder / RUN, json.dumps(images.run, indent=1) + "\n")
     here = torch.tensor([image_file(folder, i).is_file() for i in range(images.num)], dtype=torch.int32)
     there = world.add(here).bool().tolist()
     share = world.share([indices for indices in images.batches if not all(there[i] for i in indices)])
