@@ -100,6 +100,7 @@ def test_another_run_is_refused(wanted: Images, tmp_path: Path, change: dict, na
     (tmp_path / RUN).write_text(json.dumps(wanted.run))
     check_folder(tmp_path, wanted.run)
     check_folder(tmp_path, replace(wanted, num=99, batch=1).run)
+    check_folder(tmp_path, {**wanted.run, "model": "renamed"})
     with pytest.raises(InputError, match=named):
         check_folder(tmp_path, replace(wanted, **change).run)
 

@@ -88,7 +88,8 @@ def check_folder(folder: Path, run: dict[str, Any]) -> None:
             raise InputError(f"output {folder} has files but no {RUN}; choose a new or empty folder")
         return
     before = read_json(folder / RUN)
-    if differing := [key for key in {**run, **before} if run.get(key) != before.get(key)]:
+    differing = [key for key in {**run, **before} if run.get(key) != before.get(key)]
+    if set(differing) - {"model"}:  # a model of the same hash may have moved
         key = differing[0]
         raise InputError(
             f"output {folder} has images of another run: {key} was {before.get(key)}, now it is {run.get(key)}; "
