@@ -83,6 +83,18 @@ def test_sample_takes_class_names(run: Callable, pipeline: Path, tmp_path: Path)
     assert pictures[0] == pictures[1] != pictures[2]
 
 
+def test_sample_into_a_folder(run: Callable, artifact: Path, tmp_path: Path) -> None:
+    """An image each; the same command again makes none, another seed is refused."""
+    out = tmp_path / "images"
+    command = ["sample", artifact, "-o", out, "-n", "3", "--steps", "3", "--quiet"]
+    for new in (3, 0):
+        code, text, _ = run(*command)
+        assert (code, f"3 images ({new} new)" in text) == (0, True)
+    assert sorted(file.name for file in out.iterdir()) == ["000000.png", "000001.png", "000002.png", "run.json"]
+    code, _, err = run(*command, "--seed", "1")
+    assert (code, err.count("\n"), "seed was 0, now it is 1" in err) == (2, 1, True)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -120,6 +132,10 @@ def test_wrong_settings(run: Callable, pipeline: Path, tmp_path: Path, options: 
         (["sample", "{pipeline}", "-o", "a.png", "--classes", "10"], "'10'"),
         (["sample", "{pipeline}", "-o", "a.png", "--num", "0"], "num"),
         (["sample", "{pipeline}", "-o", "a.txt", "--num", "1", "--steps", "1"], "a.txt"),
+        (["sample", "{pipeline}", "-o", "new", "--batch", "0"], "batch"),
+        (["sample", "{pipeline}", "-o", "new", "--steps", "1001"], "1001"),
+        (["sample", "{pipeline}", "-o", "new", "--device", "cuda:99"], "cuda:99"),
+        (["sample", "{pipeline}", "-o", "{pipeline}"], "has files but no run.json"),
         (["sample", "{artifact}", "-o", "a.png", "--backend", "abacus"], "abacus"),
         (["sample", "{pipeline}", "-o", "a.png", "--guidance", "inf"], "guidance"),
         (["sample", "{pipeline}", "-o", "{artifact}/tqdit.json/a.png"], "tqdit.json is not a folder"),

@@ -145,9 +145,8 @@ def test_quantized_images_are_those_of_the_float_model(quantized, pipeline) -> N
 
 def test_classes_by_name_cycle(quantized) -> None:
     cycled = workflow.sample(quantized[0], ["class 3", "5"], 3, FAST)
-    source = resolve(quantized[0])
-    assert workflow.cycle_classes(source, ["class 3", "5"], 3) == [3, 5, 3]
-    assert workflow.cycle_classes(source, [], 12) == [*range(10), 0, 1]
+    assert workflow.images_of(quantized[0], ["class 3", "5"], 3, FAST).labels == [3, 5, 3]
+    assert workflow.images_of(quantized[0], [], 12, FAST).labels == [*range(10), 0, 1]
     alone = workflow.sample(quantized[0], ["class 3"], 1, FAST)
     assert sqnr_db(cycled[:1], alone) > 30
 

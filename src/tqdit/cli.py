@@ -7,6 +7,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from tqdit import distributed
 from tqdit.cli_bench import bench
 from tqdit.cli_options import Backend, Device, JsonFile, Quiet, check_outputs, write_json, write_text
 from tqdit.console import print_table, progress
@@ -21,6 +22,7 @@ app = typer.Typer(
 
 INTERRUPTED = 130  # what typer returns for Ctrl-C inside a command
 INTERRUPT_MESSAGE = "interrupted; nothing is half written"
+TOGETHER = ("sample", "compare")  # commands that several processes share
 IN_RECIPE = (
     "bits", "preset", "groups", "samples", "steps", "sampler", "trajectories", "guidance", "rounds", "seed", "ho",
     "mrq", "tgq",
@@ -43,11 +45,14 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
-    pass
+    command = context.invoked_subcommand
+    if command not in TOGETHER:
+        distributed.check_alone(f"tqdit {command}")
 
 
 @app.command()
@@ -106,39 +111,46 @@ def quantize(
 @app.command()
 def sample(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option("-o", "--out", help="PNG file to write")],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="a .png for one grid; or a folder for an image each, resumed if begun")
+    ],
     classes: Annotated[str, typer.Option(help="comma-separated names or numbers; default: all")] = "",
-    num: Annotated[int, typer.Option(help="number of images")] = 16,
+    num: Annotated[int, typer.Option("-n", "--num", help="number of images")] = 16,
     steps: Annotated[int, typer.Option(help="sampler steps")] = 50,
     sampler: Sampler = "ddim",
     guidance: Guidance = 1.5,
     seed: Seed = 0,
+    batch: Annotated[int, typer.Option(help="images drawn at a time; what several processes share are batches")] = 16,
     backend: Backend = "auto",
     device: Device = "cpu",
     quiet: Quiet = False,
 ) -> None:
-    """Sample images from a float or quantized model into one PNG grid."""
+    """Sample images from a float or quantized model into one PNG grid, or into a folder; under torchrun, together."""
     from tqdit import workflow
-    from tqdit.errors import InputError
     from tqdit.evaluation.generate import save_grid
     from tqdit.models.sampler import Sampling
 
-    if out.suffix.lower() != ".png":
-        raise InputError(f"output {out} must end in .png")
-    check_outputs(out)
+    grid = _is_grid(out)
     names = [name for name in classes.split(",") if name.strip()]
-    sampling = Sampling(sampler, steps, guidance)
-    with progress(quiet) as report:
-        pixels = workflow.sample(model, names, num, sampling, seed, report, backend, device)
-    save_grid(pixels, out)
-    typer.echo(f"{out}: {num} images of {model}, {sampler} {steps} steps, guidance {guidance}, seed {seed}")
+    wanted = workflow.images_of(model, names, num, Sampling(sampler, steps, guidance), seed, batch)
+    with distributed.joined(device) as world, progress(quiet or not world.first) as report:
+        if grid:
+            pixels = workflow.sample_images(wanted, report, backend, world.device)
+        else:
+            new = workflow.sample_folder(wanted, out, report, backend, world.device)
+    if not world.first:
+        return
+    if grid:
+        save_grid(pixels, out)
+    done = f"{num} images" if grid else f"{num} images ({new} new)"
+    typer.echo(f"{out}: {done} of {model}, {sampler} {steps} steps, guidance {guidance}, seed {seed}")
 
 
 @app.command()
 def compare(
     reference: Annotated[str, typer.Argument(metavar="FLOAT", help="the float model")],
     quantized: Annotated[list[str], typer.Argument(metavar="QUANTIZED...", help="artifacts made from it")],
-    num: Annotated[int, typer.Option(help="images per model (PSNR, FD-fashion)")] = 16,
+    num: Annotated[int, typer.Option("-n", "--num", help="images per model (PSNR, FD-fashion)")] = 16,
     samples: Annotated[int, typer.Option(help="held-out states per time group (SQNR)")] = 8,
     steps: Annotated[int, typer.Option(help="sampler steps")] = 50,
     sampler: Sampler = "ddim",
@@ -148,14 +160,19 @@ def compare(
     device: Device = "cpu",
     quiet: Quiet = False,
 ) -> None:
-    """Measure artifacts against their float model: SQNR of epsilon, PSNR of same-seed images, FD-fashion, size."""
+    """Measure artifacts against their float model: SQNR of epsilon, PSNR of same-seed images, FD-fashion, size.
+
+    Under torchrun the processes share images and states.
+    """
     from tqdit import comparison
     from tqdit.models.sampler import Sampling
 
     check_outputs(json_file)
     sampling = Sampling(sampler, steps, guidance)
-    with progress(quiet) as report:
-        result = comparison.compare(reference, list(quantized), num, sampling, samples, seed, report, device)
+    with distributed.joined(device) as world, progress(quiet or not world.first) as report:
+        result = comparison.compare(reference, list(quantized), num, sampling, samples, seed, report, world.device)
+    if not world.first:
+        return
     print_table(result)
     if json_file:
         write_text(json_file, result.to_json())
@@ -220,6 +237,8 @@ def main() -> NoReturn:
         _fail(INTERRUPT_MESSAGE)
     except Exception as error:  # typer's own usage errors differ in base class between versions
         if not hasattr(error, "format_message"):
+            if speaker := distributed.speaker():
+                error.add_note(f"tqdit: {speaker}this process has failed")
             raise
         _fail(error.format_message())
     if code == INTERRUPTED:
@@ -228,10 +247,22 @@ def main() -> NoReturn:
 
 
 def _fail(message: str) -> NoReturn:
-    if message:  # a bare `tqdit` has printed its help
-        print(f"tqdit: {message}", file=sys.stderr)
+    if message and distributed.tells(message):  # a bare `tqdit` has printed its help
+        print(f"tqdit: {distributed.speaker()}{message}", file=sys.stderr)
     sys.stdout.flush()
     sys.exit(2)
+
+
+def _is_grid(out: Path) -> bool:
+    """Whether `out` is for a grid, or for a folder of images; `InputError` if it can be neither."""
+    from tqdit.errors import InputError
+
+    if out.suffix.lower() == ".png":
+        check_outputs(out)
+        return True
+    if out.suffix and not out.is_dir():
+        raise InputError(f"output {out} must end in .png for a grid, or be a folder for an image each")
+    return False
 
 
 def _check_recipe_alone(context: typer.Context, recipe: Path | None) -> None:

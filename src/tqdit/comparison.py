@@ -15,13 +15,14 @@ from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.convert import convert
 from tqdit.environment import environment
 from tqdit.errors import InputError
-from tqdit.evaluation import features, fidelity, generate, metrics
+from tqdit.evaluation import features, fidelity, images, metrics
 from tqdit.evaluation.fidelity import EpsilonFidelity
+from tqdit.evaluation.images import Images
 from tqdit.models.sampler import Sampling
 from tqdit.models.sources import ModelSource, load_float, resolve, weights_hash
 from tqdit.recipe import Recipe
 from tqdit.spec import Solution
-from tqdit.workflow import Report, checked_device, cycle_classes, float32_bytes, silent
+from tqdit.workflow import Report, checked_device, chosen_classes, float32_bytes, silent
 
 HELD_OUT_SEED = 20_000  # far from calibration's: other noise, other states
 FASHION = (
@@ -100,25 +101,25 @@ def compare(
 
     `num` images, `samples` held-out states per time group. FD-fashion is None where the bundled classifier does not
     fit, and biased upwards for few images: compare it only within one table. Raises `InputError` for an artifact of
-    another model, and before any sampling where the images could not be decoded.
+    another model, and before any sampling where the images could not be decoded. Inside `distributed.joined` the ranks
+    share images and states, and each returns the whole comparison.
     """
     if num < 1 or samples < 1:
         raise InputError(f"num and samples must be at least 1, got {num} and {samples}")
     source = resolve(reference)
-    generate.check_decodable(int(source.config["in_channels"]), source.vae)
+    wanted = Images(source, chosen_classes(source, []), num, sampling, seed)
     model = load_float(source).to(checked_device(device))
     digest = weights_hash(model)
     found = [_load_artifact(path, source, digest) for path in quantized]
     groups = max((entry.solution.time_groups.num_groups for entry in found), default=10)
     data = held_out(source, model, groups, samples, (HELD_OUT_SEED + seed) % 2**31, report)
-    images = _Images(source, sampling, num, seed, report)
-    first = _float_row(source, model, images)
+    first = _float_row(source, model, _pixels(wanted, model, source.name, report))
     expected = fidelity.predict_epsilon(model, data)
     rows = []
     for entry in found:
         module = convert(entry.solution, device=device)
         eps = fidelity.compare_epsilon(expected, fidelity.predict_epsilon(module, data), data)
-        rows.append(_quantized_row(entry, first, images(module, entry.name), eps, source))
+        rows.append(_quantized_row(entry, first, _pixels(wanted, module, entry.name, report), eps, source))
     settings = {"num": num, "samples_per_group": samples, "groups": groups, "seed": seed, **asdict(sampling)}
     return Comparison(first, tuple(rows), settings, environment(device))
 
@@ -154,28 +155,12 @@ class _Artifact:
     solution: Solution
 
 
-@dataclass(frozen=True)
-class _Images:
-    """Draws the same-seed images of one model after another."""
-
-    source: ModelSource
-    sampling: Sampling
-    num: int
-    seed: int
-    report: Report
-
-    def __call__(self, module: nn.Module, name: str) -> torch.Tensor:
-        def tell(fraction: float) -> None:
-            self.report(f"images of {name}", fraction)
-
-        labels = cycle_classes(self.source, [], self.num)
-        scheduler = self.source.scheduler
-        latents = generate.sample_latents(module, scheduler, labels, self.sampling, self.seed, tell)
-        return generate.to_pixels(latents, self.source.vae)
+def _pixels(wanted: Images, module: nn.Module, name: str, report: Report) -> torch.Tensor:
+    """The same-seed images of one model after another."""
+    return images.gathered(wanted, module, lambda f: report(f"images of {name}", f))
 
 
-def _float_row(source: ModelSource, model: nn.Module, images: _Images) -> ModelRow:
-    pixels = images(model, source.name)
+def _float_row(source: ModelSource, model: nn.Module, pixels: torch.Tensor) -> ModelRow:
     return ModelRow(source.name, None, "float32", float32_bytes(model), 1.0, pixels, fd_fashion(source, pixels))
 
 

@@ -19,7 +19,8 @@ from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.convert import convert
 from tqdit.environment import environment, peak_memory_bytes, versions
 from tqdit.errors import InputError
-from tqdit.evaluation import generate
+from tqdit.evaluation import images
+from tqdit.evaluation.images import BATCH, Images
 from tqdit.files import TRANSFORMER, check_target, replacing
 from tqdit.models.sampler import Sampling
 from tqdit.models.sources import LABELS, PIPELINE, ModelSource, class_indices, load_float, resolve, weights_hash
@@ -51,7 +52,11 @@ class Prepared:
 
 def load(model: str | Path, backend: str = "auto", device: str = "cpu") -> nn.Module:
     """A runnable transformer: an artifact in integers on `backend`, anything else in fp32."""
-    source = resolve(model)
+    return load_source(resolve(model), backend, device)
+
+
+def load_source(source: ModelSource, backend: str = "auto", device: str = "cpu") -> nn.Module:
+    """`load` of a model that is found already."""
     target = checked_device(device)
     if source.quantized:
         return convert(artifact.read(source.folder), backend, target)
@@ -153,17 +158,41 @@ def sample(
     backend: str = "auto",
     device: str = "cpu",
 ) -> torch.Tensor:
-    """`num` images (num, C, H, W) in [-1, 1], cycling through `classes`; all classes if none are named."""
+    """`num` images (num, C, H, W) in [-1, 1], cycling through `classes`; all classes if none are named.
+
+    Inside `distributed.joined` every rank draws its share and returns all of them.
+    """
+    wanted = images_of(model, classes, num, sampling, seed)
+    return sample_images(wanted, report, backend, device)
+
+
+def images_of(
+    model: str | Path, classes: list[str], num: int, sampling: Sampling, seed: int = 0, batch: int = BATCH
+) -> Images:
+    """The images that `sample` draws, `batch` at a time; all of it checked but the weights. Raises `InputError`."""
     if isinstance(classes, str):
         raise InputError(f"classes must be a list of names, got the string '{classes}'")
-    if num < 1:
-        raise InputError(f"num must be at least 1, got {num}")
     source = resolve(model)
-    generate.check_decodable(int(source.config["in_channels"]), source.vae)
-    labels = cycle_classes(source, classes, num)
-    module = load(model, backend, device)
-    latents = generate.sample_latents(module, source.scheduler, labels, sampling, seed, lambda f: report("sampling", f))
-    return generate.to_pixels(latents, source.vae)
+    return Images(source, chosen_classes(source, classes), num, sampling, seed, batch)
+
+
+def sample_images(wanted: Images, report: Report = silent, backend: str = "auto", device: str = "cpu") -> torch.Tensor:
+    """The pixels of `wanted`, (num, C, H, W) in [-1, 1]; several processes share the work."""
+    return images.gathered(wanted, load_source(wanted.source, backend, device), lambda f: report("sampling", f))
+
+
+def sample_folder(
+    wanted: Images, folder: str | Path, report: Report = silent, backend: str = "auto", device: str = "cpu"
+) -> int:
+    """Write `wanted` into `folder`, one PNG each, but for those that are there; returns how many were new.
+
+    Several processes share the work. What is finished stays if one fails, and the same call goes on from there. Raises
+    `InputError` for a folder that has something else, before any work.
+    """
+    folder = Path(folder)
+    images.check_folder(folder, wanted.run)
+    model = load_source(wanted.source, backend, device)
+    return images.into_folder(wanted, model, folder, lambda f: report("sampling", f))
 
 
 def inspect(folder: str | Path, backend: str = "auto") -> dict[str, Any]:
@@ -195,11 +224,9 @@ def checked_device(device: str) -> torch.device:
     return chosen
 
 
-def cycle_classes(source: ModelSource, classes: list[str], num: int) -> list[int]:
-    """`num` class numbers, cycling through the named classes, or through all."""
-    count = int(source.config["num_embeds_ada_norm"])
-    chosen = class_indices(source, classes) if classes else list(range(count))
-    return [chosen[i % len(chosen)] for i in range(num)]
+def chosen_classes(source: ModelSource, names: list[str]) -> tuple[int, ...]:
+    """The numbers of the named classes, or of all."""
+    return tuple(class_indices(source, names) if names else range(int(source.config["num_embeds_ada_norm"])))
 
 
 def _data_hash(data: CalibrationSet) -> str:

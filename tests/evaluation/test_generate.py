@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from tqdit.errors import InputError
-from tqdit.evaluation.generate import check_decodable, save_grid, to_pixels
+from tqdit.evaluation.generate import check_decodable, decoder, save_grid, to_pixels
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -27,6 +28,16 @@ def test_vae_needs_safetensors(tmp_path) -> None:
         check_decodable(4, tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").touch()
     check_decodable(4, tmp_path)
+
+
+def test_decoder_is_the_vae_image_by_image(tmp_path) -> None:
+    vae = AutoencoderKL(block_out_channels=(32,), latent_channels=4, scaling_factor=0.5).eval()
+    vae.save_pretrained(tmp_path)
+    latents = torch.randn(3, 4, 4, 4)
+    with torch.inference_mode():
+        expected = vae.decode(latents / 0.5).sample.clamp(-1, 1)
+    assert torch.allclose(decoder(tmp_path, torch.device("cpu"))(latents), expected, atol=1e-5)
+    assert torch.equal(to_pixels(latents[:1], tmp_path), decoder(tmp_path, torch.device("cpu"))(latents[:1]))
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from tqdit.calibration.trajectories import CalibrationSet
+from tqdit.distributed import batches, current
 from tqdit.evaluation.metrics import sqnr_db
 
 
@@ -18,16 +19,18 @@ class EpsilonFidelity:
     by_timestep: list[tuple[int, float]]
 
 
-@torch.inference_mode()
 def predict_epsilon(model: nn.Module, data: CalibrationSet, batch: int = 16) -> torch.Tensor:
-    """Conditional epsilon at every state of `data`: (S, C, H, W), fp32 on the CPU."""
+    """Conditional epsilon at every state of `data`: (S, C, H, W), fp32 on the CPU; ranks share the batches."""
+    world, members = current(), batches(len(data), batch)
+    parts = [_predict(model, data, slice(share.start, share.stop)) for share in world.share(members)]
+    return torch.cat(world.gather(parts, len(members)))
+
+
+@torch.inference_mode()
+def _predict(model: nn.Module, data: CalibrationSet, states: slice) -> torch.Tensor:
     device = next(iter(model.buffers())).device
-    channels = data.x.shape[1]
-    parts = []
-    for start in range(0, len(data), batch):
-        x, t, labels = (part[start : start + batch].to(device) for part in (data.x, data.t, data.labels))
-        parts.append(model(x, timestep=t, class_labels=labels, return_dict=False)[0][:, :channels].float().cpu())
-    return torch.cat(parts)
+    x, t, labels = (part[states].to(device) for part in (data.x, data.t, data.labels))
+    return model(x, timestep=t, class_labels=labels, return_dict=False)[0][:, : x.shape[1]].float().cpu()
 
 
 def compare_epsilon(reference: torch.Tensor, actual: torch.Tensor, data: CalibrationSet) -> EpsilonFidelity:

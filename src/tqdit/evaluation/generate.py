@@ -1,16 +1,42 @@
 """Images from a float or quantized model. Image i depends on (seed, i) and its class alone."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from tqdit.distributed import batches
 from tqdit.errors import InputError
 from tqdit.files import write_bytes
 from tqdit.models.sampler import Progress, Sampling, noise_generators, trajectory
+
+
+def sample_batches(
+    model: nn.Module,
+    scheduler: Mapping[str, Any] | None,
+    classes: Sequence[int] | Mapping[int, int],
+    sampling: Sampling,
+    seed: int,
+    members: Sequence[range],
+    progress: Progress = lambda _: None,
+) -> Iterator[torch.Tensor]:
+    """x_0 of every batch in `members`, as it is finished: (len(batch), C, H, W), fp32 on the CPU.
+
+    A batch is the indices of its images; `classes[i]` is that of image i. `progress` is told the finished fraction.
+    """
+    device = next(iter(model.buffers())).device
+    total, done = sum(map(len, members)), 0
+    for indices in members:
+        labels = torch.tensor([classes[i] for i in indices], device=device)
+        generators = noise_generators(seed, indices)
+        for step, (_, x) in enumerate(trajectory(model, scheduler, sampling, labels, generators)):
+            progress((done + len(indices) * step / sampling.steps) / total)
+            state = x
+        done += len(indices)
+        yield state.cpu()
 
 
 def sample_latents(
@@ -24,16 +50,9 @@ def sample_latents(
     first: int = 0,
 ) -> torch.Tensor:
     """x_0 for each entry of `classes`, (len, C, H, W), fp32 on the CPU. Image i has the index `first` + i."""
-    device = next(iter(model.buffers())).device
-    images = []
-    for start in range(0, len(classes), batch):
-        labels = torch.tensor(classes[start : start + batch], device=device)
-        generators = noise_generators(seed, range(first + start, first + start + len(labels)))
-        for step, (_, x) in enumerate(trajectory(model, scheduler, sampling, labels, generators)):
-            progress((start + len(labels) * step / sampling.steps) / len(classes))
-            state = x
-        images.append(state.cpu())
-    return torch.cat(images)
+    numbered = dict(enumerate(classes, first))
+    members = [range(first + part.start, first + part.stop) for part in batches(len(classes), batch)]
+    return torch.cat(list(sample_batches(model, scheduler, numbered, sampling, seed, members, progress)))
 
 
 def check_decodable(channels: int, vae_folder: Path | None) -> None:
@@ -47,20 +66,29 @@ def check_decodable(channels: int, vae_folder: Path | None) -> None:
         raise InputError(f"{vae_folder} has no .safetensors weights")
 
 
+def decoder(vae_folder: Path | None, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Latents to images in [-1, 1], both on the CPU: by the pipeline's VAE on `device`, or as they are without one."""
+    if vae_folder is None:
+        return lambda latents: latents.clamp(-1, 1)
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(vae_folder, use_safetensors=True).eval().requires_grad_(False).to(device)
+
+    @torch.inference_mode()
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        images = [vae.decode(x[None].to(device) / vae.config.scaling_factor).sample.cpu() for x in latents]
+        return torch.cat(images).clamp(-1, 1)
+
+    return decode
+
+
 def to_pixels(latents: torch.Tensor, vae_folder: Path | None) -> torch.Tensor:
     """Images in [-1, 1]: decoded by the pipeline's VAE, or the model's own output where there is none.
 
     Raises `InputError` as `check_decodable` does.
     """
     check_decodable(latents.shape[1], vae_folder)
-    if vae_folder is None:
-        return latents.clamp(-1, 1)
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL.from_pretrained(vae_folder, use_safetensors=True).eval().requires_grad_(False)
-    with torch.inference_mode():
-        decoded = [vae.decode(x[None] / vae.config.scaling_factor).sample for x in latents]
-    return torch.cat(decoded).clamp(-1, 1)
+    return decoder(vae_folder, latents.device)(latents)
 
 
 def image_grid(pixels: torch.Tensor, columns: int, scale: int = 2) -> Any:
@@ -79,6 +107,15 @@ def image_grid(pixels: torch.Tensor, columns: int, scale: int = 2) -> Any:
 
 def save_grid(pixels: torch.Tensor, path: Path, columns: int = 8) -> None:
     """Write `image_grid` as a PNG, whole or not at all."""
+    _save(image_grid(pixels, columns=min(len(pixels), columns)), path)
+
+
+def save_image(pixels: torch.Tensor, path: Path) -> None:
+    """Write one image (C, H, W) in [-1, 1] as a PNG in its own size, whole or not at all."""
+    _save(image_grid(pixels[None], columns=1, scale=1), path)
+
+
+def _save(image: Any, path: Path) -> None:
     buffer = io.BytesIO()
-    image_grid(pixels, columns=min(len(pixels), columns)).save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     write_bytes(path, buffer.getvalue())

@@ -1,0 +1,205 @@
+"""Several processes on one job, started by torchrun: who does what, and how results come together.
+
+A process that torchrun did not start, or started alone, is a world of size 1, where everything here costs nothing.
+torch is imported where it is needed: the command line asks this module before it knows whether there is work.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tqdit.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+Items = TypeVar("Items", bound=Sequence[Any])
+# Shares differ by one batch, so ranks of like speed wait minutes. torchrun ends a job whose process dies; this is for
+# a machine that falls silent.
+TIMEOUT = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size`: its `rank`, and the `device` whose memory it works and exchanges tensors in."""
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+
+    @property
+    def first(self) -> bool:
+        """Whether this process speaks for all: it prints and writes what the job has once."""
+        return self.rank == 0
+
+    def share(self, items: Items) -> Items:
+        """This rank's part of a sequence: every `size`-th item, so that no rank has two more than another."""
+        return items[self.rank :: self.size]  # type: ignore[return-value]
+
+    def gather(self, parts: "Sequence[torch.Tensor]", count: int) -> "list[torch.Tensor]":
+        """One tensor for each of `count` items, in their order, on every rank; `parts` are those of this rank's share.
+
+        The tensors may differ in shape and dtype. They travel by NCCL where the world's device is a GPU, one at a
+        time, and end in the kind of memory they came from. Raises `ConnectionError` if another rank is gone.
+        """
+        assert len(parts) == len(self.share(range(count)))
+        if self.size == 1:
+            return list(parts)
+        import torch
+        from torch import distributed as dist
+
+        forms: list[list[tuple[torch.Size, torch.dtype, str]]] = [[] for _ in range(self.size)]
+        gathered = []
+        with _together():
+            dist.all_gather_object(forms, [(part.shape, part.dtype, part.device.type) for part in parts])
+            for item in range(count):
+                place, owner = divmod(item, self.size)
+                shape, dtype, home = forms[owner][place]
+                travelling = torch.empty(shape, dtype=dtype, device=self.device)
+                if owner == self.rank:
+                    travelling.copy_(parts[place])
+                dist.broadcast(travelling, owner)
+                gathered.append(travelling.cpu() if home == "cpu" else travelling)
+        return gathered
+
+    def add(self, tensor: "torch.Tensor") -> "torch.Tensor":
+        """The sum of every rank's `tensor`, on every rank. Of floats, its rounding depends on the number of ranks.
+
+        Raises `ConnectionError` if another rank is gone.
+        """
+        if self.size == 1:
+            return tensor
+        from torch import distributed as dist
+
+        total = tensor.detach().to(self.device, copy=True)
+        with _together():
+            dist.all_reduce(total)
+            return total.to(tensor.device)
+
+
+_current = World()
+
+
+def current() -> World:
+    """The world that `joined` has opened, else this process alone."""
+    return _current
+
+
+@contextmanager
+def joined(device: str = "cpu") -> Iterator[World]:
+    """Join the processes that torchrun started; until the block ends, `current` is their world.
+
+    With several processes, device "cuda" is the GPU of this process's LOCAL_RANK; tensors on GPUs travel by NCCL, those
+    on CPUs by gloo. Every rank must leave the block: the end waits for none. Raises `InputError` for a device that
+    processes would have to share, and as `launched` does.
+    """
+    global _current  # noqa: PLW0603 - as torch's own process group is
+    rank, size, local_rank = launched()
+    world = World(rank, size, _own_device(device, local_rank) if size > 1 else device)
+    if size > 1:
+        _start_group(world)
+    _current = world
+    try:
+        yield world
+    finally:
+        _current = World()
+    if size > 1:  # not after an error: ranks that have not heard of it would be waited for
+        from torch import distributed as dist
+
+        dist.destroy_process_group()
+
+
+def launched() -> tuple[int, int, int]:
+    """(rank, world size, local rank) that torchrun gave this process; (0, 1, 0) without torchrun.
+
+    Raises `InputError` naming a variable of the environment that is missing or no number.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return 0, 1, 0
+    values = []
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        text = os.environ.get(name, "")
+        if not text.isdecimal():
+            raise InputError(f"WORLD_SIZE asks for several processes, but {name} is '{text}'; start them with torchrun")
+        values.append(int(text))
+    rank, size, local_rank = values
+    return rank, size, local_rank
+
+
+def check_alone(command: str) -> None:
+    """Raise `InputError` if torchrun started several processes of a command that is the work of one."""
+    if (size := launched()[1]) > 1:
+        raise InputError(f"'{command}' runs in one process, torchrun started {size}; run it without torchrun")
+
+
+def batches(count: int, size: int) -> list[range]:
+    """The numbers below `count` in runs of `size`; a fixed division, so that it is the same for every world."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def speaker() -> str:
+    """'rank 1 of 2: ' in front of what one of several processes says; nothing for a process alone."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return "" if size == "1" else f"rank {os.environ.get('RANK', '?')} of {size}: "
+
+
+def tells(message: str) -> bool:
+    """Whether this process is the first to have `message` for the user: ranks that fail alike speak once.
+
+    torchrun's own store keeps the count; where there is none, or it does not answer, every process speaks.
+    """
+    if not speaker() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    from torch.distributed import TCPStore
+
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    key = f"tqdit/{attempt}/{hashlib.sha256(message.encode()).hexdigest()}"
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
+        return store.add(key, 1) == 1
+    except (KeyError, ValueError, RuntimeError):
+        return True
+
+
+def _own_device(device: str, local_rank: int) -> str:
+    """`device` for this process alone."""
+    if device.startswith("cuda:"):
+        raise InputError(f"device '{device}' is one GPU for several processes; give cuda, each takes its own")
+    if device != "cuda":
+        return device
+    import torch
+
+    if local_rank >= (found := torch.cuda.device_count()):
+        raise InputError(f"device 'cuda': process {local_rank + 1} of this machine finds {found} GPUs; start fewer")
+    return f"cuda:{local_rank}"
+
+
+def _start_group(world: World) -> None:
+    import torch
+    from torch import distributed as dist
+
+    backend = "gloo"
+    if world.device.startswith("cuda"):
+        torch.cuda.set_device(world.device)  # NCCL and Triton work on the current one
+        backend = "cpu:gloo,cuda:nccl"
+    with _together():
+        dist.init_process_group(backend, timeout=TIMEOUT)
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """What torch says when another rank is gone, as one line."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConnectionError(f"another process of the job has ended or cannot be reached: {reason}") from error

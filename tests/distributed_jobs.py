@@ -1,0 +1,70 @@
+"""What the processes of `test_distributed.py` run under torchrun: `distributed_jobs.py JOB FOLDER ARGUMENTS...`."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from tqdit import comparison, distributed, workflow
+from tqdit.cli import main
+from tqdit.evaluation import generate
+from tqdit.models.sampler import Sampling
+
+SAMPLING = Sampling("ddpm", 4, 1.5)
+
+
+def exchange(folder: Path) -> None:
+    """Every helper once; each rank writes what it got."""
+    with distributed.joined("cpu") as world:
+        assert distributed.current() is world
+        found: dict[str, object] = {"world": [world.rank, world.size, world.device]}
+        for count in (1, 2, 5):
+            share = list(world.share(range(count)))
+            parts = [torch.full((i + 1, 2), i, dtype=torch.float64) for i in share]
+            whole = world.gather(parts, count)
+            assert all(part.dtype == torch.float64 for part in whole)
+            found[f"gathered {count}"] = [part.tolist() for part in whole]
+        with torch.inference_mode():
+            states = [torch.ones(2)]
+        (sums := world.gather(states, world.size)[1]).requires_grad_()  # calibration differentiates what it is given
+        found["trainable"] = sums.requires_grad
+        mine = torch.tensor([world.rank, 1])
+        found["sum"] = world.add(mine).tolist()
+        found["mine"] = mine.tolist()
+    assert distributed.current().size == 1
+    (folder / f"{world.rank}.json").write_text(json.dumps(found))
+
+
+def images(folder: Path, *models: str) -> None:
+    """Images and a comparison on every rank; `models`: the float one, then its artifact."""
+    with distributed.joined("cpu") as world:
+        torch.save([drawn(model) for model in models], folder / f"{world.rank}.pt")
+        result = comparison.compare(models[0], list(models[1:]), 5, SAMPLING, samples=5)
+    (folder / f"{world.rank}.json").write_text(result.to_json())
+
+
+def drawn(model: str) -> torch.Tensor:
+    """7 images in batches of 2: four batches, the last one of a single image."""
+    return workflow.sample_images(workflow.images_of(model, ["3", "5", "8"], 7, SAMPLING, seed=1, batch=2))
+
+
+def dies(_: Path, *arguments: str) -> None:
+    """The command line, whose rank 1 breaks in its second batch."""
+    save, count = generate.save_image, 0
+
+    def failing(pixels: torch.Tensor, path: Path) -> None:
+        nonlocal count
+        count += 1
+        if distributed.current().rank == 1 and count == 2:
+            raise RuntimeError("a cosmic ray")
+        save(pixels, path)
+
+    generate.save_image = failing
+    sys.argv = ["tqdit", *arguments]
+    main()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    {"exchange": exchange, "images": images, "dies": dies}[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
