@@ -242,6 +242,10 @@ def test_values_are_checked_even_if_all_hashes_are_right(folder, change, message
         (lambda m: m["time_groups"].update(num_groups=0), "groups"),
         (lambda m: m.pop("sites"), "sites"),
         (lambda m: m.pop("provenance"), "provenance"),
+        (lambda m: m.update(provenance=3), "is malformed"),
+        (lambda m: m.update(aliases=[1]), "is malformed"),
+        (lambda m: m["tensors"].update({f"{FC1}.codes": {}}), "is malformed"),
+        (lambda m: m["shapes"].update({FC1: ["a"]}), "is malformed"),
     ],
 )
 def test_manifest_is_checked_even_if_all_hashes_are_right(folder, change, message: str) -> None:
@@ -266,7 +270,7 @@ def test_other_format_version(folder, version: object) -> None:
         artifact.read(folder)
 
 
-@pytest.mark.parametrize("name", [CONFIG, MANIFEST, WEIGHTS])
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 def test_missing_file_is_named(folder, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(InputError, match=re.escape(name)):
@@ -317,9 +321,26 @@ def test_a_pipeline_is_verified_as_a_whole(tmp_path, solved) -> None:
     for folder in (tmp_path, tmp_path / TRANSFORMER):
         assert artifact.read(folder).time_groups == solved().time_groups
     file.write_text('{"id2label": {}}')
-    for folder in (tmp_path, tmp_path / TRANSFORMER):
-        with pytest.raises(InputError, match=r"model_index\.json was changed"):
-            artifact.read(folder)
+    with pytest.raises(InputError, match=r"model_index\.json was changed"):
+        artifact.read(tmp_path)
+    artifact.read(tmp_path / TRANSFORMER)
+
+
+def test_a_folder_without_its_seal_is_read(folder) -> None:
+    """diffusers downloads config and weights, and nothing else."""
+    (folder / MANIFEST).unlink()
+    artifact.read(folder)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/outside.safetensors"])
+def test_shards_outside_the_folder_are_not_read(tmp_path, solved, name: str) -> None:
+    artifact.write(solved(), tmp_path, shard_bytes=20_000)
+    edit_json(tmp_path / INDEX, lambda index: index["weight_map"].update({"proj_out_1.bias": name}))
+    with pytest.raises(InputError, match=f"names '{name}', which is not a file of the folder"):
+        artifact.read(tmp_path)
+    edit_json(tmp_path / MANIFEST, lambda seal: seal["files"].update({name: "0"}))
+    with pytest.raises(InputError, match=f"names '{name}', which is not in the folder"):
+        artifact.read(tmp_path)
 
 
 def test_shards(tmp_path, solved) -> None:

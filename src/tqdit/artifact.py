@@ -48,28 +48,39 @@ def write(solution: Solution, folder: Path, shard_bytes: int | None = None) -> N
 
 
 def seal(folder: Path) -> None:
-    """Write tqdit.json: from now on every file of the folder is part of the artifact and may not change.
-
-    Config and weights are not in it, they vouch for themselves.
-    """
+    """Write tqdit.json: from now on the files beside config and weights, which vouch for themselves, may not change."""
     beside = sorted(path for path in folder.rglob("*") if path.is_file() and not _vouched(path.relative_to(folder)))
     files = {path.relative_to(folder).as_posix(): _sha256(path) for path in beside}
     _write_json(folder / MANIFEST, {"format_version": tensors.FORMAT_VERSION, "files": files})
 
 
 def read(folder: Path) -> Solution:
-    """Load and verify an artifact, a pipeline's too, its other files included.
+    """Load and verify an artifact, a pipeline's too, and the files that are sealed beside it.
 
-    Raises `InputError` naming the file or tensor for anything missing, left over, changed, of the wrong dtype or
-    shape, and for scales that are not finite and positive.
+    Raises `InputError` naming the file or tensor for anything missing or changed, and as `tensors.unpack` does. A
+    folder that diffusers downloaded and a pipeline that it wrote have no seal.
     """
-    folder = model_folder(folder)
-    config = read_json(folder / CONFIG)
-    tensors.check_config(config, folder / CONFIG)
-    _check_seal(folder)
-    if folder.name == TRANSFORMER and (folder.parent / MANIFEST).is_file():
-        _check_seal(folder.parent)
-    return tensors.unpack(read_weights(folder), config, folder)
+    model = model_folder(folder)
+    config = read_json(model / CONFIG)
+    tensors.check_config(config, model / CONFIG)
+    for sealed in {folder, model}:
+        if (sealed / MANIFEST).is_file():
+            _check_seal(sealed)
+    return tensors.unpack(read_weights(model), config, model)
+
+
+def check_replaceable(folder: Path) -> None:
+    """`InputError` if a folder has files that are not a model's: saving a model over them would lose them."""
+    if folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            if not (path.is_file() and _vouched(Path(path.name))):
+                raise InputError(f"{folder} has '{path.name}', which saving would remove; choose another folder")
+
+
+def unseal_pipeline(folder: Path) -> None:
+    """Of a model that was saved anew: what the pipeline around it is has changed too, and diffusers writes no seal."""
+    if folder.name == TRANSFORMER:
+        (folder.parent / MANIFEST).unlink(missing_ok=True)
 
 
 def size_bytes(folder: Path) -> int:
@@ -102,6 +113,8 @@ def _check_seal(folder: Path) -> None:
     if not isinstance(files, dict):
         raise InputError(f"{folder / MANIFEST} has no table of files")
     for name, expected in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{folder / MANIFEST} names '{name}', which is not in the folder")
         if not (folder / name).is_file():
             raise InputError(f"{folder / name} is missing")
         if _sha256(folder / name) != expected:

@@ -52,7 +52,7 @@ def convert(solution: Solution, backend: str = "auto", device: str | torch.devic
     model.quantization_backend = chosen.NAME
     model.quantization_report = {name: kernel_name(params, chosen) for name, params in solution.params.items()}
     model.solution = replace(solution, codes=LayerCodes(builder.places))
-    model.again = partial(convert, backend=backend)
+    model.reconvert = partial(convert, backend=backend)
     model.prepared_for = torch.device(device).type
     return model.eval().requires_grad_(False).to(device)
 

@@ -49,6 +49,17 @@ def model_folder(root: Path) -> Path:
     return root / TRANSFORMER if (root / TRANSFORMER).is_dir() else root
 
 
+def is_artifact(root: Path) -> bool:
+    """Whether a folder is an artifact of ours, sealed or only with our config."""
+    if (root / MANIFEST).is_file():
+        return True
+    try:
+        quantization = read_json(model_folder(root) / CONFIG).get("quantization_config")
+    except InputError:
+        return False
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a model's folder, from one safetensors file or from shards with an index.
 
@@ -60,6 +71,8 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise InputError(f"{folder / INDEX} has no weight_map of tensor names to files")
         shards = sorted(set(weight_map.values()))
+        if outside := [shard for shard in shards if Path(shard).name != shard]:
+            raise InputError(f"{folder / INDEX} names '{outside[0]}', which is not a file of the folder")
         return {name: tensor for shard in shards for name, tensor in read_tensors(folder / shard).items()}
     if not (folder / WEIGHTS).is_file() and list(folder.glob("*.bin")):
         raise InputError(f"{folder} has only pickled .bin weights; save it as safetensors first")
@@ -116,7 +129,7 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise InputError(f"output {target} exists; choose another folder or pass --overwrite")
     if target.exists() and not target.is_dir():
         raise InputError(f"output {target} is a file; an artifact is a folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
+    if target.is_dir() and any(target.iterdir()) and not is_artifact(target):
         raise InputError(f"output {target} is not an artifact; refusing to overwrite it")
     _check_parent(target)
 

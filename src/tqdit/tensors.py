@@ -78,25 +78,30 @@ def unpack(found: Mapping[str, torch.Tensor], config: Mapping[str, Any], where: 
     Raises `InputError` naming the tensor for anything missing, left over, changed, of the wrong dtype or shape, and for
     scales that are not finite and positive. 8-bit codes stay views of what was given, maybe a mapped file.
     """
-    manifest = _manifest(found, config, where)
-    tensors = _verified(found, manifest, where)
+    try:
+        return _unpacked(found, config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # all but InputError: of a forged manifest
+        reason = str(error) if isinstance(error, InputError) else f"{MANIFEST_TENSOR} is malformed: {error}"
+        raise InputError(f"{where}: {reason}") from None
+
+
+def _unpacked(found: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Solution:
+    manifest = _manifest(found, config)
+    tensors = _verified(found, manifest)
     for name, target in manifest["aliases"].items():
         if target not in tensors:
-            raise InputError(f"{where}: tensor '{name}' refers to '{target}', which is missing")
+            raise InputError(f"tensor '{name}' refers to '{target}', which is missing")
         tensors[name] = tensors[target]
-    try:
-        groups = TimeGroups(**manifest["time_groups"])
-        specs = [_spec(entry, groups) for entry in manifest["sites"]]
-        shapes = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: {MANIFEST_TENSOR}: {error}") from None
+    groups = TimeGroups(**manifest["time_groups"])
+    specs = [_spec(entry, groups) for entry in manifest["sites"]]
+    shapes = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
     params = {spec.name: _take_params(spec, tensors) for spec in specs}
     codes = _take_codes(specs, shapes, tensors)
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
-            raise InputError(f"{where}: tensor '{name}' must be finite float32, it is {tensor.dtype}")
+            raise InputError(f"tensor '{name}' must be finite float32, it is {tensor.dtype}")
     model_config = {key: value for key, value in config.items() if key != QUANTIZATION}
-    return Solution(model_config, groups, params, codes, tensors, manifest["provenance"])
+    return Solution(model_config, groups, params, codes, tensors, dict(manifest["provenance"]))
 
 
 def _tensors_of(solution: Solution) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
@@ -144,33 +149,34 @@ def _public(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in sorted(config) if key[0] != "_" and key != QUANTIZATION}
 
 
-def _manifest(found: Mapping[str, torch.Tensor], config: Mapping[str, Any], where: object) -> dict[str, Any]:
-    expected_hash = check_config(config, where).get("manifest_sha256")
+def _manifest(found: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    expected_hash = check_config(config, CONFIG).get("manifest_sha256")
     if MANIFEST_TENSOR not in found:
-        raise InputError(f"{where} lacks tensor '{MANIFEST_TENSOR}'")
+        raise InputError(f"the weights lack tensor '{MANIFEST_TENSOR}'")
     data = _bytes(found[MANIFEST_TENSOR])
     if (digest := hashlib.sha256(data).hexdigest()) != expected_hash:
-        raise InputError(f"{where}: tensor '{MANIFEST_TENSOR}' has sha256 {digest}, {CONFIG} says {expected_hash}")
+        raise InputError(f"tensor '{MANIFEST_TENSOR}' has sha256 {digest}, {CONFIG} says {expected_hash}")
     manifest: dict[str, Any] = json.loads(data)
     if missing := set(MANIFEST_KEYS) - set(manifest):
-        raise InputError(f"{where}: {MANIFEST_TENSOR} lacks '{sorted(missing)[0]}'")
+        raise InputError(f"{MANIFEST_TENSOR} lacks '{sorted(missing)[0]}'")
     public, expected = _public(config), manifest["model_config"]
-    for key in sorted({*public, *expected}):
+    newer = set(config.get("_use_default_values", ())) - set(expected)  # settings that diffusers has got since
+    for key in sorted({*public, *expected} - newer):
         if public.get(key) != expected.get(key):
-            raise InputError(f"{where}: {CONFIG} was changed: {key} is {public.get(key)!r}, not {expected.get(key)!r}")
+            raise InputError(f"{CONFIG} was changed: {key} is {public.get(key)!r}, not {expected.get(key)!r}")
     return manifest
 
 
-def _verified(found: Mapping[str, torch.Tensor], manifest: Mapping[str, Any], where: object) -> dict[str, torch.Tensor]:
+def _verified(found: Mapping[str, torch.Tensor], manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     for name, expected in manifest["tensors"].items():
         if name not in found:
-            raise InputError(f"{where} lacks tensor '{name}'")
+            raise InputError(f"the weights lack tensor '{name}'")
         description = _describe(found[name])
         for key in ("dtype", "shape", "sha256"):
             if description[key] != expected[key]:
-                raise InputError(f"{where}: tensor '{name}' has {key} {description[key]}, expected {expected[key]}")
+                raise InputError(f"tensor '{name}' has {key} {description[key]}, expected {expected[key]}")
     if extra := sorted(set(found) - {*manifest["tensors"], MANIFEST_TENSOR}):
-        raise InputError(f"{where} has an unexpected tensor '{extra[0]}'")
+        raise InputError(f"the weights have an unexpected tensor '{extra[0]}'")
     # Weight codes stay in the mapped file until `convert` packs them; no other tensor may keep all of it in memory.
     return {
         name: found[name] if found[name].dtype is torch.uint8 else found[name].clone() for name in manifest["tensors"]
@@ -179,7 +185,7 @@ def _verified(found: Mapping[str, torch.Tensor], manifest: Mapping[str, Any], wh
 
 def _take(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     if name not in tensors:
-        raise InputError(f"the artifact lacks tensor '{name}'")
+        raise InputError(f"the weights lack tensor '{name}'")
     return tensors.pop(name)
 
 

@@ -1,13 +1,14 @@
 """Artifacts through diffusers' own methods: the same model bit for bit, and every trap on the way."""
 
 import copy
+import hashlib
 import json
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from tqdit.files import CONFIG, INDEX, MANIFEST, WEIGHTS
 from tqdit.integrations import on_import
 from tqdit.integrations.diffusers import METHOD, TQDiTConfig, TQDiTQuantizer
 from tqdit.models.integer import IntegerDiT
+from tqdit.tensors import MANIFEST_TENSOR
 
 QUERY = "transformer_blocks.1.attn1.query"
 RECIPES = [("paper", "w8a8"), ("plus", "w6a6"), ("plus", "w4a8")]
@@ -114,8 +116,36 @@ class TestLoading:
         assert torch.equal(run(found, inputs), run(load(folder).to(device), inputs))
 
     def test_several_devices_are_refused(self, folder) -> None:
-        with pytest.raises(InputError, match="one device, device_map names several"):
-            load(folder, device_map={"transformer_blocks.0": "cpu", "transformer_blocks.1": "meta"})
+        several = {"transformer_blocks.0": "cpu", "transformer_blocks.1": "cuda:0"}
+        for device_map in (several, {"": "disk"}, {"": "meta"}, {}):
+            with pytest.raises(InputError, match=f"one device; device_map is {re.escape(str(device_map))}"):
+                load(folder, device_map=device_map)
+
+    def test_settings_that_diffusers_has_got_since(self, folder, model_inputs, monkeypatch) -> None:
+        """It fills them in with their defaults; the artifact was written before there were any."""
+        expected = run(load(folder), model_inputs)
+        stored = load_file(folder / WEIGHTS)
+        manifest = json.loads(bytes(stored[MANIFEST_TENSOR].tolist()))
+        del manifest["model_config"]["norm_eps"]
+        data = json.dumps(manifest).encode()
+        stored[MANIFEST_TENSOR] = torch.tensor(list(data), dtype=torch.uint8)
+        save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+        config = json.loads((folder / CONFIG).read_text())
+        del config["norm_eps"]
+        config["quantization_config"]["manifest_sha256"] = hashlib.sha256(data).hexdigest()
+        (folder / CONFIG).write_text(json.dumps(config))
+        assert torch.equal(run(load(folder), model_inputs), expected)
+        assert torch.equal(run(tqdit.load(folder), model_inputs), expected)
+
+    def test_tensors_that_diffusers_drops(self, folder) -> None:
+        with pytest.raises(InputError, match="diffusers gave no '.*'; load without ignore_mismatched_sizes"):
+            load(folder, ignore_mismatched_sizes=True)
+
+    def test_through_the_class_of_an_integer_model(self, folder, pipeline, model_inputs) -> None:
+        kind = type(load(folder))
+        assert torch.equal(run(kind.from_pretrained(folder), model_inputs), run(load(folder), model_inputs))
+        assert type(kind.from_pretrained(pipeline / "transformer")) is DiTTransformer2DModel
+        assert type(kind.from_config(load(folder).config)) is DiTTransformer2DModel
 
     def test_a_float_model_is_not_quantized_on_loading(self, pipeline, quantized_pipeline) -> None:
         with pytest.raises(InputError, match="calibrated: run `tqdit quantize"):
@@ -155,7 +185,7 @@ class TestDamage:
 
     def test_of_the_config_that_is_another_format(self, folder) -> None:
         config = json.loads((folder / CONFIG).read_text())
-        config["quantization_config"]["format_version"] = 1
+        config["quantization_config"] |= {"format_version": 1, "manifest": "tqdit.json"}
         (folder / CONFIG).write_text(json.dumps(config))
         with pytest.raises(InputError, match="artifact format 1 is not supported"):
             load(folder)
@@ -198,6 +228,14 @@ class TestSaving:
             other.save_pretrained(folder)
         assert [path.name for path in folder.parent.iterdir()] == [folder.name]
         assert torch.equal(run(load(folder), model_inputs), expected)
+
+    @pytest.mark.parametrize("name", ["README.md", "vae", ".git"])
+    def test_over_other_files_is_refused(self, folder, solved, name: str) -> None:
+        (folder / name).mkdir()
+        before = sorted(folder.iterdir())
+        with pytest.raises(InputError, match=f"has '{name}', which saving would remove"):
+            convert(solved()).save_pretrained(folder)
+        assert sorted(folder.iterdir()) == before
 
     def test_over_a_float_model_is_refused(self, own_pipeline, solved) -> None:
         with pytest.raises(InputError, match="is not an artifact; refusing to overwrite it"):
@@ -244,6 +282,13 @@ class TestPipelines:
         assert (images_of(DiTPipeline.from_pretrained(tmp_path / "saved")) == images_of(found)).all()
         assert tqdit.sample(tmp_path / "saved", ["3"], 1, tqdit.Sampling("ddim", 2, 1.5)).shape == (1, 3, 8, 8)
 
+    def test_saved_over_itself(self, quantized_pipeline, tmp_path) -> None:
+        """diffusers writes model_index.json anew: the seal of what was there no longer holds."""
+        copied = shutil.copytree(quantized_pipeline, tmp_path / "copy")
+        DiTPipeline.from_pretrained(copied).save_pretrained(copied)
+        tqdit.load(copied)
+        assert (copied / "transformer" / MANIFEST).is_file()
+
     def test_in_half_precision(self, quantized_pipeline) -> None:
         found = DiTPipeline.from_pretrained(quantized_pipeline, torch_dtype=torch.bfloat16)
         assert found.vae.dtype is found.transformer.dtype is torch.bfloat16
@@ -267,6 +312,32 @@ class TestModel:
         del found
         assert torch.equal(run(twin, model_inputs), expected)
         assert twin.solution.codes["proj_out_2.weight"].dtype is torch.int8
+        places = twin.solution.codes._places.values()
+        assert {id(place.layer) for place in places} <= {id(module) for module in twin.modules()}
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_whatever_torch_makes_tensors_of(self, folder, model_inputs, dtype: torch.dtype) -> None:
+        expected = run(load(folder), model_inputs)
+        torch.set_default_dtype(dtype)
+        try:
+            assert torch.equal(run(load(folder), model_inputs), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    def test_blocks_have_the_names_that_diffusers_asks_for(self, folder) -> None:
+        found = load(folder)
+        names = {type(block).__name__ for block in found.transformer_blocks}
+        assert names == set(found._no_split_modules) == set(found._repeated_blocks)
+
+    def test_loading_and_converting_in_several_threads(self, folder, model_inputs) -> None:
+        shared = load(folder)
+        expected = run(shared, model_inputs)
+        shared.prepared_for = "another"
+        with ThreadPoolExecutor(4) as pool:
+            loaded = list(pool.map(lambda _: run(tqdit.load(folder), model_inputs), range(6)))
+            called = list(pool.map(lambda _: run(shared, model_inputs), range(6)))
+        assert all(torch.equal(found, expected) for found in loaded + called)
+        assert nn.Linear(1, 1).weight.device.type == "cpu"
 
     def test_a_call_on_another_kind_of_device_converts_again(self, folder, model_inputs) -> None:
         found = load(folder)
@@ -325,17 +396,22 @@ class TestRegistration:
         assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] is TQDiTConfig
         assert sys.meta_path == before
 
-    def test_does_not_overwrite(self) -> None:
-        tables = SimpleNamespace(AUTO_QUANTIZER_MAPPING={METHOD: int}, AUTO_QUANTIZATION_CONFIG_MAPPING={})
-        on_import._register(tables)
-        assert {METHOD: int} == tables.AUTO_QUANTIZER_MAPPING
-        assert {METHOD: TQDiTConfig} == tables.AUTO_QUANTIZATION_CONFIG_MAPPING
+    def test_does_not_overwrite(self, monkeypatch) -> None:
+        monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, METHOD, int)
+        monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, METHOD)
+        on_import.register_with_diffusers()
+        assert auto.AUTO_QUANTIZER_MAPPING[METHOD] is int
+        assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] is TQDiTConfig
 
-    def test_waits_for_diffusers(self) -> None:
-        """Importing tqdit imports neither torch nor diffusers; importing diffusers later registers."""
+    @pytest.mark.parametrize(
+        "first",
+        ["import sys, tqdit; assert not {'torch', 'diffusers'} & set(sys.modules)", "from tqdit import TQDiTConfig",
+         "import tqdit.integrations.diffusers", "import diffusers.quantizers.auto, tqdit"],
+    )  # fmt: skip
+    def test_whatever_is_imported_first(self, first: str) -> None:
         code = (
-            "import sys, tqdit; assert not {'torch', 'diffusers'} & set(sys.modules); tqdit.__version__;"
-            "from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING; assert 'tqdit' in AUTO_QUANTIZER_MAPPING;"
+            f"{first}\nimport sys\nfrom diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table\n"
+            "assert 'tqdit' in table\n"
             "assert not [finder for finder in sys.meta_path if 'tqdit' in type(finder).__module__]"
         )
         subprocess.run([sys.executable, "-c", code], check=True)

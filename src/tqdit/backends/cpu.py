@@ -71,7 +71,7 @@ class NativeCpu(TorchCpu):
     def prepare_float_input(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:
         columns = len(weight.codes)
         scale = weight.scale.expand(columns).contiguous()
-        bias = torch.zeros(columns) if bias is None else bias.float().contiguous()
+        bias = torch.zeros_like(scale) if bias is None else bias.float().contiguous()
         return LinearCodes(weight._replace(codes=weight.codes.contiguous(), scale=scale), bias)
 
     @torch.compiler.disable
@@ -144,7 +144,7 @@ class NativeCpu(TorchCpu):
         rows = x.float().reshape(-1, x.shape[-1]).contiguous()
         columns, depth = layer.codes.shape
         assert rows.shape[1] == depth
-        out = torch.empty(len(rows), columns)
+        out = torch.empty(len(rows), columns, dtype=torch.float32)
         native.call(
             "weight_only", rows, layer.codes, layer.scale, layer.bias, len(rows), columns, depth, out,
             torch.get_num_threads(),

@@ -48,7 +48,7 @@ class PackedLinear(FixedDtype):
         self.register_buffer("codes", weight.codes.clone() if self.packed is None else None)
         self.register_buffer("colsum", column_sums(weight.codes) if self.packed is None else None)
         self.register_buffer("scale", weight.scale.expand(columns).contiguous())
-        self.register_buffer("bias", torch.zeros(columns) if bias is None else bias.float().contiguous())
+        self.register_buffer("bias", torch.zeros_like(self.scale) if bias is None else bias.float().contiguous())
 
     def product(self, codes: torch.Tensor, zero: int) -> torch.Tensor:
         """fp32 (M, out): the int32 sums of (codes - zero) W^T, each rounded once. codes: uint8 (M, in), contiguous."""

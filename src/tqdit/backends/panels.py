@@ -35,7 +35,7 @@ class PanelLinear(FixedDtype):
         self.register_buffer("packed", packed)
         self.register_buffer("sums", sums)
         self.register_buffer("scale", weight.scale.expand(columns).contiguous())
-        self.register_buffer("bias", torch.zeros(columns) if bias is None else bias.float().contiguous())
+        self.register_buffer("bias", torch.zeros_like(self.scale) if bias is None else bias.float().contiguous())
 
     def unpacked(self) -> torch.Tensor:
         """The codes, int8 (out, in)."""

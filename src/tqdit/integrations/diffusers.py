@@ -4,13 +4,14 @@ from enum import StrEnum
 from typing import Any
 
 import torch
+from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from tqdit import tensors
 from tqdit.errors import InputError
-from tqdit.files import QUANT_METHOD
+from tqdit.files import CONFIG, QUANT_METHOD
 
 
 class _Method(StrEnum):  # diffusers reads its `value`
@@ -45,6 +46,13 @@ class TQDiTConfig(QuantizationConfigMixin):
         self.activation_bits = activation_bits
         self.manifest_sha256 = manifest_sha256
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Of the part of a config.json; `InputError` for another method or format, whatever else is in it."""
+        tensors.check_config({tensors.QUANTIZATION: config_dict}, CONFIG)
+        config = cls(**{key: value for key, value in config_dict.items() if key in cls().to_dict()})
+        return (config, kwargs) if return_unused_kwargs else config
+
     def to_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "quant_method": METHOD}
 
@@ -75,9 +83,10 @@ class TQDiTQuantizer(DiffusersQuantizer):
         self._dtype = torch.float32
 
     def validate_environment(self, device_map: Any = None, **_: Any) -> None:
-        """`InputError` for a device map over several devices: codes move between the layers in one."""
-        if isinstance(device_map, dict) and len({str(device) for device in device_map.values()}) > 1:
-            raise InputError(f"an integer model runs on one device, device_map names several: {device_map}")
+        """`InputError` for a device map over several devices, between which codes cannot travel, or over none."""
+        devices = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else {"one"}
+        if len(devices) != 1 or devices & {"disk", "meta"}:
+            raise InputError(f"an integer model runs on one device; device_map is {device_map}")
 
     def update_torch_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:
         self._dtype = torch_dtype or torch.float32
@@ -121,6 +130,10 @@ class TQDiTQuantizer(DiffusersQuantizer):
         from tqdit.convert import convert
         from tqdit.models.integer import make_integer
 
+        if lost := sorted(set(self._keys) - set(self._found)):
+            raise InputError(
+                f"diffusers gave no '{lost[0]}'; load without ignore_mismatched_sizes and offload_state_dict"
+            )
         config = {**model.config, tensors.QUANTIZATION: self.quantization_config.to_dict()}
         found, self._found = self._found, {}
         model._modules.clear()
@@ -138,3 +151,12 @@ class TQDiTQuantizer(DiffusersQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def register() -> None:
+    """Add to diffusers' tables, over nothing that is there."""
+    auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, TQDiTQuantizer)
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, TQDiTConfig)
+
+
+register()

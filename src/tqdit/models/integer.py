@@ -1,5 +1,6 @@
 """The class of a converted model; a module of its own because it imports diffusers."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, cast
@@ -16,22 +17,23 @@ from tqdit.errors import InputError
 from tqdit.files import replacing
 from tqdit.spec import Solution
 
-PARTS = ("quantization_backend", "quantization_report", "solution", "again", "prepared_for")
+CONVERTED = ("quantization_backend", "quantization_report", "solution", "reconvert", "prepared_for")
+LOCK = threading.RLock()  # of models that change; a process has few
 
 
 class IntegerDiT(DiTTransformer2DModel):
     """diffusers' transformer, its blocks, conditioning and call in integers; `convert` makes it."""
 
     solution: Solution  # its codes are those of the layers
-    again: Any  # a Solution and `device` -> a model converted in the same way
+    reconvert: Any  # a Solution and `device` -> a model converted in the same way
     prepared_for: str  # the kind of device that the layers are laid out for
     runtime: Any
     conditioning: Any
     config: Any
     out_channels: int
     io_dtype: torch.dtype = torch.float32
-    _no_split_modules = ("IntBlock",)
-    _repeated_blocks = ("IntBlock",)
+    _no_split_modules = ["IntBlock"]  # noqa: RUF012 - as diffusers has them
+    _repeated_blocks = ["IntBlock"]  # noqa: RUF012
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,12 +52,14 @@ class IntegerDiT(DiTTransformer2DModel):
         return self
 
     def adopt(self, other: nn.Module) -> Self:
-        """Become what another converted model is; hooks, config and adapters stay."""
+        """Become what another converted model is; the model's own hooks, config, adapters and `graphs` stay."""
         mine, others = (cast(Any, model)._modules for model in (self, other))
+        if "runtime" in mine:
+            others["runtime"].graphs &= mine["runtime"].graphs
         for old, new in zip(mine.get("transformer_blocks", ()), others["transformer_blocks"], strict=False):
             new.slots.take(old.slots)
         self._modules = others
-        for name in PARTS:
+        for name in CONVERTED:
             setattr(self, name, getattr(other, name))
         return self
 
@@ -69,10 +73,27 @@ class IntegerDiT(DiTTransformer2DModel):
     ) -> Any:
         """As diffusers' own."""
         if hidden_states.device.type != self.prepared_for:
-            self.adopt(self.again(self.solution, device=hidden_states.device))
+            self._prepare(hidden_states.device)
         adapted = any(block.adapted for block in cast(Any, self).transformer_blocks)
         output = self.runtime.call(self._denoised, hidden_states, timestep, class_labels, graphs=not adapted)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    @torch.compiler.disable  # compile after a first call on the device, or the graph breaks here
+    def _prepare(self, device: torch.device) -> None:
+        """Be converted for a kind of device, once however many threads ask."""
+        with LOCK, torch.inference_mode(False), torch.no_grad():  # inference tensors could not be loaded into
+            if self.prepared_for != device.type:
+                self.adopt(self.reconvert(self.solution, device=device))
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+        """diffusers' own: what is in the folder decides the class."""
+        return DiTTransformer2DModel.from_pretrained(*arguments, **options)
+
+    @classmethod
+    def from_config(cls, *arguments: Any, **options: Any) -> Any:
+        """diffusers' own: a float model."""
+        return DiTTransformer2DModel.from_config(*arguments, **options)
 
     def save_pretrained(
         self,
@@ -81,14 +102,14 @@ class IntegerDiT(DiTTransformer2DModel):
         save_function: Any = None,
         safe_serialization: bool = True,
         variant: str | None = None,
-        max_shard_size: int | str = "10GB",
+        max_shard_size: int | str | None = "10GB",
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
         """Write an artifact that `from_pretrained` and tqdit read: whole or not at all, unlike diffusers' own.
 
-        An artifact that is there is replaced; `InputError` for any other folder that is not empty, and for what an
-        artifact does not have: pickled weights, variants. To push, call `push_to_hub`.
+        A model that is there is replaced; `InputError` for a folder with anything else in it, and for what an artifact
+        does not have: pickled weights, variants. To push, call `push_to_hub`.
         """
         refused = {"safe_serialization=False": not safe_serialization, f"variant='{variant}'": variant is not None,
                    "push_to_hub=True": push_to_hub}  # fmt: skip
@@ -96,8 +117,12 @@ class IntegerDiT(DiTTransformer2DModel):
             if given:
                 raise InputError(f"save_pretrained of an integer model does not support {name}")
         if is_main_process:
-            with replacing(Path(save_directory), overwrite=True) as folder:
-                artifact.write(self.solution, folder, convert_file_size_to_int(max_shard_size))
+            target = Path(save_directory)
+            artifact.check_replaceable(target)
+            most = None if max_shard_size is None else convert_file_size_to_int(max_shard_size)
+            with replacing(target, overwrite=True) as folder:
+                artifact.write(self.solution, folder, most)
+            artifact.unseal_pipeline(target)
 
     def _denoised(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C or 2C, H, W), as diffusers' own forward, for the call that clock and conditioning are

@@ -83,7 +83,7 @@ def linear(
 
 def plain(codes: torch.Tensor, source: Operand, weight: Weight, config: Config) -> torch.Tensor:
     """fp32 (B, N, out)."""
-    out = torch.empty(*codes.shape[:2], len(weight.codes), device=codes.device)
+    out = torch.empty(*codes.shape[:2], len(weight.codes), dtype=torch.float32, device=codes.device)
     return linear(codes, source, weight, config, PLAIN.value, out, out.stride(1))
 
 
@@ -161,7 +161,7 @@ def float_input(x: torch.Tensor, weight: Weight, config: Config) -> torch.Tensor
     """x (M, K) fp32 -> (M, N). `block_m` of 0: without tensor cores, for up to FEW_ROWS rows."""
     m, n = len(x), len(weight.codes)
     assert x.stride(1) == 1
-    out = torch.empty(m, n, device=x.device)
+    out = torch.empty(m, n, dtype=torch.float32, device=x.device)
     high = weight.codes if weight.high is None else weight.high
     if config.block_m == 0:
         few_rows_kernel[(triton.cdiv(n, config.block_n),)](

@@ -37,7 +37,7 @@ class TritonLinear(FixedDtype):
         self.register_buffer("codes", low)
         self.register_buffer("high", high)
         self.register_buffer("scale", weight.scale.float().expand(n).contiguous())
-        self.register_buffer("bias", torch.zeros(n) if bias is None else bias.float().contiguous())
+        self.register_buffer("bias", torch.zeros_like(self.scale) if bias is None else bias.float().contiguous())
         self.register_buffer("sums", column_sums(weight.codes))
 
     def unpacked(self) -> torch.Tensor:
