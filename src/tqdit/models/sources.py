@@ -11,7 +11,8 @@ from torch import nn
 
 from tqdit.errors import InputError
 from tqdit.files import CONFIG, QUANT_METHOD, TRANSFORMER, model_folder, read_json, read_weights
-from tqdit.models.sites import check_supported
+from tqdit.models.building import new_model
+from tqdit.models.sites import FREQUENCY_SHIFT, check_supported, config_of
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 BUNDLED = {"fashion-dit": DATA / "fashion-dit"}
@@ -76,7 +77,7 @@ def load_float(source: ModelSource) -> nn.Module:
     if source.quantized:
         raise InputError(f"model '{source.name}' is already quantized; give the float model")
     state = read_weights(source.folder)
-    model = _empty_model(source)
+    model = _new_model(source)
     expected = model.state_dict()
     for name, tensor in expected.items():
         if name not in state:
@@ -94,19 +95,18 @@ def load_float(source: ModelSource) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def _empty_model(source: ModelSource) -> nn.Module:
-    from diffusers import DiTTransformer2DModel
-
-    settings = {key: value for key, value in source.config.items() if key != "quantization_config"}
+def _new_model(source: ModelSource) -> nn.Module:
     try:
-        return DiTTransformer2DModel.from_config(settings)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{source.folder / CONFIG}: diffusers refuses it: {_first_line(error)}") from None
+        return new_model(source.config)
+    except InputError as error:
+        raise InputError(f"{source.folder / CONFIG}: {error}") from None
 
 
 def weights_hash(model: nn.Module) -> str:
-    """sha256 over names and values of a model's parameters."""
+    """sha256 over names and values of a model's parameters, and its frequency shift if that is not diffusers' own."""
     digest = hashlib.sha256()
+    if config_of(model).get(FREQUENCY_SHIFT, 1) != 1:
+        digest.update(FREQUENCY_SHIFT.encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -139,10 +139,6 @@ def _scheduler(path: Path) -> dict[str, Any] | None:
     if type(total) is not int or total < 1:
         raise InputError(f"{path}: num_train_timesteps is {total!r}; it must be a whole number from 1")
     return config
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _labels(root: Path) -> dict[int, str]:
