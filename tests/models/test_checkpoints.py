@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from published_dit import PublishedDiT, position_table, random_dit, sinusoids
 
 from tqdit import workflow
@@ -137,6 +138,14 @@ def test_quantized_the_frequencies_stay_published(file, tiny_recipe, tmp_path) -
     workflow.quantize(path, tmp_path / "w8a8", recipe)
     assert resolve(tmp_path / "w8a8").config[FREQUENCY_SHIFT] == 0
     integer = workflow.load(tmp_path / "w8a8", backend="reference")
+    check_embedding(integer)
+    check_embedding(DiTTransformer2DModel.from_pretrained(tmp_path / "w8a8"))
+    integer.save_pretrained(tmp_path / "again")
+    check_embedding(workflow.load(tmp_path / "again"))
+
+
+def check_embedding(integer: torch.nn.Module) -> None:
+    """An integer model of `random_dit(channels=1)` embeds timesteps as published."""
     assert integer.config[FREQUENCY_SHIFT] == 0
     t, y = torch.tensor([3, 999]), torch.tensor([1, 10])
     with torch.inference_mode():
