@@ -16,8 +16,9 @@ from torch import nn
 from tqdit.convert import convert
 from tqdit.environment import environment
 from tqdit.files import write_text
+from tqdit.models.building import empty_model
 from tqdit.models.random_solution import random_solution
-from tqdit.models.random_weights import embedder_twin, empty_model
+from tqdit.models.random_weights import embedder_twin
 from tqdit.models.shapes import shape_config
 from tqdit.recipe import Recipe
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tqdit import artifact, tensors
+from tqdit import artifact, files, tensors
 from tqdit.convert import convert
 from tqdit.errors import InputError
 from tqdit.files import CONFIG, INDEX, MANIFEST, TRANSFORMER, WEIGHTS
@@ -366,7 +366,7 @@ def test_full_disk_is_an_os_error(tmp_path, solved, monkeypatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(artifact, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         artifact.write(solved(), tmp_path)
 

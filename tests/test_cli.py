@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from published_dit import random_dit
 from safetensors.torch import load_file, save_file
 
 from tqdit import benchmark, contest, workflow
@@ -45,6 +46,19 @@ def artifact(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             main()
     assert not stop.value.code
     return out
+
+
+def test_convert(run: Callable, tmp_path: Path) -> None:
+    torch.save({"ema": random_dit(channels=1).state_dict()}, tmp_path / "official.pt")
+    code, out, err = run("convert", tmp_path / "official.pt", "-o", tmp_path / "dit")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "--num-heads" in err
+    code, out, _ = run("convert", tmp_path / "official.pt", "-o", tmp_path / "dit", "--num-heads", "2")
+    assert code == 0
+    assert "official, its ema weights, DiT-2x32/2@8, 2 heads, 10 classes" in out
+    code, _, _ = run("sample", tmp_path / "dit", "-o", tmp_path / "a.png", "--num", "1", "--steps", "2", "--quiet")
+    assert code == 0
 
 
 def test_quantize_sample_compare_inspect(run: Callable, pipeline: Path, artifact: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tqdit import artifact, workflow
+from tqdit import artifact, files, workflow
 from tqdit.errors import InputError
 from tqdit.evaluation.metrics import sqnr_db
 from tqdit.models.sampler import Sampling
@@ -209,7 +209,7 @@ def test_full_disk_leaves_nothing(pipeline, tiny_recipe, tmp_path, monkeypatch, 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(artifact, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match="No space"):
         workflow.quantize(pipeline, target, recipe, overwrite=True)
     assert files_of(tmp_path) == before

@@ -17,6 +17,7 @@ from tqdit.version import VERSION
 if TYPE_CHECKING:
     from tqdit.comparison import Comparison, compare
     from tqdit.errors import InputError
+    from tqdit.export import convert_checkpoint
     from tqdit.integrations.diffusers import TQDiTConfig
     from tqdit.models.sampler import Sampling
     from tqdit.recipe import Recipe
@@ -29,6 +30,7 @@ _HOMES = {
     "Sampling": "tqdit.models.sampler",
     "TQDiTConfig": "tqdit.integrations.diffusers",
     "compare": "tqdit.comparison",
+    "convert_checkpoint": "tqdit.export",
     "inspect": "tqdit.workflow",
     "load": "tqdit.workflow",
     "quantize": "tqdit.workflow",
@@ -41,6 +43,7 @@ __all__ = [
     "Sampling",
     "TQDiTConfig",
     "compare",
+    "convert_checkpoint",
     "inspect",
     "load",
     "quantize",

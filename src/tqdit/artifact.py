@@ -13,12 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from tqdit import tensors
 from tqdit.errors import InputError
-from tqdit.files import CONFIG, INDEX, MANIFEST, TRANSFORMER, WEIGHTS, model_folder, read_json, read_weights
+from tqdit.files import (
+    CONFIG,
+    INDEX,
+    MANIFEST,
+    TRANSFORMER,
+    WEIGHTS,
+    model_folder,
+    read_json,
+    read_weights,
+    write_tensors,
+)
 from tqdit.spec import Solution
 
 SHARD = "diffusion_pytorch_model-{:05d}-of-{:05d}.safetensors"
@@ -32,11 +40,8 @@ def write(solution: Solution, folder: Path, shard_bytes: int | None = None) -> N
     stored, config = tensors.pack(solution)
     shards = _shards(stored, shard_bytes)
     names = [WEIGHTS] if len(shards) == 1 else [SHARD.format(i, len(shards)) for i in range(1, len(shards) + 1)]
-    try:
-        for name, shard in zip(names, shards, strict=True):
-            save_file(shard, folder / name, metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk, for one
-        raise OSError(f"{folder / name} cannot be written: {error}") from None
+    for name, shard in zip(names, shards, strict=True):
+        write_tensors(folder / name, shard)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in stored.values())},

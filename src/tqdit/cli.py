@@ -1,4 +1,7 @@
-"""The command line: `tqdit quantize | sample | compare | bench | inspect | demo`. Commands import what they need."""
+"""The command line: `tqdit quantize | sample | compare | bench | convert | inspect | demo`.
+
+Commands import what they need.
+"""
 
 import signal
 import sys
@@ -9,7 +12,8 @@ import typer
 
 from tqdit import distributed
 from tqdit.cli_bench import bench
-from tqdit.cli_options import Backend, Device, JsonFile, Quiet, check_outputs, write_json, write_text
+from tqdit.cli_convert import convert
+from tqdit.cli_options import Backend, Device, JsonFile, ModelArgument, Quiet, check_outputs, write_json, write_text
 from tqdit.console import print_table, progress
 
 app = typer.Typer(
@@ -17,7 +21,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Quantize Diffusion Transformers with TQ-DiT and run them in integers. "
-    "MODEL is a bundled name (fashion-dit), a diffusers transformer or pipeline folder, or an artifact.",
+    "MODEL is a bundled name (fashion-dit), a diffusers transformer or pipeline folder, an official DiT checkpoint "
+    "(.pt), owner/name of a model on the Hugging Face Hub, or an artifact.",
 )
 
 INTERRUPTED = 130  # what typer returns for Ctrl-C inside a command
@@ -28,7 +33,6 @@ IN_RECIPE = (
     "mrq", "tgq",
 )  # fmt: skip
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="bundled name, diffusers folder or artifact")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="seed; the same seed gives the same bytes")]
 Guidance = Annotated[float, typer.Option(min=0.0, help="classifier-free guidance; 1 turns it off")]
 Sampler = Annotated[str, typer.Option(help="ddim or ddpm")]
@@ -179,6 +183,7 @@ def compare(
 
 
 app.command()(bench)
+app.command()(convert)
 
 
 @app.command()

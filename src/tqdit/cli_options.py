@@ -6,6 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="bundled name, diffusers folder, official .pt, owner/name on the Hub, artifact"
+    ),
+]
 Device = Annotated[str, typer.Option(help="torch device: cpu, cuda, cuda:1")]
 Backend = Annotated[str, typer.Option(help="integer backend: auto, cpu or reference; simulated checks, never timed")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="write the result here as JSON")]

@@ -13,6 +13,7 @@ from tqdit.layers.block import Conditioning, IntBlock
 from tqdit.layers.clock import TimestepClock
 from tqdit.layers.linear import IntLinear, WeightOnlyLinear, WeightOnlyPatchEmbed
 from tqdit.layers.params import ActivationParams
+from tqdit.models.building import empty_model
 from tqdit.models.sites import BlockLayout, LinearGroup, blocks, float_input_modules
 from tqdit.ops.dispatch import get_backend, kernel_name
 from tqdit.ops.schema import Backend, WeightParams
@@ -30,12 +31,8 @@ def convert(solution: Solution, backend: str = "auto", device: str | torch.devic
     layers. With the backend "auto" it is converted again by a call on another kind of device. Raises `InputError` if
     the solution lacks a site or a parameter of the model, and if the backend cannot run on the device.
     """
-    from accelerate import init_empty_weights
-    from diffusers import DiTTransformer2DModel
-
     chosen = get_backend(backend, device)
-    with init_empty_weights(include_buffers=False):
-        model = DiTTransformer2DModel.from_config(dict(solution.model_config))
+    model: Any = empty_model(solution.model_config)
     builder = _Builder(solution, chosen, model)
     for name in float_input_modules(solution.model_config):
         if not name.endswith(ADALN):

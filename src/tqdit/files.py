@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tqdit.errors import InputError
 
@@ -77,6 +77,15 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     if not (folder / WEIGHTS).is_file() and list(folder.glob("*.bin")):
         raise InputError(f"{folder} has only pickled .bin weights; save it as safetensors first")
     return read_tensors(folder / WEIGHTS)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A safetensors file in the order of names; no two tensors may share memory. Raises `OSError` naming the file."""
+    try:
+        save_file(dict(sorted(tensors.items())), path, metadata={"format": "pt"})
+        path.chmod(0o644)  # as every file beside it
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(f"{path} cannot be written: {error}") from None
 
 
 def write_bytes(path: Path, data: bytes) -> None:

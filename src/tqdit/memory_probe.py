@@ -21,7 +21,7 @@ from tqdit import workflow
 from tqdit.environment import peak_memory_bytes
 from tqdit.evaluation.baselines import DenoiserCall, build, is_compiled, quiet
 from tqdit.evaluation.machine import synchronise
-from tqdit.models.random_weights import empty_model
+from tqdit.models.building import empty_model
 from tqdit.ops.dispatch import get_backend
 
 PACKAGES = Path(__file__).resolve().parent.parent  # so that the child runs this very package

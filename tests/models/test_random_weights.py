@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tqdit.errors import InputError
-from tqdit.models.random_weights import Pool, embedder_twin, empty_model, random_float
+from tqdit.models.building import empty_model
+from tqdit.models.random_weights import Pool, embedder_twin, random_float
 
 
 @pytest.fixture

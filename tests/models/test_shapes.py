@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tqdit.errors import InputError
-from tqdit.models.random_weights import empty_model
+from tqdit.models.building import empty_model
 from tqdit.models.shapes import shape_config, shape_key, shape_name, shape_names, tokens, width
 from tqdit.models.sites import check_supported
 from tqdit.models.sources import resolve

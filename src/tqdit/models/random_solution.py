@@ -8,7 +8,8 @@ import torch
 
 from tqdit.environment import versions
 from tqdit.grids.regions import GELU_MINIMUM, coarse_softmax_scale, merging_exponents, softmax_exponents
-from tqdit.models.random_weights import Pool, embedder_twin, empty_model, standard_deviation
+from tqdit.models.building import empty_model
+from tqdit.models.random_weights import Pool, embedder_twin, standard_deviation
 from tqdit.models.shapes import shape_name, tokens
 from tqdit.models.sites import sites
 from tqdit.recipe import PRODUCTS_OF, Recipe

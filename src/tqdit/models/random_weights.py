@@ -4,13 +4,13 @@ A float model's speed does not depend on values, but zeros would hide it (a zero
 NaN would slow it.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from tqdit.models.sites import check_supported
+from tqdit.models.building import empty_model, set_parameter, share_embedder
 
 EMBEDDER = "norm1.emb."  # diffusers gives every block its own copy of one embedder
 BIAS_STD = 0.1
@@ -37,16 +37,6 @@ class Pool:
         return source[start : start + count].clone().reshape(shape)
 
 
-def empty_model(config: Mapping[str, Any]) -> nn.Module:
-    """The diffusers `DiTTransformer2DModel` of a config on the meta device, its position table real."""
-    from accelerate import init_empty_weights
-    from diffusers import DiTTransformer2DModel
-
-    check_supported(config)
-    with init_empty_weights(include_buffers=False):
-        return DiTTransformer2DModel.from_config(dict(config))
-
-
 def embedder_twin(name: str) -> str:
     """The name of the same parameter in block 0, for one of a block's copy of the embedder; else `name` itself."""
     head, found, tail = name.partition(EMBEDDER)
@@ -61,14 +51,11 @@ def random_float(config: Mapping[str, Any], dtype: torch.dtype = torch.float32, 
     Sharing makes it smaller and faster than diffusers' own model, never slower: a baseline must not lose by copies.
     """
     model = empty_model(config)
-    first, *others = cast(Iterable[Any], model.transformer_blocks)
-    for block in others:
-        block.norm1.emb = first.norm1.emb
+    share_embedder(model)
     pool = Pool(max(p.numel() for p in model.parameters()), seed)
     for name, parameter in list(model.named_parameters()):  # a shared one is listed once
         value = pool.take(parameter.shape).mul_(standard_deviation(name, parameter.shape)).to(dtype)
-        owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner).register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+        set_parameter(model, name, value)
     nn.Module.to(model, dtype)  # the position table; diffusers' own `to` would warn
     return model.eval()
 

@@ -15,6 +15,7 @@ from tqdit.recipe import Recipe
 from tqdit.spec import Granularity, Grid, Role, SiteSpec
 
 ARCHITECTURE = "DiTTransformer2DModel"
+FREQUENCY_SHIFT = "timestep_downscale_freq_shift"  # our key: 0 as published, 1 (if absent) as in diffusers
 FORMER_NAME = "Transformer2DModel"  # what older pipelines call it
 SIZES = (
     "num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "sample_size", "patch_size",
@@ -117,6 +118,9 @@ def check_supported(config: Mapping[str, Any]) -> None:
         raise InputError(
             f"model config has out_channels = {config['out_channels']!r}; it must be {channels} or twice that"
         )
+    shift = config.get(FREQUENCY_SHIFT, 1)
+    if type(shift) is not int or shift not in (0, 1):
+        raise InputError(f"model config has {FREQUENCY_SHIFT} = {shift!r}; it must be 0 or 1")
     if config["sample_size"] % config["patch_size"]:
         raise InputError(
             f"model config has sample_size = {config['sample_size']}, not a multiple of patch_size = "

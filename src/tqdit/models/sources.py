@@ -1,4 +1,7 @@
-"""MODEL on the command line: the bundled name, a diffusers folder, or an artifact. Safetensors only, strict keys."""
+"""MODEL on the command line: the bundled name, a diffusers folder or a checkpoint, on disk or the Hub, or an artifact.
+
+Safetensors, and tensors alone from a checkpoint; strict keys.
+"""
 
 import hashlib
 from collections.abc import Mapping
@@ -11,7 +14,10 @@ from torch import nn
 
 from tqdit.errors import InputError
 from tqdit.files import CONFIG, QUANT_METHOD, TRANSFORMER, model_folder, read_json, read_weights
-from tqdit.models.sites import check_supported
+from tqdit.models import checkpoints, hub
+from tqdit.models.building import new_model
+from tqdit.models.published import DIFFUSION
+from tqdit.models.sites import FREQUENCY_SHIFT, check_supported, config_of
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 BUNDLED = {"fashion-dit": DATA / "fashion-dit"}
@@ -22,7 +28,10 @@ SCHEDULER = Path("scheduler", "scheduler_config.json")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A resolved model. `folder` holds the transformer's config.json and weights; `vae` a decoder folder if any."""
+    """A resolved model. `folder` holds the transformer's config.json and weights; `vae` a decoder folder if any.
+
+    A `checkpoint` is a file with everything; `weights` says which of its sets is used, empty if it has one.
+    """
 
     name: str
     folder: Path
@@ -31,6 +40,8 @@ class ModelSource:
     labels: Mapping[int, str] = field(default_factory=dict)
     vae: Path | None = None
     pipeline: Mapping[str, Any] | None = None  # model_index.json
+    checkpoint: Path | None = None
+    weights: str = ""
 
     @property
     def quantized(self) -> bool:
@@ -38,21 +49,26 @@ class ModelSource:
         return isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD
 
 
-def resolve(model: str | Path) -> ModelSource:
-    """Find a model by bundled name or folder; a pipeline's transformer folder means that pipeline.
+def resolve(model: str | Path, num_heads: int | None = None) -> ModelSource:
+    """Find a model by bundled name, folder, checkpoint file, or id on the Hugging Face Hub, which is downloaded.
 
-    Raises `InputError` saying what was looked for, or which file is not a DiT's.
+    A pipeline's transformer folder means that pipeline; what exists here wins over the Hub. `num_heads`: of a
+    checkpoint whose width is not published. Raises `InputError` saying what was looked for, or which file is not a
+    DiT's.
     """
-    root = BUNDLED.get(str(model), Path(model))
-    if not root.is_dir():
-        raise InputError(f"unknown model '{model}'; give a folder, or a bundled model: {', '.join(BUNDLED)}")
+    path = Path(model)
+    if str(model) not in BUNDLED and path.suffix in checkpoints.SUFFIXES and not path.is_dir():
+        return _checkpoint(path, num_heads)
+    if num_heads is not None:
+        raise InputError(f"--num-heads is for a checkpoint file ({', '.join(checkpoints.SUFFIXES)}), not '{model}'")
+    root = _root(model)
     parent = root.resolve().parent
     if root.resolve().name == TRANSFORMER and (parent / PIPELINE).is_file():
         root = parent
     folder = model_folder(root)
     config = read_json(folder / CONFIG, "a diffusers transformer has one")
     source = ModelSource(
-        name=str(model) if str(model) in BUNDLED else root.resolve().name,
+        name=_name(str(model), root),
         folder=folder,
         config=config,
         scheduler=_scheduler(root / SCHEDULER),
@@ -67,6 +83,29 @@ def resolve(model: str | Path) -> ModelSource:
     return source
 
 
+def _root(model: str | Path) -> Path:
+    root = BUNDLED.get(str(model), Path(model))
+    if root.is_dir():
+        return root
+    if isinstance(model, str) and hub.is_id(model) and not root.exists():
+        return hub.fetched(model)
+    raise InputError(
+        f"unknown model '{model}'; give a folder, a checkpoint file ({', '.join(checkpoints.SUFFIXES)}), owner/name "
+        f"of a model on the Hugging Face Hub, or a bundled model: {', '.join(BUNDLED)}"
+    )
+
+
+def _name(model: str, root: Path) -> str:
+    if model in BUNDLED:
+        return model
+    return root.resolve().name if Path(model).is_dir() else model.rpartition("/")[2]  # a Hub folder's is a hash
+
+
+def _checkpoint(path: Path, num_heads: int | None) -> ModelSource:
+    found = checkpoints.read(path, num_heads)
+    return ModelSource(path.stem, path.parent, found.config, DIFFUSION, checkpoint=path, weights=found.weights)
+
+
 def load_float(source: ModelSource) -> nn.Module:
     """The float `DiTTransformer2DModel`, fp32, eval mode, on the CPU.
 
@@ -75,8 +114,11 @@ def load_float(source: ModelSource) -> nn.Module:
     """
     if source.quantized:
         raise InputError(f"model '{source.name}' is already quantized; give the float model")
+    if source.checkpoint is not None:
+        heads = int(source.config["num_attention_heads"])
+        return checkpoints.load(checkpoints.read(source.checkpoint, heads))
     state = read_weights(source.folder)
-    model = _empty_model(source)
+    model = _new_model(source)
     expected = model.state_dict()
     for name, tensor in expected.items():
         if name not in state:
@@ -94,19 +136,18 @@ def load_float(source: ModelSource) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def _empty_model(source: ModelSource) -> nn.Module:
-    from diffusers import DiTTransformer2DModel
-
-    settings = {key: value for key, value in source.config.items() if key != "quantization_config"}
+def _new_model(source: ModelSource) -> nn.Module:
     try:
-        return DiTTransformer2DModel.from_config(settings)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{source.folder / CONFIG}: diffusers refuses it: {_first_line(error)}") from None
+        return new_model(source.config)
+    except InputError as error:
+        raise InputError(f"{source.folder / CONFIG}: {error}") from None
 
 
 def weights_hash(model: nn.Module) -> str:
-    """sha256 over names and values of a model's parameters."""
+    """sha256 over names and values of a model's parameters, and its frequency shift if that is not diffusers' own."""
     digest = hashlib.sha256()
+    if config_of(model).get(FREQUENCY_SHIFT, 1) != 1:
+        digest.update(FREQUENCY_SHIFT.encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -141,15 +182,16 @@ def _scheduler(path: Path) -> dict[str, Any] | None:
     return config
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
 def _labels(root: Path) -> dict[int, str]:
     """Class names: `id2label` of a pipeline's model_index.json, or an artifact's own file."""
     table = (_optional_json(root / PIPELINE) or {}).get("id2label") or _optional_json(root / LABELS) or {}
+    return class_names(table, f"{root}: id2label")
+
+
+def class_names(table: Any, where: str) -> dict[int, str]:
+    """Class names by number, out of JSON; `where` it is from is named in the `InputError` for anything else."""
     if not isinstance(table, dict):
-        raise InputError(f"{root}: id2label is not a table of class numbers to names")
+        raise InputError(f"{where} is not a table of class numbers to names")
     if wrong := [number for number in table if not number.isdecimal()]:
-        raise InputError(f"{root}: id2label has the key '{wrong[0]}', keys are class numbers")
+        raise InputError(f"{where} has the key '{wrong[0]}', keys are class numbers")
     return {int(number): str(label) for number, label in table.items()}

@@ -1,0 +1,34 @@
+"""The command `tqdit convert`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tqdit.cli_options import ModelArgument
+
+
+def convert(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder to write")],
+    num_heads: Annotated[
+        int | None, typer.Option(help="attention heads of a checkpoint; known for the published widths")
+    ] = None,
+    vae: Annotated[Path | None, typer.Option(help="folder of a diffusers autoencoder to copy in")] = None,
+    labels: Annotated[Path | None, typer.Option(help='class names to write: JSON such as {"0": "tench"}')] = None,
+    official: Annotated[
+        bool,
+        typer.Option("--official", help="a diffusers folder was made from an official checkpoint: run as published"),
+    ] = False,
+) -> None:
+    """Turn an official DiT checkpoint (.pt) into a diffusers folder with safetensors."""
+    from tqdit.export import convert_checkpoint
+    from tqdit.models.shapes import shape_name
+
+    result = convert_checkpoint(model, out, num_heads, vae, labels, official)
+    used = f", its {result['weights']} weights" if result["weights"] else ""
+    config = result["config"]
+    typer.echo(
+        f"{out}: {result['name']}{used}, {shape_name(config)}, {config['num_attention_heads']} heads, "
+        f"{config['num_embeds_ada_norm']} classes, {result['bytes'] / 1e6:.2f} MB"
+    )

@@ -1,0 +1,106 @@
+"""A float model written as a diffusers folder: what `tqdit convert` does."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tqdit.errors import InputError
+from tqdit.files import CONFIG, TRANSFORMER, WEIGHTS, check_target, read_json, replacing, write_tensors, write_text
+from tqdit.models.published import AS_PUBLISHED, DIFFUSION
+from tqdit.models.sites import ARCHITECTURE, config_of
+from tqdit.models.sources import LABELS, PIPELINE, SCHEDULER, ModelSource, class_names, load_float, resolve
+
+
+def convert_checkpoint(
+    model: str | Path,
+    out: str | Path,
+    num_heads: int | None = None,
+    vae: str | Path | None = None,
+    labels: str | Path | None = None,
+    official: bool = False,
+) -> dict[str, Any]:
+    """Write an official DiT checkpoint as the new folder `out`: transformer, scheduler, with a VAE a whole pipeline.
+
+    `num_heads`: needed where the checkpoint's width is not published. `vae`: a diffusers autoencoder's folder, which is
+    copied. `labels`: a JSON file of class numbers to names. `official` lets MODEL be a diffusers folder: it is marked
+    as made from an official checkpoint, so that it runs with the published frequencies. Returns the name, the set of
+    weights used, the config and the bytes written. Raises `InputError` for what `resolve` and `load_float` refuse, for
+    `out` that exists, a folder that is no VAE and a file that has no class names.
+    """
+    out = Path(out)
+    if out.exists():
+        raise InputError(f"output {out} exists; choose another folder")
+    check_target(out, overwrite=False)
+    source = resolve(model, num_heads)
+    if source.checkpoint is None and not official and not source.quantized:
+        raise InputError(
+            f"'{model}' is in diffusers' format already; pass --official if it was made from an official checkpoint "
+            "and is to run as published"
+        )
+    source = replace(
+        source,
+        config={**source.config, **AS_PUBLISHED},
+        vae=source.vae if vae is None else _checked_vae(Path(vae)),
+        labels=source.labels if labels is None else class_names(read_json(Path(labels)), str(labels)),
+    )
+    module = load_float(source)
+    with replacing(out) as folder:
+        _write(folder, source, module)
+    return {
+        "name": source.name,
+        "weights": source.weights,
+        "config": config_of(module),
+        "bytes": sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
+    }
+
+
+def _write(folder: Path, source: ModelSource, module: nn.Module) -> None:
+    transformer = folder / TRANSFORMER
+    transformer.mkdir()
+    write_tensors(transformer / WEIGHTS, _separate(module.state_dict()))
+    _write_json(transformer / CONFIG, dict(config_of(module)))
+    _write_json(folder / SCHEDULER, source.scheduler or DIFFUSION)
+    if source.vae is not None:
+        shutil.copytree(source.vae, folder / "vae")
+    labels = {str(number): label for number, label in sorted(source.labels.items())}
+    if source.vae is not None or source.pipeline is not None:
+        _write_json(folder / PIPELINE, _index(source) | ({"id2label": labels} if labels else {}))
+    elif labels:
+        _write_json(folder / LABELS, labels)
+
+
+def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors none of which share memory: diffusers' own loader wants every block's copy of the embedder."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        found[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return found
+
+
+def _index(source: ModelSource) -> dict[str, Any]:
+    """The model_index.json of a pipeline, by which diffusers' `DiTPipeline` loads the folder."""
+    index = {"_class_name": "DiTPipeline", **(source.pipeline or {})}
+    index["scheduler"] = ["diffusers", (source.scheduler or DIFFUSION).get("_class_name", "DDIMScheduler")]
+    index[TRANSFORMER] = ["diffusers", ARCHITECTURE]
+    if source.vae is not None:
+        index["vae"] = ["diffusers", read_json(source.vae / CONFIG).get("_class_name", "AutoencoderKL")]
+    return index
+
+
+def _checked_vae(folder: Path) -> Path:
+    read_json(folder / CONFIG, "--vae takes the folder of a diffusers autoencoder")
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"{folder} has no .safetensors weights; --vae takes the folder of a diffusers autoencoder")
+    return folder
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,130 @@
+"""Official DiT checkpoints: a `.pt` file with the published names becomes a diffusers model that runs as published.
+
+Only tensors are read from the file; Python objects in it are never unpickled.
+"""
+
+import argparse
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from tqdit.errors import InputError
+from tqdit.models.building import empty_model, set_parameter, share_embedder
+from tqdit.models.published import POSITIONS, implied_config, published_names
+
+SUFFIXES = (".pt", ".pth")
+TRAINING_KEYS = ("ema", "model")  # of a training checkpoint, the better weights first; it also has "opt" and "args"
+POSITION_TOLERANCE = 1e-5
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint file: its weights by published name, still in the file, and the config they imply.
+
+    `weights` says which of a training checkpoint's they are, "ema" or "model"; empty for a file with one set.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+    weights: str
+
+
+def read(path: Path, num_heads: int | None = None) -> Checkpoint:
+    """Names, shapes and config of a checkpoint. `num_heads` overrides the published number for the width.
+
+    Raises `InputError` naming the file, and the tensor or size that is not a DiT's.
+    """
+    weights, tensors = _tensors(path, _unpickled(path))
+    try:
+        return Checkpoint(path, implied_config(tensors, num_heads), tensors, weights)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def load(checkpoint: Checkpoint) -> nn.Module:
+    """The float `DiTTransformer2DModel`, fp32, eval mode, on the CPU; all blocks share one embedder.
+
+    Raises `InputError` naming the file and the tensor for anything missing, of the wrong shape, left over or not
+    finite, and for a position table that is not the published one.
+    """
+    try:
+        model = empty_model(checkpoint.config)
+        share_embedder(model)
+        left = dict(checkpoint.tensors)
+        _check_positions(_taken(left, POSITIONS), cast(torch.Tensor, model.get_buffer("pos_embed.pos_embed")))
+        for name, targets in published_names(checkpoint.config):
+            _fill(model, name, _taken(left, name), targets)
+        if left:
+            raise InputError(f"unexpected tensor '{min(left)}'")
+    except InputError as error:
+        raise InputError(f"{checkpoint.path}: {error}") from None
+    return model.eval()
+
+
+def _unpickled(path: Path) -> Any:
+    """What a file holds, tensors mapped from it where its format allows."""
+    try:
+        with path.open("rb") as file:
+            zipped = zipfile.is_zipfile(file)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the training command line; never used
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # a damaged file can fail in any way
+        if refused := re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error)):
+            raise InputError(f"{path} holds a Python object, {refused[1]}, which is never unpickled") from None
+        raise InputError(f"{path} is truncated, damaged or no file of torch.save") from None
+
+
+def _tensors(path: Path, loaded: Any) -> tuple[str, dict[str, torch.Tensor]]:
+    """Which weights of the file are used, and these."""
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path} holds no table of tensors but a {type(loaded).__name__}")
+    weights = next((key for key in TRAINING_KEYS if isinstance(loaded.get(key), dict)), "")
+    tensors = loaded[weights] if weights else loaded
+    for name, value in tensors.items():
+        if not (isinstance(value, torch.Tensor) and value.dtype in FLOATS and value.layout is torch.strided):
+            raise InputError(f"{path}: '{name}' is no tensor of floats; a DiT checkpoint has nothing else")
+    return weights, dict(tensors)
+
+
+def _taken(left: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    if name not in left:
+        raise InputError(f"weights lack tensor '{name}'")
+    tensor = left.pop(name)
+    if not torch.isfinite(tensor).all():
+        raise InputError(f"tensor '{name}' has NaN or Inf values")
+    return tensor
+
+
+def _fill(model: nn.Module, name: str, tensor: torch.Tensor, targets: tuple[str, ...]) -> None:
+    """Rows of a published tensor into the parameters they belong to, in memory of their own."""
+    shapes = [model.get_parameter(target).shape for target in targets]
+    expected = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    if tuple(tensor.shape) != expected:
+        raise InputError(f"tensor '{name}' has shape {tuple(tensor.shape)}, the other tensors need {expected}")
+    for target, rows in zip(targets, tensor.split([shape[0] for shape in shapes]), strict=True):
+        value = rows.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        set_parameter(model, target, value)
+
+
+def _check_positions(stored: torch.Tensor, computed: torch.Tensor) -> None:
+    """diffusers computes the table; a checkpoint stores it, in its own dtype. They must be the same, (1, N, C)."""
+    if stored.shape != computed.shape:
+        raise InputError(f"tensor '{POSITIONS}' has shape {tuple(stored.shape)}, expected {tuple(computed.shape)}")
+    tolerance = max(POSITION_TOLERANCE, torch.finfo(stored.dtype).eps if stored.dtype.itemsize < 4 else 0.0)
+    difference = (stored.float() - computed).abs().max().item()
+    if difference > tolerance:
+        raise InputError(
+            f"tensor '{POSITIONS}' is not the sine-cosine table of DiT: it differs by {difference:.2g}, and no other "
+            "table is supported"
+        )

@@ -1,0 +1,30 @@
+"""Models on the Hugging Face Hub: configs and safetensors, never a pickle."""
+
+import re
+from pathlib import Path
+
+from tqdit.errors import InputError
+
+ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+FILES = ("*.json", "*.safetensors")
+
+
+def is_id(model: str) -> bool:
+    """Whether a string has the form owner/name."""
+    return ID.fullmatch(model) is not None
+
+
+def fetched(model: str) -> Path:
+    """The folder of a model's files, downloaded unless the Hub's cache has them; with HF_HUB_OFFLINE set, from there.
+
+    Raises `InputError` naming the model.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(FILES)))
+    except Exception as error:  # the library's errors and those of its connections have no class in common
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"unknown model '{model}': no such folder here, and not to be had from the Hugging Face Hub: {reason}"
+        ) from None
