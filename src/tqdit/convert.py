@@ -13,7 +13,7 @@ from tqdit.layers.block import Conditioning, IntBlock
 from tqdit.layers.clock import TimestepClock
 from tqdit.layers.linear import IntLinear, WeightOnlyLinear, WeightOnlyPatchEmbed
 from tqdit.layers.params import ActivationParams
-from tqdit.models.building import empty_model
+from tqdit.models.building import LOCK, empty_model
 from tqdit.models.sites import BlockLayout, LinearGroup, blocks, float_input_modules
 from tqdit.ops.dispatch import get_backend, kernel_name
 from tqdit.ops.schema import Backend, WeightParams
@@ -31,6 +31,11 @@ def convert(solution: Solution, backend: str = "auto", device: str | torch.devic
     layers. With the backend "auto" it is converted again by a call on another kind of device. Raises `InputError` if
     the solution lacks a site or a parameter of the model, and if the backend cannot run on the device.
     """
+    with LOCK:
+        return _converted(solution, backend, device)
+
+
+def _converted(solution: Solution, backend: str, device: str | torch.device) -> nn.Module:
     chosen = get_backend(backend, device)
     model: Any = empty_model(solution.model_config)
     builder = _Builder(solution, chosen, model)

@@ -152,7 +152,7 @@ def _public(config: Mapping[str, Any]) -> dict[str, Any]:
 def _manifest(found: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
     expected_hash = check_config(config, CONFIG).get("manifest_sha256")
     if MANIFEST_TENSOR not in found:
-        raise InputError(f"the weights lack tensor '{MANIFEST_TENSOR}'")
+        raise InputError(f"lacks tensor '{MANIFEST_TENSOR}'")
     data = _bytes(found[MANIFEST_TENSOR])
     if (digest := hashlib.sha256(data).hexdigest()) != expected_hash:
         raise InputError(f"tensor '{MANIFEST_TENSOR}' has sha256 {digest}, {CONFIG} says {expected_hash}")
@@ -170,13 +170,13 @@ def _manifest(found: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> d
 def _verified(found: Mapping[str, torch.Tensor], manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     for name, expected in manifest["tensors"].items():
         if name not in found:
-            raise InputError(f"the weights lack tensor '{name}'")
+            raise InputError(f"lacks tensor '{name}'")
         description = _describe(found[name])
         for key in ("dtype", "shape", "sha256"):
             if description[key] != expected[key]:
                 raise InputError(f"tensor '{name}' has {key} {description[key]}, expected {expected[key]}")
     if extra := sorted(set(found) - {*manifest["tensors"], MANIFEST_TENSOR}):
-        raise InputError(f"the weights have an unexpected tensor '{extra[0]}'")
+        raise InputError(f"has an unexpected tensor '{extra[0]}'")
     # Weight codes stay in the mapped file until `convert` packs them; no other tensor may keep all of it in memory.
     return {
         name: found[name] if found[name].dtype is torch.uint8 else found[name].clone() for name in manifest["tensors"]
@@ -185,7 +185,7 @@ def _verified(found: Mapping[str, torch.Tensor], manifest: Mapping[str, Any]) ->
 
 def _take(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     if name not in tensors:
-        raise InputError(f"the weights lack tensor '{name}'")
+        raise InputError(f"lacks tensor '{name}'")
     return tensors.pop(name)
 
 

@@ -138,7 +138,7 @@ class TestLoading:
         assert torch.equal(run(tqdit.load(folder), model_inputs), expected)
 
     def test_tensors_that_diffusers_drops(self, folder) -> None:
-        with pytest.raises(InputError, match="diffusers gave no '.*'; load without ignore_mismatched_sizes"):
+        with pytest.raises(InputError, match=r"diffusers gave no '.*'; load without ignore_mismatched_sizes"):
             load(folder, ignore_mismatched_sizes=True)
 
     def test_through_the_class_of_an_integer_model(self, folder, pipeline, model_inputs) -> None:

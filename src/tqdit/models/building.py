@@ -1,5 +1,6 @@
 """diffusers' `DiTTransformer2DModel` of a config: the one place where a float model's structure is made."""
 
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -9,6 +10,8 @@ from torch import nn
 from tqdit.errors import InputError
 from tqdit.models.sites import FREQUENCY_SHIFT, check_supported
 
+# accelerate makes models empty by changing what every thread's modules do when they get a parameter.
+LOCK = threading.RLock()
 OURS = (FREQUENCY_SHIFT, "quantization_config")  # keys of a config that diffusers does not take
 
 
@@ -37,7 +40,7 @@ def empty_model(config: Mapping[str, Any]) -> nn.Module:
     """`new_model` on the meta device, its position table real."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
+    with LOCK, init_empty_weights(include_buffers=False):
         return new_model(config)
 
 

@@ -1,6 +1,5 @@
 """The class of a converted model; a module of its own because it imports diffusers."""
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, cast
@@ -15,10 +14,10 @@ from torch.nn import functional as F
 from tqdit import artifact
 from tqdit.errors import InputError
 from tqdit.files import replacing
+from tqdit.models.building import LOCK
 from tqdit.spec import Solution
 
 CONVERTED = ("quantization_backend", "quantization_report", "solution", "reconvert", "prepared_for")
-LOCK = threading.RLock()  # of models that change; a process has few
 
 
 class IntegerDiT(DiTTransformer2DModel):
