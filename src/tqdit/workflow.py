@@ -14,7 +14,8 @@ from torch import nn
 
 from tqdit import artifact
 from tqdit.calibration import trajectories
-from tqdit.calibration.recorder import Records, record
+from tqdit.calibration.recorder import record
+from tqdit.calibration.records import Records
 from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.convert import convert
 from tqdit.environment import environment, peak_memory_bytes, versions

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from tqdit.calibration.recorder import AttentionRecord, LinearRecord, Records
+from tqdit.calibration.records import AttentionRecord, LinearRecord, Records
 from tqdit.calibration.statistics import RangeStats
 from tqdit.grids import uniform
 from tqdit.models.sampler import Progress
