@@ -1,5 +1,6 @@
 """Finished pieces of a long run, by name: in memory, or in a work folder from which a later run continues."""
 
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,3 +74,12 @@ class WorkFolder:
         if not path.is_file():
             write_bytes(path, save({key: tensor.contiguous() for key, tensor in make().items()}))
         return OnDisk(path)
+
+
+def discard(work: Path, stages: Iterable[str]) -> None:
+    """Remove the `WorkFolder`s "<stage>-<hash>" inside `work`, and it too unless it holds something else."""
+    for stage in stages:
+        for folder in work.glob(f"{stage}-*/"):
+            shutil.rmtree(folder)
+    if work.is_dir() and not any(work.iterdir()):
+        work.rmdir()
