@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from tqdit.calibration.recorder import record
+from tqdit.calibration.picker import Picker
+from tqdit.calibration.recorder import batch_size, picked_bytes, record
 from tqdit.models.sampler import predict
+from tqdit.models.shapes import shape_config
 from tqdit.models.sites import blocks, sites
+from tqdit.recipe import Recipe
 from tqdit.spec import Role
 
 Q, K, V, P = Role.QUERY, Role.KEY, Role.VALUE, Role.SOFTMAX
@@ -230,10 +233,18 @@ def test_a_device_without_memory_for_a_batch_takes_smaller_ones(model, data, rec
         assert found.linears[name].group.bincount().tolist() == linear.group.bincount().tolist()
 
 
-def test_the_batch_follows_from_the_model_alone() -> None:
-    from tqdit.calibration.recorder import batch_size
-    from tqdit.models.shapes import shape_config
+@pytest.mark.parametrize(
+    ("shape", "samples", "batch"),
+    [("DiT-XL/2", 32, 4), ("DiT-XL/2", 1, 2), ("DiT-XL/2@512", 32, 1), ("DiT-S/8", 32, 8)],
+)
+def test_a_pass_takes_what_its_budget_allows(shape: str, samples: int, batch: int) -> None:
+    config, recipe = shape_config(shape), Recipe.build(samples=samples)
+    picker = Picker(recipe, recipe.groups * samples, 2, (config["sample_size"] // config["patch_size"]) ** 2)
+    assert batch_size(config, picker) == batch
 
-    assert batch_size(shape_config("DiT-XL/2"), 2) == 5
-    assert batch_size(shape_config("DiT-XL/2@512"), 2) == 1
-    assert batch_size(shape_config("DiT-S/8"), 2) == 8
+
+def test_picked_bytes_are_those_of_the_records(model, data, records, tiny_recipe) -> None:
+    parts = [*records.linears.values(), *records.attentions.values()]
+    labels = ("group", "step_weight")
+    held = sum(t.nbytes for part in parts for name, t in vars(part).items() if name not in labels)
+    assert picked_bytes(model.config, Picker(tiny_recipe(), len(data), 2, 16)) * len(data) == held

@@ -1,5 +1,6 @@
 """One pass of the float model over the calibration set: ranges, sampled activations and Fisher weights per matmul."""
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from tqdit.recipe import Recipe
 PROBE_STREAM = 500_000  # first noise stream of the probes, apart from those of images and of trajectories
 MAXIMA_PER_HEAD = 16
 LARGEST_BATCH = 8
-GRAPH_BYTES = 4 << 30  # what the activations that the backward pass needs may take
+PASS_BYTES = 4 << 30  # what the activations that one backward pass needs, and what is picked of it, may take
 
 
 def record(
@@ -35,13 +36,13 @@ def record(
 ) -> Records:
     """Run the float model with guidance over `data`, forward and backward. The model is left as it was.
 
-    `batch`: samples at once; by default as many as `GRAPH_BYTES` allow. Each batch is one piece of `store`.
+    `batch`: samples at once; by default as many as `PASS_BYTES` allow. Each batch is one piece of `store`.
     """
     config = config_of(model)
     layout = blocks(config)
     halves = 1 if recipe.guidance == 1.0 else 2
     picker = Picker(recipe, len(data), halves, _tokens(config))
-    size = batch or batch_size(config, halves)
+    size = batch or batch_size(config, picker)
     batches, taps, parts, keep = Batches(size), Taps(), [], store or Forgetful()
 
     def run(members: range) -> dict[str, torch.Tensor]:
@@ -59,15 +60,28 @@ def record(
     return Records.of(layout, parts, data.t)
 
 
-def batch_size(config: Mapping[str, Any], halves: int) -> int:
-    """Samples of one forward and backward pass: by the model alone, so that every machine takes the same.
+def batch_size(config: Mapping[str, Any], picker: Picker) -> int:
+    """Samples of one forward and backward pass: by model and recipe alone, so that every machine takes the same."""
+    return max(1, min(LARGEST_BATCH, PASS_BYTES // (graph_bytes(config, picker) + picked_bytes(config, picker))))
 
-    The graph keeps, of every token and block: the inputs of both norms, q, k, v, the attended values' place in the
-    residual, the input of GELU (9 widths in all) and the probabilities; fp32.
+
+def graph_bytes(config: Mapping[str, Any], picker: Picker) -> int:
+    """Of one sample's activations that the backward pass needs, fp32.
+
+    Of every token and block: the inputs of both norms, q, k, v and the input of GELU, 9 widths, and the probabilities.
     """
     heads, tokens = int(config["num_attention_heads"]), _tokens(config)
     kept = 9 * heads * int(config["attention_head_dim"]) + heads * tokens
-    return max(1, min(LARGEST_BATCH, GRAPH_BYTES // (4 * kept * tokens * halves * int(config["num_layers"]))))
+    return 4 * kept * tokens * picker.halves * int(config["num_layers"])
+
+
+def picked_bytes(config: Mapping[str, Any], picker: Picker) -> int:
+    """Of one sample's share of all records, fp32: inputs, and weights of outputs, of rows; operands of attention."""
+    heads, tokens = int(config["num_attention_heads"]), _tokens(config)
+    width, queries = heads * int(config["attention_head_dim"]), picker.queries.shape[-1]
+    of_attention = 2 * queries * width + 2 * tokens * width + queries * heads * tokens
+    whole = picker.rows.numel() * 16 * width + int(picker.attention.sum()) * of_attention
+    return 4 * int(config["num_layers"]) * math.ceil(whole / len(picker.rows))
 
 
 def _tokens(config: Mapping[str, Any]) -> int:
