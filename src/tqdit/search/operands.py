@@ -108,9 +108,9 @@ class Operand:
 def _summed(values: torch.Tensor, index: torch.Tensor, count: int) -> torch.Tensor:
     """Sums of values (n, ...) over equal `index` (n,): (count, ...), the same bits every time.
 
-    On a GPU `index_add_` adds in any order, so a product in fp64 takes its place.
+    On a GPU `index_add_` adds in any order, so a product in fp64 takes its place unless nothing shares an index.
     """
-    if values.is_cuda:
+    if values.is_cuda and count < len(index):
         members = torch.arange(count, device=index.device)[:, None] == index
         return (members.double() @ values.double()).float()
     return values.new_zeros(count, *values.shape[1:]).index_add_(0, index, values)
