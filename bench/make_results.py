@@ -12,6 +12,7 @@ from typing import Any
 
 from gpu_pages import gpu_speed, readme_gpu_speed
 from pages import FORMER_PLUS, ROOT, TWO_PRODUCTS, environment, read, table, variant
+from scale_pages import calibration_scale
 from speed_pages import cpu_speed, readme_speed
 
 START, END = "<!-- results: written by bench/make_results.py -->", "<!-- end of results -->"
@@ -92,6 +93,7 @@ def _results(training: dict[str, Any], ablation: dict[str, Any], cost: dict[str,
             *_training(training),
             *_ablation(ablation),
             *_cost(cost),
+            *calibration_scale(),
             *cpu_speed(),
             *gpu_speed(),
         ]

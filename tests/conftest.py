@@ -15,7 +15,8 @@ if not torch.cuda.is_available():  # Triton reads it when it is imported, and di
 from diffusers import DiTTransformer2DModel
 from torch import nn
 
-from tqdit.calibration.recorder import Records, record
+from tqdit.calibration.recorder import record
+from tqdit.calibration.records import Records
 from tqdit.calibration.trajectories import CalibrationSet, collect
 from tqdit.recipe import Recipe
 from tqdit.search.solver import solve

@@ -138,6 +138,24 @@ def test_wrong_settings(run: Callable, pipeline: Path, tmp_path: Path, options: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_resumable_continues_what_was_interrupted(
+    run: Callable, pipeline: Path, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(workflow, "solve", stop)
+        assert run("quantize", pipeline, "-o", out, "--resumable", *FAST)[0] == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["out.work"]
+    with monkeypatch.context() as patch:
+        patch.setattr("tqdit.calibration.trajectories.trajectory", stop)  # what is done is not done again
+        assert run("quantize", pipeline, "-o", out, "--resumable", *FAST)[0] == 0
+    assert (out / "tqdit.json").read_bytes() == (artifact / "tqdit.json").read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize(
     ("args", "named"),
     [

@@ -13,6 +13,7 @@ from tqdit.backends import native
 from tqdit.convert import convert
 from tqdit.errors import InputError
 from tqdit.evaluation.metrics import sqnr_db
+from tqdit.layers.adapters import AdapterSlot
 from tqdit.layers.block import IntBlock
 from tqdit.layers.clock import TimestepClock
 from tqdit.layers.params import ActivationParams
@@ -37,7 +38,8 @@ def without(mapping, name: str) -> dict:
 def test_every_float_layer_is_replaced(model, solved, preset: str) -> None:
     converted = convert(solved(preset))
     assert [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    assert not [n for n, m in converted.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    left = [m for m in converted.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert all(isinstance(m, AdapterSlot) for m in left)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

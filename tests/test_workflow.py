@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from tqdit import artifact, files, workflow
+from tqdit.calibration import store
 from tqdit.errors import InputError
 from tqdit.evaluation.metrics import sqnr_db
+from tqdit.files import write_bytes
 from tqdit.models.sampler import Sampling
 from tqdit.models.sites import sites
 from tqdit.models.sources import resolve, weights_hash
@@ -197,6 +199,72 @@ def test_interrupted_quantize_leaves_nothing(pipeline, tiny_recipe, tmp_path, st
         workflow.quantize(pipeline, target, tiny_recipe("plus"), overwrite=True, report=interrupt)
     assert files_of(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == (["out"] if exists else [])
+
+
+@pytest.mark.parametrize(
+    ("stage", "after"),
+    [("trajectories", 0.9), ("statistics", 0.2), ("statistics", 0.9), ("search", 0.1), ("search", 0.9)],
+)
+def test_resumed_quantize_gives_the_same_bytes(
+    quantized, pipeline, tiny_recipe, tmp_path, monkeypatch, stage: str, after: float
+) -> None:
+    target, work = tmp_path / "out", tmp_path / "out.work"
+
+    def interrupt(name: str, fraction: float) -> None:
+        if name == stage and fraction > after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        workflow.quantize(pipeline, target, tiny_recipe("plus"), report=interrupt, resumable=True)
+    finished = set(files_of(work))
+    made: list[str] = []
+    monkeypatch.setattr(store, "write_bytes", lambda path, data: (made.append(path.name), write_bytes(path, data)))
+    workflow.quantize(pipeline, target, tiny_recipe("plus"), resumable=True)
+    assert files_of(target) == files_of(quantized[0])
+    assert made
+    assert not {Path(name).name for name in finished} & set(made)  # nothing was made twice
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_another_recipe_or_model_starts_anew(pipeline, own_pipeline, tiny_recipe, tmp_path) -> None:
+    def interrupt(name: str, fraction: float) -> None:
+        if name == "search" and fraction > 0.5:
+            raise KeyboardInterrupt
+
+    def folders(source: Path, **settings: object) -> list[Path]:
+        before = {*(tmp_path / "out.work").glob("*")}
+        with pytest.raises(KeyboardInterrupt):
+            workflow.quantize(source, tmp_path / "out", tiny_recipe(**settings), report=interrupt, resumable=True)
+        return sorted({*(tmp_path / "out.work").glob("*")} - before)
+
+    (own_pipeline / "scheduler" / "scheduler_config.json").write_text('{"num_train_timesteps": 500}')
+    assert [p.name.split("-")[0] for p in folders(pipeline)] == ["calibration", "search"]
+    assert folders(pipeline) == []
+    assert [p.name.split("-")[0] for p in folders(pipeline, rounds=1)] == ["search"]
+    assert len(folders(pipeline, seed=1)) == 2
+    assert len(folders(own_pipeline)) == 2
+
+
+def test_damaged_work_is_named(pipeline, tiny_recipe, tmp_path) -> None:
+    def interrupt(name: str, fraction: float) -> None:
+        if name == "search":
+            raise KeyboardInterrupt
+
+    def quantize() -> None:
+        workflow.quantize(pipeline, tmp_path / "out", tiny_recipe(), report=interrupt, resumable=True)
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize()
+    (piece,) = (tmp_path / "out.work").glob("*/solved-000000.safetensors")
+    piece.write_bytes(piece.read_bytes()[:40])
+    with pytest.raises(InputError, match=r"solved-000000.*damaged"):
+        quantize()
+
+
+def test_work_folder_that_is_a_file_is_refused(pipeline, tiny_recipe, tmp_path) -> None:
+    (tmp_path / "out.work").write_text("mine")
+    with pytest.raises(InputError, match=r"out\.work is a file"):
+        workflow.quantize(pipeline, tmp_path / "out", tiny_recipe(), resumable=True)
 
 
 @pytest.mark.parametrize("exists", [True, False])

@@ -83,6 +83,9 @@ def quantize(
     mrq: Annotated[bool, typer.Option("--mrq/--no-mrq", help="multi-region grids, or uniform ones")] = True,
     tgq: Annotated[bool, typer.Option("--tgq/--no-tgq", help="time-grouped scales, or one for all t")] = True,
     overwrite: Overwrite = False,
+    resumable: Annotated[
+        bool, typer.Option("--resumable", help="keep finished work in OUT.work and continue from it; less memory")
+    ] = False,
     json_file: JsonFile = None,
     device: Device = "cpu",
     quiet: Quiet = False,
@@ -103,7 +106,7 @@ def quantize(
     _check_recipe_alone(context, recipe)
     chosen = Recipe.from_toml(recipe) if recipe else Recipe.build(preset, bits, **settings)
     with progress(quiet) as report:
-        result = workflow.quantize(model, out, chosen, overwrite, report, device)
+        result = workflow.quantize(model, out, chosen, overwrite, report, device, resumable)
     typer.echo(
         f"{out}: {result['name']} {chosen.bits} {chosen.label}, {result['size_bytes'] / 1e6:.2f} MB "
         f"({result['size_ratio']:.3f} of fp32), calibrated in {result['calibration_seconds']:.0f} s, "

@@ -14,7 +14,9 @@ from torch import nn
 
 from tqdit import artifact
 from tqdit.calibration import trajectories
-from tqdit.calibration.recorder import Records, record
+from tqdit.calibration.recorder import record
+from tqdit.calibration.records import Records
+from tqdit.calibration.store import Store, WorkFolder, discard
 from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.convert import convert
 from tqdit.environment import environment, peak_memory_bytes, versions
@@ -25,11 +27,12 @@ from tqdit.files import TRANSFORMER, check_target, replacing
 from tqdit.models.sampler import Sampling
 from tqdit.models.sources import LABELS, PIPELINE, ModelSource, class_indices, load_float, resolve, weights_hash
 from tqdit.ops.dispatch import get_backend, kernel_name
-from tqdit.recipe import Recipe
+from tqdit.recipe import CALIBRATION_SETTINGS, Recipe
 from tqdit.search.solver import solve
 from tqdit.spec import Solution
 from tqdit.timegroups import TimeGroups
 
+STAGES = ("calibration", "search")  # whose finished work may be kept
 Report = Callable[[str, float], None]  # (stage, finished fraction)
 
 
@@ -39,7 +42,10 @@ def silent(stage: str, fraction: float) -> None:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A float model with its calibration records: what several bit-widths can be solved from."""
+    """A float model with its calibration records: what several bit-widths can be solved from.
+
+    `work`: the folder that keeps finished pieces for another run, if there is one.
+    """
 
     source: ModelSource
     model: nn.Module
@@ -47,7 +53,9 @@ class Prepared:
     time_groups: TimeGroups
     records: Records
     data_hash: str
+    source_hash: str
     seconds: float
+    work: Path | None = None
 
 
 def load(model: str | Path, backend: str = "auto", device: str = "cpu") -> nn.Module:
@@ -63,16 +71,25 @@ def load_source(source: ModelSource, backend: str = "auto", device: str = "cpu")
     return load_float(source).to(target)
 
 
-def prepare(model: str | Path, recipe: Recipe, report: Report = silent, device: str = "cpu") -> Prepared:
-    """Calibration: trajectories of the float model, then its activations and Fisher weights."""
+def prepare(
+    model: str | Path, recipe: Recipe, report: Report = silent, device: str = "cpu", work: Path | None = None
+) -> Prepared:
+    """Calibration: trajectories of the float model, then its activations and Fisher weights.
+
+    With a `work` folder every finished piece goes there, and is not computed again if the same calibration of the same
+    model put it there before; the records then take memory only while they are in use.
+    """
     source = resolve(model)
     groups = TimeGroups((source.scheduler or {}).get("num_train_timesteps", 1000), recipe.groups)
     module = load_float(source).to(checked_device(device))
     start = time.perf_counter()
-    data = trajectories.collect(module, source.scheduler, recipe, lambda f: report("trajectories", f))
-    records = record(module, data, recipe, lambda f: report("statistics", f))
+    source_hash = weights_hash(module)
+    settings = {"scheduler": source.scheduler, **_calibration_settings(recipe)}
+    store = _store(work, STAGES[0], source_hash, environment(device)["device"], settings)
+    data = trajectories.collect(module, source.scheduler, recipe, lambda f: report("trajectories", f), store=store)
+    records = record(module, data, recipe, lambda f: report("statistics", f), store=store)
     seconds = time.perf_counter() - start
-    return Prepared(source, module, recipe, groups, records, _data_hash(data), seconds)
+    return Prepared(source, module, recipe, groups, records, _data_hash(data), source_hash, seconds, work)
 
 
 def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) -> tuple[Solution, float]:
@@ -84,10 +101,13 @@ def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) 
         "preset": recipe.label,
         "recipe": recipe.model_dump(mode="json"),
         "source": prepared.source.name,
-        "source_sha256": weights_hash(prepared.model),
+        "source_sha256": prepared.source_hash,
         "calibration_sha256": prepared.data_hash,
         "versions": versions(),
     }
+    # The calibration set's hash and the hardware that made it stand for the records.
+    where = next(prepared.model.parameters()).device
+    store = _store(prepared.work, STAGES[1], environment(str(where))["device"], provenance)
     solution = solve(
         prepared.model,
         prepared.records,
@@ -95,6 +115,7 @@ def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) 
         prepared.time_groups,
         provenance,
         lambda f: report("search", f),
+        store,
     )
     return solution, time.perf_counter() - start
 
@@ -126,13 +147,21 @@ def quantize(
     overwrite: bool = False,
     report: Report = silent,
     device: str = "cpu",
+    resumable: bool = False,
 ) -> dict[str, Any]:
-    """Quantize MODEL into the artifact folder `out`. Returns seconds, peak memory and sizes."""
+    """Quantize MODEL into the artifact folder `out`. Returns seconds (of this run), peak memory and sizes.
+
+    `resumable`: finished work is kept in the folder `out`.work until the artifact is written. The same call continues
+    from there after an interruption and gives the same bytes; another model or recipe starts anew.
+    """
     out = Path(out)
     check_target(out, overwrite)
-    prepared = prepare(model, recipe, report, device)
+    work = work_folder(out) if resumable else None
+    prepared = prepare(model, recipe, report, device, work)
     solution, search_seconds = solve_prepared(prepared, recipe, report)
     save(solution, prepared.source, out, overwrite)
+    if work:
+        discard(work, STAGES)
     fp32 = float32_bytes(prepared.model)
     size = artifact.size_bytes(out)
     return {
@@ -227,6 +256,26 @@ def checked_device(device: str) -> torch.device:
 def chosen_classes(source: ModelSource, names: list[str]) -> tuple[int, ...]:
     """The numbers of the named classes, or of all."""
     return tuple(class_indices(source, names) if names else range(int(source.config["num_embeds_ada_norm"])))
+
+
+def work_folder(out: Path) -> Path:
+    """Where the finished work of an artifact `out` is kept, or an `InputError` if that cannot be a folder."""
+    work = out.absolute().with_name(f"{out.absolute().name}.work")
+    if work.exists() and not work.is_dir():
+        raise InputError(f"{work} is a file; finished work goes into a folder of this name")
+    return work
+
+
+def _calibration_settings(recipe: Recipe) -> dict[str, Any]:
+    return {name: getattr(recipe, name) for name in (*CALIBRATION_SETTINGS, "hessian")}
+
+
+def _store(work: Path | None, stage: str, *depends_on: Any) -> Store | None:
+    """The pieces of a stage in a work folder, under the hash of all that they depend on."""
+    if work is None:
+        return None
+    text = json.dumps([versions(), *depends_on], sort_keys=True)
+    return WorkFolder(work / f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:16]}")
 
 
 def _data_hash(data: CalibrationSet) -> str:

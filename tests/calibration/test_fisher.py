@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tqdit.calibration.fisher import normalized, probe_gradients
+from tqdit.calibration.fisher import Probes, normalized
 from tqdit.calibration.recorder import record
 from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.models.sampler import num_classes, predict
@@ -18,23 +18,31 @@ def exact_diagonal(function, z: torch.Tensor) -> torch.Tensor:
 
 def test_probes_converge_to_the_exact_diagonal() -> None:
     w = torch.randn(5, 6)
-    z = torch.randn(6, requires_grad=True)
-    unused = torch.randn(3, requires_grad=True)
+    source = torch.randn(6, requires_grad=True)
+    z, unused = source * 1, source[:3] * 1
 
     def function(x: torch.Tensor) -> torch.Tensor:
         return torch.tanh(w @ x.exp())
 
-    weights, nothing = probe_gradients(function(z), [z, unused], torch.randn(4000, 5))
+    probes = Probes(4000)
+    probes.watch("z", z, lambda g: g)
+    probes.watch("unused", unused, lambda g: g)
+    probes.run(function(z), source, torch.randn(4000, 5))
+    weights, nothing = probes.means["z"], probes.means["unused"]
     # The relative deviation of one entry is sqrt(2 / 4000) = 2 %.
     assert torch.allclose(weights, exact_diagonal(function, z.detach()), rtol=0.12, atol=1e-6)
     assert not nothing.any()
 
 
 def test_mean_over_probes_is_of_squares() -> None:
-    z = torch.ones(3, requires_grad=True)
-    noise = torch.tensor([[1.0, -2.0, 0.0], [3.0, 2.0, 0.0]])
-    (weights,) = probe_gradients(z * 2, [z], noise)
-    assert weights.tolist() == [20.0, 16.0, 0.0]
+    source = torch.ones(3, requires_grad=True)
+    z = source * 1
+    probes = Probes(2)
+    probes.watch("all", z, lambda g: g)
+    probes.watch("picked", z, lambda g: g[1:])
+    probes.run(z * 2, source, torch.tensor([[1.0, -2.0, 0.0], [3.0, 2.0, 0.0]]))
+    assert probes.means["all"].tolist() == [20.0, 16.0, 0.0]
+    assert probes.means["picked"].tolist() == [16.0, 0.0]
 
 
 def substituted(model: nn.Module, name: str, sample, guidance: float):

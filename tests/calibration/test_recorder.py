@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from tqdit.calibration.recorder import record
+from tqdit.calibration.picker import Picker
+from tqdit.calibration.recorder import batch_size, picked_bytes, record
 from tqdit.models.sampler import predict
+from tqdit.models.shapes import shape_config
 from tqdit.models.sites import blocks, sites
+from tqdit.recipe import Recipe
 from tqdit.spec import Role
 
 Q, K, V, P = Role.QUERY, Role.KEY, Role.VALUE, Role.SOFTMAX
@@ -181,20 +184,67 @@ def test_maxima_are_the_largest_probabilities_per_key_of_the_conditional_halves(
 
 
 def test_probe_noise_is_not_the_noise_of_the_trajectories(model, data, tiny_recipe, monkeypatch) -> None:
-    from tqdit.calibration import recorder
+    from tqdit.calibration.fisher import Probes
     from tqdit.models.sampler import noise_generators
 
     seen: list[torch.Tensor] = []
-    original = recorder.probe_gradients
+    original = Probes.run
 
-    def spy(output, intermediates, noise):
+    def spy(self, output, source, noise):
         seen.append(noise)
-        return original(output, intermediates, noise)
+        original(self, output, source, noise)
 
-    monkeypatch.setattr(recorder, "probe_gradients", spy)
+    monkeypatch.setattr(Probes, "run", spy)
     record(model, data, tiny_recipe())
     probes = torch.cat(seen, 1)[0]
     assert len(probes) == len(data)
     assert probes.std() == pytest.approx(1, abs=0.1)
     for index, generator in enumerate(noise_generators(0, range(len(data)))):
         assert not torch.equal(torch.randn(1, 8, 8, generator=generator), probes[index])
+
+
+def test_parts_of_batches_are_joined_when_asked_for(model, data, records, tiny_recipe) -> None:
+    assert set(records.linears) == {group.source for block in blocks(model.config) for group in block.linears}
+    assert len(records.attentions) == 2
+    with pytest.raises(KeyError):
+        records.linears["transformer_blocks.0"]
+    assert len(record(model, data, tiny_recipe(), batch=3).linears["transformer_blocks.1.ff.fc1_input"].x) == 256
+
+
+def test_a_device_without_memory_for_a_batch_takes_smaller_ones(model, data, records, tiny_recipe, monkeypatch) -> None:
+    from tqdit.calibration.recorder import _Pass
+
+    original, sizes = _Pass.run, []
+
+    def small(self, *given):
+        sizes.append(len(self.members))
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError
+        return original(self, *given)
+
+    monkeypatch.setattr(_Pass, "run", small)
+    found = record(model, data, tiny_recipe())
+    assert sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
+    for name, stats in records.ranges.items():
+        assert torch.allclose(found.ranges[name].low, stats.low, atol=1e-5)
+        assert torch.allclose(found.ranges[name].high, stats.high, atol=1e-5)
+    for name, linear in records.linears.items():
+        assert torch.allclose(found.linears[name].fisher.sum(0), linear.fisher.sum(0), rtol=1e-3)
+        assert found.linears[name].group.bincount().tolist() == linear.group.bincount().tolist()
+
+
+@pytest.mark.parametrize(
+    ("shape", "samples", "batch"),
+    [("DiT-XL/2", 32, 4), ("DiT-XL/2", 1, 2), ("DiT-XL/2@512", 32, 1), ("DiT-S/8", 32, 8)],
+)
+def test_a_pass_takes_what_its_budget_allows(shape: str, samples: int, batch: int) -> None:
+    config, recipe = shape_config(shape), Recipe.build(samples=samples)
+    picker = Picker(recipe, recipe.groups * samples, 2, (config["sample_size"] // config["patch_size"]) ** 2)
+    assert batch_size(config, picker) == batch
+
+
+def test_picked_bytes_are_those_of_the_records(model, data, records, tiny_recipe) -> None:
+    parts = [*records.linears.values(), *records.attentions.values()]
+    labels = ("group", "step_weight")
+    held = sum(t.nbytes for part in parts for name, t in vars(part).items() if name not in labels)
+    assert picked_bytes(model.config, Picker(tiny_recipe(), len(data), 2, 16)) * len(data) == held

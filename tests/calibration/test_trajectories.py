@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from tqdit.calibration.trajectories import CALIBRATION_STREAM, collect
+from tqdit.calibration.trajectories import CALIBRATION_STREAM, InBfloat16, collect
 from tqdit.errors import InputError
 from tqdit.models.sampler import Sampling, make_scheduler, noise_generators, trajectory
 
@@ -100,3 +100,12 @@ def test_progress_reaches_the_end(model, scheduler_config, tiny_recipe) -> None:
     collect(model, scheduler_config, tiny_recipe(trajectories=3), told.append, batch=2)
     assert told == sorted(told)
     assert told[-1] == pytest.approx(1)
+
+
+def test_states_drawn_in_bf16_are_near_those_in_fp32(model, data) -> None:
+    """What a GPU samples with, here on a CPU: the same states but for rounding, in fp32."""
+    given = {"timestep": data.t, "class_labels": data.labels, "return_dict": False}
+    (exact,), (rounded,) = model(data.x, **given), InBfloat16(model)(data.x, **given)
+    assert rounded.dtype == torch.float32
+    error = (rounded - exact).square().mean() / exact.square().mean()
+    assert 0 < error < 1e-3

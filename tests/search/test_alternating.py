@@ -7,7 +7,7 @@ import torch
 
 from tqdit.calibration.statistics import RangeStats
 from tqdit.grids import uniform
-from tqdit.search import operands
+from tqdit.search import alternating, operands
 from tqdit.search.alternating import alternate
 from tqdit.search.objectives import MatmulObjective, linear, scores
 from tqdit.search.operands import Operand
@@ -151,3 +151,44 @@ def test_softmax_exponent_follows_the_probabilities_of_the_group(tiny_recipe) ->
     assert flat_scale * 127 >= p[group == 0].max()  # flat rows lie in the fine region, with no step to spare
     assert flat_scale * 127 / 2 < p[group == 0].max()
     assert ratio[1] != ratio[0]
+
+
+@pytest.mark.parametrize("grid", [Grid.UNIFORM, Grid.MRQ_GELU])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_ending_early_changes_nothing(grid: Grid, per_channel: bool, tiny_recipe, monkeypatch) -> None:
+    x = torch.nn.functional.gelu(torch.randn(200, 32) * 2, approximate="tanh")
+    w = torch.randn(16, 32)
+    objective = MatmulObjective.of(linear, x, w, torch.rand(200, 16))
+    a = activation(x, torch.arange(200) % 2, role=Role.GELU, grid=grid, groups=2)
+    early = alternate(objective, a, weight(w, 6, per_channel), tiny_recipe(rounds=8))
+    monkeypatch.setattr(torch, "equal", lambda *_: False)  # never settled
+    full = alternate(objective, a, weight(w, 6, per_channel), tiny_recipe(rounds=8))
+    assert (early[0].scale == full[0].scale).all()
+    assert (early[1].scale == full[1].scale).all()
+    assert early[2] == full[2]
+
+
+def test_a_settled_search_ends(outlier_example, tiny_recipe) -> None:
+    calls = []
+
+    def counted(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return linear(x, w)
+
+    objective, a, b = outlier_example
+    recipe = tiny_recipe(rounds=50)
+    alternate(MatmulObjective(counted, objective.target, objective.weights), a, b, recipe)
+    assert len(calls) < 10 * 2 * (recipe.candidates + 1)
+
+
+@pytest.mark.parametrize(("role", "grid"), [(Role.GELU, Grid.MRQ_GELU), (Role.INPUT, Grid.UNIFORM)])
+def test_the_search_for_tensor_cores_finds_the_same_scales(role: Role, grid: Grid, tiny_recipe) -> None:
+    x, w = torch.randn(200, 32), torch.randn(16, 32)
+    objective = MatmulObjective.of(linear, x, w, torch.rand(200, 16))
+    a, b = activation(x, torch.arange(200) % 2, role=role, grid=grid, groups=2), weight(w)
+    for searched in (a, b):
+        (first, *_) = searched.candidate_scales(searched.scale, tiny_recipe())
+        by_values = alternating.loss_of_values(objective, a, b, searched)
+        by_parts = alternating.loss_of_parts(objective, a, b, searched)
+        for table in first:
+            assert torch.allclose(by_values(table), by_parts(table), rtol=1e-3, atol=1e-5)

@@ -4,22 +4,42 @@ The diffusion loss is a squared error on the model output, so the Fisher diagona
 diag(J^T J) with J = d output / d z. For v ~ N(0, I), E[(J^T v)_j^2] = (J^T J)_jj (METHOD, section 5).
 """
 
+from collections.abc import Callable
+
 import torch
 
+Pick = Callable[[torch.Tensor], torch.Tensor]
 
-def probe_gradients(output: torch.Tensor, intermediates: list[torch.Tensor], noise: torch.Tensor) -> list[torch.Tensor]:
-    """Mean over probes of the squared gradient of <v, output>, in the shape of each intermediate.
 
-    `output`: what the sampler uses, the guided epsilon, so that both guidance halves get their true weight. `noise`:
-    (probes, *output.shape), standard normal. An intermediate that the output does not depend on gets zeros.
+class Probes:
+    """Mean over probes of the squared gradient of <v, output>, at the picked elements of every watched intermediate.
+
+    A gradient is squared and dropped as soon as the backward pass has it: the gradients of a whole model would take
+    more memory than its activations.
     """
-    totals = [torch.zeros_like(z) for z in intermediates]
-    for left, v in zip(range(len(noise) - 1, -1, -1), noise, strict=True):
-        gradients = torch.autograd.grad(output, intermediates, v, retain_graph=left > 0, allow_unused=True)
-        for total, gradient in zip(totals, gradients, strict=True):
-            if gradient is not None:
-                total.addcmul_(gradient, gradient, value=1 / len(noise))
-    return totals
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.means: dict[str, torch.Tensor] = {}
+
+    def watch(self, name: str, z: torch.Tensor, pick: Pick) -> None:
+        """Collect under `name` from now on; an intermediate that the output does not depend on keeps zeros."""
+        self.means[name] = torch.zeros_like(pick(z.detach()))
+
+        def collect(gradient: torch.Tensor) -> None:
+            picked = pick(gradient)
+            self.means[name].addcmul_(picked, picked, value=1 / self.count)
+
+        z.register_hook(collect)
+
+    def run(self, output: torch.Tensor, source: torch.Tensor, noise: torch.Tensor) -> None:
+        """Propagate every probe back to `source`, which all intermediates were computed from.
+
+        `output`: what the sampler uses, the guided epsilon, so that both guidance halves get their true weight.
+        `noise`: (count, *output.shape), standard normal.
+        """
+        for left, v in zip(range(self.count - 1, -1, -1), noise, strict=True):
+            torch.autograd.grad(output, source, v, retain_graph=left > 0)
 
 
 def normalized(weights: torch.Tensor) -> torch.Tensor | None:

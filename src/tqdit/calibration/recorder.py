@@ -1,145 +1,29 @@
 """One pass of the float model over the calibration set: ranges, sampled activations and Fisher weights per matmul."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from tqdit.calibration.fisher import probe_gradients
+from tqdit.calibration.batches import Batches
+from tqdit.calibration.fisher import Pick, Probes
+from tqdit.calibration.picker import Picker
+from tqdit.calibration.records import ATTENTION_ROLES, MAXIMA, Records, join
 from tqdit.calibration.statistics import RangeStats
+from tqdit.calibration.store import Forgetful, Store
+from tqdit.calibration.taps import Taps
 from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.models.sampler import Progress, noise_generators, predict
 from tqdit.models.sites import BlockLayout, LinearGroup, blocks, config_of
 from tqdit.recipe import Recipe
-from tqdit.spec import Role
 
-QUERIES_PER_SAMPLE = 32
 PROBE_STREAM = 500_000  # first noise stream of the probes, apart from those of images and of trajectories
 MAXIMA_PER_HEAD = 16
-
-
-@dataclass(frozen=True)
-class LinearRecord:
-    """Sampled rows of one linear input: x (R, in), group and step_weight (R,), fisher (R, out) of its layers."""
-
-    x: torch.Tensor
-    group: torch.Tensor
-    step_weight: torch.Tensor
-    fisher: torch.Tensor
-
-
-@dataclass(frozen=True)
-class AttentionRecord:
-    """Sampled queries of one attention: q (S, H, Q, d); k, v (S, H, N, d); group, step_weight (S,).
-
-    Fisher weights at the scaled scores (S, H, Q, N) and at the attended values (S, H, Q, d).
-    """
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    group: torch.Tensor
-    step_weight: torch.Tensor
-    fisher_scores: torch.Tensor
-    fisher_values: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Records:
-    """Everything the search needs. `maxima`: largest post-softmax values, (S, blocks, heads * k), for the report."""
-
-    linears: dict[str, LinearRecord]
-    attentions: dict[str, AttentionRecord]
-    ranges: dict[str, RangeStats]
-    maxima: torch.Tensor
-    t: torch.Tensor
-
-
-class _Taps:
-    """Tensors of one forward pass, by name; `outputs` are those whose Fisher weights are wanted."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, torch.Tensor] = {}
-        self.outputs: dict[str, torch.Tensor] = {}
-
-    def processor(self, block: BlockLayout) -> Any:
-        """An attention processor that computes softmax(Q K^T / sqrt(d)) V in the open and keeps every operand."""
-
-        def process(attn: Any, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-            def heads(x: torch.Tensor) -> torch.Tensor:
-                return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-
-            q, k, v = (heads(layer(hidden_states)) for layer in (attn.to_q, attn.to_k, attn.to_v))
-            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-            probabilities = scores.softmax(-1)
-            attended = probabilities @ v
-            for role, x in zip((Role.QUERY, Role.KEY, Role.VALUE, Role.SOFTMAX), (q, k, v, probabilities), strict=True):
-                self.values[block.operand(role)] = x.detach()
-            self.outputs[f"{block.attention}.scores"] = scores
-            self.outputs[f"{block.attention}.values"] = attended
-            return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
-
-        return process
-
-    @contextmanager
-    def attached(self, model: nn.Module, layout: tuple[BlockLayout, ...]) -> Iterator[None]:
-        """Watch a float model; its processors and hooks are restored on exit."""
-        handles, originals = [], []
-        for block in layout:
-            attn = model.get_submodule(block.attention)
-            originals.append((attn, attn.processor))
-            attn.processor = self.processor(block)
-            for group in block.linears:
-                first = model.get_submodule(group.modules[0])
-                handles.append(first.register_forward_pre_hook(self._input_hook(group)))
-                for name in group.modules:
-                    handles.append(model.get_submodule(name).register_forward_hook(self._output_hook(name)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for attn, processor in originals:
-                attn.processor = processor
-
-    def _input_hook(self, group: LinearGroup) -> Any:
-        def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            self.values[group.source] = args[0].detach()
-
-        return hook
-
-    def _output_hook(self, name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-            self.outputs[name] = output
-
-        return hook
-
-
-class _Picker:
-    """Seeded choice of tokens of every (sample, guidance half), made once, so that batching changes nothing."""
-
-    def __init__(self, recipe: Recipe, samples: int, halves: int, tokens: int) -> None:
-        generator = torch.Generator().manual_seed(recipe.seed + 2)
-        self.halves = halves
-        rows = min(tokens, math.ceil(recipe.rows / (samples * halves)))
-        self.rows = torch.rand(samples, halves, tokens, generator=generator).argsort(-1)[..., :rows]
-        queries = min(tokens, QUERIES_PER_SAMPLE)
-        self.queries = torch.rand(samples, halves, tokens, generator=generator).argsort(-1)[..., :queries]
-        # Attention keeps whole K and V, so only every `stride`-th sample is kept; samples are ordered by group, halves
-        # alternate. An odd stride of at most the samples of a group meets both halves of every group.
-        wanted = math.ceil(recipe.queries / queries)
-        stride = max(1, min(samples * halves // wanted, recipe.samples))
-        stride -= 1 - stride % 2
-        order = torch.arange(samples * halves).reshape(samples, halves)
-        self.attention = order % stride == 0
-
-    def flat(self, table: torch.Tensor, members: slice) -> torch.Tensor:
-        """The table's rows of a batch, conditional halves first as in the forward pass."""
-        return table[members].transpose(0, 1).flatten(0, 1)
+LARGEST_BATCH = 8
+PASS_BYTES = 4 << 30  # what the activations that one backward pass needs, and what is picked of it, may take
 
 
 def record(
@@ -147,133 +31,153 @@ def record(
     data: CalibrationSet,
     recipe: Recipe,
     progress: Progress = lambda _: None,
-    batch: int = 8,
+    batch: int | None = None,
+    store: Store | None = None,
 ) -> Records:
-    """Run the float model with guidance over `data`, forward and backward. The model is left as it was."""
+    """Run the float model with guidance over `data`, forward and backward. The model is left as it was.
+
+    `batch`: samples at once; by default as many as `PASS_BYTES` allow. Each batch is one piece of `store`.
+    """
     config = config_of(model)
     layout = blocks(config)
     halves = 1 if recipe.guidance == 1.0 else 2
-    tokens = (config["sample_size"] // config["patch_size"]) ** 2
-    picker = _Picker(recipe, len(data), halves, tokens)
-    collector = _Collector(layout, data, recipe, picker)
-    device = next(model.parameters()).device
-    taps = _Taps()
+    picker = Picker(recipe, len(data), halves, _tokens(config))
+    size = batch or batch_size(config, picker)
+    batches, taps, parts, keep = Batches(size), Taps(), [], store or Forgetful()
+
+    def run(members: range) -> dict[str, torch.Tensor]:
+        return _Pass(data, recipe, picker, members, next(model.parameters()).device).run(model, taps)
+
+    def make(members: range) -> dict[str, torch.Tensor]:
+        found = batches.over(members, run)
+        return found[0] if len(found) == 1 else {key: join(key, found) for part in found for key in part}
+
     with taps.attached(model, layout), torch.set_grad_enabled(recipe.hessian):
-        for start in range(0, len(data), batch):
-            members = slice(start, min(start + batch, len(data)))
-            x = data.x[members].to(device).requires_grad_(recipe.hessian)
-            eps = predict(model, x, data.t[members].to(device), data.labels[members].to(device), recipe.guidance)
-            eps = eps[:, : x.shape[1]]
-            names = list(taps.outputs)
-            if recipe.hessian:
-                gradients = _per_sample_probes(eps, taps, names, recipe, range(members.start, members.stop))
-            else:
-                gradients = [torch.ones_like(taps.outputs[name]) for name in names]
-            fisher = dict(zip(names, gradients, strict=True))
-            collector.add(taps.values, fisher, members)
-            taps.values.clear()
-            taps.outputs.clear()
+        for start in range(0, len(data), size):
+            members = range(start, min(start + size, len(data)))
+            parts.append(keep.once(f"records-{start:06d}", partial(make, members)))
             progress(members.stop / len(data))
-    return collector.finish(data.t)
+    return Records.of(layout, parts, data.t)
 
 
-def _per_sample_probes(
-    eps: torch.Tensor, taps: _Taps, names: list[str], recipe: Recipe, samples: range
-) -> list[torch.Tensor]:
-    """Probes whose noise depends on (seed, sample) alone, so that the batch size changes nothing."""
-    shape = (recipe.probes, *eps.shape[1:])
-    streams = noise_generators(recipe.seed, range(PROBE_STREAM + samples.start, PROBE_STREAM + samples.stop))
-    noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams], 1)
-    return probe_gradients(eps, [taps.outputs[name] for name in names], noise.to(eps.device))
+def batch_size(config: Mapping[str, Any], picker: Picker) -> int:
+    """Samples of one forward and backward pass: by model and recipe alone, so that every machine takes the same."""
+    return max(1, min(LARGEST_BATCH, PASS_BYTES // (graph_bytes(config, picker) + picked_bytes(config, picker))))
 
 
-class _Lead(NamedTuple):
-    """What the search must know of every sample and half of a batch, each (b * halves,)."""
+def graph_bytes(config: Mapping[str, Any], picker: Picker) -> int:
+    """Of one sample's activations that the backward pass needs, fp32.
 
-    group: torch.Tensor
-    step_weight: torch.Tensor
+    Of every token and block: the inputs of both norms, q, k, v and the input of GELU, 9 widths, and the probabilities.
+    """
+    heads, tokens = int(config["num_attention_heads"]), _tokens(config)
+    kept = 9 * heads * int(config["attention_head_dim"]) + heads * tokens
+    return 4 * kept * tokens * picker.halves * int(config["num_layers"])
 
 
-class _Collector:
-    """Accumulates what `Records` holds over the batches."""
+def picked_bytes(config: Mapping[str, Any], picker: Picker) -> int:
+    """Of one sample's share of all records, fp32: inputs, and weights of outputs, of rows; operands of attention."""
+    heads, tokens = int(config["num_attention_heads"]), _tokens(config)
+    width, queries = heads * int(config["attention_head_dim"]), picker.queries.shape[-1]
+    of_attention = 2 * queries * width + 2 * tokens * width + queries * heads * tokens
+    whole = picker.rows.numel() * 16 * width + int(picker.attention.sum()) * of_attention
+    return 4 * int(config["num_layers"]) * math.ceil(whole / len(picker.rows))
 
-    def __init__(self, layout: tuple[BlockLayout, ...], data: CalibrationSet, recipe: Recipe, picker: _Picker) -> None:
-        self.layout = layout
-        self.groups = recipe.groups
-        self.data = data
-        self.picker = picker
-        self.ranges: dict[str, RangeStats] = {}
-        self.parts: dict[str, list[tuple[torch.Tensor, ...]]] = {}
+
+def _tokens(config: Mapping[str, Any]) -> int:
+    return int((config["sample_size"] // config["patch_size"]) ** 2)
+
+
+class _Pass:
+    """One forward and backward pass over `members`, b samples: what is kept of it is picked while it runs.
+
+    Tensors lead with b * halves, conditional halves first.
+    """
+
+    def __init__(
+        self, data: CalibrationSet, recipe: Recipe, picker: Picker, members: range, device: torch.device
+    ) -> None:
+        self.data, self.recipe, self.members, self.device = data, recipe, members, device
+        self.slice = slice(members.start, members.stop)
+        self.group, self.step_weight = (
+            x[self.slice].repeat(picker.halves).to(device) for x in (data.group, data.step_weight)
+        )
+        self.rows = picker.flat(picker.rows, self.slice).to(device)
+        self.first = torch.arange(len(self.rows), device=device)[:, None]
+        self.kept = picker.flat(picker.attention, self.slice).nonzero()[:, 0].to(device)
+        self.queries = picker.flat(picker.queries, self.slice).to(device)[self.kept][:, None, :, None]
+        self.probes = Probes(recipe.probes)
+        self.found: dict[str, torch.Tensor] = {}
         self.maxima: list[torch.Tensor] = []
+        self.outputs: dict[str, list[str]] = {}  # key of a Fisher tensor -> the watched outputs it joins
 
-    def add(
-        self,
-        values: dict[str, torch.Tensor],
-        fisher: dict[str, torch.Tensor],
-        members: slice,
-    ) -> None:
-        """Take in one batch of b samples; values and fisher lead with b * halves."""
-        lead = _Lead(*(x[members].repeat(self.picker.halves) for x in (self.data.group, self.data.step_weight)))
-        for name, x in values.items():
-            units = x.shape[1] if x.ndim == 4 else 1
-            stats = self.ranges.get(name) or RangeStats.empty(self.groups, units)
-            self.ranges[name] = stats.update(x, lead.group)
-        for block in self.layout:
-            for linear in block.linears:
-                self._add_linear(linear, values[linear.source], [fisher[m] for m in linear.modules], lead, members)
-            self._add_attention(block, values, fisher, lead, members)
-        self.maxima.append(self._maxima(values, members.stop - members.start))
+    def run(self, model: nn.Module, taps: Taps) -> dict[str, torch.Tensor]:
+        """What `Records` joins, on the CPU: "<site or attention>/<field>" -> tensor, and the maxima."""
+        x, t, labels = (part[self.slice].to(self.device) for part in (self.data.x, self.data.t, self.data.labels))
+        x.requires_grad_(self.recipe.hessian)
+        with taps.telling(self):
+            eps = predict(model, x, t, labels, self.recipe.guidance)[:, : x.shape[1]]
+        if self.recipe.hessian:
+            self.probes.run(eps, x, self._noise(eps))
+        for key, names in self.outputs.items():
+            self.found[key] = torch.cat([self.probes.means[name] for name in names], dim=-1)
+        self.found[MAXIMA] = torch.stack(self.maxima, 1)
+        return {key: tensor.cpu() for key, tensor in self.found.items()}
 
-    def _add_linear(
-        self,
-        linear: LinearGroup,
-        x: torch.Tensor,
-        fisher: list[torch.Tensor],
-        lead: _Lead,
-        members: slice,
-    ) -> None:
-        rows = self.picker.flat(self.picker.rows, members).to(x.device)
-        first = torch.arange(len(x), device=x.device)[:, None]
-        weights = torch.cat([f[first, rows] for f in fisher], dim=-1).flatten(0, 1)
-        picked = x[first, rows].flatten(0, 1)
-        part = (picked.cpu(), *(label.repeat_interleave(rows.shape[1]) for label in lead), weights.cpu())
-        self.parts.setdefault(linear.source, []).append(part)
+    def _noise(self, eps: torch.Tensor) -> torch.Tensor:
+        """Noise that depends on (seed, sample) alone, so that the batch size changes nothing."""
+        shape = (self.recipe.probes, *eps.shape[1:])
+        indices = range(PROBE_STREAM + self.members.start, PROBE_STREAM + self.members.stop)
+        streams = noise_generators(self.recipe.seed, indices)
+        return torch.stack([torch.randn(shape, generator=stream) for stream in streams], 1).to(eps.device)
 
-    def _add_attention(
-        self,
-        block: BlockLayout,
-        values: dict[str, torch.Tensor],
-        fisher: dict[str, torch.Tensor],
-        lead: _Lead,
-        members: slice,
+    def linear_input(self, group: LinearGroup, x: torch.Tensor) -> None:
+        self._add_range(group.source, x)
+        each = self.rows.shape[1]
+        self.found[f"{group.source}/x"] = self._at_rows(x)
+        self.found[f"{group.source}/group"] = self.group.repeat_interleave(each)
+        self.found[f"{group.source}/step_weight"] = self.step_weight.repeat_interleave(each)
+
+    def linear_output(self, group: LinearGroup, module: str, z: torch.Tensor) -> None:
+        self._watch(f"{group.source}/fisher", module, z, self._at_rows)
+
+    def attention(
+        self, block: BlockLayout, operands: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]
     ) -> None:
-        kept = self.picker.flat(self.picker.attention, members).nonzero()[:, 0]
-        if not len(kept):
+        for role, x in zip(ATTENTION_ROLES, operands, strict=True):
+            self._add_range(block.operand(role), x)
+        q, k, v, probabilities = operands
+        self.maxima.append(self._largest(probabilities))
+        if not len(self.kept):
             return
-        queries = self.picker.flat(self.picker.queries, members)[kept][:, None, :, None]
+        name = block.attention
+        self.found[f"{name}/q"] = self._at_queries(q)
+        for field, x in (("k", k), ("v", v), ("group", self.group), ("step_weight", self.step_weight)):
+            self.found[f"{name}/{field}"] = x[self.kept]
+        for field, z in zip(("scores", "values"), outputs, strict=True):
+            self._watch(f"{name}/fisher_{field}", f"{name}.{field}", z, self._at_queries)
 
-        def at_queries(x: torch.Tensor) -> torch.Tensor:
-            x = x.cpu()[kept]
-            return x.gather(2, queries.expand(-1, x.shape[1], -1, x.shape[3]))
+    def _watch(self, key: str, name: str, z: torch.Tensor, pick: Pick) -> None:
+        self.outputs.setdefault(key, []).append(name)
+        if self.recipe.hessian:
+            self.probes.watch(name, z, pick)
+        else:
+            self.probes.means[name] = torch.ones_like(pick(z))
 
-        k, v = (values[block.operand(role)].cpu()[kept] for role in (Role.KEY, Role.VALUE))
-        scores, attended = (at_queries(fisher[f"{block.attention}.{name}"]) for name in ("scores", "values"))
-        part = (at_queries(values[block.operand(Role.QUERY)]), k, v, *(label[kept] for label in lead), scores, attended)
-        self.parts.setdefault(block.attention, []).append(part)
+    def _add_range(self, site: str, x: torch.Tensor) -> None:
+        units = x.shape[1] if x.ndim == 4 else 1
+        stats = RangeStats.empty(self.recipe.groups, units, self.device).update(x, self.group)
+        self.found[f"{site}/low"], self.found[f"{site}/high"] = stats.low, stats.high
 
-    def _maxima(self, values: dict[str, torch.Tensor], samples: int) -> torch.Tensor:
-        """Per-channel maxima of the conditional halves, the values of the paper's Fig. 3: (b, blocks, heads * k)."""
-        found = []
-        for block in self.layout:
-            channels = values[block.operand(Role.SOFTMAX)][:samples].amax(2)  # over queries: (b, H, N)
-            stride = max(1, channels.shape[-1] // MAXIMA_PER_HEAD)
-            found.append(channels[..., ::stride][..., :MAXIMA_PER_HEAD].flatten(1).cpu())
-        return torch.stack(found, 1)
+    def _at_rows(self, x: torch.Tensor) -> torch.Tensor:
+        return x[self.first, self.rows].flatten(0, 1)
 
-    def finish(self, t: torch.Tensor) -> Records:
-        def joined(name: str) -> list[torch.Tensor]:
-            return [torch.cat(tensors) for tensors in zip(*self.parts[name], strict=True)]
+    def _at_queries(self, x: torch.Tensor) -> torch.Tensor:
+        x = x[self.kept]
+        return x.gather(2, self.queries.expand(-1, x.shape[1], -1, x.shape[3]))
 
-        linears = {g.source: LinearRecord(*joined(g.source)) for block in self.layout for g in block.linears}
-        attentions = {block.attention: AttentionRecord(*joined(block.attention)) for block in self.layout}
-        return Records(linears, attentions, self.ranges, torch.cat(self.maxima), t)
+    def _largest(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """Per-channel maxima of the conditional halves, the values of the paper's Fig. 3: (b, heads * k)."""
+        channels = probabilities[: len(self.members)].amax(2)  # over queries: (b, H, N)
+        stride = max(1, channels.shape[-1] // MAXIMA_PER_HEAD)
+        return channels[..., ::stride][..., :MAXIMA_PER_HEAD].flatten(1)

@@ -13,15 +13,15 @@ class RangeStats:
     high: torch.Tensor
 
     @classmethod
-    def empty(cls, groups: int, units: int) -> "RangeStats":
-        inf = torch.full((groups, units), float("inf"))
+    def empty(cls, groups: int, units: int, device: torch.device | None = None) -> "RangeStats":
+        inf = torch.full((groups, units), float("inf"), device=device)
         return cls(inf, -inf)
 
     def update(self, x: torch.Tensor, group: torch.Tensor) -> "RangeStats":
-        """Take in x, (B, N, C) with one unit or (B, H, N, C) with H units; `group`: (B,)."""
+        """Take in x, (B, N, C) with one unit or (B, H, N, C) with H units; `group`: (B,); all on one device."""
         reduced = (1, 2) if x.ndim == 3 else (2, 3)
         low, high = x.amin(reduced).reshape(len(x), -1), x.amax(reduced).reshape(len(x), -1)
-        low, high, index = low.cpu(), high.cpu(), group.cpu()[:, None].expand(-1, low.shape[1])
+        index = group[:, None].expand(-1, low.shape[1])
         return RangeStats(
             self.low.scatter_reduce(0, index, low, "amin"), self.high.scatter_reduce(0, index, high, "amax")
         )

@@ -3,11 +3,15 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from tqdit.calibration.batches import Batches
+from tqdit.calibration.records import join
+from tqdit.calibration.store import Forgetful, Store
 from tqdit.errors import InputError
 from tqdit.models.sampler import (
     Progress,
@@ -21,6 +25,7 @@ from tqdit.models.sampler import (
 from tqdit.recipe import Recipe
 from tqdit.timegroups import TimeGroups
 
+BATCH = {"cuda": 32, "cpu": 16}  # trajectories at once
 CALIBRATION_STREAM = 250_000  # noise streams start here: images i < 250,000 of the same seed have other noise
 
 
@@ -46,12 +51,14 @@ def collect(
     scheduler_config: Mapping[str, Any] | None,
     recipe: Recipe,
     progress: Progress = lambda _: None,
-    batch: int = 16,
+    batch: int | None = None,
+    store: Store | None = None,
 ) -> CalibrationSet:
     """Run `trajectories` guided samplings and keep `samples` states per time group, at random visited timesteps.
 
-    Seeded by the recipe: each trajectory has a generator of its own, so `batch` changes nothing but speed. Raises
-    `InputError` if the sampler visits too few timesteps of a group.
+    Seeded by the recipe: each trajectory has a generator of its own, so `batch` changes nothing but speed. Each batch
+    is one piece of `store`. On a GPU the model computes in bf16, see `InBfloat16`. Raises `InputError` if the sampler
+    visits too few timesteps of a group.
     """
     sampling = Sampling(recipe.sampler, recipe.steps, recipe.guidance)
     scheduler = make_scheduler(scheduler_config, sampling, learned_variance=False)
@@ -59,28 +66,66 @@ def collect(
     visited = scheduler.timesteps
     count = _num_trajectories(recipe, groups, visited, num_classes(model))
     picks = _pick_timesteps(recipe, groups, visited, count)
-
     order = torch.randperm(num_classes(model), generator=torch.Generator().manual_seed(recipe.seed))
-    labels = order.repeat(math.ceil(count / len(order)))[:count].to(next(model.parameters()).device)
-    found: list[tuple[int, int, torch.Tensor]] = []  # (t, trajectory, x_t)
-    for start in range(0, count, batch):
-        members = range(start, min(start + batch, count))
-        streams = range(CALIBRATION_STREAM + start, CALIBRATION_STREAM + members.stop)
-        generators = noise_generators(recipe.seed, streams)
-        states = trajectory(model, scheduler_config, sampling, labels[start : members.stop], generators)
-        for step, (t, x) in enumerate(states):
+    device = next(model.parameters()).device
+    labels = order.repeat(math.ceil(count / len(order)))[:count]
+    sampled = InBfloat16(model) if device.type == "cuda" else model
+
+    def run(members: range) -> dict[str, torch.Tensor]:
+        first = CALIBRATION_STREAM + members.start
+        generators = noise_generators(recipe.seed, range(first, first + len(members)))
+        chosen = labels[members.start : members.stop].to(device)
+        found: list[tuple[int, int, torch.Tensor]] = []  # (t, trajectory, x_t)
+        for step, (t, x) in enumerate(trajectory(sampled, scheduler_config, sampling, chosen, generators)):
             if t is not None:  # the last state is an image, which no timestep sees
-                found += [(t, i, x[i - start].cpu()) for i in members if t in picks[i]]
-                progress((start + len(members) * (step + 1) / recipe.steps) / count)
-    found.sort(key=lambda item: item[:2])
-    timesteps = torch.tensor([t for t, _, _ in found])
-    return CalibrationSet(
-        x=torch.stack([x for _, _, x in found]),
-        t=timesteps,
-        labels=labels.cpu()[torch.tensor([i for _, i, _ in found])],
-        group=groups.of(timesteps),
-        step_weight=step_weights(scheduler)[timesteps],
-    )
+                found += [(t, i, x[i - members.start].cpu()) for i in members if t in picks[i]]
+                progress((members.start + len(members) * (step + 1) / recipe.steps) / count)
+        ts, indices, states = zip(*found, strict=True)
+        return {"t": torch.tensor(ts), "trajectory": torch.tensor(indices), "x": torch.stack(states)}
+
+    size = batch or BATCH.get(device.type, BATCH["cpu"])
+    batches, keep = Batches(size), store or Forgetful()
+
+    def make(members: range) -> dict[str, torch.Tensor]:
+        found = batches.over(members, run)
+        return {key: join(key, found) for key in found[0]}
+
+    pieces = []
+    for start in range(0, count, size):
+        members = range(start, min(start + size, count))
+        pieces.append(keep.once(f"trajectories-{start:06d}", partial(make, members)).read())
+    return _ordered({key: join(key, pieces) for key in pieces[0]}, labels, groups, step_weights(scheduler))
+
+
+class InBfloat16(nn.Module):
+    """A model whose matmuls and attention run in bf16, its output in fp32: to draw states, nothing more.
+
+    It is how a GPU samples. Rounding makes other draws from the same distribution; what is measured at the states, the
+    operands and their Fisher weights, stays fp32. With published settings most of the arithmetic is here.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    @property
+    def config(self) -> Any:
+        return self.module.config
+
+    def forward(self, hidden_states: torch.Tensor, **given: Any) -> tuple[torch.Tensor]:
+        with torch.autocast(hidden_states.device.type, torch.bfloat16):
+            output = self.module(hidden_states, **given)[0]
+        return (output.float(),)
+
+
+def _ordered(
+    found: dict[str, torch.Tensor], labels: torch.Tensor, groups: TimeGroups, weights: torch.Tensor
+) -> CalibrationSet:
+    """The states of all trajectories by (timestep, trajectory)."""
+    pairs = list(zip(found["t"].tolist(), found["trajectory"].tolist(), strict=True))
+    order = torch.tensor(sorted(range(len(pairs)), key=pairs.__getitem__))
+    t = found["t"][order]
+    return CalibrationSet(found["x"][order], t, labels[found["trajectory"][order]], groups.of(t), weights[t])
 
 
 def _num_trajectories(recipe: Recipe, groups: TimeGroups, visited: torch.Tensor, classes: int) -> int:

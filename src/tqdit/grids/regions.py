@@ -46,11 +46,18 @@ def dequantize(codes: torch.Tensor, s1: torch.Tensor, s2: torch.Tensor, grid: Gr
 
 def fake_quantize(x: torch.Tensor, s1: torch.Tensor, s2: torch.Tensor, bits: int, grid: Grid) -> torch.Tensor:
     """dequantize(quantize(x)) without the codes, bit for bit the same and half the memory traffic; for the search."""
+    rounded, first = steps(x, s1, s2, bits, grid)
+    return rounded.mul_(torch.where(first, s1, s2))
+
+
+def steps(
+    x: torch.Tensor, s1: torch.Tensor, s2: torch.Tensor, bits: int, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Multiples of each value's own scale (fp32, with the value's sign), and which values belong to region 1."""
     fmt = IntFormat(bits)
     x = x.float()
     first = x <= fmt.qmax * s1 if grid is Grid.MRQ_SOFTMAX else x < 0
-    scale = torch.where(first, s1, s2)
-    return torch.round(x / scale).clamp_(fmt.qmin, fmt.qmax).mul_(scale)
+    return torch.round(x / torch.where(first, s1, s2)).clamp_(fmt.qmin, fmt.qmax), first
 
 
 def merge_shift(s1: torch.Tensor, s2: torch.Tensor, bits: int, grid: Grid) -> torch.Tensor | None:

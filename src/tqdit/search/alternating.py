@@ -1,7 +1,6 @@
 """The alternating search: one operand's scale at a time, all candidates scored, each parameter by its own share."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
@@ -9,27 +8,52 @@ from tqdit.recipe import Recipe
 from tqdit.search.objectives import MatmulObjective
 from tqdit.search.operands import Operand
 
-LossOf = Callable[[torch.Tensor], torch.Tensor]  # fake values of the searched operand -> elementwise loss
+LossOf = Callable[[torch.Tensor], torch.Tensor]  # scale table of the searched operand -> elementwise loss
 
 
 def alternate(objective: MatmulObjective, a: Operand, b: Operand, recipe: Recipe) -> tuple[Operand, Operand, float]:
     """`rounds` of: best scale of `b` given `a`, then of `a` given `b` (the paper's order: weight, then activation).
 
-    Never worse than the min-max start: the current scale competes with the candidates. Returns both operands and the
-    final loss.
+    Never worse than the min-max start: the current scale competes with the candidates. Ends early where another search
+    could change nothing: a choice is a function of the other operand's scale, and a tie keeps the current one. `b` has
+    one region. Returns both operands and the final loss.
     """
+    loss = loss_of_parts if a.values.is_cuda else loss_of_values
     base_a, base_b = a.scale, b.scale
-    for _ in range(recipe.rounds):
-        b = _search(b, base_b, recipe, partial(objective.loss, a.fake()))
-        a = _search(a, base_a, recipe, partial(objective.loss, b=b.fake()))
-    return a, b, float(objective.loss(a.fake(), b.fake()).sum())
+    for turn in range(recipe.rounds):
+        former_a, former_b = a.scale, b.scale
+        b = _search(b, base_b, recipe, loss(objective, a, b, b))
+        if turn and torch.equal(b.scale, former_b) and len(a.candidate_scales(base_a, recipe)) == 1:
+            break
+        a = _search(a, base_a, recipe, loss(objective, a, b, a))
+        if torch.equal(a.scale, former_a):
+            break
+    return a, b, float(loss(objective, a, b, a)(a.scale).sum())
+
+
+def loss_of_values(objective: MatmulObjective, a: Operand, b: Operand, searched: Operand) -> LossOf:
+    """The loss as a function of the scale of `searched`, which is `a` or `b`; the other operand is coded once."""
+    if searched is a:
+        fixed = b.fake()
+        return lambda scale: objective.loss(a.fake(scale), fixed)
+    fixed = a.fake()
+    return lambda scale: objective.loss(fixed, b.fake(scale))
+
+
+def loss_of_parts(objective: MatmulObjective, a: Operand, b: Operand, searched: Operand) -> LossOf:
+    """The same for tensor cores: other roundings in fp32, nothing else."""
+    if searched is a:
+        fixed = b.parts()
+        return lambda scale: objective.loss_of_parts(a.parts(scale), fixed)
+    fixed = a.parts()
+    return lambda scale: objective.loss_of_parts(fixed, b.parts(scale))
 
 
 def _search(operand: Operand, base: torch.Tensor, recipe: Recipe, loss: LossOf) -> Operand:
     """The operand with, for every (group, unit), its best table; regions one after the other."""
     for region in range(len(operand.candidate_scales(base, recipe))):
         tables = [operand.scale, *operand.candidate_scales(base, recipe)[region]]
-        totals = torch.stack([operand.reduce(loss(operand.fake(table))) for table in tables])
+        totals = torch.stack([operand.reduce(loss(table)) for table in tables])
         best = totals.argmin(0)  # (groups, units)
         stacked = torch.stack(tables)
         index = best.reshape(1, *best.shape, *(1,) * (stacked.ndim - 3)).expand(1, *stacked.shape[1:])

@@ -1,11 +1,13 @@
 """What a choice of scales is judged by: the Fisher-weighted squared error of one matmul's output (HO)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from tqdit.calibration.fisher import normalized
+from tqdit.search.operands import Part
 
 Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -25,8 +27,34 @@ class MatmulObjective:
 
     def loss(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Elementwise loss, in the shape of the output."""
-        error = self.combine(a, b).sub_(self.target).square_()
+        return self._weighted(self.combine(a, b))
+
+    def loss_of_parts(self, a: list[Part], b: list[Part]) -> torch.Tensor:
+        """The same from operands in parts: the products are of whole steps, so tensor cores lose nothing of them."""
+        total: torch.Tensor | None = None
+        for x in a:
+            for y in b:
+                with tensor_cores():
+                    product = self.combine(x.steps, y.steps)
+                product.mul_(x.scale).mul_(y.scale)
+                total = product if total is None else total.add_(product)
+        assert total is not None
+        return self._weighted(total)
+
+    def _weighted(self, output: torch.Tensor) -> torch.Tensor:
+        error = output.sub_(self.target).square_()
         return error if self.weights is None else error.mul_(self.weights)
+
+
+@contextmanager
+def tensor_cores() -> Iterator[None]:
+    """fp32 matmuls on a GPU round their operands to TF32's 11 bits and sum in fp32; on a CPU nothing changes."""
+    settings = torch.backends.cuda.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

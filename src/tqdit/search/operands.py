@@ -1,6 +1,7 @@
 """One operand of a matmul under search: its float values, its current parameters, and how to try others."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -8,6 +9,16 @@ from tqdit.calibration.statistics import RangeStats
 from tqdit.grids import regions, uniform
 from tqdit.recipe import Recipe
 from tqdit.spec import Grid, Role, SiteSpec
+
+
+class Part(NamedTuple):
+    """steps * scale. A step takes 9 bits at most, over a power of two, so that products in TF32 (11 bits) are exact.
+
+    `scale` broadcasts to the output of the matmul: (R, 1) of rows, (1, out) of weights, (S, H or 1, 1, 1) of attention.
+    """
+
+    steps: torch.Tensor
+    scale: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -47,13 +58,27 @@ class Operand:
             return regions.fake_quantize(self.values, s1, s2, bits, grid)
         return uniform.fake_quantize(self.values, self._broadcast(scale), self._broadcast(self.zero_point), bits)
 
+    def parts(self, scale: torch.Tensor | None = None) -> list[Part]:
+        """What `fake` is the sum of, scales apart: one part, or two where the regions' scales have no common step."""
+        scale = self.scale if scale is None else scale
+        bits, grid = self.spec.bits, self.spec.grid
+        if not grid.two_region:
+            shaped = self._broadcast(scale)
+            steps = uniform.steps(self.values, shaped, self._broadcast(self.zero_point), bits)
+            return [Part(steps, shaped.t() if self.is_weight else shaped)]
+        s1, s2 = self._broadcast(scale[..., 0]), self._broadcast(scale[..., 1])
+        steps, first = regions.steps(self.values, s1, s2, bits, grid)
+        if grid is Grid.MRQ_SOFTMAX or self.merging:  # s1 is s2 over a power of two
+            return [Part(steps.mul_(torch.where(first, s1 / s2, 1.0)), s2)]
+        return [Part(steps.clamp(max=0), s1), Part(steps.clamp_(min=0), s2)]
+
     def reduce(self, loss: torch.Tensor) -> torch.Tensor:
         """Sum an elementwise loss of the matmul's output into (groups, units): what each parameter is judged by."""
         groups, units = self.scale.shape[:2]
         if self.is_weight:  # output (R, out)
-            return loss.new_zeros(units).index_add_(0, self.unit, loss.sum(0))[None]
+            return _summed(loss.sum(0), self.unit, units)[None]
         per_lead = loss.sum(-1, keepdim=True) if loss.ndim == 2 else loss.sum((-1, -2))  # (R, 1) or (S, H)
-        by_group = loss.new_zeros(groups, per_lead.shape[1]).index_add_(0, self.lead, per_lead)
+        by_group = _summed(per_lead, self.lead, groups)
         return by_group if units == by_group.shape[1] else by_group.sum(1, keepdim=True)
 
     def candidate_scales(self, base: torch.Tensor, recipe: Recipe) -> list[list[torch.Tensor]]:
@@ -78,6 +103,17 @@ class Operand:
 
     def with_scale(self, scale: torch.Tensor) -> "Operand":
         return replace(self, scale=scale)
+
+
+def _summed(values: torch.Tensor, index: torch.Tensor, count: int) -> torch.Tensor:
+    """Sums of values (n, ...) over equal `index` (n,): (count, ...), the same bits every time.
+
+    On a GPU `index_add_` adds in any order, so a product in fp64 takes its place unless nothing shares an index.
+    """
+    if values.is_cuda and count < len(index):
+        members = torch.arange(count, device=index.device)[:, None] == index
+        return (members.double() @ values.double()).float()
+    return values.new_zeros(count, *values.shape[1:]).index_add_(0, index, values)
 
 
 def _with_fine(coarse: torch.Tensor, exponent: int) -> torch.Tensor:

@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from tqdit.calibration.recorder import AttentionRecord, LinearRecord, Records
+from tqdit.calibration.records import AttentionRecord, LinearRecord, Records
 from tqdit.calibration.statistics import RangeStats
+from tqdit.calibration.store import Forgetful, Store
 from tqdit.grids import uniform
 from tqdit.models.sampler import Progress
 from tqdit.models.sites import BlockLayout, LinearGroup, blocks, config_of, float_input_modules, sites
@@ -28,18 +29,23 @@ def solve(
     time_groups: TimeGroups,
     provenance: Mapping[str, Any],
     progress: Progress = lambda _: None,
+    store: Store | None = None,
 ) -> Solution:
-    """Choose the grid of every site and code every weight. `model` is the float model; it is only read."""
+    """Choose the grid of every site and code every weight. `model` is the float model; it is only read.
+
+    Each matmul is one piece of `store`.
+    """
     solver = _Solver(model, records, recipe)
-    steps: list[Callable[[], None]] = [*solver.steps()]
+    keep, steps = store or Forgetful(), [*solver.steps()]
     with torch.inference_mode():
-        for done, step in enumerate(steps, 1):
-            step()
-            progress(done / len(steps))
+        for done, step in enumerate(steps):
+            solver.take(keep.once(f"solved-{done:06d}", step).read())
+            progress((done + 1) / len(steps))
     ordered = {name: solver.params[name] for name in solver.specs}
     return Solution(dict(config_of(model)), time_groups, ordered, solver.codes, solver.floats(), dict(provenance))
 
 
+Solved = dict[str, torch.Tensor]  # "<site>/scale", "<site>/zero_point" and "<site>/codes" of one matmul, on the CPU
 Record = TypeVar("Record", LinearRecord, AttentionRecord, RangeStats)
 
 
@@ -56,7 +62,7 @@ class _Solver:
         self.params: dict[str, GridParams] = {}
         self.codes: dict[str, torch.Tensor] = {}
 
-    def steps(self) -> Iterator[Callable[[], None]]:
+    def steps(self) -> Iterator[Callable[[], Solved]]:
         for name in float_input_modules(config_of(self.model)):
             yield lambda name=name: self._weight_only(f"{name}.weight")  # type: ignore[misc]
         for block in blocks(config_of(self.model)):
@@ -65,11 +71,21 @@ class _Solver:
             for group in block.linears:
                 yield lambda group=group: self._linear(group)  # type: ignore[misc]
 
+    def take(self, solved: Solved) -> None:
+        """Add the parameters and codes of one matmul. A scale's shape says which grid was chosen."""
+        for key, tensor in solved.items():
+            name, _, field = key.rpartition("/")
+            if field == "codes":
+                self.codes[name] = tensor
+            elif field == "scale":
+                spec = self.specs[name] if tensor.ndim == 3 else replace(self.specs[name], grid=Grid.UNIFORM)
+                self.params[name] = GridParams(spec, tensor, solved.get(f"{name}/zero_point"))
+
     def floats(self) -> dict[str, torch.Tensor]:
         """Parameters that are not sites."""
         return {name: t.detach().float().cpu() for name, t in self.state.items() if name not in self.specs}
 
-    def _weight_only(self, name: str) -> None:
+    def _weight_only(self, name: str) -> Solved:
         """Per-channel scale by plain squared error on the weight (the seed's Frobenius objective)."""
         spec, values = self.specs[name], self.state[name].float()
         operand = operands.weight([spec], [values.flatten(1)])
@@ -78,9 +94,9 @@ class _Solver:
             tables = torch.stack([operand.scale, *(operand.scale * c for c in steps)])
             errors = torch.stack([(operand.fake(t) - operand.values).square().sum(1) for t in tables])
             operand = operand.with_scale(tables.gather(0, errors.argmin(0)[None, None])[0])
-        self._store_weights([spec], operand)
+        return self._coded([spec], operand)
 
-    def _linear(self, group: LinearGroup) -> None:
+    def _linear(self, group: LinearGroup) -> Solved:
         record = _moved(self.records.linears[group.source], self.device)
         ranges = self._ranges(group.source)
         specs = [self.specs[name] for name in group.weights]
@@ -92,20 +108,19 @@ class _Solver:
             return alternate(objective, x, w, self.recipe)
 
         x, w, _ = self._best_grid(self.specs[group.source], self.recipe.gelu_grid, attempt)
-        self._store_activation(x)
-        self._store_weights(specs, w)
+        return _chosen(x) | self._coded(specs, w)
 
-    def _scores(self, block: BlockLayout) -> None:
+    def _scores(self, block: BlockLayout) -> Solved:
         record = _moved(self.records.attentions[block.attention], self.device)
         objective = MatmulObjective.of(
             objectives.scores, record.q, record.k, self._weights(record, record.fisher_scores)
         )
         q = self._operand(block, Role.QUERY, record.q, record)
         k = self._operand(block, Role.KEY, record.k, record)
-        for operand in alternate(objective, q, k, self.recipe)[:2]:
-            self._store_activation(operand)
+        q, k, _ = alternate(objective, q, k, self.recipe)
+        return _chosen(q) | _chosen(k)
 
-    def _values(self, block: BlockLayout) -> None:
+    def _values(self, block: BlockLayout) -> Solved:
         record = _moved(self.records.attentions[block.attention], self.device)
         p = objectives.scores(record.q, record.k).softmax(-1)
         objective = MatmulObjective.of(objectives.values, p, record.v, self._weights(record, record.fisher_values))
@@ -117,8 +132,8 @@ class _Solver:
             left = operands.activation(spec, p, record.group, ranges, self.recipe.softmax_products == "one")
             return alternate(objective, left, v, self.recipe)
 
-        for operand in self._best_grid(self.specs[name], self.recipe.softmax_grid, attempt)[:2]:
-            self._store_activation(operand)
+        left, right, _ = self._best_grid(self.specs[name], self.recipe.softmax_grid, attempt)
+        return _chosen(left) | _chosen(right)
 
     def _operand(self, block: BlockLayout, role: Role, values: torch.Tensor, record: AttentionRecord) -> Operand:
         name = block.operand(role)
@@ -144,21 +159,24 @@ class _Solver:
             tried.append(attempt(replace(spec, grid=Grid.UNIFORM)))
         return min(tried, key=lambda result: result[2])
 
-    def _store_activation(self, operand: Operand) -> None:
-        zero_point = None if operand.spec.grid.two_region else operand.zero_point.cpu()
-        scale = uniform.checked_scale(operand.scale, operand.spec.name).cpu()
-        self.params[operand.spec.name] = GridParams(operand.spec, scale, zero_point)
-
-    def _store_weights(self, specs: list[SiteSpec], operand: Operand) -> None:
+    def _coded(self, specs: list[SiteSpec], operand: Operand) -> Solved:
+        found: Solved = {}
         first = 0
         scales = operand.scale[0].split([spec.units for spec in specs])
         for spec, scale in zip(specs, scales, strict=True):
             shape = self.state[spec.name].shape
             values = operand.values[first : first + shape[0]]
             codes = uniform.quantize(values, scale[:, None], 0, spec.bits)
-            self.params[spec.name] = GridParams(spec, scale[None].cpu())
-            self.codes[spec.name] = codes.reshape(shape).cpu()
+            found |= {f"{spec.name}/scale": scale[None].cpu(), f"{spec.name}/codes": codes.reshape(shape).cpu()}
             first += shape[0]
+        return found
+
+
+def _chosen(operand: Operand) -> Solved:
+    """What is kept of an activation operand."""
+    name = operand.spec.name
+    found = {f"{name}/scale": uniform.checked_scale(operand.scale, name).cpu()}
+    return found if operand.spec.grid.two_region else found | {f"{name}/zero_point": operand.zero_point.cpu()}
 
 
 def _moved(record: Record, device: torch.device) -> Record:

@@ -1,0 +1,133 @@
+"""Seconds and memory of a calibration at a published shape with random weights, stage by stage.
+
+python bench/calibration_scale.py --device cuda --json bench/results/calibration-scale-h200.json
+python bench/calibration_scale.py --blocks 2 --samples 2 --steps 20 --rounds 1 --candidates 10 --work-folder \
+    --json bench/results/calibration-scale-cpu.json
+
+Without settings: the published ones. A run of fewer blocks or smaller settings is also scaled up to all blocks and to
+the published settings, each stage by its matmuls' operations: an extrapolation, labelled so. Speed does not depend on
+the weights' values, but where the search ends early does; operations count every round.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from scale_arithmetic import memory, operations
+from tqdit.calibration import trajectories
+from tqdit.calibration.recorder import record
+from tqdit.calibration.store import Store, WorkFolder
+from tqdit.environment import environment, peak_memory_bytes
+from tqdit.files import check_file, write_text
+from tqdit.models.random_weights import random_float
+from tqdit.models.shapes import shape_config
+from tqdit.recipe import Recipe
+from tqdit.search.solver import solve
+from tqdit.timegroups import TimeGroups
+
+Case = tuple[dict[str, Any], Recipe]  # a model config and a recipe
+SETTINGS = ("samples", "steps", "rounds", "candidates", "rows", "queries")
+
+
+def main() -> None:
+    args = arguments()
+    check_file(args.json)
+    config = shape_config(args.shape)
+    part = {**config, "num_layers": args.blocks or config["num_layers"]}
+    run = recipe(args, {name: getattr(args, name) for name in SETTINGS})
+    with tempfile.TemporaryDirectory() as scratch:
+        store = WorkFolder(Path(scratch)) if args.work_folder else None
+        model = random_float(part).requires_grad_(False).to(args.device)
+        stages = measure(model, run, torch.device(args.device), store)
+    result = {
+        "environment": environment(args.device),
+        "command": "python bench/calibration_scale.py " + " ".join(sys.argv[1:]),
+        "shape": args.shape,
+        "blocks": part["num_layers"],
+        "work_folder": args.work_folder,
+        "recipe": run.model_dump(mode="json"),
+        "operations": operations(part, run),
+        "memory_arithmetic": memory(part, run),
+        "stages": stages,
+        "extrapolated": {
+            name: {"blocks": config["num_layers"], "recipe": wanted.model_dump(mode="json")}
+            | scaled(stages, (part, run), (config, wanted), args.work_folder)
+            for name, wanted in (("all blocks", run), ("published settings", recipe(args, {})))
+        },
+    }
+    write_text(args.json, json.dumps(result, indent=1) + "\n")
+
+
+def scaled(stages: dict[str, Any], ran: Case, wanted: Case, work_folder: bool) -> dict[str, Any]:
+    """Seconds of another case, in proportion to its operations, and its peak: ours, and what its large parts differ by.
+
+    An extrapolation; the peak takes every part of `memory` as alive at once, which they are not.
+    """
+    counted, whole = operations(*ran), operations(*wanted)
+    held, large = memory(*ran), memory(*wanted)
+    alive = ("weights", "pass", "codes", "records_of_a_block" if work_folder else "records")
+    return {
+        "operations": whole,
+        "memory_arithmetic": large,
+        "seconds": {name: row["seconds"] * whole[name] / counted[name] for name, row in stages.items()},
+        "peak_rss_bytes": max(row["peak_rss_bytes"] for row in stages.values())
+        + sum(large[p] - held[p] for p in alive),
+    }
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="DiT-XL/2")
+    parser.add_argument("--blocks", type=int, help="only so many blocks; default: all")
+    for name in SETTINGS:
+        parser.add_argument(f"--{name}", type=int, help="default: as published")
+    parser.add_argument("--preset", default="paper")
+    parser.add_argument("--bits", default="w8a8")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--work-folder", action="store_true", help="keep records on disk, as `quantize --resumable` does"
+    )
+    parser.add_argument("--json", type=Path, required=True)
+    return parser.parse_args()
+
+
+def recipe(args: argparse.Namespace, changed: dict[str, int | None]) -> Recipe:
+    """The published settings with some changed; as many trajectories as samples per group, the default of XL/2."""
+    built = Recipe.build(args.preset, args.bits, **changed)
+    return built.model_copy(update={"trajectories": built.samples})
+
+
+def measure(model: nn.Module, run: Recipe, device: torch.device, store: Store | None) -> dict[str, dict[str, Any]]:
+    """Seconds of each stage, the process's peak so far, and the stage's peak of GPU memory."""
+    stages: dict[str, dict[str, Any]] = {}
+
+    def timed(name: str, stage: Any) -> Any:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        start = time.perf_counter()
+        found = stage()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        stages[name] = {"seconds": time.perf_counter() - start, "peak_rss_bytes": peak_memory_bytes()}
+        if device.type == "cuda":
+            stages[name]["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(device)
+            stages[name]["peak_gpu_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+        print(name, stages[name], file=sys.stderr, flush=True)
+        return found
+
+    data = timed("trajectories", lambda: trajectories.collect(model, None, run, store=store))
+    records = timed("statistics", lambda: record(model, data, run, store=store))
+    timed("search", lambda: solve(model, records, run, TimeGroups(1000, run.groups), {}, store=store))
+    return stages
+
+
+if __name__ == "__main__":
+    main()

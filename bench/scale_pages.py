@@ -1,0 +1,58 @@
+"""The section on what a calibration of a large model costs, from every `calibration-scale-*.json`."""
+
+from typing import Any
+
+from pages import RESULTS, environment, read, table
+
+SETTINGS = ("groups", "samples", "trajectories", "steps", "rounds", "candidates", "rows", "queries")
+GIB = 2**30
+
+
+def calibration_scale() -> list[str]:
+    lines = ["## Calibration at the size of DiT-XL/2", ""]
+    for path in sorted(RESULTS.glob("calibration-scale-*.json")):
+        lines += _run(read(path.stem))
+    return lines
+
+
+def _run(run: dict[str, Any]) -> list[str]:
+    """One run beside what it is extrapolated to."""
+    rows = [_measured(run)]
+    rows += [_extrapolated(name, case) for name, case in run["extrapolated"].items() if _differs(run, case)]
+    header = ["run", "blocks", *SETTINGS, "trajectories (s)", "statistics (s)", "search (s)", "peak memory (GiB)"]
+    header = [*header, "peak GPU memory (GiB)"]
+    return [
+        f"`{run['command']}`, {run['shape']} with random weights, `{run['recipe']['preset']}` at "
+        f"W{run['recipe']['weight_bits']}A{run['recipe']['activation_bits']}, on {environment(run['environment'])}"
+        f"{', records on disk' if run['work_folder'] else ''}. Peak memory is the whole process. Rows in italics are "
+        "extrapolated, not measured: seconds in proportion to the operations of the matmuls, as if no search ended "
+        "early; memory by what weights, codes, records and one forward and backward pass take more.",
+        "",
+        table(header, rows),
+        "",
+    ]
+
+
+def _measured(run: dict[str, Any]) -> list[str]:
+    stages = run["stages"].values()
+    gpu = [row["peak_gpu_bytes"] for row in stages if "peak_gpu_bytes" in row]
+    peak = max(row["peak_rss_bytes"] for row in stages)
+    return [
+        "measured", str(run["blocks"]), *_settings(run["recipe"]), *(f"{row['seconds']:.0f}" for row in stages),
+        f"{peak / GIB:.1f}", f"{max(gpu) / GIB:.1f}" if gpu else "–",
+    ]  # fmt: skip
+
+
+def _extrapolated(name: str, case: dict[str, Any]) -> list[str]:
+    return [
+        f"*{name}*", str(case["blocks"]), *_settings(case["recipe"]),
+        *(f"*{seconds:.0f}*" for seconds in case["seconds"].values()), f"*{case['peak_rss_bytes'] / GIB:.1f}*", "–",
+    ]  # fmt: skip
+
+
+def _settings(recipe: dict[str, Any]) -> list[str]:
+    return [str(recipe[name]) for name in SETTINGS]
+
+
+def _differs(run: dict[str, Any], case: dict[str, Any]) -> bool:
+    return (run["blocks"], run["recipe"]) != (case["blocks"], case["recipe"])

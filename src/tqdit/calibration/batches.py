@@ -1,0 +1,40 @@
+"""A loop over samples that takes smaller batches when the device has no memory for these."""
+
+import gc
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from tqdit.errors import InputError
+
+Result = TypeVar("Result")
+
+
+class Batches:
+    """Runs ranges of samples at most `size` at once; the size is halved when memory runs out, and stays so."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def over(self, members: range, run: Callable[[range], Result]) -> list[Result]:
+        """The results of `run` over consecutive parts of `members`; it must give the same for any division.
+
+        Raises `InputError` if there is not memory enough for one sample.
+        """
+        results: list[Result] = []
+        start = members.start
+        while start < members.stop:
+            part = range(start, min(start + self.size, members.stop))
+            try:
+                results.append(run(part))
+                start = part.stop
+                continue
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise InputError("the device has too little memory to calibrate with a single sample") from None
+            # Only here has the error let go of the tensors that its frames held.
+            gc.collect()
+            torch.cuda.empty_cache()
+            self.size = len(part) // 2
+        return results

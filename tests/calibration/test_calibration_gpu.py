@@ -1,0 +1,61 @@
+"""Calibration on a GPU: the states, records and choices of a CPU but for rounding, and the same ones every time."""
+
+import pytest
+import torch
+
+from tqdit.calibration.recorder import record
+from tqdit.calibration.trajectories import collect
+from tqdit.search.solver import solve
+from tqdit.timegroups import TimeGroups
+
+DEVICE = "cuda"
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(scope="module")
+def on_gpu(tiny_dit):
+    return tiny_dit().to(DEVICE)
+
+
+def test_states_are_of_the_same_draws(on_gpu, data, scheduler_config, tiny_recipe) -> None:
+    found = collect(on_gpu, scheduler_config, tiny_recipe())
+    assert torch.equal(found.t, data.t)
+    assert torch.equal(found.labels, data.labels)
+    error = (found.x - data.x).square().mean() / data.x.square().mean()
+    assert error < 0.01
+
+
+def test_records_are_those_of_a_cpu(on_gpu, data, records, tiny_recipe) -> None:
+    found = record(on_gpu, data, tiny_recipe())
+    for name, stats in records.ranges.items():
+        assert torch.allclose(found.ranges[name].low, stats.low, atol=1e-4), name
+        assert torch.allclose(found.ranges[name].high, stats.high, atol=1e-4), name
+    for name, linear in records.linears.items():
+        assert torch.allclose(found.linears[name].x, linear.x, atol=1e-4), name
+        assert torch.allclose(found.linears[name].fisher.sum(0), linear.fisher.sum(0), rtol=1e-2), name
+        assert torch.equal(found.linears[name].group, linear.group)
+    assert torch.allclose(found.maxima, records.maxima, atol=1e-4)
+
+
+@pytest.mark.parametrize("preset", ["paper", "plus"])
+@pytest.mark.parametrize("bits", ["w8a8", "w6a6"])
+def test_choices_are_those_of_a_cpu_and_the_same_twice(
+    on_gpu, records, solved, tiny_recipe, preset: str, bits: str
+) -> None:
+    expected = solved(preset, bits)
+    first, again = (solve(on_gpu, records, tiny_recipe(preset, bits), TimeGroups(1000, 4), {}) for _ in range(2))
+    same = []
+    for name, params in first.params.items():
+        assert params.spec == expected.params[name].spec
+        assert torch.equal(params.scale, again.params[name].scale), name
+        same.append(torch.isclose(params.scale, expected.params[name].scale, rtol=1e-5).flatten())
+    assert torch.cat(same).float().mean() > 0.98
+    assert all(torch.equal(codes, again.codes[name]) for name, codes in first.codes.items())
+
+
+def test_records_of_a_work_folder_are_continued_from(on_gpu, data, tiny_recipe, tmp_path) -> None:
+    from tqdit.calibration.store import WorkFolder
+
+    made = [record(on_gpu, data, tiny_recipe(), store=WorkFolder(tmp_path)) for _ in range(2)]
+    for name, linear in made[0].linears.items():
+        assert torch.equal(linear.fisher, made[1].linears[name].fisher)
