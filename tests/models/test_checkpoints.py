@@ -14,6 +14,7 @@ from published_dit import PublishedDiT, position_table, random_dit, sinusoids
 from tqdit import workflow
 from tqdit.errors import InputError
 from tqdit.models import checkpoints, published
+from tqdit.models.sampler import Sampling
 from tqdit.models.sites import FREQUENCY_SHIFT
 from tqdit.models.sources import load_float, resolve, weights_hash
 
@@ -155,6 +156,18 @@ def check_embedding(integer: torch.nn.Module) -> None:
             expected = random_dit(channels=1).embedding(t, y)
             found = embedder(t, y, hidden_dtype=torch.float32)
             assert (found - expected).norm() < 0.02 * expected.norm(), "weights of 8 bits"
+
+
+def test_a_folder_of_images_knows_its_checkpoint(file, tmp_path) -> None:
+    def draw(model: Path, num: int) -> int:
+        wanted = workflow.images_of(model, [], num, Sampling("ddim", 2, 1.0))
+        return workflow.sample_folder(wanted, tmp_path / "images")
+
+    path = file(channels=1)
+    assert draw(path, 1) == 1
+    assert draw(path.rename(tmp_path / "renamed.pt"), 3) == 2
+    with pytest.raises(InputError, match="images of another run: model_sha256"):
+        draw(file(put_value("final_layer.linear.bias", 1.0), channels=1), 3)
 
 
 def test_models_of_other_frequencies_have_another_hash(file) -> None:

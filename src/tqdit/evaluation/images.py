@@ -126,9 +126,10 @@ def image_file(folder: Path, index: int) -> Path:
 def _fingerprint(source: ModelSource) -> str:
     """sha256 over everything on disk that images depend on: config, weights, schedule and decoder."""
     digest = hashlib.sha256(json.dumps(source.scheduler, sort_keys=True).encode())
-    for folder in filter(None, (source.folder, source.vae)):
-        for file in sorted([folder / CONFIG, *folder.glob("*.safetensors")]):
-            digest.update(file.name.encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    folders = [folder for folder in (source.folder, source.vae) if folder is not None]
+    files = [file for folder in folders for file in sorted([folder / CONFIG, *folder.glob("*.safetensors")])]
+    for file in files if source.checkpoint is None else [source.checkpoint]:
+        digest.update(b"" if file == source.checkpoint else file.name.encode())  # a checkpoint may be renamed
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
