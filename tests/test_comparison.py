@@ -128,6 +128,13 @@ def test_artifact_of_another_model(tiny_dit, artifacts, tmp_path, change: dict) 
         compare(tmp_path / "other", artifacts, num=1)
 
 
+def test_the_same_weights_in_other_heads(own_pipeline, artifacts) -> None:
+    path = own_pipeline / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_attention_heads": 4, "attention_head_dim": 8}))
+    with pytest.raises(InputError, match="was made of a model with attention_head_dim 16, 'tiny-dit' has 8"):
+        compare(own_pipeline, artifacts, num=1)
+
+
 def test_scheduler_of_another_length(own_pipeline, artifacts, scheduler_config) -> None:
     config = {**scheduler_config, "num_train_timesteps": 500}
     (own_pipeline / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))

@@ -148,12 +148,21 @@ def test_nothing_is_overwritten_and_nothing_half_written(file, vae, tmp_path) ->
     for path in (tmp_path / "official.pt", tmp_path):
         with pytest.raises(InputError, match="exists; choose another folder"):
             convert_checkpoint(file, path, 2)
-    with pytest.raises(InputError, match=r"config\.json is missing; --vae"):
+    with pytest.raises(InputError, match=r"config\.json is missing; a diffusers autoencoder has one"):
         convert_checkpoint(file, tmp_path / "dit", 2, tmp_path)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / CONFIG).write_text("{}")
-    with pytest.raises(InputError, match=r"no \.safetensors weights; --vae"):
-        convert_checkpoint(file, tmp_path / "dit", 2, tmp_path / "empty")
+    decoder = {"_class_name": "AutoencoderKL", "latent_channels": 4}
+    for config, message in [
+        ({}, "has the class None, a decoder is an AutoencoderKL"),
+        (decoder | {"latent_channels": 16}, "decodes latents of 16 channels, the model's have 4"),
+        (decoder, r"no \.safetensors weights"),
+    ]:
+        (tmp_path / "empty" / CONFIG).write_text(json.dumps(config))
+        with pytest.raises(InputError, match=message):
+            convert_checkpoint(file, tmp_path / "dit", 2, tmp_path / "empty")
+    with pytest.raises(InputError, match="is inside .*, which is copied into it"):
+        convert_checkpoint(file, vae / "dit", 2, vae)
+    assert not (vae / "dit").exists()
     with pytest.raises(InputError, match="--num-heads"):
         convert_checkpoint(file, tmp_path / "dit")
     assert not (tmp_path / "dit").exists()

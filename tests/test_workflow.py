@@ -243,6 +243,9 @@ def test_another_recipe_or_model_starts_anew(pipeline, own_pipeline, tiny_recipe
     assert [p.name.split("-")[0] for p in folders(pipeline, rounds=1)] == ["search"]
     assert len(folders(pipeline, seed=1)) == 2
     assert len(folders(own_pipeline)) == 2
+    config = own_pipeline / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_attention_heads": 4, "attention_head_dim": 8}))
+    assert len(folders(own_pipeline)) == 2  # the same weights in other heads
 
 
 def test_damaged_work_is_named(pipeline, tiny_recipe, tmp_path) -> None:

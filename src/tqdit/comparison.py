@@ -22,6 +22,7 @@ from tqdit.models.sampler import Sampling
 from tqdit.models.sources import ModelSource, load_float, resolve, weights_hash
 from tqdit.recipe import Recipe
 from tqdit.spec import Solution
+from tqdit.tensors import decisive
 from tqdit.workflow import Report, checked_device, chosen_classes, float32_bytes, silent
 
 HELD_OUT_SEED = 20_000  # far from calibration's: other noise, other states
@@ -195,6 +196,10 @@ def _load_artifact(path: str | Path, source: ModelSource, digest: str) -> _Artif
         raise InputError(
             f"'{path}' was not made from '{source.name}' but from other weights ('{made_from}'); compare it with those"
         )
+    given, made = decisive(source.config), decisive(solution.model_config)
+    for key in given:
+        if key in made and given[key] != made[key]:
+            raise InputError(f"'{path}' was made of a model with {key} {made[key]}, '{source.name}' has {given[key]}")
     if (found := solution.time_groups.num_timesteps) != (total := _timesteps(source)):
         raise InputError(f"'{path}' has {found} training timesteps, the scheduler of '{source.name}' has {total}")
     return _Artifact(other.folder, other.name, solution)

@@ -150,7 +150,8 @@ class _Builder:
         linears = {"qkv": layout.qkv, "out": layout.out, "fc1": layout.fc1, "fc2": layout.fc2}
         inside = len(layout.prefix) + 1
         names = {layer: [name[inside:] for name in group.modules] for layer, group in linears.items()}
-        block.add_slots(names, {name: empty.get_submodule(name).weight.shape for ns in names.values() for name in ns})
+        shapes = {name: empty.get_submodule(name).weight.shape for ns in names.values() for name in ns}
+        block.add_slots(names, shapes, closed=[name[inside:] for name in layout.float_input])
         return block
 
     def condition(self, model: Any, embedders: Mapping[str, nn.Module]) -> None:

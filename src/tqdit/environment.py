@@ -18,7 +18,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     row: dict[str, Any] = {**versions(), "python": platform.python_version(), "cpu": _cpu_name()}
     row["threads"] = torch.get_num_threads()
     row["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    row["device"] = torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
+    row["device"] = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
     return row
 
 

@@ -14,7 +14,7 @@ from tqdit.errors import InputError
 from tqdit.files import CONFIG, TRANSFORMER, WEIGHTS, check_target, read_json, replacing, write_tensors, write_text
 from tqdit.models.published import AS_PUBLISHED, DIFFUSION
 from tqdit.models.sites import ARCHITECTURE, config_of
-from tqdit.models.sources import LABELS, PIPELINE, SCHEDULER, ModelSource, class_names, load_float, resolve
+from tqdit.models.sources import LABELS, PIPELINE, SCHEDULER, ModelSource, check_vae, class_names, load_float, resolve
 
 
 def convert_checkpoint(
@@ -46,9 +46,13 @@ def convert_checkpoint(
     source = replace(
         source,
         config={**source.config, **AS_PUBLISHED},
-        vae=source.vae if vae is None else _checked_vae(Path(vae)),
+        vae=source.vae if vae is None else Path(vae),
         labels=source.labels if labels is None else class_names(read_json(Path(labels)), str(labels)),
     )
+    if source.vae is not None:
+        check_vae(source.vae, int(source.config["in_channels"]))
+        if out.resolve().is_relative_to(source.vae.resolve()):
+            raise InputError(f"output {out} is inside {source.vae}, which is copied into it")
     module = load_float(source)
     with replacing(out) as folder:
         _write(folder, source, module)
@@ -67,7 +71,7 @@ def _write(folder: Path, source: ModelSource, module: nn.Module) -> None:
     _write_json(transformer / CONFIG, dict(config_of(module)))
     _write_json(folder / SCHEDULER, source.scheduler or DIFFUSION)
     if source.vae is not None:
-        shutil.copytree(source.vae, folder / "vae")
+        shutil.copytree(source.vae, folder / "vae", ignore=shutil.ignore_patterns("*.bin"))
     labels = {str(number): label for number, label in sorted(source.labels.items())}
     if source.vae is not None or source.pipeline is not None:
         _write_json(folder / PIPELINE, _index(source) | ({"id2label": labels} if labels else {}))
@@ -93,13 +97,6 @@ def _index(source: ModelSource) -> dict[str, Any]:
     if source.vae is not None:
         index["vae"] = ["diffusers", read_json(source.vae / CONFIG).get("_class_name", "AutoencoderKL")]
     return index
-
-
-def _checked_vae(folder: Path) -> Path:
-    read_json(folder / CONFIG, "--vae takes the folder of a diffusers autoencoder")
-    if not any(folder.glob("*.safetensors")):
-        raise InputError(f"{folder} has no .safetensors weights; --vae takes the folder of a diffusers autoencoder")
-    return folder
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

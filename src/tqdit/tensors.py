@@ -36,7 +36,7 @@ def pack(solution: Solution) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     tensors, shapes = _tensors_of(solution)
     stored, aliases = _deduplicated(tensors)
     manifest = {
-        "model_config": _public(solution.model_config),
+        "model_config": decisive(solution.model_config),
         "time_groups": asdict(solution.time_groups),
         "sites": [asdict(spec) for spec in solution.sites],
         "shapes": shapes,
@@ -144,7 +144,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a model config that decides what the model computes; diffusers' own notes start with "_"."""
     return {key: config[key] for key in sorted(config) if key[0] != "_" and key != QUANTIZATION}
 
@@ -159,7 +159,7 @@ def _manifest(found: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> d
     manifest: dict[str, Any] = json.loads(data)
     if missing := set(MANIFEST_KEYS) - set(manifest):
         raise InputError(f"{MANIFEST_TENSOR} lacks '{sorted(missing)[0]}'")
-    public, expected = _public(config), manifest["model_config"]
+    public, expected = decisive(config), manifest["model_config"]
     newer = set(config.get("_use_default_values", ())) - set(expected)  # settings that diffusers has got since
     for key in sorted({*public, *expected} - newer):
         if public.get(key) != expected.get(key):

@@ -16,7 +16,7 @@ from tqdit import artifact
 from tqdit.calibration import trajectories
 from tqdit.calibration.recorder import record
 from tqdit.calibration.records import Records
-from tqdit.calibration.store import Store, WorkFolder, discard
+from tqdit.calibration.store import HASH_DIGITS, Store, WorkFolder, discard
 from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.convert import convert
 from tqdit.environment import environment, peak_memory_bytes, versions
@@ -25,11 +25,13 @@ from tqdit.evaluation import images
 from tqdit.evaluation.images import BATCH, Images
 from tqdit.files import TRANSFORMER, check_target, replacing
 from tqdit.models.sampler import Sampling
+from tqdit.models.sites import config_of
 from tqdit.models.sources import LABELS, PIPELINE, ModelSource, class_indices, load_float, resolve, weights_hash
 from tqdit.ops.dispatch import get_backend, kernel_name
 from tqdit.recipe import CALIBRATION_SETTINGS, Recipe
 from tqdit.search.solver import solve
 from tqdit.spec import Solution
+from tqdit.tensors import decisive
 from tqdit.timegroups import TimeGroups
 
 STAGES = ("calibration", "search")  # whose finished work may be kept
@@ -85,7 +87,8 @@ def prepare(
     start = time.perf_counter()
     source_hash = weights_hash(module)
     settings = {"scheduler": source.scheduler, **_calibration_settings(recipe)}
-    store = _store(work, STAGES[0], source_hash, environment(device)["device"], settings)
+    shape = decisive(config_of(module))
+    store = _store(work, STAGES[0], source_hash, shape, environment(device)["device"], settings)
     data = trajectories.collect(module, source.scheduler, recipe, lambda f: report("trajectories", f), store=store)
     records = record(module, data, recipe, lambda f: report("statistics", f), store=store)
     seconds = time.perf_counter() - start
@@ -107,7 +110,8 @@ def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) 
     }
     # The calibration set's hash and the hardware that made it stand for the records.
     where = next(prepared.model.parameters()).device
-    store = _store(prepared.work, STAGES[1], environment(str(where))["device"], provenance)
+    shape = decisive(config_of(prepared.model))
+    store = _store(prepared.work, STAGES[1], shape, environment(str(where))["device"], provenance)
     solution = solve(
         prepared.model,
         prepared.records,
@@ -275,7 +279,7 @@ def _store(work: Path | None, stage: str, *depends_on: Any) -> Store | None:
     if work is None:
         return None
     text = json.dumps([versions(), *depends_on], sort_keys=True)
-    return WorkFolder(work / f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:16]}")
+    return WorkFolder(work / f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:HASH_DIGITS]}")
 
 
 def _data_hash(data: CalibrationSet) -> str:

@@ -43,11 +43,13 @@ def test_a_damaged_piece_is_named(tmp_path) -> None:
 
 def test_discard_takes_only_work(tmp_path) -> None:
     work = tmp_path / "out.work"
-    WorkFolder(work / "search-0").once("x", piece)
+    WorkFolder(work / f"search-{0:016x}").once("x", piece)
     (work / "notes-1").mkdir()
+    (work / "search-results").mkdir()
     discard(work, ["search"])
-    assert [p.name for p in work.iterdir()] == ["notes-1"]
+    assert sorted(p.name for p in work.iterdir()) == ["notes-1", "search-results"]
     (work / "notes-1").rmdir()
+    (work / "search-results").rmdir()
     discard(work, ["search"])
     assert not work.exists()
     discard(work, ["search"])

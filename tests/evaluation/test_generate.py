@@ -24,8 +24,11 @@ def test_latents_need_a_vae(channels: int) -> None:
 
 
 def test_vae_needs_safetensors(tmp_path) -> None:
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(InputError, match="safetensors"):
         check_decodable(4, tmp_path)
+    with pytest.raises(InputError, match="latents of 4 channels, the model's have 16"):
+        check_decodable(16, tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").touch()
     check_decodable(4, tmp_path)
 

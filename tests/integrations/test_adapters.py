@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tqdit.convert import convert
+from tqdit.errors import InputError
 from tqdit.evaluation.metrics import sqnr_db
 from tqdit.layers.adapters import AdapterSlot
 
@@ -98,6 +99,25 @@ def test_merging_into_integers_is_refused(solved, adapter) -> None:
     adapted = peft.PeftModel.from_pretrained(convert(solved("plus")), adapter)
     with pytest.raises(RuntimeError):
         adapted.merge_adapter()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"cls": "LoraConfig", "r": 4, "use_dora": True, "target_modules": ["to_q"]},
+     {"cls": "IA3Config", "target_modules": ["to_q"], "feedforward_modules": []}],
+)  # fmt: skip
+def test_other_adapters_are_refused(solved, model_inputs, config: dict) -> None:
+    """What they add depends on the layer's own weight or output."""
+    settings = {key: value for key, value in config.items() if key != "cls"}
+    adapted = peft.get_peft_model(convert(solved("plus")), getattr(peft, config["cls"])(**settings))
+    with pytest.raises(InputError, match="only plain LoRA"):
+        run(adapted, model_inputs)
+
+
+@pytest.mark.parametrize("target", ["norm1.linear", "linear_1", "proj_out_2"])
+def test_layers_without_a_slot_are_refused_by_peft(solved, target: str) -> None:
+    with pytest.raises(ValueError, match="not supported"):
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["to_q", target]), convert(solved("plus")))
 
 
 def test_a_slot_is_no_weight(solved) -> None:

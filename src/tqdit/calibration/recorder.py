@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tqdit import distributed
 from tqdit.calibration.batches import Batches
 from tqdit.calibration.fisher import Pick, Probes
 from tqdit.calibration.picker import Picker
@@ -53,9 +54,8 @@ def record(
         return found[0] if len(found) == 1 else {key: join(key, found) for part in found for key in part}
 
     with taps.attached(model, layout), torch.set_grad_enabled(recipe.hessian):
-        for start in range(0, len(data), size):
-            members = range(start, min(start + size, len(data)))
-            parts.append(keep.once(f"records-{start:06d}", partial(make, members)))
+        for members in distributed.batches(len(data), size):
+            parts.append(keep.once(f"records-{members.start:06d}-{members.stop:06d}", partial(make, members)))
             progress(members.stop / len(data))
     return Records.of(layout, parts, data.t)
 

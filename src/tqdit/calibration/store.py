@@ -13,6 +13,8 @@ from safetensors.torch import save
 from tqdit.errors import InputError
 from tqdit.files import write_bytes
 
+HASH_DIGITS = 16  # of the name of a `WorkFolder`
+
 
 class Tensors(Protocol):
     """Named tensors of one piece."""
@@ -79,7 +81,7 @@ class WorkFolder:
 def discard(work: Path, stages: Iterable[str]) -> None:
     """Remove the `WorkFolder`s "<stage>-<hash>" inside `work`, and it too unless it holds something else."""
     for stage in stages:
-        for folder in work.glob(f"{stage}-*/"):
+        for folder in work.glob(f"{stage}-" + HASH_DIGITS * "[0-9a-f]"):
             shutil.rmtree(folder)
     if work.is_dir() and not any(work.iterdir()):
         work.rmdir()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tqdit import distributed
 from tqdit.calibration.batches import Batches
 from tqdit.calibration.records import join
 from tqdit.calibration.store import Forgetful, Store
@@ -91,9 +92,8 @@ def collect(
         return {key: join(key, found) for key in found[0]}
 
     pieces = []
-    for start in range(0, count, size):
-        members = range(start, min(start + size, count))
-        pieces.append(keep.once(f"trajectories-{start:06d}", partial(make, members)).read())
+    for members in distributed.batches(count, size):
+        pieces.append(keep.once(f"trajectories-{members.start:06d}-{members.stop:06d}", partial(make, members)).read())
     return _ordered({key: join(key, pieces) for key in pieces[0]}, labels, groups, step_weights(scheduler))
 
 

@@ -12,6 +12,7 @@ from tqdit.distributed import batches
 from tqdit.errors import InputError
 from tqdit.files import write_bytes
 from tqdit.models.sampler import Progress, Sampling, noise_generators, trajectory
+from tqdit.models.sources import check_vae
 
 
 def sample_batches(
@@ -62,8 +63,8 @@ def check_decodable(channels: int, vae_folder: Path | None) -> None:
             f"the model makes {channels} channels, which are no image without a decoder; give the pipeline folder "
             "with its vae"
         )
-    if vae_folder is not None and not any(vae_folder.glob("*.safetensors")):
-        raise InputError(f"{vae_folder} has no .safetensors weights")
+    if vae_folder is not None:
+        check_vae(vae_folder, channels)
 
 
 def decoder(vae_folder: Path | None, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -90,7 +90,7 @@ def check_folder(folder: Path, run: dict[str, Any]) -> None:
     before = read_json(folder / RUN)
     differing = [key for key in {**run, **before} if run.get(key) != before.get(key)]
     if set(differing) - {"model"}:  # a model of the same hash may have moved
-        key = differing[0]
+        key = next(key for key in differing if key != "model")
         raise InputError(
             f"output {folder} has images of another run: {key} was {before.get(key)}, now it is {run.get(key)}; "
             "choose another folder"

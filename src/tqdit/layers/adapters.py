@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from tqdit.errors import InputError
 from tqdit.ops import reference
 from tqdit.ops.holders import LinearCodes
 from tqdit.ops.quantizer import dequantize
@@ -39,18 +40,25 @@ class AdapterSlot(nn.Linear):
 class Slots:
     """The slots of one block by the layer they belong to: "qkv" has three, the other layers one."""
 
-    def __init__(self, block: nn.Module, names: Mapping[str, Sequence[str]], shapes: Mapping[str, torch.Size]) -> None:
-        """Add them to `block`. `names`: layer -> dotted names inside the block; `shapes`: (out, in) by name."""
+    def __init__(
+        self,
+        block: nn.Module,
+        names: Mapping[str, Sequence[str]],
+        shapes: Mapping[str, torch.Size],
+        closed: Sequence[str] = (),
+    ) -> None:
+        """Add them to `block`. `names`: layer -> dotted names inside the block; `shapes`: (out, in) by name.
+
+        `closed`: names of layers without a slot; what is there is nothing that peft would wrap, so that it says so.
+        """
         self._places: dict[str, list[tuple[nn.Module, str]]] = {}
         self._codes: dict[str, LinearCodes] = {}
+        for name in closed:
+            _holder(block, name.split("."))
         for layer, dotted in names.items():
             for name in dotted:
                 *path, leaf = name.split(".")
-                parent = block
-                for part in path:
-                    if part not in parent._modules:
-                        parent.add_module(part, nn.Module())
-                    parent = parent.get_submodule(part)
+                parent = _holder(block, path)
                 out_features, in_features = shapes[name]
                 parent.add_module(leaf, AdapterSlot(in_features, out_features))
                 self._places.setdefault(layer, []).append((parent, leaf))
@@ -62,8 +70,12 @@ class Slots:
         return any(type(parent._modules[leaf]) is not AdapterSlot for parent, leaf in places)
 
     def of(self, layer: str) -> list[Any]:
-        """What is in a layer's slots, from its first output on."""
-        return [parent._modules[leaf] for parent, leaf in self._places[layer]]
+        """What is in a layer's slots, from its first output on. `InputError` for adapters that are more than LoRA."""
+        found = [parent._modules[leaf] for parent, leaf in self._places[layer]]
+        for module in found:
+            if type(module) is not AdapterSlot:
+                _check_plain_lora(module)
+        return found
 
     def adapted(self, name: str, layer: Any) -> "AdaptedLayer":
         """A layer, as a backend's `prepare` returned it, with its slots. It is unpacked once, a second copy of it."""
@@ -79,6 +91,21 @@ class Slots:
         for layer, places in self._places.items():
             for (parent, leaf), module in zip(places, other.of(layer), strict=True):
                 parent.add_module(leaf, module.to(parent._modules[leaf].anchor.device))  # type: ignore[union-attr]
+
+
+def _holder(block: nn.Module, path: Sequence[str]) -> nn.Module:
+    """The module at a path inside a block; empty ones are made on the way."""
+    for part in path:
+        if part not in block._modules:
+            block.add_module(part, nn.Module())
+        block = block.get_submodule(part)
+    return block
+
+
+def _check_plain_lora(module: Any) -> None:
+    """What is added must not depend on the layer's own weight or output, which a slot does not have."""
+    if not hasattr(module, "lora_A") or getattr(module, "lora_variant", None):
+        raise InputError(f"only plain LoRA goes on integer layers, not {type(module).__name__} of another kind")
 
 
 class AdaptedLayer(NamedTuple):

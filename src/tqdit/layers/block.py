@@ -121,9 +121,11 @@ class IntBlock(nn.Module):
         """This block is block `place` of a group of the conditioning."""
         self._place = group, place
 
-    def add_slots(self, names: Mapping[str, Sequence[str]], shapes: Mapping[str, torch.Size]) -> None:
+    def add_slots(
+        self, names: Mapping[str, Sequence[str]], shapes: Mapping[str, torch.Size], closed: Sequence[str] = ()
+    ) -> None:
         """Make places for adapters; see `Slots`."""
-        self.slots = Slots(self, names, shapes)
+        self.slots = Slots(self, names, shapes, closed)
 
     @property
     def adapted(self) -> bool:

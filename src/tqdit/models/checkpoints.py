@@ -89,10 +89,11 @@ def _tensors(path: Path, loaded: Any) -> tuple[str, dict[str, torch.Tensor]]:
     """Which weights of the file are used, and these."""
     if not isinstance(loaded, dict):
         raise InputError(f"{path} holds no table of tensors but a {type(loaded).__name__}")
-    weights = next((key for key in TRAINING_KEYS if isinstance(loaded.get(key), dict)), "")
+    weights = next((key for key in TRAINING_KEYS if isinstance(loaded.get(key), dict) and loaded[key]), "")
     tensors = loaded[weights] if weights else loaded
     for name, value in tensors.items():
-        if not (isinstance(value, torch.Tensor) and value.dtype in FLOATS and value.layout is torch.strided):
+        usable = isinstance(value, torch.Tensor) and value.dtype in FLOATS and value.layout is torch.strided
+        if not (isinstance(name, str) and usable and not value.is_meta):
             raise InputError(f"{path}: '{name}' is no tensor of floats; a DiT checkpoint has nothing else")
     return weights, dict(tensors)
 

@@ -22,9 +22,12 @@ def fetched(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=list(FILES)))
+        folder = Path(snapshot_download(model, allow_patterns=list(FILES)))
     except Exception as error:  # the library's errors and those of its connections have no class in common
         reason = str(error).strip().partition("\n")[0]
         raise InputError(
             f"unknown model '{model}': no such folder here, and not to be had from the Hugging Face Hub: {reason}"
         ) from None
+    if not any(folder.rglob("*.safetensors")):
+        raise InputError(f"'{model}' on the Hugging Face Hub has no safetensors weights; pickled ones are not loaded")
+    return folder

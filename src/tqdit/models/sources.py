@@ -188,6 +188,17 @@ def _labels(root: Path) -> dict[int, str]:
     return class_names(table, f"{root}: id2label")
 
 
+def check_vae(folder: Path, channels: int) -> None:
+    """`InputError` unless `folder` has a diffusers `AutoencoderKL` for latents of `channels`, in safetensors."""
+    config = read_json(folder / CONFIG, "a diffusers autoencoder has one")
+    if (kind := config.get("_class_name")) != "AutoencoderKL":
+        raise InputError(f"{folder} has the class {kind}, a decoder is an AutoencoderKL")
+    if (latents := config.get("latent_channels", 4)) != channels:
+        raise InputError(f"{folder} decodes latents of {latents} channels, the model's have {channels}")
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"{folder} has no .safetensors weights")
+
+
 def class_names(table: Any, where: str) -> dict[int, str]:
     """Class names by number, out of JSON; `where` it is from is named in the `InputError` for anything else."""
     if not isinstance(table, dict):
