@@ -160,7 +160,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(file, vae, tmp_path) ->
         (tmp_path / "empty" / CONFIG).write_text(json.dumps(config))
         with pytest.raises(InputError, match=message):
             convert_checkpoint(file, tmp_path / "dit", 2, tmp_path / "empty")
-    with pytest.raises(InputError, match="is inside .*, which is copied into it"):
+    with pytest.raises(InputError, match=r"is inside .*, which is copied into it"):
         convert_checkpoint(file, vae / "dit", 2, vae)
     assert not (vae / "dit").exists()
     with pytest.raises(InputError, match="--num-heads"):
