@@ -68,5 +68,8 @@ def test_one_error_names_the_model(monkeypatch, error: Exception) -> None:
 
 def test_a_folder_of_the_hub_without_a_model(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(InputError, match="'a/b' on the Hugging Face Hub has no safetensors weights"):
+        resolve("a/b")
+    (tmp_path / "x.safetensors").touch()
     with pytest.raises(InputError, match=r"config\.json is missing"):
         resolve("a/b")
