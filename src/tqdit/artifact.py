@@ -8,9 +8,7 @@ A pipeline has the first two, with a tqdit.json of their own, in its folder `tra
 """
 
 import hashlib
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,6 +23,7 @@ from tqdit.files import (
     model_folder,
     read_json,
     read_weights,
+    write_json,
     write_tensors,
 )
 from tqdit.spec import Solution
@@ -47,8 +46,8 @@ def write(solution: Solution, folder: Path, shard_bytes: int | None = None) -> N
             "metadata": {"total_size": sum(tensor.nbytes for tensor in stored.values())},
             "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
         }
-        _write_json(folder / INDEX, index)
-    _write_json(folder / CONFIG, config)
+        write_json(folder / INDEX, index, sort_keys=True)
+    write_json(folder / CONFIG, config, sort_keys=True)
     seal(folder)
 
 
@@ -56,7 +55,7 @@ def seal(folder: Path) -> None:
     """Write tqdit.json: from now on the files beside config and weights, which vouch for themselves, may not change."""
     beside = sorted(path for path in folder.rglob("*") if path.is_file() and not _vouched(path.relative_to(folder)))
     files = {path.relative_to(folder).as_posix(): _sha256(path) for path in beside}
-    _write_json(folder / MANIFEST, {"format_version": tensors.FORMAT_VERSION, "files": files})
+    write_json(folder / MANIFEST, {"format_version": tensors.FORMAT_VERSION, "files": files}, sort_keys=True)
 
 
 def read(folder: Path) -> Solution:
@@ -129,7 +128,3 @@ def _check_seal(folder: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

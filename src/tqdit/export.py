@@ -1,7 +1,5 @@
 """A float model written as a diffusers folder: what `tqdit convert` does."""
 
-import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +9,20 @@ import torch
 from torch import nn
 
 from tqdit.errors import InputError
-from tqdit.files import CONFIG, TRANSFORMER, WEIGHTS, check_target, read_json, replacing, write_tensors, write_text
+from tqdit.files import CONFIG, TRANSFORMER, WEIGHTS, check_target, read_json, replacing, write_json, write_tensors
 from tqdit.models.published import AS_PUBLISHED, DIFFUSION
 from tqdit.models.sites import ARCHITECTURE, config_of
-from tqdit.models.sources import LABELS, PIPELINE, SCHEDULER, ModelSource, check_vae, class_names, load_float, resolve
+from tqdit.models.sources import (
+    LABELS,
+    PIPELINE,
+    SCHEDULER,
+    ModelSource,
+    check_vae,
+    class_names,
+    copy_vae,
+    load_float,
+    resolve,
+)
 
 
 def convert_checkpoint(
@@ -68,15 +76,15 @@ def _write(folder: Path, source: ModelSource, module: nn.Module) -> None:
     transformer = folder / TRANSFORMER
     transformer.mkdir()
     write_tensors(transformer / WEIGHTS, _separate(module.state_dict()))
-    _write_json(transformer / CONFIG, dict(config_of(module)))
-    _write_json(folder / SCHEDULER, source.scheduler or DIFFUSION)
+    write_json(transformer / CONFIG, dict(config_of(module)))
+    write_json(folder / SCHEDULER, source.scheduler or DIFFUSION)
     if source.vae is not None:
-        shutil.copytree(source.vae, folder / "vae", ignore=shutil.ignore_patterns("*.bin"))
+        copy_vae(source.vae, folder)
     labels = {str(number): label for number, label in sorted(source.labels.items())}
     if source.vae is not None or source.pipeline is not None:
-        _write_json(folder / PIPELINE, _index(source) | ({"id2label": labels} if labels else {}))
+        write_json(folder / PIPELINE, _index(source) | ({"id2label": labels} if labels else {}))
     elif labels:
-        _write_json(folder / LABELS, labels)
+        write_json(folder / LABELS, labels)
 
 
 def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -97,7 +105,3 @@ def _index(source: ModelSource) -> dict[str, Any]:
     if source.vae is not None:
         index["vae"] = ["diffusers", read_json(source.vae / CONFIG).get("_class_name", "AutoencoderKL")]
     return index
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")

@@ -109,6 +109,11 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
+    """JSON that a person can read, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=sort_keys) + "\n")
+
+
 @contextmanager
 def replacing(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """A new folder to fill that becomes `target` on success; on any error or interrupt `target` is as it was.

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,10 +22,20 @@ from tqdit.environment import environment, peak_memory_bytes, versions
 from tqdit.errors import InputError
 from tqdit.evaluation import images
 from tqdit.evaluation.images import BATCH, Images
-from tqdit.files import TRANSFORMER, check_target, replacing
+from tqdit.files import TRANSFORMER, check_target, replacing, write_json
 from tqdit.models.sampler import Sampling
-from tqdit.models.sites import config_of
-from tqdit.models.sources import LABELS, PIPELINE, ModelSource, class_indices, load_float, resolve, weights_hash
+from tqdit.models.sites import ARCHITECTURE, config_of
+from tqdit.models.sources import (
+    LABELS,
+    PIPELINE,
+    SCHEDULER,
+    ModelSource,
+    class_indices,
+    copy_vae,
+    load_float,
+    resolve,
+    weights_hash,
+)
 from tqdit.ops.dispatch import get_backend, kernel_name
 from tqdit.recipe import CALIBRATION_SETTINGS, Recipe
 from tqdit.search.solver import solve
@@ -128,17 +137,16 @@ def save(solution: Solution, source: ModelSource, out: Path, overwrite: bool = F
     """Write an artifact with the scheduler, class names and VAE of its source; all or nothing. A pipeline stays one."""
     with replacing(out, overwrite) as folder:
         if source.scheduler is not None:
-            (folder / "scheduler").mkdir()
-            _write_json(folder / "scheduler" / "scheduler_config.json", source.scheduler)
+            write_json(folder / SCHEDULER, source.scheduler)
         if source.vae is not None:
-            shutil.copytree(source.vae, folder / "vae")
+            copy_vae(source.vae, folder)
         if source.pipeline is None:
             if source.labels:
-                _write_json(folder / LABELS, {str(i): label for i, label in sorted(source.labels.items())})
+                write_json(folder / LABELS, {str(i): label for i, label in sorted(source.labels.items())})
             artifact.write(solution, folder)  # last: it seals the folder
         else:
-            index = {**source.pipeline, TRANSFORMER: ["diffusers", "DiTTransformer2DModel"]}
-            _write_json(folder / PIPELINE, index)
+            index = {**source.pipeline, TRANSFORMER: ["diffusers", ARCHITECTURE]}
+            write_json(folder / PIPELINE, index)
             (folder / TRANSFORMER).mkdir()
             artifact.write(solution, folder / TRANSFORMER)
             artifact.seal(folder)
@@ -287,7 +295,3 @@ def _data_hash(data: CalibrationSet) -> str:
     for tensor in (data.x, data.t, data.labels):
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -350,6 +350,12 @@ class TestModel:
         run(found, model_inputs)
         assert found.transformer_blocks is again
 
+    def test_converted_again_for_a_gpu_calls_are_graphs(self, folder) -> None:
+        """The backend for CPUs has none; a pipeline that is loaded on the CPU and moved must not lose them."""
+        found = load(folder)
+        assert not found.runtime.graphs
+        assert found.adopt(convert(found.solution, "triton")).runtime.graphs
+
     def test_a_backend_that_was_asked_for_does_not_change(self, solved, model_inputs, monkeypatch) -> None:
         model = convert(solved(), "reference")
         model.prepared_for = "another"

@@ -51,10 +51,11 @@ class IntegerDiT(DiTTransformer2DModel):
         return self
 
     def adopt(self, other: nn.Module) -> Self:
-        """Become what another converted model is; the model's own hooks, config, adapters and `graphs` stay."""
+        """Become what another converted model is; the model's own hooks, config and adapters stay.
+
+        Whether calls are graphs is the backend's choice again: one for CPUs has none, which says nothing about a GPU's.
+        """
         mine, others = (cast(Any, model)._modules for model in (self, other))
-        if "runtime" in mine:
-            others["runtime"].graphs &= mine["runtime"].graphs
         for old, new in zip(mine.get("transformer_blocks", ()), others["transformer_blocks"], strict=False):
             new.slots.take(old.slots)
         self._modules = others

@@ -4,6 +4,7 @@ Safetensors, and tensors alone from a checkpoint; strict keys.
 """
 
 import hashlib
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,6 +198,11 @@ def check_vae(folder: Path, channels: int) -> None:
         raise InputError(f"{folder} decodes latents of {latents} channels, the model's have {channels}")
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{folder} has no .safetensors weights")
+
+
+def copy_vae(vae: Path, folder: Path) -> None:
+    """Put a decoder into the new pipeline `folder`, without the pickled weights that may be beside it."""
+    shutil.copytree(vae, folder / "vae", ignore=shutil.ignore_patterns("*.bin"))
 
 
 def class_names(table: Any, where: str) -> dict[int, str]:
