@@ -28,13 +28,17 @@ from tqdit.ops.schema import WeightParams
 WIDTH, HEADS, LAYERS = 1152, 16, 28
 HEAD_DIM = WIDTH // HEADS
 WORKLOADS = {"256-b64": (64, 256), "256-b2": (2, 256), "512-b16": (16, 1024)}  # samples, tokens
-LINEARS = {  # epilogue, depth, columns, products, mode of its codes
+LINEARS = {  # epilogue, depth, columns, products
     "qkv": ("heads", WIDTH, 3 * WIDTH, 1),
-    "out": ("residual", WIDTH, WIDTH, 1),
+    "out": ("residual bfloat16", WIDTH, WIDTH, 1),
     "fc1": ("gelu", WIDTH, 4 * WIDTH, 1),
-    "fc2": ("residual", 4 * WIDTH, WIDTH, 1),
-    "fc2, 2 products": ("residual", 4 * WIDTH, WIDTH, 2),
+    "fc2": ("residual bfloat16", 4 * WIDTH, WIDTH, 1),
+    "fc2, 2 products": ("residual bfloat16", 4 * WIDTH, WIDTH, 2),
+    "out, fp32 stream": ("residual", WIDTH, WIDTH, 1),
+    "fc2, fp32 stream": ("residual", 4 * WIDTH, WIDTH, 1),
+    "fc2, 2 products, fp32 stream": ("residual", 4 * WIDTH, WIDTH, 2),
 }
+NORMS = {"norm": torch.bfloat16, "norm, fp32 stream": torch.float32}
 PROBABILITIES = {
     "uniform": rounding.UNIFORM.value,
     "MRQ": rounding.SOFTMAX.value,
@@ -111,7 +115,7 @@ def jobs() -> Iterator[Job]:
             ordinary_key = tuning.linear_key(epilogue, rows, columns, depth, 8, two)
             tile = hopper.rows_of_tile(torch.device("cuda"), tokens, 8, two)
             key = tuning.linear_key(epilogue, rows, columns, depth, 8, two, tile)
-            out = {"heads": 1, "gelu": 1, "residual": 8}[epilogue]
+            out = {"heads": 1, "gelu": 1, "residual bfloat16": 4, "residual": 8}[epilogue]
             moved = rows * depth + columns * depth + rows * columns * out
             special = tuning.hopper_candidates(epilogue, rows, columns, tile)
             candidates = (*special, *tuning.linear_candidates(rows, two, 8))
@@ -129,8 +133,10 @@ def jobs() -> Iterator[Job]:
             moved = 4 * m * depth + columns * depth + 4 * m * columns
             key = tuning.float_key(m, columns, depth, 8)
             yield Job(workload, name, key, key, tuple(tuning.float_candidates(m, columns)), 0, moved)
-        key = tuning.norm_key(rows, WIDTH)
-        yield Job(workload, "norm", key, key, tuple(tuning.norm_candidates(rows, WIDTH)), 0, 5 * rows * WIDTH)
+        for name, stream in NORMS.items():
+            key = tuning.norm_key(rows, WIDTH, stream)
+            moved = (stream.itemsize + 1) * rows * WIDTH
+            yield Job(workload, name, key, key, tuple(tuning.norm_candidates(rows, WIDTH)), 0, moved)
 
 
 def maker(job: Job, small: bool = False) -> Callable[[Config], object]:
@@ -146,8 +152,9 @@ def maker(job: Job, small: bool = False) -> Callable[[Config], object]:
         columns = min(columns, 6 * WIDTH) if small else columns
         x, layer = torch.randn(batch * (tokens if per_token else 1), depth, device="cuda"), weight(columns, depth)
         return lambda config: launch.float_input(x, layer, config)
-    if job.name == "norm":
-        x, modulation = torch.randn(batch, tokens, WIDTH, device="cuda"), torch.randn(batch, 6 * WIDTH, device="cuda")
+    if job.name in NORMS:
+        x = torch.randn(batch, tokens, WIDTH, device="cuda").to(NORMS[job.name])
+        modulation = torch.randn(batch, 6 * WIDTH, device="cuda")
         parts = modulation[:, :WIDTH], modulation[:, WIDTH : 2 * WIDTH]
         target = operand(group)
         return lambda config: launch.norm_quantize(x, *parts, 1e-6, target, config)
@@ -172,6 +179,7 @@ def linear(
         target = operand(group)
         return lambda config: launch.activation(x, source, layer, config, target)
     stream, gate = torch.randn(batch, tokens, columns, device="cuda"), torch.randn(batch, 6 * columns, device="cuda")
+    stream = stream.to(torch.bfloat16 if epilogue.endswith("bfloat16") else torch.float32)
     return lambda config: launch.residual(x, source, layer, config, gate[:, columns : 2 * columns], stream)
 
 

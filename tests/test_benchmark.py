@@ -11,6 +11,7 @@ import torch
 
 from tqdit import artifact, benchmark, contest, entrants
 from tqdit.benchmark import Benchmark, RandomModel, bench, kernel_counts
+from tqdit.convert import convert
 from tqdit.entrants import BenchSettings, workload
 from tqdit.errors import InputError
 from tqdit.evaluation import baselines
@@ -25,7 +26,7 @@ FAST = {"batches": (4,), "repeats": 3, "sampling": Sampling("ddim", 2, 1.5)}
 TINY = RandomModel("DiT-T/4", Recipe.build("plus", "w8a8"))
 KEYS = {
     "model", "backend", "workload", "batch", "p20_ms", "p50_ms", "p80_ms", "peak_bytes", "integer", "speedup_over",
-    "speedup_over_each", "bits", "preset", "resident_bytes", "load_seconds", "images_per_second", "operations",
+    "speedup_over_each", "bits", "preset", "dtype", "resident_bytes", "load_seconds", "images_per_second", "operations",
     "operations_executed", "floor_ms", "floor_fraction", "kernels",
 }  # fmt: skip
 
@@ -102,6 +103,22 @@ def test_json_values(folder: Path) -> None:
     assert (value["settings"]["batches"], value["settings"]["images"], value["settings"]["repeats"]) == ([4], [2], 3)
     assert value["skipped"] == {}
     assert all(set(row) == KEYS for row in value["rows"])
+
+
+def test_dtype_of_the_residual_stream(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 on a GPU unless another is asked for; the process that measures memory has the same."""
+    assert {row.dtype for row in run(folder).rows} == {"float32", None}
+    assert [entrants.default_dtype(torch.device(kind)) for kind in ("cuda", "cpu")] == ["bfloat16", "float32"]
+    asked = []
+    monkeypatch.setattr(contest, "footprint", lambda request: asked.append(request) or Footprint(1, 2, None))
+    models = []
+    monkeypatch.setattr(entrants, "convert", lambda *given: models.append(convert(*given)) or models[-1])
+    ours, *_ = run(folder, dtype="bfloat16").rows
+    assert ours.dtype == "bfloat16"
+    assert [request.get("dtype") for request in asked if "artifact" in request] == ["bfloat16"]
+    assert models[0].stream_dtype is torch.bfloat16
+    with pytest.raises(InputError, match="dtype 'float16' is not one of float32, bfloat16"):
+        run(folder, dtype="float16")
 
 
 def test_models_of_one_shape_share_baselines_and_others_have_their_own(folder: Path) -> None:

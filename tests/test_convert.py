@@ -244,6 +244,24 @@ def test_trap_7_cast_model_keeps_its_scales(solved, model_inputs, move: str, lea
     assert sqnr_db(run(reference, model_inputs), y) > least
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_stream_in_bf16(solved, model_inputs, backend: str) -> None:
+    """Rounded after each addition: half a step of bf16 a time, two a block, in what the last LayerNorm reads."""
+    wide, narrow = (convert(solved("plus"), backend, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    seen = []
+    for model in (wide, narrow):
+        for part in (*model.transformer_blocks, model.norm_out):
+            part.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    run(wide, model_inputs), run(narrow, model_inputs)
+    streams, shorts = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert {x.dtype for x in streams} == {torch.float32}
+    assert {x.dtype for x in shorts[:-1]} == {torch.bfloat16}
+    for x, y in zip(streams, shorts, strict=True):
+        assert not torch.equal(x, y.float())
+        assert sqnr_db(x, y.float()) > 40
+    assert torch.equal(shorts[-1], shorts[-1].bfloat16().float())
+
+
 def test_eval_mode_without_gradients(solved) -> None:
     converted = convert(solved())
     assert not converted.training

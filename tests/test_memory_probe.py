@@ -35,7 +35,7 @@ def test_an_artifact_takes_its_codes(config, request_, tmp_path) -> None:
     solution = random_solution(config, Recipe.build("plus"))
     artifact.write(solution, tmp_path)
     codes = sum({c.data_ptr(): c.numel() for c in solution.codes.values()}.values())
-    found = footprint({**request_, "artifact": str(tmp_path), "backend": "cpu"})
+    found = footprint({**request_, "artifact": str(tmp_path), "backend": "cpu", "dtype": "float32"})
     assert codes > 35 * MB
     # A float copy, kept or only freed, would add four times the codes.
     assert codes * 0.5 < found.resident_bytes < 2.5 * codes, "less than the codes: imports left room to reuse"
@@ -45,7 +45,7 @@ def test_an_artifact_takes_its_codes(config, request_, tmp_path) -> None:
 
 def test_a_child_that_fails_gives_its_last_words(request_, tmp_path) -> None:
     with pytest.raises(RuntimeError, match=f"unknown model '{tmp_path}/no'"):
-        footprint({**request_, "artifact": f"{tmp_path}/no", "backend": "reference"})
+        footprint({**request_, "artifact": f"{tmp_path}/no", "backend": "reference", "dtype": "float32"})
 
 
 def test_threads_are_those_of_the_parent(request_, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ class TimedModel:
     `workload`: image side and batch, "256-b64". `speedup_over`: median ms of the best baseline of each family over
     ours; `speedup_over_each`: of each baseline. `floor_ms`: the least that the model's integer products and the reading
     of its other weights take at the machine's measured peaks; `floor_fraction` of p50. `operations` counts each integer
-    product once, `operations_executed` both of a two-region operand.
+    product once, `operations_executed` both of a two-region operand. `dtype`: of our residual stream.
     """
 
     model: str
@@ -65,6 +65,7 @@ class TimedModel:
     speedup_over_each: Mapping[str, float]
     bits: str | None
     preset: str | None
+    dtype: str | None
     resident_bytes: int | None
     load_seconds: float | None
     images_per_second: float | None
@@ -192,6 +193,7 @@ def _row(result: Result, race: Sequence[Result], peaks: Peaks) -> TimedModel:
         speedup_over_each={rival.backend: rival.times.p50 / p50 for rival in rivals},
         bits=facts.bits if facts else None,
         preset=facts.preset if facts else None,
+        dtype=facts.dtype if facts else None,
         resident_bytes=memory.resident_bytes if memory else None,
         load_seconds=memory.load_seconds if memory else None,
         images_per_second=result.images_per_second,

@@ -163,6 +163,7 @@ def compare(
     sampler: Sampler = "ddim",
     guidance: Guidance = 1.5,
     seed: Seed = 0,
+    dtype: Annotated[str, typer.Option(help="of the artifacts' residual stream: float32, bfloat16")] = "float32",
     json_file: JsonFile = None,
     device: Device = "cpu",
     quiet: Quiet = False,
@@ -177,7 +178,9 @@ def compare(
     check_outputs(json_file)
     sampling = Sampling(sampler, steps, guidance)
     with distributed.joined(device) as world, progress(quiet or not world.first) as report:
-        result = comparison.compare(reference, list(quantized), num, sampling, samples, seed, report, world.device)
+        result = comparison.compare(
+            reference, list(quantized), num, sampling, samples, seed, report, world.device, dtype=dtype
+        )
     if not world.first:
         return
     print_table(result)

@@ -26,6 +26,9 @@ def bench(
         typer.Option(help="of --random, instead of both: comma-separated pairs such as plus:w8a8,paper:w6a6"),
     ] = None,
     backend: Backend = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="of quantized models: float32, bfloat16; default bfloat16 on a GPU, else float32")
+    ] = None,
     against: Annotated[
         str,
         typer.Option(
@@ -58,7 +61,7 @@ def bench(
     check_outputs(json_file)
     chosen = _random_models(random, bits, preset, variants)
     run = Sampling("ddim", steps, 1.5) if sampling else None
-    settings = BenchSettings(backend, _batches(batch), tuple(listed(against)), repeats, run, device, memory)
+    settings = BenchSettings(backend, _batches(batch), tuple(listed(against)), repeats, run, device, memory, dtype)
     if verbose:
         _log_to_stderr()
     with progress(quiet) as report:

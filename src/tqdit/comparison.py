@@ -23,7 +23,7 @@ from tqdit.models.sources import ModelSource, load_float, resolve, weights_hash
 from tqdit.recipe import Recipe
 from tqdit.spec import Solution
 from tqdit.tensors import decisive
-from tqdit.workflow import Report, checked_device, chosen_classes, float32_bytes, silent
+from tqdit.workflow import Report, checked_device, checked_dtype, chosen_classes, float32_bytes, silent
 
 HELD_OUT_SEED = 20_000  # far from calibration's: other noise, other states
 FASHION = (
@@ -88,7 +88,7 @@ class Comparison:
         return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
-def compare(
+def compare(  # noqa: PLR0913 - one for each option of the command
     reference: str | Path,
     quantized: list[str | Path],
     num: int = 16,
@@ -97,16 +97,20 @@ def compare(
     seed: int = 0,
     report: Report = silent,
     device: str = "cpu",
+    *,
+    dtype: str = "float32",
 ) -> Comparison:
     """Compare artifacts with their float model: epsilon SQNR, PSNR of same-seed images, FD-fashion, size.
 
-    `num` images, `samples` held-out states per time group. FD-fashion is None where the bundled classifier does not
+    `num` images, `samples` held-out states per time group; `dtype`: float32 or bfloat16, of the residual stream of the
+    integer models. FD-fashion is None where the bundled classifier does not
     fit, and biased upwards for few images: compare it only within one table. Raises `InputError` for an artifact of
     another model, and before any sampling where the images could not be decoded. Inside `distributed.joined` the ranks
     share images and states, and each returns the whole comparison.
     """
     if num < 1 or samples < 1:
         raise InputError(f"num and samples must be at least 1, got {num} and {samples}")
+    stream = checked_dtype(dtype)
     source = resolve(reference)
     wanted = Images(source, chosen_classes(source, []), num, sampling, seed)
     model = load_float(source).to(checked_device(device))
@@ -118,10 +122,11 @@ def compare(
     expected = fidelity.predict_epsilon(model, data)
     rows = []
     for entry in found:
-        module = convert(entry.solution, device=device)
+        module = convert(entry.solution, device=device, dtype=stream)
         eps = fidelity.compare_epsilon(expected, fidelity.predict_epsilon(module, data), data)
         rows.append(_quantized_row(entry, first, _pixels(wanted, module, entry.name, report), eps, source))
-    settings = {"num": num, "samples_per_group": samples, "groups": groups, "seed": seed, **asdict(sampling)}
+    settings = {"num": num, "samples_per_group": samples, "groups": groups, "seed": seed, "dtype": dtype}
+    settings |= asdict(sampling)
     return Comparison(first, tuple(rows), settings, environment(device))
 
 

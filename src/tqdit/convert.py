@@ -23,19 +23,25 @@ from tqdit.spec import Role, Solution
 ADALN = "norm1.linear"  # of a block
 
 
-def convert(solution: Solution, backend: str = "auto", device: str | torch.device = "cpu") -> nn.Module:
+def convert(
+    solution: Solution,
+    backend: str = "auto",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
     """A diffusers `DiTTransformer2DModel` whose sites run on the codes of `solution`, in eval mode, on `device`.
 
     The float weights are never materialised: the structure is built empty and filled. The result has
     `quantization_backend`, `quantization_report` (site name -> kernel) and `solution`, whose codes are those of its
-    layers. With the backend "auto" it is converted again by a call on another kind of device. Raises `InputError` if
+    layers. `dtype`: as `torch_dtype` of diffusers; bfloat16 is also that of the residual stream. With the backend
+    "auto" the model is converted again by a call on another kind of device. Raises `InputError` if
     the solution lacks a site or a parameter of the model, and if the backend cannot run on the device.
     """
     with LOCK:
-        return _converted(solution, backend, device)
+        return _converted(solution, backend, device, dtype)
 
 
-def _converted(solution: Solution, backend: str, device: str | torch.device) -> nn.Module:
+def _converted(solution: Solution, backend: str, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
     chosen = get_backend(backend, device)
     model: Any = empty_model(solution.model_config)
     builder = _Builder(solution, chosen, model)
@@ -55,6 +61,7 @@ def _converted(solution: Solution, backend: str, device: str | torch.device) -> 
     model.quantization_report = {name: kernel_name(params, chosen) for name, params in solution.params.items()}
     model.solution = replace(solution, codes=LayerCodes(builder.places))
     model.reconvert = partial(convert, backend=backend)
+    model.io_dtype = dtype
     model.prepared_for = torch.device(device).type
     return model.eval().requires_grad_(False).to(device)
 

@@ -22,7 +22,7 @@ from tqdit.evaluation.operations import Operations, count_operations
 from tqdit.evaluation.timing import spread_timesteps
 from tqdit.models.sampler import Sampling
 from tqdit.models.shapes import LATENT_CHANNELS, shape_name
-from tqdit.workflow import Report, silent
+from tqdit.workflow import Report, checked_dtype, silent
 
 WARM_UP = 2  # calls: the first compiles, the second would compile again if a timestep were a constant
 FULL_RUN = Sampling("ddim", 50, 1.5)
@@ -33,7 +33,8 @@ LOG = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class BenchSettings:
     """How to time. `batches`: of one denoiser call; `against`: baselines or families of them; `sampling` None: no
-    sampling runs; `memory`: measure it, in a process per model and batch.
+    sampling runs; `memory`: measure it, in a process per model and batch; `dtype`: what quantized models are loaded as,
+    None for the choice of `default_dtype`.
 
     Raises `InputError` naming the setting that is not legal.
     """
@@ -45,11 +46,14 @@ class BenchSettings:
     sampling: Sampling | None = FULL_RUN
     device: str = "cpu"
     memory: bool = True
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         if not self.batches or min(self.batches) < 1 or self.repeats < 1:
             raise InputError(f"batch and repeats must be at least 1, got {list(self.batches)} and {self.repeats}")
         contenders(self.against)
+        if self.dtype is not None:
+            checked_dtype(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Facts:
 
     bits: str
     preset: str | None
+    dtype: str  # of the residual stream
     operations: Mapping[int, Operations]
     report: Mapping[str, str]
 
@@ -103,6 +108,11 @@ def workload(config: Mapping[str, Any], batch: int) -> str:
 def images(batch: int) -> int:
     """Images of one sampling run: guidance makes two denoiser samples of each."""
     return max(1, batch // 2)
+
+
+def default_dtype(device: torch.device) -> str:
+    """bfloat16 on a GPU, as the baselines there compute; a CPU would only convert."""
+    return "bfloat16" if device.type == "cuda" else "float32"
 
 
 class Maker:
@@ -175,13 +185,15 @@ class Maker:
 
     def _quantized(self, subject: Subject) -> Contender:
         solution = artifact.read(subject.folder)
-        module = convert(solution, self.settings.backend, self.device)
+        dtype = self.settings.dtype or default_dtype(self.device)
+        module = convert(solution, self.settings.backend, self.device, checked_dtype(dtype))
         total = solution.time_groups.num_timesteps
         self.timesteps = min(self.timesteps or total, total)
         recipe = solution.provenance.get("recipe", {})
         facts = Facts(
             bits=f"w{recipe.get('weight_bits')}a{recipe.get('activation_bits')}",
             preset=solution.provenance.get("preset", recipe.get("preset")),
+            dtype=dtype,
             operations={batch: count_operations(solution, batch) for batch in self.settings.batches},
             report=cast(Mapping[str, str], module.quantization_report),
         )
@@ -191,7 +203,9 @@ class Maker:
     def _contender(
         self, subject: Subject, title: str, model: str, backend: str, module: nn.Module, **rest: Any
     ) -> Contender:
-        what = {"baseline": backend} if "family" in rest else {"artifact": str(subject.folder), "backend": backend}
+        what = {"baseline": backend}
+        if "facts" in rest:
+            what = {"artifact": str(subject.folder), "backend": backend, "dtype": rest["facts"].dtype}
         common = {"config": dict(subject.config), "device": str(self.device), "threads": torch.get_num_threads()}
         return Contender(title, model, backend, module, subject.config, {**common, **what}, subject.scheduler, **rest)
 

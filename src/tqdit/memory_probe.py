@@ -47,7 +47,7 @@ class Footprint:
 def footprint(request: Mapping[str, Any]) -> Footprint:
     """Measure a model in a fresh process; `RuntimeError` with its last words if that fails.
 
-    `request`: `config`, `batch`, `device`, `threads`; and `artifact` with `backend`, or `baseline`.
+    `request`: `config`, `batch`, `device`, `threads`; and `artifact` with `backend` and `dtype`, or `baseline`.
     """
     command = [sys.executable, "-m", "tqdit.memory_probe"]
     path = os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH")]))
@@ -95,7 +95,7 @@ def _into_page_cache(folder: Path) -> None:
 
 def _load(request: Mapping[str, Any], device: torch.device) -> nn.Module:
     if "artifact" in request:
-        return workflow.load(request["artifact"], request["backend"], str(device))
+        return workflow.load(request["artifact"], request["backend"], str(device), request["dtype"])
     name = request["baseline"]
     return build((name,), request["config"], device)[name]
 

@@ -23,7 +23,7 @@ class Runtime(nn.Module):
 
     With `graphs`, calls on a GPU are captured once per batch size, shape and dtype, then replayed: timestep and class
     are data on the device, nothing waits for the host. Forward hooks inside the model do not run in a replay; set
-    `graphs` to False to have them. Moving the model drops its graphs; moving a part of it does not.
+    `graphs` to False to have them. Moving the model or changing its dtype drops its graphs; moving a part does not.
     """
 
     def __init__(self, clock: TimestepClock, conditioning: Conditioning, graphs: bool) -> None:

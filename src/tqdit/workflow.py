@@ -44,6 +44,7 @@ from tqdit.tensors import decisive
 from tqdit.timegroups import TimeGroups
 
 STAGES = ("calibration", "search")  # whose finished work may be kept
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Report = Callable[[str, float], None]  # (stage, finished fraction)
 
 
@@ -69,16 +70,19 @@ class Prepared:
     work: Path | None = None
 
 
-def load(model: str | Path, backend: str = "auto", device: str = "cpu") -> nn.Module:
-    """A runnable transformer: an artifact in integers on `backend`, anything else in fp32."""
-    return load_source(resolve(model), backend, device)
+def load(model: str | Path, backend: str = "auto", device: str = "cpu", dtype: str = "float32") -> nn.Module:
+    """A runnable transformer: an artifact in integers on `backend`, anything else in fp32.
+
+    `dtype`: float32 or bfloat16, of an artifact's residual stream.
+    """
+    return load_source(resolve(model), backend, device, dtype)
 
 
-def load_source(source: ModelSource, backend: str = "auto", device: str = "cpu") -> nn.Module:
+def load_source(source: ModelSource, backend: str = "auto", device: str = "cpu", dtype: str = "float32") -> nn.Module:
     """`load` of a model that is found already."""
-    target = checked_device(device)
+    target, stream = checked_device(device), checked_dtype(dtype)
     if source.quantized:
-        return convert(artifact.read(source.folder), backend, target)
+        return convert(artifact.read(source.folder), backend, target, stream)
     return load_float(source).to(target)
 
 
@@ -263,6 +267,13 @@ def checked_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError):
         raise InputError(f"device '{device}' is not available here; try cpu") from None
     return chosen
+
+
+def checked_dtype(name: str) -> torch.dtype:
+    """A dtype for the residual stream of an integer model, or an `InputError`."""
+    if name not in DTYPES:
+        raise InputError(f"dtype '{name}' is not one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def chosen_classes(source: ModelSource, names: list[str]) -> tuple[int, ...]:

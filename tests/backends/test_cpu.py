@@ -229,16 +229,16 @@ def test_linear_gelu(
 
 @each_shape
 @each_gelu
-@pytest.mark.parametrize("lead", [False, True])
+@pytest.mark.parametrize(("lead", "stream"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)])
 def test_linear_residual_is_equal(
-    run, batch: int, tokens: int, width: int, heads: int, grid: Grid, bits: int, merged: bool, lead: bool
+    run, batch: int, tokens: int, width: int, heads: int, grid: Grid, bits: int, merged: bool, lead: bool, stream
 ) -> None:
     make = maker(4, bits)
     depth = 4 * width if lead else 3 * width + 2  # a multiple of four, and not
     codes = make.codes(batch, tokens, depth)
     source = make.params(grid, batch if lead else 1, merged=merged)
     weight, bias = make.weight(width, depth), make.values(width)
-    gate, x = make.values(batch, 6 * width).chunk(6, dim=1)[2], make.values(batch, tokens, width)
+    gate, x = make.values(batch, 6 * width).chunk(6, dim=1)[2], make.values(batch, tokens, width).to(stream)
     before = x.clone()
     expected = REFERENCE.linear_residual(codes, source, REFERENCE.prepare(weight, bias), gate, x)
     actual = run.linear_residual(given_codes(run, codes, source), source, run.prepare(weight, bias), gate, x)

@@ -89,13 +89,15 @@ class TestLoading:
         assert torch.equal(run(load(folder), model_inputs), expected)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_scales_are_not_cast(self, folder, model_inputs, dtype: torch.dtype) -> None:
-        """`torch_dtype` is the dtype of inputs and outputs alone."""
+    def test_scales_are_not_cast(self, folder, solved, model_inputs, dtype: torch.dtype) -> None:
+        """`torch_dtype` is the dtype of inputs and outputs, and bf16 that of the residual stream, alone."""
         found = load(folder, torch_dtype=dtype)
         x = model_inputs["hidden_states"].to(dtype)
         output = run(found, model_inputs | {"hidden_states": x})
-        expected = run(load(folder), model_inputs | {"hidden_states": x.float()})
         assert found.dtype is output.dtype is dtype
+        plain = convert(solved("plus", "w6a6"), dtype=found.stream_dtype)
+        expected = run(plain, model_inputs | {"hidden_states": x.float()})
+        assert expected.dtype is torch.float32
         assert torch.equal(output, expected.to(dtype))
 
     def test_moving_to_another_dtype_and_back_changes_nothing(self, solved, model_inputs) -> None:

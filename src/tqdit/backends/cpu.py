@@ -132,12 +132,12 @@ class NativeCpu(TorchCpu):
     def linear_residual(
         self, codes: torch.Tensor, source: OperandParams, layer: Layer, gate: torch.Tensor, x: torch.Tensor
     ) -> torch.Tensor:
-        x = x.float().contiguous()
-        out = torch.empty_like(x)
+        stream = x.float().contiguous()
+        out = torch.empty_like(stream)
         call = _Call(codes, source, layer)
         assert call.shape == x.shape
-        native.call("linear_residual", call.struct, _rows(gate, x), gate.stride(0), x, out)
-        return out
+        native.call("linear_residual", call.struct, _rows(gate, stream), gate.stride(0), stream, out)
+        return out.to(x.dtype)
 
     @torch.compiler.disable
     def float_input_linear(self, x: torch.Tensor, layer: LinearCodes) -> torch.Tensor:

@@ -91,7 +91,9 @@ class Conditioning(nn.Module):
 
 
 class IntBlock(nn.Module):
-    """A DiT block on integer codes, (B, N, C) -> (B, N, C); the residual stream, LayerNorm, softmax and GELU are fp32.
+    """A DiT block on integer codes, (B, N, C) -> (B, N, C); LayerNorm, softmax and GELU are fp32.
+
+    The residual stream is fp32 or bf16, as it comes in: bf16 rounds it after each of the two additions.
 
     q, k and v are one stacked layer. `operands`: parameters of ATTENTION_OPERANDS, all per head but the last. Its
     modulation is in `conditioning`, from `join` on.
@@ -135,7 +137,7 @@ class IntBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         adapted = self.adapted
         run = ADAPTED if adapted else self.backend
-        x = hidden_states.float()
+        x = hidden_states
         assert self._place is not None, "a block has to join the conditioning"
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self._conditioning[0].modulation(*self._place)
         query, key, value, softmax = (self.operands[name].select(adapted) for name in ATTENTION_OPERANDS)
@@ -151,7 +153,7 @@ class IntBlock(nn.Module):
         codes = run.norm_quantize(x, shift_2, scale_2, self.eps[1], source)
         target, second = self._layer("fc2", adapted)
         codes = run.linear_gelu(codes, source, layer, target)
-        return run.linear_residual(codes, target, second, gate_2, x).to(hidden_states.dtype)
+        return run.linear_residual(codes, target, second, gate_2, x)
 
     def _layer(self, name: str, adapted: bool) -> tuple[OperandParams, Any]:
         """A layer's input parameters, and the layer as the backend takes it."""

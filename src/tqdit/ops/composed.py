@@ -50,7 +50,7 @@ class Composed:
     def norm_quantize(
         self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, target: OperandParams
     ) -> torch.Tensor:
-        normal = F.layer_norm(x, x.shape[-1:], eps=eps)
+        normal = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
         return quantize(normal * (1 + scale[:, None]) + shift[:, None], target)
 
     def qkv(self, codes: torch.Tensor, source: OperandParams, layer: Any, params: AttentionParams) -> torch.Tensor:
@@ -71,7 +71,7 @@ class Composed:
     def linear_residual(
         self, codes: torch.Tensor, source: OperandParams, layer: Any, gate: torch.Tensor, x: torch.Tensor
     ) -> torch.Tensor:
-        return x + gate[:, None] * self.linear(codes, source, layer)
+        return (x.float() + gate[:, None] * self.linear(codes, source, layer)).to(x.dtype)
 
 
 def _split_heads(x: torch.Tensor, heads: int) -> tuple[torch.Tensor, ...]:

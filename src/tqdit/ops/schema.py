@@ -59,7 +59,7 @@ class AttentionParams(NamedTuple):
 
 
 class Backend(Protocol):
-    """The operations of a quantized DiT. x: hidden states (B, N, C) fp32; shift, scale, gate: (B, C) fp32.
+    """The operations of a quantized DiT. x: hidden states (B, N, C), fp32 or bf16; shift, scale, gate: (B, C) fp32.
 
     A `layer` argument is what `prepare` or `prepare_float_input` returned.
     """
@@ -97,7 +97,7 @@ class Backend(Protocol):
     def linear_residual(
         self, codes: torch.Tensor, source: OperandParams, layer: Any, gate: torch.Tensor, x: torch.Tensor
     ) -> torch.Tensor:
-        """x + gate (y W^T + bias) for the codes of y; (B, N, C) fp32."""
+        """x + gate (y W^T + bias) for the codes of y: (B, N, C), in fp32, then rounded once to the dtype of x."""
 
     def float_input_linear(self, x: torch.Tensor, layer: Any) -> torch.Tensor:
         """x W^T + bias for float x: (..., in) -> (..., out), fp32."""

@@ -21,9 +21,9 @@ from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS, PLAIN, RESID
 from tqdit.backends.triton.layouts import Config
 
 EPILOGUES = {
-    "plain": (PLAIN, rounding.UNIFORM), "residual": (RESIDUAL, rounding.UNIFORM), "heads": (HEADS, rounding.UNIFORM),
-    "gelu": (ACTIVATION, rounding.UNIFORM), "gelu merged": (ACTIVATION, rounding.GELU_MERGED),
-    "gelu two": (ACTIVATION, rounding.GELU),
+    "plain": (PLAIN, rounding.UNIFORM), "heads": (HEADS, rounding.UNIFORM), "residual": (RESIDUAL, rounding.UNIFORM),
+    "residual bfloat16": (RESIDUAL, rounding.UNIFORM), "gelu": (ACTIVATION, rounding.UNIFORM),
+    "gelu merged": (ACTIVATION, rounding.GELU_MERGED), "gelu two": (ACTIVATION, rounding.GELU),
 }  # fmt: skip
 POINTERS = {
     "weight_scale": "*fp32", "weight_sums": "*i32", "bias": "*fp32", "x": "*fp32", "gate": "*fp32", "group": "*i64",
@@ -42,13 +42,14 @@ def compiled(epilogue: str, bm: int, bn: int, stages: int, piece: int):
     blocks = {"a", "b"}
     if which.value == RESIDUAL.value:
         blocks |= {"x", "out"}
-        piece = hopper.X_COLUMNS
-        kinds |= {n: f"tensordesc<fp32[{bm},{piece}],{hopper.x_layout()!r}>" for n in ("x", "out")}
+        dtype, size = ("bf16", 2) if epilogue.endswith("bfloat16") else ("fp32", 4)
+        piece = hopper.X_ROW // size
+        kinds |= {n: f"tensordesc<{dtype}[{bm},{piece}],{hopper.x_layout(size)!r}>" for n in ("x", "out")}
     constants = {
         "GROUP_STRIDE": 0, "SOURCE_STRIDE": 8, "TARGET_STRIDES": (128, 128, 128), "HEAD_DIM": 72, "HEAD_PITCH": 80,
         "TOKEN_PITCH": 256, "EPILOGUE": which.value, "MODE": mode.value, "TARGET_BITS": 8, "BM": bm, "BN": bn,
         "BK": hopper.BLOCK_K, "BAND": 8, "STAGES": stages, "PIECE": piece or bn,
-        "X_BLOCKS": x_blocks(bm, bn, stages),
+        "X_BLOCKS": x_blocks(bm, bn, stages, piece or bn), "X_BYTES": hopper.X_ROW,
         "CONSUMER_REGISTERS": hopper.REGISTERS[0], "PRODUCER_REGISTERS": hopper.REGISTERS[1],
     }  # fmt: skip
     source = GluonASTSource(

@@ -36,7 +36,12 @@ def candidates() -> list[tuple[str, Config]]:
     """All of every epilogue, at one size with many rows and one with few."""
     return [
         (epilogue, config)
-        for epilogue, columns in (("residual", 1152), ("heads", 3456), ("gelu", 4608))
+        for epilogue, columns in (
+            ("residual", 1152),
+            ("residual bfloat16", 1152),
+            ("heads", 3456),
+            ("gelu", 4608),
+        )
         for config in dict.fromkeys(
             tuning.hopper_candidates(epilogue, 16384, columns, 128)
             + tuning.hopper_candidates(epilogue, 512, columns, 128)
@@ -176,6 +181,9 @@ def test_what_the_kernel_is_given(four_processors, monkeypatch: pytest.MonkeyPat
     for blocks in (given["x"], given["out"]):
         assert (blocks.shape, blocks.strides, blocks.block_shape) == ([256, 768], [768, 1], [128, 32])
     assert (given["PIECE"], given["X_BLOCKS"]) == (32, 5)
+    launch.residual(codes, operand(make.params()), layer, TILE, gate, x.bfloat16())
+    assert kernel.given["x"].block_shape == kernel.given["out"].block_shape == [128, 64]
+    assert (kernel.given["PIECE"], kernel.given["X_BLOCKS"]) == (64, 4)
     odd = torch.cat([x.flatten()[:1], x.flatten()])[1:].view_as(x)  # copies cannot start there
     launch.residual(codes, operand(make.params()), layer, TILE, gate, odd)
     assert torch.equal(kernel.given["x"].base, x)
@@ -184,11 +192,12 @@ def test_what_the_kernel_is_given(four_processors, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("size", "blocks"),
     [
-        ((128, 128, 4), 5), ((128, 128, 5), 3), ((128, 128, 6), 1), ((128, 128, 2), 8), ((128, 64, 8), 2),
-        ((64, 128, 8), 3), ((64, 64, 12), 4),
+        ((128, 128, 4, 32), 5), ((128, 128, 5, 32), 3), ((128, 128, 6, 32), 1), ((128, 128, 2, 32), 8),
+        ((128, 64, 8, 32), 2), ((64, 128, 8, 32), 3), ((64, 64, 12, 32), 4), ((128, 128, 4, 64), 4),
+        ((128, 64, 8, 64), 2), ((64, 64, 12, 64), 2),
     ],
 )  # fmt: skip
-def test_blocks_of_the_residual_stream(size: tuple[int, int, int], blocks: int) -> None:
+def test_blocks_of_the_residual_stream(size: tuple[int, int, int, int], blocks: int) -> None:
     """What is left of shared memory, and not more than two tiles."""
     assert hopper.x_blocks(*size) == blocks
 
@@ -256,6 +265,10 @@ class TestOnHopper:
         given = to(CUDA, padded(codes)), to(CUDA, source), layer
         run = Runs(monkeypatch, programs)
         out = run(config, lambda backend: backend.linear_residual(*given, to(CUDA, gate), to(CUDA, x)))
+        assert torch.equal(out.cpu(), expected)
+        short = x.bfloat16()
+        expected = REFERENCE.linear_residual(codes, source, REFERENCE.prepare(weight, bias), gate, short)
+        out = run(config, lambda backend: backend.linear_residual(*given, to(CUDA, gate), to(CUDA, short)))
         assert torch.equal(out.cpu(), expected)
         tensors = operators._weight(*weights(layer))
         out = run(config, lambda _: launch.plain(given[0], operand(given[1]), tensors, config))

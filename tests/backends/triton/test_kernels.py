@@ -26,6 +26,7 @@ from tqdit.spec import Grid
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REFERENCE = Reference()
 each_backend = pytest.mark.parametrize("run", [TritonBackend(), PackedTritonBackend()], ids=lambda b: b.NAME)
+each_stream = pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +78,10 @@ def test_sums_are_exact(batch, tokens, k, n, zero, bits, packed, extreme, seed) 
 
 @each_shape
 @pytest.mark.parametrize("lead", [False, True])
-def test_norm_quantize(batch: int, tokens: int, width: int, heads: int, lead: bool) -> None:
+@each_stream
+def test_norm_quantize(batch: int, tokens: int, width: int, heads: int, lead: bool, stream: torch.dtype) -> None:
     run, make = TritonBackend(), maker(0)
-    x = make.values(batch, tokens, width) * 3 + 1
+    x = (make.values(batch, tokens, width) * 3 + 1).to(stream)
     shift, scale, *_ = make.values(batch, 6 * width).to(DEVICE).chunk(6, dim=1)  # rows of a wider tensor
     target = make.params(lead=batch if lead else 1)
     wide = x.double() - x.double().mean(-1, keepdim=True)
@@ -157,7 +159,8 @@ def test_attention_where_no_query_is_negative() -> None:
 @each_shape
 @each_gelu
 @each_backend
-def test_feed_forward(run, batch, tokens, width, heads, grid: Grid, bits: int, merged: bool) -> None:
+@each_stream
+def test_feed_forward(run, batch, tokens, width, heads, grid: Grid, bits: int, merged: bool, stream) -> None:
     """Codes after GELU up to ties; the layer that reads them bit for bit, gate and residual included."""
     make = maker(3, bits)
     eight = maker(4)
@@ -171,7 +174,7 @@ def test_feed_forward(run, batch, tokens, width, heads, grid: Grid, bits: int, m
     found = read(actual, 4 * width, target)
     assert_equal_up_to_ties(found, value, target)
 
-    x, gate = eight.values(batch, tokens, width), eight.values(batch, 6 * width).chunk(6, dim=1)[2]
+    x, gate = eight.values(batch, tokens, width).to(stream), eight.values(batch, 6 * width).chunk(6, dim=1)[2]
     expected = REFERENCE.linear_residual(found.to(torch.int8), target, REFERENCE.prepare(second, None), gate, x)
     layer = on_device(run.prepare(second, None))
     out = run.linear_residual(actual, to(DEVICE, target), layer, to(DEVICE, gate), to(DEVICE, x))

@@ -59,7 +59,7 @@ class TritonBackend:
         self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, target: OperandParams
     ) -> torch.Tensor:
         assert shift.stride(0) == scale.stride(0)
-        return operators.norm_quantize(x.float().contiguous(), shift, scale, eps, *_flat(target))
+        return operators.norm_quantize(x.contiguous(), shift, scale, eps, *_flat(target))
 
     def qkv(self, codes: torch.Tensor, source: OperandParams, layer: TritonLinear, params: AttentionParams) -> Heads:
         batch, tokens, _ = codes.shape
@@ -80,7 +80,7 @@ class TritonBackend:
     def linear_residual(
         self, codes: torch.Tensor, source: OperandParams, layer: TritonLinear, gate: torch.Tensor, x: torch.Tensor
     ) -> torch.Tensor:
-        return operators.linear_residual(codes, *_weight(layer), *_flat(source), gate, x.float().contiguous())
+        return operators.linear_residual(codes, *_weight(layer), *_flat(source), gate, x.contiguous())
 
     def float_input_linear(self, x: torch.Tensor, layer: TritonLinear) -> torch.Tensor:
         rows = x.float().reshape(-1, x.shape[-1]).contiguous()

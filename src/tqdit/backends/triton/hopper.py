@@ -74,13 +74,15 @@ def takes(config: Config, tile: int, width: int) -> bool:
     return sizes and pieces and config.block_m <= tile and width % config.block_n == 0
 
 
-def x_blocks(block_m: int, block_n: int, stages: int) -> int:
-    """Blocks of the residual stream that fit beside the operands in shared memory, at most those of two tiles."""
+def x_blocks(block_m: int, block_n: int, stages: int, columns: int) -> int:
+    """Blocks of the residual stream that fit beside the operands in shared memory, at most those of two tiles.
+
+    `columns`: of a block.
+    """
     found = kernels()
     assert found
-    columns = found.linear.X_COLUMNS
     others = stages * (block_m + block_n) * 128 + 2 * 4 * block_n * 4 + 512  # what belongs to columns; barriers
-    return max(1, min((SHARED_MEMORY - others) // (block_m * columns * 4), 2 * block_n // columns))
+    return max(1, min((SHARED_MEMORY - others) // (block_m * found.linear.X_ROW), 2 * block_n // columns))
 
 
 def linear(
@@ -110,7 +112,7 @@ def linear(
     if x is not None:
         x = x if x.data_ptr() % 16 == 0 else x.clone()  # as bulk copies want it
         before, after = (hopper.x_blocks_of(part, rows, width, out_stride, bm) for part in (x, out))
-        piece = hopper.X_COLUMNS
+        piece = hopper.X_ROW // x.element_size()
     groups = groups_of(source, *targets)
     first, second, third = (targets * 3)[:3] if targets else (source,) * 3
     tiles = rows // bm * (columns // bn)
@@ -122,7 +124,7 @@ def linear(
         source.table, first.table, second.table, third.table, rows, width, depth, tokens, out_stride,
         groups.stride, source.stride, (first.stride, second.stride, third.stride), head_dim, head_pitch, token_pitch,
         epilogue, first.mode, first.bits, bm, bn, config.block_k, config.band, config.stages, piece,
-        x_blocks(bm, bn, config.stages), *hopper.REGISTERS,
+        x_blocks(bm, bn, config.stages, piece), hopper.X_ROW, *hopper.REGISTERS,
         num_warps=4, enable_fp_fusion=epilogue == ACTIVATION.value,
     )  # fmt: skip
     return out

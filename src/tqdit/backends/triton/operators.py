@@ -80,7 +80,7 @@ def norm_quantize(
 
     rows, width = x.shape[0] * x.shape[1], x.shape[2]
     candidates = functools.partial(tuning.norm_candidates, rows, width)
-    return run(tuning.choose(tuning.norm_key(rows, width), x.device, candidates, run))
+    return run(tuning.choose(tuning.norm_key(rows, width, x.dtype), x.device, candidates, run))
 
 
 @norm_quantize.register_fake
@@ -145,7 +145,7 @@ def linear_residual(
     def run(config: Config) -> Tensor:
         return launch.residual(codes, source, layer, config, gate, x)
 
-    return run(_linear_config("residual", codes, layer, source, run))
+    return run(_linear_config(tuning.residual(x.dtype), codes, layer, source, run))
 
 
 @linear_residual.register_fake

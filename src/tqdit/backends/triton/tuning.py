@@ -65,8 +65,17 @@ def attention_key(sequences: int, tokens: int, head_dim: int, mode: int, hopper:
     return f"attention {bucket(sequences)}x{tokens}x{head_dim}, mode {mode}{', Hopper' if hopper else ''}"
 
 
-def norm_key(rows: int, width: int) -> str:
-    return f"norm {bucket(rows)}x{width}"
+def norm_key(rows: int, width: int, stream: torch.dtype) -> str:
+    return f"norm{_suffix(stream)} {bucket(rows)}x{width}"
+
+
+def residual(stream: torch.dtype) -> str:
+    """The name of that epilogue for a residual stream of a dtype."""
+    return f"residual{_suffix(stream)}"
+
+
+def _suffix(stream: torch.dtype) -> str:
+    return "" if stream is torch.float32 else f" {str(stream).removeprefix('torch.')}"
 
 
 def norm_candidates(rows: int, width: int) -> list[Config]:
@@ -155,10 +164,10 @@ def linear_candidates(rows: int, two: bool, bits: int) -> list[Config]:
 def hopper_candidates(epilogue: str, rows: int, columns: int, tile: int) -> list[Config]:
     """Those of `kernels.hopper` for a product; `tile`: of `hopper.rows_of_tile`, none if it is 0.
 
-    As many stages as fit beside what the stores pass through shared memory, or the blocks of the residual stream: five
-    of those beside four stages, three beside five.
+    As many stages as fit beside what the stores pass through shared memory, or the blocks of the residual stream: up to
+    five of those beside four stages, three beside five.
     """
-    residual = epilogue == "residual"
+    residual = epilogue.startswith("residual")
     large = [(4, 32), (5, 32)] if residual else [(6, 64), (6, 32)]
     found = [Config(128, 128, 128, stages=stages, piece=piece, hopper=1) for stages, piece in large]
     if rows <= FEW_TILES or tile < 128:

@@ -58,7 +58,7 @@ from tqdit.backends.triton.kernels.rounding import (
 )
 
 BLOCK_K = 128  # bytes of a row of a swizzled block
-X_COLUMNS = 32  # of a block of the residual stream: rows of 128 bytes
+X_ROW = 128  # bytes of a row of a block of the residual stream: 32 columns of fp32, 64 of bf16
 COPY = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # their names in Triton 3.6
 COPY_BACK = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 REGISTERS = 240, 24  # of a thread that multiplies, and of one that copies: at most 65,536 in all
@@ -74,14 +74,15 @@ def blocks_of(codes: torch.Tensor, rows: int, columns: int, stride: int, block: 
     return TensorDescriptor(codes, [rows, columns], [stride, 1], [block, BLOCK_K], block_layout())
 
 
-def x_layout() -> gl.NVMMASharedLayout:
-    """Of a block of the residual stream in shared memory."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=4 * X_COLUMNS, element_bitwidth=32, rank=2)
+def x_layout(size: int) -> gl.NVMMASharedLayout:
+    """Of a block of the residual stream in shared memory; `size`: bytes of its numbers."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=X_ROW, element_bitwidth=8 * size, rank=2)
 
 
 def x_blocks_of(x: torch.Tensor, rows: int, columns: int, stride: int, block: int) -> TensorDescriptor:
-    """Blocks of `block` rows and X_COLUMNS columns of an fp32 matrix whose rows are `stride` numbers apart."""
-    return TensorDescriptor(x, [rows, columns], [stride, 1], [block, X_COLUMNS], x_layout())
+    """Blocks of `block` rows of X_ROW bytes of a matrix in fp32 or bf16 whose rows are `stride` numbers apart."""
+    size = x.element_size()
+    return TensorDescriptor(x, [rows, columns], [stride, 1], [block, X_ROW // size], x_layout(size))
 
 
 @gluon.jit
@@ -119,8 +120,8 @@ def _produce(
 
 @gluon.jit
 def _produce_x(
-    x, x_ring, barriers, tiles_m, tiles_n, EPILOGUE: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, BAND: gl.constexpr, PIECE: gl.constexpr, X_BLOCKS: gl.constexpr,
+    x, x_ring, barriers, tiles_m, tiles_n, EPILOGUE: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    BAND: gl.constexpr, PIECE: gl.constexpr, X_BLOCKS: gl.constexpr, X_BYTES: gl.constexpr,
 ):  # fmt: skip
     """Copies blocks of the residual stream into their ring, in the order in which they are added to."""
     if EPILOGUE == RESIDUAL:
@@ -135,7 +136,7 @@ def _produce_x(
                 slot = number % X_BLOCKS
                 mbarrier.wait(empty.index(slot), (number // X_BLOCKS & 1) ^ 1)
                 ready = full.index(nth % 2 * PIECES + piece)
-                mbarrier.expect(ready, BM * PIECE * 4)
+                mbarrier.expect(ready, BM * X_BYTES)
                 COPY(x, [tile_m * BM, tile_n * BN + piece * PIECE], ready, x_ring.index(slot))
 
 
@@ -252,7 +253,7 @@ def _consume(
                 number = nth * PIECES + piece
                 block = x_ring.index(number % X_BLOCKS)
                 mbarrier.wait(x_full.index(ME * PIECES + piece), nth // 2 & 1)
-                block.store(block.load(part) + factor * y)
+                block.store((block.load(part).to(gl.float32) + factor * y).to(out.dtype))
                 fence_async_shared()
                 COPY_BACK(out, [first_row, first_column + piece * PIECE], block)
                 if piece >= LAG:
@@ -303,11 +304,13 @@ def hopper_linear_kernel(
     HEAD_DIM: gl.constexpr, HEAD_PITCH: gl.constexpr, TOKEN_PITCH: gl.constexpr,
     EPILOGUE: gl.constexpr, MODE: gl.constexpr, TARGET_BITS: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
-    PIECE: gl.constexpr, X_BLOCKS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    PIECE: gl.constexpr, X_BLOCKS: gl.constexpr, X_BYTES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """All (BM, BN) tiles of a (M, K) . b (N, K)^T and the epilogue; arguments as those of `linear_kernel`.
 
-    But for the residual stream: x and out are descriptors of its blocks, X_BLOCKS of which are in shared memory.
+    But for the residual stream: x and out are descriptors of its blocks, X_BLOCKS of which are in shared memory, with
+    rows of X_BYTES.
     """
     a_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BM, BK], a.layout)
     b_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BN, BK], b.layout)
@@ -321,7 +324,7 @@ def hopper_linear_kernel(
         mbarrier.init(turn.index(i), count=1)
     x_ring, x_full, x_empty = a_ring, turn, turn  # where there is no such stream
     if EPILOGUE == RESIDUAL:
-        x_ring = gl.allocate_shared_memory(gl.float32, [X_BLOCKS, BM, PIECE], x.layout)
+        x_ring = gl.allocate_shared_memory(x.dtype, [X_BLOCKS, BM, PIECE], x.layout)
         x_full = gl.allocate_shared_memory(gl.int64, [2 * (BN // PIECE), 1], mbarrier.MBarrierLayout())
         x_empty = gl.allocate_shared_memory(gl.int64, [X_BLOCKS, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(2 * (BN // PIECE)):
@@ -346,7 +349,7 @@ def hopper_linear_kernel(
                 TARGET_STRIDES, HEAD_DIM, HEAD_PITCH, TOKEN_PITCH, EPILOGUE, MODE, TARGET_BITS, BM, BN, BK, BAND,
                 STAGES, PIECE, X_BLOCKS, gl.constexpr(1))),
             (_produce, (a, b, a_ring, b_ring, barriers, tiles_m, tiles_n, K, BM, BN, BK, BAND, STAGES)),
-            (_produce_x, (x, x_ring, x_barriers, tiles_m, tiles_n, EPILOGUE, BM, BN, BAND, PIECE, X_BLOCKS)),
+            (_produce_x, (x, x_ring, x_barriers, tiles_m, tiles_n, EPILOGUE, BM, BN, BAND, PIECE, X_BLOCKS, X_BYTES)),
         ],
         [4, 1, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],

@@ -19,6 +19,7 @@ from tqdit.backends.triton.kernels.rounding import (
     nearest_codes,
     negative_part,
     positive_part,
+    stored_as,
     uniform_codes,
 )
 
@@ -122,7 +123,8 @@ def _finish(
         tl.store(out + offset, y, inside)
     elif EPILOGUE == RESIDUAL:
         through = tl.load(gate + sample * gate_stride + columns[None, :], inside_n[None, :], 0.0)
-        tl.store(out + offset, tl.load(x + offset, inside) + through * y, inside)
+        total = tl.load(x + offset, inside).to(tl.float32) + through * y
+        tl.store(out + offset, stored_as(total, out.dtype.element_ty, NATIVE), inside)
     elif EPILOGUE == ACTIVATION:
         target = targets + target_row
         if MODE == UNIFORM:

@@ -12,11 +12,11 @@ def _rows_of(x, rows, M, C, FIRST: tl.constexpr, REST: tl.constexpr):
     here = (rows < M)[:, None]
     x += rows.to(tl.int64)[:, None] * C
     columns = tl.arange(0, FIRST)[None, :]
-    values = tl.load(x + columns, here & (columns < C), 0.0)
+    values = tl.load(x + columns, here & (columns < C), 0.0).to(tl.float32)
     more = values
     if REST:
         columns = FIRST + tl.arange(0, REST)[None, :]
-        more = tl.load(x + columns, here & (columns < C), 0.0)
+        more = tl.load(x + columns, here & (columns < C), 0.0).to(tl.float32)
     return values, more
 
 

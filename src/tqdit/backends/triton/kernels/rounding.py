@@ -35,6 +35,15 @@ def rounded(x):
 
 
 @triton.jit
+def stored_as(x, dtype: tl.constexpr, NATIVE: tl.constexpr):
+    """fp32 in the dtype of the tensor that it is stored to, rounded half to even: the interpreter cuts bf16 off."""
+    if not NATIVE and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def divide(x, by, inverse, NATIVE: tl.constexpr):
     """x / by, rounded as IEEE division. `inverse`: 1 / by, rounded; `by` normal.
 
