@@ -52,6 +52,7 @@ class Slots:
         `closed`: names of layers without a slot; what is there is nothing that peft would wrap, so that it says so.
         """
         self._places: dict[str, list[tuple[nn.Module, str]]] = {}
+        self._tables: list[tuple[dict[str, nn.Module | None], str]] = []  # of all of them, to look into quickly
         self._codes: dict[str, LinearCodes] = {}
         for name in closed:
             _holder(block, name.split("."))
@@ -62,12 +63,15 @@ class Slots:
                 out_features, in_features = shapes[name]
                 parent.add_module(leaf, AdapterSlot(in_features, out_features))
                 self._places.setdefault(layer, []).append((parent, leaf))
+                self._tables.append((parent._modules, leaf))
 
     @property
     def used(self) -> bool:
-        """Whether anything has been put around a slot."""
-        places = [place for places in self._places.values() for place in places]
-        return any(type(parent._modules[leaf]) is not AdapterSlot for parent, leaf in places)
+        """Whether anything has been put around a slot; every call of a model asks."""
+        for modules, leaf in self._tables:  # noqa: SIM110 - half the time of a generator
+            if type(modules[leaf]) is not AdapterSlot:
+                return True
+        return False
 
     def of(self, layer: str) -> list[Any]:
         """What is in a layer's slots, from its first output on. `InputError` for adapters that are more than LoRA."""
