@@ -78,13 +78,14 @@ def add(out: Path, name: str, run: dict[str, Any]) -> None:
     before: dict[str, Any] = {"commands": {}, "skipped": {}, "rows": []}
     if out.exists():
         found = json.loads(out.read_text(encoding="utf-8"))
-        if all(found["environment"].get(key) == run["environment"].get(key) for key in SAME):
+        if same(found["environment"], run["environment"]):
             before = found
         else:
             out.replace(out.with_suffix(".old.json"))
     rows = [row for row in before["rows"] if row["workload"] != name] + run["rows"]
     result = {
-        "environment": run["environment"],  # its peaks are those of the newest run; a floor is by those of its own
+        # Its peaks are those of the newest run; a floor is by those of its own.
+        "environment": before.get("environment", {}) | {k: v for k, v in run["environment"].items() if v is not None},
         "commands": _ordered({**before["commands"], name: run["command"]}),
         "skipped": _ordered({**before["skipped"], name: run["skipped"]}),
         "rows": sorted(rows, key=lambda row: list(WORKLOADS).index(row["workload"])),
@@ -92,6 +93,11 @@ def add(out: Path, name: str, run: dict[str, Any]) -> None:
     partial = out.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     partial.replace(out)
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether rows of two runs may be in one file. A library that a run did not need may have been absent."""
+    return all(one.get(key) == other.get(key) or None in (one.get(key), other.get(key)) for key in SAME)
 
 
 def _ordered(by_workload: dict[str, Any]) -> dict[str, Any]:
