@@ -97,7 +97,7 @@ def float_model(args: argparse.Namespace) -> tuple[nn.Module, Mapping[int, str]]
 
 
 class Run:
-    """What is measured of one model, written to the file after every stage."""
+    """What is measured of one model, written to the file as it comes."""
 
     def __init__(self, args: argparse.Namespace, config: Mapping[str, Any]) -> None:
         self.args, self.config, self.device = args, config, torch.device(args.device)
@@ -124,6 +124,7 @@ class Run:
     def row(self, name: str, **figures: Any) -> None:
         """Add figures of a model; `name` says its bits."""
         self.rows.setdefault(name, {"bits": name}).update(figures)
+        self.write()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
@@ -211,7 +212,7 @@ def quantize(run: Run, folder: Path, expected: torch.Tensor, scratch: Path) -> N
         prepared = workflow.prepare(folder, run.recipe(run.args.bits[0]), device=run.args.device)
     run.result["eps_difference_of_checkpoint"] = (epsilon(prepared.model) - expected).abs().max().item()
     float32_bytes = 4 * run.result["parameters"]
-    run.row("float", size_bytes=artifact.size_bytes(folder), float32_bytes=float32_bytes)
+    run.row("float", size_bytes=artifact.size_bytes(folder))
     for bits in run.args.bits:
         with run.stage(f"search {bits}"):
             solution, seconds = workflow.solve_prepared(prepared, run.recipe(bits))
