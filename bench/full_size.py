@@ -15,6 +15,7 @@ import argparse
 import gc
 import json
 import shlex
+import statistics
 import sys
 import tempfile
 import time
@@ -74,6 +75,7 @@ def arguments() -> argparse.Namespace:
     for name in SETTINGS:
         parser.add_argument(f"--{name}", type=int, help="of the recipe; default: as published")
     parser.add_argument("--batch", type=int, default=8, help="images of a call of the pipeline")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls of the pipeline; the median counts")
     parser.add_argument("--sampling-steps", type=int, default=50, help="DDIM steps of every image")
     parser.add_argument("--images", type=int, default=16, help="per model that are compared (PSNR, FD-fashion)")
     parser.add_argument("--held-out", type=int, default=8, help="states per time group that are compared (SQNR)")
@@ -224,7 +226,7 @@ def quantize(run: Run, folder: Path, expected: torch.Tensor, scratch: Path) -> N
 
 
 def draw(run: Run, name: str, folder: Path) -> None:
-    """Images by diffusers: load, a short call that prepares everything, and one that is timed.
+    """Images by diffusers: load, a short call that prepares everything, and those that are timed.
 
     `device_map`: a model in integers is laid out for the device at once, not for the CPU first.
     """
@@ -235,13 +237,14 @@ def draw(run: Run, name: str, folder: Path) -> None:
         run.row(name, resident_gpu_bytes=torch.cuda.memory_allocated(run.device))
     with run.stage(f"draw {name}") as drawing:
         first = seconds_of_call(run, pipeline, steps=2)
-        seconds = seconds_of_call(run, pipeline, run.args.sampling_steps)
+        calls = [seconds_of_call(run, pipeline, run.args.sampling_steps) for _ in range(run.args.repeats)]
     run.row(
         name,
         dtype=str(run.dtype).removeprefix("torch."),
         load_seconds=loading["seconds"],
         first_call_seconds=first,
-        images_per_second=run.args.batch / seconds,
+        call_seconds=calls,
+        images_per_second=run.args.batch / statistics.median(calls),
         **{key: max(loading[key], drawing[key]) for key in ("peak_gpu_bytes",) if key in drawing},
     )
 

@@ -35,8 +35,8 @@ def section(result: Mapping[str, Any]) -> list[str]:
         "`bench/full_size.py`: a training checkpoint with the published names goes through `tqdit convert`, one "
         "calibration, a search per bit-width, `DiTPipeline.from_pretrained` with a decoder of random weights, and "
         "`tqdit compare`, which compares a model's own pixels without it. Sizes are over the checkpoint's weights in "
-        "fp32; the float row's is that of its folder in diffusers' format. Images per second are of one call of the "
-        "pipeline, decoding included; the first call captures the CUDA graph and, for shapes without committed "
+        "fp32; the float row's is that of its folder in diffusers' format. Images per second are of the median call of "
+        "the pipeline, decoding included; the first call captures the CUDA graph and, for shapes without committed "
         "configurations, times those of the kernels. The float row is diffusers' own model, eager: the strongest "
         "baselines are [below](#speed-on-an-h200). GPU memory is what torch's allocator gave out, for the decoder too.",
         "",

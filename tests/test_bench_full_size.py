@@ -22,7 +22,7 @@ RANDOM = ("--random", "DiT-S/8", "--blocks", "2", "--small-vae")
 BUNDLED = ("--trained", "src/tqdit/data/fashion-dit")
 TINY = (
     "--groups", "2", "--samples", "1", "--steps", "4", "--rounds", "1", "--candidates", "5", "--rows", "64",
-    "--queries", "64", "--sampling-steps", "2", "--batch", "2", "--images", "3", "--held-out", "1",
+    "--queries", "64", "--sampling-steps", "2", "--repeats", "1", "--batch", "2", "--images", "3", "--held-out", "1",
 )  # fmt: skip
 BITS = ("w8a8", "w6a6", "w4a8")
 FIGURES = {
