@@ -98,6 +98,12 @@ def float_model(args: argparse.Namespace) -> tuple[nn.Module, Mapping[int, str]]
     return model.eval().requires_grad_(False), source.labels
 
 
+def training(folder: str | None) -> dict[str, Any] | None:
+    """What the example noted of a training, beside the pipeline whose transformer may have been given."""
+    places = [Path(folder, TRAINING), Path(folder).parent / TRAINING] if folder else []
+    return next((read_json(place) for place in places if place.is_file()), None)
+
+
 class Run:
     """What is measured of one model, written to the file as it comes."""
 
@@ -107,11 +113,10 @@ class Run:
         self.sampling = Sampling("ddim", args.sampling_steps, GUIDANCE if guided else 1.0)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.rows: dict[str, dict[str, Any]] = {}
-        training = Path(args.trained or "", TRAINING)
         self.result: dict[str, Any] = {
             "model": shape_name(self.config),
             "weights": "random" if args.random else "trained",
-            "training": read_json(training) if args.trained and training.is_file() else None,
+            "training": training(args.trained),
             "command": shlex.join(["python", "bench/full_size.py", *sys.argv[1:]]),
             "environment": environment(args.device),
             "recipe": self.recipe(args.bits[0]).model_dump(mode="json", exclude={"weight_bits", "activation_bits"}),
@@ -232,9 +237,9 @@ def draw(run: Run, name: str, folder: Path) -> None:
     """
     with run.stage(f"load {name}") as loading:
         pipeline = DiTPipeline.from_pretrained(folder, torch_dtype=run.dtype, device_map=run.args.device)
+        if run.device.type == "cuda":
+            loading["resident_gpu_bytes"] = torch.cuda.memory_allocated(run.device)
     pipeline.set_progress_bar_config(disable=True)
-    if run.device.type == "cuda":
-        run.row(name, resident_gpu_bytes=torch.cuda.memory_allocated(run.device))
     with run.stage(f"draw {name}") as drawing:
         first = seconds_of_call(run, pipeline, steps=2)
         calls = [seconds_of_call(run, pipeline, run.args.sampling_steps) for _ in range(run.args.repeats)]
@@ -245,8 +250,10 @@ def draw(run: Run, name: str, folder: Path) -> None:
         first_call_seconds=first,
         call_seconds=calls,
         images_per_second=run.args.batch / statistics.median(calls),
-        **{key: max(loading[key], drawing[key]) for key in ("peak_gpu_bytes",) if key in drawing},
     )
+    if run.device.type == "cuda":
+        peak = max(loading["peak_gpu_bytes"], drawing["peak_gpu_bytes"])
+        run.row(name, resident_gpu_bytes=loading["resident_gpu_bytes"], peak_gpu_bytes=peak)
 
 
 def seconds_of_call(run: Run, pipeline: Any, steps: int) -> float:

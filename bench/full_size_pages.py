@@ -73,8 +73,9 @@ def _origin(run: Mapping[str, Any]) -> str:
     if (training := run["training"]) is None:
         return ""
     return (
-        f" Trained by `examples/train_fashion_dit.py` for {training['steps']} steps of {training['batch']} images in "
-        f"{training['seconds']:.0f} s on {training['device']}, seed {training['seed']}; not shipped."
+        f" {training['shape']} for Fashion-MNIST, trained by `examples/train_fashion_dit.py` for {training['steps']} "
+        f"steps of {training['batch']} images in {training['seconds']:.0f} s on {training['device']}, seed "
+        f"{training['seed']}; not shipped."
     )
 
 

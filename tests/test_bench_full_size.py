@@ -134,8 +134,9 @@ def pages(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], list[st
 
 def test_the_section(monkeypatch: pytest.MonkeyPatch) -> None:
     run = {
-        "model": "DiT-B/2", "weights": "trained", "command": "python bench/full_size.py", "parameters": 130_000_000,
-        "training": {"steps": 1200, "batch": 256, "seconds": 150.2, "device": "a GPU", "seed": 0},
+        "model": "DiT-12x768/2@32", "weights": "trained", "parameters": 130_000_000,
+        "command": "python bench/full_size.py",
+        "training": {"shape": "DiT-B/2", "steps": 1200, "batch": 256, "seconds": 150.2, "device": "a GPU", "seed": 0},
         "environment": {"device": "a GPU", "torch": "2"},
         "recipe": {
             "preset": "plus", "groups": 10, "samples": 32, "steps": 250, "guidance": 1.5, "rounds": 3,
@@ -152,7 +153,8 @@ def test_the_section(monkeypatch: pytest.MonkeyPatch) -> None:
         "eps_difference_of_checkpoint": 0.0,
     }  # fmt: skip
     text = "\n".join(pages(monkeypatch)({"runs": [run]}))
-    assert "### DiT-B/2, trained weights" in text
+    assert "### DiT-12x768/2@32, trained weights" in text
+    assert "DiT-B/2 for Fashion-MNIST, trained by" in text
     assert "for 1200 steps of 256 images in 150 s on a GPU, seed 0; not shipped" in text
     assert "| calibration | 12.3 | 3.0 | 5.0 |" in text
     assert "| bfloat16, eager | 520.0 | – | 5.00 | – | – | 9.50 |" in text
