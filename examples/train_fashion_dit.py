@@ -8,7 +8,8 @@ what it measured to `bench/results` and a picture to `docs/images`. Meant for on
     python examples/train_fashion_dit.py --shape DiT-B/2 --minutes 2.5 --out build/dit-b
 
 trains a model of a published shape with the published timestep frequencies instead, and writes it and `training.json`
-into `--out`, nothing else: what `bench/full_size.py` takes.
+into `--out`, nothing else: what `bench/full_size.py` takes. `training.json` has the settings, the seed and the steps.
+With `--steps`, not `--minutes`, a training can be repeated, up to the order in which a GPU adds.
 """
 
 import argparse
@@ -271,7 +272,7 @@ def save_grid(images: Tensor, path: Path) -> None:
 
 
 def where(args: argparse.Namespace) -> dict[str, Any]:
-    """What a training depends on besides its settings; the number of steps does too, where the clock chose it."""
+    """What a training depends on besides its settings."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
