@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from full_size_pages import full_size
 from gpu_pages import gpu_speed, readme_gpu_speed
 from pages import FORMER_PLUS, ROOT, TWO_PRODUCTS, environment, read, table, variant
 from scale_pages import calibration_scale
@@ -94,6 +95,7 @@ def _results(training: dict[str, Any], ablation: dict[str, Any], cost: dict[str,
             *_ablation(ablation),
             *_cost(cost),
             *calibration_scale(),
+            *full_size(),
             *cpu_speed(),
             *gpu_speed(),
         ]

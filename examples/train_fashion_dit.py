@@ -4,6 +4,12 @@
 
 writes both models and the test set's feature statistics below `--out`, then samples the saved model, writes
 what it measured to `bench/results` and a picture to `docs/images`. Meant for one GPU.
+
+    python examples/train_fashion_dit.py --shape DiT-B/2 --minutes 2.5 --out build/dit-b
+
+trains a model of a published shape with the published timestep frequencies instead, and writes it and `training.json`
+into `--out`, nothing else: what `bench/full_size.py` takes. `training.json` has the settings, the seed and the steps.
+With `--steps`, not `--minutes`, a training can be repeated, up to the order in which a GPU adds.
 """
 
 import argparse
@@ -12,6 +18,8 @@ import json
 import math
 import re
 import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +33,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tqdit.evaluation import features
+from tqdit.models.building import new_model
+from tqdit.models.published import AS_PUBLISHED
+from tqdit.models.shapes import shape_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSIFIER = Path("fashion-classifier", features.CLASSIFIER_FILE.name)
@@ -32,21 +43,40 @@ STATISTICS = Path("fashion-classifier", features.STATISTICS_FILE.name)
 NAMES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 NULL_CLASS, DROPPED_LABELS = 10, 0.1  # the label of an unconditional image, and its share of the training
 CLASSIFIER_BATCH, CLASSIFIER_RATE = 512, 2e-3
-DIT_BATCH, DIT_RATE, WARMUP, EMA_DECAY = 512, 8e-4, 500, 0.999
 SETTLE, MEASURE = 40, 80  # steps left out of, and then taken into, the measured throughput
 TIMESTEPS, BETAS = 1000, (1e-4, 0.02)
 SAMPLING_BATCH = 1000
 SAMPLINGS = (("DDIM", 50, 1.5), ("DDIM", 50, 1.0), ("DDPM", 100, 1.5), ("DDIM", 50, 2.0))
-MODEL = {
-    "num_attention_heads": 3,
-    "attention_head_dim": 64,
+IMAGES = {
     "in_channels": 1,
     "out_channels": 2,  # eps and the variance's place between its two bounds
-    "num_layers": 6,
-    "sample_size": 32,  # pixels; patches are 2 x 2, the default like all that is not listed
+    "sample_size": 32,  # pixels
     "num_embeds_ada_norm": 10,
-    "norm_eps": 1e-6,
 }
+MODEL = {
+    "_class_name": "DiTTransformer2DModel",
+    "num_attention_heads": 3,
+    "attention_head_dim": 64,
+    "num_layers": 6,
+    "patch_size": 2,
+    "norm_eps": 1e-6,
+    **IMAGES,
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a model is trained. `warmup` steps up to `rate`, from where it falls to 0 in a line; `ema_decay` a step."""
+
+    batch: int
+    rate: float
+    warmup: int
+    ema_decay: float
+
+
+BUNDLED = Schedule(batch=512, rate=8e-4, warmup=500, ema_decay=0.999)
+# For a wider model and about a thousand steps: a lower rate, reached sooner, and an average over the last hundred.
+SHORT = Schedule(batch=256, rate=4e-4, warmup=100, ema_decay=0.99)
 
 
 def read_split(folder: Path, split: str, device: str) -> tuple[Tensor, Tensor]:
@@ -128,9 +158,9 @@ def hybrid_loss(model: nn.Module, table: Tensor, x0: Tensor, labels: Tensor) -> 
     return (eps - estimate).square().mean(), bound
 
 
-def tied_model(device: torch.device) -> DiTTransformer2DModel:
+def tied_model(config: Mapping[str, Any], device: torch.device) -> DiTTransformer2DModel:
     """A fresh adaLN-Zero model whose blocks share one timestep and class embedder, as in published DiT."""
-    model = DiTTransformer2DModel(**MODEL)
+    model = new_model(config)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(module.weight.flatten(1))  # a view: a patch is embedded by a matrix
@@ -150,21 +180,23 @@ def tied_model(device: torch.device) -> DiTTransformer2DModel:
     return model.eval().to(device)
 
 
-def untied_model(parameters: dict[str, Tensor]) -> DiTTransformer2DModel:
+def untied_model(config: Mapping[str, Any], parameters: dict[str, Tensor]) -> DiTTransformer2DModel:
     """The standard model, each block with its own copy of the shared embedder, in float16."""
-    model, owner = DiTTransformer2DModel(**MODEL), r"^transformer_blocks\.\d+\.norm1\.emb\."
+    model, owner = new_model(config), r"^transformer_blocks\.\d+\.norm1\.emb\."
     sources = {name: re.sub(owner, "transformer_blocks.0.norm1.emb.", name) for name in model.state_dict()}
     model.load_state_dict({name: parameters[source] for name, source in sources.items()})
     return model.half()
 
 
-def train_dit(images: Tensor, labels: Tensor, steps: int | None, seconds: float) -> tuple[Any, int]:
-    """Averaged model and the steps it took: `steps`, or as many as fit into `seconds`."""
+def train_dit(
+    config: Mapping[str, Any], schedule: Schedule, images: Tensor, labels: Tensor, steps: int | None, seconds: float
+) -> tuple[DiTTransformer2DModel, dict[str, Any]]:
+    """Averaged model and what its training took: `steps`, or as many as fit into `seconds`."""
     device = images.device
-    table, model = diffusion_table(device), tied_model(device)
+    table, model = diffusion_table(device), tied_model(config, device)
     named = dict(model.named_parameters())
     parameters, average = list(named.values()), [value.detach().clone() for value in named.values()]
-    optimizer = torch.optim.AdamW(parameters, DIT_RATE, (0.9, 0.99), weight_decay=0, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(parameters, schedule.rate, (0.9, 0.99), weight_decay=0, fused=device.type == "cuda")
     if device.type == "cuda":
         torch._dynamo.config.suppress_errors = True  # a block that does not compile runs uncompiled
         for block in model.transformer_blocks:
@@ -172,8 +204,9 @@ def train_dit(images: Tensor, labels: Tensor, steps: int | None, seconds: float)
     total, step, settled = steps or 10**9, 0, 0.0
     started = time.perf_counter()
     while step < total:
-        optimizer.param_groups[0]["lr"] = DIT_RATE * min(1.0, (step + 1) / WARMUP) * (1 - step / total)
-        index = torch.randint(0, len(images), (DIT_BATCH,), device=device)
+        rate = schedule.rate * min(1.0, (step + 1) / schedule.warmup) * (1 - step / total)
+        optimizer.param_groups[0]["lr"] = rate
+        index = torch.randint(0, len(images), (schedule.batch,), device=device)
         error, bound = hybrid_loss(model, table, images[index], labels[index])
         optimizer.zero_grad(set_to_none=True)
         (error + bound).backward()
@@ -181,7 +214,7 @@ def train_dit(images: Tensor, labels: Tensor, steps: int | None, seconds: float)
         optimizer.step()
         step += 1
         with torch.no_grad():
-            torch._foreach_lerp_(average, parameters, 1 - min(EMA_DECAY, step / (step + 10)))
+            torch._foreach_lerp_(average, parameters, 1 - min(schedule.ema_decay, step / (step + 10)))
         if step in (SETTLE, SETTLE + MEASURE, total) or step % 1000 == 0:
             # Reading the losses waits for the device, so the clock below covers finished work.
             losses = f"eps {error.item():.5f} bound {bound.item():.5f}"
@@ -191,7 +224,8 @@ def train_dit(images: Tensor, labels: Tensor, steps: int | None, seconds: float)
             elif step == SETTLE + MEASURE and steps is None:
                 total = step + max(1, int((seconds - spent) * MEASURE / (spent - settled)))
             print(f"step {step}/{total}: {losses}, {spent:.0f} s", flush=True)
-    return untied_model(dict(zip(named, average, strict=True))), total
+    spent = round(time.perf_counter() - started, 1)
+    return untied_model(config, dict(zip(named, average, strict=True))), {"steps": total, "seconds": spent}
 
 
 def save_dit(model: DiTTransformer2DModel, folder: Path) -> None:
@@ -237,10 +271,30 @@ def save_grid(images: Tensor, path: Path) -> None:
     picture.resize((512, 640), Image.Resampling.NEAREST).save(path, optimize=True)
 
 
+def where(args: argparse.Namespace) -> dict[str, Any]:
+    """What a training depends on besides its settings."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "seed": args.seed,
+    }
+
+
+def train_shape(args: argparse.Namespace, images: Tensor, labels: Tensor) -> None:
+    """A model of a published shape, in the published form, into `--out`."""
+    config = {**shape_config(args.shape), **IMAGES, **AS_PUBLISHED}
+    model, taken = train_dit(config, SHORT, images, labels, args.steps, 60 * args.minutes)
+    save_dit(model, args.out)
+    report = {**where(args), "shape": args.shape, **asdict(SHORT), **taken}
+    (args.out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train fashion-dit and its classifier.")
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--out", type=Path, default=features.CLASSIFIER_FILE.parents[1])
+    parser.add_argument("--shape", help="train this published shape, such as DiT-B/2, and nothing else")
+    parser.add_argument("--out", type=Path, help="default: where the bundled models are; needed with --shape")
     parser.add_argument("--classifier-epochs", type=int, default=40)
     parser.add_argument("--minutes", type=float, default=12.0, help="DiT training, unless --steps is given")
     parser.add_argument("--steps", type=int, help="DiT training steps; 0 measures the model in --out")
@@ -250,9 +304,15 @@ def main() -> None:
     parser.add_argument("--report", type=Path, default=ROOT / "bench/results/fashion-dit-training.json")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs/images/fashion-dit.png")
     args = parser.parse_args()
+    if args.shape and not args.out:
+        parser.error("--shape needs --out: the bundled model is another")
+    args.out = args.out or features.CLASSIFIER_FILE.parents[1]
     torch.manual_seed(args.seed)
     torch.backends.cudnn.allow_tf32 = False  # the classifier's features shall be those of a CPU
     train, train_labels = read_split(args.data, "train", args.device)
+    if args.shape:
+        train_shape(args, train, train_labels)
+        return
     test, test_labels = read_split(args.data, "t10k", args.device)
     started = time.perf_counter()
     classifier = save_classifier(train_classifier(train, train_labels, args.classifier_epochs), test, args.out)
@@ -262,10 +322,7 @@ def main() -> None:
         return features.frechet_distance(*features.feature_statistics(images, classifier), *real)
 
     report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "seed": args.seed,
+        **where(args),
         "classifier_epochs": args.classifier_epochs,
         "classifier_seconds": round(time.perf_counter() - started, 1),
         "classifier_accuracy": features.class_agreement(test, test_labels, classifier),
@@ -273,9 +330,8 @@ def main() -> None:
     }
     folder = args.out / "fashion-dit"
     if args.steps != 0:
-        started = time.perf_counter()
-        model, steps = train_dit(train, train_labels, args.steps, 60 * args.minutes)
-        report["training"] = {"steps": steps, "batch": DIT_BATCH, "seconds": round(time.perf_counter() - started, 1)}
+        model, taken = train_dit(MODEL, BUNDLED, train, train_labels, args.steps, 60 * args.minutes)
+        report["training"] = {"batch": BUNDLED.batch, **taken}
         save_dit(model, folder)
     # What is measured is the model as saved, in float32 with TF32 products where the GPU has them.
     torch.set_float32_matmul_precision("high")

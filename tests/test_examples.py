@@ -5,6 +5,7 @@ import importlib.util
 import json
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -40,7 +41,7 @@ def write_split(folder: Path, split: str, count: int) -> None:
 @pytest.mark.slow
 def test_training_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: ModuleType) -> None:
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)  # would outlive the test
-    monkeypatch.setattr(script, "DIT_BATCH", 2)
+    monkeypatch.setattr(script, "BUNDLED", replace(script.BUNDLED, batch=2))
     monkeypatch.setattr(script, "SAMPLINGS", (("DDIM", 1, 1.5), ("DDPM", 1, 1.5)))
     data = tmp_path / "data"
     data.mkdir()
@@ -62,6 +63,33 @@ def test_training_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scrip
     copies = [block.norm1.emb.timestep_embedder.linear_1.weight for block in model.transformer_blocks]
     assert all(torch.equal(copy, copies[0]) for copy in copies), "one embedder, as published DiT has"
     features.load_fashion_classifier("cpu", tmp_path / "out" / "fashion-classifier" / "classifier.safetensors")
+
+
+def test_training_a_published_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: ModuleType) -> None:
+    monkeypatch.setattr(script, "SHORT", replace(script.SHORT, batch=2))
+    write_split(tmp_path, "train", 40)
+    out = tmp_path / "out"
+    arguments = ["--shape", "DiT-S/8", "--steps", "3", "--device", "cpu", "--data", tmp_path, "--out", out]
+    monkeypatch.setattr(sys, "argv", ["train_fashion_dit.py", *map(str, arguments)])
+    script.main()
+
+    report = json.loads((out / "training.json").read_text())
+    assert (report["shape"], report["steps"], report["batch"]) == ("DiT-S/8", 3, 2)
+    source = resolve(out)
+    assert source.labels[9] == "ankle boot"
+    model = load_float(source)
+    assert (len(model.transformer_blocks), model.config.patch_size, model.config.in_channels) == (12, 8, 1)
+    assert {block.norm1.emb.time_proj.downscale_freq_shift for block in model.transformer_blocks} == {0}
+    assert model.proj_out_2.weight.abs().max() > 0, "it was trained"
+
+
+def test_a_shape_does_not_replace_the_bundled_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], script: ModuleType
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_fashion_dit.py", "--shape", "DiT-B/2"])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "--shape needs --out" in capsys.readouterr().err
 
 
 def test_missing_data_is_named(tmp_path: Path, script: ModuleType) -> None:

@@ -1,0 +1,107 @@
+"""The section on whole runs at full size, from `bench/full_size.py`'s file if there is one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pages import RESULTS, environment, read, table
+
+NAME = "full-size-h200"
+RECIPE = ("groups", "samples", "steps", "guidance", "rounds", "candidates", "rows", "queries")
+ONCE = ("checkpoint", "convert", "calibration", "compare")  # stages that are not of one bit-width
+GIB, MB = 2**30, 1e6
+COLUMNS = {  # header -> key of a row, what its unit is divided by, decimals
+    "size (MB)": ("size_bytes", MB, 1),
+    "of fp32": ("size_ratio", 1, 3),
+    "search (s)": ("search_seconds", 1, 1),
+    "load (s)": ("load_seconds", 1, 1),
+    "first call (s)": ("first_call_seconds", 1, 1),
+    "images/s": ("images_per_second", 1, 2),
+    "GPU memory, loaded (GiB)": ("resident_gpu_bytes", GIB, 2),
+    "at most (GiB)": ("peak_gpu_bytes", GIB, 2),
+    "ε SQNR (dB)": ("eps_sqnr_db", 1, 1),
+    "PSNR (dB)": ("psnr_db", 1, 1),
+    "FD-fashion": ("fd_fashion", 1, 2),
+}
+
+
+def full_size() -> list[str]:
+    return section(read(NAME)) if (RESULTS / f"{NAME}.json").is_file() else []
+
+
+def section(result: Mapping[str, Any]) -> list[str]:
+    return [
+        "## At full size",
+        "",
+        "`bench/full_size.py`: a training checkpoint with the published names goes through `tqdit convert`, one "
+        "calibration, a search per bit-width, `DiTPipeline.from_pretrained` with a decoder of random weights, and "
+        "`tqdit compare`, which compares a model's own pixels without it. Sizes are over the checkpoint's weights in "
+        "fp32; the float row's is that of its folder in diffusers' format. Images per second are of the median call of "
+        "the pipeline, decoding included; the first call captures the CUDA graph and, for shapes without committed "
+        "configurations, times those of the kernels. The float row is diffusers' own model, eager: the strongest "
+        "baselines are [below](#speed-on-an-h200). GPU memory is what torch's allocator gave out, for the decoder too.",
+        "",
+        *(line for run in result["runs"] for line in _run(run)),
+    ]
+
+
+def _run(run: Mapping[str, Any]) -> list[str]:
+    recipe, sampling, stages = run["recipe"], run["sampling"], run["stages"]
+    settings = ", ".join(f"{name} {recipe[name]}" for name in RECIPE)
+    lines = [
+        f"### {run['model']}, {run['weights']} weights",
+        "",
+        f"`{run['command']}`",
+        "",
+        f"on {environment(run['environment'])}. {run['parameters'] / 1e6:.0f} M parameters; `{recipe['preset']}` with "
+        f"{settings}. A call draws {sampling['batch']} images, DDIM {sampling['steps']} steps, guidance "
+        f"{sampling['guidance']}.{_origin(run)}",
+        "",
+        table(
+            ["stage", "seconds", "process at most so far (GiB)", "GPU memory at most (GiB)"],
+            [[name, *_stage(stages[name])] for name in ONCE if name in stages],
+        ),
+        "",
+    ]
+    columns = {name: how for name, how in COLUMNS.items() if any(row.get(how[0]) is not None for row in run["rows"])}
+    rows = [[_name(row), *(_figure(row, *how) for how in columns.values())] for row in run["rows"]]
+    return [*lines, table(["model", *columns], rows), "", *_compared(run)]
+
+
+def _origin(run: Mapping[str, Any]) -> str:
+    if run["weights"] == "random":
+        return " Errors of random weights say that the way works, not how good a trained model is."
+    if (training := run["training"]) is None:
+        return ""
+    return (
+        f" {training['shape']} for Fashion-MNIST, trained by `examples/train_fashion_dit.py` for {training['steps']} "
+        f"steps of {training['batch']} images in {training['seconds']:.0f} s on {training['device']}, seed "
+        f"{training['seed']}; not shipped."
+    )
+
+
+def _compared(run: Mapping[str, Any]) -> list[str]:
+    if "comparison" not in run:
+        return []
+    settings = run["comparison"]
+    return [
+        f"Compared: {settings['num']} images of the same seeds, {settings['samples_per_group']} held-out states per "
+        f"time group. The loaded checkpoint's ε differs from its model's by at most "
+        f"{run['eps_difference_of_checkpoint']:.1g}.",
+        "",
+    ]
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"{row.get('dtype', 'float')}, eager" if row["bits"] == "float" else row["bits"].upper()
+
+
+def _stage(stage: Mapping[str, Any]) -> list[str]:
+    return [
+        _figure(stage, key, unit, 1) for key, unit in (("seconds", 1), ("peak_rss_bytes", GIB), ("peak_gpu_bytes", GIB))
+    ]
+
+
+def _figure(row: Mapping[str, Any], key: str, unit: float, decimals: int) -> str:
+    """A run that was cut, and a CPU, lack some."""
+    value = row.get(key)
+    return "–" if value is None else f"{value / unit:.{decimals}f}"
