@@ -17,6 +17,7 @@ from tqdit.layers.adapters import AdapterSlot
 from tqdit.layers.block import IntBlock
 from tqdit.layers.clock import TimestepClock
 from tqdit.layers.params import ActivationParams
+from tqdit.models import integer
 from tqdit.models.sites import sites
 from tqdit.ops.holders import FixedDtype
 from tqdit.spec import Role
@@ -338,3 +339,16 @@ def test_equal_embedders_are_held_once(solved) -> None:
     params = {k: replace(p, spec=replace(p.spec, name=k)) for k, p in params.items()}
     conditioning = convert(replace(solution, floats=floats, params=params, codes=codes)).conditioning
     assert len(conditioning.embedders) == len(conditioning.linears) == 1
+
+
+def test_samples_before_and_after_the_blocks_are_taken_a_few_at_a_time(solved, model_inputs, monkeypatch) -> None:
+    model = convert(solved("plus"), "reference")
+    expected = run(model, model_inputs)
+    tokens = model_inputs["hidden_states"].shape[-1] ** 2 // model.config.patch_size**2
+    seen = []
+    model.norm_out.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    monkeypatch.setattr(integer, "FEW_TOKENS", 5 * tokens + 1)
+    assert torch.allclose(run(model, model_inputs), expected, atol=1e-5)
+    assert seen == [5, 5, 5, 1]
+    monkeypatch.setattr(integer, "FEW_TOKENS", 1)
+    assert torch.allclose(run(model, model_inputs), expected, atol=1e-5)
