@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from tqdit.backends.triton.kernels.ahead import fetch_ahead
 from tqdit.backends.triton.kernels.rounding import INVERSE, ZERO, nearest_codes
 
 
@@ -23,15 +24,19 @@ def _rows_of(x, rows, M, C, FIRST: tl.constexpr, REST: tl.constexpr):
 @triton.jit
 def norm_quantize_kernel(
     x, shift, scale, modulation_stride, eps, target, group, out, M, C, TOKENS, out_stride,
+    following, following_lines, after, after_lines,
     GROUP_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, BITS: tl.constexpr,
     PER_TILE: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, FIRST: tl.constexpr,
-    REST: tl.constexpr,
+    REST: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """Codes of LayerNorm(x) (1 + scale) + shift for BLOCKS times ROWS rows of x (M, C); shift, scale: a row per sample.
 
     A row is FIRST columns and REST more, powers of two: the lanes of one for C = 1152 would be idle for nearly half.
-    With several blocks the next one's rows are under way while those of one are computed.
+    With several blocks the next one's rows are under way while those of one are computed. LINES: of the weights of the
+    following two layers, which every program asks for.
     """
+    if LINES and NATIVE:
+        fetch_ahead(following, following_lines, after, after_lines, LINES)
     first_row = tl.program_id(0) * (ROWS * BLOCKS)
     rows = first_row + tl.arange(0, ROWS)
     values, more = _rows_of(x, rows, M, C, FIRST, REST)
