@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     Form = list[tuple[str, torch.Size, torch.dtype]]  # what a `Named` looks like
 
 Items = TypeVar("Items", bound=Sequence[Any])
-# Shares differ by one batch, so ranks of like speed wait minutes. torchrun ends a job whose process dies; this is for
-# a machine that falls silent.
-TIMEOUT = timedelta(hours=2)
+# Shares differ by one batch: ranks of like speed wait minutes, or hours where a large model is calibrated on CPUs.
+# torchrun ends a job whose process dies; this is for a machine that falls silent.
+TIMEOUT = timedelta(hours=12)
 ALIGNMENT = 64  # bytes, as torch aligns its own tensors
 
 
