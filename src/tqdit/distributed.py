@@ -102,15 +102,16 @@ class World:
 
         sent = [{} if rank == self.rank else parcel for rank, parcel in enumerate(parcels)]
         forms = [[(name, tensor.shape, tensor.dtype) for name, tensor in parcel.items()] for parcel in sent]
-        all_forms: list[list[Form]] = [[] for _ in range(self.size)]
+        outgoing = torch.cat([_packed(parcel, form) for parcel, form in zip(sent, forms, strict=True)])
+        told: list[list[Form]] = [[] for _ in range(self.size)]
         with _together():
-            dist.all_gather_object(all_forms, forms)
-            expected = [of_rank[self.rank] for of_rank in all_forms]
-            outgoing = torch.cat([_packed(parcel, form) for parcel, form in zip(sent, forms, strict=True)])
-            lengths = [_offsets(form)[-1] for form in expected]
+            dist.all_gather_object(told, forms)
+            expected = [of_rank[self.rank] for of_rank in told]
+            lengths, own_lengths = ([_offsets(form)[-1] for form in each] for each in (expected, forms))
             incoming = torch.empty(sum(lengths), dtype=torch.uint8, device=self.device)
-            dist.all_to_all_single(incoming, outgoing.to(self.device), lengths, [_offsets(form)[-1] for form in forms])
-        received = [_unpacked(flat, form) for flat, form in zip(incoming.cpu().split(lengths), expected, strict=True)]
+            dist.all_to_all_single(incoming, outgoing.to(self.device), lengths, own_lengths)
+            flats = incoming.cpu().split(lengths)
+        received = [_unpacked(flat, form) for flat, form in zip(flats, expected, strict=True)]
         return [parcels[rank] if rank == self.rank else parcel for rank, parcel in enumerate(received)]
 
     def wait(self) -> None:

@@ -59,8 +59,9 @@ def record(
     def finished() -> Iterator[Tensors]:
         share = world.share(list(zip(names, division, strict=True)))
         for done, (name, members) in enumerate(share):
-            yield keep.once(name, partial(make, members))
+            piece = keep.once(name, partial(make, members))
             progress((done + 1) / len(share))
+            yield piece
 
     solvers = {name: world.owner(block.index) for block in layout for name in recorded(block)}
     with taps.attached(model, layout), torch.set_grad_enabled(recipe.hessian):
