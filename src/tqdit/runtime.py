@@ -11,8 +11,9 @@ from torch import nn
 
 from tqdit.capture import Captured
 from tqdit.errors import InputError
-from tqdit.layers.block import Conditioning
+from tqdit.layers.adapters import Holder
 from tqdit.layers.clock import TimestepClock
+from tqdit.layers.conditioning import Conditioning
 
 MAX_GRAPHS = 16  # of different batch sizes and shapes; the one that was not used for longest goes first
 
@@ -35,7 +36,8 @@ class Runtime(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without graphs, which are of this process and these tensors."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("_captured", "_lock", "_stream")}
+        own = ("_captured", "_lock", "_stream", "_seen")
+        return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -45,6 +47,7 @@ class Runtime(nn.Module):
         self._captured: OrderedDict[tuple[Any, ...], Captured] = OrderedDict()
         self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None  # of the last replay
+        self._seen: tuple[object, bool] = (None, False)  # contents of holders, and whether there were adapters
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Runtime":
         with self._lock:
@@ -52,15 +55,15 @@ class Runtime(nn.Module):
         return super()._apply(fn, recurse)
 
     def call(
-        self, forward: Forward, x: torch.Tensor, timestep: Any, labels: torch.Tensor | None, graphs: bool = True
+        self, forward: Forward, x: torch.Tensor, timestep: Any, labels: torch.Tensor | None, blocks: Any = ()
     ) -> torch.Tensor:
-        """`forward` of x (B, C, H, W), for timestep () or (B,), labels (B,). Without `graphs`: this call runs as it is.
+        """`forward` of x (B, C, H, W), for timestep () or (B,), labels (B,); no graph while `blocks` have adapters.
 
         Raises `InputError` for inputs that are missing or do not fit the batch, and for a timestep outside [0, T) where
         reading it costs nothing: given as a number or on the CPU.
         """
         labels, t = self._checked(x, timestep, labels)
-        run = self._replayed if graphs and self._graphable(x) else self._eager
+        run = self._replayed if self._graphable(x) and not self._adapted(blocks) else self._eager
         return run(forward, x, t, labels)
 
     def _checked(
@@ -92,6 +95,12 @@ class Runtime(nn.Module):
             return False
         with _on(x.device):
             return not torch.cuda.is_current_stream_capturing()
+
+    def _adapted(self, blocks: Any) -> bool:
+        """Whether any block has adapters; looked at again when something was put into any holder of slots."""
+        if self._seen[0] is not Holder.contents:
+            self._seen = Holder.contents, any(block.adapted for block in blocks)
+        return self._seen[1]
 
     def _eager(self, forward: Forward, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         clock, conditioning = self._parts

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from tqdit import artifact
 from tqdit.errors import InputError
 from tqdit.files import replacing
-from tqdit.layers.adapters import Holder
 from tqdit.models.building import LOCK
 from tqdit.spec import Solution
 
@@ -33,7 +32,6 @@ class IntegerDiT(DiTTransformer2DModel):
     config: Any
     out_channels: int
     io_dtype: torch.dtype = torch.float32
-    _seen: tuple[object, bool] = (None, False)  # contents of holders, and whether there were adapters
     _no_split_modules = ["IntBlock"]  # noqa: RUF012 - as diffusers has them
     _repeated_blocks = ["IntBlock"]  # noqa: RUF012
 
@@ -48,14 +46,6 @@ class IntegerDiT(DiTTransformer2DModel):
         it moves besides codes; else fp32. All else is computed as ever. fp16 would not hold what real models add up.
         """
         return torch.bfloat16 if self.io_dtype is torch.bfloat16 else torch.float32
-
-    @property
-    def adapted(self) -> bool:
-        """Whether any block has adapters."""
-        if self._seen[0] is not Holder.contents:
-            contents = Holder.contents
-            self._seen = contents, any(block.adapted for block in cast(Any, self).transformer_blocks)
-        return self._seen[1]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Another dtype is that of inputs, outputs and the residual stream alone."""
@@ -77,7 +67,6 @@ class IntegerDiT(DiTTransformer2DModel):
         for old, new in zip(mine.get("transformer_blocks", ()), others["transformer_blocks"], strict=False):
             new.slots.take(old.slots)
         self._modules = others
-        self._seen = None, False
         for name in CONVERTED:
             setattr(self, name, getattr(other, name))
         return self
@@ -93,7 +82,8 @@ class IntegerDiT(DiTTransformer2DModel):
         """As diffusers' own."""
         if hidden_states.device.type != self.prepared_for:
             self._prepare(hidden_states.device)
-        output = self.runtime.call(self._denoised, hidden_states, timestep, class_labels, graphs=not self.adapted)
+        blocks = self._modules["transformer_blocks"]
+        output = self.runtime.call(self._denoised, hidden_states, timestep, class_labels, blocks)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     @torch.compiler.disable  # compile after a first call on the device, or the graph breaks here
