@@ -268,7 +268,10 @@ def measure_errors(run: Run, reference: Path, artifacts: list[Path]) -> None:
     """`tqdit compare`."""
     args = run.args
     with run.stage("compare"):
-        found = compare(reference, list(artifacts), args.images, run.sampling, args.held_out, device=args.device)
+        dtype = str(run.dtype).removeprefix("torch.")  # what was timed
+        found = compare(
+            reference, list(artifacts), args.images, run.sampling, args.held_out, device=args.device, dtype=dtype
+        )
         run.result["comparison"] = found.settings
         for name, row in zip(["float", *args.bits], (found.float_model, *found.models), strict=True):
             figures = row.figures()

@@ -96,8 +96,9 @@ def add(out: Path, name: str, run: dict[str, Any]) -> None:
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether rows of two runs may be in one file. A library that a run did not need may have been absent."""
-    return all(one.get(key) == other.get(key) or None in (one.get(key), other.get(key)) for key in SAME)
+    """Whether rows of two runs may be in one file. A run that did not need torchao may have been without."""
+    absent = {key for key in ("torchao",) if None in (one.get(key), other.get(key))}
+    return all(one.get(key) == other.get(key) for key in SAME if key not in absent)
 
 
 def _ordered(by_workload: dict[str, Any]) -> dict[str, Any]:

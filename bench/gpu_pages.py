@@ -152,7 +152,7 @@ def readme_gpu_speed() -> str:
         for row in run["rows"] if row["integer"] and (row["preset"], row["bits"]) != ("plus", "w4a8")
     ]  # fmt: skip
     return (
-        "DiT-XL/2 on one H200, ms of a denoiser call (workload: pixels and samples), over bf16 compiled with "
-        "max-autotune and CUDA graphs, and over eager bf16:\n\n"
+        "DiT-XL/2 on one H200, residual stream in bf16, ms of a denoiser call (workload: pixels and samples), over bf16 "
+        "compiled with max-autotune and CUDA graphs, and over eager bf16:\n\n"
         + table(["workload", "model", "ms", "× bf16 compiled", "× bf16 eager"], rows)
     )

@@ -44,19 +44,20 @@ def _search_of_a_block(config: Mapping[str, Any], recipe: Recipe) -> int:
 
 
 def memory(config: Mapping[str, Any], recipe: Recipe, processes: int = 1) -> dict[str, int]:
-    """Bytes of the large parts, in each process. `weights` and `codes` stay; the others come one stage at a time.
+    """Bytes of the large parts, in the first process. `weights` and `codes` stay; the others come one stage at a time.
 
     `weights`: fp32, with a copy of the embedder in every block, as diffusers loads them. `pass`: the activations and
     picks of one forward and backward pass. `records_of_a_block`: what a search in a work folder holds. `codes`: int8.
     """
     picker = _picker(config, recipe)
     records = picked_bytes(config, picker) * recipe.groups * recipe.samples
+    blocks = int(config["num_layers"])
     elements = sum(p.numel() for p in empty_model(config).parameters())
     return {
         "weights": FP32 * elements,
         "pass": batch_size(config, picker) * (graph_bytes(config, picker) + picked_bytes(config, picker)),
-        "records": records // processes,
-        "records_of_a_block": records // int(config["num_layers"]),
+        "records": records * -(-blocks // processes) // blocks,  # whole blocks are dealt out
+        "records_of_a_block": records // blocks,
         "codes": elements,
     }
 

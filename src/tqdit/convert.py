@@ -23,6 +23,8 @@ from tqdit.spec import Role, Solution
 
 ADALN = "norm1.linear"  # of a block
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 def convert(
     solution: Solution,
@@ -38,6 +40,8 @@ def convert(
     "auto" the model is converted again by a call on another kind of device. Raises `InputError` if
     the solution lacks a site or a parameter of the model, and if the backend cannot run on the device.
     """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}")
     with LOCK:
         return _converted(solution, backend, device, dtype)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Items = TypeVar("Items", bound=Sequence[Any])
 # Shares differ by one batch: ranks of like speed wait minutes, or hours where a large model is calibrated on CPUs.
 # torchrun ends a job whose process dies; this is for a machine that falls silent.
-TIMEOUT = timedelta(hours=12)
+TIMEOUT = {"cpu": timedelta(hours=12), "cuda": timedelta(hours=2)}
 ALIGNMENT = 64  # bytes, as torch aligns its own tensors
 
 
@@ -81,18 +81,23 @@ class World:
         """Named CPU tensors for each of `count` items, in their order; `parts` are those of this rank's share.
 
         `reader`: the rank that a tensor is for, by its name; None: every rank. An item comes without those for others.
-        One part of each rank is taken and travels at a time, so `parts` may be made on the way and memory holds no
-        more than what is returned, and a part. Raises `ConnectionError` if another rank is gone.
+        One part of each rank is taken and travels at a time, so `parts` may be made on the way; besides what is
+        returned, memory holds one part and what is sent and received of it. Raises `ConnectionError` if another rank
+        is gone, `ValueError` if there are not as many parts as the share has items.
         """
         if self.size == 1:
             return list(parts)
         gathered: list[Named] = []
         remaining = iter(parts)
-        for _ in range(0, count, self.size):
-            part = next(remaining, {})
+        own = len(self.share(range(count)))
+        for turn in range(-(-count // self.size)):
+            part = next(remaining, None) if turn < own else {}
+            if part is None:
+                raise ValueError(f"rank {self.rank} has {turn} parts, its share is {own}")
             parcels = [{n: t for n, t in part.items() if reader(n) in (None, rank)} for rank in range(self.size)]
             gathered += self._exchange(parcels)
-        assert next(remaining, None) is None
+        if next(remaining, None) is not None:
+            raise ValueError(f"rank {self.rank} has more parts than its share of {own}")
         return gathered[:count]
 
     def _exchange(self, parcels: "Sequence[Named]") -> "list[Named]":
@@ -102,15 +107,19 @@ class World:
 
         sent = [{} if rank == self.rank else parcel for rank, parcel in enumerate(parcels)]
         forms = [[(name, tensor.shape, tensor.dtype) for name, tensor in parcel.items()] for parcel in sent]
-        outgoing = torch.cat([_packed(parcel, form) for parcel, form in zip(sent, forms, strict=True)])
         told: list[list[Form]] = [[] for _ in range(self.size)]
         with _together():
             dist.all_gather_object(told, forms)
-            expected = [of_rank[self.rank] for of_rank in told]
-            lengths, own_lengths = ([_offsets(form)[-1] for form in each] for each in (expected, forms))
-            incoming = torch.empty(sum(lengths), dtype=torch.uint8, device=self.device)
-            dist.all_to_all_single(incoming, outgoing.to(self.device), lengths, own_lengths)
-            flats = incoming.cpu().split(lengths)
+        expected = [of_rank[self.rank] for of_rank in told]
+        lengths, own_lengths = ([_offsets(form)[-1] for form in each] for each in (expected, forms))
+        outgoing = torch.empty(sum(own_lengths), dtype=torch.uint8)
+        for flat, parcel, form in zip(outgoing.split(own_lengths), sent, forms, strict=True):
+            _pack(flat, parcel, form)
+        incoming, outgoing = torch.empty(sum(lengths), dtype=torch.uint8, device=self.device), outgoing.to(self.device)
+        with _together():
+            dist.all_to_all_single(incoming, outgoing, lengths, own_lengths)
+        del outgoing
+        flats = incoming.cpu().split(lengths)
         received = [_unpacked(flat, form) for flat, form in zip(flats, expected, strict=True)]
         return [parcels[rank] if rank == self.rank else parcel for rank, parcel in enumerate(received)]
 
@@ -243,7 +252,7 @@ def _start_group(world: World) -> None:
         torch.cuda.set_device(world.device)  # NCCL and Triton work on the current one
         backend = "cpu:gloo,cuda:nccl"
     with _together():
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=TIMEOUT[world.device.partition(":")[0]])
 
 
 def _offsets(form: "Form") -> list[int]:
@@ -252,20 +261,17 @@ def _offsets(form: "Form") -> list[int]:
     return list(accumulate((size + -size % ALIGNMENT for size in sizes), initial=0))
 
 
-def _packed(parcel: "Named", form: "Form") -> "torch.Tensor":
-    """The tensors of a parcel as one of bytes."""
+def _pack(flat: "torch.Tensor", parcel: "Named", form: "Form") -> None:
+    """Write the tensors of a parcel into its bytes; what is between them is nobody's."""
     import torch
 
-    *starts, length = _offsets(form)
-    flat = torch.zeros(length, dtype=torch.uint8)
-    for start, tensor in zip(starts, parcel.values(), strict=True):
+    for start, tensor in zip(_offsets(form), parcel.values(), strict=False):  # the last offset is the end
         own = tensor.contiguous().reshape(-1).view(torch.uint8)
         flat[start : start + len(own)] = own
-    return flat
 
 
 def _unpacked(flat: "torch.Tensor", form: "Form") -> "dict[str, torch.Tensor]":
-    """Views of `_packed` bytes as the tensors they were."""
+    """Views of the bytes of a parcel as the tensors they were."""
     found = {}
     for start, (name, shape, dtype) in zip(_offsets(form), form, strict=False):  # the last offset is the end
         found[name] = flat[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -84,6 +85,8 @@ def load_source(source: ModelSource, backend: str = "auto", device: str = "cpu",
     target, stream = checked_device(device), checked_dtype(dtype)
     if source.quantized:
         return convert(artifact.read(source.folder), backend, target, stream)
+    if stream is not torch.float32:
+        raise InputError(f"'{source.name}' is a float model and runs in float32; dtype '{dtype}' is for artifacts")
     return load_float(source).to(target)
 
 
@@ -203,7 +206,7 @@ def quantize(
     }
 
 
-def sample(
+def sample(  # noqa: PLR0913 - one for each option of the command
     model: str | Path,
     classes: list[str],
     num: int,
@@ -212,13 +215,17 @@ def sample(
     report: Report = silent,
     backend: str = "auto",
     device: str = "cpu",
+    *,
+    dtype: str = "float32",
 ) -> torch.Tensor:
     """`num` images (num, C, H, W) in [-1, 1], cycling through `classes`; all classes if none are named.
+
+    `dtype`: as in `load`.
 
     Inside `distributed.joined` every rank draws its share and returns all of them.
     """
     wanted = images_of(model, classes, num, sampling, seed)
-    return sample_images(wanted, report, backend, device)
+    return sample_images(wanted, report, backend, device, dtype)
 
 
 def images_of(
@@ -231,13 +238,21 @@ def images_of(
     return Images(source, chosen_classes(source, classes), num, sampling, seed, batch)
 
 
-def sample_images(wanted: Images, report: Report = silent, backend: str = "auto", device: str = "cpu") -> torch.Tensor:
+def sample_images(
+    wanted: Images, report: Report = silent, backend: str = "auto", device: str = "cpu", dtype: str = "float32"
+) -> torch.Tensor:
     """The pixels of `wanted`, (num, C, H, W) in [-1, 1]; several processes share the work."""
-    return images.gathered(wanted, load_source(wanted.source, backend, device), lambda f: report("sampling", f))
+    model = load_source(wanted.source, backend, device, dtype)
+    return images.gathered(wanted, model, lambda f: report("sampling", f))
 
 
 def sample_folder(
-    wanted: Images, folder: str | Path, report: Report = silent, backend: str = "auto", device: str = "cpu"
+    wanted: Images,
+    folder: str | Path,
+    report: Report = silent,
+    backend: str = "auto",
+    device: str = "cpu",
+    dtype: str = "float32",
 ) -> int:
     """Write `wanted` into `folder`, one PNG each, but for those that are there; returns how many were new.
 
@@ -246,7 +261,7 @@ def sample_folder(
     """
     folder = Path(folder)
     images.check_folder(folder, wanted.run)
-    model = load_source(wanted.source, backend, device)
+    model = load_source(wanted.source, backend, device, dtype)
     return images.into_folder(wanted, model, folder, lambda f: report("sampling", f))
 
 
@@ -304,10 +319,17 @@ def _check_shared(work: Path) -> None:
     world = distributed.current()
     if world.size == 1:
         return
+    work.mkdir(parents=True, exist_ok=True)
+    token = int(world.add(torch.tensor(secrets.randbits(60) if world.first else 0)))
+    mark = work / f"{token:x}.seen"
     if world.first:
-        work.mkdir(parents=True, exist_ok=True)
+        mark.touch()
     world.wait()
-    if not work.is_dir():
+    seen = mark.exists()
+    world.wait()
+    if world.first:
+        mark.unlink()
+    if not seen:
         raise InputError(f"--resumable: {work} is not on a file system that all processes share; leave it out")
 
 

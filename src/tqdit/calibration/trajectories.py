@@ -75,7 +75,7 @@ def collect(
     labels = order.repeat(math.ceil(count / len(order)))[:count]
     sampled = InBfloat16(model) if device.type == "cuda" else model
     most = batch or BATCH.get(device.type, BATCH["cpu"])
-    size = math.ceil(count / math.ceil(count / most))  # even batches, for even shares
+    size = math.ceil(count / math.ceil(count / most))  # as even as they get, for even shares
     division, world = distributed.batches(count, size), distributed.current()
     share = world.share(division)
     place = {i: n for n, i in enumerate(i for members in share for i in members)}  # among this process's own

@@ -25,6 +25,7 @@ from tqdit.backends.triton.layouts import (
 )
 from tqdit.errors import InputError
 
+MOST_LINES = 2048  # that a program asks for ahead: of few programs, the first of the weights
 FEW_ROWS = 2  # of a float input: no more than these are worth multiplying without tensor cores
 
 
@@ -46,7 +47,7 @@ def norm_quantize(
         x, shift, scale, shift.stride(0), eps, target.table, groups.tensor, out, rows, width, tokens, out.stride(1),
         following, lines[0], after, lines[1],
         groups.stride, target.stride, target.bits, tokens % of_program == 0, NATIVE, config.block_m, config.blocks,
-        first, rest, triton.next_power_of_2(triton.cdiv(sum(lines), programs)) if ahead else 0,
+        first, rest, min(triton.next_power_of_2(triton.cdiv(sum(lines), programs)), MOST_LINES) if ahead else 0,
         num_warps=config.warps,
     )  # fmt: skip
     return out
