@@ -35,9 +35,9 @@ def norm_quantize(
     first, rest = powers_of_two(width, 16)
     of_program = config.block_m * config.blocks
     norm_quantize_kernel[(triton.cdiv(rows, of_program),)](
-        x, shift, scale, shift.stride(0), eps, target.table, groups.tensor, out, rows, width, tokens, out.stride(1),
-        groups.stride, target.stride, target.bits, tokens % of_program == 0, NATIVE, config.block_m, config.blocks,
-        first, rest, num_warps=config.warps,
+        x, shift, scale, shift.stride(0), eps, target.table, groups.tensor, out, rows, tokens, out.stride(1),
+        width, groups.stride, target.stride, target.bits, tokens % of_program == 0, NATIVE, config.block_m,
+        config.blocks, config.stages, first, rest, num_warps=config.warps,
     )  # fmt: skip
     return out
 
