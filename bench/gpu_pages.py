@@ -47,7 +47,8 @@ def gpu_speed() -> list[str]:
         "do without, `of roofline` their time at this run's measured peaks "
         f"({kernels['environment']['copy_tb_per_s']:.2f} TB/s of a copy; "
         f"{kernels['environment']['int8_tops']:.0f} TOPS, the fastest of our own products) over the "
-        "measured one. The adaLN layers of all blocks run once a call, the rest once or twice a block.",
+        "measured one. Weights come from memory as in a model, not from the L2 cache. The adaLN layers of all blocks "
+        "run once a call, the rest once or twice a block.",
         "",
         table(["workload", "kernel", "µs", "MB", "10⁹ operations", "TOPS", "of roofline"],
               [_kernel_row(row) for row in kernels["rows"]]),
