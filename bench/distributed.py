@@ -130,12 +130,12 @@ def draw(
     batches = distributed.batches(images * world.size, arguments.batch)
     labels = [i % num_classes(model) for i in range(images * world.size)]
     scheduler = resolve(arguments.model).scheduler
-    world.add(torch.zeros(1))  # all start together
+    world.wait()  # all start together
     start = time.perf_counter()
     sampling = Sampling("ddim", steps, GUIDANCE)
     parts = list(sample_batches(model, scheduler, labels, sampling, SEED, world.share(batches)))
     whole = torch.cat(world.gather(parts, len(batches)))
-    world.add(torch.zeros(1))
+    world.wait()
     return time.perf_counter() - start, whole
 
 

@@ -43,8 +43,8 @@ def _search_of_a_block(config: Mapping[str, Any], recipe: Recipe) -> int:
     return linear + product * 2 * tries + product * (tries + of_softmax)
 
 
-def memory(config: Mapping[str, Any], recipe: Recipe) -> dict[str, int]:
-    """Bytes of the large parts. `weights` and `codes` stay; the others come one stage at a time.
+def memory(config: Mapping[str, Any], recipe: Recipe, processes: int = 1) -> dict[str, int]:
+    """Bytes of the large parts, in each process. `weights` and `codes` stay; the others come one stage at a time.
 
     `weights`: fp32, with a copy of the embedder in every block, as diffusers loads them. `pass`: the activations and
     picks of one forward and backward pass. `records_of_a_block`: what a search in a work folder holds. `codes`: int8.
@@ -55,7 +55,7 @@ def memory(config: Mapping[str, Any], recipe: Recipe) -> dict[str, int]:
     return {
         "weights": FP32 * elements,
         "pass": batch_size(config, picker) * (graph_bytes(config, picker) + picked_bytes(config, picker)),
-        "records": records,
+        "records": records // processes,
         "records_of_a_block": records // int(config["num_layers"]),
         "codes": elements,
     }

@@ -10,9 +10,34 @@ GIB = 2**30
 
 def calibration_scale() -> list[str]:
     lines = ["## Calibration at the size of DiT-XL/2", ""]
-    for path in sorted(RESULTS.glob("calibration-scale-*.json")):
-        lines += _run(read(path.stem))
+    runs = [read(path.stem) for path in sorted(RESULTS.glob("calibration-scale-*.json"))]
+    for run in runs:
+        lines += [*_run(run), *scaling(run, runs)]
     return lines
+
+
+def scaling(run: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:
+    """How much faster several processes were than one on such a machine, if one was measured; nothing for one alone."""
+    if run.get("processes", 1) == 1:
+        return []
+    alone = [other for other in runs if other.get("processes", 1) == 1 and _conditions(other) == _conditions(run)]
+    if not alone:
+        return ["One process was not measured on such a machine.", ""]
+    before, now = ({name: row["seconds"] for name, row in r["stages"].items()} for r in (alone[0], run))
+    ratios = ", ".join(f"{name} {before[name] / now[name]:.2f}×" for name in now)
+    found = "the same" if alone[0].get("solution_sha256") == run["solution_sha256"] else "**another**"
+    return [
+        f"{run['processes']} processes ({run['exchange']}) take {sum(now.values()):.0f} s where one takes "
+        f"{sum(before.values()):.0f} s: {sum(before.values()) / sum(now.values()):.2f}× as fast ({ratios}), and choose "
+        f"{found} scales and codes.",
+        "",
+    ]
+
+
+def _conditions(run: dict[str, Any]) -> tuple[Any, ...]:
+    """What must be equal for two runs to be compared; processes share the machine's threads as they like."""
+    where = {key: value for key, value in run["environment"].items() if key != "threads"}
+    return where, run["shape"], run["blocks"], run["recipe"], run["work_folder"]
 
 
 def _run(run: dict[str, Any]) -> list[str]:
@@ -24,13 +49,18 @@ def _run(run: dict[str, Any]) -> list[str]:
     return [
         f"`{run['command']}`, {run['shape']} with random weights, `{run['recipe']['preset']}` at "
         f"W{run['recipe']['weight_bits']}A{run['recipe']['activation_bits']}, on {environment(run['environment'])}"
-        f"{', records on disk' if run['work_folder'] else ''}. Peak memory is the whole process. Rows in italics are "
-        "extrapolated, not measured: seconds in proportion to the operations of the matmuls, as if no search ended "
-        "early; memory by what weights, codes, records and one forward and backward pass take more.",
+        f"{', records on disk' if run['work_folder'] else ''}. Peak memory is the whole process"
+        f"{_of_several(run)}. Rows in italics are extrapolated, not measured: seconds in proportion to the operations "
+        "of the matmuls, as if no search ended early; memory by what weights, codes, records and one forward and "
+        "backward pass take more.",
         "",
         table(header, rows),
         "",
     ]
+
+
+def _of_several(run: dict[str, Any]) -> str:
+    return "" if run.get("processes", 1) == 1 else f", of the first of {run['processes']}"
 
 
 def _measured(run: dict[str, Any]) -> list[str]:

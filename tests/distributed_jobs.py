@@ -2,11 +2,13 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from tqdit import comparison, distributed, workflow
+from tqdit.calibration import store
 from tqdit.cli import main
 from tqdit.evaluation import generate
 from tqdit.models.sampler import Sampling
@@ -25,6 +27,9 @@ def exchange(folder: Path) -> None:
             whole = world.gather(parts, count)
             assert all(part.dtype == torch.float64 for part in whole)
             found[f"gathered {count}"] = [part.tolist() for part in whole]
+            items = world.gather_named(map(named, share), count, lambda name: int(name) if name.isdigit() else None)
+            assert all(item["a"].dtype == torch.bool for item in items)
+            found[f"named {count}"] = [{name: tensor.tolist() for name, tensor in item.items()} for item in items]
         with torch.inference_mode():
             states = [torch.ones(2)]
         (sums := world.gather(states, world.size)[1]).requires_grad_()  # calibration differentiates what it is given
@@ -34,6 +39,12 @@ def exchange(folder: Path) -> None:
         found["mine"] = mine.tolist()
     assert distributed.current().size == 1
     (folder / f"{world.rank}.json").write_text(json.dumps(found))
+
+
+def named(i: int) -> dict[str, torch.Tensor]:
+    """Of several sizes and dtypes; "0" and "1" are for the rank of that number."""
+    of_ranks = {str(rank): torch.tensor([[i + 0.5], [rank]], dtype=torch.float64) for rank in range(2)}
+    return {"a": torch.ones(1, i, dtype=torch.bool), **of_ranks, "c": torch.tensor([i])}
 
 
 def images(folder: Path, *models: str) -> None:
@@ -65,6 +76,24 @@ def dies(_: Path, *arguments: str) -> None:
     main()
 
 
+def dies_searching(_: Path, *arguments: str) -> None:
+    """The command line, whose rank 1 breaks in its second matmul of the search."""
+    once = store.WorkFolder.once
+    searched = 0
+
+    def failing(self: store.WorkFolder, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> store.Tensors:
+        nonlocal searched
+        searched += name.startswith("solved")
+        if distributed.current().rank == 1 and searched == 2:
+            raise RuntimeError("a cosmic ray")
+        return once(self, name, make)
+
+    store.WorkFolder.once = failing
+    sys.argv = ["tqdit", *arguments]
+    main()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"exchange": exchange, "images": images, "dies": dies}[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
+    jobs = {"exchange": exchange, "images": images, "dies": dies, "dies_searching": dies_searching}
+    jobs[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])

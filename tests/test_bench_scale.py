@@ -1,14 +1,17 @@
-"""`bench/calibration_scale.py`: one real run of a small shape, and its arithmetic against counted operations."""
+"""`bench/calibration_scale.py`: real runs of a small shape, their arithmetic against counted operations, their page."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from launcher import LOOPBACK, torchrun
 from tqdit.models.random_weights import random_float
 from tqdit.models.sampler import predict
 from tqdit.models.shapes import shape_config
@@ -17,15 +20,21 @@ from tqdit.recipe import Recipe
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 SMALL = (
     "--shape", "DiT-S/8", "--blocks", "1", "--samples", "1", "--steps", "10", "--rounds", "1", "--candidates", "2",
-    "--rows", "64", "--queries", "32", "--work-folder",
+    "--rows", "64", "--queries", "32",
 )  # fmt: skip
 
 
-def test_a_small_run_is_measured_and_scaled_up(tmp_path) -> None:
-    out = tmp_path / "scale.json"
-    command = [sys.executable, BENCH / "calibration_scale.py", *SMALL, "--json", out]
-    subprocess.run(command, check=True, capture_output=True)
-    result = json.loads(out.read_text())
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of one process."""
+    out = tmp_path_factory.mktemp("scale") / "scale.json"
+    command = [sys.executable, BENCH / "calibration_scale.py", *SMALL, "--work-folder", "--json", out]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **LOOPBACK})
+    return json.loads(out.read_text())
+
+
+def test_a_small_run_is_measured_and_scaled_up(result) -> None:
+    assert (result["processes"], result["exchange"]) == (1, "none")
     assert list(result["stages"]) == ["trajectories", "statistics", "search"]
     cases = result["extrapolated"]
     for name, row in result["stages"].items():
@@ -33,6 +42,36 @@ def test_a_small_run_is_measured_and_scaled_up(tmp_path) -> None:
         assert cases["published settings"]["seconds"][name] > cases["all blocks"]["seconds"][name]
     assert cases["published settings"]["recipe"]["samples"] == 32
     assert cases["all blocks"]["peak_rss_bytes"] > max(row["peak_rss_bytes"] for row in result["stages"].values())
+
+
+@pytest.mark.slow
+def test_two_processes_choose_the_same(result, tmp_path) -> None:
+    done = torchrun(BENCH / "calibration_scale.py", *SMALL, "--json", tmp_path / "two.json")
+    assert done.returncode == 0, done.stderr
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert (two["processes"], two["exchange"]) == (2, "gloo")
+    assert two["command"].startswith("torchrun --standalone --nproc-per-node 2 bench/calibration_scale.py --shape")
+    assert two["solution_sha256"] == result["solution_sha256"]
+    assert list(two["stages"]) == list(result["stages"])
+    assert two["memory_arithmetic"]["records"] == result["memory_arithmetic"]["records"] // 2
+
+
+def test_the_page_compares_with_one_process_of_like_conditions(result, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    from scale_pages import scaling
+
+    def run(processes: int, seconds: float, **changed: Any) -> dict[str, Any]:
+        stages = {name: {"seconds": seconds * (i + 1)} for i, name in enumerate(result["stages"])}
+        return {**result, "processes": processes, "exchange": "nccl", "stages": stages, **changed}
+
+    one, two = run(1, 18.0), run(2, 10.0, environment={**result["environment"], "threads": 77})
+    others = [run(1, 1.0, environment={**result["environment"], "device": "another"}), run(1, 1.0, blocks=5)]
+    assert scaling(one, [one, two]) == []
+    text = scaling(two, [*others, one, two])[0]
+    assert "2 processes (nccl) take 60 s where one takes 108 s: 1.80× as fast (trajectories 1.80×," in text
+    assert "choose the same scales and codes" in text
+    assert "**another**" in scaling({**two, "solution_sha256": "0"}, [one])[0]
+    assert "was not measured" in scaling(two, [*others, two])[0]
 
 
 def test_operations_are_those_of_the_model(monkeypatch) -> None:

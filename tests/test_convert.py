@@ -16,7 +16,9 @@ from tqdit.evaluation.metrics import sqnr_db
 from tqdit.layers.adapters import AdapterSlot
 from tqdit.layers.block import IntBlock
 from tqdit.layers.clock import TimestepClock
+from tqdit.layers.conditioning import TimestepTable
 from tqdit.layers.params import ActivationParams
+from tqdit.models import integer
 from tqdit.models.sites import sites
 from tqdit.ops.holders import FixedDtype
 from tqdit.spec import Role
@@ -337,4 +339,27 @@ def test_equal_embedders_are_held_once(solved) -> None:
     floats, params, codes = shared
     params = {k: replace(p, spec=replace(p.spec, name=k)) for k, p in params.items()}
     conditioning = convert(replace(solution, floats=floats, params=params, codes=codes)).conditioning
-    assert len(conditioning.embedders) == len(conditioning.linears) == 1
+    assert len(conditioning.embedders) == len(conditioning.first) == len(conditioning.others) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float32])
+def test_sinusoids_are_those_of_diffusers(model, dtype: torch.dtype) -> None:
+    projection, t = model.transformer_blocks[0].norm1.emb.time_proj, torch.tensor([0, 7, 255], dtype=dtype)
+    table = TimestepTable(projection, 300)
+    assert torch.allclose(table(t), projection(t), atol=1e-6)
+    assert torch.equal(table(t), projection(torch.arange(300))[[0, 7, 255]]) or dtype is torch.float32
+    halves = torch.tensor([7.5, 254.25])
+    assert torch.equal(table(halves), projection(halves))
+
+
+def test_samples_before_and_after_the_blocks_are_taken_a_few_at_a_time(solved, model_inputs, monkeypatch) -> None:
+    model = convert(solved("plus"), "reference")
+    expected = run(model, model_inputs)
+    tokens = model_inputs["hidden_states"].shape[-1] ** 2 // model.config.patch_size**2
+    seen = []
+    model.norm_out.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    monkeypatch.setattr(integer, "FEW_TOKENS", 5 * tokens + 1)
+    assert torch.allclose(run(model, model_inputs), expected, atol=1e-5)
+    assert seen == [5, 5, 5, 1]
+    monkeypatch.setattr(integer, "FEW_TOKENS", 1)
+    assert torch.allclose(run(model, model_inputs), expected, atol=1e-5)

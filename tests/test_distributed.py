@@ -1,8 +1,6 @@
-"""Two processes under torchrun, by gloo on the loopback device: the same pixels and figures as one, and how it ends."""
+"""Processes under torchrun, by gloo on the loopback device: the pixels, figures and bytes of one, and how it ends."""
 
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,23 +9,17 @@ import pytest
 import torch
 
 from distributed_jobs import SAMPLING, drawn
+from launcher import torchrun
 from tqdit import cli, distributed, workflow
+from tqdit.calibration import store
 from tqdit.comparison import compare
 from tqdit.errors import InputError
 from tqdit.evaluation.images import RUN
+from tqdit.files import write_bytes
+from tqdit.recipe import Recipe
 
 JOBS = Path(__file__).with_name("distributed_jobs.py")
-LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo", "OMP_NUM_THREADS": "1"}
 RANK_1 = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
-
-
-def torchrun(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    """Two processes of a script, or of `-m MODULE`; for machines without a network."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    return subprocess.run(
-        [*launcher, "--local-addr", "127.0.0.1", *map(str, command)],
-        env={**os.environ, **LOOPBACK}, capture_output=True, text=True, check=False, timeout=200,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +36,10 @@ def test_exchange(tmp_path: Path) -> None:
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert [own.pop("world") for own in found] == [[0, 2, "cpu"], [1, 2, "cpu"]]
     assert [own.pop("mine") for own in found] == [[0, 1], [1, 1]]
+    for count in (1, 2, 5):  # item i: "a" and "c" are for all, "0" and "1" for one rank each
+        for rank, own in enumerate(found):
+            items = [{"a": [[True] * i], "c": [i], str(rank): [[i + 0.5], [rank]]} for i in range(count)]
+            assert own.pop(f"named {count}") == items
     assert found[0] == found[1]
     assert found[0].pop("sum") == [1, 2]
     assert found[0].pop("trainable") is True
@@ -62,6 +58,59 @@ def test_same_pixels_and_figures_for_every_world(pipeline: Path, artifact: Path,
             assert torch.equal(own, one)
         figures = json.loads((tmp_path / f"{rank}.json").read_text())
         assert {**figures, "environment": None} == {**alone, "environment": None}
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two batches of trajectories, five of records, two blocks; as a file."""
+    path = tmp_path_factory.mktemp("recipes") / "plus.toml"
+    path.write_text(tiny_recipe("plus", samples=10).to_toml())
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(pipeline: Path, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The artifact of one process."""
+    out = tmp_path_factory.mktemp("artifacts") / "alone"
+    workflow.quantize(pipeline, out, Recipe.from_toml(recipe))
+    return contents(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "option"), [(2, "--overwrite"), (3, "--resumable")])
+def test_same_artifact_for_every_world(pipeline, recipe, alone, tmp_path: Path, processes: int, option: str) -> None:
+    command = ["quantize", pipeline, "-o", tmp_path / "out", "--recipe", recipe, option]
+    done = torchrun("-m", "tqdit", *command, "--json", tmp_path / "out.json", processes=processes)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "out") == alone
+    assert {file.name for file in tmp_path.iterdir()} == {"out", "out.json"}, "no work folder is left"
+    assert done.stdout.count("tiny-dit w8a8 plus") == 1
+    assert [done.stderr.count(stage) for stage in ("trajectories", "statistics", "search")] == [1, 1, 1]
+    assert json.loads((tmp_path / "out.json").read_text())["processes"] == processes
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_leaves_its_work_to_another_world(
+    pipeline: Path, recipe: Path, alone, tmp_path: Path, monkeypatch
+) -> None:
+    """Rank 1 breaks in its second matmul of the search; one process alone goes on."""
+    out, work = tmp_path / "out", tmp_path / "out.work"
+    done = torchrun(
+        JOBS, "dies_searching", tmp_path, "quantize", pipeline, "-o", out, "--recipe", recipe, "--resumable"
+    )
+    assert done.returncode != 0
+    assert "tqdit: rank 1 of 2: this process has failed" in done.stderr.replace("[rank1]: ", "")
+    assert [file.name for file in tmp_path.iterdir()] == ["out.work"], "nothing half written"
+    kept = {file.name for file in work.glob("*/*")}
+    assert {name.partition("-")[0] for name in kept} == {"trajectories", "records", "solved"}
+    assert "solved-transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.weight.safetensors" in kept
+
+    made = []
+    monkeypatch.setattr(store, "write_bytes", lambda path, data: (made.append(path.name), write_bytes(path, data)))
+    workflow.quantize(pipeline, out, Recipe.from_toml(recipe), resumable=True)
+    assert contents(out) == alone
+    assert made
+    assert not kept & set(made), "nothing was made twice"
 
 
 @pytest.mark.slow
@@ -96,15 +145,23 @@ def test_command_line_under_torchrun(tmp_path: Path, run_cli) -> None:
 
 
 @pytest.mark.slow
-def test_bad_input_is_told_once(tmp_path: Path) -> None:
-    done = torchrun("-m", "tqdit", "sample", "fashion-dit", "--classes", "zebra", "-o", tmp_path / "out")
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["sample", "fashion-dit", "--classes", "zebra"], "unknown class 'zebra'"),
+        (["quantize", "no-such-model"], "no-such-model"),
+        (["quantize", "fashion-dit", "--steps", "3"], "3 steps visit no timestep"),
+    ],
+)
+def test_bad_input_is_told_once(tmp_path: Path, command: list[str], message: str) -> None:
+    done = torchrun("-m", "tqdit", *command, "-o", tmp_path / "out")
     assert done.returncode != 0
-    assert done.stderr.count("unknown class 'zebra'") == 1
+    assert done.stderr.count(message) == 1
     assert list(tmp_path.iterdir()) == []
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 @pytest.fixture
@@ -130,6 +187,9 @@ def test_alone_nothing_is_exchanged() -> None:
         parts = [torch.ones(2), torch.zeros(3)]
         assert all(a is b for a, b in zip(world.gather(parts, 2), parts, strict=True))
         assert world.add(parts[0]) is parts[0]
+        named = [{"a": part} for part in parts]
+        assert [item["a"] for item in world.gather_named(named, 2, lambda _: 0)] == parts
+        world.wait()
         assert not torch.distributed.is_initialized()
 
 
@@ -138,6 +198,7 @@ def test_alone_nothing_is_exchanged() -> None:
 def test_shares_are_everything_once(count: int, size: int) -> None:
     shares = [distributed.World(rank, size).share(range(count)) for rank in range(size)]
     assert sorted(i for share in shares for i in share) == list(range(count))
+    assert all(i in shares[distributed.World(0, size).owner(i)] for i in range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
@@ -173,7 +234,7 @@ def test_gpu_of_a_process(monkeypatch, device: str, named: str) -> None:
     assert distributed.current() == distributed.World()
 
 
-@pytest.mark.parametrize("command", ["quantize", "bench", "demo", "inspect"])
+@pytest.mark.parametrize("command", ["bench", "convert", "demo", "inspect"])
 def test_commands_of_one_process(monkeypatch, capsys, command: str) -> None:
     for name, value in RANK_1.items():
         monkeypatch.setenv(name, value)

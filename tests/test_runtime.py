@@ -171,6 +171,20 @@ class TestGraphs:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
+    def test_streams_take_turns(self, integer, model_inputs) -> None:
+        """A replay on another stream waits for the one before, which reads the same inputs."""
+        inputs = some(model_inputs, 4)
+        others = [inputs | {"timestep": torch.full_like(inputs["timestep"], t)} for t in (100, 500, 900)]
+        expected = [run(integer, other) for other in others]
+        streams = [torch.cuda.Stream() for _ in others]
+        torch.cuda.synchronize()
+        found = []
+        for other, stream in zip(others * 5, streams * 5, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(run(integer, other))
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(expected * 5, found, strict=True))
+
     def test_a_copy_and_a_moved_model_have_graphs_of_their_own(self, integer, model_inputs) -> None:
         inputs = some(model_inputs, 2)
         expected = run(integer, inputs)

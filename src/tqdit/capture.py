@@ -44,7 +44,6 @@ class Captured:
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         """The output for other inputs of the same shapes; the caller's to keep."""
-        for static, given in zip(self._inputs, inputs, strict=True):
-            static.copy_(given)
+        torch._foreach_copy_(self._inputs, inputs)
         self._graph.replay()
         return self._output.clone()  # the next replay writes over it

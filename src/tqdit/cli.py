@@ -27,7 +27,7 @@ app = typer.Typer(
 
 INTERRUPTED = 130  # what typer returns for Ctrl-C inside a command
 INTERRUPT_MESSAGE = "interrupted; nothing is half written"
-TOGETHER = ("sample", "compare")  # commands that several processes share
+TOGETHER = ("quantize", "sample", "compare")  # commands that several processes share
 IN_RECIPE = (
     "bits", "preset", "groups", "samples", "steps", "sampler", "trajectories", "guidance", "rounds", "seed", "ho",
     "mrq", "tgq",
@@ -90,7 +90,10 @@ def quantize(
     device: Device = "cpu",
     quiet: Quiet = False,
 ) -> None:
-    """Calibrate on the model's own samples and write an artifact: packed integer weights and every scale."""
+    """Calibrate on the model's own samples and write an artifact: packed integer weights and every scale.
+
+    Under torchrun the processes share the work; the artifact is the same.
+    """
     from tqdit import workflow
     from tqdit.recipe import Recipe
 
@@ -105,8 +108,10 @@ def quantize(
         settings |= {"time_grouped": "none"}
     _check_recipe_alone(context, recipe)
     chosen = Recipe.from_toml(recipe) if recipe else Recipe.build(preset, bits, **settings)
-    with progress(quiet) as report:
-        result = workflow.quantize(model, out, chosen, overwrite, report, device, resumable)
+    with distributed.joined(device) as world, progress(quiet or not world.first) as report:
+        result = workflow.quantize(model, out, chosen, overwrite, report, world.device, resumable)
+    if not world.first:
+        return
     typer.echo(
         f"{out}: {result['name']} {chosen.bits} {chosen.label}, {result['size_bytes'] / 1e6:.2f} MB "
         f"({result['size_ratio']:.3f} of fp32), calibrated in {result['calibration_seconds']:.0f} s, "

@@ -1,6 +1,6 @@
 """`convert`: a Solution becomes a runnable transformer. The sole place where modules are swapped."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from tqdit.errors import InputError
-from tqdit.layers.block import Conditioning, IntBlock
+from tqdit.layers.block import IntBlock
 from tqdit.layers.clock import TimestepClock
+from tqdit.layers.conditioning import Conditioning, TimestepTable
 from tqdit.layers.linear import IntLinear, WeightOnlyLinear, WeightOnlyPatchEmbed
 from tqdit.layers.params import ActivationParams
 from tqdit.models.building import LOCK, empty_model
@@ -171,13 +172,20 @@ class _Builder:
             else:
                 same.append(block)
         for embedder, members in groups:
-            weights = _stacked([self.weight(f"{name}.{ADALN}.weight") for name in members])
-            bias = _stacked_biases([self.bias(f"{name}.{ADALN}") for name in members])
-            layer = self.backend.prepare_float_input(weights, bias)
-            self._placed([f"{name}.{ADALN}" for name in members], layer)
-            group = self.conditioning.add(embedder, WeightOnlyLinear(layer, self.backend))
+            projection = embedder.get_submodule("time_proj")
+            embedder.time_proj = TimestepTable(projection, self.solution.time_groups.num_timesteps)
+            layers = [self.adaln(part) for part in (members[:1], members[1:]) if part]
+            group = self.conditioning.add(embedder, *layers)
             for place, name in enumerate(members):
                 model.get_submodule(name).join(group, place)
+
+    def adaln(self, members: Sequence[str]) -> WeightOnlyLinear:
+        """The adaLN layers of some blocks as one."""
+        weights = _stacked([self.weight(f"{name}.{ADALN}.weight") for name in members])
+        bias = _stacked_biases([self.bias(f"{name}.{ADALN}") for name in members])
+        layer = self.backend.prepare_float_input(weights, bias)
+        self._placed([f"{name}.{ADALN}" for name in members], layer)
+        return WeightOnlyLinear(layer, self.backend)
 
     def float_input(self, module: nn.Module, name: str) -> nn.Module:
         weight, bias = self.weight(f"{name}.weight"), self.bias(name)

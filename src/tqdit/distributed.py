@@ -6,10 +6,11 @@ torch is imported where it is needed: the command line asks this module before i
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdit.errors import InputError
@@ -17,10 +18,14 @@ from tqdit.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    Named = Mapping[str, torch.Tensor]
+    Form = list[tuple[str, torch.Size, torch.dtype]]  # what a `Named` looks like
+
 Items = TypeVar("Items", bound=Sequence[Any])
-# Shares differ by one batch, so ranks of like speed wait minutes. torchrun ends a job whose process dies; this is for
-# a machine that falls silent.
-TIMEOUT = timedelta(hours=2)
+# Shares differ by one batch: ranks of like speed wait minutes, or hours where a large model is calibrated on CPUs.
+# torchrun ends a job whose process dies; this is for a machine that falls silent.
+TIMEOUT = timedelta(hours=12)
+ALIGNMENT = 64  # bytes, as torch aligns its own tensors
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,10 @@ class World:
     def share(self, items: Items) -> Items:
         """This rank's part of a sequence: every `size`-th item, so that no rank has two more than another."""
         return items[self.rank :: self.size]  # type: ignore[return-value]
+
+    def owner(self, item: int) -> int:
+        """The rank whose share of a sequence has its item number `item`."""
+        return item % self.size
 
     def gather(self, parts: "Sequence[torch.Tensor]", count: int) -> "list[torch.Tensor]":
         """One tensor for each of `count` items, in their order, on every rank; `parts` are those of this rank's share.
@@ -65,6 +74,52 @@ class World:
                 dist.broadcast(travelling, owner)
                 gathered.append(travelling.cpu() if home == "cpu" else travelling)
         return gathered
+
+    def gather_named(
+        self, parts: "Iterable[Named]", count: int, reader: Callable[[str], int | None] = lambda _: None
+    ) -> "list[Named]":
+        """Named CPU tensors for each of `count` items, in their order; `parts` are those of this rank's share.
+
+        `reader`: the rank that a tensor is for, by its name; None: every rank. An item comes without those for others.
+        One part of each rank is taken and travels at a time, so `parts` may be made on the way and memory holds no
+        more than what is returned, and a part. Raises `ConnectionError` if another rank is gone.
+        """
+        if self.size == 1:
+            return list(parts)
+        gathered: list[Named] = []
+        remaining = iter(parts)
+        for _ in range(0, count, self.size):
+            part = next(remaining, {})
+            parcels = [{n: t for n, t in part.items() if reader(n) in (None, rank)} for rank in range(self.size)]
+            gathered += self._exchange(parcels)
+        assert next(remaining, None) is None
+        return gathered[:count]
+
+    def _exchange(self, parcels: "Sequence[Named]") -> "list[Named]":
+        """Send parcels[r] to rank r; returns what every rank has for this one, in their order. One's own stays put."""
+        import torch
+        from torch import distributed as dist
+
+        sent = [{} if rank == self.rank else parcel for rank, parcel in enumerate(parcels)]
+        forms = [[(name, tensor.shape, tensor.dtype) for name, tensor in parcel.items()] for parcel in sent]
+        outgoing = torch.cat([_packed(parcel, form) for parcel, form in zip(sent, forms, strict=True)])
+        told: list[list[Form]] = [[] for _ in range(self.size)]
+        with _together():
+            dist.all_gather_object(told, forms)
+            expected = [of_rank[self.rank] for of_rank in told]
+            lengths, own_lengths = ([_offsets(form)[-1] for form in each] for each in (expected, forms))
+            incoming = torch.empty(sum(lengths), dtype=torch.uint8, device=self.device)
+            dist.all_to_all_single(incoming, outgoing.to(self.device), lengths, own_lengths)
+            flats = incoming.cpu().split(lengths)
+        received = [_unpacked(flat, form) for flat, form in zip(flats, expected, strict=True)]
+        return [parcels[rank] if rank == self.rank else parcel for rank, parcel in enumerate(received)]
+
+    def wait(self) -> None:
+        """Return when every rank has come here. Raises `ConnectionError` if another rank is gone."""
+        if self.size > 1:
+            import torch
+
+            self.add(torch.zeros(1))
 
     def add(self, tensor: "torch.Tensor") -> "torch.Tensor":
         """The sum of every rank's `tensor`, on every rank. Of floats, its rounding depends on the number of ranks.
@@ -189,6 +244,32 @@ def _start_group(world: World) -> None:
         backend = "cpu:gloo,cuda:nccl"
     with _together():
         dist.init_process_group(backend, timeout=TIMEOUT)
+
+
+def _offsets(form: "Form") -> list[int]:
+    """Where each tensor of a parcel begins in its bytes, and their number."""
+    sizes = [shape.numel() * dtype.itemsize for _, shape, dtype in form]
+    return list(accumulate((size + -size % ALIGNMENT for size in sizes), initial=0))
+
+
+def _packed(parcel: "Named", form: "Form") -> "torch.Tensor":
+    """The tensors of a parcel as one of bytes."""
+    import torch
+
+    *starts, length = _offsets(form)
+    flat = torch.zeros(length, dtype=torch.uint8)
+    for start, tensor in zip(starts, parcel.values(), strict=True):
+        own = tensor.contiguous().reshape(-1).view(torch.uint8)
+        flat[start : start + len(own)] = own
+    return flat
+
+
+def _unpacked(flat: "torch.Tensor", form: "Form") -> "dict[str, torch.Tensor]":
+    """Views of `_packed` bytes as the tensors they were."""
+    found = {}
+    for start, (name, shape, dtype) in zip(_offsets(form), form, strict=False):  # the last offset is the end
+        found[name] = flat[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+    return found
 
 
 @contextmanager

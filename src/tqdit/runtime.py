@@ -3,6 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import nn
 
 from tqdit.capture import Captured
 from tqdit.errors import InputError
-from tqdit.layers.block import Conditioning
+from tqdit.layers.adapters import Holder
 from tqdit.layers.clock import TimestepClock
+from tqdit.layers.conditioning import Conditioning
 
 MAX_GRAPHS = 16  # of different batch sizes and shapes; the one that was not used for longest goes first
 
@@ -34,7 +36,8 @@ class Runtime(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without graphs, which are of this process and these tensors."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("_captured", "_lock", "_finished")}
+        own = ("_captured", "_lock", "_stream", "_seen")
+        return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -43,7 +46,8 @@ class Runtime(nn.Module):
     def _forget_graphs(self) -> None:
         self._captured: OrderedDict[tuple[Any, ...], Captured] = OrderedDict()
         self._lock = threading.Lock()
-        self._finished: torch.cuda.Event | None = None  # the last replay has left the static tensors
+        self._stream: torch.cuda.Stream | None = None  # of the last replay
+        self._seen: tuple[object, bool] = (None, False)  # contents of holders, and whether there were adapters
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Runtime":
         with self._lock:
@@ -51,15 +55,15 @@ class Runtime(nn.Module):
         return super()._apply(fn, recurse)
 
     def call(
-        self, forward: Forward, x: torch.Tensor, timestep: Any, labels: torch.Tensor | None, graphs: bool = True
+        self, forward: Forward, x: torch.Tensor, timestep: Any, labels: torch.Tensor | None, blocks: Any = ()
     ) -> torch.Tensor:
-        """`forward` of x (B, C, H, W), for timestep () or (B,), labels (B,). Without `graphs`: this call runs as it is.
+        """`forward` of x (B, C, H, W), for timestep () or (B,), labels (B,); no graph while `blocks` have adapters.
 
         Raises `InputError` for inputs that are missing or do not fit the batch, and for a timestep outside [0, T) where
         reading it costs nothing: given as a number or on the CPU.
         """
         labels, t = self._checked(x, timestep, labels)
-        run = self._replayed if graphs and self._graphable(x) else self._eager
+        run = self._replayed if self._graphable(x) and not self._adapted(blocks) else self._eager
         return run(forward, x, t, labels)
 
     def _checked(
@@ -67,6 +71,8 @@ class Runtime(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Labels (B,) and timestep (1,) or (B,), both on the device of x."""
         batch = x.shape[0]
+        if labels is not None and _fits(timestep, x) and _fits(labels, x):
+            return labels, timestep
         if batch == 0:
             raise InputError("hidden_states have a batch of 0 samples")
         if timestep is None:
@@ -87,8 +93,14 @@ class Runtime(nn.Module):
             return False
         if torch.is_grad_enabled() and x.requires_grad:
             return False
-        with torch.cuda.device(x.device):
+        with _on(x.device):
             return not torch.cuda.is_current_stream_capturing()
+
+    def _adapted(self, blocks: Any) -> bool:
+        """Whether any block has adapters; looked at again when something was put into any holder of slots."""
+        if self._seen[0] is not Holder.contents:
+            self._seen = Holder.contents, any(block.adapted for block in blocks)
+        return self._seen[1]
 
     def _eager(self, forward: Forward, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         clock, conditioning = self._parts
@@ -99,18 +111,17 @@ class Runtime(nn.Module):
     def _replayed(self, forward: Forward, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         t = t.expand(len(x))
         key = (x.device, x.shape, x.dtype, t.dtype, labels.dtype)
-        with self._lock, torch.cuda.device(x.device):
+        with self._lock, _on(x.device):
             stream = torch.cuda.current_stream()
-            if self._finished is not None:
-                stream.wait_event(self._finished)
+            if self._stream is not None and self._stream != stream:  # its last replay has to leave the static tensors
+                stream.wait_stream(self._stream)
+            self._stream = stream
             if key not in self._captured:
                 self._captured[key] = self._capture(forward, x, t, labels)
                 if len(self._captured) > MAX_GRAPHS:
                     self._captured.popitem(last=False)
             self._captured.move_to_end(key)
-            output = self._captured[key](x, t, labels)
-            self._finished = stream.record_event()
-        return output
+            return self._captured[key](x, t, labels)
 
     def _capture(self, forward: Forward, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> Captured:
         def call(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -121,6 +132,17 @@ class Runtime(nn.Module):
         finally:
             for part in self._parts:
                 part.forget()  # what they hold is the graph's memory
+
+
+def _fits(given: Any, x: torch.Tensor) -> bool:
+    """Whether timestep or labels are as the model takes them: (B,), where x is. Most calls of a sampler on a GPU."""
+    return isinstance(given, torch.Tensor) and given.device == x.device and given.shape == x.shape[:1] != (0,)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one, which costs as much as a launch where it is already."""
+    current = device.index is None or device.index == torch.cuda.current_device()
+    return nullcontext() if current else torch.cuda.device(device)
 
 
 def attach_runtime(model: nn.Module, clock: TimestepClock, conditioning: Conditioning, graphs: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tqdit import artifact
+from tqdit import artifact, distributed
 from tqdit.calibration import trajectories
 from tqdit.calibration.recorder import record
 from tqdit.calibration.records import Records
@@ -56,7 +56,8 @@ def silent(stage: str, fraction: float) -> None:
 class Prepared:
     """A float model with its calibration records: what several bit-widths can be solved from.
 
-    `work`: the folder that keeps finished pieces for another run, if there is one.
+    `work`: the folder that keeps finished pieces for another run, if there is one. Of several processes each has the
+    records of its share of the blocks.
     """
 
     source: ModelSource
@@ -92,11 +93,14 @@ def prepare(
     """Calibration: trajectories of the float model, then its activations and Fisher weights.
 
     With a `work` folder every finished piece goes there, and is not computed again if the same calibration of the same
-    model put it there before; the records then take memory only while they are in use.
+    model put it there before; the records then take memory only while they are in use. Inside `distributed.joined`
+    the ranks share the work; they must see the same `work` folder, or an `InputError` says so.
     """
     source = resolve(model)
     groups = TimeGroups((source.scheduler or {}).get("num_train_timesteps", 1000), recipe.groups)
     module = load_float(source).to(checked_device(device))
+    if work:
+        _check_shared(work)
     start = time.perf_counter()
     source_hash = weights_hash(module)
     settings = {"scheduler": source.scheduler, **_calibration_settings(recipe)}
@@ -109,7 +113,10 @@ def prepare(
 
 
 def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) -> tuple[Solution, float]:
-    """Search every scale under `recipe`, whose calibration settings are those of `prepared`; also the seconds."""
+    """Search every scale under `recipe`, whose calibration settings are those of `prepared`; also the seconds.
+
+    Inside `distributed.joined` the ranks share the blocks, and each returns the whole solution.
+    """
     if not recipe.records_match(prepared.recipe):
         raise InputError("the recipe's calibration settings are not those the records were made with")
     start = time.perf_counter()
@@ -168,18 +175,20 @@ def quantize(
     """Quantize MODEL into the artifact folder `out`. Returns seconds (of this run), peak memory and sizes.
 
     `resumable`: finished work is kept in the folder `out`.work until the artifact is written. The same call continues
-    from there after an interruption and gives the same bytes; another model or recipe starts anew.
+    from there after an interruption and gives the same bytes; another model or recipe starts anew. Inside
+    `distributed.joined` the ranks share the work, the first one writes, and the bytes are those of one process.
     """
-    out = Path(out)
+    out, world = Path(out), distributed.current()
     check_target(out, overwrite)
     work = work_folder(out) if resumable else None
     prepared = prepare(model, recipe, report, device, work)
     solution, search_seconds = solve_prepared(prepared, recipe, report)
-    save(solution, prepared.source, out, overwrite)
-    if work:
-        discard(work, STAGES)
+    if world.first:
+        save(solution, prepared.source, out, overwrite)
+        if work:
+            discard(work, STAGES)
     fp32 = float32_bytes(prepared.model)
-    size = artifact.size_bytes(out)
+    size = int(world.add(torch.tensor(artifact.size_bytes(out) if world.first else 0)))  # known when it is written
     return {
         "name": prepared.source.name,
         "preset": recipe.label,
@@ -189,6 +198,7 @@ def quantize(
         "size_bytes": size,
         "float32_bytes": fp32,
         "size_ratio": size / fp32,
+        "processes": world.size,
         "environment": environment(device),
     }
 
@@ -287,6 +297,18 @@ def work_folder(out: Path) -> Path:
     if work.exists() and not work.is_dir():
         raise InputError(f"{work} is a file; finished work goes into a folder of this name")
     return work
+
+
+def _check_shared(work: Path) -> None:
+    """Raise `InputError` if several processes do not see the same folder `work`."""
+    world = distributed.current()
+    if world.size == 1:
+        return
+    if world.first:
+        work.mkdir(parents=True, exist_ok=True)
+    world.wait()
+    if not work.is_dir():
+        raise InputError(f"--resumable: {work} is not on a file system that all processes share; leave it out")
 
 
 def _calibration_settings(recipe: Recipe) -> dict[str, Any]:

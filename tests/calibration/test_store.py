@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tqdit import distributed
 from tqdit.calibration.store import Forgetful, WorkFolder, discard
 from tqdit.errors import InputError
 
@@ -39,6 +40,21 @@ def test_a_damaged_piece_is_named(tmp_path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"no")
     with pytest.raises(InputError, match=r"x\.safetensors is damaged"):
         WorkFolder(tmp_path).once("x", piece).read()
+
+
+def test_all_pieces_together_in_order(tmp_path) -> None:
+    for store in (Forgetful(), WorkFolder(tmp_path)):
+        mine = (store.once(name, lambda i=i: {"i": torch.tensor(i)}) for i, name in enumerate("zya"))
+        found = store.together(mine, list("zya"), lambda _: 0)
+        assert [int(piece.read()["i"]) for piece in found] == [0, 1, 2]
+
+
+def test_a_folder_that_lacks_the_pieces_of_others_is_named(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(distributed, "_current", distributed.World(0, 2))
+    monkeypatch.setattr(distributed.World, "wait", lambda _: None)
+    store = WorkFolder(tmp_path)
+    with pytest.raises(InputError, match=r"y\.safetensors of another process is not there; --resumable"):
+        store.together(iter([store.once("x", piece)]), ["x", "y"], lambda _: None)
 
 
 def test_discard_takes_only_work(tmp_path) -> None:

@@ -151,7 +151,7 @@ def check_embedding(integer: torch.nn.Module) -> None:
     t, y = torch.tensor([3, 999]), torch.tensor([1, 10])
     with torch.inference_mode():
         for embedder in integer.conditioning.embedders:
-            assert embedder.time_proj.downscale_freq_shift == 0
+            assert embedder.time_proj.projection.downscale_freq_shift == 0
             assert torch.allclose(embedder.time_proj(t), sinusoids(t), atol=1e-5)
             expected = random_dit(channels=1).embedding(t, y)
             found = embedder(t, y, hidden_dtype=torch.float32)

@@ -1,7 +1,7 @@
 """One pass of the float model over the calibration set: ranges, sampled activations and Fisher weights per matmul."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,9 @@ from tqdit import distributed
 from tqdit.calibration.batches import Batches
 from tqdit.calibration.fisher import Pick, Probes
 from tqdit.calibration.picker import Picker
-from tqdit.calibration.records import ATTENTION_ROLES, MAXIMA, Records, join
+from tqdit.calibration.records import ATTENTION_ROLES, MAXIMA, Records, join, recorded
 from tqdit.calibration.statistics import RangeStats
-from tqdit.calibration.store import Forgetful, Store
+from tqdit.calibration.store import Forgetful, Store, Tensors
 from tqdit.calibration.taps import Taps
 from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.models.sampler import Progress, noise_generators, predict
@@ -37,14 +37,17 @@ def record(
 ) -> Records:
     """Run the float model with guidance over `data`, forward and backward. The model is left as it was.
 
-    `batch`: samples at once; by default as many as `PASS_BYTES` allow. Each batch is one piece of `store`.
+    `batch`: samples at once; by default as many as `PASS_BYTES` allow. Each batch is one piece of `store`. Inside
+    `distributed.joined` the ranks share the batches, and each returns the records of its share of the blocks.
     """
     config = config_of(model)
     layout = blocks(config)
     halves = 1 if recipe.guidance == 1.0 else 2
     picker = Picker(recipe, len(data), halves, _tokens(config))
     size = batch or batch_size(config, picker)
-    batches, taps, parts, keep = Batches(size), Taps(), [], store or Forgetful()
+    batches, taps, keep, world = Batches(size), Taps(), store or Forgetful(), distributed.current()
+    division = distributed.batches(len(data), size)
+    names = [f"records-{members.start:06d}-{members.stop:06d}" for members in division]
 
     def run(members: range) -> dict[str, torch.Tensor]:
         return _Pass(data, recipe, picker, members, next(model.parameters()).device).run(model, taps)
@@ -53,11 +56,17 @@ def record(
         found = batches.over(members, run)
         return found[0] if len(found) == 1 else {key: join(key, found) for part in found for key in part}
 
+    def finished() -> Iterator[Tensors]:
+        share = world.share(list(zip(names, division, strict=True)))
+        for done, (name, members) in enumerate(share):
+            piece = keep.once(name, partial(make, members))
+            progress((done + 1) / len(share))
+            yield piece
+
+    solvers = {name: world.owner(block.index) for block in layout for name in recorded(block)}
     with taps.attached(model, layout), torch.set_grad_enabled(recipe.hessian):
-        for members in distributed.batches(len(data), size):
-            parts.append(keep.once(f"records-{members.start:06d}-{members.stop:06d}", partial(make, members)))
-            progress(members.stop / len(data))
-    return Records.of(layout, parts, data.t)
+        parts = keep.together(finished(), names, lambda key: solvers.get(key.rpartition("/")[0]))
+    return Records.of(world.share(layout), parts, data.t)
 
 
 def batch_size(config: Mapping[str, Any], picker: Picker) -> int:

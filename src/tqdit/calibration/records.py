@@ -67,7 +67,10 @@ class Joined(Mapping[str, Kind], Generic[Kind]):
 
 @dataclass(frozen=True)
 class Records:
-    """Everything the search needs. `maxima`: largest post-softmax values, (S, blocks, heads * k), for the report."""
+    """Everything the search needs, of the blocks that this process solves: all of them if it is alone.
+
+    `maxima`: largest post-softmax values of all blocks, (S, blocks, heads * k), for the report.
+    """
 
     linears: Mapping[str, LinearRecord]
     attentions: Mapping[str, AttentionRecord]
@@ -77,19 +80,29 @@ class Records:
 
     @classmethod
     def of(cls, layout: tuple[BlockLayout, ...], parts: Sequence[Tensors], t: torch.Tensor) -> "Records":
-        """From the parts of all batches, in order."""
-        sites = [group.source for block in layout for group in block.linears]
-        operands = [block.operand(role) for block in layout for role in ATTENTION_ROLES]
-        keys = [f"{site}/{end}" for site in (*sites, *operands) for end in ("low", "high")]
+        """Those of the blocks `layout`, from the parts of all batches, in order."""
+        ranged = [name for block in layout for name in (*_sources(block), *_operands(block))]
+        keys = [f"{site}/{end}" for site in ranged for end in ("low", "high")]
         small = [part.read([*keys, MAXIMA]) for part in parts]
-        ranges = {
-            site: RangeStats(*(join(f"{site}/{end}", small) for end in ("low", "high"))) for site in (*sites, *operands)
-        }
+        ranges = {site: RangeStats(*(join(f"{site}/{end}", small) for end in ("low", "high"))) for site in ranged}
         return cls(
-            Joined(LinearRecord, sites, parts),
+            Joined(LinearRecord, [source for block in layout for source in _sources(block)], parts),
             Joined(AttentionRecord, [block.attention for block in layout], parts),
             ranges, join(MAXIMA, small), t,
         )  # fmt: skip
+
+
+def recorded(block: BlockLayout) -> tuple[str, ...]:
+    """What the tensors of a block's records are named after, in front of the "/"."""
+    return (block.attention, *_sources(block), *_operands(block))
+
+
+def _sources(block: BlockLayout) -> list[str]:
+    return [group.source for group in block.linears]
+
+
+def _operands(block: BlockLayout) -> list[str]:
+    return [block.operand(role) for role in ATTENTION_ROLES]
 
 
 def join(key: str, parts: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:

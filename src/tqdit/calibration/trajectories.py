@@ -1,7 +1,7 @@
 """Calibration data from the model's own sampling: n samples (x_t, t, class) per time group (TGQ)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,7 +26,9 @@ from tqdit.models.sampler import (
 from tqdit.recipe import Recipe
 from tqdit.timegroups import TimeGroups
 
-BATCH = {"cuda": 32, "cpu": 16}  # trajectories at once
+# Trajectories at once, at most. What several processes share are batches: on GPUs the 32 trajectories of the published
+# settings are two. A core of a CPU is no slower with few.
+BATCH = {"cuda": 16, "cpu": 5}
 CALIBRATION_STREAM = 250_000  # noise streams start here: images i < 250,000 of the same seed have other noise
 
 
@@ -58,8 +60,9 @@ def collect(
     """Run `trajectories` guided samplings and keep `samples` states per time group, at random visited timesteps.
 
     Seeded by the recipe: each trajectory has a generator of its own, so `batch` changes nothing but speed. Each batch
-    is one piece of `store`. On a GPU the model computes in bf16, see `InBfloat16`. Raises `InputError` if the sampler
-    visits too few timesteps of a group.
+    is one piece of `store`. On a GPU the model computes in bf16, see `InBfloat16`. Inside `distributed.joined` the
+    ranks share the batches, and each returns all samples. Raises `InputError` if the sampler visits too few timesteps
+    of a group.
     """
     sampling = Sampling(recipe.sampler, recipe.steps, recipe.guidance)
     scheduler = make_scheduler(scheduler_config, sampling, learned_variance=False)
@@ -71,6 +74,11 @@ def collect(
     device = next(model.parameters()).device
     labels = order.repeat(math.ceil(count / len(order)))[:count]
     sampled = InBfloat16(model) if device.type == "cuda" else model
+    most = batch or BATCH.get(device.type, BATCH["cpu"])
+    size = math.ceil(count / math.ceil(count / most))  # even batches, for even shares
+    division, world = distributed.batches(count, size), distributed.current()
+    share = world.share(division)
+    place = {i: n for n, i in enumerate(i for members in share for i in members)}  # among this process's own
 
     def run(members: range) -> dict[str, torch.Tensor]:
         first = CALIBRATION_STREAM + members.start
@@ -80,20 +88,21 @@ def collect(
         for step, (t, x) in enumerate(trajectory(sampled, scheduler_config, sampling, chosen, generators)):
             if t is not None:  # the last state is an image, which no timestep sees
                 found += [(t, i, x[i - members.start].cpu()) for i in members if t in picks[i]]
-                progress((members.start + len(members) * (step + 1) / recipe.steps) / count)
+                progress((place[members.start] + len(members) * (step + 1) / recipe.steps) / len(place))
         ts, indices, states = zip(*found, strict=True)
         return {"t": torch.tensor(ts), "trajectory": torch.tensor(indices), "x": torch.stack(states)}
 
-    size = batch or BATCH.get(device.type, BATCH["cpu"])
     batches, keep = Batches(size), store or Forgetful()
 
     def make(members: range) -> dict[str, torch.Tensor]:
         found = batches.over(members, run)
         return {key: join(key, found) for key in found[0]}
 
-    pieces = []
-    for members in distributed.batches(count, size):
-        pieces.append(keep.once(f"trajectories-{members.start:06d}-{members.stop:06d}", partial(make, members)).read())
+    def finished() -> Iterator[Mapping[str, torch.Tensor]]:
+        for members in share:
+            yield keep.once(f"trajectories-{members.start:06d}-{members.stop:06d}", partial(make, members)).read()
+
+    pieces = world.gather_named(finished(), len(division))
     return _ordered({key: join(key, pieces) for key in pieces[0]}, labels, groups, step_weights(scheduler))
 
 

@@ -114,7 +114,7 @@ def into_folder(images: Images, model: nn.Module, folder: Path, progress: Progre
         for i, image in zip(indices, pixels, strict=True):
             if not there[i]:
                 generate.save_image(image, image_file(folder, i))
-    world.add(torch.zeros(1))  # the folder is finished when every rank is
+    world.wait()  # the folder is finished when every rank is
     return there.count(False)
 
 

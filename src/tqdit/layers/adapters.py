@@ -1,7 +1,7 @@
 """Low-rank adapters on integer layers: places where peft can put them, and the operations of a block that has some."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -37,6 +37,26 @@ class AdapterSlot(nn.Linear):
         return x.new_zeros(*x.shape[:-1], self.out_features)
 
 
+class Holder(nn.Module):
+    """A module on the path to slots. What is put into any holder changes `contents`: a call of a model compares that
+    with what it saw last, since looking into every slot would take longer than launching a graph.
+    """
+
+    contents: ClassVar[object] = object()  # another one each time, so that no copy of it is ever equal
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        Holder.contents = object()
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        Holder.contents = object()
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        super().add_module(name, module)
+        Holder.contents = object()
+
+
 class Slots:
     """The slots of one block by the layer they belong to: "qkv" has three, the other layers one."""
 
@@ -52,7 +72,6 @@ class Slots:
         `closed`: names of layers without a slot; what is there is nothing that peft would wrap, so that it says so.
         """
         self._places: dict[str, list[tuple[nn.Module, str]]] = {}
-        self._tables: list[tuple[dict[str, nn.Module | None], str]] = []  # of all of them, to look into quickly
         self._codes: dict[str, LinearCodes] = {}
         for name in closed:
             _holder(block, name.split("."))
@@ -63,15 +82,12 @@ class Slots:
                 out_features, in_features = shapes[name]
                 parent.add_module(leaf, AdapterSlot(in_features, out_features))
                 self._places.setdefault(layer, []).append((parent, leaf))
-                self._tables.append((parent._modules, leaf))
 
     @property
     def used(self) -> bool:
-        """Whether anything has been put around a slot; every call of a model asks."""
-        for modules, leaf in self._tables:  # noqa: SIM110 - half the time of a generator
-            if type(modules[leaf]) is not AdapterSlot:
-                return True
-        return False
+        """Whether anything has been put around a slot."""
+        places = [place for places in self._places.values() for place in places]
+        return any(type(parent._modules[leaf]) is not AdapterSlot for parent, leaf in places)
 
     def of(self, layer: str) -> list[Any]:
         """What is in a layer's slots, from its first output on. `InputError` for adapters that are more than LoRA."""
@@ -101,7 +117,7 @@ def _holder(block: nn.Module, path: Sequence[str]) -> nn.Module:
     """The module at a path inside a block; empty ones are made on the way."""
     for part in path:
         if part not in block._modules:
-            block.add_module(part, nn.Module())
+            block.add_module(part, Holder())
         block = block.get_submodule(part)
     return block
 

@@ -17,6 +17,7 @@ from tqdit.files import replacing
 from tqdit.models.building import LOCK
 from tqdit.spec import Solution
 
+FEW_TOKENS = 8192  # of the samples that are in fp32 at a time
 CONVERTED = ("quantization_backend", "quantization_report", "solution", "reconvert", "prepared_for")
 
 
@@ -81,8 +82,8 @@ class IntegerDiT(DiTTransformer2DModel):
         """As diffusers' own."""
         if hidden_states.device.type != self.prepared_for:
             self._prepare(hidden_states.device)
-        adapted = any(block.adapted for block in cast(Any, self).transformer_blocks)
-        output = self.runtime.call(self._denoised, hidden_states, timestep, class_labels, graphs=not adapted)
+        blocks = self._modules["transformer_blocks"]
+        output = self.runtime.call(self._denoised, hidden_states, timestep, class_labels, blocks)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     @torch.compiler.disable  # compile after a first call on the device, or the graph breaks here
@@ -135,22 +136,32 @@ class IntegerDiT(DiTTransformer2DModel):
         """(B, C, H, W) -> (B, C or 2C, H, W), as diffusers' own forward, for the call that clock and conditioning are
         set to; in the dtype of x, whatever that of the residual stream.
 
-        Each step takes the name of the one before, whose tensor is freed: the last LayerNorm would have four of (B, N,
-        D) alive otherwise, more than any block.
+        Before and after the blocks samples are taken a few at a time: (B, N, D) in fp32, and several of them in the
+        last LayerNorm, would be more than any block has alive.
         """
-        side, channels, dtype = self.config.patch_size, self.out_channels, x.dtype
-        rows, columns = (size // side for size in x.shape[-2:])
+        side = self.config.patch_size
+        few = max(1, FEW_TOKENS * side**2 // (x.shape[-2] * x.shape[-1]))
         layers: Any = self
-        x = layers.pos_embed(x.float()).to(self.stream_dtype)
+        stream = _joined([layers.pos_embed(part.float()).to(self.stream_dtype) for part in x.split(few)])
         for block in layers.transformer_blocks:
-            x = block(x)
-        embedded = self.conditioning.embedding(0)
-        shift, scale = layers.proj_out_1(F.silu(embedded)).chunk(2, dim=1)
-        x = layers.norm_out(x.float())
-        x = x * (1 + scale[:, None])
-        x = layers.proj_out_2(x + shift[:, None])
-        patches = x.reshape(-1, rows, columns, side, side, channels)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, rows * side, columns * side).to(dtype)
+            stream = block(stream)
+        modulation = layers.proj_out_1(F.silu(self.conditioning.embedding(0)))
+        parts = zip(stream.split(few), modulation.split(few), strict=True)
+        patches = _joined([self._patches(*part) for part in parts])
+        rows, columns = (size // side for size in x.shape[-2:])
+        patches = patches.reshape(-1, rows, columns, side, side, self.out_channels).permute(0, 5, 1, 3, 2, 4)
+        return patches.reshape(-1, self.out_channels, rows * side, columns * side).to(x.dtype)
+
+    def _patches(self, stream: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        """The last layer of some samples: (B, N, D), (B, 2 D) -> (B, N, pixels and channels of a patch) in fp32."""
+        layers: Any = self
+        shift, scale = modulation[:, None].chunk(2, dim=-1)
+        return layers.proj_out_2(layers.norm_out(stream.float()) * (1 + scale) + shift)
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Parts of a batch as one."""
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 # A pipeline that is saved notes the name and the module of each part, and is loaded by them. It has to find diffusers'

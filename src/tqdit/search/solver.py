@@ -1,12 +1,14 @@
 """`solve`: records of the float model become a Solution. Pure and seeded: same records, same result."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from tqdit import distributed
 from tqdit.calibration.records import AttentionRecord, LinearRecord, Records
 from tqdit.calibration.statistics import RangeStats
 from tqdit.calibration.store import Forgetful, Store
@@ -33,19 +35,29 @@ def solve(
 ) -> Solution:
     """Choose the grid of every site and code every weight. `model` is the float model; it is only read.
 
-    Each matmul is one piece of `store`.
+    Each matmul is one piece of `store`. Inside `distributed.joined` the ranks share the blocks, whose records each has
+    of its own alone, and each returns the whole solution.
     """
-    solver = _Solver(model, records, recipe)
-    keep, steps = store or Forgetful(), [*solver.steps()]
+    solver, keep, world = _Solver(model, records, recipe), store or Forgetful(), distributed.current()
+    parts = solver.parts()
+    share = world.share(parts)
+    solved: list[Solved] = []
+    done, total = 0, sum(map(len, share))
     with torch.inference_mode():
-        for done, step in enumerate(steps):
-            solver.take(keep.once(f"solved-{done:06d}", step).read())
-            progress((done + 1) / len(steps))
+        for part in share:
+            solved.append({})
+            for name, matmul in part.items():
+                solved[-1] |= keep.once(f"solved-{name}", matmul).read()
+                done += 1
+                progress(done / total)
+    # Not as parts are finished: ranks would wait for the slowest of each, not once for the slowest of all.
+    for found in world.gather_named(solved, len(parts)):
+        solver.take(found)
     ordered = {name: solver.params[name] for name in solver.specs}
     return Solution(dict(config_of(model)), time_groups, ordered, solver.codes, solver.floats(), dict(provenance))
 
 
-Solved = dict[str, torch.Tensor]  # "<site>/scale", "<site>/zero_point" and "<site>/codes" of one matmul, on the CPU
+Solved = dict[str, torch.Tensor]  # "<site>/scale", "<site>/zero_point" and "<site>/codes" of matmuls, on the CPU
 Record = TypeVar("Record", LinearRecord, AttentionRecord, RangeStats)
 
 
@@ -62,17 +74,27 @@ class _Solver:
         self.params: dict[str, GridParams] = {}
         self.codes: dict[str, torch.Tensor] = {}
 
-    def steps(self) -> Iterator[Callable[[], Solved]]:
-        for name in float_input_modules(config_of(self.model)):
-            yield lambda name=name: self._weight_only(f"{name}.weight")  # type: ignore[misc]
-        for block in blocks(config_of(self.model)):
-            yield lambda block=block: self._scores(block)  # type: ignore[misc]
-            yield lambda block=block: self._values(block)  # type: ignore[misc]
-            for group in block.linears:
-                yield lambda group=group: self._linear(group)  # type: ignore[misc]
+    def parts(self) -> list[dict[str, Callable[[], Solved]]]:
+        """Matmuls by name: part i has all of block i, the last one those outside of blocks."""
+        layout = blocks(config_of(self.model))
+        inside = {name for block in layout for name in block.float_input}
+        outside = [name for name in float_input_modules(config_of(self.model)) if name not in inside]
+        return [*map(self._block, layout), self._floating(outside)]
 
-    def take(self, solved: Solved) -> None:
-        """Add the parameters and codes of one matmul. A scale's shape says which grid was chosen."""
+    def _block(self, block: BlockLayout) -> dict[str, Callable[[], Solved]]:
+        return {
+            **self._floating(block.float_input),
+            f"{block.attention}.scores": partial(self._scores, block),
+            f"{block.attention}.values": partial(self._values, block),
+            **{group.source: partial(self._linear, group) for group in block.linears},
+        }
+
+    def _floating(self, modules: Iterable[str]) -> dict[str, Callable[[], Solved]]:
+        """Layers of float inputs."""
+        return {f"{name}.weight": partial(self._weight_only, f"{name}.weight") for name in modules}
+
+    def take(self, solved: Mapping[str, torch.Tensor]) -> None:
+        """Add parameters and codes. A scale's shape says which grid was chosen."""
         for key, tensor in solved.items():
             name, _, field = key.rpartition("/")
             if field == "codes":

@@ -1,0 +1,133 @@
+"""What all blocks of a model share in a denoiser call: embeddings of timestep and class, and their adaLN modulation."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tqdit.layers.clock import thread
+
+
+class TimestepTable(nn.Module):
+    """Sinusoids of a timestep, (B,) -> (B, 256), looked up where it is a whole number: one kernel instead of ten."""
+
+    table: torch.Tensor
+
+    def __init__(self, projection: nn.Module, num_timesteps: int) -> None:
+        """`projection`: diffusers' `Timesteps`, which computes them."""
+        super().__init__()
+        self.projection = projection
+        self.register_buffer("table", projection(torch.arange(num_timesteps)), persistent=False)
+
+    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+        if timestep.is_floating_point():
+            return self.projection(timestep)
+        return self.table.index_select(0, timestep.long())
+
+
+@dataclass
+class _Beside:
+    """What another stream makes of `source`, which must live until it has read it."""
+
+    stream: torch.cuda.Stream
+    source: torch.Tensor
+
+
+@dataclass
+class _Call:
+    """The distinct inputs of one denoiser call, the row each sample uses, and by group what was made of them."""
+
+    timestep: torch.Tensor
+    labels: torch.Tensor
+    rows: torch.Tensor | None
+    embedded: dict[int, torch.Tensor] = field(default_factory=dict)
+    first: dict[int, torch.Tensor] = field(default_factory=dict)  # modulation of a group's first block
+    others: dict[int, torch.Tensor] = field(default_factory=dict)  # and of the other ones
+    beside: dict[int, _Beside] = field(default_factory=dict)
+
+
+class Conditioning(nn.Module):
+    """The adaLN modulation of all blocks, computed once in a denoiser call: it depends on timestep and class alone.
+
+    Blocks with the same embedder are a group: their adaLN layers are two, the first block's and those of all others. In
+    a CUDA graph the others' weights are read while the first block runs. On the CPU equal (t, class) rows of the batch,
+    such as the null class under guidance, are computed once; `rows` says which row each sample uses.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedders = nn.ModuleList()
+        self.first = nn.ModuleList()
+        self.others = nn.ModuleList()
+        self._now: dict[int, _Call] = {}  # by thread: calls of one model may overlap
+
+    def add(self, embedder: nn.Module, first: nn.Module, others: nn.Module | None = None) -> int:
+        """A group of blocks: its embedder, and their adaLN layers, C -> 6 C and C -> (blocks - 1) 6 C. Its number."""
+        self.embedders.append(embedder)
+        self.first.append(first)
+        self.others.append(others or nn.Identity())
+        return len(self.embedders) - 1
+
+    def set(self, timestep: torch.Tensor, labels: torch.Tensor) -> None:
+        """Begin a denoiser call. timestep: (1,) or (B,), any number type; labels: (B,), on the same device."""
+        timestep = timestep.expand(len(labels))
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            pairs = torch.stack([timestep.double(), labels.double()])
+            distinct, rows = torch.unique(pairs, dim=1, return_inverse=True)
+            call = _Call(distinct[0].to(timestep.dtype), distinct[1].to(labels.dtype), rows)
+        else:
+            call = _Call(timestep, labels, None)
+        self._now[thread()] = self._now[0] = call
+
+    def forget(self) -> None:
+        """Drop what this thread has set; its next call sets it again."""
+        self._now.pop(thread(), None)
+        self._now.pop(0, None)
+
+    def embedding(self, group: int) -> torch.Tensor:
+        """Embedding of timestep and class, (B, C) fp32."""
+        call = self._call()
+        out = self._embedded(call, group)
+        return out if call.rows is None else out.index_select(0, call.rows)
+
+    def modulation(self, group: int, place: int) -> tuple[torch.Tensor, ...]:
+        """shift, scale, gate of attention, then of the feed-forward, each (B, C) fp32, of block `place` of a group.
+
+        The blocks ask in their order.
+        """
+        call = self._call()
+        if group not in call.first:
+            self._begin(call, group)
+        if place == 0:
+            out = call.first[group]
+        else:
+            if beside := call.beside.pop(group, None):
+                torch.cuda.current_stream().wait_stream(beside.stream)
+            width = call.first[group].shape[1]
+            out = call.others[group][:, (place - 1) * width : place * width]
+        out = out if call.rows is None else out.index_select(0, call.rows)
+        return out.chunk(6, dim=1)
+
+    def _begin(self, call: _Call, group: int) -> None:
+        """All modulation of a group. In a graph that of the other blocks is a branch, which `modulation` waits for."""
+        source, others = F.silu(self._embedded(call, group)), self.others[group]
+        if not isinstance(others, nn.Identity):
+            if source.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+                call.beside[group] = _Beside(torch.cuda.Stream(), source)
+                call.beside[group].stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(call.beside[group].stream):
+                    call.others[group] = others(source)
+            else:
+                call.others[group] = others(source)
+        call.first[group] = self.first[group](source)
+
+    def _call(self) -> _Call:
+        assert thread() in self._now, "the conditioning is set by the model's forward"
+        return self._now[thread()]
+
+    def _embedded(self, call: _Call, group: int) -> torch.Tensor:
+        if group not in call.embedded:
+            embedder = self.embedders[group]
+            call.embedded[group] = embedder(call.timestep, call.labels, hidden_dtype=torch.float32).float()
+        return call.embedded[group]
