@@ -53,7 +53,8 @@ def gpu_speed() -> list[str]:
         "do without, `of roofline` their time at this run's measured peaks "
         f"({kernels['environment']['copy_tb_per_s']:.2f} TB/s of a copy; "
         f"{kernels['environment']['int8_tops']:.0f} TOPS, the fastest of our own products) over the "
-        "measured one. The adaLN layers of all blocks run once a call, the rest once or twice a block.",
+        f"measured one. Weights came {kernels.get('weights', 'from the L2 cache, if they fit')}. The adaLN layers "
+        "run once a call, the rest once or twice a block.",
         "",
         table(["workload", "kernel", "µs", "MB", "10⁹ operations", "TOPS", "of roofline"],
               [_kernel_row(row) for row in kernels["rows"]]),
@@ -152,7 +153,7 @@ def readme_gpu_speed() -> str:
         for row in run["rows"] if row["integer"] and (row["preset"], row["bits"]) != ("plus", "w4a8")
     ]  # fmt: skip
     return (
-        "DiT-XL/2 on one H200, residual stream in bf16, ms of a denoiser call (workload: pixels and samples), over bf16 "
-        "compiled with max-autotune and CUDA graphs, and over eager bf16:\n\n"
+        "DiT-XL/2 on one H200, residual stream in bf16, ms of a denoiser call (workload: pixels and samples), over "
+        "bf16 compiled with max-autotune and CUDA graphs, and over eager bf16:\n\n"
         + table(["workload", "model", "ms", "× bf16 compiled", "× bf16 eager"], rows)
     )

@@ -53,7 +53,8 @@ def test_two_processes_choose_the_same(result, tmp_path) -> None:
     assert two["command"].startswith("torchrun --standalone --nproc-per-node 2 bench/calibration_scale.py --shape")
     assert two["solution_sha256"] == result["solution_sha256"]
     assert list(two["stages"]) == list(result["stages"])
-    assert two["memory_arithmetic"]["records"] == result["memory_arithmetic"]["records"] // 2
+    # One block is one process's.
+    assert two["memory_arithmetic"]["records"] == result["memory_arithmetic"]["records"]
 
 
 def test_the_page_compares_with_one_process_of_like_conditions(result, monkeypatch) -> None:

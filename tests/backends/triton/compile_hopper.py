@@ -1,4 +1,4 @@
-"""Compiles the Hopper kernels for sm_90a without a GPU and prints what each takes: one JSON object a line.
+"""Compiles kernels for sm_90a without a GPU, the Hopper ones and `norm`; prints what each takes, a JSON object a line.
 
 In a process of its own, without TRITON_INTERPRET, which Triton reads when it is imported.
 """
@@ -13,12 +13,14 @@ import tempfile
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from tqdit.backends.triton.hopper import AttentionSizes, x_blocks
 from tqdit.backends.triton.kernels import hopper, hopper_attention, rounding
 from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS, PLAIN, RESIDUAL
-from tqdit.backends.triton.layouts import Config
+from tqdit.backends.triton.kernels.norm import norm_quantize_kernel
+from tqdit.backends.triton.layouts import Config, powers_of_two
 
 EPILOGUES = {
     "plain": (PLAIN, rounding.UNIFORM), "heads": (HEADS, rounding.UNIFORM), "residual": (RESIDUAL, rounding.UNIFORM),
@@ -99,6 +101,30 @@ def compiled_attention(tokens: int, head_dim: int, mode: int, config: list[int],
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
+def compiled_norm(stream: str, width: int, config: list[int]):
+    """The norm kernel where all rows of a program are of one sample; `stream`: bf16 or fp32."""
+    chosen = Config(*config)
+    first, rest = powers_of_two(width, 16)
+    kinds = {"x": f"*{stream}", "out": "*i8", "following": "*i8", "after": "*i8", "group": "*i64", "eps": "fp32"}
+    kinds |= dict.fromkeys(("shift", "scale", "target"), "*fp32")
+    kinds |= dict.fromkeys(("modulation_stride", "M", "TOKENS", "out_stride", "following_lines", "after_lines"), "i32")
+    constants = {
+        "LINES": 64, "C": width, "GROUP_STRIDE": 0, "TARGET_STRIDE": 8, "BITS": 8, "PER_TILE": True, "NATIVE": True,
+        "ROWS": chosen.block_m, "BLOCKS": chosen.blocks, "STAGES": chosen.stages, "FIRST": first, "REST": rest,
+    }  # fmt: skip
+    names = norm_quantize_kernel.arg_names
+    source = ASTSource(
+        fn=norm_quantize_kernel,
+        signature={n: kinds.get(n, "constexpr") for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in kinds if n != "eps"},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": chosen.warps})
+
+
+COMPILED = {"linear": compiled, "attention": compiled_attention, "norm": compiled_norm}
+
+
 def resources(kernel, said: str) -> dict:
     """What ptxas said of the kernel, and the registers of the parts that multiply and that copy."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -116,6 +142,7 @@ def resources(kernel, said: str) -> dict:
     return {
         "shared": kernel.metadata.shared,
         "spilled": sum(int(n) for n in re.findall(r"(\d+) bytes spill", said)),
+        "of_a_thread": max(int(n) for n in re.findall(r"Used (\d+) registers", said)),
         "warnings": re.findall(r"\(C7\d\d\d\)[^\n]*", said),
         "registers": used,
     }
@@ -124,8 +151,8 @@ def resources(kernel, said: str) -> dict:
 if __name__ == "__main__":
     triton.knobs.compilation.always_compile = True  # a kernel from the cache has no log
     triton.knobs.nvidia.dump_ptxas_log = True
-    for asked in json.loads(sys.argv[1]):
+    for asked in json.loads(sys.argv[2]):
         log = io.StringIO()
         with contextlib.redirect_stdout(log):
-            kernel = compiled(*asked) if isinstance(asked[0], str) else compiled_attention(*asked)
+            kernel = COMPILED[sys.argv[1]](*asked)
         print(json.dumps({"kernel": asked, **resources(kernel, log.getvalue())}), flush=True)

@@ -97,8 +97,8 @@ class PoisonedTorch:
         return getattr(torch, name)
 
 
-def compiled_for_hopper(asked: list, folder: Path) -> list[dict]:
-    """What `compile_hopper.py` says of kernels; skips where Triton came without its compilers."""
+def compiled_for_hopper(which: str, asked: list, folder: Path) -> list[dict]:
+    """What `compile_hopper.py` says of kernels of a kind; skips where Triton came without its compilers."""
     try:
         assert triton.knobs.nvidia.ptxas.path
         assert triton.knobs.nvidia.nvdisasm.path
@@ -106,7 +106,7 @@ def compiled_for_hopper(asked: list, folder: Path) -> list[dict]:
         pytest.skip(str(error))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, Path(__file__).with_name("compile_hopper.py"), json.dumps(asked)]
+    command = [sys.executable, Path(__file__).with_name("compile_hopper.py"), which, json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]

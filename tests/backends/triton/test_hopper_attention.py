@@ -50,7 +50,7 @@ def test_kernels_of_dit_xl_compile(four_processors, tmp_path: Path) -> None:
     asked += [(256, 72, SOFTMAX_MERGED.value, list(Config(64, 64, 64, stages=4, hopper=1)), False, False)]
     asked += [(256, 64, UNIFORM.value, list(ONE._replace(block_n=64)), True, True)]
     asked += [(512, 96, UNIFORM.value, list(Config(128, 0, 128, stages=4, hopper=1)), True, True)]
-    found = compiled_for_hopper(asked, tmp_path)
+    found = compiled_for_hopper("attention", asked, tmp_path)
     assert len(found) > 8
     for kernel in found:
         programs = 2 if kernel["kernel"][3][0] == 64 else 1

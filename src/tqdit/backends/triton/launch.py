@@ -44,10 +44,11 @@ def norm_quantize(
     following, after = ahead or (out, out)
     lines = [triton.cdiv(part.nbytes, LINE.value) for part in ahead] or [0, 0]
     norm_quantize_kernel[(programs,)](
-        x, shift, scale, shift.stride(0), eps, target.table, groups.tensor, out, rows, width, tokens, out.stride(1),
+        x, shift, scale, shift.stride(0), eps, target.table, groups.tensor, out, rows, tokens, out.stride(1),
         following, lines[0], after, lines[1],
-        groups.stride, target.stride, target.bits, tokens % of_program == 0, NATIVE, config.block_m, config.blocks,
-        first, rest, min(triton.next_power_of_2(triton.cdiv(sum(lines), programs)), MOST_LINES) if ahead else 0,
+        width, groups.stride, target.stride, target.bits, tokens % of_program == 0, NATIVE, config.block_m,
+        config.blocks, config.stages, first, rest,
+        min(triton.next_power_of_2(triton.cdiv(sum(lines), programs)), MOST_LINES) if ahead else 0,
         num_warps=config.warps,
     )  # fmt: skip
     return out

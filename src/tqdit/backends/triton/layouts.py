@@ -44,7 +44,7 @@ class Config(NamedTuple):
     block_k: int
     band: int = 8  # rows of tiles that run together
     warps: int = 4
-    stages: int = 3
+    stages: int = 3  # norm: blocks of rows on their way, while registers hold shift and scale; 1: neither
     piece: int = 0  # columns that the epilogue has in registers at a time: block_n (0), or a half or a quarter of it
     registers: int | None = None  # a thread's, at most
     blocks: int = 1  # of rows that a program of the attention or norm kernel takes; attention for Hopper: AT_ONCE

@@ -79,13 +79,20 @@ def _suffix(stream: torch.dtype) -> str:
 
 
 def norm_candidates(rows: int, width: int) -> list[Config]:
-    """Rows of a warp together, as many as its registers hold, or one after another."""
-    most = max(1, min(16, 4096 // triton.next_power_of_2(width)))
-    one = Config(1, 0, 0, warps=1)
+    """Where there are many rows, a program takes many of one sample, whose shift and scale its registers hold: a row or
+    two at a time, by as few warps as can hold them. Or it takes few and holds nothing, so that more programs run.
+    """
+    one = Config(1, 0, 0, warps=triton.next_power_of_2(triton.cdiv(width, 1536)))
+    two, four = Config(2, 0, 0, warps=2), Config(4, 0, 0, warps=4)
     if rows <= FEW_TILES:
-        return [Config(2, 0, 0, warps=2), Config(4, 0, 0, warps=4), one, one._replace(warps=4)]
-    found = [one._replace(block_m=most), *(one._replace(blocks=blocks) for blocks in (4, 8, 16))]
-    return [*found, Config(2, 0, 0, warps=1, blocks=4), Config(4, 0, 0, warps=4, blocks=4), Config(2, 0, 0, warps=2)]
+        held, unheld = [two, four, one], [two, four, one, one._replace(warps=4)]
+    else:
+        most = one._replace(block_m=max(1, min(16, 4096 // triton.next_power_of_2(width))))
+        held = [one._replace(blocks=8), one._replace(blocks=16), one._replace(blocks=4)]
+        held += [one._replace(blocks=8, stages=4), most._replace(blocks=8, stages=2)]
+        held += [most._replace(blocks=4), most._replace(blocks=8), two._replace(blocks=8), four._replace(blocks=4)]
+        unheld = [one, most, one._replace(blocks=4), two]
+    return list(dict.fromkeys(held + [config._replace(stages=1) for config in unheld]))
 
 
 def float_key(rows: int, columns: int, depth: int, bits: int) -> str:

@@ -6,76 +6,105 @@ import triton.language as tl
 from tqdit.backends.triton.kernels.ahead import fetch_ahead
 from tqdit.backends.triton.kernels.rounding import INVERSE, ZERO, nearest_codes
 
-
-@triton.jit
-def _rows_of(x, rows, M, C, FIRST: tl.constexpr, REST: tl.constexpr):
-    """Rows of x, in two parts; 0 beyond them."""
-    here = (rows < M)[:, None]
-    x += rows.to(tl.int64)[:, None] * C
-    columns = tl.arange(0, FIRST)[None, :]
-    values = tl.load(x + columns, here & (columns < C), 0.0).to(tl.float32)
-    more = values
-    if REST:
-        columns = FIRST + tl.arange(0, REST)[None, :]
-        more = tl.load(x + columns, here & (columns < C), 0.0).to(tl.float32)
-    return values, more
+LANE = tl.constexpr(4)  # adjacent columns of a lane
 
 
 @triton.jit
 def norm_quantize_kernel(
-    x, shift, scale, modulation_stride, eps, target, group, out, M, C, TOKENS, out_stride,
+    x, shift, scale, modulation_stride, eps, target, group, out, M, TOKENS, out_stride,
     following, following_lines, after, after_lines,
-    GROUP_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, BITS: tl.constexpr,
-    PER_TILE: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, FIRST: tl.constexpr,
-    REST: tl.constexpr, LINES: tl.constexpr,
+    C: tl.constexpr, GROUP_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, BITS: tl.constexpr,
+    PER_TILE: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+    FIRST: tl.constexpr, REST: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """Codes of LayerNorm(x) (1 + scale) + shift for BLOCKS times ROWS rows of x (M, C); shift, scale: a row per sample.
 
     A row is FIRST columns and REST more, powers of two: the lanes of one for C = 1152 would be idle for nearly half.
-    With several blocks the next one's rows are under way while those of one are computed. LINES: of the weights of the
-    following two layers, which every program asks for.
+    PER_TILE: all rows of a program are of one sample. Then, with more than one of STAGES, its shift and scale stay in
+    registers, and the rows of the next blocks are copied to shared memory while those of one are computed.
+    LINES: of the weights of the following two layers, which every program asks for.
     """
     if LINES and NATIVE:
         fetch_ahead(following, following_lines, after, after_lines, LINES)
+    HOLD: tl.constexpr = PER_TILE and STAGES > 1
     first_row = tl.program_id(0) * (ROWS * BLOCKS)
-    rows = first_row + tl.arange(0, ROWS)
-    values, more = _rows_of(x, rows, M, C, FIRST, REST)
-    for block in range(BLOCKS):
-        if BLOCKS > 1:
-            following = rows + ROWS
-            end = tl.where(block + 1 < BLOCKS, M, 0)
-            next_values, next_more = _rows_of(x, following, end, C, FIRST, REST)
-        if PER_TILE:  # one row of shift and scale serves all: else they are most of what is read
-            sample = first_row // TOKENS
-        else:
-            sample = (tl.minimum(rows, M - 1) // TOKENS)[:, None]
-        parameters = target + tl.load(group + sample * GROUP_STRIDE).to(tl.int32) * TARGET_STRIDE
-        inverse, zero = tl.load(parameters + INVERSE), tl.load(parameters + ZERO)
-        here = (rows < M)[:, None]
-        to = out + rows.to(tl.int64)[:, None] * out_stride
-
-        columns = tl.arange(0, FIRST)[None, :]
+    columns = _columns(0, FIRST)
+    if REST:
+        columns_more = _columns(FIRST, REST)
+    if PER_TILE:
+        sample = first_row // TOKENS
+        inverse, zero = _parameters(target, group, sample, GROUP_STRIDE, TARGET_STRIDE)
+    if HOLD:
+        factor, addend = _modulation(shift, scale, sample * modulation_stride, columns, C)
+        if REST:
+            factor_more, addend_more = _modulation(shift, scale, sample * modulation_stride, columns_more, C)
+    for block in tl.range(0, BLOCKS, num_stages=STAGES if HOLD else 1):
+        rows = first_row + block * ROWS + tl.arange(0, ROWS)[:, None]
+        read = x + rows.to(tl.int64) * C
+        here = _exist(rows, columns, M, C, PER_TILE)
+        values = _fp32(tl.load(read + columns, here, 0.0), NATIVE)
         total = tl.sum(values, 1)
         if REST:
+            here_more = _exist(rows, columns_more, M, C, PER_TILE)
+            more = _fp32(tl.load(read + columns_more, here_more, 0.0), NATIVE)
             total += tl.sum(more, 1)
         mean = (total / C)[:, None]
-        values = tl.where(here & (columns < C), values - mean, 0.0)
+        values = tl.where(here, values - mean, 0.0)
         squares = tl.sum(values * values, 1)
         if REST:
-            columns_more = FIRST + tl.arange(0, REST)[None, :]
-            more = tl.where(here & (columns_more < C), more - mean, 0.0)
+            more = tl.where(here_more, more - mean, 0.0)
             squares += tl.sum(more * more, 1)
         deviation = (1.0 / tl.sqrt_rn(squares / C + eps))[:, None]
-        y = _modulated(values * deviation, shift, scale, sample * modulation_stride, columns, C)
-        tl.store(to + columns, nearest_codes(y, inverse, zero, BITS, NATIVE), here & (columns < C))
+
+        if not PER_TILE:
+            sample = tl.minimum(rows, M - 1) // TOKENS
+            inverse, zero = _parameters(target, group, sample, GROUP_STRIDE, TARGET_STRIDE)
+        write = out + rows.to(tl.int64) * out_stride
+        if not HOLD:
+            factor, addend = _modulation(shift, scale, sample * modulation_stride, columns, C)
+        y = values * deviation * factor + addend
+        tl.store(write + columns, nearest_codes(y, inverse, zero, BITS, NATIVE), here)
         if REST:
-            y = _modulated(more * deviation, shift, scale, sample * modulation_stride, columns_more, C)
-            tl.store(to + columns_more, nearest_codes(y, inverse, zero, BITS, NATIVE), here & (columns_more < C))
-        if BLOCKS > 1:
-            rows, values, more = following, next_values, next_more
+            if not HOLD:
+                factor_more, addend_more = _modulation(shift, scale, sample * modulation_stride, columns_more, C)
+            y = more * deviation * factor_more + addend_more
+            tl.store(write + columns_more, nearest_codes(y, inverse, zero, BITS, NATIVE), here_more)
 
 
 @triton.jit
-def _modulated(normal, shift, scale, offset, columns, C):
-    factor = 1.0 + tl.load(scale + offset + columns, columns < C, 0.0)
-    return normal * factor + tl.load(shift + offset + columns, columns < C, 0.0)
+def _columns(START: tl.constexpr, COUNT: tl.constexpr):
+    """Said to be adjacent by LANE, not all: else a lane had other columns of each dtype, and lanes exchanged them."""
+    return START + tl.max_contiguous(tl.arange(0, COUNT), LANE)[None, :]
+
+
+@triton.jit
+def _exist(rows, columns, M, C: tl.constexpr, PER_TILE: tl.constexpr):
+    """A mask; the compiler drops the comparison of columns where it always holds."""
+    here = columns < C
+    if not PER_TILE:
+        here = (rows < M) & here
+    return here
+
+
+@triton.jit
+def _parameters(target, group, sample, GROUP_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr):
+    row = target + tl.load(group + sample * GROUP_STRIDE).to(tl.int32) * TARGET_STRIDE
+    return tl.load(row + INVERSE), tl.load(row + ZERO)
+
+
+@triton.jit
+def _modulation(shift, scale, offset, columns, C: tl.constexpr):
+    here = columns < C
+    return 1.0 + tl.load(scale + offset + columns, here, 0.0), tl.load(shift + offset + columns, here, 0.0)
+
+
+@triton.jit
+def _fp32(x, NATIVE: tl.constexpr):
+    """Of bf16 two at a time, an instruction each: Triton would take them apart first."""
+    if NATIVE and x.dtype == tl.bfloat16:
+        wide = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], tl.float32, is_pure=True, pack=2
+        )
+    else:
+        wide = x.to(tl.float32)
+    return wide

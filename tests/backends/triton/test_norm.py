@@ -1,0 +1,66 @@
+"""LayerNorm, modulation and quantization with every configuration: what it computes, and what it compiles to."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from layouts import PoisonedTorch, compiled_for_hopper, read, to
+from operands import maker
+from test_cpu import assert_equal_up_to_ties
+
+pytest.importorskip("triton")
+from tqdit.backends.triton import launch, tuning
+from tqdit.backends.triton.backend import operand
+from tqdit.backends.triton.layouts import NATIVE, Config
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WIDTH = 1152
+FEW, MANY = 512, 16384
+CANDIDATES = list(dict.fromkeys(tuning.norm_candidates(FEW, WIDTH) + tuning.norm_candidates(MANY, WIDTH)))
+DISTINCT = CANDIDATES
+if not NATIVE:  # the interpreter knows no warps, and one stage or more
+    DISTINCT = list(dict.fromkeys(c._replace(warps=1, stages=min(c.stages, 2)) for c in CANDIDATES))
+each_stream = pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+@pytest.mark.parametrize("config", DISTINCT, ids=lambda c: f"{c.block_m}x{c.blocks}-{c.warps}-{c.stages}")
+@pytest.mark.parametrize(
+    ("batch", "tokens", "width"),
+    [(2, 16, 24), (2, 16, 1152), (3, 8, 130), (2, 11, 300), (5, 1, 37), (1, 33, 1024)],
+    ids=["whole", "of a model", "halves", "across samples", "a row each", "ragged"],
+)
+@each_stream
+def test_configurations_agree(monkeypatch, config: Config, batch: int, tokens: int, width: int, stream) -> None:
+    """Samples that programs divide and that they straddle, each of its own time group; rows beyond the last."""
+    monkeypatch.setattr(launch, "torch", PoisonedTorch())
+    make = maker(7)
+    x = (make.values(batch, tokens, width) * 3 + 1).to(stream)
+    shift, scale, *_ = make.values(batch, 6 * width).chunk(6, dim=1)  # rows of a wider tensor
+    target = make.params(lead=batch)
+    wide = x.double() - x.double().mean(-1, keepdim=True)
+    normal = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    value = normal * (1 + scale.double()[:, None]) + shift.double()[:, None]
+    given = to(DEVICE, x), to(DEVICE, shift), to(DEVICE, scale), 1e-6, operand(to(DEVICE, target))
+    found = read(launch.norm_quantize(*given, config), width)
+    assert_equal_up_to_ties(found, value, target)
+    if not NATIVE:  # a GPU sums in an order that depends on the configuration
+        assert torch.equal(found, read(launch.norm_quantize(*given, Config(1, 0, 0, stages=1)), width))
+
+
+def test_candidates() -> None:
+    """None twice; a program's rows are of one sample if it has a multiple of 64 tokens."""
+    for width in (32, 384, 768, 1024, 1152, 1536, 2304, 4096):
+        for rows in (1, FEW, MANY):
+            found = tuning.norm_candidates(rows, width)
+            assert len(set(found)) == len(found) > 5
+            assert all(64 % (config.block_m * config.blocks) == 0 or width < 512 for config in found)
+    assert any(config.stages > 1 < config.blocks for config in tuning.norm_candidates(MANY, WIDTH))
+
+
+@pytest.mark.slow
+def test_candidates_compile_without_spills(tmp_path: Path) -> None:
+    pytest.importorskip("triton.experimental.gluon")
+    found = compiled_for_hopper("norm", [(s, WIDTH, list(c)) for s in ("fp32", "bf16") for c in CANDIDATES], tmp_path)
+    for kernel in found:
+        assert not kernel["spilled"], kernel
+        assert kernel["of_a_thread"] <= 168, kernel  # twelve warps on a multiprocessor
