@@ -6,11 +6,10 @@ torch is imported where it is needed: the command line asks this module before i
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdit.errors import InputError
@@ -18,14 +17,12 @@ from tqdit.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    Named = Mapping[str, torch.Tensor]
-    Form = list[tuple[str, torch.Size, torch.dtype]]  # what a `Named` looks like
+    from tqdit.parcels import Form, Named
 
 Items = TypeVar("Items", bound=Sequence[Any])
 # Shares differ by one batch: ranks of like speed wait minutes, or hours where a large model is calibrated on CPUs.
 # torchrun ends a job whose process dies; this is for a machine that falls silent.
 TIMEOUT = {"cpu": timedelta(hours=12), "cuda": timedelta(hours=2)}
-ALIGNMENT = 64  # bytes, as torch aligns its own tensors
 
 
 @dataclass(frozen=True)
@@ -101,27 +98,33 @@ class World:
         return gathered[:count]
 
     def _exchange(self, parcels: "Sequence[Named]") -> "list[Named]":
-        """Send parcels[r] to rank r; returns what every rank has for this one, in their order. One's own stays put."""
+        """Send parcels[r] to rank r; returns what every rank has for this one, in their order.
+
+        One's own is copied too, so that it keeps nothing else of what it may be a view of.
+        """
         import torch
         from torch import distributed as dist
 
+        from tqdit.parcels import copied, form, length, pack, unpacked
+
         sent = [{} if rank == self.rank else parcel for rank, parcel in enumerate(parcels)]
-        forms = [[(name, tensor.shape, tensor.dtype) for name, tensor in parcel.items()] for parcel in sent]
+        forms = [form(parcel) for parcel in sent]
         told: list[list[Form]] = [[] for _ in range(self.size)]
         with _together():
             dist.all_gather_object(told, forms)
         expected = [of_rank[self.rank] for of_rank in told]
-        lengths, own_lengths = ([_offsets(form)[-1] for form in each] for each in (expected, forms))
+        lengths, own_lengths = (list(map(length, each)) for each in (expected, forms))
         outgoing = torch.empty(sum(own_lengths), dtype=torch.uint8)
-        for flat, parcel, form in zip(outgoing.split(own_lengths), sent, forms, strict=True):
-            _pack(flat, parcel, form)
+        for flat, parcel in zip(outgoing.split(own_lengths), sent, strict=True):
+            pack(flat, parcel)
         incoming, outgoing = torch.empty(sum(lengths), dtype=torch.uint8, device=self.device), outgoing.to(self.device)
         with _together():
             dist.all_to_all_single(incoming, outgoing, lengths, own_lengths)
         del outgoing
         flats = incoming.cpu().split(lengths)
-        received = [_unpacked(flat, form) for flat, form in zip(flats, expected, strict=True)]
-        return [parcels[rank] if rank == self.rank else parcel for rank, parcel in enumerate(received)]
+        received: list[Named] = [unpacked(*pair) for pair in zip(flats, expected, strict=True)]
+        received[self.rank] = copied(parcels[self.rank])
+        return received
 
     def wait(self) -> None:
         """Return when every rank has come here. Raises `ConnectionError` if another rank is gone."""
@@ -253,29 +256,6 @@ def _start_group(world: World) -> None:
         backend = "cpu:gloo,cuda:nccl"
     with _together():
         dist.init_process_group(backend, timeout=TIMEOUT[world.device.partition(":")[0]])
-
-
-def _offsets(form: "Form") -> list[int]:
-    """Where each tensor of a parcel begins in its bytes, and their number."""
-    sizes = [shape.numel() * dtype.itemsize for _, shape, dtype in form]
-    return list(accumulate((size + -size % ALIGNMENT for size in sizes), initial=0))
-
-
-def _pack(flat: "torch.Tensor", parcel: "Named", form: "Form") -> None:
-    """Write the tensors of a parcel into its bytes; what is between them is nobody's."""
-    import torch
-
-    for start, tensor in zip(_offsets(form), parcel.values(), strict=False):  # the last offset is the end
-        own = tensor.contiguous().reshape(-1).view(torch.uint8)
-        flat[start : start + len(own)] = own
-
-
-def _unpacked(flat: "torch.Tensor", form: "Form") -> "dict[str, torch.Tensor]":
-    """Views of the bytes of a parcel as the tensors they were."""
-    found = {}
-    for start, (name, shape, dtype) in zip(_offsets(form), form, strict=False):  # the last offset is the end
-        found[name] = flat[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
-    return found
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The stages in order, one function each; no mathematics. The command line and the Python API are these functions."""
 
+import contextlib
 import hashlib
 import json
 import secrets
@@ -330,6 +331,8 @@ def _check_shared(work: Path) -> None:
     if world.first:
         mark.unlink()
     if not seen:
+        with contextlib.suppress(OSError):
+            work.rmdir()  # made just now, on another disk
         raise InputError(f"--resumable: {work} is not on a file system that all processes share; leave it out")
 
 

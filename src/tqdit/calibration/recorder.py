@@ -19,6 +19,7 @@ from tqdit.calibration.taps import Taps
 from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.models.sampler import Progress, noise_generators, predict
 from tqdit.models.sites import BlockLayout, LinearGroup, blocks, config_of
+from tqdit.parcels import copied
 from tqdit.recipe import Recipe
 
 PROBE_STREAM = 500_000  # first noise stream of the probes, apart from those of images and of trajectories
@@ -131,7 +132,7 @@ class _Pass:
         for key, names in self.outputs.items():
             self.found[key] = torch.cat([self.probes.means[name] for name in names], dim=-1)
         self.found[MAXIMA] = torch.stack(self.maxima, 1)
-        return {key: tensor.cpu() for key, tensor in self.found.items()}
+        return copied(self.found)
 
     def _noise(self, eps: torch.Tensor) -> torch.Tensor:
         """Noise that depends on (seed, sample) alone, so that the batch size changes nothing."""

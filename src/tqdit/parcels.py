@@ -1,0 +1,50 @@
+"""Named tensors as one tensor of bytes: to travel between processes, or to be kept as one piece of memory."""
+
+from collections.abc import Mapping
+from itertools import accumulate
+
+import torch
+
+Named = Mapping[str, torch.Tensor]
+Form = list[tuple[str, torch.Size, torch.dtype]]  # what a `Named` looks like
+ALIGNMENT = 64  # bytes, as torch aligns its own tensors
+
+
+def form(tensors: Named) -> Form:
+    return [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
+
+
+def length(form: Form) -> int:
+    """Bytes of a parcel."""
+    return _offsets(form)[-1]
+
+
+def pack(flat: torch.Tensor, tensors: Named) -> None:
+    """Write tensors of any device into a parcel on the CPU; what lies between them is left as it is."""
+    for place, tensor in zip(unpacked(flat, form(tensors)).values(), tensors.values(), strict=True):
+        place.copy_(tensor)
+
+
+def unpacked(flat: torch.Tensor, form: Form) -> dict[str, torch.Tensor]:
+    """The tensors of a parcel, as views of it."""
+    found = {}
+    for start, (name, shape, dtype) in zip(_offsets(form), form, strict=False):  # the last offset is the end
+        found[name] = flat[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+    return found
+
+
+def copied(tensors: Named) -> dict[str, torch.Tensor]:
+    """Copies on the CPU that share one piece of memory, for what outlives the tensors among which it was made.
+
+    Small tensors that stay where large ones come and go are fences in the C library's heap: it neither fits the next
+    large ones between them nor gives those gaps back to the system.
+    """
+    flat = torch.empty(length(form(tensors)), dtype=torch.uint8)
+    pack(flat, tensors)
+    return unpacked(flat, form(tensors))
+
+
+def _offsets(form: Form) -> list[int]:
+    """Where each tensor of a parcel begins, and the end."""
+    sizes = [shape.numel() * dtype.itemsize for _, shape, dtype in form]
+    return list(accumulate((size + -size % ALIGNMENT for size in sizes), initial=0))
