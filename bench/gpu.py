@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# Name -> shape, batch, and the quantized models.
+# Name -> shape, batch, the quantized models, and what they run against. Rows of a workload are of one run; torchao has
+# one of its own, since its models take minutes to compile.
 VARIANTS = "plus:w8a8,paper:w8a8,plus:w6a6"
 WORKLOADS = {
-    "256-b64": ("DiT-XL/2", 64, f"{VARIANTS},plus:w4a8"),
-    "256-b2": ("DiT-XL/2", 2, VARIANTS),
-    "512-b16": ("DiT-XL/2@512", 16, VARIANTS),
+    "256-b64": ("DiT-XL/2", 64, f"{VARIANTS},plus:w4a8", "bfloat16"),
+    "256-b64 torchao": ("DiT-XL/2", 64, "plus:w8a8", "bf16-compiled,torchao"),
+    "256-b2": ("DiT-XL/2", 2, VARIANTS, "bfloat16"),
+    "512-b16": ("DiT-XL/2@512", 16, VARIANTS, "bfloat16"),
 }
-DEFAULTS = ["--against", "bfloat16,torchao", "--device", "cuda", "--repeats", "30", "--quiet", "--verbose"]
+DEFAULTS = ["--device", "cuda", "--repeats", "30", "--quiet", "--verbose"]
 QUICK = ["--repeats", "5", "--no-sampling", "--no-memory"]
 SAME = ("device", "torch", "torchao", "tqdit")  # of the environment: what rows of one file have in common
 
@@ -56,8 +58,9 @@ def main() -> None:
 
 def measure(name: str, more: list[str]) -> tuple[int, dict[str, Any] | None]:
     """The exit code of `tqdit bench` for a workload, and what it wrote, if it came so far. A later option wins."""
-    shape, batch, variants = WORKLOADS[name]
-    command = ["bench", "--random", shape, "--variants", variants, "--batch", str(batch), *DEFAULTS, *more]
+    shape, batch, variants, against = WORKLOADS[name]
+    command = ["bench", "--random", shape, "--variants", variants, "--batch", str(batch), "--against", against]
+    command += [*DEFAULTS, *more]
     print(shlex.join(["tqdit", *command]), flush=True)
     path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +85,8 @@ def add(out: Path, name: str, run: dict[str, Any]) -> None:
             before = found
         else:
             out.replace(out.with_suffix(".old.json"))
-    rows = [row for row in before["rows"] if row["workload"] != name] + run["rows"]
+    rows = [row for row in before["rows"] if row["workload"] != name]
+    rows += [{**row, "workload": name} for row in run["rows"]]
     result = {
         # Its peaks are those of the newest run; a floor is by those of its own.
         "environment": before.get("environment", {}) | {k: v for k, v in run["environment"].items() if v is not None},

@@ -13,6 +13,7 @@ TARGETS = {
 }
 BASELINE = "bf16-compiled"
 TOPS_TARGET = 1150  # of the int8 products with 16384 rows
+FP8_TARGET = 1.5  # of `plus` W8A8 over torchao's fp8
 MEMORY_TARGET = 0.5  # peak of a call at 64 samples, of the baseline's
 ATTENTION_TARGET = 2.0  # over bf16 scaled_dot_product_attention, head_dim 72
 LINEARS = ("qkv", "out", "fc1", "fc2")
@@ -87,7 +88,13 @@ def _row(row: dict[str, Any]) -> list[str]:
 def _not_measured(run: dict[str, Any]) -> list[str]:
     """Baselines that the file has no row of."""
     missing = [name for name in FAMILIES["torchao"] if all(row["backend"] != name for row in run["rows"])]
-    return [f"Not measured in these runs: {', '.join(missing)}.", ""] if missing else []
+    if missing:
+        return [f"Not measured: {', '.join(missing)}.", ""]
+    return [
+        "torchao's models are compiled as bf16's, but that fp8 products are ATEN's alone: for each Triton has a hundred "
+        "candidates, minutes of timing. They have a run of their own.",
+        "",
+    ]
 
 
 def _memory_aims(run: dict[str, Any]) -> list[list[str]]:
@@ -104,11 +111,16 @@ def _memory_aims(run: dict[str, Any]) -> list[list[str]]:
 def _speed_aims(run: dict[str, Any]) -> list[list[str]]:
     aims = []
     for row in run["rows"]:
-        target = TARGETS[row["workload"]].get((row["preset"], row["bits"]))
-        if target:
-            found = row["speedup_over_each"][BASELINE]
-            name = f"{row['workload']}, {row['preset']} {row['bits'].upper()} over {BASELINE}"
-            aims.append([name, f"≥ {target}×", f"{found:.2f}×", "yes" if found >= target else "no"])
+        over = row["speedup_over_each"]
+        wanted = {
+            BASELINE: TARGETS.get(row["workload"], {}).get((row["preset"], row["bits"])),
+            "torchao-fp8": FP8_TARGET,
+        }
+        for baseline, target in wanted.items():
+            if target and baseline in over:
+                name = f"{row['workload'].split()[0]}, {row['preset']} {row['bits'].upper()} over {baseline}"
+                met = "yes" if over[baseline] >= target else "no"
+                aims.append([name, f"≥ {target}×", f"{over[baseline]:.2f}×", met])
     return aims
 
 

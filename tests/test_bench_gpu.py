@@ -28,8 +28,9 @@ class Bench:
         options = dict(itertools.pairwise(command))
         side = 512 if options["--random"].endswith("@512") else 256
         name = f"{side}-b{options['--batch']}"
+        name += " torchao" if "torchao" in options["--against"] else ""
         if name not in self.silent:
-            row = {"workload": name, "number": len(self.commands)}
+            row = {"workload": name.split()[0], "number": len(self.commands)}
             result = {"command": "x", "environment": self.environment, "skipped": {"a": "why"}, "rows": [row, row]}
             Path(options["--json"]).write_text(json.dumps(result))
         return SimpleNamespace(returncode=self.codes.get(name, 0))
@@ -62,10 +63,10 @@ def rows(out: Path) -> list[tuple[str, int]]:
 def test_every_workload_in_one_file(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "new" / "gpu.json"
     assert run(monkeypatch, out) == ""
-    assert rows(out) == [("256-b64", 1)] * 2 + [("256-b2", 2)] * 2 + [("512-b16", 3)] * 2
+    assert rows(out) == [("256-b64", 1)] * 2 + [("256-b64 torchao", 2)] * 2 + [("256-b2", 3)] * 2 + [("512-b16", 4)] * 2
     result = json.loads(out.read_text())
     assert list(result) == ["environment", "commands", "skipped", "rows"]
-    assert list(result["commands"]) == list(result["skipped"]) == ["256-b64", "256-b2", "512-b16"]
+    assert list(result["commands"]) == list(result["skipped"]) == ["256-b64", "256-b64 torchao", "256-b2", "512-b16"]
     command = result["commands"]["256-b64"]
     assert command.startswith("tqdit bench --random DiT-XL/2 --variants plus:w8a8,paper:w8a8,plus:w6a6,plus:w4a8 ")
     assert "--json" not in command
@@ -77,7 +78,7 @@ def test_one_workload_replaces_its_rows(bench: Bench, tmp_path: Path, monkeypatc
     out = tmp_path / "gpu.json"
     run(monkeypatch, out)
     run(monkeypatch, out, "--workload", "256-b2", "--quick", "--against", "bf16-eager")
-    assert rows(out) == [("256-b64", 1)] * 2 + [("256-b2", 4)] * 2 + [("512-b16", 3)] * 2
+    assert rows(out) == [("256-b64", 1)] * 2 + [("256-b64 torchao", 2)] * 2 + [("256-b2", 5)] * 2 + [("512-b16", 4)] * 2
     command = json.loads(out.read_text())["commands"]["256-b2"]
     assert command.endswith("--repeats 5 --no-sampling --no-memory --against bf16-eager"), "the last of two counts"
 
@@ -87,7 +88,7 @@ def test_what_broke_loses_nothing(bench: Bench, tmp_path: Path, monkeypatch: pyt
     run(monkeypatch, out)
     bench.codes, bench.silent = {"256-b64": -9, "512-b16": 1}, {"256-b64"}
     assert run(monkeypatch, out) == "failed, in part or whole: 256-b64, 512-b16"
-    assert rows(out) == [("256-b64", 1)] * 2 + [("256-b2", 5)] * 2 + [("512-b16", 6)] * 2
+    assert rows(out) == [("256-b64", 1)] * 2 + [("256-b64 torchao", 6)] * 2 + [("256-b2", 7)] * 2 + [("512-b16", 8)] * 2
 
 
 def test_rows_of_another_machine_are_set_aside(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,8 +96,8 @@ def test_rows_of_another_machine_are_set_aside(bench: Bench, tmp_path: Path, mon
     run(monkeypatch, out)
     bench.environment = {**HERE, "device": "another GPU"}
     run(monkeypatch, out, "--workload", "256-b2")
-    assert rows(out) == [("256-b2", 4)] * 2
-    assert len(rows(tmp_path / "gpu.old.json")) == 6
+    assert rows(out) == [("256-b2", 5)] * 2
+    assert len(rows(tmp_path / "gpu.old.json")) == 8
 
 
 def test_its_commands_are_legal() -> None:
