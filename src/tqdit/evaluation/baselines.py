@@ -35,8 +35,7 @@ TORCHAO_OPTIONS: Mapping[str, Any] = {
     "coordinate_descent_check_all_directions": True,
     "force_fuse_int_mm_with_mul": True,
 }
-# Triton has a hundred candidates for each fp8 product, ten minutes of timing for DiT-XL/2 at 64 samples. Of those with
-# 16,384 rows, `qkv` took them 2.2 times as long as cuBLAS, `out` four fifths: 2 % of a call.
+# Triton has a hundred candidates for each fp8 product: minutes of timing each, for DiT-XL/2 at 64 samples.
 FP8_OPTIONS: Mapping[str, Any] = {"max_autotune_gemm_backends": "ATEN"}
 RECOMPILE_LIMIT = 64  # every compiled contender at every batch size counts: diffusers' models are one piece of code
 
