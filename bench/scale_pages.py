@@ -1,4 +1,4 @@
-"""The section on what a calibration of a large model costs, from every `calibration-scale-*.json`."""
+"""The section on what large models cost: calibration, from every `calibration-scale-*.json`, and several processes."""
 
 from typing import Any
 
@@ -13,7 +13,24 @@ def calibration_scale() -> list[str]:
     runs = [read(path.stem) for path in sorted(RESULTS.glob("calibration-scale-*.json"))]
     for run in runs:
         lines += [*_run(run), *scaling(run, runs)]
+    for path in sorted(RESULTS.glob("distributed-*.json")):
+        lines += sampling(read(path.stem))
     return lines
+
+
+def sampling(run: dict[str, Any]) -> list[str]:
+    """Images per second of one process and of several, as `bench/distributed.py` wrote them."""
+    same = "the same pixels" if len({row["sha256"] for row in run["rows"]}) == 1 else "**other pixels**"
+    settings = run["settings"]
+    return [
+        f"`{run['command']}`: {run['model']}, {settings['steps']} steps, guidance {settings['guidance']}, batches of "
+        f"{settings['batch']} images, on {environment(run['environment'])}; {same} for every number of processes.",
+        "",
+        table(["processes", "exchange", "images/s", "of perfect scaling"],
+              [[str(row["processes"]), row["exchange"], f"{row['images_per_second']:.3g}", f"{row['scaling']:.3f}"]
+               for row in run["rows"]]),
+        "",
+    ]  # fmt: skip
 
 
 def scaling(run: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:

@@ -75,6 +75,20 @@ def test_the_page_compares_with_one_process_of_like_conditions(result, monkeypat
     assert "was not measured" in scaling(two, [*others, two])[0]
 
 
+def test_the_page_shows_how_sampling_scales(result, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    from scale_pages import sampling
+
+    rows = [{"processes": n, "exchange": "nccl", "images_per_second": 9.5 * n, "scaling": 0.95, "sha256": "a"}
+            for n in (1, 2)]  # fmt: skip
+    run = {"command": "x", "model": "m", "environment": result["environment"], "rows": rows,
+           "settings": {"steps": 50, "guidance": 1.5, "batch": 32}}  # fmt: skip
+    text = "\n".join(sampling(run))
+    assert "the same pixels" in text
+    assert "| 2 | nccl | 19 | 0.950 |" in text
+    assert "**other pixels**" in "\n".join(sampling({**run, "rows": [rows[0], {**rows[1], "sha256": "b"}]}))
+
+
 def test_operations_are_those_of_the_model(monkeypatch) -> None:
     monkeypatch.syspath_prepend(BENCH)
     from scale_arithmetic import operations

@@ -33,6 +33,17 @@ def comparison(pipeline, artifacts):
     return compare(pipeline, artifacts, num=3, sampling=FAST, samples=2)
 
 
+def test_a_residual_stream_in_bf16_is_another_model(pipeline, artifacts, comparison) -> None:
+    found = compare(pipeline, artifacts[:1], num=3, sampling=FAST, samples=2, dtype="bfloat16")
+    assert found.settings["dtype"] == "bfloat16"
+    assert torch.equal(found.float_model.images, comparison.float_model.images)
+    (ours,), (before, _) = found.models, comparison.models
+    assert ours.eps.overall != before.eps.overall
+    assert abs(ours.eps.overall - before.eps.overall) < 3
+    with pytest.raises(InputError, match="dtype 'int8' is not one of float32, bfloat16"):
+        compare(pipeline, artifacts[:1], dtype="int8")
+
+
 def test_json_has_every_figure(comparison, model) -> None:
     value = json.loads(comparison.with_seconds([1.0, 2.0]).to_json())
     assert set(value) == {"environment", "settings", "reference", "models"}

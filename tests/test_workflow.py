@@ -10,6 +10,7 @@ import torch
 
 from tqdit import artifact, distributed, files, workflow
 from tqdit.calibration import store
+from tqdit.convert import convert
 from tqdit.errors import InputError
 from tqdit.evaluation.metrics import sqnr_db
 from tqdit.files import write_bytes
@@ -325,3 +326,16 @@ def test_load_gives_integers_or_floats(quantized, pipeline) -> None:
     assert workflow.load(quantized[0], "reference").quantization_backend == "reference"
     assert workflow.load(quantized[0], "simulated").quantization_backend == "simulated"
     assert not hasattr(workflow.load(pipeline), "quantization_backend")
+
+
+def test_dtype_is_that_of_an_artifacts_stream(quantized, pipeline) -> None:
+    folder, _ = quantized
+    assert workflow.load(folder, dtype="bfloat16").stream_dtype is torch.bfloat16
+    drawn = [workflow.sample(folder, ["1"], 1, FAST, dtype=dtype) for dtype in ("float32", "bfloat16")]
+    assert drawn[0].dtype is drawn[1].dtype is torch.float32
+    assert not torch.equal(*drawn)
+    assert sqnr_db(*drawn) > 15
+    with pytest.raises(InputError, match="is a float model and runs in float32; dtype 'bfloat16' is for artifacts"):
+        workflow.load(pipeline, dtype="bfloat16")
+    with pytest.raises(InputError, match=r"dtype torch\.int8 is not one of"):
+        convert(artifact.read(resolve(folder).folder), dtype=torch.int8)
