@@ -7,7 +7,6 @@ once), the time they take at the peaks measured in the same run, and the fractio
 
 Weights are read from memory, as in a model, whose other layers have left nothing of them in the L2 cache: a kernel
 runs with one copy of its weights after another, together twice that cache (at most COPIES: the smallest stay in it).
-With few rows `norm` asks for the next layers' ahead: then those are in the cache, and `norm` is timed with asking.
 """
 
 import argparse
@@ -22,7 +21,6 @@ import torch
 from torch.nn import functional as F
 
 from tqdit.backends.triton import hopper, launch, tuning
-from tqdit.backends.triton.backend import AHEAD_ROWS
 from tqdit.backends.triton.kernels import rounding
 from tqdit.backends.triton.layer import TritonLinear
 from tqdit.backends.triton.layouts import Config, Operand, Weight
@@ -51,8 +49,7 @@ PROBABILITIES = {
     "merged": rounding.SOFTMAX_MERGED.value,
 }
 FLOAT_INPUTS = {  # whether it has a row per token, columns, depth
-    "adaLN of the first block": (False, 6 * WIDTH, WIDTH),
-    "adaLN of the other blocks": (False, (LAYERS - 1) * 6 * WIDTH, WIDTH),
+    "adaLN of all blocks": (False, LAYERS * 6 * WIDTH, WIDTH),
     "final adaLN": (False, 2 * WIDTH, WIDTH),
     "timestep, first": (False, WIDTH, 256),
     "timestep, second": (False, WIDTH, WIDTH),
@@ -111,7 +108,7 @@ def main() -> None:
         r |= {"floor_us": floor, "fraction": floor / r["us"]}
     result = {
         "environment": environment("cuda") | peaks,
-        "weights": "from memory, or with few rows from the L2 cache, asked for ahead",
+        "weights": "from memory",
         "rows": rows,
         "sdpa_bf16_us": sdpa(),
     }
@@ -168,7 +165,7 @@ def maker(job: Job, small: bool = False) -> Kernel:
     if job.name in LINEARS:
         epilogue, depth, columns, products = LINEARS[job.name]
         run = linear(epilogue, depth, columns, products, batch, tokens, group)
-        return with_copies(run, weight(columns, depth), alone=small or batch * tokens <= AHEAD_ROWS)
+        return with_copies(run, weight(columns, depth), alone=small)
     if job.name in FLOAT_INPUTS:
         per_token, columns, depth = FLOAT_INPUTS[job.name]
         columns = min(columns, 6 * WIDTH) if small else columns
@@ -179,13 +176,7 @@ def maker(job: Job, small: bool = False) -> Kernel:
         modulation = torch.randn(batch, 6 * WIDTH, device="cuda")
         parts = modulation[:, :WIDTH], modulation[:, WIDTH : 2 * WIDTH]
         target = operand(group)
-        if small or batch * tokens > AHEAD_ROWS:
-            return Kernel(lambda config: launch.norm_quantize(x, *parts, 1e-6, target, config))
-
-        def asking(config: Config, layer: Weight) -> object:
-            return launch.norm_quantize(x, *parts, 1e-6, target, config, layer.codes.chunk(2))
-
-        return with_copies(asking, weight(8 * WIDTH, WIDTH), alone=False)  # those of the feed-forward, as one
+        return Kernel(lambda config: launch.norm_quantize(x, *parts, 1e-6, target, config))
     mode = PROBABILITIES[job.name.partition(", ")[2]]
     size = launch.heads_size(batch, tokens, HEADS, HEAD_DIM)
     qkv = codes(size)

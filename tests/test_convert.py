@@ -339,7 +339,7 @@ def test_equal_embedders_are_held_once(solved) -> None:
     floats, params, codes = shared
     params = {k: replace(p, spec=replace(p.spec, name=k)) for k, p in params.items()}
     conditioning = convert(replace(solution, floats=floats, params=params, codes=codes)).conditioning
-    assert len(conditioning.embedders) == len(conditioning.first) == len(conditioning.others) == 1
+    assert len(conditioning.embedders) == len(conditioning.linears) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float32])

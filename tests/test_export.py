@@ -118,6 +118,10 @@ def test_class_names_from_a_file(file, vae, tmp_path) -> None:
     names.write_text('{"tench": 0}')
     with pytest.raises(InputError, match=r"names\.json has the key 'tench', keys are class numbers"):
         convert_checkpoint(file, tmp_path / "dit", 2, labels=names)
+    names.write_text('{"0": "tench", "1000": "no such class"}')
+    with pytest.raises(InputError, match=r"names\.json names class 1000, the model has classes 0 to 9"):
+        convert_checkpoint(file, tmp_path / "dit", 2, labels=names)
+    assert not (tmp_path / "dit").exists()
 
 
 def test_quantized_directly_or_as_a_folder_it_is_the_same(tmp_path, tiny_recipe) -> None:

@@ -32,11 +32,22 @@ def some(inputs: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize("backend", ["triton", "triton-packed"])
-@pytest.mark.parametrize(("preset", "bits"), [("paper", "w8a8"), ("plus", "w6a6"), ("plus", "w4a8")])
-def test_model_is_within_the_bound_of_the_reference(solved, model_inputs, backend: str, preset: str, bits: str) -> None:
-    inputs = some(model_inputs, 5)
-    expected = run(convert(solved(preset, bits), "reference", DEVICE), inputs)
-    assert sqnr_db(expected.cpu(), run(convert(solved(preset, bits), backend, DEVICE), inputs).cpu()) > BOUND_DB
+@pytest.mark.parametrize(
+    ("preset", "bits", "dtype"),
+    [
+        ("paper", "w8a8", torch.float32),
+        ("paper", "w8a8", torch.bfloat16),
+        ("plus", "w6a6", torch.float32),
+        ("plus", "w4a8", torch.float32),
+    ],
+)
+def test_model_is_within_the_bound_of_the_reference(
+    solved, model_inputs, backend: str, preset: str, bits: str, dtype: torch.dtype
+) -> None:
+    """`dtype`: of the residual stream, of both."""
+    inputs, solution = some(model_inputs, 5), solved(preset, bits)
+    expected, found = (run(convert(solution, name, DEVICE, dtype), inputs) for name in ("reference", backend))
+    assert sqnr_db(expected.cpu(), found.cpu()) > BOUND_DB
 
 
 def test_compiles_whole_and_for_every_timestep(solved, model_inputs) -> None:

@@ -20,7 +20,8 @@ def recording(stream: torch.cuda.Stream | None = None) -> Iterator[torch.cuda.CU
     graph = torch.cuda.CUDAGraph()
     with LOCK, torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails leaves its own stream behind
         gc.collect()  # nothing may be freed while a capture is under way
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        own = stream or torch.cuda.Stream()  # torch's own default is of whichever device came first
+        with torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
             yield graph
 
 

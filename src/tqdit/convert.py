@@ -178,8 +178,7 @@ class _Builder:
         for embedder, members in groups:
             projection = embedder.get_submodule("time_proj")
             embedder.time_proj = TimestepTable(projection, self.solution.time_groups.num_timesteps)
-            layers = [self.adaln(part) for part in (members[:1], members[1:]) if part]
-            group = self.conditioning.add(embedder, *layers)
+            group = self.conditioning.add(embedder, self.adaln(members))
             for place, name in enumerate(members):
                 model.get_submodule(name).join(group, place)
 

@@ -265,7 +265,7 @@ def _together() -> Iterator[None]:
 
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # of this process
         raise
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]

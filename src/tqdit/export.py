@@ -51,11 +51,12 @@ def convert_checkpoint(
             f"'{model}' is in diffusers' format already; pass --official if it was made from an official checkpoint "
             "and is to run as published"
         )
+    classes = int(source.config["num_embeds_ada_norm"])
     source = replace(
         source,
         config={**source.config, **AS_PUBLISHED},
         vae=source.vae if vae is None else Path(vae),
-        labels=source.labels if labels is None else class_names(read_json(Path(labels)), str(labels)),
+        labels=source.labels if labels is None else class_names(read_json(Path(labels)), str(labels), classes),
     )
     if source.vae is not None:
         check_vae(source.vae, int(source.config["in_channels"]))

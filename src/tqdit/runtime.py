@@ -51,6 +51,8 @@ class Runtime(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Runtime":
         with self._lock:
+            for device in {key[0] for key in self._captured}:
+                torch.cuda.synchronize(device)
             self._captured.clear()
         return super()._apply(fn, recurse)
 
@@ -119,6 +121,7 @@ class Runtime(nn.Module):
             if key not in self._captured:
                 self._captured[key] = self._capture(forward, x, t, labels)
                 if len(self._captured) > MAX_GRAPHS:
+                    torch.cuda.synchronize()  # a replay on another stream may still read what is given back
                     self._captured.popitem(last=False)
             self._captured.move_to_end(key)
             return self._captured[key](x, t, labels)

@@ -261,9 +261,12 @@ def sample_folder(
     `InputError` for a folder that has something else, before any work.
     """
     folder = Path(folder)
-    images.check_folder(folder, wanted.run)
+    target = checked_device(device)
+    chosen = get_backend(backend, target).NAME if wanted.source.quantized else "float"
+    run = {**wanted.run, "backend": chosen, "device": target.type, "dtype": dtype}
+    images.check_folder(folder, run)
     model = load_source(wanted.source, backend, device, dtype)
-    return images.into_folder(wanted, model, folder, lambda f: report("sampling", f))
+    return images.into_folder(wanted, model, folder, lambda f: report("sampling", f), run)
 
 
 def inspect(folder: str | Path, backend: str = "auto") -> dict[str, Any]:

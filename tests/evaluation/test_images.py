@@ -94,15 +94,33 @@ def test_an_interrupt_keeps_finished_batches(wanted: Images, module: torch.nn.Mo
         ({"sampling": Sampling("ddpm", 2, 1.5)}, "sampler was ddim"),
         ({"sampling": Sampling("ddim", 2, 2)}, "guidance was 1.5"),
         ({"classes": (3,)}, "classes was"),
+        ({"batch": 1}, "batch was 2, now it is 1"),
     ],
 )
 def test_another_run_is_refused(wanted: Images, tmp_path: Path, change: dict, named: str) -> None:
     (tmp_path / RUN).write_text(json.dumps(wanted.run))
     check_folder(tmp_path, wanted.run)
-    check_folder(tmp_path, replace(wanted, num=99, batch=1).run)
+    check_folder(tmp_path, replace(wanted, num=99).run)
     check_folder(tmp_path, {**wanted.run, "model": "renamed"})
     with pytest.raises(InputError, match=named):
         check_folder(tmp_path, replace(wanted, **change).run)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"backend": "reference"}, "backend was cpu, now it is reference"),
+        ({"dtype": "bfloat16"}, "dtype was float32, now it is bfloat16"),
+    ],
+)
+def test_another_backend_or_dtype_is_refused(solved, pipeline, tmp_path: Path, options: dict, named: str) -> None:
+    """They round differently."""
+    workflow.save(solved(), resolve(pipeline), tmp_path / "w8a8")
+    few = workflow.images_of(tmp_path / "w8a8", ["3"], 1, FAST)
+    assert workflow.sample_folder(few, tmp_path / "out") == 1
+    assert workflow.sample_folder(few, tmp_path / "out", backend="cpu") == 0, "what auto stands for"
+    with pytest.raises(InputError, match=named):
+        workflow.sample_folder(few, tmp_path / "out", **options)
 
 
 def test_other_weights_or_schedule_are_another_run(own_pipeline: Path, wanted: Images, tiny_dit) -> None:

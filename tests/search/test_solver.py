@@ -13,7 +13,7 @@ from tqdit.errors import InputError
 from tqdit.evaluation.metrics import sqnr_db
 from tqdit.grids.regions import is_merged, merge_shift
 from tqdit.models.sites import blocks, sites
-from tqdit.search import alternating
+from tqdit.search import alternating, solver
 from tqdit.search.solver import solve
 from tqdit.spec import Grid, Role
 from tqdit.timegroups import TimeGroups
@@ -105,6 +105,15 @@ def test_per_channel_weights_are_closer(model, solved, bits: str) -> None:
         for granularity in ("per_tensor", "per_channel")
     )
     assert channel < 0.9 * tensor
+
+
+def test_memory_that_runs_out_is_one_clear_error(model, records, tiny_recipe, monkeypatch) -> None:
+    def hungry(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(solver, "alternate", hungry)
+    with pytest.raises(InputError, match=r"too little memory to search the scales of 'transformer_blocks\.0\.attn1"):
+        solution_of(model, records, tiny_recipe())
 
 
 def test_weight_only_search_lowers_the_error_of_each_channel(model, solved) -> None:

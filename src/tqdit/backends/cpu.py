@@ -8,8 +8,6 @@ side of a rounding boundary.
 
 import ctypes
 import warnings
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -78,13 +76,7 @@ class NativeCpu(TorchCpu):
 
     @torch.compiler.disable
     def norm_quantize(
-        self,
-        x: torch.Tensor,
-        shift: torch.Tensor,
-        scale: torch.Tensor,
-        eps: float,
-        target: OperandParams,
-        following: Sequence[Any] = (),
+        self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, target: OperandParams
     ) -> torch.Tensor:
         x = x.float().contiguous()
         out = torch.empty(x.shape, dtype=torch.uint8)

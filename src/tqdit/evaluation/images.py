@@ -59,8 +59,11 @@ class Images:
 
     @cached_property
     def run(self) -> dict[str, Any]:
-        """What decides the images, as JSON values; their number does not. Reads the model's files once."""
-        settings = {"seed": self.seed, **asdict(self.sampling), "classes": list(self.classes)}
+        """What decides the images, as JSON values; their number does not. Reads the model's files once.
+
+        The batch does by the rounding of float operations, and so does where they run: see `workflow.sample_folder`.
+        """
+        settings = {"seed": self.seed, **asdict(self.sampling), "classes": list(self.classes), "batch": self.batch}
         return {"model": self.source.name, "model_sha256": _fingerprint(self.source), **settings}
 
 
@@ -97,16 +100,20 @@ def check_folder(folder: Path, run: dict[str, Any]) -> None:
         )
 
 
-def into_folder(images: Images, model: nn.Module, folder: Path, progress: Progress) -> int:
+def into_folder(
+    images: Images, model: nn.Module, folder: Path, progress: Progress, run: dict[str, Any] | None = None
+) -> int:
     """Write the images that `folder` lacks, each as soon as its batch is finished; returns how many were new.
 
+    `run`: what decides the pixels, to be found in the folder again; `images.run` if it says no more.
     Each rank draws its share of the batches that are not whole; a batch is drawn as a whole, as it was at first. Files
     are `000017.png`, whole or not there at all. Ranks may see the same folder or, on other machines, one of their own.
     """
     world = distributed.current()
-    check_folder(folder, images.run)
+    run = images.run if run is None else run
+    check_folder(folder, run)
     if not (folder / RUN).exists():
-        write_text(folder / RUN, json.dumps(images.run, indent=1) + "\n")
+        write_text(folder / RUN, json.dumps(run, indent=1) + "\n")
     here = torch.tensor([image_file(folder, i).is_file() for i in range(images.num)], dtype=torch.int32)
     there = world.add(here).bool().tolist()
     share = world.share([indices for indices in images.batches if not all(there[i] for i in indices)])

@@ -1,7 +1,10 @@
 """Bit packing of weight codes: 8 codes of k bits in k bytes, lowest bits first, so 6-bit codes take 4 in 3 bytes."""
 
-import numpy as np
+import math
+from collections.abc import Iterator
+
 import torch
+from torch.nn import functional as F
 
 from tqdit.errors import InputError
 
@@ -13,25 +16,48 @@ def packed_size(count: int, bits: int) -> int:
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """int8 codes of any shape -> uint8 (packed_size,), little-endian bit stream of two's-complement codes."""
-    flat = codes.reshape(-1).contiguous().cpu().numpy().view(np.uint8)
+    flat = codes.reshape(-1).contiguous().cpu().view(torch.uint8)
     if bits == 8:
-        return torch.from_numpy(flat.copy())
-    stream = np.unpackbits(flat[:, None], axis=1, count=bits, bitorder="little")
-    return torch.from_numpy(np.packbits(stream.reshape(-1), bitorder="little"))
+        return flat.clone()
+    count, size = _group(bits)
+    groups = F.pad(flat, (0, -len(flat) % count)).view(-1, count) & (1 << bits) - 1
+    packed = torch.zeros(len(groups), size, dtype=torch.uint8)
+    for code, byte, shift in _places(bits):
+        packed[:, byte] |= groups[:, code] << shift
+        if shift + bits > 8:
+            packed[:, byte + 1] |= groups[:, code] >> 8 - shift
+    return packed.view(-1)[: packed_size(len(flat), bits)].clone()
 
 
 def unpack(packed: torch.Tensor, bits: int, shape: tuple[int, ...]) -> torch.Tensor:
     """Inverse of `pack`: int8 codes of `shape`. Raises `InputError` if the byte count does not fit the shape."""
-    count = int(np.prod(shape, dtype=np.int64))
-    if packed.dtype is not torch.uint8 or packed.numel() != packed_size(count, bits):
+    total = math.prod(shape)
+    if packed.dtype is not torch.uint8 or packed.numel() != packed_size(total, bits):
         raise InputError(
             f"packed codes are {packed.numel()} bytes of {packed.dtype}; shape {tuple(shape)} at {bits} bits "
-            f"takes {packed_size(count, bits)} bytes of uint8"
+            f"takes {packed_size(total, bits)} bytes of uint8"
         )
     if bits == 8:
         return packed.view(torch.int8).reshape(shape)  # no copy
-    data = packed.cpu().numpy()
-    stream = np.unpackbits(data, count=count * bits, bitorder="little").reshape(count, bits)
-    unsigned = np.packbits(stream, axis=1, bitorder="little")[:, 0].astype(np.int16)
-    signed = np.where(unsigned >= 1 << (bits - 1), unsigned - (1 << bits), unsigned)
-    return torch.from_numpy(signed.astype(np.int8)).reshape(shape)
+    count, size = _group(bits)
+    groups = F.pad(packed.cpu(), (0, -len(packed) % size)).view(-1, size)
+    codes = torch.empty(len(groups), count, dtype=torch.uint8)
+    half = 1 << (bits - 1)
+    for code, byte, shift in _places(bits):
+        value = groups[:, byte] >> shift
+        if shift + bits > 8:
+            value |= groups[:, byte + 1] << 8 - shift
+        codes[:, code] = ((value & 2 * half - 1) ^ half) - half  # the sign is the highest of the bits
+    return codes.view(torch.int8).view(-1)[:total].reshape(shape)
+
+
+def _group(bits: int) -> tuple[int, int]:
+    """The fewest codes that take whole bytes, and those bytes."""
+    common = math.gcd(8, bits)
+    return 8 // common, bits // common
+
+
+def _places(bits: int) -> Iterator[tuple[int, int, int]]:
+    """Of each code of a group: its number, the byte it begins in, and at which bit of that."""
+    for code in range(_group(bits)[0]):
+        yield code, *divmod(code * bits, 8)

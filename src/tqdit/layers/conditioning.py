@@ -27,14 +27,6 @@ class TimestepTable(nn.Module):
 
 
 @dataclass
-class _Beside:
-    """What another stream makes of `source`, which must live until it has read it."""
-
-    stream: torch.cuda.Stream
-    source: torch.Tensor
-
-
-@dataclass
 class _Call:
     """The distinct inputs of one denoiser call, the row each sample uses, and by group what was made of them."""
 
@@ -42,32 +34,27 @@ class _Call:
     labels: torch.Tensor
     rows: torch.Tensor | None
     embedded: dict[int, torch.Tensor] = field(default_factory=dict)
-    first: dict[int, torch.Tensor] = field(default_factory=dict)  # modulation of a group's first block
-    others: dict[int, torch.Tensor] = field(default_factory=dict)  # and of the other ones
-    beside: dict[int, _Beside] = field(default_factory=dict)
+    modulation: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class Conditioning(nn.Module):
     """The adaLN modulation of all blocks, computed once in a denoiser call: it depends on timestep and class alone.
 
-    Blocks with the same embedder are a group: their adaLN layers are two, the first block's and those of all others. In
-    a CUDA graph the others' weights are read while the first block runs. On the CPU equal (t, class) rows of the batch,
-    such as the null class under guidance, are computed once; `rows` says which row each sample uses.
+    Blocks with the same embedder are a group: their adaLN layers are one. On the CPU equal (t, class) rows of the
+    batch, such as the null class under guidance, are computed once; `rows` says which row each sample uses.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.embedders = nn.ModuleList()
-        self.first = nn.ModuleList()
-        self.others = nn.ModuleList()
+        self.linears = nn.ModuleList()
         self._now: dict[int, _Call] = {}  # by thread: calls of one model may overlap
 
-    def add(self, embedder: nn.Module, first: nn.Module, others: nn.Module | None = None) -> int:
-        """A group of blocks: its embedder, and their adaLN layers, C -> 6 C and C -> (blocks - 1) 6 C. Its number."""
+    def add(self, embedder: nn.Module, linear: nn.Module) -> int:
+        """A group of blocks: its embedder, and their adaLN layers stacked, C -> blocks * 6 C. Returns its number."""
         self.embedders.append(embedder)
-        self.first.append(first)
-        self.others.append(others or nn.Identity())
-        return len(self.embedders) - 1
+        self.linears.append(linear)
+        return len(self.linears) - 1
 
     def set(self, timestep: torch.Tensor, labels: torch.Tensor) -> None:
         """Begin a denoiser call. timestep: (1,) or (B,), any number type; labels: (B,), on the same device."""
@@ -92,35 +79,14 @@ class Conditioning(nn.Module):
         return out if call.rows is None else out.index_select(0, call.rows)
 
     def modulation(self, group: int, place: int) -> tuple[torch.Tensor, ...]:
-        """shift, scale, gate of attention, then of the feed-forward, each (B, C) fp32, of block `place` of a group.
-
-        The blocks ask in their order.
-        """
+        """shift, scale, gate of attention, then of the feed-forward, each (B, C) fp32, of block `place` of a group."""
         call = self._call()
-        if group not in call.first:
-            self._begin(call, group)
-        if place == 0:
-            out = call.first[group]
-        else:
-            if beside := call.beside.pop(group, None):
-                torch.cuda.current_stream().wait_stream(beside.stream)
-            width = call.first[group].shape[1]
-            out = call.others[group][:, (place - 1) * width : place * width]
+        if group not in call.modulation:
+            call.modulation[group] = self.linears[group](F.silu(self._embedded(call, group)))
+        width = 6 * self._embedded(call, group).shape[1]
+        out = call.modulation[group][:, place * width : (place + 1) * width]
         out = out if call.rows is None else out.index_select(0, call.rows)
         return out.chunk(6, dim=1)
-
-    def _begin(self, call: _Call, group: int) -> None:
-        """All modulation of a group. In a graph that of the other blocks is a branch, which `modulation` waits for."""
-        source, others = F.silu(self._embedded(call, group)), self.others[group]
-        if not isinstance(others, nn.Identity):
-            if source.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
-                call.beside[group] = _Beside(torch.cuda.Stream(), source)
-                call.beside[group].stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(call.beside[group].stream):
-                    call.others[group] = others(source)
-            else:
-                call.others[group] = others(source)
-        call.first[group] = self.first[group](source)
 
     def _call(self) -> _Call:
         assert thread() in self._now, "the conditioning is set by the model's forward"

@@ -205,10 +205,15 @@ def copy_vae(vae: Path, folder: Path) -> None:
     shutil.copytree(vae, folder / "vae", ignore=shutil.ignore_patterns("*.bin"))
 
 
-def class_names(table: Any, where: str) -> dict[int, str]:
-    """Class names by number, out of JSON; `where` it is from is named in the `InputError` for anything else."""
+def class_names(table: Any, where: str, count: int | None = None) -> dict[int, str]:
+    """Class names by number, out of JSON; `where` it is from is named in the `InputError` for anything else, and for a
+    number that is not below `count`.
+    """
     if not isinstance(table, dict):
         raise InputError(f"{where} is not a table of class numbers to names")
     if wrong := [number for number in table if not number.isdecimal()]:
         raise InputError(f"{where} has the key '{wrong[0]}', keys are class numbers")
-    return {int(number): str(label) for number, label in table.items()}
+    names = {int(number): str(label) for number, label in table.items()}
+    if count is not None and (beyond := [number for number in names if number >= count]):
+        raise InputError(f"{where} names class {beyond[0]}, the model has classes 0 to {count - 1}")
+    return names

@@ -1,6 +1,5 @@
 """The operations of a DiT block out of four primitive ones: what a backend must equal, and what it may fall back to."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,13 +48,7 @@ class Composed:
         return LinearCodes(weight, bias)
 
     def norm_quantize(
-        self,
-        x: torch.Tensor,
-        shift: torch.Tensor,
-        scale: torch.Tensor,
-        eps: float,
-        target: OperandParams,
-        following: Sequence[Any] = (),
+        self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, target: OperandParams
     ) -> torch.Tensor:
         normal = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
         return quantize(normal * (1 + scale[:, None]) + shift[:, None], target)

@@ -5,7 +5,6 @@ block of a DiT is seven calls: norm_quantize, qkv, attention, linear_residual; n
 linear_residual. Between them only codes travel, in a layout of the backend's own.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -80,18 +79,9 @@ class Backend(Protocol):
         """The same for a layer whose input stays in float."""
 
     def norm_quantize(
-        self,
-        x: torch.Tensor,
-        shift: torch.Tensor,
-        scale: torch.Tensor,
-        eps: float,
-        target: OperandParams,
-        following: Sequence[Any] = (),
+        self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, target: OperandParams
     ) -> torch.Tensor:
-        """Codes (B, N, C) of LayerNorm(x) (1 + scale) + shift.
-
-        `following`: the next two layers, whose weights a backend may bring nearer meanwhile.
-        """
+        """Codes (B, N, C) of LayerNorm(x) (1 + scale) + shift."""
 
     def qkv(self, codes: torch.Tensor, source: OperandParams, layer: Any, params: AttentionParams) -> Any:
         """Codes (B, N, 3 C) of q, k and v, each with heads of one scale, as `attention` takes them."""

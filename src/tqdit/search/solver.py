@@ -12,6 +12,7 @@ from tqdit import distributed
 from tqdit.calibration.records import AttentionRecord, LinearRecord, Records
 from tqdit.calibration.statistics import RangeStats
 from tqdit.calibration.store import Forgetful, Store
+from tqdit.errors import InputError
 from tqdit.grids import uniform
 from tqdit.models.sampler import Progress
 from tqdit.models.sites import BlockLayout, LinearGroup, blocks, config_of, float_input_modules, sites
@@ -36,7 +37,7 @@ def solve(
     """Choose the grid of every site and code every weight. `model` is the float model; it is only read.
 
     Each matmul is one piece of `store`. Inside `distributed.joined` the ranks share the blocks, whose records each has
-    of its own alone, and each returns the whole solution.
+    of its own alone, and each returns the whole solution. Raises `InputError` where memory runs out.
     """
     solver, keep, world = _Solver(model, records, recipe), store or Forgetful(), distributed.current()
     parts = solver.parts()
@@ -47,7 +48,13 @@ def solve(
         for part in share:
             solved.append({})
             for name, matmul in part.items():
-                solved[-1] |= keep.once(f"solved-{name}", matmul).read()
+                try:
+                    solved[-1] |= keep.once(f"solved-{name}", matmul).read()
+                except torch.OutOfMemoryError:
+                    raise InputError(
+                        f"the device has too little memory to search the scales of '{name}': set fewer rows and "
+                        "queries in a recipe file, or search on the CPU"
+                    ) from None
                 done += 1
                 progress(done / total)
     # Not as parts are finished: ranks would wait for the slowest of each, not once for the slowest of all.

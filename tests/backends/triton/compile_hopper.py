@@ -105,11 +105,11 @@ def compiled_norm(stream: str, width: int, config: list[int]):
     """The norm kernel where all rows of a program are of one sample; `stream`: bf16 or fp32."""
     chosen = Config(*config)
     first, rest = powers_of_two(width, 16)
-    kinds = {"x": f"*{stream}", "out": "*i8", "following": "*i8", "after": "*i8", "group": "*i64", "eps": "fp32"}
+    kinds = {"x": f"*{stream}", "out": "*i8", "group": "*i64", "eps": "fp32"}
     kinds |= dict.fromkeys(("shift", "scale", "target"), "*fp32")
-    kinds |= dict.fromkeys(("modulation_stride", "M", "TOKENS", "out_stride", "following_lines", "after_lines"), "i32")
+    kinds |= dict.fromkeys(("modulation_stride", "M", "TOKENS", "out_stride"), "i32")
     constants = {
-        "LINES": 64, "C": width, "GROUP_STRIDE": 0, "TARGET_STRIDE": 8, "BITS": 8, "PER_TILE": True, "NATIVE": True,
+        "C": width, "GROUP_STRIDE": 0, "TARGET_STRIDE": 8, "BITS": 8, "PER_TILE": True, "NATIVE": True,
         "ROWS": chosen.block_m, "BLOCKS": chosen.blocks, "STAGES": chosen.stages, "FIRST": first, "REST": rest,
     }  # fmt: skip
     names = norm_quantize_kernel.arg_names

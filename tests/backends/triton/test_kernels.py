@@ -91,21 +91,6 @@ def test_norm_quantize(batch: int, tokens: int, width: int, heads: int, lead: bo
     assert_equal_up_to_ties(actual, value, target)
 
 
-@pytest.mark.parametrize("rows", [5, 300, 5000])
-def test_weights_of_the_next_layers_are_asked_for(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    """Where there are few rows; the codes are what they are without."""
-    make, run, width = maker(7), TritonBackend(), 48
-    x, target = make.values(1, rows, width), make.params()
-    shift, scale = make.values(1, width).to(DEVICE), make.values(1, width).to(DEVICE)
-    layers = [on_device(run.prepare(make.weight(columns, width), None)) for columns in (3 * width, width)]
-    asked, norm = [], launch.norm_quantize
-    monkeypatch.setattr(launch, "norm_quantize", lambda *given: asked.append(given[-1]) or norm(*given))
-    given = to(DEVICE, x), shift, scale, 1e-6, to(DEVICE, target)
-    assert torch.equal(run.norm_quantize(*given, layers), run.norm_quantize(*given))
-    assert [len(ahead) for ahead in asked] == [2 if rows <= 4096 else 0, 0]
-    assert all(found is layer.codes for found, layer in zip(asked[0], layers, strict=False))
-
-
 @each_backend
 @each_shape
 @pytest.mark.parametrize("lead", [False, True])

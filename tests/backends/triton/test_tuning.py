@@ -21,6 +21,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     tuning._table.cache_clear()
+    tuning._say_once.cache_clear()
     yield tuning._cache_file(GPU)
     tuning._table.cache_clear()
 
@@ -45,6 +46,14 @@ def test_the_fastest_is_chosen_and_kept(cache: Path, monkeypatch: pytest.MonkeyP
     assert pick(monkeypatch, "linear a", {SLOW: 1.0, FAST: 2.0}) == FAST
     assert pick(monkeypatch, "linear b", {SLOW: 1.0, FAST: 2.0}) == SLOW
     assert set(tuning._read(cache)) == {"linear a", "linear b"}
+
+
+def test_who_waits_is_told_why_once(cache: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    for key in ("linear a", "linear a", "linear b"):
+        pick(monkeypatch, key, {SLOW: 2.0, FAST: 1.0})
+    assert [record.getMessage() for record in caplog.records] == [
+        f"timing kernels on {GPU}, a minute or two for a model; the best are kept in {cache}"
+    ]
 
 
 def test_files_without_the_last_settings_are_read_with_their_defaults(

@@ -1,6 +1,5 @@
 """The GPU backend: seven Triton kernels a block, codes in int8 between them."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +20,6 @@ MODES = {
     (Grid.MRQ_SOFTMAX, False): rounding.SOFTMAX,
     (Grid.MRQ_SOFTMAX, True): rounding.SOFTMAX_MERGED,
 }
-
-
-# Of the stream, at most: a product of more takes longer than its weights, and a kernel waits for them but once.
-AHEAD_ROWS = 4096
 
 
 class Heads(NamedTuple):
@@ -61,17 +56,10 @@ class TritonBackend:
         return self.prepare(weight, bias)
 
     def norm_quantize(
-        self,
-        x: torch.Tensor,
-        shift: torch.Tensor,
-        scale: torch.Tensor,
-        eps: float,
-        target: OperandParams,
-        following: Sequence[Any] = (),
+        self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, target: OperandParams
     ) -> torch.Tensor:
         assert shift.stride(0) == scale.stride(0)
-        ahead = [layer.codes for layer in following] if x.shape[0] * x.shape[1] <= AHEAD_ROWS else []
-        return operators.norm_quantize(x.contiguous(), shift, scale, eps, *_flat(target), ahead)
+        return operators.norm_quantize(x.contiguous(), shift, scale, eps, *_flat(target))
 
     def qkv(self, codes: torch.Tensor, source: OperandParams, layer: TritonLinear, params: AttentionParams) -> Heads:
         batch, tokens, _ = codes.shape

@@ -1,13 +1,10 @@
 """Calling the kernels: grids of programs, descriptors."""
 
-from collections.abc import Sequence
-
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tqdit.backends.triton import hopper
-from tqdit.backends.triton.kernels.ahead import LINE
 from tqdit.backends.triton.kernels.attention import attention_kernel
 from tqdit.backends.triton.kernels.float_input import few_rows_kernel, float_input_kernel
 from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS, PLAIN, RESIDUAL, linear_kernel
@@ -25,31 +22,22 @@ from tqdit.backends.triton.layouts import (
 )
 from tqdit.errors import InputError
 
-MOST_LINES = 2048  # that a program asks for ahead: of few programs, the first of the weights
 FEW_ROWS = 2  # of a float input: no more than these are worth multiplying without tensor cores
 
 
 def norm_quantize(
-    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, target: Operand, config: Config,
-    ahead: Sequence[torch.Tensor] = (),
-) -> torch.Tensor:  # fmt: skip
-    """`ahead`: no or two tensors to bring into the L2 cache."""
+    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, target: Operand, config: Config
+) -> torch.Tensor:
     batch, tokens, width = x.shape
     rows = batch * tokens
     out = torch.empty(batch, tokens, pitch(width), dtype=torch.int8, device=x.device)
     groups = groups_of(target)
     first, rest = powers_of_two(width, 16)
     of_program = config.block_m * config.blocks
-    programs = triton.cdiv(rows, of_program)
-    following, after = ahead or (out, out)
-    lines = [triton.cdiv(part.nbytes, LINE.value) for part in ahead] or [0, 0]
-    norm_quantize_kernel[(programs,)](
+    norm_quantize_kernel[(triton.cdiv(rows, of_program),)](
         x, shift, scale, shift.stride(0), eps, target.table, groups.tensor, out, rows, tokens, out.stride(1),
-        following, lines[0], after, lines[1],
         width, groups.stride, target.stride, target.bits, tokens % of_program == 0, NATIVE, config.block_m,
-        config.blocks, config.stages, first, rest,
-        min(triton.next_power_of_2(triton.cdiv(sum(lines), programs)), MOST_LINES) if ahead else 0,
-        num_warps=config.warps,
+        config.blocks, config.stages, first, rest, num_warps=config.warps,
     )  # fmt: skip
     return out
 

@@ -72,12 +72,12 @@ def _linear_config(
 @on_device_of
 def norm_quantize(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float,
-    tables: list[Tensor], group: Tensor | None, kinds: list[int], ahead: list[Tensor],
+    tables: list[Tensor], group: Tensor | None, kinds: list[int],
 ) -> Tensor:  # fmt: skip
     (target,) = _operands(tables, group, kinds)
 
     def run(config: Config) -> Tensor:
-        return launch.norm_quantize(x, shift, scale, eps, target, config, ahead)
+        return launch.norm_quantize(x, shift, scale, eps, target, config)
 
     rows, width = x.shape[0] * x.shape[1], x.shape[2]
     candidates = functools.partial(tuning.norm_candidates, rows, width)
@@ -85,7 +85,7 @@ def norm_quantize(
 
 
 @norm_quantize.register_fake
-def _(x, shift, scale, eps, tables, group, kinds, ahead):  # type: ignore[no-untyped-def]
+def _(x, shift, scale, eps, tables, group, kinds):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], x.shape[1], pitch(x.shape[2]), dtype=torch.int8)
 
 

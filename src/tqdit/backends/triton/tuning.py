@@ -1,13 +1,14 @@
 """Which blocks and schedule each kernel runs with: committed for GPUs we measured, found once and kept elsewhere.
 
-A configuration changes speed alone, but for the last bits of layers on float inputs. Where none is committed the first
-call of every kernel and shape times the candidates (seconds), and keeps the best in the user's cache folder
-(TQDIT_CACHE).
+A configuration changes speed alone, but for the last bits of LayerNorm and of layers on float inputs. Where none is
+committed the first call of every kernel and shape times the candidates (seconds), and keeps the best in the user's
+cache folder (TQDIT_CACHE).
 """
 
 import contextlib
 import functools
 import json
+import logging
 import os
 import tempfile
 import warnings
@@ -25,6 +26,7 @@ from tqdit.backends.triton.layouts import NATIVE, Config
 from tqdit.capture import recording
 from tqdit.files import write_text
 
+LOG = logging.getLogger(__name__)
 TUNED = Path(__file__).with_name("tuned")
 INTERPRETED = {
     "linear": Config(32, 32, 128), "attention": Config(32, 0, 64), "float": Config(16, 32, 64),
@@ -49,6 +51,7 @@ def choose(key: str, device: torch.device, candidates: Callable[[], list[Config]
     if key not in table:
         if torch.cuda.is_current_stream_capturing():
             return candidates()[0]
+        _say_once(gpu)
         table[key] = fastest(candidates(), run)[0][0]
         _keep(gpu, key, table[key])
     return table[key]
@@ -260,6 +263,11 @@ def float_candidates(rows: int, columns: int) -> list[Config]:
         Config(64, 256, 32, warps=4, stages=3), Config(64, 64, 64, warps=4, stages=3),
         Config(32, 64, 64, warps=2, stages=4), *small,
     ]  # fmt: skip
+
+
+@functools.cache
+def _say_once(gpu: str) -> None:
+    LOG.warning("timing kernels on %s, a minute or two for a model; the best are kept in %s", gpu, _cache_file(gpu))
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from tqdit.backends.triton.kernels.ahead import fetch_ahead
 from tqdit.backends.triton.kernels.rounding import INVERSE, ZERO, nearest_codes
 
 LANE = tl.constexpr(4)  # adjacent columns of a lane
@@ -12,20 +11,16 @@ LANE = tl.constexpr(4)  # adjacent columns of a lane
 @triton.jit
 def norm_quantize_kernel(
     x, shift, scale, modulation_stride, eps, target, group, out, M, TOKENS, out_stride,
-    following, following_lines, after, after_lines,
     C: tl.constexpr, GROUP_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, BITS: tl.constexpr,
     PER_TILE: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
-    FIRST: tl.constexpr, REST: tl.constexpr, LINES: tl.constexpr,
+    FIRST: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Codes of LayerNorm(x) (1 + scale) + shift for BLOCKS times ROWS rows of x (M, C); shift, scale: a row per sample.
 
     A row is FIRST columns and REST more, powers of two: the lanes of one for C = 1152 would be idle for nearly half.
     PER_TILE: all rows of a program are of one sample. Then, with more than one of STAGES, its shift and scale stay in
     registers, and the rows of the next blocks are copied to shared memory while those of one are computed.
-    LINES: of the weights of the following two layers, which every program asks for.
     """
-    if LINES and NATIVE:
-        fetch_ahead(following, following_lines, after, after_lines, LINES)
     HOLD: tl.constexpr = PER_TILE and STAGES > 1
     first_row = tl.program_id(0) * (ROWS * BLOCKS)
     columns = _columns(0, FIRST)
