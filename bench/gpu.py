@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = "plus:w8a8,paper:w8a8,plus:w6a6"
 WORKLOADS = {
     "256-b64": ("DiT-XL/2", 64, f"{VARIANTS},plus:w4a8", "bfloat16"),
-    "256-b64 torchao": ("DiT-XL/2", 64, "plus:w8a8", "bf16-compiled,torchao"),
+    "256-b64 torchao": ("DiT-XL/2", 64, "plus:w8a8", "bf16-compiled,bf16-blocks,torchao"),
     "256-b2": ("DiT-XL/2", 2, VARIANTS, "bfloat16"),
     "512-b16": ("DiT-XL/2@512", 16, VARIANTS, "bfloat16"),
 }

@@ -16,7 +16,7 @@ from torch import nn
 from tqdit import artifact
 from tqdit.convert import convert
 from tqdit.errors import InputError
-from tqdit.evaluation.baselines import FAMILIES, DenoiserCall, build, contenders, missing, quiet, weights_of
+from tqdit.evaluation.baselines import DenoiserCall, build, contenders, missing, quiet, weights_of
 from tqdit.evaluation.generate import sample_latents
 from tqdit.evaluation.operations import Operations, count_operations
 from tqdit.evaluation.timing import spread_timesteps
@@ -41,7 +41,7 @@ class BenchSettings:
 
     backend: str = "auto"
     batches: tuple[int, ...] = (16,)
-    against: tuple[str, ...] = tuple(FAMILIES)
+    against: tuple[str, ...] = ("float32", "bfloat16", "torchao")
     repeats: int = 20
     sampling: Sampling | None = FULL_RUN
     device: str = "cpu"

@@ -45,13 +45,14 @@ def test_contenders_by_family_and_by_name() -> None:
     assert contenders(("torchao-fp8", "bf16-compiled")) == {"bf16-compiled": "bfloat16", "torchao-fp8": "torchao"}
     assert contenders(("bf16-eager", "bfloat16")) == {"bf16-eager": "bfloat16", "bf16-compiled": "bfloat16"}
     assert contenders(()) == {}
-    with pytest.raises(InputError, match=r"'float16'.*float32, bfloat16, torchao, .*bf16-compiled"):
+    with pytest.raises(InputError, match=r"'float16'.*float32, bfloat16, .*torchao, .*bf16-compiled"):
         contenders(("float32", "float16"))
 
 
 def test_only_what_is_not_changed_in_place_shares_weights() -> None:
     names = contenders(tuple(FAMILIES))
-    assert [weights_of(name) for name in names] == ["float32"] * 2 + ["bf16"] * 2 + ["torchao-int8", "torchao-fp8"]
+    changed = ["bf16-blocks", "torchao-int8", "torchao-fp8"]
+    assert [weights_of(name) for name in names] == ["float32"] * 2 + ["bf16"] * 2 + changed
     assert [name for name in names if not is_compiled(name)] == ["float32-eager", "bf16-eager"]
 
 
@@ -85,6 +86,26 @@ def test_torchao_quantizes_every_linear_layer_once(config, eager) -> None:
     reference = DenoiserCall(random_float(config), config, 4, CPU)(500)
     output = DenoiserCall(module, config, 4, CPU)(500)
     assert 1e-3 < (output - reference).norm() / reference.norm() < 0.1
+
+
+@needs_torchao
+def test_on_a_gpu_torchao_is_compiled_block_by_block(config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the final layer, which stays as it is; it asks the embedder of a block, which is quantized."""
+    monkeypatch.setattr(nn.Module, "to", lambda module, *_: module)
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compiled.append(module))
+    for name in ("torchao-int8", "bf16-blocks"):
+        compiled.clear()
+        model = build((name,), config, CUDA)[name].module.model
+        assert compiled == [*model.transformer_blocks, model.transformer_blocks[0].norm1.emb]
+        libraries = {
+            module: {type(m.weight).__module__.partition(".")[0] for m in module.modules() if isinstance(m, nn.Linear)}
+            for module in (model.transformer_blocks, model.proj_out_1, model.proj_out_2)
+        }
+        blocks, *others = libraries.values()
+        assert blocks == {"torchao" if name == "torchao-int8" else "torch"}
+        assert others == [{"torch"}] * 2
+    assert "CUDA" in (missing("bf16-blocks", CPU) or "")
 
 
 def test_torchao_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +170,7 @@ def test_tuning_options_are_known_to_torch() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["float32-compiled", "bf16-compiled", "torchao-int8", "torchao-fp8"])
+@pytest.mark.parametrize("name", ["float32-compiled", "bf16-compiled", "bf16-blocks", "torchao-int8", "torchao-fp8"])
 def test_every_baseline_runs_on_a_gpu(config, name: str) -> None:
     """At two batch sizes in turn, so that each graph is replayed after the other; fp8 and int8 are coarse."""
     if reason := missing(name, CUDA):

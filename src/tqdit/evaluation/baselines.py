@@ -19,8 +19,10 @@ from tqdit.models.random_weights import random_float
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "float32": ("float32-eager", "float32-compiled"),
     "bfloat16": ("bf16-eager", "bf16-compiled"),
+    "bfloat16-blocks": ("bf16-blocks",),  # compiled as torchao's on a GPU: what that costs them
     "torchao": ("torchao-int8", "torchao-fp8"),
 }
+OWN_WEIGHTS = (*FAMILIES["bfloat16-blocks"], *FAMILIES["torchao"])  # changed in place: not for another contender
 FP8_CAPABILITY = (8, 9)
 # torch.compile's options for the strongest baseline, by kind of device. cuda: its mode "max-autotune", but for the CUDA
 # graphs, which are ours (`CudaGraphed`).
@@ -29,12 +31,9 @@ COMPILE_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "cuda": {"max_autotune": True, "coordinate_descent_tuning": True},
 }
 # What torchao would set for the whole process (torchao.quantization.utils.recommended_inductor_config_setter) but for
-# unique kernel names, which are for profiles: equal kernels of different blocks would each be compiled and tuned.
-TORCHAO_OPTIONS: Mapping[str, Any] = {
-    "coordinate_descent_tuning": True,
-    "coordinate_descent_check_all_directions": True,
-    "force_fuse_int_mm_with_mul": True,
-}
+# unique kernel names, which are for profiles, and for a search of pointwise kernels in all directions at once, which
+# takes minutes.
+TORCHAO_OPTIONS: Mapping[str, Any] = {"coordinate_descent_tuning": True, "force_fuse_int_mm_with_mul": True}
 # Triton has a hundred candidates for each fp8 product: minutes of timing each, for DiT-XL/2 at 64 samples.
 FP8_OPTIONS: Mapping[str, Any] = {"max_autotune_gemm_backends": "ATEN"}
 RECOMPILE_LIMIT = 64  # every compiled contender at every batch size counts: diffusers' models are one piece of code
@@ -63,12 +62,14 @@ def is_compiled(name: str) -> bool:
 
 
 def weights_of(name: str) -> str:
-    """Equal for contenders that share one set of weights; torchao's do not, since it quantizes in place."""
-    return name if name in FAMILIES["torchao"] else name.partition("-")[0]
+    """Equal for contenders that share one set of weights."""
+    return name if name in OWN_WEIGHTS else name.partition("-")[0]
 
 
 def missing(name: str, device: torch.device) -> str | None:
     """Why a contender cannot be built here, or None."""
+    if name in FAMILIES["bfloat16-blocks"] and device.type != "cuda":
+        return "models are compiled block by block on CUDA devices alone"
     if name not in FAMILIES["torchao"]:
         return None
     if importlib.util.find_spec("torchao") is None:
@@ -90,17 +91,31 @@ def build(names: Sequence[str], config: Mapping[str, Any], device: torch.device)
     if device.type == "cuda":
         fuse_projections(model)
     if weights in FAMILIES["torchao"]:
-        quantize_with_torchao(model, weights)
+        quantize_with_torchao(model, weights, only_blocks=device.type == "cuda")
         options |= TORCHAO_OPTIONS
     if weights == "torchao-fp8":
         options |= FP8_OPTIONS
-    return {name: _compiled(model, options, device) if is_compiled(name) else Baseline(model, model) for name in names}
+    by_blocks = weights in OWN_WEIGHTS and device.type == "cuda"
+    return {
+        name: _compiled(model, options, device, by_blocks) if is_compiled(name) else Baseline(model, model)
+        for name in names
+    }
 
 
-def _compiled(model: nn.Module, options: Mapping[str, Any], device: torch.device) -> nn.Module:
-    """`model` compiled whole for one shape at a time: what would silently run parts of it uncompiled is an error."""
+def _compiled(model: nn.Module, options: Mapping[str, Any], device: torch.device, by_blocks: bool) -> nn.Module:
+    """`model` compiled for one shape at a time: what would silently run parts of it uncompiled is an error.
+
+    `by_blocks`: a block once for all of them, in place, and the embedder for the final layer; the rest not at all.
+    torchao's layers in 28 blocks take the compiler minutes.
+    """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    baseline = Baseline(model, torch.compile(model, dynamic=False, fullgraph=True, options=dict(options)))
+    if by_blocks:
+        blocks = cast(Any, model).transformer_blocks
+        for part in (*blocks, blocks[0].norm1.emb):
+            part.compile(dynamic=False, fullgraph=True, options=dict(options))
+        baseline = Baseline(model, model)
+    else:
+        baseline = Baseline(model, torch.compile(model, dynamic=False, fullgraph=True, options=dict(options)))
     return CudaGraphed(baseline) if device.type == "cuda" else baseline
 
 
@@ -116,8 +131,11 @@ def fuse_projections(model: nn.Module) -> None:
     model.requires_grad_(False)
 
 
-def quantize_with_torchao(model: nn.Module, name: str) -> None:
-    """torchao's dynamic int8 or fp8 for every linear layer, in place; a layer that blocks share is quantized once."""
+def quantize_with_torchao(model: nn.Module, name: str, only_blocks: bool = False) -> None:
+    """torchao's dynamic int8 or fp8 for every linear layer, in place; a layer that blocks share is quantized once.
+
+    `only_blocks`: but the two of the final layer, which stay as they are: uncompiled, quantizing would slow them.
+    """
     with quiet():
         from torchao.quantization import (
             Float8DynamicActivationFloat8WeightConfig,
@@ -129,7 +147,8 @@ def quantize_with_torchao(model: nn.Module, name: str) -> None:
     done: set[int] = set()
 
     def is_new_linear(module: nn.Module, name: str) -> bool:
-        if not isinstance(module, nn.Linear) or id(module) in done:
+        final = only_blocks and not name.startswith("transformer_blocks.")
+        if final or not isinstance(module, nn.Linear) or id(module) in done:
             return False
         done.add(id(module))
         return True

@@ -144,6 +144,7 @@ class IntegerDiT(DiTTransformer2DModel):
         if torch.compiler.is_compiling():
             few = len(x)  # a graph for each number of parts would be one too many
         layers: Any = self
+        self._lay_out(x, few)
         stream = _joined([layers.pos_embed(part.float()).to(self.stream_dtype) for part in x.split(few)])
         for block in layers.transformer_blocks:
             stream = block(stream)
@@ -153,6 +154,23 @@ class IntegerDiT(DiTTransformer2DModel):
         rows, columns = (size // side for size in x.shape[-2:])
         patches = patches.reshape(-1, rows, columns, side, side, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         return patches.reshape(-1, self.out_channels, rows * side, columns * side).to(x.dtype)
+
+    def _lay_out(self, x: torch.Tensor, few: int) -> None:
+        """Give a CUDA graph under capture one piece of memory for all that a call has alive at most.
+
+        Its tensors then are parts of that piece, or most of them: left to come as they may, most sizes would get memory
+        of their own, which a graph keeps.
+        """
+        if x.device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_current_stream_capturing():
+            return
+        config, batch = self.config, len(x)
+        width = config.num_attention_heads * config.attention_head_dim
+        tokens = x.shape[-2] * x.shape[-1] // config.patch_size**2
+        stream = batch * tokens * width * self.stream_dtype.itemsize
+        modulation = batch * config.num_layers * 6 * width * 4
+        in_a_block = stream + batch * tokens * width * 4  # its output, beside codes after GELU
+        around = min(few, batch) * tokens * width * 4 * 2  # fp32, before the blocks and after
+        torch.empty(stream + modulation + max(in_a_block, around) + 2**20, dtype=torch.uint8, device=x.device)
 
     def _patches(self, stream: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
         """The last layer of some samples: (B, N, D), (B, 2 D) -> (B, N, pixels and channels of a patch) in fp32."""
