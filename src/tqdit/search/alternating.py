@@ -1,5 +1,6 @@
 """The alternating search: one operand's scale at a time, all candidates scored, each parameter by its own share."""
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -8,7 +9,8 @@ from tqdit.recipe import Recipe
 from tqdit.search.objectives import MatmulObjective
 from tqdit.search.operands import Operand
 
-LossOf = Callable[[torch.Tensor], torch.Tensor]  # scale table of the searched operand -> elementwise loss
+# Scale table of the searched operand -> loss by (group, unit) of that operand.
+LossOf = Callable[[torch.Tensor], torch.Tensor]
 
 
 def alternate(objective: MatmulObjective, a: Operand, b: Operand, recipe: Recipe) -> tuple[Operand, Operand, float]:
@@ -18,7 +20,7 @@ def alternate(objective: MatmulObjective, a: Operand, b: Operand, recipe: Recipe
     could change nothing: a choice is a function of the other operand's scale, and a tie keeps the current one. `b` has
     one region. Returns both operands and the final loss.
     """
-    loss = loss_of_parts if a.values.is_cuda else loss_of_values
+    loss = loss_of_steps if a.values.is_cuda and importlib.util.find_spec("triton") else loss_of_values
     base_a, base_b = a.scale, b.scale
     for turn in range(recipe.rounds):
         former_a, former_b = a.scale, b.scale
@@ -35,25 +37,28 @@ def loss_of_values(objective: MatmulObjective, a: Operand, b: Operand, searched:
     """The loss as a function of the scale of `searched`, which is `a` or `b`; the other operand is coded once."""
     if searched is a:
         fixed = b.fake()
-        return lambda scale: objective.loss(a.fake(scale), fixed)
+        return lambda scale: a.reduce(objective.loss(a.fake(scale), fixed))
     fixed = a.fake()
-    return lambda scale: objective.loss(fixed, b.fake(scale))
+    return lambda scale: b.reduce(objective.loss(fixed, b.fake(scale)))
 
 
-def loss_of_parts(objective: MatmulObjective, a: Operand, b: Operand, searched: Operand) -> LossOf:
-    """The same for tensor cores: other roundings in fp32, nothing else."""
+def loss_of_steps(objective: MatmulObjective, a: Operand, b: Operand, searched: Operand) -> LossOf:
+    """The same by kernels for GPUs: other roundings in fp32, nothing else."""
+    from tqdit.search import fused
+
+    stacked = not b.is_weight
     if searched is a:
-        fixed = b.parts()
-        return lambda scale: objective.loss_of_parts(a.parts(scale), fixed)
-    fixed = a.parts()
-    return lambda scale: objective.loss_of_parts(fixed, b.parts(scale))
+        fixed = fused.steps(b, b.scale)
+        return lambda scale: a.totals(fused.sums(objective, fused.steps(a, scale), fixed, False, stacked))
+    fixed = fused.steps(a, a.scale)
+    return lambda scale: b.totals(fused.sums(objective, fixed, fused.steps(b, scale), b.is_weight, stacked))
 
 
 def _search(operand: Operand, base: torch.Tensor, recipe: Recipe, loss: LossOf) -> Operand:
     """The operand with, for every (group, unit), its best table; regions one after the other."""
     for region in range(len(operand.candidate_scales(base, recipe))):
         tables = [operand.scale, *operand.candidate_scales(base, recipe)[region]]
-        totals = torch.stack([operand.reduce(loss(table)) for table in tables])
+        totals = torch.stack([loss(table) for table in tables])
         best = totals.argmin(0)  # (groups, units)
         stacked = torch.stack(tables)
         index = best.reshape(1, *best.shape, *(1,) * (stacked.ndim - 3)).expand(1, *stacked.shape[1:])

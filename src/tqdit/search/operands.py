@@ -1,7 +1,6 @@
 """One operand of a matmul under search: its float values, its current parameters, and how to try others."""
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 
@@ -9,16 +8,6 @@ from tqdit.calibration.statistics import RangeStats
 from tqdit.grids import regions, uniform
 from tqdit.recipe import Recipe
 from tqdit.spec import Grid, Role, SiteSpec
-
-
-class Part(NamedTuple):
-    """steps * scale. A step takes 9 bits at most, over a power of two, so that products in TF32 (11 bits) are exact.
-
-    `scale` broadcasts to the output of the matmul: (R, 1) of rows, (1, out) of weights, (S, H or 1, 1, 1) of attention.
-    """
-
-    steps: torch.Tensor
-    scale: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -58,27 +47,25 @@ class Operand:
             return regions.fake_quantize(self.values, s1, s2, bits, grid)
         return uniform.fake_quantize(self.values, self._broadcast(scale), self._broadcast(self.zero_point), bits)
 
-    def parts(self, scale: torch.Tensor | None = None) -> list[Part]:
-        """What `fake` is the sum of, scales apart: one part, or two where the regions' scales have no common step."""
-        scale = self.scale if scale is None else scale
-        bits, grid = self.spec.bits, self.spec.grid
-        if not grid.two_region:
-            shaped = self._broadcast(scale)
-            steps = uniform.steps(self.values, shaped, self._broadcast(self.zero_point), bits)
-            return [Part(steps, shaped.t() if self.is_weight else shaped)]
-        s1, s2 = self._broadcast(scale[..., 0]), self._broadcast(scale[..., 1])
-        steps, first = regions.steps(self.values, s1, s2, bits, grid)
-        if grid is Grid.MRQ_SOFTMAX or self.merging:  # s1 is s2 over a power of two
-            return [Part(steps.mul_(torch.where(first, s1 / s2, 1.0)), s2)]
-        return [Part(steps.clamp(max=0), s1), Part(steps.clamp_(min=0), s2)]
+    def by_row(self, table: torch.Tensor) -> torch.Tensor:
+        """(groups, units) -> (n,): what the values' rows use, or each matrix of attention, contiguous."""
+        if self.is_weight:
+            return table[0, self.unit].contiguous()
+        if self.values.ndim == 2:
+            return table[self.lead, 0].contiguous()
+        return table[self.lead][:, self.unit].expand(self.values.shape[:2]).reshape(-1)
 
     def reduce(self, loss: torch.Tensor) -> torch.Tensor:
         """Sum an elementwise loss of the matmul's output into (groups, units): what each parameter is judged by."""
+        return self.totals(loss.sum(0 if self.is_weight else -1))
+
+    def totals(self, sums: torch.Tensor) -> torch.Tensor:
+        """`reduce` of what is summed over the output's rows already (weights), or over its columns (activations)."""
         groups, units = self.scale.shape[:2]
-        if self.is_weight:  # output (R, out)
-            return _summed(loss.sum(0), self.unit, units)[None]
-        per_lead = loss.sum(-1, keepdim=True) if loss.ndim == 2 else loss.sum((-1, -2))  # (R, 1) or (S, H)
-        by_group = _summed(per_lead, self.lead, groups)
+        if self.is_weight:  # (out,)
+            return _summed(sums, self.unit, units)[None]
+        per_lead = sums[:, None] if self.values.ndim == 2 else sums.reshape(*self.values.shape[:2], -1).sum(-1)
+        by_group = _summed(per_lead, self.lead, groups)  # of (R, 1) or (S, H)
         return by_group if units == by_group.shape[1] else by_group.sum(1, keepdim=True)
 
     def candidate_scales(self, base: torch.Tensor, recipe: Recipe) -> list[list[torch.Tensor]]:
