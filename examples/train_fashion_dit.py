@@ -292,7 +292,7 @@ def train_shape(args: argparse.Namespace, images: Tensor, labels: Tensor) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train fashion-dit and its classifier.")
-    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--data", type=Path, default=Path("build/fashion-mnist"), help="folder with its four files")
     parser.add_argument("--shape", help="train this published shape, such as DiT-B/2, and nothing else")
     parser.add_argument("--out", type=Path, help="default: where the bundled models are; needed with --shape")
     parser.add_argument("--classifier-epochs", type=int, default=40)

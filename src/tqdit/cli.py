@@ -204,6 +204,7 @@ def inspect(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="an artifact")],
     json_file: JsonFile = None,
     backend: Backend = "auto",
+    device: Device = "cpu",
 ) -> None:
     """List every site of an artifact: role, bits, grid, time groups, granularity, and the kernel that will run it."""
     from rich.console import Console
@@ -213,7 +214,7 @@ def inspect(
     from tqdit import workflow
 
     check_outputs(json_file)
-    result = workflow.inspect(folder, backend)
+    result = workflow.inspect(folder, backend, device)
     columns = ("name", "role", "bits", "grid", "groups", "granularity", "kernel")
     table = Table(*columns, box=None)
     for site in result["sites"]:

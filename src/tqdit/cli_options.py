@@ -13,7 +13,10 @@ ModelArgument = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="torch device: cpu, cuda, cuda:1")]
-Backend = Annotated[str, typer.Option(help="integer backend: auto, cpu or reference; simulated checks, never timed")]
+Backend = Annotated[
+    str,
+    typer.Option(help="integer backend: auto, cpu, triton, triton-packed, reference; simulated checks, never timed"),
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="write the result here as JSON")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
 

@@ -39,7 +39,7 @@ def convert_checkpoint(
     copied. `labels`: a JSON file of class numbers to names. `official` lets MODEL be a diffusers folder: it is marked
     as made from an official checkpoint, so that it runs with the published frequencies. Returns the name, the set of
     weights used, the config and the bytes written. Raises `InputError` for what `resolve` and `load_float` refuse, for
-    `out` that exists, a folder that is no VAE and a file that has no class names.
+    `out` that exists, a folder that is no VAE, and a file without class names or with one too many.
     """
     out = Path(out)
     if out.exists():

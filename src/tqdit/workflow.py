@@ -258,24 +258,28 @@ def sample_folder(
     """Write `wanted` into `folder`, one PNG each, but for those that are there; returns how many were new.
 
     Several processes share the work. What is finished stays if one fails, and the same call goes on from there. Raises
-    `InputError` for a folder that has something else, before any work.
+    `InputError`, before any image is drawn, for a folder that has something else, or images of other settings: model,
+    classes, seed, sampling, batch, kernels, kind of device or dtype.
     """
     folder = Path(folder)
-    target = checked_device(device)
-    chosen = get_backend(backend, target).NAME if wanted.source.quantized else "float"
-    run = {**wanted.run, "backend": chosen, "device": target.type, "dtype": dtype}
-    images.check_folder(folder, run)
     model = load_source(wanted.source, backend, device, dtype)
-    return images.into_folder(wanted, model, folder, lambda f: report("sampling", f), run)
+    kernels = getattr(model, "quantization_report", {"": "float"}).values()
+    run = {
+        **wanted.run,
+        "backend": next((kernel for kernel in kernels if ".scores[" in kernel), "float"),
+        "device": torch.device(device).type,
+        "dtype": dtype,
+    }
+    return images.into_folder(wanted, run, model, folder, lambda f: report("sampling", f))
 
 
-def inspect(folder: str | Path, backend: str = "auto") -> dict[str, Any]:
-    """Every site of an artifact: role, bits, grid, groups, granularity, and the kernel that will run it."""
+def inspect(folder: str | Path, backend: str = "auto", device: str = "cpu") -> dict[str, Any]:
+    """Every site of an artifact: role, bits, grid, groups, granularity, and the kernel that will run it on `device`."""
     source = resolve(folder)
     if not source.quantized:
         raise InputError(f"'{folder}' is not quantized; inspect takes an artifact")
     solution = artifact.read(source.folder)
-    chosen = get_backend(backend)
+    chosen = get_backend(backend, checked_device(device))
     sites = []
     for spec in solution.sites:
         row = {key: asdict(spec)[key] for key in ("name", "role", "bits", "grid", "groups", "granularity")}

@@ -29,7 +29,7 @@ def module(wanted: Images) -> torch.nn.Module:
 
 
 def fill(wanted: Images, module: torch.nn.Module, folder: Path) -> int:
-    return into_folder(wanted, module, folder, lambda _: None)
+    return into_folder(wanted, wanted.run, module, folder, lambda _: None)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -43,7 +43,7 @@ def test_labels_cycle_and_batches_cover(wanted: Images) -> None:
 
 def test_files_are_the_images(wanted: Images, module: torch.nn.Module, tmp_path: Path) -> None:
     told: list[float] = []
-    assert into_folder(wanted, module, tmp_path / "new" / "out", told.append) == 5
+    assert into_folder(wanted, wanted.run, module, tmp_path / "new" / "out", told.append) == 5
     assert told == sorted(told)
     assert told[-1] == 1
     pixels = images.gathered(wanted, module, lambda _: None)
@@ -82,7 +82,7 @@ def test_an_interrupt_keeps_finished_batches(wanted: Images, module: torch.nn.Mo
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        into_folder(wanted, module, tmp_path, interrupt)
+        into_folder(wanted, wanted.run, module, tmp_path, interrupt)
     assert sorted(contents(tmp_path)) == ["000000.png", "000001.png", RUN]
 
 
@@ -109,7 +109,7 @@ def test_another_run_is_refused(wanted: Images, tmp_path: Path, change: dict, na
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"backend": "reference"}, "backend was cpu, now it is reference"),
+        ({"backend": "reference"}, r"backend was cpu\.scores.*, now it is reference\.scores\[int8\]"),
         ({"dtype": "bfloat16"}, "dtype was float32, now it is bfloat16"),
     ],
 )

@@ -57,6 +57,11 @@ def test_wrong_size_is_an_error(bits: int, wrong: int) -> None:
         unpack(packed, bits, (4, 5))
 
 
+def test_packed_bytes_of_any_shape() -> None:
+    codes = torch.arange(-20, 20, dtype=torch.int8)
+    assert torch.equal(unpack(pack(codes, 6).reshape(5, 6), 6, (40,)), codes)
+
+
 def test_wrong_dtype_is_an_error() -> None:
     with pytest.raises(InputError, match="int8"):
         unpack(torch.zeros(15, dtype=torch.int8), 6, (4, 5))

@@ -100,17 +100,14 @@ def check_folder(folder: Path, run: dict[str, Any]) -> None:
         )
 
 
-def into_folder(
-    images: Images, model: nn.Module, folder: Path, progress: Progress, run: dict[str, Any] | None = None
-) -> int:
+def into_folder(images: Images, run: dict[str, Any], model: nn.Module, folder: Path, progress: Progress) -> int:
     """Write the images that `folder` lacks, each as soon as its batch is finished; returns how many were new.
 
-    `run`: what decides the pixels, to be found in the folder again; `images.run` if it says no more.
-    Each rank draws its share of the batches that are not whole; a batch is drawn as a whole, as it was at first. Files
-    are `000017.png`, whole or not there at all. Ranks may see the same folder or, on other machines, one of their own.
+    `run`: all that decides their pixels, `images.run` and where they are drawn; see `check_folder`. Each rank draws its
+    share of the batches that are not whole; a batch is drawn as a whole, as it was at first. Files are `000017.png`,
+    whole or not there at all. Ranks may see the same folder or, on other machines, one of their own.
     """
     world = distributed.current()
-    run = images.run if run is None else run
     check_folder(folder, run)
     if not (folder / RUN).exists():
         write_text(folder / RUN, json.dumps(run, indent=1) + "\n")

@@ -40,7 +40,8 @@ def unpack(packed: torch.Tensor, bits: int, shape: tuple[int, ...]) -> torch.Ten
     if bits == 8:
         return packed.view(torch.int8).reshape(shape)  # no copy
     count, size = _group(bits)
-    groups = F.pad(packed.cpu(), (0, -len(packed) % size)).view(-1, size)
+    flat = packed.cpu().reshape(-1)
+    groups = F.pad(flat, (0, -len(flat) % size)).view(-1, size)
     codes = torch.empty(len(groups), count, dtype=torch.uint8)
     half = 1 << (bits - 1)
     for code, byte, shift in _places(bits):

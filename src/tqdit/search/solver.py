@@ -37,7 +37,8 @@ def solve(
     """Choose the grid of every site and code every weight. `model` is the float model; it is only read.
 
     Each matmul is one piece of `store`. Inside `distributed.joined` the ranks share the blocks, whose records each has
-    of its own alone, and each returns the whole solution. Raises `InputError` where memory runs out.
+    of its own alone, and each returns the whole solution. Raises `InputError` where a GPU's
+    memory runs out.
     """
     solver, keep, world = _Solver(model, records, recipe), store or Forgetful(), distributed.current()
     parts = solver.parts()
@@ -53,7 +54,7 @@ def solve(
                 except torch.OutOfMemoryError:
                     raise InputError(
                         f"the device has too little memory to search the scales of '{name}': set fewer rows and "
-                        "queries in a recipe file, or search on the CPU"
+                        "queries in a recipe file, or use --device cpu, for the calibration too"
                     ) from None
                 done += 1
                 progress(done / total)

@@ -52,7 +52,7 @@ def test_who_waits_is_told_why_once(cache: Path, monkeypatch: pytest.MonkeyPatch
     for key in ("linear a", "linear a", "linear b"):
         pick(monkeypatch, key, {SLOW: 2.0, FAST: 1.0})
     assert [record.getMessage() for record in caplog.records] == [
-        f"timing kernels on {GPU}, a minute or two for a model; the best are kept in {cache}"
+        f"timing kernels on {GPU}, up to two minutes for a model; kept in {cache} where it can be written"
     ]
 
 

@@ -20,7 +20,7 @@ from tqdit.backends.triton.layouts import (
 )
 from tqdit.errors import InputError
 
-GLUON = (3, 6), (3, 9)  # Triton's versions that compile the kernels for Hopper
+GLUON = (3, 6), (3, 9)  # Triton's versions that were tried with the kernels for Hopper
 SHARED_MEMORY = 232448  # bytes of a Hopper multiprocessor, but for 1024 that each program takes of them
 
 
@@ -36,7 +36,7 @@ def kernels() -> Kernels | None:
     TQDIT_HOPPER=0 in the environment does without them.
     """
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if not GLUON[0] <= version <= GLUON[1] or os.environ.get("TQDIT_HOPPER") == "0":
+    if version not in GLUON or os.environ.get("TQDIT_HOPPER") == "0":
         return None
     try:
         from tqdit.backends.triton.kernels import hopper, hopper_attention

@@ -267,7 +267,9 @@ def float_candidates(rows: int, columns: int) -> list[Config]:
 
 @functools.cache
 def _say_once(gpu: str) -> None:
-    LOG.warning("timing kernels on %s, a minute or two for a model; the best are kept in %s", gpu, _cache_file(gpu))
+    LOG.warning(
+        "timing kernels on %s, up to two minutes for a model; kept in %s where it can be written", gpu, _cache_file(gpu)
+    )
 
 
 @functools.cache
