@@ -91,7 +91,7 @@ def test_uniform_candidates_are_multiples_of_the_minmax_scale(rows, tiny_recipe)
     x, group = rows
     operand = operands.activation(SiteSpec("s", Role.INPUT, 8, groups=3), x, group, stats(x, group, 3))
     (tables,) = operand.candidate_scales(operand.scale, tiny_recipe(candidates=7, low=0.5, high=1.1))
-    ratios = torch.stack(tables) / operand.scale
+    ratios = tables / operand.scale
     assert torch.allclose(ratios[:, 0, 0], torch.linspace(0.5, 1.1, 7))
     assert len(tables) == 7
 

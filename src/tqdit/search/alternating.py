@@ -9,7 +9,7 @@ from tqdit.recipe import Recipe
 from tqdit.search.objectives import MatmulObjective
 from tqdit.search.operands import Operand
 
-# Scale table of the searched operand -> loss by (group, unit) of that operand.
+# Stack of scale tables of the searched operand (K, groups, units[, 2]) -> losses (K, groups, units).
 LossOf = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -30,37 +30,40 @@ def alternate(objective: MatmulObjective, a: Operand, b: Operand, recipe: Recipe
         a = _search(a, base_a, recipe, loss(objective, a, b, a))
         if torch.equal(a.scale, former_a):
             break
-    return a, b, float(loss(objective, a, b, a)(a.scale).sum())
+    return a, b, float(loss(objective, a, b, a)(a.scale[None]).sum())
 
 
 def loss_of_values(objective: MatmulObjective, a: Operand, b: Operand, searched: Operand) -> LossOf:
-    """The loss as a function of the scale of `searched`, which is `a` or `b`; the other operand is coded once."""
+    """The loss as a function of scales of `searched`, which is `a` or `b`; the other operand is coded once."""
     if searched is a:
         fixed = b.fake()
-        return lambda scale: a.reduce(objective.loss(a.fake(scale), fixed))
+        return lambda tables: torch.stack([a.reduce(objective.loss(a.fake(table), fixed)) for table in tables])
     fixed = a.fake()
-    return lambda scale: b.reduce(objective.loss(fixed, b.fake(scale)))
+    return lambda tables: torch.stack([b.reduce(objective.loss(fixed, b.fake(table))) for table in tables])
 
 
 def loss_of_steps(objective: MatmulObjective, a: Operand, b: Operand, searched: Operand) -> LossOf:
-    """The same by kernels for GPUs: other roundings in fp32, nothing else."""
+    """The same by kernels for GPUs, many tables at once: other roundings in fp32, nothing else."""
     from tqdit.search import fused
 
-    stacked = not b.is_weight
-    if searched is a:
-        fixed = fused.steps(b, b.scale)
-        return lambda scale: a.totals(fused.sums(objective, fused.steps(a, scale), fixed, False, stacked))
-    fixed = fused.steps(a, a.scale)
-    return lambda scale: b.totals(fused.sums(objective, fixed, fused.steps(b, scale), b.is_weight, stacked))
+    other = b if searched is a else a
+    fixed = fused.steps(other, other.scale[None])
+
+    def loss(tables: torch.Tensor) -> torch.Tensor:
+        tried = fused.steps(searched, tables)
+        pair = (tried, fixed) if searched is a else (fixed, tried)
+        sums = fused.sums(objective, *pair, over_rows=searched.is_weight, stacked=not b.is_weight)
+        return searched.totals(sums).movedim(-1, 0)
+
+    at_once = fused.at_once(objective, a, searched)
+    return lambda tables: torch.cat([loss(part) for part in tables.split(at_once)])
 
 
 def _search(operand: Operand, base: torch.Tensor, recipe: Recipe, loss: LossOf) -> Operand:
     """The operand with, for every (group, unit), its best table; regions one after the other."""
     for region in range(len(operand.candidate_scales(base, recipe))):
-        tables = [operand.scale, *operand.candidate_scales(base, recipe)[region]]
-        totals = torch.stack([loss(table) for table in tables])
-        best = totals.argmin(0)  # (groups, units)
-        stacked = torch.stack(tables)
-        index = best.reshape(1, *best.shape, *(1,) * (stacked.ndim - 3)).expand(1, *stacked.shape[1:])
-        operand = operand.with_scale(stacked.gather(0, index)[0])
+        tables = torch.cat([operand.scale[None], operand.candidate_scales(base, recipe)[region]])
+        best = loss(tables).argmin(0, keepdim=True)  # (1, groups, units)
+        index = best.reshape(*best.shape, *(1,) * (tables.ndim - 3)).expand(1, *tables.shape[1:])
+        operand = operand.with_scale(tables.gather(0, index)[0])
     return operand
