@@ -45,7 +45,8 @@ def rows_of(role: Role, rows: int, depth: int) -> torch.Tensor:
 
 def agree(objective: MatmulObjective, a: Operand, b: Operand, searched: Operand, tiny_recipe) -> None:
     """With torch's operations, and a stack of tables with parts of it and its tables one by one."""
-    tables = searched.candidate_scales(searched.scale, tiny_recipe(candidates=3))[0][:3]
+    tables = torch.cat(searched.candidate_scales(searched.scale, tiny_recipe(candidates=3)))
+    tables = tables[torch.randperm(len(tables))[:3]]
     expected = alternating.loss_of_values(objective, a, b, searched)(tables)
     assert expected.shape == (3, *searched.scale.shape[:2])
     loss = alternating.loss_of_steps(objective, a, b, searched)
@@ -53,7 +54,7 @@ def agree(objective: MatmulObjective, a: Operand, b: Operand, searched: Operand,
     assert torch.allclose(stack, expected, rtol=1e-4, atol=1e-6 * expected.max().item())
     for parts in ([2, 1], [1, 1, 1]):
         found = torch.cat([loss(part) for part in tables.split(parts)])
-        assert torch.allclose(found, stack, rtol=1e-5, atol=1e-6 * expected.max().item())
+        assert torch.allclose(found, stack, rtol=1e-4, atol=1e-6 * expected.max().item())
 
 
 @pytest.mark.parametrize(("rows", "depth", "columns"), SHAPES)
@@ -102,7 +103,7 @@ def test_memory_limits_the_candidates_at_once(tiny_recipe, monkeypatch) -> None:
     monkeypatch.setattr(fused, "MEMORY", 400)
     assert [fused.at_once(objective, a, a) for a in (one, two)] == [2, 1]  # of 6 x 8 values, in one or two parts
     assert [fused.at_once(objective, a, b) for a in (one, two)] == [3, 1]  # of 4 x 8 values
-    assert torch.allclose(alternating.loss_of_steps(objective, one, b, b)(tables), expected, rtol=1e-5)
+    assert torch.allclose(alternating.loss_of_steps(objective, one, b, b)(tables), expected, rtol=1e-4)
     monkeypatch.setattr(fused, "MEMORY", 1)
     assert fused.at_once(objective, one, b) == 1
 
