@@ -91,7 +91,7 @@ def test_uniform_candidates_are_multiples_of_the_minmax_scale(rows, tiny_recipe)
     x, group = rows
     operand = operands.activation(SiteSpec("s", Role.INPUT, 8, groups=3), x, group, stats(x, group, 3))
     (tables,) = operand.candidate_scales(operand.scale, tiny_recipe(candidates=7, low=0.5, high=1.1))
-    ratios = torch.stack(tables) / operand.scale
+    ratios = tables / operand.scale
     assert torch.allclose(ratios[:, 0, 0], torch.linspace(0.5, 1.1, 7))
     assert len(tables) == 7
 
@@ -177,34 +177,3 @@ def test_range_without_a_scale_names_the_site(value: float) -> None:
         operands.activation(gelu, x, group, stats(x, group, 1), merging=True)
     with pytest.raises(InputError, match=r"'block\.3\.w'"):
         operands.weight([SiteSpec("block.3.w", Role.WEIGHT, 8)], [x])
-
-
-@pytest.mark.parametrize(
-    ("role", "grid", "merging"),
-    [
-        (Role.INPUT, Grid.UNIFORM, False),
-        (Role.SOFTMAX, Grid.MRQ_SOFTMAX, False),
-        (Role.GELU, Grid.MRQ_GELU, False),
-        (Role.GELU, Grid.MRQ_GELU, True),
-    ],
-)
-def test_parts_add_up_to_the_fake_values_and_fit_tf32(role: Role, grid: Grid, merging: bool) -> None:
-    x = torch.rand(40, 3, 8, 8) if role is Role.SOFTMAX else torch.nn.functional.gelu(torch.randn(40, 8))
-    spec = SiteSpec("x", role, 6, grid, groups=2)
-    group = torch.arange(40) % 2
-    stats = RangeStats(x.min().expand(2, 1), x.max().expand(2, 1))
-    operand = operands.activation(spec, x, group, stats, merging)
-    parts = operand.parts()
-    assert len(parts) == (2 if grid is Grid.MRQ_GELU and not merging else 1)
-    assert torch.allclose(sum(part.steps * part.scale for part in parts), operand.fake(), rtol=1e-6)
-    for part in parts:
-        mantissa, _ = torch.frexp(part.steps)
-        assert torch.equal(mantissa * 2**11, (mantissa * 2**11).round())  # TF32 keeps 11 bits
-
-
-def test_parts_of_weights_scale_output_channels() -> None:
-    w = torch.randn(6, 8)
-    operand = operands.weight([SiteSpec("w", Role.WEIGHT, 8, units=6)], [w])
-    (part,) = operand.parts()
-    assert part.scale.shape == (1, 6)
-    assert torch.equal(part.steps * part.scale.t(), operand.fake())

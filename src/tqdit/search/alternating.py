@@ -1,5 +1,6 @@
 """The alternating search: one operand's scale at a time, all candidates scored, each parameter by its own share."""
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -8,7 +9,8 @@ from tqdit.recipe import Recipe
 from tqdit.search.objectives import MatmulObjective
 from tqdit.search.operands import Operand
 
-LossOf = Callable[[torch.Tensor], torch.Tensor]  # scale table of the searched operand -> elementwise loss
+# Stack of scale tables of the searched operand (K, groups, units[, 2]) -> losses (K, groups, units).
+LossOf = Callable[[torch.Tensor], torch.Tensor]
 
 
 def alternate(objective: MatmulObjective, a: Operand, b: Operand, recipe: Recipe) -> tuple[Operand, Operand, float]:
@@ -18,7 +20,7 @@ def alternate(objective: MatmulObjective, a: Operand, b: Operand, recipe: Recipe
     could change nothing: a choice is a function of the other operand's scale, and a tie keeps the current one. `b` has
     one region. Returns both operands and the final loss.
     """
-    loss = loss_of_parts if a.values.is_cuda else loss_of_values
+    loss = loss_of_steps if a.values.is_cuda and importlib.util.find_spec("triton") else loss_of_values
     base_a, base_b = a.scale, b.scale
     for turn in range(recipe.rounds):
         former_a, former_b = a.scale, b.scale
@@ -28,34 +30,40 @@ def alternate(objective: MatmulObjective, a: Operand, b: Operand, recipe: Recipe
         a = _search(a, base_a, recipe, loss(objective, a, b, a))
         if torch.equal(a.scale, former_a):
             break
-    return a, b, float(loss(objective, a, b, a)(a.scale).sum())
+    return a, b, float(loss(objective, a, b, a)(a.scale[None]).sum())
 
 
 def loss_of_values(objective: MatmulObjective, a: Operand, b: Operand, searched: Operand) -> LossOf:
-    """The loss as a function of the scale of `searched`, which is `a` or `b`; the other operand is coded once."""
+    """The loss as a function of scales of `searched`, which is `a` or `b`; the other operand is coded once."""
     if searched is a:
         fixed = b.fake()
-        return lambda scale: objective.loss(a.fake(scale), fixed)
+        return lambda tables: torch.stack([a.reduce(objective.loss(a.fake(table), fixed)) for table in tables])
     fixed = a.fake()
-    return lambda scale: objective.loss(fixed, b.fake(scale))
+    return lambda tables: torch.stack([b.reduce(objective.loss(fixed, b.fake(table))) for table in tables])
 
 
-def loss_of_parts(objective: MatmulObjective, a: Operand, b: Operand, searched: Operand) -> LossOf:
-    """The same for tensor cores: other roundings in fp32, nothing else."""
-    if searched is a:
-        fixed = b.parts()
-        return lambda scale: objective.loss_of_parts(a.parts(scale), fixed)
-    fixed = a.parts()
-    return lambda scale: objective.loss_of_parts(fixed, b.parts(scale))
+def loss_of_steps(objective: MatmulObjective, a: Operand, b: Operand, searched: Operand) -> LossOf:
+    """The same by kernels for GPUs, many tables at once: other roundings in fp32, nothing else."""
+    from tqdit.search import fused
+
+    other = b if searched is a else a
+    fixed = fused.steps(other, other.scale[None])
+
+    def loss(tables: torch.Tensor) -> torch.Tensor:
+        tried = fused.steps(searched, tables)
+        pair = (tried, fixed) if searched is a else (fixed, tried)
+        sums = fused.sums(objective, *pair, over_rows=searched.is_weight, stacked=not b.is_weight)
+        return searched.totals(sums).movedim(-1, 0)
+
+    at_once = fused.at_once(objective, a, searched)
+    return lambda tables: torch.cat([loss(part) for part in tables.split(at_once)])
 
 
 def _search(operand: Operand, base: torch.Tensor, recipe: Recipe, loss: LossOf) -> Operand:
     """The operand with, for every (group, unit), its best table; regions one after the other."""
     for region in range(len(operand.candidate_scales(base, recipe))):
-        tables = [operand.scale, *operand.candidate_scales(base, recipe)[region]]
-        totals = torch.stack([operand.reduce(loss(table)) for table in tables])
-        best = totals.argmin(0)  # (groups, units)
-        stacked = torch.stack(tables)
-        index = best.reshape(1, *best.shape, *(1,) * (stacked.ndim - 3)).expand(1, *stacked.shape[1:])
-        operand = operand.with_scale(stacked.gather(0, index)[0])
+        tables = torch.cat([operand.scale[None], operand.candidate_scales(base, recipe)[region]])
+        best = loss(tables).argmin(0, keepdim=True)  # (1, groups, units)
+        index = best.reshape(*best.shape, *(1,) * (tables.ndim - 3)).expand(1, *tables.shape[1:])
+        operand = operand.with_scale(tables.gather(0, index)[0])
     return operand

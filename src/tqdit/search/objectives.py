@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from tqdit.calibration.fisher import normalized
-from tqdit.search.operands import Part
 
 Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -27,22 +26,7 @@ class MatmulObjective:
 
     def loss(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Elementwise loss, in the shape of the output."""
-        return self._weighted(self.combine(a, b))
-
-    def loss_of_parts(self, a: list[Part], b: list[Part]) -> torch.Tensor:
-        """The same from operands in parts: the products are of whole steps, so tensor cores lose nothing of them."""
-        total: torch.Tensor | None = None
-        for x in a:
-            for y in b:
-                with tensor_cores():
-                    product = self.combine(x.steps, y.steps)
-                product.mul_(x.scale).mul_(y.scale)
-                total = product if total is None else total.add_(product)
-        assert total is not None
-        return self._weighted(total)
-
-    def _weighted(self, output: torch.Tensor) -> torch.Tensor:
-        error = output.sub_(self.target).square_()
+        error = self.combine(a, b).sub_(self.target).square_()
         return error if self.weights is None else error.mul_(self.weights)
 
 

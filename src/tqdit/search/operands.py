@@ -1,7 +1,7 @@
 """One operand of a matmul under search: its float values, its current parameters, and how to try others."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 
@@ -9,16 +9,6 @@ from tqdit.calibration.statistics import RangeStats
 from tqdit.grids import regions, uniform
 from tqdit.recipe import Recipe
 from tqdit.spec import Grid, Role, SiteSpec
-
-
-class Part(NamedTuple):
-    """steps * scale. A step takes 9 bits at most, over a power of two, so that products in TF32 (11 bits) are exact.
-
-    `scale` broadcasts to the output of the matmul: (R, 1) of rows, (1, out) of weights, (S, H or 1, 1, 1) of attention.
-    """
-
-    steps: torch.Tensor
-    scale: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -58,48 +48,49 @@ class Operand:
             return regions.fake_quantize(self.values, s1, s2, bits, grid)
         return uniform.fake_quantize(self.values, self._broadcast(scale), self._broadcast(self.zero_point), bits)
 
-    def parts(self, scale: torch.Tensor | None = None) -> list[Part]:
-        """What `fake` is the sum of, scales apart: one part, or two where the regions' scales have no common step."""
-        scale = self.scale if scale is None else scale
-        bits, grid = self.spec.bits, self.spec.grid
-        if not grid.two_region:
-            shaped = self._broadcast(scale)
-            steps = uniform.steps(self.values, shaped, self._broadcast(self.zero_point), bits)
-            return [Part(steps, shaped.t() if self.is_weight else shaped)]
-        s1, s2 = self._broadcast(scale[..., 0]), self._broadcast(scale[..., 1])
-        steps, first = regions.steps(self.values, s1, s2, bits, grid)
-        if grid is Grid.MRQ_SOFTMAX or self.merging:  # s1 is s2 over a power of two
-            return [Part(steps.mul_(torch.where(first, s1 / s2, 1.0)), s2)]
-        return [Part(steps.clamp(max=0), s1), Part(steps.clamp_(min=0), s2)]
+    def by_row(self, tables: torch.Tensor) -> torch.Tensor:
+        """(K, groups, units) -> (K, n): what the values' rows use, or each matrix of attention, contiguous."""
+        if self.is_weight:
+            return tables[:, 0, self.unit].contiguous()
+        if self.values.ndim == 2:
+            return tables[:, self.lead, 0].contiguous()
+        of_heads = tables[:, self.lead][..., self.unit]
+        return of_heads.expand(-1, *self.values.shape[:2]).reshape(len(tables), -1)
 
     def reduce(self, loss: torch.Tensor) -> torch.Tensor:
         """Sum an elementwise loss of the matmul's output into (groups, units): what each parameter is judged by."""
+        return self.totals(loss.sum(0 if self.is_weight else -1).flatten())
+
+    def totals(self, sums: torch.Tensor) -> torch.Tensor:
+        """`reduce` of what is summed over the output's rows already (weights), or over its columns (activations).
+
+        `sums`: (n, ...), the trailing dimensions of which stay: (groups, units, ...).
+        """
         groups, units = self.scale.shape[:2]
-        if self.is_weight:  # output (R, out)
-            return _summed(loss.sum(0), self.unit, units)[None]
-        per_lead = loss.sum(-1, keepdim=True) if loss.ndim == 2 else loss.sum((-1, -2))  # (R, 1) or (S, H)
-        by_group = _summed(per_lead, self.lead, groups)
+        if self.is_weight:  # (out, ...)
+            return _summed(sums, self.unit, units)[None]
+        rows = self.values.ndim == 2
+        per_lead = sums[:, None] if rows else sums.unflatten(0, (*self.values.shape[:2], -1)).sum(2)
+        by_group = _summed(per_lead, self.lead, groups)  # of (R, 1, ...) or (S, H, ...)
         return by_group if units == by_group.shape[1] else by_group.sum(1, keepdim=True)
 
-    def candidate_scales(self, base: torch.Tensor, recipe: Recipe) -> list[list[torch.Tensor]]:
-        """Lists of full scale tables to try, one list per searched region; `base` is the min-max scale.
+    def candidate_scales(self, base: torch.Tensor, recipe: Recipe) -> list[torch.Tensor]:
+        """Stacks (K, groups, units[, 2]) of tables to try, one per searched region; `base` is the min-max scale.
 
         Uniform and GELU: `candidates` multiples of the min-max scale from `low` to `high` (TQ-DiT's setting).
         Softmax: s1 = s2 2^-i. The tables of region 2 keep the current region 1, so ask again after each choice.
-        Merging: fewer i after softmax; after GELU every multiple of s2 with every i, as one list.
+        Merging: fewer i after softmax; after GELU every multiple of s2 with every i, as one stack.
         """
         if self.spec.grid is Grid.MRQ_SOFTMAX:
-            exponents = regions.softmax_exponents(self.spec.bits, self.merging)
-            return [[_with_fine(base[..., 1], i) for i in exponents]]
-        steps = uniform.factors(recipe.low, recipe.high, recipe.candidates)
-        if self.spec.grid is Grid.MRQ_GELU and self.merging:
-            exponents = regions.merging_exponents(self.spec.bits, self.spec.grid)
-            return [[_with_fine(base[..., 1] * c, i) for i in exponents for c in steps]]
-        if self.spec.grid is Grid.MRQ_GELU:
-            fine = [torch.stack([base[..., 0] * c, self.scale[..., 1]], -1) for c in steps]
-            coarse = [torch.stack([self.scale[..., 0], base[..., 1] * c], -1) for c in steps]
-            return [fine, coarse]
-        return [[base * c for c in steps]]
+            return [_with_fine(base[None, ..., 1], regions.softmax_exponents(self.spec.bits, self.merging))]
+        steps = uniform.factors(recipe.low, recipe.high, recipe.candidates).to(base.device)[:, None, None]
+        if not self.spec.grid.two_region:
+            return [base * steps]
+        fine, coarse = (base[..., region] * steps for region in (0, 1))
+        if self.merging:
+            return [_with_fine(coarse, regions.merging_exponents(self.spec.bits, self.spec.grid))]
+        current = self.scale.expand(len(steps), *self.scale.shape)
+        return [torch.stack([fine, current[..., 1]], -1), torch.stack([current[..., 0], coarse], -1)]
 
     def with_scale(self, scale: torch.Tensor) -> "Operand":
         return replace(self, scale=scale)
@@ -112,13 +103,17 @@ def _summed(values: torch.Tensor, index: torch.Tensor, count: int) -> torch.Tens
     """
     if values.is_cuda and count < len(index):
         members = torch.arange(count, device=index.device)[:, None] == index
-        return (members.double() @ values.double()).float()
+        found = members.double() @ values.reshape(len(index), -1).double()
+        return found.float().reshape(count, *values.shape[1:])
     return values.new_zeros(count, *values.shape[1:]).index_add_(0, index, values)
 
 
-def _with_fine(coarse: torch.Tensor, exponent: int) -> torch.Tensor:
-    """(s1, s2) of s2 = `coarse` and s1 = s2 2^-i, exact: the power is a number, not a tensor's approximate one."""
-    return torch.stack([coarse * 2.0**-exponent, coarse], -1)
+def _with_fine(coarse: torch.Tensor, exponents: Iterable[int]) -> torch.Tensor:
+    """(s1, s2) of every s2 in `coarse` (n, ...) and s1 = s2 2^-i, exact: (exponents x n, ..., 2).
+
+    The powers are numbers, not a tensor's approximate ones.
+    """
+    return torch.cat([torch.stack([coarse * 2.0**-exponent, coarse], -1) for exponent in exponents])
 
 
 def activation(
@@ -157,7 +152,8 @@ def _initial(spec: SiteSpec, ranges: RangeStats, merging: bool) -> tuple[torch.T
     top = 1 << (spec.bits - 1)
     if spec.grid is Grid.MRQ_SOFTMAX:
         coarse = torch.full_like(ranges.high, regions.coarse_softmax_scale(spec.bits))
-        return _with_fine(coarse, min(spec.bits // 2, regions.softmax_exponents(spec.bits, merging).stop - 1)), zero
+        exponent = min(spec.bits // 2, regions.softmax_exponents(spec.bits, merging).stop - 1)
+        return _with_fine(coarse, [exponent]), zero
     if spec.grid is Grid.MRQ_GELU:
         fine = torch.full_like(ranges.high, regions.GELU_MINIMUM / top)
         coarse = uniform.checked_scale(ranges.high.clamp(min=0) / (top - 1), spec.name)
