@@ -33,7 +33,7 @@ def bench(
         str,
         typer.Option(
             help="baselines, comma-separated: float32, bfloat16, torchao, or one of theirs such as bf16-compiled; "
-            "empty for none"
+            "bf16-blocks, compiled as torchao's are on a GPU; empty for none"
         ),
     ] = "float32,bfloat16,torchao",
     batch: Annotated[

@@ -1,5 +1,7 @@
 """The kernels of the search on a GPU, in Triton's interpreter where there is none: what the torch operations give."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -14,6 +16,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Rows, depth and columns: of one tile, and of several tiles and chunks and parts of them.
 SHAPES = [(5, 8, 3), (300, 32, 600) if DEVICE == "cuda" else (9, 18, 19)]
 LINEAR = [(Role.INPUT, Grid.UNIFORM, False), (Role.GELU, Grid.MRQ_GELU, False), (Role.GELU, Grid.MRQ_GELU, True)]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch) -> None:
+    """What a kernel does not write is NaN."""
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: torch.full(_flat(shape), torch.nan, **options))
+
+
+def _flat(shape: tuple) -> tuple:
+    return shape[0] if isinstance(shape[0], tuple) else shape
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +104,62 @@ def test_losses_of_values(grid: Grid, tiny_recipe) -> None:
     agree(objective, a, b, b, tiny_recipe)
 
 
+def test_operands_may_lie_in_memory_as_they_like(tiny_recipe) -> None:
+    x, w = torch.randn(8, 6, device=DEVICE).t(), torch.randn(8, 4, device=DEVICE).t()
+    fisher = torch.rand(4, 6, device=DEVICE).t()
+    a, b = operand(x, Role.INPUT), operands.weight([SiteSpec("w", Role.WEIGHT, 6)], [w])
+    target = objectives.linear(x, w).t().contiguous().t()
+    objective = MatmulObjective(objectives.linear, target, fisher)
+    agree(objective, a, b, a, tiny_recipe)
+    agree(objective, a, b, b, tiny_recipe)
+
+
+def test_half_as_many_at_once_where_memory_runs_out(tiny_recipe, monkeypatch) -> None:
+    x = rows_of(Role.INPUT, 6, 8)
+    a, b = operand(x, Role.INPUT), weight(4, 8, per_channel=True)
+    objective = MatmulObjective.of(objectives.linear, x, b.values, None)
+    (tables,) = a.candidate_scales(a.scale, tiny_recipe(candidates=5))
+    expected = alternating.loss_of_values(objective, a, b, a)(tables)
+    steps, counts, most = fused.steps, [], 2
+
+    def limited(operand: Operand, tables: torch.Tensor) -> fused.Steps:
+        counts.append(len(tables))
+        if len(tables) > most:
+            raise torch.OutOfMemoryError
+        return steps(operand, tables)
+
+    monkeypatch.setattr(fused, "steps", limited)
+    monkeypatch.setattr(fused, "at_once", lambda *_: 5)
+    loss = alternating.loss_of_steps(objective, a, b, a)
+    assert torch.allclose(loss(tables), expected, rtol=1e-4)
+    assert counts == [1, 5, 2, 2, 1]
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        loss(tables)
+
+
+@pytest.mark.parametrize(("reason", "searched"), [(None, "steps"), ("no Triton", "values")])
+def test_kernels_search_where_they_can_run(reason, searched, monkeypatch) -> None:
+    """On a GPU; the choice is made before anything is computed there."""
+    monkeypatch.setattr(alternating, "unavailable", lambda _: reason)
+    for way in ("steps", "values"):
+        monkeypatch.setattr(alternating, f"loss_of_{way}", lambda *_, way=way: pytest.fail(f"by {way}"))
+    on_a_gpu = SimpleNamespace(values=SimpleNamespace(device=torch.device("cuda")), scale=None)
+    with pytest.raises(pytest.fail.Exception, match=f"by {searched}"):
+        alternating.alternate(None, on_a_gpu, on_a_gpu, SimpleNamespace(rounds=1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_a_gpu_that_is_not_the_current_one() -> None:
+    x = torch.rand(40, 9, device="cuda:1")
+    group = torch.zeros(40, dtype=torch.int64, device="cuda:1")
+    stats = RangeStats.empty(1, 1, x.device).update(x[:, None], group)
+    found = operands.activation(SiteSpec("x", Role.INPUT, 6, Grid.UNIFORM), x, group, stats)
+    (part,), (scale,) = (steps := fused.steps(found, found.scale[None])).parts, steps.scales
+    assert torch.allclose(part * scale[0, :, None], found.fake(), rtol=1e-6)
+
+
 def test_memory_limits_the_candidates_at_once(tiny_recipe, monkeypatch) -> None:
     """By the largest of the parts of the output and of the searched operand; the losses stay."""
     x = rows_of(Role.GELU, 6, 8)
@@ -110,9 +178,11 @@ def test_memory_limits_the_candidates_at_once(tiny_recipe, monkeypatch) -> None:
 
 @pytest.mark.parametrize(("role", "grid", "merging"), [*LINEAR, (Role.SOFTMAX, Grid.MRQ_SOFTMAX, False)])
 def test_steps_add_up_to_the_fake_values_and_fit_tf32(role: Role, grid: Grid, merging: bool) -> None:
-    """Equal to torch's own, ties of a division included; poisoned outputs are fully written."""
+    """Equal to torch's own, ties included."""
     x = torch.rand(40, 3, 8, 9, device=DEVICE) if role is Role.SOFTMAX else rows_of(role, 40, 9)
     found = operand(x, role, grid, merging)
+    coarse = found.scale[..., -1].min() if grid.two_region else found.scale.min()
+    x.view(-1)[: x.numel() // 4 : 7] = 2.5 * coarse  # a tie where the scale is the smallest
     steps = fused.steps(found, found.scale[None])
     assert len(steps.parts) == len(steps.scales) == (2 if grid is Grid.MRQ_GELU and not merging else 1)
     shaped = [scale.reshape(*x.shape[:2], 1, 1) if x.ndim == 4 else scale[0, :, None] for scale in steps.scales]

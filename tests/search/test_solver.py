@@ -321,6 +321,7 @@ def test_progress_reaches_the_end(model, records, tiny_recipe) -> None:
     assert told[-1] == 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on the CPU its kernels need Triton's interpreter")
 def test_the_search_of_a_gpu_chooses_the_same(model, records, solved, tiny_recipe, monkeypatch) -> None:
     """By its kernels, in Triton's interpreter: other roundings may break near ties in another way, here and there."""
     fused = pytest.importorskip("tqdit.search.fused", exc_type=ImportError)

@@ -103,10 +103,10 @@ def build(names: Sequence[str], config: Mapping[str, Any], device: torch.device)
 
 
 def _compiled(model: nn.Module, options: Mapping[str, Any], device: torch.device, by_blocks: bool) -> nn.Module:
-    """`model` compiled for one shape at a time: what would silently run parts of it uncompiled is an error.
+    """`model` compiled for one shape at a time: what would silently run a part of that uncompiled is an error.
 
-    `by_blocks`: a block once for all of them, in place, and the embedder for the final layer; the rest not at all.
-    torchao's layers in 28 blocks take the compiler minutes.
+    Compiled whole, or `by_blocks`, in place: one block for all of them, and the embedder for the final layer, not the
+    patch embedding and the final layer. torchao's layers in 28 blocks take the compiler minutes.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     if by_blocks:
@@ -134,7 +134,7 @@ def fuse_projections(model: nn.Module) -> None:
 def quantize_with_torchao(model: nn.Module, name: str, only_blocks: bool = False) -> None:
     """torchao's dynamic int8 or fp8 for every linear layer, in place; a layer that blocks share is quantized once.
 
-    `only_blocks`: but the two of the final layer, which stay as they are: uncompiled, quantizing would slow them.
+    `only_blocks`: the two of the final layer stay as they are, since they are not compiled and would be slower.
     """
     with quiet():
         from torchao.quantization import (
@@ -146,9 +146,9 @@ def quantize_with_torchao(model: nn.Module, name: str, only_blocks: bool = False
 
     done: set[int] = set()
 
-    def is_new_linear(module: nn.Module, name: str) -> bool:
-        final = only_blocks and not name.startswith("transformer_blocks.")
-        if final or not isinstance(module, nn.Linear) or id(module) in done:
+    def is_new_linear(module: nn.Module, path: str) -> bool:
+        outside = only_blocks and not path.startswith("transformer_blocks.")
+        if outside or not isinstance(module, nn.Linear) or id(module) in done:
             return False
         done.add(id(module))
         return True

@@ -18,6 +18,7 @@ from tqdit.models.building import LOCK
 from tqdit.spec import Solution
 
 FEW_TOKENS = 8192  # of the samples that are in fp32 at a time
+ONE_PIECE = 10 * 2**20  # bytes: torch's allocator takes memory for smaller tensors together, 20 MiB at a time
 CONVERTED = ("quantization_backend", "quantization_report", "solution", "reconvert", "prepared_for")
 
 
@@ -156,21 +157,23 @@ class IntegerDiT(DiTTransformer2DModel):
         return patches.reshape(-1, self.out_channels, rows * side, columns * side).to(x.dtype)
 
     def _lay_out(self, x: torch.Tensor, few: int) -> None:
-        """Give a CUDA graph under capture one piece of memory for all that a call has alive at most.
+        """Give a CUDA graph under capture one piece of memory, about what a call has alive at most.
 
         Its tensors then are parts of that piece, or most of them: left to come as they may, most sizes would get memory
         of their own, which a graph keeps.
         """
         if x.device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_current_stream_capturing():
             return
-        config, batch = self.config, len(x)
+        config, batch = self.config, x.shape[0]
         width = config.num_attention_heads * config.attention_head_dim
         tokens = x.shape[-2] * x.shape[-1] // config.patch_size**2
         stream = batch * tokens * width * self.stream_dtype.itemsize
         modulation = batch * config.num_layers * 6 * width * 4
         in_a_block = stream + batch * tokens * width * 4  # its output, beside codes after GELU
         around = min(few, batch) * tokens * width * 4 * 2  # fp32, before the blocks and after
-        torch.empty(stream + modulation + max(in_a_block, around) + 2**20, dtype=torch.uint8, device=x.device)
+        total = stream + modulation + max(in_a_block, around)
+        if total >= ONE_PIECE:
+            torch.empty(total + 2**20, dtype=torch.uint8, device=x.device)  # what is smaller comes besides
 
     def _patches(self, stream: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
         """The last layer of some samples: (B, N, D), (B, 2 D) -> (B, N, pixels and channels of a patch) in fp32."""

@@ -1,10 +1,10 @@
 """The alternating search: one operand's scale at a time, all candidates scored, each parameter by its own share."""
 
-import importlib.util
 from collections.abc import Callable
 
 import torch
 
+from tqdit.backends.triton import unavailable
 from tqdit.recipe import Recipe
 from tqdit.search.objectives import MatmulObjective
 from tqdit.search.operands import Operand
@@ -20,7 +20,8 @@ def alternate(objective: MatmulObjective, a: Operand, b: Operand, recipe: Recipe
     could change nothing: a choice is a function of the other operand's scale, and a tie keeps the current one. `b` has
     one region. Returns both operands and the final loss.
     """
-    loss = loss_of_steps if a.values.is_cuda and importlib.util.find_spec("triton") else loss_of_values
+    device = a.values.device
+    loss = loss_of_steps if device.type == "cuda" and unavailable(device) is None else loss_of_values
     base_a, base_b = a.scale, b.scale
     for turn in range(recipe.rounds):
         former_a, former_b = a.scale, b.scale
@@ -43,7 +44,10 @@ def loss_of_values(objective: MatmulObjective, a: Operand, b: Operand, searched:
 
 
 def loss_of_steps(objective: MatmulObjective, a: Operand, b: Operand, searched: Operand) -> LossOf:
-    """The same by kernels for GPUs, many tables at once: other roundings in fp32, nothing else."""
+    """The same by kernels for GPUs, many tables at once: other roundings in fp32, nothing else.
+
+    Half as many at once from where memory runs out on.
+    """
     from tqdit.search import fused
 
     other = b if searched is a else a
@@ -56,7 +60,18 @@ def loss_of_steps(objective: MatmulObjective, a: Operand, b: Operand, searched: 
         return searched.totals(sums).movedim(-1, 0)
 
     at_once = fused.at_once(objective, a, searched)
-    return lambda tables: torch.cat([loss(part) for part in tables.split(at_once)])
+
+    def losses(tables: torch.Tensor) -> torch.Tensor:
+        nonlocal at_once
+        while True:
+            try:
+                return torch.cat([loss(part) for part in tables.split(at_once)])
+            except torch.OutOfMemoryError:
+                if at_once == 1:
+                    raise
+                at_once //= 2
+
+    return losses
 
 
 def _search(operand: Operand, base: torch.Tensor, recipe: Recipe, loss: LossOf) -> Operand:
