@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tqdit.capture import CudaGraphed
 from tqdit.errors import InputError
 from tqdit.evaluation import baselines
 from tqdit.evaluation.baselines import (
@@ -18,7 +19,6 @@ from tqdit.evaluation.baselines import (
     missing,
     weights_of,
 )
-from tqdit.evaluation.cuda_graphs import CudaGraphed
 from tqdit.models.random_weights import random_float
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

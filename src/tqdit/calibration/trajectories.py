@@ -13,6 +13,7 @@ from tqdit import distributed
 from tqdit.calibration.batches import Batches
 from tqdit.calibration.records import join
 from tqdit.calibration.store import Forgetful, Store
+from tqdit.capture import CudaGraphed
 from tqdit.errors import InputError
 from tqdit.models.sampler import (
     Progress,
@@ -60,7 +61,8 @@ def collect(
     """Run `trajectories` guided samplings and keep `samples` states per time group, at random visited timesteps.
 
     Seeded by the recipe: each trajectory has a generator of its own, so `batch` changes nothing but speed. Each batch
-    is one piece of `store`. On a GPU the model computes in bf16, see `InBfloat16`. Inside `distributed.joined` the
+    is one piece of `store`. On a GPU the model computes in bf16, see `InBfloat16`, and as a CUDA graph: few
+    samples would wait for launches. Inside `distributed.joined` the
     ranks share the batches, and each returns all samples. Raises `InputError` if the sampler visits too few timesteps
     of a group.
     """
@@ -73,7 +75,7 @@ def collect(
     order = torch.randperm(num_classes(model), generator=torch.Generator().manual_seed(recipe.seed))
     device = next(model.parameters()).device
     labels = order.repeat(math.ceil(count / len(order)))[:count]
-    sampled = InBfloat16(model) if device.type == "cuda" else model
+    sampled = CudaGraphed(InBfloat16(model)) if device.type == "cuda" else model
     most = batch or BATCH.get(device.type, BATCH["cpu"])
     size = math.ceil(count / math.ceil(count / most))  # as even as they get, for even shares
     division, world = distributed.batches(count, size), distributed.current()
@@ -121,9 +123,12 @@ class InBfloat16(nn.Module):
     def config(self) -> Any:
         return self.module.config
 
-    def forward(self, hidden_states: torch.Tensor, **given: Any) -> tuple[torch.Tensor]:
+    def forward(
+        self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor, return_dict: bool = False
+    ) -> tuple[torch.Tensor]:
+        """As diffusers' model with `return_dict=False`."""
         with torch.autocast(hidden_states.device.type, torch.bfloat16):
-            output = self.module(hidden_states, **given)[0]
+            output = self.module(hidden_states, timestep=timestep, class_labels=class_labels, return_dict=False)[0]
         return (output.float(),)
 
 

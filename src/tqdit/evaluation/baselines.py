@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from tqdit.capture import CudaGraphed
 from tqdit.errors import InputError
-from tqdit.evaluation.cuda_graphs import CudaGraphed
 from tqdit.evaluation.machine import synchronise
 from tqdit.models.random_weights import random_float
 

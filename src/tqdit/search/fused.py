@@ -13,7 +13,7 @@ from tqdit.search.objectives import MatmulObjective, tensor_cores
 from tqdit.search.operands import Operand
 from tqdit.spec import Grid, IntFormat, Role
 
-TALL, WIDE = (16, 128), (4, 512)  # rows and columns of a tile: where sums are over rows, and everywhere else
+TALL, WIDE = (16, 128), (4, 512)  # rows and columns of a tile: where sums are over rows, and everywhere else, at most
 CHUNK = 256  # rows of a program that sums over rows
 MEMORY = 512 * 2**20  # bytes of the steps of all candidates, and of their products: whichever are more
 
@@ -52,11 +52,12 @@ def steps(operand: Operand, tables: torch.Tensor) -> Steps:
     shape = (*matrices, height, count * columns) if across else (*matrices, count * height, columns)
     two = _has_two_parts(operand)
     parts = [torch.empty(shape, dtype=torch.float32, device=values.device) for _ in range(1 + two)]
+    tile = _wide(columns)
     with torch.cuda.device_of(values):  # Triton launches on the current device
-        steps_kernel[triton.cdiv(rows, WIDE[0]) * count, triton.cdiv(columns, WIDE[1])](
+        steps_kernel[triton.cdiv(rows, tile[0]) * count, triton.cdiv(columns, tile[1])](
             values, scales[0], scales[-1], zero_point, parts[0], parts[-1], rows, columns, count,
             1 if across else height, zero_point.numel(), fmt.qmin, fmt.qmax, grid.two_region,
-            grid is Grid.MRQ_SOFTMAX, not two, *WIDE,
+            grid is Grid.MRQ_SOFTMAX, not two, *tile,
         )  # fmt: skip
     return Steps(parts, scales if two else scales[-1:])
 
@@ -76,7 +77,7 @@ def sums(objective: MatmulObjective, a: Steps, b: Steps, *, over_rows: bool, sta
     rows = target.numel() // columns
     row_scales = [scale * right_scale if stacked else scale for scale in a.scales]
     count = max(len(row_scales[0]), len(right_scale))
-    tile = TALL if over_rows else WIDE
+    tile = TALL if over_rows else _wide(columns)
     tiles = (triton.cdiv(columns, tile[1]), triton.cdiv(rows, CHUNK)) if over_rows else (triton.cdiv(rows, tile[0]), 1)
     found = torch.empty(tiles[1], columns if over_rows else rows, count, dtype=torch.float32, device=right.device)
     with torch.cuda.device_of(right):
@@ -87,6 +88,12 @@ def sums(objective: MatmulObjective, a: Steps, b: Steps, *, over_rows: bool, sta
             objective.weights is not None, over_rows, *tile, CHUNK,
         )  # fmt: skip
     return found.sum(0)
+
+
+def _wide(columns: int) -> tuple[int, int]:
+    """A tile as large as `WIDE`, no wider than its matrix."""
+    width = min(WIDE[1], triton.next_power_of_2(columns))
+    return WIDE[0] * WIDE[1] // width, width
 
 
 def _has_two_parts(operand: Operand) -> bool:

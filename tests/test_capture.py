@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tqdit.capture import WARM_UP
-from tqdit.evaluation.cuda_graphs import CudaGraphed
+from tqdit.capture import WARM_UP, CudaGraphed
 
 
 class Denoiser(nn.Module):
