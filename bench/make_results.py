@@ -5,6 +5,7 @@ python bench/make_results.py
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -112,7 +113,7 @@ def _methods(run: dict[str, Any]) -> list[str]:
     lines = [
         "## Quality",
         "",
-        f"`bench/ablation.py --variants ...` on {environment(run['environment'])}. {_how(run)}",
+        f"`{_command(run)}` on {environment(run['environment'])}. {_how(run)}",
         "",
         f"FD-fashion of the float model, same seed: {run['float_fd_fashion'][0]:.3f}.",
         "",
@@ -125,6 +126,14 @@ def _methods(run: dict[str, Any]) -> list[str]:
         ]  # fmt: skip
         lines += [f"### {bits.upper()}", "", table(header, rows), ""]
     return [*lines, "### ε SQNR (dB) by time group, W8A8", "", _by_group(run["rows"], "w8a8"), ""]
+
+
+def _command(run: dict[str, Any]) -> str:
+    """What writes the rows again."""
+    variants, settings = dict.fromkeys(row["variant"] for row in run["rows"]), run["settings"]
+    options = {"--num": settings["images"], "--steps": settings["steps"], "--seeds": len(run["float_fd_fashion"])}
+    numbers = [str(part) for option in options.items() for part in option]
+    return shlex.join(["python", "bench/ablation.py", "--variants", *variants, *numbers])
 
 
 def _how(run: dict[str, Any]) -> str:
