@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from pages import FORMER_PLUS
 from tqdit import artifact, workflow
 from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.comparison import HELD_OUT_SEED, fd_fashion, held_out
@@ -40,7 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "search + TGQ": {"hessian": False, **UNIFORM},
     "paper (HO + MRQ + TGQ)": {},
     "plus": {"preset": "plus"},
-    FORMER_PLUS: {"preset": "plus", "gelu_products": "two"},
+    "plus, two products after GELU": {"preset": "plus", "gelu_products": "two"},
     "plus, one product after softmax": {"preset": "plus", "softmax_products": "one"},
 }
 

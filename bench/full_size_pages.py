@@ -81,7 +81,7 @@ def _origin(run: Mapping[str, Any]) -> str:
 
 def _compared(run: Mapping[str, Any]) -> list[str]:
     if "comparison" not in run:
-        return []
+        return ["This run ended before `tqdit compare`: its errors were not measured.", ""]
     settings = run["comparison"]
     return [
         f"Compared: {settings['num']} images of the same seeds, {settings['samples_per_group']} held-out states per "

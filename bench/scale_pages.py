@@ -6,6 +6,7 @@ from pages import RESULTS, environment, read, table
 
 SETTINGS = ("groups", "samples", "trajectories", "steps", "rounds", "candidates", "rows", "queries")
 GIB = 2**30
+MOST_SECONDS, MOST_GIB = 60, 16  # of DiT-XL/2 with published settings on one H200
 
 
 def calibration_scale() -> list[str]:
@@ -73,7 +74,26 @@ def _run(run: dict[str, Any]) -> list[str]:
         "",
         table(header, rows),
         "",
+        *_aims(run),
     ]
+
+
+def _aims(run: dict[str, Any]) -> list[str]:
+    """Those of a whole calibration on one GPU."""
+    stages = run["stages"].values()
+    where = run["environment"]["device"], run["shape"], run.get("processes", 1)
+    if where != ("NVIDIA H200", "DiT-XL/2", 1) or any(_differs(run, case) for case in run["extrapolated"].values()):
+        return []
+    seconds = sum(row["seconds"] for row in stages)
+    memory = max(row["peak_gpu_reserved_bytes"] for row in stages) / GIB
+    process = max(row["peak_rss_bytes"] for row in stages) / GIB
+    rows = [
+        ["trajectories, statistics and search", f"≤ {MOST_SECONDS} s", f"{seconds:.0f} s", seconds <= MOST_SECONDS],
+        ["GPU memory, reserved", f"≤ {MOST_GIB} GiB", f"{memory:.1f} GiB", memory <= MOST_GIB],
+        ["the process's own memory", f"≤ {MOST_GIB} GiB", f"{process:.1f} GiB", process <= MOST_GIB],
+    ]
+    cells = [[name, target, found, "yes" if met else "no"] for name, target, found, met in rows]
+    return [table(["aim", "target", "measured", "met"], cells), ""]
 
 
 def _of_several(run: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pages import FORMER_PLUS, ROOT, TWO_PRODUCTS, environment, read, table
+from pages import ROOT, environment, read, table
 
 # Result file -> the least speed-up asked for over each family, for the preset that is compared.
 CPU_RUNS: dict[str, dict[str, float]] = {
@@ -21,9 +21,6 @@ def cpu_speed() -> list[str]:
         "imports, each in a process of its own; `of floor`: the integer products and the reading of the other weights "
         "at this machine's peaks, measured in the same run, over the median. How it works: [cpu.md](cpu.md).",
         "",
-        f"Rows of `plus` that say *{TWO_PRODUCTS}* were measured before it allowed one only: those models have MRQ "
-        "there and do more work than `plus` now asks for, so the rows are on the safe side.",
-        "",
     ]
     for name, targets in CPU_RUNS.items():
         run = read(name)
@@ -41,13 +38,10 @@ def cpu_speed() -> list[str]:
             ),
             "",
             *(f"- not measured: {what}: {why}" for what, why in run["skipped"].items()),
-            table(["aim", "target", "measured", "met"], _speed_aims(run, targets)),
+            table(["aim", "target", "measured", "met"], [*_speed_aims(run, targets), *_loading_aims(run)]),
             "",
         ]  # fmt: skip
     lines += [
-        "### Loading DiT-XL/2",
-        "",
-        *_loading(),
         "### The same on 16 cores with AMX",
         "",
         *_amx(),
@@ -67,8 +61,7 @@ def _amx() -> list[str]:
     where = run["environment"]
     return [
         f"`{run['command']}` on {environment(where)}, torchao {where['torchao']}; int8 peak "
-        f"{where['int8_peak_gops']:.0f} GOPS (AMX). The `plus` model of this run has uniform grids after GELU, as "
-        "`plus` now gives at 8 bits.",
+        f"{where['int8_peak_gops']:.0f} GOPS (AMX).",
         "",
         table(header, [_speed_row(row, families) for row in run["rows"]]),
         "",
@@ -80,7 +73,7 @@ def _breakdown() -> list[str]:
     run = read("cpu-breakdown")
     lines = [
         f"`{run['command']}` on {environment(run['environment'])}; mean ms of one call (10⁹ operations/s). The "
-        f"models are `plus` W8A8 with {TWO_PRODUCTS}, from before `plus` allowed one only.",
+        "models are `plus` W8A8.",
         "",
     ]
     for shape in dict.fromkeys(row["shape"] for row in run["rows"]):
@@ -92,25 +85,17 @@ def _breakdown() -> list[str]:
     return lines
 
 
-def _loading() -> list[str]:
-    """Load time and memory in a run of their own, the artifact's file in the page cache first."""
-    run = read("cpu-dit-xl-2-load")
+def _loading_aims(run: dict[str, Any]) -> list[list[str]]:
+    """Of the model that has aims: memory after loading, and the time of it with the file in the page cache."""
     aims = []
-    for row in run["rows"]:
-        name, former = f"{row['preset']} {row['bits'].upper()}", _former(row)
+    for row in (row for row in run["rows"] if row["integer"] and row["model"] == "DiT-XL/2"):
+        name = f"{row['preset']} {row['bits'].upper()}"
         resident, seconds = row["resident_bytes"], row["load_seconds"]
-        aims.append([f"{name} resident after loading{former}",
-                     f"≤ {MOST_RESIDENT / 1e9} GB", f"{resident / 1e9:.2f} GB",
+        aims.append([f"{name} resident after loading", f"≤ {MOST_RESIDENT / 1e9} GB", f"{resident / 1e9:.2f} GB",
                      "yes" if resident <= MOST_RESIDENT else "no"])  # fmt: skip
-        aims.append([f"{name} load from page cache{former}", f"< {MOST_LOAD_SECONDS:.0f} s", f"{seconds:.1f} s",
+        aims.append([f"{name} load from page cache", f"< {MOST_LOAD_SECONDS:.0f} s", f"{seconds:.1f} s",
                      "yes" if seconds < MOST_LOAD_SECONDS else "no"])  # fmt: skip
-    return [
-        f"`{run['command']}`, which reads the file once before it times loading; the run above was measured before it "
-        "did, with less of the file in memory:",
-        "",
-        table(["aim", "target", "measured", "met"], aims),
-        "",
-    ]
+    return aims
 
 
 def _operation(found: dict[str, float] | None) -> str:
@@ -123,7 +108,7 @@ def _speed_row(row: dict[str, Any], families: list[str]) -> list[str]:
     def cell(value: float | None, digits: int, factor: float = 1.0) -> str:
         return "–" if value is None else f"{value * factor:.{digits}f}"
 
-    model = f"{row['model']} {row['bits'].upper()} {_preset(row)}" if row["integer"] else row["model"]
+    model = f"{row['model']} {row['bits'].upper()} {row['preset']}" if row["integer"] else row["model"]
     return [
         model, row["backend"], *(cell(row[f"p{p}_ms"], 1) for p in (20, 50, 80)),
         *(cell(row["speedup_over"].get(family), 2) for family in families), cell(row["images_per_second"], 3),
@@ -138,20 +123,9 @@ def _speed_aims(run: dict[str, Any], targets: dict[str, float]) -> list[list[str
         name = f"{row['preset']} {row['bits'].upper()}"
         for family, target in targets.items():
             found = row["speedup_over"].get(family)
-            shown, met = "–" if found is None else f"{found:.2f}×", "yes" if found and found >= target else "no"
-            aims.append([f"{name} over {family}{_former(row)}", f"≥ {target}×", shown, met])
+            shown, met = "–" if found is None else f"{found:.3f}×", "yes" if found and found >= target else "no"
+            aims.append([f"{name} over {family}", f"≥ {target}×", shown, met])
     return aims
-
-
-def _preset(row: dict[str, Any]) -> str:
-    """The preset of a row; `plus` says so where the model takes two products after GELU, as `plus` no longer does."""
-    linear = [kernel for kernel in row["kernels"] if ".linear[" in kernel]
-    former = row["preset"] == "plus" and any("2 products" in kernel for kernel in linear)
-    return FORMER_PLUS if former else row["preset"]
-
-
-def _former(row: dict[str, Any]) -> str:
-    return f" ({TWO_PRODUCTS})" if _preset(row) == FORMER_PLUS else ""
 
 
 def readme_speed() -> str:
@@ -161,7 +135,7 @@ def readme_speed() -> str:
         run = read(name)
         for row in (row for row in run["rows"] if row["integer"]):
             rows.append([
-                f"{row['model']} {row['bits'].upper()} `{row['preset']}`{_former(row)}",
+                f"{row['model']} {row['bits'].upper()} `{row['preset']}`",
                 str(row["batch"]), f"{row['p50_ms']:.0f}",
                 *(f"{found:.1f}×" if (found := row["speedup_over"].get(family)) else "–" for family in targets),
             ])  # fmt: skip
@@ -170,6 +144,5 @@ def readme_speed() -> str:
     return (
         f"{speeds}\n\nMedians of one interleaved run on {where['cores']} cores of an {where['cpu']} processor with "
         "AVX-512 VNNI. float32 and bfloat16: the better of eager and `torch.compile`; torchao: int8 dynamic, compiled. "
-        f"`plus` ({TWO_PRODUCTS}) is what it was before it allowed one only, which is less work. "
         "On many cores with AMX the margin is smaller: [docs/results.md](docs/results.md#speed-on-a-cpu)."
     )

@@ -26,7 +26,7 @@ def alternate(objective: MatmulObjective, a: Operand, b: Operand, recipe: Recipe
     for turn in range(recipe.rounds):
         former_a, former_b = a.scale, b.scale
         b = _search(b, base_b, recipe, loss(objective, a, b, b))
-        if turn and torch.equal(b.scale, former_b) and len(a.candidate_scales(base_a, recipe)) == 1:
+        if turn and torch.equal(b.scale, former_b) and not a.independent_regions:
             break
         a = _search(a, base_a, recipe, loss(objective, a, b, a))
         if torch.equal(a.scale, former_a):
@@ -46,7 +46,7 @@ def loss_of_values(objective: MatmulObjective, a: Operand, b: Operand, searched:
 def loss_of_steps(objective: MatmulObjective, a: Operand, b: Operand, searched: Operand) -> LossOf:
     """The same by kernels for GPUs, many tables at once: other roundings in fp32, nothing else.
 
-    Half as many at once from where memory runs out on.
+    Half as many at once from where memory runs out on; near ties may then fall otherwise.
     """
     from tqdit.search import fused
 
@@ -76,7 +76,7 @@ def loss_of_steps(objective: MatmulObjective, a: Operand, b: Operand, searched: 
 
 def _search(operand: Operand, base: torch.Tensor, recipe: Recipe, loss: LossOf) -> Operand:
     """The operand with, for every (group, unit), its best table; regions one after the other."""
-    for region in range(len(operand.candidate_scales(base, recipe))):
+    for region in range(1 + operand.independent_regions):
         tables = torch.cat([operand.scale[None], operand.candidate_scales(base, recipe)[region]])
         best = loss(tables).argmin(0, keepdim=True)  # (1, groups, units)
         index = best.reshape(*best.shape, *(1,) * (tables.ndim - 3)).expand(1, *tables.shape[1:])

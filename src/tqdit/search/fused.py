@@ -3,13 +3,15 @@
 Many candidates are scored at once: alone, each would wait for its launches longer than for its kernels.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import triton
 
 from tqdit.search.kernels import errors_kernel, steps_kernel
-from tqdit.search.objectives import MatmulObjective, tensor_cores
+from tqdit.search.objectives import MatmulObjective
 from tqdit.search.operands import Operand
 from tqdit.spec import Grid, IntFormat, Role
 
@@ -34,13 +36,13 @@ class Steps:
 
 def at_once(objective: MatmulObjective, a: Operand, searched: Operand) -> int:
     """How many candidates of `searched` fit `MEMORY`. Shapes alone decide: sums round alike wherever they are made."""
-    parts = 2 if _has_two_parts(a) else 1
+    parts = 1 + a.independent_regions
     largest = max(objective.target.numel(), searched.values.numel())
     return max(1, MEMORY // (4 * parts * largest))
 
 
 def steps(operand: Operand, tables: torch.Tensor) -> Steps:
-    """The operand under tables (K, groups, units[, 2]); two parts where the regions' scales have no common step."""
+    """The operand under tables (K, groups, units[, 2]); a part of each of two independent regions."""
     fmt, grid = IntFormat(operand.spec.bits), operand.spec.grid
     by_region = tables.unbind(-1) if grid.two_region else [tables]
     scales = [operand.by_row(table) for table in by_region]
@@ -50,8 +52,8 @@ def steps(operand: Operand, tables: torch.Tensor) -> Steps:
     count, rows = len(tables), values.numel() // columns
     across = operand.spec.role is Role.VALUE
     shape = (*matrices, height, count * columns) if across else (*matrices, count * height, columns)
-    two = _has_two_parts(operand)
-    parts = [torch.empty(shape, dtype=torch.float32, device=values.device) for _ in range(1 + two)]
+    two = operand.independent_regions
+    parts = [torch.empty(*shape, dtype=torch.float32, device=values.device) for _ in range(1 + two)]
     tile = _wide(columns)
     with torch.cuda.device_of(values):  # Triton launches on the current device
         steps_kernel[triton.cdiv(rows, tile[0]) * count, triton.cdiv(columns, tile[1])](
@@ -69,7 +71,7 @@ def sums(objective: MatmulObjective, a: Steps, b: Steps, *, over_rows: bool, sta
     attention, and so the scales of `b` are of them; else they are of the output's columns.
     """
     (right,), (right_scale,) = b.parts, b.scales
-    with tensor_cores():
+    with _tensor_cores():
         products = [objective.combine(left, right) for left in a.parts]
     target = objective.target.contiguous()
     weights = target if objective.weights is None else objective.weights.contiguous()
@@ -96,6 +98,12 @@ def _wide(columns: int) -> tuple[int, int]:
     return WIDE[0] * WIDE[1] // width, width
 
 
-def _has_two_parts(operand: Operand) -> bool:
-    """Whether the scales of two regions have no common step; s1 is s2 over a power of two where regions merge."""
-    return operand.spec.grid is Grid.MRQ_GELU and not operand.merging
+@contextmanager
+def _tensor_cores() -> Iterator[None]:
+    """fp32 matmuls on a GPU round their operands to TF32's 11 bits and sum in fp32; on a CPU nothing changes."""
+    settings = torch.backends.cuda.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

@@ -1,7 +1,6 @@
 """What a choice of scales is judged by: the Fisher-weighted squared error of one matmul's output (HO)."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,17 +27,6 @@ class MatmulObjective:
         """Elementwise loss, in the shape of the output."""
         error = self.combine(a, b).sub_(self.target).square_()
         return error if self.weights is None else error.mul_(self.weights)
-
-
-@contextmanager
-def tensor_cores() -> Iterator[None]:
-    """fp32 matmuls on a GPU round their operands to TF32's 11 bits and sum in fp32; on a CPU nothing changes."""
-    settings = torch.backends.cuda.matmul
-    before, settings.fp32_precision = settings.fp32_precision, "tf32"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
 
 
 def linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

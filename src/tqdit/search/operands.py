@@ -31,6 +31,11 @@ class Operand:
     def is_weight(self) -> bool:
         return self.spec.is_weight
 
+    @property
+    def independent_regions(self) -> bool:
+        """Whether two regions have scales without a common step; each is searched by itself."""
+        return self.spec.grid is Grid.MRQ_GELU and not self.merging
+
     def _broadcast(self, table: torch.Tensor) -> torch.Tensor:
         """(groups, units) -> a shape that broadcasts to `values`."""
         if self.is_weight:
@@ -87,7 +92,7 @@ class Operand:
         if not self.spec.grid.two_region:
             return [base * steps]
         fine, coarse = (base[..., region] * steps for region in (0, 1))
-        if self.merging:
+        if not self.independent_regions:
             return [_with_fine(coarse, regions.merging_exponents(self.spec.bits, self.spec.grid))]
         current = self.scale.expand(len(steps), *self.scale.shape)
         return [torch.stack([fine, current[..., 1]], -1), torch.stack([current[..., 0], coarse], -1)]

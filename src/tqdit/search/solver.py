@@ -37,8 +37,7 @@ def solve(
     """Choose the grid of every site and code every weight. `model` is the float model; it is only read.
 
     Each matmul is one piece of `store`. Inside `distributed.joined` the ranks share the blocks, whose records each has
-    of its own alone, and each returns the whole solution. Raises `InputError` where a GPU's
-    memory runs out.
+    of its own alone, and each returns the whole solution. Raises `InputError` where a GPU's memory runs out.
     """
     solver, keep, world = _Solver(model, records, recipe), store or Forgetful(), distributed.current()
     parts = solver.parts()

@@ -82,21 +82,6 @@ def to(device: torch.device, value):
     return value
 
 
-class PoisonedTorch:
-    """torch, but that its fresh memory is rubbish: what a kernel does not write shows."""
-
-    @staticmethod
-    def empty(*shape, dtype=torch.float32, device=None):
-        return torch.full(shape, 77 if dtype is torch.int8 else float("nan"), dtype=dtype, device=device)
-
-    @staticmethod
-    def empty_like(x):
-        return torch.full_like(x, float("nan"))
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-
 def compiled_for_hopper(which: str, asked: list, folder: Path) -> list[dict]:
     """What `compile_hopper.py` says of kernels of a kind; skips where Triton came without its compilers."""
     try:

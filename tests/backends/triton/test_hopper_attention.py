@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts import PoisonedTorch, compiled_for_hopper, heads_of, read, to
+from layouts import compiled_for_hopper, heads_of, read, to
 from operands import maker
 from test_cpu import assert_equal_up_to_ties, traced
+
+from poisoned import PoisonedTorch
 
 pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")

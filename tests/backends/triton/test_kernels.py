@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from layouts import PoisonedTorch, from_heads, heads_of, padded, read, stored, to
+from layouts import from_heads, heads_of, padded, read, stored, to
 from operands import maker
 from test_cpu import assert_equal_up_to_ties, each_gelu, each_shape, each_softmax, traced
+
+from poisoned import PoisonedTorch
 
 pytest.importorskip("triton")
 from tqdit.backends.triton import launch, tuning

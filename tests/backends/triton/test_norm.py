@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts import PoisonedTorch, compiled_for_hopper, read, to
+from layouts import compiled_for_hopper, read, to
 from operands import maker
 from test_cpu import assert_equal_up_to_ties
+
+from poisoned import PoisonedTorch
 
 pytest.importorskip("triton")
 from tqdit.backends.triton import launch, tuning
