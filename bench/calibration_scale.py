@@ -67,25 +67,27 @@ def main() -> None:
         "work_folder": args.work_folder,
         "recipe": run.model_dump(mode="json"),
         "operations": operations(part, run),
-        "memory_arithmetic": memory(part, run, world.size),
+        "memory_arithmetic": memory(part, run, args.device, world.size),
         "stages": stages,
         "solution_sha256": sha256(solution),
         "extrapolated": {
             name: {"blocks": config["num_layers"], "recipe": wanted.model_dump(mode="json")}
-            | scaled(stages, (part, run), (config, wanted), args.work_folder, world.size)
+            | scaled(stages, (part, run), (config, wanted), args.device, args.work_folder, world.size)
             for name, wanted in (("all blocks", run), ("published settings", recipe(args, {})))
         },
     }
     write_text(args.json, json.dumps(result, indent=1) + "\n")
 
 
-def scaled(stages: dict[str, Any], ran: Case, wanted: Case, work_folder: bool, processes: int) -> dict[str, Any]:
+def scaled(
+    stages: dict[str, Any], ran: Case, wanted: Case, device: str, work_folder: bool, processes: int
+) -> dict[str, Any]:
     """Seconds of another case, in proportion to its operations, and its peak: ours, and what its large parts differ by.
 
     An extrapolation; the peak takes every part of `memory` as alive at once, which they are not.
     """
     counted, whole = operations(*ran), operations(*wanted)
-    held, large = memory(*ran, processes), memory(*wanted, processes)
+    held, large = memory(*ran, device, processes), memory(*wanted, device, processes)
     alive = ("weights", "pass", "codes", "records_of_a_block" if work_folder else "records")
     return {
         "operations": whole,

@@ -43,7 +43,7 @@ def _search_of_a_block(config: Mapping[str, Any], recipe: Recipe) -> int:
     return linear + product * 2 * tries + product * (tries + of_softmax)
 
 
-def memory(config: Mapping[str, Any], recipe: Recipe, processes: int = 1) -> dict[str, int]:
+def memory(config: Mapping[str, Any], recipe: Recipe, device: str, processes: int = 1) -> dict[str, int]:
     """Bytes of the large parts, in the first process. `weights` and `codes` stay; the others come one stage at a time.
 
     `weights`: fp32, with a copy of the embedder in every block, as diffusers loads them. `pass`: the activations and
@@ -55,7 +55,7 @@ def memory(config: Mapping[str, Any], recipe: Recipe, processes: int = 1) -> dic
     elements = sum(p.numel() for p in empty_model(config).parameters())
     return {
         "weights": FP32 * elements,
-        "pass": batch_size(config, picker) * (graph_bytes(config, picker) + picked_bytes(config, picker)),
+        "pass": batch_size(config, picker, device) * (graph_bytes(config, picker) + picked_bytes(config, picker)),
         "records": records * -(-blocks // processes) // blocks,  # whole blocks are dealt out
         "records_of_a_block": records // blocks,
         "codes": elements,

@@ -234,13 +234,16 @@ def test_a_device_without_memory_for_a_batch_takes_smaller_ones(model, data, rec
 
 
 @pytest.mark.parametrize(
-    ("shape", "samples", "batch"),
-    [("DiT-XL/2", 32, 4), ("DiT-XL/2", 1, 2), ("DiT-XL/2@512", 32, 1), ("DiT-S/8", 32, 8)],
-)
-def test_a_pass_takes_what_its_budget_allows(shape: str, samples: int, batch: int) -> None:
+    ("device", "shape", "samples", "batch"),
+    [
+        ("cpu", "DiT-XL/2", 32, 4), ("cpu", "DiT-XL/2", 1, 2), ("cpu", "DiT-XL/2@512", 32, 1),
+        ("cpu", "DiT-S/8", 32, 8), ("cuda", "DiT-XL/2", 32, 8), ("cuda", "DiT-XL/2@512", 32, 1),
+    ],
+)  # fmt: skip
+def test_a_pass_takes_what_its_budget_allows(device: str, shape: str, samples: int, batch: int) -> None:
     config, recipe = shape_config(shape), Recipe.build(samples=samples)
     picker = Picker(recipe, recipe.groups * samples, 2, (config["sample_size"] // config["patch_size"]) ** 2)
-    assert batch_size(config, picker) == batch
+    assert batch_size(config, picker, device) == batch
 
 
 def test_picked_bytes_are_those_of_the_records(model, data, records, tiny_recipe) -> None:

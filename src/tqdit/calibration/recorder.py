@@ -25,7 +25,9 @@ from tqdit.recipe import Recipe
 PROBE_STREAM = 500_000  # first noise stream of the probes, apart from those of images and of trajectories
 MAXIMA_PER_HEAD = 16
 LARGEST_BATCH = 8
-PASS_BYTES = 4 << 30  # what the activations that one backward pass needs, and what is picked of it, may take
+# What the activations that one backward pass needs, and what is picked of it, may take. With half as many on a GPU, its
+# launches take longer than its work.
+PASS_BYTES = {"cuda": 8 << 30, "cpu": 4 << 30}
 
 
 def record(
@@ -45,13 +47,14 @@ def record(
     layout = blocks(config)
     halves = 1 if recipe.guidance == 1.0 else 2
     picker = Picker(recipe, len(data), halves, _tokens(config))
-    size = batch or batch_size(config, picker)
+    device = next(model.parameters()).device
+    size = batch or batch_size(config, picker, device.type)
     batches, taps, keep, world = Batches(size), Taps(), store or Forgetful(), distributed.current()
     division = distributed.batches(len(data), size)
     names = [f"records-{members.start:06d}-{members.stop:06d}" for members in division]
 
     def run(members: range) -> dict[str, torch.Tensor]:
-        return _Pass(data, recipe, picker, members, next(model.parameters()).device).run(model, taps)
+        return _Pass(data, recipe, picker, members, device).run(model, taps)
 
     def make(members: range) -> dict[str, torch.Tensor]:
         found = batches.over(members, run)
@@ -67,12 +70,13 @@ def record(
     solvers = {name: world.owner(block.index) for block in layout for name in recorded(block)}
     with taps.attached(model, layout), torch.set_grad_enabled(recipe.hessian):
         parts = keep.together(finished(), names, lambda key: solvers.get(key.rpartition("/")[0]))
-    return Records.of(world.share(layout), parts, data.t)
+    return Records.of(world.share(layout), parts, data.t, device)
 
 
-def batch_size(config: Mapping[str, Any], picker: Picker) -> int:
-    """Samples of one forward and backward pass: by model and recipe alone, so that every machine takes the same."""
-    return max(1, min(LARGEST_BATCH, PASS_BYTES // (graph_bytes(config, picker) + picked_bytes(config, picker))))
+def batch_size(config: Mapping[str, Any], picker: Picker, device: str) -> int:
+    """Samples of one forward and backward pass on a kind of device, never by what a machine has: all take the same."""
+    most = PASS_BYTES.get(device, PASS_BYTES["cpu"])
+    return max(1, min(LARGEST_BATCH, most // (graph_bytes(config, picker) + picked_bytes(config, picker))))
 
 
 def graph_bytes(config: Mapping[str, Any], picker: Picker) -> int:

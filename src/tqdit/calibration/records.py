@@ -45,17 +45,20 @@ Kind = TypeVar("Kind", LinearRecord, AttentionRecord)
 
 
 class Joined(Mapping[str, Kind], Generic[Kind]):
-    """Records by name, each put together from the batches' parts when it is asked for: memory for one, not for all."""
+    """Records by name, each put together from the batches' parts when it is asked for: memory for one, not for all.
 
-    def __init__(self, kind: type[Kind], names: Iterable[str], parts: Sequence[Tensors]) -> None:
+    They are put together on `device`: to do it first and move the whole is a copy more on the host, the slowest part.
+    """
+
+    def __init__(self, kind: type[Kind], names: Iterable[str], parts: Sequence[Tensors], device: torch.device) -> None:
         self._kind: type[Kind] = kind
-        self._names, self._parts = tuple(names), parts
+        self._names, self._parts, self._device = tuple(names), parts, device
 
     def __getitem__(self, name: str) -> Kind:
         if name not in self._names:
             raise KeyError(name)
         keys = [f"{name}/{field.name}" for field in fields(self._kind)]
-        found = [part.read(keys) for part in self._parts]
+        found = [{key: x.to(self._device) for key, x in part.read(keys).items()} for part in self._parts]
         return self._kind(*(join(key, found) for key in keys))
 
     def __iter__(self) -> Iterator[str]:
@@ -69,7 +72,8 @@ class Joined(Mapping[str, Kind], Generic[Kind]):
 class Records:
     """Everything the search needs, of the blocks that this process solves: all of them if it is alone.
 
-    `maxima`: largest post-softmax values of all blocks, (S, blocks, heads * k), for the report.
+    `linears` and `attentions` come on the device that the search is for, all else on the CPU. `maxima`: largest
+    post-softmax values of all blocks, (S, blocks, heads * k), for the report.
     """
 
     linears: Mapping[str, LinearRecord]
@@ -79,15 +83,17 @@ class Records:
     t: torch.Tensor
 
     @classmethod
-    def of(cls, layout: tuple[BlockLayout, ...], parts: Sequence[Tensors], t: torch.Tensor) -> "Records":
+    def of(
+        cls, layout: tuple[BlockLayout, ...], parts: Sequence[Tensors], t: torch.Tensor, device: torch.device
+    ) -> "Records":
         """Those of the blocks `layout`, from the parts of all batches, in order."""
         ranged = [name for block in layout for name in (*_sources(block), *_operands(block))]
         keys = [f"{site}/{end}" for site in ranged for end in ("low", "high")]
         small = [part.read([*keys, MAXIMA]) for part in parts]
         ranges = {site: RangeStats(*(join(f"{site}/{end}", small) for end in ("low", "high"))) for site in ranged}
         return cls(
-            Joined(LinearRecord, [source for block in layout for source in _sources(block)], parts),
-            Joined(AttentionRecord, [block.attention for block in layout], parts),
+            Joined(LinearRecord, [source for block in layout for source in _sources(block)], parts, device),
+            Joined(AttentionRecord, [block.attention for block in layout], parts, device),
             ranges, join(MAXIMA, small), t,
         )  # fmt: skip
 

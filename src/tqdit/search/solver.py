@@ -1,9 +1,9 @@
 """`solve`: records of the float model become a Solution. Pure and seeded: same records, same result."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,7 +65,6 @@ def solve(
 
 
 Solved = dict[str, torch.Tensor]  # "<site>/scale", "<site>/zero_point" and "<site>/codes" of matmuls, on the CPU
-Record = TypeVar("Record", LinearRecord, AttentionRecord, RangeStats)
 
 
 class _Solver:
@@ -126,7 +125,7 @@ class _Solver:
         return self._coded([spec], operand)
 
     def _linear(self, group: LinearGroup) -> Solved:
-        record = _moved(self.records.linears[group.source], self.device)
+        record = self.records.linears[group.source]
         ranges = self._ranges(group.source)
         specs = [self.specs[name] for name in group.weights]
         w = operands.weight(specs, [self.state[name].float() for name in group.weights])
@@ -140,7 +139,7 @@ class _Solver:
         return _chosen(x) | self._coded(specs, w)
 
     def _scores(self, block: BlockLayout) -> Solved:
-        record = _moved(self.records.attentions[block.attention], self.device)
+        record = self.records.attentions[block.attention]
         objective = MatmulObjective.of(
             objectives.scores, record.q, record.k, self._weights(record, record.fisher_scores)
         )
@@ -150,7 +149,7 @@ class _Solver:
         return _chosen(q) | _chosen(k)
 
     def _values(self, block: BlockLayout) -> Solved:
-        record = _moved(self.records.attentions[block.attention], self.device)
+        record = self.records.attentions[block.attention]
         p = objectives.scores(record.q, record.k).softmax(-1)
         objective = MatmulObjective.of(objectives.values, p, record.v, self._weights(record, record.fisher_values))
         v = self._operand(block, Role.VALUE, record.v, record)
@@ -177,7 +176,8 @@ class _Solver:
         return fisher * record.step_weight.reshape(-1, *(1,) * (fisher.ndim - 1))
 
     def _ranges(self, site: str) -> RangeStats:
-        return _moved(self.records.ranges[site], self.device)
+        found = self.records.ranges[site]
+        return RangeStats(found.low.to(self.device), found.high.to(self.device))
 
     def _best_grid(
         self, spec: SiteSpec, choice: str, attempt: Callable[[SiteSpec], tuple[Operand, Operand, float]]
@@ -206,8 +206,3 @@ def _chosen(operand: Operand) -> Solved:
     name = operand.spec.name
     found = {f"{name}/scale": uniform.checked_scale(operand.scale, name).cpu()}
     return found if operand.spec.grid.two_region else found | {f"{name}/zero_point": operand.zero_point.cpu()}
-
-
-def _moved(record: Record, device: torch.device) -> Record:
-    """A record with its tensors on another device."""
-    return replace(record, **{f.name: getattr(record, f.name).to(device) for f in fields(record)})
