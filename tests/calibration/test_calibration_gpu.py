@@ -1,10 +1,13 @@
 """Calibration on a GPU: the states, records and choices of a CPU but for rounding, and the same ones every time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tqdit.calibration import recorder
 from tqdit.calibration.recorder import record
+from tqdit.calibration.records import Records
 from tqdit.calibration.trajectories import collect
 from tqdit.search.solver import solve
 from tqdit.timegroups import TimeGroups
@@ -16,6 +19,18 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.fixture(scope="module")
 def on_gpu(tiny_dit):
     return tiny_dit().to(DEVICE)
+
+
+def moved(records: Records) -> Records:
+    """With its tensors on the GPU, where a search there finds those of a model there."""
+
+    def on_gpu(found):
+        return {
+            name: replace(record, **{field: tensor.to(DEVICE) for field, tensor in vars(record).items()})
+            for name, record in found.items()
+        }
+
+    return replace(records, linears=on_gpu(records.linears), attentions=on_gpu(records.attentions))
 
 
 def test_states_are_of_the_same_draws(on_gpu, data, scheduler_config, tiny_recipe) -> None:
@@ -32,9 +47,10 @@ def test_records_are_those_of_a_cpu(on_gpu, data, records, tiny_recipe) -> None:
         assert torch.allclose(found.ranges[name].low, stats.low, atol=1e-4), name
         assert torch.allclose(found.ranges[name].high, stats.high, atol=1e-4), name
     for name, linear in records.linears.items():
-        assert torch.allclose(found.linears[name].x, linear.x, atol=1e-4), name
-        assert torch.allclose(found.linears[name].fisher.sum(0), linear.fisher.sum(0), rtol=1e-2), name
-        assert torch.equal(found.linears[name].group, linear.group)
+        assert found.linears[name].x.is_cuda
+        assert torch.allclose(found.linears[name].x.cpu(), linear.x, atol=1e-4), name
+        assert torch.allclose(found.linears[name].fisher.sum(0).cpu(), linear.fisher.sum(0), rtol=1e-2), name
+        assert torch.equal(found.linears[name].group.cpu(), linear.group)
     assert torch.allclose(found.maxima, records.maxima, atol=1e-4)
 
 
@@ -43,8 +59,8 @@ def test_records_are_those_of_a_cpu(on_gpu, data, records, tiny_recipe) -> None:
 def test_choices_are_those_of_a_cpu_and_the_same_twice(
     on_gpu, records, solved, tiny_recipe, preset: str, bits: str
 ) -> None:
-    expected = solved(preset, bits)
-    first, again = (solve(on_gpu, records, tiny_recipe(preset, bits), TimeGroups(1000, 4), {}) for _ in range(2))
+    expected, there = solved(preset, bits), moved(records)
+    first, again = (solve(on_gpu, there, tiny_recipe(preset, bits), TimeGroups(1000, 4), {}) for _ in range(2))
     same = []
     for name, params in first.params.items():
         assert params.spec == expected.params[name].spec

@@ -1,5 +1,6 @@
 """Calibration data: n states per group, from the trajectories of the sampler itself."""
 
+import copy
 from dataclasses import fields
 
 import pytest
@@ -109,3 +110,18 @@ def test_states_drawn_in_bf16_are_near_those_in_fp32(model, data) -> None:
     assert rounded.dtype == torch.float32
     error = (rounded - exact).square().mean() / exact.square().mean()
     assert 0 < error < 1e-3
+
+
+def test_a_copy_in_bf16_leaves_the_model_alone_and_holds_what_is_shared_once(model, data) -> None:
+    """Blocks share an embedder in models that this package loads."""
+    shared = copy.deepcopy(model)
+    first, second = shared.transformer_blocks[:2]
+    second.norm1.emb = first.norm1.emb
+    rounded = InBfloat16(shared)
+    given = {"timestep": data.t, "class_labels": data.labels, "return_dict": False}
+    before = shared(data.x, **given)[0]
+    rounded(data.x, **given)
+    assert torch.equal(shared(data.x, **given)[0], before)
+    assert {p.dtype for p in shared.parameters()} == {torch.float32}
+    assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
+    assert len(list(rounded.parameters())) == len(list(shared.parameters())) < len(list(model.parameters()))

@@ -1,5 +1,6 @@
 """Calibration data from the model's own sampling: n samples (x_t, t, class) per time group (TGQ)."""
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -116,9 +117,10 @@ class InBfloat16(nn.Module):
     """
 
     def __init__(self, module: nn.Module) -> None:
+        """`module` stays as it is. Its copy is given its parameters, so that none is copied in fp32 first."""
         super().__init__()
-        self.module = module
-        self._rounded = {name: parameter.to(torch.bfloat16) for name, parameter in module.named_parameters()}
+        rounded = {id(p): nn.Parameter(p.detach().bfloat16(), requires_grad=False) for p in module.parameters()}
+        self.module = copy.deepcopy(module, rounded)
 
     @property
     def config(self) -> Any:
@@ -128,9 +130,8 @@ class InBfloat16(nn.Module):
         self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor, return_dict: bool = False
     ) -> tuple[torch.Tensor]:
         """As diffusers' model with `return_dict=False`."""
-        given = {"timestep": timestep, "class_labels": class_labels, "return_dict": False}
-        output = torch.func.functional_call(self.module, self._rounded, (hidden_states.bfloat16(),), given)[0]
-        return (output.float(),)
+        x = hidden_states.bfloat16()
+        return (self.module(x, timestep=timestep, class_labels=class_labels, return_dict=False)[0].float(),)
 
 
 def _ordered(
