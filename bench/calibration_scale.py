@@ -67,12 +67,12 @@ def main() -> None:
         "work_folder": args.work_folder,
         "recipe": run.model_dump(mode="json"),
         "operations": operations(part, run),
-        "memory_arithmetic": memory(part, run, args.device, world.size),
+        "memory_arithmetic": memory(part, run, torch.device(args.device), world.size),
         "stages": stages,
         "solution_sha256": sha256(solution),
         "extrapolated": {
             name: {"blocks": config["num_layers"], "recipe": wanted.model_dump(mode="json")}
-            | scaled(stages, (part, run), (config, wanted), args.device, args.work_folder, world.size)
+            | scaled(stages, (part, run), (config, wanted), torch.device(args.device), args.work_folder, world.size)
             for name, wanted in (("all blocks", run), ("published settings", recipe(args, {})))
         },
     }
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def scaled(
-    stages: dict[str, Any], ran: Case, wanted: Case, device: str, work_folder: bool, processes: int
+    stages: dict[str, Any], ran: Case, wanted: Case, device: torch.device, work_folder: bool, processes: int
 ) -> dict[str, Any]:
     """Seconds of another case, in proportion to its operations, and its peak: ours, and what its large parts differ by.
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from tqdit.calibration.picker import Picker
 from tqdit.calibration.recorder import batch_size, graph_bytes, picked_bytes
 from tqdit.grids import regions
@@ -43,7 +45,7 @@ def _search_of_a_block(config: Mapping[str, Any], recipe: Recipe) -> int:
     return linear + product * 2 * tries + product * (tries + of_softmax)
 
 
-def memory(config: Mapping[str, Any], recipe: Recipe, device: str, processes: int = 1) -> dict[str, int]:
+def memory(config: Mapping[str, Any], recipe: Recipe, device: torch.device, processes: int = 1) -> dict[str, int]:
     """Bytes of the large parts, in the first process. `weights` and `codes` stay; the others come one stage at a time.
 
     `weights`: fp32, with a copy of the embedder in every block, as diffusers loads them. `pass`: the activations and

@@ -32,5 +32,15 @@ def test_copies_are_equal_and_on_the_cpu(device: str, monkeypatch) -> None:
     assert len({tensor.untyped_storage().data_ptr() for tensor in found.values()}) == 1
 
 
+def test_a_parcel_travels_in_parts(monkeypatch) -> None:
+    """What a GPU's parcel goes through, here on a CPU: whole parts and a last one."""
+    monkeypatch.setattr(parcels, "STAGE", 64)
+    for size in (0, 1, 64, 65, 1000):
+        flat = torch.arange(size).to(torch.uint8)
+        found = parcels.on_host(flat)
+        assert torch.equal(found, flat)
+        assert size == 0 or found.data_ptr() != flat.data_ptr()
+
+
 def test_nothing_copied_is_nothing() -> None:
     assert copied({}) == {}

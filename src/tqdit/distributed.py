@@ -105,7 +105,7 @@ class World:
         import torch
         from torch import distributed as dist
 
-        from tqdit.parcels import copied, form, length, pack, unpacked
+        from tqdit.parcels import copied, form, length, on_host, pack, unpacked
 
         sent = [{} if rank == self.rank else parcel for rank, parcel in enumerate(parcels)]
         forms = [form(parcel) for parcel in sent]
@@ -121,7 +121,7 @@ class World:
         with _together():
             dist.all_to_all_single(incoming, outgoing, lengths, own_lengths)
         del outgoing
-        flats = incoming.cpu().split(lengths)
+        flats = (on_host(incoming) if incoming.is_cuda else incoming).split(lengths)
         received: list[Named] = [unpacked(*pair) for pair in zip(flats, expected, strict=True)]
         received[self.rank] = copied(parcels[self.rank])
         return received

@@ -40,24 +40,19 @@ def copied(tensors: Named) -> dict[str, torch.Tensor]:
     Small tensors that stay where large ones come and go are fences in the C library's heap: it neither fits the next
     large ones between them nor gives those gaps back to the system.
     """
-    flat = torch.empty(length(form(tensors)), dtype=torch.uint8)
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        _pack_from_gpu(flat, tensors)
-    else:
-        pack(flat, tensors)
-    return unpacked(flat, form(tensors))
+    device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
+    flat = torch.empty(length(form(tensors)), dtype=torch.uint8, device=device)
+    pack(flat, tensors)
+    return unpacked(on_host(flat) if device else flat, form(tensors))
 
 
-def _pack_from_gpu(flat: torch.Tensor, tensors: Named) -> None:
-    """`pack` by way of a parcel on the GPU, in few transfers, through memory that the GPU writes at its full speed.
-
-    A transfer for each tensor waits for it, and the system's memory for many, page by page on one thread.
-    """
-    on_gpu = torch.empty_like(flat, device=next(tensor.device for tensor in tensors.values() if tensor.is_cuda))
-    pack(on_gpu, tensors)
-    stage = torch.empty(min(STAGE, len(flat)), dtype=torch.uint8, pin_memory=True)
-    for part, found in zip(flat.split(STAGE), on_gpu.split(STAGE), strict=True):
-        part.copy_(stage[: len(part)].copy_(found))
+def on_host(flat: torch.Tensor) -> torch.Tensor:
+    """A copy of a parcel of a GPU in ordinary memory, by way of a little that the GPU can write to itself."""
+    found = torch.empty_like(flat, device="cpu")
+    stage = torch.empty(min(STAGE, len(flat)), dtype=torch.uint8, pin_memory=flat.is_cuda)
+    for part, source in zip(found.split(STAGE), flat.split(STAGE), strict=True):
+        part.copy_(stage[: len(part)].copy_(source))
+    return found
 
 
 def _offsets(form: Form) -> list[int]:

@@ -46,6 +46,7 @@ from tqdit.tensors import decisive
 from tqdit.timegroups import TimeGroups
 
 STAGES = ("calibration", "search")  # whose finished work may be kept
+PIECES = 2  # raised where a change makes other pieces from the same settings: none of before is continued from
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Report = Callable[[str, float], None]  # (stage, finished fraction)
 
@@ -351,7 +352,7 @@ def _store(work: Path | None, stage: str, *depends_on: Any) -> Store | None:
     """The pieces of a stage in a work folder, under the hash of all that they depend on."""
     if work is None:
         return None
-    text = json.dumps([versions(), *depends_on], sort_keys=True)
+    text = json.dumps([versions(), PIECES, *depends_on], sort_keys=True)
     return WorkFolder(work / f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:HASH_DIGITS]}")
 
 

@@ -1,13 +1,13 @@
 """Calibration on a GPU: the states, records and choices of a CPU but for rounding, and the same ones every time."""
 
-from dataclasses import replace
+import weakref
 
 import pytest
 import torch
 
+from tqdit import capture
 from tqdit.calibration import recorder
 from tqdit.calibration.recorder import record
-from tqdit.calibration.records import Records
 from tqdit.calibration.trajectories import collect
 from tqdit.search.solver import solve
 from tqdit.timegroups import TimeGroups
@@ -21,18 +21,6 @@ def on_gpu(tiny_dit):
     return tiny_dit().to(DEVICE)
 
 
-def moved(records: Records) -> Records:
-    """With its tensors on the GPU, where a search there finds those of a model there."""
-
-    def on_gpu(found):
-        return {
-            name: replace(record, **{field: tensor.to(DEVICE) for field, tensor in vars(record).items()})
-            for name, record in found.items()
-        }
-
-    return replace(records, linears=on_gpu(records.linears), attentions=on_gpu(records.attentions))
-
-
 def test_states_are_of_the_same_draws(on_gpu, data, scheduler_config, tiny_recipe) -> None:
     found = collect(on_gpu, scheduler_config, tiny_recipe())
     assert torch.equal(found.t, data.t)
@@ -41,13 +29,45 @@ def test_states_are_of_the_same_draws(on_gpu, data, scheduler_config, tiny_recip
     assert error < 0.01
 
 
+def test_states_in_batches_are_the_same_twice(on_gpu, scheduler_config, tiny_recipe) -> None:
+    """Of two sizes, each a graph of its own."""
+    first, again = (collect(on_gpu, scheduler_config, tiny_recipe(trajectories=5), batch=3) for _ in range(2))
+    assert torch.equal(first.x, again.x)
+
+
+def test_less_memory_than_a_batch_of_states_takes(on_gpu, scheduler_config, tiny_recipe, monkeypatch) -> None:
+    """The second batch does not fit; nothing of another graph is left when one is made."""
+    original, sizes, made = capture.Captured.__init__, [], []
+
+    def small(self, call, inputs, device) -> None:
+        assert not [other for other in made if other()]
+        made.append(weakref.ref(self))
+        sizes.append(len(inputs[0]))
+        if len(sizes) == 2:
+            raise torch.OutOfMemoryError
+        original(self, call, inputs, device)
+
+    monkeypatch.setattr(capture.Captured, "__init__", small)
+    found = collect(on_gpu, scheduler_config, tiny_recipe(trajectories=8), batch=4)
+    assert sizes == [8, 8, 4, 4]  # both halves of guidance
+    whole = collect(on_gpu, scheduler_config, tiny_recipe(trajectories=8), batch=8)
+    assert (found.x - whole.x).square().mean() < 0.01 * whole.x.square().mean()
+
+
+def test_records_go_from_pass_to_search_on_the_gpu(on_gpu, data, tiny_recipe) -> None:
+    recipe = tiny_recipe()
+    found = record(on_gpu, data, recipe)
+    parts = [*found.linears.values(), *found.attentions.values()]
+    assert all(tensor.is_cuda for part in parts for tensor in vars(part).values())
+    assert solve(on_gpu, found, recipe, TimeGroups(1000, 4), {}).params
+
+
 def test_records_are_those_of_a_cpu(on_gpu, data, records, tiny_recipe) -> None:
     found = record(on_gpu, data, tiny_recipe())
     for name, stats in records.ranges.items():
         assert torch.allclose(found.ranges[name].low, stats.low, atol=1e-4), name
         assert torch.allclose(found.ranges[name].high, stats.high, atol=1e-4), name
     for name, linear in records.linears.items():
-        assert found.linears[name].x.is_cuda
         assert torch.allclose(found.linears[name].x.cpu(), linear.x, atol=1e-4), name
         assert torch.allclose(found.linears[name].fisher.sum(0).cpu(), linear.fisher.sum(0), rtol=1e-2), name
         assert torch.equal(found.linears[name].group.cpu(), linear.group)
@@ -59,8 +79,8 @@ def test_records_are_those_of_a_cpu(on_gpu, data, records, tiny_recipe) -> None:
 def test_choices_are_those_of_a_cpu_and_the_same_twice(
     on_gpu, records, solved, tiny_recipe, preset: str, bits: str
 ) -> None:
-    expected, there = solved(preset, bits), moved(records)
-    first, again = (solve(on_gpu, there, tiny_recipe(preset, bits), TimeGroups(1000, 4), {}) for _ in range(2))
+    expected = solved(preset, bits)
+    first, again = (solve(on_gpu, records, tiny_recipe(preset, bits), TimeGroups(1000, 4), {}) for _ in range(2))
     same = []
     for name, params in first.params.items():
         assert params.spec == expected.params[name].spec

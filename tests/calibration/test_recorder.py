@@ -1,11 +1,15 @@
 """Records of the float model: its true operands, every group, and a model left as it was."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from torch import nn
 
 from tqdit.calibration.picker import Picker
 from tqdit.calibration.recorder import batch_size, picked_bytes, record
+from tqdit.calibration.records import Joined, LinearRecord
+from tqdit.calibration.store import InMemory
 from tqdit.models.sampler import predict
 from tqdit.models.shapes import shape_config
 from tqdit.models.sites import blocks, sites
@@ -243,7 +247,7 @@ def test_a_device_without_memory_for_a_batch_takes_smaller_ones(model, data, rec
 def test_a_pass_takes_what_its_budget_allows(device: str, shape: str, samples: int, batch: int) -> None:
     config, recipe = shape_config(shape), Recipe.build(samples=samples)
     picker = Picker(recipe, recipe.groups * samples, 2, (config["sample_size"] // config["patch_size"]) ** 2)
-    assert batch_size(config, picker, device) == batch
+    assert batch_size(config, picker, torch.device(device)) == batch
 
 
 def test_picked_bytes_are_those_of_the_records(model, data, records, tiny_recipe) -> None:
@@ -251,3 +255,10 @@ def test_picked_bytes_are_those_of_the_records(model, data, records, tiny_recipe
     labels = ("group", "step_weight")
     held = sum(t.nbytes for part in parts for name, t in vars(part).items() if name not in labels)
     assert picked_bytes(model.config, Picker(tiny_recipe(), len(data), 2, 16)) * len(data) == held
+
+
+def test_records_are_put_together_on_their_device() -> None:
+    """ "meta" stands for a GPU."""
+    parts = [InMemory({f"a/{field.name}": torch.ones(2, 3) for field in fields(LinearRecord)}) for _ in range(2)]
+    record = Joined(LinearRecord, ["a"], parts, torch.device("meta"))["a"]
+    assert all(tensor.device.type == "meta" and tensor.shape == (4, 3) for tensor in vars(record).values())

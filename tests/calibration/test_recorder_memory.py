@@ -45,7 +45,7 @@ def test_a_process_grows_by_what_it_keeps() -> None:
     child = subprocess.run([sys.executable, __file__], check=True, capture_output=True, text=True)
     peaks = json.loads(child.stdout.splitlines()[-1])
     picker = Picker(RECIPE, RECIPE.samples, 2, TOKENS)
-    size = batch_size(CONFIG, picker, "cpu")
+    size = batch_size(CONFIG, picker, torch.device("cpu"))
     assert len(peaks) == RECIPE.samples // size
     room = size * graph_bytes(CONFIG, picker)  # the heap may be as untidy as one more batch
     assert peaks[-1] - peaks[0] < RECIPE.samples * picked_bytes(CONFIG, picker) + room

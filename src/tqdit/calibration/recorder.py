@@ -25,8 +25,8 @@ from tqdit.recipe import Recipe
 PROBE_STREAM = 500_000  # first noise stream of the probes, apart from those of images and of trajectories
 MAXIMA_PER_HEAD = 16
 LARGEST_BATCH = 8
-# What the activations that one backward pass needs, and what is picked of it, may take. With half as many on a GPU, its
-# launches take longer than its work.
+# What the activations that one backward pass needs, and what is picked of it, may take. On a GPU few samples wait for
+# launches.
 PASS_BYTES = {"cuda": 8 << 30, "cpu": 4 << 30}
 
 
@@ -40,15 +40,16 @@ def record(
 ) -> Records:
     """Run the float model with guidance over `data`, forward and backward. The model is left as it was.
 
-    `batch`: samples at once; by default as many as `PASS_BYTES` allow. Each batch is one piece of `store`. Inside
-    `distributed.joined` the ranks share the batches, and each returns the records of its share of the blocks.
+    `batch`: samples at once; by default as many as `PASS_BYTES` of the kind of device allow. Each batch is one piece of
+    `store`. Inside `distributed.joined` the ranks share the batches, and each returns the records of its share of the
+    blocks.
     """
     config = config_of(model)
     layout = blocks(config)
     halves = 1 if recipe.guidance == 1.0 else 2
     picker = Picker(recipe, len(data), halves, _tokens(config))
     device = next(model.parameters()).device
-    size = batch or batch_size(config, picker, device.type)
+    size = batch or batch_size(config, picker, device)
     batches, taps, keep, world = Batches(size), Taps(), store or Forgetful(), distributed.current()
     division = distributed.batches(len(data), size)
     names = [f"records-{members.start:06d}-{members.stop:06d}" for members in division]
@@ -73,9 +74,9 @@ def record(
     return Records.of(world.share(layout), parts, data.t, device)
 
 
-def batch_size(config: Mapping[str, Any], picker: Picker, device: str) -> int:
+def batch_size(config: Mapping[str, Any], picker: Picker, device: torch.device) -> int:
     """Samples of one forward and backward pass on a kind of device, never by what a machine has: all take the same."""
-    most = PASS_BYTES.get(device, PASS_BYTES["cpu"])
+    most = PASS_BYTES.get(device.type, PASS_BYTES["cpu"])
     return max(1, min(LARGEST_BATCH, most // (graph_bytes(config, picker) + picked_bytes(config, picker))))
 
 

@@ -47,7 +47,7 @@ Kind = TypeVar("Kind", LinearRecord, AttentionRecord)
 class Joined(Mapping[str, Kind], Generic[Kind]):
     """Records by name, each put together from the batches' parts when it is asked for: memory for one, not for all.
 
-    They are put together on `device`: to do it first and move the whole is a copy more on the host, the slowest part.
+    They are put together on `device`: on the host it would be a copy more, of everything.
     """
 
     def __init__(self, kind: type[Kind], names: Iterable[str], parts: Sequence[Tensors], device: torch.device) -> None:
@@ -58,8 +58,10 @@ class Joined(Mapping[str, Kind], Generic[Kind]):
         if name not in self._names:
             raise KeyError(name)
         keys = [f"{name}/{field.name}" for field in fields(self._kind)]
-        found = [{key: x.to(self._device) for key, x in part.read(keys).items()} for part in self._parts]
-        return self._kind(*(join(key, found) for key in keys))
+        found = [part.read(keys) for part in self._parts]
+        return self._kind(
+            *(join(key, [{key: part[key].to(self._device)} for part in found if key in part]) for key in keys)
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -72,8 +74,8 @@ class Joined(Mapping[str, Kind], Generic[Kind]):
 class Records:
     """Everything the search needs, of the blocks that this process solves: all of them if it is alone.
 
-    `linears` and `attentions` come on the device that the search is for, all else on the CPU. `maxima`: largest
-    post-softmax values of all blocks, (S, blocks, heads * k), for the report.
+    `linears` and `attentions` come on the device of the model they were recorded of, all else on the CPU. `maxima`:
+    largest post-softmax values of all blocks, (S, blocks, heads * k), for the report.
     """
 
     linears: Mapping[str, LinearRecord]

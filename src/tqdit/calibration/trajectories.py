@@ -61,10 +61,10 @@ def collect(
 ) -> CalibrationSet:
     """Run `trajectories` guided samplings and keep `samples` states per time group, at random visited timesteps.
 
-    Seeded by the recipe: each trajectory has a generator of its own, so `batch` changes nothing but speed. Each batch
-    is one piece of `store`. On a GPU the model computes in bf16, see `InBfloat16`, and as a CUDA graph: few samples
-    would wait for launches. Inside `distributed.joined` the ranks share the batches, and each returns all samples.
-    Raises `InputError` if the sampler visits too few timesteps of a group.
+    Seeded by the recipe: each trajectory has a generator of its own, so `batch` changes speed and float rounding alone.
+    Each batch is one piece of `store`. On a GPU the model computes in bf16, see `InBfloat16`, and as a CUDA graph: few
+    samples would wait for launches. Inside `distributed.joined` the ranks share the batches, and each returns all
+    samples. Raises `InputError` if the sampler visits too few timesteps of a group.
     """
     sampling = Sampling(recipe.sampler, recipe.steps, recipe.guidance)
     scheduler = make_scheduler(scheduler_config, sampling, learned_variance=False)
@@ -75,7 +75,6 @@ def collect(
     order = torch.randperm(num_classes(model), generator=torch.Generator().manual_seed(recipe.seed))
     device = next(model.parameters()).device
     labels = order.repeat(math.ceil(count / len(order)))[:count]
-    sampled = CudaGraphed(InBfloat16(model)) if device.type == "cuda" else model
     most = batch or BATCH.get(device.type, BATCH["cpu"])
     size = math.ceil(count / math.ceil(count / most))  # as even as they get, for even shares
     division, world = distributed.batches(count, size), distributed.current()
@@ -87,7 +86,9 @@ def collect(
         generators = noise_generators(recipe.seed, range(first, first + len(members)))
         chosen = labels[members.start : members.stop].to(device)
         found: list[tuple[int, int, torch.Tensor]] = []  # (t, trajectory, x_t)
-        for step, (t, x) in enumerate(trajectory(sampled, scheduler_config, sampling, chosen, generators)):
+        # Of this batch alone: where memory runs out, nothing of a larger one is left when a smaller one is tried.
+        denoiser = CudaGraphed(InBfloat16(model)) if device.type == "cuda" else model
+        for step, (t, x) in enumerate(trajectory(denoiser, scheduler_config, sampling, chosen, generators)):
             if t is not None:  # the last state is an image, which no timestep sees
                 found += [(t, i, x[i - members.start].cpu()) for i in members if t in picks[i]]
                 progress((place[members.start] + len(members) * (step + 1) / recipe.steps) / len(place))
@@ -111,16 +112,16 @@ def collect(
 class InBfloat16(nn.Module):
     """A model as it would run if loaded in bf16, its output in fp32: to draw states, nothing more.
 
-    It is how a GPU samples. Rounding makes other draws from the same distribution; what is measured at the states, the
-    operands and their Fisher weights, stays fp32. With published settings most of the arithmetic is here. Autocast
-    would keep the residual stream and the norms in fp32, and take a third longer.
+    It is how a GPU samples. Rounding moves the states a little; what is measured at them, the operands and their Fisher
+    weights, stays fp32. With published settings most of the arithmetic is here. Under autocast the residual stream and
+    the norms would stay fp32, twice the bytes.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """`module` stays as it is. Its copy is given its parameters, so that none is copied in fp32 first."""
+        """`module`: a plain model on one device, which stays as it is."""
         super().__init__()
-        rounded = {id(p): nn.Parameter(p.detach().bfloat16(), requires_grad=False) for p in module.parameters()}
-        self.module = copy.deepcopy(module, rounded)
+        in_bf16 = {id(p): nn.Parameter(p.detach().bfloat16(), requires_grad=False) for p in module.parameters()}
+        self.module = copy.deepcopy(module, in_bf16)  # takes these for copies already made: none is made in fp32
 
     @property
     def config(self) -> Any:

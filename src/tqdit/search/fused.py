@@ -93,7 +93,7 @@ def sums(objective: MatmulObjective, a: Steps, b: Steps, *, over_rows: bool, sta
 
 
 def _wide(columns: int) -> tuple[int, int]:
-    """A tile as large as `WIDE`, no wider than its matrix."""
+    """A tile as large as `WIDE`, no wider than the matrix needs."""
     width = min(WIDE[1], triton.next_power_of_2(columns))
     return WIDE[0] * WIDE[1] // width, width
 

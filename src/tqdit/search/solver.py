@@ -1,9 +1,9 @@
 """`solve`: records of the float model become a Solution. Pure and seeded: same records, same result."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -65,6 +65,7 @@ def solve(
 
 
 Solved = dict[str, torch.Tensor]  # "<site>/scale", "<site>/zero_point" and "<site>/codes" of matmuls, on the CPU
+Record = TypeVar("Record", LinearRecord, AttentionRecord, RangeStats)
 
 
 class _Solver:
@@ -125,7 +126,7 @@ class _Solver:
         return self._coded([spec], operand)
 
     def _linear(self, group: LinearGroup) -> Solved:
-        record = self.records.linears[group.source]
+        record = _moved(self.records.linears[group.source], self.device)
         ranges = self._ranges(group.source)
         specs = [self.specs[name] for name in group.weights]
         w = operands.weight(specs, [self.state[name].float() for name in group.weights])
@@ -139,7 +140,7 @@ class _Solver:
         return _chosen(x) | self._coded(specs, w)
 
     def _scores(self, block: BlockLayout) -> Solved:
-        record = self.records.attentions[block.attention]
+        record = _moved(self.records.attentions[block.attention], self.device)
         objective = MatmulObjective.of(
             objectives.scores, record.q, record.k, self._weights(record, record.fisher_scores)
         )
@@ -149,7 +150,7 @@ class _Solver:
         return _chosen(q) | _chosen(k)
 
     def _values(self, block: BlockLayout) -> Solved:
-        record = self.records.attentions[block.attention]
+        record = _moved(self.records.attentions[block.attention], self.device)
         p = objectives.scores(record.q, record.k).softmax(-1)
         objective = MatmulObjective.of(objectives.values, p, record.v, self._weights(record, record.fisher_values))
         v = self._operand(block, Role.VALUE, record.v, record)
@@ -176,8 +177,7 @@ class _Solver:
         return fisher * record.step_weight.reshape(-1, *(1,) * (fisher.ndim - 1))
 
     def _ranges(self, site: str) -> RangeStats:
-        found = self.records.ranges[site]
-        return RangeStats(found.low.to(self.device), found.high.to(self.device))
+        return _moved(self.records.ranges[site], self.device)
 
     def _best_grid(
         self, spec: SiteSpec, choice: str, attempt: Callable[[SiteSpec], tuple[Operand, Operand, float]]
@@ -206,3 +206,8 @@ def _chosen(operand: Operand) -> Solved:
     name = operand.spec.name
     found = {f"{name}/scale": uniform.checked_scale(operand.scale, name).cpu()}
     return found if operand.spec.grid.two_region else found | {f"{name}/zero_point": operand.zero_point.cpu()}
+
+
+def _moved(record: Record, device: torch.device) -> Record:
+    """A record with its tensors on another device."""
+    return replace(record, **{f.name: getattr(record, f.name).to(device) for f in fields(record)})

@@ -232,8 +232,7 @@ def float_candidates(rows: int, columns: int) -> list[Config]:
             Config(8, 128, 64, warps=2, stages=4), Config(8, 32, 128, warps=2, stages=4),
         ]  # fmt: skip
         if rows <= FEW_ROWS:
-            shapes = ((32, 128, 4), (64, 128, 4), (128, 128, 4), (128, 128, 8), (64, 128, 2), (8, 512, 4), (4, 1024, 4))
-            found += [Config(0, bn, bk, warps=warps) for bn, bk, warps in shapes]
+            found += [Config(0, bn, bk, warps=4) for bn, bk in ((32, 128), (8, 512), (4, 1024))]
         return found
     if rows <= 16:
         return [
