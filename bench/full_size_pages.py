@@ -1,21 +1,26 @@
-"""The section on whole runs at full size, from `bench/full_size.py`'s file if there is one."""
+"""The section on whole runs at full size, from the files of `bench/full_size.py` that there are."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pages import RESULTS, environment, read, table
 
-NAME = "full-size-h200"
+NAMES = ("full-size-h200", "full-size-cpu")
 RECIPE = ("groups", "samples", "steps", "guidance", "rounds", "candidates", "rows", "queries")
-ONCE = ("checkpoint", "convert", "calibration", "compare")  # stages that are not of one bit-width
 GIB, MB = 2**30, 1e6
-COLUMNS = {  # header -> key of a row, what its unit is divided by, decimals
+STAGE = {  # header -> key, what its unit is divided by, decimals
+    "seconds": ("seconds", 1, 1),
+    "process at most so far (GiB)": ("peak_rss_bytes", GIB, 1),
+    "GPU memory at most (GiB)": ("peak_gpu_bytes", GIB, 1),
+}
+ONCE = ("checkpoint", "convert", "calibration", "compare")  # stages that are not of one bit-width
+COLUMNS = {  # the same of a row
     "size (MB)": ("size_bytes", MB, 1),
     "of fp32": ("size_ratio", 1, 3),
     "search (s)": ("search_seconds", 1, 1),
     "load (s)": ("load_seconds", 1, 1),
     "first call (s)": ("first_call_seconds", 1, 1),
-    "images/s": ("images_per_second", 1, 2),
+    "images/s": ("images_per_second", 1, 3),
     "GPU memory, loaded (GiB)": ("resident_gpu_bytes", GIB, 2),
     "at most (GiB)": ("peak_gpu_bytes", GIB, 2),
     "ε SQNR (dB)": ("eps_sqnr_db", 1, 1),
@@ -25,10 +30,11 @@ COLUMNS = {  # header -> key of a row, what its unit is divided by, decimals
 
 
 def full_size() -> list[str]:
-    return section(read(NAME)) if (RESULTS / f"{NAME}.json").is_file() else []
+    runs = [run for name in NAMES if (RESULTS / f"{name}.json").is_file() for run in read(name)["runs"]]
+    return section(runs) if runs else []
 
 
-def section(result: Mapping[str, Any]) -> list[str]:
+def section(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         "## At full size",
         "",
@@ -36,11 +42,12 @@ def section(result: Mapping[str, Any]) -> list[str]:
         "calibration, a search per bit-width, `DiTPipeline.from_pretrained` with a decoder of random weights, and "
         "`tqdit compare`, which compares a model's own pixels without it. Sizes are over the checkpoint's weights in "
         "fp32; the float row's is that of its folder in diffusers' format. Images per second are of the median call of "
-        "the pipeline, decoding included; the first call captures the CUDA graph and, for shapes without committed "
-        "configurations, times those of the kernels. The float row is diffusers' own model, eager: the strongest "
-        "baselines are [below](#speed-on-an-h200). GPU memory is what torch's allocator gave out, for the decoder too.",
+        "the pipeline, decoding included; the first call captures the CUDA graph and, on a GPU for shapes without "
+        "committed configurations, times those of the kernels. The float row is diffusers' own model, eager: the "
+        "strongest baselines are [below](#speed-on-an-h200). GPU memory is what torch's allocator gave out, for the "
+        "decoder too.",
         "",
-        *(line for run in result["runs"] for line in _run(run)),
+        *(line for run in runs for line in _run(run)),
     ]
 
 
@@ -48,23 +55,26 @@ def _run(run: Mapping[str, Any]) -> list[str]:
     recipe, sampling, stages = run["recipe"], run["sampling"], run["stages"]
     settings = ", ".join(f"{name} {recipe[name]}" for name in RECIPE)
     lines = [
-        f"### {run['model']}, {run['weights']} weights",
+        f"### {run['model']}, {run['weights']} weights, {run['environment']['device']}",
         "",
         f"`{run['command']}`",
         "",
         f"on {environment(run['environment'])}. {run['parameters'] / 1e6:.0f} M parameters; `{recipe['preset']}` with "
-        f"{settings}. A call draws {sampling['batch']} images, DDIM {sampling['steps']} steps, guidance "
+        f"{settings}. A call draws {_images(sampling['batch'])}, DDIM {sampling['steps']} steps, guidance "
         f"{sampling['guidance']}.{_origin(run)}",
         "",
-        table(
-            ["stage", "seconds", "process at most so far (GiB)", "GPU memory at most (GiB)"],
-            [[name, *_stage(stages[name])] for name in ONCE if name in stages],
-        ),
+        _filled("stage", STAGE, {name: stages[name] for name in ONCE if name in stages}),
         "",
     ]
-    columns = {name: how for name, how in COLUMNS.items() if any(row.get(how[0]) is not None for row in run["rows"])}
-    rows = [[_name(row), *(_figure(row, *how) for how in columns.values())] for row in run["rows"]]
-    return [*lines, table(["model", *columns], rows), "", *_compared(run)]
+    return [*lines, _filled("model", COLUMNS, {_name(row): row for row in run["rows"]}), "", *_compared(run)]
+
+
+def _filled(first: str, columns: Mapping[str, tuple[str, float, int]], rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table without the columns of which no row has anything."""
+    columns = {name: how for name, how in columns.items() if any(row.get(how[0]) is not None for row in rows.values())}
+    return table(
+        [first, *columns], [[name, *(_figure(row, *how) for how in columns.values())] for name, row in rows.items()]
+    )
 
 
 def _origin(run: Mapping[str, Any]) -> str:
@@ -84,8 +94,8 @@ def _compared(run: Mapping[str, Any]) -> list[str]:
         return ["This run ended before `tqdit compare`: its errors were not measured.", ""]
     settings = run["comparison"]
     return [
-        f"Compared: {settings['num']} images of the same seeds, {settings['samples_per_group']} held-out states per "
-        f"time group. The loaded checkpoint's ε differs from its model's by at most "
+        f"Compared: {_images(settings['num'])} of the same seeds; held-out states per time group: "
+        f"{settings['samples_per_group']}. The loaded checkpoint's ε differs from its model's by at most "
         f"{run['eps_difference_of_checkpoint']:.1g}.",
         "",
     ]
@@ -95,10 +105,8 @@ def _name(row: Mapping[str, Any]) -> str:
     return f"{row.get('dtype', 'float')}, eager" if row["bits"] == "float" else row["bits"].upper()
 
 
-def _stage(stage: Mapping[str, Any]) -> list[str]:
-    return [
-        _figure(stage, key, unit, 1) for key, unit in (("seconds", 1), ("peak_rss_bytes", GIB), ("peak_gpu_bytes", GIB))
-    ]
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
 
 
 def _figure(row: Mapping[str, Any], key: str, unit: float, decimals: int) -> str:

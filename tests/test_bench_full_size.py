@@ -120,12 +120,12 @@ def test_a_run_that_is_cut_keeps_what_it_has(
     (run,) = read(tmp_path)
     assert "compare" not in run["stages"]
     assert run["rows"][1]["images_per_second"] > 0
-    page = pages(monkeypatch)({"runs": [run]})
+    page = pages(monkeypatch)([run])
     assert any("| W8A8 |" in line for line in page)
     assert "ε SQNR" not in "".join(page[4:])
 
 
-def pages(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], list[str]]:
+def pages(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[dict[str, Any]]], list[str]]:
     monkeypatch.syspath_prepend(BENCH)
     from full_size_pages import section
 
@@ -152,13 +152,13 @@ def test_the_section(monkeypatch: pytest.MonkeyPatch) -> None:
         "comparison": {"num": 320, "samples_per_group": 8},
         "eps_difference_of_checkpoint": 0.0,
     }  # fmt: skip
-    text = "\n".join(pages(monkeypatch)({"runs": [run]}))
-    assert "### DiT-12x768/2@32, trained weights" in text
+    text = "\n".join(pages(monkeypatch)([run]))
+    assert "### DiT-12x768/2@32, trained weights, a GPU" in text
     assert "DiT-B/2 for Fashion-MNIST, trained by" in text
     assert "for 1200 steps of 256 images in 150 s on a GPU, seed 0; not shipped" in text
     assert "| calibration | 12.3 | 3.0 | 5.0 |" in text
-    assert "| bfloat16, eager | 520.0 | – | 5.00 | – | – | 9.50 |" in text
-    assert "| W8A8 | 130.0 | 0.250 | 12.50 | 0.50 | 31.2 | 9.75 |" in text
+    assert "| bfloat16, eager | 520.0 | – | 5.000 | – | – | 9.50 |" in text
+    assert "| W8A8 | 130.0 | 0.250 | 12.500 | 0.50 | 31.2 | 9.75 |" in text
 
 
 def test_there_is_no_section_without_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
