@@ -3,6 +3,9 @@
 python bench/full_size.py bench/results/full-size-h200.json --random DiT-XL/2 --device cuda --batch 32 --images 8
 python examples/train_fashion_dit.py --shape DiT-B/2 --minutes 2.5 --out build/dit-b
 python bench/full_size.py bench/results/full-size-h200.json --trained build/dit-b --device cuda --batch 16 --images 320
+python bench/full_size.py bench/results/full-size-cpu.json --random DiT-XL/2 --device cpu --samples 4 --steps 20 \
+    --rounds 1 --candidates 20 --rows 256 --queries 256 --batch 1 --images 2 --repeats 1 \
+    --sampling-steps 10 --held-out 1
 
 A run is one model, of random weights or one that the example trained. It is written as a checkpoint with the published
 names, and goes on as a user's would. Calibration is done once and every bit-width solved from it. Without settings:
