@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from tqdit.backends.triton import hopper, launch, tuning
+from tqdit.backends.triton import candidates, hopper, launch, tuning
 from tqdit.backends.triton.kernels import rounding
 from tqdit.backends.triton.layer import TritonLinear
 from tqdit.backends.triton.layouts import Config, Operand, Weight
@@ -134,26 +134,26 @@ def jobs() -> Iterator[Job]:
             key = tuning.linear_key(epilogue, rows, columns, depth, 8, two, tile)
             out = {"heads": 1, "gelu": 1, "residual bfloat16": 4, "residual": 8}[epilogue]
             moved = rows * depth + columns * depth + rows * columns * out
-            special = tuning.hopper_candidates(epilogue, rows, columns, tile)
-            candidates = (*special, *tuning.linear_candidates(rows, two, 8))
+            special = candidates.hopper_linear(epilogue, rows, columns, tile)
+            possible = (*special, *candidates.linear(rows, two, 8))
             operations = 2 * rows * columns * depth * products
-            yield Job(workload, name, key, ordinary_key, candidates, operations, moved)
+            yield Job(workload, name, key, ordinary_key, possible, operations, moved)
         for name, mode in PROBABILITIES.items():
             ordinary_key = tuning.attention_key(batch * HEADS, tokens, HEAD_DIM, mode)
-            special = tuning.hopper_attention_candidates(torch.device("cuda"), tokens, HEAD_DIM, name == "MRQ")
+            special = candidates.hopper_attention(torch.device("cuda"), tokens, HEAD_DIM, name == "MRQ")
             key = tuning.attention_key(batch * HEADS, tokens, HEAD_DIM, mode, bool(special))
             operations = 2 * rows * tokens * WIDTH * (3 if name == "MRQ" else 2)
-            candidates = (*special, *tuning.attention_candidates(batch * HEADS, tokens))
-            yield Job(workload, f"attention, {name}", key, ordinary_key, candidates, operations, 4 * rows * WIDTH)
+            possible = (*special, *candidates.attention(batch * HEADS, tokens))
+            yield Job(workload, f"attention, {name}", key, ordinary_key, possible, operations, 4 * rows * WIDTH)
         for name, (per_token, columns, depth) in FLOAT_INPUTS.items():
             m = min(rows, FEW_TOKENS) if per_token else batch
             moved = 4 * m * depth + columns * depth + 4 * m * columns
             key = tuning.float_key(m, columns, depth, 8)
-            yield Job(workload, name, key, key, tuple(tuning.float_candidates(m, columns)), 0, moved)
+            yield Job(workload, name, key, key, tuple(candidates.float_input(m, columns)), 0, moved)
         for name, stream in NORMS.items():
             key = tuning.norm_key(rows, WIDTH, stream)
             moved = (stream.itemsize + 1) * rows * WIDTH
-            yield Job(workload, name, key, key, tuple(tuning.norm_candidates(rows, WIDTH)), 0, moved)
+            yield Job(workload, name, key, key, tuple(candidates.norm(rows, WIDTH)), 0, moved)
 
 
 def maker(job: Job, small: bool = False) -> Kernel:

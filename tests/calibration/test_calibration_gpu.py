@@ -31,7 +31,8 @@ def test_states_are_of_the_same_draws(on_gpu, data, scheduler_config, tiny_recip
 
 def test_states_in_batches_are_the_same_twice(on_gpu, scheduler_config, tiny_recipe) -> None:
     """Of two sizes, each a graph of its own."""
-    first, again = (collect(on_gpu, scheduler_config, tiny_recipe(trajectories=5), batch=3) for _ in range(2))
+    recipe = tiny_recipe(samples=8, trajectories=5)
+    first, again = (collect(on_gpu, scheduler_config, recipe, batch=3) for _ in range(2))
     assert torch.equal(first.x, again.x)
 
 
@@ -48,9 +49,10 @@ def test_less_memory_than_a_batch_of_states_takes(on_gpu, scheduler_config, tiny
         original(self, call, inputs, device)
 
     monkeypatch.setattr(capture.Captured, "__init__", small)
-    found = collect(on_gpu, scheduler_config, tiny_recipe(trajectories=8), batch=4)
+    recipe = tiny_recipe(samples=8, trajectories=8)
+    found = collect(on_gpu, scheduler_config, recipe, batch=4)
     assert sizes == [8, 8, 4, 4]  # both halves of guidance
-    whole = collect(on_gpu, scheduler_config, tiny_recipe(trajectories=8), batch=8)
+    whole = collect(on_gpu, scheduler_config, recipe, batch=8)
     assert (found.x - whole.x).square().mean() < 0.01 * whole.x.square().mean()
 
 

@@ -14,7 +14,7 @@ from poisoned import PoisonedTorch
 pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
 
-from tqdit.backends.triton import hopper, launch, operators, tuning
+from tqdit.backends.triton import candidates, hopper, launch, operators, tuning
 from tqdit.backends.triton.backend import TritonBackend, operand
 from tqdit.backends.triton.kernels import rounding
 from tqdit.backends.triton.layouts import Config, Operand
@@ -34,7 +34,7 @@ def four_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "processors", lambda device: 4)
 
 
-def candidates() -> list[tuple[str, Config]]:
+def every_candidate() -> list[tuple[str, Config]]:
     """All of every epilogue, at one size with many rows and one with few."""
     return [
         (epilogue, config)
@@ -45,8 +45,8 @@ def candidates() -> list[tuple[str, Config]]:
             ("gelu", 4608),
         )
         for config in dict.fromkeys(
-            tuning.hopper_candidates(epilogue, 16384, columns, 128)
-            + tuning.hopper_candidates(epilogue, 512, columns, 128)
+            candidates.hopper_linear(epilogue, 16384, columns, 128)
+            + candidates.hopper_linear(epilogue, 512, columns, 128)
         )
     ]
 
@@ -54,7 +54,7 @@ def candidates() -> list[tuple[str, Config]]:
 @pytest.mark.slow
 def test_every_candidate_compiles_without_spills(tmp_path: Path) -> None:
     """For sm_90a, with the compilers that Triton brings; no GPU is needed."""
-    asked = [(epilogue, c.block_m, c.block_n, c.stages, c.piece) for epilogue, c in candidates()]
+    asked = [(epilogue, c.block_m, c.block_n, c.stages, c.piece) for epilogue, c in every_candidate()]
     asked += [("plain", 128, 128, 6, 16), ("gelu merged", 128, 128, 6, 64), ("gelu two", 128, 128, 6, 64)]
     found = compiled_for_hopper("linear", asked, tmp_path)
     assert len(found) > 15
@@ -96,14 +96,14 @@ def test_tiles_it_takes() -> None:
 
 
 def test_candidates_are_whole_tiles_that_run(four_processors) -> None:
-    assert all(hopper.takes(config, 128, 1152) and config.hopper for _, config in candidates())
-    assert tuning.hopper_candidates("heads", 16384, 3456, 0) == []
-    few, small = (tuning.hopper_candidates("gelu", rows, 4608, tile) for rows, tile in ((512, 128), (16384, 64)))
+    assert all(hopper.takes(config, 128, 1152) and config.hopper for _, config in every_candidate())
+    assert candidates.hopper_linear("heads", 16384, 3456, 0) == []
+    few, small = (candidates.hopper_linear("gelu", rows, 4608, tile) for rows, tile in ((512, 128), (16384, 64)))
     assert {c.block_m for c in few} == {64, 128}
     assert {c.block_m for c in small} == {64}
-    assert all(c.block_n == 64 for c in tuning.hopper_candidates("heads", 512, 3 * 192, 128))
-    assert tuning.hopper_candidates("residual", 512, 96, 128) == []
-    assert not any(config.hopper for two in (False, True) for config in tuning.linear_candidates(512, two, 8))
+    assert all(c.block_n == 64 for c in candidates.hopper_linear("heads", 512, 3 * 192, 128))
+    assert candidates.hopper_linear("residual", 512, 96, 128) == []
+    assert not any(config.hopper for two in (False, True) for config in candidates.linear(512, two, 8))
 
 
 def test_it_is_tried_under_a_key_of_its_own(four_processors, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from poisoned import PoisonedTorch
 pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
 
-from tqdit.backends.triton import hopper, launch, tuning
+from tqdit.backends.triton import candidates, hopper, launch, tuning
 from tqdit.backends.triton.backend import operand
 from tqdit.backends.triton.kernels.rounding import SOFTMAX, SOFTMAX_MERGED, UNIFORM
 from tqdit.backends.triton.layouts import Config
@@ -34,9 +34,9 @@ ONE, TWO = Config(64, 0, 128, stages=4, hopper=1), Config(256, 0, 64, stages=16,
 @pytest.fixture
 def four_processors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(hopper, "processors", lambda device: 4)
-    tuning.hopper_attention_candidates.cache_clear()
+    candidates.hopper_attention.cache_clear()
     yield
-    tuning.hopper_attention_candidates.cache_clear()
+    candidates.hopper_attention.cache_clear()
 
 
 @pytest.mark.slow
@@ -46,7 +46,7 @@ def test_kernels_of_dit_xl_compile(four_processors, tmp_path: Path) -> None:
         (tokens, 72, mode.value, list(config), False, False)
         for tokens in (256, 1024)
         for mode in (UNIFORM, SOFTMAX, SOFTMAX_MERGED)
-        for config in tuning.hopper_attention_candidates(CPU, tokens, 72, mode is SOFTMAX)
+        for config in candidates.hopper_attention(CPU, tokens, 72, mode is SOFTMAX)
         if config.block_n == 0 and config.block_k == (64 if config.block_m == 256 else 128)
     ]
     asked += [(256, 72, SOFTMAX_MERGED.value, list(Config(64, 64, 64, stages=4, hopper=1)), False, False)]
@@ -80,7 +80,7 @@ def test_what_it_takes(four_processors, config: Config, tokens: int, head_dim: i
 
 def test_no_other_device_runs_it() -> None:
     assert not hopper.attends(ONE, CPU, 256, 72)
-    assert tuning.hopper_attention_candidates(CPU, 256, 72, False) == []
+    assert candidates.hopper_attention(CPU, 256, 72, False) == []
     make = maker(1)
     params, target = make.attention(2, Grid.UNIFORM), make.params()
     given = heads_of(make.codes(1, 128, 3 * 128), 2)
@@ -92,10 +92,10 @@ def test_no_other_device_runs_it() -> None:
 def test_candidates_run_and_have_a_key_of_their_own(four_processors) -> None:
     for tokens in (64, 128, 256, 512, 1024):
         for two in (False, True):
-            found = tuning.hopper_attention_candidates(CPU, tokens, 72, two)
+            found = candidates.hopper_attention(CPU, tokens, 72, two)
             assert found
             assert all(config.hopper and hopper.attends(config, CPU, tokens, 72) for config in found)
-    assert tuning.hopper_attention_candidates(CPU, 100, 72, False) == []
+    assert candidates.hopper_attention(CPU, 100, 72, False) == []
     assert tuning.attention_key(32, 256, 72, 0) != tuning.attention_key(32, 256, 72, 0, True)
 
 

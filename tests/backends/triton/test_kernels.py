@@ -15,7 +15,7 @@ from test_cpu import assert_equal_up_to_ties, each_gelu, each_shape, each_softma
 from poisoned import PoisonedTorch
 
 pytest.importorskip("triton")
-from tqdit.backends.triton import launch, tuning
+from tqdit.backends.triton import candidates, launch, tuning
 from tqdit.backends.triton.backend import PackedTritonBackend, TritonBackend, operand
 from tqdit.backends.triton.launch import FEW_ROWS
 from tqdit.backends.triton.layer import TritonLinear
@@ -204,7 +204,7 @@ def test_float_input_linear(run, rows: int, depth: int, columns: int, bits: int)
 FLOAT_CONFIGS = [Config(0, 8, 32), Config(8, 32, 64), Config(16, 32, 128), Config(64, 32, 64), Config(64, 128, 32)]
 if DEVICE.type == "cuda":
     sizes = ((FEW_ROWS, 64), (16, 64), (64, 32), (64, 64), (16384, 32), (16384, 64))
-    FLOAT_CONFIGS = list(dict.fromkeys(c for size in sizes for c in tuning.float_candidates(*size)))
+    FLOAT_CONFIGS = list(dict.fromkeys(c for size in sizes for c in candidates.float_input(*size)))
 
 
 @pytest.mark.parametrize("bits", [8, 6, 4])
@@ -231,8 +231,8 @@ LINEAR_CONFIGS = [
     Config(16, 64, 128, piece=16),
 ]
 if DEVICE.type == "cuda":
-    LINEAR_CONFIGS = [c for two in (False, True) for c in tuning.linear_candidates(16, two, 8)]
-    LINEAR_CONFIGS += tuning.linear_candidates(16384, False, 8)
+    LINEAR_CONFIGS = [c for two in (False, True) for c in candidates.linear(16, two, 8)]
+    LINEAR_CONFIGS += candidates.linear(16384, False, 8)
 
 
 @pytest.mark.parametrize("config", LINEAR_CONFIGS, ids=lambda c: "-".join(map(str, c)))

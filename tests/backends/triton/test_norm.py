@@ -11,14 +11,14 @@ from test_cpu import assert_equal_up_to_ties
 from poisoned import PoisonedTorch
 
 pytest.importorskip("triton")
-from tqdit.backends.triton import launch, tuning
+from tqdit.backends.triton import candidates, launch
 from tqdit.backends.triton.backend import operand
 from tqdit.backends.triton.layouts import NATIVE, Config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDTH = 1152
 FEW, MANY = 512, 16384
-CANDIDATES = list(dict.fromkeys(tuning.norm_candidates(FEW, WIDTH) + tuning.norm_candidates(MANY, WIDTH)))
+CANDIDATES = list(dict.fromkeys(candidates.norm(FEW, WIDTH) + candidates.norm(MANY, WIDTH)))
 DISTINCT = CANDIDATES
 if not NATIVE:  # the interpreter knows no warps, and one stage or more
     DISTINCT = list(dict.fromkeys(c._replace(warps=1, stages=min(c.stages, 2)) for c in CANDIDATES))
@@ -53,10 +53,10 @@ def test_candidates() -> None:
     """None twice; a program's rows are of one sample if it has a multiple of 64 tokens."""
     for width in (32, 384, 768, 1024, 1152, 1536, 2304, 4096):
         for rows in (1, FEW, MANY):
-            found = tuning.norm_candidates(rows, width)
+            found = candidates.norm(rows, width)
             assert len(set(found)) == len(found) > 5
             assert all(64 % (config.block_m * config.blocks) == 0 or width < 512 for config in found)
-    assert any(config.stages > 1 < config.blocks for config in tuning.norm_candidates(MANY, WIDTH))
+    assert any(config.stages > 1 < config.blocks for config in candidates.norm(MANY, WIDTH))
 
 
 @pytest.mark.slow

@@ -1,17 +1,27 @@
 """Choosing a configuration: keys, candidates, and the files they are kept in."""
 
+import functools
 import json
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from tqdit.backends.triton import tuning
+import triton
+
+from tqdit.backends.triton import candidates, tuning
 from tqdit.backends.triton.launch import FEW_ROWS
 from tqdit.backends.triton.layouts import Config
 
 GPU = "Some GPU 9000"
+
+
+@pytest.fixture(autouse=True)
+def no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
 
 
 @pytest.fixture
@@ -90,6 +100,52 @@ def test_a_candidate_that_fails_is_passed_over_and_all_failing_is_an_error(monke
         tuning.fastest([FAST], run)
 
 
+def test_candidates_compile_in_threads_before_one_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are under way at once, which one thread would wait for in vain; what failed there is judged when timed."""
+    both, launched, timed = threading.Barrier(2, timeout=30), [], []
+
+    def run(config: Config) -> None:
+        if not timed:
+            both.wait()
+            launched.append(config)
+            raise torch.OutOfMemoryError("as long as others compile")
+
+    def alone(call: functools.partial) -> float:
+        timed.extend(call.args)
+        call()
+        return float(len(timed))
+
+    monkeypatch.setattr(tuning, "milliseconds", alone)
+    monkeypatch.setattr(tuning.os, "cpu_count", lambda: 2)
+    assert tuning.fastest([FAST, SLOW], run) == [(FAST, 1.0), (SLOW, 2.0)]
+    assert set(launched) == set(timed) == {FAST, SLOW}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_nothing_compiles_where_candidates_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = torch.randn(4096, device="cuda")
+    compiled = []
+
+    @triton.jit
+    def double(x, out, n, block: triton.language.constexpr):
+        places = triton.language.program_id(0) * block + triton.language.arange(0, block)
+        triton.language.store(out + places, 2 * triton.language.load(x + places, places < n), places < n)
+
+    def run(config: Config) -> torch.Tensor:
+        out = torch.empty_like(a)
+        double[(triton.cdiv(len(a), config.block_m),)](a, out, len(a), config.block_m)
+        return out
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    hook = lambda **_: compiled.append(threading.current_thread())  # noqa: E731
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", hook)
+    found = tuning.fastest([FAST, SLOW], run)
+    assert len(compiled) == len(found) == 2
+    assert threading.main_thread() not in compiled
+    assert all(torch.equal(run(config), 2 * a) for config, _ in found)
+
+
 def test_running_out_of_memory_is_not_a_fault_of_the_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(config: Config) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -108,8 +164,8 @@ def test_nothing_is_timed_while_a_graph_is_captured(cache: Path, monkeypatch: py
 def test_kernels_with_other_candidates_have_other_keys() -> None:
     few, many = (tuning.float_key(rows, 1152, 1152, 8) for rows in (FEW_ROWS, FEW_ROWS + 1))
     assert few != many
-    assert any(config.block_m == 0 for config in tuning.float_candidates(FEW_ROWS, 1152))
-    assert all(config.block_m > 0 for config in tuning.float_candidates(FEW_ROWS + 1, 1152))
+    assert any(config.block_m == 0 for config in candidates.float_input(FEW_ROWS, 1152))
+    assert all(config.block_m > 0 for config in candidates.float_input(FEW_ROWS + 1, 1152))
 
 
 def test_committed_files_are_whole() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from tqdit.backends.triton import hopper, launch, tuning
+from tqdit.backends.triton import candidates, hopper, launch, tuning
 from tqdit.backends.triton.layouts import Config, Operand, Weight, pitch, takes_two_products
 
 P = ParamSpec("P")
@@ -60,12 +60,12 @@ def _linear_config(
     rows, columns, two = batch * tokens, len(layer.codes), takes_two_products(source)
     tile = hopper.rows_of_tile(codes.device, tokens, layer.bits, two, head_dim)
 
-    def candidates() -> list[Config]:
-        special = tuning.hopper_candidates(epilogue, rows, columns, tile)
-        return special + tuning.linear_candidates(rows, two, layer.bits)
+    def possible() -> list[Config]:
+        special = candidates.hopper_linear(epilogue, rows, columns, tile)
+        return special + candidates.linear(rows, two, layer.bits)
 
     key = tuning.linear_key(epilogue, rows, columns, layer.depth, layer.bits, two, tile)
-    return tuning.choose(key, codes.device, candidates, run)
+    return tuning.choose(key, codes.device, possible, run)
 
 
 @custom_op("tqdit::norm_quantize", mutates_args=())
@@ -80,8 +80,8 @@ def norm_quantize(
         return launch.norm_quantize(x, shift, scale, eps, target, config)
 
     rows, width = x.shape[0] * x.shape[1], x.shape[2]
-    candidates = functools.partial(tuning.norm_candidates, rows, width)
-    return run(tuning.choose(tuning.norm_key(rows, width, x.dtype), x.device, candidates, run))
+    possible = functools.partial(candidates.norm, rows, width)
+    return run(tuning.choose(tuning.norm_key(rows, width, x.dtype), x.device, possible, run))
 
 
 @norm_quantize.register_fake
@@ -123,9 +123,9 @@ def attention(
         return launch.attention(qkv, batch, tokens, heads, head_dim, operands, config)
 
     two = takes_two_products(operands[3])
-    special = tuning.hopper_attention_candidates(qkv.device, tokens, head_dim, two)
+    special = candidates.hopper_attention(qkv.device, tokens, head_dim, two)
     key = tuning.attention_key(batch * heads, tokens, head_dim, operands[3].mode, bool(special))
-    ordinary = functools.partial(tuning.attention_candidates, batch * heads, tokens)
+    ordinary = functools.partial(candidates.attention, batch * heads, tokens)
     return run(tuning.choose(key, qkv.device, lambda: special + ordinary(), run))
 
 
@@ -183,8 +183,8 @@ def float_input_linear(x: Tensor, weight: list[Tensor], weight_kind: list[int]) 
         return launch.float_input(x, layer, config)
 
     key = tuning.float_key(len(x), len(layer.codes), layer.depth, layer.bits)
-    candidates = functools.partial(tuning.float_candidates, len(x), len(layer.codes))
-    return run(tuning.choose(key, x.device, candidates, run))
+    possible = functools.partial(candidates.float_input, len(x), len(layer.codes))
+    return run(tuning.choose(key, x.device, possible, run))
 
 
 @float_input_linear.register_fake
