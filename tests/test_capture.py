@@ -1,5 +1,6 @@
 """CUDA graphs of a denoiser. Without a GPU a graph is imitated: a replay computes from what is in the static inputs."""
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tqdit.capture import WARM_UP, CudaGraphed
+from tqdit.capture import WARM_UP, CudaGraphed, recording
 
 
 class Denoiser(nn.Module):
@@ -97,6 +98,24 @@ def test_callers_inputs_are_theirs(imitated) -> None:
     graphed(**first)
     graphed(**second)
     assert torch.equal(first["hidden_states"], before)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_no_cycle_is_collected_during_a_capture(imitated, enabled: bool) -> None:
+    found = []
+
+    def forward() -> None:
+        found.append(gc.isenabled())
+        raise RuntimeError("of the captured call")
+
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with pytest.raises(RuntimeError, match="of the captured call"), recording():
+            forward()
+        assert (found, gc.isenabled()) == ([False], enabled)
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_config_is_the_models(imitated) -> None:

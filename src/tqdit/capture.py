@@ -21,10 +21,24 @@ def recording(stream: torch.cuda.Stream | None = None) -> Iterator[torch.cuda.CU
     """
     graph = torch.cuda.CUDAGraph()
     with LOCK, torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails leaves its own stream behind
-        gc.collect()  # nothing may be freed while a capture is under way
         own = stream or torch.cuda.Stream()  # torch's own default is of whichever device came first
-        with torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
+        with _no_collection(), torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
             yield graph
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No cycles are freed inside: nothing may be freed while a capture is under way.
+
+    To collect them before takes a quarter of a second: too long where hundreds of kernels are timed.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Captured:
@@ -41,6 +55,7 @@ class Captured:
             with torch.cuda.stream(stream):  # cuBLAS keeps a workspace per stream: not in the graph's memory
                 for _ in range(WARM_UP - 1):
                     call(*self._inputs)
+            gc.collect()  # the memory of models in cycles, before a graph takes some for as long as it lives
             with recording(stream) as self._graph:
                 self._output = call(*self._inputs)
             current.wait_stream(stream)
