@@ -46,7 +46,7 @@ from tqdit.tensors import decisive
 from tqdit.timegroups import TimeGroups
 
 STAGES = ("calibration", "search")  # whose finished work may be kept
-PIECES = 2  # raised where a change makes other pieces of the same settings, so that no former run is continued
+PIECES = 3  # raised where a change makes other pieces of the same settings, so that no former run is continued
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Report = Callable[[str, float], None]  # (stage, finished fraction)
 
