@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tqdit import artifact, distributed, files, workflow
-from tqdit.calibration import store
+from tqdit.calibration import store, trajectories
 from tqdit.convert import convert
 from tqdit.errors import InputError
 from tqdit.evaluation.metrics import sqnr_db
@@ -228,7 +228,9 @@ def test_resumed_quantize_gives_the_same_bytes(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_another_recipe_or_model_starts_anew(pipeline, own_pipeline, tiny_recipe, tmp_path) -> None:
+def test_another_recipe_or_model_starts_anew(
+    pipeline, own_pipeline, tiny_recipe, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(name: str, fraction: float) -> None:
         if name == "search" and fraction > 0.5:
             raise KeyboardInterrupt
@@ -248,6 +250,9 @@ def test_another_recipe_or_model_starts_anew(pipeline, own_pipeline, tiny_recipe
     config = own_pipeline / "transformer" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_attention_heads": 4, "attention_head_dim": 8}))
     assert len(folders(own_pipeline)) == 2  # the same weights in other heads
+    here = trajectories.draws_in_bf16(torch.device("cpu"))
+    monkeypatch.setattr(trajectories, "draws_in_bf16", lambda device: not here)
+    assert len(folders(own_pipeline)) == 2  # on another CPU
 
 
 def test_damaged_work_is_named(pipeline, tiny_recipe, tmp_path) -> None:

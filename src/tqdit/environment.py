@@ -17,13 +17,18 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     """A JSON row of versions and hardware."""
     row: dict[str, Any] = {**versions(), "python": platform.python_version(), "cpu": _cpu_name()}
     row["threads"] = torch.get_num_threads()
-    row["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    row["cores"] = cores()
     row["device"] = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
     return row
 
 
+def cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def versions() -> dict[str, str]:
-    """What decides the bytes of an artifact besides its recipe."""
+    """What decides the bytes of an artifact besides its recipe and the device."""
     return {"tqdit": VERSION, "torch": torch.__version__, "diffusers": version("diffusers")}
 
 

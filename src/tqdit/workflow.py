@@ -110,7 +110,8 @@ def prepare(
     source_hash = weights_hash(module)
     settings = {"scheduler": source.scheduler, **_calibration_settings(recipe)}
     shape = decisive(config_of(module))
-    store = _store(work, STAGES[0], source_hash, shape, environment(device)["device"], settings)
+    states_in_bf16 = trajectories.draws_in_bf16(torch.device(device))
+    store = _store(work, STAGES[0], source_hash, shape, environment(device)["device"], states_in_bf16, settings)
     data = trajectories.collect(module, source.scheduler, recipe, lambda f: report("trajectories", f), store=store)
     records = record(module, data, recipe, lambda f: report("statistics", f), store=store)
     seconds = time.perf_counter() - start

@@ -17,14 +17,14 @@ def equal(a, b) -> bool:
 
 
 @pytest.fixture
-def drawn_in(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> float:
-    """Draws in this dtype, whatever the CPU would; how far states may then be off."""
+def tolerance(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> float:
+    """How far states may be off that are drawn in a dtype, whatever this CPU would take."""
     bf16 = request.param == "bfloat16"
-    monkeypatch.setattr(trajectories, "multiplies_bf16", lambda device: bf16)
+    monkeypatch.setattr(trajectories, "draws_in_bf16", lambda device: bf16)
     return 0.1 if bf16 else 1e-4  # of states up to 13; torch orders float sums by batch size
 
 
-in_both = pytest.mark.parametrize("drawn_in", ["float32", "bfloat16"], indirect=True)
+in_both = pytest.mark.parametrize("tolerance", ["float32", "bfloat16"], indirect=True)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
@@ -50,7 +50,7 @@ def test_random_timesteps_of_a_group(model, scheduler_config, tiny_recipe) -> No
 
 @in_both
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_states_are_those_of_the_trajectories(model, scheduler_config, tiny_recipe, sampler: str, drawn_in) -> None:
+def test_states_are_those_of_the_trajectories(model, scheduler_config, tiny_recipe, sampler: str, tolerance) -> None:
     recipe = tiny_recipe(sampler=sampler, trajectories=3)
     data = collect(model, scheduler_config, recipe)
     sampling = Sampling(sampler, recipe.steps, recipe.guidance)
@@ -63,7 +63,7 @@ def test_states_are_those_of_the_trajectories(model, scheduler_config, tiny_reci
     used = set()
     for x, t, label in zip(data.x, data.t.tolist(), data.labels.tolist(), strict=True):
         errors = [(x - state).abs().max().item() for state in rerun[label, t]]
-        assert min(errors) < drawn_in
+        assert min(errors) < tolerance
         used.add(errors.index(min(errors)))
     assert used == {0, 1, 2}
     assert len(data.labels.unique()) == 3  # every trajectory its own class
@@ -76,14 +76,14 @@ def test_seed_decides(model, scheduler_config, tiny_recipe) -> None:
 
 
 @in_both
-def test_batch_changes_nothing(model, scheduler_config, tiny_recipe, drawn_in) -> None:
+def test_batch_changes_nothing(model, scheduler_config, tiny_recipe, tolerance) -> None:
     recipe = tiny_recipe(trajectories=4)
     whole = collect(model, scheduler_config, recipe, batch=8)
     for batch in (1, 3):
         parts = collect(model, scheduler_config, recipe, batch=batch)
         assert torch.equal(parts.t, whole.t)
         assert torch.equal(parts.labels, whole.labels)
-        assert torch.allclose(parts.x, whole.x, atol=drawn_in)
+        assert torch.allclose(parts.x, whole.x, atol=tolerance)
 
 
 def test_guidance_changes_the_states(model, scheduler_config, tiny_recipe) -> None:
@@ -117,8 +117,23 @@ def test_progress_reaches_the_end(model, scheduler_config, tiny_recipe) -> None:
     assert told[-1] == pytest.approx(1)
 
 
-def test_states_drawn_in_bf16_are_near_those_in_fp32(model, data) -> None:
-    """The same states but for rounding, in fp32."""
+def test_states_are_drawn_in_bf16_where_that_is_faster(
+    model, scheduler_config, tiny_recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    for supported in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported)
+        assert trajectories.draws_in_bf16(torch.device("cuda"))
+        assert trajectories.draws_in_bf16(torch.device("cpu")) == supported
+        assert not trajectories.draws_in_bf16(torch.device("mps"))
+        drawn.append(collect(model, scheduler_config, tiny_recipe()))
+    assert torch.equal(drawn[0].t, drawn[1].t)
+    assert not torch.equal(drawn[0].x, drawn[1].x)
+    assert torch.allclose(drawn[0].x, drawn[1].x, atol=0.1)
+
+
+def test_outputs_in_bf16_are_near_those_in_fp32(model, data) -> None:
+    """And returned in fp32."""
     given = {"timestep": data.t, "class_labels": data.labels, "return_dict": False}
     (exact,), (rounded,) = model(data.x, **given), InBfloat16(model)(data.x, **given)
     assert rounded.dtype == torch.float32

@@ -62,9 +62,9 @@ def collect(
     """Run `trajectories` guided samplings and keep `samples` states per time group, at random visited timesteps.
 
     Seeded by the recipe: each trajectory has a generator of its own, so `batch` changes speed and float rounding alone.
-    Each batch is one piece of `store`. The model computes in bf16 where the device does, see `InBfloat16`, and on a GPU
-    as a CUDA graph: few samples would wait for launches. Inside `distributed.joined` the ranks share the batches, and
-    each returns all samples. Raises `InputError` if the sampler visits too few timesteps of a group.
+    Each batch is one piece of `store`. The model computes in bf16 where `draws_in_bf16` says so, and on a GPU as a CUDA
+    graph: few samples would wait for launches. Inside `distributed.joined` the ranks share the batches, and each
+    returns all samples. Raises `InputError` if the sampler visits too few timesteps of a group.
     """
     sampling = Sampling(recipe.sampler, recipe.steps, recipe.guidance)
     scheduler = make_scheduler(scheduler_config, sampling, learned_variance=False)
@@ -87,7 +87,7 @@ def collect(
         chosen = labels[members.start : members.stop].to(device)
         found: list[tuple[int, int, torch.Tensor]] = []  # (t, trajectory, x_t)
         # Of this batch alone: where memory runs out, nothing of a larger one is left when a smaller one is tried.
-        denoiser = InBfloat16(model) if multiplies_bf16(device) else model
+        denoiser = InBfloat16(model) if draws_in_bf16(device) else model
         if device.type == "cuda":
             denoiser = CudaGraphed(denoiser)
         for step, (t, x) in enumerate(trajectory(denoiser, scheduler_config, sampling, chosen, generators)):
@@ -111,15 +111,15 @@ def collect(
     return _ordered({key: join(key, pieces) for key in pieces[0]}, labels, groups, step_weights(scheduler))
 
 
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether it has instructions for products in bf16: without them a CPU is slower than in fp32."""
-    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+def draws_in_bf16(device: torch.device) -> bool:
+    """On GPUs, and on CPUs with AVX-512 BF16; others would be slower than in fp32."""
+    return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
 
 
 class InBfloat16(nn.Module):
     """A model as it would run if loaded in bf16, its output in fp32: to draw states, nothing more.
 
-    It is how users sample. Rounding moves the states a little; what is measured at them, the operands and their Fisher
+    Rounding moves the states a little; what is measured at them, the operands and their Fisher
     weights, stays fp32. With published settings most of the arithmetic is here. Under autocast the residual stream and
     the norms would stay fp32, twice the bytes.
     """

@@ -1,5 +1,6 @@
 """Choosing a configuration: keys, candidates, and the files they are kept in."""
 
+import contextlib
 import functools
 import json
 import threading
@@ -62,7 +63,7 @@ def test_who_waits_is_told_why_once(cache: Path, monkeypatch: pytest.MonkeyPatch
     for key in ("linear a", "linear a", "linear b"):
         pick(monkeypatch, key, {SLOW: 2.0, FAST: 1.0})
     assert [record.getMessage() for record in caplog.records] == [
-        f"timing kernels on {GPU}, up to two minutes for a model; kept in {cache} where it can be written"
+        f"compiling and timing kernels on {GPU}, up to two minutes for a model; kept in {cache} where it can be written"
     ]
 
 
@@ -116,9 +117,13 @@ def test_candidates_compile_in_threads_before_one_is_timed(monkeypatch: pytest.M
         return float(len(timed))
 
     monkeypatch.setattr(tuning, "milliseconds", alone)
-    monkeypatch.setattr(tuning.os, "cpu_count", lambda: 2)
+    streams, side = [], object()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: side)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: streams.append(stream) or contextlib.nullcontext())
+    monkeypatch.setattr(tuning, "cores", lambda: 2)
     assert tuning.fastest([FAST, SLOW], run) == [(FAST, 1.0), (SLOW, 2.0)]
     assert set(launched) == set(timed) == {FAST, SLOW}
+    assert streams == [side, side]  # the caller's
 
 
 @pytest.mark.gpu
@@ -137,6 +142,7 @@ def test_nothing_compiles_where_candidates_are_timed(tmp_path: Path, monkeypatch
         double[(triton.cdiv(len(a), config.block_m),)](a, out, len(a), config.block_m)
         return out
 
+    double.device_caches[torch.cuda.current_device()]  # threads that make it at once would each have their own
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     hook = lambda **_: compiled.append(threading.current_thread())  # noqa: E731
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", hook)

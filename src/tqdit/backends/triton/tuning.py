@@ -1,8 +1,8 @@
 """Which blocks and schedule each kernel runs with: committed for GPUs we measured, found once and kept elsewhere.
 
 A configuration changes speed alone, but for the last bits of LayerNorm and of layers on float inputs. Where none is
-committed the first call of every kernel and shape times the candidates (seconds), and keeps the best in the user's
-cache folder (TQDIT_CACHE).
+committed the first call of every kernel and shape compiles and times the candidates (seconds), and keeps the best in
+the user's cache folder (TQDIT_CACHE).
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from triton.errors import TritonError
 from tqdit.backends.triton.launch import FEW_ROWS
 from tqdit.backends.triton.layouts import NATIVE, Config
 from tqdit.capture import recording
+from tqdit.environment import cores
 from tqdit.files import write_text
 
 LOG = logging.getLogger(__name__)
@@ -98,7 +99,8 @@ def fastest(candidates: Sequence[Config], run: Run) -> list[tuple[Config, float]
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise  # says nothing of the configuration
         except (TritonError, RuntimeError) as error:
-            reason = error  # too much shared memory for this GPU, say
+            # Too much shared memory for this GPU, say. Its frames hold tensors, and this one, in a cycle.
+            reason = error.with_traceback(None)
     if not times:
         raise RuntimeError(f"no configuration of the kernel runs here: {reason}") from reason
     return sorted(times.items(), key=lambda item: item[1])
@@ -112,10 +114,10 @@ def _compile(candidates: Sequence[Config], run: Run) -> None:
     stream = torch.cuda.current_stream()  # a thread has its own, and its own device
 
     def launch(config: Config) -> None:
-        with contextlib.suppress(Exception), torch.cuda.stream(stream), torch.no_grad():
+        with contextlib.suppress(Exception), torch.cuda.stream(stream), torch.no_grad():  # as inside an operator
             run(config)
 
-    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(THREADS, cores())) as pool:
         pool.map(launch, candidates)
 
 
@@ -151,7 +153,9 @@ def bucket(rows: int) -> int:
 @functools.cache
 def _say_once(gpu: str) -> None:
     LOG.warning(
-        "timing kernels on %s, up to two minutes for a model; kept in %s where it can be written", gpu, _cache_file(gpu)
+        "compiling and timing kernels on %s, up to two minutes for a model; kept in %s where it can be written",
+        gpu,
+        _cache_file(gpu),
     )
 
 
