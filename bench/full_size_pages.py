@@ -43,10 +43,9 @@ def section(runs: Sequence[Mapping[str, Any]]) -> list[str]:
         "`tqdit compare`, which compares a model's own pixels without it. Sizes are over the checkpoint's weights in "
         "fp32; the float row's is that of its folder in diffusers' format. Images per second are of the median call of "
         "the pipeline, decoding included; the first call captures the CUDA graph, compiles kernels that Triton's cache "
-        "lacks and, for shapes without committed configurations, all their candidates, which it times. The float row is "
-        "diffusers' own model, eager: the strongest baselines are [below](#speed-on-an-h200). GPU memory is what "
-        "torch's allocator gave out, for the "
-        "decoder too; at most while candidates are timed, each with an output of its own.",
+        "lacks and, for shapes without committed configurations, all their candidates, which it times. The float row "
+        "is diffusers' own model, eager: the strongest baselines are [below](#speed-on-an-h200). GPU memory is what "
+        "torch's allocator gave out, for the decoder too; at most while candidates are timed, each with an output of its own.",
         "",
         *(line for run in runs for line in _run(run)),
     ]
