@@ -18,6 +18,7 @@ from scale_pages import calibration_scale
 from speed_pages import cpu_speed, readme_speed
 
 START, END = "<!-- results: written by bench/make_results.py -->", "<!-- end of results -->"
+DTYPES = ("fp32", "bf16")
 
 
 def main() -> None:
@@ -83,6 +84,7 @@ def _results(training: dict[str, Any], methods: dict[str, Any], cost: dict[str, 
             *_methods(methods),
             *_ablation(read("ablation")),
             *_cost(cost),
+            *_states(read("ablation-plus-cpu"), read("states-bfloat16-cpu")),
             *calibration_scale(),
             *full_size(),
             *cpu_speed(),
@@ -245,6 +247,17 @@ def _cost(cost: dict[str, Any]) -> list[str]:
         table(["run", "calibration (s)", "peak memory (GiB)", "artifact (MB)", "size / fp32"], rows),
         "",
     ]
+
+
+def _states(float32: dict[str, Any], bfloat16: dict[str, Any]) -> list[str]:
+    """`plus` calibrated at states that were drawn in fp32 and in bf16."""
+    before, now = ({r["bits"]: r for r in run["rows"] if r["variant"] == "plus"} for run in (float32, bfloat16))
+    figures = ("eps_sqnr_db", "psnr_db")
+    rows = [[bits.upper(), *(f"{run[bits][key]:.2f}" for key in figures for run in (before, now))] for bits in now]
+    header = ["`plus`", *(f"{name}, states in {dtype}" for name in ("ε SQNR (dB)", "PSNR (dB)") for dtype in DTYPES)]
+    notes = (ROOT / "bench" / "calibration-notes.md").read_text(encoding="utf-8").strip()
+    how = f"`{_command(bfloat16)}`, on {environment(bfloat16['environment'])}."
+    return ["### States in bf16", "", how, "", table(header, rows), "", notes, ""]
 
 
 if __name__ == "__main__":
