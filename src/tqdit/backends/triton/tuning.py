@@ -107,7 +107,7 @@ def fastest(candidates: Sequence[Config], run: Run) -> list[tuple[Config, float]
 
 
 def _compile(candidates: Sequence[Config], run: Run) -> None:
-    """Launch each candidate once, in threads: a kernel compiles for a second, nearly all of it outside the interpreter.
+    """Launch each candidate once, in threads: a kernel compiles for a second, three quarters of it outside Python.
 
     What fails here fails again, and is judged, where it is timed.
     """
