@@ -99,10 +99,20 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="session")
 def data(model: nn.Module) -> CalibrationSet:
-    """Drawn in fp32, so that all that is made from it is the same on every CPU but for the order of sums."""
+    """All that is made from it is the same on every CPU but for the order of sums."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trajectories, "draws_in_bf16", lambda device: False)
+        draw_in_float32(patch)
         return collect(model, SCHEDULER, build_recipe())
+
+
+@pytest.fixture
+def states_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Like those of `data`."""
+    draw_in_float32(monkeypatch)
+
+
+def draw_in_float32(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trajectories, "draws_in_bf16", lambda device: False)
 
 
 @pytest.fixture(scope="session")

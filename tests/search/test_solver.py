@@ -250,6 +250,7 @@ def test_merged_models_run_as_their_simulated_twins(model_inputs, solved, bits: 
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.usefixtures("states_in_float32")
 def test_same_seed_same_solution(model, scheduler_config, solved, tiny_recipe, preset: str) -> None:
     recipe = tiny_recipe(preset)
     data = collect(model, scheduler_config, recipe)
@@ -257,6 +258,7 @@ def test_same_seed_same_solution(model, scheduler_config, solved, tiny_recipe, p
     assert_identical(solved(preset), again)
 
 
+@pytest.mark.usefixtures("states_in_float32")
 def test_other_seed_other_solution(model, scheduler_config, solved, tiny_recipe) -> None:
     recipe = tiny_recipe(seed=1)
     other = solution_of(model, record(model, collect(model, scheduler_config, recipe), recipe), recipe)
