@@ -45,8 +45,8 @@ def section(runs: Sequence[Mapping[str, Any]]) -> list[str]:
         "the pipeline, decoding included; the first call captures the CUDA graph, compiles kernels that Triton's cache "
         "lacks and, for shapes without committed configurations, all their candidates, which it times. The float row "
         "is diffusers' own model, eager: the strongest baselines are [below](#speed-on-an-h200). GPU memory is what "
-        "torch's allocator gave out, for the decoder too; at most while candidates are timed, each with "
-        "an output of its own.",
+        "torch's allocator gave out, for the decoder too; `at most` includes a first call, in which "
+        "candidates that compile at once each hold an output.",
         "",
         *(line for run in runs for line in _run(run)),
     ]

@@ -119,9 +119,9 @@ def draws_in_bf16(device: torch.device) -> bool:
 class InBfloat16(nn.Module):
     """A model as it would run if loaded in bf16, its output in fp32: to draw states, nothing more.
 
-    Rounding moves the states a little; what is measured at them, the operands and their Fisher
-    weights, stays fp32. With published settings most of the arithmetic is here. Under autocast the residual stream and
-    the norms would stay fp32, twice the bytes.
+    Rounding moves the states a little; what is measured at them, the operands and their Fisher weights, stays fp32.
+    With published settings most of the arithmetic is here. Under autocast the residual stream and the norms would stay
+    fp32, twice the bytes.
     """
 
     def __init__(self, module: nn.Module) -> None:
