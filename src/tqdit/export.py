@@ -9,7 +9,17 @@ import torch
 from torch import nn
 
 from tqdit.errors import InputError
-from tqdit.files import CONFIG, TRANSFORMER, WEIGHTS, check_target, read_json, replacing, write_json, write_tensors
+from tqdit.files import (
+    CONFIG,
+    TRANSFORMER,
+    WEIGHTS,
+    check_space,
+    check_target,
+    read_json,
+    replacing,
+    write_json,
+    write_tensors,
+)
 from tqdit.models.published import AS_PUBLISHED, DIFFUSION
 from tqdit.models.sites import ARCHITECTURE, config_of
 from tqdit.models.sources import (
@@ -63,6 +73,7 @@ def convert_checkpoint(
         if out.resolve().is_relative_to(source.vae.resolve()):
             raise InputError(f"output {out} is inside {source.vae}, which is copied into it")
     module = load_float(source)
+    check_space(out, sum(parameter.nbytes for parameter in module.parameters()))
     with replacing(out) as folder:
         _write(folder, source, module)
     return {

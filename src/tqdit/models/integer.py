@@ -129,7 +129,7 @@ class IntegerDiT(DiTTransformer2DModel):
             target = Path(save_directory)
             artifact.check_replaceable(target)
             most = None if max_shard_size is None else convert_file_size_to_int(max_shard_size)
-            with replacing(target, overwrite=True) as folder:
+            with replacing(target, overwrite=True, in_pipeline=True) as folder:
                 artifact.write(self.solution, folder, most)
             artifact.unseal_pipeline(target)
 

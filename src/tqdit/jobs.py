@@ -1,0 +1,70 @@
+"""What a job of one or several processes writes: kept from other jobs, seen by all processes of its own."""
+
+import contextlib
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from tqdit import distributed, files
+from tqdit.errors import InputError
+from tqdit.locks import BusyError, holding
+from tqdit.swap import Place, beside
+
+
+def work_folder(out: Path) -> Path:
+    """Where the finished work of an artifact `out` is kept, or an `InputError` if that cannot be a folder."""
+    work = out.absolute().with_name(f"{out.absolute().name}.work")
+    if work.exists() and not work.is_dir():
+        raise InputError(f"{work} is a file; finished work goes into a folder of this name")
+    if work.is_symlink() and not work.exists():
+        raise InputError(f"{work} is a symbolic link to nothing; finished work goes into a folder of this name")
+    files.check_parent(work / "piece")
+    return work
+
+
+@contextlib.contextmanager
+def reserved(out: Path, work: Path | None) -> Iterator[Place | None]:
+    """Keep other jobs from writing `out` and `work`; of several processes the first one does, and has the place.
+
+    Raises `InputError`, in every process, if another job is writing one of them.
+    """
+    world, holders = distributed.current(), torch.zeros(2, dtype=torch.int64)
+    with contextlib.ExitStack() as stack:
+        place = None
+        if world.first:
+            try:
+                place = stack.enter_context(files.reserved(out))
+            except BusyError as error:
+                holders[0] = error.pid
+        if place and work:
+            try:
+                stack.enter_context(holding(beside(work.resolve(), "lock"), work))
+            except BusyError as error:
+                holders[1] = error.pid
+        for path, pid in zip((out, work), world.add(holders).tolist(), strict=True):
+            if path and pid:
+                raise BusyError(path, pid)
+        yield place
+
+
+def check_shared(work: Path) -> None:
+    """Raise `InputError` if several processes do not see the same folder `work`."""
+    world = distributed.current()
+    if world.size == 1:
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    token = int(world.add(torch.tensor(secrets.randbits(60) if world.first else 0)))
+    mark = work / f"{token:x}.seen"
+    if world.first:
+        mark.touch()
+    world.wait()
+    seen = mark.exists()
+    world.wait()
+    if world.first:
+        mark.unlink()
+    if not seen:
+        with contextlib.suppress(OSError):
+            work.rmdir()  # made just now, on another disk
+        raise InputError(f"--resumable: {work} is not on a file system that all processes share; leave it out")
