@@ -213,9 +213,9 @@ def test_batches() -> None:
         ({"WORLD_SIZE": "2"}, "RANK is ''"),
         ({**RANK_1, "RANK": "-1"}, "RANK is '-1'"),
         ({**RANK_1, "WORLD_SIZE": "many"}, "WORLD_SIZE is 'many'"),
-        ({**RANK_1, "RANK": "2"}, "RANK is 2, but WORLD_SIZE 2 has the ranks 0 to 1"),
-        ({**RANK_1, "LOCAL_RANK": "7"}, "LOCAL_RANK is 7, but WORLD_SIZE 2"),
-        ({"WORLD_SIZE": "0", "RANK": "0", "LOCAL_RANK": "0"}, "RANK is 0, but WORLD_SIZE 0"),
+        ({**RANK_1, "RANK": "2"}, "RANK is 2; with WORLD_SIZE 2 it must be below 2"),
+        ({**RANK_1, "LOCAL_RANK": "7"}, "LOCAL_RANK is 7; with WORLD_SIZE 2"),
+        ({"WORLD_SIZE": "0", "RANK": "0", "LOCAL_RANK": "0"}, "RANK is 0; with WORLD_SIZE 0"),
     ],
 )
 def test_environment_that_is_not_torchruns(monkeypatch, environment: dict[str, str], named: str) -> None:

@@ -334,13 +334,10 @@ def test_without_locks_a_file_is_written_whole(tmp_path: Path, without_locks: No
     assert (tmp_path / "a").read_bytes() == b"new"
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_a_file_that_is_there_may_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
-    def unsupported(*_: object) -> None:
-        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-
-    if not links:
-        monkeypatch.setattr(os, "link", unsupported)
+@pytest.mark.parametrize("fallback", [True, False])
+def test_a_file_that_is_there_may_stay(tmp_path: Path, request, fallback: bool) -> None:
+    if fallback:
+        request.getfixturevalue("without_exchange")
     for content in (b"first", b"second"):
         write_bytes(tmp_path / "run.json", content, replace=False)
     assert (tmp_path / "run.json").read_bytes() == b"first"

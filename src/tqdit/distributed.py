@@ -196,7 +196,7 @@ def launched() -> tuple[int, int, int]:
     rank, size, local_rank = values
     for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank)):
         if value >= size:
-            raise InputError(f"{name} is {value}, but WORLD_SIZE {size} has the ranks 0 to {size - 1}")
+            raise InputError(f"{name} is {value}; with WORLD_SIZE {size} it must be below {size}")
     return rank, size, local_rank
 
 

@@ -16,6 +16,7 @@ from tqdit.files import (
     check_space,
     check_target,
     read_json,
+    repair,
     replacing,
     write_json,
     write_tensors,
@@ -52,6 +53,7 @@ def convert_checkpoint(
     `out` that exists, a folder that is no VAE, and a file without class names or with one too many.
     """
     out = Path(out)
+    repair(out)
     if out.exists():
         raise InputError(f"output {out} exists; choose another folder")
     check_target(out, overwrite=False)

@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tqdit import swap
 from tqdit.errors import InputError
-from tqdit.swap import Place, partial_file, sync
+from tqdit.swap import Place, partial_file, rename_new, sync
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -106,18 +106,9 @@ def write_bytes(path: Path, data: bytes, replace: bool = True) -> None:
         if replace:
             partial.replace(path)
         else:
-            _link(partial, path)
+            with suppress(FileExistsError):
+                rename_new(partial, path)
     sync(path.parent)
-
-
-def _link(partial: Path, path: Path) -> None:
-    try:
-        os.link(partial, path)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without links
-        if not path.exists():
-            partial.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -137,7 +128,6 @@ def replacing(target: Path, overwrite: bool = False, in_pipeline: bool = False) 
     Raises `InputError` as `check_target` does, and if another process is writing `target`. A symbolic link to a folder
     stays; what it points to is replaced. `in_pipeline`: `target` may be a part of a pipeline.
     """
-    check_target(target, overwrite, in_pipeline)
     with reserved(target) as place, filled(place, overwrite, in_pipeline) as folder:
         yield folder
 
@@ -153,6 +143,12 @@ def reserved(target: Path) -> Iterator[Place]:
     check_parent(target)
     with swap.reserved(target) as place:
         yield place
+
+
+def repair(target: Path) -> None:
+    """Remove what a killed run left of `target`; called before any work. Raises `InputError` as `reserved` does."""
+    with reserved(target):
+        pass
 
 
 @contextmanager

@@ -171,7 +171,7 @@ def exchange(a: Path, b: Path) -> bool:
 
 
 def rename_new(source: Path, target: Path) -> None:
-    """Rename a folder. Raises `FileExistsError` if there is something at `target`, whatever it is."""
+    """Rename a file or folder. Raises `FileExistsError` if there is something at `target`, whatever it is."""
     if not _renameat2(source, target, RENAME_NOREPLACE):
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))

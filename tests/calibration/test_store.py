@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tqdit import distributed
-from tqdit.calibration.store import Forgetful, WorkFolder, discard
+from tqdit.calibration.store import SEAL, Forgetful, WorkFolder, discard
 from tqdit.errors import InputError, RepairWarning
 
 
@@ -68,7 +68,7 @@ def without_checksums(path) -> None:
 
 def with_strange_checksums(path) -> None:
     tensors = load_file(path)
-    save_file(tensors, path, {"piece": "work/x", "sha256": json.dumps(sorted(tensors))})
+    save_file(tensors, path, {SEAL: json.dumps({"piece": "work/x", "sha256": sorted(tensors)})})
 
 
 DAMAGES = [

@@ -17,6 +17,7 @@ from tqdit import distributed
 from tqdit.errors import InputError, RepairWarning
 from tqdit.files import write_bytes
 
+SEAL = "tqdit.seal"  # in a piece's file: its name and checksums
 HASH_DIGITS = 16  # of the name of a `WorkFolder`
 Reader = Callable[[str], int | None]  # name of a tensor -> the rank that will read it; None: every rank
 
@@ -55,7 +56,7 @@ class InMemory:
 class OnDisk:
     """A piece in a safetensors file, read again at each use: only what is in use takes memory.
 
-    The file has the `piece`'s name and the sha256 of every tensor; what is read is compared with them.
+    The file has the `piece`'s name and the sha256 of every tensor: what is read is compared with them.
     """
 
     path: Path
@@ -65,8 +66,9 @@ class OnDisk:
     def write(cls, path: Path, piece: str, tensors: Mapping[str, torch.Tensor]) -> "OnDisk":
         """Write the tensors as the file `path`, whole or not at all."""
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        digests = json.dumps({name: _digest(tensor) for name, tensor in sorted(contiguous.items())})
-        write_bytes(path, save(contiguous, metadata={"piece": piece, "sha256": digests}))
+        digests = {name: _digest(tensor) for name, tensor in sorted(contiguous.items())}
+        seal = json.dumps({"piece": piece, "sha256": digests})  # one entry: several have no fixed order
+        write_bytes(path, save(contiguous, metadata={SEAL: seal}))
         return cls(path, piece)
 
     def read(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
@@ -81,16 +83,17 @@ class OnDisk:
     def _tensors(self, names: Iterable[str] | None) -> Iterator[tuple[str, torch.Tensor]]:
         try:
             with safe_open(self.path, framework="pt") as file:
-                notes, there = file.metadata() or {}, set(file.keys())
-                digests = json.loads(notes.get("sha256", "{}"))
-                if notes.get("piece") != self.piece or set(digests) != there:
+                there = set(file.keys())
+                seal = json.loads((file.metadata() or {}).get(SEAL, "{}"))
+                digests = seal.get("sha256", {})
+                if seal.get("piece") != self.piece or set(digests) != there:
                     raise ValueError(f"it does not hold the piece {self.piece}")
                 for name in sorted(there) if names is None else [name for name in names if name in there]:
                     tensor = file.get_tensor(name).clone()
                     if _digest(tensor) != digests[name]:
                         raise ValueError(f"tensor '{name}' was changed")
                     yield name, tensor
-        except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        except (OSError, SafetensorError, ValueError, AttributeError, TypeError, KeyError, RuntimeError) as error:
             raise InputError(f"{self.path} is damaged: {error}; remove it, and it is made anew") from None
 
 
