@@ -51,7 +51,8 @@ SCHEDULER = {
 STRANGE: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 8, 255, 2**31, 2**63, 10**12, 10**30, -(10**9), 0.0, -0.0, 0.5, 6.0, 1e-300,
     1e300, math.nan, math.inf, -math.inf, "", "0", "-1", "nan", "x", "é", "\ud800", "\x1b[31m", "a\nb", "../x", "/etc",
-    "9" * 5000, "x" * 5000, [], [0], [[]], {}, {"": 0}, [None, 1], "input", "gelu", "mrq_gelu", "uniform", "linear", "v_prediction",
+    "9" * 5000, "x" * 5000, [], [0], [[]], {}, {"": 0}, [None, 1], "input", "gelu", "mrq_gelu", "uniform", "linear",
+    "v_prediction",
 )  # fmt: skip
 
 INSERTED = (
@@ -73,14 +74,13 @@ class Counts:
     failures: list[str] = field(default_factory=list)  # of the first `KEPT`: the kind and the place
 
 
-def run(root: Path, minutes: float = 0.0, count: int = 0, seed: int = 0, only: str = "") -> dict[str, dict[str, Any]]:
+def run(
+    made: dict[str, Target], scratch: Path, minutes: float = 0.0, count: int = 0, seed: int = 0
+) -> dict[str, dict[str, Any]]:
     """Counts by target: `count` inputs each, or as many as fit into the `minutes` of all of them together."""
     torch.set_num_threads(1)
-    made = {name: target for name, target in targets(root).items() if only in name}
-    return {
-        name: asdict(_fuzzed(target, name, 60 * minutes / len(made), count, seed, root / f"{name}.log"))
-        for name, target in made.items()
-    }
+    seconds = 60 * minutes / len(made)
+    return {name: asdict(_fuzzed(target, name, seconds, count, seed, scratch / "log")) for name, target in made.items()}
 
 
 def targets(root: Path) -> dict[str, Target]:
@@ -359,25 +359,22 @@ def _fuzzed(target: Target, name: str, seconds: float, count: int, seed: int, lo
     """In children: another takes over where one was killed, after the input that it had begun."""
     counts, first, end = Counts(), 0, time.monotonic() + seconds
     while (first < count) if count else (time.monotonic() < end):
-        child = _child(target, name, seed, first, count, end, log)
-        lines = [json.loads(line) for line in log.read_text().splitlines() if line]
+        code = _child(target, name, seed, first, count, end, log)
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
         for line in lines:
-            outcome = line.get("outcome")
-            if outcome is not None:
-                _take(counts, outcome, line.get("failure", ""))
-        begun = [line["begun"] for line in lines if "begun" in line]
-        if child != 0:
-            _take(counts, "failed", f"input {begun[-1]} of seed {seed}: the process ended with {child}")
-        first = begun[-1] + 1 if begun else count
-        if child == 0 and count:
-            break
+            if "outcome" in line:
+                _take(counts, line["outcome"], line.get("failure", ""))
+        last = max((line["begun"] for line in lines if "begun" in line), default=first)
+        if code != 0:
+            _take(counts, "failed", f"input {last} of seed {seed}: the process ended with {code}")
+        first = last + 1
     return counts
 
 
 def _take(counts: Counts, outcome: str, failure: str) -> None:
     counts.executions += 1
     setattr(counts, outcome, getattr(counts, outcome) + 1)
-    if failure and len(counts.failures) < KEPT and failure.partition(": ")[2] not in str(counts.failures):
+    if failure and len(counts.failures) < KEPT and failure.partition(": ")[2] not in "\n".join(counts.failures):
         counts.failures.append(failure)
 
 

@@ -24,7 +24,8 @@ def assert_whole(found: dict, killed: int) -> None:
 
 
 def test_a_few_kills(made: dict, tmp_path: Path) -> None:
-    assert_whole(kills.run(made, tmp_path, most=3), killed=3)
+    few = {name: case for name, case in made.items() if name != "end of a resumable run"}  # takes longest
+    assert_whole(kills.run(few, tmp_path, most=3), killed=3)
 
 
 def test_a_few_interrupts(made: dict, tmp_path: Path) -> None:
