@@ -15,7 +15,7 @@ from tqdit.swap import Place, beside
 
 def work_folder(out: Path) -> Path:
     """Where the finished work of an artifact `out` is kept, or an `InputError` if that cannot be a folder."""
-    work = out.absolute().with_name(f"{out.absolute().name}.work")
+    work = _work_of(out)
     if work.exists() and not work.is_dir():
         raise InputError(f"{work} is a file; finished work goes into a folder of this name")
     if work.is_symlink() and not work.exists():
@@ -24,27 +24,32 @@ def work_folder(out: Path) -> Path:
     return work
 
 
+def _work_of(out: Path) -> Path:
+    return out.absolute().with_name(f"{out.absolute().name}.work")
+
+
 @contextlib.contextmanager
-def reserved(out: Path, work: Path | None) -> Iterator[Place | None]:
-    """Keep other jobs from writing `out` and `work`; of several processes the first one does, and has the place.
+def reserved(out: Path) -> Iterator[Place | None]:
+    """Keep other jobs from writing `out` and its work; of several processes the first one does, and has the place.
 
     Raises `InputError`, in every process, if another job is writing one of them.
     """
-    world, holders = distributed.current(), torch.zeros(2, dtype=torch.int64)
+    world, paths = distributed.current(), (out, _work_of(out))
+    holders, place = torch.zeros(len(paths), dtype=torch.int64), None
     with contextlib.ExitStack() as stack:
-        place = None
         if world.first:
             try:
                 place = stack.enter_context(files.reserved(out))
             except BusyError as error:
                 holders[0] = error.pid
-        if place and work:
-            try:
-                stack.enter_context(holding(beside(work.resolve(), "lock"), work))
-            except BusyError as error:
-                holders[1] = error.pid
-        for path, pid in zip((out, work), world.add(holders).tolist(), strict=True):
-            if path and pid:
+            work = paths[1].resolve()
+            if place and work.parent.is_dir():  # it may be a link to a folder that another output has too
+                try:
+                    stack.enter_context(holding(beside(work, "lock"), paths[1]))
+                except BusyError as error:
+                    holders[1] = error.pid
+        for path, pid in zip(paths, world.add(holders).tolist(), strict=True):
+            if pid:
                 raise BusyError(path, pid)
         yield place
 

@@ -201,7 +201,7 @@ def quantize(
     """
     out = Path(out)
     work = jobs.work_folder(out) if resumable else None
-    with jobs.reserved(out, work) as place:
+    with jobs.reserved(out) as place:
         if work and not overwrite and _is_made(model, out, work, recipe):
             module, name, seconds = load_float(resolve(model)), resolve(model).name, 0.0
         else:

@@ -62,6 +62,7 @@ class Counts:
     new: int = 0
     partly: int = 0  # of several outputs some were written, each whole
     put_back: int = 0  # was missing after the kill
+    leftovers: int = 0  # hidden files, which the next run removes
     failures: list[str] = field(default_factory=list)
 
 
@@ -260,6 +261,7 @@ def _one(case: Case, folder: Path, template: Path, done: Path, k: int, number: i
     for name in {**old, **new, **found}:
         if found.get(name) not in (old.get(name), new.get(name)) and not (case.may_be_missing and name not in found):
             counts.failures.append(f"call {k}: {name} is neither the old nor the new one")
+    counts.leftovers += any(map(_hidden, contents(folder)))
     counts.put_back += bool(old) and not found
     counts.old += found == old
     counts.new += found == new != old
