@@ -161,7 +161,7 @@ def test_what_else_is_in_an_artifact_is_never_lost(old, name: str) -> None:
     (old / name).write_text("precious")
     if name.startswith("transformer"):
         (old / "config.json").rename(old / "transformer" / "config.json")
-    with pytest.raises(InputError, match=f"has '{name}', which is no part of the artifact and would be lost"):
+    with pytest.raises(InputError, match=f"has '{name}', which is no part of the model and would be lost"):
         check_target(old, overwrite=True)
     with pytest.raises(InputError, match=name), replacing(old, overwrite=True):
         pytest.fail("the body must not run")

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ MANIFEST = "tqdit.json"  # what makes a folder an artifact
 MODEL_CARD = "README.md"
 PIPELINE_FILES = ("model_index.json", "id2label.json", "scheduler/scheduler_config.json", "vae/config.json")
 WEIGHT_FILE = re.compile(r"diffusion_pytorch_model(-\d{5}-of-\d{5})?\.safetensors")
+Kind = Callable[[Path], bool]  # whether a folder is of a kind
 QUANT_METHOD = "tqdit"  # in the `quantization_config` of an artifact's config
 
 
@@ -122,13 +123,15 @@ def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
 
 
 @contextmanager
-def replacing(target: Path, overwrite: bool = False, in_pipeline: bool = False) -> Iterator[Path]:
+def replacing(
+    target: Path, overwrite: bool = False, replaceable: Kind = is_artifact, in_pipeline: bool = False
+) -> Iterator[Path]:
     """A new folder to fill that becomes `target` on success; on any error or interrupt `target` is as it was.
 
     Raises `InputError` as `check_target` does, and if another process is writing `target`. A symbolic link to a folder
-    stays; what it points to is replaced. `in_pipeline`: `target` may be a part of a pipeline.
+    stays; what it points to is replaced. `replaceable`, `in_pipeline`: as in `check_target`.
     """
-    with reserved(target) as place, filled(place, overwrite, in_pipeline) as folder:
+    with reserved(target) as place, filled(place, overwrite, replaceable, in_pipeline) as folder:
         yield folder
 
 
@@ -152,19 +155,25 @@ def repair(target: Path) -> None:
 
 
 @contextmanager
-def filled(place: Place, overwrite: bool = False, in_pipeline: bool = False) -> Iterator[Path]:
+def filled(
+    place: Place, overwrite: bool = False, replaceable: Kind = is_artifact, in_pipeline: bool = False
+) -> Iterator[Path]:
     """`replacing` of a target that is reserved already."""
 
     def check() -> None:  # again at the end: hours may have passed
-        check_target(place.target, overwrite, in_pipeline)
+        check_target(place.target, overwrite, replaceable, in_pipeline)
 
     check()
     with place.filled(check) as folder:
         yield folder
 
 
-def check_target(target: Path, overwrite: bool, in_pipeline: bool = False) -> None:
-    """Raise `InputError` if a folder `target` cannot be written, or would lose something; called before any work."""
+def check_target(target: Path, overwrite: bool, replaceable: Kind = is_artifact, in_pipeline: bool = False) -> None:
+    """Raise `InputError` if a folder `target` cannot be written, or would lose something; called before any work.
+
+    `replaceable`: whether a folder that is not empty may be overwritten, if it has a model's own files alone.
+    `in_pipeline`: whether `target` may be the transformer of a pipeline.
+    """
     _check_link(target)
     target = _real(target)
     if target.exists() and not overwrite:
@@ -172,10 +181,11 @@ def check_target(target: Path, overwrite: bool, in_pipeline: bool = False) -> No
     if target.exists() and not target.is_dir():
         raise InputError(f"output {target} is a file; an artifact is a folder")
     if target.is_dir() and any(target.iterdir()):
-        if not is_artifact(target):
-            raise InputError(f"output {target} is not an artifact; refusing to overwrite it")
+        if not replaceable(target):
+            kind = "an artifact" if replaceable is is_artifact else "of the kind that is written here"
+            raise InputError(f"output {target} is not {kind}; refusing to overwrite it")
         if foreign := foreign_file(target):
-            raise InputError(f"{target} has '{foreign}', which is no part of the artifact and would be lost; move it")
+            raise InputError(f"{target} has '{foreign}', which is no part of the model and would be lost; move it")
     if target.is_mount():
         raise InputError(f"output {target} is a mount point, which cannot be replaced; choose a folder inside it")
     check_outside(target.parent if in_pipeline and target.name == TRANSFORMER else target)
@@ -219,7 +229,7 @@ def check_space(target: Path, needed: int) -> None:
 
 
 def foreign_file(folder: Path) -> str | None:
-    """The first file in an artifact that is not the artifact's own: replacing the artifact would lose it."""
+    """The first file in a model's folder that is not the model's own: replacing the model would lose it."""
     model = model_folder(folder)
     own = {folder / name for name in PIPELINE_FILES}
     for root in {folder, model}:
