@@ -16,7 +16,9 @@ from tqdit.comparison import compare
 from tqdit.errors import InputError
 from tqdit.evaluation.images import RUN
 from tqdit.files import write_bytes
+from tqdit.locks import holding
 from tqdit.recipe import Recipe
+from tqdit.swap import beside
 
 JOBS = Path(__file__).with_name("distributed_jobs.py")
 RANK_1 = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
@@ -157,6 +159,17 @@ def test_bad_input_is_told_once(tmp_path: Path, command: list[str], message: str
     done = torchrun("-m", "tqdit", *command, "-o", tmp_path / "out")
     assert done.returncode != 0
     assert done.stderr.count(message) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_output_that_another_job_is_writing_is_told_once(pipeline: Path, tmp_path: Path) -> None:
+    """The first process finds the lock, and all hear of it."""
+    out = tmp_path / "out"
+    with holding(beside(out, "lock"), out):
+        done = torchrun("-m", "tqdit", "quantize", pipeline, "-o", out)
+    assert done.returncode != 0
+    assert done.stderr.count("is writing") == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -100,7 +100,7 @@ class OnDisk:
 def _digest(tensor: torch.Tensor) -> str:
     """sha256 of dtype, shape and values."""
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
