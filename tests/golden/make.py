@@ -23,7 +23,6 @@ TESTS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TESTS))
 
 from conftest import build_dit, build_recipe, write_pipeline  # noqa: E402
-
 from tqdit import artifact, tensors, workflow  # noqa: E402
 from tqdit.convert import convert  # noqa: E402
 from tqdit.spec import Solution  # noqa: E402
