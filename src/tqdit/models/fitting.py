@@ -47,7 +47,9 @@ def check_solution(solution: Solution) -> None:
     config = solution.model_config
     check_supported(config)
     _check_sizes(config, solution)
-    expected = {spec.name: spec for spec in sites(config, Recipe.build("paper", groups=1))}
+    expected = {
+        spec.name: spec for spec in sites(config, Recipe.build("paper", groups=1, weight_granularity="per_channel"))
+    }
     for name, spec in expected.items():
         if name not in solution.params:
             kind = "codes for weight" if spec.is_weight else "parameters for activation"
@@ -80,8 +82,7 @@ def _check_site(solution: Solution, found: SiteSpec, expected: SiteSpec) -> None
         legal["groups"] = (1, solution.time_groups.num_groups)
     if expected.role is Role.WEIGHT:
         legal["granularity"] = (Granularity.PER_TENSOR, Granularity.PER_CHANNEL)
-        channels = len(solution.codes[expected.name]) if expected.name in solution.codes else 1
-        legal["units"] = (1 if found.granularity is Granularity.PER_TENSOR else channels,)
+        legal["units"] = (1 if found.granularity is Granularity.PER_TENSOR else expected.units,)
     legal["bits"] = tuple(range(MIN_BITS if expected.is_weight else LEAST_ACTIVATION_BITS, MAX_BITS + 1))
     for field, values in legal.items():
         if (value := getattr(found, field)) not in values:
