@@ -146,7 +146,7 @@ class _Builder:
              "fc1": self.linear(layout.fc1), "fc2": self.linear(layout.fc2)},
             {role.value: self.site(layout.operand(role), 4) for role in roles},
             self.heads,
-            (empty.norm1.norm.eps, empty.norm3.eps),
+            (float(empty.norm1.norm.eps), float(empty.norm3.eps)),
             self.backend,
             self.conditioning,
         )  # fmt: skip

@@ -104,6 +104,8 @@ def test_more_heads_of_fewer_channels(solved) -> None:
         ({"patch_size": 4}, "pos_embed.proj.weight"),
         ({"attention_head_dim": 2**20}, "pos_embed.proj.weight"),
         ({"out_channels": 1}, "proj_out_2"),
+        ({"norm_eps": "0"}, "norm_eps"),
+        ({"norm_eps": float("nan")}, "norm_eps"),
     ],
 )
 @pytest.mark.timeout(20)

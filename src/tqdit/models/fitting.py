@@ -25,6 +25,7 @@ MAX_TOKENS = 2**16  # 4096 pixels at DiT's /2: the table of positions is compute
 LEAST_ACTIVATION_BITS = 4
 PATCHES = "pos_embed.proj.weight"
 GRIDS = {Role.SOFTMAX: (Grid.MRQ_SOFTMAX, Grid.UNIFORM), Role.GELU: (Grid.MRQ_GELU, Grid.UNIFORM)}  # else uniform
+PER_CHANNEL = Recipe.build("paper", groups=1, weight_granularity="per_channel")  # for the number of channels
 FIELDS = ("role", "grid", "granularity", "groups", "units")
 
 
@@ -69,6 +70,9 @@ def _check_sizes(config: Mapping[str, Any], solution: Solution) -> None:
         )
     if PATCHES not in solution.codes:
         raise InputError(f"the solution has no codes for weight site '{PATCHES}'")
+    epsilon = config.get("norm_eps", 1e-5)
+    if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
+        raise InputError(f"the config has norm_eps = {epsilon!r}; it must be a number from 0 to 1")
     side = config["patch_size"]
     _check_shape(PATCHES, solution.codes[PATCHES], (width(config), config["in_channels"], side, side))
 
