@@ -13,6 +13,7 @@ from tqdit.errors import InputError
 from tqdit.files import write_bytes
 from tqdit.models.sampler import Progress, Sampling, noise_generators, trajectory
 from tqdit.models.sources import check_vae
+from tqdit.reading import check_regular
 
 
 def sample_batches(
@@ -83,10 +84,13 @@ def decoder(vae_folder: Path | None, device: torch.device) -> Callable[[torch.Te
 
 def _autoencoder(folder: Path) -> Any:
     """diffusers' decoder. Raises `InputError` naming the folder for what diffusers refuses, and for weights that are
-    missing or of another shape: diffusers would draw them at random.
+    missing or of another shape: diffusers would draw them at random. What is no regular file is not waited for.
     """
     from diffusers import AutoencoderKL
 
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".safetensors"):
+            check_regular(path)
     try:
         vae, notes = AutoencoderKL.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # whatever diffusers runs into when a config has another type than it expects

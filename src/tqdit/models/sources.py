@@ -77,7 +77,7 @@ def resolve(model: str | Path, num_heads: int | None = None) -> ModelSource:
         scheduler=_scheduler(root / SCHEDULER),
         labels=_labels(root),
         pipeline=_optional_json(root / PIPELINE),
-        vae=root / "vae" if (root / "vae" / "config.json").is_file() else None,
+        vae=root / "vae" if is_there(root / "vae" / CONFIG) else None,
     )
     try:
         check_supported(config)
