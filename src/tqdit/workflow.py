@@ -25,6 +25,7 @@ from tqdit.errors import InputError
 from tqdit.evaluation import images
 from tqdit.evaluation.images import BATCH, Images
 from tqdit.files import TRANSFORMER, check_target, replacing, write_json
+from tqdit.models import fitting
 from tqdit.models.sampler import Sampling
 from tqdit.models.sites import ARCHITECTURE, config_of
 from tqdit.models.sources import (
@@ -86,7 +87,7 @@ def load_source(source: ModelSource, backend: str = "auto", device: str = "cpu",
     """`load` of a model that is found already."""
     target, stream = checked_device(device), checked_dtype(dtype)
     if source.quantized:
-        return convert(artifact.read(source.folder), backend, target, stream)
+        return convert(fitting.read(source.folder), backend, target, stream)
     if stream is not torch.float32:
         raise InputError(f"'{source.name}' is a float model and runs in float32; dtype '{dtype}' is for artifacts")
     return load_float(source).to(target)
@@ -280,7 +281,7 @@ def inspect(folder: str | Path, backend: str = "auto", device: str = "cpu") -> d
     source = resolve(folder)
     if not source.quantized:
         raise InputError(f"'{folder}' is not quantized; inspect takes an artifact")
-    solution = artifact.read(source.folder)
+    solution = fitting.read(source.folder)
     chosen = get_backend(backend, checked_device(device))
     sites = []
     for spec in solution.sites:

@@ -14,14 +14,16 @@ import torch
 from torch import nn
 
 from tqdit.errors import InputError
-from tqdit.files import CONFIG, QUANT_METHOD, TRANSFORMER, model_folder, read_json, read_weights
+from tqdit.files import CONFIG, QUANT_METHOD, TRANSFORMER, is_there, model_folder, read_json, read_weights
 from tqdit.models import checkpoints, hub
 from tqdit.models.building import new_model
 from tqdit.models.published import DIFFUSION
 from tqdit.models.sites import FREQUENCY_SHIFT, check_supported, config_of
+from tqdit.timegroups import MAX_TIMESTEPS
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 BUNDLED = {"fashion-dit": DATA / "fashion-dit"}
+MOST_DIGITS = 9  # of a class number
 LABELS = "id2label.json"
 PIPELINE = "model_index.json"  # what makes a folder a diffusers pipeline
 SCHEDULER = Path("scheduler", "scheduler_config.json")
@@ -162,7 +164,7 @@ def class_indices(source: ModelSource, names: list[str]) -> list[int]:
     found = []
     for name in names:
         key = name.strip().lower()
-        index = by_name.get(key, int(key) if key.isdecimal() else -1)
+        index = by_name.get(key, _number(key))
         if not 0 <= index < count:
             known = ", ".join(list(by_name)[:20]) or "none named"
             raise InputError(f"unknown class '{name}'; known: {known}, or a number from 0 to {count - 1}")
@@ -170,16 +172,23 @@ def class_indices(source: ModelSource, names: list[str]) -> list[int]:
     return found
 
 
+def _number(text: str) -> int:
+    """A class number, or -1: of more digits it is none, and Python reads at most 4300."""
+    return int(text) if text.isdecimal() and len(text) <= MOST_DIGITS else -1
+
+
 def _optional_json(path: Path) -> dict[str, Any] | None:
-    return read_json(path) if path.is_file() else None
+    return read_json(path) if is_there(path) else None
 
 
 def _scheduler(path: Path) -> dict[str, Any] | None:
     """A scheduler config whose number of training timesteps is usable."""
     config = _optional_json(path)
     total = (config or {}).get("num_train_timesteps", 1000)
-    if type(total) is not int or total < 1:
-        raise InputError(f"{path}: num_train_timesteps is {total!r}; it must be a whole number from 1")
+    if type(total) is not int or not 1 <= total <= MAX_TIMESTEPS:
+        raise InputError(
+            f"{path}: num_train_timesteps is {total!r}; it must be a whole number from 1 to {MAX_TIMESTEPS}"
+        )
     return config
 
 
@@ -211,9 +220,11 @@ def class_names(table: Any, where: str, count: int | None = None) -> dict[int, s
     """
     if not isinstance(table, dict):
         raise InputError(f"{where} is not a table of class numbers to names")
-    if wrong := [number for number in table if not number.isdecimal()]:
+    if wrong := [number for number in table if _number(number) < 0]:
         raise InputError(f"{where} has the key '{wrong[0]}', keys are class numbers")
     names = {int(number): str(label) for number, label in table.items()}
+    if len(names) != len(table):
+        raise InputError(f"{where} has a class number twice, with and without leading zeros")
     if count is not None and (beyond := [number for number in names if number >= count]):
         raise InputError(f"{where} names class {beyond[0]}, the model has classes 0 to {count - 1}")
     return names
