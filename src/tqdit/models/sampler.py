@@ -3,6 +3,7 @@
 Calibration reads the states on the way, generation keeps the last: one loop serves both.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ from torch import nn
 
 from tqdit.errors import InputError
 from tqdit.models.sites import config_of
+from tqdit.timegroups import MAX_TIMESTEPS
 
 Progress = Callable[[float], None]  # called with the finished fraction of a stage
 SAMPLERS = ("ddim", "ddpm")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
-# diffusers' classes whose models were trained by the discrete diffusion process that DDIM and DDPM sample from: a config
-# of any of them says the same betas, timesteps and kind of prediction.
+# diffusers' classes whose models were trained by the discrete diffusion process that DDIM and DDPM sample from: a
+# config of any of them says the same betas, timesteps and kind of prediction.
 SERVED = (
     "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "PNDMScheduler",
     "LMSDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler",
@@ -26,8 +28,11 @@ SERVED = (
     "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler",
     "SASolverScheduler",
 )  # fmt: skip
+PROCESS = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+    "rescale_betas_zero_snr",
+)  # fmt: skip
 DISCRETE = {"use_flow_sigmas": False, "timestep_type": "discrete"}  # settings that would change the process, as served
-MOST_TIMESTEPS = 10**6
 MOST_OVER_MEDIAN = 16  # how often the median a step weight of epsilon may be
 
 
@@ -90,8 +95,8 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
     if (kept := config.get("prediction_type", PREDICTIONS[0])) not in PREDICTIONS:
         raise InputError(f"prediction_type is {kept!r}; supported are {', '.join(PREDICTIONS)}")
     total = config.get("num_train_timesteps", 1000)
-    if type(total) is not int or not 1 <= total <= MOST_TIMESTEPS:
-        raise InputError(f"num_train_timesteps is {total!r}; it must be a whole number from 1 to {MOST_TIMESTEPS}")
+    if type(total) is not int or not 1 <= total <= MAX_TIMESTEPS:
+        raise InputError(f"num_train_timesteps is {total!r}; it must be a whole number from 1 to {MAX_TIMESTEPS}")
 
 
 def make_scheduler(config: Mapping[str, Any] | None, sampling: Sampling, learned_variance: bool) -> Any:
@@ -105,12 +110,8 @@ def make_scheduler(config: Mapping[str, Any] | None, sampling: Sampling, learned
     from diffusers import DDIMScheduler, DDPMScheduler
 
     kind = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}[sampling.sampler]
-    settings: dict[str, Any] = dict(config or {"num_train_timesteps": 1000, "beta_schedule": "linear"})
+    settings = _process_settings(config or {})
     settings.setdefault("clip_sample", False)
-    try:
-        check_scheduler(settings)
-    except InputError as error:
-        raise InputError(f"scheduler_config.json: {error}") from None
     if sampling.sampler == "ddpm":
         fixed = str(settings.get("variance_type") or "fixed_small")
         fixed = "fixed_small" if fixed.startswith("learned") else fixed
@@ -128,12 +129,28 @@ def make_scheduler(config: Mapping[str, Any] | None, sampling: Sampling, learned
     return scheduler
 
 
+def _process_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A checked scheduler config that says every setting of its process: classes differ in their defaults.
+
+    diffusers' note of what was a default is left out, by which another class would take its own instead.
+    """
+    import diffusers
+
+    try:
+        check_scheduler(config)
+    except InputError as error:
+        raise InputError(f"scheduler_config.json: {error}") from None
+    kind = getattr(diffusers, config.get("_class_name", SERVED[0]))
+    defaults = {name: p.default for name, p in inspect.signature(kind.__init__).parameters.items() if name in PROCESS}
+    return defaults | {key: value for key, value in config.items() if key != "_use_default_values"}
+
+
 def _check_alphas(scheduler: Any) -> None:
-    """Raise `InputError` for cumulative alphas that are no probabilities, or 0 where epsilon would be divided by them."""
-    alphas = scheduler.alphas_cumprod
-    if not bool(((alphas >= 0) & (alphas <= 1)).all()):
-        raise InputError("scheduler_config.json: its betas give cumulative alphas that are not between 0 and 1")
-    if scheduler.config.prediction_type == "epsilon" and bool((alphas[scheduler.timesteps] == 0).any()):
+    """Raise `InputError` for betas outside [0, 1], or a cumulative alpha of 0 where epsilon would be divided by it."""
+    if not bool(((scheduler.betas >= 0) & (scheduler.betas <= 1)).all()):
+        raise InputError("scheduler_config.json: it has betas that are not between 0 and 1")
+    alphas = scheduler.alphas_cumprod[scheduler.timesteps]
+    if scheduler.config.prediction_type == "epsilon" and bool((alphas == 0).any()):
         raise InputError(
             "scheduler_config.json: with rescale_betas_zero_snr nothing of the image is left at the last timestep, "
             "where a prediction of epsilon says nothing; prediction_type must be v_prediction or sample"
@@ -143,15 +160,15 @@ def _check_alphas(scheduler: Any) -> None:
 def step_weights(scheduler: Any, steps: int = 50) -> torch.Tensor:
     """How much an error of the prediction at t moves the next state of a `steps`-step DDIM run, squared: (T,).
 
-    The largest weight is 1. The factor is the derivative of the next state by the prediction (DDIM, eta = 0), with a the
-    cumulative alpha at t and a' that of the next timestep:
+    The largest weight is 1. The factor is the derivative of the next state by the prediction (DDIM, eta = 0), with a
+    the cumulative alpha at t and a' that of the next timestep:
 
         epsilon   sqrt(1 - a') - sqrt(a' / a) sqrt(1 - a)
         v         sqrt(1 - a') sqrt(a) - sqrt(a') sqrt(1 - a)
         sample    sqrt(a') - sqrt(1 - a') sqrt(a / (1 - a))
 
-    Only the factor of epsilon has no bound: it grows as 1 / sqrt(a) where almost nothing of the image is left. The image
-    itself is bounded, so there a weight is at most `MOST_OVER_MEDIAN` times the median of all.
+    Only the factor of epsilon has no bound: it grows as 1 / sqrt(a) where almost nothing of the image is left. The
+    image itself is bounded, so there a weight is at most `MOST_OVER_MEDIAN` times the median of all.
     """
     alpha = scheduler.alphas_cumprod.double()
     stride = max(1, len(alpha) // steps)
