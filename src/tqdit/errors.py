@@ -21,3 +21,7 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+class AssumptionWarning(UserWarning):
+    """A model does not say what is needed, and a default was taken; the message says which."""

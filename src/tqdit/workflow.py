@@ -5,7 +5,7 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from tqdit.models.sources import (
     SCHEDULER,
     ModelSource,
     class_indices,
-    copy_vae,
     load_float,
     resolve,
     weights_hash,
@@ -103,7 +102,8 @@ def prepare(
     the ranks share the work; they must see the same `work` folder, or an `InputError` says so.
     """
     source = resolve(model)
-    groups = TimeGroups((source.scheduler or {}).get("num_train_timesteps", 1000), recipe.groups)
+    source.check_components()
+    groups = TimeGroups(source.num_timesteps, recipe.groups)
     module = load_float(source).to(checked_device(device))
     if work:
         _check_shared(work)
@@ -154,10 +154,8 @@ def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) 
 def save(solution: Solution, source: ModelSource, out: Path, overwrite: bool = False) -> None:
     """Write an artifact with the scheduler, class names and VAE of its source; all or nothing. A pipeline stays one."""
     with replacing(out, overwrite) as folder:
-        if source.scheduler is not None:
-            write_json(folder / SCHEDULER, source.scheduler)
-        if source.vae is not None:
-            copy_vae(source.vae, folder)
+        write_json(folder / SCHEDULER, source.scheduler)
+        source.copy_components(folder)
         if source.pipeline is None:
             if source.labels:
                 write_json(folder / LABELS, {str(i): label for i, label in sorted(source.labels.items())})
@@ -312,9 +310,9 @@ def checked_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def chosen_classes(source: ModelSource, names: list[str]) -> tuple[int, ...]:
+def chosen_classes(source: ModelSource, names: Sequence[str | int]) -> Sequence[int]:
     """The numbers of the named classes, or of all."""
-    return tuple(class_indices(source, names) if names else range(int(source.config["num_embeds_ada_norm"])))
+    return class_indices(source, names) if names else range(int(source.config["num_embeds_ada_norm"]))
 
 
 def work_folder(out: Path) -> Path:

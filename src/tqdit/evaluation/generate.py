@@ -11,8 +11,8 @@ from torch import nn
 from tqdit.distributed import batches
 from tqdit.errors import InputError
 from tqdit.files import write_bytes
+from tqdit.models.components import check_vae
 from tqdit.models.sampler import Progress, Sampling, noise_generators, trajectory
-from tqdit.models.sources import check_vae
 from tqdit.reading import check_regular
 
 
