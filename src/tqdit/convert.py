@@ -14,8 +14,9 @@ from tqdit.layers.clock import TimestepClock
 from tqdit.layers.conditioning import Conditioning, TimestepTable
 from tqdit.layers.linear import IntLinear, WeightOnlyLinear, WeightOnlyPatchEmbed
 from tqdit.layers.params import ActivationParams
-from tqdit.models.building import LOCK, empty_model
+from tqdit.models.building import empty_model
 from tqdit.models.sites import BlockLayout, LinearGroup, blocks, float_input_modules
+from tqdit.modules import present
 from tqdit.ops.dispatch import get_backend, kernel_name
 from tqdit.ops.schema import Backend, WeightParams
 from tqdit.runtime import attach_runtime
@@ -31,22 +32,19 @@ def convert(
     backend: str = "auto",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    memory: str | torch.device | None = None,
 ) -> nn.Module:
     """A diffusers `DiTTransformer2DModel` whose sites run on the codes of `solution`, in eval mode, on `device`.
 
     The float weights are never materialised: the structure is built empty and filled. The result has
     `quantization_backend`, `quantization_report` (site name -> kernel) and `solution`, whose codes are those of its
     layers. `dtype`: as `torch_dtype` of diffusers; bfloat16 is also that of the residual stream. With the backend
-    "auto" the model is converted again by a call on another kind of device. Raises `InputError` if
-    the solution lacks a site or a parameter of the model, and if the backend cannot run on the device.
+    "auto" the model is converted again by a call on another kind of device. `memory`: where its tensors are, if they
+    are to visit `device` a part at a time. Raises `InputError` if the solution lacks a site or a parameter of the
+    model, and if the backend cannot run on the device.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}")
-    with LOCK:
-        return _converted(solution, backend, device, dtype)
-
-
-def _converted(solution: Solution, backend: str, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
     chosen = get_backend(backend, device)
     model: Any = empty_model(solution.model_config)
     builder = _Builder(solution, chosen, model)
@@ -68,7 +66,8 @@ def _converted(solution: Solution, backend: str, device: str | torch.device, dty
     model.reconvert = partial(convert, backend=backend)
     model.io_dtype = dtype
     model.prepared_for = torch.device(device).type
-    return model.eval().requires_grad_(False).to(device)
+    model.fixed = frozenset(model.state_dict())
+    return model.eval().requires_grad_(False).to(device if memory is None else memory)
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,8 @@ class LayerCodes(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, site: str) -> torch.Tensor:
         place = self._places[site]
-        return place.layer.unpacked()[place.rows].reshape(place.shape).cpu()
+        with present([place.layer]):
+            return place.layer.unpacked()[place.rows].reshape(place.shape).cpu()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -209,8 +209,9 @@ class _Builder:
 
     def filled(self, module: nn.Module, prefix: str = "") -> nn.Module:
         """The module, the parameters that stay in float put where its empty ones are. `prefix`: of their names."""
-        for name, _ in list(module.named_parameters()):
-            _replace(module, name, nn.Parameter(self.parameter(prefix + name), requires_grad=False))
+        for name, parameter in list(module.named_parameters()):
+            if parameter.is_meta:
+                _replace(module, name, nn.Parameter(self.parameter(prefix + name), requires_grad=False))
         return module
 
     def check_complete(self, model: nn.Module) -> None:
@@ -251,7 +252,7 @@ def _replace(model: nn.Module, name: str, value: Any) -> None:
     parent, _, leaf = name.rpartition(".")
     owner = model.get_submodule(parent)
     if isinstance(value, nn.Parameter):
-        owner.register_parameter(leaf, value)
+        owner._parameters[leaf] = value  # accelerate changes `register_parameter` while another thread loads a model
     elif isinstance(owner, nn.Sequential | nn.ModuleList):
         owner[int(leaf)] = value
     else:

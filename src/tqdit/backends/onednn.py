@@ -45,10 +45,10 @@ class PackedLinear(FixedDtype):
         columns = len(weight.codes)
         self.shape = tuple(weight.codes.shape)
         self.packed = None if reason() else Packed(weight.codes)
-        self.register_buffer("codes", weight.codes.clone() if self.packed is None else None)
-        self.register_buffer("colsum", column_sums(weight.codes) if self.packed is None else None)
-        self.register_buffer("scale", weight.scale.expand(columns).contiguous())
-        self.register_buffer("bias", torch.zeros_like(self.scale) if bias is None else bias.float().contiguous())
+        self.hold("codes", weight.codes.clone() if self.packed is None else None)
+        self.hold("colsum", column_sums(weight.codes) if self.packed is None else None)
+        self.hold("scale", weight.scale.expand(columns).contiguous())
+        self.hold("bias", torch.zeros_like(self.scale) if bias is None else bias.float().contiguous())
 
     def product(self, codes: torch.Tensor, zero: int) -> torch.Tensor:
         """fp32 (M, out): the int32 sums of (codes - zero) W^T, each rounded once. codes: uint8 (M, in), contiguous."""

@@ -1,12 +1,19 @@
 """The class of a converted model; a module of its own because it imports diffusers."""
 
-from collections.abc import Callable
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
 from accelerate.utils import convert_file_size_to_int
 from diffusers import DiTTransformer2DModel
+from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings, LabelEmbedding, PatchEmbed, TimestepEmbedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 from torch.nn import functional as F
@@ -14,20 +21,33 @@ from torch.nn import functional as F
 from tqdit import artifact
 from tqdit.errors import InputError
 from tqdit.files import replacing
-from tqdit.models.building import LOCK
+from tqdit.modules import HOOK, Closed, Untrainable, check_same
 from tqdit.spec import Solution
+from tqdit.tensors import decisive
 
 FEW_TOKENS = 8192  # of the samples that are in fp32 at a time
 ONE_PIECE = 10 * 2**20  # bytes: torch's allocator takes memory for smaller tensors together, 20 MiB at a time
-CONVERTED = ("quantization_backend", "quantization_report", "solution", "reconvert", "prepared_for")
+CONVERTED = ("quantization_backend", "quantization_report", "solution", "reconvert", "prepared_for", "fixed")
+LOCK = threading.Lock()  # a model is converted again by one thread, however many ask
 
 
-class IntegerDiT(DiTTransformer2DModel):
+class _SameAsDiffusers(type):
+    """Makes the class equal to diffusers' own. Pipelines compare the class of a part with the one that they expect."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is DiTTransformer2DModel
+
+    def __hash__(cls) -> int:
+        return hash(DiTTransformer2DModel)
+
+
+class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDiffusers):
     """diffusers' transformer, its blocks, conditioning and call in integers; `convert` makes it."""
 
     solution: Solution  # its codes are those of the layers
     reconvert: Any  # a Solution and `device` -> a model converted in the same way
     prepared_for: str  # the kind of device that the layers are laid out for
+    fixed: frozenset[str]  # names in a state dict that are the model's own, not an adapter's
     runtime: Any
     conditioning: Any
     config: Any
@@ -89,10 +109,62 @@ class IntegerDiT(DiTTransformer2DModel):
 
     @torch.compiler.disable  # compile after a first call on the device, or the graph breaks here
     def _prepare(self, device: torch.device) -> None:
-        """Be converted for a kind of device, once however many threads ask."""
+        """Be converted for a kind of device, once however many threads ask.
+
+        A model that accelerate offloads stays in the CPU's memory, laid out for the device that its parts visit.
+        """
         with LOCK, torch.inference_mode(False), torch.no_grad():  # inference tensors could not be loaded into
-            if self.prepared_for != device.type:
+            if self.prepared_for == device.type:
+                return
+            hook = _offloading(self)
+            if hook is None:
                 self.adopt(self.reconvert(self.solution, device=device))
+                return
+            if len({str(part) for part in (getattr(self, "hf_device_map", None) or {}).values()} - {"cpu"}) > 1:
+                raise InputError(f"a model that is dispatched to several devices has to be loaded on {device} first")
+            remove_hook_from_module(self, recurse=True)
+            self.adopt(self.reconvert(self.solution, device=device, memory="cpu"))
+            cpu_offload(self, device, offload_buffers=hook.offload_buffers)
+
+    def get_extra_state(self) -> torch.Tensor:
+        """A hash of what a model is beside its tensors: grids, time groups, provenance, and how layers are laid out."""
+        solution = self.solution
+        described = {
+            "model_config": decisive(solution.model_config),
+            "time_groups": asdict(solution.time_groups),
+            "sites": [asdict(spec) for spec in solution.sites],
+            "provenance": dict(solution.provenance),
+            "layout": [self.quantization_backend, self.prepared_for],
+        }
+        text = json.dumps(described, sort_keys=True, default=str).encode()
+        return torch.frombuffer(bytearray(hashlib.sha256(text).digest()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Nothing: `_load_from_state_dict` has found it equal."""
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        """Before any tensor is loaded: `InputError` for a state dict that is not this model's, or an adapter for it.
+
+        Of an artifact only its own values are accepted, whose grids the model has. What neither the model nor an
+        adapter in it has a place for is refused, even if `strict` is False: peft would drop it in silence.
+        """
+        own = self.state_dict(prefix=prefix, keep_vars=True)
+        fixed = {prefix + name for name in self.fixed}
+        check_same(own, {name: value for name, value in state_dict.items() if name in fixed})
+        for name in sorted(name for name in state_dict if name.startswith(prefix) and name not in own):
+            parameter = name[len(prefix) :].replace(".base_layer.", ".")
+            mine, value = self.solution.floats.get(parameter), state_dict[name]
+            if mine is None or mine.shape != value.shape or not torch.equal(mine.to(value), value):
+                raise InputError(
+                    f"there is no place for '{parameter}' in an integer model: beside its own state only plain LoRA is"
+                    " loaded, on the linear layers of attention and feed-forward, whose biases stay the artifact's"
+                )
+            state_dict.pop(name)  # type: ignore[attr-defined]
+        if strict and (missing := sorted(set(own) - set(state_dict))):
+            raise InputError(f"the state dict lacks '{missing[0]}'")
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
@@ -192,8 +264,39 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
 IntegerDiT.__name__ = DiTTransformer2DModel.__name__
 
 
+class _ClosedEmbedder(Closed, CombinedTimestepLabelEmbeddings):
+    """diffusers' own, closed to adapters."""
+
+
+class _ClosedLabels(Closed, LabelEmbedding):
+    """diffusers' own, closed to adapters."""
+
+
+class _ClosedTimestep(Closed, TimestepEmbedding):
+    """diffusers' own, closed to adapters."""
+
+
+class _ClosedPatches(Closed, PatchEmbed):
+    """diffusers' own, closed to adapters."""
+
+
+CLOSED = {cls.__bases__[1]: cls for cls in (_ClosedEmbedder, _ClosedLabels, _ClosedTimestep, _ClosedPatches)}
+
+
+def _offloading(model: nn.Module) -> AlignDevicesHook | None:
+    """The first of accelerate's hooks that sends tensors away."""
+    for module in model.modules():
+        hook = module.__dict__.get(HOOK)
+        for part in getattr(hook, "hooks", (hook,)):
+            if isinstance(part, AlignDevicesHook) and part.offload:
+                return part
+    return None
+
+
 def make_integer(model: nn.Module) -> IntegerDiT:
-    """Give a diffusers transformer this class."""
+    """Give a diffusers transformer this class, and parts of it one that adapters cannot reach into."""
+    for module in model.modules():
+        module.__class__ = CLOSED.get(type(module), type(module))
     model.__class__ = cast(type[nn.Module], IntegerDiT)
     model.__dict__["__module__"] = DiTTransformer2DModel.__module__
     return cast(IntegerDiT, model)
