@@ -1,7 +1,7 @@
 """`convert`: a Solution becomes a runnable transformer. The sole place where modules are swapped."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,11 +16,12 @@ from tqdit.layers.linear import IntLinear, WeightOnlyLinear, WeightOnlyPatchEmbe
 from tqdit.layers.params import ActivationParams
 from tqdit.models.building import empty_model
 from tqdit.models.sites import BlockLayout, LinearGroup, blocks, float_input_modules
-from tqdit.modules import present
+from tqdit.modules import Fingerprint, present
 from tqdit.ops.dispatch import get_backend, kernel_name
 from tqdit.ops.schema import Backend, WeightParams
 from tqdit.runtime import attach_runtime
 from tqdit.spec import Role, Solution
+from tqdit.tensors import decisive
 
 ADALN = "norm1.linear"  # of a block
 
@@ -66,8 +67,20 @@ def convert(
     model.reconvert = partial(convert, backend=backend)
     model.io_dtype = dtype
     model.prepared_for = torch.device(device).type
+    model.fingerprint = Fingerprint(_described(solution, chosen.NAME, device))
     model.fixed = frozenset(model.state_dict())
     return model.eval().requires_grad_(False).to(device if memory is None else memory)
+
+
+def _described(solution: Solution, backend: str, device: str | torch.device) -> dict[str, Any]:
+    """What a converted model is beside its tensors: grids, time groups, provenance, and how its layers are laid out."""
+    return {
+        "model_config": decisive(solution.model_config),
+        "time_groups": asdict(solution.time_groups),
+        "sites": [asdict(spec) for spec in solution.sites],
+        "provenance": dict(solution.provenance),
+        "layout": [backend, torch.device(device).type],
+    }
 
 
 @dataclass(frozen=True)
@@ -88,6 +101,8 @@ class LayerCodes(Mapping[str, torch.Tensor]):
     def __getitem__(self, site: str) -> torch.Tensor:
         place = self._places[site]
         with present([place.layer]):
+            if any(tensor.is_meta for tensor in place.layer.parameters()):
+                raise InputError(f"the codes of '{site}' are offloaded; remove accelerate's hooks before reading them")
             return place.layer.unpacked()[place.rows].reshape(place.shape).cpu()
 
     def __iter__(self) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """Base classes of modules on integer codes: what adapters, offloading and loading may do to them, and what not."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
@@ -52,6 +54,26 @@ class Untrainable(nn.Module):
         return super().requires_grad_(False)
 
 
+class Fingerprint(Untrainable):
+    """A hash of what a model is beside its tensors, which stands in the model's state dict for all of that.
+
+    A module of its own: accelerate asks for the device of whatever a state dict has, module by module.
+    """
+
+    def __init__(self, described: Any) -> None:
+        """`described`: anything that JSON can hold."""
+        super().__init__()
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).digest()
+        self._state = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+
+    def get_extra_state(self) -> torch.Tensor:
+        return self._state
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Accept an equal one only."""
+        check_same({EXTRA_STATE: self._state}, {EXTRA_STATE: state})
+
+
 def check_same(own: Mapping[str, torch.Tensor], given: Mapping[str, Any]) -> None:
     """`InputError` that names the first of the given tensors which is not equal to the one that a model has."""
     for name, value in given.items():
@@ -63,9 +85,10 @@ def check_same(own: Mapping[str, torch.Tensor], given: Mapping[str, Any]) -> Non
         else:
             same = mine.data_ptr() == value.data_ptr() or torch.equal(mine, value.to(mine.device))
         if not same:
+            what = "is not this integer model's" if name.endswith(EXTRA_STATE) else f"has another '{name}'"
             raise InputError(
-                f"the state dict has another '{name}' than this integer model; it is of another artifact, backend or"
-                " kind of device: load that artifact instead"
+                f"the state dict {what}: it is of another artifact, backend or kind of device;"
+                " load its artifact instead"
             )
 
 

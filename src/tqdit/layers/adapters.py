@@ -18,8 +18,8 @@ from tqdit.ops.schema import OperandParams, WeightParams
 class AdapterSlot(nn.Linear):
     """Stands where the float model has a linear layer, under its name: peft wraps it as it would wrap that one.
 
-    It computes zeros, so that the wrapped one computes what the adapters add. Its `weight` says shape and device, and
-    that the layer is int8; there is nothing to read or to write in it.
+    It computes zeros, so that the wrapped one computes what the adapters add. Its `weight` says the shape, the device,
+    and the dtype of adapters; there is nothing to read or to write in it.
     """
 
     anchor: torch.Tensor
@@ -28,7 +28,7 @@ class AdapterSlot(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.register_parameter("bias", None)
-        self.register_buffer("anchor", torch.zeros(1, 1, dtype=torch.int8), persistent=False)
+        self.register_buffer("anchor", torch.zeros(1, 1, dtype=torch.float32), persistent=False)
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
@@ -40,14 +40,18 @@ class AdapterSlot(nn.Linear):
 
 
 class _NoWeight(torch.Tensor):
-    """The weight of a slot: shape, dtype and device without values."""
+    """The weight of a slot: shape, dtype and device without values. Reading or writing them is an `InputError`."""
 
     @property
     def data(self) -> torch.Tensor:  # type: ignore[override]
         raise InputError(
-            "adapters cannot be merged into integer layers, whose codes stay as they are; let the adapter run beside"
-            " them, or merge it into the float model and quantize that"
+            "integer layers have no weights that an adapter could be merged into or start from, as merging, DoRA and"
+            " PiSSA need: let plain LoRA run beside them, or merge it into the float model and quantize that"
         )
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        _ = self.data
 
 
 class Holder(Watched):

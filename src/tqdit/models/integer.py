@@ -1,10 +1,7 @@
 """The class of a converted model; a module of its own because it imports diffusers."""
 
-import hashlib
-import json
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -23,7 +20,6 @@ from tqdit.errors import InputError
 from tqdit.files import replacing
 from tqdit.modules import HOOK, Closed, Untrainable, check_same
 from tqdit.spec import Solution
-from tqdit.tensors import decisive
 
 FEW_TOKENS = 8192  # of the samples that are in fp32 at a time
 ONE_PIECE = 10 * 2**20  # bytes: torch's allocator takes memory for smaller tensors together, 20 MiB at a time
@@ -126,29 +122,11 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
             self.adopt(self.reconvert(self.solution, device=device, memory="cpu"))
             cpu_offload(self, device, offload_buffers=hook.offload_buffers)
 
-    def get_extra_state(self) -> torch.Tensor:
-        """A hash of what a model is beside its tensors: grids, time groups, provenance, and how layers are laid out."""
-        solution = self.solution
-        described = {
-            "model_config": decisive(solution.model_config),
-            "time_groups": asdict(solution.time_groups),
-            "sites": [asdict(spec) for spec in solution.sites],
-            "provenance": dict(solution.provenance),
-            "layout": [self.quantization_backend, self.prepared_for],
-        }
-        text = json.dumps(described, sort_keys=True, default=str).encode()
-        return torch.frombuffer(bytearray(hashlib.sha256(text).digest()), dtype=torch.uint8)
-
-    def set_extra_state(self, state: torch.Tensor) -> None:
-        """Nothing: `_load_from_state_dict` has found it equal."""
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Before any tensor is loaded: `InputError` for a state dict that is not this model's, or an adapter for it.
 
         Of an artifact only its own values are accepted, whose grids the model has. What neither the model nor an
-        adapter in it has a place for is refused, even if `strict` is False: peft would drop it in silence.
+        adapter in it has a place for is refused even where torch would ignore it: peft drops it in silence.
         """
         own = self.state_dict(prefix=prefix, keep_vars=True)
         fixed = {prefix + name for name in self.fixed}
@@ -161,10 +139,8 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
                     f"there is no place for '{parameter}' in an integer model: beside its own state only plain LoRA is"
                     " loaded, on the linear layers of attention and feed-forward, whose biases stay the artifact's"
                 )
-            state_dict.pop(name)  # type: ignore[attr-defined]
-        if strict and (missing := sorted(set(own) - set(state_dict))):
-            raise InputError(f"the state dict lacks '{missing[0]}'")
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+            del state_dict[name]
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
@@ -280,7 +256,13 @@ class _ClosedPatches(Closed, PatchEmbed):
     """diffusers' own, closed to adapters."""
 
 
-CLOSED = {cls.__bases__[1]: cls for cls in (_ClosedEmbedder, _ClosedLabels, _ClosedTimestep, _ClosedPatches)}
+class _ClosedList(Closed, nn.ModuleList):
+    """torch's own, closed to adapters."""
+
+
+CLOSED = {
+    cls.__bases__[1]: cls for cls in (_ClosedEmbedder, _ClosedLabels, _ClosedTimestep, _ClosedPatches, _ClosedList)
+}
 
 
 def _offloading(model: nn.Module) -> AlignDevicesHook | None:
