@@ -181,6 +181,18 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
                 artifact.write(self.solution, folder, most)
             artifact.unseal_pipeline(target)
 
+    def to(self, *arguments: Any, **options: Any) -> Self:
+        """As torch's: `_apply` knows what another dtype changes. diffusers would refuse to cast a quantized model."""
+        return nn.Module.to(self, *arguments, **options)
+
+    def half(self, *_: Any) -> Self:
+        """As torch's."""
+        return nn.Module.half(self)
+
+    def float(self, *_: Any) -> Self:  # below all annotations, which mean the type
+        """As torch's."""
+        return nn.Module.float(self)
+
     def _denoised(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C or 2C, H, W), as diffusers' own forward, for the call that clock and conditioning are
         set to; in the dtype of x, whatever that of the residual stream.

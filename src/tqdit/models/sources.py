@@ -16,7 +16,7 @@ from torch import nn
 from tqdit.errors import InputError
 from tqdit.files import CONFIG, QUANT_METHOD, TRANSFORMER, model_folder, read_json, read_weights
 from tqdit.models import checkpoints, hub
-from tqdit.models.building import new_model
+from tqdit.models.building import empty_model, set_parameter
 from tqdit.models.published import DIFFUSION
 from tqdit.models.sites import FREQUENCY_SHIFT, check_supported, config_of
 
@@ -119,7 +119,7 @@ def load_float(source: ModelSource) -> nn.Module:
         heads = int(source.config["num_attention_heads"])
         return checkpoints.load(checkpoints.read(source.checkpoint, heads))
     state = read_weights(source.folder)
-    model = _new_model(source)
+    model = _empty_model(source)
     expected = model.state_dict()
     for name, tensor in expected.items():
         if name not in state:
@@ -133,13 +133,14 @@ def load_float(source: ModelSource) -> nn.Module:
             raise InputError(f"{source.folder}: tensor '{name}' has NaN or Inf values")
     if extra := sorted(set(state) - set(expected)):
         raise InputError(f"{source.folder}: unexpected tensor '{extra[0]}'")
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True)
+    for name, tensor in state.items():
+        set_parameter(model, name, tensor.to(torch.float32, copy=True))  # it may be part of a mapped file
     return model.eval().requires_grad_(False)
 
 
-def _new_model(source: ModelSource) -> nn.Module:
+def _empty_model(source: ModelSource) -> nn.Module:
     try:
-        return new_model(source.config)
+        return empty_model(source.config)
     except InputError as error:
         raise InputError(f"{source.folder / CONFIG}: {error}") from None
 
