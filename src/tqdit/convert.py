@@ -1,6 +1,7 @@
 """`convert`: a Solution becomes a runnable transformer. The sole place where modules are swapped."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -63,7 +64,7 @@ def convert(
     builder.check_complete(model)
     model.quantization_backend = chosen.NAME
     model.quantization_report = {name: kernel_name(params, chosen) for name, params in solution.params.items()}
-    model.solution = replace(solution, codes=LayerCodes(builder.places))
+    model.solution = replace(solution, codes=LayerCodes(builder.places, builder.sites))
     model.reconvert = partial(convert, backend=backend)
     model.io_dtype = dtype
     model.prepared_for = torch.device(device).type
@@ -95,14 +96,14 @@ class _Place:
 class LayerCodes(Mapping[str, torch.Tensor]):
     """Weight codes by site, as the layers of a model hold them, unpacked on demand: int8, on the CPU."""
 
-    def __init__(self, places: Mapping[str, _Place]) -> None:
+    def __init__(self, places: Mapping[str, _Place], sites: Mapping[str, ActivationParams]) -> None:
+        """`sites`: the activation sites of the same model."""
         self._places = places
+        self._sites = sites
 
     def __getitem__(self, site: str) -> torch.Tensor:
         place = self._places[site]
-        with present([place.layer]):
-            if any(tensor.is_meta for tensor in place.layer.parameters()):
-                raise InputError(f"the codes of '{site}' are offloaded; remove accelerate's hooks before reading them")
+        with _readable(site, place.layer):
             return place.layer.unpacked()[place.rows].reshape(place.shape).cpu()
 
     def __iter__(self) -> Iterator[str]:
@@ -110,6 +111,41 @@ class LayerCodes(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def check_unchanged(self, solution: Solution) -> None:
+        """`InputError` if a scale, zero point or bias of the model is not that of `solution`, which has no others."""
+        for site, place in self._places.items():
+            layer, bias = place.layer, solution.floats.get(f"{site.removesuffix('.weight')}.bias")
+            with _readable(site, layer):
+                mine = layer.scale if len(layer.scale) == 1 else layer.scale[place.rows]
+                pairs = [(mine, solution.params[site].scale)]
+                if bias is not None:
+                    pairs.append((layer.bias[place.rows], bias))
+                _check_equal(site, pairs)
+        for name, module in self._sites.items():
+            with _readable(name, module):
+                params = solution.params[name]
+                scales = params.scale.unbind(-1) if params.spec.grid.two_region else (params.scale,)
+                pairs = list(zip((module.scale, module.coarse), scales, strict=False))
+                if params.zero_point is not None:
+                    pairs.append((module.zero_point, params.zero_point))
+                _check_equal(name, pairs)
+
+
+@contextmanager
+def _readable(site: str, module: nn.Module) -> Iterator[None]:
+    """Have the tensors of an offloaded module here, or an `InputError` where they came with a whole block only."""
+    with present([module]):
+        if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+            raise InputError(f"the tensors of '{site}' are offloaded; remove accelerate's hooks before reading them")
+        yield
+
+
+def _check_equal(site: str, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Of a site: what a model has, and what its solution has, which may be one value for all channels."""
+    for mine, given in pairs:
+        if not torch.equal(mine.flatten().cpu(), given.flatten().to(mine.dtype).expand(mine.numel())):
+            raise InputError(f"'{site}' was changed in the integer model; what it was solved for cannot be saved so")
 
 
 class _Builder:
@@ -125,6 +161,7 @@ class _Builder:
         self.used: set[str] = set()
         self.float_inputs: dict[tuple[int, ...], nn.Module] = {}
         self.places: dict[str, _Place] = {}
+        self.sites: dict[str, ActivationParams] = {}
 
     def weight(self, name: str) -> WeightParams:
         try:
@@ -152,7 +189,8 @@ class _Builder:
         if name not in self.solution.params:
             raise InputError(f"the solution has no parameters for activation site '{name}'")
         self.used.add(name)
-        return ActivationParams(self.solution.params[name], self.clock, ndim, self.backend.TABLES)
+        self.sites[name] = ActivationParams(self.solution.params[name], self.clock, ndim, self.backend.TABLES)
+        return self.sites[name]
 
     def linear(self, group: LinearGroup) -> IntLinear:
         """Layers that read one site, stacked along their outputs."""

@@ -92,7 +92,7 @@ def test_loading_into_an_offloaded_model_is_refused(solved) -> None:
 
 def test_codes_of_blocks_that_are_away_as_a_whole(solved) -> None:
     model = WAYS["whole blocks"](convert(solved("plus")), Path())
-    with pytest.raises(InputError, match=r"the codes of '.*attn1\.to_q\.weight' are offloaded"):
+    with pytest.raises(InputError, match=r"the tensors of '.*attn1\.to_q\.weight' are offloaded"):
         model.solution.codes["transformer_blocks.0.attn1.to_q.weight"]
 
 

@@ -166,7 +166,8 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
         """Write an artifact that `from_pretrained` and tqdit read: whole or not at all, unlike diffusers' own.
 
         A model that is there is replaced; `InputError` for a folder with anything else in it, and for what an artifact
-        does not have: pickled weights, variants. To push, call `push_to_hub`.
+        does not have: pickled weights, variants; and for a model whose scales were changed by hand. To push, call
+        `push_to_hub`.
         """
         refused = {"safe_serialization=False": not safe_serialization, f"variant='{variant}'": variant is not None,
                    "push_to_hub=True": push_to_hub}  # fmt: skip
@@ -174,6 +175,7 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
             if given:
                 raise InputError(f"save_pretrained of an integer model does not support {name}")
         if is_main_process:
+            cast(Any, self.solution.codes).check_unchanged(self.solution)
             target = Path(save_directory)
             artifact.check_replaceable(target)
             most = None if max_shard_size is None else convert_file_size_to_int(max_shard_size)

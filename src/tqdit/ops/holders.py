@@ -49,10 +49,22 @@ class FixedDtype(Watched, Untrainable):
 
         return super()._apply(moved, recurse)  # type: ignore[arg-type]
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Nothing is copied: what is given has to be here already."""
         own = self.state_dict(prefix=prefix, keep_vars=True)
         check_same(own, {name: value for name, value in state_dict.items() if name in own})
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if strict:
+            missing_keys.extend(name for name in own if name not in state_dict)
+            unexpected_keys.extend(name for name in state_dict if name.startswith(prefix) and name not in own)
 
 
 class LinearCodes(FixedDtype):
