@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tqdit.errors import AssumptionWarning, InputError
 from tqdit.files import CONFIG, QUANT_METHOD, TRANSFORMER, is_there, model_folder, read_json
 from tqdit.models import checkpoints, components, float_weights, hub
-from tqdit.models.building import new_model
+from tqdit.models.building import empty_model, set_parameter
 from tqdit.models.published import DIFFUSION
 from tqdit.models.sampler import check_scheduler
 from tqdit.models.sites import FREQUENCY_SHIFT, check_supported, config_of
@@ -164,7 +165,7 @@ def load_float(source: ModelSource) -> nn.Module:
         values = {name: float_weights.checked(name, tensor) for name, tensor in state.items()}
     except InputError as error:
         raise InputError(f"{source.folder}: {error}") from None
-    model = _new_model(source)
+    model = _empty_model(source)
     expected = model.state_dict()
     for name, tensor in expected.items():
         if name not in values:
@@ -176,13 +177,14 @@ def load_float(source: ModelSource) -> nn.Module:
             )
     if extra := sorted(set(values) - set(expected)):
         raise InputError(f"{source.folder}: unexpected tensor '{extra[0]}'")
-    model.load_state_dict(values, strict=True)
+    for name, tensor in values.items():
+        set_parameter(model, name, tensor.to(torch.float32, copy=True))  # it may be part of a mapped file
     return model.eval().requires_grad_(False)
 
 
-def _new_model(source: ModelSource) -> nn.Module:
+def _empty_model(source: ModelSource) -> nn.Module:
     try:
-        return new_model(source.config)
+        return empty_model(source.config)
     except InputError as error:
         raise InputError(f"{source.folder / CONFIG}: {error}") from None
 
