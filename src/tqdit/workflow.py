@@ -5,7 +5,7 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from tqdit.files import (
     replacing,
     write_json,
 )
+from tqdit.models import fitting
 from tqdit.models.sampler import Sampling
 from tqdit.models.sites import ARCHITECTURE, config_of
 from tqdit.models.sources import (
@@ -40,7 +41,6 @@ from tqdit.models.sources import (
     SCHEDULER,
     ModelSource,
     class_indices,
-    copy_vae,
     load_float,
     resolve,
     weights_hash,
@@ -93,7 +93,7 @@ def load_source(source: ModelSource, backend: str = "auto", device: str = "cpu",
     """`load` of a model that is found already."""
     target, stream = checked_device(device), checked_dtype(dtype)
     if source.quantized:
-        return convert(artifact.read(source.folder), backend, target, stream)
+        return convert(fitting.read(source.folder), backend, target, stream)
     if stream is not torch.float32:
         raise InputError(f"'{source.name}' is a float model and runs in float32; dtype '{dtype}' is for artifacts")
     return load_float(source).to(target)
@@ -109,6 +109,7 @@ def prepare(
     the ranks share the work; they must see the same `work` folder, or an `InputError` says so.
     """
     source = resolve(model)
+    source.check_components()
     return _calibrated(source, load_float(source), recipe, report, device, work)
 
 
@@ -116,7 +117,7 @@ def _calibrated(
     source: ModelSource, module: nn.Module, recipe: Recipe, report: Report, device: str, work: Path | None
 ) -> Prepared:
     """`prepare` of a model that is loaded already."""
-    groups = TimeGroups((source.scheduler or {}).get("num_train_timesteps", 1000), recipe.groups)
+    groups = TimeGroups(source.num_timesteps, recipe.groups)
     module = module.to(checked_device(device))
     if work:
         jobs.check_shared(work)
@@ -167,10 +168,8 @@ def save(solution: Solution, source: ModelSource, out: Path, overwrite: bool = F
 
 
 def _write(solution: Solution, source: ModelSource, folder: Path) -> None:
-    if source.scheduler is not None:
-        write_json(folder / SCHEDULER, source.scheduler)
-    if source.vae is not None:
-        copy_vae(source.vae, folder)
+    write_json(folder / SCHEDULER, source.scheduler)
+    source.copy_components(folder)
     if source.pipeline is None:
         if source.labels:
             write_json(folder / LABELS, {str(i): label for i, label in sorted(source.labels.items())})
@@ -207,6 +206,7 @@ def quantize(
         else:
             check_target(out, overwrite)
             source = resolve(model)
+            source.check_components()
             module, name = load_float(source), source.name
             if place:
                 check_space(out, _least_bytes(source, module, recipe))
@@ -310,7 +310,7 @@ def inspect(folder: str | Path, backend: str = "auto", device: str = "cpu") -> d
     source = resolve(folder)
     if not source.quantized:
         raise InputError(f"'{folder}' is not quantized; inspect takes an artifact")
-    solution = artifact.read(source.folder)
+    solution = fitting.read(source.folder)
     chosen = get_backend(backend, checked_device(device))
     sites = []
     for spec in solution.sites:
@@ -341,9 +341,9 @@ def checked_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def chosen_classes(source: ModelSource, names: list[str]) -> tuple[int, ...]:
+def chosen_classes(source: ModelSource, names: Sequence[str | int]) -> Sequence[int]:
     """The numbers of the named classes, or of all."""
-    return tuple(class_indices(source, names) if names else range(int(source.config["num_embeds_ada_norm"])))
+    return class_indices(source, names) if names else range(int(source.config["num_embeds_ada_norm"]))
 
 
 def _is_made(model: str | Path, out: Path, work: Path, recipe: Recipe) -> bool:
