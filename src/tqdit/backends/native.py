@@ -21,8 +21,7 @@ from pathlib import Path
 
 import torch
 
-from tqdit.ops.schema import OperandParams
-from tqdit.spec import Grid
+from tqdit.backends.signatures import declare
 
 SOURCES = Path(__file__).with_name("kernels")
 # No contraction: codes must not depend on where a compiler finds a fused multiply-add.
@@ -36,70 +35,9 @@ class UnavailableError(Exception):
     """The kernels cannot be built or loaded here; the message says why."""
 
 
-class Operand(ctypes.Structure):
-    """`Operand` of operands.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("scale", "coarse", "zero", "shift")),
-        *((name, ctypes.c_int64) for name in ("stride", "grid", "bits")),
-    )
-
-
-class AttentionCall(ctypes.Structure):
-    """`AttentionCall` of attention.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("qkv", "out", "trace")),
-        *((name, ctypes.c_int64) for name in ("batch", "tokens", "heads", "dim", "threads")),
-        *((name, Operand) for name in ("query", "key", "value", "probability", "target")),
-        ("factor", ctypes.c_float),
-    )
-
-
-class LinearCall(ctypes.Structure):
-    """`LinearCall` of linear.h."""
-
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("first", "second", "packed", "column_sums", "first_sums", "second_sums", "weight", "bias")
-        ),
-        *((name, ctypes.c_int64) for name in ("batch", "tokens", "depth", "columns", "threads")),
-        ("source", Operand),
-    )
-
-
-def operand(params: OperandParams, batch: int) -> Operand:
-    """Pointers into the parameters, which must outlive the call and be those of one sample or of `batch`."""
-    shared = params.scale.shape[0] == 1
-    assert shared or params.scale.shape[0] == batch, f"parameters of {params.scale.shape[0]} samples, not {batch}"
-    merged = params.shift is not None
-    grid = 0 if params.grid is Grid.UNIFORM else 2 if merged else 1
-    return Operand(
-        params.scale.data_ptr(), params.coarse.data_ptr(), params.zero_point.data_ptr(),
-        params.shift.data_ptr() if params.shift is not None else None,
-        0 if shared else params.scale.shape[1], grid, params.bits,
-    )  # fmt: skip
-
-
-Argument = torch.Tensor | ctypes.Structure | ctypes.c_void_p | int | float | None
-
-
-def call(name: str, *arguments: Argument) -> None:
-    """Run one function of the library. Tensors must be contiguous; they, structures and None become pointers."""
-    getattr(library(), f"tqdit_{name}")(*(_argument(a) for a in arguments))
-
-
-def _argument(value: Argument) -> object:
-    if isinstance(value, torch.Tensor):
-        assert value.is_contiguous()
-        assert value.device.type == "cpu", f"a model converted for the CPU was given a tensor on {value.device}"
-        return ctypes.c_void_p(value.data_ptr())
-    if isinstance(value, ctypes.Structure):
-        return ctypes.byref(value)
-    if isinstance(value, float):
-        return ctypes.c_float(value)
-    return ctypes.c_int64(value) if isinstance(value, int) else value
+def call(name: str, *arguments: object) -> None:
+    """Run one function of the library: `signatures.FUNCTIONS` says what it takes, and ctypes holds callers to that."""
+    getattr(library(), f"tqdit_{name}")(*arguments)
 
 
 def reason() -> str | None:
@@ -157,7 +95,7 @@ def _built() -> ctypes.CDLL:
             if not path.is_file():
                 _compile(compiler, flags, path)
             _check_private(path)
-            return ctypes.CDLL(str(path))
+            return declare(ctypes.CDLL(str(path)))
         except OSError as error:
             problem = f"{path}: {error}"
             with contextlib.suppress(OSError):
