@@ -16,6 +16,7 @@ from tqdit.backends.onednn import SIGN, PackedLinear, PackedWeight
 from tqdit.backends.panels import PanelLinear
 from tqdit.grids.regions import sign
 from tqdit.ops import reference
+from tqdit.ops.autocast import without_autocast
 from tqdit.ops.composed import Composed
 from tqdit.ops.holders import LinearCodes
 from tqdit.ops.schema import AttentionParams, OperandParams, WeightParams
@@ -50,7 +51,8 @@ class TorchCpu(Composed):
 
     def float_input_linear(self, x: torch.Tensor, layer: LinearCodes) -> torch.Tensor:
         rows = layer.codes.split(WEIGHT_ROWS)
-        out = torch.cat([torch.matmul(x.float(), part.float().t()) for part in rows], dim=-1).mul_(layer.scale)
+        with without_autocast(x.device):
+            out = torch.cat([torch.matmul(x.float(), part.float().t()) for part in rows], dim=-1).mul_(layer.scale)
         return out if layer.bias is None else out.add_(layer.bias)
 
 

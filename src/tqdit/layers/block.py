@@ -60,12 +60,17 @@ class IntBlock(nn.Module):
         """Whether there are adapters: the block then runs as the reference does."""
         return self.slots is not None and self.slots.used
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def modulation(self) -> tuple[torch.Tensor, ...]:
+        """Its part of the conditioning of the call that this thread is in."""
+        assert self._place is not None, "a block has to join the conditioning"
+        return self._conditioning[0].modulation(*self._place)
+
+    def forward(self, hidden_states: torch.Tensor, modulation: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
+        """`modulation`: the block's own, given so that blocks compiled one by one are the same for the compiler."""
         adapted = self.adapted
         run = ADAPTED if adapted else self.backend
         x = hidden_states
-        assert self._place is not None, "a block has to join the conditioning"
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self._conditioning[0].modulation(*self._place)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation() if modulation is None else modulation
         query, key, value, softmax = (self.operands[name].select(adapted) for name in ATTENTION_OPERANDS)
         attention = AttentionParams(query, key, value, softmax, self.heads)
         source, layer = self._layer("qkv", adapted)

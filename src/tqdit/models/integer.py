@@ -81,6 +81,7 @@ class IntegerDiT(DiTTransformer2DModel):
         return_dict: bool = True,
     ) -> Any:
         """As diffusers' own."""
+        self.runtime.inputs.check_states(hidden_states)
         if hidden_states.device.type != self.prepared_for:
             self._prepare(hidden_states.device)
         blocks = self._modules["transformer_blocks"]
@@ -148,7 +149,7 @@ class IntegerDiT(DiTTransformer2DModel):
         self._lay_out(x, few)
         stream = _joined([layers.pos_embed(part.float()).to(self.stream_dtype) for part in x.split(few)])
         for block in layers.transformer_blocks:
-            stream = block(stream)
+            stream = block(stream, block.modulation())
         modulation = layers.proj_out_1(F.silu(self.conditioning.embedding(0)))
         parts = zip(stream.split(few), modulation.split(few), strict=True)
         patches = _joined([self._patches(*part) for part in parts])
@@ -179,7 +180,10 @@ class IntegerDiT(DiTTransformer2DModel):
         """The last layer of some samples: (B, N, D), (B, 2 D) -> (B, N, pixels and channels of a patch) in fp32."""
         layers: Any = self
         shift, scale = modulation[:, None].chunk(2, dim=-1)
-        return layers.proj_out_2(layers.norm_out(stream.float()) * (1 + scale) + shift)
+        patches = layers.proj_out_2(layers.norm_out(stream.float()) * (1 + scale) + shift)
+        # Codes hold no NaN and no Inf. The stream keeps them at their token; as in a float model, whose tokens all read
+        # each other, the whole sample shall be NaN: adding 0 changes nothing, NaN * 0 and Inf * 0 are NaN.
+        return patches + (patches * 0).sum(dim=(1, 2), keepdim=True)
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
