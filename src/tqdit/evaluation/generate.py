@@ -46,7 +46,7 @@ def _finite(state: torch.Tensor, indices: range) -> torch.Tensor:
     broken = [i for i, x in zip(indices, state, strict=True) if not x.isfinite().all()]
     if broken:
         raise InputError(
-            f"sampling gave NaN or Inf: image {broken[0]} and {len(broken) - 1} more of a batch of {len(state)}; check the "
+            f"sampling gave NaN or Inf in {len(broken)} of {len(state)} images, first in image {broken[0]}; check the "
             "guidance and the betas of scheduler_config.json"
         )
     return state

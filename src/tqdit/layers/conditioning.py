@@ -65,7 +65,7 @@ class Conditioning(nn.Module):
 
     def set(self, timestep: torch.Tensor, labels: torch.Tensor) -> None:
         """Begin a denoiser call. timestep: (1,) or (B,), any number type; labels: (B,), on the same device."""
-        timestep = timestep.expand(len(labels))
+        timestep = timestep.expand(labels.shape)
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             pairs = torch.stack([timestep.double(), labels.double()])
             distinct, rows = torch.unique(pairs, dim=1, return_inverse=True)
