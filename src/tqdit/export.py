@@ -10,6 +10,7 @@ from torch import nn
 
 from tqdit.errors import InputError
 from tqdit.files import CONFIG, TRANSFORMER, WEIGHTS, check_target, read_json, replacing, write_json, write_tensors
+from tqdit.isolation import isolated
 from tqdit.models.published import AS_PUBLISHED, DIFFUSION
 from tqdit.models.sites import ARCHITECTURE, config_of
 from tqdit.models.sources import (
@@ -25,6 +26,7 @@ from tqdit.models.sources import (
 )
 
 
+@isolated()
 def convert_checkpoint(
     model: str | Path,
     out: str | Path,

@@ -12,6 +12,7 @@ from torch import nn
 from tqdit import tensors
 from tqdit.errors import InputError
 from tqdit.files import CONFIG, QUANT_METHOD
+from tqdit.isolation import isolated
 
 
 class _Method(StrEnum):  # diffusers reads its `value`
@@ -126,6 +127,7 @@ class TQDiTQuantizer(DiffusersQuantizer):
                 holder = holder.get_submodule(name)
             holder.register_buffer(leaf, torch.empty(0))
 
+    @isolated()
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         from tqdit.convert import convert
         from tqdit.models.integer import make_integer

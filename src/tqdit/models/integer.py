@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from tqdit import artifact
 from tqdit.errors import InputError
 from tqdit.files import replacing
+from tqdit.isolation import isolated
 from tqdit.models.building import LOCK
 from tqdit.spec import Solution
 
@@ -90,7 +91,7 @@ class IntegerDiT(DiTTransformer2DModel):
     @torch.compiler.disable  # compile after a first call on the device, or the graph breaks here
     def _prepare(self, device: torch.device) -> None:
         """Be converted for a kind of device, once however many threads ask."""
-        with LOCK, torch.inference_mode(False), torch.no_grad():  # inference tensors could not be loaded into
+        with LOCK, isolated():
             if self.prepared_for != device.type:
                 self.adopt(self.reconvert(self.solution, device=device))
 
@@ -104,6 +105,7 @@ class IntegerDiT(DiTTransformer2DModel):
         """diffusers' own: a float model."""
         return DiTTransformer2DModel.from_config(*arguments, **options)
 
+    @isolated()
     def save_pretrained(
         self,
         save_directory: Any,

@@ -44,7 +44,7 @@ def solve(
     share = world.share(parts)
     solved: list[Solved] = []
     done, total = 0, sum(map(len, share))
-    with torch.inference_mode():
+    with torch.no_grad():  # not in inference mode, whose tensors a caller could not train with or write to
         for part in share:
             solved.append({})
             for name, matmul in part.items():
