@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.backends import cuda, mkldnn
+from torch.backends import cuda
 
 AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")
+MKLDNN: Any = torch.backends.mkldnn  # a module whose class torch replaces: its attributes have no types
 SEED = 0  # of the global generators inside; what is drawn by purpose has a generator of its own
 
 
@@ -121,13 +122,13 @@ def _precision() -> tuple[str, str, str]:
         old = torch.get_float32_matmul_precision()
     except RuntimeError:  # the new ones contradict it, which they can only while it has its default
         old = "highest"
-    return old, cuda.matmul.fp32_precision, mkldnn.matmul.fp32_precision
+    return old, cuda.matmul.fp32_precision, MKLDNN.matmul.fp32_precision
 
 
 def _set_precision(setting: tuple[str, str, str]) -> None:
     """The old setting first: it sets the new ones, and torch refuses to read it where they contradict it."""
     torch.set_float32_matmul_precision(setting[0])
-    cuda.matmul.fp32_precision, mkldnn.matmul.fp32_precision = setting[1:]
+    cuda.matmul.fp32_precision, MKLDNN.matmul.fp32_precision = setting[1:]
 
 
 # How a setting is read and set, and its value in a fresh process.

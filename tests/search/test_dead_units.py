@@ -96,6 +96,12 @@ def zero_attention_input(model: Any) -> None:
     adaptive.bias[WIDTH : 2 * WIDTH] = -1
 
 
+def constant_attention_input(model: Any) -> None:
+    """One number, whatever token, timestep and class."""
+    zero_attention_input(model)
+    model.transformer_blocks[0].norm1.linear.bias[:WIDTH] = 0.7
+
+
 def negative_gelu(model: Any) -> None:
     """Every input of GELU is negative: its output has no positive region."""
     layer = model.transformer_blocks[0].ff.net[0].proj
@@ -126,7 +132,7 @@ def one_sided_inputs(model: Any) -> None:
 KINDS = [
     zero_row_of_fc1, zero_row_of_the_last_layer, zero_input_channel, denormal_row, row_whose_step_is_denormal,
     row_whose_candidates_would_be_denormal, zero_layers, zero_patch_embedding, zero_heads, zero_query, zero_label_rows,
-    zero_conditioning, zero_attention_input, negative_gelu, positive_gelu, gelu_of_zeros,
+    zero_conditioning, zero_attention_input, constant_attention_input, negative_gelu, positive_gelu, gelu_of_zeros,
     one_sided_inputs,
 ]  # fmt: skip
 
