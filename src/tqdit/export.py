@@ -10,6 +10,7 @@ from torch import nn
 
 from tqdit.errors import InputError
 from tqdit.files import CONFIG, TRANSFORMER, WEIGHTS, check_target, read_json, replacing, write_json, write_tensors
+from tqdit.isolation import isolated
 from tqdit.models.components import check_vae
 from tqdit.models.published import AS_PUBLISHED, DIFFUSION
 from tqdit.models.sites import ARCHITECTURE, config_of
@@ -24,6 +25,7 @@ from tqdit.models.sources import (
 )
 
 
+@isolated()
 def convert_checkpoint(
     model: str | Path,
     out: str | Path,

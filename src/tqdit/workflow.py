@@ -25,6 +25,7 @@ from tqdit.errors import InputError
 from tqdit.evaluation import images
 from tqdit.evaluation.images import BATCH, Images
 from tqdit.files import TRANSFORMER, check_target, replacing, write_json
+from tqdit.isolation import isolated
 from tqdit.models import fitting
 from tqdit.models.sampler import Sampling
 from tqdit.models.sites import ARCHITECTURE, config_of
@@ -74,6 +75,7 @@ class Prepared:
     work: Path | None = None
 
 
+@isolated()
 def load(model: str | Path, backend: str = "auto", device: str = "cpu", dtype: str = "float32") -> nn.Module:
     """A runnable transformer: an artifact in integers on `backend`, anything else in fp32.
 
@@ -82,6 +84,7 @@ def load(model: str | Path, backend: str = "auto", device: str = "cpu", dtype: s
     return load_source(resolve(model), backend, device, dtype)
 
 
+@isolated()
 def load_source(source: ModelSource, backend: str = "auto", device: str = "cpu", dtype: str = "float32") -> nn.Module:
     """`load` of a model that is found already."""
     target, stream = checked_device(device), checked_dtype(dtype)
@@ -92,6 +95,7 @@ def load_source(source: ModelSource, backend: str = "auto", device: str = "cpu",
     return load_float(source).to(target)
 
 
+@isolated()
 def prepare(
     model: str | Path, recipe: Recipe, report: Report = silent, device: str = "cpu", work: Path | None = None
 ) -> Prepared:
@@ -119,6 +123,7 @@ def prepare(
     return Prepared(source, module, recipe, groups, records, _data_hash(data), source_hash, seconds, work)
 
 
+@isolated()
 def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) -> tuple[Solution, float]:
     """Search every scale under `recipe`, whose calibration settings are those of `prepared`; also the seconds.
 
@@ -151,6 +156,7 @@ def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) 
     return solution, time.perf_counter() - start
 
 
+@isolated()
 def save(solution: Solution, source: ModelSource, out: Path, overwrite: bool = False) -> None:
     """Write an artifact with the scheduler, class names and VAE of its source; all or nothing. A pipeline stays one."""
     with replacing(out, overwrite) as folder:
@@ -168,6 +174,7 @@ def save(solution: Solution, source: ModelSource, out: Path, overwrite: bool = F
             artifact.seal(folder)
 
 
+@isolated()
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -208,6 +215,7 @@ def quantize(
     }
 
 
+@isolated()
 def sample(  # noqa: PLR0913 - one for each option of the command
     model: str | Path,
     classes: list[str],
@@ -230,6 +238,7 @@ def sample(  # noqa: PLR0913 - one for each option of the command
     return sample_images(wanted, report, backend, device, dtype)
 
 
+@isolated()
 def images_of(
     model: str | Path, classes: list[str], num: int, sampling: Sampling, seed: int = 0, batch: int = BATCH
 ) -> Images:
@@ -240,6 +249,7 @@ def images_of(
     return Images(source, chosen_classes(source, classes), num, sampling, seed, batch)
 
 
+@isolated()
 def sample_images(
     wanted: Images, report: Report = silent, backend: str = "auto", device: str = "cpu", dtype: str = "float32"
 ) -> torch.Tensor:
@@ -248,6 +258,7 @@ def sample_images(
     return images.gathered(wanted, model, lambda f: report("sampling", f))
 
 
+@isolated()
 def sample_folder(
     wanted: Images,
     folder: str | Path,
@@ -274,6 +285,7 @@ def sample_folder(
     return images.into_folder(wanted, run, model, folder, lambda f: report("sampling", f))
 
 
+@isolated()
 def inspect(folder: str | Path, backend: str = "auto", device: str = "cpu") -> dict[str, Any]:
     """Every site of an artifact: role, bits, grid, groups, granularity, and the kernel that will run it on `device`."""
     source = resolve(folder)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from tqdit import artifact
 from tqdit.errors import InputError
 from tqdit.files import replacing
+from tqdit.isolation import isolated
 from tqdit.modules import HOOK, Closed, Untrainable, check_same
 from tqdit.spec import Solution
 
@@ -110,7 +111,7 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
 
         A model that accelerate offloads stays in the CPU's memory, laid out for the device that its parts visit.
         """
-        with LOCK, torch.inference_mode(False), torch.no_grad():  # inference tensors could not be loaded into
+        with LOCK, isolated():
             if self.prepared_for == device.type:
                 return
             hook = _offloading(self)
@@ -153,6 +154,7 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
         """diffusers' own: a float model."""
         return DiTTransformer2DModel.from_config(*arguments, **options)
 
+    @isolated()
     def save_pretrained(
         self,
         save_directory: Any,
