@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-trust lint clean
 
 demo: $(READY)
 	$(BIN)/tqdit demo --out build/demo
 
 test: lint
 	$(BIN)/pytest
+
+# Damage, kills, races and fuzzing at length: a quarter of an hour, more with TQDIT_TRUST_MINUTES.
+test-trust: $(READY)
+	$(BIN)/python bench/trust.py --json bench/results/trust.json
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -9,7 +9,18 @@ import torch
 from torch import nn
 
 from tqdit.errors import InputError
-from tqdit.files import CONFIG, TRANSFORMER, WEIGHTS, check_target, read_json, replacing, write_json, write_tensors
+from tqdit.files import (
+    CONFIG,
+    TRANSFORMER,
+    WEIGHTS,
+    check_space,
+    check_target,
+    read_json,
+    repair,
+    replacing,
+    write_json,
+    write_tensors,
+)
 from tqdit.isolation import isolated
 from tqdit.models.components import check_vae
 from tqdit.models.published import AS_PUBLISHED, DIFFUSION
@@ -43,6 +54,7 @@ def convert_checkpoint(
     `out` that exists, a folder that is no VAE, and a file without class names or with one too many.
     """
     out = Path(out)
+    repair(out)
     if out.exists():
         raise InputError(f"output {out} exists; choose another folder")
     check_target(out, overwrite=False)
@@ -65,6 +77,7 @@ def convert_checkpoint(
             raise InputError(f"output {out} is inside {source.vae}, which is copied into it")
     source.check_components()
     module = load_float(source)
+    check_space(out, sum(parameter.nbytes for parameter in module.parameters()))
     with replacing(out) as folder:
         _write(folder, source, module)
     return {

@@ -3,8 +3,8 @@
 import contextlib
 import hashlib
 import json
-import secrets
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tqdit import artifact, distributed
+from tqdit import artifact, distributed, jobs
 from tqdit.calibration import trajectories
 from tqdit.calibration.recorder import record
 from tqdit.calibration.records import Records
@@ -21,10 +21,17 @@ from tqdit.calibration.store import HASH_DIGITS, Store, WorkFolder, discard
 from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.convert import convert
 from tqdit.environment import environment, peak_memory_bytes, versions
-from tqdit.errors import InputError
+from tqdit.errors import InputError, RepairWarning
 from tqdit.evaluation import images
 from tqdit.evaluation.images import BATCH, Images
-from tqdit.files import TRANSFORMER, check_target, replacing, write_json
+from tqdit.files import (
+    TRANSFORMER,
+    check_space,
+    check_target,
+    filled,
+    replacing,
+    write_json,
+)
 from tqdit.isolation import isolated
 from tqdit.models import fitting
 from tqdit.models.sampler import Sampling
@@ -47,7 +54,7 @@ from tqdit.tensors import decisive
 from tqdit.timegroups import TimeGroups
 
 STAGES = ("calibration", "search")  # whose finished work may be kept
-PIECES = 3  # raised where a change makes other pieces of the same settings, so that no former run is continued
+PIECES = 4  # raised where a change makes other pieces of the same settings, so that no former run is continued
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Report = Callable[[str, float], None]  # (stage, finished fraction)
 
@@ -106,11 +113,18 @@ def prepare(
     the ranks share the work; they must see the same `work` folder, or an `InputError` says so.
     """
     source = resolve(model)
+    return _calibrated(source, load_float(source), recipe, report, device, work)
+
+
+def _calibrated(
+    source: ModelSource, module: nn.Module, recipe: Recipe, report: Report, device: str, work: Path | None
+) -> Prepared:
+    """`prepare` of a model that is loaded already."""
     source.check_components()
     groups = TimeGroups(source.num_timesteps, recipe.groups)
-    module = load_float(source).to(checked_device(device))
+    module = module.to(checked_device(device))
     if work:
-        _check_shared(work)
+        jobs.check_shared(work)
     start = time.perf_counter()
     source_hash = weights_hash(module)
     settings = {"scheduler": source.scheduler, **_calibration_settings(recipe)}
@@ -133,12 +147,8 @@ def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) 
         raise InputError("the recipe's calibration settings are not those the records were made with")
     start = time.perf_counter()
     provenance = {
-        "preset": recipe.label,
-        "recipe": recipe.model_dump(mode="json"),
-        "source": prepared.source.name,
-        "source_sha256": prepared.source_hash,
+        **_made_from(prepared.source, prepared.source_hash, recipe),
         "calibration_sha256": prepared.data_hash,
-        "versions": versions(),
     }
     # The calibration set's hash and the hardware that made it stand for the records.
     where = next(prepared.model.parameters()).device
@@ -160,18 +170,22 @@ def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) 
 def save(solution: Solution, source: ModelSource, out: Path, overwrite: bool = False) -> None:
     """Write an artifact with the scheduler, class names and VAE of its source; all or nothing. A pipeline stays one."""
     with replacing(out, overwrite) as folder:
-        write_json(folder / SCHEDULER, source.scheduler)
-        source.copy_components(folder)
-        if source.pipeline is None:
-            if source.labels:
-                write_json(folder / LABELS, {str(i): label for i, label in sorted(source.labels.items())})
-            artifact.write(solution, folder)  # last: it seals the folder
-        else:
-            index = {**source.pipeline, TRANSFORMER: ["diffusers", ARCHITECTURE]}
-            write_json(folder / PIPELINE, index)
-            (folder / TRANSFORMER).mkdir()
-            artifact.write(solution, folder / TRANSFORMER)
-            artifact.seal(folder)
+        _write(solution, source, folder)
+
+
+def _write(solution: Solution, source: ModelSource, folder: Path) -> None:
+    write_json(folder / SCHEDULER, source.scheduler)
+    source.copy_components(folder)
+    if source.pipeline is None:
+        if source.labels:
+            write_json(folder / LABELS, {str(i): label for i, label in sorted(source.labels.items())})
+        artifact.write(solution, folder)  # last: it seals the folder
+    else:
+        index = {**source.pipeline, TRANSFORMER: ["diffusers", ARCHITECTURE]}
+        write_json(folder / PIPELINE, index)
+        (folder / TRANSFORMER).mkdir()
+        artifact.write(solution, folder / TRANSFORMER)
+        artifact.seal(folder)
 
 
 @isolated()
@@ -189,23 +203,39 @@ def quantize(
     `resumable`: finished work is kept in the folder `out`.work until the artifact is written. The same call continues
     from there after an interruption and gives the same bytes; another model or recipe starts anew. Inside
     `distributed.joined` the ranks share the work, the first one writes, and the bytes are those of one process.
+    Raises `InputError`, before any work, if another process is writing `out`, and for an `out` that cannot be written.
     """
-    out, world = Path(out), distributed.current()
-    check_target(out, overwrite)
-    work = work_folder(out) if resumable else None
-    prepared = prepare(model, recipe, report, device, work)
-    solution, search_seconds = solve_prepared(prepared, recipe, report)
-    if world.first:
-        save(solution, prepared.source, out, overwrite)
-        if work:
+    out = Path(out)
+    work = jobs.work_folder(out) if resumable else None
+    with jobs.reserved(out) as place:
+        if work and not overwrite and _is_made(model, out, work, recipe):
+            module, name, seconds = load_float(resolve(model)), resolve(model).name, 0.0
+        else:
+            check_target(out, overwrite)
+            source = resolve(model)
+            module, name = load_float(source), source.name
+            if place:
+                check_space(out, _least_bytes(source, module, recipe))
+            prepared = _calibrated(source, module, recipe, report, device, work)
+            solution, search_seconds = solve_prepared(prepared, recipe, report)
+            seconds = prepared.seconds + search_seconds
+            if place:
+                with filled(place, overwrite) as folder:
+                    _write(solution, source, folder)
+        if place and work:
             discard(work, STAGES)
-    fp32 = float32_bytes(prepared.model)
+    return _summary(name, recipe, module, seconds, out, device)
+
+
+def _summary(name: str, recipe: Recipe, module: nn.Module, seconds: float, out: Path, device: str) -> dict[str, Any]:
+    world = distributed.current()
+    fp32 = float32_bytes(module)
     size = int(world.add(torch.tensor(artifact.size_bytes(out) if world.first else 0)))  # known when it is written
     return {
-        "name": prepared.source.name,
+        "name": name,
         "preset": recipe.label,
         "bits": recipe.bits,
-        "calibration_seconds": prepared.seconds + search_seconds,
+        "calibration_seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "size_bytes": size,
         "float32_bytes": fp32,
@@ -327,33 +357,43 @@ def chosen_classes(source: ModelSource, names: Sequence[str | int]) -> Sequence[
     return class_indices(source, names) if names else range(int(source.config["num_embeds_ada_norm"]))
 
 
-def work_folder(out: Path) -> Path:
-    """Where the finished work of an artifact `out` is kept, or an `InputError` if that cannot be a folder."""
-    work = out.absolute().with_name(f"{out.absolute().name}.work")
-    if work.exists() and not work.is_dir():
-        raise InputError(f"{work} is a file; finished work goes into a folder of this name")
-    return work
+def _is_made(model: str | Path, out: Path, work: Path, recipe: Recipe) -> bool:
+    """Whether a run that was killed at its very end has left work of an artifact that is whole and what we would make.
+
+    Of several processes the first one looks.
+    """
+    world, made = distributed.current(), False
+    if world.first and work.is_dir() and out.is_dir():
+        source = resolve(model)
+        module = load_float(source)
+        made_from = _made_from(source, weights_hash(module), recipe)
+        with contextlib.suppress(InputError):
+            found = resolve(out)
+            solution = artifact.read(found.folder)
+            same = all(solution.provenance.get(key) == value for key, value in made_from.items())
+            same = same and decisive(solution.model_config) == decisive(config_of(module))
+            made = same and (found.scheduler, found.labels) == (source.scheduler, source.labels)
+    if made := bool(world.add(torch.tensor([int(made)]))):
+        warnings.warn(f"{out} was finished by a run that was interrupted afterwards", RepairWarning, stacklevel=3)
+    return made
 
 
-def _check_shared(work: Path) -> None:
-    """Raise `InputError` if several processes do not see the same folder `work`."""
-    world = distributed.current()
-    if world.size == 1:
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    token = int(world.add(torch.tensor(secrets.randbits(60) if world.first else 0)))
-    mark = work / f"{token:x}.seen"
-    if world.first:
-        mark.touch()
-    world.wait()
-    seen = mark.exists()
-    world.wait()
-    if world.first:
-        mark.unlink()
-    if not seen:
-        with contextlib.suppress(OSError):
-            work.rmdir()  # made just now, on another disk
-        raise InputError(f"--resumable: {work} is not on a file system that all processes share; leave it out")
+def _made_from(source: ModelSource, source_hash: str, recipe: Recipe) -> dict[str, Any]:
+    """The part of an artifact's provenance that is known before the calibration."""
+    return {
+        "preset": recipe.label,
+        "recipe": recipe.model_dump(mode="json"),
+        "source": source.name,
+        "source_sha256": source_hash,
+        "versions": versions(),
+    }
+
+
+def _least_bytes(source: ModelSource, module: nn.Module, recipe: Recipe) -> int:
+    """About what an artifact takes on the disk, and no more: weight codes and the decoder."""
+    counts = {name.rpartition(".norm1.emb.")[2]: p.numel() for name, p in module.named_parameters()}  # stored once
+    decoder = source.vae.rglob("*.safetensors") if source.vae else ()
+    return sum(counts.values()) * recipe.weight_bits // 8 + sum(file.stat().st_size for file in decoder)
 
 
 def _calibration_settings(recipe: Recipe) -> dict[str, Any]:

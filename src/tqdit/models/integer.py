@@ -182,7 +182,7 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
             target = Path(save_directory)
             artifact.check_replaceable(target)
             most = None if max_shard_size is None else convert_file_size_to_int(max_shard_size)
-            with replacing(target, overwrite=True) as folder:
+            with replacing(target, overwrite=True, in_pipeline=True) as folder:
                 artifact.write(self.solution, folder, most)
             artifact.unseal_pipeline(target)
 
