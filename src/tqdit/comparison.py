@@ -18,6 +18,7 @@ from tqdit.errors import InputError
 from tqdit.evaluation import features, fidelity, images, metrics
 from tqdit.evaluation.fidelity import EpsilonFidelity
 from tqdit.evaluation.images import Images
+from tqdit.isolation import isolated
 from tqdit.models import fitting
 from tqdit.models.sampler import Sampling
 from tqdit.models.sources import ModelSource, load_float, resolve, weights_hash
@@ -89,6 +90,7 @@ class Comparison:
         return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
+@isolated()
 def compare(  # noqa: PLR0913 - one for each option of the command
     reference: str | Path,
     quantized: list[str | Path],

@@ -21,6 +21,7 @@ from tqdit.files import (
     write_json,
     write_tensors,
 )
+from tqdit.isolation import isolated
 from tqdit.models.components import check_vae
 from tqdit.models.published import AS_PUBLISHED, DIFFUSION
 from tqdit.models.sites import ARCHITECTURE, config_of
@@ -35,6 +36,7 @@ from tqdit.models.sources import (
 )
 
 
+@isolated()
 def convert_checkpoint(
     model: str | Path,
     out: str | Path,

@@ -38,7 +38,19 @@ def sample_batches(
             progress((done + len(indices) * step / sampling.steps) / total)
             state = x
         done += len(indices)
-        yield state.cpu()
+        yield _finite(state, indices)
+
+
+def _finite(state: torch.Tensor, indices: range) -> torch.Tensor:
+    """The finished states on the CPU; `InputError` if one is NaN or Inf, of which an image would be made in silence."""
+    state = state.cpu()
+    broken = [i for i, x in zip(indices, state, strict=True) if not x.isfinite().all()]
+    if broken:
+        raise InputError(
+            f"sampling gave NaN or Inf in {len(broken)} of {len(state)} images, first in image {broken[0]}; check the "
+            "guidance and the betas of scheduler_config.json"
+        )
+    return state
 
 
 def sample_latents(

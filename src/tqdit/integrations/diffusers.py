@@ -17,6 +17,7 @@ from torch import nn
 from tqdit import artifact, tensors
 from tqdit.errors import InputError
 from tqdit.files import CONFIG, MANIFEST, QUANT_METHOD, TRANSFORMER
+from tqdit.isolation import isolated
 from tqdit.models.sites import FREQUENCY_SHIFT
 
 
@@ -138,6 +139,7 @@ class TQDiTQuantizer(DiffusersQuantizer):
             except (AttributeError, KeyError, NameError, TypeError):  # no name that a tensor of a module can have
                 raise InputError(f"{self._folder}: has an unexpected tensor '{key}'") from None
 
+    @isolated()
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         from tqdit.convert import convert
         from tqdit.models.integer import make_integer

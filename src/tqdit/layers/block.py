@@ -68,18 +68,23 @@ class IntBlock(Closed, Untrainable):
         """Whether accelerate has sent tensors of this block away, to bring them when they are used."""
         return any(map(offloaded, self._parts))
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling() or not self.offloaded:
-            return self._run(hidden_states)
-        with present(self._parts):
-            return self._run(hidden_states)
+    def modulation(self) -> tuple[torch.Tensor, ...]:
+        """Its part of the conditioning of the call that this thread is in."""
+        assert self._place is not None, "a block has to join the conditioning"
+        return self._conditioning[0].modulation(*self._place)
 
-    def _run(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, modulation: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
+        """`modulation`: the block's own, given so that blocks compiled one by one are the same for the compiler."""
+        if torch.compiler.is_compiling() or not self.offloaded:
+            return self._run(hidden_states, modulation)
+        with present(self._parts):
+            return self._run(hidden_states, modulation)
+
+    def _run(self, hidden_states: torch.Tensor, modulation: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
         adapted = self.adapted
         run = ADAPTED if adapted else self.backend
         x = hidden_states
-        assert self._place is not None, "a block has to join the conditioning"
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self._conditioning[0].modulation(*self._place)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation() if modulation is None else modulation
         query, key, value, softmax = (self.operands[name].select(adapted) for name in ATTENTION_OPERANDS)
         attention = AttentionParams(query, key, value, softmax, self.heads)
         source, layer = self._layer("qkv", adapted)

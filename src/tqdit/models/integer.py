@@ -1,7 +1,7 @@
 """The class of a converted model; a module of its own because it imports diffusers."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from tqdit import artifact
 from tqdit.errors import InputError
 from tqdit.files import replacing
+from tqdit.isolation import isolated
 from tqdit.modules import HOOK, Closed, Untrainable, check_same
 from tqdit.spec import Solution
 
@@ -97,6 +98,7 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
         return_dict: bool = True,
     ) -> Any:
         """As diffusers' own."""
+        self.runtime.inputs.check_states(hidden_states)
         if hidden_states.device.type != self.prepared_for:
             self._prepare(hidden_states.device)
         blocks = self._modules["transformer_blocks"]
@@ -109,7 +111,7 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
 
         A model that accelerate offloads stays in the CPU's memory, laid out for the device that its parts visit.
         """
-        with LOCK, torch.inference_mode(False), torch.no_grad():  # inference tensors could not be loaded into
+        with LOCK, isolated():
             if self.prepared_for == device.type:
                 return
             hook = _offloading(self)
@@ -152,6 +154,7 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
         """diffusers' own: a float model."""
         return DiTTransformer2DModel.from_config(*arguments, **options)
 
+    @isolated()
     def save_pretrained(
         self,
         save_directory: Any,
@@ -204,15 +207,13 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
         """
         side = self.config.patch_size
         few = max(1, FEW_TOKENS * side**2 // (x.shape[-2] * x.shape[-1]))
-        if torch.compiler.is_compiling():
-            few = len(x)  # a graph for each number of parts would be one too many
         layers: Any = self
         self._lay_out(x, few)
-        stream = _joined([layers.pos_embed(part.float()).to(self.stream_dtype) for part in x.split(few)])
+        stream = _joined([layers.pos_embed(part.float()).to(self.stream_dtype) for part in _parts(x, few)])
         for block in layers.transformer_blocks:
-            stream = block(stream)
+            stream = block(stream, block.modulation())
         modulation = layers.proj_out_1(F.silu(self.conditioning.embedding(0)))
-        parts = zip(stream.split(few), modulation.split(few), strict=True)
+        parts = zip(_parts(stream, few), _parts(modulation, few), strict=True)
         patches = _joined([self._patches(*part) for part in parts])
         rows, columns = (size // side for size in x.shape[-2:])
         patches = patches.reshape(-1, rows, columns, side, side, self.out_channels).permute(0, 5, 1, 3, 2, 4)
@@ -241,7 +242,15 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
         """The last layer of some samples: (B, N, D), (B, 2 D) -> (B, N, pixels and channels of a patch) in fp32."""
         layers: Any = self
         shift, scale = modulation[:, None].chunk(2, dim=-1)
-        return layers.proj_out_2(layers.norm_out(stream.float()) * (1 + scale) + shift)
+        patches = layers.proj_out_2(layers.norm_out(stream.float()) * (1 + scale) + shift)
+        # Codes hold no NaN and no Inf. The stream keeps them at their token; as in a float model, whose tokens all read
+        # each other, the whole sample shall be NaN: adding 0 changes nothing, NaN * 0 and Inf * 0 are NaN.
+        return patches + (patches * 0).sum(dim=(1, 2), keepdim=True)
+
+
+def _parts(x: torch.Tensor, few: int) -> Sequence[torch.Tensor]:
+    """A batch, a few samples at a time; whole if compiled, since a graph for each number of parts is one too many."""
+    return (x,) if torch.compiler.is_compiling() else x.split(few)
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
