@@ -156,16 +156,26 @@ def current() -> World:
     return _current
 
 
+def chosen_device(device: "str | torch.device" = "auto") -> str:
+    """The name of a device. "auto" means a GPU where torch finds one, else the CPU."""
+    if device != "auto":
+        return str(device)
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @contextmanager
-def joined(device: str = "cpu") -> Iterator[World]:
+def joined(device: "str | torch.device" = "auto") -> Iterator[World]:
     """Join the processes that torchrun started; until the block ends, `current` is their world.
 
-    With several processes, device "cuda" is the GPU of this process's LOCAL_RANK; tensors on GPUs travel by NCCL, those
-    on CPUs by gloo. Every rank must leave the block: the end waits for none. Raises `InputError` for a device that
-    processes would have to share, and as `launched` does.
+    `device`: as in `chosen_device`. With several processes, device "cuda" is the GPU of this process's LOCAL_RANK;
+    tensors on GPUs travel by NCCL, those on CPUs by gloo. Every rank must leave the block: the end waits for none.
+    Raises `InputError` for a device that processes would have to share, and as `launched` does.
     """
     global _current  # noqa: PLW0603 - as torch's own process group is
     rank, size, local_rank = launched()
+    device = chosen_device(device)
     world = World(rank, size, _own_device(device, local_rank) if size > 1 else device)
     if size > 1:
         _start_group(world)

@@ -5,7 +5,7 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from tqdit.evaluation.images import BATCH, Images
 from tqdit.files import TRANSFORMER, check_target, replacing, write_json
 from tqdit.models.sampler import Sampling
 from tqdit.models.sites import ARCHITECTURE, config_of
+from tqdit.models.sizes import float_sizes
 from tqdit.models.sources import (
     LABELS,
     PIPELINE,
@@ -48,6 +49,8 @@ from tqdit.timegroups import TimeGroups
 STAGES = ("calibration", "search")  # whose finished work may be kept
 PIECES = 3  # raised where a change makes other pieces of the same settings, so that no former run is continued
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Device = str | torch.device
+Dtype = str | torch.dtype
 Report = Callable[[str, float], None]  # (stage, finished fraction)
 
 
@@ -74,26 +77,34 @@ class Prepared:
     work: Path | None = None
 
 
-def load(model: str | Path, backend: str = "auto", device: str = "cpu", dtype: str = "float32") -> nn.Module:
+def load(model: str | Path, backend: str = "auto", device: Device = "auto", dtype: Dtype = "float32") -> nn.Module:
     """A runnable transformer: an artifact in integers on `backend`, anything else in fp32.
 
-    `dtype`: float32 or bfloat16, of an artifact's residual stream.
+    `device`: "auto" is a GPU where there is one, else the CPU. `dtype`: float32 or bfloat16 (or torch's own), of an
+    artifact's residual stream.
     """
     return load_source(resolve(model), backend, device, dtype)
 
 
-def load_source(source: ModelSource, backend: str = "auto", device: str = "cpu", dtype: str = "float32") -> nn.Module:
+def load_source(
+    source: ModelSource, backend: str = "auto", device: Device = "auto", dtype: Dtype = "float32"
+) -> nn.Module:
     """`load` of a model that is found already."""
     target, stream = checked_device(device), checked_dtype(dtype)
     if source.quantized:
         return convert(artifact.read(source.folder), backend, target, stream)
     if stream is not torch.float32:
-        raise InputError(f"'{source.name}' is a float model and runs in float32; dtype '{dtype}' is for artifacts")
+        raise InputError(
+            f"'{source.name}' is a float model and runs in float32; dtype '{dtype_name(stream)}' is for artifacts"
+        )
+    if backend != "auto":
+        get_backend(backend, target)  # a name that is unknown is unknown for any model
+        raise InputError(f"'{source.name}' is a float model, which torch runs; backend '{backend}' is for artifacts")
     return load_float(source).to(target)
 
 
 def prepare(
-    model: str | Path, recipe: Recipe, report: Report = silent, device: str = "cpu", work: Path | None = None
+    model: str | Path, recipe: Recipe, report: Report = silent, device: Device = "auto", work: Path | None = None
 ) -> Prepared:
     """Calibration: trajectories of the float model, then its activations and Fisher weights.
 
@@ -103,16 +114,19 @@ def prepare(
     """
     source = resolve(model)
     groups = TimeGroups((source.scheduler or {}).get("num_train_timesteps", 1000), recipe.groups)
-    module = load_float(source).to(checked_device(device))
+    target = checked_device(device)
+    module = load_float(source).to(target)
     if work:
         _check_shared(work)
     start = time.perf_counter()
     source_hash = weights_hash(module)
     settings = {"scheduler": source.scheduler, **_calibration_settings(recipe)}
     shape = decisive(config_of(module))
-    states_in_bf16 = trajectories.draws_in_bf16(torch.device(device))
-    store = _store(work, STAGES[0], source_hash, shape, environment(device)["device"], states_in_bf16, settings)
+    states_in_bf16 = trajectories.draws_in_bf16(target)
+    store = _store(work, STAGES[0], source_hash, shape, environment(str(target))["device"], states_in_bf16, settings)
+    report("trajectories", 0.0)
     data = trajectories.collect(module, source.scheduler, recipe, lambda f: report("trajectories", f), store=store)
+    report("statistics", 0.0)
     records = record(module, data, recipe, lambda f: report("statistics", f), store=store)
     seconds = time.perf_counter() - start
     return Prepared(source, module, recipe, groups, records, _data_hash(data), source_hash, seconds, work)
@@ -138,6 +152,7 @@ def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) 
     where = next(prepared.model.parameters()).device
     shape = decisive(config_of(prepared.model))
     store = _store(prepared.work, STAGES[1], shape, environment(str(where))["device"], provenance)
+    report("search", 0.0)
     solution = solve(
         prepared.model,
         prepared.records,
@@ -175,7 +190,7 @@ def quantize(
     recipe: Recipe,
     overwrite: bool = False,
     report: Report = silent,
-    device: str = "cpu",
+    device: Device = "auto",
     resumable: bool = False,
 ) -> dict[str, Any]:
     """Quantize MODEL into the artifact folder `out`. Returns seconds (of this run), peak memory and sizes.
@@ -193,7 +208,7 @@ def quantize(
         save(solution, prepared.source, out, overwrite)
         if work:
             discard(work, STAGES)
-    fp32 = float32_bytes(prepared.model)
+    sizes = float_sizes(prepared.source, prepared.model)
     size = int(world.add(torch.tensor(artifact.size_bytes(out) if world.first else 0)))  # known when it is written
     return {
         "name": prepared.source.name,
@@ -202,28 +217,28 @@ def quantize(
         "calibration_seconds": prepared.seconds + search_seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "size_bytes": size,
-        "float32_bytes": fp32,
-        "size_ratio": size / fp32,
+        **asdict(sizes),
+        **sizes.ratios(size),
         "processes": world.size,
-        "environment": environment(device),
+        "environment": environment(distributed.chosen_device(device)),
     }
 
 
 def sample(  # noqa: PLR0913 - one for each option of the command
     model: str | Path,
-    classes: list[str],
-    num: int,
-    sampling: Sampling,
+    classes: Sequence[str | int] = (),
+    num: int = 16,
+    sampling: Sampling = Sampling(),
     seed: int = 0,
     report: Report = silent,
     backend: str = "auto",
-    device: str = "cpu",
+    device: Device = "auto",
     *,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
 ) -> torch.Tensor:
     """`num` images (num, C, H, W) in [-1, 1], cycling through `classes`; all classes if none are named.
 
-    `dtype`: as in `load`.
+    `classes`: names or numbers. `device`, `dtype`: as in `load`. `to_pil` and `save_grid` take the images.
 
     Inside `distributed.joined` every rank draws its share and returns all of them.
     """
@@ -232,20 +247,28 @@ def sample(  # noqa: PLR0913 - one for each option of the command
 
 
 def images_of(
-    model: str | Path, classes: list[str], num: int, sampling: Sampling, seed: int = 0, batch: int = BATCH
+    model: str | Path,
+    classes: Sequence[str | int] = (),
+    num: int = 16,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    batch: int = BATCH,
 ) -> Images:
     """The images that `sample` draws, `batch` at a time; all of it checked but the weights. Raises `InputError`."""
     if isinstance(classes, str):
         raise InputError(f"classes must be a list of names, got the string '{classes}'")
+    if isinstance(classes, int):
+        raise InputError(f"classes must be a list, got the number {classes}; give [{classes}]")
     source = resolve(model)
     return Images(source, chosen_classes(source, classes), num, sampling, seed, batch)
 
 
 def sample_images(
-    wanted: Images, report: Report = silent, backend: str = "auto", device: str = "cpu", dtype: str = "float32"
+    wanted: Images, report: Report = silent, backend: str = "auto", device: Device = "auto", dtype: Dtype = "float32"
 ) -> torch.Tensor:
     """The pixels of `wanted`, (num, C, H, W) in [-1, 1]; several processes share the work."""
     model = load_source(wanted.source, backend, device, dtype)
+    report("sampling", 0.0)
     return images.gathered(wanted, model, lambda f: report("sampling", f))
 
 
@@ -254,8 +277,8 @@ def sample_folder(
     folder: str | Path,
     report: Report = silent,
     backend: str = "auto",
-    device: str = "cpu",
-    dtype: str = "float32",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
 ) -> int:
     """Write `wanted` into `folder`, one PNG each, but for those that are there; returns how many were new.
 
@@ -269,13 +292,14 @@ def sample_folder(
     run = {
         **wanted.run,
         "backend": next((kernel for kernel in kernels if ".scores[" in kernel), "float"),
-        "device": torch.device(device).type,
-        "dtype": dtype,
+        "device": checked_device(device).type,
+        "dtype": dtype_name(checked_dtype(dtype)),
     }
+    report("sampling", 0.0)
     return images.into_folder(wanted, run, model, folder, lambda f: report("sampling", f))
 
 
-def inspect(folder: str | Path, backend: str = "auto", device: str = "cpu") -> dict[str, Any]:
+def inspect(folder: str | Path, backend: str = "auto", device: Device = "auto") -> dict[str, Any]:
     """Every site of an artifact: role, bits, grid, groups, granularity, and the kernel that will run it on `device`."""
     source = resolve(folder)
     if not source.quantized:
@@ -289,30 +313,32 @@ def inspect(folder: str | Path, backend: str = "auto", device: str = "cpu") -> d
     return {"backend": chosen.NAME, "provenance": dict(solution.provenance), "sites": sites}
 
 
-def float32_bytes(model: nn.Module) -> int:
-    """Bytes of a float model's parameters in fp32, every tensor counted once per place it is stored."""
-    return sum(4 * p.numel() for p in model.parameters())
-
-
-def checked_device(device: str) -> torch.device:
-    """A device that exists here, or an `InputError`."""
+def checked_device(device: Device = "auto") -> torch.device:
+    """A device that exists here, or an `InputError`; "auto" is a GPU where there is one, else the CPU."""
     try:
-        chosen = torch.device(device)
+        chosen = torch.device(distributed.chosen_device(device))
         torch.empty(1, device=chosen).item()  # "meta" exists but cannot compute
     except (RuntimeError, AssertionError):
         raise InputError(f"device '{device}' is not available here; try cpu") from None
     return chosen
 
 
-def checked_dtype(name: str) -> torch.dtype:
-    """A dtype for the residual stream of an integer model, or an `InputError`."""
+def checked_dtype(dtype: Dtype) -> torch.dtype:
+    """A dtype for the residual stream of an integer model, by its name or torch's own; or an `InputError`."""
+    name = dtype_name(dtype)
     if name not in DTYPES:
         raise InputError(f"dtype '{name}' is not one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
-def chosen_classes(source: ModelSource, names: list[str]) -> tuple[int, ...]:
-    """The numbers of the named classes, or of all."""
+def dtype_name(dtype: Dtype) -> str:
+    """ "bfloat16" for that string and for `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def chosen_classes(source: ModelSource, classes: Sequence[str | int]) -> tuple[int, ...]:
+    """The numbers of the named or numbered classes, or of all."""
+    names = [str(entry) for entry in classes]
     return tuple(class_indices(source, names) if names else range(int(source.config["num_embeds_ada_norm"])))
 
 
