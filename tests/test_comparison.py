@@ -52,7 +52,8 @@ def test_json_has_every_figure(comparison, model) -> None:
     value = json.loads(comparison.with_seconds([1.0, 2.0]).to_json())
     assert set(value) == {"environment", "settings", "reference", "models"}
     assert value["settings"] == {
-        "num": 3, "samples_per_group": 2, "groups": 10, "states": 20, "call_batch": 6, "seed": 0, "dtype": "float32", "sampler": "ddim", "steps": 4,
+        "num": 3, "samples_per_group": 2, "groups": 10, "states": 20, "call_batch": 6,
+        "seed": 0, "dtype": "float32", "sampler": "ddim", "steps": 4,
         "guidance": 1.5,
     }  # fmt: skip
     reference = value["reference"]

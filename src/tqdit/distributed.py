@@ -5,11 +5,14 @@ torch is imported where it is needed: the command line asks this module before i
 """
 
 import hashlib
+import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdit.errors import InputError
@@ -241,6 +244,17 @@ def tells(message: str) -> bool:
         return store.add(key, 1) == 1
     except (KeyError, ValueError, RuntimeError):
         return True
+
+
+def leave_reason(message: str) -> None:
+    """Leave the last words of this process where torchrun looks for them: they then end what it says itself.
+
+    Without torchrun nothing is written.
+    """
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        reason = {"message": message, "extraInfo": {"py_callstack": "", "timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": reason}), encoding="utf-8")
 
 
 def _own_device(device: str, local_rank: int) -> str:

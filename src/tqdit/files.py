@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,12 +115,14 @@ def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
 
 
 @contextmanager
-def replacing(target: Path, overwrite: bool = False) -> Iterator[Path]:
+def replacing(
+    target: Path, overwrite: bool = False, replaceable: Callable[[Path], bool] = is_artifact
+) -> Iterator[Path]:
     """A new folder to fill that becomes `target` on success; on any error or interrupt `target` is as it was.
 
     Raises `InputError` as `check_target` does. A symbolic link to a folder stays; what it points to is replaced.
     """
-    check_target(target, overwrite)
+    check_target(target, overwrite, replaceable)
     target = _real(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
@@ -134,8 +136,11 @@ def replacing(target: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_target(target: Path, overwrite: bool) -> None:
-    """Raise `InputError` if a folder `target` cannot be written, or would lose something; called before any work."""
+def check_target(target: Path, overwrite: bool, replaceable: Callable[[Path], bool] = is_artifact) -> None:
+    """Raise `InputError` if a folder `target` cannot be written, or would lose something; called before any work.
+
+    `replaceable`: whether a folder that is not empty may be overwritten.
+    """
     if target.is_symlink() and not target.exists():
         raise InputError(f"output {target} is a symbolic link to nothing; remove it or choose another folder")
     target = _real(target)
@@ -143,8 +148,9 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise InputError(f"output {target} exists; choose another folder or pass --overwrite")
     if target.exists() and not target.is_dir():
         raise InputError(f"output {target} is a file; an artifact is a folder")
-    if target.is_dir() and any(target.iterdir()) and not is_artifact(target):
-        raise InputError(f"output {target} is not an artifact; refusing to overwrite it")
+    if target.is_dir() and any(target.iterdir()) and not replaceable(target):
+        kind = "an artifact" if replaceable is is_artifact else "of the kind that is written here"
+        raise InputError(f"output {target} is not {kind}; refusing to overwrite it")
     _check_parent(target)
 
 

@@ -26,6 +26,7 @@ from tqdit.evaluation import images
 from tqdit.evaluation.images import BATCH, Images
 from tqdit.files import TRANSFORMER, check_target, replacing, write_json
 from tqdit.models.sampler import Sampling
+from tqdit.models.shapes import shape_name
 from tqdit.models.sites import ARCHITECTURE, config_of
 from tqdit.models.sizes import float_sizes
 from tqdit.models.sources import (
@@ -295,22 +296,39 @@ def sample_folder(
         "device": checked_device(device).type,
         "dtype": dtype_name(checked_dtype(dtype)),
     }
-    report("sampling", 0.0)
     return images.into_folder(wanted, run, model, folder, lambda f: report("sampling", f))
 
 
 def inspect(folder: str | Path, backend: str = "auto", device: Device = "auto") -> dict[str, Any]:
-    """Every site of an artifact: role, bits, grid, groups, granularity, and the kernel that will run it on `device`."""
+    """What an artifact is, and every site of it: role, bits, grid, groups, granularity, the kernel that will run it.
+
+    `backend` and `device` decide the kernels. `float32_bytes`: what the same tensors take in fp32.
+    """
     source = resolve(folder)
     if not source.quantized:
         raise InputError(f"'{folder}' is not quantized; inspect takes an artifact")
     solution = artifact.read(source.folder)
-    chosen = get_backend(backend, checked_device(device))
+    target = checked_device(device)
+    chosen = get_backend(backend, target)
     sites = []
     for spec in solution.sites:
         row = {key: asdict(spec)[key] for key in ("name", "role", "bits", "grid", "groups", "granularity")}
         sites.append({**row, "kernel": kernel_name(solution.params[spec.name], chosen)})
-    return {"backend": chosen.NAME, "provenance": dict(solution.provenance), "sites": sites}
+    recipe = solution.provenance.get("recipe", {})
+    return {
+        "name": source.name,
+        "shape": shape_name(solution.model_config),
+        "preset": solution.provenance.get("preset", recipe.get("preset")),
+        "bits": f"w{recipe.get('weight_bits')}a{recipe.get('activation_bits')}",
+        "size_bytes": artifact.size_bytes(source.folder),
+        "float32_bytes": 4 * sum(tensor.numel() for tensor in (*solution.codes.values(), *solution.floats.values())),
+        "time_groups": solution.time_groups.num_groups,
+        "num_timesteps": solution.time_groups.num_timesteps,
+        "backend": chosen.NAME,
+        "device": str(target),
+        "provenance": dict(solution.provenance),
+        "sites": sites,
+    }
 
 
 def checked_device(device: Device = "auto") -> torch.device:

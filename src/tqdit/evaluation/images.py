@@ -109,6 +109,7 @@ def into_folder(images: Images, run: dict[str, Any], model: nn.Module, folder: P
     """
     world = distributed.current()
     check_folder(folder, run)
+    progress(0.0)
     if not (folder / RUN).exists():
         write_text(folder / RUN, json.dumps(run, indent=1) + "\n")
     here = torch.tensor([image_file(folder, i).is_file() for i in range(images.num)], dtype=torch.int32)
