@@ -37,7 +37,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_artifact_folder_has_everything_that_sampling_needs(quantized, scheduler_config) -> None:
     folder, _ = quantized
     assert set(files_of(folder)) == {
-        "model_index.json", "tqdit.json", "scheduler/scheduler_config.json", "transformer/config.json",
+        "README.md", "model_index.json", "tqdit.json", "scheduler/scheduler_config.json", "transformer/config.json",
         "transformer/tqdit.json", "transformer/diffusion_pytorch_model.safetensors",
     }  # fmt: skip
     source = resolve(folder)

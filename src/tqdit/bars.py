@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress, Task, TaskID
 
 Report = Callable[[str, float], None]  # (stage, finished fraction)
 # Stages and their shares of the time, roughly: between those of the bundled model and of DiT-XL/2, see docs/results.md.
@@ -50,20 +50,30 @@ def clock(seconds: float | None) -> str:
 
 
 class Total:
-    """The finished fraction of all stages together. A stage that has begun ends those before it."""
+    """How far all stages together are. A stage that has begun ends those before it."""
 
     def __init__(self, stages: Mapping[str, float]) -> None:
         self.stages = stages
+        self.done = 0.0  # share of the time of all stages
+        self._rest = 0.0  # that of the stages that have not begun
         self._finished = dict.fromkeys(stages, 0.0)
 
-    def after(self, stage: str, fraction: float) -> float:
-        """The fraction now that `stage` is at `fraction`."""
-        if stage in self.stages:
-            names = list(self.stages)
-            self._finished |= dict.fromkeys(names[: names.index(stage)], 1.0)
-            self._finished[stage] = fraction
-        done = sum(share * self._finished[name] for name, share in self.stages.items())
-        return done / (sum(self.stages.values()) or 1.0)
+    def tell(self, stage: str, fraction: float) -> None:
+        """`stage` is at `fraction`."""
+        if stage not in self.stages:
+            return
+        names, whole = list(self.stages), sum(self.stages.values())
+        at = names.index(stage)
+        self._finished |= dict.fromkeys(names[:at], 1.0)
+        self._finished[stage] = fraction
+        self.done = sum(share * self._finished[name] for name, share in self.stages.items()) / whole
+        self._rest = sum(self.stages[name] for name in names[at + 1 :]) / whole
+
+    def left(self, elapsed: float, of_stage: float | None) -> float | None:
+        """Seconds left `elapsed` seconds after the start, with `of_stage` left of the present stage."""
+        if of_stage is None or not self.done:
+            return None
+        return of_stage + elapsed * self._rest / self.done
 
 
 class Lines:
@@ -79,7 +89,7 @@ class Lines:
 
     def report(self, stage: str, fraction: float) -> None:
         now = self.now()
-        done = self.total.after(stage, fraction)
+        self.total.tell(stage, fraction)
         new = stage not in self.begun
         ends = fraction >= 1 and stage not in self.ended
         self.begun.setdefault(stage, now)
@@ -87,15 +97,16 @@ class Lines:
             return
         self.last = now
         elapsed = now - self.begun[stage]
+        left = remaining(elapsed, fraction)
         line = f"{stage}: {100 * fraction:.0f} % after {clock(elapsed)}"
         if ends:
             self.ended.add(stage)
         elif fraction > 0:
-            line += f", {clock(remaining(elapsed, fraction))} left"
+            line += f", {clock(left)} left"
         if self.total.stages:
-            line += f"; {TOTAL}: {100 * done:.0f} % after {clock(now - self.start)}"
-            if 0 < done < 1:
-                line += f", {clock(remaining(now - self.start, done))} left"
+            line += f"; {TOTAL}: {100 * self.total.done:.0f} % after {clock(now - self.start)}"
+            if (of_all := self.total.left(now - self.start, left)) and self.total.done < 1:
+                line += f", {clock(of_all)} left"
         print(line, file=sys.stderr, flush=True)
 
     def stop(self) -> None:
@@ -108,13 +119,23 @@ class Bars:
     def __init__(self, total: Total) -> None:
         self.total = total
         self.tasks: dict[str, TaskID] = {}
-        self.bars = _rich_bars()
+        self.last = ""
+        self.bars = _rich_bars(self.left)
 
     def report(self, stage: str, fraction: float) -> None:
         self.bars.start()
+        self.last = stage
         if self.total.stages:
-            self._show(TOTAL, self.total.after(stage, fraction))
+            self.total.tell(stage, fraction)
+            self._show(TOTAL, self.total.done)
         self._show(stage, fraction)
+
+    def left(self, task: "Task") -> float | None:
+        """Seconds that a bar has left. rich's own estimate forgets a speed after 30 seconds without news."""
+        if task.description != TOTAL:
+            return remaining(task.elapsed or 0.0, task.percentage / 100)
+        stage = next((other for other in self.bars.tasks if other.description == self.last), None)
+        return self.total.left(task.elapsed or 0.0, self.left(stage) if stage else None)
 
     def _show(self, name: str, fraction: float) -> None:
         if name not in self.tasks:
@@ -126,21 +147,21 @@ class Bars:
             self.bars.stop()
 
 
-def _rich_bars() -> "Progress":
-    """Columns that fit 80 characters. rich's own time left forgets a speed after 30 seconds without news."""
+def _rich_bars(left: "Callable[[Task], float | None]") -> "Progress":
+    """Columns that fit 80 characters."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task
+    from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn
     from rich.text import Text
 
     class Name(ProgressColumn):
-        def render(self, task: Task) -> Text:
+        def render(self, task: "Task") -> Text:
             return Text(task.description, overflow="ellipsis", no_wrap=True)
 
     class Times(ProgressColumn):
-        def render(self, task: Task) -> Text:
+        def render(self, task: "Task") -> Text:
             elapsed = (task.finished_time if task.finished else task.elapsed) or 0.0
-            left = "" if task.finished else f"{clock(remaining(elapsed, task.percentage / 100))} left"
-            return Text(f"{clock(elapsed):>7} {left:>12}")
+            rest = "" if task.finished else f"{clock(left(task))} left"
+            return Text(f"{clock(elapsed):>7} {rest:>12}")
 
     return Progress(
         SpinnerColumn(finished_text="✓"), Name(), BarColumn(20), "{task.percentage:>3.0f}%", Times(),

@@ -178,7 +178,6 @@ def held_out(
         steps=steps,
         seed=seed,
     )
-    report("held-out states", 0.0)
     return trajectories.collect(model, source.scheduler, recipe, lambda f: report("held-out states", f))
 
 

@@ -252,7 +252,7 @@ def leave_reason(message: str) -> None:
     Without torchrun nothing is written.
     """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        reason = {"message": message, "extraInfo": {"py_callstack": "", "timestamp": str(int(time.time()))}}
+        reason = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
         with suppress(OSError):
             Path(path).write_text(json.dumps({"message": reason}), encoding="utf-8")
 

@@ -182,7 +182,7 @@ def _reason(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         known = sorted(set(Recipe.model_fields) - {"schema_version"})
         return f"unknown recipe setting '{name}'{_meant(name, known) or '; known: ' + ', '.join(known)}"
-    limits = error.get("ctx", {})
+    limits = {key: int(x) if isinstance(x, float) and x.is_integer() else x for key, x in error.get("ctx", {}).items()}
     kind = "a number" if name in ("guidance", "low", "high") else "a whole number"
     legal = {
         "literal_error": str(limits.get("expected", "")).replace("'", ""),

@@ -24,7 +24,8 @@ from tqdit.environment import environment, peak_memory_bytes, versions
 from tqdit.errors import InputError
 from tqdit.evaluation import images
 from tqdit.evaluation.images import BATCH, Images
-from tqdit.files import TRANSFORMER, check_target, replacing, write_json
+from tqdit.files import TRANSFORMER, check_target, replacing, write_json, write_text
+from tqdit.model_card import CARD, model_card
 from tqdit.models.sampler import Sampling
 from tqdit.models.shapes import shape_name
 from tqdit.models.sites import ARCHITECTURE, config_of
@@ -125,7 +126,6 @@ def prepare(
     shape = decisive(config_of(module))
     states_in_bf16 = trajectories.draws_in_bf16(target)
     store = _store(work, STAGES[0], source_hash, shape, environment(str(target))["device"], states_in_bf16, settings)
-    report("trajectories", 0.0)
     data = trajectories.collect(module, source.scheduler, recipe, lambda f: report("trajectories", f), store=store)
     report("statistics", 0.0)
     records = record(module, data, recipe, lambda f: report("statistics", f), store=store)
@@ -183,6 +183,7 @@ def save(solution: Solution, source: ModelSource, out: Path, overwrite: bool = F
             (folder / TRANSFORMER).mkdir()
             artifact.write(solution, folder / TRANSFORMER)
             artifact.seal(folder)
+        write_text(folder / CARD, model_card(solution, source, artifact.size_bytes(folder)))
 
 
 def quantize(

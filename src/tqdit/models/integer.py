@@ -131,6 +131,7 @@ class IntegerDiT(DiTTransformer2DModel):
             most = None if max_shard_size is None else convert_file_size_to_int(max_shard_size)
             with replacing(target, overwrite=True) as folder:
                 artifact.write(self.solution, folder, most)
+                artifact.keep_editable(target, folder)
             artifact.unseal_pipeline(target)
 
     def _denoised(self, x: torch.Tensor) -> torch.Tensor:
