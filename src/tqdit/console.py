@@ -129,17 +129,22 @@ def _summary(result: dict[str, Any]) -> list[tuple[str, str]]:
     recipe = provenance.get("recipe", {})
     versions = provenance.get("versions", {})
     size, fp32 = result["size_bytes"], result["float32_bytes"]
-    kept = ("samples", "sampler", "steps", "guidance", "rounds", "hessian", "seed")
+    calibration, search = ("samples", "sampler", "steps", "guidance", "seed"), ("rounds", "candidates", "hessian")
     lines = [
         (result["name"], f"{result['shape']}, {result['preset'] or 'no preset'}, {result['bits']}"),
         ("size", f"{size / 1e6:.2f} MB: {2 * size / fp32:.3f} of bf16, {size / fp32:.3f} of fp32"),
         ("time groups", f"{result['time_groups']} of {result['num_timesteps']} training timesteps"),
-        ("recipe", ", ".join(f"{key} {_word(recipe[key])}" for key in kept if key in recipe)),
+        ("calibration", _settings(recipe, calibration)),
+        ("search", _settings(recipe, search)),
         ("source", f"{provenance.get('source', '')} sha256 {provenance.get('source_sha256', '')[:12]}"),
         ("made with", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("runs on", f"{result['device']}, backend {result['backend']}"),
     ]
     return [(label, text) for label, text in lines if text]
+
+
+def _settings(recipe: dict[str, Any], names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {_word(recipe[name])}" for name in names if name in recipe)
 
 
 def _console() -> "Console":
