@@ -156,8 +156,8 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     del model
     if measures:
         first, rows = calls.with_memory(first, rows, found, report)
-    settings = {"num": num, "samples_per_group": samples, "groups": groups, "states": len(data), "seed": seed}
-    settings |= {"dtype": dtype_name(stream), **asdict(sampling)}
+    settings: dict[str, Any] = {"num": num, "samples_per_group": samples, "groups": groups, "states": len(data)}
+    settings |= {"seed": seed, "dtype": dtype_name(stream), **asdict(sampling)}
     if measures:
         settings["call_batch"] = calls.batch
     return Comparison(first, tuple(rows), settings, environment(str(target)))
@@ -250,11 +250,13 @@ class _Calls:
     ) -> tuple[ModelRow, list[ModelRow]]:
         """The rows with memory; the float model's time is the median over those next to each artifact."""
         gc.collect()  # the models are gone: each is measured with the machine to itself
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         costs = [row.cost for row in rows if row.cost]
         if not costs:
             return first, list(rows)
         ms = statistics.median(cost.float32_ms for cost in costs)
-        given = [(replace(first, cost=Cost(ms, ms)), None)]
+        given: list[tuple[ModelRow, str | None]] = [(replace(first, cost=Cost(ms, ms)), None)]
         given += [(row, str(entry.folder)) for row, entry in zip(rows, found, strict=True)]
         measured = []
         for number, (row, folder) in enumerate(given):
@@ -283,7 +285,9 @@ def _quantized_row(
         preset=provenance.get("preset", recipe.get("preset")),
         bits=f"w{recipe.get('weight_bits')}a{recipe.get('activation_bits')}",
         size_bytes=size,
-        **sizes.ratios(size),
+        size_ratio=size / sizes.float32_bytes,
+        size_ratio_bfloat16=size / sizes.bfloat16_bytes,
+        size_ratio_file=size / sizes.file_bytes,
         images=pixels,
         fd_fashion=None,
         eps=eps,

@@ -220,7 +220,9 @@ def quantize(
         "peak_memory_bytes": peak_memory_bytes(),
         "size_bytes": size,
         **asdict(sizes),
-        **sizes.ratios(size),
+        "size_ratio": size / sizes.float32_bytes,
+        "size_ratio_bfloat16": size / sizes.bfloat16_bytes,
+        "size_ratio_file": size / sizes.file_bytes,
         "processes": world.size,
         "environment": environment(distributed.chosen_device(device)),
     }

@@ -25,14 +25,6 @@ class FloatSizes:
     float32_bytes: int
     bfloat16_bytes: int
 
-    def ratios(self, size_bytes: int) -> dict[str, float]:
-        """The share of each that `size_bytes` is."""
-        return {
-            "size_ratio": size_bytes / self.float32_bytes,
-            "size_ratio_bfloat16": size_bytes / self.bfloat16_bytes,
-            "size_ratio_file": size_bytes / self.file_bytes,
-        }
-
 
 def float_sizes(source: ModelSource, model: nn.Module) -> FloatSizes:
     """Sizes of `model`, which was loaded from `source`.
