@@ -206,8 +206,15 @@ def test_memory_that_cannot_be_measured_is_none(model, monkeypatch, caplog) -> N
     assert "memory of the float model could not be measured: killed" in caplog.text
 
 
-def test_time_of_two_models_in_the_same_rounds(model) -> None:
-    """The model next to itself: about as fast."""
+def test_time_is_the_median_of_interleaved_calls(model, monkeypatch) -> None:
+    called = []
+
+    def interleaved(calls: dict, repeats: int, progress) -> dict:
+        assert [call(number).shape for call in calls.values() for number in range(repeats)]
+        called.extend(calls)
+        return {"float32": [400.0, 4.0, 6.0], "ours": [2.0, 1.0, 90.0]}
+
+    monkeypatch.setattr(cost, "interleaved", interleaved)
     found = cost.timed(model, model, model.config, 4, 1000)
-    assert found.ms_per_call > 0
-    assert 0.2 < found.speedup < 5
+    assert called == ["float32", "ours"]
+    assert (found.ms_per_call, found.float32_ms, found.speedup) == (2.0, 6.0, 3.0)
