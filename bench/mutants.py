@@ -1,7 +1,7 @@
 """What a mutant of a module is: its source with one small change, which a test should notice.
 
-Not mutated: docstrings, annotations, decorators, f-strings (names and error texts), what a `raise` raises, checks for the
-type checker (`assert x is not None`), and the keywords of `NEUTRAL`.
+Not mutated: docstrings, annotations, decorators, f-strings (names and error texts), what a `raise` raises, checks for
+the type checker (`assert x is not None`), and the keywords of `NEUTRAL`.
 """
 
 import ast
@@ -80,9 +80,20 @@ def _walk(
 def _left_out(node: ast.AST, field: str, parents: tuple[ast.AST, ...]) -> bool:
     if field in ("annotation", "returns", "decorator_list", "bases"):
         return True
-    alias = isinstance(node, ast.Assign) and len(parents) == 1 and isinstance(node.value, ast.Subscript)
+    alias = isinstance(node, ast.Assign) and _is_type(node.targets[0]) and len(parents) == 1
     neutral = isinstance(node, ast.keyword) and node.arg in NEUTRAL
-    return alias or neutral or isinstance(node, ast.Raise)
+    return alias or neutral or isinstance(node, ast.Raise) or _is_for_the_type_checker(node)
+
+
+def _is_for_the_type_checker(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Assert) and isinstance(node.test, ast.Compare) and isinstance(node.test.ops[0], ast.IsNot)
+    )
+
+
+def _is_type(target: ast.expr) -> bool:
+    """By its name: `Combine`, but not `EXACT`."""
+    return isinstance(target, ast.Name) and target.id[0].isupper() and not target.id.isupper()
 
 
 def _changes(node: ast.AST, parents: tuple[ast.AST, ...]) -> Iterator[tuple[str, ast.AST]]:
@@ -173,7 +184,7 @@ def _call(node: ast.Call, _: tuple) -> Iterator[tuple[str, ast.AST]]:
     if name == "where" and len(node.args) == 3:
         yield "arguments swapped", _with(node, args=[node.args[0], node.args[2], node.args[1]])
     for i, keyword in enumerate(node.keywords):
-        if keyword.arg == "min" or keyword.arg == "max":
+        if keyword.arg in ("min", "max"):
             other = ast.keyword("max" if keyword.arg == "min" else "min", keyword.value)
             yield "function", _with(node, keywords=[*_without(node.keywords, i), other])
         elif keyword.arg and keyword.arg not in NEUTRAL:
@@ -218,7 +229,7 @@ def _removable(node: ast.stmt, parents: tuple[ast.AST, ...]) -> bool:
     if isinstance(node, ast.Expr):
         return not isinstance(node.value, (ast.Constant, ast.Yield, ast.YieldFrom))
     if isinstance(node, ast.Assert):
-        return not (isinstance(node.test, ast.Compare) and isinstance(node.test.ops[0], ast.IsNot))
+        return not _is_for_the_type_checker(node)
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
         return node.targets[0].id in _bound_before(node, parents)
     return isinstance(node, (ast.Raise, ast.AugAssign, ast.Break, ast.Continue, ast.Assign))

@@ -27,9 +27,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
-os.environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-
 from equivalent_mutants import reason
 from mutants import Mutant, mutants
 
@@ -60,6 +57,9 @@ WARM = (  # what the tests import, but for tqdit
     "diffusers.models.transformers.dit_transformer_2d", "diffusers.schedulers.scheduling_ddim",
     "diffusers.schedulers.scheduling_ddpm", "torch.utils._pytree",
 )  # fmt: skip
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+}  # fmt: skip
 MEMORY = 4 * 2**30  # above what the parent has
 OUTCOMES = ("killed", "survived", "timed out")
 
@@ -78,10 +78,10 @@ class Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def __init__(self, module: str, source: str) -> None:
         self.name, self.path, self.source = f"tqdit.{module.replace('/', '.')}", PACKAGE / f"{module}.py", source
 
-    def find_spec(self, name, path=None, target=None):  # noqa: ANN001, ANN201
+    def find_spec(self, name, path=None, target=None):
         return importlib.util.spec_from_file_location(name, self.path, loader=self) if name == self.name else None
 
-    def exec_module(self, module) -> None:  # noqa: ANN001
+    def exec_module(self, module) -> None:
         exec(compile(self.source, self.path, "exec"), module.__dict__)
 
 
@@ -115,6 +115,7 @@ def main() -> None:
 
 def _warm_up() -> None:
     """Import what takes long, once for all forks."""
+    os.environ |= ENVIRONMENT
     sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests" / "models")]
     for name in WARM:
         importlib.import_module(name)

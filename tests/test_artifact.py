@@ -328,8 +328,11 @@ def test_a_pipeline_is_verified_as_a_whole(tmp_path, solved) -> None:
 
 def test_a_folder_without_its_seal_is_read(folder) -> None:
     """diffusers downloads config and weights, and nothing else."""
+    sealed = artifact.read(folder)
     (folder / MANIFEST).unlink()
-    artifact.read(folder)
+    loaded = artifact.read(folder)
+    assert loaded.provenance == sealed.provenance
+    assert all(torch.equal(codes, sealed.codes[name]) for name, codes in loaded.codes.items())
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/outside.safetensors"])
