@@ -2,15 +2,39 @@
 
 from mutants import Mutant
 
-# (module, a part of the source line, operator or "" for all, the start of the result or "", reason)
-EQUIVALENT: tuple[tuple[str, str, str, str, str], ...] = ()
+# (module, a part of the line or of it and the next, operator or "" for all, the start of the result or "", reason)
+EQUIVALENT: tuple[tuple[str, str, str, str, str], ...] = (
+    (
+        "grids/packing",
+        "if bits == 8:\n        return flat",
+        "constant",
+        "(9)",
+        "a fast path: the general one stores the same bytes",
+    ),
+    ("grids/regions", "torch.where(x < 0, s1, s2)", "comparison", "(x <= 0)", "0 has the code 0 in both regions"),
+    ("grids/regions", "else x < 0", "comparison", "(x <= 0)", "0 has the code 0 in both regions"),
+    ("grids/regions", "torch.where(value < 0", "", "(value <= 0)", "the code 0 is 0 in both regions"),
+    ("grids/regions", "torch.where(value < 0", "constant", "(1)", "the code 0 is 0 in both regions"),
+    ("grids/regions", "value = codes.float()", "call dropped", "", "a float scale makes the product float"),
+    ("grids/regions", "(mantissa == 0.5) &", "arithmetic", "((mantissa == 0.5) |", "each implies the other"),
+    ("grids/regions", "(mantissa == 0.5) &", "operand dropped", "(mantissa == 0.5)", "each implies the other"),
+    ("grids/regions", "(mantissa == 0.5) &", "operand dropped", "(s1 * 2.0 ** shift == s2)", "each implies the other"),
+    (
+        "grids/regions",
+        "lowest = fmt.qmin",
+        "constant",
+        "",
+        "255 and 254 or 256 have the same power of two for our bits",
+    ),
+    ("grids/uniform", "(codes.to(torch.int32)", "call dropped", "", "a float scale makes the product float"),
+)
 
 
 def reason(module: str, source: str, mutant: Mutant) -> str | None:
     """Why no test can find the mutant, or None."""
-    line = source.splitlines()[mutant.line - 1]
+    lines = "\n".join(source.splitlines()[mutant.line - 1 : mutant.line + 1])
     for of, part, operator, after, why in EQUIVALENT:
-        same = of == module and part in line and operator in ("", mutant.operator)
+        same = of == module and part in lines and operator in ("", mutant.operator)
         if same and mutant.after.startswith(after):
             return why
     return None
