@@ -158,6 +158,29 @@ def test_weights_of_both_granularities_share_an_input() -> None:
     assert operands.weight(specs[::-1], parts[::-1]).unit.tolist() == [0, 1, 2, 3, 3]
 
 
+def test_a_weight_of_two_channels_has_two_scales() -> None:
+    operand = operands.weight([SiteSpec("w", Role.WEIGHT, 8, units=2)], [torch.tensor([[1.27, 0.5], [-2.54, 1.0]])])
+    assert operand.scale.flatten().tolist() == pytest.approx([0.01, 0.02])
+    assert operand.unit.tolist() == [0, 1]
+
+
+def test_heads_of_a_softmax_share_their_scale() -> None:
+    p, group = torch.randn(6, 3, 5, 9).softmax(-1), torch.arange(6) % 3
+    spec = SiteSpec("s", Role.SOFTMAX, 6, Grid.MRQ_SOFTMAX, groups=3)
+    operand = operands.activation(spec, p, group, stats(p, group, 3).over_units())
+    table = operand.scale * torch.tensor([1.0, 2.0, 4.0])[:, None, None]
+    for g in range(3):
+        s1, s2 = table[g, 0]
+        expected = regions.fake_quantize(p[group == g], s1, s2, 6, spec.grid)
+        assert torch.equal(operand.fake(table)[group == g], expected)
+
+
+def test_the_finest_merging_region_may_reach_exactly_as_far_as_asked() -> None:
+    """s1 = s2 / 2 is as fine as asked, s1 = s2 / 4 would be finer, s1 = s2 coarser than needed."""
+    fine, coarse = torch.tensor([[0.1]]), torch.tensor([[0.2]])
+    assert torch.equal(operands._merged_gelu(fine, coarse, 4), torch.stack([fine, coarse], -1))
+
+
 @pytest.mark.parametrize("bits", range(4, 9))
 def test_softmax_starts_between_the_ends_of_its_candidates(bits: int) -> None:
     """s2 = 1 / m, so that 1 is exact, and s1 a power of two below it, neither the coarsest nor the finest."""
@@ -260,6 +283,7 @@ def test_softmax_of_one_product_starts_and_stays_where_regions_merge(tiny_recipe
     shifts = [regions.merge_shift(t[..., 0], t[..., 1], bits, spec.grid) for t in [operand.scale, *tables]]
     assert all(shift is not None for shift in shifts)
     assert [shift[0, 0].item() for shift in shifts[1:]] == list(regions.softmax_exponents(bits, merging=True))
+    assert shifts[0][0, 0].item() in regions.softmax_exponents(bits, merging=True)
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
