@@ -58,6 +58,18 @@ EQUIVALENT: tuple[tuple[str, str, str, str, str], ...] = (
     ("models/sampler", "% 2**63", "constant", "(64)", "no seed is so large"),
     ("models/sampler", "% 2**63", "constant", "(62)", "no seed is so large"),
     ("models/sampler", "% 2**63", "constant", "(3)", "no seed is so large"),
+    ("ops/reference", "MAX_PRODUCT = 128 * 128", "constant", "(129)", "smaller pieces of K are exact, too"),
+    ("ops/reference", "EXACT_FP32 = 2**24", "constant", "(23)", "smaller pieces of K are exact, too"),
+    ("ops/reference", "if k <= EXACT_FP32", "comparison", "(k < EXACT_FP32)", "the other ways are exact, too"),
+    ("ops/reference", "start=_ZERO", "keyword dropped", "", "the sum of tensors may start from 0"),
+    ("ops/reference", "if b.ndim > 2:", "constant", "(1)", "fp64 is exact for matrices, too"),
+    ("ops/reference", "if b.ndim > 2:", "comparison", "(b.ndim >= 2)", "fp64 is exact for matrices, too"),
+    ("ops/reference", "codes = torch.randint(-128", "", "", "any probe with large codes"),
+    ("ops/reference", "codes[:8], codes[8:16]", "", "", "any probe with large codes"),
+    ("ops/reference", "negative.float() *", "call dropped", "(negative", "a float scale makes the product float"),
+    ("ops/reference", "positive.float() *", "call dropped", "(positive", "a float scale makes the product float"),
+    ("ops/reference", "transpose(-1, -2)", "sign or not dropped", "(2)", "attention has four axes"),
+    ("ops/reference", "codes.sum(-1, keepdim=True", "keyword dropped", "(codes.sum(-1, keepdim=True))", "int64 sums"),
     ("grids/uniform", "(codes.to(torch.int32)", "call dropped", "", "a float scale makes the product float"),
 )
 

@@ -10,6 +10,7 @@ Everything runs on the CPU; GPU code is left out (search/fused.py, search/kernel
 """
 
 import argparse
+import atexit
 import gc
 import importlib
 import importlib.abc
@@ -101,7 +102,6 @@ def main() -> None:
         print(_line(module, row), flush=True)
         for survivor in row["survivors"]:
             print(f"    {module}.py:{survivor['line']} {survivor['operator']}: {survivor['change']}", flush=True)
-    gc.unfreeze()
     total = {name: sum(row[name] for row in rows.values()) for name in ("mutants", "equivalent", *OUTCOMES)}
     total["score"] = _percent(total)
     print(_line("all", total) + f"   {time.monotonic() - start:.0f} s")
@@ -124,6 +124,7 @@ def _warm_up() -> None:
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # or each fork searches all of that for garbage
+    atexit.register(gc.unfreeze)
     assert not any(name.partition(".")[0] == "tqdit" for name in sys.modules)
 
 

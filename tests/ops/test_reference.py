@@ -80,6 +80,15 @@ def test_trap_8_fp32_would_not_be_exact_there() -> None:
 def test_an_accumulator_that_could_overflow_is_refused() -> None:
     with pytest.raises(AssertionError, match="overflows"):
         int_matmul(torch.zeros(1, 2**17, dtype=torch.int8), torch.zeros(2**17, 1, dtype=torch.int8))
+    a = torch.full((1, 2**17 - 1), -128, dtype=torch.int8)
+    assert int_matmul(a, a.t()).item() == 2**31 - 2**14
+
+
+@pytest.mark.parametrize("dtypes", [(torch.int8, torch.int32), (torch.int32, torch.int8), (torch.int32, torch.int32)])
+def test_only_int8_codes_are_multiplied(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    a, b = (torch.ones(4, 4, dtype=dtype) for dtype in dtypes)
+    with pytest.raises(AssertionError):
+        int_matmul(a, b)
 
 
 def assert_close_to(actual: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor) -> None:
@@ -162,6 +171,15 @@ def test_int_matmul_is_exact_whatever_the_cpu_can_do(isa: str) -> None:
 # Without torch's int8 product ----------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def _no_int8_kernel(monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("there is no int8 product")
+
+    monkeypatch.setattr(reference, "_has_int8_kernel", lambda *_: False)
+    monkeypatch.setattr(torch, "_int_mm", refuse)
+
+
 def almost_lowest(rows: int, k: int) -> torch.Tensor:
     """Codes of -128 and one of -127 in each row, so that sums of products are odd and as large as they get."""
     codes = torch.full((rows, k), -128, dtype=torch.int8)
@@ -171,9 +189,9 @@ def almost_lowest(rows: int, k: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("k", [1, 2, 1023, 1024, 1025, 1032, 1040, 2047, 2048, 2049, 5000])
 @pytest.mark.parametrize("batched", [False, True])
-def test_sums_that_fp32_cannot_hold_are_exact(monkeypatch, k: int, batched: bool) -> None:
+@pytest.mark.usefixtures("_no_int8_kernel")
+def test_sums_that_fp32_cannot_hold_are_exact(k: int, batched: bool) -> None:
     """From K = 1025 on a sum of products may pass 2^24, above which fp32 has no odd numbers."""
-    monkeypatch.setattr(reference, "_has_int8_kernel", lambda *_: False)
     a, b = almost_lowest(2, k), almost_lowest(3, k).t()
     truth = exact_matmul(a, b)
     assert int(truth[0, 0]) % 2 == 1
@@ -185,8 +203,8 @@ def test_sums_that_fp32_cannot_hold_are_exact(monkeypatch, k: int, batched: bool
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
 @pytest.mark.parametrize("k", [3, 1500])
-def test_int_matmul_without_an_int8_kernel(monkeypatch, batch: tuple[int, ...], k: int) -> None:
-    monkeypatch.setattr(reference, "_has_int8_kernel", lambda *_: False)
+@pytest.mark.usefixtures("_no_int8_kernel")
+def test_int_matmul_without_an_int8_kernel(batch: tuple[int, ...], k: int) -> None:
     generator = torch.Generator().manual_seed(2)
     a, b = random_codes((*batch, 4, k), generator, True), random_codes((k, 5), generator, False)
     assert torch.equal(int_matmul(a, b).long(), exact_matmul(a, b))
