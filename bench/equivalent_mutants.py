@@ -55,6 +55,7 @@ EQUIVALENT: tuple[tuple[str, str, str, str, str], ...] = (
     ("tensors", "separators=", "keyword dropped", "", "spaces in the manifest"),
     ("tensors", "tensor.numel() >= 256", "constant", "", "any size is small"),
     ("tensors", "tensor.numel() >= 256", "comparison", "(tensor.numel() > 256)", "any size is small"),
+    ("models/sampler", "SAMPLERS = ", "elements swapped", "", "the order of names in a message"),
     ("models/sampler", "% 2**63", "constant", "(64)", "no seed is so large"),
     ("models/sampler", "% 2**63", "constant", "(62)", "no seed is so large"),
     ("models/sampler", "% 2**63", "constant", "(3)", "no seed is so large"),

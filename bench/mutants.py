@@ -207,7 +207,8 @@ def _display(node: ast.Set | ast.Tuple | ast.List, parents: tuple[ast.AST, ...])
     if isinstance(getattr(node, "ctx", None), ast.Store) or any(isinstance(item, ast.Slice) for item in node.elts):
         return
     count, of_set = len(node.elts), isinstance(node, ast.Set)
-    if count == 2 and not of_set and not isinstance(parents[-1], ast.Compare):
+    differ = len({ast.unparse(item) for item in node.elts}) > 1
+    if count == 2 and differ and not of_set and not isinstance(parents[-1], ast.Compare):
         yield "elements swapped", _with(node, elts=node.elts[::-1])
     if count > (1 if of_set else 2):
         yield from (("element dropped", _with(node, elts=_without(node.elts, i))) for i in range(count))

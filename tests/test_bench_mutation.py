@@ -102,6 +102,7 @@ def test_kinds_of_faults_that_are_made(script, source: str, before: str, after: 
         "Combine = Callable[[a, b], c]",
         "text = f'{4 * x}'",
         "z = zip(a, b, strict=True)",
+        "pair = cat([x, x])",
     ],
 )
 def test_what_is_left_as_it_is(script, source: str) -> None:
