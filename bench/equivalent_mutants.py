@@ -53,6 +53,8 @@ EQUIVALENT: tuple[tuple[str, str, str, str, str], ...] = (
     ),
     ("search/alternating", "tables.gather(0, index)[0]", "constant", "(-1)", "there is one row"),
     ("tensors", "separators=", "keyword dropped", "", "spaces in the manifest"),
+    ("tensors", "MANIFEST_KEYS = (", "element dropped", "", "the KeyError that follows names it, too"),
+    ("tensors", "except (InputError, KeyError)", "elements swapped", "", "any order"),
     ("tensors", "tensor.numel() >= 256", "constant", "", "any size is small"),
     ("tensors", "tensor.numel() >= 256", "comparison", "(tensor.numel() > 256)", "any size is small"),
     ("models/sampler", "SAMPLERS = ", "elements swapped", "", "the order of names in a message"),

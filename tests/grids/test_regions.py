@@ -192,9 +192,10 @@ def test_finest_softmax_step_is_about_two_to_the_minus_17(bits: int) -> None:
 
 @pytest.mark.parametrize("grid", [Grid.MRQ_SOFTMAX, Grid.MRQ_GELU])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_values_are_divided_in_fp32(grid: Grid, dtype: torch.dtype) -> None:
-    x = torch.linspace(0 if grid is Grid.MRQ_SOFTMAX else -0.17, 1, 999).to(dtype)
-    s1, s2 = torch.tensor(0.001), torch.tensor(1 / 127)
+def test_half_precision_values_are_compared_and_divided_in_fp32(grid: Grid, dtype: torch.dtype) -> None:
+    """The fine region ends at 0.1269, which would be 130 / 1024 in either type; that value is above it."""
+    x = (torch.arange(0 if grid is Grid.MRQ_SOFTMAX else -170, 1025) / 1024).to(dtype)
+    s1, s2 = torch.tensor(0.1269 / 127), torch.tensor(1 / 127)
     codes = regions.quantize(x, s1, s2, 8, grid)
     assert torch.equal(codes, regions.quantize(x.float(), s1, s2, 8, grid))
     fake = regions.fake_quantize(x, s1, s2, 8, grid)

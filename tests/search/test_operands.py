@@ -68,6 +68,8 @@ def test_losses_are_summed_into_the_parameter_that_caused_them(rows, heads) -> N
         expected = torch.stack([loss[group == g].sum((0, 2, 3)) for g in range(3)])
         expected = expected if units == 2 else expected.sum(1, keepdim=True)
         assert torch.allclose(operand.reduce(loss), expected)
+        several = torch.stack([loss.sum(-1).flatten(), 2 * loss.sum(-1).flatten()], -1)
+        assert torch.allclose(operand.totals(several), torch.stack([expected, 2 * expected], -1))
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
