@@ -11,9 +11,9 @@ from torch import nn
 
 from tqdit.capture import Captured
 from tqdit.errors import InputError
-from tqdit.layers.adapters import Holder
 from tqdit.layers.clock import TimestepClock
 from tqdit.layers.conditioning import Conditioning
+from tqdit.modules import Watched
 
 MAX_GRAPHS = 16  # of different batch sizes and shapes; the one that was not used for longest goes first
 
@@ -47,7 +47,7 @@ class Runtime(nn.Module):
         self._captured: OrderedDict[tuple[Any, ...], Captured] = OrderedDict()
         self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None  # of the last replay
-        self._seen: tuple[object, bool] = (None, False)  # contents of holders, and whether there were adapters
+        self._seen: tuple[object, bool] = (None, False)  # what was watched, and whether a graph would be wrong
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Runtime":
         with self._lock:
@@ -59,13 +59,15 @@ class Runtime(nn.Module):
     def call(
         self, forward: Forward, x: torch.Tensor, timestep: Any, labels: torch.Tensor | None, blocks: Any = ()
     ) -> torch.Tensor:
-        """`forward` of x (B, C, H, W), for timestep () or (B,), labels (B,); no graph while `blocks` have adapters.
+        """`forward` of x (B, C, H, W), for timestep () or (B,), labels (B,).
+
+        There is no graph while any of `blocks` has adapters or is offloaded.
 
         Raises `InputError` for inputs that are missing or do not fit the batch, and for a timestep outside [0, T) where
         reading it costs nothing: given as a number or on the CPU.
         """
         labels, t = self._checked(x, timestep, labels)
-        run = self._replayed if self._graphable(x) and not self._adapted(blocks) else self._eager
+        run = self._replayed if self._graphable(x) and not self._changing(blocks) else self._eager
         return run(forward, x, t, labels)
 
     def _checked(
@@ -98,10 +100,10 @@ class Runtime(nn.Module):
         with _on(x.device):
             return not torch.cuda.is_current_stream_capturing()
 
-    def _adapted(self, blocks: Any) -> bool:
-        """Whether any block has adapters; looked at again when something was put into any holder of slots."""
-        if self._seen[0] is not Holder.contents:
-            self._seen = Holder.contents, any(block.adapted for block in blocks)
+    def _changing(self, blocks: Any) -> bool:
+        """Whether any block has adapters or is offloaded; looked at again when any watched module got something."""
+        if self._seen[0] is not Watched.contents:
+            self._seen = Watched.contents, any(block.adapted or block.offloaded for block in blocks)
         return self._seen[1]
 
     def _eager(self, forward: Forward, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,8 @@ sums of two products saturate at 16 bits). Where they do not serve, the products
 """
 
 import functools
+import hashlib
+from collections.abc import Callable
 from typing import NoReturn, Self
 
 import torch
@@ -21,6 +23,14 @@ class Packed:
 
     def __init__(self, codes: torch.Tensor) -> None:
         self.tensor = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
+        self._digest: torch.Tensor | None = None
+
+    def digest(self, unpacked: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """sha256 of the codes, uint8 (32,), computed once; `unpacked` gives them back."""
+        if self._digest is None:
+            data = hashlib.sha256(unpacked().numpy().tobytes()).digest()
+            self._digest = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return self._digest
 
     def __deepcopy__(self, memo: object) -> Self:
         return self
@@ -45,10 +55,10 @@ class PackedLinear(FixedDtype):
         columns = len(weight.codes)
         self.shape = tuple(weight.codes.shape)
         self.packed = None if reason() else Packed(weight.codes)
-        self.register_buffer("codes", weight.codes.clone() if self.packed is None else None)
-        self.register_buffer("colsum", column_sums(weight.codes) if self.packed is None else None)
-        self.register_buffer("scale", weight.scale.expand(columns).contiguous())
-        self.register_buffer("bias", torch.zeros_like(self.scale) if bias is None else bias.float().contiguous())
+        self.hold("codes", weight.codes.clone() if self.packed is None else None)
+        self.hold("colsum", column_sums(weight.codes) if self.packed is None else None)
+        self.hold("scale", weight.scale.expand(columns).contiguous())
+        self.hold("bias", torch.zeros_like(self.scale) if bias is None else bias.float().contiguous())
 
     def product(self, codes: torch.Tensor, zero: int) -> torch.Tensor:
         """fp32 (M, out): the int32 sums of (codes - zero) W^T, each rounded once. codes: uint8 (M, in), contiguous."""
@@ -58,6 +68,15 @@ class PackedLinear(FixedDtype):
         assert self.colsum is not None
         signed = (codes ^ SIGN).view(torch.int8)
         return (int_matmul(signed, self.codes.t()) - (zero - SIGN) * self.colsum).float()
+
+    def get_extra_state(self) -> torch.Tensor:
+        """A hash of codes that are packed: a state dict has no tensor of them."""
+        if self.packed is None:
+            return torch.empty(0, dtype=torch.uint8)
+        return self.packed.digest(self.unpacked)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Nothing: what is loaded has been found equal."""
 
     def unpacked(self) -> torch.Tensor:
         """The codes, int8 (out, in): what an identity matrix gives, since the packed layout is oneDNN's secret."""

@@ -32,10 +32,10 @@ class PanelLinear(FixedDtype):
         packed = torch.empty(-(-columns // LANES) * LANES * depth, dtype=torch.int8)
         sums = torch.empty(columns, dtype=torch.int32)
         native.call("pack_weight", weight.codes.contiguous(), columns, depth, packed, sums, torch.get_num_threads())
-        self.register_buffer("packed", packed)
-        self.register_buffer("sums", sums)
-        self.register_buffer("scale", weight.scale.expand(columns).contiguous())
-        self.register_buffer("bias", torch.zeros_like(self.scale) if bias is None else bias.float().contiguous())
+        self.hold("packed", packed)
+        self.hold("sums", sums)
+        self.hold("scale", weight.scale.expand(columns).contiguous())
+        self.hold("bias", torch.zeros_like(self.scale) if bias is None else bias.float().contiguous())
 
     def unpacked(self) -> torch.Tensor:
         """The codes, int8 (out, in)."""

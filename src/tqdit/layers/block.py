@@ -10,13 +10,15 @@ from tqdit.layers.adapters import Adapted, Slots
 from tqdit.layers.conditioning import Conditioning
 from tqdit.layers.linear import IntLinear
 from tqdit.layers.params import ActivationParams
+from tqdit.modules import Closed, Untrainable, offloaded, present
+from tqdit.ops.holders import FixedDtype
 from tqdit.ops.schema import AttentionParams, Backend, OperandParams
 
 ATTENTION_OPERANDS = ("query", "key", "value", "softmax")
 ADAPTED = Adapted()
 
 
-class IntBlock(nn.Module):
+class IntBlock(Closed, Untrainable):
     """A DiT block on integer codes, (B, N, C) -> (B, N, C); LayerNorm, softmax and GELU are fp32.
 
     The residual stream is fp32 or bf16, as it comes in: bf16 rounds it after each of the two additions.
@@ -43,6 +45,7 @@ class IntBlock(nn.Module):
         self.backend = backend
         self._conditioning = [conditioning]  # in a list: the model owns it, a block only reads it
         self._place: tuple[int, int] | None = None
+        self._parts = [module for module in self.modules() if isinstance(module, FixedDtype)]  # that a call reads
         self.slots: Slots | None = None
 
     def join(self, group: int, place: int) -> None:
@@ -60,7 +63,18 @@ class IntBlock(nn.Module):
         """Whether there are adapters: the block then runs as the reference does."""
         return self.slots is not None and self.slots.used
 
+    @property
+    def offloaded(self) -> bool:
+        """Whether accelerate has sent tensors of this block away, to bring them when they are used."""
+        return any(map(offloaded, self._parts))
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling() or not self.offloaded:
+            return self._run(hidden_states)
+        with present(self._parts):
+            return self._run(hidden_states)
+
+    def _run(self, hidden_states: torch.Tensor) -> torch.Tensor:
         adapted = self.adapted
         run = ADAPTED if adapted else self.backend
         x = hidden_states
