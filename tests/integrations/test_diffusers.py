@@ -540,4 +540,5 @@ class TestRegistration:
             "assert 'tqdit' in table\n"
             "assert not [finder for finder in sys.meta_path if 'tqdit' in type(finder).__module__]"
         )
-        subprocess.run([sys.executable, "-c", code], check=True)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
