@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import tqdit
 from tqdit import artifact, distributed, files, workflow
 from tqdit.calibration import store, trajectories
 from tqdit.convert import convert
@@ -40,7 +41,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_artifact_folder_has_everything_that_sampling_needs(quantized, scheduler_config) -> None:
     folder, _ = quantized
     assert set(files_of(folder)) == {
-        "model_index.json", "tqdit.json", "scheduler/scheduler_config.json", "transformer/config.json",
+        "README.md", "model_index.json", "tqdit.json", "scheduler/scheduler_config.json", "transformer/config.json",
         "transformer/tqdit.json", "transformer/diffusion_pytorch_model.safetensors",
     }  # fmt: skip
     source = resolve(folder)
@@ -57,6 +58,9 @@ def test_summary_of_quantize(quantized, model) -> None:
     assert summary["size_bytes"] == size == artifact.size_bytes(folder)
     assert summary["float32_bytes"] == 4 * sum(p.numel() for p in model.parameters())
     assert summary["size_ratio"] == pytest.approx(size / summary["float32_bytes"])
+    assert summary["size_ratio_bfloat16"] == pytest.approx(2 * size / summary["float32_bytes"])
+    assert (summary["file_dtype"], summary["file_bytes"]) == ("float32", summary["float32_bytes"])
+    assert summary["size_ratio_file"] == pytest.approx(summary["size_ratio"])
     assert summary["calibration_seconds"] > 0
     assert summary["processes"] == 1
     assert summary["peak_memory_bytes"] > 2**20
@@ -157,6 +161,16 @@ def test_classes_by_name_cycle(quantized) -> None:
     assert workflow.images_of(quantized[0], [], 12, FAST).labels == [*range(10), 0, 1]
     alone = workflow.sample(quantized[0], ["class 3"], 1, FAST)
     assert sqnr_db(cycled[:1], alone) > 30
+    assert workflow.images_of(quantized[0], ["class 3", 5], 3).labels == [3, 5, 3]
+    assert torch.equal(workflow.sample(quantized[0], [3, 5], 3, FAST), cycled)
+
+
+def test_images_become_files(quantized, tmp_path) -> None:
+    images = workflow.sample(quantized[0], [3], 2, FAST)
+    sizes = [(image.mode, image.size) for image in tqdit.to_pil(images)]
+    assert sizes == [("L", (8, 8))] * 2
+    tqdit.save_grid(images, str(tmp_path / "grid.png"))
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -166,6 +180,11 @@ def test_classes_by_name_cycle(quantized) -> None:
         ({"num": 0}, "num must be at least 1"),
         ({"sampling": Sampling("ddim", 2000)}, "at most the 1000"),
         ({"backend": "tpu"}, "unknown backend 'tpu'"),
+        ({"classes": "boot"}, "must be a list of names"),
+        ({"classes": 3}, r"must be a list, got the number 3; give \[3\]"),
+        ({"classes": [10]}, "unknown class '10'"),
+        ({"classes": [-1]}, "unknown class '-1'"),
+        ({"dtype": torch.int8}, "dtype 'int8' is not one of float32, bfloat16"),
         ({"device": "cuda:99"}, "device 'cuda:99' is not available"),
         ({"device": "toaster"}, "device 'toaster' is not available"),
     ],
@@ -406,9 +425,27 @@ def test_load_gives_integers_or_floats(quantized, pipeline) -> None:
     assert not hasattr(workflow.load(pipeline), "quantization_backend")
 
 
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [("cuda", "unknown backend 'cuda'"), ("cpu", "float model, which torch runs; backend 'cpu'")],
+)
+def test_a_float_model_has_no_integer_backend(pipeline, backend: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        workflow.load(pipeline, backend)
+
+
+def test_the_automatic_device(monkeypatch) -> None:
+    assert workflow.checked_device("auto") == workflow.checked_device() == torch.device("cpu")
+    assert workflow.checked_device(torch.device("cpu")) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert distributed.chosen_device() == "cuda"
+    assert distributed.chosen_device("cpu") == "cpu"
+
+
 def test_dtype_is_that_of_an_artifacts_stream(quantized, pipeline) -> None:
     folder, _ = quantized
     assert workflow.load(folder, dtype="bfloat16").stream_dtype is torch.bfloat16
+    assert workflow.load(folder, dtype=torch.bfloat16, device=torch.device("cpu")).stream_dtype is torch.bfloat16
     drawn = [workflow.sample(folder, ["1"], 1, FAST, dtype=dtype) for dtype in ("float32", "bfloat16")]
     assert drawn[0].dtype is drawn[1].dtype is torch.float32
     assert not torch.equal(*drawn)

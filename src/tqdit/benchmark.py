@@ -118,6 +118,7 @@ def bench(
     with quiet():
         from diffusers import DDIMScheduler, DiTTransformer2DModel  # noqa: F401
     device = checked_device(settings.device)
+    settings = replace(settings, device=str(device))
     if not get_backend(settings.backend, device).INTEGER:
         raise InputError(f"backend '{settings.backend}' computes in float; simulated arithmetic is never timed")
     if not models and not random:

@@ -72,6 +72,7 @@ def collect(
     visited = scheduler.timesteps
     count = _num_trajectories(recipe, groups, visited, num_classes(model))
     picks = _pick_timesteps(recipe, groups, visited, count)
+    progress(0.0)  # all is checked
     order = torch.randperm(num_classes(model), generator=torch.Generator().manual_seed(recipe.seed))
     device = next(model.parameters()).device
     labels = order.repeat(math.ceil(count / len(order)))[:count]

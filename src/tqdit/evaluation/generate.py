@@ -137,9 +137,14 @@ def image_grid(pixels: torch.Tensor, columns: int, scale: int = 2) -> Any:
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
-def save_grid(pixels: torch.Tensor, path: Path, columns: int = 8) -> None:
-    """Write `image_grid` as a PNG, whole or not at all."""
-    _save(image_grid(pixels, columns=min(len(pixels), columns)), path)
+def to_pil(pixels: torch.Tensor) -> list[Any]:
+    """A PIL image for each of (N, C, H, W) pixels in [-1, 1], in its own size."""
+    return [image_grid(image[None], columns=1, scale=1) for image in pixels]
+
+
+def save_grid(pixels: torch.Tensor, path: str | Path, columns: int = 8) -> None:
+    """Write `image_grid` of (N, C, H, W) pixels in [-1, 1] as a PNG, whole or not at all."""
+    _save(image_grid(pixels, columns=min(len(pixels), columns)), Path(path))
 
 
 def save_image(pixels: torch.Tensor, path: Path) -> None:

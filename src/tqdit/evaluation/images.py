@@ -114,6 +114,7 @@ def into_folder(images: Images, run: dict[str, Any], model: nn.Module, folder: P
     """
     world = distributed.current()
     check_folder(folder, run)
+    progress(0.0)
     write_bytes(folder / RUN, (json.dumps(run, indent=1) + "\n").encode(), replace=False)
     check_folder(folder, run)  # another process may have begun there meanwhile
     here = torch.tensor([is_whole_png(image_file(folder, i)) for i in range(images.num)], dtype=torch.int32)

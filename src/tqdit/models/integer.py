@@ -184,6 +184,7 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
             most = None if max_shard_size is None else convert_file_size_to_int(max_shard_size)
             with replacing(target, overwrite=True, in_pipeline=True) as folder:
                 artifact.write(self.solution, folder, most)
+                artifact.keep_editable(target, folder)
             artifact.unseal_pipeline(target)
 
     def to(self, *arguments: Any, **options: Any) -> Self:
