@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUNS := $(VENV)/.runs
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-trust lint clean
 
 demo: $(RUNS)
 	@echo "The demo takes about five minutes on two cores."
@@ -13,6 +13,10 @@ demo: $(RUNS)
 
 test: lint
 	$(BIN)/pytest
+
+# Damage, kills, races and fuzzing at length: a quarter of an hour, more with TQDIT_TRUST_MINUTES.
+test-trust: $(READY)
+	$(BIN)/python bench/trust.py --json bench/results/trust.json
 
 lint: $(READY)
 	$(BIN)/ruff check .

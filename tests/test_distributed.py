@@ -16,7 +16,9 @@ from tqdit.comparison import compare
 from tqdit.errors import InputError
 from tqdit.evaluation.images import RUN
 from tqdit.files import write_bytes
+from tqdit.locks import holding
 from tqdit.recipe import Recipe
+from tqdit.swap import beside
 
 JOBS = Path(__file__).with_name("distributed_jobs.py")
 RANK_1 = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
@@ -162,6 +164,17 @@ def test_bad_input_is_told_once(tmp_path: Path, command: list[str], message: str
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_output_that_another_job_is_writing_is_told_once(pipeline: Path, tmp_path: Path) -> None:
+    """The first process finds the lock, and all hear of it."""
+    out = tmp_path / "out"
+    with holding(beside(out, "lock"), out):
+        done = torchrun("-m", "tqdit", "quantize", pipeline, "-o", out)
+    assert done.returncode != 0
+    assert done.stderr.count("is writing") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
@@ -215,6 +228,9 @@ def test_batches() -> None:
         ({"WORLD_SIZE": "2"}, "RANK is ''"),
         ({**RANK_1, "RANK": "-1"}, "RANK is '-1'"),
         ({**RANK_1, "WORLD_SIZE": "many"}, "WORLD_SIZE is 'many'"),
+        ({**RANK_1, "RANK": "2"}, "RANK is 2; with WORLD_SIZE 2 it must be below 2"),
+        ({**RANK_1, "LOCAL_RANK": "7"}, "LOCAL_RANK is 7; with WORLD_SIZE 2"),
+        ({"WORLD_SIZE": "0", "RANK": "0", "LOCAL_RANK": "0"}, "RANK is 0; with WORLD_SIZE 0"),
     ],
 )
 def test_environment_that_is_not_torchruns(monkeypatch, environment: dict[str, str], named: str) -> None:

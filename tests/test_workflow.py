@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,13 +14,15 @@ import tqdit
 from tqdit import artifact, distributed, files, workflow
 from tqdit.calibration import store, trajectories
 from tqdit.convert import convert
-from tqdit.errors import InputError
+from tqdit.errors import InputError, RepairWarning
 from tqdit.evaluation.metrics import sqnr_db
 from tqdit.files import write_bytes
+from tqdit.locks import holding
 from tqdit.models.sampler import Sampling
 from tqdit.models.sites import sites
 from tqdit.models.sources import resolve, weights_hash
 from tqdit.spec import Role
+from tqdit.swap import beside
 
 FAST = Sampling("ddim", 5, 1.5)
 
@@ -274,20 +278,89 @@ def test_another_recipe_or_model_starts_anew(
     assert len(folders(own_pipeline)) == 2  # on another CPU
 
 
-def test_damaged_work_is_named(pipeline, tiny_recipe, tmp_path) -> None:
+@pytest.mark.parametrize("stage", ["records-000000-000008", "solved-transformer_blocks.0.attn1.scores"])
+def test_damaged_work_is_made_anew(quantized, pipeline, tiny_recipe, tmp_path, stage: str) -> None:
     def interrupt(name: str, fraction: float) -> None:
         if name == "search" and fraction > 0.5:
             raise KeyboardInterrupt
 
-    def quantize() -> None:
-        workflow.quantize(pipeline, tmp_path / "out", tiny_recipe(), report=interrupt, resumable=True)
-
     with pytest.raises(KeyboardInterrupt):
-        quantize()
-    (piece,) = (tmp_path / "out.work").glob("*/solved-transformer_blocks.0.attn1.scores.safetensors")
-    piece.write_bytes(piece.read_bytes()[:40])
-    with pytest.raises(InputError, match=r"solved-transformer_blocks\.0\.attn1\.scores.*damaged"):
-        quantize()
+        workflow.quantize(pipeline, tmp_path / "out", tiny_recipe("plus"), report=interrupt, resumable=True)
+    (piece,) = (tmp_path / "out.work").glob(f"*/{stage}.safetensors")
+    data = bytearray(piece.read_bytes())
+    data[-2] ^= 1
+    piece.write_bytes(data)
+    with pytest.warns(RepairWarning, match=rf"{stage}\.safetensors is damaged: .*; it is made anew"):
+        workflow.quantize(pipeline, tmp_path / "out", tiny_recipe("plus"), resumable=True)
+    assert files_of(tmp_path / "out") == files_of(quantized[0])
+
+
+def test_killed_before_its_work_was_removed(quantized, pipeline, tiny_recipe, tmp_path, monkeypatch) -> None:
+    """The same command finds that all is done; another one finds an output that exists."""
+    out, work, recipe = tmp_path / "out", tmp_path / "out.work", tiny_recipe("plus")
+    with monkeypatch.context() as patch:
+        patch.setattr(workflow, "discard", lambda *_: None)
+        workflow.quantize(pipeline, out, recipe, resumable=True)
+    assert list(work.iterdir())
+
+    def no_work(*_: object) -> None:
+        pytest.fail("work was done")
+
+    with pytest.raises(InputError, match="exists"):
+        workflow.quantize(pipeline, out, tiny_recipe("plus", rounds=0), report=no_work, resumable=True)
+    with pytest.warns(RepairWarning, match="out was finished by a run that was interrupted afterwards"):
+        found = workflow.quantize(pipeline, out, recipe, report=no_work, resumable=True)
+    assert files_of(out) == files_of(quantized[0])
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    same = ("name", "preset", "bits", "size_bytes", "float32_bytes", "environment")
+    assert [found[key] for key in same] == [quantized[1][key] for key in same]
+    with pytest.raises(InputError, match="exists"):
+        workflow.quantize(pipeline, out, recipe, report=no_work, resumable=True)
+    work.mkdir()  # killed when the empty folder was all that was left
+    (out / "transformer" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="exists"):
+        workflow.quantize(pipeline, out, recipe, report=no_work, resumable=True)
+
+
+def test_work_folder_may_be_a_link(quantized, pipeline, tiny_recipe, tmp_path) -> None:
+    (tmp_path / "large-disk").mkdir()
+    (tmp_path / "out.work").symlink_to(tmp_path / "large-disk")
+    workflow.quantize(pipeline, tmp_path / "out", tiny_recipe("plus"), resumable=True)
+    assert files_of(tmp_path / "out") == files_of(quantized[0])
+    assert (tmp_path / "out.work").is_symlink()
+    assert list((tmp_path / "large-disk").iterdir()) == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["large-disk", "out", "out.work"]
+
+
+@pytest.mark.parametrize("busy", ["out", "out.work"])
+def test_output_that_another_process_is_writing(pipeline, tiny_recipe, tmp_path, busy: str) -> None:
+    def no_work(*_: object) -> None:
+        pytest.fail("work was done")
+
+    with holding(beside(tmp_path / busy, "lock"), tmp_path / busy):
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(InputError, match=rf"is writing .*/{busy}; wait until it has ended"):
+            workflow.quantize(pipeline, tmp_path / "out", tiny_recipe(), report=no_work, resumable=True)
+        assert sorted(tmp_path.iterdir()) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_disk_that_is_too_small_for_the_artifact(pipeline, tiny_recipe, tmp_path, monkeypatch) -> None:
+    def no_work(*_: object) -> None:
+        pytest.fail("work was done")
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5_000))
+    with pytest.raises(InputError, match=r"output .*/out takes about 0\.\d MB, and .* has 0\.0 MB free"):
+        workflow.quantize(pipeline, tmp_path / "out", tiny_recipe(), report=no_work)
+
+
+def test_needed_space_is_no_more_than_an_artifact_takes(pipeline, model, tiny_recipe, quantized, monkeypatch) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr(workflow, "check_space", lambda _, count: needed.append(count))
+    monkeypatch.setattr(workflow, "_calibrated", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        workflow.quantize(pipeline, quantized[0].with_name("new"), tiny_recipe("plus"))
+    assert 0.5 * quantized[1]["size_bytes"] / 4 < needed[0] < quantized[1]["size_bytes"]
 
 
 def test_work_folder_that_is_a_file_is_refused(pipeline, tiny_recipe, tmp_path) -> None:
@@ -300,7 +373,7 @@ def test_work_folder_that_another_machine_does_not_see_is_refused(pipeline, tiny
     """Rank 1 does not find what rank 0 has put there, and leaves no folder of its own."""
     monkeypatch.setattr(distributed, "_current", distributed.World(1, 2))
     monkeypatch.setattr(distributed.World, "wait", lambda _: None)
-    monkeypatch.setattr(distributed.World, "add", lambda _, mine: mine + 12345)
+    monkeypatch.setattr(distributed.World, "add", lambda _, mine: mine if mine.ndim else mine + 12345)
     with pytest.raises(InputError, match=r"--resumable: .*out\.work is not on a file system that all processes share"):
         workflow.quantize(pipeline, tmp_path / "out", tiny_recipe(), resumable=True)
     assert list(tmp_path.iterdir()) == []

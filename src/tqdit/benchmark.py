@@ -16,6 +16,7 @@ from tqdit.environment import environment
 from tqdit.errors import InputError
 from tqdit.evaluation.baselines import FAMILIES, quiet
 from tqdit.evaluation.machine import Peaks, measure_peaks
+from tqdit.isolation import isolated
 from tqdit.models.random_solution import random_solution
 from tqdit.models.sampler import make_scheduler
 from tqdit.models.shapes import shape_config, shape_key
@@ -100,6 +101,7 @@ class Benchmark:
         }
 
 
+@isolated()
 def bench(
     models: Sequence[str | Path],
     random: Sequence[RandomModel] = (),

@@ -23,6 +23,8 @@ from tqdit.errors import InputError
 from tqdit.evaluation import features, fidelity, images, metrics
 from tqdit.evaluation.fidelity import EpsilonFidelity
 from tqdit.evaluation.images import Images
+from tqdit.isolation import isolated
+from tqdit.models import fitting
 from tqdit.models.sampler import Sampling
 from tqdit.models.sizes import FloatSizes, float_sizes
 from tqdit.models.sources import ModelSource, load_float, resolve, weights_hash
@@ -117,6 +119,7 @@ class Comparison:
         return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
+@isolated()
 def compare(  # noqa: PLR0913 - one for each option of the command
     reference: str | Path,
     quantized: Sequence[str | Path],
@@ -301,7 +304,7 @@ def _load_artifact(path: str | Path, source: ModelSource, digest: str) -> _Artif
     other = resolve(path)
     if not other.quantized:
         raise InputError(f"'{path}' is not quantized; compare takes a float model, then artifacts")
-    solution = artifact.read(other.folder)
+    solution = fitting.read(other.folder)
     if solution.provenance.get("source_sha256") != digest:
         made_from = solution.provenance.get("source", "an unknown model")
         raise InputError(

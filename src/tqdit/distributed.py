@@ -196,7 +196,7 @@ def joined(device: "str | torch.device" = "auto") -> Iterator[World]:
 def launched() -> tuple[int, int, int]:
     """(rank, world size, local rank) that torchrun gave this process; (0, 1, 0) without torchrun.
 
-    Raises `InputError` naming a variable of the environment that is missing or no number.
+    Raises `InputError` naming a variable of the environment that is missing, no number, or beyond what it counts.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1, 0
@@ -207,6 +207,9 @@ def launched() -> tuple[int, int, int]:
             raise InputError(f"WORLD_SIZE asks for several processes, but {name} is '{text}'; start them with torchrun")
         values.append(int(text))
     rank, size, local_rank = values
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank)):
+        if value >= size:
+            raise InputError(f"{name} is {value}; with WORLD_SIZE {size} it must be below {size}")
     return rank, size, local_rank
 
 

@@ -13,13 +13,17 @@ from tqdit.files import (
     CONFIG,
     TRANSFORMER,
     WEIGHTS,
+    check_space,
     check_target,
     is_artifact,
     read_json,
+    repair,
     replacing,
     write_json,
     write_tensors,
 )
+from tqdit.isolation import isolated
+from tqdit.models.components import check_vae
 from tqdit.models.published import AS_PUBLISHED, DIFFUSION
 from tqdit.models.sites import ARCHITECTURE, config_of
 from tqdit.models.sources import (
@@ -27,14 +31,13 @@ from tqdit.models.sources import (
     PIPELINE,
     SCHEDULER,
     ModelSource,
-    check_vae,
     class_names,
-    copy_vae,
     load_float,
     resolve,
 )
 
 
+@isolated()
 def convert_checkpoint(
     model: str | Path,
     out: str | Path,
@@ -54,6 +57,7 @@ def convert_checkpoint(
     `overwrite`, has anything else), a folder that is no VAE, and a file without class names or with one too many.
     """
     out = Path(out)
+    repair(out)
     check_target(out, overwrite, _is_float_model)
     source = resolve(model, num_heads)
     if source.folder.resolve().is_relative_to(out.resolve()) and source.checkpoint is None:
@@ -74,7 +78,9 @@ def convert_checkpoint(
         check_vae(source.vae, int(source.config["in_channels"]))
         if out.resolve().is_relative_to(source.vae.resolve()):
             raise InputError(f"output {out} is inside {source.vae}, which is copied into it")
+    source.check_components()
     module = load_float(source)
+    check_space(out, sum(parameter.nbytes for parameter in module.parameters()))
     with replacing(out, overwrite, _is_float_model) as folder:
         _write(folder, source, module)
     return {
@@ -98,8 +104,7 @@ def _write(folder: Path, source: ModelSource, module: nn.Module) -> None:
     write_tensors(transformer / WEIGHTS, _separate(module.state_dict()))
     write_json(transformer / CONFIG, dict(config_of(module)))
     write_json(folder / SCHEDULER, source.scheduler or DIFFUSION)
-    if source.vae is not None:
-        copy_vae(source.vae, folder)
+    source.copy_components(folder)
     labels = {str(number): label for number, label in sorted(source.labels.items())}
     if source.vae is not None or source.pipeline is not None:
         write_json(folder / PIPELINE, _index(source) | ({"id2label": labels} if labels else {}))

@@ -3,8 +3,8 @@
 import contextlib
 import hashlib
 import json
-import secrets
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tqdit import artifact, distributed
+from tqdit import artifact, distributed, jobs
 from tqdit.calibration import trajectories
 from tqdit.calibration.recorder import record
 from tqdit.calibration.records import Records
@@ -21,11 +21,21 @@ from tqdit.calibration.store import HASH_DIGITS, Store, WorkFolder, discard
 from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.convert import convert
 from tqdit.environment import environment, peak_memory_bytes, versions
-from tqdit.errors import InputError
+from tqdit.errors import InputError, RepairWarning
 from tqdit.evaluation import images
 from tqdit.evaluation.images import BATCH, Images
-from tqdit.files import TRANSFORMER, check_target, replacing, write_json, write_text
+from tqdit.files import (
+    TRANSFORMER,
+    check_space,
+    check_target,
+    filled,
+    replacing,
+    write_json,
+    write_text,
+)
+from tqdit.isolation import isolated
 from tqdit.model_card import CARD, model_card
+from tqdit.models import fitting
 from tqdit.models.sampler import Sampling
 from tqdit.models.shapes import shape_name
 from tqdit.models.sites import ARCHITECTURE, config_of
@@ -36,7 +46,6 @@ from tqdit.models.sources import (
     SCHEDULER,
     ModelSource,
     class_indices,
-    copy_vae,
     load_float,
     resolve,
     weights_hash,
@@ -49,7 +58,7 @@ from tqdit.tensors import decisive
 from tqdit.timegroups import TimeGroups
 
 STAGES = ("calibration", "search")  # whose finished work may be kept
-PIECES = 3  # raised where a change makes other pieces of the same settings, so that no former run is continued
+PIECES = 4  # raised where a change makes other pieces of the same settings, so that no former run is continued
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Device = str | torch.device
 Dtype = str | torch.dtype
@@ -79,6 +88,7 @@ class Prepared:
     work: Path | None = None
 
 
+@isolated()
 def load(model: str | Path, backend: str = "auto", device: Device = "auto", dtype: Dtype = "float32") -> nn.Module:
     """A runnable transformer: an artifact in integers on `backend`, anything else in fp32.
 
@@ -88,13 +98,14 @@ def load(model: str | Path, backend: str = "auto", device: Device = "auto", dtyp
     return load_source(resolve(model), backend, device, dtype)
 
 
+@isolated()
 def load_source(
     source: ModelSource, backend: str = "auto", device: Device = "auto", dtype: Dtype = "float32"
 ) -> nn.Module:
     """`load` of a model that is found already."""
     target, stream = checked_device(device), checked_dtype(dtype)
     if source.quantized:
-        return convert(artifact.read(source.folder), backend, target, stream)
+        return convert(fitting.read(source.folder), backend, target, stream)
     if stream is not torch.float32:
         raise InputError(
             f"'{source.name}' is a float model and runs in float32; dtype '{dtype_name(stream)}' is for artifacts"
@@ -105,6 +116,7 @@ def load_source(
     return load_float(source).to(target)
 
 
+@isolated()
 def prepare(
     model: str | Path, recipe: Recipe, report: Report = silent, device: Device = "auto", work: Path | None = None
 ) -> Prepared:
@@ -115,11 +127,19 @@ def prepare(
     the ranks share the work; they must see the same `work` folder, or an `InputError` says so.
     """
     source = resolve(model)
-    groups = TimeGroups((source.scheduler or {}).get("num_train_timesteps", 1000), recipe.groups)
+    return _calibrated(source, load_float(source), recipe, report, device, work)
+
+
+def _calibrated(
+    source: ModelSource, module: nn.Module, recipe: Recipe, report: Report, device: Device, work: Path | None
+) -> Prepared:
+    """`prepare` of a model that is loaded already."""
+    source.check_components()
+    groups = TimeGroups(source.num_timesteps, recipe.groups)
     target = checked_device(device)
-    module = load_float(source).to(target)
+    module = module.to(target)
     if work:
-        _check_shared(work)
+        jobs.check_shared(work)
     start = time.perf_counter()
     source_hash = weights_hash(module)
     settings = {"scheduler": source.scheduler, **_calibration_settings(recipe)}
@@ -133,6 +153,7 @@ def prepare(
     return Prepared(source, module, recipe, groups, records, _data_hash(data), source_hash, seconds, work)
 
 
+@isolated()
 def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) -> tuple[Solution, float]:
     """Search every scale under `recipe`, whose calibration settings are those of `prepared`; also the seconds.
 
@@ -142,12 +163,8 @@ def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) 
         raise InputError("the recipe's calibration settings are not those the records were made with")
     start = time.perf_counter()
     provenance = {
-        "preset": recipe.label,
-        "recipe": recipe.model_dump(mode="json"),
-        "source": prepared.source.name,
-        "source_sha256": prepared.source_hash,
+        **_made_from(prepared.source, prepared.source_hash, recipe),
         "calibration_sha256": prepared.data_hash,
-        "versions": versions(),
     }
     # The calibration set's hash and the hardware that made it stand for the records.
     where = next(prepared.model.parameters()).device
@@ -166,26 +183,30 @@ def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) 
     return solution, time.perf_counter() - start
 
 
+@isolated()
 def save(solution: Solution, source: ModelSource, out: Path, overwrite: bool = False) -> None:
     """Write an artifact with the scheduler, class names and VAE of its source; all or nothing. A pipeline stays one."""
     with replacing(out, overwrite) as folder:
-        if source.scheduler is not None:
-            write_json(folder / SCHEDULER, source.scheduler)
-        if source.vae is not None:
-            copy_vae(source.vae, folder)
-        if source.pipeline is None:
-            if source.labels:
-                write_json(folder / LABELS, {str(i): label for i, label in sorted(source.labels.items())})
-            artifact.write(solution, folder)  # last: it seals the folder
-        else:
-            index = {**source.pipeline, TRANSFORMER: ["diffusers", ARCHITECTURE]}
-            write_json(folder / PIPELINE, index)
-            (folder / TRANSFORMER).mkdir()
-            artifact.write(solution, folder / TRANSFORMER)
-            artifact.seal(folder)
-        write_text(folder / CARD, model_card(solution, source, artifact.size_bytes(folder)))
+        _write(solution, source, folder)
 
 
+def _write(solution: Solution, source: ModelSource, folder: Path) -> None:
+    write_json(folder / SCHEDULER, source.scheduler)
+    source.copy_components(folder)
+    if source.pipeline is None:
+        if source.labels:
+            write_json(folder / LABELS, {str(i): label for i, label in sorted(source.labels.items())})
+        artifact.write(solution, folder)  # last: it seals the folder
+    else:
+        index = {**source.pipeline, TRANSFORMER: ["diffusers", ARCHITECTURE]}
+        write_json(folder / PIPELINE, index)
+        (folder / TRANSFORMER).mkdir()
+        artifact.write(solution, folder / TRANSFORMER)
+        artifact.seal(folder)
+    write_text(folder / CARD, model_card(solution, source, artifact.size_bytes(folder)))
+
+
+@isolated()
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -200,23 +221,42 @@ def quantize(
     `resumable`: finished work is kept in the folder `out`.work until the artifact is written. The same call continues
     from there after an interruption and gives the same bytes; another model or recipe starts anew. Inside
     `distributed.joined` the ranks share the work, the first one writes, and the bytes are those of one process.
+    Raises `InputError`, before any work, if another process is writing `out`, and for an `out` that cannot be written.
     """
-    out, world = Path(out), distributed.current()
-    check_target(out, overwrite)
-    work = work_folder(out) if resumable else None
-    prepared = prepare(model, recipe, report, device, work)
-    solution, search_seconds = solve_prepared(prepared, recipe, report)
-    if world.first:
-        save(solution, prepared.source, out, overwrite)
-        if work:
+    out = Path(out)
+    work = jobs.work_folder(out) if resumable else None
+    with jobs.reserved(out) as place:
+        if work and not overwrite and _is_made(model, out, work, recipe):
+            source, seconds = resolve(model), 0.0
+            module = load_float(source)
+        else:
+            check_target(out, overwrite)
+            source = resolve(model)
+            module = load_float(source)
+            if place:
+                check_space(out, _least_bytes(source, module, recipe))
+            prepared = _calibrated(source, module, recipe, report, device, work)
+            solution, search_seconds = solve_prepared(prepared, recipe, report)
+            seconds = prepared.seconds + search_seconds
+            if place:
+                with filled(place, overwrite) as folder:
+                    _write(solution, source, folder)
+        if place and work:
             discard(work, STAGES)
-    sizes = float_sizes(prepared.source, prepared.model)
+    return _summary(source, recipe, module, seconds, out, device)
+
+
+def _summary(
+    source: ModelSource, recipe: Recipe, module: nn.Module, seconds: float, out: Path, device: Device
+) -> dict[str, Any]:
+    world = distributed.current()
+    sizes = float_sizes(source, module)
     size = int(world.add(torch.tensor(artifact.size_bytes(out) if world.first else 0)))  # known when it is written
     return {
-        "name": prepared.source.name,
+        "name": source.name,
         "preset": recipe.label,
         "bits": recipe.bits,
-        "calibration_seconds": prepared.seconds + search_seconds,
+        "calibration_seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "size_bytes": size,
         **asdict(sizes),
@@ -228,6 +268,7 @@ def quantize(
     }
 
 
+@isolated()
 def sample(  # noqa: PLR0913 - one for each option of the command
     model: str | Path,
     classes: Sequence[str | int] = (),
@@ -250,6 +291,7 @@ def sample(  # noqa: PLR0913 - one for each option of the command
     return sample_images(wanted, report, backend, device, dtype)
 
 
+@isolated()
 def images_of(
     model: str | Path,
     classes: Sequence[str | int] = (),
@@ -267,6 +309,7 @@ def images_of(
     return Images(source, chosen_classes(source, classes), num, sampling, seed, batch)
 
 
+@isolated()
 def sample_images(
     wanted: Images, report: Report = silent, backend: str = "auto", device: Device = "auto", dtype: Dtype = "float32"
 ) -> torch.Tensor:
@@ -276,6 +319,7 @@ def sample_images(
     return images.gathered(wanted, model, lambda f: report("sampling", f))
 
 
+@isolated()
 def sample_folder(
     wanted: Images,
     folder: str | Path,
@@ -302,6 +346,7 @@ def sample_folder(
     return images.into_folder(wanted, run, model, folder, lambda f: report("sampling", f))
 
 
+@isolated()
 def inspect(folder: str | Path, backend: str = "auto", device: Device = "auto") -> dict[str, Any]:
     """What an artifact is, and every site of it: role, bits, grid, groups, granularity, the kernel that will run it.
 
@@ -310,7 +355,7 @@ def inspect(folder: str | Path, backend: str = "auto", device: Device = "auto") 
     source = resolve(folder)
     if not source.quantized:
         raise InputError(f"'{folder}' is not quantized; inspect takes an artifact")
-    solution = artifact.read(source.folder)
+    solution = fitting.read(source.folder)
     target = checked_device(device)
     chosen = get_backend(backend, target)
     sites = []
@@ -357,39 +402,48 @@ def dtype_name(dtype: Dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def chosen_classes(source: ModelSource, classes: Sequence[str | int]) -> tuple[int, ...]:
+def chosen_classes(source: ModelSource, classes: Sequence[str | int]) -> Sequence[int]:
     """The numbers of the named or numbered classes, or of all."""
-    names = [str(entry) for entry in classes]
-    return tuple(class_indices(source, names) if names else range(int(source.config["num_embeds_ada_norm"])))
+    return class_indices(source, classes) if classes else range(int(source.config["num_embeds_ada_norm"]))
 
 
-def work_folder(out: Path) -> Path:
-    """Where the finished work of an artifact `out` is kept, or an `InputError` if that cannot be a folder."""
-    work = out.absolute().with_name(f"{out.absolute().name}.work")
-    if work.exists() and not work.is_dir():
-        raise InputError(f"{work} is a file; finished work goes into a folder of this name")
-    return work
+def _is_made(model: str | Path, out: Path, work: Path, recipe: Recipe) -> bool:
+    """Whether a run that was killed at its very end has left work of an artifact that is whole and what we would make.
+
+    Of several processes the first one looks.
+    """
+    world, made = distributed.current(), False
+    if world.first and work.is_dir() and out.is_dir():
+        source = resolve(model)
+        module = load_float(source)
+        made_from = _made_from(source, weights_hash(module), recipe)
+        with contextlib.suppress(InputError):
+            found = resolve(out)
+            solution = artifact.read(found.folder)
+            same = all(solution.provenance.get(key) == value for key, value in made_from.items())
+            same = same and decisive(solution.model_config) == decisive(config_of(module))
+            made = same and (found.scheduler, found.labels) == (source.scheduler, source.labels)
+    if made := bool(world.add(torch.tensor([int(made)]))):
+        warnings.warn(f"{out} was finished by a run that was interrupted afterwards", RepairWarning, stacklevel=3)
+    return made
 
 
-def _check_shared(work: Path) -> None:
-    """Raise `InputError` if several processes do not see the same folder `work`."""
-    world = distributed.current()
-    if world.size == 1:
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    token = int(world.add(torch.tensor(secrets.randbits(60) if world.first else 0)))
-    mark = work / f"{token:x}.seen"
-    if world.first:
-        mark.touch()
-    world.wait()
-    seen = mark.exists()
-    world.wait()
-    if world.first:
-        mark.unlink()
-    if not seen:
-        with contextlib.suppress(OSError):
-            work.rmdir()  # made just now, on another disk
-        raise InputError(f"--resumable: {work} is not on a file system that all processes share; leave it out")
+def _made_from(source: ModelSource, source_hash: str, recipe: Recipe) -> dict[str, Any]:
+    """The part of an artifact's provenance that is known before the calibration."""
+    return {
+        "preset": recipe.label,
+        "recipe": recipe.model_dump(mode="json"),
+        "source": source.name,
+        "source_sha256": source_hash,
+        "versions": versions(),
+    }
+
+
+def _least_bytes(source: ModelSource, module: nn.Module, recipe: Recipe) -> int:
+    """About what an artifact takes on the disk, and no more: weight codes and the decoder."""
+    counts = {name.rpartition(".norm1.emb.")[2]: p.numel() for name, p in module.named_parameters()}  # stored once
+    decoder = source.vae.rglob("*.safetensors") if source.vae else ()
+    return sum(counts.values()) * recipe.weight_bits // 8 + sum(file.stat().st_size for file in decoder)
 
 
 def _calibration_settings(recipe: Recipe) -> dict[str, Any]:

@@ -91,8 +91,10 @@ def test_unknown_architecture_is_named(model, tiny_recipe, key: str, value: obje
 
 
 @pytest.mark.parametrize("name", ["DiTTransformer2DModel", "Transformer2DModel"])
-def test_both_names_of_a_dit_are_supported(model, name: str) -> None:
-    check_supported({**config_of(model), "_class_name": name})
+def test_both_names_of_a_dit_are_supported(model, tiny_recipe, name: str) -> None:
+    config = {**config_of(model), "_class_name": name}
+    check_supported(config)
+    assert sites(config, tiny_recipe()) == sites(config_of(model), tiny_recipe())
 
 
 def test_config_of_no_diffusers_model() -> None:
