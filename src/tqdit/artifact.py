@@ -8,6 +8,7 @@ A pipeline has the first two, with a tqdit.json of their own, in its folder `tra
 """
 
 import hashlib
+import os
 from pathlib import Path
 
 import torch
@@ -20,14 +21,19 @@ from tqdit.files import (
     MANIFEST,
     TRANSFORMER,
     WEIGHTS,
+    is_there,
     model_folder,
     read_json,
     read_weights,
     write_json,
     write_tensors,
 )
+from tqdit.reading import check_regular
 from tqdit.spec import Solution
 
+BESIDE = ("model_index.json", "id2label.json")  # what is read with a model, as are
+FOLDERS_BESIDE = ("scheduler", "vae")  # files in these of
+READ_SUFFIXES = (".json", ".safetensors", ".bin")  # these kinds
 SHARD = "diffusion_pytorch_model-{:05d}-of-{:05d}.safetensors"
 
 
@@ -59,18 +65,29 @@ def seal(folder: Path) -> None:
 
 
 def read(folder: Path) -> Solution:
-    """Load and verify an artifact, a pipeline's too, and the files that are sealed beside it.
+    """Load and verify an artifact: a folder of a model, a pipeline, or the folder `transformer` of a pipeline.
 
-    Raises `InputError` naming the file or tensor for anything missing or changed, and as `tensors.unpack` does. A
-    folder that diffusers downloaded and a pipeline that it wrote have no seal.
+    Raises `InputError` naming the file or tensor for anything missing or changed, as `check_seal` and `tensors.unpack`
+    do. Whether the sites are those of the model is another question: see `models.fitting`.
     """
     model = model_folder(folder)
     config = read_json(model / CONFIG)
     tensors.check_config(config, model / CONFIG)
-    for sealed in {folder, model}:
-        if (sealed / MANIFEST).is_file():
-            _check_seal(sealed)
+    check_seal(folder)
     return tensors.unpack(read_weights(model), config, model)
+
+
+def check_seal(folder: Path) -> None:
+    """Verify the files beside config and weights: scheduler, class names, VAE. Config and weights vouch for themselves.
+
+    `folder` is as in `read`; of a pipeline both seals are checked. Raises `InputError` that names the file for one that
+    is missing or changed, and for one that was added and would be read with the model. A folder without tqdit.json is
+    taken: diffusers downloads a model, and writes a pipeline, without it.
+    """
+    root = _pipeline_of(folder)
+    for sealed in {root, model_folder(root)}:
+        if is_there(sealed / MANIFEST):
+            _check_seal(sealed)
 
 
 def check_replaceable(folder: Path) -> None:
@@ -112,19 +129,37 @@ def _vouched(path: Path) -> bool:
     return len(path.parts) == 1 and (path.name in (CONFIG, MANIFEST, INDEX) or path.suffix == ".safetensors")
 
 
+def _pipeline_of(folder: Path) -> Path:
+    """The pipeline whose transformer `folder` is; else the folder itself."""
+    real = Path(os.path.realpath(folder))
+    return real.parent if real.name == TRANSFORMER and is_there(real.parent / MANIFEST) else folder
+
+
 def _check_seal(folder: Path) -> None:
-    files = read_json(folder / MANIFEST).get("files")
+    seal = read_json(folder / MANIFEST)
+    files = seal.get("files")
     if not isinstance(files, dict):
         raise InputError(f"{folder / MANIFEST} has no table of files")
+    if seal != {"format_version": tensors.FORMAT_VERSION, "files": files}:
+        raise InputError(f"{folder / MANIFEST} is not a seal of format {tensors.FORMAT_VERSION}")
     for name, expected in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(f"{folder / MANIFEST} names '{name}', which is not in the folder")
-        if not (folder / name).is_file():
-            raise InputError(f"{folder / name} is missing")
         if _sha256(folder / name) != expected:
             raise InputError(f"{folder / name} was changed: its sha256 is not the one in {MANIFEST}")
+    for path in _read_with_model(folder):
+        if path.relative_to(folder).as_posix() not in files:
+            raise InputError(f"{path} was added: {MANIFEST} does not have it; remove the file")
+
+
+def _read_with_model(folder: Path) -> list[Path]:
+    """The files beside config and weights that are read with a model, if they are there. A README is not."""
+    inside = [path for name in FOLDERS_BESIDE for path in sorted((folder / name).rglob("*"))]
+    beside = [folder / name for name in BESIDE if is_there(folder / name)]
+    return [*beside, *(path for path in inside if path.suffix in READ_SUFFIXES)]
 
 
 def _sha256(path: Path) -> str:
+    check_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

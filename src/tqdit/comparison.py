@@ -18,6 +18,7 @@ from tqdit.errors import InputError
 from tqdit.evaluation import features, fidelity, images, metrics
 from tqdit.evaluation.fidelity import EpsilonFidelity
 from tqdit.evaluation.images import Images
+from tqdit.models import fitting
 from tqdit.models.sampler import Sampling
 from tqdit.models.sources import ModelSource, load_float, resolve, weights_hash
 from tqdit.recipe import Recipe
@@ -195,7 +196,7 @@ def _load_artifact(path: str | Path, source: ModelSource, digest: str) -> _Artif
     other = resolve(path)
     if not other.quantized:
         raise InputError(f"'{path}' is not quantized; compare takes a float model, then artifacts")
-    solution = artifact.read(other.folder)
+    solution = fitting.read(other.folder)
     if solution.provenance.get("source_sha256") != digest:
         made_from = solution.provenance.get("source", "an unknown model")
         raise InputError(

@@ -16,6 +16,7 @@ from tqdit.layers.conditioning import Conditioning, TimestepTable
 from tqdit.layers.linear import IntLinear, WeightOnlyLinear, WeightOnlyPatchEmbed
 from tqdit.layers.params import ActivationParams
 from tqdit.models.building import empty_model
+from tqdit.models.fitting import check_solution
 from tqdit.models.sites import BlockLayout, LinearGroup, blocks, float_input_modules
 from tqdit.modules import Fingerprint, present
 from tqdit.ops.dispatch import get_backend, kernel_name
@@ -42,11 +43,22 @@ def convert(
     `quantization_backend`, `quantization_report` (site name -> kernel) and `solution`, whose codes are those of its
     layers. `dtype`: as `torch_dtype` of diffusers; bfloat16 is also that of the residual stream. With the backend
     "auto" the model is converted again by a call on another kind of device. `memory`: where its tensors are, if they
-    are to visit `device` a part at a time. Raises `InputError` if the solution lacks a site or a parameter of the
-    model, and if the backend cannot run on the device.
+    are to visit `device` a part at a time. Raises `InputError` if the solution is not one of its model (see
+    `models.fitting`), and if the backend cannot run on the device.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}")
+    check_solution(solution)
+    return _converted(solution, backend, device, dtype, memory)
+
+
+def _converted(
+    solution: Solution,
+    backend: str,
+    device: str | torch.device,
+    dtype: torch.dtype = torch.float32,
+    memory: str | torch.device | None = None,
+) -> nn.Module:
     chosen = get_backend(backend, device)
     model: Any = empty_model(solution.model_config)
     builder = _Builder(solution, chosen, model)
@@ -61,11 +73,12 @@ def convert(
     builder.filled(model)
     builder.condition(model, embedders)
     attach_runtime(model, builder.clock, builder.conditioning, graphs=chosen.GRAPHS)
-    builder.check_complete(model)
+    empty_yet = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if value.is_meta]
+    assert not empty_yet, f"not filled: {empty_yet}"
     model.quantization_backend = chosen.NAME
     model.quantization_report = {name: kernel_name(params, chosen) for name, params in solution.params.items()}
     model.solution = replace(solution, codes=LayerCodes(builder.places, builder.sites))
-    model.reconvert = partial(convert, backend=backend)
+    model.reconvert = partial(_converted, backend=backend)  # of a solution that fits
     model.io_dtype = dtype
     model.prepared_for = torch.device(device).type
     model.fingerprint = Fingerprint(_described(solution, chosen.NAME, device))
@@ -149,7 +162,7 @@ def _check_equal(site: str, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) 
 
 
 class _Builder:
-    """Makes the layers of one model and keeps count of what it used. `model` is empty: it says what is needed."""
+    """Makes the layers of one model out of a solution that fits it; `model` is empty."""
 
     def __init__(self, solution: Solution, backend: Backend, model: nn.Module) -> None:
         self.solution = solution
@@ -158,37 +171,23 @@ class _Builder:
         self.heads = int(solution.model_config["num_attention_heads"])
         self.clock = TimestepClock(solution.time_groups)
         self.conditioning = Conditioning()
-        self.used: set[str] = set()
         self.float_inputs: dict[tuple[int, ...], nn.Module] = {}
         self.places: dict[str, _Place] = {}
         self.sites: dict[str, ActivationParams] = {}
 
     def weight(self, name: str) -> WeightParams:
-        try:
-            params, codes = self.solution.params[name], self.solution.codes[name]
-        except KeyError:
-            raise InputError(f"the solution has no codes for weight site '{name}'") from None
-        self._check_shape(name, codes)
-        self.used.add(name)
+        params, codes = self.solution.params[name], self.solution.codes[name]
         return WeightParams(codes.flatten(1), params.scale.reshape(-1))
 
     def parameter(self, name: str) -> torch.Tensor:
         """A parameter that stays in float."""
-        if name not in self.solution.floats:
-            raise InputError(f"the solution has no value for parameter '{name}'")
-        value = self.solution.floats[name]
-        self._check_shape(name, value)
-        self.used.add(name)
-        return value
+        return self.solution.floats[name]
 
     def bias(self, module: str) -> torch.Tensor | None:
         name = f"{module}.bias"
         return self.parameter(name) if name in self.shapes else None
 
     def site(self, name: str, ndim: int) -> ActivationParams:
-        if name not in self.solution.params:
-            raise InputError(f"the solution has no parameters for activation site '{name}'")
-        self.used.add(name)
         self.sites[name] = ActivationParams(self.solution.params[name], self.clock, ndim, self.backend.TABLES)
         return self.sites[name]
 
@@ -208,7 +207,7 @@ class _Builder:
              "fc1": self.linear(layout.fc1), "fc2": self.linear(layout.fc2)},
             {role.value: self.site(layout.operand(role), 4) for role in roles},
             self.heads,
-            (empty.norm1.norm.eps, empty.norm3.eps),
+            (float(empty.norm1.norm.eps), float(empty.norm3.eps)),
             self.backend,
             self.conditioning,
         )  # fmt: skip
@@ -266,20 +265,6 @@ class _Builder:
             if parameter.is_meta:
                 _replace(module, name, nn.Parameter(self.parameter(prefix + name), requires_grad=False))
         return module
-
-    def check_complete(self, model: nn.Module) -> None:
-        """Nothing empty is left in the model, and nothing of the solution is left over."""
-        empty = [n for n, p in [*model.named_parameters(), *model.named_buffers()] if p.is_meta]
-        assert not empty, f"not filled: {empty}"
-        given = {*self.solution.params, *self.solution.floats}
-        if extra := sorted(given - self.used):
-            raise InputError(f"the solution has '{extra[0]}', which this model has no place for")
-
-    def _check_shape(self, name: str, value: torch.Tensor) -> None:
-        if value.shape != self.shapes[name]:
-            raise InputError(
-                f"parameter '{name}' has shape {tuple(value.shape)}, the model's is {tuple(self.shapes[name])}"
-            )
 
 
 def _stacked(weights: list[WeightParams]) -> WeightParams:

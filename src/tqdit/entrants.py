@@ -13,13 +13,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tqdit import artifact
 from tqdit.convert import convert
 from tqdit.errors import InputError
 from tqdit.evaluation.baselines import DenoiserCall, build, contenders, missing, quiet, weights_of
 from tqdit.evaluation.generate import sample_latents
 from tqdit.evaluation.operations import Operations, count_operations
 from tqdit.evaluation.timing import spread_timesteps
+from tqdit.models import fitting
 from tqdit.models.sampler import Sampling
 from tqdit.models.shapes import LATENT_CHANNELS, shape_name
 from tqdit.workflow import Report, checked_dtype, silent
@@ -184,7 +184,7 @@ class Maker:
         return ready
 
     def _quantized(self, subject: Subject) -> Contender:
-        solution = artifact.read(subject.folder)
+        solution = fitting.read(subject.folder)
         dtype = self.settings.dtype or default_dtype(self.device)
         module = convert(solution, self.settings.backend, self.device, checked_dtype(dtype))
         total = solution.time_groups.num_timesteps

@@ -1,5 +1,27 @@
 """The one exception that means: the user's input is wrong, and here is what was legal."""
 
+LONGEST = 1000  # characters of a message; a file may hold a name of any length
+
 
 class InputError(ValueError):
-    """A file, name, shape or setting that the user gave cannot be used; the message says which and why."""
+    """A file, name, shape or setting that the user gave cannot be used; the message says which and why.
+
+    The message is one line that a terminal can show: names come from files, and may hold anything.
+    """
+
+    def __init__(self, message: str) -> None:
+        text = printable(message)
+        if len(text) > LONGEST:
+            text = f"{text[: LONGEST - 303]}...{text[-300:]}"
+        super().__init__(text)
+
+
+def printable(text: str) -> str:
+    """The text with an escape such as \\x1b or \\n in place of every character that a terminal would not print."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+class AssumptionWarning(UserWarning):
+    """A model does not say what is needed, and a default was taken; the message says which."""

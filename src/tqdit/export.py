@@ -10,6 +10,7 @@ from torch import nn
 
 from tqdit.errors import InputError
 from tqdit.files import CONFIG, TRANSFORMER, WEIGHTS, check_target, read_json, replacing, write_json, write_tensors
+from tqdit.models.components import check_vae
 from tqdit.models.published import AS_PUBLISHED, DIFFUSION
 from tqdit.models.sites import ARCHITECTURE, config_of
 from tqdit.models.sources import (
@@ -17,9 +18,7 @@ from tqdit.models.sources import (
     PIPELINE,
     SCHEDULER,
     ModelSource,
-    check_vae,
     class_names,
-    copy_vae,
     load_float,
     resolve,
 )
@@ -62,6 +61,7 @@ def convert_checkpoint(
         check_vae(source.vae, int(source.config["in_channels"]))
         if out.resolve().is_relative_to(source.vae.resolve()):
             raise InputError(f"output {out} is inside {source.vae}, which is copied into it")
+    source.check_components()
     module = load_float(source)
     with replacing(out) as folder:
         _write(folder, source, module)
@@ -79,8 +79,7 @@ def _write(folder: Path, source: ModelSource, module: nn.Module) -> None:
     write_tensors(transformer / WEIGHTS, _separate(module.state_dict()))
     write_json(transformer / CONFIG, dict(config_of(module)))
     write_json(folder / SCHEDULER, source.scheduler or DIFFUSION)
-    if source.vae is not None:
-        copy_vae(source.vae, folder)
+    source.copy_components(folder)
     labels = {str(number): label for number, label in sorted(source.labels.items())}
     if source.vae is not None or source.pipeline is not None:
         write_json(folder / PIPELINE, _index(source) | ({"id2label": labels} if labels else {}))

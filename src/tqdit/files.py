@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tqdit.errors import InputError
+from tqdit.reading import check_regular, parse_json, read_bytes
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -25,23 +26,27 @@ QUANT_METHOD = "tqdit"  # in the `quantization_config` of an artifact's config
 
 def read_json(path: Path, why: str = "") -> dict[str, Any]:
     """A JSON object from a file, or an `InputError` that names the file; `why` says what it is needed for."""
+    data = read_bytes(path, why=why)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing" + (f"; {why}" if why else "")) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return parse_json(data)
+    except InputError as error:
         raise InputError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} does not hold a JSON object")
-    return value
+
+
+def is_there(path: Path) -> bool:
+    """Whether anything has this name: what is there and is no regular file is to be refused, not passed over."""
+    return os.path.lexists(path)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file, or an `InputError` that names the file."""
+    check_regular(path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is missing, truncated or damaged: {error}") from None
+        raise InputError(f"{path} is truncated or damaged: {error}") from None
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # a dtype or shape torch lacks
+        raise InputError(f"{path} has a tensor that cannot be read: {error}") from None
 
 
 def model_folder(root: Path) -> Path:
@@ -65,18 +70,27 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
     Raises `InputError` that names the file.
     """
-    if (folder / INDEX).is_file():
+    if is_there(folder / INDEX):
         index = read_json(folder / INDEX, "sharded weights have one")
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise InputError(f"{folder / INDEX} has no weight_map of tensor names to files")
-        shards = sorted(set(weight_map.values()))
-        if outside := [shard for shard in shards if Path(shard).name != shard]:
-            raise InputError(f"{folder / INDEX} names '{outside[0]}', which is not a file of the folder")
-        return {name: tensor for shard in shards for name, tensor in read_tensors(folder / shard).items()}
-    if not (folder / WEIGHTS).is_file() and list(folder.glob("*.bin")):
+        return _read_shards(folder, index.get("weight_map"))
+    if not is_there(folder / WEIGHTS) and list(folder.glob("*.bin")):
         raise InputError(f"{folder} has only pickled .bin weights; save it as safetensors first")
     return read_tensors(folder / WEIGHTS)
+
+
+def _read_shards(folder: Path, weight_map: Any) -> dict[str, torch.Tensor]:
+    """The tensors of every file that the index names. Which of them has which tensor is read from the files."""
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise InputError(f"{folder / INDEX} has no weight_map of tensor names to files")
+    found: dict[str, torch.Tensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard:
+            raise InputError(f"{folder / INDEX} names '{shard}', which is not a file of the folder")
+        tensors = read_tensors(folder / shard)
+        if repeated := sorted(found.keys() & tensors.keys()):
+            raise InputError(f"{folder / shard} has tensor '{repeated[0]}', and so has another file of {INDEX}")
+        found |= tensors
+    return found
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

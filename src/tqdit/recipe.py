@@ -9,8 +9,11 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tqdit.errors import InputError
+from tqdit.reading import read_bytes
 from tqdit.spec import MAX_BITS, Granularity
 
+MAX_RECIPE_BYTES = 2**16
+MAX_DOTS = 100  # in a line of a recipe that is not a comment
 BITS_PATTERN = re.compile(r"w([2-8])a([4-8])", re.IGNORECASE)
 
 CALIBRATION_SETTINGS = (
@@ -132,9 +135,14 @@ class Recipe(BaseModel):
     @classmethod
     def from_toml(cls, path: Path) -> Self:
         """Read a recipe file: the settings of its `preset`, changed by the others; unknown keys are errors."""
+        data = read_bytes(path, MAX_RECIPE_BYTES)
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            text = data.decode("utf-8")
+            _check_keys(text)
+            values = tomllib.loads(text)
+        except RecursionError:
+            raise InputError(f"recipe {path}: its tables and arrays are too deep; a recipe has single values") from None
+        except ValueError as error:  # not TOML, not UTF-8, a number of thousands of digits
             raise InputError(f"recipe {path}: {error}") from None
         preset = values.get("preset", "paper")
         if str(preset) not in PRESETS:
@@ -165,3 +173,10 @@ class Recipe(BaseModel):
                     f"recipe settings '{name}' and '{PRODUCTS_OF[name]}': 'mrq' of {MAX_BITS} bits takes two products, "
                     f"got 'one'; legal with 'one' are 'best', 'uniform', or at most {MAX_BITS - 1} bits"
                 )
+
+
+def _check_keys(text: str) -> None:
+    """Refuse a key of very many parts, for which the TOML parser would take memory that grows with their square."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.count(".") > MAX_DOTS and not line.lstrip().startswith("#"):
+            raise InputError(f"line {number} has more than {MAX_DOTS} dots; a recipe's keys have one part")

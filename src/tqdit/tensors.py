@@ -11,9 +11,8 @@ embedder. The same Solution gives the same bytes.
 """
 
 import hashlib
-import json
+import inspect
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,13 +20,14 @@ import torch
 from tqdit.errors import InputError
 from tqdit.files import CONFIG, QUANT_METHOD
 from tqdit.grids import packing
-from tqdit.spec import MAX_BITS, MIN_BITS, Granularity, Grid, GridParams, Role, SiteSpec, Solution
-from tqdit.timegroups import TimeGroups
+from tqdit.manifest import Manifest, StoredTensor
+from tqdit.spec import GridParams, SiteSpec, Solution
 
 FORMAT_VERSION = 2
 MANIFEST_TENSOR = "tqdit.manifest"
 QUANTIZATION = "quantization_config"
-MANIFEST_KEYS = ("model_config", "time_groups", "sites", "shapes", "tensors", "aliases", "provenance")
+DEFAULTS = "_use_default_values"  # diffusers' list of keys that a config.json lacked
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # what is smaller has not all its digits
 
 
 def pack(solution: Solution) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -35,16 +35,16 @@ def pack(solution: Solution) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     along with requests)."""
     tensors, shapes = _tensors_of(solution)
     stored, aliases = _deduplicated(tensors)
-    manifest = {
-        "model_config": decisive(solution.model_config),
-        "time_groups": asdict(solution.time_groups),
-        "sites": [asdict(spec) for spec in solution.sites],
-        "shapes": shapes,
-        "tensors": {name: _describe(tensor) for name, tensor in sorted(stored.items())},
-        "aliases": aliases,
-        "provenance": dict(solution.provenance),
-    }
-    text = bytearray(json.dumps(manifest, separators=(",", ":")).encode())
+    manifest = Manifest(
+        decisive(solution.model_config),
+        solution.time_groups,
+        solution.sites,
+        shapes,
+        {name: _describe(tensor) for name, tensor in sorted(stored.items())},
+        aliases,
+        solution.provenance,
+    )
+    text = bytearray(manifest.to_json())
     stored[MANIFEST_TENSOR] = torch.frombuffer(text, dtype=torch.uint8)
     recipe = solution.provenance.get("recipe", {})
     config = {
@@ -67,7 +67,7 @@ def check_config(config: Mapping[str, Any], where: object) -> Mapping[str, Any]:
     if not isinstance(quantization, Mapping) or quantization.get("quant_method") != QUANT_METHOD:
         raise InputError(f"{where} has no {QUANTIZATION} of method '{QUANT_METHOD}'")
     version = quantization.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise InputError(f"{where}: artifact format {version} is not supported; this tqdit reads {FORMAT_VERSION}")
     return quantization
 
@@ -80,33 +80,26 @@ def unpack(found: Mapping[str, torch.Tensor], config: Mapping[str, Any], where: 
     """
     try:
         return _unpacked(found, config)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # all but InputError: of a forged manifest
-        reason = str(error) if isinstance(error, InputError) else f"{MANIFEST_TENSOR} is malformed: {error}"
-        raise InputError(f"{where}: {reason}") from None
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def _unpacked(found: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Solution:
     manifest = _manifest(found, config)
     tensors = _verified(found, manifest)
-    for name, target in manifest["aliases"].items():
-        if target not in tensors:
-            raise InputError(f"tensor '{name}' refers to '{target}', which is missing")
-        tensors[name] = tensors[target]
-    groups = TimeGroups(**manifest["time_groups"])
-    specs = [_spec(entry, groups) for entry in manifest["sites"]]
-    shapes = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
-    params = {spec.name: _take_params(spec, tensors) for spec in specs}
-    codes = _take_codes(specs, shapes, tensors)
+    tensors |= {name: tensors[target] for name, target in manifest.aliases.items()}
+    params = {spec.name: _take_params(spec, tensors) for spec in manifest.sites}
+    codes = _take_codes(manifest, tensors)
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
             raise InputError(f"tensor '{name}' must be finite float32, it is {tensor.dtype}")
     model_config = {key: value for key, value in config.items() if key != QUANTIZATION}
-    return Solution(model_config, groups, params, codes, tensors, dict(manifest["provenance"]))
+    return Solution(model_config, manifest.time_groups, params, codes, tensors, manifest.provenance)
 
 
-def _tensors_of(solution: Solution) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
+def _tensors_of(solution: Solution) -> tuple[dict[str, torch.Tensor], dict[str, tuple[int, ...]]]:
     tensors = {name: tensor.float().contiguous() for name, tensor in solution.floats.items()}
-    shapes: dict[str, list[int]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, params in solution.params.items():
         tensors[f"{name}.scale"] = params.scale.float().contiguous()
         if params.zero_point is not None:
@@ -114,7 +107,7 @@ def _tensors_of(solution: Solution) -> tuple[dict[str, torch.Tensor], dict[str, 
         if params.spec.is_weight:
             codes = solution.codes[name]
             tensors[f"{name}.codes"] = packing.pack(codes, params.spec.bits)
-            shapes[name] = list(codes.shape)
+            shapes[name] = tuple(codes.shape)
     return tensors, shapes
 
 
@@ -125,7 +118,7 @@ def _deduplicated(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.
     aliases: dict[str, str] = {}
     for name, tensor in tensors.items():
         description = _describe(tensor)
-        key = (description["sha256"], description["dtype"], tuple(description["shape"]))
+        key = (description.sha256, description.dtype, tuple(tensor.shape))
         if first.setdefault(key, name) == name:
             stored[name] = tensor
         elif tensor.numel() >= 256:
@@ -135,9 +128,9 @@ def _deduplicated(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.
     return stored, aliases
 
 
-def _describe(tensor: torch.Tensor) -> dict[str, Any]:
+def _describe(tensor: torch.Tensor) -> StoredTensor:
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return {"dtype": dtype, "shape": list(tensor.shape), "sha256": hashlib.sha256(_bytes(tensor)).hexdigest()}
+    return StoredTensor(dtype=dtype, shape=list(tensor.shape), sha256=hashlib.sha256(_bytes(tensor)).hexdigest())
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
@@ -146,41 +139,56 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a model config that decides what the model computes; diffusers' own notes start with "_"."""
-    return {key: config[key] for key in sorted(config) if key[0] != "_" and key != QUANTIZATION}
+    return {key: config[key] for key in sorted(config) if not key.startswith("_") and key != QUANTIZATION}
 
 
-def _manifest(found: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+def _manifest(found: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Manifest:
     expected_hash = check_config(config, CONFIG).get("manifest_sha256")
     if MANIFEST_TENSOR not in found:
         raise InputError(f"lacks tensor '{MANIFEST_TENSOR}'")
     data = _bytes(found[MANIFEST_TENSOR])
     if (digest := hashlib.sha256(data).hexdigest()) != expected_hash:
         raise InputError(f"tensor '{MANIFEST_TENSOR}' has sha256 {digest}, {CONFIG} says {expected_hash}")
-    manifest: dict[str, Any] = json.loads(data)
-    if missing := set(MANIFEST_KEYS) - set(manifest):
-        raise InputError(f"{MANIFEST_TENSOR} lacks '{sorted(missing)[0]}'")
-    public, expected = decisive(config), manifest["model_config"]
-    newer = set(config.get("_use_default_values", ())) - set(expected)  # settings that diffusers has got since
-    for key in sorted({*public, *expected} - newer):
-        if public.get(key) != expected.get(key):
-            raise InputError(f"{CONFIG} was changed: {key} is {public.get(key)!r}, not {expected.get(key)!r}")
+    try:
+        manifest = Manifest.parse(data)
+    except InputError as error:
+        raise InputError(f"{MANIFEST_TENSOR} is malformed: {error}") from None
+    public, expected = decisive(config), manifest.model_config
+    for key in sorted({*public, *expected} - _newer(config, expected)):
+        given, wanted = public.get(key), expected.get(key)
+        if type(given) is not type(wanted) or given != wanted:  # 1 is not True
+            raise InputError(f"{CONFIG} was changed: {key} is {given!r}, not {wanted!r}")
     return manifest
 
 
-def _verified(found: Mapping[str, torch.Tensor], manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    for name, expected in manifest["tensors"].items():
+def _newer(config: Mapping[str, Any], known: Mapping[str, Any]) -> set[str]:
+    """Settings that diffusers has got since the artifact was written, and put into the config with its own default.
+
+    diffusers lists them, but the list may be in the file, too: only what diffusers' class has itself is believed.
+    """
+    listed = config.get(DEFAULTS)
+    if not isinstance(listed, list) or not listed:
+        return set()
+    from diffusers import DiTTransformer2DModel
+
+    parameters = inspect.signature(DiTTransformer2DModel.__init__).parameters
+    unknown = [key for key in listed if isinstance(key, str) and key not in known and key in parameters]
+    defaults = {key: parameters[key].default for key in unknown}
+    return {key for key, value in defaults.items() if type(config.get(key)) is type(value) and config.get(key) == value}
+
+
+def _verified(found: Mapping[str, torch.Tensor], manifest: Manifest) -> dict[str, torch.Tensor]:
+    for name, expected in manifest.tensors.items():
         if name not in found:
             raise InputError(f"lacks tensor '{name}'")
         description = _describe(found[name])
         for key in ("dtype", "shape", "sha256"):
-            if description[key] != expected[key]:
-                raise InputError(f"tensor '{name}' has {key} {description[key]}, expected {expected[key]}")
-    if extra := sorted(set(found) - {*manifest["tensors"], MANIFEST_TENSOR}):
+            if (has := getattr(description, key)) != (needs := getattr(expected, key)):
+                raise InputError(f"tensor '{name}' has {key} {has}, expected {needs}")
+    if extra := sorted(set(found) - {*manifest.tensors, MANIFEST_TENSOR}):
         raise InputError(f"has an unexpected tensor '{extra[0]}'")
     # Weight codes stay in the mapped file until `convert` packs them; no other tensor may keep all of it in memory.
-    return {
-        name: found[name] if found[name].dtype is torch.uint8 else found[name].clone() for name in manifest["tensors"]
-    }
+    return {name: found[name] if found[name].dtype is torch.uint8 else found[name].clone() for name in manifest.tensors}
 
 
 def _take(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -196,8 +204,8 @@ def _take_params(spec: SiteSpec, tensors: dict[str, torch.Tensor]) -> GridParams
     shape = (spec.groups, spec.units, 2) if spec.grid.two_region else (spec.groups, spec.units)
     if scale.dtype != torch.float32 or tuple(scale.shape) != shape:
         raise InputError(f"tensor '{name}' is {scale.dtype} {tuple(scale.shape)}, expected torch.float32 {shape}")
-    if not (torch.isfinite(scale).all() and (scale > 0).all()):
-        raise InputError(f"tensor '{name}' has a scale that is not finite and positive")
+    if not (torch.isfinite(scale).all() and (scale >= SMALLEST_SCALE).all()):
+        raise InputError(f"tensor '{name}' has a scale that is not finite and positive, or is subnormal")
     if spec.grid.two_region or spec.is_weight:
         return GridParams(spec, scale)
     name = f"{spec.name}.zero_point"
@@ -210,32 +218,20 @@ def _take_params(spec: SiteSpec, tensors: dict[str, torch.Tensor]) -> GridParams
     return GridParams(spec, scale, zero_point)
 
 
-def _take_codes(
-    specs: list[SiteSpec], shapes: Mapping[str, tuple[int, ...]], tensors: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def _take_codes(manifest: Manifest, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weight codes by site. Tensors that are stored once stay shared, unless their shape or width differs."""
     codes: dict[str, torch.Tensor] = {}
     unpacked: dict[tuple[Any, ...], torch.Tensor] = {}
-    for spec in specs:
+    for spec in manifest.sites:
         if spec.is_weight:
-            packed = _take(tensors, f"{spec.name}.codes")
-            key = (id(packed), spec.bits, shapes.get(spec.name))
+            packed, shape = _take(tensors, f"{spec.name}.codes"), manifest.shapes.get(spec.name)
+            if shape is None:
+                raise InputError(f"{MANIFEST_TENSOR} has no shape for '{spec.name}'")
+            key = (id(packed), spec.bits, shape)
             if key not in unpacked:
                 try:
-                    unpacked[key] = packing.unpack(packed, spec.bits, shapes[spec.name])
-                except (InputError, KeyError) as error:
+                    unpacked[key] = packing.unpack(packed, spec.bits, shape)
+                except InputError as error:
                     raise InputError(f"tensor '{spec.name}.codes': {error}") from None
             codes[spec.name] = unpacked[key]
     return codes
-
-
-def _spec(entry: Mapping[str, Any], time_groups: TimeGroups) -> SiteSpec:
-    values = dict(entry)
-    values["role"], values["grid"] = Role(values["role"]), Grid(values["grid"])
-    values["granularity"] = Granularity(values["granularity"])
-    spec = SiteSpec(**values)
-    if not MIN_BITS <= spec.bits <= MAX_BITS:
-        raise InputError(f"site '{spec.name}' has {spec.bits} bits, legal are {MIN_BITS} to {MAX_BITS}")
-    if spec.groups not in (1, time_groups.num_groups):
-        raise InputError(f"site '{spec.name}' has {spec.groups} groups, legal are 1 and {time_groups.num_groups}")
-    return spec

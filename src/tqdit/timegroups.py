@@ -6,6 +6,8 @@ import torch
 
 from tqdit.errors import InputError
 
+MAX_TIMESTEPS = 10**6  # a model has a table of all of them
+
 
 @dataclass(frozen=True)
 class TimeGroups:
@@ -19,8 +21,11 @@ class TimeGroups:
     num_groups: int = 10
 
     def __post_init__(self) -> None:
-        if self.num_timesteps < 1:
-            raise InputError(f"num_timesteps must be at least 1, got {self.num_timesteps}")
+        for name in ("num_timesteps", "num_groups"):
+            if type(getattr(self, name)) is not int:
+                raise InputError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+        if not 1 <= self.num_timesteps <= MAX_TIMESTEPS:
+            raise InputError(f"num_timesteps must be between 1 and {MAX_TIMESTEPS}, got {self.num_timesteps}")
         if not 1 <= self.num_groups <= self.num_timesteps:
             raise InputError(
                 f"groups must be between 1 and the {self.num_timesteps} training timesteps, got {self.num_groups}"

@@ -5,7 +5,7 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from tqdit.errors import InputError
 from tqdit.evaluation import images
 from tqdit.evaluation.images import BATCH, Images
 from tqdit.files import TRANSFORMER, check_target, replacing, write_json
+from tqdit.models import fitting
 from tqdit.models.sampler import Sampling
 from tqdit.models.sites import ARCHITECTURE, config_of
 from tqdit.models.sources import (
@@ -33,7 +34,6 @@ from tqdit.models.sources import (
     SCHEDULER,
     ModelSource,
     class_indices,
-    copy_vae,
     load_float,
     resolve,
     weights_hash,
@@ -86,7 +86,7 @@ def load_source(source: ModelSource, backend: str = "auto", device: str = "cpu",
     """`load` of a model that is found already."""
     target, stream = checked_device(device), checked_dtype(dtype)
     if source.quantized:
-        return convert(artifact.read(source.folder), backend, target, stream)
+        return convert(fitting.read(source.folder), backend, target, stream)
     if stream is not torch.float32:
         raise InputError(f"'{source.name}' is a float model and runs in float32; dtype '{dtype}' is for artifacts")
     return load_float(source).to(target)
@@ -102,7 +102,8 @@ def prepare(
     the ranks share the work; they must see the same `work` folder, or an `InputError` says so.
     """
     source = resolve(model)
-    groups = TimeGroups((source.scheduler or {}).get("num_train_timesteps", 1000), recipe.groups)
+    source.check_components()
+    groups = TimeGroups(source.num_timesteps, recipe.groups)
     module = load_float(source).to(checked_device(device))
     if work:
         _check_shared(work)
@@ -153,10 +154,8 @@ def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) 
 def save(solution: Solution, source: ModelSource, out: Path, overwrite: bool = False) -> None:
     """Write an artifact with the scheduler, class names and VAE of its source; all or nothing. A pipeline stays one."""
     with replacing(out, overwrite) as folder:
-        if source.scheduler is not None:
-            write_json(folder / SCHEDULER, source.scheduler)
-        if source.vae is not None:
-            copy_vae(source.vae, folder)
+        write_json(folder / SCHEDULER, source.scheduler)
+        source.copy_components(folder)
         if source.pipeline is None:
             if source.labels:
                 write_json(folder / LABELS, {str(i): label for i, label in sorted(source.labels.items())})
@@ -280,7 +279,7 @@ def inspect(folder: str | Path, backend: str = "auto", device: str = "cpu") -> d
     source = resolve(folder)
     if not source.quantized:
         raise InputError(f"'{folder}' is not quantized; inspect takes an artifact")
-    solution = artifact.read(source.folder)
+    solution = fitting.read(source.folder)
     chosen = get_backend(backend, checked_device(device))
     sites = []
     for spec in solution.sites:
@@ -311,9 +310,9 @@ def checked_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def chosen_classes(source: ModelSource, names: list[str]) -> tuple[int, ...]:
+def chosen_classes(source: ModelSource, names: Sequence[str | int]) -> Sequence[int]:
     """The numbers of the named classes, or of all."""
-    return tuple(class_indices(source, names) if names else range(int(source.config["num_embeds_ada_norm"])))
+    return class_indices(source, names) if names else range(int(source.config["num_embeds_ada_norm"]))
 
 
 def work_folder(out: Path) -> Path:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from published_dit import PublishedDiT, position_table, random_dit, sinusoids
+from safetensors.torch import save_file
 
 from tqdit import workflow
-from tqdit.errors import InputError
+from tqdit.errors import AssumptionWarning, InputError
 from tqdit.models import checkpoints, published
 from tqdit.models.sampler import Sampling
 from tqdit.models.sites import FREQUENCY_SHIFT
@@ -191,9 +193,9 @@ def put_value(name: str, value: float) -> Callable[[State], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (put_value("blocks.1.mlp.fc2.bias", float("nan")), "tensor 'blocks.1.mlp.fc2.bias' has NaN or Inf"),
-        (put_value("t_embedder.mlp.2.weight", float("inf")), "tensor 't_embedder.mlp.2.weight' has NaN or Inf"),
-        (put_value("pos_embed", float("nan")), "tensor 'pos_embed' has NaN or Inf"),
+        (put_value("blocks.1.mlp.fc2.bias", float("nan")), "tensor 'blocks.1.mlp.fc2.bias' is nan at index ["),
+        (put_value("t_embedder.mlp.2.weight", float("inf")), "tensor 't_embedder.mlp.2.weight' is inf at index ["),
+        (put_value("pos_embed", float("nan")), "tensor 'pos_embed' is nan at index ["),
         (lambda s: s.pop("blocks.1.attn.qkv.bias"), "weights lack tensor 'blocks.1.attn.qkv.bias'"),
         (lambda s: s.pop("pos_embed"), "it lacks tensor 'pos_embed'"),
         (lambda s: s.pop("blocks.0.attn.qkv.weight"), "it lacks tensor 'blocks.0.attn.qkv.weight'"),
@@ -265,12 +267,12 @@ def test_other_contents(tmp_path, content: object) -> None:
 
 
 def test_a_file_that_is_not_there(tmp_path) -> None:
-    with pytest.raises(InputError, match=r"none\.pt cannot be read: No such file"):
+    with pytest.raises(InputError, match=r"none\.pt is missing"):
         resolve(tmp_path / "none.pt")
 
 
 def test_heads_are_for_checkpoints(pipeline) -> None:
-    with pytest.raises(InputError, match="--num-heads is for a checkpoint file"):
+    with pytest.raises(InputError, match="a number of heads is for a checkpoint file"):
         resolve(pipeline, num_heads=2)
 
 
@@ -281,3 +283,82 @@ def test_a_folder_may_have_the_name_of_a_file(pipeline, tmp_path) -> None:
 
 def test_what_is_read_names_the_set_of_weights(file) -> None:
     assert checkpoints.read(file()).weights == ""
+
+
+# What a training's own arguments say ------------------------------------------------------------------------------
+
+
+def trained(file: Callable[..., Path], **arguments: object) -> Path:
+    """A training checkpoint of the tiny model, 10 classes and a null row, with its arguments."""
+    path = file()
+    tensors = torch.load(path)
+    torch.save({"model": tensors, "ema": tensors, "opt": {}, "args": argparse.Namespace(**arguments)}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"model": "SiT-XL/2"}, {"path_type": "Linear"}, {"model": "X", "prediction": "velocity"}]
+)
+def test_a_training_by_flow_matching_is_refused(file, arguments: dict) -> None:
+    named = next(iter(arguments.values()))
+    with pytest.raises(InputError, match=rf"official\.pt: .*flow matching.*{named}"):
+        resolve(trained(file, num_classes=10, **arguments))
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [(11, "without a null class"), (7, "11 rows.*num_classes 7"), (12, "11 rows.*num_classes 12")],
+)
+def test_a_label_table_without_the_null_row_that_guidance_needs(file, classes: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        resolve(trained(file, model="DiT-S/2", num_classes=classes))
+
+
+def test_where_arguments_say_the_classes_nothing_is_assumed(file) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AssumptionWarning)
+        assert resolve(trained(file, num_classes=10)).config["num_embeds_ada_norm"] == 10
+
+
+def test_where_nothing_says_the_classes_a_line_does(file) -> None:
+    with pytest.warns(AssumptionWarning, match="the last of the 11 rows is taken for the null class"):
+        assert resolve(file()).config["num_embeds_ada_norm"] == 10
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_names_of_a_wrapped_model(file, prefix: str) -> None:
+    path = file()
+    expected = weights_hash(load_float(resolve(path)))
+    torch.save({f"{prefix}{name}": tensor for name, tensor in torch.load(path).items()}, path)
+    assert weights_hash(load_float(resolve(path))) == expected
+
+
+def test_a_checkpoint_in_safetensors(file) -> None:
+    path = file()
+    save_file(torch.load(path), path.with_suffix(".safetensors"))
+    assert weights_hash(load_float(resolve(path.with_suffix(".safetensors")))) == weights_hash(
+        load_float(resolve(path))
+    )
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.update({WIDTH: torch.zeros(1).expand(2**20, 4, 2, 2)}), f"'{WIDTH}' repeats fewer values"),
+        (
+            lambda s: s.update({f"blocks.{i}.attn.qkv.weight": s["pos_embed"] for i in range(2, 20_000)}),
+            r"weights lack tensor 'blocks\.2\.",
+        ),
+        (lambda s: s.update({WIDTH: s[WIDTH].double() * 1e39}), r"is .* at index .*too large for fp32"),
+    ],
+)
+def test_a_file_that_claims_more_than_it_has_is_refused_before_anything_is_built(file, change, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_float(resolve(file(change)))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path) -> None:
+    os.mkfifo(tmp_path / "x.pt")
+    with pytest.raises(InputError, match=r"x\.pt is not a regular file"):
+        resolve(tmp_path / "x.pt")

@@ -266,3 +266,65 @@ def test_step_weights_are_what_a_ddim_step_does_with_an_error_of_epsilon() -> No
     assert float(weights.max()) == 1
     for t, slope in slopes.items():
         assert float(weights[t]) == pytest.approx(slope / largest, rel=1e-3)
+
+
+# Step weights --------------------------------------------------------------------------------------------------------
+
+SCHEDULES = {
+    "linear": {},
+    "scaled_linear": {"beta_schedule": "scaled_linear"},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "zero terminal SNR": {"rescale_betas_zero_snr": True},
+    "last alpha is that of t = 0": {"set_alpha_to_one": False},
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_step_weights_are_what_a_step_of_the_scheduler_does(schedule: str, prediction: str) -> None:
+    """Squared differences of diffusers' own DDIM step, up to one factor; but where epsilon's has no bound."""
+    config = DDIMScheduler(clip_sample=False, prediction_type=prediction, **SCHEDULES[schedule]).config
+    scheduler = make_scheduler(config, Sampling("ddim", 50), True)
+    weights = step_weights(scheduler).double()
+    assert torch.isfinite(weights).all()
+    assert (weights >= 0).all()
+    assert weights.max() == 1
+    bounded = weights.max() / weights.median() >= 15.9
+    moved = {}
+    for t in range(0, 1000, 37):
+        if float(scheduler.alphas_cumprod[t]) == 0 and prediction == "epsilon":
+            continue
+        x = torch.zeros(1, dtype=torch.float64)
+        moved[t] = float(scheduler.step(x + 1, t, x).prev_sample - scheduler.step(x, t, x).prev_sample) ** 2
+    reference = 481  # in the middle, where no factor is bounded
+    for t, expected in moved.items():
+        found = float(weights[t] / weights[reference])
+        if prediction == "epsilon" and bounded and float(weights[t]) == 1:
+            assert expected / moved[reference] >= 0.99 * found  # cut
+        else:
+            assert found == pytest.approx(expected / moved[reference], rel=2e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_no_few_timesteps_have_all_the_weight(schedule: str, prediction: str) -> None:
+    config = DDIMScheduler(clip_sample=False, prediction_type=prediction, **SCHEDULES[schedule]).config
+    weights = step_weights(make_scheduler(config, Sampling("ddim", 50), True)).double()
+    assert weights.sum() ** 2 / weights.square().sum() > 50  # effective number of 1000
+
+
+@pytest.mark.parametrize(("spacing", "legal"), [("trailing", False), ("leading", True)])
+def test_epsilon_says_nothing_where_nothing_is_left_of_the_image(spacing: str, legal: bool) -> None:
+    config = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing=spacing, clip_sample=False).config
+    if legal:  # no step begins at the last timestep
+        assert 999 not in make_scheduler(config, Sampling("ddim", 20), True).timesteps
+    else:
+        with pytest.raises(InputError, match="rescale_betas_zero_snr"):
+            make_scheduler(config, Sampling("ddim", 20), True)
+
+
+@pytest.mark.parametrize("beta_end", [float("nan"), 2.0, -0.5])
+def test_betas_of_no_process(beta_end: float) -> None:
+    config = dict(DDIMScheduler(clip_sample=False).config) | {"beta_end": beta_end}
+    with pytest.raises(InputError, match="betas that are not between 0 and 1"):
+        make_scheduler(config, Sampling("ddim", 20), True)

@@ -2,13 +2,18 @@
 
 import json
 import re
+import shutil
+import warnings
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tqdit.errors import InputError
+from tqdit.errors import AssumptionWarning, InputError
 from tqdit.files import WEIGHTS
+from tqdit.models.published import DIFFUSION
+from tqdit.models.sampler import SERVED, Sampling, make_scheduler
 from tqdit.models.sources import class_indices, load_float, resolve, weights_hash
 
 
@@ -45,9 +50,10 @@ def test_transformer_folder_of_a_pipeline_is_that_pipeline(pipeline, monkeypatch
 
 
 def test_transformer_folder_alone(model, own_pipeline) -> None:
-    (own_pipeline / "model_index.json").unlink()
-    source = resolve(own_pipeline / "transformer")
-    assert (source.scheduler, source.vae, dict(source.labels)) == (None, None, {})
+    shutil.move(own_pipeline / "transformer", own_pipeline.parent / "alone")
+    with pytest.warns(AssumptionWarning, match="no scheduler; DiT's is taken"):
+        source = resolve(own_pipeline.parent / "alone")
+    assert (source.scheduler, source.vae, dict(source.labels)) == (DIFFUSION, None, {})
     assert weights_hash(load_float(source)) == weights_hash(model)
 
 
@@ -141,7 +147,7 @@ def set_value(name: str, value: float):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_value("proj_out_1.weight", float("nan")), "'proj_out_1.weight' has NaN or Inf"),
+        (set_value("proj_out_1.weight", float("nan")), "tensor 'proj_out_1.weight' is nan at index ["),
         (set_value("transformer_blocks.1.ff.net.2.bias", float("-inf")), "'transformer_blocks.1.ff.net.2.bias'"),
         (lambda s: s.pop("pos_embed.proj.bias"), "lack tensor 'pos_embed.proj.bias'"),
         (lambda s: s.update({"proj_out_2.weight": torch.zeros(8, 31)}), "'proj_out_2.weight' has shape (8, 31)"),
@@ -156,7 +162,7 @@ def test_bad_tensor_is_named(own_pipeline, change, message: str) -> None:
 
 def test_config_of_another_size(own_pipeline) -> None:
     edit_config(own_pipeline, num_layers=3)
-    with pytest.raises(InputError, match=r"lack tensor 'transformer_blocks\.2"):
+    with pytest.raises(InputError, match="num_layers = 3, the weights have 2 blocks"):
         load_float(resolve(own_pipeline))
 
 
@@ -208,3 +214,140 @@ def test_class_table_with_a_wrong_key(own_pipeline) -> None:
     (own_pipeline / "model_index.json").write_text('{"id2label": [1]}')
     with pytest.raises(InputError, match="id2label"):
         resolve(own_pipeline)
+
+
+# What lies beside a model ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["transformer_ema", "checkpoint-500/transformer", "checkpoint-500/transformer_ema"])
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_transformer_in_a_pipeline_has_its_scheduler(
+    own_pipeline, scheduler_config, place: str, indexed: bool
+) -> None:
+    shutil.copytree(own_pipeline / "transformer", own_pipeline / place)
+    edit_weights_of(own_pipeline / place, lambda state: state.update({"proj_out_1.bias": state["proj_out_1.bias"] + 1}))
+    if not indexed:
+        (own_pipeline / "model_index.json").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AssumptionWarning)
+        source = resolve(own_pipeline / place)
+    assert source.scheduler == scheduler_config
+    assert (source.labels.get(3) == "class 3") == indexed
+    assert source.folder.resolve() == (own_pipeline / place).resolve()
+    assert weights_hash(load_float(source)) != weights_hash(load_float(resolve(own_pipeline)))
+
+
+def test_the_scheduler_of_a_neighbour_is_not_a_models_own(own_pipeline) -> None:
+    """Two levels up is another matter, but for a trainer's checkpoint."""
+    shutil.copytree(own_pipeline / "transformer", own_pipeline / "mine" / "transformer")
+    with pytest.warns(AssumptionWarning, match="no scheduler"):
+        resolve(own_pipeline / "mine" / "transformer")
+
+
+def edit_weights_of(folder, change) -> None:
+    state = load_file(folder / WEIGHTS)
+    change(state)
+    save_file(state, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler' is not supported"),
+        ({"_class_name": "MyScheduler"}, "MyScheduler' is not supported; supported are DDIMScheduler"),
+        ({"_class_name": ["my", "Scheduler"]}, "is not supported"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas is True"),
+        ({"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"}, "flow_prediction"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "continuous"),
+    ],
+)
+def test_a_scheduler_that_is_not_served_is_refused_by_name(own_pipeline, config: dict, message: str) -> None:
+    (own_pipeline / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=rf"scheduler_config\.json: .*{message}"):
+        resolve(own_pipeline)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_every_served_scheduler_has_the_process_that_ddim_samples_from(name: str) -> None:
+    """The cumulative alphas of diffusers' own class are those that DDIM makes of its config."""
+    if (kind := getattr(diffusers, name, None)) is None:
+        pytest.skip(f"{name} is not in this diffusers")
+    settings = {"beta_schedule": "scaled_linear", "num_train_timesteps": 500}
+    try:
+        own = kind(**settings)
+    except ImportError:
+        pytest.skip(f"{name} needs another package")
+    for config in (own.config, {"_class_name": name, **settings}):  # with every setting, and with what is no default
+        served = make_scheduler(config, Sampling("ddim", 10), learned_variance=False)
+        assert torch.allclose(served.alphas_cumprod, own.alphas_cumprod)
+        assert served.config.num_train_timesteps == 500
+
+
+# What weights are stored as ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.int64, torch.bool])
+def test_weights_that_are_no_floats_are_refused_by_name(own_pipeline, dtype: torch.dtype) -> None:
+    name = "proj_out_1.weight"
+    edit_weights(own_pipeline, lambda state: state.update({name: state[name].to(dtype)}))
+    with pytest.raises(InputError, match=f"tensor '{name}' is stored as {str(dtype).removeprefix('torch.')}"):
+        load_float(resolve(own_pipeline))
+
+
+def test_the_first_value_that_is_no_number_is_named(own_pipeline) -> None:
+    def change(state) -> None:
+        state["proj_out_1.weight"][3, 5] = float("nan")
+        state["proj_out_1.weight"][9, 2] = float("inf")
+
+    edit_weights(own_pipeline, change)
+    with pytest.raises(InputError, match=r"'proj_out_1\.weight' is nan at index \[3, 5\]"):
+        load_float(resolve(own_pipeline))
+
+
+def test_weights_of_a_compiled_model(model, own_pipeline) -> None:
+    def change(state) -> None:
+        for name in list(state):
+            state[f"_orig_mod.{name}"] = state.pop(name)
+
+    edit_weights(own_pipeline, change)
+    assert weights_hash(load_float(resolve(own_pipeline))) == weights_hash(model)
+
+
+def test_weights_as_one_variant_alone(model, own_pipeline) -> None:
+    folder = own_pipeline / "transformer"
+    (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    with pytest.warns(AssumptionWarning, match="variant fp16"):
+        assert weights_hash(load_float(resolve(own_pipeline))) == weights_hash(model)
+    shutil.copy(folder / "diffusion_pytorch_model.fp16.safetensors", folder / "diffusion_pytorch_model.ema.safetensors")
+    with pytest.raises(InputError, match="variants ema, fp16 only"):
+        load_float(resolve(own_pipeline))
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("change", [{"num_layers": 100_000}, {"num_embeds_ada_norm": 10**6}])
+def test_a_config_that_claims_more_than_the_weights_is_refused_before_anything_is_built(own_pipeline, change) -> None:
+    edit_config(own_pipeline, **change)
+    with pytest.raises(InputError, match=next(iter(change))):
+        load_float(resolve(own_pipeline))
+
+
+# Files of a model's folder -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json", f"transformer/{WEIGHTS}"])
+def test_a_file_of_a_models_folder_means_the_folder(own_pipeline, name: str) -> None:
+    assert resolve(own_pipeline / name).scheduler == resolve(own_pipeline).scheduler
+
+
+def test_any_other_file_is_no_model(tmp_path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(InputError, match="neither a model's folder nor a checkpoint file"):
+        resolve(tmp_path / "notes.txt")
+
+
+def test_classes_are_names_or_numbers(pipeline) -> None:
+    source = resolve(pipeline)
+    assert class_indices(source, ["class 3", 5, "7"]) == [3, 5, 7]
+    for wrong in (10, -1, True, "9" * 5000, 1.5, None):
+        with pytest.raises(InputError, match="unknown class"):
+            class_indices(source, [wrong])

@@ -11,8 +11,9 @@ from torch import nn
 from tqdit.distributed import batches
 from tqdit.errors import InputError
 from tqdit.files import write_bytes
+from tqdit.models.components import check_vae
 from tqdit.models.sampler import Progress, Sampling, noise_generators, trajectory
-from tqdit.models.sources import check_vae
+from tqdit.reading import check_regular
 
 
 def sample_batches(
@@ -71,9 +72,7 @@ def decoder(vae_folder: Path | None, device: torch.device) -> Callable[[torch.Te
     """Latents to images in [-1, 1], both on the CPU: by the pipeline's VAE on `device`, or as they are without one."""
     if vae_folder is None:
         return lambda latents: latents.clamp(-1, 1)
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL.from_pretrained(vae_folder, use_safetensors=True).eval().requires_grad_(False).to(device)
+    vae = _autoencoder(vae_folder).eval().requires_grad_(False).to(device)
 
     @torch.inference_mode()
     def decode(latents: torch.Tensor) -> torch.Tensor:
@@ -81,6 +80,26 @@ def decoder(vae_folder: Path | None, device: torch.device) -> Callable[[torch.Te
         return torch.cat(images).clamp(-1, 1)
 
     return decode
+
+
+def _autoencoder(folder: Path) -> Any:
+    """diffusers' decoder. Raises `InputError` naming the folder for what diffusers refuses, and for weights that are
+    missing or of another shape: diffusers would draw them at random. What is no regular file is not waited for.
+    """
+    from diffusers import AutoencoderKL
+
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".safetensors"):
+            check_regular(path)
+    try:
+        vae, notes = AutoencoderKL.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    except Exception as error:  # whatever diffusers runs into when a config has another type than it expects
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{folder} is no decoder that diffusers can load: {reason}") from None
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if keys := sorted(map(str, notes[problem])):
+            raise InputError(f"{folder}: weights and config do not fit: {problem.replace('_', ' ')}: {keys[0]}")
+    return vae
 
 
 def to_pixels(latents: torch.Tensor, vae_folder: Path | None) -> torch.Tensor:

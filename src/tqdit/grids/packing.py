@@ -30,7 +30,9 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, bits: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """Inverse of `pack`: int8 codes of `shape`. Raises `InputError` if the byte count does not fit the shape."""
+    """Inverse of `pack`: int8 codes of `shape`. Raises `InputError` for sizes that do not fit the bytes."""
+    if not 1 <= bits <= 8 or any(size < 0 for size in shape):
+        raise InputError(f"codes of shape {tuple(shape)} at {bits} bits do not exist")
     total = math.prod(shape)
     if packed.dtype is not torch.uint8 or packed.numel() != packed_size(total, bits):
         raise InputError(

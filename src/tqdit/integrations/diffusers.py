@@ -16,7 +16,7 @@ from torch import nn
 
 from tqdit import artifact, tensors
 from tqdit.errors import InputError
-from tqdit.files import CONFIG, MANIFEST, QUANT_METHOD, TRANSFORMER
+from tqdit.files import CONFIG, QUANT_METHOD
 from tqdit.models.sites import FREQUENCY_SHIFT
 
 
@@ -115,10 +115,8 @@ class TQDiTQuantizer(DiffusersQuantizer):
         `InputError` if a file beside the weights, or in the pipeline around them, is not as its seal says.
         """
         self._keys = list(loaded_keys)
-        self._folder = folder = Path(checkpoint_files[0]).parent
-        for sealed in (folder, folder.parent) if folder.name == TRANSFORMER else (folder,):
-            if (sealed / MANIFEST).is_file():
-                artifact._check_seal(sealed)
+        self._folder = Path(checkpoint_files[0]).parent
+        artifact.check_seal(self._folder)
         return loaded_keys
 
     def check_if_quantized_param(self, *_: Any, **__: Any) -> bool:

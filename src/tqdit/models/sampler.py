@@ -3,6 +3,7 @@
 Calibration reads the states on the way, generation keeps the last: one loop serves both.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,26 @@ from torch import nn
 
 from tqdit.errors import InputError
 from tqdit.models.sites import config_of
+from tqdit.timegroups import MAX_TIMESTEPS
 
 Progress = Callable[[float], None]  # called with the finished fraction of a stage
 SAMPLERS = ("ddim", "ddpm")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
+# diffusers' classes whose models were trained by the discrete diffusion process that DDIM and DDPM sample from: a
+# config of any of them says the same betas, timesteps and kind of prediction.
+SERVED = (
+    "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "PNDMScheduler",
+    "LMSDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler",
+    "SASolverScheduler",
+)  # fmt: skip
+PROCESS = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+    "rescale_betas_zero_snr",
+)  # fmt: skip
+DISCRETE = {"use_flow_sigmas": False, "timestep_type": "discrete"}  # settings that would change the process, as served
+MOST_OVER_MEDIAN = 16  # how often the median a step weight of epsilon may be
 
 
 @dataclass(frozen=True)
@@ -64,17 +81,36 @@ def predict(model: nn.Module, x: torch.Tensor, t: torch.Tensor, labels: torch.Te
     return torch.cat([eps, cond[:, channels:]], dim=1)
 
 
+def check_scheduler(config: Mapping[str, Any]) -> None:
+    """Raise `InputError` unless a scheduler config is of a class and of settings that DDIM and DDPM can serve.
+
+    A config without a class name has the settings of a `DDIMScheduler`.
+    """
+    name = config.get("_class_name", SERVED[0])
+    if name not in SERVED:
+        raise InputError(f"scheduler class {name!r} is not supported; supported are {', '.join(SERVED)}")
+    for key, served in DISCRETE.items():
+        if config.get(key, served) != served:
+            raise InputError(f"{key} is {config[key]!r}; supported is {served!r}")
+    if (kept := config.get("prediction_type", PREDICTIONS[0])) not in PREDICTIONS:
+        raise InputError(f"prediction_type is {kept!r}; supported are {', '.join(PREDICTIONS)}")
+    total = config.get("num_train_timesteps", 1000)
+    if type(total) is not int or not 1 <= total <= MAX_TIMESTEPS:
+        raise InputError(f"num_train_timesteps is {total!r}; it must be a whole number from 1 to {MAX_TIMESTEPS}")
+
+
 def make_scheduler(config: Mapping[str, Any] | None, sampling: Sampling, learned_variance: bool) -> Any:
     """A diffusers DDIM or DDPM scheduler with its timesteps set.
 
     `config`: the model's scheduler config; None is DiT's 1000 linear steps. With DDPM a model that returns (eps, v)
     gets `variance_type="learned_range"`, so that v is used; one that does not gets a fixed variance.
-    Raises `InputError` for more steps than timesteps, and naming the config for settings that diffusers refuses.
+    Raises `InputError` for more steps than timesteps, and naming the config for settings that `check_scheduler` or
+    diffusers refuses, and for betas that no process can have.
     """
     from diffusers import DDIMScheduler, DDPMScheduler
 
     kind = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}[sampling.sampler]
-    settings: dict[str, Any] = dict(config or {"num_train_timesteps": 1000, "beta_schedule": "linear"})
+    settings = _process_settings(config or {})
     settings.setdefault("clip_sample", False)
     if sampling.sampler == "ddpm":
         fixed = str(settings.get("variance_type") or "fixed_small")
@@ -89,22 +125,68 @@ def make_scheduler(config: Mapping[str, Any] | None, sampling: Sampling, learned
         raise InputError(f"scheduler_config.json: diffusers refuses it: {reason}") from None
     if sampling.steps > total:
         raise InputError(f"steps must be at most the {total} training timesteps, got {sampling.steps}")
-    if (kept := scheduler.config.prediction_type) not in PREDICTIONS:
-        raise InputError(f"scheduler_config.json: prediction_type is {kept!r}; known: {', '.join(PREDICTIONS)}")
+    _check_alphas(scheduler)
     return scheduler
 
 
-def step_weights(scheduler: Any, steps: int = 50) -> torch.Tensor:
-    """How much an error of epsilon at t moves the next state of a `steps`-step DDIM run, squared: (T,), largest 1.
+def _process_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A checked scheduler config that says every setting of its process: classes differ in their defaults.
 
-    x_next = sqrt(a'/a) x + c epsilon with c = sqrt(1 - a') - sqrt(a'/a) sqrt(1 - a), a the cumulative alpha at t and
-    a' that of the next timestep (DDIM, eta = 0).
+    diffusers' note of what was a default is left out, by which another class would take its own instead.
+    """
+    import diffusers
+
+    try:
+        check_scheduler(config)
+    except InputError as error:
+        raise InputError(f"scheduler_config.json: {error}") from None
+    kind = getattr(diffusers, config.get("_class_name", SERVED[0]))
+    defaults = {name: p.default for name, p in inspect.signature(kind.__init__).parameters.items() if name in PROCESS}
+    return defaults | {key: value for key, value in config.items() if key != "_use_default_values"}
+
+
+def _check_alphas(scheduler: Any) -> None:
+    """Raise `InputError` for betas outside [0, 1], or a cumulative alpha of 0 where epsilon would be divided by it."""
+    if not bool(((scheduler.betas >= 0) & (scheduler.betas <= 1)).all()):
+        raise InputError("scheduler_config.json: it has betas that are not between 0 and 1")
+    alphas = scheduler.alphas_cumprod[scheduler.timesteps]
+    if scheduler.config.prediction_type == "epsilon" and bool((alphas == 0).any()):
+        raise InputError(
+            "scheduler_config.json: with rescale_betas_zero_snr nothing of the image is left at the last timestep, "
+            "where a prediction of epsilon says nothing; prediction_type must be v_prediction or sample"
+        )
+
+
+def step_weights(scheduler: Any, steps: int = 50) -> torch.Tensor:
+    """How much an error of the prediction at t moves the next state of a `steps`-step DDIM run, squared: (T,).
+
+    The largest weight is 1. The factor is the derivative of the next state by the prediction (DDIM, eta = 0), with a
+    the cumulative alpha at t and a' that of the next timestep:
+
+        epsilon   sqrt(1 - a') - sqrt(a' / a) sqrt(1 - a)
+        v         sqrt(1 - a') sqrt(a) - sqrt(a') sqrt(1 - a)
+        sample    sqrt(a') - sqrt(1 - a') sqrt(a / (1 - a))
+
+    Only the factor of epsilon has no bound: it grows as 1 / sqrt(a) where almost nothing of the image is left. The
+    image itself is bounded, so there a weight is at most `MOST_OVER_MEDIAN` times the median of all.
     """
     alpha = scheduler.alphas_cumprod.double()
     stride = max(1, len(alpha) // steps)
-    following = torch.cat([torch.ones(stride, dtype=torch.float64), alpha[:-stride]])
-    coefficient = (1 - following).sqrt() - (following / alpha).sqrt() * (1 - alpha).sqrt()
-    return (coefficient / coefficient.abs().max()).square().float()
+    last = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
+    following = torch.cat([torch.full((stride,), last, dtype=torch.float64), alpha[:-stride]])
+    signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
+    next_signal, next_noise = following.sqrt(), (1 - following).sqrt()
+    kind = scheduler.config.prediction_type
+    if kind == "v_prediction":
+        factor = next_noise * signal - next_signal * noise
+    elif kind == "sample":
+        factor = next_signal - next_noise * signal / noise
+    else:
+        factor = next_noise - next_signal / signal * noise
+    weights = factor.square()
+    if kind == "epsilon":
+        weights = weights.clamp(max=MOST_OVER_MEDIAN * weights.median())
+    return (weights / weights.max()).float()
 
 
 def noise_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:

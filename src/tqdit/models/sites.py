@@ -21,6 +21,7 @@ SIZES = (
     "num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "sample_size", "patch_size",
     "num_embeds_ada_norm",
 )  # fmt: skip
+MAX_SIZE = 2**20  # of each of them: a list of so many layers or classes still is no burden
 SETTINGS = {"activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero", "norm_elementwise_affine": False}
 
 
@@ -86,7 +87,7 @@ class BlockLayout:
 def config_of(model: nn.Module) -> Mapping[str, Any]:
     """A diffusers model's config with its class name, without diffusers' notes, whose order is not deterministic."""
     config = cast(Mapping[str, Any], model.config)
-    return {"_class_name": ARCHITECTURE, **{key: value for key, value in config.items() if key[0] != "_"}}
+    return {"_class_name": ARCHITECTURE, **{key: value for key, value in config.items() if not key.startswith("_")}}
 
 
 def blocks(config: Mapping[str, Any]) -> tuple[BlockLayout, ...]:
@@ -129,8 +130,8 @@ def check_supported(config: Mapping[str, Any]) -> None:
 
 
 def _check_size(key: str, value: object) -> None:
-    if type(value) is not int or value < 1:
-        raise InputError(f"model config has {key} = {value!r}; it must be a whole number from 1")
+    if type(value) is not int or not 1 <= value <= MAX_SIZE:
+        raise InputError(f"model config has {key} = {value!r}; it must be a whole number from 1 to {MAX_SIZE}")
 
 
 def sites(config: Mapping[str, Any], recipe: Recipe) -> tuple[SiteSpec, ...]:

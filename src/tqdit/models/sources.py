@@ -4,8 +4,8 @@ Safetensors, and tensors alone from a checkpoint; strict keys.
 """
 
 import hashlib
-import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from tqdit.errors import InputError
-from tqdit.files import CONFIG, QUANT_METHOD, TRANSFORMER, model_folder, read_json, read_weights
-from tqdit.models import checkpoints, hub
+from tqdit.errors import AssumptionWarning, InputError
+from tqdit.files import CONFIG, QUANT_METHOD, TRANSFORMER, is_there, model_folder, read_json
+from tqdit.models import checkpoints, components, float_weights, hub
 from tqdit.models.building import empty_model, set_parameter
 from tqdit.models.published import DIFFUSION
+from tqdit.models.sampler import check_scheduler
 from tqdit.models.sites import FREQUENCY_SHIFT, check_supported, config_of
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 BUNDLED = {"fashion-dit": DATA / "fashion-dit"}
+MOST_DIGITS = 9  # of a class number
 LABELS = "id2label.json"
+SAFETENSORS = ".safetensors"
 PIPELINE = "model_index.json"  # what makes a folder a diffusers pipeline
 SCHEDULER = Path("scheduler", "scheduler_config.json")
 
@@ -37,12 +40,27 @@ class ModelSource:
     name: str
     folder: Path
     config: Mapping[str, Any]
-    scheduler: Mapping[str, Any] | None = None
+    scheduler: Mapping[str, Any] = field(default_factory=lambda: dict(DIFFUSION))
     labels: Mapping[int, str] = field(default_factory=dict)
     vae: Path | None = None
     pipeline: Mapping[str, Any] | None = None  # model_index.json
     checkpoint: Path | None = None
     weights: str = ""
+    root: Path | None = None  # the pipeline's folder, or the model's own
+
+    def check_components(self) -> None:
+        """Raise `InputError` for a part of the pipeline that could not be copied into an artifact of it."""
+        if self.root is not None and self.pipeline is not None:
+            components.check(self.root, self.pipeline)
+
+    def copy_components(self, folder: Path) -> None:
+        """Put the parts of the pipeline besides transformer and scheduler into the new pipeline `folder`."""
+        components.copy(self.root or self.folder, self.pipeline or {}, self.vae, folder)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Training timesteps T of the schedule."""
+        return int(self.scheduler.get("num_train_timesteps", 1000))
 
     @property
     def quantized(self) -> bool:
@@ -53,47 +71,69 @@ class ModelSource:
 def resolve(model: str | Path, num_heads: int | None = None) -> ModelSource:
     """Find a model by bundled name, folder, checkpoint file, or id on the Hugging Face Hub, which is downloaded.
 
-    A pipeline's transformer folder means that pipeline; what exists here wins over the Hub. `num_heads`: of a
-    checkpoint whose width is not published. Raises `InputError` saying what was looked for, or which file is not a
-    DiT's.
+    A transformer's folder inside a pipeline means that pipeline with this transformer, whatever the folder is called;
+    what exists here wins over the Hub. `num_heads`: of a checkpoint whose width is not published. Where no scheduler
+    lies beside a model, DiT's own schedule is taken with an `AssumptionWarning`. Raises `InputError` saying what was
+    looked for, which file is not a DiT's, or which scheduler is not supported.
     """
     path = Path(model)
-    if str(model) not in BUNDLED and path.suffix in checkpoints.SUFFIXES and not path.is_dir():
+    in_a_folder = path.suffix == SAFETENSORS and is_there(path.parent / CONFIG)  # weights of a diffusers model
+    if str(model) not in BUNDLED and path.suffix in checkpoints.SUFFIXES and not (path.is_dir() or in_a_folder):
         return _checkpoint(path, num_heads)
     if num_heads is not None:
-        raise InputError(f"--num-heads is for a checkpoint file ({', '.join(checkpoints.SUFFIXES)}), not '{model}'")
-    root = _root(model)
-    parent = root.resolve().parent
-    if root.resolve().name == TRANSFORMER and (parent / PIPELINE).is_file():
-        root = parent
-    folder = model_folder(root)
+        raise InputError(
+            f"a number of heads is for a checkpoint file ({', '.join(checkpoints.SUFFIXES)}), not '{model}'"
+        )
+    given = _folder(model)
+    root = _pipeline_of(given)
+    folder = model_folder(root) if given == root else given
     config = read_json(folder / CONFIG, "a diffusers transformer has one")
-    source = ModelSource(
-        name=_name(str(model), root),
-        folder=folder,
-        config=config,
-        scheduler=_scheduler(root / SCHEDULER),
-        labels=_labels(root),
-        pipeline=_optional_json(root / PIPELINE),
-        vae=root / "vae" if (root / "vae" / "config.json").is_file() else None,
-    )
     try:
         check_supported(config)
     except InputError as error:
         raise InputError(f"{folder / CONFIG}: {error}") from None
-    return source
+    index = _optional_json(root / PIPELINE)
+    return ModelSource(
+        name=_name(str(model), root if folder.name == TRANSFORMER else folder),
+        folder=folder,
+        config=config,
+        scheduler=_scheduler(root / SCHEDULER),
+        labels=_labels(root),
+        pipeline=index,
+        vae=root / "vae" if is_there(root / "vae" / CONFIG) else None,
+        root=root,
+    )
 
 
-def _root(model: str | Path) -> Path:
+def _folder(model: str | Path) -> Path:
+    """The folder that MODEL means: of a bundled name, a folder, a file in a model's folder, or an id on the Hub."""
     root = BUNDLED.get(str(model), Path(model))
     if root.is_dir():
         return root
-    if isinstance(model, str) and hub.is_id(model) and not root.exists():
+    if root.is_file() and root.name == PIPELINE:
+        return root.parent
+    if root.is_file() and is_there(root.parent / CONFIG):  # a file of weights, or the config itself
+        return root.parent
+    if root.exists():
+        raise InputError(f"'{model}' is neither a model's folder nor a checkpoint file; give the folder")
+    if isinstance(model, str) and hub.is_id(model):
         return hub.fetched(model)
     raise InputError(
         f"unknown model '{model}'; give a folder, a checkpoint file ({', '.join(checkpoints.SUFFIXES)}), owner/name "
         f"of a model on the Hugging Face Hub, or a bundled model: {', '.join(BUNDLED)}"
     )
+
+
+def _pipeline_of(folder: Path) -> Path:
+    """The pipeline that a transformer's folder is in, or the folder itself.
+
+    A trainer writes `checkpoint-500/transformer` into the folder whose scheduler it trains with.
+    """
+    real = folder.resolve()
+    if is_there(real / PIPELINE) or is_there(real / SCHEDULER) or not is_there(real / CONFIG):
+        return folder
+    around = [real.parent, *([real.parent.parent] if real.parent.name.startswith("checkpoint-") else [])]
+    return next((place for place in around if is_there(place / PIPELINE) or is_there(place / SCHEDULER)), folder)
 
 
 def _name(model: str, root: Path) -> str:
@@ -110,30 +150,34 @@ def _checkpoint(path: Path, num_heads: int | None) -> ModelSource:
 def load_float(source: ModelSource) -> nn.Module:
     """The float `DiTTransformer2DModel`, fp32, eval mode, on the CPU.
 
-    Raises `InputError` naming the file or tensor for a config that diffusers refuses and for anything missing, of the
-    wrong shape, left over, or not finite; diffusers only warns.
+    Raises `InputError` naming the file or tensor for a config that diffusers refuses or that is of another size than
+    the weights, and for any tensor that is missing, of the wrong shape, left over, stored as no float, or not finite;
+    diffusers only warns.
     """
     if source.quantized:
         raise InputError(f"model '{source.name}' is already quantized; give the float model")
     if source.checkpoint is not None:
         heads = int(source.config["num_attention_heads"])
         return checkpoints.load(checkpoints.read(source.checkpoint, heads))
-    state = read_weights(source.folder)
+    state = float_weights.read(source.folder)
+    try:
+        float_weights.check_sizes(state, source.config)
+        values = {name: float_weights.checked(name, tensor) for name, tensor in state.items()}
+    except InputError as error:
+        raise InputError(f"{source.folder}: {error}") from None
     model = _empty_model(source)
     expected = model.state_dict()
     for name, tensor in expected.items():
-        if name not in state:
+        if name not in values:
             raise InputError(f"{source.folder}: weights lack tensor '{name}'")
-        if state[name].shape != tensor.shape:
+        if values[name].shape != tensor.shape:
             raise InputError(
-                f"{source.folder}: tensor '{name}' has shape {tuple(state[name].shape)}, "
+                f"{source.folder}: tensor '{name}' has shape {tuple(values[name].shape)}, "
                 f"the config needs {tuple(tensor.shape)}"
             )
-        if not torch.isfinite(state[name]).all():
-            raise InputError(f"{source.folder}: tensor '{name}' has NaN or Inf values")
-    if extra := sorted(set(state) - set(expected)):
+    if extra := sorted(set(values) - set(expected)):
         raise InputError(f"{source.folder}: unexpected tensor '{extra[0]}'")
-    for name, tensor in state.items():
+    for name, tensor in values.items():
         set_parameter(model, name, tensor.to(torch.float32, copy=True))  # it may be part of a mapped file
     return model.eval().requires_grad_(False)
 
@@ -156,31 +200,43 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def class_indices(source: ModelSource, names: list[str]) -> list[int]:
+def class_indices(source: ModelSource, classes: Sequence[str | int]) -> list[int]:
     """Class numbers of names or numbers. Raises `InputError` naming the unknown one."""
     by_name = {label.strip().lower(): i for i, text in source.labels.items() for label in text.split(",")}
     count = int(source.config["num_embeds_ada_norm"])
     found = []
-    for name in names:
-        key = name.strip().lower()
-        index = by_name.get(key, int(key) if key.isdecimal() else -1)
-        if not 0 <= index < count:
+    for given in classes:
+        key = str(given).strip().lower()
+        index = by_name.get(key, _number(key))
+        if isinstance(given, bool) or not 0 <= index < count:
             known = ", ".join(list(by_name)[:20]) or "none named"
-            raise InputError(f"unknown class '{name}'; known: {known}, or a number from 0 to {count - 1}")
+            raise InputError(f"unknown class '{str(given)[:40]}'; known: {known}, or a number from 0 to {count - 1}")
         found.append(index)
     return found
 
 
+def _number(text: str) -> int:
+    """A class number, or -1: of more digits it is none, and Python reads at most 4300."""
+    return int(text) if text.isdecimal() and len(text) <= MOST_DIGITS else -1
+
+
 def _optional_json(path: Path) -> dict[str, Any] | None:
-    return read_json(path) if path.is_file() else None
+    return read_json(path) if is_there(path) else None
 
 
-def _scheduler(path: Path) -> dict[str, Any] | None:
-    """A scheduler config whose number of training timesteps is usable."""
+def _scheduler(path: Path) -> dict[str, Any]:
+    """The config of a scheduler that is supported; DiT's own, with an `AssumptionWarning`, where there is none."""
     config = _optional_json(path)
-    total = (config or {}).get("num_train_timesteps", 1000)
-    if type(total) is not int or total < 1:
-        raise InputError(f"{path}: num_train_timesteps is {total!r}; it must be a whole number from 1")
+    if config is None:
+        message = (
+            f"{path.parent.parent} has no scheduler; DiT's is taken: DDIM, 1000 linear betas from 1e-4 to 0.02, epsilon"
+        )
+        warnings.warn(message, AssumptionWarning, stacklevel=3)
+        return dict(DIFFUSION)
+    try:
+        check_scheduler(config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     return config
 
 
@@ -190,31 +246,17 @@ def _labels(root: Path) -> dict[int, str]:
     return class_names(table, f"{root}: id2label")
 
 
-def check_vae(folder: Path, channels: int) -> None:
-    """`InputError` unless `folder` has a diffusers `AutoencoderKL` for latents of `channels`, in safetensors."""
-    config = read_json(folder / CONFIG, "a diffusers autoencoder has one")
-    if (kind := config.get("_class_name")) != "AutoencoderKL":
-        raise InputError(f"{folder} has the class {kind}, a decoder is an AutoencoderKL")
-    if (latents := config.get("latent_channels", 4)) != channels:
-        raise InputError(f"{folder} decodes latents of {latents} channels, the model's have {channels}")
-    if not any(folder.glob("*.safetensors")):
-        raise InputError(f"{folder} has no .safetensors weights")
-
-
-def copy_vae(vae: Path, folder: Path) -> None:
-    """Put a decoder into the new pipeline `folder`, without the pickled weights that may be beside it."""
-    shutil.copytree(vae, folder / "vae", ignore=shutil.ignore_patterns("*.bin"))
-
-
 def class_names(table: Any, where: str, count: int | None = None) -> dict[int, str]:
     """Class names by number, out of JSON; `where` it is from is named in the `InputError` for anything else, and for a
     number that is not below `count`.
     """
     if not isinstance(table, dict):
         raise InputError(f"{where} is not a table of class numbers to names")
-    if wrong := [number for number in table if not number.isdecimal()]:
+    if wrong := [number for number in table if _number(number) < 0]:
         raise InputError(f"{where} has the key '{wrong[0]}', keys are class numbers")
     names = {int(number): str(label) for number, label in table.items()}
+    if len(names) != len(table):
+        raise InputError(f"{where} has a class number twice, with and without leading zeros")
     if count is not None and (beyond := [number for number in names if number >= count]):
         raise InputError(f"{where} names class {beyond[0]}, the model has classes 0 to {count - 1}")
     return names

@@ -1,0 +1,113 @@
+"""The parts of a pipeline beside its transformer and scheduler: checked before any work, then copied into an artifact.
+
+A pipeline that is quantized stays one that diffusers loads. Its other parts (a VAE, text encoders, code of its own) are
+copied as they are, but never pickled weights, which nobody should load.
+"""
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdit.errors import InputError
+from tqdit.files import CONFIG, TRANSFORMER, read_json
+
+SCHEDULER_PART = "scheduler"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+WEIGHTS_NAME = re.compile(r"((?:diffusion_pytorch_)?model)(\.[\w-]+)?\.safetensors")  # a name, maybe with a variant
+
+
+def names(index: Mapping[str, Any]) -> Iterator[str]:
+    """The components that a model_index.json names besides transformer and scheduler, without those that are null."""
+    for name, value in index.items():
+        if (
+            isinstance(value, list)
+            and name[:1] != "_"
+            and name not in (TRANSFORMER, SCHEDULER_PART)
+            and value[:1] != [None]
+        ):
+            yield name
+
+
+def check(root: Path, index: Mapping[str, Any]) -> None:
+    """Raise `InputError` for a component that could not be copied; `index` is model_index.json."""
+    for name in names(index):
+        if Path(name).name != name:
+            raise InputError(f"{root} names the component {name!r}, which is no folder of it")
+        if not (root / name).is_dir():
+            raise InputError(f"{root} names the component '{name}', but has no folder of this name")
+        _check_weights(root / name)
+    if (code := own_code(root, index)) is not None and not code.is_file():
+        raise InputError(f"{root} names the pipeline class {index['_class_name']}, but has no file {code.name}")
+
+
+def own_code(root: Path, index: Mapping[str, Any]) -> Path | None:
+    """The Python file of a pipeline whose class is not diffusers' own; None for one of diffusers."""
+    kind = index.get("_class_name")
+    if not isinstance(kind, list):
+        return None
+    module = kind[0] if len(kind) == 2 and all(isinstance(part, str) for part in kind) else ""
+    if not module.isidentifier():
+        raise InputError(f"{root} names the pipeline class {kind!r}; a class of one's own is [module, class]")
+    return root / f"{module}.py"
+
+
+def copy(root: Path, index: Mapping[str, Any], vae: Path | None, folder: Path) -> None:
+    """Copy the components of the pipeline `root`, and code of its own, into the new pipeline `folder`.
+
+    `vae`: the decoder that the copy has, whatever the pipeline's own.
+    """
+    sources = {name: root / name for name in names(index)} | ({} if vae is None else {"vae": vae})
+    for name, source in sources.items():
+        copy_folder(source, folder / name)
+    if (code := own_code(root, index)) is not None:
+        shutil.copyfile(code, folder / code.name)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a component's folder without pickled weights; a variant that stands alone gets the name that is loaded."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*(f"*{suffix}" for suffix in PICKLES)))
+    if (alone := _variant_alone(source)) is not None:
+        stem = WEIGHTS_NAME.fullmatch(alone.name)
+        assert stem is not None
+        (target / alone.name).rename(target / f"{stem[1]}.safetensors")
+
+
+def _check_weights(component: Path) -> None:
+    """Raise `InputError` for weights that exist as pickles alone, or only as a variant in several files."""
+    tensors = sorted(path.name for path in component.glob("*.safetensors"))
+    pickles = sorted(path.name for path in component.iterdir() if path.suffix in PICKLES)
+    if pickles and not tensors:
+        raise InputError(
+            f"{component} has only pickled weights ({pickles[0]}), which are never copied; save it as safetensors first"
+        )
+    if tensors and not _loads_without_variant(component) and _variant_alone(component) is None:
+        raise InputError(f"{component} has weights only as {', '.join(tensors[:3])}; save it without a variant first")
+
+
+def _loads_without_variant(component: Path) -> bool:
+    stems = ("diffusion_pytorch_model", "model")
+    return any((component / f"{stem}.safetensors{end}").is_file() for stem in stems for end in ("", ".index.json"))
+
+
+def _variant_alone(component: Path) -> Path | None:
+    """The one file of weights of a component that has them as a variant only."""
+    if _loads_without_variant(component):
+        return None
+    found = [path for path in component.glob("*.safetensors") if WEIGHTS_NAME.fullmatch(path.name)]
+    return found[0] if len(found) == 1 else None
+
+
+def check_vae(folder: Path, channels: int) -> None:
+    """`InputError` unless `folder` has a diffusers `AutoencoderKL` for latents of `channels`, in safetensors."""
+    config = read_json(folder / CONFIG, "a diffusers autoencoder has one")
+    if (kind := config.get("_class_name")) != "AutoencoderKL":
+        raise InputError(f"{folder} has the class {kind}, a decoder is an AutoencoderKL")
+    if (latents := config.get("latent_channels", 4)) != channels:
+        raise InputError(f"{folder} decodes latents of {latents} channels, the model's have {channels}")
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"{folder} has no .safetensors weights")
+    if not _loads_without_variant(folder):
+        only = next(folder.glob("*.safetensors")).name
+        raise InputError(f"{folder} has weights only as {only}, a variant; save it without a variant first")

@@ -1,0 +1,85 @@
+"""Write golden artifacts of the present format: `python tests/golden/make.py` makes tests/golden/format-<version>.
+
+Every format that a release wrote has a folder here, and no folder is ever made again: `tests/test_golden.py` proves
+that artifacts written before still load and compute what they computed then. Run this once when the format changes.
+
+    format-N/pipeline      a diffusers pipeline, W6A6 of `plus`: packed codes, time groups, MRQ after softmax
+    format-N/plain         a plain folder in shards, W8A8 of `paper`
+    format-N/expected.json           sha256 of codes, scales and zero points of every site
+    format-N/expected.safetensors    the inputs of a call, and the output of each artifact on backend `reference`
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+TESTS = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(TESTS))
+
+from conftest import build_dit, build_recipe, write_pipeline  # noqa: E402
+from tqdit import artifact, tensors, workflow  # noqa: E402
+from tqdit.convert import convert  # noqa: E402
+from tqdit.spec import Solution  # noqa: E402
+
+SHARD_BYTES = 30_000
+ARTIFACTS = {"pipeline": ("plus", "w6a6", {"softmax_grid": "mrq"}), "plain": ("paper", "w8a8", {})}
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    """A call of three samples in three time groups."""
+    generator = torch.Generator().manual_seed(17)
+    return {
+        "hidden_states": torch.randn(3, 1, 8, 8, generator=generator),
+        "timestep": torch.tensor([999, 500, 3]),
+        "class_labels": torch.tensor([0, 7, 10]),
+    }
+
+
+def digests(solution: Solution) -> dict[str, str]:
+    """sha256 of what each site has: its codes, scales and zero points, as plain arrays."""
+    found = {f"{name}/codes": codes for name, codes in solution.codes.items()}
+    for name, params in solution.params.items():
+        found[f"{name}/scale"] = params.scale
+        if params.zero_point is not None:
+            found[f"{name}/zero_point"] = params.zero_point
+    return {name: hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest() for name, tensor in found.items()}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    root = Path(__file__).resolve().parent / f"format-{tensors.FORMAT_VERSION}"
+    root.mkdir()  # refuses to make one again
+    expected: dict[str, torch.Tensor] = inputs()
+    hashes = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        source = write_pipeline(Path(temporary) / "golden-dit", build_dit())
+        for name, (preset, bits, changes) in ARTIFACTS.items():
+            workflow.quantize(source, root / name, build_recipe(preset, bits, **changes))
+    _make_plain(root / "plain")
+    for name in ARTIFACTS:
+        solution = artifact.read(root / name)
+        hashes[name] = digests(solution)
+        with torch.inference_mode():
+            expected[name] = convert(solution, "reference")(**inputs()).sample
+    (root / "expected.json").write_text(json.dumps(hashes, indent=0) + "\n")
+    save_file(expected, root / "expected.safetensors")
+
+
+def _make_plain(folder: Path) -> None:
+    """Turn a pipeline artifact into the folder of its model alone, with the weights in shards."""
+    solution = artifact.read(folder)
+    scheduler = (folder / "scheduler" / "scheduler_config.json").read_bytes()
+    shutil.rmtree(folder)
+    (folder / "scheduler").mkdir(parents=True)
+    (folder / "scheduler" / "scheduler_config.json").write_bytes(scheduler)
+    artifact.write(solution, folder, SHARD_BYTES)
+
+
+if __name__ == "__main__":
+    main()
