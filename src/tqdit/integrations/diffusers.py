@@ -148,7 +148,11 @@ class TQDiTQuantizer(DiffusersQuantizer):
         config = {**model.config, tensors.QUANTIZATION: self.quantization_config.to_dict()}
         found, self._found = self._found, {}
         model._modules.clear()
-        built = convert(tensors.unpack(found, config, self._folder), device=self._device)
+        solution = tensors.unpack(found, config, self._folder)
+        try:
+            built = convert(solution, device=self._device)
+        except InputError as error:
+            raise InputError(f"{self._folder}: {error}") from None
         make_integer(model).adopt(built).io_dtype = self._dtype
 
     @property
