@@ -15,7 +15,7 @@ from torch import nn
 from tqdit.errors import AssumptionWarning, InputError
 from tqdit.files import CONFIG, QUANT_METHOD, TRANSFORMER, is_there, model_folder, read_json
 from tqdit.models import checkpoints, components, float_weights, hub
-from tqdit.models.building import new_model
+from tqdit.models.building import empty_model
 from tqdit.models.published import DIFFUSION
 from tqdit.models.sampler import check_scheduler
 from tqdit.models.sites import FREQUENCY_SHIFT, check_supported, config_of
@@ -161,28 +161,21 @@ def load_float(source: ModelSource) -> nn.Module:
     state = float_weights.read(source.folder)
     try:
         float_weights.check_sizes(state, source.config)
+    except InputError as error:
+        raise InputError(f"{source.folder}: {error}") from None
+    model = _empty_model(source)
+    try:
+        float_weights.check_shapes(state, model.state_dict())
         values = {name: float_weights.checked(name, tensor) for name, tensor in state.items()}
     except InputError as error:
         raise InputError(f"{source.folder}: {error}") from None
-    model = _new_model(source)
-    expected = model.state_dict()
-    for name, tensor in expected.items():
-        if name not in values:
-            raise InputError(f"{source.folder}: weights lack tensor '{name}'")
-        if values[name].shape != tensor.shape:
-            raise InputError(
-                f"{source.folder}: tensor '{name}' has shape {tuple(values[name].shape)}, "
-                f"the config needs {tuple(tensor.shape)}"
-            )
-    if extra := sorted(set(values) - set(expected)):
-        raise InputError(f"{source.folder}: unexpected tensor '{extra[0]}'")
-    model.load_state_dict(values, strict=True)
+    model.load_state_dict(values, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
 
-def _new_model(source: ModelSource) -> nn.Module:
+def _empty_model(source: ModelSource) -> nn.Module:
     try:
-        return new_model(source.config)
+        return empty_model(source.config)
     except InputError as error:
         raise InputError(f"{source.folder / CONFIG}: {error}") from None
 
@@ -205,7 +198,7 @@ def class_indices(source: ModelSource, classes: Sequence[str | int]) -> list[int
     found = []
     for given in classes:
         key = str(given).strip().lower()
-        index = by_name.get(key, _number(key))
+        index = given if isinstance(given, int) else by_name.get(key, _number(key))
         if isinstance(given, bool) or not 0 <= index < count:
             known = ", ".join(list(by_name)[:20]) or "none named"
             raise InputError(f"unknown class '{str(given)[:40]}'; known: {known}, or a number from 0 to {count - 1}")
@@ -252,7 +245,9 @@ def class_names(table: Any, where: str, count: int | None = None) -> dict[int, s
         raise InputError(f"{where} is not a table of class numbers to names")
     if wrong := [number for number in table if _number(number) < 0]:
         raise InputError(f"{where} has the key '{wrong[0]}', keys are class numbers")
-    names = {int(number): str(label) for number, label in table.items()}
+    if odd := [number for number, label in table.items() if not isinstance(label, str)]:
+        raise InputError(f"{where} has a {type(table[odd[0]]).__name__} for class {odd[0]}, names are strings")
+    names = {int(number): label for number, label in table.items()}
     if len(names) != len(table):
         raise InputError(f"{where} has a class number twice, with and without leading zeros")
     if count is not None and (beyond := [number for number in names if number >= count]):
