@@ -143,6 +143,8 @@ def _name(model: str, root: Path) -> str:
 
 def _checkpoint(path: Path, num_heads: int | None) -> ModelSource:
     found = checkpoints.read(path, num_heads)
+    if found.assumed:
+        warnings.warn(f"{path}: {found.assumed}", AssumptionWarning, stacklevel=3)
     return ModelSource(path.stem, path.parent, found.config, DIFFUSION, checkpoint=path, weights=found.weights)
 
 
