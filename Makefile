@@ -2,15 +2,21 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RUNS := $(VENV)/.runs
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-trust lint clean
 
-demo: $(READY)
+demo: $(RUNS)
+	@echo "The demo takes about five minutes on two cores."
 	$(BIN)/tqdit demo --out build/demo
 
 test: lint
 	$(BIN)/pytest
+
+# Damage, kills, races and fuzzing at length: a quarter of an hour, more with TQDIT_TRUST_MINUTES.
+test-trust: $(READY)
+	$(BIN)/python bench/trust.py --json bench/results/trust.json
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -18,9 +24,17 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-$(READY): pyproject.toml constraints.txt
+# What the demo needs: no linters, no type checker, no Triton of its own.
+$(RUNS): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "tqdit needs Python 3.11 or newer"'
+	@echo "Installing into $(VENV): PyTorch and what tqdit needs, 1 to 6 GB with PyTorch's CUDA libraries; minutes."
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[report]"
+	touch $@
+
+# What the tests and linters need besides.
+$(READY): $(RUNS)
+	@echo "Installing what tests and linters need into $(VENV)."
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 

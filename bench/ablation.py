@@ -26,6 +26,7 @@ from tqdit.environment import environment
 from tqdit.evaluation import fidelity, generate, metrics
 from tqdit.files import write_text
 from tqdit.models.sampler import Sampling
+from tqdit.models.sizes import float_sizes
 from tqdit.recipe import Recipe
 
 HELD_OUT = 16  # states per time group
@@ -136,7 +137,7 @@ def measure(
         "fd_fashion": fd_fashion(bench.prepared.source, pixels),
         "calibration_seconds": bench.prepared.seconds + seconds,
         "peak_memory_bytes": peak,
-        "size_ratio": size / workflow.float32_bytes(bench.prepared.model),
+        "size_ratio": size / float_sizes(bench.prepared.source, bench.prepared.model).float32_bytes,
     }
 
 

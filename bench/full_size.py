@@ -273,8 +273,9 @@ def measure_errors(run: Run, reference: Path, artifacts: list[Path]) -> None:
     with run.stage("compare"):
         dtype = str(run.dtype).removeprefix("torch.")  # what was timed
         found = compare(
-            reference, list(artifacts), args.images, run.sampling, args.held_out, device=args.device, dtype=dtype
-        )
+            reference, list(artifacts), args.images, run.sampling, args.held_out, device=args.device, dtype=dtype,
+            cost=False,
+        )  # fmt: skip
         run.result["comparison"] = found.settings
         for name, row in zip(["float", *args.bits], (found.float_model, *found.models), strict=True):
             figures = row.figures()

@@ -1,11 +1,16 @@
 """The command line in process: what a user types, the exit code, and what is on disk afterwards."""
 
 import json
+import logging
+import os
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,11 +21,14 @@ from safetensors.torch import load_file, save_file
 
 from tqdit import benchmark, contest, workflow
 from tqdit.cli import main
+from tqdit.errors import AssumptionWarning
 from tqdit.evaluation.machine import Peaks
 from tqdit.memory_probe import Footprint
+from tqdit.recipe import Recipe
 from tqdit.version import VERSION
 
 FAST = ["--groups", "4", "--samples", "2", "--steps", "8", "--rounds", "1", "--quiet"]
+PAPER = ["--preset", "paper"]
 
 
 @pytest.fixture
@@ -41,7 +49,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def artifact(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("artifacts") / "w8a8"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["tqdit", "quantize", str(pipeline), "-o", str(out), *FAST])
+        patch.setattr(sys, "argv", ["tqdit", "quantize", str(pipeline), "-o", str(out), *PAPER, *FAST])
         with pytest.raises(SystemExit) as stop:
             main()
     assert not stop.value.code
@@ -57,6 +65,15 @@ def test_convert(run: Callable, tmp_path: Path) -> None:
     code, out, _ = run("convert", tmp_path / "official.pt", "-o", tmp_path / "dit", "--num-heads", "2")
     assert code == 0
     assert "official, its ema weights, DiT-2x32/2@8, 2 heads, 10 classes" in out
+    again = ["convert", tmp_path / "official.pt", "-o", tmp_path / "dit", "--num-heads", "2"]
+    assert run(*again)[0] == 2
+    (tmp_path / "dit" / "mine.txt").touch()
+    code, _, err = run(*again, "--overwrite")
+    assert (code, "refusing to overwrite" in err) == (2, True)
+    (tmp_path / "dit" / "mine.txt").unlink()
+    assert run(*again, "--overwrite")[0] == 0
+    code, _, err = run("convert", tmp_path / "dit", "-o", tmp_path / "dit", "--official", "--overwrite")
+    assert (code, "is the model that is converted" in err) == (2, True)
     code, _, _ = run("sample", tmp_path / "dit", "-o", tmp_path / "a.png", "--num", "1", "--steps", "2", "--quiet")
     assert code == 0
 
@@ -66,7 +83,7 @@ def test_quantize_sample_compare_inspect(run: Callable, pipeline: Path, artifact
     assert code == 0
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
-    options = ["--num", "2", "--steps", "4", "--samples", "1", "--quiet"]
+    options = ["--num", "2", "--steps", "4", "--samples", "1", "--no-cost", "--quiet"]
     code, out, _ = run("compare", pipeline, artifact, "--json", tmp_path / "c.json", *options)
     assert code == 0
     assert "w8a8" in out
@@ -76,7 +93,7 @@ def test_quantize_sample_compare_inspect(run: Callable, pipeline: Path, artifact
     assert row["psnr_db"] > 20
     assert row["size_bytes"] == (artifact / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
 
-    code, out, _ = run("inspect", artifact, "--json", tmp_path / "i.json")
+    code, out, _ = run("inspect", artifact, "--sites", "--json", tmp_path / "i.json")
     assert code == 0
     sites = json.loads((tmp_path / "i.json").read_text())["sites"]
     assert set(sites[0]) == {"name", "role", "bits", "grid", "groups", "granularity", "kernel"}
@@ -147,11 +164,13 @@ def test_resumable_continues_what_was_interrupted(
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(workflow, "solve", stop)
-        assert run("quantize", pipeline, "-o", out, "--resumable", *FAST)[0] == 2
+        code, _, err = run("quantize", pipeline, "-o", out, "--resumable", *PAPER, *FAST)
+        assert code == 130
+        assert re.search(r"the same command goes on from out\.work \(\d+\.\d MB kept\)\n$", err)
     assert [p.name for p in tmp_path.iterdir()] == ["out.work"]
     with monkeypatch.context() as patch:
         patch.setattr("tqdit.calibration.trajectories.trajectory", stop)  # what is done is not done again
-        assert run("quantize", pipeline, "-o", out, "--resumable", *FAST)[0] == 0
+        assert run("quantize", pipeline, "-o", out, "--resumable", *PAPER, *FAST)[0] == 0
     assert (out / "tqdit.json").read_bytes() == (artifact / "tqdit.json").read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -169,6 +188,10 @@ def test_resumable_continues_what_was_interrupted(
         (["sample", "{pipeline}", "-o", "new", "--device", "cuda:99"], "cuda:99"),
         (["sample", "{pipeline}", "-o", "{pipeline}"], "has files but no run.json"),
         (["sample", "{artifact}", "-o", "a.png", "--backend", "abacus"], "abacus"),
+        (["sample", "{pipeline}", "-o", "a.png", "--backend", "cuda"], "unknown backend 'cuda'"),
+        (["sample", "{pipeline}", "-o", "a.png", "--backend", "reference"], "is for artifacts"),
+        (["quantize", "{pipeline}", "-o", "new", "--preset", "pluss"], "did you mean 'plus'"),
+        (["quantize", "{pipeline}", "-o", "new", "--sampler", "euler"], "must be ddim or ddpm, got 'euler'"),
         (["sample", "{pipeline}", "-o", "a.png", "--guidance", "inf"], "guidance"),
         (["sample", "{pipeline}", "-o", "{artifact}/tqdit.json/a.png"], "tqdit.json is not a folder"),
         (["sample", "{artifact}/nothing", "-o", "a.png"], "nothing"),
@@ -220,7 +243,7 @@ def test_wrong_inputs(
 
 def test_bench(run: Callable, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "measure_peaks", lambda device: Peaks(100.0, 10.0))
-    options = ["--against", "", "--batch", "2", "--repeats", "2", "--steps", "2", "--quiet"]
+    options = ["--against", "", "--batch", "2", "--repeats", "2", "--steps", "2", "--quiet", "--device", "cpu"]
     code, out, _ = run("bench", artifact, "--json", tmp_path / "b.json", *options)
     assert code == 0
     value = json.loads((tmp_path / "b.json").read_text())
@@ -247,7 +270,102 @@ def test_bare_command_prints_its_help(run: Callable) -> None:
 
 
 def test_version(run: Callable) -> None:
-    assert run("--version") == (0, f"{VERSION}\n", "")
+    assert run("--version") == run("-V") == (0, f"tqdit {VERSION}\n", "")
+
+
+@pytest.mark.parametrize("command", [[], ["quantize"], ["sample"], ["compare"], ["bench"], ["convert"], ["inspect"]])
+def test_help_is_readable_at_80_columns(run: Callable, command: list[str]) -> None:
+    code, out, _ = run(*command, "-h")
+    assert (code, out) == run(*command, "--help")[:2]
+    assert max(map(len, out.splitlines())) <= 80
+    options = out.partition("Options:")[2].partition("Commands:")[0]
+    widths = [len(line) - len(line.lstrip()) for line in options.splitlines() if line.startswith("      ")]
+    assert max(widths, default=0) <= 32, "help texts have most of the width"
+
+
+def test_help_shows_the_defaults_of_both_presets(run: Callable) -> None:
+    out = " ".join(run("quantize", "-h")[1].split())
+    for preset in ("plus", "paper"):
+        recipe = Recipe.build(preset)
+        for name in ("groups", "samples", "steps", "sampler", "guidance", "rounds"):
+            text = out.partition(f"--{name} <")[2].partition(" --")[0]
+            assert text.endswith(f"default {getattr(recipe, name)}")
+    assert "[default: plus]" in out
+
+
+def test_completion_is_offered(run: Callable) -> None:
+    assert "--install-completion" in run("-h")[1]
+
+
+def test_json_on_standard_output_is_alone_there(
+    run: Callable, pipeline: Path, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = ["--num", "2", "--steps", "2", "--samples", "1", "--no-cost"]
+    for command in (
+        ["inspect", artifact],
+        ["compare", pipeline, artifact, *images],
+        ["quantize", pipeline, "-o", "new", *FAST],
+    ):
+        code, out, err = run(*command, "--json", "-")
+        assert code == 0
+        assert json.loads(out)
+        assert "figures:" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_what_comes_next_is_said_but_quietly(run: Callable, pipeline: Path, artifact: Path, tmp_path: Path) -> None:
+    command = ["sample", artifact, "-o", tmp_path / "a b.png", "-n", "1", "--steps", "2"]
+    _, out, err = run(*command)
+    assert f"next: tqdit compare FLOAT {artifact}\n" in out
+    assert "images/s)" in out
+    assert "sampling: 100 % after 0:0" in err, "plain lines where standard error is no terminal"
+    assert "next:" not in run(*command, "-q")[1]
+    assert run(*command, "-q")[2] == ""
+    _, out, _ = run("sample", pipeline, "-o", tmp_path / "b.png", "-n", "1", "--steps", "2")
+    assert f"next: tqdit quantize {pipeline} -o w8a8\n" in out
+
+
+def test_summary_of_quantize(run: Callable, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    quick = [option for option in FAST if option != "--quiet"]
+    code, out, err = run("quantize", pipeline, "-o", "new", *quick)
+    assert code == 0
+    first, second, third = out.splitlines()
+    assert re.fullmatch(r"new: tiny-dit w8a8 plus, calibrated in \d+ s, peak memory \d\.\d\d GiB", first)
+    size = r"0\.\d\d MB: 0\.\d{3} of the float32 file, 0\.\d{3} of bf16, 0\.\d{3} of fp32"
+    assert re.fullmatch(size, second)
+    assert third == "next: tqdit sample new -o grid.png"
+    assert [line.partition(":")[0] for line in err.splitlines() if ": 0 %" in line] == [
+        "trajectories", "statistics", "search",
+    ]  # fmt: skip
+    assert err.splitlines()[-1].startswith("search: 100 % after")
+    assert "total: 100 %" in err.splitlines()[-1]
+
+
+def test_notes_are_one_line(run: Callable, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def assume(*_: object) -> dict:
+        warnings.warn("the model names no scheduler; the schedule of DiT is taken", AssumptionWarning, stacklevel=2)
+        return {}
+
+    monkeypatch.setattr(workflow, "inspect", assume)
+    monkeypatch.setattr("tqdit.cli.print_inspection", lambda *_: None)
+    code, _, err = run("inspect", artifact)
+    assert (code, err) == (0, "tqdit: note: the model names no scheduler; the schedule of DiT is taken\n")
+
+
+def test_verbose_logs_to_standard_error(run: Callable, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def logs(*_: object) -> dict:
+        logging.getLogger("tqdit.somewhere").info("looked closely")
+        return {}
+
+    monkeypatch.setattr(workflow, "inspect", logs)
+    monkeypatch.setattr("tqdit.cli.print_inspection", lambda *_: None)
+    logger = logging.getLogger("tqdit")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "level", logger.level)
+    assert run("inspect", artifact)[2] == ""
+    assert run("inspect", artifact, "-v")[2].endswith("looked closely\n")
 
 
 @pytest.mark.parametrize(
@@ -314,8 +432,31 @@ def test_interrupt_leaves_nothing(
 
     monkeypatch.setattr(workflow, "record", stop)
     code, _, err = run("quantize", pipeline, "-o", tmp_path / "out", *FAST)
-    assert code == 2
-    assert err == "tqdit: interrupted; nothing is half written\n"
+    assert code == 130
+    hint = "with --resumable, finished work would be kept for the same command to go on"
+    assert err == f"tqdit: interrupted; nothing is half written; {hint}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [["sample", "{pipeline}", "-o", "a.png"], ["quantize", "{pipeline}", "-o", "new"]])
+def test_a_polite_kill_has_its_own_exit_code(
+    run: Callable, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    def kill(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("sample_images", "record"):
+        monkeypatch.setattr(workflow, name, kill)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        code, _, err = run(*(part.format(pipeline=pipeline) for part in command), "-q", "--steps", "20")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 143
+    assert err.startswith("tqdit: interrupted; nothing is half written")
+    assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -238,7 +238,7 @@ def test_trap_7_cast_model_keeps_its_scales(solved, model_inputs, move: str, lea
     getattr(cast, move)()
     for (name, a), b in zip(reference.named_modules(), cast.modules(), strict=True):
         if isinstance(a, FixedDtype):
-            for (key, x), y in zip(a.named_buffers(), b.buffers(), strict=True):
+            for (key, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
                 assert y.dtype is x.dtype, f"{name}.{key}"
                 assert torch.equal(x, y), f"{name}.{key}"
     x = model_inputs["hidden_states"].to(cast.dtype)

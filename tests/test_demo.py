@@ -5,19 +5,24 @@ from pathlib import Path
 
 import pytest
 
-from tqdit import artifact
-from tqdit.demo import run_demo
+from tqdit import artifact, cost
+from tqdit.demo import STAGES, run_demo
+from tqdit.memory_probe import Footprint
 from tqdit.models.sources import DATA, load_float, resolve
 
 SMALL = {"groups": 2, "samples": 1, "steps": 4, "rounds": 1, "candidates": 5, "rows": 64, "queries": 64}
 
 
 @pytest.mark.slow
-def test_demo_writes_what_the_readme_promises(tmp_path: Path) -> None:
-    result = run_demo(tmp_path, settings=SMALL, num=2, steps=2, samples=1)
+def test_demo_writes_what_the_readme_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "footprint", lambda request: Footprint(1_000_000, 3_000_000, None))
+    told: list[str] = []
+    result = run_demo(tmp_path, settings=SMALL, num=2, steps=2, samples=1, report=lambda stage, _: told.append(stage))
+    assert list(dict.fromkeys(told)) == list(STAGES), "the total knows every stage"
     summary = json.loads((tmp_path / "summary.json").read_text())
     fields = {"name", "preset", "bits", "size_bytes", "calibration_seconds", "eps_sqnr_db", "psnr_db", "fd_fashion"}
     assert all(fields <= set(row) for row in summary["models"])
+    assert [row["preset"] for row in summary["models"]] == [None, "plus", "plus"]
     assert [row["bits"] for row in summary["models"]] == ["float32", "w8a8", "w6a6"]
     reference, eight, six = summary["models"]
     assert reference["eps_sqnr_db"] is reference["psnr_db"] is reference["calibration_seconds"] is None

@@ -16,7 +16,9 @@ from tqdit.comparison import compare
 from tqdit.errors import InputError
 from tqdit.evaluation.images import RUN
 from tqdit.files import write_bytes
+from tqdit.locks import holding
 from tqdit.recipe import Recipe
+from tqdit.swap import beside
 
 JOBS = Path(__file__).with_name("distributed_jobs.py")
 RANK_1 = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
@@ -52,7 +54,7 @@ def test_same_pixels_and_figures_for_every_world(pipeline: Path, artifact: Path,
     done = torchrun(JOBS, "images", tmp_path, pipeline, artifact)
     assert done.returncode == 0, done.stderr
     expected = [drawn(str(model)) for model in (pipeline, artifact)]
-    alone = json.loads(compare(pipeline, [artifact], 5, SAMPLING, samples=5).to_json())
+    alone = json.loads(compare(pipeline, [artifact], 5, SAMPLING, samples=5, cost=False).to_json())
     for rank in range(2):
         for own, one in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):
             assert torch.equal(own, one)
@@ -85,7 +87,7 @@ def test_same_artifact_for_every_world(pipeline, recipe, alone, tmp_path: Path, 
     assert contents(tmp_path / "out") == alone
     assert {file.name for file in tmp_path.iterdir()} == {"out", "out.json"}, "no work folder is left"
     assert done.stdout.count("tiny-dit w8a8 plus") == 1
-    assert [done.stderr.count(stage) for stage in ("trajectories", "statistics", "search")] == [1, 1, 1]
+    assert [done.stderr.count(f"{stage}: 0 %") for stage in ("trajectories", "statistics", "search")] == [1, 1, 1]
     assert json.loads((tmp_path / "out.json").read_text())["processes"] == processes
 
 
@@ -139,7 +141,7 @@ def test_command_line_under_torchrun(tmp_path: Path, run_cli) -> None:
     done = torchrun("-m", "tqdit", *command, "-o", tmp_path / "grid.png")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("3 images of fashion-dit") == 1
-    assert done.stderr.count("sampling") == 1, "one progress bar"
+    assert done.stderr.count("sampling: 100 %") == 1, "one process shows progress"
     run_cli(*command, "-o", tmp_path / "one.png", "--quiet")
     assert (tmp_path / "grid.png").read_bytes() == (tmp_path / "one.png").read_bytes()
 
@@ -156,7 +158,20 @@ def test_command_line_under_torchrun(tmp_path: Path, run_cli) -> None:
 def test_bad_input_is_told_once(tmp_path: Path, command: list[str], message: str) -> None:
     done = torchrun("-m", "tqdit", *command, "-o", tmp_path / "out")
     assert done.returncode != 0
-    assert done.stderr.count(message) == 1
+    told = [line for line in done.stderr.splitlines() if line.startswith("tqdit: ") and message in line]
+    assert len(told) == 1
+    assert message in " ".join(done.stderr.splitlines()[-3:]), "torchrun's own words end with ours"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_output_that_another_job_is_writing_is_told_once(pipeline: Path, tmp_path: Path) -> None:
+    """The first process finds the lock, and all hear of it."""
+    out = tmp_path / "out"
+    with holding(beside(out, "lock"), out):
+        done = torchrun("-m", "tqdit", "quantize", pipeline, "-o", out)
+    assert done.returncode != 0
+    assert done.stderr.count("is writing") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -213,6 +228,9 @@ def test_batches() -> None:
         ({"WORLD_SIZE": "2"}, "RANK is ''"),
         ({**RANK_1, "RANK": "-1"}, "RANK is '-1'"),
         ({**RANK_1, "WORLD_SIZE": "many"}, "WORLD_SIZE is 'many'"),
+        ({**RANK_1, "RANK": "2"}, "RANK is 2; with WORLD_SIZE 2 it must be below 2"),
+        ({**RANK_1, "LOCAL_RANK": "7"}, "LOCAL_RANK is 7; with WORLD_SIZE 2"),
+        ({"WORLD_SIZE": "0", "RANK": "0", "LOCAL_RANK": "0"}, "RANK is 0; with WORLD_SIZE 0"),
     ],
 )
 def test_environment_that_is_not_torchruns(monkeypatch, environment: dict[str, str], named: str) -> None:

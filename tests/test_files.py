@@ -4,19 +4,29 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 
 import pytest
 
-from tqdit import files
+from tqdit import files, swap
 from tqdit.errors import InputError
-from tqdit.files import check_file, check_target, read_json, read_tensors, replacing, write_bytes, write_text
+from tqdit.files import (
+    check_file,
+    check_space,
+    check_target,
+    read_json,
+    read_tensors,
+    replacing,
+    write_bytes,
+    write_text,
+)
 
 ARTIFACT = {"quantization_config": {"quant_method": "tqdit"}}
 
 
 def fill(folder, content: str) -> None:
     (folder / "config.json").write_text(json.dumps(ARTIFACT))
-    (folder / "tqdit.json").write_text("{}")
+    (folder / "tqdit.json").write_text(json.dumps({"files": {"data": "", "scheduler/inner": ""}}))
     (folder / "data").write_text(content)
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "inner").write_text(content)
@@ -29,6 +39,12 @@ def old(tmp_path):
     target.mkdir()
     fill(target, "old")
     return target
+
+
+@pytest.fixture
+def without_exchange(monkeypatch):
+    """As on a file system where two folders cannot change places in one step."""
+    monkeypatch.setattr(swap, "_renameat2", lambda *_: False)
 
 
 def assert_intact(target, content: str) -> None:
@@ -52,12 +68,12 @@ def test_folder_is_readable_by_others(tmp_path) -> None:
 
 
 def test_overwrite_replaces_the_whole_folder(old) -> None:
-    (old / "leftover").write_text("old")
+    (old / "README.md").write_text("old")
     with replacing(old, overwrite=True) as folder:
         fill(folder, "new")
         assert (old / "data").read_text() == "old"
     assert_intact(old, "new")
-    assert not (old / "leftover").exists()
+    assert not (old / "README.md").exists()
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
@@ -80,14 +96,14 @@ def no_space(*_: object, **__: object) -> None:
 
 
 def test_full_disk_while_syncing(old, monkeypatch) -> None:
-    monkeypatch.setattr(files, "_sync", no_space)
+    monkeypatch.setattr(swap, "sync", no_space)
     with pytest.raises(OSError, match="No space"), replacing(old, overwrite=True) as folder:
         fill(folder, "new")
     assert_intact(old, "old")
 
 
 @pytest.mark.parametrize("failing", [1, 2])
-def test_failing_rename_puts_the_old_folder_back(old, monkeypatch, failing: int) -> None:
+def test_failing_rename_puts_the_old_folder_back(old, without_exchange, monkeypatch, failing: int) -> None:
     rename, calls = files.Path.rename, []
 
     def flaky(path, target):
@@ -118,11 +134,15 @@ def pipeline(folder) -> None:
     (folder / "model_index.json").write_text("{}")
 
 
+def manifest_alone(folder) -> None:
+    (folder / "tqdit.json").write_text(json.dumps({"files": {"tqdit.json": ""}}))
+
+
 def documents(folder) -> None:
     (folder / "thesis.tex").write_text("precious")
 
 
-@pytest.mark.parametrize("make", [float_model, pipeline, documents])
+@pytest.mark.parametrize("make", [float_model, pipeline, manifest_alone, documents])
 def test_folder_that_is_not_an_artifact_is_never_overwritten(tmp_path, make) -> None:
     make(tmp_path)
     before = sorted(p.name for p in tmp_path.iterdir())
@@ -131,6 +151,78 @@ def test_folder_that_is_not_an_artifact_is_never_overwritten(tmp_path, make) -> 
     with pytest.raises(InputError, match="not an artifact"), replacing(tmp_path, overwrite=True):
         pytest.fail("the body must not run")
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "scheduler/notes.txt", "lora.safetensors", "transformer/notes.txt", "x/y"]
+)
+def test_what_else_is_in_an_artifact_is_never_lost(old, name: str) -> None:
+    (old / name).parent.mkdir(exist_ok=True)
+    (old / name).write_text("precious")
+    if name.startswith("transformer"):
+        (old / "config.json").rename(old / "transformer" / "config.json")
+    with pytest.raises(InputError, match=f"has '{name}', which is no part of the model and would be lost"):
+        check_target(old, overwrite=True)
+    with pytest.raises(InputError, match=name), replacing(old, overwrite=True):
+        pytest.fail("the body must not run")
+    assert (old / name).read_text() == "precious"
+
+
+def test_a_link_to_a_folder_in_an_artifact_is_never_lost(tmp_path, old) -> None:
+    (old / "images").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="has 'images'"):
+        check_target(old, overwrite=True)
+
+
+def test_own_files_of_a_pipeline_without_a_seal(tmp_path) -> None:
+    """diffusers writes none, and a model card."""
+    names = ["README.md", "model_index.json", "scheduler/scheduler_config.json", "vae/config.json",
+             "vae/diffusion_pytorch_model.safetensors", "transformer/config.json",
+             "transformer/diffusion_pytorch_model.safetensors.index.json", "transformer/tqdit.json",
+             "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"]  # fmt: skip
+    for name in names:
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text(json.dumps(ARTIFACT))
+    check_target(tmp_path / "out", overwrite=True)
+    check_target(tmp_path / "out" / "transformer", overwrite=True, in_pipeline=True)
+    with pytest.raises(InputError, match="is inside the artifact"):
+        check_target(tmp_path / "out" / "transformer", overwrite=True)
+
+
+@pytest.mark.parametrize("path", ["sub", "deep/sub", "transformer"])
+@pytest.mark.parametrize("in_pipeline", [False, True])
+def test_an_artifact_inside_another_is_refused(old, path: str, in_pipeline: bool) -> None:
+    if in_pipeline and path == "transformer":
+        return check_target(old / path, overwrite=False, in_pipeline=True)
+    with pytest.raises(InputError, match=f"{path} is inside the artifact .*out; choose a folder outside of it"):
+        check_target(old / path, overwrite=False, in_pipeline=in_pipeline)
+    return None
+
+
+@pytest.mark.skipif(not os.path.ismount("/proc"), reason="needs a file system that is not writable even for root")
+@pytest.mark.parametrize("check", [lambda path: check_target(path, overwrite=False), check_file])
+def test_an_output_where_even_root_cannot_write(check) -> None:
+    with pytest.raises(InputError, match="/proc is not writable"):
+        check(files.Path("/proc/x/out"))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux")
+def test_a_full_disk_is_found_before_the_work(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: files.Path("/dev/full").open("wb"))
+    with pytest.raises(InputError, match=r"is not writable \(No space left on device\)"):
+        check_file(tmp_path / "a.json")
+
+
+def test_a_mount_point_is_refused(old, monkeypatch) -> None:
+    monkeypatch.setattr(files.Path, "is_mount", lambda _: True)
+    with pytest.raises(InputError, match="is a mount point"):
+        check_target(old, overwrite=True)
+
+
+def test_space_is_compared_with_what_is_free(tmp_path) -> None:
+    check_space(tmp_path / "new" / "out", 1)
+    with pytest.raises(InputError, match=r"new/out takes about 10+\.0 MB, and .* has \d+\.\d MB free"):
+        check_space(tmp_path / "new" / "out", 10**24)
 
 
 def test_file_is_never_overwritten_by_a_folder(tmp_path) -> None:
@@ -185,7 +277,7 @@ def test_output_that_cannot_be_made(tmp_path, monkeypatch, check) -> None:
             check(path)
     check(tmp_path / "new" / "deep" / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    monkeypatch.setattr(os, "access", lambda *_: False)  # tests may run as root, who may write anywhere
+    monkeypatch.setattr(tempfile, "TemporaryFile", no_space)  # tests may run as root, who may write anywhere
     with pytest.raises(InputError, match="is not writable"):
         check(tmp_path / "new" / "out")
 
@@ -205,7 +297,7 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a\.txt'"):
         write_text(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]

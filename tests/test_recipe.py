@@ -168,3 +168,48 @@ def test_label_names_the_products(operand: str) -> None:
     name = f"{operand}_products"
     other = {"one": "two", "two": "one"}[getattr(Recipe.build("plus"), name)]
     assert Recipe.build("plus", **{name: other}).label == f"plus (changed: {name})"
+
+
+# Messages ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gropus": 2}, "unknown recipe setting 'gropus'; did you mean 'groups'?"),
+        ({"sampler": "euler"}, "recipe setting 'sampler' must be ddim or ddpm, got 'euler'"),
+        ({"groups": 0}, "recipe setting 'groups' must be at least 1, got 0"),
+        ({"groups": "ten"}, "recipe setting 'groups' must be a whole number, got 'ten'"),
+        ({"groups": 2.5}, "recipe setting 'groups' must be a whole number, got 2.5"),
+        ({"guidance": "much"}, "recipe setting 'guidance' must be a number, got 'much'"),
+        ({"guidance": float("inf")}, "recipe setting 'guidance' must be a finite number, got inf"),
+        ({"low": 0.0}, "recipe setting 'low' must be greater than 0, got 0.0"),
+        ({"low": 1.5}, "recipe setting 'low' must be at most 1, got 1.5"),
+        ({"seed": 2**31}, f"recipe setting 'seed' must be less than {2**31}, got {2**31}"),
+        ({"hessian": "perhaps"}, "recipe setting 'hessian' must be true or false, got 'perhaps'"),
+        ({"gelu_grid": "log"}, "recipe setting 'gelu_grid' must be mrq, uniform or best, got 'log'"),
+    ],
+)
+def test_messages_say_what_is_legal(settings: dict, message: str) -> None:
+    with pytest.raises(InputError) as raised:
+        Recipe.build(**settings)
+    assert str(raised.value) == message
+
+
+def test_a_setting_like_no_other_gets_the_whole_list() -> None:
+    with pytest.raises(
+        InputError, match=r"unknown recipe setting 'xyz'; known: activation_bits, .*, weight_granularity$"
+    ):
+        Recipe.build(xyz="red")
+
+
+def test_a_misspelt_preset() -> None:
+    with pytest.raises(InputError, match="unknown preset 'pluss'; known: paper, plus; did you mean 'plus'"):
+        Recipe.build("pluss")
+
+
+def test_plus_is_the_default_everywhere(tmp_path) -> None:
+    (tmp_path / "empty.toml").write_text("")
+    assert Recipe() == Recipe.build() == Recipe.build("plus") == Recipe.from_toml(tmp_path / "empty.toml")
+    assert Recipe().label == "plus"
+    assert set(PRESETS["paper"]) == set(PRESETS["plus"]), "each preset says all that presets differ in"

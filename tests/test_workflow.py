@@ -3,21 +3,26 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import tqdit
 from tqdit import artifact, distributed, files, workflow
 from tqdit.calibration import store, trajectories
 from tqdit.convert import convert
-from tqdit.errors import InputError
+from tqdit.errors import InputError, RepairWarning
 from tqdit.evaluation.metrics import sqnr_db
 from tqdit.files import write_bytes
+from tqdit.locks import holding
 from tqdit.models.sampler import Sampling
 from tqdit.models.sites import sites
 from tqdit.models.sources import resolve, weights_hash
 from tqdit.spec import Role
+from tqdit.swap import beside
 
 FAST = Sampling("ddim", 5, 1.5)
 
@@ -36,7 +41,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_artifact_folder_has_everything_that_sampling_needs(quantized, scheduler_config) -> None:
     folder, _ = quantized
     assert set(files_of(folder)) == {
-        "model_index.json", "tqdit.json", "scheduler/scheduler_config.json", "transformer/config.json",
+        "README.md", "model_index.json", "tqdit.json", "scheduler/scheduler_config.json", "transformer/config.json",
         "transformer/tqdit.json", "transformer/diffusion_pytorch_model.safetensors",
     }  # fmt: skip
     source = resolve(folder)
@@ -53,6 +58,9 @@ def test_summary_of_quantize(quantized, model) -> None:
     assert summary["size_bytes"] == size == artifact.size_bytes(folder)
     assert summary["float32_bytes"] == 4 * sum(p.numel() for p in model.parameters())
     assert summary["size_ratio"] == pytest.approx(size / summary["float32_bytes"])
+    assert summary["size_ratio_bfloat16"] == pytest.approx(2 * size / summary["float32_bytes"])
+    assert (summary["file_dtype"], summary["file_bytes"]) == ("float32", summary["float32_bytes"])
+    assert summary["size_ratio_file"] == pytest.approx(summary["size_ratio"])
     assert summary["calibration_seconds"] > 0
     assert summary["processes"] == 1
     assert summary["peak_memory_bytes"] > 2**20
@@ -153,6 +161,16 @@ def test_classes_by_name_cycle(quantized) -> None:
     assert workflow.images_of(quantized[0], [], 12, FAST).labels == [*range(10), 0, 1]
     alone = workflow.sample(quantized[0], ["class 3"], 1, FAST)
     assert sqnr_db(cycled[:1], alone) > 30
+    assert workflow.images_of(quantized[0], ["class 3", 5], 3).labels == [3, 5, 3]
+    assert torch.equal(workflow.sample(quantized[0], [3, 5], 3, FAST), cycled)
+
+
+def test_images_become_files(quantized, tmp_path) -> None:
+    images = workflow.sample(quantized[0], [3], 2, FAST)
+    sizes = [(image.mode, image.size) for image in tqdit.to_pil(images)]
+    assert sizes == [("L", (8, 8))] * 2
+    tqdit.save_grid(images, str(tmp_path / "grid.png"))
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -162,6 +180,11 @@ def test_classes_by_name_cycle(quantized) -> None:
         ({"num": 0}, "num must be at least 1"),
         ({"sampling": Sampling("ddim", 2000)}, "at most the 1000"),
         ({"backend": "tpu"}, "unknown backend 'tpu'"),
+        ({"classes": "boot"}, "must be a list of names"),
+        ({"classes": 3}, r"must be a list, got the number 3; give \[3\]"),
+        ({"classes": [10]}, "unknown class '10'"),
+        ({"classes": [-1]}, "unknown class '-1'"),
+        ({"dtype": torch.int8}, "dtype 'int8' is not one of float32, bfloat16"),
         ({"device": "cuda:99"}, "device 'cuda:99' is not available"),
         ({"device": "toaster"}, "device 'toaster' is not available"),
     ],
@@ -255,20 +278,89 @@ def test_another_recipe_or_model_starts_anew(
     assert len(folders(own_pipeline)) == 2  # on another CPU
 
 
-def test_damaged_work_is_named(pipeline, tiny_recipe, tmp_path) -> None:
+@pytest.mark.parametrize("stage", ["records-000000-000008", "solved-transformer_blocks.0.attn1.scores"])
+def test_damaged_work_is_made_anew(quantized, pipeline, tiny_recipe, tmp_path, stage: str) -> None:
     def interrupt(name: str, fraction: float) -> None:
         if name == "search" and fraction > 0.5:
             raise KeyboardInterrupt
 
-    def quantize() -> None:
-        workflow.quantize(pipeline, tmp_path / "out", tiny_recipe(), report=interrupt, resumable=True)
-
     with pytest.raises(KeyboardInterrupt):
-        quantize()
-    (piece,) = (tmp_path / "out.work").glob("*/solved-transformer_blocks.0.attn1.scores.safetensors")
-    piece.write_bytes(piece.read_bytes()[:40])
-    with pytest.raises(InputError, match=r"solved-transformer_blocks\.0\.attn1\.scores.*damaged"):
-        quantize()
+        workflow.quantize(pipeline, tmp_path / "out", tiny_recipe("plus"), report=interrupt, resumable=True)
+    (piece,) = (tmp_path / "out.work").glob(f"*/{stage}.safetensors")
+    data = bytearray(piece.read_bytes())
+    data[-2] ^= 1
+    piece.write_bytes(data)
+    with pytest.warns(RepairWarning, match=rf"{stage}\.safetensors is damaged: .*; it is made anew"):
+        workflow.quantize(pipeline, tmp_path / "out", tiny_recipe("plus"), resumable=True)
+    assert files_of(tmp_path / "out") == files_of(quantized[0])
+
+
+def test_killed_before_its_work_was_removed(quantized, pipeline, tiny_recipe, tmp_path, monkeypatch) -> None:
+    """The same command finds that all is done; another one finds an output that exists."""
+    out, work, recipe = tmp_path / "out", tmp_path / "out.work", tiny_recipe("plus")
+    with monkeypatch.context() as patch:
+        patch.setattr(workflow, "discard", lambda *_: None)
+        workflow.quantize(pipeline, out, recipe, resumable=True)
+    assert list(work.iterdir())
+
+    def no_work(*_: object) -> None:
+        pytest.fail("work was done")
+
+    with pytest.raises(InputError, match="exists"):
+        workflow.quantize(pipeline, out, tiny_recipe("plus", rounds=0), report=no_work, resumable=True)
+    with pytest.warns(RepairWarning, match="out was finished by a run that was interrupted afterwards"):
+        found = workflow.quantize(pipeline, out, recipe, report=no_work, resumable=True)
+    assert files_of(out) == files_of(quantized[0])
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    same = ("name", "preset", "bits", "size_bytes", "float32_bytes", "environment")
+    assert [found[key] for key in same] == [quantized[1][key] for key in same]
+    with pytest.raises(InputError, match="exists"):
+        workflow.quantize(pipeline, out, recipe, report=no_work, resumable=True)
+    work.mkdir()  # killed when the empty folder was all that was left
+    (out / "transformer" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="exists"):
+        workflow.quantize(pipeline, out, recipe, report=no_work, resumable=True)
+
+
+def test_work_folder_may_be_a_link(quantized, pipeline, tiny_recipe, tmp_path) -> None:
+    (tmp_path / "large-disk").mkdir()
+    (tmp_path / "out.work").symlink_to(tmp_path / "large-disk")
+    workflow.quantize(pipeline, tmp_path / "out", tiny_recipe("plus"), resumable=True)
+    assert files_of(tmp_path / "out") == files_of(quantized[0])
+    assert (tmp_path / "out.work").is_symlink()
+    assert list((tmp_path / "large-disk").iterdir()) == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["large-disk", "out", "out.work"]
+
+
+@pytest.mark.parametrize("busy", ["out", "out.work"])
+def test_output_that_another_process_is_writing(pipeline, tiny_recipe, tmp_path, busy: str) -> None:
+    def no_work(*_: object) -> None:
+        pytest.fail("work was done")
+
+    with holding(beside(tmp_path / busy, "lock"), tmp_path / busy):
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(InputError, match=rf"is writing .*/{busy}; wait until it has ended"):
+            workflow.quantize(pipeline, tmp_path / "out", tiny_recipe(), report=no_work, resumable=True)
+        assert sorted(tmp_path.iterdir()) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_disk_that_is_too_small_for_the_artifact(pipeline, tiny_recipe, tmp_path, monkeypatch) -> None:
+    def no_work(*_: object) -> None:
+        pytest.fail("work was done")
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5_000))
+    with pytest.raises(InputError, match=r"output .*/out takes about 0\.\d MB, and .* has 0\.0 MB free"):
+        workflow.quantize(pipeline, tmp_path / "out", tiny_recipe(), report=no_work)
+
+
+def test_needed_space_is_no_more_than_an_artifact_takes(pipeline, model, tiny_recipe, quantized, monkeypatch) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr(workflow, "check_space", lambda _, count: needed.append(count))
+    monkeypatch.setattr(workflow, "_calibrated", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        workflow.quantize(pipeline, quantized[0].with_name("new"), tiny_recipe("plus"))
+    assert 0.5 * quantized[1]["size_bytes"] / 4 < needed[0] < quantized[1]["size_bytes"]
 
 
 def test_work_folder_that_is_a_file_is_refused(pipeline, tiny_recipe, tmp_path) -> None:
@@ -281,7 +373,7 @@ def test_work_folder_that_another_machine_does_not_see_is_refused(pipeline, tiny
     """Rank 1 does not find what rank 0 has put there, and leaves no folder of its own."""
     monkeypatch.setattr(distributed, "_current", distributed.World(1, 2))
     monkeypatch.setattr(distributed.World, "wait", lambda _: None)
-    monkeypatch.setattr(distributed.World, "add", lambda _, mine: mine + 12345)
+    monkeypatch.setattr(distributed.World, "add", lambda _, mine: mine if mine.ndim else mine + 12345)
     with pytest.raises(InputError, match=r"--resumable: .*out\.work is not on a file system that all processes share"):
         workflow.quantize(pipeline, tmp_path / "out", tiny_recipe(), resumable=True)
     assert list(tmp_path.iterdir()) == []
@@ -333,9 +425,27 @@ def test_load_gives_integers_or_floats(quantized, pipeline) -> None:
     assert not hasattr(workflow.load(pipeline), "quantization_backend")
 
 
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [("cuda", "unknown backend 'cuda'"), ("cpu", "float model, which torch runs; backend 'cpu'")],
+)
+def test_a_float_model_has_no_integer_backend(pipeline, backend: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        workflow.load(pipeline, backend)
+
+
+def test_the_automatic_device(monkeypatch) -> None:
+    assert workflow.checked_device("auto") == workflow.checked_device() == torch.device("cpu")
+    assert workflow.checked_device(torch.device("cpu")) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert distributed.chosen_device() == "cuda"
+    assert distributed.chosen_device("cpu") == "cpu"
+
+
 def test_dtype_is_that_of_an_artifacts_stream(quantized, pipeline) -> None:
     folder, _ = quantized
     assert workflow.load(folder, dtype="bfloat16").stream_dtype is torch.bfloat16
+    assert workflow.load(folder, dtype=torch.bfloat16, device=torch.device("cpu")).stream_dtype is torch.bfloat16
     drawn = [workflow.sample(folder, ["1"], 1, FAST, dtype=dtype) for dtype in ("float32", "bfloat16")]
     assert drawn[0].dtype is drawn[1].dtype is torch.float32
     assert not torch.equal(*drawn)

@@ -1,8 +1,9 @@
 """tqdit: Diffusion Transformers in integers, by TQ-DiT post-training quantization.
 
     import tqdit
-    tqdit.quantize("fashion-dit", Path("w8a8"), tqdit.Recipe.build("paper", "w8a8"))
-    images = tqdit.sample("w8a8", ["sneaker", "bag"], num=16, sampling=tqdit.Sampling("ddim", 50, 1.5))
+    tqdit.quantize("fashion-dit", "w8a8", tqdit.Recipe.build(bits="w8a8"))
+    images = tqdit.sample("w8a8", ["sneaker", 8], num=16)
+    tqdit.save_grid(images, "grid.png")
 
 Importing tqdit lets diffusers' `from_pretrained` load artifacts. The names below are the whole public interface; they
 load on first use, so `import tqdit` is quick.
@@ -16,7 +17,8 @@ from tqdit.version import VERSION
 
 if TYPE_CHECKING:
     from tqdit.comparison import Comparison, compare
-    from tqdit.errors import InputError
+    from tqdit.errors import AssumptionWarning, InputError
+    from tqdit.evaluation.generate import save_grid, to_pil
     from tqdit.export import convert_checkpoint
     from tqdit.integrations.diffusers import TQDiTConfig
     from tqdit.models.sampler import Sampling
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from tqdit.workflow import inspect, load, quantize, sample
 
 _HOMES = {
+    "AssumptionWarning": "tqdit.errors",
     "Comparison": "tqdit.comparison",
     "InputError": "tqdit.errors",
     "Recipe": "tqdit.recipe",
@@ -35,8 +38,11 @@ _HOMES = {
     "load": "tqdit.workflow",
     "quantize": "tqdit.workflow",
     "sample": "tqdit.workflow",
+    "save_grid": "tqdit.evaluation.generate",
+    "to_pil": "tqdit.evaluation.generate",
 }
 __all__ = [
+    "AssumptionWarning",
     "Comparison",
     "InputError",
     "Recipe",
@@ -48,6 +54,8 @@ __all__ = [
     "load",
     "quantize",
     "sample",
+    "save_grid",
+    "to_pil",
 ]
 
 

@@ -3,12 +3,14 @@
     config.json                              the model's config with `quantization_config`
     diffusion_pytorch_model.safetensors      the tensors of `tqdit.tensors`; or shards of it and their index
     tqdit.json                               sha256 of every other file of the folder: scheduler, class names, VAE
+    README.md                                a model card, which may be edited
 
 A pipeline has the first two, with a tqdit.json of their own, in its folder `transformer`.
 """
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -34,6 +36,7 @@ from tqdit.spec import Solution
 BESIDE = ("model_index.json", "id2label.json")  # what is read with a model, as are
 FOLDERS_BESIDE = ("scheduler", "vae")  # files in these of
 READ_SUFFIXES = (".json", ".safetensors", ".bin")  # these kinds
+EDITABLE = ("README.md", ".gitattributes")  # what people and the Hub change in a folder that is published
 SHARD = "diffusion_pytorch_model-{:05d}-of-{:05d}.safetensors"
 
 
@@ -98,6 +101,13 @@ def check_replaceable(folder: Path) -> None:
                 raise InputError(f"{folder} has '{path.name}', which saving would remove; choose another folder")
 
 
+def keep_editable(old: Path, new: Path) -> None:
+    """Put the files of a folder that people edit into the one that replaces it."""
+    for name in EDITABLE:
+        if (old / name).is_file():
+            shutil.copy2(old / name, new / name)
+
+
 def unseal_pipeline(folder: Path) -> None:
     """Of a model that was saved anew: what the pipeline around it is has changed too, and diffusers writes no seal."""
     if folder.name == TRANSFORMER:
@@ -126,7 +136,7 @@ def _vouched(path: Path) -> bool:
     """Whether a file, relative to its folder, is not the seal's to watch."""
     if path.parts[0] == TRANSFORMER and len(path.parts) > 1:
         return True
-    return len(path.parts) == 1 and (path.name in (CONFIG, MANIFEST, INDEX) or path.suffix == ".safetensors")
+    return len(path.parts) == 1 and (path.name in (CONFIG, MANIFEST, INDEX, *EDITABLE) or path.suffix == ".safetensors")
 
 
 def _pipeline_of(folder: Path) -> Path:

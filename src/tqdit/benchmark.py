@@ -16,6 +16,7 @@ from tqdit.environment import environment
 from tqdit.errors import InputError
 from tqdit.evaluation.baselines import FAMILIES, quiet
 from tqdit.evaluation.machine import Peaks, measure_peaks
+from tqdit.isolation import isolated
 from tqdit.models.random_solution import random_solution
 from tqdit.models.sampler import make_scheduler
 from tqdit.models.shapes import shape_config, shape_key
@@ -100,6 +101,7 @@ class Benchmark:
         }
 
 
+@isolated()
 def bench(
     models: Sequence[str | Path],
     random: Sequence[RandomModel] = (),
@@ -116,6 +118,7 @@ def bench(
     with quiet():
         from diffusers import DDIMScheduler, DiTTransformer2DModel  # noqa: F401
     device = checked_device(settings.device)
+    settings = replace(settings, device=str(device))
     if not get_backend(settings.backend, device).INTEGER:
         raise InputError(f"backend '{settings.backend}' computes in float; simulated arithmetic is never timed")
     if not models and not random:

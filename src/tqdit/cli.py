@@ -3,29 +3,51 @@
 Commands import what they need.
 """
 
+import shlex
 import signal
 import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from tqdit import distributed
+from tqdit.bars import QUANTIZE, progress
 from tqdit.cli_bench import bench
 from tqdit.cli_convert import convert
-from tqdit.cli_options import Backend, Device, JsonFile, ModelArgument, Quiet, check_outputs, write_json, write_text
-from tqdit.console import print_table, progress
+from tqdit.cli_options import (
+    STDOUT,
+    Backend,
+    Device,
+    JsonFile,
+    ModelArgument,
+    Quiet,
+    StoppedError,
+    Terminated,
+    Verbose,
+    check_outputs,
+    say,
+    write_json,
+    write_text,
+)
+from tqdit.console import print_comparison, print_inspection
 
 app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Quantize Diffusion Transformers with TQ-DiT and run them in integers. "
     "MODEL is a bundled name (fashion-dit), a diffusers transformer or pipeline folder, an official DiT checkpoint "
     "(.pt), owner/name of a model on the Hugging Face Hub, or an artifact.",
+    epilog="Exit codes: 0 done; 1 a benchmark that lacks a model; 2 wrong input; 130 Ctrl-C; 143 SIGTERM.",
 )
 
-INTERRUPTED = 130  # what typer returns for Ctrl-C inside a command
+WRONG, INTERRUPTED, TERMINATED = 2, 130, 143  # exit codes; typer returns 130 for Ctrl-C inside a command
 INTERRUPT_MESSAGE = "interrupted; nothing is half written"
 TOGETHER = ("quantize", "sample", "compare")  # commands that several processes share
 IN_RECIPE = (
@@ -44,7 +66,7 @@ def _print_version(wanted: bool) -> None:
     from tqdit.version import VERSION
 
     if wanted:
-        typer.echo(VERSION)
+        typer.echo(f"tqdit {VERSION}")
         raise typer.Exit
 
 
@@ -52,33 +74,40 @@ def _print_version(wanted: bool) -> None:
 def options(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+        bool, typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
     command = context.invoked_subcommand
+    if command is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(WRONG)
     if command not in TOGETHER:
         distributed.check_alone(f"tqdit {command}")
 
 
-@app.command()
+@app.command(short_help="Calibrate a model and write an artifact.")
 def quantize(
     context: typer.Context,
     model: ModelArgument,
     out: Annotated[Path, typer.Option("-o", "--out", help="artifact folder to write")],
     bits: Annotated[str, typer.Option(help="w<2-8>a<4-8>, such as w8a8, w6a6, w4a8")] = "w8a8",
     preset: Annotated[
-        str, typer.Option(help="paper: as published; plus: better at little or no run-time cost")
-    ] = "paper",
+        str, typer.Option(help="plus: better at little or no run-time cost; paper: as published")
+    ] = "plus",
     recipe: Annotated[
         Path | None, typer.Option(help="a recipe file (TOML); then no other option of the method")
     ] = None,
-    groups: Annotated[int | None, typer.Option(help="time groups G")] = None,
-    samples: Annotated[int | None, typer.Option(help="calibration samples per group n")] = None,
-    steps: Annotated[int | None, typer.Option(help="sampler steps of the calibration trajectories")] = None,
-    sampler: Annotated[str | None, typer.Option(help="sampler of the calibration trajectories")] = None,
-    trajectories: Annotated[int | None, typer.Option(help="trajectories to draw the samples from")] = None,
-    guidance: Annotated[float | None, typer.Option(help="guidance of the calibration trajectories")] = None,
-    rounds: Annotated[int | None, typer.Option(help="search rounds; 0 keeps min-max scales")] = None,
+    groups: Annotated[
+        int | None, typer.Option(help="time groups: equal ranges of timesteps with scales of their own; default 10")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="calibration samples per time group; default 32")] = None,
+    steps: Annotated[int | None, typer.Option(help="sampler steps of calibration; default 250")] = None,
+    sampler: Annotated[str | None, typer.Option(help="sampler of calibration: ddim or ddpm; default ddpm")] = None,
+    trajectories: Annotated[
+        int | None, typer.Option(help="sampling runs to draw the samples from; default: as few as give every sample")
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(help="guidance of calibration; default 1.5")] = None,
+    rounds: Annotated[int | None, typer.Option(help="search rounds; 0 keeps min-max scales; default 3")] = None,
     seed: Seed = 0,
     ho: Annotated[bool, typer.Option("--ho/--no-ho", help="Hessian-guided objective, or squared error")] = True,
     mrq: Annotated[bool, typer.Option("--mrq/--no-mrq", help="multi-region grids, or uniform ones")] = True,
@@ -88,12 +117,14 @@ def quantize(
         bool, typer.Option("--resumable", help="keep finished work in OUT.work and continue from it; less memory")
     ] = False,
     json_file: JsonFile = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Calibrate on the model's own samples and write an artifact: packed integer weights and every scale.
 
-    Under torchrun the processes share the work; the artifact is the same.
+    The defaults of --groups to --rounds are those of both presets; a recipe file has every setting. Under torchrun the
+    processes share the work; the artifact is the same.
     """
     from tqdit import workflow
     from tqdit.recipe import Recipe
@@ -109,19 +140,27 @@ def quantize(
         settings |= {"time_grouped": "none"}
     _check_recipe_alone(context, recipe)
     chosen = Recipe.from_toml(recipe) if recipe else Recipe.build(preset, bits, **settings)
-    with distributed.joined(device) as world, progress(quiet or not world.first) as report:
+    with (
+        _work_is_mentioned(out, resumable),
+        distributed.joined(device) as world,
+        progress(quiet or not world.first, QUANTIZE) as report,
+    ):
         result = workflow.quantize(model, out, chosen, overwrite, report, world.device, resumable)
     if not world.first:
         return
-    typer.echo(
-        f"{out}: {result['name']} {chosen.bits} {chosen.label}, {result['size_bytes'] / 1e6:.2f} MB "
-        f"({result['size_ratio']:.3f} of fp32), calibrated in {result['calibration_seconds']:.0f} s, "
-        f"peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB"
+    say(
+        f"{out}: {result['name']} {chosen.bits} {chosen.label}, calibrated in {result['calibration_seconds']:.0f} s, "
+        f"peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB\n"
+        f"{result['size_bytes'] / 1e6:.2f} MB: {result['size_ratio_file']:.3f} of the {result['file_dtype']} file, "
+        f"{result['size_ratio_bfloat16']:.3f} of bf16, {result['size_ratio']:.3f} of fp32",
+        json_file,
     )
+    if not quiet:
+        say(f"next: tqdit sample {shlex.quote(str(out))} -o grid.png", json_file)
     write_json(json_file, result)
 
 
-@app.command()
+@app.command(short_help="Sample images into a grid or a folder.")
 def sample(
     model: ModelArgument,
     out: Annotated[
@@ -136,8 +175,9 @@ def sample(
     batch: Annotated[int, typer.Option(help="images drawn at a time; what several processes share are batches")] = 16,
     backend: Backend = "auto",
     dtype: Dtype = "float32",
-    device: Device = "cpu",
+    device: Device = "auto",
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Sample images from a float or quantized model into one PNG grid, or into a folder; under torchrun, together."""
     from tqdit import workflow
@@ -147,35 +187,47 @@ def sample(
     grid = _is_grid(out)
     names = [name for name in classes.split(",") if name.strip()]
     wanted = workflow.images_of(model, names, num, Sampling(sampler, steps, guidance), seed, batch)
+    begun: list[float] = []
     with distributed.joined(device) as world, progress(quiet or not world.first) as report:
+
+        def noted(stage: str, fraction: float) -> None:
+            begun[:] = begun or [time.perf_counter()]  # the model is loaded
+            report(stage, fraction)
+
         if grid:
-            pixels = workflow.sample_images(wanted, report, backend, world.device, dtype)
+            pixels, new = workflow.sample_images(wanted, noted, backend, world.device, dtype), num
         else:
-            new = workflow.sample_folder(wanted, out, report, backend, world.device, dtype)
+            new = workflow.sample_folder(wanted, out, noted, backend, world.device, dtype)
+        seconds = time.perf_counter() - begun[0]
     if not world.first:
         return
     if grid:
         save_grid(pixels, out)
+    speed = f" in {seconds:.1f} s ({new / seconds:.2f} images/s)" if new else ""
     done = f"{num} images" if grid else f"{num} images ({new} new)"
-    typer.echo(f"{out}: {done} of {model}, {sampler} {steps} steps, guidance {guidance}, seed {seed}")
+    typer.echo(f"{out}: {done} of {model}{speed}\n{sampler} {steps} steps, guidance {guidance:g}, seed {seed}")
+    if not quiet:
+        typer.echo(f"next: {_after_sampling(model, wanted.source)}")
 
 
-@app.command()
+@app.command(short_help="Measure artifacts against their float model.")
 def compare(
     reference: Annotated[str, typer.Argument(metavar="FLOAT", help="the float model")],
     quantized: Annotated[list[str], typer.Argument(metavar="QUANTIZED...", help="artifacts made from it")],
     num: Annotated[int, typer.Option("-n", "--num", help="images per model (PSNR, FD-fashion)")] = 16,
-    samples: Annotated[int, typer.Option(help="held-out states per time group (SQNR)")] = 8,
+    samples: Annotated[int, typer.Option(help="held-out states in each of ten ranges of timesteps (SQNR)")] = 8,
     steps: Annotated[int, typer.Option(help="sampler steps")] = 50,
     sampler: Sampler = "ddim",
     guidance: Guidance = 1.5,
     seed: Seed = 0,
     dtype: Dtype = "float32",
+    cost: Annotated[bool, typer.Option("--cost/--no-cost", help="also time calls and measure memory")] = True,
     json_file: JsonFile = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Measure artifacts against their float model: SQNR of epsilon, PSNR of same-seed images, FD-fashion, size.
+    """Measure artifacts against their float model: SQNR of epsilon, PSNR of same-seed images, FD-fashion, size, cost.
 
     Under torchrun the processes share images and states.
     """
@@ -186,90 +238,143 @@ def compare(
     sampling = Sampling(sampler, steps, guidance)
     with distributed.joined(device) as world, progress(quiet or not world.first) as report:
         result = comparison.compare(
-            reference, list(quantized), num, sampling, samples, seed, report, world.device, dtype=dtype
+            reference, list(quantized), num, sampling, samples, seed, report, world.device, dtype=dtype, cost=cost
         )
     if not world.first:
         return
-    print_table(result)
+    if json_file != STDOUT:
+        print_comparison(result)
     if json_file:
         write_text(json_file, result.to_json())
 
 
-app.command()(bench)
-app.command()(convert)
+app.command(short_help="Time artifacts against float and torchao models.")(bench)
+app.command(short_help="Turn a checkpoint into a diffusers folder.")(convert)
 
 
-@app.command()
+@app.command(short_help="Say what an artifact is.")
 def inspect(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="an artifact")],
+    sites: Annotated[bool, typer.Option("--sites", help="name every site")] = False,
     json_file: JsonFile = None,
     backend: Backend = "auto",
-    device: Device = "cpu",
+    device: Device = "auto",
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """List every site of an artifact: role, bits, grid, time groups, granularity, and the kernel that will run it."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
+    """Say what an artifact is, and what its sites have: role, bits, grid, time groups, granularity, kernel."""
     from tqdit import workflow
 
     check_outputs(json_file)
     result = workflow.inspect(folder, backend, device)
-    columns = ("name", "role", "bits", "grid", "groups", "granularity", "kernel")
-    table = Table(*columns, box=None)
-    for site in result["sites"]:
-        table.add_row(*(escape(str(site[column])) for column in columns))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    if json_file != STDOUT:
+        print_inspection(result, sites)
     write_json(json_file, result)
 
 
-@app.command()
+@app.command(short_help="The whole way on the bundled model, with a report.")
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="folder for artifacts, report and summary")] = Path(
         "build/demo"
     ),
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Quantize the bundled model to W8A8 and W6A6, sample all three with the same seeds, and write a report."""
-    from tqdit.demo import BITS, MODEL, run_demo
+    from tqdit.demo import BITS, MODEL, STAGES, run_demo
+    from tqdit.extras import check_report
     from tqdit.files import check_target
 
+    check_report()
     for bits in BITS:
         check_target(out / f"{MODEL}-{bits}", overwrite=True)
     check_outputs(out / "report.html", out / "side-by-side.png", out / "summary.json")
-    with progress(quiet) as report:
+    with progress(quiet, STAGES) as report:
         result = run_demo(out, report)
-    print_table(result)
+    print_comparison(result)
     typer.echo(f"report: {out / 'report.html'}\nfigures: {out / 'summary.json'}")
 
 
 def main() -> NoReturn:
-    """Run the command line. Wrong input or an interrupt: one line on standard error and exit code 2."""
+    """Run the command line. Wrong input or an interrupt: one line on standard error; the exit code says which."""
     from tqdit.errors import InputError
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up as Ctrl-C does
-    try:
-        code = app(standalone_mode=False)
-    except (InputError, OSError) as error:
-        _fail(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        _fail(INTERRUPT_MESSAGE)
-    except Exception as error:  # typer's own usage errors differ in base class between versions
-        if not hasattr(error, "format_message"):
-            if speaker := distributed.speaker():
-                error.add_note(f"tqdit: {speaker}this process has failed")
-            raise
-        _fail(error.format_message())
+    signal.signal(signal.SIGTERM, _terminate)  # a polite kill cleans up as Ctrl-C does
+    with _notes_in_one_line():
+        try:
+            code = app(standalone_mode=False)
+        except (InputError, OSError) as error:
+            _fail(str(error))
+        except StoppedError as stopped:
+            _fail(str(stopped), stopped.code)
+        except Terminated:
+            _fail(INTERRUPT_MESSAGE, TERMINATED)
+        except (KeyboardInterrupt, typer.Abort):
+            _fail(INTERRUPT_MESSAGE, INTERRUPTED)
+        except Exception as error:  # typer's own usage errors differ in base class between versions
+            if not hasattr(error, "format_message"):
+                if speaker := distributed.speaker():
+                    error.add_note(f"tqdit: {speaker}this process has failed")
+                raise
+            _fail(error.format_message())
     if code == INTERRUPTED:
-        _fail(INTERRUPT_MESSAGE)
+        _fail(INTERRUPT_MESSAGE, INTERRUPTED)
     sys.exit(code or 0)  # 1: a benchmark with models that failed
 
 
-def _fail(message: str) -> NoReturn:
+def _terminate(*_: Any) -> NoReturn:
+    raise Terminated
+
+
+def _fail(message: str, code: int = WRONG) -> NoReturn:
+    line = f"tqdit: {distributed.speaker()}{message}"
     if message and distributed.tells(message):  # a bare `tqdit` has printed its help
-        print(f"tqdit: {distributed.speaker()}{message}", file=sys.stderr)
+        print(line, file=sys.stderr)
+    distributed.leave_reason(line)
     sys.stdout.flush()
-    sys.exit(2)
+    sys.exit(code)
+
+
+@contextmanager
+def _work_is_mentioned(out: Path, resumable: bool) -> Iterator[None]:
+    """Who interrupts a long `quantize` is told what is kept, or how it could have been."""
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated) as error:
+        if resumable:
+            work = out.absolute().with_name(f"{out.absolute().name}.work")
+            kept = sum(file.stat().st_size for file in work.rglob("*") if file.is_file()) / 1e6
+            hint = f"the same command goes on from {work.name} ({kept:.1f} MB kept)"
+        else:
+            hint = "with --resumable, finished work would be kept for the same command to go on"
+        code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+        raise StoppedError(f"{INTERRUPT_MESSAGE}; {hint}", code) from None
+
+
+@contextmanager
+def _notes_in_one_line() -> Iterator[None]:
+    """tqdit's own warnings are for the user, one line each, told by one process; others look as ever."""
+    here = Path(__file__).parent
+
+    with warnings.catch_warnings():
+        shown_before = warnings.showwarning
+
+        def show(
+            message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any, **more: Any
+        ) -> None:
+            if here not in Path(filename).parents and category.__module__ != "tqdit.errors":
+                shown_before(message, category, filename, lineno, *rest, **more)
+            elif distributed.launched()[0] == 0:
+                print(f"tqdit: note: {message}", file=sys.stderr)
+
+        warnings.showwarning = show
+        yield
+
+
+def _after_sampling(model: str, source: Any) -> str:
+    """A command that makes sense after images of `model`."""
+    name = shlex.quote(model)
+    return f"tqdit compare FLOAT {name}" if source.quantized else f"tqdit quantize {name} -o w8a8"
 
 
 def _is_grid(out: Path) -> bool:

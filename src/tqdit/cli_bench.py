@@ -5,8 +5,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tqdit.cli_options import Backend, Device, JsonFile, Quiet, check_outputs, listed, write_json
-from tqdit.console import print_benchmark, progress
+from tqdit.bars import progress
+from tqdit.cli_options import (
+    STDOUT,
+    Backend,
+    Device,
+    JsonFile,
+    Quiet,
+    Verbose,
+    check_outputs,
+    listed,
+    write_json,
+)
+from tqdit.console import print_benchmark
 
 if TYPE_CHECKING:
     from tqdit.benchmark import RandomModel
@@ -45,11 +56,9 @@ def bench(
     memory: Annotated[bool, typer.Option(help="also measure loading and memory, in a process per model")] = True,
     kernels: Annotated[bool, typer.Option("--kernels", help="print the kernel of every site")] = False,
     json_file: JsonFile = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     quiet: Quiet = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", help="say how long models warm up, and all about errors")
-    ] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Time artifacts against float32, bfloat16 and torchao models of their shape: calls, sampling, loading, memory."""
     import shlex
@@ -62,11 +71,10 @@ def bench(
     chosen = _random_models(random, bits, preset, variants)
     run = Sampling("ddim", steps, 1.5) if sampling else None
     settings = BenchSettings(backend, _batches(batch), tuple(listed(against)), repeats, run, device, memory, dtype)
-    if verbose:
-        _log_to_stderr()
     with progress(quiet) as report:
         result = benchmark.bench(models or [], chosen, settings, report)
-    print_benchmark(result, kernels)
+    if json_file != STDOUT:
+        print_benchmark(result, kernels)
     write_json(json_file, {"command": shlex.join(["tqdit", *sys.argv[1:]]), **result.figures()})
     if result.failed:
         typer.echo(f"tqdit: failed: {', '.join(result.failed)}", err=True)
@@ -110,13 +118,3 @@ def _batches(text: str) -> tuple[int, ...]:
         return tuple(int(entry) for entry in listed(text))
     except ValueError:
         raise InputError(f"--batch takes whole numbers such as 64,2, got '{text}'") from None
-
-
-def _log_to_stderr() -> None:
-    import logging
-
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    logger = logging.getLogger("tqdit")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)

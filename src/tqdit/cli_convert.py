@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tqdit.cli_options import ModelArgument
+from tqdit.cli_options import ModelArgument, Quiet, Verbose
 
 
 def convert(
@@ -20,12 +20,15 @@ def convert(
         bool,
         typer.Option("--official", help="a diffusers folder was made from an official checkpoint: run as published"),
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder that convert wrote")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Turn an official DiT checkpoint (.pt) into a diffusers folder with safetensors."""
     from tqdit.export import convert_checkpoint
     from tqdit.models.shapes import shape_name
 
-    result = convert_checkpoint(model, out, num_heads, vae, labels, official)
+    result = convert_checkpoint(model, out, num_heads, vae, labels, official, overwrite)
     used = f", its {result['weights']} weights" if result["weights"] else ""
     config = result["config"]
     typer.echo(

@@ -1,7 +1,8 @@
 """`convert`: a Solution becomes a runnable transformer. The sole place where modules are swapped."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,13 +15,15 @@ from tqdit.layers.clock import TimestepClock
 from tqdit.layers.conditioning import Conditioning, TimestepTable
 from tqdit.layers.linear import IntLinear, WeightOnlyLinear, WeightOnlyPatchEmbed
 from tqdit.layers.params import ActivationParams
-from tqdit.models.building import LOCK, empty_model
+from tqdit.models.building import empty_model
 from tqdit.models.fitting import check_solution
 from tqdit.models.sites import BlockLayout, LinearGroup, blocks, float_input_modules
+from tqdit.modules import Fingerprint, present
 from tqdit.ops.dispatch import get_backend, kernel_name
 from tqdit.ops.schema import Backend, WeightParams
 from tqdit.runtime import attach_runtime
 from tqdit.spec import Role, Solution
+from tqdit.tensors import decisive
 
 ADALN = "norm1.linear"  # of a block
 
@@ -32,24 +35,29 @@ def convert(
     backend: str = "auto",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    memory: str | torch.device | None = None,
 ) -> nn.Module:
     """A diffusers `DiTTransformer2DModel` whose sites run on the codes of `solution`, in eval mode, on `device`.
 
     The float weights are never materialised: the structure is built empty and filled. The result has
     `quantization_backend`, `quantization_report` (site name -> kernel) and `solution`, whose codes are those of its
     layers. `dtype`: as `torch_dtype` of diffusers; bfloat16 is also that of the residual stream. With the backend
-    "auto" the model is converted again by a call on another kind of device. Raises `InputError` if the solution is not
-    one of its model (see `models.fitting`), and if the backend cannot run on the device.
+    "auto" the model is converted again by a call on another kind of device. `memory`: where its tensors are, if they
+    are to visit `device` a part at a time. Raises `InputError` if the solution is not one of its model (see
+    `models.fitting`), and if the backend cannot run on the device.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}")
-    with LOCK:
-        check_solution(solution)
-        return _converted(solution, backend, device, dtype)
+    check_solution(solution)
+    return _converted(solution, backend, device, dtype, memory)
 
 
 def _converted(
-    solution: Solution, backend: str, device: str | torch.device, dtype: torch.dtype = torch.float32
+    solution: Solution,
+    backend: str,
+    device: str | torch.device,
+    dtype: torch.dtype = torch.float32,
+    memory: str | torch.device | None = None,
 ) -> nn.Module:
     chosen = get_backend(backend, device)
     model: Any = empty_model(solution.model_config)
@@ -69,11 +77,24 @@ def _converted(
     assert not empty_yet, f"not filled: {empty_yet}"
     model.quantization_backend = chosen.NAME
     model.quantization_report = {name: kernel_name(params, chosen) for name, params in solution.params.items()}
-    model.solution = replace(solution, codes=LayerCodes(builder.places))
+    model.solution = replace(solution, codes=LayerCodes(builder.places, builder.sites))
     model.reconvert = partial(_converted, backend=backend)  # of a solution that fits
     model.io_dtype = dtype
     model.prepared_for = torch.device(device).type
-    return model.eval().requires_grad_(False).to(device)
+    model.fingerprint = Fingerprint(_described(solution, chosen.NAME, device))
+    model.fixed = frozenset(model.state_dict())
+    return model.eval().requires_grad_(False).to(device if memory is None else memory)
+
+
+def _described(solution: Solution, backend: str, device: str | torch.device) -> dict[str, Any]:
+    """What a converted model is beside its tensors: grids, time groups, provenance, and how its layers are laid out."""
+    return {
+        "model_config": decisive(solution.model_config),
+        "time_groups": asdict(solution.time_groups),
+        "sites": [asdict(spec) for spec in solution.sites],
+        "provenance": dict(solution.provenance),
+        "layout": [backend, torch.device(device).type],
+    }
 
 
 @dataclass(frozen=True)
@@ -88,18 +109,56 @@ class _Place:
 class LayerCodes(Mapping[str, torch.Tensor]):
     """Weight codes by site, as the layers of a model hold them, unpacked on demand: int8, on the CPU."""
 
-    def __init__(self, places: Mapping[str, _Place]) -> None:
+    def __init__(self, places: Mapping[str, _Place], sites: Mapping[str, ActivationParams]) -> None:
+        """`sites`: the activation sites of the same model."""
         self._places = places
+        self._sites = sites
 
     def __getitem__(self, site: str) -> torch.Tensor:
         place = self._places[site]
-        return place.layer.unpacked()[place.rows].reshape(place.shape).cpu()
+        with _readable(site, place.layer):
+            return place.layer.unpacked()[place.rows].reshape(place.shape).cpu()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def check_unchanged(self, solution: Solution) -> None:
+        """`InputError` if a scale, zero point or bias of the model is not that of `solution`, which has no others."""
+        for site, place in self._places.items():
+            layer, bias = place.layer, solution.floats.get(f"{site.removesuffix('.weight')}.bias")
+            with _readable(site, layer):
+                mine = layer.scale if len(layer.scale) == 1 else layer.scale[place.rows]
+                pairs = [(mine, solution.params[site].scale)]
+                if bias is not None:
+                    pairs.append((layer.bias[place.rows], bias))
+                _check_equal(site, pairs)
+        for name, module in self._sites.items():
+            with _readable(name, module):
+                params = solution.params[name]
+                scales = params.scale.unbind(-1) if params.spec.grid.two_region else (params.scale,)
+                pairs = list(zip((module.scale, module.coarse), scales, strict=False))
+                if params.zero_point is not None:
+                    pairs.append((module.zero_point, params.zero_point))
+                _check_equal(name, pairs)
+
+
+@contextmanager
+def _readable(site: str, module: nn.Module) -> Iterator[None]:
+    """Have the tensors of an offloaded module here, or an `InputError` where they came with a whole block only."""
+    with present([module]):
+        if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+            raise InputError(f"the tensors of '{site}' are offloaded; remove accelerate's hooks before reading them")
+        yield
+
+
+def _check_equal(site: str, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Of a site: what a model has, and what its solution has, which may be one value for all channels."""
+    for mine, given in pairs:
+        if not torch.equal(mine.flatten().cpu(), given.flatten().to(mine.dtype).expand(mine.numel())):
+            raise InputError(f"'{site}' was changed in the integer model; what it was solved for cannot be saved so")
 
 
 class _Builder:
@@ -114,6 +173,7 @@ class _Builder:
         self.conditioning = Conditioning()
         self.float_inputs: dict[tuple[int, ...], nn.Module] = {}
         self.places: dict[str, _Place] = {}
+        self.sites: dict[str, ActivationParams] = {}
 
     def weight(self, name: str) -> WeightParams:
         params, codes = self.solution.params[name], self.solution.codes[name]
@@ -128,7 +188,8 @@ class _Builder:
         return self.parameter(name) if name in self.shapes else None
 
     def site(self, name: str, ndim: int) -> ActivationParams:
-        return ActivationParams(self.solution.params[name], self.clock, ndim, self.backend.TABLES)
+        self.sites[name] = ActivationParams(self.solution.params[name], self.clock, ndim, self.backend.TABLES)
+        return self.sites[name]
 
     def linear(self, group: LinearGroup) -> IntLinear:
         """Layers that read one site, stacked along their outputs."""
@@ -146,7 +207,7 @@ class _Builder:
              "fc1": self.linear(layout.fc1), "fc2": self.linear(layout.fc2)},
             {role.value: self.site(layout.operand(role), 4) for role in roles},
             self.heads,
-            (empty.norm1.norm.eps, empty.norm3.eps),
+            (float(empty.norm1.norm.eps), float(empty.norm3.eps)),
             self.backend,
             self.conditioning,
         )  # fmt: skip
@@ -200,8 +261,9 @@ class _Builder:
 
     def filled(self, module: nn.Module, prefix: str = "") -> nn.Module:
         """The module, the parameters that stay in float put where its empty ones are. `prefix`: of their names."""
-        for name, _ in list(module.named_parameters()):
-            _replace(module, name, nn.Parameter(self.parameter(prefix + name), requires_grad=False))
+        for name, parameter in list(module.named_parameters()):
+            if parameter.is_meta:
+                _replace(module, name, nn.Parameter(self.parameter(prefix + name), requires_grad=False))
         return module
 
 
@@ -228,7 +290,7 @@ def _replace(model: nn.Module, name: str, value: Any) -> None:
     parent, _, leaf = name.rpartition(".")
     owner = model.get_submodule(parent)
     if isinstance(value, nn.Parameter):
-        owner.register_parameter(leaf, value)
+        owner._parameters[leaf] = value  # accelerate changes `register_parameter` while another thread loads a model
     elif isinstance(owner, nn.Sequential | nn.ModuleList):
         owner[int(leaf)] = value
     else:

@@ -10,6 +10,7 @@ import torch
 from tqdit import workflow
 from tqdit.comparison import Comparison, compare
 from tqdit.evaluation.generate import save_grid
+from tqdit.extras import check_report
 from tqdit.files import write_text
 from tqdit.models.sampler import Sampling
 from tqdit.recipe import Recipe
@@ -18,6 +19,11 @@ from tqdit.workflow import Report, silent
 MODEL = "fashion-dit"
 BITS = ("w8a8", "w6a6")
 # Less than the published calibration, so that the demo takes minutes; `tqdit quantize` has the published defaults.
+STAGES = {
+    "trajectories": 18, "statistics": 12, "search w8a8": 33, "search w6a6": 33, "held-out states": 6,
+    f"images of {MODEL}": 24, f"images of {MODEL}-w8a8": 8, f"timing {MODEL}-w8a8": 3, f"images of {MODEL}-w6a6": 8,
+    f"timing {MODEL}-w6a6": 3, "memory": 25,
+}  # seconds on two cores, for the time that is left  # fmt: skip
 SETTINGS: dict[str, Any] = {"samples": 16, "steps": 100, "rounds": 1, "rows": 1024, "queries": 1024}
 
 
@@ -33,12 +39,13 @@ def run_demo(
 
     `settings`: of the calibration. `num` images of `steps` DDIM steps, `samples` held-out states per time group.
     """
+    check_report()
     from tqdit.report.page import write_report
 
     prepared = workflow.prepare(MODEL, Recipe.build(**settings), report)
     folders, seconds = [], []
     for bits in BITS:
-        recipe = Recipe.build("paper", bits, **settings)
+        recipe = Recipe.build(bits=bits, **settings)
         solution, searched = workflow.solve_prepared(prepared, recipe, partial(_renamed, report, f"search {bits}"))
         folders.append(out / f"{MODEL}-{bits}")
         seconds.append(prepared.seconds + searched)

@@ -5,11 +5,14 @@ torch is imported where it is needed: the command line asks this module before i
 """
 
 import hashlib
+import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdit.errors import InputError
@@ -156,16 +159,26 @@ def current() -> World:
     return _current
 
 
+def chosen_device(device: "str | torch.device" = "auto") -> str:
+    """The name of a device. "auto" means a GPU where torch finds one, else the CPU."""
+    if device != "auto":
+        return str(device)
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @contextmanager
-def joined(device: str = "cpu") -> Iterator[World]:
+def joined(device: "str | torch.device" = "auto") -> Iterator[World]:
     """Join the processes that torchrun started; until the block ends, `current` is their world.
 
-    With several processes, device "cuda" is the GPU of this process's LOCAL_RANK; tensors on GPUs travel by NCCL, those
-    on CPUs by gloo. Every rank must leave the block: the end waits for none. Raises `InputError` for a device that
-    processes would have to share, and as `launched` does.
+    `device`: as in `chosen_device`. With several processes, device "cuda" is the GPU of this process's LOCAL_RANK;
+    tensors on GPUs travel by NCCL, those on CPUs by gloo. Every rank must leave the block: the end waits for none.
+    Raises `InputError` for a device that processes would have to share, and as `launched` does.
     """
     global _current  # noqa: PLW0603 - as torch's own process group is
     rank, size, local_rank = launched()
+    device = chosen_device(device)
     world = World(rank, size, _own_device(device, local_rank) if size > 1 else device)
     if size > 1:
         _start_group(world)
@@ -183,7 +196,7 @@ def joined(device: str = "cpu") -> Iterator[World]:
 def launched() -> tuple[int, int, int]:
     """(rank, world size, local rank) that torchrun gave this process; (0, 1, 0) without torchrun.
 
-    Raises `InputError` naming a variable of the environment that is missing or no number.
+    Raises `InputError` naming a variable of the environment that is missing, no number, or beyond what it counts.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1, 0
@@ -194,6 +207,9 @@ def launched() -> tuple[int, int, int]:
             raise InputError(f"WORLD_SIZE asks for several processes, but {name} is '{text}'; start them with torchrun")
         values.append(int(text))
     rank, size, local_rank = values
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank)):
+        if value >= size:
+            raise InputError(f"{name} is {value}; with WORLD_SIZE {size} it must be below {size}")
     return rank, size, local_rank
 
 
@@ -231,6 +247,17 @@ def tells(message: str) -> bool:
         return store.add(key, 1) == 1
     except (KeyError, ValueError, RuntimeError):
         return True
+
+
+def leave_reason(message: str) -> None:
+    """Leave the last words of this process where torchrun looks for them: they then end what it says itself.
+
+    Without torchrun nothing is written.
+    """
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        reason = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": reason}), encoding="utf-8")
 
 
 def _own_device(device: str, local_rank: int) -> str:

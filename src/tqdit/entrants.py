@@ -44,7 +44,7 @@ class BenchSettings:
     against: tuple[str, ...] = ("float32", "bfloat16", "torchao")
     repeats: int = 20
     sampling: Sampling | None = FULL_RUN
-    device: str = "cpu"
+    device: str = "auto"
     memory: bool = True
     dtype: str | None = None
 

@@ -1,4 +1,4 @@
-"""The one exception that means: the user's input is wrong, and here is what was legal."""
+"""What the user is told: the input is wrong, and here is what was legal; or something was put right."""
 
 LONGEST = 1000  # characters of a message; a file may hold a name of any length
 
@@ -25,3 +25,7 @@ def printable(text: str) -> str:
 
 class AssumptionWarning(UserWarning):
     """A model does not say what is needed, and a default was taken; the message says which."""
+
+
+class RepairWarning(UserWarning):
+    """Something that an interrupted or damaged run left was put right; the message says what."""

@@ -9,7 +9,20 @@ import torch
 from torch import nn
 
 from tqdit.errors import InputError
-from tqdit.files import CONFIG, TRANSFORMER, WEIGHTS, check_target, read_json, replacing, write_json, write_tensors
+from tqdit.files import (
+    CONFIG,
+    TRANSFORMER,
+    WEIGHTS,
+    check_space,
+    check_target,
+    is_artifact,
+    read_json,
+    repair,
+    replacing,
+    write_json,
+    write_tensors,
+)
+from tqdit.isolation import isolated
 from tqdit.models.components import check_vae
 from tqdit.models.published import AS_PUBLISHED, DIFFUSION
 from tqdit.models.sites import ARCHITECTURE, config_of
@@ -24,6 +37,7 @@ from tqdit.models.sources import (
 )
 
 
+@isolated()
 def convert_checkpoint(
     model: str | Path,
     out: str | Path,
@@ -31,20 +45,23 @@ def convert_checkpoint(
     vae: str | Path | None = None,
     labels: str | Path | None = None,
     official: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write an official DiT checkpoint as the new folder `out`: transformer, scheduler, with a VAE a whole pipeline.
 
     `num_heads`: needed where the checkpoint's width is not published. `vae`: a diffusers autoencoder's folder, which is
     copied. `labels`: a JSON file of class numbers to names. `official` lets MODEL be a diffusers folder: it is marked
-    as made from an official checkpoint, so that it runs with the published frequencies. Returns the name, the set of
-    weights used, the config and the bytes written. Raises `InputError` for what `resolve` and `load_float` refuse, for
-    `out` that exists, a folder that is no VAE, and a file without class names or with one too many.
+    as made from an official checkpoint, so that it runs with the published frequencies. `overwrite`: replace the folder
+    of a float model, if it has nothing else. Returns the name, the set of weights used, the config and the bytes
+    written. Raises `InputError` for what `resolve` and `load_float` refuse, for `out` that exists (or, with
+    `overwrite`, has anything else), a folder that is no VAE, and a file without class names or with one too many.
     """
     out = Path(out)
-    if out.exists():
-        raise InputError(f"output {out} exists; choose another folder")
-    check_target(out, overwrite=False)
+    repair(out)
+    check_target(out, overwrite, _is_float_model)
     source = resolve(model, num_heads)
+    if source.folder.resolve().is_relative_to(out.resolve()) and source.checkpoint is None:
+        raise InputError(f"output {out} is the model that is converted; choose another folder")
     if source.checkpoint is None and not official and not source.quantized:
         raise InputError(
             f"'{model}' is in diffusers' format already; pass --official if it was made from an official checkpoint "
@@ -63,7 +80,8 @@ def convert_checkpoint(
             raise InputError(f"output {out} is inside {source.vae}, which is copied into it")
     source.check_components()
     module = load_float(source)
-    with replacing(out) as folder:
+    check_space(out, sum(parameter.nbytes for parameter in module.parameters()))
+    with replacing(out, overwrite, _is_float_model) as folder:
         _write(folder, source, module)
     return {
         "name": source.name,
@@ -71,6 +89,13 @@ def convert_checkpoint(
         "config": config_of(module),
         "bytes": sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
     }
+
+
+def _is_float_model(folder: Path) -> bool:
+    """Whether a folder has a float model as `convert_checkpoint` writes it, and nothing else."""
+    entries = {entry.name for entry in folder.iterdir()}
+    written = {TRANSFORMER, SCHEDULER.parts[0], "vae", PIPELINE, LABELS}
+    return (folder / TRANSFORMER / CONFIG).is_file() and entries <= written and not is_artifact(folder)
 
 
 def _write(folder: Path, source: ModelSource, module: nn.Module) -> None:

@@ -2,10 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from tqdit import swap
 from tqdit.errors import InputError
 from tqdit.reading import check_regular, parse_json, read_bytes
+from tqdit.swap import Place, partial_file, rename_new, sync
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
 TRANSFORMER = "transformer"  # the folder of a pipeline that has the model
 MANIFEST = "tqdit.json"  # what makes a folder an artifact
+MODEL_CARD = "README.md"
+PIPELINE_FILES = ("model_index.json", "id2label.json", "scheduler/scheduler_config.json", "vae/config.json")
+WEIGHT_FILE = re.compile(r"diffusion_pytorch_model(-\d{5}-of-\d{5})?\.safetensors")
+Kind = Callable[[Path], bool]  # whether a folder is of a kind
 QUANT_METHOD = "tqdit"  # in the `quantization_config` of an artifact's config
 
 
@@ -55,9 +62,7 @@ def model_folder(root: Path) -> Path:
 
 
 def is_artifact(root: Path) -> bool:
-    """Whether a folder is an artifact of ours, sealed or only with our config."""
-    if (root / MANIFEST).is_file():
-        return True
+    """Whether a folder is an artifact of ours, as the model's config in it says."""
     try:
         quantization = read_json(model_folder(root) / CONFIG).get("quantization_config")
     except InputError:
@@ -102,20 +107,23 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         raise OSError(f"{path} cannot be written: {error}") from None
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: an error or interrupt leaves what was there."""
+def write_bytes(path: Path, data: bytes, replace: bool = True) -> None:
+    """Write a file whole or not at all: an error, an interrupt or a kill leaves what was there.
+
+    Without `replace`, what is there stays. Raises `OSError` naming the file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    partial = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.chmod(0o644)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with partial_file(path) as (partial, file):
+        file.write(data)
+        file.flush()
+        os.fchmod(file.fileno(), 0o644)
+        os.fsync(file.fileno())
+        if replace:
+            partial.replace(path)
+        else:
+            with suppress(FileExistsError):
+                rename_new(partial, path)
+    sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -129,37 +137,79 @@ def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
 
 
 @contextmanager
-def replacing(target: Path, overwrite: bool = False) -> Iterator[Path]:
+def replacing(
+    target: Path, overwrite: bool = False, replaceable: Kind = is_artifact, in_pipeline: bool = False
+) -> Iterator[Path]:
     """A new folder to fill that becomes `target` on success; on any error or interrupt `target` is as it was.
 
-    Raises `InputError` as `check_target` does. A symbolic link to a folder stays; what it points to is replaced.
+    Raises `InputError` as `check_target` does, and if another process is writing `target`. A symbolic link to a folder
+    stays; what it points to is replaced. `replaceable`, `in_pipeline`: as in `check_target`.
     """
-    check_target(target, overwrite)
+    with reserved(target) as place, filled(place, overwrite, replaceable, in_pipeline) as folder:
+        yield folder
+
+
+@contextmanager
+def reserved(target: Path) -> Iterator[Place]:
+    """Keep other processes from writing `target` while the block runs, and repair what a killed one left of it.
+
+    Raises `InputError` if another process is writing it, and if it cannot be made.
+    """
+    _check_link(target)
     target = _real(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        for file in [p for p in partial.rglob("*") if p.is_file()]:
-            _sync(file)
-        _swap(partial, target, overwrite)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    check_parent(target)
+    with swap.reserved(target) as place:
+        yield place
 
 
-def check_target(target: Path, overwrite: bool) -> None:
-    """Raise `InputError` if a folder `target` cannot be written, or would lose something; called before any work."""
-    if target.is_symlink() and not target.exists():
-        raise InputError(f"output {target} is a symbolic link to nothing; remove it or choose another folder")
+def repair(target: Path) -> None:
+    """Remove what a killed run left of `target`; called before any work. Raises `InputError` as `reserved` does."""
+    with reserved(target):
+        pass
+
+
+@contextmanager
+def filled(
+    place: Place, overwrite: bool = False, replaceable: Kind = is_artifact, in_pipeline: bool = False
+) -> Iterator[Path]:
+    """`replacing` of a target that is reserved already."""
+
+    def check() -> None:  # again at the end: hours may have passed
+        check_target(place.target, overwrite, replaceable, in_pipeline)
+
+    check()
+    with place.filled(check) as folder:
+        yield folder
+
+
+def check_target(target: Path, overwrite: bool, replaceable: Kind = is_artifact, in_pipeline: bool = False) -> None:
+    """Raise `InputError` if a folder `target` cannot be written, or would lose something; called before any work.
+
+    `replaceable`: whether a folder that is not empty may be overwritten, if it has a model's own files alone.
+    `in_pipeline`: whether `target` may be the transformer of a pipeline.
+    """
+    _check_link(target)
     target = _real(target)
     if target.exists() and not overwrite:
         raise InputError(f"output {target} exists; choose another folder or pass --overwrite")
     if target.exists() and not target.is_dir():
         raise InputError(f"output {target} is a file; an artifact is a folder")
-    if target.is_dir() and any(target.iterdir()) and not is_artifact(target):
-        raise InputError(f"output {target} is not an artifact; refusing to overwrite it")
-    _check_parent(target)
+    if target.is_dir() and any(target.iterdir()):
+        if not replaceable(target):
+            kind = "an artifact" if replaceable is is_artifact else "of the kind that is written here"
+            raise InputError(f"output {target} is not {kind}; refusing to overwrite it")
+        if foreign := foreign_file(target):
+            raise InputError(f"{target} has '{foreign}', which is no part of the model and would be lost; move it")
+    if target.is_mount():
+        raise InputError(f"output {target} is a mount point, which cannot be replaced; choose a folder inside it")
+    check_outside(target.parent if in_pipeline and target.name == TRANSFORMER else target)
+    check_parent(target)
+
+
+def check_outside(target: Path) -> None:
+    """Raise `InputError` if a folder `target` would be inside an artifact."""
+    if around := next((folder for folder in _real(target).parents if is_artifact(folder)), None):
+        raise InputError(f"output {target} is inside the artifact {around}; choose a folder outside of it")
 
 
 def check_file(path: Path) -> None:
@@ -168,7 +218,55 @@ def check_file(path: Path) -> None:
         raise InputError(f"output {path} is a folder; give a file")
     if path.exists() and not path.is_file():
         raise InputError(f"output {path} is not a regular file")
-    _check_parent(path)
+    check_parent(path)
+
+
+def check_parent(path: Path) -> None:
+    """Raise `InputError` if the nearest parent that exists is no folder, or takes no small file."""
+    parent = _nearest(path)
+    if not parent.is_dir():
+        raise InputError(f"output {path} cannot be made: {parent} is not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=parent) as file:  # has no name, where the file system can do that
+            file.write(bytes(4096))
+    except OSError as error:
+        raise InputError(f"output {path} cannot be made: {parent} is not writable ({error.strerror})") from None
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Raise `InputError` if the disk of an output has less than `needed` bytes free; called before any work."""
+    parent = _nearest(target)
+    if (free := shutil.disk_usage(parent).free) < needed:
+        raise InputError(
+            f"output {target} takes about {needed / 1e6:.1f} MB, and {parent} has {free / 1e6:.1f} MB free"
+        )
+
+
+def foreign_file(folder: Path) -> str | None:
+    """The first file in a model's folder that is not the model's own: replacing the model would lose it."""
+    model = model_folder(folder)
+    own = {folder / name for name in PIPELINE_FILES}
+    for root in {folder, model}:
+        own |= {root / name for name in (CONFIG, MANIFEST, INDEX, MODEL_CARD)}
+        own |= {path for path in root.glob("*") if WEIGHT_FILE.fullmatch(path.name)}
+        own |= {root / name for name in _sealed(root / MANIFEST)}
+    own |= set((folder / "vae").glob("*.safetensors"))
+    files = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    return next((path.relative_to(folder).as_posix() for path in files if path not in own), None)
+
+
+def _sealed(manifest: Path) -> list[str]:
+    """The names that a seal lists; none where it cannot be read."""
+    try:
+        names = read_json(manifest).get("files")
+    except InputError:
+        return []
+    return list(names) if isinstance(names, dict) else []
+
+
+def _check_link(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"output {path} is a symbolic link to nothing; remove it or choose another folder")
 
 
 def _real(path: Path) -> Path:
@@ -176,36 +274,6 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _check_parent(path: Path) -> None:
-    """The nearest parent that exists must be a folder we may write into."""
-    parent = next(p for p in path.absolute().parents if p.exists() or p.is_symlink())
-    if not parent.is_dir():
-        raise InputError(f"output {path} cannot be made: {parent} is not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"output {path} cannot be made: {parent} is not writable")
-
-
-def _swap(partial: Path, target: Path, overwrite: bool) -> None:
-    if not target.exists():
-        partial.rename(target)
-        return
-    assert overwrite
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    try:
-        target.rename(old)  # onto an empty folder: atomic on POSIX
-        partial.rename(target)
-    except BaseException:
-        if not target.exists():
-            old.rename(target)
-        raise
-    finally:
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(file: Path) -> None:
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _nearest(path: Path) -> Path:
+    """The nearest parent that exists."""
+    return next(p for p in path.absolute().parents if p.exists() or p.is_symlink())

@@ -86,7 +86,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int:
-    if len(text) > 20 or abs(int(text)) > MAX_INTEGER:
+    if len(text) > 20 or not -MAX_INTEGER - 1 <= int(text) <= MAX_INTEGER:
         raise InputError(f"it has an integer of {len(text)} digits; integers have at most 64 bits")
     return int(text)
 

@@ -1,8 +1,10 @@
 """`Recipe`: every setting of a quantization run, validated, with the presets `paper` and `plus`."""
 
+import difflib
 import json
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -27,9 +29,17 @@ METHOD_SETTINGS = (
 
 PRODUCTS_OF = {"softmax_grid": "softmax_products", "gelu_grid": "gelu_products"}
 
+DEFAULT_PRESET = "plus"
 PRESETS: dict[str, dict[str, Any]] = {
     # As published: per-tensor weights, MRQ everywhere, TGQ on post-softmax only.
-    "paper": {},
+    "paper": {
+        "weight_granularity": "per_tensor",
+        "time_grouped": "softmax",
+        "softmax_grid": "mrq",
+        "gelu_grid": "mrq",
+        "gelu_products": "two",
+        "loss": "epsilon",
+    },
     # Better at little or no run-time cost: per-channel weights, time groups for all activations, errors weighed as the
     # sampler weighs them, MRQ where it wins. After GELU a second product is a quarter of the model's arithmetic and
     # wins nothing that lasts to the image; after softmax it is little and wins much.
@@ -45,25 +55,26 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Recipe(BaseModel):
-    """Settings of one quantization. Defaults are the paper's published ones (n is `samples`, per time group).
+    """Settings of one quantization. Defaults are the preset `plus`, with the paper's calibration and search.
 
+    n of the paper is `samples`, per time group.
     Raises `InputError` (through `build`, `from_toml`) that names the setting and what is legal.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
-    preset: str = "paper"
+    preset: str = DEFAULT_PRESET
     weight_bits: int = Field(8, ge=2, le=8)
     activation_bits: int = Field(8, ge=4, le=8)
-    weight_granularity: Literal["per_tensor", "per_channel"] = "per_tensor"
-    softmax_grid: Literal["mrq", "uniform", "best"] = "mrq"
-    gelu_grid: Literal["mrq", "uniform", "best"] = "mrq"
+    weight_granularity: Literal["per_tensor", "per_channel"] = "per_channel"
+    softmax_grid: Literal["mrq", "uniform", "best"] = "best"
+    gelu_grid: Literal["mrq", "uniform", "best"] = "best"
     softmax_products: Literal["one", "two"] = "two"  # "one": no two-region grid but those of one integer product
-    gelu_products: Literal["one", "two"] = "two"
-    time_grouped: Literal["none", "softmax", "all"] = "softmax"
+    gelu_products: Literal["one", "two"] = "one"
+    time_grouped: Literal["none", "softmax", "all"] = "all"
     hessian: bool = True
-    loss: Literal["epsilon", "sampler"] = "epsilon"  # HO counts errors of epsilon alike, or as the sampler's step does
+    loss: Literal["epsilon", "sampler"] = "sampler"  # HO counts errors of epsilon alike, or as the sampler's step does
 
     groups: int = Field(10, ge=1)
     samples: int = Field(32, ge=1, description="calibration samples per time group (n)")
@@ -121,10 +132,10 @@ class Recipe(BaseModel):
         return min(8, self.weight_bits + 2)
 
     @classmethod
-    def build(cls, preset: str = "paper", bits: str = "w8a8", **overrides: Any) -> Self:
+    def build(cls, preset: str = DEFAULT_PRESET, bits: str = "w8a8", **overrides: Any) -> Self:
         """A preset at a bit-width such as "w6a6", with single settings changed; None keeps the preset's value."""
         if preset not in PRESETS:
-            raise InputError(f"unknown preset '{preset}'; known: {', '.join(PRESETS)}")
+            raise InputError(f"unknown preset '{preset}'; known: {', '.join(PRESETS)}{_meant(preset, PRESETS)}")
         match = BITS_PATTERN.fullmatch(bits)
         if not match:
             raise InputError(f"bits '{bits}' must be w<2-8>a<4-8>, such as w8a8, w6a6 or w4a8")
@@ -144,7 +155,7 @@ class Recipe(BaseModel):
             raise InputError(f"recipe {path}: its tables and arrays are too deep; a recipe has single values") from None
         except ValueError as error:  # not TOML, not UTF-8, a number of thousands of digits
             raise InputError(f"recipe {path}: {error}") from None
-        preset = values.get("preset", "paper")
+        preset = values.get("preset", DEFAULT_PRESET)
         if str(preset) not in PRESETS:
             raise InputError(f"recipe {path}: unknown preset {preset!r}; known: {', '.join(PRESETS)}")
         return cls._validated(PRESETS[preset] | values)
@@ -159,9 +170,7 @@ class Recipe(BaseModel):
         try:
             recipe = cls.model_validate(values)
         except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            raise InputError(f"recipe setting '{name}': {first['msg']}, got {first['input']!r}") from None
+            raise InputError(_reason(error.errors()[0])) from None
         recipe._check_products()
         return recipe
 
@@ -180,3 +189,34 @@ def _check_keys(text: str) -> None:
     for number, line in enumerate(text.split("\n"), 1):
         if line.count(".") > MAX_DOTS and not line.lstrip().startswith("#"):
             raise InputError(f"line {number} has more than {MAX_DOTS} dots; a recipe's keys have one part")
+
+
+def _reason(error: Any) -> str:
+    """One of pydantic's errors in our own words."""
+    name, given = ".".join(str(part) for part in error["loc"]), error["input"]
+    if error["type"] == "extra_forbidden":
+        known = sorted(set(Recipe.model_fields) - {"schema_version"})
+        return f"unknown recipe setting '{name}'{_meant(name, known) or '; known: ' + ', '.join(known)}"
+    limits = {key: int(x) if isinstance(x, float) and x.is_integer() else x for key, x in error.get("ctx", {}).items()}
+    kind = "a number" if name in ("guidance", "low", "high") else "a whole number"
+    legal = {
+        "literal_error": str(limits.get("expected", "")).replace("'", ""),
+        "greater_than_equal": f"at least {limits.get('ge')}",
+        "greater_than": f"greater than {limits.get('gt')}",
+        "less_than_equal": f"at most {limits.get('le')}",
+        "less_than": f"less than {limits.get('lt')}",
+        "finite_number": "a finite number",
+        "int_parsing": kind, "int_type": kind, "int_from_float": kind, "int_parsing_size": kind,
+        "float_parsing": kind, "float_type": kind,
+        "bool_parsing": "true or false", "bool_type": "true or false",
+        "string_type": "a text",
+    }.get(error["type"])  # fmt: skip
+    if legal is None:
+        return f"recipe setting '{name}': {error['msg']}, got {given!r}"
+    return f"recipe setting '{name}' must be {legal}, got {given!r}"
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    """What a misspelt name was probably meant to be, as the end of a message; nothing if no known name is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from tqdit.capture import Captured
-from tqdit.errors import InputError
-from tqdit.layers.adapters import Holder
+from tqdit.inputs import Inputs
 from tqdit.layers.clock import TimestepClock
 from tqdit.layers.conditioning import Conditioning
+from tqdit.modules import Watched
+from tqdit.ops.autocast import without_autocast
 
 MAX_GRAPHS = 16  # of different batch sizes and shapes; the one that was not used for longest goes first
 
@@ -28,9 +29,10 @@ class Runtime(nn.Module):
     `graphs` to False to have them. Moving the model or changing its dtype drops its graphs; moving a part does not.
     """
 
-    def __init__(self, clock: TimestepClock, conditioning: Conditioning, graphs: bool) -> None:
+    def __init__(self, clock: TimestepClock, conditioning: Conditioning, graphs: bool, inputs: Inputs) -> None:
         super().__init__()
         self.graphs = graphs
+        self.inputs = inputs
         self._parts = clock, conditioning  # in a tuple: the model owns them
         self._forget_graphs()
 
@@ -47,7 +49,7 @@ class Runtime(nn.Module):
         self._captured: OrderedDict[tuple[Any, ...], Captured] = OrderedDict()
         self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None  # of the last replay
-        self._seen: tuple[object, bool] = (None, False)  # contents of holders, and whether there were adapters
+        self._seen: tuple[object, bool] = (None, False)  # what was watched, and whether a graph would be wrong
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Runtime":
         with self._lock:
@@ -59,56 +61,39 @@ class Runtime(nn.Module):
     def call(
         self, forward: Forward, x: torch.Tensor, timestep: Any, labels: torch.Tensor | None, blocks: Any = ()
     ) -> torch.Tensor:
-        """`forward` of x (B, C, H, W), for timestep () or (B,), labels (B,); no graph while `blocks` have adapters.
+        """`forward` of x (B, C, H, W), for timestep () or (B,), labels (B,).
 
-        Raises `InputError` for inputs that are missing or do not fit the batch, and for a timestep outside [0, T) where
-        reading it costs nothing: given as a number or on the CPU.
+        There is no graph while any of `blocks` has adapters or is offloaded.
+
+        x has passed `inputs.check_states`; raises `InputError` as `inputs.conditions` does. Gradients and autocast are
+        off inside: neither means anything for integers, and autocast would round the fp32 products that stand for them.
         """
-        labels, t = self._checked(x, timestep, labels)
-        run = self._replayed if self._graphable(x) and not self._adapted(blocks) else self._eager
-        return run(forward, x, t, labels)
-
-    def _checked(
-        self, x: torch.Tensor, timestep: Any, labels: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Labels (B,) and timestep (1,) or (B,), both on the device of x."""
-        batch = x.shape[0]
-        if labels is not None and _fits(timestep, x) and _fits(labels, x):
-            return labels, timestep
-        if batch == 0:
-            raise InputError("hidden_states have a batch of 0 samples")
-        if timestep is None:
-            raise InputError("a time-grouped model needs `timestep`")
-        if not isinstance(labels, torch.Tensor):
-            raise InputError("a class-conditional model needs `class_labels`, a tensor")
-        if labels.shape != (batch,):
-            raise InputError(f"class_labels have shape {tuple(labels.shape)}, the batch needs ({batch},)")
-        t = torch.as_tensor(timestep).reshape(-1)
-        if t.numel() not in (1, batch):
-            raise InputError(f"timestep has {t.numel()} entries for a batch of {batch}")
-        if t.device.type == "cpu" and x.device.type != "cpu" and not torch.compiler.is_compiling():
-            self._parts[0].time_groups.of(t)  # on a GPU the lookup could only assert
-        return labels.to(x.device), t.to(x.device)
+        t, labels = self.inputs.conditions(x, timestep, labels)
+        run = self._replayed if self._graphable(x) and not self._changing(blocks) else self._eager
+        with without_gradients(), without_autocast(x.device):
+            return run(forward, x, t, labels)
 
     def _graphable(self, x: torch.Tensor) -> bool:
         if not self.graphs or x.device.type != "cuda" or torch.compiler.is_compiling():
             return False
-        if torch.is_grad_enabled() and x.requires_grad:
-            return False
         with _on(x.device):
             return not torch.cuda.is_current_stream_capturing()
 
-    def _adapted(self, blocks: Any) -> bool:
-        """Whether any block has adapters; looked at again when something was put into any holder of slots."""
-        if self._seen[0] is not Holder.contents:
-            self._seen = Holder.contents, any(block.adapted for block in blocks)
+    def _changing(self, blocks: Any) -> bool:
+        """Whether any block has adapters or is offloaded; looked at again when any watched module got something."""
+        if self._seen[0] is not Watched.contents:
+            self._seen = Watched.contents, any(block.adapted or block.offloaded for block in blocks)
         return self._seen[1]
 
     def _eager(self, forward: Forward, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         clock, conditioning = self._parts
-        clock.set(t, len(x))
+        clock.set(t, x.shape[0])
         conditioning.set(t, labels)
-        return forward(x)
+        try:
+            return forward(x)
+        finally:
+            clock.forget()
+            conditioning.forget()
 
     def _replayed(self, forward: Forward, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         t = t.expand(len(x))
@@ -130,16 +115,7 @@ class Runtime(nn.Module):
         def call(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             return self._eager(forward, x, t, labels)
 
-        try:
-            return Captured(call, (x, t, labels), x.device)
-        finally:
-            for part in self._parts:
-                part.forget()  # what they hold is the graph's memory
-
-
-def _fits(given: Any, x: torch.Tensor) -> bool:
-    """Whether timestep or labels are as the model takes them: (B,), where x is. Most calls of a sampler on a GPU."""
-    return isinstance(given, torch.Tensor) and given.device == x.device and given.shape == x.shape[:1] != (0,)
+        return Captured(call, (x, t, labels), x.device)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -148,11 +124,18 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if current else torch.cuda.device(device)
 
 
+def without_gradients() -> AbstractContextManager[Any]:
+    """torch.no_grad(), where gradients are on."""
+    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+
+
 def attach_runtime(model: nn.Module, clock: TimestepClock, conditioning: Conditioning, graphs: bool) -> None:
     """Give a converted diffusers transformer its clock, conditioning and runtime, and let the runtime run its call."""
     from tqdit.models.integer import make_integer
 
     model.add_module("clock", clock)
     model.add_module("conditioning", conditioning)
-    model.add_module("runtime", Runtime(clock, conditioning, graphs))
+    config: Any = model.config
+    inputs = Inputs(config.in_channels, config.patch_size, conditioning.classes, clock.time_groups)
+    model.add_module("runtime", Runtime(clock, conditioning, graphs, inputs))
     make_integer(model)

@@ -37,10 +37,11 @@ class TimeGroups:
         Raises `InputError` for a timestep outside [0, T). Reads values, so it is for host code; modules use
         `table()`, which stays on the device.
         """
-        t = torch.floor(t).long() if t.is_floating_point() else t.long()
-        outside = t[(t < 0) | (t >= self.num_timesteps)]
+        t = t if t.is_floating_point() else t.long()
+        outside = t[~((t >= 0) & (t < self.num_timesteps))]  # NaN among them
         if outside.numel():
-            raise InputError(f"timestep {int(outside[0])} is outside [0, {self.num_timesteps})")
+            raise InputError(f"timestep {outside[0].item()} is outside [0, {self.num_timesteps})")
+        t = torch.floor(t).long()
         return t * self.num_groups // self.num_timesteps
 
     def table(self) -> torch.Tensor:

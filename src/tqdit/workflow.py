@@ -3,8 +3,8 @@
 import contextlib
 import hashlib
 import json
-import secrets
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tqdit import artifact, distributed
+from tqdit import artifact, distributed, jobs
 from tqdit.calibration import trajectories
 from tqdit.calibration.recorder import record
 from tqdit.calibration.records import Records
@@ -21,13 +21,25 @@ from tqdit.calibration.store import HASH_DIGITS, Store, WorkFolder, discard
 from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.convert import convert
 from tqdit.environment import environment, peak_memory_bytes, versions
-from tqdit.errors import InputError
+from tqdit.errors import InputError, RepairWarning
 from tqdit.evaluation import images
 from tqdit.evaluation.images import BATCH, Images
-from tqdit.files import TRANSFORMER, check_target, replacing, write_json
+from tqdit.files import (
+    TRANSFORMER,
+    check_space,
+    check_target,
+    filled,
+    replacing,
+    write_json,
+    write_text,
+)
+from tqdit.isolation import isolated
+from tqdit.model_card import CARD, model_card
 from tqdit.models import fitting
 from tqdit.models.sampler import Sampling
+from tqdit.models.shapes import shape_name
 from tqdit.models.sites import ARCHITECTURE, config_of
+from tqdit.models.sizes import float_sizes
 from tqdit.models.sources import (
     LABELS,
     PIPELINE,
@@ -46,8 +58,10 @@ from tqdit.tensors import decisive
 from tqdit.timegroups import TimeGroups
 
 STAGES = ("calibration", "search")  # whose finished work may be kept
-PIECES = 3  # raised where a change makes other pieces of the same settings, so that no former run is continued
+PIECES = 4  # raised where a change makes other pieces of the same settings, so that no former run is continued
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Device = str | torch.device
+Dtype = str | torch.dtype
 Report = Callable[[str, float], None]  # (stage, finished fraction)
 
 
@@ -74,26 +88,37 @@ class Prepared:
     work: Path | None = None
 
 
-def load(model: str | Path, backend: str = "auto", device: str = "cpu", dtype: str = "float32") -> nn.Module:
+@isolated()
+def load(model: str | Path, backend: str = "auto", device: Device = "auto", dtype: Dtype = "float32") -> nn.Module:
     """A runnable transformer: an artifact in integers on `backend`, anything else in fp32.
 
-    `dtype`: float32 or bfloat16, of an artifact's residual stream.
+    `device`: "auto" is a GPU where there is one, else the CPU. `dtype`: float32 or bfloat16 (or torch's own), of an
+    artifact's residual stream.
     """
     return load_source(resolve(model), backend, device, dtype)
 
 
-def load_source(source: ModelSource, backend: str = "auto", device: str = "cpu", dtype: str = "float32") -> nn.Module:
+@isolated()
+def load_source(
+    source: ModelSource, backend: str = "auto", device: Device = "auto", dtype: Dtype = "float32"
+) -> nn.Module:
     """`load` of a model that is found already."""
     target, stream = checked_device(device), checked_dtype(dtype)
     if source.quantized:
         return convert(fitting.read(source.folder), backend, target, stream)
     if stream is not torch.float32:
-        raise InputError(f"'{source.name}' is a float model and runs in float32; dtype '{dtype}' is for artifacts")
+        raise InputError(
+            f"'{source.name}' is a float model and runs in float32; dtype '{dtype_name(stream)}' is for artifacts"
+        )
+    if backend != "auto":
+        get_backend(backend, target)  # a name that is unknown is unknown for any model
+        raise InputError(f"'{source.name}' is a float model, which torch runs; backend '{backend}' is for artifacts")
     return load_float(source).to(target)
 
 
+@isolated()
 def prepare(
-    model: str | Path, recipe: Recipe, report: Report = silent, device: str = "cpu", work: Path | None = None
+    model: str | Path, recipe: Recipe, report: Report = silent, device: Device = "auto", work: Path | None = None
 ) -> Prepared:
     """Calibration: trajectories of the float model, then its activations and Fisher weights.
 
@@ -102,23 +127,33 @@ def prepare(
     the ranks share the work; they must see the same `work` folder, or an `InputError` says so.
     """
     source = resolve(model)
+    return _calibrated(source, load_float(source), recipe, report, device, work)
+
+
+def _calibrated(
+    source: ModelSource, module: nn.Module, recipe: Recipe, report: Report, device: Device, work: Path | None
+) -> Prepared:
+    """`prepare` of a model that is loaded already."""
     source.check_components()
     groups = TimeGroups(source.num_timesteps, recipe.groups)
-    module = load_float(source).to(checked_device(device))
+    target = checked_device(device)
+    module = module.to(target)
     if work:
-        _check_shared(work)
+        jobs.check_shared(work)
     start = time.perf_counter()
     source_hash = weights_hash(module)
     settings = {"scheduler": source.scheduler, **_calibration_settings(recipe)}
     shape = decisive(config_of(module))
-    states_in_bf16 = trajectories.draws_in_bf16(torch.device(device))
-    store = _store(work, STAGES[0], source_hash, shape, environment(device)["device"], states_in_bf16, settings)
+    states_in_bf16 = trajectories.draws_in_bf16(target)
+    store = _store(work, STAGES[0], source_hash, shape, environment(str(target))["device"], states_in_bf16, settings)
     data = trajectories.collect(module, source.scheduler, recipe, lambda f: report("trajectories", f), store=store)
+    report("statistics", 0.0)
     records = record(module, data, recipe, lambda f: report("statistics", f), store=store)
     seconds = time.perf_counter() - start
     return Prepared(source, module, recipe, groups, records, _data_hash(data), source_hash, seconds, work)
 
 
+@isolated()
 def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) -> tuple[Solution, float]:
     """Search every scale under `recipe`, whose calibration settings are those of `prepared`; also the seconds.
 
@@ -128,17 +163,14 @@ def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) 
         raise InputError("the recipe's calibration settings are not those the records were made with")
     start = time.perf_counter()
     provenance = {
-        "preset": recipe.label,
-        "recipe": recipe.model_dump(mode="json"),
-        "source": prepared.source.name,
-        "source_sha256": prepared.source_hash,
+        **_made_from(prepared.source, prepared.source_hash, recipe),
         "calibration_sha256": prepared.data_hash,
-        "versions": versions(),
     }
     # The calibration set's hash and the hardware that made it stand for the records.
     where = next(prepared.model.parameters()).device
     shape = decisive(config_of(prepared.model))
     store = _store(prepared.work, STAGES[1], shape, environment(str(where))["device"], provenance)
+    report("search", 0.0)
     solution = solve(
         prepared.model,
         prepared.records,
@@ -151,30 +183,37 @@ def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) 
     return solution, time.perf_counter() - start
 
 
+@isolated()
 def save(solution: Solution, source: ModelSource, out: Path, overwrite: bool = False) -> None:
     """Write an artifact with the scheduler, class names and VAE of its source; all or nothing. A pipeline stays one."""
     with replacing(out, overwrite) as folder:
-        write_json(folder / SCHEDULER, source.scheduler)
-        source.copy_components(folder)
-        if source.pipeline is None:
-            if source.labels:
-                write_json(folder / LABELS, {str(i): label for i, label in sorted(source.labels.items())})
-            artifact.write(solution, folder)  # last: it seals the folder
-        else:
-            index = {**source.pipeline, TRANSFORMER: ["diffusers", ARCHITECTURE]}
-            write_json(folder / PIPELINE, index)
-            (folder / TRANSFORMER).mkdir()
-            artifact.write(solution, folder / TRANSFORMER)
-            artifact.seal(folder)
+        _write(solution, source, folder)
 
 
+def _write(solution: Solution, source: ModelSource, folder: Path) -> None:
+    write_json(folder / SCHEDULER, source.scheduler)
+    source.copy_components(folder)
+    if source.pipeline is None:
+        if source.labels:
+            write_json(folder / LABELS, {str(i): label for i, label in sorted(source.labels.items())})
+        artifact.write(solution, folder)  # last: it seals the folder
+    else:
+        index = {**source.pipeline, TRANSFORMER: ["diffusers", ARCHITECTURE]}
+        write_json(folder / PIPELINE, index)
+        (folder / TRANSFORMER).mkdir()
+        artifact.write(solution, folder / TRANSFORMER)
+        artifact.seal(folder)
+    write_text(folder / CARD, model_card(solution, source, artifact.size_bytes(folder)))
+
+
+@isolated()
 def quantize(
     model: str | Path,
     out: str | Path,
     recipe: Recipe,
     overwrite: bool = False,
     report: Report = silent,
-    device: str = "cpu",
+    device: Device = "auto",
     resumable: bool = False,
 ) -> dict[str, Any]:
     """Quantize MODEL into the artifact folder `out`. Returns seconds (of this run), peak memory and sizes.
@@ -182,47 +221,69 @@ def quantize(
     `resumable`: finished work is kept in the folder `out`.work until the artifact is written. The same call continues
     from there after an interruption and gives the same bytes; another model or recipe starts anew. Inside
     `distributed.joined` the ranks share the work, the first one writes, and the bytes are those of one process.
+    Raises `InputError`, before any work, if another process is writing `out`, and for an `out` that cannot be written.
     """
-    out, world = Path(out), distributed.current()
-    check_target(out, overwrite)
-    work = work_folder(out) if resumable else None
-    prepared = prepare(model, recipe, report, device, work)
-    solution, search_seconds = solve_prepared(prepared, recipe, report)
-    if world.first:
-        save(solution, prepared.source, out, overwrite)
-        if work:
+    out = Path(out)
+    work = jobs.work_folder(out) if resumable else None
+    with jobs.reserved(out) as place:
+        if work and not overwrite and _is_made(model, out, work, recipe):
+            source, seconds = resolve(model), 0.0
+            module = load_float(source)
+        else:
+            check_target(out, overwrite)
+            source = resolve(model)
+            module = load_float(source)
+            if place:
+                check_space(out, _least_bytes(source, module, recipe))
+            prepared = _calibrated(source, module, recipe, report, device, work)
+            solution, search_seconds = solve_prepared(prepared, recipe, report)
+            seconds = prepared.seconds + search_seconds
+            if place:
+                with filled(place, overwrite) as folder:
+                    _write(solution, source, folder)
+        if place and work:
             discard(work, STAGES)
-    fp32 = float32_bytes(prepared.model)
+    return _summary(source, recipe, module, seconds, out, device)
+
+
+def _summary(
+    source: ModelSource, recipe: Recipe, module: nn.Module, seconds: float, out: Path, device: Device
+) -> dict[str, Any]:
+    world = distributed.current()
+    sizes = float_sizes(source, module)
     size = int(world.add(torch.tensor(artifact.size_bytes(out) if world.first else 0)))  # known when it is written
     return {
-        "name": prepared.source.name,
+        "name": source.name,
         "preset": recipe.label,
         "bits": recipe.bits,
-        "calibration_seconds": prepared.seconds + search_seconds,
+        "calibration_seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "size_bytes": size,
-        "float32_bytes": fp32,
-        "size_ratio": size / fp32,
+        **asdict(sizes),
+        "size_ratio": size / sizes.float32_bytes,
+        "size_ratio_bfloat16": size / sizes.bfloat16_bytes,
+        "size_ratio_file": size / sizes.file_bytes,
         "processes": world.size,
-        "environment": environment(device),
+        "environment": environment(distributed.chosen_device(device)),
     }
 
 
+@isolated()
 def sample(  # noqa: PLR0913 - one for each option of the command
     model: str | Path,
-    classes: list[str],
-    num: int,
-    sampling: Sampling,
+    classes: Sequence[str | int] = (),
+    num: int = 16,
+    sampling: Sampling = Sampling(),
     seed: int = 0,
     report: Report = silent,
     backend: str = "auto",
-    device: str = "cpu",
+    device: Device = "auto",
     *,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
 ) -> torch.Tensor:
     """`num` images (num, C, H, W) in [-1, 1], cycling through `classes`; all classes if none are named.
 
-    `dtype`: as in `load`.
+    `classes`: names or numbers. `device`, `dtype`: as in `load`. `to_pil` and `save_grid` take the images.
 
     Inside `distributed.joined` every rank draws its share and returns all of them.
     """
@@ -230,31 +291,42 @@ def sample(  # noqa: PLR0913 - one for each option of the command
     return sample_images(wanted, report, backend, device, dtype)
 
 
+@isolated()
 def images_of(
-    model: str | Path, classes: list[str], num: int, sampling: Sampling, seed: int = 0, batch: int = BATCH
+    model: str | Path,
+    classes: Sequence[str | int] = (),
+    num: int = 16,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    batch: int = BATCH,
 ) -> Images:
     """The images that `sample` draws, `batch` at a time; all of it checked but the weights. Raises `InputError`."""
     if isinstance(classes, str):
         raise InputError(f"classes must be a list of names, got the string '{classes}'")
+    if isinstance(classes, int):
+        raise InputError(f"classes must be a list, got the number {classes}; give [{classes}]")
     source = resolve(model)
     return Images(source, chosen_classes(source, classes), num, sampling, seed, batch)
 
 
+@isolated()
 def sample_images(
-    wanted: Images, report: Report = silent, backend: str = "auto", device: str = "cpu", dtype: str = "float32"
+    wanted: Images, report: Report = silent, backend: str = "auto", device: Device = "auto", dtype: Dtype = "float32"
 ) -> torch.Tensor:
     """The pixels of `wanted`, (num, C, H, W) in [-1, 1]; several processes share the work."""
     model = load_source(wanted.source, backend, device, dtype)
+    report("sampling", 0.0)
     return images.gathered(wanted, model, lambda f: report("sampling", f))
 
 
+@isolated()
 def sample_folder(
     wanted: Images,
     folder: str | Path,
     report: Report = silent,
     backend: str = "auto",
-    device: str = "cpu",
-    dtype: str = "float32",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
 ) -> int:
     """Write `wanted` into `folder`, one PNG each, but for those that are there; returns how many were new.
 
@@ -268,80 +340,110 @@ def sample_folder(
     run = {
         **wanted.run,
         "backend": next((kernel for kernel in kernels if ".scores[" in kernel), "float"),
-        "device": torch.device(device).type,
-        "dtype": dtype,
+        "device": checked_device(device).type,
+        "dtype": dtype_name(checked_dtype(dtype)),
     }
     return images.into_folder(wanted, run, model, folder, lambda f: report("sampling", f))
 
 
-def inspect(folder: str | Path, backend: str = "auto", device: str = "cpu") -> dict[str, Any]:
-    """Every site of an artifact: role, bits, grid, groups, granularity, and the kernel that will run it on `device`."""
+@isolated()
+def inspect(folder: str | Path, backend: str = "auto", device: Device = "auto") -> dict[str, Any]:
+    """What an artifact is, and every site of it: role, bits, grid, groups, granularity, the kernel that will run it.
+
+    `backend` and `device` decide the kernels. `float32_bytes`: what the same tensors take in fp32.
+    """
     source = resolve(folder)
     if not source.quantized:
         raise InputError(f"'{folder}' is not quantized; inspect takes an artifact")
     solution = fitting.read(source.folder)
-    chosen = get_backend(backend, checked_device(device))
+    target = checked_device(device)
+    chosen = get_backend(backend, target)
     sites = []
     for spec in solution.sites:
         row = {key: asdict(spec)[key] for key in ("name", "role", "bits", "grid", "groups", "granularity")}
         sites.append({**row, "kernel": kernel_name(solution.params[spec.name], chosen)})
-    return {"backend": chosen.NAME, "provenance": dict(solution.provenance), "sites": sites}
+    recipe = solution.provenance.get("recipe", {})
+    return {
+        "name": source.name,
+        "shape": shape_name(solution.model_config),
+        "preset": solution.provenance.get("preset", recipe.get("preset")),
+        "bits": f"w{recipe.get('weight_bits')}a{recipe.get('activation_bits')}",
+        "size_bytes": artifact.size_bytes(source.folder),
+        "float32_bytes": 4 * sum(tensor.numel() for tensor in (*solution.codes.values(), *solution.floats.values())),
+        "time_groups": solution.time_groups.num_groups,
+        "num_timesteps": solution.time_groups.num_timesteps,
+        "backend": chosen.NAME,
+        "device": str(target),
+        "provenance": dict(solution.provenance),
+        "sites": sites,
+    }
 
 
-def float32_bytes(model: nn.Module) -> int:
-    """Bytes of a float model's parameters in fp32, every tensor counted once per place it is stored."""
-    return sum(4 * p.numel() for p in model.parameters())
-
-
-def checked_device(device: str) -> torch.device:
-    """A device that exists here, or an `InputError`."""
+def checked_device(device: Device = "auto") -> torch.device:
+    """A device that exists here, or an `InputError`; "auto" is a GPU where there is one, else the CPU."""
     try:
-        chosen = torch.device(device)
+        chosen = torch.device(distributed.chosen_device(device))
         torch.empty(1, device=chosen).item()  # "meta" exists but cannot compute
     except (RuntimeError, AssertionError):
         raise InputError(f"device '{device}' is not available here; try cpu") from None
     return chosen
 
 
-def checked_dtype(name: str) -> torch.dtype:
-    """A dtype for the residual stream of an integer model, or an `InputError`."""
+def checked_dtype(dtype: Dtype) -> torch.dtype:
+    """A dtype for the residual stream of an integer model, by its name or torch's own; or an `InputError`."""
+    name = dtype_name(dtype)
     if name not in DTYPES:
         raise InputError(f"dtype '{name}' is not one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
-def chosen_classes(source: ModelSource, names: Sequence[str | int]) -> Sequence[int]:
-    """The numbers of the named classes, or of all."""
-    return class_indices(source, names) if names else range(int(source.config["num_embeds_ada_norm"]))
+def dtype_name(dtype: Dtype) -> str:
+    """ "bfloat16" for that string and for `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
 
 
-def work_folder(out: Path) -> Path:
-    """Where the finished work of an artifact `out` is kept, or an `InputError` if that cannot be a folder."""
-    work = out.absolute().with_name(f"{out.absolute().name}.work")
-    if work.exists() and not work.is_dir():
-        raise InputError(f"{work} is a file; finished work goes into a folder of this name")
-    return work
+def chosen_classes(source: ModelSource, classes: Sequence[str | int]) -> Sequence[int]:
+    """The numbers of the named or numbered classes, or of all."""
+    return class_indices(source, classes) if classes else range(int(source.config["num_embeds_ada_norm"]))
 
 
-def _check_shared(work: Path) -> None:
-    """Raise `InputError` if several processes do not see the same folder `work`."""
-    world = distributed.current()
-    if world.size == 1:
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    token = int(world.add(torch.tensor(secrets.randbits(60) if world.first else 0)))
-    mark = work / f"{token:x}.seen"
-    if world.first:
-        mark.touch()
-    world.wait()
-    seen = mark.exists()
-    world.wait()
-    if world.first:
-        mark.unlink()
-    if not seen:
-        with contextlib.suppress(OSError):
-            work.rmdir()  # made just now, on another disk
-        raise InputError(f"--resumable: {work} is not on a file system that all processes share; leave it out")
+def _is_made(model: str | Path, out: Path, work: Path, recipe: Recipe) -> bool:
+    """Whether a run that was killed at its very end has left work of an artifact that is whole and what we would make.
+
+    Of several processes the first one looks.
+    """
+    world, made = distributed.current(), False
+    if world.first and work.is_dir() and out.is_dir():
+        source = resolve(model)
+        module = load_float(source)
+        made_from = _made_from(source, weights_hash(module), recipe)
+        with contextlib.suppress(InputError):
+            found = resolve(out)
+            solution = artifact.read(found.folder)
+            same = all(solution.provenance.get(key) == value for key, value in made_from.items())
+            same = same and decisive(solution.model_config) == decisive(config_of(module))
+            made = same and (found.scheduler, found.labels) == (source.scheduler, source.labels)
+    if made := bool(world.add(torch.tensor([int(made)]))):
+        warnings.warn(f"{out} was finished by a run that was interrupted afterwards", RepairWarning, stacklevel=3)
+    return made
+
+
+def _made_from(source: ModelSource, source_hash: str, recipe: Recipe) -> dict[str, Any]:
+    """The part of an artifact's provenance that is known before the calibration."""
+    return {
+        "preset": recipe.label,
+        "recipe": recipe.model_dump(mode="json"),
+        "source": source.name,
+        "source_sha256": source_hash,
+        "versions": versions(),
+    }
+
+
+def _least_bytes(source: ModelSource, module: nn.Module, recipe: Recipe) -> int:
+    """About what an artifact takes on the disk, and no more: weight codes and the decoder."""
+    counts = {name.rpartition(".norm1.emb.")[2]: p.numel() for name, p in module.named_parameters()}  # stored once
+    decoder = source.vae.rglob("*.safetensors") if source.vae else ()
+    return sum(counts.values()) * recipe.weight_bits // 8 + sum(file.stat().st_size for file in decoder)
 
 
 def _calibration_settings(recipe: Recipe) -> dict[str, Any]:

@@ -4,7 +4,9 @@ LayerNorm, GELU and exp are rounded differently from torch's. So a code after on
 the value before rounding is nearer to a boundary than that rounding reaches; everything else is equal bit for bit.
 """
 
+import ctypes
 import os
+import re
 import subprocess
 import sys
 
@@ -13,11 +15,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operands import Maker, maker
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tqdit.backends import native, onednn
 from tqdit.backends.cpu import NativeCpu
 from tqdit.backends.onednn import SIGN, PackedLinear
 from tqdit.backends.panels import PanelLinear
+from tqdit.backends.signatures import FUNCTIONS
+from tqdit.errors import InputError
 from tqdit.ops.quantizer import dequantize, quantize
 from tqdit.ops.reference import Reference, int_matmul
 from tqdit.ops.schema import OperandParams, WeightParams
@@ -326,23 +331,72 @@ def test_threads_change_nothing(fast) -> None:
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("wrong", ["samples", "depth", "modulation", "dtype"])
-def test_operands_that_do_not_fit_are_refused(fast, wrong: str) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("samples", "parameters of 2 entries for 3 samples of 1"),
+        ("depth", "codes of depth 32 for a layer of depth 64"),
+        ("modulation", r"modulation \(2, 16\) for 3 samples of width 16"),
+        ("dtype", "need torch.float32 on the CPU; a tensor is torch.float64"),
+        ("meta", "need torch.float32 on the CPU; a tensor is torch.float32 on meta"),
+        ("fake", "need items in memory; a FakeTensor has none"),
+        ("planes", "1 planes of codes for a grid of mrq_gelu"),
+        ("update", r"an update \(3, 5, 16\) of hidden states \(3, 5, 20\)"),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(fast, wrong: str, message: str) -> None:
     """Pointers know no shapes: what does not fit must not reach them."""
     make = maker(10)
-    x, layer = make.values(3, 5, 16), fast.prepare(make.weight(16, 64), None)
-    gate, source, depth = make.values(3, 16), make.params(lead=3), 64
-    if wrong == "samples":
-        source = make.params(lead=2)
-    if wrong == "depth":
-        depth = 32
-    if wrong == "modulation":
-        gate = make.values(2, 16)
+    x, layer = make.values(3, 5, 20 if wrong == "update" else 16), fast.prepare(make.weight(16, 64), None)
+    gate, depth = make.values(2 if wrong == "modulation" else 3, 16), 32 if wrong == "depth" else 64
+    source = make.params(lead=2 if wrong == "samples" else 3)
     codes = given_codes(fast, make.codes(3, 5, depth), source)
+    if wrong == "planes":
+        source = make.params(Grid.MRQ_GELU, 3)
     if wrong == "dtype":
         gate = gate.double()
-    with pytest.raises(AssertionError):
+    if wrong == "meta":
+        gate = gate.to("meta")
+    if wrong == "fake":
+        gate = FakeTensorMode().from_tensor(gate)
+    with pytest.raises(InputError, match=message):
         fast.linear_residual(codes, source, layer, gate, x)
+
+
+@pytest.mark.parametrize("heads", [0, -1, 3, 2.0, True])
+def test_heads_that_do_not_fit_are_refused(fast, heads: object) -> None:
+    """Columns that are no heads, and parameters of another number of heads, would be read beyond their end."""
+    make = maker(11)
+    params = make.attention(2, Grid.UNIFORM)._replace(heads=heads)
+    with pytest.raises(InputError, match="the CPU kernels"):
+        fast.attention(make.codes(1, 4, 3 * 8 * 3).view(torch.uint8), params, make.params())
+
+
+@pytest.mark.parametrize("eps", [0, 1, True, 0.0, 1e-6])
+def test_eps_is_a_float_for_the_kernel_whatever_it_is_here(fast, eps: float) -> None:
+    """An int in the place of a C float would shift every argument behind it by one register."""
+    make = maker(12)
+    x, shift, scale, target = make.values(2, 3, 24), make.values(2, 24), make.values(2, 24), make.params()
+    found = found_codes(fast, fast.norm_quantize(x, shift, scale, eps, target))
+    assert (found != REFERENCE.norm_quantize(x, shift, scale, float(eps), target)).float().mean() < 0.02
+    with pytest.raises((TypeError, ValueError)):
+        fast.norm_quantize(x, shift, scale, "tiny", target)
+
+
+def test_every_function_of_the_library_is_declared(fast) -> None:
+    """Against the C sources: as many arguments, floats and integers where C has them."""
+    sources = "".join(path.read_text() for path in native.SOURCES.glob("*.h"))
+    found = re.findall(r'extern "C" (\w+) tqdit_(\w+)\(([^)]*)\)', sources)
+    assert {name for _, name, _ in found} == set(FUNCTIONS)
+    for result, name, arguments in found:
+        function = getattr(native.library(), f"tqdit_{name}")
+        assert function.restype is (ctypes.c_int64 if result == "int64_t" else None), name
+        given = [argument for argument in arguments.split(",") if argument.strip()]
+        assert len(given) == len(FUNCTIONS[name]), name
+        for text, declared in zip(given, FUNCTIONS[name], strict=True):
+            pointer = declared is ctypes.c_void_p or hasattr(declared, "contents")
+            expected = "*" in text, "int64_t " in text and "*" not in text, "float " in text and "*" not in text
+            assert (pointer, declared is ctypes.c_int64, declared is ctypes.c_float) == expected, (name, text)
 
 
 # Probes and fallbacks ----------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """Building, keeping and loading the compiled kernels, and every reason why that can fail."""
 
+import os
 import shutil
 import stat
 import subprocess
-import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,24 @@ def fake_compiler(path: Path, script: str) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels, compiled quickly."""
+    path = tmp_path_factory.mktemp("library") / "kernels.so"
+    compiler = next(filter(None, map(shutil.which, native.COMPILERS)))
+    flags = [*native.FLAGS, "-O0"]
+    subprocess.run([compiler, *flags, str(native.SOURCES / "kernels.cpp"), "-o", str(path)], check=True)
+    return path
+
+
+@pytest.fixture
+def copied(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that takes no time: it gives a copy of `library`."""
+    script = f'case "$*" in *--version*) exit 0;; esac; for last; do :; done; cp {library} "$last"'
+    monkeypatch.setenv("TQDIT_CXX", fake_compiler(tmp_path / "copier", script))
+    forget()
+
+
 def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
@@ -58,16 +77,51 @@ def test_other_flags_are_another_library(cache: Path, monkeypatch: pytest.Monkey
 
 
 @needs_compiler
-def test_a_damaged_library_is_built_again(cache: Path) -> None:
+@pytest.mark.parametrize("damage", ["cut off", "one bit", "empty", "other file"])
+def test_a_damaged_library_is_built_again_before_it_is_loaded(copied, cache: Path, damage: str) -> None:
+    """A library that was cut off is a bus error for whoever loads it, so this process would not survive a mistake."""
     assert native.reason() is None
     (name,) = files(cache)
-    code = "from pathlib import Path; from tqdit.backends import native; native.library(); print('loaded')"
+    whole = (cache / name).read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    content = {"cut off": whole[:60000], "one bit": bytes(flipped), "empty": b"", "other file": b"\x7fELF damaged"}
     (cache / name).unlink()  # a file of its own: this process has the old one mapped
-    (cache / name).write_bytes(b"\x7fELF damaged")
-    for _ in range(2):  # the first one throws it away, at the latest the second one has it
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "loaded", done.stderr
-    assert (cache / name).stat().st_size > 1000
+    (cache / name).write_bytes(content[damage])
+    forget()
+    assert native.reason() is None
+    assert files(cache) == [name]
+    assert (cache / name).read_bytes() == whole
+
+
+@needs_compiler
+def test_what_killed_builds_left_goes_with_the_next_build(copied, cache: Path) -> None:
+    cache.mkdir(mode=0o700)
+    for name, age in (("tmpold.so", 2 * native.BUILD_SECONDS + 60), ("tmpnew.so", 0)):
+        (cache / name).write_bytes(b"")
+        os.utime(cache / name, (time.time() - age,) * 2)
+    assert native.reason() is None
+    assert len(files(cache)) == 2
+    assert "tmpnew.so" in files(cache)
+
+
+@needs_compiler
+def test_what_a_link_points_to_is_left_alone(copied, cache: Path, tmp_path: Path) -> None:
+    """Neither a cache folder nor a library in it is taken through a link, and nothing behind a link is removed."""
+    assert native.reason() is None
+    (name,) = files(cache)
+    good = cache.rename(tmp_path / "elsewhere")
+    cache.symlink_to(good)
+    forget()
+    assert native.reason() is None  # in the temporary folder
+    assert files(good) == [name]
+    cache.unlink()
+    cache.mkdir(mode=0o700)
+    (cache / name).symlink_to(good / name)
+    forget()
+    assert native.reason() is None
+    assert files(good) == [name]
+    assert not (cache / name).is_symlink()
 
 
 @needs_compiler

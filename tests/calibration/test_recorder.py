@@ -1,6 +1,6 @@
 """Records of the float model: its true operands, every group, and a model left as it was."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from tqdit.calibration.picker import Picker
 from tqdit.calibration.recorder import batch_size, picked_bytes, record
 from tqdit.calibration.records import Joined, LinearRecord
 from tqdit.calibration.store import InMemory
+from tqdit.errors import InputError
 from tqdit.models.sampler import predict
 from tqdit.models.shapes import shape_config
 from tqdit.models.sites import blocks, sites
@@ -262,3 +263,30 @@ def test_records_are_put_together_on_their_device() -> None:
     parts = [InMemory({f"a/{field.name}": torch.ones(2, 3) for field in fields(LinearRecord)}) for _ in range(2)]
     record = Joined(LinearRecord, ["a"], parts, torch.device("meta"))["a"]
     assert all(tensor.device.type == "meta" and tensor.shape == (4, 3) for tensor in vars(record).values())
+
+
+# Values that are not finite ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hessian", [False, True])
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_first_site_and_timestep_that_are_not_finite_are_named(
+    model, data, tiny_recipe, value: float, guidance: float, hessian: bool
+) -> None:
+    x = data.x.clone()
+    x[9, 0, 3, 3] = value
+    name = blocks(model.config)[0].qkv.source
+    where = rf"site '{name}': .* timestep {int(data.t[9])} \(time group {int(data.group[9])} of 4\)"
+    with pytest.raises(InputError, match=where):
+        record(model, replace(data, x=x), tiny_recipe(guidance=guidance, hessian=hessian), batch=4)
+
+
+def test_a_layer_that_overflows_is_named(tiny_dit, data, tiny_recipe) -> None:
+    """The input of the layer that follows: its own input is fine, and so are all before."""
+    model = tiny_dit()
+    block = blocks(model.config)[1]
+    with torch.no_grad():
+        model.get_submodule(block.fc1.modules[0]).weight.mul_(1e38)
+    with pytest.raises(InputError, match=f"site '{block.fc2.source}'"):
+        record(model, data, tiny_recipe())

@@ -1,11 +1,15 @@
 """Finished pieces: made once, read from where they are, removed without taking anything else."""
 
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tqdit import distributed
-from tqdit.calibration.store import Forgetful, WorkFolder, discard
-from tqdit.errors import InputError
+from tqdit.calibration.store import SEAL, Forgetful, WorkFolder, discard
+from tqdit.errors import InputError, RepairWarning
 
 
 def piece() -> dict[str, torch.Tensor]:
@@ -36,10 +40,84 @@ def test_an_error_leaves_no_piece(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_piece_is_named(tmp_path) -> None:
-    (tmp_path / "x.safetensors").write_bytes(b"no")
-    with pytest.raises(InputError, match=r"x\.safetensors is damaged"):
-        WorkFolder(tmp_path).once("x", piece).read()
+def flip_a_bit(path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 16
+    path.write_bytes(data)
+
+
+def drop_a_tensor(path) -> None:
+    with safe_open(path, framework="pt") as file:
+        notes, kept = file.metadata(), {name: file.get_tensor(name) for name in file.keys() if name != "b"}  # noqa: SIM118
+    save_file(kept, path, notes)
+
+
+def of_another_name(path) -> None:
+    WorkFolder(path.parent).once("y", piece)
+    (path.parent / "y.safetensors").replace(path)
+
+
+def of_other_settings(path) -> None:
+    WorkFolder(path.parent.parent / "other").once("x", piece)
+    (path.parent.parent / "other" / "x.safetensors").replace(path)
+
+
+def without_checksums(path) -> None:
+    save_file(load_file(path), path)
+
+
+def with_strange_checksums(path) -> None:
+    tensors = load_file(path)
+    save_file(tensors, path, {SEAL: json.dumps({"piece": "work/x", "sha256": sorted(tensors)})})
+
+
+DAMAGES = [
+    lambda path: path.write_bytes(b"no"),
+    lambda path: path.write_bytes(b""),
+    lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    flip_a_bit, drop_a_tensor, of_another_name, of_other_settings, without_checksums, with_strange_checksums,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_piece_is_made_anew(tmp_path, damage) -> None:
+    folder = WorkFolder(tmp_path / "work")
+    whole = folder.once("x", piece)
+    damage(whole.path)
+    with pytest.warns(RepairWarning, match=r"x\.safetensors is damaged: .*; it is made anew"):
+        again = folder.once("x", lambda: {"new": torch.ones(1)})
+    assert again.read()["new"].tolist() == [1]
+    assert list(folder.once("x", piece).read()) == ["new"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_piece_that_is_damaged_later_is_named(tmp_path, damage) -> None:
+    """Or one that another process has made."""
+    whole = WorkFolder(tmp_path / "work").once("x", piece)
+    damage(whole.path)
+    with pytest.raises(InputError, match=r"x\.safetensors is damaged: .*; remove it"):
+        whole.read()
+
+
+def test_every_flipped_bit_is_noticed(tmp_path) -> None:
+    """But those of the JSON header that say the same in another way."""
+    whole = WorkFolder(tmp_path / "work").once(
+        "x", lambda: {"a": torch.arange(3.0), "b": torch.ones(2, dtype=torch.bool)}
+    )
+    expected, data = whole.read(), whole.path.read_bytes()
+    noticed = 0
+    for place in range(len(data)):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << place % 8
+        whole.path.write_bytes(flipped)
+        try:
+            found = whole.read()
+        except InputError:
+            noticed += 1
+        else:
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert noticed > 0.95 * len(data)
 
 
 def test_all_pieces_together_in_order(tmp_path) -> None:
@@ -69,3 +147,13 @@ def test_discard_takes_only_work(tmp_path) -> None:
     discard(work, ["search"])
     assert not work.exists()
     discard(work, ["search"])
+
+
+def test_discard_keeps_a_link_and_its_folder(tmp_path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    work = tmp_path / "out.work"
+    work.symlink_to(tmp_path / "elsewhere")
+    WorkFolder(work / f"search-{0:016x}").once("x", piece)
+    discard(work, ["search"])
+    assert work.is_symlink()
+    assert list((tmp_path / "elsewhere").iterdir()) == []

@@ -154,3 +154,16 @@ def test_a_copy_in_bf16_leaves_the_model_alone_and_holds_what_is_shared_once(mod
     assert {p.dtype for p in shared.parameters()} == {torch.float32}
     assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
     assert len(list(rounded.parameters())) == len(list(shared.parameters())) < len(list(model.parameters()))
+
+
+@in_both
+@pytest.mark.usefixtures("tolerance")
+def test_states_that_are_not_finite_are_an_error_that_names_the_timestep(
+    tiny_dit, scheduler_config, tiny_recipe
+) -> None:
+    model = tiny_dit()
+    model.proj_out_2.weight.data.mul_(1e38)
+    _, *others = make_scheduler(scheduler_config, Sampling("ddim", 4), False).timesteps.tolist()
+    recipe = tiny_recipe(sampler="ddim", steps=4, samples=1)
+    with pytest.raises(InputError, match=f"NaN or Inf values in the state at timestep ({'|'.join(map(str, others))});"):
+        collect(model, scheduler_config, recipe)

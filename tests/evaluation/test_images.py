@@ -86,6 +86,33 @@ def test_an_interrupt_keeps_finished_batches(wanted: Images, module: torch.nn.Mo
     assert sorted(contents(tmp_path)) == ["000000.png", "000001.png", RUN]
 
 
+@pytest.mark.parametrize("keep", [0, 8, 40, -1])
+def test_a_damaged_image_is_drawn_again(wanted: Images, module: torch.nn.Module, tmp_path: Path, keep: int) -> None:
+    fill(wanted, module, tmp_path)
+    whole = contents(tmp_path)
+    (tmp_path / "000002.png").write_bytes(whole["000002.png"][:keep])
+    (tmp_path / ".000002.png.tqdit.partial").write_bytes(b"of a killed run")
+    assert fill(wanted, module, tmp_path) == 1
+    assert contents(tmp_path) == whole
+
+
+def test_two_runs_do_not_mix(wanted: Images, module: torch.nn.Module, tmp_path: Path, monkeypatch) -> None:
+    """Both find an empty folder; the second to say what it draws ends."""
+    check, calls = images.check_folder, []
+
+    def other_comes_first(folder: Path, run: dict) -> None:
+        calls.append(folder)
+        if len(calls) > 1:
+            check(folder, run)
+        else:
+            (folder / RUN).write_text(json.dumps(replace(wanted, seed=8).run))
+
+    monkeypatch.setattr(images, "check_folder", other_comes_first)
+    with pytest.raises(InputError, match="seed was 8, now it is 7"):
+        fill(wanted, module, tmp_path)
+    assert list(contents(tmp_path)) == [RUN]
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -142,6 +169,10 @@ def test_folder_of_something_else(wanted: Images, tmp_path: Path) -> None:
         check_folder(tmp_path, wanted.run)
     with pytest.raises(InputError, match=r"thesis\.txt is not a folder"):
         check_folder(tmp_path / "thesis.txt", wanted.run)
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact" / "config.json").write_text('{"quantization_config": {"quant_method": "tqdit"}}')
+    with pytest.raises(InputError, match="is inside the artifact"):
+        check_folder(tmp_path / "artifact" / "images", wanted.run)
     (tmp_path / RUN).write_text("[]")
     with pytest.raises(InputError, match="JSON object"):
         check_folder(tmp_path, wanted.run)

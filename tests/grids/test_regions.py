@@ -138,6 +138,13 @@ def test_fake_quantization_at_the_border_of_the_regions(grid: Grid) -> None:
     assert torch.equal(regions.fake_quantize(x, s1, s2, 4, grid), regions.dequantize(codes, s1, s2, grid))
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_softmax_candidates_end_at_steps_of_about_2_to_the_minus_17(bits: int) -> None:
+    exponents = regions.softmax_exponents(bits)
+    assert exponents[0] == 1
+    assert 2**-17 <= regions.coarse_softmax_scale(bits) * 2.0 ** -exponents[-1] < 2**-16
+
+
 def merged_levels(bits: int, exponent: int, grid: Grid) -> torch.Tensor:
     """The values of all codes in units of s1, where s2 = s1 2^exponent."""
     low = -(2 ** (bits - 1)) if grid is Grid.MRQ_GELU else 1 - 2 ** (bits - 1)

@@ -76,8 +76,6 @@ def test_symmetric_scale_reaches_the_magnitude() -> None:
 @pytest.mark.parametrize(
     ("low", "high", "message"),
     [
-        (0.0, 0.0, "zero"),
-        (0.0, 1e-42, "zero"),  # subnormal: a division by it is not reliable
         (float("nan"), 1.0, "not finite"),
         (-1.0, float("nan"), "not finite"),
         (-1.0, float("inf"), "not finite"),
@@ -89,7 +87,46 @@ def test_range_without_a_scale_is_an_error_that_names_the_site(low: float, high:
         uniform.minmax_asymmetric(torch.tensor([-1.0, low]), torch.tensor([1.0, high]), 8, "blocks.7.q")
 
 
-@pytest.mark.parametrize("magnitude", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("high", [0.0, 1e-42, uniform.SMALLEST, 254 * uniform.SMALLEST])
+def test_a_range_whose_step_is_no_normal_number_gets_a_scale_of_1(high: float) -> None:
+    low, high = torch.tensor([-1.0, 0.0, -high, -high / 2]), torch.tensor([1.0, high, 0.0, high / 2])
+    scale, zero_point = uniform.minmax_asymmetric(low, high, 8, "s")
+    assert scale[1:].tolist() == [1.0] * 3
+    assert zero_point.tolist() == [-1, 0, 0, 0]
+    assert zero_point.dtype is torch.int32
+    assert scale[0] < 1
+    for value in (low, high):
+        assert not uniform.fake_quantize(value, scale, zero_point, 8)[1:].any()
+    assert uniform.minmax_symmetric(high / 3, 8, "w")[1:].tolist() == [1.0] * 3
+
+
+def test_the_smallest_range_with_a_scale() -> None:
+    low, high = torch.zeros(1), torch.full((1,), 255 * uniform.SMALLEST)
+    scale, zero_point = uniform.minmax_asymmetric(low, high, 8, "s")
+    assert scale.item() == uniform.SMALLEST
+    assert torch.isfinite(1 / scale).all()
+    assert uniform.quantize(high, scale, zero_point, 8).item() == 127
+
+
+def test_multiples_of_a_scale_are_scales() -> None:
+    factors = uniform.factors(1e-44, 1e300, 4)[:, None]
+    assert torch.isfinite(factors).all()
+    found = uniform.multiples(torch.tensor([uniform.SMALLEST, 1.0, 1e38]), factors)
+    assert (found >= uniform.SMALLEST).all()
+    assert torch.isfinite(found).all()
+    assert (
+        uniform.multiples(torch.tensor([0.5]), torch.tensor([[0.3]])).tolist() == (torch.tensor([[0.3]]) * 0.5).tolist()
+    )
+
+
+def test_rounding_comes_before_the_zero_point() -> None:
+    """Half to even: with an odd zero point inside the rounding a tie would go to the other side."""
+    x = torch.tensor([-1.5, -0.5, 0.5, 1.5, 2.5])
+    assert uniform.quantize(x, torch.tensor(1.0), 1, 8).tolist() == [-1, 1, 1, 3, 3]
+    assert uniform.quantize(x, torch.tensor(1.0), torch.tensor(-3), 8).tolist() == [-5, -3, -3, -1, -1]
+
+
+@pytest.mark.parametrize("magnitude", [float("nan"), float("inf")])
 def test_symmetric_range_without_a_scale_is_an_error(magnitude: float) -> None:
     with pytest.raises(InputError, match=r"'w\.3'"):
         uniform.minmax_symmetric(torch.tensor([1.0, magnitude]), 8, "w.3")

@@ -95,23 +95,117 @@ def test_adapters_can_be_switched_off(solved, model_inputs, adapter) -> None:
     assert not any(block.adapted for block in model.transformer_blocks)
 
 
-def test_merging_into_integers_is_refused(solved, adapter) -> None:
+MERGES = {
+    "merge_adapter": lambda model: model.merge_adapter(),
+    "merge_adapter, safely": lambda model: model.merge_adapter(safe_merge=True),
+    "merge_and_unload": lambda model: model.merge_and_unload(),
+    "merge_and_unload, safely": lambda model: model.merge_and_unload(safe_merge=True),
+}
+
+
+@pytest.mark.parametrize("merge", MERGES)
+def test_merging_into_integers_is_refused(solved, model_inputs, adapter, merge: str) -> None:
+    """And nothing has changed then: peft's safe merge would write into a copy, and drop the adapter in silence."""
     adapted = peft.PeftModel.from_pretrained(convert(solved("plus")), adapter)
-    with pytest.raises(RuntimeError):
-        adapted.merge_adapter()
+    expected = run(adapted, model_inputs)
+    with pytest.raises(InputError, match="integer layers have no weights that an adapter could be merged into"):
+        MERGES[merge](adapted)
+    assert torch.equal(run(adapted, model_inputs), expected)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [{"cls": "LoraConfig", "r": 4, "use_dora": True, "target_modules": ["to_q"]},
-     {"cls": "IA3Config", "target_modules": ["to_q"], "feedforward_modules": []}],
-)  # fmt: skip
-def test_other_adapters_are_refused(solved, model_inputs, config: dict) -> None:
-    """What they add depends on the layer's own weight or output."""
-    settings = {key: value for key, value in config.items() if key != "cls"}
-    adapted = peft.get_peft_model(convert(solved("plus")), getattr(peft, config["cls"])(**settings))
-    with pytest.raises(InputError, match="only plain LoRA"):
-        run(adapted, model_inputs)
+SETTINGS = {
+    "rsLoRA": {"use_rslora": True},
+    "biases of its own": {"lora_bias": True},
+    "ranks and alphas by layer": {"rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_v": 16}},
+    "one block": {"layers_to_transform": [1], "layers_pattern": "transformer_blocks"},
+    "orthogonal start": {"init_lora_weights": "orthogonal"},
+}
+
+
+def trained(folder: Path, float_model: nn.Module, config: object, change: float = 0.3) -> Path:
+    """An adapter of a float model as peft saves it, everything in it trained."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(float_model, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                lora = name.endswith("default.weight")
+                parameter.mul_(0.5).add_(torch.randn_like(parameter) * 0.03) if lora else parameter.add_(change)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_of_plain_lora_are_applied(solved, model_inputs, tiny_dit, tmp_path, setting: str) -> None:
+    options = {"r": 4, "target_modules": ["to_q", "to_v"], "init_lora_weights": False, **SETTINGS[setting]}
+    folder = trained(tmp_path, tiny_dit(), peft.LoraConfig(**options))
+    expected = run(peft.PeftModel.from_pretrained(tiny_dit(), folder), model_inputs)
+    model = convert(solved("plus"))
+    alone = sqnr_db(expected, run(model, model_inputs))
+    found = sqnr_db(expected, run(peft.PeftModel.from_pretrained(model, folder), model_inputs))
+    assert found > max(25, alone + 4), (alone, found)
+
+
+TARGET = {"target_modules": ["to_q"]}
+REFUSED = {
+    "biases of its layers": ("LoraConfig", {"bias": "lora_only"}, r"no place for '.*attn1\.to_q\.bias'"),
+    "all biases": ("LoraConfig", {"bias": "all"}, r"no place for 'pos_embed\.proj\.bias'"),
+    "a layer outside": ("LoraConfig", {"modules_to_save": ["proj_out_2"]}, "ModulesToSaveWrapper for 'proj_out_2'"),
+    "a layer inside": ("LoraConfig", {"modules_to_save": ["to_k"]}, "for 'to_k': peft.*ModulesToSaveWrapper"),
+    "adaLN": ("LoraConfig", {"modules_to_save": ["norm1.linear"]}, "for 'linear': peft.*ModulesToSaveWrapper"),
+    "the class table": ("LoraConfig", {"modules_to_save": ["embedding_table"]}, "ModulesToSaveWrapper for 'embed"),
+    "a block": ("LoraConfig", {"target_modules": ["1.attn1.to_q"], "modules_to_save": ["transformer_blocks.0"]},
+                "ModulesToSaveWrapper for '0'"),
+    "some classes": ("LoraConfig", {"trainable_token_indices": {"embedding_table": [1]}}, "TrainableTokensWrapper for"),
+    "LoRA of the class table": ("LoraConfig", {"target_modules": ["to_q", "embedding_table"]}, "Embedding for 'embed"),
+    "LoRA of a parameter": ("LoraConfig", {"target_parameters": ["to_k.weight"]}, "no place for '.*attn1.to_k.lora_A"),
+    "DoRA": ("LoraConfig", {"use_dora": True}, "as merging, DoRA and PiSSA need"),
+    "PiSSA": ("LoraConfig", {"init_lora_weights": "pissa"}, "as merging, DoRA and PiSSA need"),
+    "IA3": ("IA3Config", {"feedforward_modules": []}, "for 'to_q': peft.tuners.ia3"),
+    "LoHa": ("LoHaConfig", {}, "for 'to_q': peft.tuners.loha"),
+    "LoKr": ("LoKrConfig", {}, "for 'to_q': peft.tuners.lokr"),
+    "OFT": ("OFTConfig", {"r": 0, "oft_block_size": 4}, "for 'to_q': peft.tuners.oft"),
+    "AdaLoRA": ("AdaLoraConfig", {"init_r": 4, "target_r": 2, "total_step": 9}, "for 'to_q': peft.tuners.adalora"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:target_parameters")
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_an_adapter_has_beside_plain_lora_is_refused_by_name(
+    solved, model_inputs, tiny_dit, tmp_path, case: str
+) -> None:
+    """peft itself would drop it in silence, or fail with a KeyError."""
+    cls, options, message = REFUSED[case]
+    folder = trained(tmp_path, tiny_dit(), getattr(peft, cls)(**TARGET | options))
+    model = convert(solved("plus"))
+    with pytest.raises(InputError, match=message) as caught:
+        peft.PeftModel.from_pretrained(model, folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_biases_that_were_not_trained_are_no_obstacle(solved, model_inputs, tiny_dit, tmp_path) -> None:
+    config = peft.LoraConfig(**TARGET, bias="all", init_lora_weights=False)
+    folder = trained(tmp_path, tiny_dit(), config, change=0.0)
+    expected = run(peft.PeftModel.from_pretrained(tiny_dit(), folder), model_inputs)
+    assert sqnr_db(expected, run(peft.PeftModel.from_pretrained(convert(solved("plus")), folder), model_inputs)) > 25
+
+
+def test_a_second_adapter_of_another_kind(solved, model_inputs, adapter) -> None:
+    """peft changes the first one's layers in place; the call says so at the latest."""
+    adapted = peft.PeftModel.from_pretrained(convert(solved("plus")), adapter)
+    with pytest.raises(InputError, match="DoRA"):
+        adapted.add_adapter("second", peft.LoraConfig(r=4, target_modules=TARGETS, use_dora=True))
+
+
+def test_integers_are_not_trained(solved) -> None:
+    """peft leaves all but the adapter without gradients, and integers could not have any."""
+    model = convert(solved("plus"))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**TARGET))
+    assert {name.split(".")[-3] for name, p in adapted.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    for part in (model, model.transformer_blocks[0], model.proj_out_2, model.proj_out_2.layer):
+        with pytest.raises(InputError, match="cannot be trained"):
+            part.requires_grad_()
+        assert part.requires_grad_(False) is part
 
 
 @pytest.mark.parametrize("target", ["norm1.linear", "linear_1", "proj_out_2"])

@@ -16,12 +16,12 @@ def test_trap_7_scales_stay_fp32(site, weight, dtype: torch.dtype, backend: str)
     run = get_backend(backend)
     layers = run.prepare(weight(6, 5), torch.randn(6)), run.prepare_float_input(weight(6, 5), torch.randn(6))
     for module in (site(Role.INPUT, groups=4), *layers):
-        before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         assert before
         module.to(dtype)
-        for name, buffer in module.named_buffers():
-            assert buffer.dtype is before[name].dtype, name
-            assert torch.equal(buffer, before[name]), name
+        for name, tensor in module.state_dict().items():
+            assert tensor.dtype is before[name].dtype, name
+            assert torch.equal(tensor, before[name]), name
 
 
 def test_half_and_double_round_trip_loses_no_bit(site) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from tqdit.comparison import Comparison, ModelRow
+from tqdit.cost import Cost
 from tqdit.evaluation.fidelity import EpsilonFidelity
 from tqdit.spec import Granularity, Grid, GridParams, Role, SiteSpec, Solution
 from tqdit.timegroups import TimeGroups
@@ -43,15 +44,16 @@ def model_row(name: str, sqnr: float = 33.04, **changes: Any) -> ModelRow:
         "psnr_db": 28.76,
         "solution": solution(),
         "calibration_seconds": 74.2,
+        "cost": Cost(12.5, 50.0, 51_000_000, 9_000_000),
     }
     return ModelRow(name, **(values | changes))
 
 
 def comparison(*models: ModelRow, **changes: Any) -> Comparison:
-    size = {"size_bytes": 32_400_000, "size_ratio": 1.0}
-    absent = dict.fromkeys(("preset", "eps", "psnr_db", "solution", "calibration_seconds"))
+    size = {"size_bytes": 32_400_000, "size_ratio": 1.0, "file_bytes": 16_200_000, "file_dtype": "float16"}
+    absent = dict.fromkeys(("preset", "eps", "psnr_db", "solution", "calibration_seconds", "cost"))
     reference = model_row("float-model", bits="float32", **size, **absent, **changes)
-    settings = {"num": 6, "samples_per_group": 5, "groups": 5, "seed": 0, "sampler": "ddim", "steps": 50}
+    settings = {"num": 6, "samples_per_group": 5, "groups": 5, "states": 25, "seed": 0, "sampler": "ddim", "steps": 50}
     return Comparison(reference, models, settings, {"tqdit": "0.1.0", "cpu": "A <fast> CPU", "threads": 2})
 
 

@@ -76,16 +76,18 @@ def test_names_from_folders_are_escaped(text: str) -> None:
 
 def test_table_shows_formatted_values_and_a_dash_for_none(text: str) -> None:
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr><th scope=\"row\">.*?</tr>", text)]
-    assert rows[0] == ["–", "float32", "32.40", "100.0", "–", "–", "–", "12.35"]
-    assert rows[1] == ["paper", "w8a8", "8.30", "25.6", "74", "33.0", "28.8", "12.35"]
-    assert rows[2] == ["–", "w8a8", "4.00", "12.3", "74", "24.2", "28.8", "–"]
+    assert rows[0] == ["–", "float32", "16.20", "100.0", "100.0", "50.0", "–", "–", "12.35", "–", "–", "–", "–"]
+    cost = ["12.5", "4.00", "51"]
+    assert rows[1] == ["paper", "w8a8", "8.30", "51.2", "51.2", "25.6", "33.0", "28.8", "12.35", *cost, "74"]
+    assert rows[2] == ["–", "w8a8", "4.00", "24.7", "24.7", "12.3", "24.2", "28.8", "–", *cost, "74"]
     assert "from 6 images per model. It is\nbiased upwards" in text
 
 
 def test_headline_and_summary_name_the_closest_and_the_smallest(text: str) -> None:
-    assert "<h1>float-model, 3.9× smaller at 33.0 dB ε SQNR</h1>" in text
+    assert "<h1>float-model, 2.0× smaller than in float16 at 33.0 dB ε SQNR</h1>" in text
     assert "0.05 % of the signal" in text
-    assert "The smallest, smaller (w8a8), takes 4.00 MB (8.1× smaller) at 24.2 dB." in text
+    assert "It takes 8.30 MB, 51.2 % of that. A call of the denoiser takes 12.5 ms, 4.0× as fast as" in text
+    assert "The smallest, smaller (w8a8), takes 4.00 MB (4.0× smaller than in float16) at 24.2 dB." in text
 
 
 def test_pictures_and_charts_have_alternative_texts(text: str) -> None:
@@ -148,6 +150,8 @@ def test_every_kind_of_softmax_grid(grids: tuple[Grid, ...], groups: int, note: 
 
 def test_a_comparison_without_models_and_an_exact_model() -> None:
     assert "No quantized model was measured" in render(comparison(fd_fashion=None), *attention_maxima())
+    unvisited = EpsilonFidelity(30.0, [30.0, float("nan")], [(0, 30.0)])
+    assert "q: 30.0 to 30.0 dB." in render(comparison(model_row("q", eps=unvisited)), *attention_maxima())
     exact = EpsilonFidelity(float("inf"), [float("inf")] * 5, [(0, float("inf"))])
     text = render(comparison(model_row("exact", eps=exact)), *attention_maxima())
     assert "∞ dB ε SQNR" in text

@@ -7,7 +7,7 @@ import torch
 
 from tqdit.calibration.statistics import RangeStats
 from tqdit.grids import uniform
-from tqdit.search import operands
+from tqdit.search import alternating, operands
 from tqdit.search.alternating import alternate
 from tqdit.search.objectives import MatmulObjective, linear, scores
 from tqdit.search.operands import Operand
@@ -179,3 +179,70 @@ def test_a_settled_search_ends(outlier_example, tiny_recipe) -> None:
     recipe = tiny_recipe(rounds=50)
     alternate(MatmulObjective(counted, objective.target, objective.weights), a, b, recipe)
     assert len(calls) < 10 * 2 * (recipe.candidates + 1)
+
+
+# Two regions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("region", [0, 1])
+def test_each_region_of_gelu_is_searched(region: int, tiny_recipe) -> None:
+    """Values reach an eighth of the negative region's fixed extent; or an outlier that no output shows is positive."""
+    x = torch.nn.functional.gelu(torch.randn(200, 32), approximate="tanh")
+    fisher = torch.ones(200, 16)
+    if region == 0:
+        x = torch.where(x < 0, x, 0) / 8
+    else:
+        x[0, 0], fisher[0] = 40.0, 0.0
+    w = torch.randn(16, 32)
+    a = activation(x, torch.zeros(200, dtype=torch.int64), role=Role.GELU, grid=Grid.MRQ_GELU)
+    found, _, _ = alternate(MatmulObjective.of(linear, x, w, fisher), a, weight(w, 8), tiny_recipe(rounds=1))
+    assert found.scale[0, 0, region] < 0.3 * a.scale[0, 0, region]
+
+
+def test_a_first_region_is_searched_again_after_the_second(tiny_recipe, monkeypatch) -> None:
+    """The regions depend on one another, so a settled weight does not settle them.
+
+    The best factor of the first region is here half of the second's, and the second's the mean of the first's and 1:
+    from (1, 1) the search takes several turns to (1/3, 2/3), while the weight's scale stays as it is.
+    """
+    x = torch.nn.functional.gelu(torch.randn(8, 4))
+    a = activation(x, torch.zeros(8, dtype=torch.int64), role=Role.GELU, grid=Grid.MRQ_GELU)
+    b = weight(torch.randn(3, 4), per_channel=False)
+    base = a.scale
+
+    def loss_of(objective: object, a: Operand, b: Operand, searched: Operand) -> alternating.LossOf:
+        def loss(tables: torch.Tensor) -> torch.Tensor:
+            if searched is b:
+                return torch.zeros(tables.shape)
+            first, second = (tables / base).unbind(-1)
+            return (first - second / 2).square() + (second - (first + 1) / 2).square()
+
+        return loss
+
+    monkeypatch.setattr(alternating, "loss_of_values", loss_of)
+    recipe = tiny_recipe(candidates=121, low=0.01, high=1.21)
+    objective = MatmulObjective.of(linear, x, b.values, None)
+    losses = [alternate(objective, a, b, recipe.model_copy(update={"rounds": n}))[2] for n in (1, 2, 3, 8)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[1] < losses[0]
+    assert losses[2] < losses[1]
+
+
+def test_a_candidate_whose_loss_is_not_a_number_is_never_chosen(tiny_recipe, monkeypatch) -> None:
+    x, a = exact_input()
+    b = weight(torch.randn(4, 12))
+
+    def loss_of(objective: object, a: Operand, b: Operand, searched: Operand) -> alternating.LossOf:
+        def loss(tables: torch.Tensor) -> torch.Tensor:
+            found = torch.ones(tables.shape)
+            if len(tables) > 1:
+                found[1::2], found[2] = torch.nan, 0.5
+            return found
+
+        return loss
+
+    monkeypatch.setattr(alternating, "loss_of_values", loss_of)
+    recipe = tiny_recipe(rounds=1)
+    found, _, _ = alternate(MatmulObjective.of(linear, x, b.values, None), a, b, recipe)
+    (tables,) = a.candidate_scales(a.scale, recipe)
+    assert torch.equal(found.scale, tables[1])

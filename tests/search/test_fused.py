@@ -204,3 +204,23 @@ def test_values_far_beyond_the_range_are_clipped() -> None:
     table = torch.ones_like(found.scale)
     (part,) = fused.steps(found, table[None]).parts
     assert torch.equal(part, found.fake(table))
+
+
+@pytest.mark.parametrize(("role", "grid", "merging"), LINEAR)
+def test_units_without_a_range(role: Role, grid: Grid, merging: bool, tiny_recipe) -> None:
+    """A time group of zeros and a channel of zeros: losses of 0 under every scale, as by torch's operations."""
+    x = rows_of(role, 6, 8)
+    x[1::2] = 0
+    a, b = operand(x, role, grid, merging), weight(4, 8, per_channel=True)
+    b.values[2] = 0
+    b = operands.weight([b.spec], [b.values])
+    assert b.scale[0, 2] == 1
+    objective = MatmulObjective.of(objectives.linear, x, b.values, None)
+    for searched in (a, b):
+        tables = torch.cat(searched.candidate_scales(searched.scale, tiny_recipe(candidates=3)))[:3]
+        expected, found = (
+            way(objective, a, b, searched)(tables) for way in (alternating.loss_of_values, alternating.loss_of_steps)
+        )
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6 * expected.max().item())
+        dead = found[:, 1] if searched is a else found[..., 2]
+        assert not dead.any()

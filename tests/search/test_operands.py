@@ -167,10 +167,35 @@ def test_softmax_of_one_product_starts_and_stays_where_regions_merge(tiny_recipe
     assert [shift[0, 0].item() for shift in shifts[1:]] == list(regions.softmax_exponents(bits, merging=True))
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [0.0, 1e-42])
+@pytest.mark.parametrize("merging", [False, True])
+def test_a_unit_without_a_range_gets_a_scale_of_1(value: float, merging: bool) -> None:
+    x, group = torch.full((4, 8), value), torch.zeros(4, dtype=torch.int64)
+    operand = operands.activation(SiteSpec("s", Role.INPUT, 8), x, group, stats(x, group, 1))
+    assert operand.scale.tolist() == [[1.0]]
+    assert operand.zero_point.tolist() == [[0]]
+    assert not operand.fake().any()
+    (weight,) = operands.weight([SiteSpec("w", Role.WEIGHT, 8, units=4)], [x]).scale
+    assert weight.tolist() == [1.0] * 4
+    gelu = operands.activation(SiteSpec("s", Role.GELU, 6, Grid.MRQ_GELU), x, group, stats(x, group, 1), merging)
+    fine = regions.GELU_MINIMUM / 32
+    assert gelu.scale.flatten().tolist() == pytest.approx([fine, fine])  # of the region that may still have values
+
+
+def test_multiples_of_a_scale_stay_powers_of_two_apart_where_they_merge(tiny_recipe) -> None:
+    x, group = torch.nn.functional.gelu(torch.randn(4, 8)), torch.zeros(4, dtype=torch.int64)
+    spec = SiteSpec("s", Role.GELU, 4, Grid.MRQ_GELU)
+    operand = operands.activation(spec, x, group, stats(x, group, 1), merging=True)
+    (tables,) = operand.candidate_scales(operand.scale, tiny_recipe(candidates=3, low=1e-44))
+    for table in tables:
+        assert (table >= uniform.SMALLEST).all()
+        assert regions.merge_shift(table[..., 0], table[..., 1], 4, spec.grid) is not None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_range_without_a_scale_names_the_site(value: float) -> None:
     x, group = torch.full((4, 8), value), torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(InputError, match=r"'block\.3\.fc1'"):
+    with pytest.raises(InputError, match=r"'block\.3\.fc1'.*time group 0 of 1"):
         operands.activation(SiteSpec("block.3.fc1", Role.INPUT, 8), x, group, stats(x, group, 1))
     gelu = SiteSpec("block.3.fc2", Role.GELU, 6, Grid.MRQ_GELU)
     with pytest.raises(InputError, match=r"'block\.3\.fc2'"):

@@ -300,20 +300,11 @@ def test_the_model_is_only_read(tiny_dit, records, tiny_recipe) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in solution.floats.items())
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan")])
-def test_site_without_a_range_is_named(model, records, tiny_recipe, value: float) -> None:
+def test_a_site_whose_values_are_not_finite_is_named(model, records, tiny_recipe) -> None:
     name = blocks(model.config)[1].fc1.source
-    doctored = with_input(records, name, torch.full_like(records.linears[name].x, value))
-    with pytest.raises(InputError, match=name):
+    doctored = with_input(records, name, torch.full_like(records.linears[name].x, float("nan")))
+    with pytest.raises(InputError, match=rf"'{name}'.*time group 0 of 4"):
         solution_of(model, doctored, tiny_recipe())
-
-
-@pytest.mark.parametrize("name", ["proj_out_1.weight", "transformer_blocks.1.attn1.to_k.weight"])
-def test_weight_of_zeros_is_named(tiny_dit, records, tiny_recipe, name: str) -> None:
-    model = tiny_dit()
-    model.get_parameter(name).zero_()
-    with pytest.raises(InputError, match=name):
-        solution_of(model, records, tiny_recipe())
 
 
 def test_progress_reaches_the_end(model, records, tiny_recipe) -> None:

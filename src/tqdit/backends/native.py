@@ -17,89 +17,29 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 
-from tqdit.ops.schema import OperandParams
-from tqdit.spec import Grid
+from tqdit.backends.signatures import declare
 
 SOURCES = Path(__file__).with_name("kernels")
 # No contraction: codes must not depend on where a compiler finds a fused multiply-add.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-Wno-psabi")
 OPENMP = ("-fopenmp",)
 COMPILERS = ("c++", "g++", "clang++")
-BUILD_SECONDS = 300
+BUILD_SECONDS = 300  # of one attempt
+ATTEMPTS = 2  # with OpenMP and without
 
 
 class UnavailableError(Exception):
     """The kernels cannot be built or loaded here; the message says why."""
 
 
-class Operand(ctypes.Structure):
-    """`Operand` of operands.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("scale", "coarse", "zero", "shift")),
-        *((name, ctypes.c_int64) for name in ("stride", "grid", "bits")),
-    )
-
-
-class AttentionCall(ctypes.Structure):
-    """`AttentionCall` of attention.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("qkv", "out", "trace")),
-        *((name, ctypes.c_int64) for name in ("batch", "tokens", "heads", "dim", "threads")),
-        *((name, Operand) for name in ("query", "key", "value", "probability", "target")),
-        ("factor", ctypes.c_float),
-    )
-
-
-class LinearCall(ctypes.Structure):
-    """`LinearCall` of linear.h."""
-
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("first", "second", "packed", "column_sums", "first_sums", "second_sums", "weight", "bias")
-        ),
-        *((name, ctypes.c_int64) for name in ("batch", "tokens", "depth", "columns", "threads")),
-        ("source", Operand),
-    )
-
-
-def operand(params: OperandParams, batch: int) -> Operand:
-    """Pointers into the parameters, which must outlive the call and be those of one sample or of `batch`."""
-    shared = params.scale.shape[0] == 1
-    assert shared or params.scale.shape[0] == batch, f"parameters of {params.scale.shape[0]} samples, not {batch}"
-    merged = params.shift is not None
-    grid = 0 if params.grid is Grid.UNIFORM else 2 if merged else 1
-    return Operand(
-        params.scale.data_ptr(), params.coarse.data_ptr(), params.zero_point.data_ptr(),
-        params.shift.data_ptr() if params.shift is not None else None,
-        0 if shared else params.scale.shape[1], grid, params.bits,
-    )  # fmt: skip
-
-
-Argument = torch.Tensor | ctypes.Structure | ctypes.c_void_p | int | float | None
-
-
-def call(name: str, *arguments: Argument) -> None:
-    """Run one function of the library. Tensors must be contiguous; they, structures and None become pointers."""
-    getattr(library(), f"tqdit_{name}")(*(_argument(a) for a in arguments))
-
-
-def _argument(value: Argument) -> object:
-    if isinstance(value, torch.Tensor):
-        assert value.is_contiguous()
-        assert value.device.type == "cpu", f"a model converted for the CPU was given a tensor on {value.device}"
-        return ctypes.c_void_p(value.data_ptr())
-    if isinstance(value, ctypes.Structure):
-        return ctypes.byref(value)
-    if isinstance(value, float):
-        return ctypes.c_float(value)
-    return ctypes.c_int64(value) if isinstance(value, int) else value
+def call(name: str, *arguments: object) -> None:
+    """Run one function of the library: `signatures.FUNCTIONS` says what it takes, and ctypes holds callers to that."""
+    getattr(library(), f"tqdit_{name}")(*arguments)
 
 
 def reason() -> str | None:
@@ -148,21 +88,41 @@ def _load() -> ctypes.CDLL | str:
 def _built() -> ctypes.CDLL:
     compiler = _compiler()
     flags = (*FLAGS, *_target_flags())
-    name = f"kernels-{_key(compiler, flags)}.so"
+    stem = f"kernels-{_key(compiler, flags)}"
     problem = ""
     for folder in _folders():
-        path = folder / name
         try:
             _make_private(folder)
-            if not path.is_file():
-                _compile(compiler, flags, path)
-            _check_private(path)
-            return ctypes.CDLL(str(path))
+            path = _kept(folder, stem) or _compile(compiler, flags, folder, stem)
+            return declare(ctypes.CDLL(str(path)))
         except OSError as error:
-            problem = f"{path}: {error}"
-            with contextlib.suppress(OSError):
-                path.unlink()  # damaged: built again next time
+            problem = f"{folder}: {error}"
     raise UnavailableError(f"cannot keep or load the compiled kernels: {problem}")
+
+
+def _kept(folder: Path, stem: str) -> Path | None:
+    """The library that an earlier process built, whole: its name ends with the hash of its content.
+
+    A file that was cut off would kill the process that loads it, not raise an error. One that is damaged is removed;
+    a link is left alone, and what it points to as well.
+    """
+    for path in sorted(folder.glob(f"{stem}-*.so")):
+        if path.is_symlink() or not path.is_file():
+            continue
+        try:
+            _check_private(path)
+            whole = path.name == _name(stem, path.read_bytes())
+        except OSError:
+            continue
+        if whole:
+            return path
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return None
+
+
+def _name(stem: str, content: bytes) -> str:
+    return f"{stem}-{hashlib.sha256(content).hexdigest()[:32]}.so"
 
 
 def _compiler() -> str:
@@ -229,22 +189,39 @@ def _check_private(path: Path) -> None:
             raise PermissionError(f"{path} can be written to by others")
 
 
-def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
-    """Build into a file of our own and move it into place: others may be building the same."""
-    handle, scratch = tempfile.mkstemp(suffix=".so", dir=path.parent)
+def _compile(compiler: str, flags: tuple[str, ...], folder: Path, stem: str) -> Path:
+    """Build into a file of our own and move it into place, whole: others may be building the same."""
+    _remove_leftovers(folder)
+    handle, scratch = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
     try:
         for threads in (OPENMP, ()):  # Apple's clang has no OpenMP of its own: then one thread
             command = [compiler, *flags, *threads, str(SOURCES / "kernels.cpp"), "-o", scratch]
             done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
             if done.returncode == 0:
-                os.replace(scratch, path)
-                return
+                return _moved(Path(scratch), folder, stem)
         raise UnavailableError(f"{compiler} cannot build the kernels: {_last_line(done.stderr)}")
     except subprocess.TimeoutExpired:
         raise UnavailableError(f"{compiler} took more than {BUILD_SECONDS} s to build the kernels") from None
     finally:
         Path(scratch).unlink(missing_ok=True)
+
+
+def _moved(scratch: Path, folder: Path, stem: str) -> Path:
+    """A finished library under its name, on the disk before anyone can see it there."""
+    with scratch.open("rb") as file:
+        path = folder / _name(stem, file.read())
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+    return path
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what builds left that were killed: files that no build can still be writing to."""
+    for path in folder.glob("tmp*.so"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.lstat().st_mtime > ATTEMPTS * BUILD_SECONDS:
+                path.unlink()
 
 
 def _last_line(text: str) -> str:

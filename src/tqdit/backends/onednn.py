@@ -5,13 +5,15 @@ sums of two products saturate at 16 bits). Where they do not serve, the products
 """
 
 import functools
-from typing import NoReturn, Self
+import hashlib
+from collections.abc import Callable
+from typing import NamedTuple, NoReturn, Self
 
 import torch
 
 from tqdit.ops.holders import FixedDtype
 from tqdit.ops.reference import column_sums, int_matmul
-from tqdit.ops.schema import WeightParams
+from tqdit.ops.schema import OperandParams, WeightParams
 
 SIGN = 128  # unsigned code = signed code + 128
 
@@ -21,12 +23,31 @@ class Packed:
 
     def __init__(self, codes: torch.Tensor) -> None:
         self.tensor = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
+        self._digest: torch.Tensor | None = None
+
+    def digest(self, unpacked: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """sha256 of the codes, uint8 (32,), computed once; `unpacked` gives them back."""
+        if self._digest is None:
+            data = hashlib.sha256(unpacked().numpy().tobytes()).digest()
+            self._digest = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return self._digest
 
     def __deepcopy__(self, memo: object) -> Self:
         return self
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("weights packed by oneDNN cannot be pickled; keep the artifact and load it")
+
+
+class PackedWeight(NamedTuple):
+    """A linear layer as tensors: codes packed by oneDNN, or plain ones and their sums; fp32 scale and bias (out,)."""
+
+    packed: torch.Tensor | None
+    codes: torch.Tensor | None
+    colsum: torch.Tensor | None
+    scale: torch.Tensor
+    bias: torch.Tensor
+    shape: tuple[int, int]  # (out, in)
 
 
 class PackedLinear(FixedDtype):
@@ -43,27 +64,64 @@ class PackedLinear(FixedDtype):
     def __init__(self, weight: WeightParams, bias: torch.Tensor | None) -> None:
         super().__init__()
         columns = len(weight.codes)
-        self.shape = tuple(weight.codes.shape)
+        self.shape: tuple[int, int] = (columns, weight.codes.shape[1])
         self.packed = None if reason() else Packed(weight.codes)
-        self.register_buffer("codes", weight.codes.clone() if self.packed is None else None)
-        self.register_buffer("colsum", column_sums(weight.codes) if self.packed is None else None)
-        self.register_buffer("scale", weight.scale.expand(columns).contiguous())
-        self.register_buffer("bias", torch.zeros_like(self.scale) if bias is None else bias.float().contiguous())
+        self.hold("codes", weight.codes.clone() if self.packed is None else None)
+        self.hold("colsum", column_sums(weight.codes) if self.packed is None else None)
+        self.hold("scale", weight.scale.expand(columns).contiguous())
+        self.hold("bias", torch.zeros_like(self.scale) if bias is None else bias.float().contiguous())
+
+    @property
+    def weight(self) -> PackedWeight:
+        packed = None if self.packed is None else self.packed.tensor
+        return PackedWeight(packed, self.codes, self.colsum, self.scale, self.bias, self.shape)
 
     def product(self, codes: torch.Tensor, zero: int) -> torch.Tensor:
         """fp32 (M, out): the int32 sums of (codes - zero) W^T, each rounded once. codes: uint8 (M, in), contiguous."""
-        if self.packed is not None:
-            return _qlinear(codes, zero, self.packed.tensor)
-        assert self.codes is not None
-        assert self.colsum is not None
-        signed = (codes ^ SIGN).view(torch.int8)
-        return (int_matmul(signed, self.codes.t()) - (zero - SIGN) * self.colsum).float()
+        return _product(codes, zero, self.weight)
+
+    def get_extra_state(self) -> torch.Tensor:
+        """A hash of codes that are packed: a state dict has no tensor of them."""
+        if self.packed is None:
+            return torch.empty(0, dtype=torch.uint8)
+        return self.packed.digest(self.unpacked)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Nothing: what is loaded has been found equal."""
 
     def unpacked(self) -> torch.Tensor:
         """The codes, int8 (out, in): what an identity matrix gives, since the packed layout is oneDNN's secret."""
         if self.codes is not None:
             return self.codes
         return self.product(torch.eye(self.shape[1], dtype=torch.uint8), 0).t().to(torch.int8).contiguous()
+
+
+def zero_points(source: OperandParams) -> torch.Tensor:
+    """int32 (1,) or (B,): what to take from the unsigned codes of an operand, or of each of its planes."""
+    if not source.grid.two_region:
+        return source.zero_point.flatten() + SIGN
+    half = 0 if source.shift is None else 1 << (source.bits - 1)
+    return torch.full((1,), half, dtype=torch.int32)
+
+
+def product(codes: torch.Tensor, zeros: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """fp32 (B, N, out): the int32 sums of (codes - zero) W^T, each rounded once.
+
+    codes: uint8 (B, N, in), contiguous. zeros: int32, one that the batch shares or one per sample.
+    """
+    batch, tokens, depth = codes.shape
+    if len(zeros) == 1:
+        return _product(codes.view(-1, depth), int(zeros), weight).view(batch, tokens, -1)
+    return torch.stack([_product(x, zero, weight) for x, zero in zip(codes, zeros.tolist(), strict=True)])
+
+
+def _product(codes: torch.Tensor, zero: int, weight: PackedWeight) -> torch.Tensor:
+    if weight.packed is not None:
+        return _qlinear(codes, zero, weight.packed)
+    assert weight.codes is not None
+    assert weight.colsum is not None
+    signed = (codes ^ SIGN).view(torch.int8)
+    return (int_matmul(signed, weight.codes.t()) - (zero - SIGN) * weight.colsum).float()
 
 
 def _qlinear(codes: torch.Tensor, zero: int, packed: torch.Tensor) -> torch.Tensor:

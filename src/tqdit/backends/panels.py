@@ -1,8 +1,11 @@
 """A weight in the layout of the compiled integer matmul: panels of 64 columns, four items of K side by side."""
 
+from typing import NamedTuple
+
 import torch
 
 from tqdit.backends import native
+from tqdit.backends.signatures import address
 from tqdit.ops.holders import FixedDtype
 from tqdit.ops.schema import WeightParams
 
@@ -13,6 +16,16 @@ LANES = 16
 def supported(depth: int) -> bool:
     """Whether the compiled product serves a weight (out, depth) here."""
     return depth % FOUR == 0 and native.has_vnni()
+
+
+class PanelWeight(NamedTuple):
+    """A linear layer as tensors: packed int8 codes, their sums, fp32 scale and bias (out,)."""
+
+    packed: torch.Tensor
+    sums: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor
+    shape: tuple[int, int]  # (out, in)
 
 
 class PanelLinear(FixedDtype):
@@ -28,14 +41,22 @@ class PanelLinear(FixedDtype):
 
     def __init__(self, weight: WeightParams, bias: torch.Tensor | None) -> None:
         super().__init__()
-        columns, depth = self.shape = tuple(weight.codes.shape)
+        columns, depth = self.shape = (weight.codes.shape[0], weight.codes.shape[1])
+        codes = weight.codes.contiguous()
         packed = torch.empty(-(-columns // LANES) * LANES * depth, dtype=torch.int8)
         sums = torch.empty(columns, dtype=torch.int32)
-        native.call("pack_weight", weight.codes.contiguous(), columns, depth, packed, sums, torch.get_num_threads())
-        self.register_buffer("packed", packed)
-        self.register_buffer("sums", sums)
-        self.register_buffer("scale", weight.scale.expand(columns).contiguous())
-        self.register_buffer("bias", torch.zeros_like(self.scale) if bias is None else bias.float().contiguous())
+        native.call(
+            "pack_weight", address(codes, torch.int8), columns, depth, address(packed, torch.int8),
+            address(sums, torch.int32), torch.get_num_threads(),
+        )  # fmt: skip
+        self.hold("packed", packed)
+        self.hold("sums", sums)
+        self.hold("scale", weight.scale.expand(columns).contiguous())
+        self.hold("bias", torch.zeros_like(self.scale) if bias is None else bias.float().contiguous())
+
+    @property
+    def weight(self) -> PanelWeight:
+        return PanelWeight(self.packed, self.sums, self.scale, self.bias, self.shape)
 
     def unpacked(self) -> torch.Tensor:
         """The codes, int8 (out, in)."""

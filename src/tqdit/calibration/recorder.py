@@ -13,10 +13,11 @@ from tqdit.calibration.batches import Batches
 from tqdit.calibration.fisher import Pick, Probes
 from tqdit.calibration.picker import Picker
 from tqdit.calibration.records import ATTENTION_ROLES, MAXIMA, Records, join, recorded
-from tqdit.calibration.statistics import RangeStats
+from tqdit.calibration.statistics import RangeStats, extremes
 from tqdit.calibration.store import Forgetful, Store, Tensors
 from tqdit.calibration.taps import Taps
 from tqdit.calibration.trajectories import CalibrationSet
+from tqdit.errors import InputError
 from tqdit.models.sampler import Progress, noise_generators, predict
 from tqdit.models.sites import BlockLayout, LinearGroup, blocks, config_of
 from tqdit.parcels import copied
@@ -124,6 +125,7 @@ class _Pass:
         self.probes = Probes(recipe.probes)
         self.found: dict[str, torch.Tensor] = {}
         self.maxima: list[torch.Tensor] = []
+        self.finite: dict[str, torch.Tensor] = {}  # site -> which samples had finite values alone
         self.outputs: dict[str, list[str]] = {}  # key of a Fisher tensor -> the watched outputs it joins
 
     def run(self, model: nn.Module, taps: Taps) -> dict[str, torch.Tensor]:
@@ -132,6 +134,7 @@ class _Pass:
         x.requires_grad_(self.recipe.hessian)
         with taps.telling(self):
             eps = predict(model, x, t, labels, self.recipe.guidance)[:, : x.shape[1]]
+        self._check_finite()
         if self.recipe.hessian:
             self.probes.run(eps, x, self._noise(eps))
         for key, names in self.outputs.items():
@@ -180,9 +183,25 @@ class _Pass:
             self.probes.means[name] = torch.ones_like(pick(z))
 
     def _add_range(self, site: str, x: torch.Tensor) -> None:
-        units = x.shape[1] if x.ndim == 4 else 1
-        stats = RangeStats.empty(self.recipe.groups, units, self.device).update(x, self.group)
+        low, high = extremes(x)
+        stats = RangeStats.empty(self.recipe.groups, low.shape[1], self.device).include(low, high, self.group)
         self.found[f"{site}/low"], self.found[f"{site}/high"] = stats.low, stats.high
+        self.finite[site] = (torch.isfinite(low) & torch.isfinite(high)).all(1)
+
+    def _check_finite(self) -> None:
+        """Raise `InputError` naming the first site, in the order of the forward pass, that had NaN or Inf, and when.
+
+        All sites are looked at together: to look at each would let a GPU wait as often.
+        """
+        finite = torch.stack(list(self.finite.values())).cpu()
+        if finite.all():
+            return
+        site, sample = (int(index) for index in (~finite).nonzero()[0])
+        t = self.data.t[self.slice].repeat(len(finite[0]) // len(self.members))[sample]
+        raise InputError(
+            f"site '{list(self.finite)[site]}': the float model has NaN or Inf values at timestep {int(t)} (time group "
+            f"{int(self.group[sample])} of {self.recipe.groups}), no scale can represent them"
+        )
 
     def _at_rows(self, x: torch.Tensor) -> torch.Tensor:
         return x[self.first, self.rows].flatten(0, 1)

@@ -4,6 +4,14 @@ from dataclasses import dataclass
 
 import torch
 
+from tqdit.errors import InputError
+
+
+def extremes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest and largest value of each sample, (B, units): of x (B, N, C) with one unit, or (B, H, N, C) with H."""
+    reduced = (1, 2) if x.ndim == 3 else (2, 3)
+    return x.amin(reduced).reshape(len(x), -1), x.amax(reduced).reshape(len(x), -1)
+
 
 @dataclass(frozen=True)
 class RangeStats:
@@ -19,8 +27,10 @@ class RangeStats:
 
     def update(self, x: torch.Tensor, group: torch.Tensor) -> "RangeStats":
         """Take in x, (B, N, C) with one unit or (B, H, N, C) with H units; `group`: (B,); all on one device."""
-        reduced = (1, 2) if x.ndim == 3 else (2, 3)
-        low, high = x.amin(reduced).reshape(len(x), -1), x.amax(reduced).reshape(len(x), -1)
+        return self.include(*extremes(x), group)
+
+    def include(self, low: torch.Tensor, high: torch.Tensor, group: torch.Tensor) -> "RangeStats":
+        """Take in the `extremes` of samples."""
         index = group[:, None].expand(-1, low.shape[1])
         return RangeStats(
             self.low.scatter_reduce(0, index, low, "amin"), self.high.scatter_reduce(0, index, high, "amax")
@@ -35,6 +45,15 @@ class RangeStats:
             return self
         assert groups == 1
         return RangeStats(self.low.amin(0, keepdim=True), self.high.amax(0, keepdim=True))
+
+    def check_finite(self, site: str) -> None:
+        """Raise `InputError` naming `site` and the first time group with a range that is NaN, Inf or of no value."""
+        bad = ~(torch.isfinite(self.low) & torch.isfinite(self.high)).all(1)
+        if bad.any():
+            raise InputError(
+                f"site '{site}': values are not finite in time group {int(bad.int().argmax())} of {len(bad)}, no scale "
+                "can represent them"
+            )
 
     def over_units(self) -> "RangeStats":
         """The units as one, for a site whose scale they share."""

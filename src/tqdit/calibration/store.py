@@ -1,6 +1,9 @@
 """Finished pieces of a long run, by name: in memory, or in a work folder from which a later run continues."""
 
+import hashlib
+import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from tqdit import distributed
-from tqdit.errors import InputError
+from tqdit.errors import InputError, RepairWarning
 from tqdit.files import write_bytes
 
+SEAL = "tqdit.seal"  # in a piece's file: its name and checksums
 HASH_DIGITS = 16  # of the name of a `WorkFolder`
 Reader = Callable[[str], int | None]  # name of a tensor -> the rank that will read it; None: every rank
 
@@ -50,20 +54,54 @@ class InMemory:
 
 @dataclass(frozen=True)
 class OnDisk:
-    """A piece in a safetensors file, read again at each use: only what is in use takes memory."""
+    """A piece in a safetensors file, read again at each use: only what is in use takes memory.
+
+    The file has the `piece`'s name and the sha256 of every tensor: what is read is compared with them.
+    """
 
     path: Path
+    piece: str
+
+    @classmethod
+    def write(cls, path: Path, piece: str, tensors: Mapping[str, torch.Tensor]) -> "OnDisk":
+        """Write the tensors as the file `path`, whole or not at all."""
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        digests = {name: _digest(tensor) for name, tensor in sorted(contiguous.items())}
+        seal = json.dumps({"piece": piece, "sha256": digests})  # one entry: several have no fixed order
+        write_bytes(path, save(contiguous, metadata={SEAL: seal}))
+        return cls(path, piece)
 
     def read(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
         """Copies, so that no mapping of the file outlives the call. Raises `InputError` naming a damaged file."""
+        return dict(self._tensors(names))
+
+    def check(self) -> None:
+        """Read all of the file, a tensor at a time. Raises `InputError` as `read` does."""
+        for _ in self._tensors(None):
+            pass
+
+    def _tensors(self, names: Iterable[str] | None) -> Iterator[tuple[str, torch.Tensor]]:
         try:
             with safe_open(self.path, framework="pt") as file:
                 there = set(file.keys())
-                return {
-                    n: file.get_tensor(n).clone() for n in (sorted(there) if names is None else names) if n in there
-                }
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{self.path} is damaged: {error}; remove the folder to start anew") from None
+                seal = json.loads((file.metadata() or {}).get(SEAL, "{}"))
+                digests = seal.get("sha256", {})
+                if seal.get("piece") != self.piece or set(digests) != there:
+                    raise ValueError(f"it does not hold the piece {self.piece}")
+                for name in sorted(there) if names is None else [name for name in names if name in there]:
+                    tensor = file.get_tensor(name).clone()
+                    if _digest(tensor) != digests[name]:
+                        raise ValueError(f"tensor '{name}' was changed")
+                    yield name, tensor
+        except (OSError, SafetensorError, ValueError, AttributeError, TypeError, KeyError, RuntimeError) as error:
+            raise InputError(f"{self.path} is damaged: {error}; remove it, and it is made anew") from None
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    """sha256 of dtype, shape and values."""
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class Forgetful:
@@ -88,30 +126,40 @@ class WorkFolder:
     folder: Path
 
     def once(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> Tensors:
-        path = self._path(name)
-        if not path.is_file():
-            write_bytes(path, save({key: tensor.contiguous() for key, tensor in make().items()}))
-        return OnDisk(path)
+        """The piece, made now unless a former run has finished it and nothing has changed it since."""
+        piece = self._piece(name)
+        if piece.path.is_file():
+            try:
+                piece.check()
+                return piece
+            except InputError as error:
+                warnings.warn(f"{str(error).partition('; remove')[0]}; it is made anew", RepairWarning, stacklevel=2)
+        return OnDisk.write(piece.path, piece.piece, make())
 
     def together(self, mine: Iterator[Tensors], names: Sequence[str], reader: Reader) -> list[Tensors]:
         """Whoever reads a piece finds it in the folder. Raises `InputError` if this process does not."""
         for _ in mine:
             pass
         distributed.current().wait()
-        paths = [self._path(name) for name in names]
-        for path in paths:
-            if not path.is_file():
-                raise InputError(f"{path} of another process is not there; --resumable needs a folder that all share")
-        return [OnDisk(path) for path in paths]
+        pieces = [self._piece(name) for name in names]
+        for piece in pieces:
+            if not piece.path.is_file():
+                raise InputError(
+                    f"{piece.path} of another process is not there; --resumable needs a folder that all share"
+                )
+        return list(pieces)
 
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
+    def _piece(self, name: str) -> OnDisk:
+        return OnDisk(self.folder / f"{name}.safetensors", f"{self.folder.name}/{name}")
 
 
 def discard(work: Path, stages: Iterable[str]) -> None:
-    """Remove the `WorkFolder`s "<stage>-<hash>" inside `work`, and it too unless it holds something else."""
+    """Remove the `WorkFolder`s "<stage>-<hash>" inside `work`, and it too unless it holds something else.
+
+    `work` may be a symbolic link to a folder: both stay.
+    """
     for stage in stages:
         for folder in work.glob(f"{stage}-" + HASH_DIGITS * "[0-9a-f]"):
             shutil.rmtree(folder)
-    if work.is_dir() and not any(work.iterdir()):
+    if work.is_dir() and not work.is_symlink() and not any(work.iterdir()):
         work.rmdir()

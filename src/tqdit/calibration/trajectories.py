@@ -72,6 +72,7 @@ def collect(
     visited = scheduler.timesteps
     count = _num_trajectories(recipe, groups, visited, num_classes(model))
     picks = _pick_timesteps(recipe, groups, visited, count)
+    progress(0.0)  # all is checked
     order = torch.randperm(num_classes(model), generator=torch.Generator().manual_seed(recipe.seed))
     device = next(model.parameters()).device
     labels = order.repeat(math.ceil(count / len(order)))[:count]
@@ -108,7 +109,19 @@ def collect(
             yield keep.once(f"trajectories-{members.start:06d}-{members.stop:06d}", partial(make, members)).read()
 
     pieces = world.gather_named(finished(), len(division))
-    return _ordered({key: join(key, pieces) for key in pieces[0]}, labels, groups, step_weights(scheduler))
+    states = {key: join(key, pieces) for key in pieces[0]}
+    _check_finite(states["x"], states["t"])
+    return _ordered(states, labels, groups, step_weights(scheduler))
+
+
+def _check_finite(x: torch.Tensor, t: torch.Tensor) -> None:
+    """Raise `InputError` naming the first timestep, in the order of sampling, whose state has NaN or Inf."""
+    bad = ~torch.isfinite(x).flatten(1).all(1)
+    if bad.any():
+        raise InputError(
+            f"the float model's own sampling has NaN or Inf values in the state at timestep {int(t[bad].max())}; it "
+            "cannot be calibrated with this scheduler and these settings"
+        )
 
 
 def draws_in_bf16(device: torch.device) -> bool:

@@ -13,6 +13,7 @@ from torch import nn
 from tqdit.capture import CudaGraphed
 from tqdit.errors import InputError
 from tqdit.evaluation.machine import synchronise
+from tqdit.extras import install_command
 from tqdit.models.random_weights import random_float
 
 # Family -> its contenders. The best one of a family is what a speed-up is over. All but the eager ones are compiled.
@@ -73,7 +74,7 @@ def missing(name: str, device: torch.device) -> str | None:
     if name not in FAMILIES["torchao"]:
         return None
     if importlib.util.find_spec("torchao") is None:
-        return "torchao is not installed; pip install 'tqdit[bench]'"
+        return f"torchao is not installed: {install_command('bench')}"
     if name == "torchao-fp8":
         found = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
         if found is None or found < FP8_CAPABILITY:

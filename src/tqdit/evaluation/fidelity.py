@@ -1,5 +1,6 @@
 """Error of a quantized model's epsilon against the float model's, on held-out states of the float trajectories."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -8,11 +9,15 @@ from torch import nn
 from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.distributed import batches, current
 from tqdit.evaluation.metrics import sqnr_db
+from tqdit.timegroups import TimeGroups
 
 
 @dataclass(frozen=True)
 class EpsilonFidelity:
-    """SQNR in dB: over all samples, per time group, and (t, SQNR) of every sample."""
+    """SQNR in dB: over all samples, per time group, and (t, SQNR) of every sample.
+
+    A time group without a sample has NaN.
+    """
 
     overall: float
     by_group: list[float]
@@ -33,12 +38,16 @@ def _predict(model: nn.Module, data: CalibrationSet, states: slice) -> torch.Ten
     return model(x, timestep=t, class_labels=labels, return_dict=False)[0][:, : x.shape[1]].float().cpu()
 
 
-def compare_epsilon(reference: torch.Tensor, actual: torch.Tensor, data: CalibrationSet) -> EpsilonFidelity:
-    """Compare two `predict_epsilon` results over the same `data`."""
-    groups = [data.group == g for g in range(int(data.group.max()) + 1)]
+def compare_epsilon(
+    reference: torch.Tensor, actual: torch.Tensor, data: CalibrationSet, time_groups: TimeGroups | None = None
+) -> EpsilonFidelity:
+    """Compare two `predict_epsilon` results over the same `data`, by `time_groups` or else by the groups of `data`."""
+    group = data.group if time_groups is None else time_groups.of(data.t)
+    count = int(data.group.max()) + 1 if time_groups is None else time_groups.num_groups
+    groups = [group == g for g in range(count)]
     singles = [(int(t), sqnr_db(r, a)) for t, r, a in zip(data.t, reference, actual, strict=True)]
     return EpsilonFidelity(
         overall=sqnr_db(reference, actual),
-        by_group=[sqnr_db(reference[members], actual[members]) for members in groups],
+        by_group=[sqnr_db(reference[m], actual[m]) if m.any() else math.nan for m in groups],
         by_timestep=sorted(singles),
     )

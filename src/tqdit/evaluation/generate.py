@@ -13,6 +13,7 @@ from tqdit.errors import InputError
 from tqdit.files import write_bytes
 from tqdit.models.components import check_vae
 from tqdit.models.sampler import Progress, Sampling, noise_generators, trajectory
+from tqdit.reading import check_regular
 
 
 def sample_batches(
@@ -37,7 +38,19 @@ def sample_batches(
             progress((done + len(indices) * step / sampling.steps) / total)
             state = x
         done += len(indices)
-        yield state.cpu()
+        yield _finite(state, indices)
+
+
+def _finite(state: torch.Tensor, indices: range) -> torch.Tensor:
+    """The finished states on the CPU; `InputError` if one is NaN or Inf, of which an image would be made in silence."""
+    state = state.cpu()
+    broken = [i for i, x in zip(indices, state, strict=True) if not x.isfinite().all()]
+    if broken:
+        raise InputError(
+            f"sampling gave NaN or Inf in {len(broken)} of {len(state)} images, first in image {broken[0]}; check the "
+            "guidance and the betas of scheduler_config.json"
+        )
+    return state
 
 
 def sample_latents(
@@ -71,9 +84,7 @@ def decoder(vae_folder: Path | None, device: torch.device) -> Callable[[torch.Te
     """Latents to images in [-1, 1], both on the CPU: by the pipeline's VAE on `device`, or as they are without one."""
     if vae_folder is None:
         return lambda latents: latents.clamp(-1, 1)
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL.from_pretrained(vae_folder, use_safetensors=True).eval().requires_grad_(False).to(device)
+    vae = _autoencoder(vae_folder).eval().requires_grad_(False).to(device)
 
     @torch.inference_mode()
     def decode(latents: torch.Tensor) -> torch.Tensor:
@@ -81,6 +92,26 @@ def decoder(vae_folder: Path | None, device: torch.device) -> Callable[[torch.Te
         return torch.cat(images).clamp(-1, 1)
 
     return decode
+
+
+def _autoencoder(folder: Path) -> Any:
+    """diffusers' decoder. Raises `InputError` naming the folder for what diffusers refuses, and for weights that are
+    missing or of another shape: diffusers would draw them at random. What is no regular file is not waited for.
+    """
+    from diffusers import AutoencoderKL
+
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".safetensors"):
+            check_regular(path)
+    try:
+        vae, notes = AutoencoderKL.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    except Exception as error:  # whatever diffusers runs into when a config has another type than it expects
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{folder} is no decoder that diffusers can load: {reason}") from None
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if keys := sorted(map(str, notes[problem])):
+            raise InputError(f"{folder}: weights and config do not fit: {problem.replace('_', ' ')}: {keys[0]}")
+    return vae
 
 
 def to_pixels(latents: torch.Tensor, vae_folder: Path | None) -> torch.Tensor:
@@ -106,9 +137,14 @@ def image_grid(pixels: torch.Tensor, columns: int, scale: int = 2) -> Any:
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
-def save_grid(pixels: torch.Tensor, path: Path, columns: int = 8) -> None:
-    """Write `image_grid` as a PNG, whole or not at all."""
-    _save(image_grid(pixels, columns=min(len(pixels), columns)), path)
+def to_pil(pixels: torch.Tensor) -> list[Any]:
+    """A PIL image for each of (N, C, H, W) pixels in [-1, 1], in its own size."""
+    return [image_grid(image[None], columns=1, scale=1) for image in pixels]
+
+
+def save_grid(pixels: torch.Tensor, path: str | Path, columns: int = 8) -> None:
+    """Write `image_grid` of (N, C, H, W) pixels in [-1, 1] as a PNG, whole or not at all."""
+    _save(image_grid(pixels, columns=min(len(pixels), columns)), Path(path))
 
 
 def save_image(pixels: torch.Tensor, path: Path) -> None:

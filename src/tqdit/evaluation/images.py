@@ -5,6 +5,7 @@ company whatever the number of processes, so that its pixels are the same even w
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,12 +19,13 @@ from torch import nn
 from tqdit import distributed
 from tqdit.errors import InputError
 from tqdit.evaluation import generate
-from tqdit.files import CONFIG, check_file, read_json, write_text
+from tqdit.files import CONFIG, check_file, check_outside, read_json, write_bytes
 from tqdit.models.sampler import Progress, Sampling, make_scheduler
 from tqdit.models.sources import ModelSource
 
 BATCH = 16
 RUN = "run.json"  # in a folder of images: what they are images of
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xae\x42\x60\x82"
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def gathered(images: Images, model: nn.Module, progress: Progress) -> torch.Tens
 def check_folder(folder: Path, run: dict[str, Any]) -> None:
     """Raise `InputError` if images of `run` cannot be put into `folder`, or would mix with others there."""
     check_file(folder / RUN)
+    check_outside(folder)
     found = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} if folder.is_dir() else set()
     if RUN not in found:
         if found:
@@ -103,15 +106,18 @@ def check_folder(folder: Path, run: dict[str, Any]) -> None:
 def into_folder(images: Images, run: dict[str, Any], model: nn.Module, folder: Path, progress: Progress) -> int:
     """Write the images that `folder` lacks, each as soon as its batch is finished; returns how many were new.
 
+    A file that is no whole PNG counts as lacking.
+
     `run`: all that decides their pixels, `images.run` and where they are drawn; see `check_folder`. Each rank draws its
     share of the batches that are not whole; a batch is drawn as a whole, as it was at first. Files are `000017.png`,
     whole or not there at all. Ranks may see the same folder or, on other machines, one of their own.
     """
     world = distributed.current()
     check_folder(folder, run)
-    if not (folder / RUN).exists():
-        write_text(folder / RUN, json.dumps(run, indent=1) + "\n")
-    here = torch.tensor([image_file(folder, i).is_file() for i in range(images.num)], dtype=torch.int32)
+    progress(0.0)
+    write_bytes(folder / RUN, (json.dumps(run, indent=1) + "\n").encode(), replace=False)
+    check_folder(folder, run)  # another process may have begun there meanwhile
+    here = torch.tensor([is_whole_png(image_file(folder, i)) for i in range(images.num)], dtype=torch.int32)
     there = world.add(here).bool().tolist()
     share = world.share([indices for indices in images.batches if not all(there[i] for i in indices)])
     for indices, pixels in zip(share, draw(images, model, share, progress), strict=True):
@@ -125,6 +131,18 @@ def into_folder(images: Images, run: dict[str, Any], model: nn.Module, folder: P
 def image_file(folder: Path, index: int) -> Path:
     """Where `into_folder` puts image `index`."""
     return folder / f"{index:06d}.png"
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether a file begins and ends as a PNG does; one that a disk has lost the end of does not."""
+    try:
+        with path.open("rb") as file:
+            if file.read(len(PNG_START)) != PNG_START:
+                return False
+            file.seek(-len(PNG_END), io.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:
+        return False
 
 
 def _fingerprint(source: ModelSource) -> str:

@@ -1,4 +1,4 @@
-"""The uniform quantizer (METHOD eqs. for Q_k^u), and the rounding rule and zero-scale guard of the project.
+"""The uniform quantizer (METHOD eqs. for Q_k^u), the project's rounding rule, and the scale of a unit without a range.
 
 Codes are signed (see `spec.IntFormat`); one rounding rule everywhere: half to even, as torch.
 """
@@ -7,6 +7,8 @@ import torch
 
 from tqdit.errors import InputError
 from tqdit.spec import IntFormat
+
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # of what a scale can be
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int, bits: int) -> torch.Tensor:
@@ -35,30 +37,47 @@ def steps(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: 
 def minmax_asymmetric(low: torch.Tensor, high: torch.Tensor, bits: int, site: str) -> tuple[torch.Tensor, torch.Tensor]:
     """s = (max - min) / (2^k - 1), z = qmin - round(min / s); the range is widened to contain 0.
 
-    Containing 0 keeps z in the code range, so a zero stays exactly zero. Raises `InputError` naming `site` for a
-    zero range, NaN or Inf.
+    Containing 0 keeps z in the code range, so that a zero stays exactly zero. A range of 0 gets s = 1 and z = 0. Raises
+    `InputError` naming `site` for NaN or Inf.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     fmt = IntFormat(bits)
-    scale = checked_scale((high - low) / (fmt.qmax - fmt.qmin), site)
-    return scale, (fmt.qmin - torch.round(low / scale)).to(torch.int32)
+    width = (high - low) / (fmt.qmax - fmt.qmin)
+    scale = scale_of(width, site)
+    zero_point = fmt.qmin - torch.round(low / scale)
+    return scale, torch.where(is_dead(width), 0, zero_point).to(torch.int32)
 
 
 def minmax_symmetric(magnitude: torch.Tensor, bits: int, site: str) -> torch.Tensor:
-    """s = max|x| / (2^(k-1) - 1), zero point 0."""
-    return checked_scale(magnitude / IntFormat(bits).qmax, site)
+    """s = max|x| / (2^(k-1) - 1), zero point 0. A magnitude of 0 gets s = 1."""
+    return scale_of(magnitude / IntFormat(bits).qmax, site)
 
 
-def checked_scale(scale: torch.Tensor, site: str) -> torch.Tensor:
-    """The scale as fp32, or an `InputError` naming the site if one of its entries is zero, NaN, Inf or subnormal."""
-    scale = scale.float()
-    if not torch.isfinite(scale).all():
-        raise InputError(f"site '{site}': values are not finite, no scale can represent them")
-    if (scale < torch.finfo(torch.float32).tiny).any():
-        raise InputError(f"site '{site}': all values are zero, the range has no scale")
-    return scale
+def is_dead(width: torch.Tensor) -> torch.Tensor:
+    """Where a step of this width is no scale: the range is 0, or so near 0 that the step is subnormal.
+
+    A division by a subnormal number is not reliable, and the reciprocal of one may be Inf.
+    """
+    return width < SMALLEST
+
+
+def scale_of(width: torch.Tensor, site: str, otherwise: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """Steps of min-max ranges as fp32 scales, with the scale `otherwise` for every unit whose range is 0.
+
+    Such a unit is a pruned, padded or untrained row, head or channel. All its values have the code of 0 under a scale
+    of 1, which is exact for zeros. Raises `InputError` naming `site` for NaN or Inf.
+    """
+    width = width.float()
+    if not torch.isfinite(width).all():
+        raise InputError(f"site '{site}': the range of values is not finite, no scale can represent them")
+    return torch.where(is_dead(width), otherwise, width)
+
+
+def multiples(scale: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Candidates: `scale` times every factor (K, 1, ...). Each is a positive, finite and normal number."""
+    return (scale * factors).clamp_(SMALLEST, LARGEST)
 
 
 def factors(low: float, high: float, count: int) -> torch.Tensor:
     """`count` multiples of the min-max scale from `low` to `high`, the last step containing exactly `high`."""
-    return torch.linspace(low, high, count)
+    return torch.linspace(low, min(high, LARGEST), count)

@@ -1,17 +1,24 @@
 """diffusers' `from_pretrained` for artifacts: its quantizer collects the tensors, `convert` makes them a model."""
 
+import logging
+import re
+import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import configuration_utils
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from tqdit import tensors
+from tqdit import artifact, tensors
 from tqdit.errors import InputError
-from tqdit.files import CONFIG, QUANT_METHOD
+from tqdit.files import CONFIG, MANIFEST, QUANT_METHOD, TRANSFORMER
+from tqdit.isolation import isolated
+from tqdit.models.sites import FREQUENCY_SHIFT
 
 
 class _Method(StrEnum):  # diffusers reads its `value`
@@ -77,6 +84,7 @@ class TQDiTQuantizer(DiffusersQuantizer):
                 "a float model has to be calibrated: run `tqdit quantize MODEL -o FOLDER`, then load FOLDER"
             )
         super().__init__(quantization_config, **kwargs)
+        self._folder: Path | None = None
         self._keys: list[str] = []
         self._found: dict[str, torch.Tensor] = {}
         self._device = torch.device("cpu")
@@ -103,7 +111,15 @@ class TQDiTQuantizer(DiffusersQuantizer):
         return {"": self._device}
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """Called with the names of all tensors, before any is taken.
+
+        `InputError` if a file beside the weights, or in the pipeline around them, is not as its seal says.
+        """
         self._keys = list(loaded_keys)
+        self._folder = folder = Path(checkpoint_files[0]).parent
+        for sealed in (folder, folder.parent) if folder.name == TRANSFORMER else (folder,):
+            if (sealed / MANIFEST).is_file():
+                artifact._check_seal(sealed)
         return loaded_keys
 
     def check_if_quantized_param(self, *_: Any, **__: Any) -> bool:
@@ -118,26 +134,25 @@ class TQDiTQuantizer(DiffusersQuantizer):
         """Give the model the checkpoint's names, of nothing yet."""
         model._modules.clear()
         for key in self._keys:
-            *path, leaf = key.split(".")
-            holder = model
-            for name in path:
-                if name not in holder._modules:
-                    holder.add_module(name, nn.Module())
-                holder = holder.get_submodule(name)
-            holder.register_buffer(leaf, torch.empty(0))
+            try:
+                _add_empty(model, key)
+            except (AttributeError, KeyError, NameError, TypeError):  # no name that a tensor of a module can have
+                raise InputError(f"{self._folder}: has an unexpected tensor '{key}'") from None
 
+    @isolated()
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         from tqdit.convert import convert
         from tqdit.models.integer import make_integer
 
         if lost := sorted(set(self._keys) - set(self._found)):
             raise InputError(
-                f"diffusers gave no '{lost[0]}'; load without ignore_mismatched_sizes and offload_state_dict"
+                f"{self._folder}: diffusers gave no '{lost[0]}';"
+                " load without ignore_mismatched_sizes and offload_state_dict"
             )
         config = {**model.config, tensors.QUANTIZATION: self.quantization_config.to_dict()}
         found, self._found = self._found, {}
         model._modules.clear()
-        built = convert(tensors.unpack(found, config, "the checkpoint"), device=self._device)
+        built = convert(tensors.unpack(found, config, self._folder), device=self._device)
         make_integer(model).adopt(built).io_dtype = self._dtype
 
     @property
@@ -153,8 +168,40 @@ class TQDiTQuantizer(DiffusersQuantizer):
         return True
 
 
+def _add_empty(model: nn.Module, key: str) -> None:
+    """Add an empty tensor under a dotted name, and modules on the way."""
+    *path, leaf = key.split(".")
+    holder = model
+    for name in path:
+        if name not in holder._modules:
+            holder.add_module(name, nn.Module())
+        holder = holder.get_submodule(name)
+    holder.register_buffer(leaf, torch.empty(0))
+
+
+class _KeptSetting(logging.Filter):
+    """Drops diffusers' warning that it ignores the frequency shift of a config, while an artifact is loaded: tqdit
+    heeds it. For a float model, loaded by diffusers alone, the warning is true and stays."""
+
+    said = re.compile(rf"The config attributes {{'{FREQUENCY_SHIFT}': [^,}}]*}} were passed")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not self.said.match(record.getMessage()):
+            return True
+        frame = sys._getframe()
+        while frame.f_back is not None:
+            frame = frame.f_back
+            if isinstance(frame.f_locals.get("hf_quantizer"), TQDiTQuantizer):  # of diffusers' `from_pretrained`
+                return False
+        return True
+
+
+KEPT_SETTING = _KeptSetting()
+
+
 def register() -> None:
     """Add to diffusers' tables, over nothing that is there."""
+    logging.getLogger(configuration_utils.__name__).addFilter(KEPT_SETTING)  # once, however often it is called
     auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, TQDiTQuantizer)
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, TQDiTConfig)
 

@@ -1,12 +1,14 @@
 """Low-rank adapters on integer layers: places where peft can put them, and the operations of a block that has some."""
 
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from tqdit.errors import InputError
+from tqdit.modules import Watched, offloaded
 from tqdit.ops import reference
 from tqdit.ops.holders import LinearCodes
 from tqdit.ops.quantizer import dequantize
@@ -16,8 +18,8 @@ from tqdit.ops.schema import OperandParams, WeightParams
 class AdapterSlot(nn.Linear):
     """Stands where the float model has a linear layer, under its name: peft wraps it as it would wrap that one.
 
-    It computes zeros, so that the wrapped one computes what the adapters add. Its `weight` says shape and device, and
-    that the layer is int8.
+    It computes zeros, so that the wrapped one computes what the adapters add. Its `weight` says the shape, the device,
+    and the dtype of adapters; there is nothing to read or to write in it.
     """
 
     anchor: torch.Tensor
@@ -26,35 +28,48 @@ class AdapterSlot(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.register_parameter("bias", None)
-        self.register_buffer("anchor", torch.zeros(1, 1, dtype=torch.int8), persistent=False)
+        self.register_buffer("anchor", torch.zeros(1, 1, dtype=torch.float32), persistent=False)
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        return self.anchor.expand(self.out_features, self.in_features)
+        return self.anchor.expand(self.out_features, self.in_features).as_subclass(_NoWeight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, N, in) -> (B, N, out)."""
         return x.new_zeros(*x.shape[:-1], self.out_features)
 
 
-class Holder(nn.Module):
-    """A module on the path to slots. What is put into any holder changes `contents`: a call of a model compares that
-    with what it saw last, since looking into every slot would take longer than launching a graph.
-    """
+class _NoWeight(torch.Tensor):
+    """The weight of a slot: shape, dtype and device without values. Reading or writing them is an `InputError`."""
 
-    contents: ClassVar[object] = object()  # another one each time, so that no copy of it is ever equal
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        raise InputError(
+            "integer layers have no weights that an adapter could be merged into or start from, as merging, DoRA and"
+            " PiSSA need: let plain LoRA run beside them, or merge it into the float model and quantize that"
+        )
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        _ = self.data
+
+
+class Holder(Watched):
+    """A module on the path to slots. Into the place of a slot go plain LoRA, and a slot again."""
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module):
+            _check_plain_lora(value, name)
         super().__setattr__(name, value)
-        Holder.contents = object()
+        self.changed()
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
-        Holder.contents = object()
+        self.changed()
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         super().add_module(name, module)
-        Holder.contents = object()
+        self.changed()
 
 
 class Slots:
@@ -92,18 +107,24 @@ class Slots:
     def of(self, layer: str) -> list[Any]:
         """What is in a layer's slots, from its first output on. `InputError` for adapters that are more than LoRA."""
         found = [parent._modules[leaf] for parent, leaf in self._places[layer]]
-        for module in found:
-            if type(module) is not AdapterSlot:
-                _check_plain_lora(module)
+        for (_, leaf), module in zip(self._places[layer], found, strict=True):
+            _check_plain_lora(module, leaf)
         return found
 
     def adapted(self, name: str, layer: Any) -> "AdaptedLayer":
-        """A layer, as a backend's `prepare` returned it, with its slots. It is unpacked once, a second copy of it."""
+        """A layer, as a backend's `prepare` returned it, with its slots.
+
+        It is unpacked once, a second copy of it; an offloaded layer, whose tensors are not to stay, at every call.
+        """
         codes = self._codes.get(name)
         if codes is None or codes.scale.device != layer.scale.device:
             plain = layer.unpacked()
             weight = WeightParams(plain, layer.scale, reference.column_sums(plain))
-            codes = self._codes[name] = LinearCodes(weight, layer.bias)
+            codes = LinearCodes(weight, layer.bias)
+            if offloaded(layer):
+                self._codes.pop(name, None)
+            else:
+                self._codes[name] = codes
         return AdaptedLayer(codes, self.of(name))
 
     def take(self, other: "Slots") -> None:
@@ -122,10 +143,21 @@ def _holder(block: nn.Module, path: Sequence[str]) -> nn.Module:
     return block
 
 
-def _check_plain_lora(module: Any) -> None:
-    """What is added must not depend on the layer's own weight or output, which a slot does not have."""
-    if not hasattr(module, "lora_A") or getattr(module, "lora_variant", None):
-        raise InputError(f"only plain LoRA goes on integer layers, not {type(module).__name__} of another kind")
+def _check_plain_lora(module: Any, name: str) -> None:
+    """`InputError` unless a module in the place of a slot is one, a holder, or adds what depends on its input alone.
+
+    A slot has neither the layer's own weight nor its output, which other adapters need.
+    """
+    if isinstance(module, AdapterSlot | Holder):
+        return
+    peft = sys.modules.get("peft.tuners.lora.layer")  # whoever made an adapter has imported it
+    if peft is None or type(module) is not peft.Linear or module.lora_variant:
+        variants = sorted({type(variant).__name__ for variant in getattr(module, "lora_variant", {}).values()})
+        kind = f" with {', '.join(variants)}" if variants else ""
+        raise InputError(
+            f"only plain LoRA goes on integer layers, not what the adapter has for '{name}':"
+            f" {type(module).__module__}.{type(module).__name__}{kind}"
+        )
 
 
 class AdaptedLayer(NamedTuple):

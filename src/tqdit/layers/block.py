@@ -10,13 +10,15 @@ from tqdit.layers.adapters import Adapted, Slots
 from tqdit.layers.conditioning import Conditioning
 from tqdit.layers.linear import IntLinear
 from tqdit.layers.params import ActivationParams
+from tqdit.modules import Closed, Untrainable, offloaded, present
+from tqdit.ops.holders import FixedDtype
 from tqdit.ops.schema import AttentionParams, Backend, OperandParams
 
 ATTENTION_OPERANDS = ("query", "key", "value", "softmax")
 ADAPTED = Adapted()
 
 
-class IntBlock(nn.Module):
+class IntBlock(Closed, Untrainable):
     """A DiT block on integer codes, (B, N, C) -> (B, N, C); LayerNorm, softmax and GELU are fp32.
 
     The residual stream is fp32 or bf16, as it comes in: bf16 rounds it after each of the two additions.
@@ -43,6 +45,7 @@ class IntBlock(nn.Module):
         self.backend = backend
         self._conditioning = [conditioning]  # in a list: the model owns it, a block only reads it
         self._place: tuple[int, int] | None = None
+        self._parts = [module for module in self.modules() if isinstance(module, FixedDtype)]  # that a call reads
         self.slots: Slots | None = None
 
     def join(self, group: int, place: int) -> None:
@@ -60,12 +63,28 @@ class IntBlock(nn.Module):
         """Whether there are adapters: the block then runs as the reference does."""
         return self.slots is not None and self.slots.used
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    @property
+    def offloaded(self) -> bool:
+        """Whether accelerate has sent tensors of this block away, to bring them when they are used."""
+        return any(map(offloaded, self._parts))
+
+    def modulation(self) -> tuple[torch.Tensor, ...]:
+        """Its part of the conditioning of the call that this thread is in."""
+        assert self._place is not None, "a block has to join the conditioning"
+        return self._conditioning[0].modulation(*self._place)
+
+    def forward(self, hidden_states: torch.Tensor, modulation: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
+        """`modulation`: the block's own, given so that blocks compiled one by one are the same for the compiler."""
+        if torch.compiler.is_compiling() or not self.offloaded:
+            return self._run(hidden_states, modulation)
+        with present(self._parts):
+            return self._run(hidden_states, modulation)
+
+    def _run(self, hidden_states: torch.Tensor, modulation: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
         adapted = self.adapted
         run = ADAPTED if adapted else self.backend
         x = hidden_states
-        assert self._place is not None, "a block has to join the conditioning"
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self._conditioning[0].modulation(*self._place)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation() if modulation is None else modulation
         query, key, value, softmax = (self.operands[name].select(adapted) for name in ATTENTION_OPERANDS)
         attention = AttentionParams(query, key, value, softmax, self.heads)
         source, layer = self._layer("qkv", adapted)

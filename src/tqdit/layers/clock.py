@@ -1,6 +1,7 @@
 """`TimestepClock`: tells the quantized layers of one model which time group each sample of the batch is in."""
 
 import threading
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,9 +10,18 @@ from tqdit.errors import InputError
 from tqdit.timegroups import TimeGroups
 
 
-def thread() -> int:
-    """Which thread runs; one for all inside a compiled graph."""
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+class PerThread(threading.local):
+    """What the call of one thread has set: calls of one model may overlap. It goes when the thread ends.
+
+    A copy of it, or a pickle, is empty.
+    """
+
+    group: torch.Tensor | None = None
+    shared: int | None = None
+    call: Any = None
+
+    def __reduce__(self) -> tuple[type["PerThread"], tuple[()]]:
+        return PerThread, ()
 
 
 class TimestepClock(nn.Module):
@@ -27,17 +37,17 @@ class TimestepClock(nn.Module):
         super().__init__()
         self.time_groups = time_groups
         self.register_buffer("table", time_groups.table(), persistent=False)
-        self._now: dict[int, tuple[torch.Tensor, int | None]] = {}  # by thread: calls of one model may overlap
+        self._now = PerThread()
 
     @property
     def group(self) -> torch.Tensor | None:
         """Group indices of the call that this thread is in, (1,) or (B,)."""
-        return self._now[thread()][0] if thread() in self._now else None
+        return self._now.group
 
     @property
     def shared(self) -> int | None:
         """The group of the whole batch, where reading it costs nothing: on the CPU, not compiled."""
-        return self._now[thread()][1] if thread() in self._now else None
+        return self._now.shared
 
     def set(self, timestep: torch.Tensor, batch: int) -> None:
         """timestep: () or (B,), any number type. Stores group indices, shape (1,) or (B,)."""
@@ -50,9 +60,8 @@ class TimestepClock(nn.Module):
             shared = int(first) if first == last else None
         else:
             group, shared = torch.index_select(self.table, 0, t.long()), None
-        self._now[thread()] = self._now[0] = group, shared
+        self._now.group, self._now.shared = group, shared
 
     def forget(self) -> None:
         """Drop what this thread has set; its next call sets it again."""
-        self._now.pop(thread(), None)
-        self._now.pop(0, None)
+        self._now.group = self._now.shared = None

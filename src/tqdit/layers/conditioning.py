@@ -1,12 +1,13 @@
 """What all blocks of a model share in a denoiser call: embeddings of timestep and class, and their adaLN modulation."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tqdit.layers.clock import thread
+from tqdit.layers.clock import PerThread
 
 
 class TimestepTable(nn.Module):
@@ -48,7 +49,7 @@ class Conditioning(nn.Module):
         super().__init__()
         self.embedders = nn.ModuleList()
         self.linears = nn.ModuleList()
-        self._now: dict[int, _Call] = {}  # by thread: calls of one model may overlap
+        self._now = PerThread()
 
     def add(self, embedder: nn.Module, linear: nn.Module) -> int:
         """A group of blocks: its embedder, and their adaLN layers stacked, C -> blocks * 6 C. Returns its number."""
@@ -56,21 +57,26 @@ class Conditioning(nn.Module):
         self.linears.append(linear)
         return len(self.linears) - 1
 
+    @property
+    def classes(self) -> int:
+        """Of the class embedding, the null class among them."""
+        embedder: Any = self.embedders[0]
+        return int(embedder.class_embedder.embedding_table.num_embeddings)
+
     def set(self, timestep: torch.Tensor, labels: torch.Tensor) -> None:
         """Begin a denoiser call. timestep: (1,) or (B,), any number type; labels: (B,), on the same device."""
-        timestep = timestep.expand(len(labels))
+        timestep = timestep.expand(labels.shape)
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             pairs = torch.stack([timestep.double(), labels.double()])
             distinct, rows = torch.unique(pairs, dim=1, return_inverse=True)
             call = _Call(distinct[0].to(timestep.dtype), distinct[1].to(labels.dtype), rows)
         else:
             call = _Call(timestep, labels, None)
-        self._now[thread()] = self._now[0] = call
+        self._now.call = call
 
     def forget(self) -> None:
         """Drop what this thread has set; its next call sets it again."""
-        self._now.pop(thread(), None)
-        self._now.pop(0, None)
+        self._now.call = None
 
     def embedding(self, group: int) -> torch.Tensor:
         """Embedding of timestep and class, (B, C) fp32."""
@@ -89,8 +95,9 @@ class Conditioning(nn.Module):
         return out.chunk(6, dim=1)
 
     def _call(self) -> _Call:
-        assert thread() in self._now, "the conditioning is set by the model's forward"
-        return self._now[thread()]
+        call = self._now.call
+        assert call is not None, "the conditioning is set by the model's forward"
+        return call
 
     def _embedded(self, call: _Call, group: int) -> torch.Tensor:
         if group not in call.embedded:

@@ -5,10 +5,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from tqdit.layers.params import ActivationParams
+from tqdit.modules import Untrainable, offloaded, present
 from tqdit.ops.schema import Backend, OperandParams
 
 
-class IntLinear(nn.Module):
+class IntLinear(Untrainable):
     """One site's input parameters and the layer, or stacked layers, that read it, in the backend's layout."""
 
     def __init__(self, source: ActivationParams, layer: nn.Module) -> None:
@@ -21,7 +22,7 @@ class IntLinear(nn.Module):
         return self.source.select(plain), self.layer
 
 
-class WeightOnlyLinear(nn.Module):
+class WeightOnlyLinear(Untrainable):
     """y = x W^T + b with float x and integer W, for the layers that see (t, class) alone and the final layer."""
 
     def __init__(self, layer: nn.Module, backend: Backend) -> None:
@@ -30,10 +31,14 @@ class WeightOnlyLinear(nn.Module):
         self.backend = backend
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.backend.float_input_linear(x, self.layer).to(x.dtype)
+        layer = self.layer
+        if torch.compiler.is_compiling() or not offloaded(layer):
+            return self.backend.float_input_linear(x, layer).to(x.dtype)
+        with present([layer]):
+            return self.backend.float_input_linear(x, layer).to(x.dtype)
 
 
-class WeightOnlyPatchEmbed(nn.Module):
+class WeightOnlyPatchEmbed(Untrainable):
     """The patch embedding's convolution (kernel = stride = patch) as a linear layer on patches.
 
     (B, C, H, W) -> (B, D, H/p, W/p), as the `nn.Conv2d` it replaces.

@@ -31,12 +31,12 @@ class ActivationParams(FixedDtype):
         zero_point = torch.zeros_like(scale, dtype=torch.int32) if two_region else params.zero_point
         shift = merge_shift(scale, coarse, spec.bits, spec.grid) if two_region else None
         assert zero_point is not None
-        self.register_buffer("scale", scale.reshape(shape).contiguous())
-        self.register_buffer("zero_point", zero_point.reshape(shape).contiguous())
-        self.register_buffer("coarse", coarse.reshape(shape).contiguous())
-        self.register_buffer("shift", None if shift is None else shift.reshape(shape).contiguous())
+        self.keep("scale", scale.reshape(shape).contiguous())
+        self.keep("zero_point", zero_point.reshape(shape).contiguous())
+        self.keep("coarse", coarse.reshape(shape).contiguous())
+        self.keep("shift", None if shift is None else shift.reshape(shape).contiguous())
         operand = OperandParams(spec.grid, spec.bits, self.scale, self.zero_point, self.coarse, self.shift)
-        self.register_buffer("table", parameter_table(operand) if tables else None, persistent=False)
+        self.keep("table", parameter_table(operand) if tables else None, persistent=False)
 
     def select(self, plain: bool = False) -> OperandParams:
         """Parameters that broadcast to the batch: leading axis 1 (one group) or B; or the table of all groups.

@@ -1,17 +1,15 @@
 """diffusers' `DiTTransformer2DModel` of a config: the one place where a float model's structure is made."""
 
-import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from tqdit.errors import InputError
 from tqdit.models.sites import FREQUENCY_SHIFT, check_supported
 
-# accelerate makes models empty by changing what every thread's modules do when they get a parameter.
-LOCK = threading.RLock()
 OURS = (FREQUENCY_SHIFT, "quantization_config")  # keys of a config that diffusers does not take
 
 
@@ -38,10 +36,18 @@ def new_model(config: Mapping[str, Any]) -> nn.Module:
 
 def empty_model(config: Mapping[str, Any]) -> nn.Module:
     """`new_model` on the meta device, its position table real."""
-    from accelerate import init_empty_weights
-
-    with LOCK, init_empty_weights(include_buffers=False):
+    with _EmptyOnMeta():
         return new_model(config)
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Memory for parameters is on the meta device; whatever is computed is real. Other threads notice nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 def share_embedder(model: nn.Module) -> None:
@@ -54,4 +60,5 @@ def share_embedder(model: nn.Module) -> None:
 def set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
     """Make `value` the parameter at a dotted path, without gradient and without a copy."""
     owner, _, leaf = name.rpartition(".")
-    model.get_submodule(owner).register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+    # accelerate changes `register_parameter` while another thread loads a model.
+    model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)

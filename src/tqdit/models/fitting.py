@@ -25,6 +25,7 @@ MAX_TOKENS = 2**16  # 4096 pixels at DiT's /2: the table of positions is compute
 LEAST_ACTIVATION_BITS = 4
 PATCHES = "pos_embed.proj.weight"
 GRIDS = {Role.SOFTMAX: (Grid.MRQ_SOFTMAX, Grid.UNIFORM), Role.GELU: (Grid.MRQ_GELU, Grid.UNIFORM)}  # else uniform
+PER_CHANNEL = Recipe.build("paper", groups=1, weight_granularity="per_channel")  # for the number of channels
 FIELDS = ("role", "grid", "granularity", "groups", "units")
 
 
@@ -47,7 +48,9 @@ def check_solution(solution: Solution) -> None:
     config = solution.model_config
     check_supported(config)
     _check_sizes(config, solution)
-    expected = {spec.name: spec for spec in sites(config, Recipe.build("paper", groups=1))}
+    expected = {
+        spec.name: spec for spec in sites(config, Recipe.build("paper", groups=1, weight_granularity="per_channel"))
+    }
     for name, spec in expected.items():
         if name not in solution.params:
             kind = "codes for weight" if spec.is_weight else "parameters for activation"
@@ -67,6 +70,9 @@ def _check_sizes(config: Mapping[str, Any], solution: Solution) -> None:
         )
     if PATCHES not in solution.codes:
         raise InputError(f"the solution has no codes for weight site '{PATCHES}'")
+    epsilon = config.get("norm_eps", 1e-5)
+    if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
+        raise InputError(f"the config has norm_eps = {epsilon!r}; it must be a number from 0 to 1")
     side = config["patch_size"]
     _check_shape(PATCHES, solution.codes[PATCHES], (width(config), config["in_channels"], side, side))
 
@@ -80,8 +86,7 @@ def _check_site(solution: Solution, found: SiteSpec, expected: SiteSpec) -> None
         legal["groups"] = (1, solution.time_groups.num_groups)
     if expected.role is Role.WEIGHT:
         legal["granularity"] = (Granularity.PER_TENSOR, Granularity.PER_CHANNEL)
-        channels = len(solution.codes[expected.name]) if expected.name in solution.codes else 1
-        legal["units"] = (1 if found.granularity is Granularity.PER_TENSOR else channels,)
+        legal["units"] = (1 if found.granularity is Granularity.PER_TENSOR else expected.units,)
     legal["bits"] = tuple(range(MIN_BITS if expected.is_weight else LEAST_ACTIVATION_BITS, MAX_BITS + 1))
     for field, values in legal.items():
         if (value := getattr(found, field)) not in values:

@@ -1,12 +1,16 @@
 """The class of a converted model; a module of its own because it imports diffusers."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
 from accelerate.utils import convert_file_size_to_int
 from diffusers import DiTTransformer2DModel
+from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings, LabelEmbedding, PatchEmbed, TimestepEmbedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 from torch.nn import functional as F
@@ -14,20 +18,33 @@ from torch.nn import functional as F
 from tqdit import artifact
 from tqdit.errors import InputError
 from tqdit.files import replacing
-from tqdit.models.building import LOCK
+from tqdit.isolation import isolated
+from tqdit.modules import HOOK, Closed, Untrainable, check_same
 from tqdit.spec import Solution
 
 FEW_TOKENS = 8192  # of the samples that are in fp32 at a time
 ONE_PIECE = 10 * 2**20  # bytes: torch's allocator takes memory for smaller tensors together, 20 MiB at a time
-CONVERTED = ("quantization_backend", "quantization_report", "solution", "reconvert", "prepared_for")
+CONVERTED = ("quantization_backend", "quantization_report", "solution", "reconvert", "prepared_for", "fixed")
+LOCK = threading.Lock()  # a model is converted again by one thread, however many ask
 
 
-class IntegerDiT(DiTTransformer2DModel):
+class _SameAsDiffusers(type):
+    """Makes the class equal to diffusers' own. Pipelines compare the class of a part with the one that they expect."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is DiTTransformer2DModel
+
+    def __hash__(cls) -> int:
+        return hash(DiTTransformer2DModel)
+
+
+class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDiffusers):
     """diffusers' transformer, its blocks, conditioning and call in integers; `convert` makes it."""
 
     solution: Solution  # its codes are those of the layers
     reconvert: Any  # a Solution and `device` -> a model converted in the same way
     prepared_for: str  # the kind of device that the layers are laid out for
+    fixed: frozenset[str]  # names in a state dict that are the model's own, not an adapter's
     runtime: Any
     conditioning: Any
     config: Any
@@ -81,6 +98,7 @@ class IntegerDiT(DiTTransformer2DModel):
         return_dict: bool = True,
     ) -> Any:
         """As diffusers' own."""
+        self.runtime.inputs.check_states(hidden_states)
         if hidden_states.device.type != self.prepared_for:
             self._prepare(hidden_states.device)
         blocks = self._modules["transformer_blocks"]
@@ -89,10 +107,42 @@ class IntegerDiT(DiTTransformer2DModel):
 
     @torch.compiler.disable  # compile after a first call on the device, or the graph breaks here
     def _prepare(self, device: torch.device) -> None:
-        """Be converted for a kind of device, once however many threads ask."""
-        with LOCK, torch.inference_mode(False), torch.no_grad():  # inference tensors could not be loaded into
-            if self.prepared_for != device.type:
+        """Be converted for a kind of device, once however many threads ask.
+
+        A model that accelerate offloads stays in the CPU's memory, laid out for the device that its parts visit.
+        """
+        with LOCK, isolated():
+            if self.prepared_for == device.type:
+                return
+            hook = _offloading(self)
+            if hook is None:
                 self.adopt(self.reconvert(self.solution, device=device))
+                return
+            if len({str(part) for part in (getattr(self, "hf_device_map", None) or {}).values()} - {"cpu"}) > 1:
+                raise InputError(f"a model that is dispatched to several devices has to be loaded on {device} first")
+            remove_hook_from_module(self, recurse=True)
+            self.adopt(self.reconvert(self.solution, device=device, memory="cpu"))
+            cpu_offload(self, device, offload_buffers=hook.offload_buffers)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Before any tensor is loaded: `InputError` for a state dict that is not this model's, or an adapter for it.
+
+        Of an artifact only its own values are accepted, whose grids the model has. What neither the model nor an
+        adapter in it has a place for is refused even where torch would ignore it: peft drops it in silence.
+        """
+        own = self.state_dict(prefix=prefix, keep_vars=True)
+        fixed = {prefix + name for name in self.fixed}
+        check_same(own, {name: value for name, value in state_dict.items() if name in fixed})
+        for name in sorted(name for name in state_dict if name.startswith(prefix) and name not in own):
+            parameter = name[len(prefix) :].replace(".base_layer.", ".")
+            mine, value = self.solution.floats.get(parameter), state_dict[name]
+            if mine is None or mine.shape != value.shape or not torch.equal(mine.to(value), value):
+                raise InputError(
+                    f"there is no place for '{parameter}' in an integer model: beside its own state only plain LoRA is"
+                    " loaded, on the linear layers of attention and feed-forward, whose biases stay the artifact's"
+                )
+            del state_dict[name]
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
@@ -104,6 +154,7 @@ class IntegerDiT(DiTTransformer2DModel):
         """diffusers' own: a float model."""
         return DiTTransformer2DModel.from_config(*arguments, **options)
 
+    @isolated()
     def save_pretrained(
         self,
         save_directory: Any,
@@ -118,7 +169,8 @@ class IntegerDiT(DiTTransformer2DModel):
         """Write an artifact that `from_pretrained` and tqdit read: whole or not at all, unlike diffusers' own.
 
         A model that is there is replaced; `InputError` for a folder with anything else in it, and for what an artifact
-        does not have: pickled weights, variants. To push, call `push_to_hub`.
+        does not have: pickled weights, variants; and for a model whose scales were changed by hand. To push, call
+        `push_to_hub`.
         """
         refused = {"safe_serialization=False": not safe_serialization, f"variant='{variant}'": variant is not None,
                    "push_to_hub=True": push_to_hub}  # fmt: skip
@@ -126,12 +178,26 @@ class IntegerDiT(DiTTransformer2DModel):
             if given:
                 raise InputError(f"save_pretrained of an integer model does not support {name}")
         if is_main_process:
+            cast(Any, self.solution.codes).check_unchanged(self.solution)
             target = Path(save_directory)
             artifact.check_replaceable(target)
             most = None if max_shard_size is None else convert_file_size_to_int(max_shard_size)
-            with replacing(target, overwrite=True) as folder:
+            with replacing(target, overwrite=True, in_pipeline=True) as folder:
                 artifact.write(self.solution, folder, most)
+                artifact.keep_editable(target, folder)
             artifact.unseal_pipeline(target)
+
+    def to(self, *arguments: Any, **options: Any) -> Self:
+        """As torch's: `_apply` knows what another dtype changes. diffusers would refuse to cast a quantized model."""
+        return nn.Module.to(self, *arguments, **options)
+
+    def half(self, *_: Any) -> Self:
+        """As torch's."""
+        return nn.Module.half(self)
+
+    def float(self, *_: Any) -> Self:  # below all annotations, which mean the type
+        """As torch's."""
+        return nn.Module.float(self)
 
     def _denoised(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C or 2C, H, W), as diffusers' own forward, for the call that clock and conditioning are
@@ -142,15 +208,13 @@ class IntegerDiT(DiTTransformer2DModel):
         """
         side = self.config.patch_size
         few = max(1, FEW_TOKENS * side**2 // (x.shape[-2] * x.shape[-1]))
-        if torch.compiler.is_compiling():
-            few = len(x)  # a graph for each number of parts would be one too many
         layers: Any = self
         self._lay_out(x, few)
-        stream = _joined([layers.pos_embed(part.float()).to(self.stream_dtype) for part in x.split(few)])
+        stream = _joined([layers.pos_embed(part.float()).to(self.stream_dtype) for part in _parts(x, few)])
         for block in layers.transformer_blocks:
-            stream = block(stream)
+            stream = block(stream, block.modulation())
         modulation = layers.proj_out_1(F.silu(self.conditioning.embedding(0)))
-        parts = zip(stream.split(few), modulation.split(few), strict=True)
+        parts = zip(_parts(stream, few), _parts(modulation, few), strict=True)
         patches = _joined([self._patches(*part) for part in parts])
         rows, columns = (size // side for size in x.shape[-2:])
         patches = patches.reshape(-1, rows, columns, side, side, self.out_channels).permute(0, 5, 1, 3, 2, 4)
@@ -179,7 +243,15 @@ class IntegerDiT(DiTTransformer2DModel):
         """The last layer of some samples: (B, N, D), (B, 2 D) -> (B, N, pixels and channels of a patch) in fp32."""
         layers: Any = self
         shift, scale = modulation[:, None].chunk(2, dim=-1)
-        return layers.proj_out_2(layers.norm_out(stream.float()) * (1 + scale) + shift)
+        patches = layers.proj_out_2(layers.norm_out(stream.float()) * (1 + scale) + shift)
+        # Codes hold no NaN and no Inf. The stream keeps them at their token; as in a float model, whose tokens all read
+        # each other, the whole sample shall be NaN: adding 0 changes nothing, NaN * 0 and Inf * 0 are NaN.
+        return patches + (patches * 0).sum(dim=(1, 2), keepdim=True)
+
+
+def _parts(x: torch.Tensor, few: int) -> Sequence[torch.Tensor]:
+    """A batch, a few samples at a time; whole if compiled, since a graph for each number of parts is one too many."""
+    return (x,) if torch.compiler.is_compiling() else x.split(few)
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -192,8 +264,45 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
 IntegerDiT.__name__ = DiTTransformer2DModel.__name__
 
 
+class _ClosedEmbedder(Closed, CombinedTimestepLabelEmbeddings):
+    """diffusers' own, closed to adapters."""
+
+
+class _ClosedLabels(Closed, LabelEmbedding):
+    """diffusers' own, closed to adapters."""
+
+
+class _ClosedTimestep(Closed, TimestepEmbedding):
+    """diffusers' own, closed to adapters."""
+
+
+class _ClosedPatches(Closed, PatchEmbed):
+    """diffusers' own, closed to adapters."""
+
+
+class _ClosedList(Closed, nn.ModuleList):
+    """torch's own, closed to adapters."""
+
+
+CLOSED = {
+    cls.__bases__[1]: cls for cls in (_ClosedEmbedder, _ClosedLabels, _ClosedTimestep, _ClosedPatches, _ClosedList)
+}
+
+
+def _offloading(model: nn.Module) -> AlignDevicesHook | None:
+    """The first of accelerate's hooks that sends tensors away."""
+    for module in model.modules():
+        hook = module.__dict__.get(HOOK)
+        for part in getattr(hook, "hooks", (hook,)):
+            if isinstance(part, AlignDevicesHook) and part.offload:
+                return part
+    return None
+
+
 def make_integer(model: nn.Module) -> IntegerDiT:
-    """Give a diffusers transformer this class."""
+    """Give a diffusers transformer this class, and parts of it one that adapters cannot reach into."""
+    for module in model.modules():
+        module.__class__ = CLOSED.get(type(module), type(module))
     model.__class__ = cast(type[nn.Module], IntegerDiT)
     model.__dict__["__module__"] = DiTTransformer2DModel.__module__
     return cast(IntegerDiT, model)

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tqdit.errors import AssumptionWarning, InputError
 from tqdit.files import CONFIG, QUANT_METHOD, TRANSFORMER, is_there, model_folder, read_json
 from tqdit.models import checkpoints, components, float_weights, hub
-from tqdit.models.building import empty_model
+from tqdit.models.building import empty_model, set_parameter
 from tqdit.models.published import DIFFUSION
 from tqdit.models.sampler import check_scheduler
 from tqdit.models.sites import FREQUENCY_SHIFT, check_supported, config_of
@@ -171,7 +172,8 @@ def load_float(source: ModelSource) -> nn.Module:
         values = {name: float_weights.checked(name, tensor) for name, tensor in state.items()}
     except InputError as error:
         raise InputError(f"{source.folder}: {error}") from None
-    model.load_state_dict(values, strict=True, assign=True)
+    for name, tensor in values.items():
+        set_parameter(model, name, tensor.to(torch.float32, copy=True))  # it may be part of a mapped file
     return model.eval().requires_grad_(False)
 
 

@@ -1,25 +1,70 @@
-"""Modules that hold tensors whose dtype is part of the number format."""
+"""Modules that hold tensors whose dtype and values are part of the number format."""
 
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import torch
 from torch import nn
 
+from tqdit.modules import HOOK, Untrainable, Watched, check_same
 from tqdit.ops.schema import WeightParams
 
 
-class FixedDtype(nn.Module):
-    """Buffers change device but never dtype: an fp16 scale would move every code."""
+class FixedDtype(Watched, Untrainable):
+    """Tensors that change device but neither dtype nor value: an fp16 scale would move every code.
+
+    A state dict that is loaded has to have the same values. The grids and time groups that belong to them are no
+    tensors, so other values would be neither the one model nor the other.
+    """
+
+    def hold(self, name: str, tensor: torch.Tensor | None) -> None:
+        """Make a tensor a parameter without gradient: libraries that offload move parameters, and often nothing else.
+
+        It is put where `register_parameter` would put it. That method itself is changed by accelerate while any thread
+        makes an empty model.
+        """
+        self._parameters[name] = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+
+    def keep(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
+        """Make a small tensor a buffer; None is a plain attribute, since accelerate does not expect an empty buffer."""
+        if tensor is None:
+            setattr(self, name, None)
+        else:
+            self.register_buffer(name, tensor, persistent)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == HOOK:
+            self.changed()
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        if name == HOOK:
+            self.changed()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
+        def moved(x: torch.Tensor) -> torch.Tensor:
+            new = fn(x)
+            return new if new.dtype == x.dtype else x.to(new.device)
+
+        return super()._apply(moved, recurse)  # type: ignore[arg-type]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Nothing is copied: what is given has to be here already."""
+        own = self.state_dict(prefix=prefix, keep_vars=True)
+        check_same(own, {name: value for name, value in state_dict.items() if name in own})
+        if strict:
+            missing_keys.extend(name for name in own if name not in state_dict)
+            unexpected_keys.extend(name for name in state_dict if name.startswith(prefix) and name not in own)
 
 
 class LinearCodes(FixedDtype):
@@ -35,10 +80,10 @@ class LinearCodes(FixedDtype):
 
     def __init__(self, weight: WeightParams, bias: torch.Tensor | None) -> None:
         super().__init__()
-        self.register_buffer("codes", weight.codes.clone())
-        self.register_buffer("scale", weight.scale)
-        self.register_buffer("colsum", weight.colsum)
-        self.register_buffer("bias", bias)
+        self.hold("codes", weight.codes.clone())
+        self.hold("scale", weight.scale)
+        self.hold("colsum", weight.colsum)
+        self.hold("bias", bias)
 
     def unpacked(self) -> torch.Tensor:
         """The codes, int8 (out, in)."""

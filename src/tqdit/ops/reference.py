@@ -7,8 +7,10 @@ operations of `Reference` are composed of the functions below.
 import functools
 
 import torch
+from torch.library import custom_op
 
 from tqdit.grids.regions import sign
+from tqdit.ops.autocast import without_autocast
 from tqdit.ops.composed import Composed
 from tqdit.ops.holders import LinearCodes
 from tqdit.ops.schema import OperandParams, WeightParams
@@ -27,14 +29,31 @@ def int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     k = a.shape[-1]
     assert a.dtype == b.dtype == torch.int8
     assert k * MAX_PRODUCT < 2**31, f"K = {k} overflows an int32 accumulator"
+    return _operator(a, b) if torch.compiler.is_compiling() else _int_matmul(a, b)
+
+
+def _int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    k = a.shape[-1]
     if b.ndim == 2 and _has_int8_kernel(a.numel() // k, k, b.shape[1], a.device):
         return torch._int_mm(a.reshape(-1, k), b).reshape(*a.shape[:-1], b.shape[-1])
-    if k <= EXACT_FP32:
-        return torch.matmul(a.float(), b.float()).to(torch.int32)
-    if b.ndim > 2:
-        return torch.matmul(a.double(), b.double()).to(torch.int32)
-    pieces = zip(a.split(EXACT_FP32, dim=-1), b.split(EXACT_FP32), strict=True)
-    return sum((torch.matmul(x.float(), y.float()).to(torch.int32) for x, y in pieces), start=_ZERO.to(a.device))
+    with without_autocast(a.device):
+        if k <= EXACT_FP32:
+            return torch.matmul(a.float(), b.float()).to(torch.int32)
+        if b.ndim > 2:
+            return torch.matmul(a.double(), b.double()).to(torch.int32)
+        pieces = zip(a.split(EXACT_FP32, dim=-1), b.split(EXACT_FP32), strict=True)
+        return sum((torch.matmul(x.float(), y.float()).to(torch.int32) for x, y in pieces), start=_ZERO.to(a.device))
+
+
+@custom_op("tqdit::int_matmul", mutates_args=())
+def _operator(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The same in a graph of torch's, where it stays exact whatever autocast and compilers do around it."""
+    return _int_matmul(a, b)
+
+
+@_operator.register_fake
+def _(a, b):  # type: ignore[no-untyped-def]
+    return torch.matmul(a.float(), b.float()).to(torch.int32)
 
 
 def column_sums(codes: torch.Tensor) -> torch.Tensor:
@@ -114,7 +133,8 @@ def values(p: torch.Tensor, p_params: OperandParams, v: torch.Tensor, v_params: 
 
 def weight_only_linear(x: torch.Tensor, weight: WeightParams, bias: torch.Tensor | None) -> torch.Tensor:
     """(x codes^T) s_w + bias: float activations on integer weights, fp32."""
-    out = torch.matmul(x.float(), weight.codes.float().t()) * weight.scale
+    with without_autocast(x.device):
+        out = torch.matmul(x.float(), weight.codes.float().t()) * weight.scale
     return out if bias is None else out + bias
 
 

@@ -7,6 +7,7 @@ Its fp32 sums differ from the exact ones by at most gamma_K = (K + 4) 2^-24 time
 import torch
 from torch.nn import functional as F
 
+from tqdit.ops.autocast import without_autocast
 from tqdit.ops.composed import Composed
 from tqdit.ops.holders import LinearCodes
 from tqdit.ops.quantizer import dequantize
@@ -19,24 +20,28 @@ def _weight(weight: WeightParams) -> torch.Tensor:
 
 def linear(codes: torch.Tensor, params: OperandParams, weight: WeightParams, bias: torch.Tensor | None) -> torch.Tensor:
     """x W^T + bias on dequantized operands."""
-    return F.linear(dequantize(codes, params), _weight(weight), bias)
+    with without_autocast(codes.device):
+        return F.linear(dequantize(codes, params), _weight(weight), bias)
 
 
 def scores(
     q: torch.Tensor, q_params: OperandParams, k: torch.Tensor, k_params: OperandParams, factor: float
 ) -> torch.Tensor:
     """factor * Q K^T on dequantized operands."""
-    return torch.matmul(dequantize(q, q_params), dequantize(k, k_params).transpose(-1, -2)) * factor
+    with without_autocast(q.device):
+        return torch.matmul(dequantize(q, q_params), dequantize(k, k_params).transpose(-1, -2)) * factor
 
 
 def values(p: torch.Tensor, p_params: OperandParams, v: torch.Tensor, v_params: OperandParams) -> torch.Tensor:
     """P V on dequantized operands."""
-    return torch.matmul(dequantize(p, p_params), dequantize(v, v_params))
+    with without_autocast(p.device):
+        return torch.matmul(dequantize(p, p_params), dequantize(v, v_params))
 
 
 def weight_only_linear(x: torch.Tensor, weight: WeightParams, bias: torch.Tensor | None) -> torch.Tensor:
     """x W^T + bias with the dequantized weight."""
-    return F.linear(x.float(), _weight(weight), bias)
+    with without_autocast(x.device):
+        return F.linear(x.float(), _weight(weight), bias)
 
 
 class Simulated(Composed):

@@ -88,5 +88,5 @@ def _finite(values: Sequence[float]) -> list[float]:
 
 def _spans(models: Sequence[ModelRow]) -> str:
     """Each model's range of SQNR over the groups, for alt texts."""
-    rows = [(row.name, row.eps.by_group) for row in models if row.eps]
-    return "; ".join(f"{name}: {min(db):.1f} to {max(db):.1f} dB" for name, db in rows) + "."
+    rows = [(row.name, [x for x in row.eps.by_group if not math.isnan(x)]) for row in models if row.eps]
+    return "; ".join(f"{name}: {min(db):.1f} to {max(db):.1f} dB" for name, db in rows if db) + "."

@@ -25,7 +25,13 @@ SHARED = {
     Granularity.PER_CHANNEL: "per channel",
     Granularity.PER_HEAD: "per head",
 }
-FACTS = {"num": "images", "samples_per_group": "held-out states per group", "groups": "time groups"}
+FACTS = {
+    "num": "images",
+    "samples_per_group": "held-out states per range of timesteps",
+    "groups": "ranges",
+    "states": "held-out states",
+    "call_batch": "samples of a timed call",
+}
 
 
 def number(value: float | None, digits: int) -> str:
@@ -41,13 +47,13 @@ def title(comparison: Comparison) -> str:
     best = closest(comparison.models)
     if best is None or best.eps is None:
         return f"{name}, quantized"
-    return f"{name}, {1 / best.size_ratio:.1f}× smaller at {number(best.eps.overall, 1)} dB ε SQNR"
+    return f"{name}, {_smaller(comparison, best)} at {number(best.eps.overall, 1)} dB ε SQNR"
 
 
 def summary(comparison: Comparison) -> str:
     """One paragraph: what was done, the closest model and the smallest."""
     reference, models = comparison.float_model, comparison.models
-    text = f"{reference.name} takes {_megabytes(reference)} MB in {reference.bits}. "
+    text = f"{reference.name} takes {_megabytes(reference)} MB in {reference.file_dtype or reference.bits}. "
     best = closest(models)
     if best is None or best.eps is None:
         return text + "No quantized model was measured against it."
@@ -56,13 +62,18 @@ def summary(comparison: Comparison) -> str:
     text += (
         f"{_described(best)} predicts the noise ε of held-out states with a signal-to-noise ratio (SQNR) of "
         f"{number(best.eps.overall, 1)} dB: its error has {10 ** (2 - best.eps.overall / 10):.2g} % of the signal's "
-        f"power. It takes {_megabytes(best)} MB, {100 * best.size_ratio:.1f} % of the float weights."
+        f"power. It takes {_megabytes(best)} MB, {100 * best.disk_bytes / reference.disk_bytes:.1f} % of that."
     )
+    if best.cost:
+        text += (
+            f" A call of the denoiser takes {number(best.cost.ms_per_call, 1)} ms, {best.cost.speedup:.1f}× as fast as "
+            "the float model in eager float32."
+        )
     smallest = min(models, key=lambda row: row.size_bytes)
     if smallest is not best:
         text += (
             f" The smallest, {_described(smallest)}, takes {_megabytes(smallest)} MB "
-            f"({1 / smallest.size_ratio:.1f}× smaller) at {number(_sqnr(smallest), 1)} dB."
+            f"({_smaller(comparison, smallest)}) at {number(_sqnr(smallest), 1)} dB."
         )
     return text
 
@@ -73,17 +84,23 @@ def closest(models: Sequence[ModelRow]) -> ModelRow | None:
     return max(measured, key=lambda row: row.eps.overall if row.eps else -math.inf, default=None)
 
 
-def cells(row: ModelRow) -> list[str]:
-    """A row of the table, after the name: preset, bits, MB, % of fp32, seconds, SQNR, PSNR, FD-fashion."""
+def cells(row: ModelRow, reference: ModelRow) -> list[str]:
+    """A row of the table, after the name: preset, bits; MB, % of the file that was quantized, of bf16 and of fp32;
+    SQNR, PSNR, FD-fashion; ms a call, times as fast as eager float32, peak MB; seconds of calibration.
+    """
+    fp32, size, cost = reference.size_bytes, row.disk_bytes, row.cost
     return [
         row.preset or NOTHING,
         row.bits,
         _megabytes(row),
-        number(100 * row.size_ratio, 1),
-        number(row.calibration_seconds, 0),
+        *(number(100 * size / whole, 1) for whole in (reference.disk_bytes, fp32 / 2, fp32)),
         number(_sqnr(row), 1),
         number(row.psnr_db, 1),
         number(row.fd_fashion, 2),
+        number(cost.ms_per_call if cost else None, 1),
+        number(cost.speedup if cost else None, 2),
+        number(cost.peak_bytes / 1e6 if cost and cost.peak_bytes is not None else None, 0),
+        number(row.calibration_seconds, 0),
     ]
 
 
@@ -114,7 +131,13 @@ def _phrases(sites: Sequence[SiteSpec], role: Role) -> list[tuple[str, str]]:
 
 
 def _megabytes(row: ModelRow) -> str:
-    return number(row.size_bytes / 1e6, 2)
+    return number(row.disk_bytes / 1e6, 2)
+
+
+def _smaller(comparison: Comparison, row: ModelRow) -> str:
+    """How much smaller a model is than the file it was made from."""
+    reference = comparison.float_model
+    return f"{reference.disk_bytes / row.disk_bytes:.1f}× smaller than in {reference.file_dtype or reference.bits}"
 
 
 def _sqnr(row: ModelRow) -> float | None:

@@ -90,8 +90,8 @@ class Operand:
             return [_with_fine(base[None, ..., 1], regions.softmax_exponents(self.spec.bits, self.merging))]
         steps = uniform.factors(recipe.low, recipe.high, recipe.candidates).to(base.device)[:, None, None]
         if not self.spec.grid.two_region:
-            return [base * steps]
-        fine, coarse = (base[..., region] * steps for region in (0, 1))
+            return [uniform.multiples(base, steps)]
+        fine, coarse = (uniform.multiples(base[..., region], steps) for region in (0, 1))
         if not self.independent_regions:
             return [_with_fine(coarse, regions.merging_exponents(self.spec.bits, self.spec.grid))]
         current = self.scale.expand(len(steps), *self.scale.shape)
@@ -116,16 +116,23 @@ def _summed(values: torch.Tensor, index: torch.Tensor, count: int) -> torch.Tens
 def _with_fine(coarse: torch.Tensor, exponents: Iterable[int]) -> torch.Tensor:
     """(s1, s2) of every s2 in `coarse` (n, ...) and s1 = s2 2^-i, exact: (exponents x n, ..., 2).
 
-    The powers are numbers, not a tensor's approximate ones.
+    The powers are numbers, not a tensor's approximate ones. An s2 that is so small that some s1 would be subnormal is
+    raised until none is.
     """
-    return torch.cat([torch.stack([coarse * 2.0**-exponent, coarse], -1) for exponent in exponents])
+    powers = [2.0**-exponent for exponent in exponents]
+    coarse = coarse.clamp(min=uniform.SMALLEST / min(powers))
+    return torch.cat([torch.stack([coarse * power, coarse], -1) for power in powers])
 
 
 def activation(
     spec: SiteSpec, values: torch.Tensor, group: torch.Tensor, ranges: RangeStats, merging: bool = False
 ) -> Operand:
-    """An operand at its min-max parameters. `group`: (values.shape[0],) time groups; `ranges` per group."""
+    """An operand at its min-max parameters. `group`: (values.shape[0],) time groups; `ranges` per group.
+
+    Raises `InputError` naming the site and the time group of a range that is not finite.
+    """
     pooled = ranges.pooled(spec.groups)
+    ranges.check_finite(spec.name)
     lead = group if spec.groups > 1 else torch.zeros_like(group)
     scale, zero_point = _initial(spec, pooled, merging)
     unit = torch.arange(spec.units) if spec.units > 1 else torch.zeros(1, dtype=torch.int64)
@@ -161,7 +168,8 @@ def _initial(spec: SiteSpec, ranges: RangeStats, merging: bool) -> tuple[torch.T
         return _with_fine(coarse, [exponent]), zero
     if spec.grid is Grid.MRQ_GELU:
         fine = torch.full_like(ranges.high, regions.GELU_MINIMUM / top)
-        coarse = uniform.checked_scale(ranges.high.clamp(min=0) / (top - 1), spec.name)
+        # Where no value was positive, one that is after all is as near 0 as negative values are.
+        coarse = uniform.scale_of(ranges.high.clamp(min=0) / (top - 1), spec.name, otherwise=fine)
         return _merged_gelu(fine, coarse, spec.bits) if merging else torch.stack([fine, coarse], -1), zero
     if spec.role is Role.SOFTMAX:  # probabilities are in [0, 1] whatever was seen
         ranges = RangeStats(torch.zeros_like(ranges.low), ranges.high)

@@ -44,7 +44,7 @@ def solve(
     share = world.share(parts)
     solved: list[Solved] = []
     done, total = 0, sum(map(len, share))
-    with torch.inference_mode():
+    with torch.no_grad():  # not in inference mode, whose tensors a caller could not train with or write to
         for part in share:
             solved.append({})
             for name, matmul in part.items():
@@ -120,7 +120,7 @@ class _Solver:
         operand = operands.weight([spec], [values.flatten(1)])
         if self.recipe.rounds:
             steps = uniform.factors(self.recipe.low, self.recipe.high, self.recipe.candidates)
-            tables = torch.stack([operand.scale, *(operand.scale * c for c in steps)])
+            tables = torch.stack([operand.scale, *(uniform.multiples(operand.scale, c) for c in steps)])
             errors = torch.stack([(operand.fake(t) - operand.values).square().sum(1) for t in tables])
             operand = operand.with_scale(tables.gather(0, errors.argmin(0)[None, None])[0])
         return self._coded([spec], operand)
@@ -196,7 +196,7 @@ class _Solver:
             shape = self.state[spec.name].shape
             values = operand.values[first : first + shape[0]]
             codes = uniform.quantize(values, scale[:, None], 0, spec.bits)
-            found |= {f"{spec.name}/scale": scale[None].cpu(), f"{spec.name}/codes": codes.reshape(shape).cpu()}
+            found |= {f"{spec.name}/scale": _sound(scale[None]), f"{spec.name}/codes": codes.reshape(shape).cpu()}
             first += shape[0]
         return found
 
@@ -204,8 +204,14 @@ class _Solver:
 def _chosen(operand: Operand) -> Solved:
     """What is kept of an activation operand."""
     name = operand.spec.name
-    found = {f"{name}/scale": uniform.checked_scale(operand.scale, name).cpu()}
+    found = {f"{name}/scale": _sound(operand.scale)}
     return found if operand.spec.grid.two_region else found | {f"{name}/zero_point": operand.zero_point.cpu()}
+
+
+def _sound(scale: torch.Tensor) -> torch.Tensor:
+    """A chosen scale on the CPU: finite and no smaller than a normal number, so that its reciprocal is finite too."""
+    assert bool(torch.isfinite(scale).all() and (scale >= uniform.SMALLEST).all()), "a candidate that is no scale"
+    return scale.cpu()
 
 
 def _moved(record: Record, device: torch.device) -> Record:

@@ -34,11 +34,11 @@ class TritonLinear(FixedDtype):
         block = ALIGN if bits == 8 else PACK
         padded = torch.nn.functional.pad(weight.codes, (0, -k % block))
         low, high = (padded.clone(), None) if bits == 8 else _packed(padded, bits)
-        self.register_buffer("codes", low)
-        self.register_buffer("high", high)
-        self.register_buffer("scale", weight.scale.float().expand(n).contiguous())
-        self.register_buffer("bias", torch.zeros_like(self.scale) if bias is None else bias.float().contiguous())
-        self.register_buffer("sums", column_sums(weight.codes))
+        self.hold("codes", low)
+        self.hold("high", high)
+        self.hold("scale", weight.scale.float().expand(n).contiguous())
+        self.hold("bias", torch.zeros_like(self.scale) if bias is None else bias.float().contiguous())
+        self.hold("sums", column_sums(weight.codes))
 
     def unpacked(self) -> torch.Tensor:
         """The codes as they came, int8 (N, K)."""

@@ -1,0 +1,131 @@
+"""The C functions of `kernels/` as ctypes sees them: structures, argument types, and pointers that are checked.
+
+A wrong type in a call of C reads other memory without a word. So every function is declared once, here, and a tensor
+becomes a pointer only if it is what the kernel will take it for.
+"""
+
+import ctypes
+from ctypes import POINTER, c_float, c_int64, c_void_p
+from typing import Any
+
+import torch
+
+from tqdit.errors import InputError
+from tqdit.ops.schema import OperandParams
+from tqdit.spec import Grid
+
+MAX_SIZE = 2**48  # items, bytes, rows: more than any memory has, so that no product of C overflows by mistake
+
+
+class Operand(ctypes.Structure):
+    """`Operand` of operands.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("scale", "coarse", "zero", "shift")),
+        *((name, c_int64) for name in ("stride", "grid", "bits")),
+    )
+
+
+class AttentionCall(ctypes.Structure):
+    """`AttentionCall` of attention.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("qkv", "out", "trace")),
+        *((name, c_int64) for name in ("batch", "tokens", "heads", "dim", "threads")),
+        *((name, Operand) for name in ("query", "key", "value", "probability", "target")),
+        ("factor", c_float),
+    )
+
+
+class LinearCall(ctypes.Structure):
+    """`LinearCall` of linear.h."""
+
+    _fields_ = (
+        *(
+            (name, c_void_p)
+            for name in ("first", "second", "packed", "column_sums", "first_sums", "second_sums", "weight", "bias")
+        ),
+        *((name, c_int64) for name in ("batch", "tokens", "depth", "columns", "threads")),
+        ("source", Operand),
+    )
+
+
+_operand, _linear, _attention = POINTER(Operand), POINTER(LinearCall), POINTER(AttentionCall)
+
+# Name without "tqdit_" -> argument types; all return nothing but the questions, which return a number.
+FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "has_openmp": (),
+    "has_vnni": (),
+    "pack_weight": (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64),
+    "norm_quantize": (
+        c_void_p, c_void_p, c_void_p, c_int64, c_float, _operand, c_int64, c_int64, c_int64, c_void_p, c_int64,
+    ),
+    "weight_only": (
+        c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64,
+    ),
+    "linear_heads": (_linear, _operand, _operand, _operand, c_int64, c_void_p),
+    "linear_gelu": (_linear, _operand, c_void_p, c_void_p),
+    "linear_residual": (_linear, c_void_p, c_int64, c_void_p, c_void_p),
+    "attention": (_attention,),
+}  # fmt: skip
+
+
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Tell ctypes the types of every function. Raises `AttributeError` for one that the library lacks."""
+    for name, arguments in FUNCTIONS.items():
+        function = getattr(library, f"tqdit_{name}")
+        function.argtypes = arguments
+        function.restype = c_int64 if name.startswith("has_") else None
+    return library
+
+
+def need(condition: bool, message: str) -> None:
+    """Raise `InputError` unless what the kernels rely on holds; unlike `assert`, with python -O as well."""
+    if not condition:
+        raise InputError(f"the CPU kernels cannot run this: {message}")
+
+
+def address(tensor: torch.Tensor, dtype: torch.dtype, numel: int | None = None, adjacent: bool = True) -> int:
+    """Where the items of a tensor lie, which must be in this process's own memory, of this dtype and number.
+
+    `adjacent`: they must lie one after the other.
+    """
+    if tensor.dtype is not dtype or not tensor.is_cpu or (adjacent and not tensor.is_contiguous()):
+        _refuse(tensor, dtype)
+    if numel is not None and tensor.numel() != numel:
+        raise InputError(f"the CPU kernels need {numel} items, a tensor has shape {tuple(tensor.shape)}")
+    try:
+        found = tensor.data_ptr()
+    except RuntimeError:  # torch's word for a tensor without memory
+        found = 0
+    if not found:
+        raise InputError(f"the CPU kernels need items in memory; a {type(tensor).__name__} has none")
+    return found
+
+
+def _refuse(tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    layout = "" if tensor.is_contiguous() else ", not contiguous"
+    raise InputError(f"the CPU kernels need {dtype} on the CPU; a tensor is {tensor.dtype} on {tensor.device}{layout}")
+
+
+def size(value: int) -> int:
+    """A count for C, where a larger one would wrap around."""
+    if type(value) is not int or not 0 <= value < MAX_SIZE:
+        raise InputError(f"the CPU kernels need a whole number from 0, got {value!r}")
+    return value
+
+
+def operand(params: OperandParams, batch: int, units: int = 1) -> Operand:
+    """Pointers into the parameters, which must outlive the call and be those of one sample or of `batch`.
+
+    `units`: how many entries a sample has.
+    """
+    scale, shift = params.scale, params.shift
+    count = scale.numel()
+    need(count in (units, batch * units), f"parameters of {count} entries for {batch} samples of {units}")
+    grid = 0 if params.grid is Grid.UNIFORM else 1 if shift is None else 2
+    return Operand(
+        address(scale, torch.float32), address(params.coarse, torch.float32, count),
+        address(params.zero_point, torch.int32, count), None if shift is None else address(shift, torch.int32, count),
+        0 if count == units else units, grid, params.bits,
+    )  # fmt: skip

@@ -1,0 +1,26 @@
+"""What to install for a part of tqdit that is optional, in words that work wherever tqdit came from."""
+
+import importlib.util
+import re
+from importlib.metadata import PackageNotFoundError, requires
+
+from tqdit.errors import InputError
+
+
+def check_report() -> None:
+    """Raise `InputError` if what the report is drawn with is not installed."""
+    if any(importlib.util.find_spec(name) is None for name in ("jinja2", "matplotlib")):
+        raise InputError(f"the report needs packages that are not installed: {install_command('report')}")
+
+
+def install_command(extra: str) -> str:
+    """The command that installs the packages of an extra by their own names, as tqdit's metadata has them."""
+    try:
+        found = requires("tqdit") or []
+    except PackageNotFoundError:
+        found = []
+    marked = re.compile(rf"""(?P<package>[^;]+);\s*extra\s*==\s*['"]{extra}['"]\s*""")
+    packages = [match["package"].strip() for text in found if (match := marked.fullmatch(text))]
+    if not packages:
+        return f"pip install '.[{extra}]' in a clone of tqdit"
+    return "pip install " + " ".join(f"'{package}'" for package in packages)

@@ -1,0 +1,156 @@
+"""`isolated`: work runs as it would in a fresh process, whatever the caller has set in torch, and leaves no trace.
+
+torch keeps a default dtype, a default device, autocast, gradients and more per process or per thread. Each of these
+would change what a calibration computes, or end it with an error.
+"""
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch.backends import cuda
+
+AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")
+MKLDNN: Any = torch.backends.mkldnn  # a module whose class torch replaces: its attributes have no types
+SEED = 0  # of the global generators inside; what is drawn by purpose has a generator of its own
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Be in a fresh process's state of torch inside, and back in the caller's state at the end, after errors too.
+
+    Inside: float32 is the default dtype and the CPU the default device; there is no autocast and no inference mode;
+    gradients are on; fp32 products are exact to fp32; deterministic algorithms are not asked for; attention may take
+    any kernel. The global random generators of torch's CPU, numpy and Python are as they were at the end. The number
+    of threads stays.
+
+    Use it as `with isolated():` or as the decorator `@isolated()` of a function, but not of a generator, whose body
+    would run outside. Several threads may be inside at a time: the first sets what a process has once, the last one
+    restores it.
+    """
+    with _PROCESS, _this_thread():
+        yield
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """A context without autocast for one kind of device; it costs nothing where there is none already."""
+    available = torch.amp.is_autocast_available(device_type)
+    if available and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+@contextmanager
+def _this_thread() -> Iterator[None]:
+    """What torch keeps per thread."""
+    with ExitStack() as stack:
+        for kind in AUTOCAST_DEVICES:
+            stack.enter_context(without_autocast(kind))
+        if _creates_elsewhere():
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if _flushes_denormals():
+            torch.set_flush_denormal(False)
+            stack.callback(torch.set_flush_denormal, True)
+        yield
+
+
+class _Process:
+    """What torch, numpy and Python keep once per process: a context that counts the threads inside."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._undo = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                with ExitStack() as stack:
+                    _fork_generators(stack)
+                    _reset_settings(stack)
+                    self._undo = stack.pop_all()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._undo.close()
+
+
+_PROCESS = _Process()
+
+
+def _fork_generators(undo: ExitStack) -> None:
+    """Seed the global generators until `undo`. A GPU's are left alone: nothing draws from them."""
+    undo.callback(torch.set_rng_state, torch.get_rng_state())
+    undo.callback(np.random.set_state, np.random.get_state())
+    undo.callback(random.setstate, random.getstate())
+    torch.default_generator.manual_seed(SEED)  # not torch.manual_seed, which seeds GPUs too
+    np.random.seed(SEED)
+    random.seed(SEED)
+
+
+def _reset_settings(undo: ExitStack) -> None:
+    """Set what differs from a fresh process, until `undo`. What does not differ is not touched: another thread may
+    change it meanwhile.
+    """
+    for get, put, fresh in _SETTINGS:
+        if (before := get()) != fresh:
+            undo.callback(put, before)
+            put(fresh)
+
+
+def _determinism() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _set_determinism(setting: tuple[bool, bool]) -> None:
+    enabled, warn_only = setting
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+def _precision() -> tuple[str, str, str]:
+    """Of fp32 matrix products: by the old setting, and by the new ones of GPUs and CPUs. "none" means fp32, too."""
+    try:
+        old = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the new ones contradict it, which they can only while it has its default
+        old = "highest"
+    return old, cuda.matmul.fp32_precision, MKLDNN.matmul.fp32_precision
+
+
+def _set_precision(setting: tuple[str, str, str]) -> None:
+    """The old setting first: it sets the new ones, and torch refuses to read it where they contradict it."""
+    torch.set_float32_matmul_precision(setting[0])
+    cuda.matmul.fp32_precision, MKLDNN.matmul.fp32_precision = setting[1:]
+
+
+# How a setting is read and set, and its value in a fresh process.
+_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any], Any], ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
+    (_determinism, _set_determinism, (False, False)),
+    (_precision, _set_precision, ("highest", "none", "none")),
+    (cuda.flash_sdp_enabled, cuda.enable_flash_sdp, True),
+    (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp, True),
+    (cuda.math_sdp_enabled, cuda.enable_math_sdp, True),
+    (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp, True),
+)
+
+
+def _creates_elsewhere() -> bool:
+    """Whether a new tensor would not be on the CPU."""
+    try:
+        return torch.get_default_device().type != "cpu"
+    except (RuntimeError, AssertionError):  # on a device that does not exist here
+        return True
+
+
+def _flushes_denormals() -> bool:
+    """Whether the processor takes subnormal numbers for 0 in this thread, which torch does not tell."""
+    return bool(torch.tensor([1e-40], dtype=torch.float32, device="cpu").mul(1.0).eq(0).item())

@@ -1,0 +1,116 @@
+"""Base classes of modules on integer codes: what adapters, offloading and loading may do to them, and what not."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+
+from tqdit.errors import InputError
+
+HOOK = "_hf_hook"  # the attribute in which accelerate keeps what it does before and after a module's forward
+EXTRA_STATE = "_extra_state"  # the key that torch gives to `get_extra_state`
+
+
+class Watched(nn.Module):
+    """A module that can get adapters or offloading hooks.
+
+    `contents` becomes another object whenever any such module changes: a model's call compares that one object with the
+    one it saw last, since looking into every module would take longer than launching a CUDA graph.
+    """
+
+    contents: ClassVar[object] = object()  # another one each time, so that no copy of it is ever equal
+
+    @staticmethod
+    def changed() -> None:
+        Watched.contents = object()
+
+
+class Closed(nn.Module):
+    """A module whose parts adapters cannot replace: `InputError` for what peft would put around one of them."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module) and type(value).__module__.split(".")[0] == "peft":
+            raise InputError(
+                f"an adapter has a {type(value).__name__} for '{name}'; on an integer model only plain LoRA runs,"
+                " on the linear layers of attention and feed-forward"
+            )
+        super().__setattr__(name, value)
+
+
+class Untrainable(nn.Module):
+    """A module that cannot be trained, nor be saved and replaced by an adapter (peft's `modules_to_save`)."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Accept False, which is what a converted model has anyway; True is an `InputError`."""
+        if requires_grad:
+            raise InputError(
+                f"a layer on integer codes ({type(self).__name__}) cannot be trained or replaced by an adapter's own"
+                " (modules_to_save); train a LoRA on the float model's layers"
+            )
+        return super().requires_grad_(False)
+
+
+class Fingerprint(Untrainable):
+    """A hash of what a model is beside its tensors, which stands in the model's state dict for all of that.
+
+    A module of its own: accelerate asks for the device of whatever a state dict has, module by module.
+    """
+
+    def __init__(self, described: Any) -> None:
+        """`described`: anything that JSON can hold."""
+        super().__init__()
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).digest()
+        self._state = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+
+    def get_extra_state(self) -> torch.Tensor:
+        return self._state
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Accept an equal one only."""
+        check_same({EXTRA_STATE: self._state}, {EXTRA_STATE: state})
+
+
+def check_same(own: Mapping[str, torch.Tensor], given: Mapping[str, Any]) -> None:
+    """`InputError` that names the first of the given tensors which is not equal to the one that a model has."""
+    for name, value in given.items():
+        mine = own[name]
+        if mine.is_meta:
+            raise InputError(f"'{name}' is offloaded; remove accelerate's hooks before loading a state dict")
+        if not isinstance(value, torch.Tensor) or value.dtype != mine.dtype or value.shape != mine.shape:
+            same = False
+        else:
+            same = mine.data_ptr() == value.data_ptr() or torch.equal(mine, value.to(mine.device))
+        if not same:
+            what = "is not this integer model's" if name.endswith(EXTRA_STATE) else f"has another '{name}'"
+            raise InputError(
+                f"the state dict {what}: it is of another artifact, backend or kind of device;"
+                " load its artifact instead"
+            )
+
+
+def offloaded(module: nn.Module) -> bool:
+    """Whether accelerate has a hook on a module, which may have sent its tensors away."""
+    return HOOK in module.__dict__
+
+
+@contextmanager
+def present(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Have the tensors of offloaded modules where they are used, for as long as this lasts.
+
+    accelerate moves the tensors of a module before and after its forward. Layers on codes have none that anyone calls:
+    a backend reads their tensors.
+    """
+    loaded: list[Any] = []
+    try:
+        for module in modules:
+            if offloaded(module):
+                loaded.append(module)
+                loaded[-1]._hf_hook.pre_forward(module)
+        yield
+    finally:
+        for module in loaded:
+            module._hf_hook.post_forward(module, None)

@@ -1,0 +1,135 @@
+"""A Solution that is not one of its model is refused before anything is built or allocated."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tqdit import artifact, workflow
+from tqdit.convert import convert
+from tqdit.errors import InputError
+from tqdit.models import fitting
+from tqdit.models.fitting import check_solution
+from tqdit.spec import Granularity, Grid, Role, Solution
+from tqdit.timegroups import TimeGroups
+
+QUERY, SOFTMAX = "transformer_blocks.0.attn1.query", "transformer_blocks.1.attn1.softmax"
+FC1, FC2 = "transformer_blocks.0.ff.net.0.proj.weight", "transformer_blocks.0.ff.fc2_input"
+ADALN = "transformer_blocks.0.norm1.linear.weight"
+RECIPES = [("paper", "w8a8"), ("plus", "w6a6"), ("plus", "w4a8"), ("paper", "w3a5")]
+
+
+def with_site(solution: Solution, name: str, **fields) -> Solution:
+    """The solution with other fields of one site, its tensors as they were or as the fields say."""
+    params = solution.params[name]
+    return replace(solution, params={**solution.params, name: replace(params, spec=replace(params.spec, **fields))})
+
+
+def with_config(solution: Solution, **settings) -> Solution:
+    return replace(solution, model_config={**solution.model_config, **settings})
+
+
+def refused(solution: Solution, *parts: str) -> None:
+    """By the check itself and by whoever would run it."""
+    for reader in (check_solution, convert):
+        with pytest.raises(InputError) as error:
+            reader(solution)
+        assert all(part in str(error.value) for part in parts), error.value
+
+
+@pytest.mark.parametrize(("preset", "bits"), RECIPES)
+def test_every_choice_of_a_recipe_fits(solved, preset: str, bits: str) -> None:
+    check_solution(solved(preset, bits))
+
+
+def test_sites_may_differ_in_what_a_recipe_chooses(solved) -> None:
+    solution = solved("plus")
+    params = solution.params[FC1]
+    one = replace(params.spec, granularity=Granularity.PER_TENSOR, units=1, bits=3)
+    check_solution(
+        replace(solution, params={**solution.params, FC1: replace(params, spec=one, scale=torch.ones(1, 1))})
+    )
+
+
+@pytest.mark.parametrize(
+    ("site", "fields"),
+    [
+        (QUERY, {"grid": Grid.MRQ_GELU}),
+        (QUERY, {"role": Role.GELU}),
+        (QUERY, {"role": Role.KEY}),
+        (QUERY, {"units": 1}),
+        (QUERY, {"granularity": Granularity.PER_TENSOR}),
+        (QUERY, {"bits": 3}),
+        (QUERY, {"groups": 3}),
+        (SOFTMAX, {"grid": Grid.MRQ_GELU}),
+        (FC2, {"grid": Grid.MRQ_SOFTMAX}),
+        (FC2, {"role": Role.INPUT}),
+        (FC1, {"groups": 4}),
+        (FC1, {"role": Role.WEIGHT_ONLY}),
+        (FC1, {"units": 7}),
+        (FC1, {"granularity": Granularity.PER_HEAD}),
+        (FC1, {"bits": 9}),
+        (ADALN, {"granularity": Granularity.PER_TENSOR}),
+    ],
+)
+def test_a_site_that_the_model_does_not_have_is_named_with_its_field(solved, site: str, fields: dict) -> None:
+    refused(with_site(solved("plus"), site, **fields), f"site '{site}'", f" {next(iter(fields))} ")
+
+
+def test_scales_that_are_not_what_the_site_says(solved) -> None:
+    solution = solved("plus")
+    params = solution.params[QUERY]
+    for change in ({"scale": params.scale[:, :1]}, {"zero_point": params.zero_point[:1]}, {"zero_point": None}):
+        changed = replace(solution, params={**solution.params, QUERY: replace(params, **change)})
+        refused(changed, f"site '{QUERY}'", next(iter(change)))
+
+
+def test_more_heads_of_fewer_channels(solved) -> None:
+    """Every weight keeps its shape; the scales of query, key and value would be read past their end."""
+    refused(with_config(solved(), num_attention_heads=8, attention_head_dim=4), "query'", "units 2", "needs 8")
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"num_layers": 1}, "transformer_blocks.1"),
+        ({"num_layers": 3}, "transformer_blocks.2"),
+        ({"num_layers": 10**5}, "num_layers = 100000"),
+        ({"num_layers": 10**12}, "num_layers"),
+        ({"num_embeds_ada_norm": 10**6}, "embedding_table"),
+        ({"num_embeds_ada_norm": 10**9}, "num_embeds_ada_norm"),
+        ({"sample_size": 2**20}, "tokens"),
+        ({"in_channels": 2**20, "out_channels": 2**20}, "pos_embed.proj.weight"),
+        ({"patch_size": 4}, "pos_embed.proj.weight"),
+        ({"attention_head_dim": 2**20}, "pos_embed.proj.weight"),
+        ({"out_channels": 1}, "proj_out_2"),
+        ({"norm_eps": "0"}, "norm_eps"),
+        ({"norm_eps": float("nan")}, "norm_eps"),
+    ],
+)
+@pytest.mark.timeout(20)
+def test_sizes_that_the_file_does_not_hold(solved, settings: dict, part: str) -> None:
+    refused(with_config(solved("plus"), **settings), part)
+
+
+def test_parameters_missing_left_over_or_of_another_shape(solved) -> None:
+    solution = solved()
+    floats = dict(solution.floats)
+    bias = floats.pop("proj_out_1.bias")
+    refused(replace(solution, floats=floats), "no value for parameter 'proj_out_1.bias'")
+    refused(replace(solution, floats={**floats, "proj_out_1.bias": bias[:-1]}), "'proj_out_1.bias' has shape")
+    refused(replace(solution, floats={**solution.floats, "stranger": bias}), "'stranger', which this model has no")
+    codes = {**solution.codes, FC1: solution.codes[FC1].T.contiguous()}
+    refused(replace(solution, codes=codes), f"'{FC1}' has shape")
+
+
+def test_readers_name_the_folder(tmp_path, solved) -> None:
+    artifact.write(with_site(solved(), QUERY, role=Role.KEY), tmp_path)
+    for reader in (fitting.read, workflow.load, workflow.inspect):
+        with pytest.raises(InputError, match=f"{re.escape(str(tmp_path))}: site '{re.escape(QUERY)}' has role key"):
+            reader(tmp_path)
+
+
+def test_a_model_of_other_time_groups(solved) -> None:
+    refused(replace(solved("plus"), time_groups=TimeGroups(1000, 5)), "groups 4", "needs 1 or 5")
