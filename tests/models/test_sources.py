@@ -14,6 +14,7 @@ from tqdit.errors import AssumptionWarning, InputError
 from tqdit.files import WEIGHTS
 from tqdit.models.published import DIFFUSION
 from tqdit.models.sampler import SERVED, Sampling, make_scheduler
+from tqdit.models.sizes import float_sizes
 from tqdit.models.sources import class_indices, load_float, resolve, weights_hash
 
 
@@ -393,3 +394,12 @@ def test_many_blocks_of_small_tensors_are_refused_before_a_model_is_built(own_pi
     edit_weights(own_pipeline, lambda state: state.update({"pos_embed.proj.weight": torch.zeros(2**14, 1, 2, 2)}))
     with pytest.raises(InputError, match=r"has shape .* the config needs"):
         load_float(resolve(own_pipeline))
+
+
+def test_the_size_of_a_variant_alone(model, own_pipeline) -> None:
+    folder = own_pipeline / "transformer"
+    (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    with pytest.warns(AssumptionWarning, match="variant fp16"):
+        loaded = load_float(resolve(own_pipeline))
+    sizes = float_sizes(resolve(own_pipeline), loaded)
+    assert sizes.file_bytes == sizes.float32_bytes == 4 * sum(p.numel() for p in model.parameters())

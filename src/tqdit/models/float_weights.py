@@ -29,12 +29,17 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
     return unwrapped(_read(folder))
 
 
+def variants_alone(folder: Path) -> dict[str, Path]:
+    """The files of a folder's variants, such as fp16, where weights without a variant are not there."""
+    if is_there(folder / INDEX) or is_there(folder / WEIGHTS):
+        return {}
+    return {found[1]: path for path in sorted(folder.glob("*.safetensors")) if (found := VARIANT.fullmatch(path.name))}
+
+
 def _read(folder: Path) -> dict[str, torch.Tensor]:
     if is_there(folder / INDEX) or is_there(folder / WEIGHTS):
         return read_weights(folder)
-    variants = {
-        found[1]: path for path in sorted(folder.glob("*.safetensors")) if (found := VARIANT.fullmatch(path.name))
-    }
+    variants = variants_alone(folder)
     if len(variants) == 1:
         ((variant, path),) = variants.items()
         message = f"{folder} has weights as the variant {variant} only, which are taken"

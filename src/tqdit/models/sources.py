@@ -58,6 +58,15 @@ class ModelSource:
         components.copy(self.root or self.folder, self.pipeline or {}, self.vae, folder)
 
     @property
+    def components(self) -> dict[str, list[str]]:
+        """What a model_index.json must name so that diffusers loads scheduler and decoder, if the pipeline does not."""
+        named = {"scheduler": ["diffusers", self.scheduler.get("_class_name", DIFFUSION["_class_name"])]}
+        if self.vae is not None:
+            named["vae"] = ["diffusers", "AutoencoderKL"]
+        index = self.pipeline or {}
+        return {name: entry for name, entry in named.items() if _class_named(index, name) is None}
+
+    @property
     def num_timesteps(self) -> int:
         """Training timesteps T of the schedule."""
         return int(self.scheduler.get("num_train_timesteps", 1000))
@@ -97,7 +106,7 @@ def resolve(model: str | Path, num_heads: int | None = None) -> ModelSource:
         name=_name(str(model), root if folder.name == TRANSFORMER else folder),
         folder=folder,
         config=config,
-        scheduler=_scheduler(root / SCHEDULER),
+        scheduler=_scheduler(root / SCHEDULER, index),
         labels=_labels(root),
         pipeline=index,
         vae=root / "vae" if is_there(root / "vae" / CONFIG) else None,
@@ -219,9 +228,18 @@ def _optional_json(path: Path) -> dict[str, Any] | None:
     return read_json(path) if is_there(path) else None
 
 
-def _scheduler(path: Path) -> dict[str, Any]:
-    """The config of a scheduler that is supported; DiT's own, with an `AssumptionWarning`, where there is none."""
+def _scheduler(path: Path, index: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The config of a scheduler that is supported; DiT's own, with an `AssumptionWarning`, where there is none.
+
+    `index`: a pipeline's model_index.json, whose class counts where the config says none.
+    """
     config = _optional_json(path)
+    named = _class_named(index, "scheduler")
+    if named is not None and "_class_name" not in (config or {}):
+        try:
+            check_scheduler({"_class_name": named})
+        except InputError as error:
+            raise InputError(f"{path.parent.parent / PIPELINE}: {error}") from None
     if config is None:
         message = (
             f"{path.parent.parent} has no scheduler; DiT's is taken: DDIM, 1000 linear betas from 1e-4 to 0.02, epsilon"
@@ -233,6 +251,12 @@ def _scheduler(path: Path) -> dict[str, Any]:
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return config
+
+
+def _class_named(index: Mapping[str, Any] | None, component: str) -> Any:
+    """The class that a model_index.json names for a component, as [library, class]; None for one it does not name."""
+    entry = (index or {}).get(component)
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
 
 def _labels(root: Path) -> dict[int, str]:
