@@ -45,7 +45,7 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("hidden_states", torch.zeros(3, 4, 8, 8), r"shape \(3, 4, 8, 8\), the model needs \(batch, 1, height, width\)"),
+        ("hidden_states", torch.zeros(3, 4, 8, 8), r"\(3, 4, 8, 8\), the model needs \(batch, 1, height, width\)"),
         ("hidden_states", torch.zeros(1, 8, 8), r"shape \(1, 8, 8\)"),
         ("hidden_states", torch.zeros(3, 1, 9, 8), "are 9 x 8; both must be multiples of 2"),
         ("hidden_states", torch.zeros(3, 1, 0, 8), "are 0 x 8; both must be multiples of 2"),
@@ -117,7 +117,7 @@ def test_tracers_that_would_keep_the_timestep_are_refused(integer, inputs, traci
 def test_gradients_are_refused_not_made_up(integer, inputs) -> None:
     """Where gradients are off nothing asks for one; where they are on, one that is missing would be silent."""
     for name in ("hidden_states", "timestep"):
-        asking = inputs | {name: inputs[name].float().requires_grad_()}
+        asking = inputs | {name: inputs[name].float().clone().requires_grad_()}
         for given in (asking, asking | {name: asking[name] * 1}):
             with pytest.raises(InputError, match=f"no gradients; call the model under torch.no_grad.* detach {name}"):
                 integer(**given)
@@ -164,3 +164,14 @@ def test_autocast_and_the_default_dtype_change_nothing(integer, inputs, dtype: t
         assert torch.equal(integer(**inputs).sample, expected)
         with torch.inference_mode():
             assert torch.equal(integer(**inputs).sample, expected)
+
+
+def test_diffusers_can_skip_blocks(integer, inputs) -> None:
+    from diffusers.hooks import HookRegistry, LayerSkipConfig, apply_layer_skip
+
+    before = run(integer, inputs)
+    apply_layer_skip(integer, LayerSkipConfig(indices=[0], fqn="transformer_blocks"))
+    block = integer.transformer_blocks[0]
+    assert not torch.equal(run(integer, inputs), before)
+    HookRegistry.check_if_exists_or_initialize(block).remove_hook("layer_skip_hook", recurse=False)
+    assert torch.equal(run(integer, inputs), before)

@@ -6,7 +6,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from tqdit.errors import InputError
-from tqdit.evaluation.generate import check_decodable, decoder, save_grid, to_pixels
+from tqdit.evaluation.generate import check_decodable, decoder, sample_latents, save_grid, to_pixels
+from tqdit.models.sampler import Sampling
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -48,3 +49,10 @@ def test_grid_is_a_png(tmp_path, channels: int, mode: str) -> None:
     save_grid(torch.zeros(3, channels, 4, 4), tmp_path / "a.png", columns=2)
     with Image.open(tmp_path / "a.png") as image:
         assert (image.size, image.mode) == ((16, 16), mode)
+
+
+def test_states_that_are_no_numbers_are_no_images(model, scheduler_config) -> None:
+    with pytest.raises(
+        InputError, match="NaN or Inf in 2 of 2 images, first in image 3; check the guidance"
+    ):
+        sample_latents(model, scheduler_config, [1, 2], Sampling("ddim", 2, 1e38), seed=0, first=3)

@@ -156,3 +156,18 @@ def test_int_matmul_is_exact_whatever_the_cpu_can_do(isa: str) -> None:
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 40, 1500, 20), (40, 1500, 20), (1, 5, 1, 7)])
+def test_integer_products_are_exact_under_autocast(monkeypatch, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """As batches and as matrices, with torch's int8 kernel and in pieces of fp32."""
+    *lead, m, k, n = shape
+    make = torch.Generator().manual_seed(0)
+    a = torch.randint(-128, 128, (*lead, m, k), generator=make).to(torch.int8)
+    b = torch.randint(-128, 128, (*lead, k, n), generator=make).to(torch.int8)
+    expected = a.long() @ b.long()
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(int_matmul(a, b).long(), expected)
+        monkeypatch.setattr(reference, "_has_int8_kernel", lambda *_: False)
+        assert torch.equal(int_matmul(a, b).long(), expected)

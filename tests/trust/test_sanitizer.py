@@ -1,4 +1,4 @@
-"""The CPU kernels under AddressSanitizer: whole random models of odd shapes read and write nothing but their own memory.
+"""The CPU kernels under AddressSanitizer: random models of odd shapes stay inside their own memory.
 
 The kernels are built again with -fsanitize=address, and run in a process that has its library loaded first.
 """
@@ -24,7 +24,8 @@ from tqdit.recipe import Recipe
 
 assert native.reason() is None, native.reason()
 torch.set_num_threads(2)
-SHAPES = [(1, 16, 1, 2, 6), (3, 24, 4, 2, 10), (2, 40, 3, 1, 9), (1, 72, 4, 2, 14)]  # heads, head_dim, channels, patch, side
+# heads, head_dim, channels, patch, side
+SHAPES = [(1, 16, 1, 2, 6), (3, 24, 4, 2, 10), (2, 40, 3, 1, 9), (1, 72, 4, 2, 14)]
 calls = 0
 for heads, dim, channels, patch, side in SHAPES:
     config = dict(num_attention_heads=heads, attention_head_dim=dim, in_channels=channels, out_channels=2 * channels,
@@ -79,7 +80,16 @@ def test_the_sanitizer_would_say_so(tmp_path: Path) -> None:
     source = tmp_path / "wrong.cpp"
     source.write_text('extern "C" int beyond(int i) { int* x = new int[4]; int y = x[i]; delete[] x; return y; }\n')
     library = tmp_path / "wrong.so"
-    command = [str(shutil.which("g++")), "-fsanitize=address", "-g", "-fPIC", "-shared", str(source), "-o", str(library)]
+    command = [
+        str(shutil.which("g++")),
+        "-fsanitize=address",
+        "-g",
+        "-fPIC",
+        "-shared",
+        str(source),
+        "-o",
+        str(library),
+    ]
     subprocess.run(command, check=True)
     code = f"import ctypes; ctypes.CDLL({str(library)!r}).beyond(4)"
     environment = os.environ | {"LD_PRELOAD": str(sanitizer()), "ASAN_OPTIONS": "detect_leaks=0"}
