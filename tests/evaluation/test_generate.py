@@ -8,7 +8,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from tqdit.errors import InputError
-from tqdit.evaluation.generate import check_decodable, decoder, save_grid, to_pixels
+from tqdit.evaluation.generate import check_decodable, decoder, sample_latents, save_grid, to_pixels
+from tqdit.models.sampler import Sampling
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -52,6 +53,7 @@ def test_grid_is_a_png(tmp_path, channels: int, mode: str) -> None:
         assert (image.size, image.mode) == ((16, 16), mode)
 
 
+<<<<<<< HEAD
 @pytest.fixture
 def decoder_folder(tmp_path):
     AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=1).save_pretrained(tmp_path / "vae")
@@ -74,3 +76,10 @@ def test_a_decoder_whose_config_is_not_that_of_its_weights(decoder_folder, setti
     with pytest.raises(InputError, match=message) as error:
         decoder(decoder_folder, torch.device("cpu"))
     assert str(decoder_folder) in str(error.value)
+=======
+def test_states_that_are_no_numbers_are_no_images(model, scheduler_config) -> None:
+    with pytest.raises(
+        InputError, match="NaN or Inf in 2 of 2 images, first in image 3; check the guidance"
+    ):
+        sample_latents(model, scheduler_config, [1, 2], Sampling("ddim", 2, 1e38), seed=0, first=3)
+>>>>>>> native

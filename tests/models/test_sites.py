@@ -121,3 +121,10 @@ def test_missing_size_is_named(model, key: str) -> None:
 def test_sizes_that_do_not_fit(model, change: dict) -> None:
     with pytest.raises(InputError, match=f"{next(iter(change))} = "):
         check_supported({**config_of(model), **change})
+
+
+@pytest.mark.parametrize("eps", [0, 0.0, -1e-6, float("nan"), float("inf"), "1e-6", True, None, 10**40])
+def test_an_eps_that_is_no_positive_number_is_refused(model, eps: object) -> None:
+    with pytest.raises(InputError, match="norm_eps = .*; it must be a positive number"):
+        check_supported({**config_of(model), "norm_eps": eps})
+    check_supported({**config_of(model), "norm_eps": 1})
