@@ -11,11 +11,7 @@ from torch import nn
 
 from tqdit.capture import Captured
 from tqdit.inputs import Inputs
-<<<<<<< HEAD
-=======
-from tqdit.layers.adapters import Holder
 from tqdit.layers.block import IntBlock
->>>>>>> native
 from tqdit.layers.clock import TimestepClock
 from tqdit.layers.conditioning import Conditioning
 from tqdit.modules import Watched

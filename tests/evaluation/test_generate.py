@@ -53,7 +53,6 @@ def test_grid_is_a_png(tmp_path, channels: int, mode: str) -> None:
         assert (image.size, image.mode) == ((16, 16), mode)
 
 
-<<<<<<< HEAD
 @pytest.fixture
 def decoder_folder(tmp_path):
     AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=1).save_pretrained(tmp_path / "vae")
@@ -76,10 +75,8 @@ def test_a_decoder_whose_config_is_not_that_of_its_weights(decoder_folder, setti
     with pytest.raises(InputError, match=message) as error:
         decoder(decoder_folder, torch.device("cpu"))
     assert str(decoder_folder) in str(error.value)
-=======
+
+
 def test_states_that_are_no_numbers_are_no_images(model, scheduler_config) -> None:
-    with pytest.raises(
-        InputError, match="NaN or Inf in 2 of 2 images, first in image 3; check the guidance"
-    ):
+    with pytest.raises(InputError, match="NaN or Inf in 2 of 2 images, first in image 3; check the guidance"):
         sample_latents(model, scheduler_config, [1, 2], Sampling("ddim", 2, 1e38), seed=0, first=3)
->>>>>>> native

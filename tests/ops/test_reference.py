@@ -168,7 +168,6 @@ def test_int_matmul_is_exact_whatever_the_cpu_can_do(isa: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-<<<<<<< HEAD
 # Without torch's int8 product ----------------------------------------------------------------------------------------
 
 
@@ -299,7 +298,8 @@ def test_the_reference_says_what_its_operations_multiply() -> None:
     assert backend.INTEGER
     assert backend.kernel("float_input_linear") == "float32 x int8"
     assert {backend.kernel(name) for name in ("qkv", "attention", "linear_gelu", "linear_residual")} == {"int8"}
-=======
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 40, 1500, 20), (40, 1500, 20), (1, 5, 1, 7)])
 def test_integer_products_are_exact_under_autocast(monkeypatch, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -313,4 +313,3 @@ def test_integer_products_are_exact_under_autocast(monkeypatch, dtype: torch.dty
         assert torch.equal(int_matmul(a, b).long(), expected)
         monkeypatch.setattr(reference, "_has_int8_kernel", lambda *_: False)
         assert torch.equal(int_matmul(a, b).long(), expected)
->>>>>>> native

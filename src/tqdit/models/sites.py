@@ -22,11 +22,8 @@ SIZES = (
     "num_embeds_ada_norm",
 )  # fmt: skip
 MAX_SIZE = 2**20  # of each of them: a list of so many layers or classes still is no burden
-<<<<<<< HEAD
 MAX_TOKENS = 2**16  # 4096 pixels at DiT's /2: the table of positions is computed, so no file bounds it
-=======
 MAX_EPS = 3e38
->>>>>>> native
 SETTINGS = {"activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero", "norm_elementwise_affine": False}
 
 
