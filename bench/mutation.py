@@ -43,7 +43,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "search/objectives": SEARCH,
     "search/alternating": SEARCH,
     "search/solver": ("tests/search/test_solver.py",),
-    "tensors": ("tests/test_artifact.py",),
+    "tensors": ("tests/test_artifact.py", "tests/test_artifact_forged.py"),
     "models/sampler": ("tests/models/test_sampler.py",),
     "ops/reference": ("tests/ops/test_reference.py",),
 }

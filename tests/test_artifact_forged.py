@@ -258,3 +258,13 @@ def test_a_saved_transformer_in_a_folder_without_a_pipeline(tmp_path, sealed) ->
     before = artifact.read(sealed)
     shutil.move(sealed / TRANSFORMER, tmp_path / TRANSFORMER)
     assert artifact.read(tmp_path / TRANSFORMER).codes.keys() == before.codes.keys()
+
+
+DTYPES = ("bool", "complex64", "uint64", "float64", "float8_e4m3fn", "float8_e8m0fnu", "int8", "bfloat16")
+
+
+@pytest.mark.parametrize("name", ["proj_out_1.bias", f"{QUERY}.scale", f"{QUERY}.zero_point", f"{FC1}.codes"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tensor_of_a_dtype_that_artifacts_do_not_have(folder, name: str, dtype: str) -> None:
+    forge(folder, change_tensors=lambda t: t.update({name: torch.ones(64).to(getattr(torch, dtype))}))
+    refused(folder, f"'{name}'")

@@ -139,4 +139,10 @@ def test_equal_faults_of_other_lines_are_not_equivalent(script, monkeypatch) -> 
     source = "low = 0\nhigh = 0\n"
     found = [equivalent.reason("toy", source, mutant) for mutant in script.mutants(source)]
     assert found == [None, "why", None, None]
+    monkeypatch.setattr(equivalent, "EQUIVALENT", (("toy", "low = 0\nhigh", "constant", "(-1)", "why"),))
+    found = [equivalent.reason("toy", source, mutant) for mutant in script.mutants(source)]
+    assert found == [None, "why", None, None]
+    monkeypatch.setattr(equivalent, "EQUIVALENT", (("toy", "high = 0", "constant", "(-1)", "why"),))
+    found = [equivalent.reason("toy", source, mutant) for mutant in script.mutants(source)]
+    assert found == [None, None, None, "why"]
     assert equivalent.reason("other", source, script.mutants(source)[1]) is None

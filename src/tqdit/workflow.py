@@ -198,7 +198,7 @@ def _write(solution: Solution, source: ModelSource, folder: Path) -> None:
             write_json(folder / LABELS, {str(i): label for i, label in sorted(source.labels.items())})
         artifact.write(solution, folder)  # last: it seals the folder
     else:
-        index = {**source.pipeline, TRANSFORMER: ["diffusers", ARCHITECTURE]}
+        index = {**source.pipeline, **source.components, TRANSFORMER: ["diffusers", ARCHITECTURE]}
         write_json(folder / PIPELINE, index)
         (folder / TRANSFORMER).mkdir()
         artifact.write(solution, folder / TRANSFORMER)

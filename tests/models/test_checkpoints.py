@@ -103,7 +103,7 @@ def test_published_position_table_is_that_of_diffusers(file) -> None:
 def test_a_training_checkpoint(tmp_path, kept: tuple[str, ...], used: str) -> None:
     models = {"ema": random_dit(1), "model": random_dit(2)}
     content = {key: models[key].state_dict() for key in kept}
-    content |= {"opt": {"state": {0: {"step": torch.tensor(3)}}}, "args": argparse.Namespace(model="DiT-S/2", lr=1e-4)}
+    content |= {"opt": {"state": {0: {"step": torch.tensor(3)}}}, "args": argparse.Namespace(model="tiny", lr=1e-4)}
     torch.save(content, tmp_path / "0050000.pt")
     source = resolve(tmp_path / "0050000.pt")
     assert source.weights == used
@@ -306,12 +306,45 @@ def test_a_training_by_flow_matching_is_refused(file, arguments: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("classes", "message"),
-    [(11, "without a null class"), (7, "11 rows.*num_classes 7"), (12, "11 rows.*num_classes 12")],
+    ("arguments", "message"),
+    [
+        ({"num_classes": 11}, "without a null class .*11 rows"),
+        ({"class_dropout_prob": 0.0}, "without a null class .*11 rows"),
+        ({"num_classes": 11, "class_dropout_prob": 0}, "without a null class"),
+        ({"num_classes": 10, "class_dropout_prob": 0}, "11 rows.*num_classes 10.*which is 10 rows"),
+        ({"num_classes": 7}, "11 rows.*num_classes 7"),
+        ({"num_classes": 12}, "11 rows.*num_classes 12"),
+        ({"num_classes": "ten"}, "num_classes 'ten'"),
+        ({"learn_sigma": False}, "learn_sigma False.*makes 8 channels"),
+        ({"image_size": 256}, "image_size 256.*sides of 8, or of 64"),
+        ({"model": "DiT-S/2"}, "model DiT-S/2, which has layers 12; its tensors have 2"),
+        ({"prediction": "v"}, "prediction 'v'; supported of a checkpoint is 'epsilon'"),
+        ({"noise_schedule": "cosine"}, "noise_schedule 'cosine'"),
+        ({"diffusion_steps": 4000}, "diffusion_steps 4000"),
+        ({"predict_xstart": True}, "predict_xstart True"),
+    ],
 )
-def test_a_label_table_without_the_null_row_that_guidance_needs(file, classes: int, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        resolve(trained(file, model="DiT-S/2", num_classes=classes))
+def test_an_argument_that_is_not_dits_or_not_the_tensors(file, arguments: dict, message: str) -> None:
+    with pytest.raises(InputError, match=rf"official\.pt: .*{message}"):
+        resolve(
+            trained(file, **{"num_classes": 10, **arguments} if "class_dropout_prob" not in arguments else arguments)
+        )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_classes": 10, "model": "my-DiT"},
+        {"class_dropout_prob": 0.1},
+        {"num_classes": 10, "image_size": 64, "learn_sigma": True, "class_dropout_prob": 0.1},
+        {"num_classes": 10, "image_size": 8, "prediction": "noise", "noise_schedule": "linear"},
+        {"num_classes": 10, "path_type": None, "predict_xstart": False, "loss_weight": "min_snr"},
+    ],
+)
+def test_arguments_that_agree(file, arguments: dict) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AssumptionWarning)
+        assert resolve(trained(file, **arguments)).config["num_embeds_ada_norm"] == 10
 
 
 def test_where_arguments_say_the_classes_nothing_is_assumed(file) -> None:
@@ -341,6 +374,13 @@ def test_a_checkpoint_in_safetensors(file) -> None:
     )
 
 
+def share_one_memory(state: State) -> None:
+    """Every tensor becomes a view of the same values."""
+    memory = torch.randn(max(tensor.numel() for tensor in state.values()))
+    for name, tensor in state.items():
+        state[name] = memory[: tensor.numel()].view(tensor.shape)
+
+
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -350,6 +390,8 @@ def test_a_checkpoint_in_safetensors(file) -> None:
             lambda s: s.update({f"blocks.{i}.attn.qkv.weight": s["pos_embed"] for i in range(2, 20_000)}),
             r"weights lack tensor 'blocks\.2\.",
         ),
+        (share_one_memory, "its tensors claim .* bytes, the file has"),
+        (lambda s: s.update({"pos_embed": torch.zeros(1, 16, 1)}), "'pos_embed' has 1 channels, expected 32"),
         (lambda s: s.update({WIDTH: s[WIDTH].double() * 1e39}), r"is .* at index .*too large for fp32"),
     ],
 )

@@ -1,6 +1,7 @@
 """The parts of a pipeline beside its transformer: copied so that diffusers loads the copy, or refused by name."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -123,6 +124,34 @@ def test_a_part_that_is_not_there_is_refused(whole, change: dict, message: str) 
 def test_a_part_that_is_null_is_none(solved, whole) -> None:
     edit_index(whole, safety_checker=[None, None])
     assert not (copied(solved, whole) / "safety_checker").exists()
+
+
+def test_a_pipe_in_a_part_is_refused(whole) -> None:
+    os.mkfifo(whole / "vae" / "notes.txt")
+    with pytest.raises(InputError, match=r"notes\.txt is not a regular file"):
+        resolve(whole).check_components()
+
+
+def test_a_pipeline_without_a_scheduler_becomes_one_that_diffusers_loads(solved, whole) -> None:
+    shutil.rmtree(whole / "scheduler")
+    with pytest.warns(UserWarning, match="no scheduler; DiT's is taken"):
+        copy = copied(solved, whole)
+    assert DiTPipeline.from_pretrained(copy).scheduler.config.beta_end == 0.02
+
+
+def test_an_index_that_names_no_parts_becomes_one_that_does(solved, whole) -> None:
+    (whole / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline"}))
+    pipe = DiTPipeline.from_pretrained(copied(solved, whole))
+    assert (type(pipe.scheduler), type(pipe.vae)) == (DDIMScheduler, AutoencoderKL)
+
+
+@pytest.mark.parametrize("config", [None, {"num_train_timesteps": 1000}])
+def test_a_scheduler_class_that_only_the_index_names(whole, config: object) -> None:
+    edit_index(whole, scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+    path = whole / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(config)) if config else path.unlink()
+    with pytest.raises(InputError, match=r"model_index\.json: scheduler class 'FlowMatchEulerDiscreteScheduler'"):
+        resolve(whole)
 
 
 def test_the_schedule_that_was_taken_is_written(solved, model, tmp_path) -> None:

@@ -392,3 +392,26 @@ def test_betas_of_no_process(beta_end: float) -> None:
     config = dict(DDIMScheduler(clip_sample=False).config) | {"beta_end": beta_end}
     with pytest.raises(InputError, match="betas that are not between 0 and 1"):
         make_scheduler(config, Sampling("ddim", 20), True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"beta_start": 0.0, "beta_end": 0.0}, "betas of 0 after the first"),
+        ({"trained_betas": [0.0] * 900 + [0.01] * 100}, "betas of 0 after the first"),
+        ({"trained_betas": [0.1, 0.2]}, "it has 2 betas for 1000 training timesteps"),
+        ({"beta_start": 0.0, "prediction_type": "sample"}, "its first beta is 0"),
+        ({"beta_end": 1.0}, "nothing of the image is left at the last timestep"),
+    ],
+)
+def test_a_schedule_whose_steps_are_undefined_is_refused(settings: dict, message: str) -> None:
+    with pytest.raises(InputError, match=f"scheduler_config\\.json: .*{message}"):
+        make_scheduler({"clip_sample": False, "timestep_spacing": "trailing", **settings}, Sampling("ddim", 20), True)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_first_beta_of_0_gives_finite_weights(prediction: str) -> None:
+    config = {"beta_start": 0.0, "prediction_type": prediction}
+    weights = step_weights(make_scheduler(config, Sampling("ddim", 20), True))
+    assert torch.isfinite(weights).all()
+    assert weights.max() == 1

@@ -5,7 +5,6 @@ Of a `.pt` file tensors and the training's own arguments are read; other Python 
 
 import argparse
 import re
-import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tqdit.errors import AssumptionWarning, InputError
+from tqdit.errors import InputError
 from tqdit.files import read_tensors
+from tqdit.models import training
 from tqdit.models.building import empty_model, set_parameter, share_embedder
 from tqdit.models.float_weights import FLOATS, checked, unwrapped
 from tqdit.models.published import CLASS_TABLE, POSITIONS, implied_config, published_names
@@ -25,8 +25,6 @@ from tqdit.reading import check_regular
 SUFFIXES = (".pt", ".pth", ".safetensors")
 TRAINING_KEYS = ("ema", "model")  # of a training checkpoint, the better weights first; it also has "opt" and "args"
 POSITION_TOLERANCE = 1e-5
-FLOW = ("path_type", "prediction", "interpolant", "loss_weight")  # arguments of a training by flow matching
-CLASSES = 1000  # of the published checkpoints, which say nothing of their training
 
 
 @dataclass(frozen=True)
@@ -34,80 +32,56 @@ class Checkpoint:
     """A checkpoint file: its weights by published name, still in the file, and the config they imply.
 
     `weights` says which of a training checkpoint's they are, "ema" or "model"; empty for a file with one set.
+    `assumed` is a sentence that says which defaults were taken because the file does not say; empty if none were.
     """
 
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor]
     weights: str
+    assumed: str = ""
 
 
 def read(path: Path, num_heads: int | None = None) -> Checkpoint:
     """Names, shapes and config of a checkpoint. `num_heads` overrides the published number for the width.
 
-    What its training's own arguments say decides. Where they are silent and the sizes are not the published ones, the
-    last row of the label table is taken for the null class, with an `AssumptionWarning`. Raises `InputError` naming the
-    file, and the tensor, size or argument that is not a DiT's.
+    What its training's own arguments say is compared with the tensors. Raises `InputError` naming the file, and the
+    tensor, size or argument that is not a DiT's, or that another contradicts.
     """
-    check_regular(path)
+    size = check_regular(path).st_size
     if path.suffix == ".safetensors":
         weights, tensors, arguments = "", read_tensors(path), {}
     else:
         loaded = _unpickled(path)
         weights, tensors = _tensors(path, loaded)
-        arguments = _arguments(loaded)
+        arguments = training.arguments_of(loaded)
     tensors = unwrapped(tensors)
     try:
-        _check_values(tensors)
-        _check_arguments(tensors, arguments)
+        _check_views(tensors)
+        training.check_process(arguments)
+        table = tensors.get(CLASS_TABLE, torch.empty(0))
+        assumed = training.check_classes(arguments, len(table)) if table.ndim else ""
         config = implied_config(tensors, num_heads)
+        training.check_sizes(arguments, config)
         if missing := next((name for name, _ in published_names(config) if name not in tensors), None):
             raise InputError(f"weights lack tensor '{missing}'")
+        _check_memory(tensors, size)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    return Checkpoint(path, config, tensors, weights)
+    return Checkpoint(path, config, tensors, weights, assumed)
 
 
-def _arguments(loaded: Any) -> dict[str, Any]:
-    """The arguments of the training that a checkpoint is of; none in a file of weights alone."""
-    found = loaded.get("args") if isinstance(loaded, dict) else None
-    return vars(found) if isinstance(found, argparse.Namespace) else found if isinstance(found, dict) else {}
-
-
-def _check_values(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise `InputError` for a tensor that claims more values than it has: copies of it could fill any memory."""
+def _check_views(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise `InputError` for a tensor that repeats a few values: a copy of it could fill any memory."""
     for name, tensor in tensors.items():
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
             raise InputError(f"tensor '{name}' repeats fewer values than its shape {tuple(tensor.shape)} has")
 
 
-def _check_arguments(tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]) -> None:
-    """Raise `InputError` for a training that was no DiT's, or had no null class; warn where nothing says so."""
-    kind = str(arguments.get("model", ""))
-    flow = [f"{name} {arguments[name]}" for name in FLOW if arguments.get(name) is not None]
-    if kind.startswith("SiT") or flow:
-        said = ", ".join([*([f"model {kind}"] if kind else []), *flow])
-        raise InputError(
-            f"it was trained by flow matching, as a SiT is ({said}); supported are DiTs, trained by diffusion"
-        )
-    if CLASS_TABLE not in tensors or not tensors[CLASS_TABLE].ndim:
-        return  # which the config's sizes need: they name it
-    rows, classes = len(tensors[CLASS_TABLE]), arguments.get("num_classes")
-    if classes is None:
-        if rows != CLASSES + 1:
-            message = (
-                f"nothing says how many classes there are: the last of the {rows} rows is taken for the null class"
-            )
-            warnings.warn(message, AssumptionWarning, stacklevel=5)
-    elif rows == classes:
-        raise InputError(
-            f"it was trained without a null class (num_classes {classes}, and as many rows of '{CLASS_TABLE}'); "
-            "guidance needs one, and diffusers' model has one"
-        )
-    elif rows != classes + 1:
-        raise InputError(
-            f"'{CLASS_TABLE}' has {rows} rows, its arguments say num_classes {classes} and one more is null"
-        )
+def _check_memory(tensors: Mapping[str, torch.Tensor], size: int) -> None:
+    """Raise `InputError` for tensors that are views of the same values: copies of them could fill any memory."""
+    if (claimed := sum(tensor.nbytes for tensor in tensors.values())) > size:
+        raise InputError(f"its tensors claim {claimed} bytes, the file has {size}: some are the same memory")
 
 
 def load(checkpoint: Checkpoint) -> nn.Module:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdit.errors import InputError
 from tqdit.files import CONFIG, TRANSFORMER, read_json
+from tqdit.reading import check_regular
 
 SCHEDULER_PART = "scheduler"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
@@ -37,6 +38,9 @@ def check(root: Path, index: Mapping[str, Any]) -> None:
             raise InputError(f"{root} names the component {name!r}, which is no folder of it")
         if not (root / name).is_dir():
             raise InputError(f"{root} names the component '{name}', but has no folder of this name")
+        for path in sorted((root / name).rglob("*")):
+            if not path.is_dir():
+                check_regular(path)  # a copy of a pipe would wait for ever
         _check_weights(root / name)
     if (code := own_code(root, index)) is not None and not code.is_file():
         raise InputError(f"{root} names the pipeline class {index['_class_name']}, but has no file {code.name}")

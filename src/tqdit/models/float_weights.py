@@ -10,10 +10,12 @@ import torch
 
 from tqdit.errors import AssumptionWarning, InputError
 from tqdit.files import INDEX, WEIGHTS, is_there, read_tensors, read_weights
+from tqdit.models.shapes import width
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PREFIXES = ("_orig_mod.", "module.", "model.")  # of a model that torch.compile, DataParallel or a trainer wrapped
 CLASS_TABLE = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
+PATCHES = "pos_embed.proj.weight"
 BLOCK = re.compile(r"transformer_blocks\.(\d+)\.attn1\.to_q\.weight")
 VARIANT = re.compile(r"diffusion_pytorch_model\.([\w-]+)\.safetensors")
 
@@ -27,12 +29,17 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
     return unwrapped(_read(folder))
 
 
+def variants_alone(folder: Path) -> dict[str, Path]:
+    """The files of a folder's variants, such as fp16, where weights without a variant are not there."""
+    if is_there(folder / INDEX) or is_there(folder / WEIGHTS):
+        return {}
+    return {found[1]: path for path in sorted(folder.glob("*.safetensors")) if (found := VARIANT.fullmatch(path.name))}
+
+
 def _read(folder: Path) -> dict[str, torch.Tensor]:
     if is_there(folder / INDEX) or is_there(folder / WEIGHTS):
         return read_weights(folder)
-    variants = {
-        found[1]: path for path in sorted(folder.glob("*.safetensors")) if (found := VARIANT.fullmatch(path.name))
-    }
+    variants = variants_alone(folder)
     if len(variants) == 1:
         ((variant, path),) = variants.items()
         message = f"{folder} has weights as the variant {variant} only, which are taken"
@@ -55,18 +62,39 @@ def unwrapped(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def check_sizes(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
-    """Raise `InputError` if the config's counts are not those of the tensors: a model would be built for nothing."""
+    """Raise `InputError` if the config's sizes are not those of the tensors.
+
+    A model of these sizes is then built without weights; its tables and its number of modules are bounded by the file.
+    """
     layers = len({found[1] for name in tensors if (found := BLOCK.fullmatch(name))})
     if layers != config["num_layers"]:
         raise InputError(f"the config has num_layers = {config['num_layers']}, the weights have {layers} blocks")
     if CLASS_TABLE not in tensors:
         raise InputError(f"weights lack tensor '{CLASS_TABLE}'")
-    rows, classes = tensors[CLASS_TABLE].shape[0], config["num_embeds_ada_norm"]
+    if PATCHES not in tensors:
+        raise InputError(f"weights lack tensor '{PATCHES}'")
+    rows, classes = (*tensors[CLASS_TABLE].shape, 0)[0], config["num_embeds_ada_norm"]
     if rows != classes + 1:
         raise InputError(
             f"the config has num_embeds_ada_norm = {classes}, which needs {classes + 1} rows of '{CLASS_TABLE}' "
             f"(the last is the null class); the weights have {rows}"
         )
+    side = config["patch_size"]
+    needed = (width(config), config["in_channels"], side, side)
+    if (found := tuple(tensors[PATCHES].shape)) != needed:
+        raise InputError(f"tensor '{PATCHES}' has shape {found}, the config needs {needed}")
+
+
+def check_shapes(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Raise `InputError` that names the first tensor that is missing, of another shape than expected, or left over."""
+    for name, tensor in expected.items():
+        if name not in tensors:
+            raise InputError(f"weights lack tensor '{name}'")
+        if tensors[name].shape != tensor.shape:
+            shape, needed = tuple(tensors[name].shape), tuple(tensor.shape)
+            raise InputError(f"tensor '{name}' has shape {shape}, the config needs {needed}")
+    if extra := sorted(set(tensors) - set(expected)):
+        raise InputError(f"unexpected tensor '{extra[0]}'")
 
 
 def checked(name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,9 @@ def implied_config(tensors: Mapping[str, torch.Tensor], num_heads: int | None) -
             f"tensor 'final_layer.linear.weight' has {rows} rows; patches of {channels} x {patch} x {patch} need "
             "as many, or twice that"
         )
-    _, tokens, _ = _shape(tensors, POSITIONS, 3)
+    _, tokens, channels_of_positions = _shape(tensors, POSITIONS, 3)
+    if channels_of_positions != inner:
+        raise InputError(f"tensor '{POSITIONS}' has {channels_of_positions} channels, expected {inner}")
     side = math.isqrt(tokens)
     if side**2 != tokens:
         raise InputError(f"tensor '{POSITIONS}' has {tokens} tokens, which are no square")

@@ -146,14 +146,30 @@ def _process_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_alphas(scheduler: Any) -> None:
-    """Raise `InputError` for betas outside [0, 1], or a cumulative alpha of 0 where epsilon would be divided by it."""
+    """Raise `InputError` for betas of no process, or a cumulative alpha where the prediction would be divided by 0.
+
+    Only the first beta may be 0: after it, noise is added at every timestep. Then t = 0 has nothing but image, and a
+    prediction of the image says nothing of the noise there.
+    """
+    total = int(scheduler.config.num_train_timesteps)
+    if scheduler.betas.shape != (total,):
+        raise InputError(
+            f"scheduler_config.json: it has {scheduler.betas.numel()} betas for {total} training timesteps"
+        )
     if not bool(((scheduler.betas >= 0) & (scheduler.betas <= 1)).all()):
         raise InputError("scheduler_config.json: it has betas that are not between 0 and 1")
+    if bool((scheduler.betas[min(1, total - 1) :] == 0).any()):
+        raise InputError("scheduler_config.json: it has betas of 0 after the first timestep")
+    if scheduler.config.prediction_type == "sample" and bool(scheduler.betas[0] == 0):
+        raise InputError(
+            "scheduler_config.json: its first beta is 0, where a prediction of the image says nothing of the noise; "
+            "prediction_type must be epsilon or v_prediction"
+        )
     alphas = scheduler.alphas_cumprod[scheduler.timesteps]
     if scheduler.config.prediction_type == "epsilon" and bool((alphas == 0).any()):
         raise InputError(
-            "scheduler_config.json: with rescale_betas_zero_snr nothing of the image is left at the last timestep, "
-            "where a prediction of epsilon says nothing; prediction_type must be v_prediction or sample"
+            "scheduler_config.json: nothing of the image is left at the last timestep (as rescale_betas_zero_snr makes "
+            "it), where a prediction of epsilon says nothing; prediction_type must be v_prediction or sample"
         )
 
 

@@ -22,6 +22,7 @@ SIZES = (
     "num_embeds_ada_norm",
 )  # fmt: skip
 MAX_SIZE = 2**20  # of each of them: a list of so many layers or classes still is no burden
+MAX_TOKENS = 2**16  # 4096 pixels at DiT's /2: the table of positions is computed, so no file bounds it
 SETTINGS = {"activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero", "norm_elementwise_affine": False}
 
 
@@ -126,6 +127,11 @@ def check_supported(config: Mapping[str, Any]) -> None:
         raise InputError(
             f"model config has sample_size = {config['sample_size']}, not a multiple of patch_size = "
             f"{config['patch_size']}"
+        )
+    if (tokens := (config["sample_size"] // config["patch_size"]) ** 2) > MAX_TOKENS:
+        raise InputError(
+            f"model config has sample_size = {config['sample_size']} and patch_size = {config['patch_size']}, which is "
+            f"{tokens} tokens; at most {MAX_TOKENS} are supported"
         )
 
 

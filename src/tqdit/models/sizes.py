@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import nn
 
 from tqdit.files import INDEX, WEIGHTS, read_json
-from tqdit.models import checkpoints
+from tqdit.models import checkpoints, float_weights
 from tqdit.models.sources import ModelSource
 
 SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -49,8 +49,8 @@ def _checkpoint(source: ModelSource) -> Counter[str]:
 
 
 def _folder(folder: Path) -> Counter[str]:
-    """Bytes of the tensors in the files that `files.read_weights` reads, by the name of their dtype."""
-    names = [WEIGHTS]
+    """Bytes of the tensors in the files that `float_weights.read` reads, by the name of their dtype."""
+    names = [path.name for path in float_weights.variants_alone(folder).values()] or [WEIGHTS]
     if (folder / INDEX).is_file():
         names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
     counts: Counter[str] = Counter()

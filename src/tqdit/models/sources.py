@@ -58,6 +58,15 @@ class ModelSource:
         components.copy(self.root or self.folder, self.pipeline or {}, self.vae, folder)
 
     @property
+    def components(self) -> dict[str, list[str]]:
+        """What a model_index.json must name so that diffusers loads scheduler and decoder, if the pipeline does not."""
+        named = {"scheduler": ["diffusers", self.scheduler.get("_class_name", DIFFUSION["_class_name"])]}
+        if self.vae is not None:
+            named["vae"] = ["diffusers", "AutoencoderKL"]
+        index = self.pipeline or {}
+        return {name: entry for name, entry in named.items() if _class_named(index, name) is None}
+
+    @property
     def num_timesteps(self) -> int:
         """Training timesteps T of the schedule."""
         return int(self.scheduler.get("num_train_timesteps", 1000))
@@ -97,7 +106,7 @@ def resolve(model: str | Path, num_heads: int | None = None) -> ModelSource:
         name=_name(str(model), root if folder.name == TRANSFORMER else folder),
         folder=folder,
         config=config,
-        scheduler=_scheduler(root / SCHEDULER),
+        scheduler=_scheduler(root / SCHEDULER, index),
         labels=_labels(root),
         pipeline=index,
         vae=root / "vae" if is_there(root / "vae" / CONFIG) else None,
@@ -144,6 +153,8 @@ def _name(model: str, root: Path) -> str:
 
 def _checkpoint(path: Path, num_heads: int | None) -> ModelSource:
     found = checkpoints.read(path, num_heads)
+    if found.assumed:
+        warnings.warn(f"{path}: {found.assumed}", AssumptionWarning, stacklevel=3)
     return ModelSource(path.stem, path.parent, found.config, DIFFUSION, checkpoint=path, weights=found.weights)
 
 
@@ -162,21 +173,14 @@ def load_float(source: ModelSource) -> nn.Module:
     state = float_weights.read(source.folder)
     try:
         float_weights.check_sizes(state, source.config)
-        values = {name: float_weights.checked(name, tensor) for name, tensor in state.items()}
     except InputError as error:
         raise InputError(f"{source.folder}: {error}") from None
     model = _empty_model(source)
-    expected = model.state_dict()
-    for name, tensor in expected.items():
-        if name not in values:
-            raise InputError(f"{source.folder}: weights lack tensor '{name}'")
-        if values[name].shape != tensor.shape:
-            raise InputError(
-                f"{source.folder}: tensor '{name}' has shape {tuple(values[name].shape)}, "
-                f"the config needs {tuple(tensor.shape)}"
-            )
-    if extra := sorted(set(values) - set(expected)):
-        raise InputError(f"{source.folder}: unexpected tensor '{extra[0]}'")
+    try:
+        float_weights.check_shapes(state, model.state_dict())
+        values = {name: float_weights.checked(name, tensor) for name, tensor in state.items()}
+    except InputError as error:
+        raise InputError(f"{source.folder}: {error}") from None
     for name, tensor in values.items():
         set_parameter(model, name, tensor.to(torch.float32, copy=True))  # it may be part of a mapped file
     return model.eval().requires_grad_(False)
@@ -207,7 +211,7 @@ def class_indices(source: ModelSource, classes: Sequence[str | int]) -> list[int
     found = []
     for given in classes:
         key = str(given).strip().lower()
-        index = by_name.get(key, _number(key))
+        index = given if isinstance(given, int) else by_name.get(key, _number(key))
         if isinstance(given, bool) or not 0 <= index < count:
             known = ", ".join(list(by_name)[:20]) or "none named"
             raise InputError(f"unknown class '{str(given)[:40]}'; known: {known}, or a number from 0 to {count - 1}")
@@ -224,9 +228,18 @@ def _optional_json(path: Path) -> dict[str, Any] | None:
     return read_json(path) if is_there(path) else None
 
 
-def _scheduler(path: Path) -> dict[str, Any]:
-    """The config of a scheduler that is supported; DiT's own, with an `AssumptionWarning`, where there is none."""
+def _scheduler(path: Path, index: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The config of a scheduler that is supported; DiT's own, with an `AssumptionWarning`, where there is none.
+
+    `index`: a pipeline's model_index.json, whose class counts where the config says none.
+    """
     config = _optional_json(path)
+    named = _class_named(index, "scheduler")
+    if named is not None and "_class_name" not in (config or {}):
+        try:
+            check_scheduler({"_class_name": named})
+        except InputError as error:
+            raise InputError(f"{path.parent.parent / PIPELINE}: {error}") from None
     if config is None:
         message = (
             f"{path.parent.parent} has no scheduler; DiT's is taken: DDIM, 1000 linear betas from 1e-4 to 0.02, epsilon"
@@ -238,6 +251,12 @@ def _scheduler(path: Path) -> dict[str, Any]:
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return config
+
+
+def _class_named(index: Mapping[str, Any] | None, component: str) -> Any:
+    """The class that a model_index.json names for a component, as [library, class]; None for one it does not name."""
+    entry = (index or {}).get(component)
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
 
 def _labels(root: Path) -> dict[int, str]:
@@ -254,7 +273,9 @@ def class_names(table: Any, where: str, count: int | None = None) -> dict[int, s
         raise InputError(f"{where} is not a table of class numbers to names")
     if wrong := [number for number in table if _number(number) < 0]:
         raise InputError(f"{where} has the key '{wrong[0]}', keys are class numbers")
-    names = {int(number): str(label) for number, label in table.items()}
+    if odd := [number for number, label in table.items() if not isinstance(label, str)]:
+        raise InputError(f"{where} has a {type(table[odd[0]]).__name__} for class {odd[0]}, names are strings")
+    names = {int(number): label for number, label in table.items()}
     if len(names) != len(table):
         raise InputError(f"{where} has a class number twice, with and without leading zeros")
     if count is not None and (beyond := [number for number in names if number >= count]):
