@@ -36,7 +36,7 @@ class Images:
     """
 
     source: ModelSource
-    classes: tuple[int, ...]
+    classes: Sequence[int]
     num: int
     sampling: Sampling
     seed: int = 0

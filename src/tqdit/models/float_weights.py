@@ -81,8 +81,8 @@ def check_sizes(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) 
         )
     side = config["patch_size"]
     needed = (width(config), config["in_channels"], side, side)
-    if (found := tuple(tensors[PATCHES].shape)) != needed:
-        raise InputError(f"tensor '{PATCHES}' has shape {found}, the config needs {needed}")
+    if (shape := tuple(tensors[PATCHES].shape)) != needed:
+        raise InputError(f"tensor '{PATCHES}' has shape {shape}, the config needs {needed}")
 
 
 def check_shapes(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
