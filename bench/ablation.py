@@ -83,7 +83,7 @@ class Bench:
 
 def ablate(args: argparse.Namespace) -> None:
     _reset_peak(args.device)
-    prepared = workflow.prepare(args.model, Recipe.build(samples=args.samples), device=args.device)
+    prepared = workflow.prepare(args.model, Recipe.build("paper", samples=args.samples), device=args.device)
     records_peak = _peak(args.device)
     source, model = prepared.source, prepared.model
     data = held_out(source, model, 10, HELD_OUT, HELD_OUT_SEED)

@@ -26,6 +26,7 @@ from tqdit.files import check_file, write_text
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 MINUTES = float(os.environ.get("TQDIT_TRUST_MINUTES", "3"))
 SEED = int(os.environ.get("TQDIT_TRUST_SEED", "1"))
+DAMAGES = 1500
 ROUNDS = 50  # of two processes at once
 
 
@@ -71,10 +72,25 @@ def fuzzed(scratch: Path) -> dict[str, Any]:
     return module.run(module.targets(scratch / "models"), scratch, minutes=MINUTES, seed=SEED)
 
 
+def damaged(reader: str) -> Callable[[Path], dict[str, Any]]:
+    """A suite: artifacts with damage of every family, read by the command line's code or by diffusers."""
+
+    def suite(_: Path) -> dict[str, Any]:
+        found = importlib.import_module("campaign").run(DAMAGES, SEED, len(os.sched_getaffinity(0)), reader)
+        cases = {name: {**dict.fromkeys(found["outcomes"], 0), **counts} for name, counts in found["by_family"].items()}
+        return {"all": {**found["outcomes"], "failures": found["first_failures"]}} | {
+            name: {**counts, "failures": []} for name, counts in cases.items()
+        }
+
+    return suite
+
+
 def tested(name: str) -> Callable[[Path], dict[str, Any]]:
     """A suite that is a file of tests, of which each is a case."""
 
     def suite(scratch: Path) -> dict[str, Any]:
+        if not (TESTS / name).is_file():
+            return {}
         report = scratch / "report.xml"
         command = [
             sys.executable,
@@ -105,7 +121,8 @@ SUITES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "SIGINT": kills(signal.SIGINT),
     "races": races,
     "fuzz": fuzzed,
-    "corruption": tested("trust/test_corruption.py"),
+    "damage": damaged("tqdit"),
+    "damage, diffusers": damaged("diffusers"),
     "sanitizer": tested("trust/test_sanitizer.py"),
 }
 

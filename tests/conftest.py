@@ -15,6 +15,7 @@ if not torch.cuda.is_available():  # Triton reads it when it is imported, and di
 from diffusers import DiTTransformer2DModel
 from torch import nn
 
+from tqdit import distributed
 from tqdit.calibration import trajectories
 from tqdit.calibration.recorder import record
 from tqdit.calibration.records import Records
@@ -69,11 +70,17 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True)
-def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a test names no device, it is the CPU; but for tests of a GPU."""
-    if not request.node.get_closest_marker("gpu"):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+@pytest.fixture(autouse=True, scope="session")
+def automatic_device() -> Iterator[Callable[..., str]]:
+    """Where a test names no device, it is the CPU on every machine; yields the function that would choose."""
+    choose = distributed.chosen_device
+
+    def on_the_cpu(device: str | torch.device = "auto") -> str:
+        return "cpu" if device == "auto" else choose(device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "chosen_device", on_the_cpu)
+        yield choose
 
 
 @pytest.fixture(autouse=True)

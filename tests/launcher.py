@@ -13,5 +13,6 @@ def torchrun(*command: str | Path, processes: int = 2) -> subprocess.CompletedPr
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     return subprocess.run(
         [*launcher, "--local-addr", "127.0.0.1", *map(str, command)],
-        env={**os.environ, **LOOPBACK}, capture_output=True, text=True, check=False, timeout=200,
+        env={**os.environ, **LOOPBACK, "CUDA_VISIBLE_DEVICES": ""},  # on the CPU, where no device is named
+        capture_output=True, text=True, check=False, timeout=200,
     )  # fmt: skip

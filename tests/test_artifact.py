@@ -20,7 +20,7 @@ from tqdit.tensors import MANIFEST_TENSOR
 FC1, FC2 = "transformer_blocks.0.ff.net.0.proj.weight", "transformer_blocks.0.ff.net.2.weight"
 TABLES = [f"transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table.weight" for i in range(2)]
 SOFTMAX, QUERY = "transformer_blocks.1.attn1.softmax", "transformer_blocks.1.attn1.query"
-RECIPES = [("paper", "w8a8"), ("plus", "w6a6"), ("plus", "w4a8"), ("paper", "w3a5")]
+RECIPES = [("paper", "w8a8"), ("plus", "w6a6"), ("plus", "w4a8"), ("paper", "w2a5")]
 
 
 @pytest.fixture
@@ -212,10 +212,18 @@ def set_first(name: str, value: float):
         (set_first(f"{FC1}.scale", float("nan")), f"'{FC1}.scale' has a scale"),
         (set_first(f"{SOFTMAX}.scale", float("inf")), f"'{SOFTMAX}.scale' has a scale"),
         (set_first(f"{QUERY}.zero_point", 1000), f"'{QUERY}.zero_point' has a zero point outside"),
+        (set_first(f"{QUERY}.zero_point", 32), f"'{QUERY}.zero_point' has a zero point outside"),
+        (set_first(f"{QUERY}.zero_point", -33), f"'{QUERY}.zero_point' has a zero point outside"),
         (set_first("proj_out_1.bias", float("nan")), "'proj_out_1.bias' must be finite"),
+        (set_first("proj_out_1.bias", float("inf")), "'proj_out_1.bias' must be finite"),
+        (set_first("proj_out_1.bias", float("-inf")), "'proj_out_1.bias' must be finite"),
+        (lambda t: t.update({"proj_out_1.bias": t["proj_out_1.bias"].double()}), "'proj_out_1.bias' must be finite"),
         (lambda t: t.update({f"{QUERY}.scale": t[f"{QUERY}.scale"].double()}), f"'{QUERY}.scale' is torch.float64"),
         (lambda t: t.update({f"{QUERY}.scale": t[f"{QUERY}.scale"][:1].clone()}), f"'{QUERY}.scale' is torch.float32"),
         (lambda t: t.update({f"{QUERY}.zero_point": t[f"{QUERY}.zero_point"].long()}), f"'{QUERY}.zero_point' is"),
+        (lambda t: t.update({f"{QUERY}.zero_point": t[f"{QUERY}.zero_point"][:1].clone()}), f"'{QUERY}.zero_point' is"),
+        (lambda t: t.update({f"{QUERY}.zero_point": t[f"{QUERY}.zero_point"].reshape(-1)}), f"'{QUERY}.zero_point' is"),
+        (lambda t: t.pop(f"{QUERY}.zero_point"), f"lacks tensor '{QUERY}.zero_point'"),
         (lambda t: t.update({f"{FC1}.codes": t[f"{FC1}.codes"][:-1].clone()}), f"'{FC1}.codes'"),
         (lambda t: t.pop(f"{QUERY}.scale"), f"lacks tensor '{QUERY}.scale'"),
         (lambda t: t.update(stranger=torch.zeros(1, dtype=torch.int32)), "'stranger' must be finite float32"),
@@ -236,6 +244,9 @@ def test_values_are_checked_even_if_all_hashes_are_right(folder, change, message
         (lambda m: m["sites"][0].pop("role"), "role"),
         (lambda m: m["sites"][0].update(bits=9), "bits"),
         (lambda m: m["sites"][-2].update(bits=0), "0 bits, legal are 2 to 8"),
+        (lambda m: m["sites"][-2].update(bits=1), "1 bits, legal are 2 to 8"),
+        (lambda m: m["sites"][-2].update(bits=9), "9 bits, legal are 2 to 8"),
+        (lambda m: m["sites"][-2].update(groups=2), "2 groups, legal are 1 and 4"),
         (lambda m: m["sites"][-2].update(groups=3), "3 groups, legal are 1 and 4"),
         (lambda m: m["shapes"].pop(FC1), FC1),
         (lambda m: m["shapes"].update({FC1: [3, 5]}), FC1),
@@ -291,6 +302,94 @@ def test_edited_config_is_named(folder, key: str, value: int) -> None:
         artifact.read(folder)
 
 
+def test_a_setting_that_was_added_to_the_config_or_taken_from_it_is_named(folder) -> None:
+    """Either would change what the model computes, and no tensor's hash says so."""
+    original = (folder / CONFIG).read_text()
+    edit_json(folder / CONFIG, lambda config: config.update(norm_type="layer_norm_of_another_kind"))
+    with pytest.raises(InputError, match=r"config\.json was changed: norm_type"):
+        artifact.read(folder)
+    (folder / CONFIG).write_text(original)
+    edit_json(folder / CONFIG, lambda config: config.update(a_setting_of_tomorrow=1))
+    with pytest.raises(InputError, match=r"config\.json was changed: a_setting_of_tomorrow"):
+        artifact.read(folder)
+    (folder / CONFIG).write_text(original)
+    edit_json(folder / CONFIG, lambda config: config.pop("num_layers"))
+    with pytest.raises(InputError, match=r"config\.json was changed: num_layers"):
+        artifact.read(folder)
+
+
+def test_notes_of_diffusers_in_the_config_may_change(folder) -> None:
+    """Their names start with "_", and another version of diffusers writes others; the model is the same."""
+    before = artifact.read(folder)
+    edit_json(folder / CONFIG, lambda config: config.update(_diffusers_version="99.0", _name_or_path="elsewhere"))
+    assert artifact.read(folder).codes.keys() == before.codes.keys()
+
+
+def test_ends_of_the_codes_are_legal_zero_points(folder) -> None:
+    """A range that starts or ends at 0 has its zero point there: -32 or 31 at 6 bits."""
+    ends = torch.tensor([-32, 31], dtype=torch.int32)
+
+    def change(stored: dict[str, torch.Tensor]) -> None:
+        stored[f"{QUERY}.zero_point"].view(-1)[:2] = ends
+
+    forge(folder, change_tensors=change)
+    assert torch.equal(artifact.read(folder).params[QUERY].zero_point.view(-1)[:2], ends)
+
+
+def test_codes_that_two_sites_share_must_have_the_width_of_both(tmp_path, solved) -> None:
+    solution, name = with_equal_tensors(solved())
+    artifact.write(solution, tmp_path)
+
+    def narrow(manifest: dict) -> None:
+        next(site for site in manifest["sites"] if site["name"] == name)["bits"] = 4
+
+    forge(tmp_path, narrow)
+    with pytest.raises(InputError, match=re.escape(name)):
+        artifact.read(tmp_path)
+
+
+def test_parameters_of_any_float_type_are_stored_as_float32(solved) -> None:
+    """fp32 holds every bf16 and fp16 number; the scales are fp32 whatever they came as."""
+    solution = solved("plus", "w6a6")
+    floats = {name: tensor.bfloat16() for name, tensor in solution.floats.items()}
+    params = {name: replace(p, scale=p.scale.double()) for name, p in solution.params.items()}
+    stored, config = tensors.pack(replace(solution, floats=floats, params=params))
+    loaded = tensors.unpack(stored, config, "here")
+    for name, tensor in floats.items():
+        assert loaded.floats[name].dtype is torch.float32
+        assert torch.equal(loaded.floats[name], tensor.float())
+    for name, p in solution.params.items():
+        assert torch.equal(loaded.params[name].scale, p.scale)
+
+
+def test_zeros_of_two_types_are_no_copies_of_each_other() -> None:
+    """int32 and float32 zeros have the same bytes; one stored for both would come back with the wrong type."""
+    found = {"a": torch.zeros(512), "b": torch.zeros(512, dtype=torch.int32), "c": torch.zeros(2, 256)}
+    found["d"] = torch.zeros(512)
+    stored, aliases = tensors._deduplicated(found)
+    assert list(stored) == ["a", "b", "c"]
+    assert aliases == {"d": "a"}
+
+
+def test_what_the_config_says_of_the_quantization(solved) -> None:
+    """Enough for diffusers to find this library, and for a person to see what was done."""
+    solution = solved("plus", "w6a6")
+    solution = replace(solution, provenance={**solution.provenance, "preset": "plus"})
+    stored, config = tensors.pack(solution)
+    assert list(stored) == sorted(stored)
+    digest = hashlib.sha256(bytes(stored[MANIFEST_TENSOR].tolist())).hexdigest()
+    assert config == {
+        **solution.model_config,
+        "quantization_config": {
+            "quant_method": "tqdit", "format_version": 2, "preset": "plus", "weight_bits": 6, "activation_bits": 6,
+            "manifest_sha256": digest,
+        },
+    }  # fmt: skip
+    plain, config = tensors.pack(replace(solution, provenance={}))
+    assert config["quantization_config"]["weight_bits"] is None
+    assert tensors.unpack(plain, config, "here").provenance == {}
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 def test_solution_of_another_depth_does_not_convert(solved, layers: int) -> None:
     solution = solved()
@@ -328,8 +427,11 @@ def test_a_pipeline_is_verified_as_a_whole(tmp_path, solved) -> None:
 
 def test_a_folder_without_its_seal_is_read(folder) -> None:
     """diffusers downloads config and weights, and nothing else."""
+    sealed = artifact.read(folder)
     (folder / MANIFEST).unlink()
-    artifact.read(folder)
+    loaded = artifact.read(folder)
+    assert loaded.provenance == sealed.provenance
+    assert all(torch.equal(codes, sealed.codes[name]) for name, codes in loaded.codes.items())
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/outside.safetensors"])

@@ -237,8 +237,9 @@ def test_a_file_added_to_a_sealed_folder(folder, name: str) -> None:
 @pytest.mark.parametrize("name", ["README.md", ".gitattributes", ".cache/huggingface/x.json", "vae/README.md"])
 def test_a_file_beside_the_model_that_nothing_reads(folder, name: str) -> None:
     (folder / name).parent.mkdir(exist_ok=True, parents=True)
+    before = artifact.read(folder)
     (folder / name).write_text("hello")
-    artifact.read(folder)
+    assert artifact.read(folder).codes.keys() == before.codes.keys()
 
 
 @pytest.mark.parametrize("change", [{"format_version": 1}, {"files": []}, {"more": 1}])
@@ -254,5 +255,16 @@ def test_a_pipeline_reached_by_a_link(sealed, tmp_path) -> None:
 
 
 def test_a_saved_transformer_in_a_folder_without_a_pipeline(tmp_path, sealed) -> None:
+    before = artifact.read(sealed)
     shutil.move(sealed / TRANSFORMER, tmp_path / TRANSFORMER)
-    artifact.read(tmp_path / TRANSFORMER)
+    assert artifact.read(tmp_path / TRANSFORMER).codes.keys() == before.codes.keys()
+
+
+DTYPES = ("bool", "complex64", "uint64", "float64", "float8_e4m3fn", "float8_e8m0fnu", "int8", "bfloat16")
+
+
+@pytest.mark.parametrize("name", ["proj_out_1.bias", f"{QUERY}.scale", f"{QUERY}.zero_point", f"{FC1}.codes"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tensor_of_a_dtype_that_artifacts_do_not_have(folder, name: str, dtype: str) -> None:
+    forge(folder, change_tensors=lambda t: t.update({name: torch.ones(64).to(getattr(torch, dtype))}))
+    refused(folder, f"'{name}'")

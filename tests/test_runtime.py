@@ -175,12 +175,13 @@ class TestGraphs:
 
     def test_nothing_waits_for_the_host(self, integer, model_inputs) -> None:
         inputs = some(model_inputs, 2)
-        run(integer, inputs)
+        expected = run(integer, inputs)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            run(integer, inputs)
+            found = run(integer, inputs)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(found, expected)
 
     def test_streams_take_turns(self, integer, model_inputs) -> None:
         """A replay on another stream waits for the one before, which reads the same inputs."""

@@ -39,10 +39,18 @@ def test_published_setting() -> None:
     groups = TimeGroups(1000, 10)
     t = torch.tensor([[0, 99], [100, 999]])
     assert groups.of(t).tolist() == [[0, 0], [1, 9]]
+    assert TimeGroups() == groups
 
 
 def test_fractional_timesteps_are_floored() -> None:
-    assert TimeGroups(1000, 10).of(torch.tensor([99.9, 100.0])).tolist() == [0, 1]
+    """The last timestep below 1000 is legal; -0.5 is in no group, so it must not be taken for 0."""
+    groups = TimeGroups(1000, 10)
+    found = groups.of(torch.tensor([99.9, 100.0, 0.5, 999.99]))
+    assert found.tolist() == [0, 1, 0, 9]
+    assert found.dtype is torch.int64
+    for outside in (-0.5, 1000.0):
+        with pytest.raises(InputError, match="outside"):
+            groups.of(torch.tensor([5.0, outside]))
 
 
 @pytest.mark.parametrize("t", [-1, 1000, 10**6])

@@ -434,7 +434,9 @@ def test_a_float_model_has_no_integer_backend(pipeline, backend: str, message: s
         workflow.load(pipeline, backend)
 
 
-def test_the_automatic_device(monkeypatch) -> None:
+def test_the_automatic_device(automatic_device, monkeypatch) -> None:
+    monkeypatch.setattr(distributed, "chosen_device", automatic_device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert workflow.checked_device("auto") == workflow.checked_device() == torch.device("cpu")
     assert workflow.checked_device(torch.device("cpu")) == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

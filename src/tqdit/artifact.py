@@ -171,5 +171,8 @@ def _read_with_model(folder: Path) -> list[Path]:
 
 def _sha256(path: Path) -> str:
     check_regular(path)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None

@@ -11,6 +11,7 @@ from torch import nn
 
 from tqdit.capture import Captured
 from tqdit.inputs import Inputs
+from tqdit.layers.block import IntBlock
 from tqdit.layers.clock import TimestepClock
 from tqdit.layers.conditioning import Conditioning
 from tqdit.modules import Watched
@@ -133,9 +134,21 @@ def attach_runtime(model: nn.Module, clock: TimestepClock, conditioning: Conditi
     """Give a converted diffusers transformer its clock, conditioning and runtime, and let the runtime run its call."""
     from tqdit.models.integer import make_integer
 
+    _tell_diffusers()
     model.add_module("clock", clock)
     model.add_module("conditioning", conditioning)
     config: Any = model.config
     inputs = Inputs(config.in_channels, config.patch_size, conditioning.classes, clock.time_groups)
     model.add_module("runtime", Runtime(clock, conditioning, graphs, inputs))
     make_integer(model)
+
+
+def _tell_diffusers() -> None:
+    """Tell its hooks, such as `apply_layer_skip`, what a block of ours takes and returns: hidden states alone.
+
+    Not by `TransformerBlockRegistry.register`, which imports every model that diffusers has.
+    """
+    from diffusers.hooks import _helpers
+
+    described = _helpers.TransformerBlockMetadata(return_hidden_states_index=0, _cls=IntBlock)
+    _helpers.TransformerBlockRegistry._registry.setdefault(IntBlock, described)

@@ -18,7 +18,7 @@ from tqdit.recipe import Recipe
 
 STATUS = Path("/proc/self/status")
 CONFIG = {**shape_config("DiT-S/2"), "num_layers": 4, "num_attention_heads": 3}
-RECIPE = Recipe.build(groups=1, samples=80, rows=512, queries=512)
+RECIPE = Recipe.build("paper", groups=1, samples=80, rows=512, queries=512)
 TOKENS = 256
 
 

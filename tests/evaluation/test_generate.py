@@ -1,12 +1,15 @@
 """From latents to pixels and pictures."""
 
+import json
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
 from tqdit.errors import InputError
-from tqdit.evaluation.generate import check_decodable, decoder, save_grid, to_pixels
+from tqdit.evaluation.generate import check_decodable, decoder, sample_latents, save_grid, to_pixels
+from tqdit.models.sampler import Sampling
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -48,3 +51,32 @@ def test_grid_is_a_png(tmp_path, channels: int, mode: str) -> None:
     save_grid(torch.zeros(3, channels, 4, 4), tmp_path / "a.png", columns=2)
     with Image.open(tmp_path / "a.png") as image:
         assert (image.size, image.mode) == ((16, 16), mode)
+
+
+@pytest.fixture
+def decoder_folder(tmp_path):
+    AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=1).save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers_per_block": 10**6}, "layers_per_block = 1000000"),
+        ({"layers_per_block": 2}, "missing keys"),
+        ({"block_out_channels": [10**9]}, "block_out_channels"),
+        ({"block_out_channels": "x"}, "block_out_channels"),
+        ({"out_channels": None}, "no decoder that diffusers can load"),
+    ],
+)
+def test_a_decoder_whose_config_is_not_that_of_its_weights(decoder_folder, settings: dict, message: str) -> None:
+    config = json.loads((decoder_folder / "config.json").read_text())
+    (decoder_folder / "config.json").write_text(json.dumps(config | settings))
+    with pytest.raises(InputError, match=message) as error:
+        decoder(decoder_folder, torch.device("cpu"))
+    assert str(decoder_folder) in str(error.value)
+
+
+def test_states_that_are_no_numbers_are_no_images(model, scheduler_config) -> None:
+    with pytest.raises(InputError, match="NaN or Inf in 2 of 2 images, first in image 3; check the guidance"):
+        sample_latents(model, scheduler_config, [1, 2], Sampling("ddim", 2, 1e38), seed=0, first=3)

@@ -65,3 +65,27 @@ def test_packed_bytes_of_any_shape() -> None:
 def test_wrong_dtype_is_an_error() -> None:
     with pytest.raises(InputError, match="int8"):
         unpack(torch.zeros(15, dtype=torch.int8), 6, (4, 5))
+
+
+@pytest.mark.parametrize(
+    ("count", "bits", "size"), [(0, 6, 0), (1, 2, 1), (4, 2, 1), (5, 2, 2), (3, 3, 2), (8, 3, 3), (11, 3, 5), (3, 8, 3)]
+)
+def test_packed_size_is_the_fewest_whole_bytes(count: int, bits: int, size: int) -> None:
+    """Three codes of 3 bits are 9 bits, so they take two bytes."""
+    assert packed_size(count, bits) == size
+
+
+@pytest.mark.parametrize("bits", [6, 8])
+def test_packed_codes_have_memory_of_their_own_and_no_more(bits: int) -> None:
+    """A packed tensor that kept the codes' memory, or a longer one, would take more than its bytes."""
+    codes = torch.arange(-14, 15, dtype=torch.int8)  # no whole number of groups
+    packed = pack(codes, bits)
+    assert packed.untyped_storage().nbytes() == packed.numel() == packed_size(29, bits)
+    packed.zero_()
+    assert codes.tolist() == list(range(-14, 15))
+
+
+def test_unpacked_8_bit_codes_are_a_view_of_the_stored_bytes() -> None:
+    """They may be in a mapped file, which is then not read before the codes are used."""
+    stored = torch.arange(12, dtype=torch.uint8)
+    assert unpack(stored, 8, (3, 4)).data_ptr() == stored.data_ptr()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tqdit.grids import regions
-from tqdit.spec import Grid
+from tqdit.spec import Grid, GridParams, Role, SiteSpec
 
 BITS = range(4, 9)
 
@@ -180,3 +180,59 @@ def test_merging_softmax_candidates_are_some_of_all(bits: int) -> None:
     some, every = regions.softmax_exponents(bits, merging=True), regions.softmax_exponents(bits)
     assert len(some) > 0
     assert set(some) == set(every) & set(regions.merging_exponents(bits, Grid.MRQ_SOFTMAX))
+
+
+def test_extent_of_the_negative_region_is_the_minimum_of_gelu() -> None:
+    x = torch.linspace(-3, 0, 30_001, dtype=torch.float64)
+    for approximate in ("none", "tanh"):
+        lowest = torch.nn.functional.gelu(x, approximate=approximate).min().item()
+        assert lowest == pytest.approx(-regions.GELU_MINIMUM, rel=1e-3)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_finest_softmax_step_is_about_two_to_the_minus_17(bits: int) -> None:
+    """s2 is a little over 2^(1 - k), so the last exponent is the only one with a step in [2^-17, 2^-16)."""
+    exponents = regions.softmax_exponents(bits)
+    assert exponents[0] == 1  # s1 = s2 would be one region
+    assert 2**-17 <= regions.coarse_softmax_scale(bits) * 2.0 ** -exponents[-1] < 2**-16
+
+
+@pytest.mark.parametrize("grid", [Grid.MRQ_SOFTMAX, Grid.MRQ_GELU])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_values_are_compared_and_divided_in_fp32(grid: Grid, dtype: torch.dtype) -> None:
+    """The fine region ends at 0.1269, which would be 130 / 1024 in either type; that value is above it."""
+    x = (torch.arange(0 if grid is Grid.MRQ_SOFTMAX else -170, 1025) / 1024).to(dtype)
+    s1, s2 = torch.tensor(0.1269 / 127), torch.tensor(1 / 127)
+    codes = regions.quantize(x, s1, s2, 8, grid)
+    assert torch.equal(codes, regions.quantize(x.float(), s1, s2, 8, grid))
+    fake = regions.fake_quantize(x, s1, s2, 8, grid)
+    assert fake.dtype is torch.float32
+    assert torch.equal(fake, regions.dequantize(codes, s1, s2, grid))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("grid", [Grid.MRQ_SOFTMAX, Grid.MRQ_GELU])
+def test_a_value_above_the_range_gets_the_largest_code(bits: int, grid: Grid) -> None:
+    """At 8 bits the code 152 of 1.2 would be -104 in a byte."""
+    largest = 2 ** (bits - 1) - 1
+    s1, s2 = scales(bits, 3)
+    x = torch.tensor([1.2, 3.0])
+    assert regions.quantize(x, s1, s2, bits, grid).tolist() == [largest, largest]
+    assert regions.fake_quantize(x, s1, s2, bits, grid).tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_every_entry_must_merge() -> None:
+    """One table goes to one kind of product, so a group whose regions do not merge decides for all."""
+    s2 = torch.tensor([[0.4], [0.4]])
+    assert regions.merge_shift(s2 / torch.tensor([[2.0], [4.0]]), s2, 4, Grid.MRQ_GELU).tolist() == [[1], [2]]
+    assert regions.merge_shift(s2 / torch.tensor([[2.0], [3.0]]), s2, 4, Grid.MRQ_GELU) is None
+
+
+@pytest.mark.parametrize(("ratio", "merged"), [(2.0, True), (4.0, True), (3.0, False), (0.5, False), (2.0**6, False)])
+def test_a_site_is_merged_where_s2_is_a_small_power_of_two_times_s1(ratio: float, merged: bool) -> None:
+    """In both groups and both units; at 6 bits a shift of 6 would leave the byte."""
+    s1 = torch.tensor([[0.01, 0.02], [0.03, 0.05]])
+    s2 = s1 * 2
+    s2[1, 0] = s1[1, 0] * ratio
+    spec = SiteSpec("x", Role.GELU, 6, Grid.MRQ_GELU, groups=2, units=2)
+    assert regions.is_merged(GridParams(spec, torch.stack([s1, s2], -1))) is merged

@@ -146,3 +146,27 @@ def test_fake_quantization_is_the_round_trip_bit_for_bit(bits: int) -> None:
         zero_point = torch.tensor([-1, 0, 1], dtype=torch.int32)[:, None] * offset
         expected = uniform.dequantize(uniform.quantize(x, scale, zero_point, bits), scale, zero_point)
         assert torch.equal(uniform.fake_quantize(x, scale, zero_point, bits), expected)
+
+
+def test_the_zero_point_is_added_after_rounding() -> None:
+    """Half to even: round(0.5) + 1 = 1 and round(1.5) + 1 = 3, but round(0.5 + 1) = round(1.5 + 1) = 2."""
+    x, one = torch.tensor([0.5, 1.5, -0.5, -1.5]), torch.tensor(1.0)
+    assert uniform.quantize(x, one, torch.tensor(1, dtype=torch.int32), 8).tolist() == [1, 3, 1, -1]
+    assert uniform.fake_quantize(x, one, torch.tensor(1, dtype=torch.int32), 8).tolist() == [0, 2, 0, -2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_values_are_divided_in_fp32(dtype: torch.dtype) -> None:
+    x = torch.linspace(-1, 1, 999).to(dtype)
+    scale, zero_point = torch.tensor(2 / 255), torch.tensor(3, dtype=torch.int32)
+    codes = uniform.quantize(x, scale, zero_point, 8)
+    assert torch.equal(codes, uniform.quantize(x.float(), scale, zero_point, 8))
+    fake = uniform.fake_quantize(x, scale, zero_point, 8)
+    assert fake.dtype is torch.float32
+    assert torch.equal(fake, uniform.dequantize(codes, scale, zero_point))
+
+
+def test_scales_are_fp32() -> None:
+    scale = uniform.checked_scale(torch.tensor([0.1, 3.0], dtype=torch.float64), "s")
+    assert scale.dtype is torch.float32
+    assert scale.tolist() == torch.tensor([0.1, 3.0]).tolist()

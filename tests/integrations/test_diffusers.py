@@ -339,10 +339,9 @@ class TestMessages:
     def test_tensors_of_any_name(self, folder, name: str) -> None:
         stored = load_file(folder / WEIGHTS)
         save_file(stored | {name: torch.zeros(2)}, folder / WEIGHTS, metadata={"format": "pt"})
-        with pytest.raises(
-            InputError, match=rf"^{re.escape(str(folder))}: has an unexpected tensor '{re.escape(name)}'$"
-        ):
+        with pytest.raises(InputError) as caught:
             load(folder)
+        assert str(caught.value) == f"{folder}: has an unexpected tensor '{name}'"
 
     def test_a_missing_tensor(self, folder) -> None:
         stored = load_file(folder / WEIGHTS)
@@ -540,4 +539,5 @@ class TestRegistration:
             "assert 'tqdit' in table\n"
             "assert not [finder for finder in sys.meta_path if 'tqdit' in type(finder).__module__]"
         )
-        subprocess.run([sys.executable, "-c", code], check=True)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr

@@ -40,16 +40,19 @@ def refused(solution: Solution, *parts: str) -> None:
 
 @pytest.mark.parametrize(("preset", "bits"), RECIPES)
 def test_every_choice_of_a_recipe_fits(solved, preset: str, bits: str) -> None:
-    check_solution(solved(preset, bits))
+    solution = solved(preset, bits)
+    check_solution(solution)
+    assert convert(solution).config["num_layers"] == solution.model_config["num_layers"]
 
 
 def test_sites_may_differ_in_what_a_recipe_chooses(solved) -> None:
     solution = solved("plus")
     params = solution.params[FC1]
     one = replace(params.spec, granularity=Granularity.PER_TENSOR, units=1, bits=3)
-    check_solution(
-        replace(solution, params={**solution.params, FC1: replace(params, spec=one, scale=torch.ones(1, 1))})
-    )
+    changed = replace(solution, params={**solution.params, FC1: replace(params, spec=one, scale=torch.ones(1, 1))})
+    check_solution(changed)
+    with pytest.raises(InputError, match=re.escape(FC1)):
+        check_solution(with_site(changed, FC1, units=2))
 
 
 @pytest.mark.parametrize(

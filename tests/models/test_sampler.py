@@ -9,6 +9,7 @@ from torch import nn
 
 from tqdit.errors import InputError
 from tqdit.evaluation.generate import sample_latents
+from tqdit.models import sampler as sampler_module
 from tqdit.models.sampler import (
     Sampling,
     make_scheduler,
@@ -189,10 +190,28 @@ def test_scheduler_keeps_the_config_of_the_model(scheduler_config) -> None:
     assert not scheduler.config.clip_sample
 
 
-@pytest.mark.parametrize(("given", "used"), [("fixed_large", "fixed_large"), ("learned_range", "fixed_small")])
-def test_fixed_variance_of_a_model_that_has_no_v(scheduler_config, given: str, used: str) -> None:
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        ("fixed_large", "fixed_large"),
+        ("learned_range", "fixed_small"),
+        ("learned", "fixed_small"),
+        (None, "fixed_small"),
+    ],
+)
+def test_fixed_variance_of_a_model_that_has_no_v(scheduler_config, given: str | None, used: str) -> None:
     config = {**scheduler_config, "variance_type": given}
     assert make_scheduler(config, Sampling("ddpm", 20), False).config.variance_type == used
+    assert make_scheduler(config, Sampling("ddpm", 20), True).config.variance_type == "learned_range"
+    assert make_scheduler(scheduler_config, Sampling("ddpm", 20), False).config.variance_type == "fixed_small"
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_samples_are_clipped_only_where_the_config_says_so(scheduler_config, sampler: str) -> None:
+    """DiT samples latents, which have no range of their own."""
+    silent = {key: value for key, value in scheduler_config.items() if key != "clip_sample"}
+    assert not make_scheduler(silent, Sampling(sampler, 10), False).config.clip_sample
+    assert make_scheduler({**silent, "clip_sample": True}, Sampling(sampler, 10), False).config.clip_sample
 
 
 def test_default_schedule_is_that_of_dit() -> None:
@@ -210,9 +229,23 @@ def test_bad_sampling_is_an_error(bad: dict) -> None:
         Sampling(**bad)
 
 
+def test_the_least_sampling_is_legal() -> None:
+    assert Sampling("ddpm", steps=1, guidance=0).steps == 1
+    assert Sampling() == Sampling("ddim", 50, 1.5)
+
+
 def test_more_steps_than_timesteps_is_an_error(scheduler_config) -> None:
     with pytest.raises(InputError, match="at most the 1000 training timesteps, got 1001"):
         make_scheduler(scheduler_config, Sampling("ddim", 1001), False)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_every_timestep_may_be_a_step(scheduler_config, sampler: str) -> None:
+    scheduler = make_scheduler({**scheduler_config, "num_train_timesteps": 30}, Sampling(sampler, 30), False)
+    assert scheduler.timesteps.tolist() == list(range(29, -1, -1))
+    assert make_scheduler(scheduler_config, Sampling(sampler, 20), False).timesteps.tolist() == list(
+        range(950, -1, -50)
+    )
 
 
 @pytest.mark.parametrize(
@@ -223,6 +256,37 @@ def test_more_steps_than_timesteps_is_an_error(scheduler_config) -> None:
 def test_scheduler_config_that_diffusers_refuses(scheduler_config, sampler: str, bad: dict) -> None:
     with pytest.raises(InputError, match=r"scheduler_config\.json"):
         make_scheduler({**scheduler_config, **bad}, Sampling(sampler, 10), False)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_every_prediction_that_schedulers_know_is_kept(scheduler_config, prediction: str) -> None:
+    scheduler = make_scheduler({**scheduler_config, "prediction_type": prediction}, Sampling("ddim", 10), False)
+    assert scheduler.config.prediction_type == prediction
+
+
+@pytest.mark.parametrize(("out_channels", "learned"), [(None, False), (1, False), (2, True)])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_v_is_what_a_model_returns_beyond_its_input_channels(
+    scheduler_config, monkeypatch, sampler: str, out_channels: int | None, learned: bool
+) -> None:
+    model = Constant(0.0)
+    monkeypatch.setattr(model, "config", {**STUB, "out_channels": out_channels}, raising=False)
+    made: list[bool] = []
+
+    def watched(config, sampling, learned_variance):
+        made.append(learned_variance)
+        return make_scheduler(config, sampling, learned_variance)
+
+    monkeypatch.setattr(sampler_module, "make_scheduler", watched)
+    states = list(trajectory(model, scheduler_config, Sampling(sampler, 4), LABELS, noise_generators(0, range(3))))
+    assert made == [learned]
+    assert all(x.shape == (3, 1, 4, 4) for _, x in states)
+
+
+def test_an_image_of_a_seed_is_the_same_in_every_version() -> None:
+    """The streams of (seed, index) are part of what a command line means; those of any two pairs are distinct."""
+    assert [g.initial_seed() for g in noise_generators(2, [0, 5])] == [2_000_006, 2_000_011]
+    assert [g.device.type for g in noise_generators(0, range(2))] == ["cpu", "cpu"]
 
 
 def test_noise_depends_on_seed_and_index_alone() -> None:

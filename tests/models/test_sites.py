@@ -91,8 +91,10 @@ def test_unknown_architecture_is_named(model, tiny_recipe, key: str, value: obje
 
 
 @pytest.mark.parametrize("name", ["DiTTransformer2DModel", "Transformer2DModel"])
-def test_both_names_of_a_dit_are_supported(model, name: str) -> None:
-    check_supported({**config_of(model), "_class_name": name})
+def test_both_names_of_a_dit_are_supported(model, tiny_recipe, name: str) -> None:
+    config = {**config_of(model), "_class_name": name}
+    check_supported(config)
+    assert sites(config, tiny_recipe()) == sites(config_of(model), tiny_recipe())
 
 
 def test_config_of_no_diffusers_model() -> None:
@@ -119,3 +121,10 @@ def test_missing_size_is_named(model, key: str) -> None:
 def test_sizes_that_do_not_fit(model, change: dict) -> None:
     with pytest.raises(InputError, match=f"{next(iter(change))} = "):
         check_supported({**config_of(model), **change})
+
+
+@pytest.mark.parametrize("eps", [0, 0.0, -1e-6, float("nan"), float("inf"), "1e-6", True, None, 10**40])
+def test_an_eps_that_is_no_positive_number_is_refused(model, eps: object) -> None:
+    with pytest.raises(InputError, match="norm_eps = .*; it must be a positive number"):
+        check_supported({**config_of(model), "norm_eps": eps})
+    check_supported({**config_of(model), "norm_eps": 1})

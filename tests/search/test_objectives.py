@@ -33,3 +33,17 @@ def test_scores_are_scaled_as_in_attention() -> None:
     q, k = torch.randn(2, 3, 4, 16), torch.randn(2, 3, 5, 16)
     expected = torch.einsum("bhqd,bhkd->bhqk", q, k) / 4
     assert torch.allclose(scores(q, k), expected, atol=1e-5)
+    assert torch.allclose(scores(q[0], k[0]), expected[0], atol=1e-5)
+
+
+def test_values_are_the_rows_of_v_weighted_by_their_probabilities() -> None:
+    p, v = torch.rand(2, 3, 4, 5), torch.randn(2, 3, 5, 16)
+    assert torch.allclose(values(p, v), torch.einsum("bhqk,bhkd->bhqd", p, v), atol=1e-5)
+
+
+def test_without_fisher_weights_every_error_counts_alike() -> None:
+    x, w = torch.randn(5, 4), torch.randn(3, 4)
+    objective = MatmulObjective.of(linear, x, w, None)
+    assert objective.weights is None
+    assert torch.equal(objective.target, linear(x, w))
+    assert torch.allclose(objective.loss(x + 1, w), (w.sum(1) ** 2).expand(5, 3), atol=1e-5)

@@ -68,6 +68,8 @@ def test_losses_are_summed_into_the_parameter_that_caused_them(rows, heads) -> N
         expected = torch.stack([loss[group == g].sum((0, 2, 3)) for g in range(3)])
         expected = expected if units == 2 else expected.sum(1, keepdim=True)
         assert torch.allclose(operand.reduce(loss), expected)
+        several = torch.stack([loss.sum(-1).flatten(), 2 * loss.sum(-1).flatten()], -1)
+        assert torch.allclose(operand.totals(several), torch.stack([expected, 2 * expected], -1))
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
@@ -118,6 +120,124 @@ def test_gelu_candidates_search_one_region_at_a_time(rows, tiny_recipe) -> None:
     assert len({t[0, 0, 0].item() for t in fine}) == len({t[0, 0, 1].item() for t in coarse}) == 5
 
 
+def test_what_each_row_or_matrix_uses_of_a_stack_of_tables(rows, heads) -> None:
+    """By row of a linear input or a weight, and by (sample, head) of attention: where losses are summed per row."""
+    x, group = rows
+    tables = torch.rand(4, 3, 1)
+    operand = operands.activation(SiteSpec("s", Role.INPUT, 8, groups=3), x, group, stats(x, group, 3))
+    assert torch.equal(operand.by_row(tables), torch.stack([tables[:, g, 0] for g in group.tolist()], 1))
+
+    x, group = heads
+    for units in (1, 2):
+        tables = torch.rand(4, 3, units)
+        granularity = Granularity.PER_HEAD if units == 2 else Granularity.PER_TENSOR
+        spec = SiteSpec("s", Role.KEY, 8, granularity=granularity, groups=3, units=units)
+        ranges = stats(x, group, 3) if units == 2 else stats(x, group, 3).over_units()
+        operand = operands.activation(spec, x, group, ranges)
+        expected = [tables[:, g, h if units == 2 else 0] for g in group.tolist() for h in range(2)]
+        assert torch.equal(operand.by_row(tables), torch.stack(expected, 1))
+        assert operand.by_row(tables).is_contiguous()
+
+    specs = [SiteSpec("per tensor", Role.WEIGHT, 8), SiteSpec("per channel", Role.WEIGHT, 8, units=3)]
+    operand = operands.weight(specs, [torch.randn(2, 6), torch.randn(3, 6)])
+    tables = torch.rand(5, 1, 4)
+    assert torch.equal(operand.by_row(tables), tables[:, 0, [0, 0, 1, 2, 3]])
+
+
+def test_weights_of_both_granularities_share_an_input() -> None:
+    """The first two rows have one scale, the others one each; so have the losses of their outputs."""
+    specs = [SiteSpec("per tensor", Role.WEIGHT, 6), SiteSpec("per channel", Role.WEIGHT, 6, units=3)]
+    parts = [torch.randn(2, 6), torch.randn(3, 6) * 5]
+    operand = operands.weight(specs, parts)
+    largest = torch.cat([parts[0].abs().max()[None], parts[1].abs().amax(1)])
+    assert torch.allclose(operand.scale, largest[None] / 31)
+    assert operand.zero_point.dtype is torch.int32
+    assert not operand.zero_point.any()
+    loss = torch.tensor([[1.0, 2.0, 4.0, 8.0, 16.0], [10.0, 20.0, 40.0, 80.0, 160.0]])
+    assert operand.reduce(loss).tolist() == [[33.0, 44.0, 88.0, 176.0]]
+    assert operand.is_weight
+    assert not operand.merging
+    assert operands.weight(specs[::-1], parts[::-1]).unit.tolist() == [0, 1, 2, 3, 3]
+
+
+def test_a_weight_of_two_channels_has_two_scales() -> None:
+    operand = operands.weight([SiteSpec("w", Role.WEIGHT, 8, units=2)], [torch.tensor([[1.27, 0.5], [-2.54, 1.0]])])
+    assert operand.scale.flatten().tolist() == pytest.approx([0.01, 0.02])
+    assert operand.unit.tolist() == [0, 1]
+
+
+def test_heads_of_a_softmax_share_their_scale() -> None:
+    p, group = torch.randn(6, 3, 5, 9).softmax(-1), torch.arange(6) % 3
+    spec = SiteSpec("s", Role.SOFTMAX, 6, Grid.MRQ_SOFTMAX, groups=3)
+    operand = operands.activation(spec, p, group, stats(p, group, 3).over_units())
+    table = operand.scale * torch.tensor([1.0, 2.0, 4.0])[:, None, None]
+    for g in range(3):
+        s1, s2 = table[g, 0]
+        expected = regions.fake_quantize(p[group == g], s1, s2, 6, spec.grid)
+        assert torch.equal(operand.fake(table)[group == g], expected)
+
+
+def test_the_finest_merging_region_may_reach_exactly_as_far_as_asked() -> None:
+    """s1 = s2 / 2 is as fine as asked, s1 = s2 / 4 would be finer, s1 = s2 coarser than needed."""
+    fine, coarse = torch.tensor([[0.1]]), torch.tensor([[0.2]])
+    assert torch.equal(operands._merged_gelu(fine, coarse, 4), torch.stack([fine, coarse], -1))
+
+
+@pytest.mark.parametrize("bits", range(4, 9))
+def test_softmax_starts_between_the_ends_of_its_candidates(bits: int) -> None:
+    """s2 = 1 / m, so that 1 is exact, and s1 a power of two below it, neither the coarsest nor the finest."""
+    p, group = torch.randn(6, 2, 5, 9).softmax(-1), torch.arange(6) % 3
+    spec = SiteSpec("s", Role.SOFTMAX, bits, Grid.MRQ_SOFTMAX, groups=3)
+    operand = operands.activation(spec, p, group, stats(p, group, 3).over_units())
+    s1, s2 = operand.scale.unbind(-1)
+    assert torch.equal(s2, torch.full((3, 1), 1 / (2 ** (bits - 1) - 1)))
+    exponents = torch.log2(s2 / s1).flatten().tolist()
+    first, *_, last = regions.softmax_exponents(bits)
+    assert len(set(exponents)) == 1
+    assert exponents[0] in range(first + 1, last)
+
+
+@pytest.mark.parametrize(
+    ("grid", "merging", "independent"),
+    [
+        (Grid.MRQ_GELU, False, True),
+        (Grid.MRQ_GELU, True, False),
+        (Grid.MRQ_SOFTMAX, False, False),
+        (Grid.MRQ_SOFTMAX, True, False),
+        (Grid.UNIFORM, False, False),
+    ],
+)
+def test_only_two_regions_after_gelu_are_searched_apart(rows, grid: Grid, merging: bool, independent: bool) -> None:
+    """The softmax's s1 and s2, and all that merge, are a power of two apart."""
+    x, group = rows[0].abs(), rows[1]
+    operand = operands.activation(SiteSpec("s", Role.GELU, 6, grid), x, group, stats(x, group, 3), merging)
+    assert operand.independent_regions is independent
+
+
+def test_a_site_without_time_groups_has_the_range_of_all_of_them(rows) -> None:
+    x, group = rows
+    operand = operands.activation(SiteSpec("s", Role.INPUT, 8), x, group, stats(x, group, 3))
+    assert not operand.lead.any()
+    scale, zero_point = uniform.minmax_asymmetric(x.min(), x.max(), 8, "s")
+    assert operand.scale.tolist() == [[scale.item()]]
+    assert operand.zero_point.tolist() == [[zero_point.item()]]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_fake_operand_takes_other_scales_of_two_regions(rows, bits: int) -> None:
+    x, group = torch.nn.functional.gelu(rows[0]), rows[1]
+    spec = SiteSpec("s", Role.GELU, bits, Grid.MRQ_GELU, groups=3)
+    operand = operands.activation(spec, x, group, stats(x, group, 3))
+    table = operand.scale * torch.tensor([0.7, 1.3])
+    for g in range(3):
+        s1, s2 = table[g, 0]
+        members = x[group == g]
+        expected = regions.dequantize(regions.quantize(members, s1, s2, bits, spec.grid), s1, s2, spec.grid)
+        assert torch.equal(operand.fake(table)[group == g], expected)
+    assert torch.equal(operand.fake(), operand.with_scale(operand.scale).fake())
+    assert torch.equal(operand.with_scale(table).fake(), operand.fake(table))
+
+
 # One product -------------------------------------------------------------------------------------------------------
 
 
@@ -165,6 +285,7 @@ def test_softmax_of_one_product_starts_and_stays_where_regions_merge(tiny_recipe
     shifts = [regions.merge_shift(t[..., 0], t[..., 1], bits, spec.grid) for t in [operand.scale, *tables]]
     assert all(shift is not None for shift in shifts)
     assert [shift[0, 0].item() for shift in shifts[1:]] == list(regions.softmax_exponents(bits, merging=True))
+    assert shifts[0][0, 0].item() in regions.softmax_exponents(bits, merging=True)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-42])

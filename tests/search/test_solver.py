@@ -7,13 +7,15 @@ import torch
 
 from tqdit.calibration.recorder import record
 from tqdit.calibration.statistics import RangeStats
+from tqdit.calibration.store import Forgetful, InMemory
 from tqdit.calibration.trajectories import collect
 from tqdit.convert import convert
 from tqdit.errors import InputError
 from tqdit.evaluation.metrics import sqnr_db
 from tqdit.grids.regions import is_merged, merge_shift
 from tqdit.models.sites import blocks, sites
-from tqdit.search import alternating, solver
+from tqdit.search import alternating, objectives, operands, solver
+from tqdit.search.objectives import MatmulObjective
 from tqdit.search.solver import solve
 from tqdit.spec import Grid, Role
 from tqdit.timegroups import TimeGroups
@@ -126,6 +128,97 @@ def test_weight_only_search_lowers_the_error_of_each_channel(model, solved) -> N
         errors.append((real - state[name]).square().sum(1))
     assert (errors[1] <= errors[0] * (1 + 1e-6)).all()
     assert errors[1].sum() < errors[0].sum()
+
+
+def coded(values: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes of a weight's rows (n, in) at one scale for each of them, or one for all: no zero point."""
+    return (values / scale[:, None]).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_codes_are_the_weights_in_units_of_their_scale(model, solved, preset: str) -> None:
+    solution, state = solved(preset, "w4a4"), model.state_dict()
+    assert len(solution.codes) > 10
+    for name, codes in solution.codes.items():
+        params = solution.params[name]
+        assert codes.dtype is torch.int8
+        expected = coded(state[name].flatten(1), params.scale[0], params.spec.bits)
+        assert torch.equal(codes.float(), expected.reshape(state[name].shape)), name
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_float_input_layers_take_the_best_of_all_candidates_by_channel(
+    model, records, tiny_recipe, rounds: int
+) -> None:
+    """The min-max scale itself competes; without rounds it stays. The loss is the squared error of the weight."""
+    recipe = tiny_recipe("paper", "w4a8", rounds=rounds)
+    name = "transformer_blocks.1.norm1.linear.weight"
+    found = solution_of(model, records, recipe).params[name]
+    values, bits = model.state_dict()[name], found.spec.bits
+    minmax = values.abs().amax(1) / (2 ** (bits - 1) - 1)
+    factors = [1.0, *torch.linspace(recipe.low, recipe.high, recipe.candidates).tolist()] if rounds else [1.0]
+    scales = torch.stack([minmax * factor for factor in factors])
+    errors = [(coded(values, scale, bits) * scale[:, None] - values).square().sum(1) for scale in scales]
+    best = torch.stack(errors).argmin(0)
+    assert torch.allclose(found.scale[0], scales.gather(0, best[None])[0], rtol=1e-6)
+    assert found.scale.shape == (1, len(values))
+
+
+def test_attention_is_searched_on_its_float_scores_and_probabilities(model, records, solved, tiny_recipe) -> None:
+    """P = softmax(Q K^T / sqrt d) over the keys, V as recorded, and weights at each matmul's own output."""
+    recipe, solution = tiny_recipe("paper", "w6a6"), solved("paper", "w6a6")
+    block = blocks(model.config)[0]
+    record = records.attentions[block.attention]
+    specs = {site.role: site for site in sites(model.config, recipe) if site.name.startswith(block.attention)}
+
+    def operand(role: Role, values: torch.Tensor) -> operands.Operand:
+        ranges = records.ranges[block.operand(role)]
+        return operands.activation(
+            specs[role], values, record.group, ranges.over_units() if role is Role.SOFTMAX else ranges
+        )
+
+    p = torch.einsum("shqd,shkd->shqk", record.q, record.k).mul(record.q.shape[-1] ** -0.5).softmax(-1)
+    of_values = MatmulObjective.of(objectives.values, p, record.v, record.fisher_values)
+    of_scores = MatmulObjective.of(objectives.scores, record.q, record.k, record.fisher_scores)
+    for objective, left, right in (
+        (of_scores, operand(Role.QUERY, record.q), operand(Role.KEY, record.k)),
+        (of_values, operand(Role.SOFTMAX, p), operand(Role.VALUE, record.v)),
+    ):
+        for expected in alternating.alternate(objective, left, right, recipe)[:2]:
+            assert torch.allclose(solution.params[expected.spec.name].scale, expected.scale), expected.spec.name
+
+
+def test_weights_of_half_precision_are_solved_as_their_fp32_values(tiny_dit, records, tiny_recipe) -> None:
+    recipe = tiny_recipe("plus", "w4a8", rounds=1, candidates=4)
+    half = tiny_dit().bfloat16()
+    rounded = tiny_dit().bfloat16().float()
+    solution = solution_of(half, records, recipe)
+    assert_identical(solution, solution_of(rounded, records, recipe))
+    assert {tensor.dtype for tensor in solution.floats.values()} == {torch.float32}
+
+
+def test_matmuls_that_a_store_has_are_not_solved_again(model, records, tiny_recipe, monkeypatch) -> None:
+    pieces: dict[str, InMemory] = {}
+
+    class Kept(Forgetful):
+        def once(self, name, make):
+            if name not in pieces:
+                pieces[name] = InMemory(make())
+            return pieces[name]
+
+    recipe = tiny_recipe(rounds=0)
+    first = solve(model, records, recipe, GROUPS, {"a": 1}, store=Kept())
+    monkeypatch.setattr(solver, "alternate", None)
+    again = solve(model, records, recipe, GROUPS, {"a": 1}, store=Kept())
+    assert_identical(first, again)
+    assert again.provenance == {"a": 1}
+    assert again.time_groups == GROUPS
+    assert len(pieces) == 2 * 6 + len(
+        [name for name in first.codes if first.params[name].spec.role is Role.WEIGHT_ONLY]
+    )
+    told: list[float] = []
+    solve(model, records, recipe, GROUPS, {}, told.append, Kept())
+    assert told == pytest.approx([(i + 1) / len(pieces) for i in range(len(pieces))])
 
 
 # Choice of the grid ------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import campaign
 import corruption
 import readers
 
-SHORT, LONG = 50, 2000
+SHORT, LONG = 60, 2000
 
 
 @pytest.fixture(scope="module")

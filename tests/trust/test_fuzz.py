@@ -23,12 +23,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fuzz.Target]:
     return fuzz.targets(tmp_path_factory.mktemp("models"))
 
 
-UNMENDED = ("recipe file", "bits", "class names", "class lists", "packing", "checkpoint")  # readers being mended
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.xfail(strict=False)] * (name in UNMENDED)) for name in NAMES]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_few_inputs(made: dict, tmp_path: Path, name: str) -> None:
     (counts,) = fuzz.run({name: made[name]}, tmp_path, count=SHORT).values()
     assert not counts["failed"], json.dumps(counts["failures"], indent=1)

@@ -10,10 +10,12 @@ from torch import nn
 
 from tqdit.distributed import batches
 from tqdit.errors import InputError
-from tqdit.files import write_bytes
+from tqdit.files import CONFIG, read_json, write_bytes
 from tqdit.models.components import check_vae
 from tqdit.models.sampler import Progress, Sampling, noise_generators, trajectory
 from tqdit.reading import check_regular
+
+MOST_LAYERS, MOST_CHANNELS = 64, 2**14  # of a block of a decoder; published ones have 2 to 4, and 512
 
 
 def sample_batches(
@@ -103,6 +105,7 @@ def _autoencoder(folder: Path) -> Any:
     for path in sorted(folder.iterdir()):
         if path.suffix in (".json", ".safetensors"):
             check_regular(path)
+    _check_depth(folder)
     try:
         vae, notes = AutoencoderKL.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # whatever diffusers runs into when a config has another type than it expects
@@ -112,6 +115,16 @@ def _autoencoder(folder: Path) -> Any:
         if keys := sorted(map(str, notes[problem])):
             raise InputError(f"{folder}: weights and config do not fit: {problem.replace('_', ' ')}: {keys[0]}")
     return vae
+
+
+def _check_depth(folder: Path) -> None:
+    """`InputError` for a config of more layers or channels than any decoder has: building them could take for ever."""
+    config = read_json(folder / CONFIG)
+    layers, channels = config.get("layers_per_block", 1), config.get("block_out_channels", [])
+    if type(layers) is not int or not 1 <= layers <= MOST_LAYERS:
+        raise InputError(f"{folder / CONFIG} has layers_per_block = {layers!r}; it must be from 1 to {MOST_LAYERS}")
+    if not isinstance(channels, list) or any(type(c) is not int or not 1 <= c <= MOST_CHANNELS for c in channels):
+        raise InputError(f"{folder / CONFIG} has block_out_channels that are not from 1 to {MOST_CHANNELS}")
 
 
 def to_pixels(latents: torch.Tensor, vae_folder: Path | None) -> torch.Tensor:

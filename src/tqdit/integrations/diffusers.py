@@ -16,7 +16,7 @@ from torch import nn
 
 from tqdit import artifact, tensors
 from tqdit.errors import InputError
-from tqdit.files import CONFIG, MANIFEST, QUANT_METHOD, TRANSFORMER
+from tqdit.files import CONFIG, QUANT_METHOD
 from tqdit.isolation import isolated
 from tqdit.models.sites import FREQUENCY_SHIFT
 
@@ -116,10 +116,8 @@ class TQDiTQuantizer(DiffusersQuantizer):
         `InputError` if a file beside the weights, or in the pipeline around them, is not as its seal says.
         """
         self._keys = list(loaded_keys)
-        self._folder = folder = Path(checkpoint_files[0]).parent
-        for sealed in (folder, folder.parent) if folder.name == TRANSFORMER else (folder,):
-            if (sealed / MANIFEST).is_file():
-                artifact._check_seal(sealed)
+        self._folder = Path(checkpoint_files[0]).parent
+        artifact.check_seal(self._folder)
         return loaded_keys
 
     def check_if_quantized_param(self, *_: Any, **__: Any) -> bool:
@@ -152,7 +150,11 @@ class TQDiTQuantizer(DiffusersQuantizer):
         config = {**model.config, tensors.QUANTIZATION: self.quantization_config.to_dict()}
         found, self._found = self._found, {}
         model._modules.clear()
-        built = convert(tensors.unpack(found, config, self._folder), device=self._device)
+        solution = tensors.unpack(found, config, self._folder)
+        try:
+            built = convert(solution, device=self._device)
+        except InputError as error:
+            raise InputError(f"{self._folder}: {error}") from None
         make_integer(model).adopt(built).io_dtype = self._dtype
 
     @property

@@ -43,7 +43,7 @@ class _NoWeight(torch.Tensor):
     """The weight of a slot: shape, dtype and device without values. Reading or writing them is an `InputError`."""
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         raise InputError(
             "integer layers have no weights that an adapter could be merged into or start from, as merging, DoRA and"
             " PiSSA need: let plain LoRA run beside them, or merge it into the float model and quantize that"

@@ -38,7 +38,7 @@ class _SameAsDiffusers(type):
         return hash(DiTTransformer2DModel)
 
 
-class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDiffusers):
+class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDiffusers):  # type: ignore[metaclass]
     """diffusers' transformer, its blocks, conditioning and call in integers; `convert` makes it."""
 
     solution: Solution  # its codes are those of the layers
@@ -73,7 +73,7 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
             new = fn(x)
             return new if new.dtype == x.dtype else x.to(new.device)
 
-        nn.Module._apply(self, moved, recurse)  # type: ignore[arg-type]
+        nn.Module._apply(self, moved, recurse)
         return self
 
     def adopt(self, other: nn.Module) -> Self:

@@ -23,6 +23,7 @@ SIZES = (
 )  # fmt: skip
 MAX_SIZE = 2**20  # of each of them: a list of so many layers or classes still is no burden
 MAX_TOKENS = 2**16  # 4096 pixels at DiT's /2: the table of positions is computed, so no file bounds it
+MAX_EPS = 3e38
 SETTINGS = {"activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero", "norm_elementwise_affine": False}
 
 
@@ -123,6 +124,9 @@ def check_supported(config: Mapping[str, Any]) -> None:
     shift = config.get(FREQUENCY_SHIFT, 1)
     if type(shift) is not int or shift not in (0, 1):
         raise InputError(f"model config has {FREQUENCY_SHIFT} = {shift!r}; it must be 0 or 1")
+    eps = config.get("norm_eps", 1e-5)
+    if type(eps) not in (int, float) or not 0 < eps < MAX_EPS:
+        raise InputError(f"model config has norm_eps = {str(eps)[:40]}; it must be a positive number that fp32 holds")
     if config["sample_size"] % config["patch_size"]:
         raise InputError(
             f"model config has sample_size = {config['sample_size']}, not a multiple of patch_size = "

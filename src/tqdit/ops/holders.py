@@ -47,7 +47,7 @@ class FixedDtype(Watched, Untrainable):
             new = fn(x)
             return new if new.dtype == x.dtype else x.to(new.device)
 
-        return super()._apply(moved, recurse)  # type: ignore[arg-type]
+        return super()._apply(moved, recurse)
 
     def _load_from_state_dict(
         self,

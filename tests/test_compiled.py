@@ -1,0 +1,102 @@
+"""torch.compile and torch.export on CPUs: the whole model, timestep and class still data, the same result.
+
+Through "eager" and "aot_eager" everything is computed as in a plain call, so results are equal. Inductor rounds the
+few float operations between the kernels in its own order: a code may fall on the other side of a rounding boundary.
+"""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tqdit.convert import convert
+from tqdit.evaluation.metrics import sqnr_db
+
+BOUND_DB = 45.0  # through Inductor
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> None:
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def calls(model_inputs) -> list[dict[str, torch.Tensor]]:
+    """Two calls with other states, time groups and classes."""
+    first = {name: x[:2] for name, x in model_inputs.items()}
+    second = {name: x[2:4] for name, x in model_inputs.items()}
+    return [first, second | {"timestep": 999 - first["timestep"]}]
+
+
+def run(model: nn.Module, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**given, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_compiles_whole_and_for_every_timestep(solved, calls, backend: str) -> None:
+    model = convert(solved("plus"), backend)
+    expected = [run(model, given) for given in calls]
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(run(compiled, calls[0]), expected[0])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(run(compiled, calls[1]), expected[1])
+
+
+def test_blocks_compile_once_for_all_of_them_and_for_all_threads(solved, calls) -> None:
+    """The clock and the conditioning of a call are those of its thread, in compiled code as well."""
+    model = convert(solved("plus"), "cpu")
+    expected = [run(model, given) for given in calls]
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert torch.equal(run(model, calls[0]), expected[0])
+    wrong = []
+
+    def check(which: int) -> None:
+        wrong.extend(i for i in range(10) if not torch.equal(run(model, calls[which]), expected[which]))
+
+    threads = [threading.Thread(target=check, args=(which,)) for which in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert torch.equal(run(model, calls[1]), expected[1])
+
+
+@pytest.mark.slow
+def test_inductor_is_within_the_bound(solved, calls) -> None:
+    model = convert(solved("plus"), "cpu")
+    expected = [run(model, given) for given in calls]
+    compiled = torch.compile(model, fullgraph=True)
+    assert all(sqnr_db(a, run(compiled, given)) > BOUND_DB for a, given in zip(expected, calls, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_an_exported_program_is_the_model(solved, calls, backend: str, tmp_path: Path) -> None:
+    """For every batch size, timestep and class; also when it was saved and loaded, and under autocast."""
+    model = convert(solved("plus"), backend)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    shapes = {name: {0: batch} for name in calls[0]} | {"return_dict": None}
+    program = torch.export.export(model, (), {**calls[0], "return_dict": False}, dynamic_shapes=shapes)
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    many = {name: torch.cat([given[name] for given in calls]) for name in calls[0]}
+    for given in (*calls, many):
+        expected = run(model, given)
+        assert torch.equal(run(program.module(), given), expected)
+        assert torch.equal(run(loaded, given), expected)
+    assert torch.equal(run(model, calls[1]), run(loaded, calls[1]))  # the model is as it was
+
+
+def test_nothing_of_a_call_stays_with_its_thread(solved, calls) -> None:
+    model = convert(solved("plus"), "cpu")
+    for _ in range(3):
+        thread = threading.Thread(target=run, args=(model, calls[0]))
+        thread.start()
+        thread.join()
+    run(model, calls[0])
+    assert model.clock.group is None
+    assert model.conditioning._now.call is None
+    assert not any(isinstance(value, dict) and value for value in vars(model.clock._now).values())
