@@ -90,8 +90,8 @@ def _(codes, weight, kind, heads, operands, kinds):  # type: ignore[no-untyped-d
 
 @custom_op("tqdit_cpu::attention", mutates_args=())
 def attention(qkv: Tensor, heads: int, operands: list[Tensor], kinds: list[int]) -> Tensor:
-    *parts, target = _operands(operands, kinds)
-    return fused.attention(qkv, AttentionParams(*parts, heads), target)
+    query, key, value, softmax, target = _operands(operands, kinds)
+    return fused.attention(qkv, AttentionParams(query, key, value, softmax, heads), target)
 
 
 @attention.register_fake
