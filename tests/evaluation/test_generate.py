@@ -52,7 +52,5 @@ def test_grid_is_a_png(tmp_path, channels: int, mode: str) -> None:
 
 
 def test_states_that_are_no_numbers_are_no_images(model, scheduler_config) -> None:
-    with pytest.raises(
-        InputError, match="NaN or Inf in 2 of 2 images, first in image 3; check the guidance"
-    ):
+    with pytest.raises(InputError, match="NaN or Inf in 2 of 2 images, first in image 3; check the guidance"):
         sample_latents(model, scheduler_config, [1, 2], Sampling("ddim", 2, 1e38), seed=0, first=3)
