@@ -28,8 +28,9 @@ torch.set_num_threads(2)
 SHAPES = [(1, 16, 1, 2, 6), (3, 24, 4, 2, 10), (2, 40, 3, 1, 9), (1, 72, 4, 2, 14)]
 calls = 0
 for heads, dim, channels, patch, side in SHAPES:
-    config = dict(num_attention_heads=heads, attention_head_dim=dim, in_channels=channels, out_channels=2 * channels,
-                  num_layers=1, sample_size=side, patch_size=patch, num_embeds_ada_norm=5, norm_eps=1e-6)
+    config = dict(_class_name="DiTTransformer2DModel", num_layers=1, num_attention_heads=heads,
+                  attention_head_dim=dim, in_channels=channels, out_channels=2 * channels,
+                  sample_size=side, patch_size=patch, num_embeds_ada_norm=5, norm_eps=1e-6)
     for preset, bits in (("plus", "w8a8"), ("paper", "w6a6")):
         model = convert(random_solution(config, Recipe.build(preset, bits)), "cpu")
         for batch in (1, 2, 3):
