@@ -199,7 +199,7 @@ def test_resumable_continues_what_was_interrupted(
         (["compare", "{pipeline}", "{artifact}", "--json", "empty"], "is a folder"),
         (["inspect", "{artifact}", "--json", "empty"], "is a folder"),
         (["quantize", "{pipeline}", "-o", "{artifact}/tqdit.json/out"], "tqdit.json is not a folder"),
-        (["demo", "-o", "{artifact}/tqdit.json"], "tqdit.json is not a folder"),
+        (["demo", "-o", "{artifact}/tqdit.json"], "is inside the artifact"),
         (["compare", "{pipeline}", "{pipeline}"], "not quantized"),
         (["compare", "{artifact}", "{artifact}"], "already quantized"),
         (["inspect", "{pipeline}"], "not quantized"),

@@ -19,13 +19,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-TESTS = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(TESTS))
+from tqdit import artifact, tensors, workflow
+from tqdit.convert import convert
+from tqdit.spec import Solution
 
-from conftest import build_dit, build_recipe, write_pipeline  # noqa: E402
-from tqdit import artifact, tensors, workflow  # noqa: E402
-from tqdit.convert import convert  # noqa: E402
-from tqdit.spec import Solution  # noqa: E402
+TESTS = Path(__file__).resolve().parent.parent
 
 SHARD_BYTES = 30_000
 ARTIFACTS = {"pipeline": ("plus", "w6a6", {"softmax_grid": "mrq"}), "plain": ("paper", "w8a8", {})}
@@ -52,6 +50,9 @@ def digests(solution: Solution) -> dict[str, str]:
 
 
 def main() -> None:
+    sys.path.insert(0, str(TESTS))
+    from conftest import build_dit, build_recipe, write_pipeline
+
     torch.set_num_threads(1)
     root = Path(__file__).resolve().parent / f"format-{tensors.FORMAT_VERSION}"
     root.mkdir()  # refuses to make one again

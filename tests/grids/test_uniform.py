@@ -167,6 +167,6 @@ def test_half_precision_values_are_divided_in_fp32(dtype: torch.dtype) -> None:
 
 
 def test_scales_are_fp32() -> None:
-    scale = uniform.checked_scale(torch.tensor([0.1, 3.0], dtype=torch.float64), "s")
+    scale = uniform.scale_of(torch.tensor([0.1, 3.0], dtype=torch.float64), "s")
     assert scale.dtype is torch.float32
     assert scale.tolist() == torch.tensor([0.1, 3.0]).tolist()

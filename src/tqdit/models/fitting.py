@@ -70,9 +70,6 @@ def _check_sizes(config: Mapping[str, Any], solution: Solution) -> None:
         )
     if PATCHES not in solution.codes:
         raise InputError(f"the solution has no codes for weight site '{PATCHES}'")
-    epsilon = config.get("norm_eps", 1e-5)
-    if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
-        raise InputError(f"the config has norm_eps = {epsilon!r}; it must be a number from 0 to 1")
     side = config["patch_size"]
     _check_shape(PATCHES, solution.codes[PATCHES], (width(config), config["in_channels"], side, side))
 
