@@ -4,15 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := $(VENV)/.runs
 READY := $(VENV)/.ready
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-trust lint clean
+.PHONY: demo test test-all test-trust lint clean
 
 demo: $(RUNS)
 	@echo "The demo takes about five minutes on two cores."
 	$(BIN)/tqdit demo --out build/demo
 
 test: lint
-	$(BIN)/pytest
+	$(PYTEST)
+
+# Also what takes half a minute of a processor or more: compiling every kernel, training, full-size runs.
+test-all: lint
+	$(PYTEST) -m "not trust"
 
 # Damage, kills, races and fuzzing at length: a quarter of an hour, more with TQDIT_TRUST_MINUTES.
 test-trust: $(READY)

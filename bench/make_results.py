@@ -1,4 +1,4 @@
-"""Write docs/results.md and the README's table from the committed result files; `--check` only compares.
+"""Write docs/results.md, docs/any-input.md and the README's table from the committed result files; `--check` only compares.
 
 python bench/make_results.py
 """
@@ -16,6 +16,7 @@ from gpu_pages import gpu_speed, readme_gpu_speed
 from pages import ROOT, environment, read, table
 from scale_pages import calibration_scale
 from speed_pages import cpu_speed, readme_speed
+from trust_pages import any_input
 
 START, END = "<!-- results: written by bench/make_results.py -->", "<!-- end of results -->"
 DTYPES = ("fp32", "bf16")
@@ -43,6 +44,7 @@ def pages() -> dict[Path, str]:
     parts = [_readme_table(methods, cost), readme_speed(), readme_gpu_speed()]
     return {
         ROOT / "docs" / "results.md": _results(training, methods, cost),
+        ROOT / "docs" / "any-input.md": any_input(),
         readme: "".join([before, START, "\n", "\n\n".join(parts), "\n", END, after]),
     }
 

@@ -86,6 +86,7 @@ def test_a_random_model(go: Callable[..., list[dict[str, Any]]], tmp_path: Path)
     assert pipeline.vae.config.latent_channels == 4
 
 
+@pytest.mark.long
 def test_a_trained_model_beside_it(go: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
     (tmp_path / "out.json").write_text('{"runs": [{"model": "another", "weights": "random"}]}')
     other, run = go(*BUNDLED, "--bits", "w6a6")
@@ -108,6 +109,7 @@ def check_rows(rows: list[dict[str, Any]], bits: tuple[str, ...]) -> None:
     assert sizes[0] < 0.31
 
 
+@pytest.mark.long
 def test_a_run_that_is_cut_keeps_what_it_has(
     go: Callable[..., list[dict[str, Any]]], script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

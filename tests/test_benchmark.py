@@ -364,7 +364,7 @@ def test_best_of_nothing() -> None:
     assert math.isnan(contest.best_of([], "float32"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_baselines_for_real(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One layer, compiled, in a child process too: the compiler is imported, so it is not in the memory."""
     monkeypatch.undo()

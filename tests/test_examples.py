@@ -38,7 +38,7 @@ def write_split(folder: Path, split: str, count: int) -> None:
     (folder / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(struct.pack(">II", 2049, count) + labels))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: ModuleType) -> None:
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)  # would outlive the test
     monkeypatch.setattr(script, "BUNDLED", replace(script.BUNDLED, batch=2))

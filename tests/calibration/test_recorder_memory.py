@@ -38,7 +38,7 @@ def test_a_batch_leaves_one_piece_of_memory(model, data, tiny_recipe) -> None:
         assert storage.nbytes() == pytest.approx(sum(tensor.nbytes for tensor in tensors), rel=0.2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not STATUS.is_file(), reason="the peak of a process is in /proc on Linux")
 def test_a_process_grows_by_what_it_keeps() -> None:
     """In a process of its own, whose heap is as calibration leaves it. After the first batch, only records are new."""

@@ -51,7 +51,7 @@ def every_candidate() -> list[tuple[str, Config]]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_candidate_compiles_without_spills(tmp_path: Path) -> None:
     """For sm_90a, with the compilers that Triton brings; no GPU is needed."""
     asked = [(epilogue, c.block_m, c.block_n, c.stages, c.piece) for epilogue, c in every_candidate()]

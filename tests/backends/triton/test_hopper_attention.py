@@ -39,7 +39,7 @@ def four_processors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     candidates.hopper_attention.cache_clear()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kernels_of_dit_xl_compile(four_processors, tmp_path: Path) -> None:
     """For sm_90a, at 256 and 1024 tokens and two other shapes: no products one after another, few spills."""
     asked = [

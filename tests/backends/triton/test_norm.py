@@ -59,7 +59,7 @@ def test_candidates() -> None:
     assert any(config.stages > 1 < config.blocks for config in candidates.norm(MANY, WIDTH))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_candidates_compile_without_spills(tmp_path: Path) -> None:
     pytest.importorskip("triton.experimental.gluon")
     found = compiled_for_hopper("norm", [(s, WIDTH, list(c)) for s in ("fp32", "bf16") for c in CANDIDATES], tmp_path)
