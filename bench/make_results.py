@@ -1,4 +1,4 @@
-"""Write docs/results.md, docs/any-input.md and the README's table from the committed result files; `--check` only compares.
+"""Write docs/results.md, docs/any-input.md and the README's table from the result files; `--check` only compares.
 
 python bench/make_results.py
 """

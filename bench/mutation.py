@@ -44,7 +44,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "search/alternating": SEARCH,
     "search/solver": ("tests/search/test_solver.py",),
     "tensors": ("tests/test_artifact.py", "tests/test_artifact_forged.py"),
-    "models/sampler": ("tests/models/test_sampler.py",),
+    "models/sampler": ("tests/models/test_sampler.py", "tests/models/test_sources.py"),
     "ops/reference": ("tests/ops/test_reference.py",),
 }
 SKIPPED = {"search/alternating": ("loss_of_steps",)}  # its kernels are for GPUs

@@ -12,8 +12,8 @@ def any_input() -> str:
             "",
             "Written by `python bench/make_results.py` from the files in `bench/results/`; not edited by hand.",
             "",
-            "Every situation here ends in the right result, or in one line that names what is wrong, before any long work.",
-            "Nothing is lost or half written. `make test` has a short form of each part.",
+            "Every situation here ends in the right result, or in one line that names what is wrong, before any long",
+            "work. Nothing is lost or half written. `make test` has a short form of each part.",
             "",
             *_situations(read("cases")),
             *_trust(read("trust")),
@@ -30,8 +30,8 @@ def _situations(run: dict[str, Any]) -> list[str]:
         "## Situations from public bug reports",
         "",
         f"`python bench/cases --json bench/results/cases.json` on {environment(run['environment'])}: "
-        f"{right} of {len(rows)} right. A decibel figure is the signal-to-noise ratio against the float model, or, where "
-        "the row is about exactness, against the same model called plainly.",
+        f"{right} of {len(rows)} right. A decibel figure is the signal-to-noise ratio against the float model, or, "
+        "where the row is about exactness, against the same model called plainly.",
         "",
         table(["situation", "", "what happens"], rows),
         "",
@@ -46,9 +46,9 @@ def _trust(run: dict[str, Any]) -> list[str]:
     lines = [
         "## Damage, kills, races and random input",
         "",
-        f"`make test-trust` on {environment(run['environment'])}. A failure is an output that is neither the old nor the "
-        "new one, an error that is no `InputError`, damage that changes the result unnoticed, a hang, or a process that "
-        "dies.",
+        f"`make test-trust` on {environment(run['environment'])}. A failure is an output that is neither the old nor "
+        "the new one, an error that is no `InputError`, damage that changes the result unnoticed, a hang, or a process "
+        "that dies.",
         "",
     ]
     for name, suite in run["suites"].items():
@@ -71,13 +71,13 @@ NAMES = {
     "sanitizer": "CPU kernels under AddressSanitizer",
 }
 EXPLAINED = {
-    "SIGKILL": "Each step that writes is killed before each of its file-system calls. The output is then the old or the "
-    "new one, whole, and the next run leaves nothing else behind.",
+    "SIGKILL": "Each step that writes is killed before each of its file-system calls. The output is then the old or "
+    "the new one, whole, and the next run leaves nothing else behind.",
     "SIGINT": "The same with Ctrl-C.",
     "races": "Two processes write one output. One wins, the other says so.",
     "fuzz": "Each input is accepted, or refused by an `InputError`.",
-    "damage": "Truncated, flipped, edited, exchanged and missing files; forged ones with every hash made right again. An "
-    "artifact is refused in one line, or gives the same pixels; a forgery of legal values gives what its values say "
+    "damage": "Truncated, flipped, edited, exchanged and missing files; forged ones with every hash made right again. "
+    "An artifact is refused in one line, or gives the same pixels; a forgery of legal values gives what its values say "
     "(`legal`).",
     "damage, diffusers": "The same through `DiTPipeline.from_pretrained` and `DiTTransformer2DModel.from_pretrained`, "
     "which read a part of the files before we do.",
@@ -94,9 +94,9 @@ def _mutation(run: dict[str, Any]) -> list[str]:
     return [
         "## Small faults that the tests find",
         "",
-        f"`{run['command']}`: {killed} of {mutants} mutants killed, {100 * killed / mutants:.1f} %. A mutant is one small "
-        "fault in a module; it is killed if a test of the module fails. `possible`: all that there are; mutants that "
-        "change nothing are left out, each with a reason, in `bench/equivalent_mutants.py`.",
+        f"`{run['command']}`: {killed} of {mutants} mutants killed, {100 * killed / mutants:.1f} %. A mutant is one "
+        "small fault in a module; it is killed if a test of the module fails. `possible`: all that there are; mutants "
+        "that change nothing are left out, each with a reason, in `bench/equivalent_mutants.py`.",
         "",
         table(["module", "possible", "tried", "killed", "score"], rows),
         "",
