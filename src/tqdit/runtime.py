@@ -11,11 +11,11 @@ from torch import nn
 
 from tqdit.capture import Captured
 from tqdit.inputs import Inputs
+from tqdit.isolation import without_autocast
 from tqdit.layers.block import IntBlock
 from tqdit.layers.clock import TimestepClock
 from tqdit.layers.conditioning import Conditioning
 from tqdit.modules import Watched
-from tqdit.ops.autocast import without_autocast
 
 MAX_GRAPHS = 16  # of different batch sizes and shapes; the one that was not used for longest goes first
 
@@ -71,7 +71,7 @@ class Runtime(nn.Module):
         """
         t, labels = self.inputs.conditions(x, timestep, labels)
         run = self._replayed if self._graphable(x) and not self._changing(blocks) else self._eager
-        with without_gradients(), without_autocast(x.device):
+        with without_gradients(), without_autocast(x.device.type):
             return run(forward, x, t, labels)
 
     def _graphable(self, x: torch.Tensor) -> bool:

@@ -15,8 +15,8 @@ from tqdit.backends import fused, native, onednn, operators, panels
 from tqdit.backends.onednn import SIGN, PackedLinear, PackedWeight
 from tqdit.backends.panels import PanelLinear
 from tqdit.grids.regions import sign
+from tqdit.isolation import without_autocast
 from tqdit.ops import reference
-from tqdit.ops.autocast import without_autocast
 from tqdit.ops.composed import Composed
 from tqdit.ops.holders import LinearCodes
 from tqdit.ops.schema import AttentionParams, OperandParams, WeightParams
@@ -51,7 +51,7 @@ class TorchCpu(Composed):
 
     def float_input_linear(self, x: torch.Tensor, layer: LinearCodes) -> torch.Tensor:
         rows = layer.codes.split(WEIGHT_ROWS)
-        with without_autocast(x.device):
+        with without_autocast(x.device.type):
             out = torch.cat([torch.matmul(x.float(), part.float().t()) for part in rows], dim=-1).mul_(layer.scale)
         return out if layer.bias is None else out.add_(layer.bias)
 

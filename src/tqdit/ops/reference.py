@@ -10,7 +10,7 @@ import torch
 from torch.library import custom_op
 
 from tqdit.grids.regions import sign
-from tqdit.ops.autocast import without_autocast
+from tqdit.isolation import without_autocast
 from tqdit.ops.composed import Composed
 from tqdit.ops.holders import LinearCodes
 from tqdit.ops.schema import OperandParams, WeightParams
@@ -36,7 +36,7 @@ def _int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     k = a.shape[-1]
     if b.ndim == 2 and _has_int8_kernel(a.numel() // k, k, b.shape[1], a.device):
         return torch._int_mm(a.reshape(-1, k), b).reshape(*a.shape[:-1], b.shape[-1])
-    with without_autocast(a.device):
+    with without_autocast(a.device.type):
         if k <= EXACT_FP32:
             return torch.matmul(a.float(), b.float()).to(torch.int32)
         if b.ndim > 2:
@@ -133,7 +133,7 @@ def values(p: torch.Tensor, p_params: OperandParams, v: torch.Tensor, v_params: 
 
 def weight_only_linear(x: torch.Tensor, weight: WeightParams, bias: torch.Tensor | None) -> torch.Tensor:
     """(x codes^T) s_w + bias: float activations on integer weights, fp32."""
-    with without_autocast(x.device):
+    with without_autocast(x.device.type):
         out = torch.matmul(x.float(), weight.codes.float().t()) * weight.scale
     return out if bias is None else out + bias
 

@@ -7,7 +7,7 @@ Its fp32 sums differ from the exact ones by at most gamma_K = (K + 4) 2^-24 time
 import torch
 from torch.nn import functional as F
 
-from tqdit.ops.autocast import without_autocast
+from tqdit.isolation import without_autocast
 from tqdit.ops.composed import Composed
 from tqdit.ops.holders import LinearCodes
 from tqdit.ops.quantizer import dequantize
@@ -20,7 +20,7 @@ def _weight(weight: WeightParams) -> torch.Tensor:
 
 def linear(codes: torch.Tensor, params: OperandParams, weight: WeightParams, bias: torch.Tensor | None) -> torch.Tensor:
     """x W^T + bias on dequantized operands."""
-    with without_autocast(codes.device):
+    with without_autocast(codes.device.type):
         return F.linear(dequantize(codes, params), _weight(weight), bias)
 
 
@@ -28,19 +28,19 @@ def scores(
     q: torch.Tensor, q_params: OperandParams, k: torch.Tensor, k_params: OperandParams, factor: float
 ) -> torch.Tensor:
     """factor * Q K^T on dequantized operands."""
-    with without_autocast(q.device):
+    with without_autocast(q.device.type):
         return torch.matmul(dequantize(q, q_params), dequantize(k, k_params).transpose(-1, -2)) * factor
 
 
 def values(p: torch.Tensor, p_params: OperandParams, v: torch.Tensor, v_params: OperandParams) -> torch.Tensor:
     """P V on dequantized operands."""
-    with without_autocast(p.device):
+    with without_autocast(p.device.type):
         return torch.matmul(dequantize(p, p_params), dequantize(v, v_params))
 
 
 def weight_only_linear(x: torch.Tensor, weight: WeightParams, bias: torch.Tensor | None) -> torch.Tensor:
     """x W^T + bias with the dequantized weight."""
-    with without_autocast(x.device):
+    with without_autocast(x.device.type):
         return F.linear(x.float(), _weight(weight), bias)
 
 
