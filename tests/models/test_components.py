@@ -69,6 +69,39 @@ def test_pickled_weights_alone_are_refused_before_any_work(whole, tiny_recipe) -
     assert copied_anyway.is_file()
 
 
+@pytest.mark.parametrize(
+    "config", [{"_class_name": "AutoencoderKL"}, {"model_type": "t5", "architectures": ["T5EncoderModel"]}]
+)
+def test_a_model_without_weights_is_refused(whole, config: dict) -> None:
+    (whole / "extra").mkdir()
+    (whole / "extra" / "config.json").write_text(json.dumps(config))
+    edit_index(whole, extra=["some_library", "SomeModel"])
+    with pytest.raises(InputError, match=r"extra is of a model \((AutoencoderKL|T5EncoderModel)\), but has no"):
+        resolve(whole).check_components()
+
+
+def test_a_part_that_needs_no_weights_is_copied(solved, whole) -> None:
+    (whole / "tokenizer").mkdir()
+    (whole / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    (whole / "tokenizer" / "merges.txt").write_text("a b")
+    edit_index(whole, tokenizer=["transformers", "CLIPTokenizer"])
+    assert (copied(solved, whole) / "tokenizer" / "merges.txt").is_file()
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_vae_that_the_index_does_not_name_is_checked_as_well(whole, indexed: bool) -> None:
+    path = whole / "model_index.json"
+    path.write_text(json.dumps({"_class_name": "DiTPipeline"})) if indexed else path.unlink()
+    os.mkfifo(whole / "vae" / "notes.txt")
+    with pytest.raises(InputError, match=r"notes\.txt is not a regular file"):
+        resolve(whole).check_components()
+    (whole / "vae" / "notes.txt").unlink()
+    weights = whole / "vae" / VAE_WEIGHTS
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(InputError, match="vae has only pickled weights"):
+        resolve(whole).check_components()
+
+
 def test_pickled_weights_beside_others_are_left_out(solved, whole) -> None:
     weights = whole / "vae" / VAE_WEIGHTS
     torch.save(load_file(weights), weights.with_suffix(".bin"))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from tqdit.errors import InputError
 from tqdit.models.hub import is_id
@@ -15,8 +16,8 @@ def asked(monkeypatch, pipeline) -> list[tuple[str, list[str]]]:
     """The downloads asked for; each gives the tiny pipeline."""
     calls: list[tuple[str, list[str]]] = []
 
-    def snapshot_download(repo_id: str, *, allow_patterns: list[str]) -> str:
-        calls.append((repo_id, allow_patterns))
+    def snapshot_download(repo_id: str, *, ignore_patterns: list[str]) -> str:
+        calls.append((repo_id, ignore_patterns))
         return str(pipeline)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
@@ -35,10 +36,26 @@ def test_what_is_no_id(model: str) -> None:
 
 def test_a_model_of_the_hub(asked, model) -> None:
     source = resolve("someone/tiny-hub-dit")
-    assert asked == [("someone/tiny-hub-dit", ["*.json", "*.safetensors"])]
+    assert [repo for repo, _ in asked] == ["someone/tiny-hub-dit"]
     assert source.name == "tiny-hub-dit"
     assert source.labels[3] == "class 3"
     assert weights_hash(load_float(source)) == weights_hash(model)
+
+
+def test_a_download_has_every_part_of_a_pipeline_but_pickles(asked) -> None:
+    resolve("someone/tiny-hub-dit")
+    left_out = asked[0][1]
+    parts = ["model_index.json", "my_dit.py", "tokenizer/merges.txt", "tokenizer/spiece.model", "vae/x.safetensors"]
+    others = ["vae/diffusion_pytorch_model.bin", "a.ckpt", "DiT.pt", "unet/model.onnx", "flax_model.msgpack", "x.png"]
+    assert list(filter_repo_objects([*parts, *others], ignore_patterns=left_out)) == parts
+
+
+def test_a_part_whose_weights_are_left_out_is_refused(own_pipeline, monkeypatch) -> None:
+    (own_pipeline / "vae").mkdir()
+    (own_pipeline / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(own_pipeline))
+    with pytest.raises(InputError, match=r"vae is of a model \(AutoencoderKL\), but has no \.safetensors weights"):
+        resolve("someone/tiny-hub-dit").check_components()
 
 
 def test_what_is_here_wins(asked, pipeline, tmp_path, monkeypatch) -> None:

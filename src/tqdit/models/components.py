@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdit.errors import InputError
-from tqdit.files import CONFIG, TRANSFORMER, read_json
+from tqdit.files import CONFIG, TRANSFORMER, is_there, read_json
 from tqdit.reading import check_regular
 
 SCHEDULER_PART = "scheduler"
@@ -31,17 +31,17 @@ def names(index: Mapping[str, Any]) -> Iterator[str]:
             yield name
 
 
-def check(root: Path, index: Mapping[str, Any]) -> None:
-    """Raise `InputError` for a component that could not be copied; `index` is model_index.json."""
-    for name in names(index):
+def check(root: Path, index: Mapping[str, Any], vae: Path | None = None) -> None:
+    """Raise `InputError` for a component that could not be copied; `index` is model_index.json, `vae` as in `copy`."""
+    for name, folder in _sources(root, index, vae).items():
         if Path(name).name != name:
             raise InputError(f"{root} names the component {name!r}, which is no folder of it")
-        if not (root / name).is_dir():
+        if not folder.is_dir():
             raise InputError(f"{root} names the component '{name}', but has no folder of this name")
-        for path in sorted((root / name).rglob("*")):
+        for path in sorted(folder.rglob("*")):
             if not path.is_dir():
                 check_regular(path)  # a copy of a pipe would wait for ever
-        _check_weights(root / name)
+        _check_weights(folder)
     if (code := own_code(root, index)) is not None and not code.is_file():
         raise InputError(f"{root} names the pipeline class {index['_class_name']}, but has no file {code.name}")
 
@@ -62,11 +62,15 @@ def copy(root: Path, index: Mapping[str, Any], vae: Path | None, folder: Path) -
 
     `vae`: the decoder that the copy has, whatever the pipeline's own.
     """
-    sources = {name: root / name for name in names(index)} | ({} if vae is None else {"vae": vae})
-    for name, source in sources.items():
+    for name, source in _sources(root, index, vae).items():
         copy_folder(source, folder / name)
     if (code := own_code(root, index)) is not None:
         shutil.copyfile(code, folder / code.name)
+
+
+def _sources(root: Path, index: Mapping[str, Any], vae: Path | None) -> dict[str, Path]:
+    """The folder of every component that is copied, by the component's name."""
+    return {name: root / name for name in names(index)} | ({} if vae is None else {"vae": vae})
 
 
 def copy_folder(source: Path, target: Path) -> None:
@@ -79,15 +83,31 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def _check_weights(component: Path) -> None:
-    """Raise `InputError` for weights that exist as pickles alone, or only as a variant in several files."""
+    """Raise `InputError` for a model without weights, with pickled ones alone, or only with a variant in several files.
+
+    Pickled weights that are missing may also have been left out by a download.
+    """
     tensors = sorted(path.name for path in component.glob("*.safetensors"))
     pickles = sorted(path.name for path in component.iterdir() if path.suffix in PICKLES)
     if pickles and not tensors:
         raise InputError(
             f"{component} has only pickled weights ({pickles[0]}), which are never copied; save it as safetensors first"
         )
+    if not any(component.rglob("*.safetensors")) and (kind := _kind_of_model(component)):
+        raise InputError(
+            f"{component} is of a model ({kind}), but has no .safetensors weights, and pickled ones are never taken; "
+            "save it as safetensors first"
+        )
     if tensors and not _loads_without_variant(component) and _variant_alone(component) is None:
         raise InputError(f"{component} has weights only as {', '.join(tensors[:3])}; save it without a variant first")
+
+
+def _kind_of_model(component: Path) -> str:
+    """The class of the model that a component's config is of; empty for a component that needs no weights."""
+    path = component / CONFIG
+    config = read_json(path) if is_there(path) else {}
+    kind = config.get("_class_name") or config.get("architectures") or ""  # of diffusers, or of transformers
+    return str(kind[0] if isinstance(kind, list) and kind else kind)[:40]
 
 
 def _loads_without_variant(component: Path) -> bool:

@@ -1,12 +1,15 @@
-"""Models on the Hugging Face Hub: configs and safetensors, never a pickle."""
+"""Models on the Hugging Face Hub: all that a pipeline is made of, but never a pickle."""
 
 import re
 from pathlib import Path
 
 from tqdit.errors import InputError
+from tqdit.models.components import PICKLES
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-FILES = ("*.json", "*.safetensors")
+OF_OTHERS = (".onnx", ".onnx_data", ".gguf", ".ot", ".pb", ".tflite", ".npz", ".zip", ".tar", ".gz")
+PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp4")
+LEFT_OUT = tuple(f"*{suffix}" for suffix in (*PICKLES, *OF_OTHERS, *PICTURES))  # all else is part of the pipeline
 
 
 def is_id(model: str) -> bool:
@@ -22,7 +25,7 @@ def fetched(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(model, allow_patterns=list(FILES)))
+        folder = Path(snapshot_download(model, ignore_patterns=list(LEFT_OUT)))
     except Exception as error:  # the library's errors and those of its connections have no class in common
         reason = str(error).strip().partition("\n")[0]
         raise InputError(

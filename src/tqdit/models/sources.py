@@ -50,8 +50,7 @@ class ModelSource:
 
     def check_components(self) -> None:
         """Raise `InputError` for a part of the pipeline that could not be copied into an artifact of it."""
-        if self.root is not None and self.pipeline is not None:
-            components.check(self.root, self.pipeline)
+        components.check(self.root or self.folder, self.pipeline or {}, self.vae)
 
     def copy_components(self, folder: Path) -> None:
         """Put the parts of the pipeline besides transformer and scheduler into the new pipeline `folder`."""
