@@ -8,6 +8,7 @@ import warnings
 import diffusers
 import pytest
 import torch
+from published_dit import random_dit
 from safetensors.torch import load_file, save_file
 
 from tqdit.errors import AssumptionWarning, InputError
@@ -346,6 +347,46 @@ def test_a_config_that_claims_more_than_the_weights_is_refused_before_anything_i
 @pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json", f"transformer/{WEIGHTS}"])
 def test_a_file_of_a_models_folder_means_the_folder(own_pipeline, name: str) -> None:
     assert resolve(own_pipeline / name).scheduler == resolve(own_pipeline).scheduler
+
+
+@pytest.mark.parametrize(
+    "name", ["diffusion_pytorch_model.fp16.safetensors", f"{WEIGHTS[:-12]}-00001-of-00002{WEIGHTS[-12:]}"]
+)
+def test_weights_that_are_not_read_with_their_folder_are_refused(own_pipeline, name: str) -> None:
+    folder = own_pipeline / "transformer"
+    shutil.copy(folder / WEIGHTS, folder / name)
+    with pytest.raises(InputError, match=rf"{name} is not read with the config\.json beside it: {WEIGHTS} comes first"):
+        resolve(folder / name)
+    assert resolve(folder / WEIGHTS).folder == folder
+
+
+def test_shards_come_before_a_file_with_everything(own_pipeline) -> None:
+    folder = own_pipeline / "transformer"
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"a": "part.safetensors"}}))
+    shutil.copy(folder / WEIGHTS, folder / "part.safetensors")
+    for name in ("part.safetensors", f"{WEIGHTS}.index.json"):
+        assert resolve(folder / name).folder == folder
+    with pytest.raises(InputError, match=r"part\.safetensors comes first"):
+        resolve(folder / WEIGHTS)
+
+
+def test_a_variant_alone_means_its_folder(own_pipeline) -> None:
+    folder = own_pipeline / "transformer"
+    variant = (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    assert resolve(variant).folder == folder
+
+
+def test_a_checkpoint_beside_a_diffusers_model_is_that_checkpoint(own_pipeline) -> None:
+    official = own_pipeline / "transformer" / "official.safetensors"
+    save_file(random_dit().state_dict(), official)
+    assert resolve(official, num_heads=2).checkpoint == official
+
+
+@pytest.mark.parametrize("name", ["notes.json", "diffusion_pytorch_model.bin"])
+def test_any_other_file_of_a_models_folder_is_no_model(own_pipeline, name: str) -> None:
+    (own_pipeline / "transformer" / name).write_text("{}")
+    with pytest.raises(InputError, match="neither a model's folder nor a checkpoint file"):
+        resolve(own_pipeline / "transformer" / name)
 
 
 def test_any_other_file_is_no_model(tmp_path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tqdit.errors import AssumptionWarning, InputError
-from tqdit.files import INDEX, WEIGHTS, is_there, read_tensors, read_weights
+from tqdit.files import INDEX, WEIGHTS, is_there, read_json, read_tensors, read_weights
 from tqdit.models.shapes import width
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -34,6 +34,15 @@ def variants_alone(folder: Path) -> dict[str, Path]:
     if is_there(folder / INDEX) or is_there(folder / WEIGHTS):
         return {}
     return {found[1]: path for path in sorted(folder.glob("*.safetensors")) if (found := VARIANT.fullmatch(path.name))}
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The names of the files whose tensors `read` returns, whether they are there or not."""
+    if is_there(folder / INDEX):
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        shards = weight_map.values() if isinstance(weight_map, dict) else ()
+        return sorted({shard for shard in shards if isinstance(shard, str)})
+    return [path.name for path in variants_alone(folder).values()] or [WEIGHTS]
 
 
 def _read(folder: Path) -> dict[str, torch.Tensor]:

@@ -9,7 +9,6 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from tqdit.files import INDEX, WEIGHTS, read_json
 from tqdit.models import checkpoints, float_weights
 from tqdit.models.sources import ModelSource
 
@@ -50,11 +49,8 @@ def _checkpoint(source: ModelSource) -> Counter[str]:
 
 def _folder(folder: Path) -> Counter[str]:
     """Bytes of the tensors in the files that `float_weights.read` reads, by the name of their dtype."""
-    names = [path.name for path in float_weights.variants_alone(folder).values()] or [WEIGHTS]
-    if (folder / INDEX).is_file():
-        names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
     counts: Counter[str] = Counter()
-    for name in names:
+    for name in float_weights.weight_files(folder):
         with safe_open(folder / name, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - no mapping
                 part = file.get_slice(key)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tqdit.errors import AssumptionWarning, InputError
-from tqdit.files import CONFIG, QUANT_METHOD, TRANSFORMER, is_there, model_folder, read_json
+from tqdit.files import CONFIG, INDEX, QUANT_METHOD, TRANSFORMER, WEIGHTS, is_there, model_folder, read_json
 from tqdit.models import checkpoints, components, float_weights, hub
 from tqdit.models.building import empty_model, set_parameter
 from tqdit.models.published import DIFFUSION
@@ -85,8 +85,8 @@ def resolve(model: str | Path, num_heads: int | None = None) -> ModelSource:
     looked for, which file is not a DiT's, or which scheduler is not supported.
     """
     path = Path(model)
-    in_a_folder = path.suffix == SAFETENSORS and is_there(path.parent / CONFIG)  # weights of a diffusers model
-    if str(model) not in BUNDLED and path.suffix in checkpoints.SUFFIXES and not (path.is_dir() or in_a_folder):
+    a_folder = path.is_dir() or _means_its_folder(path)
+    if str(model) not in BUNDLED and path.suffix in checkpoints.SUFFIXES and not a_folder:
         return _checkpoint(path, num_heads)
     if num_heads is not None:
         raise InputError(
@@ -118,9 +118,7 @@ def _folder(model: str | Path) -> Path:
     root = BUNDLED.get(str(model), Path(model))
     if root.is_dir():
         return root
-    if root.is_file() and root.name == PIPELINE:
-        return root.parent
-    if root.is_file() and is_there(root.parent / CONFIG):  # a file of weights, or the config itself
+    if (root.is_file() and root.name == PIPELINE) or _means_its_folder(root):
         return root.parent
     if root.exists():
         raise InputError(f"'{model}' is neither a model's folder nor a checkpoint file; give the folder")
@@ -130,6 +128,24 @@ def _folder(model: str | Path) -> Path:
         f"unknown model '{model}'; give a folder, a checkpoint file ({', '.join(checkpoints.SUFFIXES)}), owner/name "
         f"of a model on the Hugging Face Hub, or a bundled model: {', '.join(BUNDLED)}"
     )
+
+
+def _means_its_folder(path: Path) -> bool:
+    """Whether a path means the diffusers model that it is a file of: its config, or weights that are read with it.
+
+    Raises `InputError` for weights by diffusers' name that are not read: others of the same folder come before them.
+    """
+    if not (path.is_file() and is_there(path.parent / CONFIG)):
+        return False
+    read = float_weights.weight_files(path.parent)
+    if path.name in (CONFIG, INDEX, *read):
+        return True
+    if path.suffix == SAFETENSORS and path.name.startswith(Path(WEIGHTS).stem):
+        raise InputError(
+            f"{path} is not read with the {CONFIG} beside it: {', '.join(read[:3])} comes first; to use the file, "
+            f"put it and a copy of {CONFIG} into another folder"
+        )
+    return False
 
 
 def _pipeline_of(folder: Path) -> Path:
