@@ -25,7 +25,6 @@ DIFFUSION_ARGUMENTS: Mapping[str, tuple[Any, ...]] = {  # the process that is ta
     "num_train_timesteps": (1000,),
 }
 NAME = re.compile(r"DiT-[A-Z]+/\d+")
-LATENT_FACTOR = 8  # how much smaller a latent is than its image
 
 
 def arguments_of(loaded: Any) -> dict[str, Any]:
@@ -91,10 +90,10 @@ def check_sizes(arguments: Mapping[str, Any], config: Mapping[str, Any]) -> None
         raise InputError(f"its arguments say learn_sigma {said}, its final layer makes {made} channels")
     side = config["sample_size"]
     image = arguments.get("image_size")
-    if isinstance(image, int) and image not in (side, LATENT_FACTOR * side):
+    if isinstance(image, int) and (image < side or image % side):
         raise InputError(
-            f"its arguments say image_size {image}, its position table is for sides of {side}, or of "
-            f"{LATENT_FACTOR * side} pixels with a VAE"
+            f"its arguments say image_size {image}, its position table is for sides of {side}; an image's side is a "
+            "multiple of its latent's"
         )
     name = NAME.match(str(arguments.get("model", "")))
     if name is not None and name[0] in shape_names():
