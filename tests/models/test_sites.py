@@ -129,3 +129,12 @@ def test_an_eps_below_0_or_no_number_is_refused(model, eps: object) -> None:
         check_supported({**config_of(model), "norm_eps": eps})
     for legal in (0, 1, 1e-6):
         check_supported({**config_of(model), "norm_eps": legal})
+
+
+@pytest.mark.parametrize(("eps", "shown"), [("1e-5", "'1e-5'"), ("x" * 99, "'" + "x" * 39), ([1] * 50, "[1, 1")])
+def test_an_eps_is_shown_as_what_it_is(model, eps: object, shown: str) -> None:
+    with pytest.raises(InputError) as caught:
+        check_supported({**config_of(model), "norm_eps": eps})
+    said = str(caught.value).partition("norm_eps = ")[2].partition("; it must")[0]
+    assert said.startswith(shown)
+    assert len(said) <= 40

@@ -126,7 +126,7 @@ def check_supported(config: Mapping[str, Any]) -> None:
         raise InputError(f"model config has {FREQUENCY_SHIFT} = {shift!r}; it must be 0 or 1")
     eps = config.get("norm_eps", 1e-5)
     if type(eps) not in (int, float) or not 0 <= eps < MAX_EPS:
-        raise InputError(f"model config has norm_eps = {str(eps)[:40]}; it must be a number from 0 that fp32 holds")
+        raise InputError(f"model config has norm_eps = {repr(eps)[:40]}; it must be a number from 0 that fp32 holds")
     if config["sample_size"] % config["patch_size"]:
         raise InputError(
             f"model config has sample_size = {config['sample_size']}, not a multiple of patch_size = "
