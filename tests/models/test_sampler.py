@@ -239,6 +239,23 @@ def test_more_steps_than_timesteps_is_an_error(scheduler_config) -> None:
         make_scheduler(scheduler_config, Sampling("ddim", 1001), False)
 
 
+@pytest.mark.parametrize(
+    ("offset", "steps", "said"), [(1, 1000, "1000 to 1,"), (51, 20, "1001 to 51,"), (-1, 10, "899 to -1,")]
+)
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_steps_that_an_offset_moves_out_of_the_schedule_are_refused(
+    scheduler_config, sampler: str, offset: int, steps: int, said: str
+) -> None:
+    config = {**scheduler_config, "num_train_timesteps": 1000, "steps_offset": offset}
+    with pytest.raises(
+        InputError, match=f"steps_offset {offset} puts {steps} steps at timesteps {said} the model has 999 to 0"
+    ):
+        make_scheduler(config, Sampling(sampler, steps), False)
+    legal = make_scheduler({**config, "steps_offset": 1}, Sampling(sampler, 999), False)
+    assert legal.timesteps.tolist() == list(range(999, 0, -1))
+    assert make_scheduler({**config, "steps_offset": 0}, Sampling(sampler, steps), False).timesteps.min() == 0
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_every_timestep_may_be_a_step(scheduler_config, sampler: str) -> None:
     scheduler = make_scheduler({**scheduler_config, "num_train_timesteps": 30}, Sampling(sampler, 30), False)
@@ -401,7 +418,9 @@ def test_betas_of_no_process(beta_end: float) -> None:
         ({"trained_betas": [0.0] * 900 + [0.01] * 100}, "betas of 0 after the first"),
         ({"trained_betas": [0.1, 0.2]}, "it has 2 betas for 1000 training timesteps"),
         ({"beta_start": 0.0, "prediction_type": "sample"}, "its first beta is 0"),
-        ({"beta_end": 1.0}, "nothing of the image is left at the last timestep"),
+        ({"beta_end": 1.0}, "nothing of the image is left at timestep 999, where"),
+        ({"beta_end": 0.9, "timestep_spacing": "leading"}, "nothing of the image is left at timestep 950, where"),
+        ({"rescale_betas_zero_snr": True}, r"left at timestep 999 \(rescale_betas_zero_snr makes it so\), where"),
     ],
 )
 def test_a_schedule_whose_steps_are_undefined_is_refused(settings: dict, message: str) -> None:

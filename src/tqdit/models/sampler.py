@@ -125,6 +125,12 @@ def make_scheduler(config: Mapping[str, Any] | None, sampling: Sampling, learned
         raise InputError(f"scheduler_config.json: diffusers refuses it: {reason}") from None
     if sampling.steps > total:
         raise InputError(f"steps must be at most the {total} training timesteps, got {sampling.steps}")
+    first, last = int(scheduler.timesteps.max()), int(scheduler.timesteps.min())
+    if first >= total or last < 0:
+        raise InputError(
+            f"scheduler_config.json: steps_offset {scheduler.config.steps_offset} puts {sampling.steps} steps at "
+            f"timesteps {first} to {last}, the model has {total - 1} to 0; take fewer steps or another steps_offset"
+        )
     _check_alphas(scheduler)
     return scheduler
 
@@ -167,9 +173,11 @@ def _check_alphas(scheduler: Any) -> None:
         )
     alphas = scheduler.alphas_cumprod[scheduler.timesteps]
     if scheduler.config.prediction_type == "epsilon" and bool((alphas == 0).any()):
+        last = int(scheduler.timesteps.max())
+        cause = " (rescale_betas_zero_snr makes it so)" if scheduler.config.rescale_betas_zero_snr else ""
         raise InputError(
-            "scheduler_config.json: nothing of the image is left at the last timestep (as rescale_betas_zero_snr makes "
-            "it), where a prediction of epsilon says nothing; prediction_type must be v_prediction or sample"
+            f"scheduler_config.json: nothing of the image is left at timestep {last}{cause}, "
+            "where a prediction of epsilon says nothing; prediction_type must be v_prediction or sample"
         )
 
 
