@@ -1,9 +1,12 @@
 """MODEL as a user gives it: folders that are right, and every way they can be wrong."""
 
+import ast
+import importlib.util
 import json
 import re
 import shutil
 import warnings
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -282,6 +285,31 @@ def test_every_served_scheduler_has_the_process_that_ddim_samples_from(name: str
         served = make_scheduler(config, Sampling("ddim", 10), learned_variance=False)
         assert torch.allclose(served.alphas_cumprod, own.alphas_cumprod)
         assert served.config.num_train_timesteps == 500
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("LMSDiscrete", "lms_discrete"), ("SASolver", "sasolver"), ("DPMSolverSDE", "dpmsolver_sde")]
+)
+def test_a_class_whose_package_is_missing_has_its_own_betas(monkeypatch, name: str, module: str) -> None:
+    """The defaults that the source of the class says, while diffusers has only a stand-in without them."""
+
+    class StandIn:
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            raise ImportError("another package is needed")
+
+    found = importlib.util.find_spec(f"diffusers.schedulers.scheduling_{module}")
+    init = next(
+        method
+        for kind in ast.walk(ast.parse(Path(found.origin).read_text()))
+        if isinstance(kind, ast.ClassDef) and kind.name == f"{name}Scheduler"
+        for method in kind.body
+        if isinstance(method, ast.FunctionDef) and method.name == "__init__"
+    )
+    defaults = dict(zip([argument.arg for argument in init.args.args][1:], init.args.defaults, strict=True))
+    monkeypatch.setattr(diffusers, f"{name}Scheduler", StandIn)
+    served = make_scheduler({"_class_name": f"{name}Scheduler"}, Sampling("ddim", 10), learned_variance=False)
+    for setting in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type"):
+        assert served.config[setting] == ast.literal_eval(defaults[setting]), setting
 
 
 # What weights are stored as ----------------------------------------------------------------------------------------

@@ -32,6 +32,17 @@ PROCESS = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
     "rescale_betas_zero_snr",
 )  # fmt: skip
+DITS_BETAS = {
+    "num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+}  # fmt: skip
+# What the classes that need another package take for a setting that a config leaves out. Without the package (scipy,
+# torchsde) diffusers has only a stand-in of such a class, which says no defaults.
+OPTIONAL_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "LMSDiscreteScheduler": DITS_BETAS,
+    "SASolverScheduler": DITS_BETAS,
+    "DPMSolverSDEScheduler": DITS_BETAS | {"beta_start": 0.00085, "beta_end": 0.012},
+}
 DISCRETE = {"use_flow_sigmas": False, "timestep_type": "discrete"}  # settings that would change the process, as served
 MOST_OVER_MEDIAN = 16  # how often the median a step weight of epsilon may be
 
@@ -140,15 +151,22 @@ def _process_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
     diffusers' note of what was a default is left out, by which another class would take its own instead.
     """
-    import diffusers
-
     try:
         check_scheduler(config)
     except InputError as error:
         raise InputError(f"scheduler_config.json: {error}") from None
-    kind = getattr(diffusers, config.get("_class_name", SERVED[0]))
-    defaults = {name: p.default for name, p in inspect.signature(kind.__init__).parameters.items() if name in PROCESS}
+    defaults = _defaults(config.get("_class_name", SERVED[0]))
     return defaults | {key: value for key, value in config.items() if key != "_use_default_values"}
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    """The settings of its process that a class of diffusers has where a config says none."""
+    import diffusers
+
+    if name in OPTIONAL_DEFAULTS:  # the same with and without the package
+        return dict(OPTIONAL_DEFAULTS[name])
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+    return {setting: parameters[setting].default for setting in PROCESS if setting in parameters}
 
 
 def _check_alphas(scheduler: Any) -> None:
