@@ -15,13 +15,12 @@ import torch
 from tqdit import artifact
 from tqdit.errors import InputError
 from tqdit.models.building import empty_model
-from tqdit.models.shapes import tokens, width
+from tqdit.models.shapes import width
 from tqdit.models.sites import ARCHITECTURE, BlockLayout, blocks, check_supported, sites
 from tqdit.recipe import Recipe
 from tqdit.spec import MAX_BITS, MIN_BITS, Granularity, Grid, GridParams, Role, SiteSpec, Solution
 from tqdit.tensors import decisive
 
-MAX_TOKENS = 2**16  # 4096 pixels at DiT's /2: the table of positions is computed, no file holds it
 LEAST_ACTIVATION_BITS = 4
 PATCHES = "pos_embed.proj.weight"
 GRIDS = {Role.SOFTMAX: (Grid.MRQ_SOFTMAX, Grid.UNIFORM), Role.GELU: (Grid.MRQ_GELU, Grid.UNIFORM)}  # else uniform
@@ -48,9 +47,7 @@ def check_solution(solution: Solution) -> None:
     config = solution.model_config
     check_supported(config)
     _check_sizes(config, solution)
-    expected = {
-        spec.name: spec for spec in sites(config, Recipe.build("paper", groups=1, weight_granularity="per_channel"))
-    }
+    expected = {spec.name: spec for spec in sites(config, PER_CHANNEL)}
     for name, spec in expected.items():
         if name not in solution.params:
             kind = "codes for weight" if spec.is_weight else "parameters for activation"
@@ -63,11 +60,6 @@ def _check_sizes(config: Mapping[str, Any], solution: Solution) -> None:
     """That the config's numbers are no larger than what the solution holds."""
     if (layers := config["num_layers"]) > len(solution.params):
         raise InputError(f"the config has num_layers = {layers}, the solution has sites of fewer blocks")
-    if (count := tokens(config)) > MAX_TOKENS:
-        raise InputError(
-            f"the config has sample_size = {config['sample_size']} and patch_size = {config['patch_size']}, which is "
-            f"{count} tokens; at most {MAX_TOKENS} are supported"
-        )
     if PATCHES not in solution.codes:
         raise InputError(f"the solution has no codes for weight site '{PATCHES}'")
     side = config["patch_size"]
