@@ -119,6 +119,13 @@ class LayerCodes(Mapping[str, torch.Tensor]):
         with _readable(site, place.layer):
             return place.layer.unpacked()[place.rows].reshape(place.shape).cpu()
 
+    def __contains__(self, site: object) -> bool:
+        return site in self._places  # a Mapping's own would unpack the codes
+
+    def shape_of(self, site: str) -> torch.Size:
+        """The shape of a site's codes, without unpacking them."""
+        return self._places[site].shape
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tqdit import artifact, workflow
-from tqdit.convert import convert
+from tqdit.convert import LayerCodes, convert
 from tqdit.errors import InputError
 from tqdit.models import fitting
-from tqdit.models.fitting import check_solution
+from tqdit.models.fitting import PATCHES, check_solution
 from tqdit.spec import Granularity, Grid, Role, Solution
 from tqdit.timegroups import TimeGroups
 
@@ -136,3 +136,16 @@ def test_readers_name_the_folder(tmp_path, solved) -> None:
 
 def test_a_model_of_other_time_groups(solved) -> None:
     refused(replace(solved("plus"), time_groups=TimeGroups(1000, 5)), "groups 4", "needs 1 or 5")
+
+
+def test_the_codes_of_a_models_layers_are_checked_without_being_unpacked(solved, monkeypatch) -> None:
+    solution = convert(solved("plus")).solution
+    assert {name: solution.codes.shape_of(name) for name in solution.codes} == {
+        name: codes.shape for name, codes in solution.codes.items()
+    }
+    unpacked: list[str] = []
+    monkeypatch.setattr(LayerCodes, "__getitem__", lambda _, site: unpacked.append(site))
+    check_solution(solution)
+    assert not unpacked
+    with pytest.raises(InputError, match=rf"parameter '{re.escape(PATCHES)}' has shape"):
+        check_solution(with_config(solution, in_channels=3, out_channels=None))

@@ -63,7 +63,7 @@ def _check_sizes(config: Mapping[str, Any], solution: Solution) -> None:
     if PATCHES not in solution.codes:
         raise InputError(f"the solution has no codes for weight site '{PATCHES}'")
     side = config["patch_size"]
-    _check_shape(PATCHES, solution.codes[PATCHES], (width(config), config["in_channels"], side, side))
+    _check_shape(PATCHES, solution.codes, (width(config), config["in_channels"], side, side))
 
 
 def _check_site(solution: Solution, found: SiteSpec, expected: SiteSpec) -> None:
@@ -101,7 +101,7 @@ def _check_parameters(solution: Solution, expected: Mapping[str, SiteSpec]) -> N
         held = solution.codes if name in expected else solution.floats
         if name not in held:
             raise InputError(f"the solution has no value for parameter '{name}'")
-        _check_shape(name, held[name], shape)
+        _check_shape(name, held, shape)
     for given, known in ((solution.params, expected), (solution.codes, expected), (solution.floats, shapes)):
         if extra := sorted(set(given) - set(known)):
             raise InputError(f"the solution has '{extra[0]}', which this model has no place for")
@@ -128,6 +128,9 @@ def _with_one_block(config: str) -> Mapping[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in empty_model(values | small).named_parameters()}
 
 
-def _check_shape(name: str, value: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(value.shape) != shape:
-        raise InputError(f"parameter '{name}' has shape {tuple(value.shape)}, the model's is {shape}")
+def _check_shape(name: str, held: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> None:
+    """Compare with the shape of the tensor `name` of `held`; the codes of a model's layers need not be unpacked."""
+    shape_of = getattr(held, "shape_of", None)
+    found = tuple(held[name].shape if shape_of is None else shape_of(name))
+    if found != shape:
+        raise InputError(f"parameter '{name}' has shape {found}, the model's is {shape}")
