@@ -31,3 +31,22 @@ def test_only_the_weights_of_a_training_checkpoint_count(tmp_path: Path) -> None
     found = float_sizes(source, load_float(source))
     assert found.file_dtype == "float16"
     assert found.file_bytes == 2 * sum(tensor.numel() for tensor in state.values())
+
+
+@pytest.mark.filterwarnings("ignore::tqdit.errors.AssumptionWarning")
+def test_a_checkpoint_is_unpickled_once(tmp_path: Path, monkeypatch) -> None:
+    torch.save(random_dit().state_dict(), tmp_path / "dit.pt")
+    unpickled: list[Path] = []
+    load = torch.load
+
+    def watched(path: Path, **options: object) -> object:
+        unpickled.append(path)
+        return load(path, **options)
+
+    monkeypatch.setattr(torch, "load", watched)
+    source = resolve(tmp_path / "dit.pt", 2)
+    first = load_float(source)
+    first.proj_out_2.bias.zero_()
+    assert load_float(source).proj_out_2.bias.any()  # the file's, which no model of it shares
+    float_sizes(source, first)
+    assert unpickled == [tmp_path / "dit.pt"]

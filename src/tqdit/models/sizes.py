@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from tqdit.models import checkpoints, float_weights
+from tqdit.models import float_weights
+from tqdit.models.checkpoints import Checkpoint
 from tqdit.models.sources import ModelSource
 
 SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -32,15 +33,13 @@ def float_sizes(source: ModelSource, model: nn.Module) -> FloatSizes:
     what else the file holds.
     """
     count = sum(parameter.numel() for parameter in model.parameters())
-    by_dtype = _checkpoint(source) if source.checkpoint is not None else _folder(source.folder)
+    by_dtype = _folder(source.folder) if source.opened is None else _checkpoint(source.opened)
     file_bytes = sum(by_dtype.values())
     return FloatSizes(file_bytes, by_dtype.most_common(1)[0][0], 4 * count, 2 * count)
 
 
-def _checkpoint(source: ModelSource) -> Counter[str]:
+def _checkpoint(found: Checkpoint) -> Counter[str]:
     """Bytes of a checkpoint's tensors, by the name of their dtype."""
-    assert source.checkpoint is not None
-    found = checkpoints.read(source.checkpoint, int(source.config["num_attention_heads"]))
     counts: Counter[str] = Counter()
     for tensor in found.tensors.values():
         counts[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes

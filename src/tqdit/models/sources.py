@@ -34,7 +34,8 @@ SCHEDULER = Path("scheduler", "scheduler_config.json")
 class ModelSource:
     """A resolved model. `folder` holds the transformer's config.json and weights; `vae` a decoder folder if any.
 
-    A `checkpoint` is a file with everything; `weights` says which of its sets is used, empty if it has one.
+    A `checkpoint` is a file with everything; `weights` says which of its sets is used, empty if it has one. What was
+    read of the file is kept in `opened`, so that it is unpickled once.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ModelSource:
     checkpoint: Path | None = None
     weights: str = ""
     root: Path | None = None  # the pipeline's folder, or the model's own
+    opened: checkpoints.Checkpoint | None = field(default=None, compare=False, repr=False)
 
     def check_components(self) -> None:
         """Raise `InputError` for a part of the pipeline that could not be copied into an artifact of it."""
@@ -170,7 +172,9 @@ def _checkpoint(path: Path, num_heads: int | None) -> ModelSource:
     found = checkpoints.read(path, num_heads)
     if found.assumed:
         warnings.warn(f"{path}: {found.assumed}", AssumptionWarning, stacklevel=3)
-    return ModelSource(path.stem, path.parent, found.config, DIFFUSION, checkpoint=path, weights=found.weights)
+    return ModelSource(
+        path.stem, path.parent, found.config, DIFFUSION, checkpoint=path, weights=found.weights, opened=found
+    )
 
 
 def load_float(source: ModelSource) -> nn.Module:
@@ -182,9 +186,8 @@ def load_float(source: ModelSource) -> nn.Module:
     """
     if source.quantized:
         raise InputError(f"model '{source.name}' is already quantized; give the float model")
-    if source.checkpoint is not None:
-        heads = int(source.config["num_attention_heads"])
-        return checkpoints.load(checkpoints.read(source.checkpoint, heads))
+    if source.opened is not None:
+        return checkpoints.load(source.opened)
     state = float_weights.read(source.folder)
     try:
         float_weights.check_sizes(state, source.config)
