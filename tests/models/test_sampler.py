@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -12,6 +13,7 @@ from tqdit.evaluation.generate import sample_latents
 from tqdit.models import sampler as sampler_module
 from tqdit.models.sampler import (
     Sampling,
+    check_scheduler,
     make_scheduler,
     noise_generators,
     num_classes,
@@ -300,6 +302,89 @@ def test_v_is_what_a_model_returns_beyond_its_input_channels(
     assert all(x.shape == (3, 1, 4, 4) for _, x in states)
 
 
+@pytest.mark.parametrize(("out_channels", "learned"), [(None, False), (2, False), (4, True)])
+def test_v_has_as_many_channels_as_the_input(
+    scheduler_config, monkeypatch, out_channels: int | None, learned: bool
+) -> None:
+    """With v = 1 the variance is another than with the fixed one; a model of 2 channels without v ends as v = -1."""
+    config = {**STUB, "in_channels": 2, "out_channels": out_channels}
+
+    def last(v: float) -> torch.Tensor:
+        model = Constant(v)
+        monkeypatch.setattr(model, "config", config, raising=False)
+        return list(trajectory(model, scheduler_config, Sampling("ddpm", 4), LABELS, noise_generators(0, range(3))))[
+            -1
+        ][1]
+
+    assert torch.equal(last(1.0), last(-1.0)) != learned
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+def test_the_output_of_a_model_is_the_first_that_it_returns(guidance: float) -> None:
+    model = Constant(0.5)
+    expected = predict(model, torch.ones(3, 1, 4, 4), torch.zeros(3), LABELS, guidance)
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: (*forward(*args, **kwargs), torch.zeros(6, 2, 4, 4) + 9)
+    assert torch.equal(predict(model, torch.ones(3, 1, 4, 4), torch.zeros(3), LABELS, guidance), expected)
+
+
+def test_a_refusal_is_one_line_of_what_diffusers_says(scheduler_config, monkeypatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise ValueError("\n the reason\nand a hint")
+
+    monkeypatch.setattr(DDIMScheduler, "from_config", refused)
+    with pytest.raises(InputError, match=r"^scheduler_config\.json: diffusers refuses it: the reason$"):
+        make_scheduler(scheduler_config, Sampling("ddim", 10), False)
+
+
+def test_the_served_classes() -> None:
+    ddim = ["DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "PNDMScheduler"]
+    sigmas = ["LMSDiscrete", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete"]
+    solvers = ["KDPM2AncestralDiscrete", "DPMSolverMultistep", "DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep"]
+    others = [f"{name}Scheduler" for name in (*sigmas, *solvers, "UniPCMultistep", "SASolver")]
+    for name in (*ddim, *others):
+        check_scheduler({"_class_name": name})
+    assert len(sampler_module.SERVED) == len(ddim) + len(others)
+
+
+DEFAULTS = {
+    "num_train_timesteps": 300,
+    "beta_start": 0.001,
+    "beta_end": 0.03,
+    "beta_schedule": "scaled_linear",
+    "trained_betas": None,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+}
+
+
+def test_what_a_config_leaves_out_is_the_default_of_its_class(monkeypatch) -> None:
+    class OtherDefaults:
+        def __init__(
+            self,
+            num_train_timesteps=300,
+            beta_start=0.001,
+            beta_end=0.03,
+            beta_schedule="scaled_linear",
+            trained_betas=None,
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            clip_sample=True,
+        ) -> None: ...
+
+    monkeypatch.setattr(diffusers, "DDIMParallelScheduler", OtherDefaults)
+
+    def served(config: dict) -> dict:
+        scheduler = make_scheduler(config, Sampling("ddim", 10), False)
+        assert not scheduler.config.clip_sample  # is no setting of the process
+        return {name: scheduler.config[name] for name in DEFAULTS}
+
+    assert served({"_class_name": "DDIMParallelScheduler"}) == DEFAULTS
+    assert served({"_class_name": "DDIMParallelScheduler", "_use_default_values": list(DEFAULTS)}) == DEFAULTS
+    assert served({"_class_name": "DDIMParallelScheduler", "beta_end": 0.5}) == DEFAULTS | {"beta_end": 0.5}
+    assert served({})["beta_end"] == 0.02
+
+
 def test_an_image_of_a_seed_is_the_same_in_every_version() -> None:
     """The streams of (seed, index) are part of what a command line means; those of any two pairs are distinct."""
     assert [g.initial_seed() for g in noise_generators(2, [0, 5])] == [2_000_006, 2_000_011]
@@ -434,3 +519,19 @@ def test_a_first_beta_of_0_gives_finite_weights(prediction: str) -> None:
     weights = step_weights(make_scheduler(config, Sampling("ddim", 20), True))
     assert torch.isfinite(weights).all()
     assert weights.max() == 1
+
+
+def test_a_weight_of_epsilon_is_at_most_16_times_the_median() -> None:
+    """Where the last cumulative alpha is 0, no bound but this one is left."""
+    config = {"rescale_betas_zero_snr": True, "timestep_spacing": "leading"}
+    weights = step_weights(make_scheduler(config, Sampling("ddim", 20), True)).double()
+    assert weights.max() == 1
+    assert float(weights.max() / weights.median()) == pytest.approx(16, rel=1e-6)
+
+
+def test_step_weights_of_as_many_steps_as_timesteps_or_more() -> None:
+    scheduler = make_scheduler({"num_train_timesteps": 40}, Sampling("ddim", 20), True)
+    every = step_weights(scheduler, 40)
+    assert every.shape == (40,)
+    assert torch.equal(step_weights(scheduler, 41), every)
+    assert not torch.equal(step_weights(scheduler, 20), every)

@@ -215,7 +215,7 @@ def step_weights(scheduler: Any, steps: int = 50) -> torch.Tensor:
     alpha = scheduler.alphas_cumprod.double()
     stride = max(1, len(alpha) // steps)
     last = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
-    following = torch.cat([torch.full((stride,), last, dtype=torch.float64), alpha[:-stride]])
+    following = torch.cat([alpha.new_full((stride,), last), alpha[:-stride]])
     signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
     next_signal, next_noise = following.sqrt(), (1 - following).sqrt()
     kind = scheduler.config.prediction_type
