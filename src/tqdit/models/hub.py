@@ -7,7 +7,7 @@ from tqdit.errors import InputError
 from tqdit.models.components import PICKLES
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-OF_OTHERS = (".onnx", ".onnx_data", ".gguf", ".ot", ".pb", ".tflite", ".npz", ".zip", ".tar", ".gz")
+OF_OTHERS = (".onnx", ".onnx_data", ".gguf", ".ot", ".pb", ".tflite")
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp4")
 LEFT_OUT = tuple(f"*{suffix}" for suffix in (*PICKLES, *OF_OTHERS, *PICTURES))  # all else is part of the pipeline
 
