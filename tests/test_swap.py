@@ -332,6 +332,13 @@ def test_a_planted_partial_file_is_not_written_through(tmp_path: Path, planted: 
 def test_without_locks_a_file_is_written_whole(tmp_path: Path, without_locks: None) -> None:
     write_bytes(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"new"
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("number", ["ENOTSUP", "EOPNOTSUPP"])  # the same on Linux, not on macOS
+def test_a_file_system_that_says_it_has_no_locks(number: str) -> None:
+    assert getattr(errno, number) in locks.NO_LOCKS
+    assert getattr(errno, number) in swap.UNSUPPORTED
 
 
 @pytest.mark.parametrize("fallback", [True, False])

@@ -10,7 +10,7 @@ from typing import IO
 
 from tqdit.errors import InputError
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # a file system without them
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # a file system without them
 UNKNOWN = -1  # the number of a process that has not said it
 
 

@@ -21,7 +21,7 @@ from typing import IO
 from tqdit.errors import InputError, RepairWarning
 from tqdit.locks import holding, is_at, locked
 
-UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # the last two differ on macOS
 AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE = -100, 1, 2  # of Linux
 RANDOM_OLD = r"\.[a-z0-9_]{8}\.old"  # where there is no lock, and of earlier versions
 
@@ -56,9 +56,13 @@ def _partial(path: Path) -> tuple[Path, IO[bytes]]:
     else:
         file = os.fdopen(handle, "r+b")
         status = os.fstat(handle)
-        if status.st_uid == os.geteuid() and status.st_nlink == 1 and locked(file) and is_at(file, named):
-            file.truncate(0)
-            return named, file
+        if status.st_uid == os.geteuid() and status.st_nlink == 1:
+            taken = locked(file)
+            if taken and is_at(file, named):
+                file.truncate(0)
+                return named, file
+            if taken is None:  # nobody writes a file of this name where there are no locks: it was made just now
+                named.unlink(missing_ok=True)
         file.close()
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     return Path(name), os.fdopen(handle, "r+b")
