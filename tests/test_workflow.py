@@ -130,6 +130,18 @@ def test_inspect_lists_every_site(quantized, model, tiny_recipe) -> None:
     assert {row["kernel"].split(".")[0] for row in simulated["sites"]} == {"simulated"}
 
 
+def test_a_pipeline_is_sealed_whatever_its_transformers_folder_is_called(quantized, tmp_path) -> None:
+    """The scheduler is read from the pipeline around: what its seal says holds for that transformer too."""
+    out = shutil.copytree(quantized[0], tmp_path / "out")
+    (out / "transformer").rename(out / "transformer_ema")
+    workflow.load(out / "transformer_ema")
+    scheduler = out / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("0.004", "0.02"))
+    for use in (workflow.load, workflow.inspect):
+        with pytest.raises(InputError, match=r"scheduler_config\.json was changed"):
+            use(out / "transformer_ema")
+
+
 def test_inspect_of_a_float_model_is_an_error(pipeline) -> None:
     with pytest.raises(InputError, match="not quantized"):
         workflow.inspect(pipeline)

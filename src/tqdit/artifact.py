@@ -67,28 +67,29 @@ def seal(folder: Path) -> None:
     write_json(folder / MANIFEST, {"format_version": tensors.FORMAT_VERSION, "files": files}, sort_keys=True)
 
 
-def read(folder: Path) -> Solution:
+def read(folder: Path, root: Path | None = None) -> Solution:
     """Load and verify an artifact: a folder of a model, a pipeline, or the folder `transformer` of a pipeline.
 
+    `root`: the pipeline that the model is read with, if its folder has another name than `transformer`.
     Raises `InputError` naming the file or tensor for anything missing or changed, as `check_seal` and `tensors.unpack`
     do. Whether the sites are those of the model is another question: see `models.fitting`.
     """
     model = model_folder(folder)
     config = read_json(model / CONFIG)
     tensors.check_config(config, model / CONFIG)
-    check_seal(folder)
+    check_seal(folder, root)
     return tensors.unpack(read_weights(model), config, model)
 
 
-def check_seal(folder: Path) -> None:
+def check_seal(folder: Path, root: Path | None = None) -> None:
     """Verify the files beside config and weights: scheduler, class names, VAE. Config and weights vouch for themselves.
 
-    `folder` is as in `read`; of a pipeline both seals are checked. Raises `InputError` that names the file for one that
+    `folder` and `root` are as in `read`; of a pipeline both seals are checked. Raises `InputError` that names the file for one that
     is missing or changed, and for one that was added and would be read with the model. A folder without tqdit.json is
     taken: diffusers downloads a model, and writes a pipeline, without it.
     """
-    root = _pipeline_of(folder)
-    for sealed in {root, model_folder(root)}:
+    around = _pipeline_of(folder)
+    for sealed in dict.fromkeys((around, model_folder(around), root or around)):
         if is_there(sealed / MANIFEST):
             _check_seal(sealed)
 

@@ -304,7 +304,7 @@ def _load_artifact(path: str | Path, source: ModelSource, digest: str) -> _Artif
     other = resolve(path)
     if not other.quantized:
         raise InputError(f"'{path}' is not quantized; compare takes a float model, then artifacts")
-    solution = fitting.read(other.folder)
+    solution = fitting.read(other.folder, other.root)
     if solution.provenance.get("source_sha256") != digest:
         made_from = solution.provenance.get("source", "an unknown model")
         raise InputError(

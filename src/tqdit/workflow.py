@@ -105,7 +105,7 @@ def load_source(
     """`load` of a model that is found already."""
     target, stream = checked_device(device), checked_dtype(dtype)
     if source.quantized:
-        return convert(fitting.read(source.folder), backend, target, stream)
+        return convert(fitting.read(source.folder, source.root), backend, target, stream)
     if stream is not torch.float32:
         raise InputError(
             f"'{source.name}' is a float model and runs in float32; dtype '{dtype_name(stream)}' is for artifacts"
@@ -355,7 +355,7 @@ def inspect(folder: str | Path, backend: str = "auto", device: Device = "auto") 
     source = resolve(folder)
     if not source.quantized:
         raise InputError(f"'{folder}' is not quantized; inspect takes an artifact")
-    solution = fitting.read(source.folder)
+    solution = fitting.read(source.folder, source.root)
     target = checked_device(device)
     chosen = get_backend(backend, target)
     sites = []
@@ -419,7 +419,7 @@ def _is_made(model: str | Path, out: Path, work: Path, recipe: Recipe) -> bool:
         made_from = _made_from(source, weights_hash(module), recipe)
         with contextlib.suppress(InputError):
             found = resolve(out)
-            solution = artifact.read(found.folder)
+            solution = artifact.read(found.folder, found.root)
             same = all(solution.provenance.get(key) == value for key, value in made_from.items())
             same = same and decisive(solution.model_config) == decisive(config_of(module))
             made = same and (found.scheduler, found.labels) == (source.scheduler, source.labels)
