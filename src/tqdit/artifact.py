@@ -23,6 +23,7 @@ from tqdit.files import (
     MANIFEST,
     TRANSFORMER,
     WEIGHTS,
+    hidden,
     is_there,
     model_folder,
     read_json,
@@ -164,9 +165,13 @@ def _check_seal(folder: Path) -> None:
 
 
 def _read_with_model(folder: Path) -> list[Path]:
-    """The files beside config and weights that are read with a model, if they are there. A README is not."""
+    """The files beside config and weights that are read with a model, if they are there.
+
+    A README is not, nor is anything under a name with a leading dot: editors and file managers leave such files.
+    """
     inside = [path for name in FOLDERS_BESIDE for path in sorted((folder / name).rglob("*"))]
     beside = [folder / name for name in BESIDE if is_there(folder / name)]
+    inside = [path for path in inside if not hidden(path.relative_to(folder))]
     return [*beside, *(path for path in inside if path.suffix in READ_SUFFIXES)]
 
 

@@ -45,6 +45,11 @@ def is_there(path: Path) -> bool:
     return os.path.lexists(path)
 
 
+def hidden(path: Path) -> bool:
+    """Whether a relative path has a part with a leading dot, as what editors, file managers and hubs leave behind."""
+    return any(part.startswith(".") for part in path.parts)
+
+
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file, or an `InputError` that names the file."""
     check_regular(path)
