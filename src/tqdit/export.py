@@ -57,7 +57,7 @@ def convert_checkpoint(
     `overwrite`, has anything else), a folder that is no VAE, and a file without class names or with one too many.
     """
     out = Path(out)
-    repair(out)
+    repair(out, _is_float_model)
     check_target(out, overwrite, _is_float_model)
     source = resolve(model, num_heads)
     if source.folder.resolve().is_relative_to(out.resolve()) and source.checkpoint is None:

@@ -150,26 +150,26 @@ def replacing(
     Raises `InputError` as `check_target` does, and if another process is writing `target`. A symbolic link to a folder
     stays; what it points to is replaced. `replaceable`, `in_pipeline`: as in `check_target`.
     """
-    with reserved(target) as place, filled(place, overwrite, replaceable, in_pipeline) as folder:
+    with reserved(target, replaceable) as place, filled(place, overwrite, replaceable, in_pipeline) as folder:
         yield folder
 
 
 @contextmanager
-def reserved(target: Path) -> Iterator[Place]:
+def reserved(target: Path, replaceable: Kind = is_artifact) -> Iterator[Place]:
     """Keep other processes from writing `target` while the block runs, and repair what a killed one left of it.
 
-    Raises `InputError` if another process is writing it, and if it cannot be made.
+    `replaceable`: what a folder must be to be put back as `target`. Raises `InputError` if another process is writing it, and if it cannot be made.
     """
     _check_link(target)
     target = _real(target)
     check_parent(target)
-    with swap.reserved(target) as place:
+    with swap.reserved(target, replaceable) as place:
         yield place
 
 
-def repair(target: Path) -> None:
-    """Remove what a killed run left of `target`; called before any work. Raises `InputError` as `reserved` does."""
-    with reserved(target):
+def repair(target: Path, replaceable: Kind = is_artifact) -> None:
+    """Repair what a killed run left of `target`, as `reserved` does; called before any work."""
+    with reserved(target, replaceable):
         pass
 
 

@@ -92,11 +92,15 @@ class Place:
         finally:
             remove(partial)
 
-    def repair(self) -> None:
-        """Put back what a killed process took away, and remove what it left."""
-        if not self.target.parent.is_dir():
+    def repair(self, is_ours: Callable[[Path], bool]) -> None:
+        """Put back what a killed process took away, and remove what it left.
+
+        `is_ours`: whether a folder is of the kind that is written to `target`; no other one is put there. Without
+        locks nothing is done: a process that lives may be at work.
+        """
+        if not (self.locked and self.target.parent.is_dir()):
             return
-        olds = self._olds()
+        olds = [path for path in self._olds() if is_ours(path)]
         if olds and not os.path.lexists(self.target):
             olds[-1].rename(self.target)
             warnings.warn(
@@ -104,9 +108,8 @@ class Place:
                 RepairWarning,
                 stacklevel=2,
             )
-        if self.locked:
-            for leftover in (beside(self.target, "partial"), beside(self.target, "old")):
-                remove(leftover)
+        for leftover in (beside(self.target, "partial"), beside(self.target, "old")):
+            remove(leftover)
 
     def _olds(self) -> list[Path]:
         pattern = re.compile(rf"\.{re.escape(self.target.name)}({RANDOM_OLD}|\.tqdit\.old)")
@@ -144,8 +147,10 @@ class Place:
 
 
 @contextmanager
-def reserved(target: Path) -> Iterator[Place]:
+def reserved(target: Path, is_ours: Callable[[Path], bool]) -> Iterator[Place]:
     """Lock a path for this process, and repair what killed ones left there. Missing parents are made.
+
+    `is_ours`: as in `Place.repair`.
 
     Raises `locks.BusyError` if another process has it. Parents that stay empty are removed again.
     """
@@ -154,7 +159,7 @@ def reserved(target: Path) -> Iterator[Place]:
     try:
         with holding(beside(target, "lock"), target) as lock:
             place = Place(target, lock)
-            place.repair()
+            place.repair(is_ours)
             yield place
     finally:
         for folder in missing:
