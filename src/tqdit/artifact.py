@@ -10,7 +10,6 @@ A pipeline has the first two, with a tqdit.json of their own, in its folder `tra
 
 import hashlib
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from tqdit import tensors
 from tqdit.errors import InputError
 from tqdit.files import (
     CONFIG,
+    EDITABLE,
     INDEX,
     MANIFEST,
     TRANSFORMER,
@@ -37,7 +37,6 @@ from tqdit.spec import Solution
 BESIDE = ("model_index.json", "id2label.json")  # what is read with a model, as are
 FOLDERS_BESIDE = ("scheduler", "vae")  # files in these of
 READ_SUFFIXES = (".json", ".safetensors", ".bin")  # these kinds
-EDITABLE = ("README.md", ".gitattributes")  # what people and the Hub change in a folder that is published
 SHARD = "diffusion_pytorch_model-{:05d}-of-{:05d}.safetensors"
 
 
@@ -85,9 +84,9 @@ def read(folder: Path, root: Path | None = None) -> Solution:
 def check_seal(folder: Path, root: Path | None = None) -> None:
     """Verify the files beside config and weights: scheduler, class names, VAE. Config and weights vouch for themselves.
 
-    `folder` and `root` are as in `read`; of a pipeline both seals are checked. Raises `InputError` that names the file for one that
-    is missing or changed, and for one that was added and would be read with the model. A folder without tqdit.json is
-    taken: diffusers downloads a model, and writes a pipeline, without it.
+    `folder` and `root` are as in `read`; of a pipeline both seals are checked. Raises `InputError` that names the file
+    for one that is missing or changed, and for one that was added and would be read with the model. A folder without
+    tqdit.json is taken: diffusers downloads a model, and writes a pipeline, without it.
     """
     around = _pipeline_of(folder)
     for sealed in dict.fromkeys((around, model_folder(around), root or around)):
@@ -101,13 +100,6 @@ def check_replaceable(folder: Path) -> None:
         for path in sorted(folder.iterdir()):
             if not (path.is_file() and _vouched(Path(path.name))):
                 raise InputError(f"{folder} has '{path.name}', which saving would remove; choose another folder")
-
-
-def keep_editable(old: Path, new: Path) -> None:
-    """Put the files of a folder that people edit into the one that replaces it."""
-    for name in EDITABLE:
-        if (old / name).is_file():
-            shutil.copy2(old / name, new / name)
 
 
 def unseal_pipeline(folder: Path) -> None:

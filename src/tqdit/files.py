@@ -25,6 +25,7 @@ INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
 TRANSFORMER = "transformer"  # the folder of a pipeline that has the model
 MANIFEST = "tqdit.json"  # what makes a folder an artifact
 MODEL_CARD = "README.md"
+EDITABLE = (MODEL_CARD, ".gitattributes")  # what people and the Hub change in a folder that is published
 PIPELINE_FILES = ("model_index.json", "id2label.json", "scheduler/scheduler_config.json", "vae/config.json")
 WEIGHT_FILE = re.compile(r"diffusion_pytorch_model(-\d{5}-of-\d{5})?\.safetensors")
 Kind = Callable[[Path], bool]  # whether a folder is of a kind
@@ -158,7 +159,8 @@ def replacing(
 def reserved(target: Path, replaceable: Kind = is_artifact) -> Iterator[Place]:
     """Keep other processes from writing `target` while the block runs, and repair what a killed one left of it.
 
-    `replaceable`: what a folder must be to be put back as `target`. Raises `InputError` if another process is writing it, and if it cannot be made.
+    `replaceable`: what a folder must be to be put back as `target`. Raises `InputError` if another process is writing
+    it, and if it cannot be made.
     """
     _check_link(target)
     target = _real(target)

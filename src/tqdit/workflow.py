@@ -31,10 +31,9 @@ from tqdit.files import (
     filled,
     replacing,
     write_json,
-    write_text,
 )
 from tqdit.isolation import isolated
-from tqdit.model_card import CARD, model_card
+from tqdit.model_card import LOAD_MODEL, LOAD_PIPELINE, LOAD_TRANSFORMER, model_card, write_card
 from tqdit.models import fitting
 from tqdit.models.sampler import Sampling
 from tqdit.models.shapes import shape_name
@@ -185,12 +184,17 @@ def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) 
 
 @isolated()
 def save(solution: Solution, source: ModelSource, out: Path, overwrite: bool = False) -> None:
-    """Write an artifact with the scheduler, class names and VAE of its source; all or nothing. A pipeline stays one."""
+    """Write an artifact with the scheduler, class names and VAE of its source; all or nothing. A pipeline stays one.
+
+    A model card that people have edited in `out` stays as it is.
+    """
     with replacing(out, overwrite) as folder:
-        _write(solution, source, folder)
+        _write(solution, source, folder, out)
 
 
-def _write(solution: Solution, source: ModelSource, folder: Path) -> None:
+def _write(solution: Solution, source: ModelSource, folder: Path, former: Path) -> None:
+    """Fill a new folder that will replace `former`."""
+    load = LOAD_MODEL
     write_json(folder / SCHEDULER, source.scheduler)
     source.copy_components(folder)
     if source.pipeline is None:
@@ -198,12 +202,14 @@ def _write(solution: Solution, source: ModelSource, folder: Path) -> None:
             write_json(folder / LABELS, {str(i): label for i, label in sorted(source.labels.items())})
         artifact.write(solution, folder)  # last: it seals the folder
     else:
+        load = LOAD_TRANSFORMER if source.vae is None else LOAD_PIPELINE
         index = {**source.pipeline, **source.components, TRANSFORMER: ["diffusers", ARCHITECTURE]}
         write_json(folder / PIPELINE, index)
         (folder / TRANSFORMER).mkdir()
         artifact.write(solution, folder / TRANSFORMER)
         artifact.seal(folder)
-    write_text(folder / CARD, model_card(solution, source, artifact.size_bytes(folder)))
+    size = artifact.size_bytes(folder)
+    write_card(folder, model_card(solution, shape_name(solution.model_config), size, source.name, load), former)
 
 
 @isolated()
@@ -240,7 +246,7 @@ def quantize(
             seconds = prepared.seconds + search_seconds
             if place:
                 with filled(place, overwrite) as folder:
-                    _write(solution, source, folder)
+                    _write(solution, source, folder, out)
         if place and work:
             discard(work, STAGES)
     return _summary(source, recipe, module, seconds, out, device)
