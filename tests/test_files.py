@@ -154,7 +154,7 @@ def test_folder_that_is_not_an_artifact_is_never_overwritten(tmp_path, make) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["notes.txt", "scheduler/notes.txt", "lora.safetensors", "transformer/notes.txt", "x/y"]
+    "name", [".git/HEAD", "notes.txt", "scheduler/notes.txt", "lora.safetensors", "transformer/notes.txt", "x/y"]
 )
 def test_what_else_is_in_an_artifact_is_never_lost(old, name: str) -> None:
     (old / name).parent.mkdir(exist_ok=True)
@@ -166,6 +166,15 @@ def test_what_else_is_in_an_artifact_is_never_lost(old, name: str) -> None:
     with pytest.raises(InputError, match=name), replacing(old, overwrite=True):
         pytest.fail("the body must not run")
     assert (old / name).read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "name", [".DS_Store", "scheduler/._inner", ".cache/huggingface/download/x.metadata", ".ipynb_checkpoints/x.json"]
+)
+def test_what_programs_leave_in_an_artifact_is_no_obstacle(old, name: str) -> None:
+    (old / name).parent.mkdir(parents=True, exist_ok=True)
+    (old / name).touch()
+    check_target(old, overwrite=True)
 
 
 def test_a_link_to_a_folder_in_an_artifact_is_never_lost(tmp_path, old) -> None:

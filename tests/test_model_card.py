@@ -9,7 +9,7 @@ from diffusers import DiTTransformer2DModel
 import tqdit
 from tqdit import artifact, workflow
 from tqdit.convert import convert
-from tqdit.files import MODEL_CARD
+from tqdit.files import EDITABLE, MODEL_CARD
 from tqdit.model_card import LOAD_PIPELINE, model_card
 from tqdit.models.sources import resolve
 
@@ -48,9 +48,20 @@ def test_it_may_be_edited_and_survives_saving(solved, tmp_path: Path) -> None:
     (out / MODEL_CARD).write_text("my own words")
     (out / ".gitattributes").write_text("*.safetensors filter=lfs")
     assert workflow.inspect(out)["name"] == "mine"
-    (out / ".gitattributes").unlink()  # saving over it is refused, as over any file that is no part of the model
     DiTTransformer2DModel.from_pretrained(out).save_pretrained(out)
     assert (out / MODEL_CARD).read_text() == "my own words"
+    assert (out / ".gitattributes").read_text() == "*.safetensors filter=lfs"
+
+
+def test_what_people_edit_survives_quantizing_anew(solved, pipeline: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    workflow.save(solved("plus"), resolve(pipeline), out)
+    for folder in (out, out / "transformer"):
+        for name in EDITABLE:
+            (folder / name).write_text(f"my {name}")
+    workflow.save(solved("plus", "w6a6"), resolve(pipeline), out, overwrite=True)
+    edited = [folder / name for folder in (out, out / "transformer") for name in EDITABLE]
+    assert all(path.read_text() == f"my {path.name}" for path in edited)
 
 
 def test_an_edited_card_survives_and_that_of_another_model_does_not(solved, pipeline: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from tqdit.files import (
     TRANSFORMER,
     WEIGHTS,
     hidden,
+    is_debris,
     is_there,
     model_folder,
     read_json,
@@ -98,7 +99,7 @@ def check_replaceable(folder: Path) -> None:
     """`InputError` if a folder has files that are not a model's: saving a model over them would lose them."""
     if folder.is_dir():
         for path in sorted(folder.iterdir()):
-            if not (path.is_file() and _vouched(Path(path.name))):
+            if not (is_debris(Path(path.name)) or (path.is_file() and _vouched(Path(path.name)))):
                 raise InputError(f"{folder} has '{path.name}', which saving would remove; choose another folder")
 
 

@@ -28,6 +28,7 @@ MODEL_CARD = "README.md"
 EDITABLE = (MODEL_CARD, ".gitattributes")  # what people and the Hub change in a folder that is published
 PIPELINE_FILES = ("model_index.json", "id2label.json", "scheduler/scheduler_config.json", "vae/config.json")
 WEIGHT_FILE = re.compile(r"diffusion_pytorch_model(-\d{5}-of-\d{5})?\.safetensors")
+DEBRIS = re.compile(r"\.DS_Store|\._.*|\.ipynb_checkpoints|\.cache")  # of programs that look at or download a folder
 Kind = Callable[[Path], bool]  # whether a folder is of a kind
 QUANT_METHOD = "tqdit"  # in the `quantization_config` of an artifact's config
 
@@ -49,6 +50,11 @@ def is_there(path: Path) -> bool:
 def hidden(path: Path) -> bool:
     """Whether a relative path has a part with a leading dot, as what editors, file managers and hubs leave behind."""
     return any(part.startswith(".") for part in path.parts)
+
+
+def is_debris(path: Path) -> bool:
+    """Whether a path, relative to a model's folder, is what programs leave there and nobody misses."""
+    return any(DEBRIS.fullmatch(part) for part in path.parts)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -250,16 +256,20 @@ def check_space(target: Path, needed: int) -> None:
 
 
 def foreign_file(folder: Path) -> str | None:
-    """The first file in a model's folder that is not the model's own: replacing the model would lose it."""
+    """Find the first file in a model's folder that replacing the model would lose: it is not the model's own.
+
+    What people edit in such a folder is kept, see `model_card`.
+    """
     model = model_folder(folder)
     own = {folder / name for name in PIPELINE_FILES}
     for root in {folder, model}:
-        own |= {root / name for name in (CONFIG, MANIFEST, INDEX, MODEL_CARD)}
+        own |= {root / name for name in (CONFIG, MANIFEST, INDEX, *EDITABLE)}
         own |= {path for path in root.glob("*") if WEIGHT_FILE.fullmatch(path.name)}
         own |= {root / name for name in _sealed(root / MANIFEST)}
     own |= set((folder / "vae").glob("*.safetensors"))
     files = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
-    return next((path.relative_to(folder).as_posix() for path in files if path not in own), None)
+    foreign = (path.relative_to(folder) for path in files if path not in own)
+    return next((path.as_posix() for path in foreign if not is_debris(path)), None)
 
 
 def _sealed(manifest: Path) -> list[str]:

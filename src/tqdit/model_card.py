@@ -20,11 +20,13 @@ MARKED = re.compile("(.*)" + re.escape(MARK).replace(r"\{\}", "([0-9a-f]{64})"),
 
 
 def write_card(folder: Path, text: str, former: Path) -> None:
-    """Write a model card into a new artifact's folder, unless people have edited that of `former`, which it replaces.
-
-    What else people edit is taken over from `former` too.
-    """
+    """Write a model card into a new artifact's folder, unless people have edited that of `former`, the one before."""
     write_text(folder / MODEL_CARD, text)
+    keep_edited(folder, former)
+
+
+def keep_edited(folder: Path, former: Path) -> None:
+    """Copy what people have edited in the folder `former` into the new `folder`, which replaces it."""
     for name in EDITABLE:
         if (former / name).is_file() and not (name == MODEL_CARD and _is_generated(former / name)):
             shutil.copy2(former / name, folder / name)

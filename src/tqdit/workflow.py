@@ -33,7 +33,7 @@ from tqdit.files import (
     write_json,
 )
 from tqdit.isolation import isolated
-from tqdit.model_card import LOAD_MODEL, LOAD_PIPELINE, LOAD_TRANSFORMER, model_card, write_card
+from tqdit.model_card import LOAD_MODEL, LOAD_PIPELINE, LOAD_TRANSFORMER, keep_edited, model_card, write_card
 from tqdit.models import fitting
 from tqdit.models.sampler import Sampling
 from tqdit.models.shapes import shape_name
@@ -207,6 +207,7 @@ def _write(solution: Solution, source: ModelSource, folder: Path, former: Path) 
         write_json(folder / PIPELINE, index)
         (folder / TRANSFORMER).mkdir()
         artifact.write(solution, folder / TRANSFORMER)
+        keep_edited(folder / TRANSFORMER, former / TRANSFORMER)
         artifact.seal(folder)
     size = artifact.size_bytes(folder)
     write_card(folder, model_card(solution, shape_name(solution.model_config), size, source.name, load), former)
