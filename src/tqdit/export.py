@@ -11,11 +11,14 @@ from torch import nn
 from tqdit.errors import InputError
 from tqdit.files import (
     CONFIG,
+    EDITABLE,
     TRANSFORMER,
     WEIGHTS,
     check_space,
     check_target,
+    components_named,
     is_artifact,
+    is_debris,
     read_json,
     repair,
     replacing,
@@ -23,6 +26,7 @@ from tqdit.files import (
     write_tensors,
 )
 from tqdit.isolation import isolated
+from tqdit.model_card import keep_edited
 from tqdit.models.components import check_vae
 from tqdit.models.published import AS_PUBLISHED, DIFFUSION
 from tqdit.models.sites import ARCHITECTURE, config_of
@@ -83,6 +87,8 @@ def convert_checkpoint(
     check_space(out, sum(parameter.nbytes for parameter in module.parameters()))
     with replacing(out, overwrite, _is_float_model) as folder:
         _write(folder, source, module)
+        for part in ("", TRANSFORMER):
+            keep_edited(folder / part, out / part)
     return {
         "name": source.name,
         "weights": source.weights,
@@ -92,9 +98,12 @@ def convert_checkpoint(
 
 
 def _is_float_model(folder: Path) -> bool:
-    """Whether a folder has a float model as `convert_checkpoint` writes it, and nothing else."""
-    entries = {entry.name for entry in folder.iterdir()}
-    written = {TRANSFORMER, SCHEDULER.parts[0], "vae", PIPELINE, LABELS}
+    """Whether a folder has a float model as `convert_checkpoint` writes it, and nothing else.
+
+    What people edit in it is kept, and what programs leave in it is not missed.
+    """
+    entries = {entry.name for entry in folder.iterdir() if not is_debris(Path(entry.name))} - set(EDITABLE)
+    written = {TRANSFORMER, SCHEDULER.parts[0], "vae", PIPELINE, LABELS, *components_named(folder)}
     return (folder / TRANSFORMER / CONFIG).is_file() and entries <= written and not is_artifact(folder)
 
 

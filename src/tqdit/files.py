@@ -267,9 +267,28 @@ def foreign_file(folder: Path) -> str | None:
         own |= {path for path in root.glob("*") if WEIGHT_FILE.fullmatch(path.name)}
         own |= {root / name for name in _sealed(root / MANIFEST)}
     own |= set((folder / "vae").glob("*.safetensors"))
+    if not is_there(folder / MANIFEST):  # else its seal has said what is in the components
+        for name in components_named(folder):
+            own |= {folder / name, *(folder / name).rglob("*")}
     files = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
     foreign = (path.relative_to(folder) for path in files if path not in own)
     return next((path.as_posix() for path in foreign if not is_debris(path)), None)
+
+
+def components_named(folder: Path) -> set[str]:
+    """The names of what a pipeline's model_index.json puts into its folder besides transformer and scheduler.
+
+    These are components, and a Python file of the pipeline's own class. Empty where the index cannot be read.
+    """
+    try:
+        index = read_json(folder / PIPELINE_FILES[0])
+    except InputError:
+        return set()
+    code = index.pop("_class_name", None)
+    named = {name for name, entry in index.items() if isinstance(entry, list) and name[:1] != "_"}
+    if isinstance(code, list) and code and isinstance(code[0], str):
+        named.add(f"{code[0]}.py")
+    return {name for name in named if Path(name).name == name} - {TRANSFORMER, "scheduler"}
 
 
 def _sealed(manifest: Path) -> list[str]:
