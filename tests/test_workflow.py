@@ -20,7 +20,7 @@ from tqdit.files import write_bytes
 from tqdit.locks import holding
 from tqdit.models.sampler import Sampling
 from tqdit.models.sites import sites
-from tqdit.models.sources import resolve, weights_hash
+from tqdit.models.sources import load_float, resolve, weights_hash
 from tqdit.spec import Role
 from tqdit.swap import beside
 
@@ -320,9 +320,12 @@ def test_killed_before_its_work_was_removed(quantized, pipeline, tiny_recipe, tm
 
     with pytest.raises(InputError, match="exists"):
         workflow.quantize(pipeline, out, tiny_recipe("plus", rounds=0), report=no_work, resumable=True)
+    loaded = []
+    monkeypatch.setattr(workflow, "load_float", lambda source: loaded.append(source) or load_float(source))
     with pytest.warns(RepairWarning, match="out was finished by a run that was interrupted afterwards"):
         found = workflow.quantize(pipeline, out, recipe, report=no_work, resumable=True)
     assert files_of(out) == files_of(quantized[0])
+    assert len(loaded) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     same = ("name", "preset", "bits", "size_bytes", "float32_bytes", "environment")
     assert [found[key] for key in same] == [quantized[1][key] for key in same]
@@ -406,6 +409,18 @@ def test_full_disk_leaves_nothing(pipeline, tiny_recipe, tmp_path, monkeypatch, 
         workflow.quantize(pipeline, target, recipe, overwrite=True)
     assert files_of(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == (["out"] if exists else [])
+
+
+def test_a_source_that_goes_away_during_the_search(own_pipeline, tiny_recipe, tmp_path) -> None:
+    """All that is said about it is read before the work."""
+
+    def remove(stage: str, fraction: float) -> None:
+        if (stage, fraction) == ("search", 1.0):
+            shutil.rmtree(own_pipeline)
+
+    recipe = tiny_recipe("plus", rounds=0)
+    assert workflow.quantize(own_pipeline, tmp_path / "out", recipe, report=remove)["file_bytes"] > 0
+    assert not own_pipeline.exists()
 
 
 def test_existing_output_is_refused_before_any_work(pipeline, tiny_recipe, tmp_path) -> None:

@@ -38,7 +38,7 @@ from tqdit.models import fitting
 from tqdit.models.sampler import Sampling
 from tqdit.models.shapes import shape_name
 from tqdit.models.sites import ARCHITECTURE, config_of
-from tqdit.models.sizes import float_sizes
+from tqdit.models.sizes import FloatSizes, float_sizes
 from tqdit.models.sources import (
     LABELS,
     PIPELINE,
@@ -233,13 +233,15 @@ def quantize(
     out = Path(out)
     work = jobs.work_folder(out) if resumable else None
     with jobs.reserved(out) as place:
-        if work and not overwrite and _is_made(model, out, work, recipe):
-            source, seconds = resolve(model), 0.0
-            module = load_float(source)
-        else:
+        perhaps_made = work is not None and not overwrite and _has_left(out, work)
+        if not perhaps_made:
             check_target(out, overwrite)
-            source = resolve(model)
-            module = load_float(source)
+        source = resolve(model)
+        module = load_float(source)
+        sizes = float_sizes(source, module)  # hours later the source may be gone
+        seconds = 0.0
+        if not (perhaps_made and _is_made(out, source, module, recipe)):
+            check_target(out, overwrite)
             if place:
                 check_space(out, _least_bytes(source, module, recipe))
             prepared = _calibrated(source, module, recipe, report, device, work)
@@ -250,14 +252,13 @@ def quantize(
                     _write(solution, source, folder, out)
         if place and work:
             discard(work, STAGES)
-    return _summary(source, recipe, module, seconds, out, device)
+    return _summary(source, recipe, sizes, seconds, out, device)
 
 
 def _summary(
-    source: ModelSource, recipe: Recipe, module: nn.Module, seconds: float, out: Path, device: Device
+    source: ModelSource, recipe: Recipe, sizes: FloatSizes, seconds: float, out: Path, device: Device
 ) -> dict[str, Any]:
     world = distributed.current()
-    sizes = float_sizes(source, module)
     size = int(world.add(torch.tensor(artifact.size_bytes(out) if world.first else 0)))  # known when it is written
     return {
         "name": source.name,
@@ -414,15 +415,19 @@ def chosen_classes(source: ModelSource, classes: Sequence[str | int]) -> Sequenc
     return class_indices(source, classes) if classes else range(int(source.config["num_embeds_ada_norm"]))
 
 
-def _is_made(model: str | Path, out: Path, work: Path, recipe: Recipe) -> bool:
-    """Whether a run that was killed at its very end has left work of an artifact that is whole and what we would make.
+def _has_left(out: Path, work: Path) -> bool:
+    """Whether there are both an output and work for it. Of several processes the first one looks."""
+    world = distributed.current()
+    return bool(world.add(torch.tensor([int(world.first and work.is_dir() and out.is_dir())])))
+
+
+def _is_made(out: Path, source: ModelSource, module: nn.Module, recipe: Recipe) -> bool:
+    """Whether a run that was killed at its very end has left an artifact that is whole and what we would make.
 
     Of several processes the first one looks.
     """
     world, made = distributed.current(), False
-    if world.first and work.is_dir() and out.is_dir():
-        source = resolve(model)
-        module = load_float(source)
+    if world.first:
         made_from = _made_from(source, weights_hash(module), recipe)
         with contextlib.suppress(InputError):
             found = resolve(out)
