@@ -407,7 +407,7 @@ def test_files_beside_the_weights_are_hashed(tmp_path, solved) -> None:
     with pytest.raises(InputError, match=r"scheduler_config\.json was changed"):
         artifact.read(tmp_path)
     file.unlink()
-    with pytest.raises(InputError, match=r"scheduler_config\.json is missing"):
+    with pytest.raises(InputError, match=r"scheduler_config\.json is missing; tqdit\.json lists it"):
         artifact.read(tmp_path)
 
 

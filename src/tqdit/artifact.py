@@ -150,7 +150,7 @@ def _check_seal(folder: Path) -> None:
     for name, expected in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(f"{folder / MANIFEST} names '{name}', which is not in the folder")
-        if _sha256(folder / name) != expected:
+        if _sha256(folder / name, f"{MANIFEST} lists it") != expected:
             raise InputError(f"{folder / name} was changed: its sha256 is not the one in {MANIFEST}")
     for path in _read_with_model(folder):
         if path.relative_to(folder).as_posix() not in files:
@@ -168,8 +168,8 @@ def _read_with_model(folder: Path) -> list[Path]:
     return [*beside, *(path for path in inside if path.suffix in READ_SUFFIXES)]
 
 
-def _sha256(path: Path) -> str:
-    check_regular(path)
+def _sha256(path: Path, why: str = "") -> str:
+    check_regular(path, why)
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
