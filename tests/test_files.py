@@ -120,7 +120,7 @@ def test_failing_rename_puts_the_old_folder_back(old, without_exchange, monkeypa
 
 
 def test_existing_folder_needs_overwrite(old) -> None:
-    with pytest.raises(InputError, match=r"exists.*--overwrite"), replacing(old):
+    with pytest.raises(InputError, match=r"exists; .*overwrite"), replacing(old):
         pytest.fail("the body must not run")
     assert_intact(old, "old")
 

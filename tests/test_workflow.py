@@ -389,7 +389,7 @@ def test_work_folder_that_another_machine_does_not_see_is_refused(pipeline, tiny
     monkeypatch.setattr(distributed, "_current", distributed.World(1, 2))
     monkeypatch.setattr(distributed.World, "wait", lambda _: None)
     monkeypatch.setattr(distributed.World, "add", lambda _, mine: mine if mine.ndim else mine + 12345)
-    with pytest.raises(InputError, match=r"--resumable: .*out\.work is not on a file system that all processes share"):
+    with pytest.raises(InputError, match=r"resumable: .*out\.work is not on a file system that all processes share"):
         workflow.quantize(pipeline, tmp_path / "out", tiny_recipe(), resumable=True)
     assert list(tmp_path.iterdir()) == []
 

@@ -68,7 +68,7 @@ def convert_checkpoint(
         raise InputError(f"output {out} is the model that is converted; choose another folder")
     if source.checkpoint is None and not official and not source.quantized:
         raise InputError(
-            f"'{model}' is in diffusers' format already; pass --official if it was made from an official checkpoint "
+            f"'{model}' is in diffusers' format already; call it official if it was made from an official checkpoint "
             "and is to run as published"
         )
     classes = int(source.config["num_embeds_ada_norm"])

@@ -204,7 +204,7 @@ def check_target(target: Path, overwrite: bool, replaceable: Kind = is_artifact,
     _check_link(target)
     target = _real(target)
     if target.exists() and not overwrite:
-        raise InputError(f"output {target} exists; choose another folder or pass --overwrite")
+        raise InputError(f"output {target} exists; choose another folder or allow to overwrite it")
     if target.exists() and not target.is_dir():
         raise InputError(f"output {target} is a file; an artifact is a folder")
     if target.is_dir() and any(target.iterdir()):

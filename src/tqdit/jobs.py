@@ -72,4 +72,4 @@ def check_shared(work: Path) -> None:
     if not seen:
         with contextlib.suppress(OSError):
             work.rmdir()  # made just now, on another disk
-        raise InputError(f"--resumable: {work} is not on a file system that all processes share; leave it out")
+        raise InputError(f"resumable: {work} is not on a file system that all processes share; leave it out")

@@ -145,7 +145,7 @@ class WorkFolder:
         for piece in pieces:
             if not piece.path.is_file():
                 raise InputError(
-                    f"{piece.path} of another process is not there; --resumable needs a folder that all share"
+                    f"{piece.path} of another process is not there; resumable work needs a folder that all share"
                 )
         return list(pieces)
 
