@@ -112,7 +112,7 @@ def _write(folder: Path, source: ModelSource, module: nn.Module) -> None:
     transformer.mkdir()
     write_tensors(transformer / WEIGHTS, _separate(module.state_dict()))
     write_json(transformer / CONFIG, dict(config_of(module)))
-    write_json(folder / SCHEDULER, source.scheduler or DIFFUSION)
+    write_json(folder / SCHEDULER, source.scheduler)
     source.copy_components(folder)
     labels = {str(number): label for number, label in sorted(source.labels.items())}
     if source.vae is not None or source.pipeline is not None:
@@ -134,7 +134,7 @@ def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _index(source: ModelSource) -> dict[str, Any]:
     """The model_index.json of a pipeline, by which diffusers' `DiTPipeline` loads the folder."""
     index = {"_class_name": "DiTPipeline", **(source.pipeline or {})}
-    index["scheduler"] = ["diffusers", (source.scheduler or DIFFUSION).get("_class_name", "DDIMScheduler")]
+    index["scheduler"] = ["diffusers", source.scheduler.get("_class_name", DIFFUSION["_class_name"])]
     index[TRANSFORMER] = ["diffusers", ARCHITECTURE]
     if source.vae is not None:
         index["vae"] = ["diffusers", read_json(source.vae / CONFIG).get("_class_name", "AutoencoderKL")]
