@@ -2,10 +2,13 @@
 
     config.json                              the model's config with `quantization_config`
     diffusion_pytorch_model.safetensors      the tensors of `tqdit.tensors`; or shards of it and their index
-    tqdit.json                               sha256 of every other file of the folder: scheduler, class names, VAE
-    README.md                                a model card, which may be edited
+    tqdit.json                               the seal: sha256 of scheduler, class names, VAE and whatever else is there
+    README.md                                a model card
 
-A pipeline has the first two, with a tqdit.json of their own, in its folder `transformer`.
+The seal does not list config and weights, which vouch for themselves, nor README.md and .gitattributes, which may be
+edited, nor what is in a pipeline's folder `transformer`.
+
+A pipeline has config and weights, with a tqdit.json of their own, in its folder `transformer`.
 """
 
 import hashlib
@@ -35,9 +38,10 @@ from tqdit.files import (
 from tqdit.reading import check_regular
 from tqdit.spec import Solution
 
-BESIDE = ("model_index.json", "id2label.json")  # what is read with a model, as are
-FOLDERS_BESIDE = ("scheduler", "vae")  # files in these of
-READ_SUFFIXES = (".json", ".safetensors", ".bin")  # these kinds
+# What is read with a model: these files, and in these folders the files with these suffixes.
+BESIDE = ("model_index.json", "id2label.json")
+FOLDERS_BESIDE = ("scheduler", "vae")
+READ_SUFFIXES = (".json", ".safetensors", ".bin")
 SHARD = "diffusion_pytorch_model-{:05d}-of-{:05d}.safetensors"
 
 
@@ -96,7 +100,7 @@ def check_seal(folder: Path, root: Path | None = None) -> None:
 
 
 def check_replaceable(folder: Path) -> None:
-    """`InputError` if a folder has files that are not a model's: saving a model over them would lose them."""
+    """Raise `InputError` if a folder has files that are not a model's: saving a model over them would lose them."""
     if folder.is_dir():
         for path in sorted(folder.iterdir()):
             if not (is_debris(Path(path.name)) or (path.is_file() and _vouched(Path(path.name)))):
@@ -104,7 +108,10 @@ def check_replaceable(folder: Path) -> None:
 
 
 def unseal_pipeline(folder: Path) -> None:
-    """Of a model that was saved anew: what the pipeline around it is has changed too, and diffusers writes no seal."""
+    """Remove the seal of the pipeline around a model that was saved anew.
+
+    diffusers changes the pipeline's own files then, and writes no seal.
+    """
     if folder.name == TRANSFORMER:
         (folder.parent / MANIFEST).unlink(missing_ok=True)
 

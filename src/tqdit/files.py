@@ -111,7 +111,10 @@ def _read_shards(folder: Path, weight_map: Any) -> dict[str, torch.Tensor]:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """A safetensors file in the order of names; no two tensors may share memory. Raises `OSError` naming the file."""
+    """Write a safetensors file with the tensors in the order of their names; no two may share memory.
+
+    Raises `OSError` that names the file.
+    """
     try:
         save_file(dict(sorted(tensors.items())), path, metadata={"format": "pt"})
         path.chmod(0o644)  # as every file beside it
@@ -139,7 +142,7 @@ def write_bytes(path: Path, data: bytes, replace: bool = True) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8 text, whole or not at all."""
+    """Write a text in UTF-8, whole or not at all."""
     write_bytes(path, text.encode())
 
 

@@ -28,7 +28,7 @@ RANDOM_OLD = r"\.[a-z0-9_]{8}\.old"  # where there is no lock, and of earlier ve
 
 @contextmanager
 def partial_file(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
-    """A file beside `path` to fill and to rename; removed if that did not happen.
+    """Open a new file beside `path`, to be filled and then renamed; it is removed if it was not renamed.
 
     Its name is that of `path`, unless another process is writing `path` now or the file system has no locks.
     """
@@ -73,11 +73,11 @@ class Place:
     """The path of a folder, without symbolic links, where this process alone may put something."""
 
     target: Path
-    locked: bool  # False where the file system has no locks: then nothing of another process is ever removed
+    locked: bool  # False where the file system has no locks; then nothing that another process may have made is removed
 
     @contextmanager
     def filled(self, check: Callable[[], None]) -> Iterator[Path]:
-        """A new folder to fill; it takes the place of `target` if the block and then `check` raise nothing."""
+        """Make a folder to fill. It takes the place of `target` if neither the block nor then `check` raises."""
         partial = self._free("partial")
         try:
             partial.mkdir(exist_ok=True)

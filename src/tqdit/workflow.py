@@ -65,7 +65,7 @@ Report = Callable[[str, float], None]  # (stage, finished fraction)
 
 
 def silent(stage: str, fraction: float) -> None:
-    """No progress."""
+    """Report no progress."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Tensors(Protocol):
     """Named tensors of one piece."""
 
     def read(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
-        """Those of `names` that there are; all by default."""
+        """Return those tensors of `names` that the piece has; by default all that it has."""
 
 
 class Store(Protocol):
