@@ -53,8 +53,8 @@ def is_at(file: IO[bytes], path: Path) -> bool:
 def holding(path: Path, what: Path) -> Iterator[bool]:
     """Hold a lock file while the block runs, and remove it afterwards. `what` is written under its protection.
 
-    Yields whether the lock is really held: it is False where the file system has no locks. Raises `BusyError` if another
-    process holds the lock.
+    Yields whether the lock is really held: it is False where the file system has no locks. Raises `BusyError` if
+    another process holds the lock.
     """
     file = _held(path, what)
     try:
