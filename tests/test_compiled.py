@@ -4,6 +4,7 @@ Through "eager" and "aot_eager" everything is computed as in a plain call, so re
 few float operations between the kernels in its own order: a code may fall on the other side of a rounding boundary.
 """
 
+import shutil
 import threading
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def test_blocks_compile_once_for_all_of_them_and_for_all_threads(solved, calls) 
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles with a C++ compiler")
 def test_inductor_is_within_the_bound(solved, calls) -> None:
     model = convert(solved("plus"), "cpu")
     expected = [run(model, given) for given in calls]
@@ -100,3 +102,24 @@ def test_nothing_of_a_call_stays_with_its_thread(solved, calls) -> None:
     assert model.clock.group is None
     assert model.conditioning._now.call is None
     assert not any(isinstance(value, dict) and value for value in vars(model.clock._now).values())
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_sample_that_is_no_number_is_none_when_compiled(solved, calls, backend: str) -> None:
+    model = convert(solved("plus"), "cpu")
+    given = {name: value.clone() for name, value in calls[0].items()}
+    given["hidden_states"][0, 0, 0, 0] = float("nan")
+    found = run(torch.compile(model, backend=backend), given)
+    assert found[0].isnan().all()
+    assert torch.equal(found[1:], run(model, calls[0])[1:])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles with a C++ compiler")
+def test_inductor_does_not_drop_what_finds_nan(solved) -> None:
+    """The last layer alone: compilers simplify a product with 0."""
+    model = convert(solved("plus"), "reference")
+    stream, modulation = torch.randn(2, 16, 32), torch.randn(2, 64)
+    stream[0, 3, 5] = float("nan")
+    found = torch.compile(model._patches)(stream, modulation)
+    assert found[0].isnan().all()
+    assert found[1].isfinite().all()

@@ -64,6 +64,10 @@ __version__ = VERSION
 register_with_diffusers()
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'tqdit' has no attribute '{name}'")

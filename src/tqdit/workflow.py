@@ -310,7 +310,7 @@ def images_of(
 ) -> Images:
     """The images that `sample` draws, `batch` at a time; all of it checked but the weights. Raises `InputError`."""
     if isinstance(classes, str):
-        raise InputError(f"classes must be a list of names, got the string '{classes}'")
+        raise InputError(f"classes must be a list of names or numbers, got the string '{classes}'")
     if isinstance(classes, int):
         raise InputError(f"classes must be a list, got the number {classes}; give [{classes}]")
     source = resolve(model)

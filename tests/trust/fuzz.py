@@ -149,9 +149,10 @@ def _manifest(folder: Path, config: Any) -> Target:
     def target(rng: random.Random) -> bool:
         forged = changed(copy.deepcopy(manifest), rng)
         outside = copy.deepcopy(config)
-        if rng.random() < 0.3:  # the same change in both copies of the model's config
+        twin = forged.get("model_config") if isinstance(forged, dict) else None
+        if isinstance(twin, dict) and rng.random() < 0.3:  # the same change in both copies of the model's config
             key = rng.choice(sorted(CONFIG))
-            outside[key] = forged["model_config"][key] = strange(outside.get(key), rng)
+            outside[key] = twin[key] = strange(outside.get(key), rng)
         text = json.dumps(forged).encode()
         outside["quantization_config"]["manifest_sha256"] = hashlib.sha256(text).hexdigest()
         forged_tensors = {**found, tensors.MANIFEST_TENSOR: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
@@ -208,7 +209,7 @@ def _safetensors(model: Path) -> Target:
         header = changed_bytes(original[8:length], rng)
         if rng.random() < 0.5:
             header = json.dumps(changed(json.loads(original[8:length]), rng)).encode()
-        size = len(header) if rng.random() < 0.9 else rng.choice([0, 1, 2**32, 2**63, len(header) - 1])
+        size = len(header) if rng.random() < 0.9 else rng.choice([0, 1, 2**32, 2**63, max(0, len(header) - 1)])
         data = original[length:] if rng.random() < 0.8 else changed_bytes(original[length:], rng)
         path.write_bytes(size.to_bytes(8, "little") + header + data)
         read_weights(path.parent)

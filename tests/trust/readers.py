@@ -21,14 +21,14 @@ NOT_READ = "not read"
 GOOD = ("refused", "same", "legal", "diffusers")
 
 
-def pixels(folder: Path, backend: str = "cpu") -> torch.Tensor:
+def pixels(folder: Path, backend: str = "auto") -> torch.Tensor:
     """Two images, of a class by name where there are names: scheduler, names, decoder and model all take part."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return workflow.sample(folder, ["1", "3"], 2, SAMPLING, backend=backend)
 
 
-def from_pretrained(folder: Path, _: str = "cpu") -> torch.Tensor:
+def from_pretrained(folder: Path, _: str = "auto") -> torch.Tensor:
     """A call of the transformer as diffusers loads it, which reads config and weights."""
     from diffusers import DiTTransformer2DModel
 

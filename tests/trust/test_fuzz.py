@@ -58,6 +58,6 @@ def test_a_failure_is_told(tmp_path: Path) -> None:
 
     (counts,) = fuzz.run({"x": target}, tmp_path, count=40).values()
     assert counts["executions"] == 40
-    assert 8 < counts["accepted"] == 40 - counts["failed"] < 20
+    assert 0 < counts["accepted"] == 40 - counts["failed"] < 40
     assert len(counts["failures"]) == 2, "each kind once"
     assert all(kind in str(counts["failures"]) for kind in ("KeyError in test_fuzz.py:target", "ended with -9"))

@@ -68,8 +68,8 @@ class PackedLinear(FixedDtype):
         self.packed = None if reason() else Packed(weight.codes)
         self.hold("codes", weight.codes.clone() if self.packed is None else None)
         self.hold("colsum", column_sums(weight.codes) if self.packed is None else None)
-        self.hold("scale", weight.scale.expand(columns).contiguous())
-        self.hold("bias", torch.zeros_like(self.scale) if bias is None else bias.float().contiguous())
+        self.hold("scale", weight.scale.expand(columns).clone(memory_format=torch.contiguous_format))
+        self.hold("bias", torch.zeros_like(self.scale) if bias is None else bias.float().clone())
 
     @property
     def weight(self) -> PackedWeight:

@@ -51,8 +51,8 @@ class PanelLinear(FixedDtype):
         )  # fmt: skip
         self.hold("packed", packed)
         self.hold("sums", sums)
-        self.hold("scale", weight.scale.expand(columns).contiguous())
-        self.hold("bias", torch.zeros_like(self.scale) if bias is None else bias.float().contiguous())
+        self.hold("scale", weight.scale.expand(columns).clone(memory_format=torch.contiguous_format))
+        self.hold("bias", torch.zeros_like(self.scale) if bias is None else bias.float().clone())
 
     @property
     def weight(self) -> PanelWeight:

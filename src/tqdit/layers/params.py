@@ -31,10 +31,10 @@ class ActivationParams(FixedDtype):
         zero_point = torch.zeros_like(scale, dtype=torch.int32) if two_region else params.zero_point
         shift = merge_shift(scale, coarse, spec.bits, spec.grid) if two_region else None
         assert zero_point is not None
-        self.keep("scale", scale.reshape(shape).contiguous())
-        self.keep("zero_point", zero_point.reshape(shape).contiguous())
-        self.keep("coarse", coarse.reshape(shape).contiguous())
-        self.keep("shift", None if shift is None else shift.reshape(shape).contiguous())
+        self.keep("scale", scale.reshape(shape))
+        self.keep("zero_point", zero_point.reshape(shape))
+        self.keep("coarse", coarse.reshape(shape))
+        self.keep("shift", None if shift is None else shift.reshape(shape))
         operand = OperandParams(spec.grid, spec.bits, self.scale, self.zero_point, self.coarse, self.shift)
         self.keep("table", parameter_table(operand) if tables else None, persistent=False)
 

@@ -26,11 +26,14 @@ class FixedDtype(Watched, Untrainable):
         self._parameters[name] = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
 
     def keep(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
-        """Make a small tensor a buffer; None is a plain attribute, since accelerate does not expect an empty buffer."""
+        """Keep a copy of a small tensor as a buffer of this module alone: a change of it changes no other model.
+
+        None becomes a plain attribute, since accelerate does not expect an empty buffer.
+        """
         if tensor is None:
             setattr(self, name, None)
         else:
-            self.register_buffer(name, tensor, persistent)
+            self.register_buffer(name, tensor.clone(memory_format=torch.contiguous_format), persistent)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -70,7 +73,7 @@ class FixedDtype(Watched, Untrainable):
 class LinearCodes(FixedDtype):
     """int8 codes (out, in), fp32 scale (out,) or (1,), column sums if they were given, and bias of a linear layer.
 
-    The codes are a copy: given ones may be part of a mapped file.
+    All are copies: given codes may be part of a mapped file, and given scales belong to the solution.
     """
 
     codes: torch.Tensor
@@ -81,9 +84,9 @@ class LinearCodes(FixedDtype):
     def __init__(self, weight: WeightParams, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.hold("codes", weight.codes.clone())
-        self.hold("scale", weight.scale)
+        self.hold("scale", weight.scale.clone())
         self.hold("colsum", weight.colsum)
-        self.hold("bias", bias)
+        self.hold("bias", None if bias is None else bias.clone())
 
     def unpacked(self) -> torch.Tensor:
         """The codes, int8 (out, in)."""

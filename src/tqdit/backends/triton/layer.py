@@ -36,8 +36,8 @@ class TritonLinear(FixedDtype):
         low, high = (padded.clone(), None) if bits == 8 else _packed(padded, bits)
         self.hold("codes", low)
         self.hold("high", high)
-        self.hold("scale", weight.scale.float().expand(n).contiguous())
-        self.hold("bias", torch.zeros_like(self.scale) if bias is None else bias.float().contiguous())
+        self.hold("scale", weight.scale.float().expand(n).clone(memory_format=torch.contiguous_format))
+        self.hold("bias", torch.zeros_like(self.scale) if bias is None else bias.float().clone())
         self.hold("sums", column_sums(weight.codes))
 
     def unpacked(self) -> torch.Tensor:
