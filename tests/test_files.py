@@ -175,6 +175,7 @@ def test_what_programs_leave_in_an_artifact_is_no_obstacle(old, name: str) -> No
     (old / name).parent.mkdir(parents=True, exist_ok=True)
     (old / name).touch()
     check_target(old, overwrite=True)
+    assert files.foreign_file(old) is None
 
 
 def test_a_link_to_a_folder_in_an_artifact_is_never_lost(tmp_path, old) -> None:
