@@ -407,8 +407,19 @@ def test_files_beside_the_weights_are_hashed(tmp_path, solved) -> None:
     with pytest.raises(InputError, match=r"scheduler_config\.json was changed"):
         artifact.read(tmp_path)
     file.unlink()
-    with pytest.raises(InputError, match=r"scheduler_config\.json is missing"):
+    with pytest.raises(InputError, match=r"scheduler_config\.json is missing; tqdit\.json lists it"):
         artifact.read(tmp_path)
+
+
+@pytest.mark.parametrize("name", [".ipynb_checkpoints/x.json", "._scheduler_config.json"])
+def test_what_editors_and_file_managers_leave_is_no_added_file(folder, name: str) -> None:
+    file = folder / "scheduler" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    artifact.read(folder)
+    (folder / "scheduler" / "x.json").write_text("{}")
+    with pytest.raises(InputError, match=r"x\.json was added"):
+        artifact.read(folder)
 
 
 def test_a_pipeline_is_verified_as_a_whole(tmp_path, solved) -> None:

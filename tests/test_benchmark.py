@@ -207,7 +207,7 @@ def test_wrong_settings_stop_before_building(folder: Path, monkeypatch, settings
 
 
 def test_nothing_to_time(pipeline: Path) -> None:
-    with pytest.raises(InputError, match="nothing to time: give an artifact, or --random"):
+    with pytest.raises(InputError, match="nothing to time: give an artifact, or a random model"):
         run()
     with pytest.raises(InputError, match=r"nothing to time: '.*tiny-dit' is a float model; quantize it first"):
         run(pipeline)

@@ -61,7 +61,7 @@ def test_convert(run: Callable, tmp_path: Path) -> None:
     code, out, err = run("convert", tmp_path / "official.pt", "-o", tmp_path / "dit")
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
-    assert "--num-heads" in err
+    assert "num_heads" in err
     code, out, _ = run("convert", tmp_path / "official.pt", "-o", tmp_path / "dit", "--num-heads", "2")
     assert code == 0
     assert "official, its ema weights, DiT-2x32/2@8, 2 heads, 10 classes" in out
@@ -418,7 +418,7 @@ def test_existing_output_is_kept(run: Callable, pipeline: Path, artifact: Path, 
     before = (out / "transformer" / "config.json").read_bytes()
     code, _, err = run("quantize", pipeline, "-o", out, *FAST)
     assert code == 2
-    assert "--overwrite" in err
+    assert "overwrite" in err
     assert (out / "transformer" / "config.json").read_bytes() == before
     code, _, _ = run("quantize", pipeline, "-o", out, "--bits", "w6a6", "--overwrite", *FAST)
     assert code == 0

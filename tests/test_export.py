@@ -79,6 +79,30 @@ def test_with_a_vae_it_is_a_pipeline(file, vae, tmp_path) -> None:
     assert resolve(tmp_path / "dit" / "transformer").vae == (tmp_path / "dit" / "vae").resolve()
 
 
+def test_what_was_written_may_be_written_anew(file, vae, tmp_path) -> None:
+    """A decoder with a card and a history, a component and code of the pipeline's own; what people edit is kept."""
+    theirs, out = tmp_path / "theirs", tmp_path / "ours"
+    convert_checkpoint(file, theirs, 2, vae)
+    for name in ("vae/README.md", "vae/.git/HEAD", "tokenizer/vocab.json", "own.py"):
+        (theirs / name).parent.mkdir(exist_ok=True)
+        (theirs / name).touch()
+    for name in ("vae/.git", "tokenizer"):
+        (theirs / name / "deep").mkdir()
+    index = read_json(theirs / "model_index.json")
+    index |= {"_class_name": ["own", "OwnPipeline"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+    (theirs / "model_index.json").write_text(json.dumps(index))
+    convert_checkpoint(theirs, out, official=True)
+    (out / "README.md").write_text("my own words")
+    (out / ".DS_Store").touch()
+    convert_checkpoint(theirs, out, official=True, overwrite=True)
+    assert (out / "README.md").read_text() == "my own words"
+    assert (out / "tokenizer" / "vocab.json").is_file()
+    assert not (out / "vae" / ".git").exists()
+    (out / "notes.txt").touch()
+    with pytest.raises(InputError, match="refusing to overwrite"):
+        convert_checkpoint(theirs, out, official=True, overwrite=True)
+
+
 def test_official_marks_a_folder(file, vae, tmp_path) -> None:
     folder = tmp_path / "theirs"
     convert_checkpoint(file, folder, 2, vae)
@@ -88,7 +112,7 @@ def test_official_marks_a_folder(file, vae, tmp_path) -> None:
     index = folder / "model_index.json"
     index.write_text(json.dumps(read_json(index) | {"id2label": {"3": "cat"}}))
     assert not published_output(load_float(resolve(folder)))
-    with pytest.raises(InputError, match="in diffusers' format already; pass --official"):
+    with pytest.raises(InputError, match="in diffusers' format already; call it official"):
         convert_checkpoint(folder, tmp_path / "ours")
     convert_checkpoint(folder, tmp_path / "ours", official=True)
     source = resolve(tmp_path / "ours")
@@ -167,7 +191,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(file, vae, tmp_path) ->
     with pytest.raises(InputError, match=r"is inside .*, which is copied into it"):
         convert_checkpoint(file, vae / "dit", 2, vae)
     assert not (vae / "dit").exists()
-    with pytest.raises(InputError, match="--num-heads"):
+    with pytest.raises(InputError, match="num_heads"):
         convert_checkpoint(file, tmp_path / "dit")
     assert not (tmp_path / "dit").exists()
 

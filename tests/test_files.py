@@ -120,7 +120,7 @@ def test_failing_rename_puts_the_old_folder_back(old, without_exchange, monkeypa
 
 
 def test_existing_folder_needs_overwrite(old) -> None:
-    with pytest.raises(InputError, match=r"exists.*--overwrite"), replacing(old):
+    with pytest.raises(InputError, match=r"exists; .*overwrite"), replacing(old):
         pytest.fail("the body must not run")
     assert_intact(old, "old")
 
@@ -154,7 +154,7 @@ def test_folder_that_is_not_an_artifact_is_never_overwritten(tmp_path, make) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["notes.txt", "scheduler/notes.txt", "lora.safetensors", "transformer/notes.txt", "x/y"]
+    "name", [".git/HEAD", "notes.txt", "scheduler/notes.txt", "lora.safetensors", "transformer/notes.txt", "x/y"]
 )
 def test_what_else_is_in_an_artifact_is_never_lost(old, name: str) -> None:
     (old / name).parent.mkdir(exist_ok=True)
@@ -166,6 +166,16 @@ def test_what_else_is_in_an_artifact_is_never_lost(old, name: str) -> None:
     with pytest.raises(InputError, match=name), replacing(old, overwrite=True):
         pytest.fail("the body must not run")
     assert (old / name).read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "name", [".DS_Store", "scheduler/._inner", ".cache/huggingface/download/x.metadata", ".ipynb_checkpoints/x.json"]
+)
+def test_what_programs_leave_in_an_artifact_is_no_obstacle(old, name: str) -> None:
+    (old / name).parent.mkdir(parents=True, exist_ok=True)
+    (old / name).touch()
+    check_target(old, overwrite=True)
+    assert files.foreign_file(old) is None
 
 
 def test_a_link_to_a_folder_in_an_artifact_is_never_lost(tmp_path, old) -> None:

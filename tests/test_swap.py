@@ -240,6 +240,22 @@ def test_an_artifact_that_was_taken_away_is_put_back(old: Path, name: str) -> No
     assert names(old.parent) == ["out"]
 
 
+def test_what_is_no_artifact_is_not_put_back(tmp_path: Path) -> None:
+    """A name of eight letters may be a user's."""
+    backup = tmp_path / ".out.mybackup.old"
+    backup.mkdir()
+    (backup / "thesis.tex").write_text("precious")
+    with files.reserved(tmp_path / "out"):
+        assert names(tmp_path) == [".out.mybackup.old", ".out.tqdit.lock"]
+
+
+def test_without_locks_nothing_is_put_back(old: Path, without_locks: None) -> None:
+    """The process that took it away may be about to put the new one there."""
+    old.rename(old.with_name(".out.a8_x0c1d.old"))
+    with files.reserved(old):
+        assert not old.exists()
+
+
 def test_a_live_process_loses_nothing(old: Path) -> None:
     with replacing(old, overwrite=True) as folder:
         fill(folder, "new")
@@ -332,6 +348,13 @@ def test_a_planted_partial_file_is_not_written_through(tmp_path: Path, planted: 
 def test_without_locks_a_file_is_written_whole(tmp_path: Path, without_locks: None) -> None:
     write_bytes(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"new"
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("number", ["ENOTSUP", "EOPNOTSUPP"])  # the same on Linux, not on macOS
+def test_a_file_system_that_says_it_has_no_locks(number: str) -> None:
+    assert getattr(errno, number) in locks.NO_LOCKS
+    assert getattr(errno, number) in swap.UNSUPPORTED
 
 
 @pytest.mark.parametrize("fallback", [True, False])

@@ -20,7 +20,7 @@ from tqdit.files import write_bytes
 from tqdit.locks import holding
 from tqdit.models.sampler import Sampling
 from tqdit.models.sites import sites
-from tqdit.models.sources import resolve, weights_hash
+from tqdit.models.sources import load_float, resolve, weights_hash
 from tqdit.spec import Role
 from tqdit.swap import beside
 
@@ -128,6 +128,18 @@ def test_inspect_lists_every_site(quantized, model, tiny_recipe) -> None:
     json.dumps(found, allow_nan=False)
     simulated = workflow.inspect(quantized[0], "simulated")
     assert {row["kernel"].split(".")[0] for row in simulated["sites"]} == {"simulated"}
+
+
+def test_a_pipeline_is_sealed_whatever_its_transformers_folder_is_called(quantized, tmp_path) -> None:
+    """The scheduler is read from the pipeline around: what its seal says holds for that transformer too."""
+    out = shutil.copytree(quantized[0], tmp_path / "out")
+    (out / "transformer").rename(out / "transformer_ema")
+    workflow.load(out / "transformer_ema")
+    scheduler = out / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("0.004", "0.02"))
+    for use in (workflow.load, workflow.inspect):
+        with pytest.raises(InputError, match=r"scheduler_config\.json was changed"):
+            use(out / "transformer_ema")
 
 
 def test_inspect_of_a_float_model_is_an_error(pipeline) -> None:
@@ -308,9 +320,12 @@ def test_killed_before_its_work_was_removed(quantized, pipeline, tiny_recipe, tm
 
     with pytest.raises(InputError, match="exists"):
         workflow.quantize(pipeline, out, tiny_recipe("plus", rounds=0), report=no_work, resumable=True)
+    loaded = []
+    monkeypatch.setattr(workflow, "load_float", lambda source: loaded.append(source) or load_float(source))
     with pytest.warns(RepairWarning, match="out was finished by a run that was interrupted afterwards"):
         found = workflow.quantize(pipeline, out, recipe, report=no_work, resumable=True)
     assert files_of(out) == files_of(quantized[0])
+    assert len(loaded) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     same = ("name", "preset", "bits", "size_bytes", "float32_bytes", "environment")
     assert [found[key] for key in same] == [quantized[1][key] for key in same]
@@ -374,7 +389,7 @@ def test_work_folder_that_another_machine_does_not_see_is_refused(pipeline, tiny
     monkeypatch.setattr(distributed, "_current", distributed.World(1, 2))
     monkeypatch.setattr(distributed.World, "wait", lambda _: None)
     monkeypatch.setattr(distributed.World, "add", lambda _, mine: mine if mine.ndim else mine + 12345)
-    with pytest.raises(InputError, match=r"--resumable: .*out\.work is not on a file system that all processes share"):
+    with pytest.raises(InputError, match=r"resumable: .*out\.work is not on a file system that all processes share"):
         workflow.quantize(pipeline, tmp_path / "out", tiny_recipe(), resumable=True)
     assert list(tmp_path.iterdir()) == []
 
@@ -394,6 +409,18 @@ def test_full_disk_leaves_nothing(pipeline, tiny_recipe, tmp_path, monkeypatch, 
         workflow.quantize(pipeline, target, recipe, overwrite=True)
     assert files_of(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == (["out"] if exists else [])
+
+
+def test_a_source_that_goes_away_during_the_search(own_pipeline, tiny_recipe, tmp_path) -> None:
+    """All that is said about it is read before the work."""
+
+    def remove(stage: str, fraction: float) -> None:
+        if (stage, fraction) == ("search", 1.0):
+            shutil.rmtree(own_pipeline)
+
+    recipe = tiny_recipe("plus", rounds=0)
+    assert workflow.quantize(own_pipeline, tmp_path / "out", recipe, report=remove)["file_bytes"] > 0
+    assert not own_pipeline.exists()
 
 
 def test_existing_output_is_refused_before_any_work(pipeline, tiny_recipe, tmp_path) -> None:

@@ -2,15 +2,17 @@
 
     config.json                              the model's config with `quantization_config`
     diffusion_pytorch_model.safetensors      the tensors of `tqdit.tensors`; or shards of it and their index
-    tqdit.json                               sha256 of every other file of the folder: scheduler, class names, VAE
-    README.md                                a model card, which may be edited
+    tqdit.json                               the seal: sha256 of scheduler, class names, VAE and whatever else is there
+    README.md                                a model card
 
-A pipeline has the first two, with a tqdit.json of their own, in its folder `transformer`.
+The seal does not list config and weights, which vouch for themselves, nor README.md and .gitattributes, which may be
+edited, nor what is in a pipeline's folder `transformer`.
+
+A pipeline has config and weights, with a tqdit.json of their own, in its folder `transformer`.
 """
 
 import hashlib
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -19,10 +21,13 @@ from tqdit import tensors
 from tqdit.errors import InputError
 from tqdit.files import (
     CONFIG,
+    EDITABLE,
     INDEX,
     MANIFEST,
     TRANSFORMER,
     WEIGHTS,
+    hidden,
+    is_debris,
     is_there,
     model_folder,
     read_json,
@@ -33,10 +38,10 @@ from tqdit.files import (
 from tqdit.reading import check_regular
 from tqdit.spec import Solution
 
-BESIDE = ("model_index.json", "id2label.json")  # what is read with a model, as are
-FOLDERS_BESIDE = ("scheduler", "vae")  # files in these of
-READ_SUFFIXES = (".json", ".safetensors", ".bin")  # these kinds
-EDITABLE = ("README.md", ".gitattributes")  # what people and the Hub change in a folder that is published
+# What is read with a model: these files, and in these folders the files with these suffixes.
+BESIDE = ("model_index.json", "id2label.json")
+FOLDERS_BESIDE = ("scheduler", "vae")
+READ_SUFFIXES = (".json", ".safetensors", ".bin")
 SHARD = "diffusion_pytorch_model-{:05d}-of-{:05d}.safetensors"
 
 
@@ -67,49 +72,46 @@ def seal(folder: Path) -> None:
     write_json(folder / MANIFEST, {"format_version": tensors.FORMAT_VERSION, "files": files}, sort_keys=True)
 
 
-def read(folder: Path) -> Solution:
+def read(folder: Path, root: Path | None = None) -> Solution:
     """Load and verify an artifact: a folder of a model, a pipeline, or the folder `transformer` of a pipeline.
 
+    `root`: the pipeline that the model is read with, if its folder has another name than `transformer`.
     Raises `InputError` naming the file or tensor for anything missing or changed, as `check_seal` and `tensors.unpack`
     do. Whether the sites are those of the model is another question: see `models.fitting`.
     """
     model = model_folder(folder)
     config = read_json(model / CONFIG)
     tensors.check_config(config, model / CONFIG)
-    check_seal(folder)
+    check_seal(folder, root)
     return tensors.unpack(read_weights(model), config, model)
 
 
-def check_seal(folder: Path) -> None:
+def check_seal(folder: Path, root: Path | None = None) -> None:
     """Verify the files beside config and weights: scheduler, class names, VAE. Config and weights vouch for themselves.
 
-    `folder` is as in `read`; of a pipeline both seals are checked. Raises `InputError` that names the file for one that
-    is missing or changed, and for one that was added and would be read with the model. A folder without tqdit.json is
-    taken: diffusers downloads a model, and writes a pipeline, without it.
+    `folder` and `root` are as in `read`; of a pipeline both seals are checked. Raises `InputError` that names the file
+    for one that is missing or changed, and for one that was added and would be read with the model. A folder without
+    tqdit.json is taken: diffusers downloads a model, and writes a pipeline, without it.
     """
-    root = _pipeline_of(folder)
-    for sealed in {root, model_folder(root)}:
+    around = _pipeline_of(folder)
+    for sealed in dict.fromkeys((around, model_folder(around), root or around)):
         if is_there(sealed / MANIFEST):
             _check_seal(sealed)
 
 
 def check_replaceable(folder: Path) -> None:
-    """`InputError` if a folder has files that are not a model's: saving a model over them would lose them."""
+    """Raise `InputError` if a folder has files that are not a model's: saving a model over them would lose them."""
     if folder.is_dir():
         for path in sorted(folder.iterdir()):
-            if not (path.is_file() and _vouched(Path(path.name))):
+            if not (is_debris(Path(path.name)) or (path.is_file() and _vouched(Path(path.name)))):
                 raise InputError(f"{folder} has '{path.name}', which saving would remove; choose another folder")
 
 
-def keep_editable(old: Path, new: Path) -> None:
-    """Put the files of a folder that people edit into the one that replaces it."""
-    for name in EDITABLE:
-        if (old / name).is_file():
-            shutil.copy2(old / name, new / name)
-
-
 def unseal_pipeline(folder: Path) -> None:
-    """Of a model that was saved anew: what the pipeline around it is has changed too, and diffusers writes no seal."""
+    """Remove the seal of the pipeline around a model that was saved anew.
+
+    diffusers changes the pipeline's own files then, and writes no seal.
+    """
     if folder.name == TRANSFORMER:
         (folder.parent / MANIFEST).unlink(missing_ok=True)
 
@@ -155,7 +157,7 @@ def _check_seal(folder: Path) -> None:
     for name, expected in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(f"{folder / MANIFEST} names '{name}', which is not in the folder")
-        if _sha256(folder / name) != expected:
+        if _sha256(folder / name, f"{MANIFEST} lists it") != expected:
             raise InputError(f"{folder / name} was changed: its sha256 is not the one in {MANIFEST}")
     for path in _read_with_model(folder):
         if path.relative_to(folder).as_posix() not in files:
@@ -163,14 +165,18 @@ def _check_seal(folder: Path) -> None:
 
 
 def _read_with_model(folder: Path) -> list[Path]:
-    """The files beside config and weights that are read with a model, if they are there. A README is not."""
+    """The files beside config and weights that are read with a model, if they are there.
+
+    A README is not, nor is anything under a name with a leading dot: editors and file managers leave such files.
+    """
     inside = [path for name in FOLDERS_BESIDE for path in sorted((folder / name).rglob("*"))]
     beside = [folder / name for name in BESIDE if is_there(folder / name)]
+    inside = [path for path in inside if not hidden(path.relative_to(folder))]
     return [*beside, *(path for path in inside if path.suffix in READ_SUFFIXES)]
 
 
-def _sha256(path: Path) -> str:
-    check_regular(path)
+def _sha256(path: Path, why: str = "") -> str:
+    check_regular(path, why)
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -122,7 +122,7 @@ def bench(
     if not get_backend(settings.backend, device).INTEGER:
         raise InputError(f"backend '{settings.backend}' computes in float; simulated arithmetic is never timed")
     if not models and not random:
-        raise InputError("nothing to time: give an artifact, or --random with a shape such as DiT-XL/2")
+        raise InputError("nothing to time: give an artifact, or a random model of a shape such as DiT-XL/2")
     subjects = [_subject(model) for model in models]
     subjects += [Subject(model.name, model.title, Path(), model.config, None) for model in random]
     if settings.sampling:

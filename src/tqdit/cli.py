@@ -342,7 +342,9 @@ def _work_is_mentioned(out: Path, resumable: bool) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, Terminated) as error:
         if resumable:
-            work = out.absolute().with_name(f"{out.absolute().name}.work")
+            from tqdit.jobs import work_of
+
+            work = work_of(out)
             kept = sum(file.stat().st_size for file in work.rglob("*") if file.is_file()) / 1e6
             hint = f"the same command goes on from {work.name} ({kept:.1f} MB kept)"
         else:

@@ -153,7 +153,7 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     found = [_load_artifact(path, source, digest) for path in quantized]
     calls = _Calls(source, sampling, num, target, dtype_name(stream))
     measures = cost and current().size == 1
-    groups = min(STATE_GROUPS, _timesteps(source))
+    groups = min(STATE_GROUPS, source.num_timesteps)
     data = held_out(source, model, groups, samples, (HELD_OUT_SEED + seed) % 2**31, report)
     first, rows = _measured(model, found, wanted, data, calls if measures else None, report, stream)
     del model
@@ -170,7 +170,7 @@ def held_out(
     source: ModelSource, model: nn.Module, groups: int, samples: int, seed: int, report: Report = silent
 ) -> CalibrationSet:
     """States of the float model's own DDIM trajectories: another seed and sampler than calibration's."""
-    total = _timesteps(source)
+    total = source.num_timesteps
     wanted = min(total, max(50, 2 * groups))
     steps = next(n for n in range(wanted, total + 1) if total % n == 0)  # a divisor, so that the last group is visited
     recipe = Recipe.build(
@@ -245,7 +245,7 @@ class _Calls:
     def timed(self, float_model: nn.Module, module: nn.Module, entry: _Artifact, report: Report) -> Cost:
         stage = f"timing {entry.name}"
         report(stage, 0.0)
-        steps = _timesteps(self.source)
+        steps = self.source.num_timesteps
         return timed(float_model, module, self.config, self.batch, steps, lambda f: report(stage, f))
 
     def with_memory(
@@ -304,7 +304,7 @@ def _load_artifact(path: str | Path, source: ModelSource, digest: str) -> _Artif
     other = resolve(path)
     if not other.quantized:
         raise InputError(f"'{path}' is not quantized; compare takes a float model, then artifacts")
-    solution = fitting.read(other.folder)
+    solution = fitting.read(other.folder, other.root)
     if solution.provenance.get("source_sha256") != digest:
         made_from = solution.provenance.get("source", "an unknown model")
         raise InputError(
@@ -314,13 +314,9 @@ def _load_artifact(path: str | Path, source: ModelSource, digest: str) -> _Artif
     for key in given:
         if key in made and given[key] != made[key]:
             raise InputError(f"'{path}' was made of a model with {key} {made[key]}, '{source.name}' has {given[key]}")
-    if (found := solution.time_groups.num_timesteps) != (total := _timesteps(source)):
+    if (found := solution.time_groups.num_timesteps) != (total := source.num_timesteps):
         raise InputError(f"'{path}' has {found} training timesteps, the scheduler of '{source.name}' has {total}")
     return _Artifact(other.folder, other.name, solution)
-
-
-def _timesteps(source: ModelSource) -> int:
-    return int((source.scheduler or {}).get("num_train_timesteps", 1000))
 
 
 def _finite(value: float | None) -> float | None:

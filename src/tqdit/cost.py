@@ -65,9 +65,9 @@ def timed(
 def memory(
     config: Mapping[str, Any], batch: int, device: torch.device, folder: str | None, dtype: str = "float32"
 ) -> Footprint | None:
-    """Memory of the artifact in `folder`, or of a float32 model of that config, in a process of its own.
+    """Measure the memory of the artifact in `folder`, or of a float32 model of that config, in a process of its own.
 
-    None where that process fails, for too little memory for instance: the reason is logged.
+    Returns None if that process fails, for too little memory for instance; the reason is logged.
     """
     what = {"baseline": "float32-eager"} if folder is None else {"artifact": folder, "backend": "auto", "dtype": dtype}
     request = {"config": dict(config), "batch": batch, "device": str(device), "threads": torch.get_num_threads()}

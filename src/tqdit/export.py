@@ -11,11 +11,14 @@ from torch import nn
 from tqdit.errors import InputError
 from tqdit.files import (
     CONFIG,
+    EDITABLE,
     TRANSFORMER,
     WEIGHTS,
     check_space,
     check_target,
+    components_named,
     is_artifact,
+    is_debris,
     read_json,
     repair,
     replacing,
@@ -23,6 +26,7 @@ from tqdit.files import (
     write_tensors,
 )
 from tqdit.isolation import isolated
+from tqdit.model_card import keep_edited
 from tqdit.models.components import check_vae
 from tqdit.models.published import AS_PUBLISHED, DIFFUSION
 from tqdit.models.sites import ARCHITECTURE, config_of
@@ -57,14 +61,14 @@ def convert_checkpoint(
     `overwrite`, has anything else), a folder that is no VAE, and a file without class names or with one too many.
     """
     out = Path(out)
-    repair(out)
+    repair(out, _is_float_model)
     check_target(out, overwrite, _is_float_model)
     source = resolve(model, num_heads)
     if source.folder.resolve().is_relative_to(out.resolve()) and source.checkpoint is None:
         raise InputError(f"output {out} is the model that is converted; choose another folder")
     if source.checkpoint is None and not official and not source.quantized:
         raise InputError(
-            f"'{model}' is in diffusers' format already; pass --official if it was made from an official checkpoint "
+            f"'{model}' is in diffusers' format already; call it official if it was made from an official checkpoint "
             "and is to run as published"
         )
     classes = int(source.config["num_embeds_ada_norm"])
@@ -83,6 +87,8 @@ def convert_checkpoint(
     check_space(out, sum(parameter.nbytes for parameter in module.parameters()))
     with replacing(out, overwrite, _is_float_model) as folder:
         _write(folder, source, module)
+        for part in ("", TRANSFORMER):
+            keep_edited(folder / part, out / part)
     return {
         "name": source.name,
         "weights": source.weights,
@@ -92,9 +98,12 @@ def convert_checkpoint(
 
 
 def _is_float_model(folder: Path) -> bool:
-    """Whether a folder has a float model as `convert_checkpoint` writes it, and nothing else."""
-    entries = {entry.name for entry in folder.iterdir()}
-    written = {TRANSFORMER, SCHEDULER.parts[0], "vae", PIPELINE, LABELS}
+    """Whether a folder has a float model as `convert_checkpoint` writes it, and nothing else.
+
+    What people edit in it is kept, and what programs leave in it is not missed.
+    """
+    entries = {entry.name for entry in folder.iterdir() if not is_debris(Path(entry.name))} - set(EDITABLE)
+    written = {TRANSFORMER, SCHEDULER.parts[0], "vae", PIPELINE, LABELS, *components_named(folder)}
     return (folder / TRANSFORMER / CONFIG).is_file() and entries <= written and not is_artifact(folder)
 
 
@@ -103,7 +112,7 @@ def _write(folder: Path, source: ModelSource, module: nn.Module) -> None:
     transformer.mkdir()
     write_tensors(transformer / WEIGHTS, _separate(module.state_dict()))
     write_json(transformer / CONFIG, dict(config_of(module)))
-    write_json(folder / SCHEDULER, source.scheduler or DIFFUSION)
+    write_json(folder / SCHEDULER, source.scheduler)
     source.copy_components(folder)
     labels = {str(number): label for number, label in sorted(source.labels.items())}
     if source.vae is not None or source.pipeline is not None:
@@ -125,7 +134,7 @@ def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _index(source: ModelSource) -> dict[str, Any]:
     """The model_index.json of a pipeline, by which diffusers' `DiTPipeline` loads the folder."""
     index = {"_class_name": "DiTPipeline", **(source.pipeline or {})}
-    index["scheduler"] = ["diffusers", (source.scheduler or DIFFUSION).get("_class_name", "DDIMScheduler")]
+    index["scheduler"] = ["diffusers", source.scheduler.get("_class_name", DIFFUSION["_class_name"])]
     index[TRANSFORMER] = ["diffusers", ARCHITECTURE]
     if source.vae is not None:
         index["vae"] = ["diffusers", read_json(source.vae / CONFIG).get("_class_name", "AutoencoderKL")]

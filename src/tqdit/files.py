@@ -25,8 +25,10 @@ INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
 TRANSFORMER = "transformer"  # the folder of a pipeline that has the model
 MANIFEST = "tqdit.json"  # what makes a folder an artifact
 MODEL_CARD = "README.md"
+EDITABLE = (MODEL_CARD, ".gitattributes")  # what people and the Hub change in a folder that is published
 PIPELINE_FILES = ("model_index.json", "id2label.json", "scheduler/scheduler_config.json", "vae/config.json")
 WEIGHT_FILE = re.compile(r"diffusion_pytorch_model(-\d{5}-of-\d{5})?\.safetensors")
+DEBRIS = re.compile(r"\.DS_Store|\._.*|\.ipynb_checkpoints|\.cache")  # of programs that look at or download a folder
 Kind = Callable[[Path], bool]  # whether a folder is of a kind
 QUANT_METHOD = "tqdit"  # in the `quantization_config` of an artifact's config
 
@@ -43,6 +45,16 @@ def read_json(path: Path, why: str = "") -> dict[str, Any]:
 def is_there(path: Path) -> bool:
     """Whether anything has this name: what is there and is no regular file is to be refused, not passed over."""
     return os.path.lexists(path)
+
+
+def hidden(path: Path) -> bool:
+    """Whether a relative path has a part with a leading dot, as what editors, file managers and hubs leave behind."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def is_debris(path: Path) -> bool:
+    """Whether a path, relative to a model's folder, is what programs leave there and nobody misses."""
+    return any(DEBRIS.fullmatch(part) for part in path.parts)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -99,7 +111,10 @@ def _read_shards(folder: Path, weight_map: Any) -> dict[str, torch.Tensor]:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """A safetensors file in the order of names; no two tensors may share memory. Raises `OSError` naming the file."""
+    """Write a safetensors file with the tensors in the order of their names; no two may share memory.
+
+    Raises `OSError` that names the file.
+    """
     try:
         save_file(dict(sorted(tensors.items())), path, metadata={"format": "pt"})
         path.chmod(0o644)  # as every file beside it
@@ -127,7 +142,7 @@ def write_bytes(path: Path, data: bytes, replace: bool = True) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8 text, whole or not at all."""
+    """Write a text in UTF-8, whole or not at all."""
     write_bytes(path, text.encode())
 
 
@@ -145,26 +160,27 @@ def replacing(
     Raises `InputError` as `check_target` does, and if another process is writing `target`. A symbolic link to a folder
     stays; what it points to is replaced. `replaceable`, `in_pipeline`: as in `check_target`.
     """
-    with reserved(target) as place, filled(place, overwrite, replaceable, in_pipeline) as folder:
+    with reserved(target, replaceable) as place, filled(place, overwrite, replaceable, in_pipeline) as folder:
         yield folder
 
 
 @contextmanager
-def reserved(target: Path) -> Iterator[Place]:
+def reserved(target: Path, replaceable: Kind = is_artifact) -> Iterator[Place]:
     """Keep other processes from writing `target` while the block runs, and repair what a killed one left of it.
 
-    Raises `InputError` if another process is writing it, and if it cannot be made.
+    `replaceable`: what a folder must be to be put back as `target`. Raises `InputError` if another process is writing
+    it, and if it cannot be made.
     """
     _check_link(target)
     target = _real(target)
     check_parent(target)
-    with swap.reserved(target) as place:
+    with swap.reserved(target, replaceable) as place:
         yield place
 
 
-def repair(target: Path) -> None:
-    """Remove what a killed run left of `target`; called before any work. Raises `InputError` as `reserved` does."""
-    with reserved(target):
+def repair(target: Path, replaceable: Kind = is_artifact) -> None:
+    """Repair what a killed run left of `target`, as `reserved` does; called before any work."""
+    with reserved(target, replaceable):
         pass
 
 
@@ -191,7 +207,7 @@ def check_target(target: Path, overwrite: bool, replaceable: Kind = is_artifact,
     _check_link(target)
     target = _real(target)
     if target.exists() and not overwrite:
-        raise InputError(f"output {target} exists; choose another folder or pass --overwrite")
+        raise InputError(f"output {target} exists; choose another folder or allow to overwrite it")
     if target.exists() and not target.is_dir():
         raise InputError(f"output {target} is a file; an artifact is a folder")
     if target.is_dir() and any(target.iterdir()):
@@ -243,16 +259,39 @@ def check_space(target: Path, needed: int) -> None:
 
 
 def foreign_file(folder: Path) -> str | None:
-    """The first file in a model's folder that is not the model's own: replacing the model would lose it."""
+    """Find the first file in a model's folder that replacing the model would lose: it is not the model's own.
+
+    What people edit in such a folder is kept, see `model_card`.
+    """
     model = model_folder(folder)
     own = {folder / name for name in PIPELINE_FILES}
     for root in {folder, model}:
-        own |= {root / name for name in (CONFIG, MANIFEST, INDEX, MODEL_CARD)}
+        own |= {root / name for name in (CONFIG, MANIFEST, INDEX, *EDITABLE)}
         own |= {path for path in root.glob("*") if WEIGHT_FILE.fullmatch(path.name)}
         own |= {root / name for name in _sealed(root / MANIFEST)}
     own |= set((folder / "vae").glob("*.safetensors"))
+    if not is_there(folder / MANIFEST):  # else its seal has said what is in the components
+        for name in components_named(folder):
+            own |= {folder / name, *(folder / name).rglob("*")}
     files = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
-    return next((path.relative_to(folder).as_posix() for path in files if path not in own), None)
+    foreign = (path.relative_to(folder) for path in files if path not in own)
+    return next((path.as_posix() for path in foreign if not is_debris(path)), None)
+
+
+def components_named(folder: Path) -> set[str]:
+    """The names of what a pipeline's model_index.json puts into its folder besides transformer and scheduler.
+
+    These are components, and a Python file of the pipeline's own class. Empty where the index cannot be read.
+    """
+    try:
+        index = read_json(folder / PIPELINE_FILES[0])
+    except InputError:
+        return set()
+    code = index.pop("_class_name", None)
+    named = {name for name, entry in index.items() if isinstance(entry, list) and name[:1] != "_"}
+    if isinstance(code, list) and code and isinstance(code[0], str):
+        named.add(f"{code[0]}.py")
+    return {name for name in named if Path(name).name == name} - {TRANSFORMER, "scheduler"}
 
 
 def _sealed(manifest: Path) -> list[str]:

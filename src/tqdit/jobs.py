@@ -15,7 +15,7 @@ from tqdit.swap import Place, beside
 
 def work_folder(out: Path) -> Path:
     """Where the finished work of an artifact `out` is kept, or an `InputError` if that cannot be a folder."""
-    work = _work_of(out)
+    work = work_of(out)
     if work.exists() and not work.is_dir():
         raise InputError(f"{work} is a file; finished work goes into a folder of this name")
     if work.is_symlink() and not work.exists():
@@ -24,7 +24,8 @@ def work_folder(out: Path) -> Path:
     return work
 
 
-def _work_of(out: Path) -> Path:
+def work_of(out: Path) -> Path:
+    """Return the path of the folder that may keep the finished work of an artifact `out`."""
     return out.absolute().with_name(f"{out.absolute().name}.work")
 
 
@@ -34,7 +35,7 @@ def reserved(out: Path) -> Iterator[Place | None]:
 
     Raises `InputError`, in every process, if another job is writing one of them.
     """
-    world, paths = distributed.current(), (out, _work_of(out))
+    world, paths = distributed.current(), (out, work_of(out))
     holders, place = torch.zeros(len(paths), dtype=torch.int64), None
     with contextlib.ExitStack() as stack:
         if world.first:
@@ -72,4 +73,4 @@ def check_shared(work: Path) -> None:
     if not seen:
         with contextlib.suppress(OSError):
             work.rmdir()  # made just now, on another disk
-        raise InputError(f"--resumable: {work} is not on a file system that all processes share; leave it out")
+        raise InputError(f"resumable: {work} is not on a file system that all processes share; leave it out")

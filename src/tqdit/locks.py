@@ -10,7 +10,7 @@ from typing import IO
 
 from tqdit.errors import InputError
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # a file system without them
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # a file system without them
 UNKNOWN = -1  # the number of a process that has not said it
 
 
@@ -53,7 +53,8 @@ def is_at(file: IO[bytes], path: Path) -> bool:
 def holding(path: Path, what: Path) -> Iterator[bool]:
     """Hold a lock file while the block runs, and remove it afterwards. `what` is written under its protection.
 
-    Says whether there is a lock: False where the file system has none. Raises `BusyError` if another process holds it.
+    Yields whether the lock is really held: it is False where the file system has no locks. Raises `BusyError` if
+    another process holds the lock.
     """
     file = _held(path, what)
     try:

@@ -21,14 +21,14 @@ from typing import IO
 from tqdit.errors import InputError, RepairWarning
 from tqdit.locks import holding, is_at, locked
 
-UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # the last two differ on macOS
 AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE = -100, 1, 2  # of Linux
 RANDOM_OLD = r"\.[a-z0-9_]{8}\.old"  # where there is no lock, and of earlier versions
 
 
 @contextmanager
 def partial_file(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
-    """A file beside `path` to fill and to rename; removed if that did not happen.
+    """Open a new file beside `path`, to be filled and then renamed; it is removed if it was not renamed.
 
     Its name is that of `path`, unless another process is writing `path` now or the file system has no locks.
     """
@@ -56,9 +56,13 @@ def _partial(path: Path) -> tuple[Path, IO[bytes]]:
     else:
         file = os.fdopen(handle, "r+b")
         status = os.fstat(handle)
-        if status.st_uid == os.geteuid() and status.st_nlink == 1 and locked(file) and is_at(file, named):
-            file.truncate(0)
-            return named, file
+        if status.st_uid == os.geteuid() and status.st_nlink == 1:
+            taken = locked(file)
+            if taken and is_at(file, named):
+                file.truncate(0)
+                return named, file
+            if taken is None:  # nobody writes a file of this name where there are no locks: it was made just now
+                named.unlink(missing_ok=True)
         file.close()
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     return Path(name), os.fdopen(handle, "r+b")
@@ -69,11 +73,11 @@ class Place:
     """The path of a folder, without symbolic links, where this process alone may put something."""
 
     target: Path
-    locked: bool  # False where the file system has no locks: then nothing of another process is ever removed
+    locked: bool  # False where the file system has no locks; then nothing that another process may have made is removed
 
     @contextmanager
     def filled(self, check: Callable[[], None]) -> Iterator[Path]:
-        """A new folder to fill; it takes the place of `target` if the block and then `check` raise nothing."""
+        """Make a folder to fill. It takes the place of `target` if neither the block nor then `check` raises."""
         partial = self._free("partial")
         try:
             partial.mkdir(exist_ok=True)
@@ -88,11 +92,15 @@ class Place:
         finally:
             remove(partial)
 
-    def repair(self) -> None:
-        """Put back what a killed process took away, and remove what it left."""
-        if not self.target.parent.is_dir():
+    def repair(self, is_ours: Callable[[Path], bool]) -> None:
+        """Put back what a killed process took away, and remove what it left.
+
+        `is_ours`: whether a folder is of the kind that is written to `target`; no other one is put there. Without
+        locks nothing is done: a process that lives may be at work.
+        """
+        if not (self.locked and self.target.parent.is_dir()):
             return
-        olds = self._olds()
+        olds = [path for path in self._olds() if is_ours(path)]
         if olds and not os.path.lexists(self.target):
             olds[-1].rename(self.target)
             warnings.warn(
@@ -100,9 +108,8 @@ class Place:
                 RepairWarning,
                 stacklevel=2,
             )
-        if self.locked:
-            for leftover in (beside(self.target, "partial"), beside(self.target, "old")):
-                remove(leftover)
+        for leftover in (beside(self.target, "partial"), beside(self.target, "old")):
+            remove(leftover)
 
     def _olds(self) -> list[Path]:
         pattern = re.compile(rf"\.{re.escape(self.target.name)}({RANDOM_OLD}|\.tqdit\.old)")
@@ -140,8 +147,10 @@ class Place:
 
 
 @contextmanager
-def reserved(target: Path) -> Iterator[Place]:
+def reserved(target: Path, is_ours: Callable[[Path], bool]) -> Iterator[Place]:
     """Lock a path for this process, and repair what killed ones left there. Missing parents are made.
+
+    `is_ours`: as in `Place.repair`.
 
     Raises `locks.BusyError` if another process has it. Parents that stay empty are removed again.
     """
@@ -150,7 +159,7 @@ def reserved(target: Path) -> Iterator[Place]:
     try:
         with holding(beside(target, "lock"), target) as lock:
             place = Place(target, lock)
-            place.repair()
+            place.repair(is_ours)
             yield place
     finally:
         for folder in missing:

@@ -31,15 +31,14 @@ from tqdit.files import (
     filled,
     replacing,
     write_json,
-    write_text,
 )
 from tqdit.isolation import isolated
-from tqdit.model_card import CARD, model_card
+from tqdit.model_card import LOAD_MODEL, LOAD_PIPELINE, LOAD_TRANSFORMER, keep_edited, model_card, write_card
 from tqdit.models import fitting
 from tqdit.models.sampler import Sampling
 from tqdit.models.shapes import shape_name
 from tqdit.models.sites import ARCHITECTURE, config_of
-from tqdit.models.sizes import float_sizes
+from tqdit.models.sizes import FloatSizes, float_sizes
 from tqdit.models.sources import (
     LABELS,
     PIPELINE,
@@ -66,7 +65,7 @@ Report = Callable[[str, float], None]  # (stage, finished fraction)
 
 
 def silent(stage: str, fraction: float) -> None:
-    """No progress."""
+    """Report no progress."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def load_source(
     """`load` of a model that is found already."""
     target, stream = checked_device(device), checked_dtype(dtype)
     if source.quantized:
-        return convert(fitting.read(source.folder), backend, target, stream)
+        return convert(fitting.read(source.folder, source.root), backend, target, stream)
     if stream is not torch.float32:
         raise InputError(
             f"'{source.name}' is a float model and runs in float32; dtype '{dtype_name(stream)}' is for artifacts"
@@ -185,12 +184,17 @@ def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) 
 
 @isolated()
 def save(solution: Solution, source: ModelSource, out: Path, overwrite: bool = False) -> None:
-    """Write an artifact with the scheduler, class names and VAE of its source; all or nothing. A pipeline stays one."""
+    """Write an artifact with the scheduler, class names and VAE of its source; all or nothing. A pipeline stays one.
+
+    A model card that people have edited in `out` stays as it is.
+    """
     with replacing(out, overwrite) as folder:
-        _write(solution, source, folder)
+        _write(solution, source, folder, out)
 
 
-def _write(solution: Solution, source: ModelSource, folder: Path) -> None:
+def _write(solution: Solution, source: ModelSource, folder: Path, former: Path) -> None:
+    """Fill a new folder that will replace `former`."""
+    load = LOAD_MODEL
     write_json(folder / SCHEDULER, source.scheduler)
     source.copy_components(folder)
     if source.pipeline is None:
@@ -198,12 +202,15 @@ def _write(solution: Solution, source: ModelSource, folder: Path) -> None:
             write_json(folder / LABELS, {str(i): label for i, label in sorted(source.labels.items())})
         artifact.write(solution, folder)  # last: it seals the folder
     else:
+        load = LOAD_TRANSFORMER if source.vae is None else LOAD_PIPELINE
         index = {**source.pipeline, **source.components, TRANSFORMER: ["diffusers", ARCHITECTURE]}
         write_json(folder / PIPELINE, index)
         (folder / TRANSFORMER).mkdir()
         artifact.write(solution, folder / TRANSFORMER)
+        keep_edited(folder / TRANSFORMER, former / TRANSFORMER)
         artifact.seal(folder)
-    write_text(folder / CARD, model_card(solution, source, artifact.size_bytes(folder)))
+    size = artifact.size_bytes(folder)
+    write_card(folder, model_card(solution, shape_name(solution.model_config), size, source.name, load), former)
 
 
 @isolated()
@@ -226,13 +233,15 @@ def quantize(
     out = Path(out)
     work = jobs.work_folder(out) if resumable else None
     with jobs.reserved(out) as place:
-        if work and not overwrite and _is_made(model, out, work, recipe):
-            source, seconds = resolve(model), 0.0
-            module = load_float(source)
-        else:
+        perhaps_made = work is not None and not overwrite and _has_left(out, work)
+        if not perhaps_made:
             check_target(out, overwrite)
-            source = resolve(model)
-            module = load_float(source)
+        source = resolve(model)
+        module = load_float(source)
+        sizes = float_sizes(source, module)  # hours later the source may be gone
+        seconds = 0.0
+        if not (perhaps_made and _is_made(out, source, module, recipe)):
+            check_target(out, overwrite)
             if place:
                 check_space(out, _least_bytes(source, module, recipe))
             prepared = _calibrated(source, module, recipe, report, device, work)
@@ -240,17 +249,16 @@ def quantize(
             seconds = prepared.seconds + search_seconds
             if place:
                 with filled(place, overwrite) as folder:
-                    _write(solution, source, folder)
+                    _write(solution, source, folder, out)
         if place and work:
             discard(work, STAGES)
-    return _summary(source, recipe, module, seconds, out, device)
+    return _summary(source, recipe, sizes, seconds, out, device)
 
 
 def _summary(
-    source: ModelSource, recipe: Recipe, module: nn.Module, seconds: float, out: Path, device: Device
+    source: ModelSource, recipe: Recipe, sizes: FloatSizes, seconds: float, out: Path, device: Device
 ) -> dict[str, Any]:
     world = distributed.current()
-    sizes = float_sizes(source, module)
     size = int(world.add(torch.tensor(artifact.size_bytes(out) if world.first else 0)))  # known when it is written
     return {
         "name": source.name,
@@ -355,7 +363,7 @@ def inspect(folder: str | Path, backend: str = "auto", device: Device = "auto") 
     source = resolve(folder)
     if not source.quantized:
         raise InputError(f"'{folder}' is not quantized; inspect takes an artifact")
-    solution = fitting.read(source.folder)
+    solution = fitting.read(source.folder, source.root)
     target = checked_device(device)
     chosen = get_backend(backend, target)
     sites = []
@@ -407,19 +415,23 @@ def chosen_classes(source: ModelSource, classes: Sequence[str | int]) -> Sequenc
     return class_indices(source, classes) if classes else range(int(source.config["num_embeds_ada_norm"]))
 
 
-def _is_made(model: str | Path, out: Path, work: Path, recipe: Recipe) -> bool:
-    """Whether a run that was killed at its very end has left work of an artifact that is whole and what we would make.
+def _has_left(out: Path, work: Path) -> bool:
+    """Whether there are both an output and work for it. Of several processes the first one looks."""
+    world = distributed.current()
+    return bool(world.add(torch.tensor([int(world.first and work.is_dir() and out.is_dir())])))
+
+
+def _is_made(out: Path, source: ModelSource, module: nn.Module, recipe: Recipe) -> bool:
+    """Whether a run that was killed at its very end has left an artifact that is whole and what we would make.
 
     Of several processes the first one looks.
     """
     world, made = distributed.current(), False
-    if world.first and work.is_dir() and out.is_dir():
-        source = resolve(model)
-        module = load_float(source)
+    if world.first:
         made_from = _made_from(source, weights_hash(module), recipe)
         with contextlib.suppress(InputError):
             found = resolve(out)
-            solution = artifact.read(found.folder)
+            solution = artifact.read(found.folder, found.root)
             same = all(solution.provenance.get(key) == value for key, value in made_from.items())
             same = same and decisive(solution.model_config) == decisive(config_of(module))
             made = same and (found.scheduler, found.labels) == (source.scheduler, source.labels)

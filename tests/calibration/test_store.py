@@ -131,7 +131,7 @@ def test_a_folder_that_lacks_the_pieces_of_others_is_named(tmp_path, monkeypatch
     monkeypatch.setattr(distributed, "_current", distributed.World(0, 2))
     monkeypatch.setattr(distributed.World, "wait", lambda _: None)
     store = WorkFolder(tmp_path)
-    with pytest.raises(InputError, match=r"y\.safetensors of another process is not there; --resumable"):
+    with pytest.raises(InputError, match=r"y\.safetensors of another process is not there; resumable"):
         store.together(iter([store.once("x", piece)]), ["x", "y"], lambda _: None)
 
 

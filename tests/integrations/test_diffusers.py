@@ -243,6 +243,12 @@ class TestSaving:
             convert(solved()).save_pretrained(folder)
         assert sorted(folder.iterdir()) == before
 
+    def test_over_what_programs_leave(self, folder, solved) -> None:
+        (folder / ".cache" / "huggingface").mkdir(parents=True)
+        (folder / ".DS_Store").touch()
+        convert(solved()).save_pretrained(folder)
+        assert not (folder / ".DS_Store").exists()
+
     def test_over_a_float_model_is_refused(self, own_pipeline, solved) -> None:
         with pytest.raises(InputError, match="is not an artifact; refusing to overwrite it"):
             convert(solved()).save_pretrained(own_pipeline / "transformer")

@@ -224,11 +224,11 @@ def test_a_bad_tensor_is_named(file, change: Callable[[State], None], message: s
 def test_a_width_that_is_not_published(tmp_path) -> None:
     path = tmp_path / "a.pt"
     torch.save(random_dit(width=40, heads=5).state_dict(), path)
-    with pytest.raises(InputError, match=r"a\.pt: .*heads is unknown for width 40.*--num-heads"):
+    with pytest.raises(InputError, match=r"a\.pt: .*heads is unknown for width 40.*num_heads"):
         resolve(path)
     assert same(random_dit(width=40, heads=5), load_float(resolve(path, num_heads=5)))
     for wrong in (0, 3, -5):
-        with pytest.raises(InputError, match=f"--num-heads {wrong} does not divide the width 40"):
+        with pytest.raises(InputError, match=f"num_heads {wrong} does not divide the width 40"):
             resolve(path, num_heads=wrong)
 
 

@@ -26,7 +26,7 @@ class Tensors(Protocol):
     """Named tensors of one piece."""
 
     def read(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
-        """Those of `names` that there are; all by default."""
+        """Return those tensors of `names` that the piece has; by default all that it has."""
 
 
 class Store(Protocol):
@@ -145,7 +145,7 @@ class WorkFolder:
         for piece in pieces:
             if not piece.path.is_file():
                 raise InputError(
-                    f"{piece.path} of another process is not there; --resumable needs a folder that all share"
+                    f"{piece.path} of another process is not there; resumable work needs a folder that all share"
                 )
         return list(pieces)
 

@@ -74,8 +74,11 @@ def _sources(root: Path, index: Mapping[str, Any], vae: Path | None) -> dict[str
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy a component's folder without pickled weights; a variant that stands alone gets the name that is loaded."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*(f"*{suffix}" for suffix in PICKLES)))
+    """Copy a component's folder without pickled weights, and without hidden files such as a repository's history.
+
+    A variant that stands alone gets the name that is loaded.
+    """
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*", *(f"*{suffix}" for suffix in PICKLES)))
     if (alone := _variant_alone(source)) is not None:
         stem = WEIGHTS_NAME.fullmatch(alone.name)
         assert stem is not None

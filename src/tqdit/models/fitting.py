@@ -28,9 +28,9 @@ PER_CHANNEL = Recipe.build("paper", groups=1, weight_granularity="per_channel") 
 FIELDS = ("role", "grid", "granularity", "groups", "units")
 
 
-def read(folder: Path) -> Solution:
-    """`artifact.read`, and `check_solution` of what it found. Raises `InputError` that names the folder."""
-    solution = artifact.read(folder)
+def read(folder: Path, root: Path | None = None) -> Solution:
+    """Call `artifact.read`, and `check_solution` of what it found. Raises `InputError` that names the folder."""
+    solution = artifact.read(folder, root)
     try:
         check_solution(solution)
     except InputError as error:

@@ -19,6 +19,8 @@ from tqdit import artifact
 from tqdit.errors import InputError
 from tqdit.files import replacing
 from tqdit.isolation import isolated
+from tqdit.model_card import model_card, write_card
+from tqdit.models.shapes import shape_name
 from tqdit.modules import HOOK, Closed, Untrainable, check_same
 from tqdit.spec import Solution
 
@@ -184,7 +186,8 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
             most = None if max_shard_size is None else convert_file_size_to_int(max_shard_size)
             with replacing(target, overwrite=True, in_pipeline=True) as folder:
                 artifact.write(self.solution, folder, most)
-                artifact.keep_editable(target, folder)
+                text = model_card(self.solution, shape_name(self.solution.model_config), artifact.size_bytes(folder))
+                write_card(folder, text, target)
             artifact.unseal_pipeline(target)
 
     def to(self, *arguments: Any, **options: Any) -> Self:

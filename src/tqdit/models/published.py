@@ -87,11 +87,11 @@ def _heads(inner: int, num_heads: int | None) -> int:
         known = ", ".join(map(str, HEADS))
         raise InputError(
             f"the number of heads is unknown for width {inner} (published: {known}); "
-            "run `tqdit convert` with --num-heads"
+            "convert the checkpoint with num_heads given"
         )
     heads = HEADS[inner] if num_heads is None else num_heads
     if heads < 1 or inner % heads:
-        raise InputError(f"--num-heads {heads} does not divide the width {inner}")
+        raise InputError(f"num_heads {heads} does not divide the width {inner}")
     return heads
 
 

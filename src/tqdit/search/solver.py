@@ -53,7 +53,7 @@ def solve(
                 except torch.OutOfMemoryError:
                     raise InputError(
                         f"the device has too little memory to search the scales of '{name}': set fewer rows and "
-                        "queries in a recipe file, or use --device cpu, for the calibration too"
+                        "queries in a recipe file, or use the device 'cpu', for the calibration too"
                     ) from None
                 done += 1
                 progress(done / total)
