@@ -100,3 +100,26 @@ def test_nothing_of_a_call_stays_with_its_thread(solved, calls) -> None:
     assert model.clock.group is None
     assert model.conditioning._now.call is None
     assert not any(isinstance(value, dict) and value for value in vars(model.clock._now).values())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_bad_pixel_makes_its_sample_nan_in_compiled_code_too(solved, value: float) -> None:
+    """Inductor takes x * 0 for 0. It compiles the last layer alone here: the whole model takes it long."""
+    model = convert(solved("plus"), "reference")
+    inner = model.config.num_attention_heads * model.config.attention_head_dim
+    stream = torch.randn(2, 4, inner, generator=torch.Generator().manual_seed(0))
+    stream[1, 2, 3] = value
+    model.proj_out_2 = nn.Linear(inner, 8)  # a small one: how a product is compiled does not matter here
+    with torch.no_grad():
+        found = torch.compile(model._patches, backend="inductor")(stream, torch.zeros(2, 2 * inner))
+    assert found[0].isfinite().all()
+    assert found[1].isnan().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_bad_pixel_makes_its_sample_nan_through_aot(solved, calls, value: float) -> None:
+    given = calls[0] | {"hidden_states": calls[0]["hidden_states"].clone()}
+    given["hidden_states"][1, 0, 0, 0] = value
+    found = run(torch.compile(convert(solved("plus"), "cpu"), backend="aot_eager"), given)
+    assert found[0].isfinite().all()
+    assert found[1].isnan().all()

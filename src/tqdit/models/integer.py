@@ -245,8 +245,9 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
         shift, scale = modulation[:, None].chunk(2, dim=-1)
         patches = layers.proj_out_2(layers.norm_out(stream.float()) * (1 + scale) + shift)
         # Codes hold no NaN and no Inf. The stream keeps them at their token; as in a float model, whose tokens all read
-        # each other, the whole sample shall be NaN: adding 0 changes nothing, NaN * 0 and Inf * 0 are NaN.
-        return patches + (patches * 0).sum(dim=(1, 2), keepdim=True)
+        # each other, the whole sample shall be NaN. Not by `patches * 0`, which compilers take for 0.
+        finite = patches.isfinite().flatten(1).all(dim=1)[:, None, None]
+        return patches.where(finite, torch.nan)
 
 
 def _parts(x: torch.Tensor, few: int) -> Sequence[torch.Tensor]:
