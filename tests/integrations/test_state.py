@@ -116,6 +116,27 @@ def test_a_model_changed_by_hand_is_not_saved(solved, tmp_path, name: str) -> No
     assert not (tmp_path / "after").exists()
 
 
+IN_PLACE = [*TAMPERED, "transformer_blocks.0.operands.key.zero_point", "transformer_blocks.0.operands.softmax.coarse"]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_a_model_changed_in_place_is_not_saved_and_changes_no_other(solved, tmp_path, name: str, backend: str) -> None:
+    """A model shares no scale, zero point or bias with its solution, of which other models are converted."""
+    solution = solved("plus")
+    model, other = convert(solution, backend), convert(solution, backend)
+    path, _, leaf = name.rpartition(".")
+    tensor, same = (getattr(m.get_submodule(path), leaf) for m in (model, other))
+    before = same.clone()
+    tensor.data.add_(1)
+    try:
+        assert torch.equal(same, before)
+        with pytest.raises(InputError, match="was changed in the integer model"):
+            model.save_pretrained(tmp_path / "after")
+    finally:
+        tensor.data.copy_(before)
+
+
 def test_what_diffusers_says_of_a_model(solved, tiny_dit) -> None:
     """Codes count as parameters, and casting changes inputs and outputs alone."""
     model = convert(solved("plus"), "reference")

@@ -26,11 +26,14 @@ class FixedDtype(Watched, Untrainable):
         self._parameters[name] = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
 
     def keep(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
-        """Make a small tensor a buffer; None is a plain attribute, since accelerate does not expect an empty buffer."""
+        """Make a copy of a small tensor a buffer: a change of the module is none of what was given.
+
+        None becomes a plain attribute, since accelerate does not expect an empty buffer.
+        """
         if tensor is None:
             setattr(self, name, None)
         else:
-            self.register_buffer(name, tensor, persistent)
+            self.register_buffer(name, tensor.clone(), persistent)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -67,10 +70,16 @@ class FixedDtype(Watched, Untrainable):
             unexpected_keys.extend(name for name in state_dict if name.startswith(prefix) and name not in own)
 
 
+def per_output(values: torch.Tensor | None, weight: WeightParams) -> torch.Tensor:
+    """fp32 (out,): a copy of a layer's scales or biases, of which (1,) is for all outputs and None is 0."""
+    copy = torch.zeros(len(weight.codes), dtype=torch.float32, device=weight.scale.device)
+    return copy if values is None else copy.copy_(values)
+
+
 class LinearCodes(FixedDtype):
     """int8 codes (out, in), fp32 scale (out,) or (1,), column sums if they were given, and bias of a linear layer.
 
-    The codes are a copy: given ones may be part of a mapped file.
+    All are copies: given codes may be part of a mapped file, and the rest is the solution's.
     """
 
     codes: torch.Tensor
@@ -81,9 +90,9 @@ class LinearCodes(FixedDtype):
     def __init__(self, weight: WeightParams, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.hold("codes", weight.codes.clone())
-        self.hold("scale", weight.scale)
-        self.hold("colsum", weight.colsum)
-        self.hold("bias", bias)
+        self.hold("scale", weight.scale.clone())
+        self.hold("colsum", None if weight.colsum is None else weight.colsum.clone())
+        self.hold("bias", None if bias is None else bias.clone())
 
     def unpacked(self) -> torch.Tensor:
         """The codes, int8 (out, in)."""
