@@ -4,19 +4,16 @@ torch keeps a default dtype, a default device, autocast, gradients and more per 
 would change what a calibration computes, or end it with an error.
 """
 
-import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch.backends import cuda
 
 AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")
 MKLDNN: Any = torch.backends.mkldnn  # a module whose class torch replaces: its attributes have no types
-SEED = 0  # of the global generators inside; what is drawn by purpose has a generator of its own
 
 
 @contextmanager
@@ -25,8 +22,8 @@ def isolated() -> Iterator[None]:
 
     Inside: float32 is the default dtype and the CPU the default device; there is no autocast and no inference mode;
     gradients are on; fp32 products are exact to fp32; deterministic algorithms are not asked for; attention may take
-    any kernel. The global random generators of torch's CPU, numpy and Python are as they were at the end. The number
-    of threads stays.
+    any kernel. The number of threads stays. The global random generators are left alone: nothing in tqdit draws from
+    them, and other threads may draw meanwhile.
 
     Use it as `with isolated():` or as the decorator `@isolated()` of a function, but not of a generator, whose body
     would run outside. Several threads may be inside at a time: the first sets what a process has once, the last one
@@ -61,7 +58,7 @@ def _this_thread() -> Iterator[None]:
 
 
 class _Process:
-    """What torch, numpy and Python keep once per process: a context that counts the threads inside."""
+    """What torch keeps once per process: a context that counts the threads inside."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -72,7 +69,6 @@ class _Process:
         with self._lock:
             if self._inside == 0:
                 with ExitStack() as stack:
-                    _fork_generators(stack)
                     _reset_settings(stack)
                     self._undo = stack.pop_all()
             self._inside += 1
@@ -85,16 +81,6 @@ class _Process:
 
 
 _PROCESS = _Process()
-
-
-def _fork_generators(undo: ExitStack) -> None:
-    """Seed the global generators until `undo`. A GPU's are left alone: nothing draws from them."""
-    undo.callback(torch.set_rng_state, torch.get_rng_state())
-    undo.callback(np.random.set_state, np.random.get_state())
-    undo.callback(random.setstate, random.getstate())
-    torch.default_generator.manual_seed(SEED)  # not torch.manual_seed, which seeds GPUs too
-    np.random.seed(SEED)
-    random.seed(SEED)
 
 
 def _reset_settings(undo: ExitStack) -> None:
