@@ -270,6 +270,18 @@ def test_inside_again_is_one_world() -> None:
         assert torch.get_default_dtype() is torch.float32
 
 
+@pytest.mark.parametrize("at_first", [torch.float32, torch.float64])
+def test_every_entry_isolates_and_the_last_setting_is_restored(at_first: torch.dtype) -> None:
+    """A thread may change the process while another one is inside for hours."""
+    with default_dtype(at_first)():
+        with isolated():
+            torch.set_default_dtype(torch.float16)
+            with isolated():
+                assert torch.get_default_dtype() is torch.float32
+            assert torch.get_default_dtype() is torch.float32
+        assert torch.get_default_dtype() is torch.float16
+
+
 def test_without_autocast() -> None:
     a = torch.ones(2, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
