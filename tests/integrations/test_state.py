@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from tqdit.backends import onednn
+from tqdit.backends import onednn, panels
 from tqdit.backends.onednn import PackedLinear
 from tqdit.convert import convert
 from tqdit.errors import InputError
@@ -97,6 +97,18 @@ def test_codes_that_onednn_has_packed_are_in_no_tensor_but_count() -> None:
     layer.load_state_dict(same.state_dict())
     with pytest.raises(InputError, match="is not this integer model's"):
         layer.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_converting_names_the_state_without_hashing_codes(solved, monkeypatch, backend: str) -> None:
+    def unwanted(*_: object) -> None:
+        raise AssertionError("packed codes are hashed when a state dict is asked for, not before")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedLinear, "get_extra_state", unwanted)
+        patch.setattr(panels, "supported", lambda _depth: False)  # else the cpu backend packs without oneDNN
+        model = convert(solved("plus"), backend)
+    assert model.fixed == set(model.state_dict())
 
 
 TAMPERED = ["proj_out_2.layer.scale", "transformer_blocks.1.qkv.layer.bias", "transformer_blocks.0.operands.key.scale"]
