@@ -28,7 +28,8 @@ class TimestepClock(nn.Module):
     """Set once per denoiser call of the model that owns it; read by every grouped site.
 
     The lookup stays on the device: no host sync, no recompilation over timesteps. On the CPU a timestep outside
-    [0, T) is an `InputError`; on a GPU the lookup itself asserts.
+    [0, T) is an `InputError`; on a GPU the lookup itself asserts. Under torch.compile no value is read on the host, so
+    such a timestep ends in the `RuntimeError` of the compiled lookup.
     """
 
     table: torch.Tensor

@@ -97,7 +97,10 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
         cross_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """As diffusers' own."""
+        """Predict the noise of a batch of latents; parameters and result are those of diffusers' own forward.
+
+        `InputError` for what does not fit the model. The result never requires a gradient.
+        """
         self.runtime.inputs.check_states(hidden_states)
         if hidden_states.device.type != self.prepared_for:
             self._prepare(hidden_states.device)
