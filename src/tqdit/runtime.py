@@ -89,7 +89,7 @@ class Runtime(nn.Module):
 
     def _eager(self, forward: Forward, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         clock, conditioning = self._parts
-        clock.set(t, x.shape[0])
+        clock.set(t)
         conditioning.set(t, labels)
         try:
             return forward(x)

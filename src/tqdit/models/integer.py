@@ -171,9 +171,9 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
     ) -> None:
         """Write an artifact that `from_pretrained` and tqdit read: whole or not at all, unlike diffusers' own.
 
-        A model that is there is replaced; `InputError` for a folder with anything else in it, and for what an artifact
-        does not have: pickled weights, variants; and for a model whose scales were changed by hand. To push, call
-        `push_to_hub`.
+        A model that is there is replaced. `InputError` for a folder with anything else in it, for options that an
+        artifact does not have (pickled weights, variants), and for a model whose scales, zero points or biases are no
+        longer those of its solution. To push, call `push_to_hub`.
         """
         refused = {"safe_serialization=False": not safe_serialization, f"variant='{variant}'": variant is not None,
                    "push_to_hub=True": push_to_hub}  # fmt: skip
