@@ -104,22 +104,24 @@ def test_nothing_of_a_call_stays_with_its_thread(solved, calls) -> None:
     assert not any(isinstance(value, dict) and value for value in vars(model.clock._now).values())
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_sample_that_is_no_number_is_none_when_compiled(solved, calls, backend: str) -> None:
-    model = convert(solved("plus"), "cpu")
-    given = {name: value.clone() for name, value in calls[0].items()}
-    given["hidden_states"][0, 0, 0, 0] = float("nan")
-    found = run(torch.compile(model, backend=backend), given)
-    assert found[0].isnan().all()
-    assert torch.equal(found[1:], run(model, calls[0])[1:])
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles with a C++ compiler")
-def test_inductor_does_not_drop_what_finds_nan(solved) -> None:
-    """The last layer alone: compilers simplify a product with 0."""
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_bad_pixel_makes_its_sample_nan_in_compiled_code_too(solved, value: float) -> None:
+    """Inductor takes x * 0 for 0. It compiles the last layer alone here: the whole model takes it long."""
     model = convert(solved("plus"), "reference")
-    stream, modulation = torch.randn(2, 16, 32), torch.randn(2, 64)
-    stream[0, 3, 5] = float("nan")
-    found = torch.compile(model._patches)(stream, modulation)
-    assert found[0].isnan().all()
-    assert found[1].isfinite().all()
+    inner = model.config.num_attention_heads * model.config.attention_head_dim
+    stream = torch.randn(2, 4, inner, generator=torch.Generator().manual_seed(0))
+    stream[1, 2, 3] = value
+    model.proj_out_2 = nn.Linear(inner, 8)  # a small one: how a product is compiled does not matter here
+    with torch.no_grad():
+        found = torch.compile(model._patches, backend="inductor")(stream, torch.zeros(2, 2 * inner))
+    assert found[0].isfinite().all()
+    assert found[1].isnan().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_bad_pixel_makes_its_sample_nan_through_aot(solved, calls, value: float) -> None:
+    given = calls[0] | {"hidden_states": calls[0]["hidden_states"].clone()}
+    given["hidden_states"][1, 0, 0, 0] = value
+    found = run(torch.compile(convert(solved("plus"), "cpu"), backend="aot_eager"), given)
+    assert found[0].isfinite().all()
+    assert found[1].isnan().all()

@@ -183,7 +183,6 @@ def test_inside_is_as_in_a_fresh_process(world: World) -> None:
 
 @isolated()
 def fail() -> None:
-    """Fail inside."""
     _ = 1 // 0
 
 
@@ -198,15 +197,16 @@ def test_errors_restore_the_callers_world(world: World, tmp_path: Path) -> None:
         assert state() == before
 
 
-def test_the_global_generators_are_left_alone() -> None:
-    """Another thread may draw meanwhile: what it has drawn is not drawn again."""
-    torch.manual_seed(1)
-    expected = [torch.rand(1).item() for _ in range(3)]
-    torch.manual_seed(1)
-    found = [torch.rand(1).item()]
-    with isolated():
-        found.append(torch.rand(1).item())
-    assert [*found, torch.rand(1).item()] == expected
+def test_draws_of_the_caller_inside_go_on() -> None:
+    """As those of another thread do: no global generator is seeded, and none is set back."""
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = [(torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) for _ in range(3)]
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    drawn = []
+    for around in (isolated, isolated, nullcontext):
+        with around():
+            drawn.append((torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()))
+    assert drawn == expected
 
 
 def test_other_verbs_in_a_strange_world(pipeline: Path, plain: Path, recipe: tqdit.Recipe, tmp_path: Path) -> None:
@@ -268,6 +268,18 @@ def test_inside_again_is_one_world() -> None:
         with isolated():
             assert torch.get_default_dtype() is torch.float32
         assert torch.get_default_dtype() is torch.float32
+
+
+@pytest.mark.parametrize("at_first", [torch.float32, torch.float64])
+def test_every_entry_isolates_and_the_last_setting_is_restored(at_first: torch.dtype) -> None:
+    """A thread may change the process while another one is inside for hours."""
+    with default_dtype(at_first)():
+        with isolated():
+            torch.set_default_dtype(torch.float16)
+            with isolated():
+                assert torch.get_default_dtype() is torch.float32
+            assert torch.get_default_dtype() is torch.float32
+        assert torch.get_default_dtype() is torch.float16
 
 
 def test_without_autocast() -> None:

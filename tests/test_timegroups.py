@@ -73,7 +73,7 @@ def test_calibration_and_inference_agree_on_every_visited_timestep(scheduler, sp
     schedule = scheduler(timestep_spacing=spacing)
     schedule.set_timesteps(steps)
     clock = TimestepClock(groups)
-    clock.set(schedule.timesteps, len(schedule.timesteps))
+    clock.set(schedule.timesteps)
     expected = [group_by_definition(int(t), 1000, 10) for t in schedule.timesteps]
     assert clock.group.tolist() == groups.of(schedule.timesteps).tolist() == expected
     assert torch.index_select(clock.table, 0, schedule.timesteps).tolist() == expected  # the lookup of a GPU

@@ -18,7 +18,7 @@ from tqdit.layers.params import ActivationParams
 from tqdit.models.building import empty_model
 from tqdit.models.fitting import check_solution
 from tqdit.models.sites import BlockLayout, LinearGroup, blocks, float_input_modules
-from tqdit.modules import EXTRA_STATE, Fingerprint, present
+from tqdit.modules import Fingerprint, present, state_names
 from tqdit.ops.dispatch import get_backend, kernel_name
 from tqdit.ops.schema import Backend, WeightParams
 from tqdit.runtime import attach_runtime
@@ -42,9 +42,11 @@ def convert(
     The float weights are never materialised: the structure is built empty and filled. The result has
     `quantization_backend`, `quantization_report` (site name -> kernel) and `solution`, whose codes are those of its
     layers. `dtype`: as `torch_dtype` of diffusers; bfloat16 is also that of the residual stream. With the backend
-    "auto" the model is converted again by a call on another kind of device. `memory`: where its tensors are, if they
-    are to visit `device` a part at a time. Raises `InputError` if the solution is not one of its model (see
-    `models.fitting`), and if the backend cannot run on the device.
+    "auto" the model is converted again by a call on another kind of device. `memory`: the device that holds the
+    tensors of a model that is offloaded, whose parts are moved to `device` one at a time; `device` itself by default.
+
+    Raises `InputError` if the solution does not fit the model that its config describes (see `models.fitting`), and if
+    the backend cannot run on the device.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}")
@@ -82,19 +84,8 @@ def _converted(
     model.io_dtype = dtype
     model.prepared_for = torch.device(device).type
     model.fingerprint = Fingerprint(_described(solution, chosen.NAME, device))
-    model.fixed = frozenset(_names_of_state(model))
+    model.fixed = frozenset(state_names(model))
     return model.eval().requires_grad_(False).to(device if memory is None else memory)
-
-
-def _names_of_state(model: nn.Module) -> Iterator[str]:
-    """Give the names of a model's state dict without its values: one of codes that oneDNN packed has to be computed."""
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        dot = f"{prefix}." if prefix else ""
-        yield from (dot + name for name, value in module._parameters.items() if value is not None)
-        kept = (name for name, value in module._buffers.items() if value is not None)
-        yield from (dot + name for name in kept if name not in module._non_persistent_buffers_set)
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            yield dot + EXTRA_STATE
 
 
 def _described(solution: Solution, backend: str, device: str | torch.device) -> dict[str, Any]:

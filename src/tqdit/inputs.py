@@ -49,7 +49,8 @@ class Inputs:
         """Timestep (1,) or (B,) and labels (B,), both on the device of x, which is checked already.
 
         Raises `InputError` for those that are missing or do not fit the batch; and for a timestep outside [0, T) or a
-        class that there is not, where reading them costs nothing: given as numbers or on the CPU.
+        class that there is not, where reading them costs nothing: given as numbers or on the CPU. Under torch.compile
+        they are not read, and such a value ends in a `RuntimeError` of the compiled code.
         """
         if timestep is None:
             raise InputError("a time-grouped model needs `timestep`")

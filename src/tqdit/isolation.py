@@ -22,12 +22,13 @@ def isolated() -> Iterator[None]:
 
     Inside: float32 is the default dtype and the CPU the default device; there is no autocast and no inference mode;
     gradients are on; fp32 products are exact to fp32; deterministic algorithms are not asked for; attention may take
-    any kernel. The number of threads stays. The global random generators are left alone: nothing here draws from them,
-    and other threads may.
+    any kernel. The number of threads stays. The global random generators are left alone: nothing in tqdit draws from
+    them, and other threads may draw meanwhile.
 
     Use it as `with isolated():` or as the decorator `@isolated()` of a function, but not of a generator, whose body
-    would run outside. Several threads may be inside at a time: the first sets what a process has only once, such as
-    the default dtype, and the last one restores it; what the caller sets meanwhile holds for all of them.
+    would run outside. Several threads may be inside at a time: each entry sets what a process has once, and the last
+    thread that leaves restores it. Such a setting that a thread changes meanwhile reaches all threads inside, until one
+    enters again.
     """
     with _PROCESS, _this_thread():
         yield
@@ -58,39 +59,35 @@ def _this_thread() -> Iterator[None]:
 
 
 class _Process:
-    """What torch, numpy and Python keep once per process: a context that counts the threads inside."""
+    """What torch keeps once per process: a context that counts the threads inside.
+
+    Each entry sets what differs from a fresh process. What does not differ is not touched: another thread may change
+    it meanwhile. The last thread that leaves restores what was found, the latest where entries found several.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
-        self._undo = ExitStack()
+        self._found: dict[Callable[[Any], Any], Any] = {}  # what to call with which value
 
     def __enter__(self) -> None:
         with self._lock:
-            if self._inside == 0:
-                with ExitStack() as stack:
-                    _reset_settings(stack)
-                    self._undo = stack.pop_all()
+            for get, put, fresh in _SETTINGS:
+                if (before := get()) != fresh:
+                    self._found[put] = before
+                    put(fresh)
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._inside -= 1
             if self._inside == 0:
-                self._undo.close()
+                found, self._found = self._found, {}
+                for put, before in found.items():
+                    put(before)
 
 
 _PROCESS = _Process()
-
-
-def _reset_settings(undo: ExitStack) -> None:
-    """Set what differs from a fresh process, until `undo`. What does not differ is not touched: another thread may
-    change it meanwhile.
-    """
-    for get, put, fresh in _SETTINGS:
-        if (before := get()) != fresh:
-            undo.callback(put, before)
-            put(fresh)
 
 
 def _determinism() -> tuple[bool, bool]:

@@ -114,3 +114,15 @@ def present(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module in loaded:
             module._hf_hook.post_forward(module, None)
+
+
+def state_names(model: nn.Module) -> Iterator[str]:
+    """The names in a model's state dict, without the values: those of packed codes would have to be computed."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        tensors = {**module._parameters, **module._buffers}
+        for name, tensor in tensors.items():
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                yield prefix + name
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            yield prefix + EXTRA_STATE

@@ -64,7 +64,8 @@ class Runtime(nn.Module):
     ) -> torch.Tensor:
         """`forward` of x (B, C, H, W), for timestep () or (B,), labels (B,).
 
-        There is no graph while any of `blocks` has adapters or is offloaded.
+        There is no graph while any of `blocks` has adapters or is offloaded. Adapters cannot be trained: the result
+        never requires a gradient, so `backward` says that it "does not require grad".
 
         x has passed `inputs.check_states`; raises `InputError` as `inputs.conditions` does. Gradients and autocast are
         off inside: neither means anything for integers, and autocast would round the fp32 products that stand for them.
@@ -88,7 +89,7 @@ class Runtime(nn.Module):
 
     def _eager(self, forward: Forward, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         clock, conditioning = self._parts
-        clock.set(t, x.shape[0])
+        clock.set(t)
         conditioning.set(t, labels)
         try:
             return forward(x)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from tqdit.backends import onednn
+from tqdit.backends import onednn, panels
 from tqdit.backends.onednn import PackedLinear
 from tqdit.convert import convert
 from tqdit.errors import InputError
@@ -99,6 +99,18 @@ def test_codes_that_onednn_has_packed_are_in_no_tensor_but_count() -> None:
         layer.load_state_dict(other.state_dict())
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_converting_names_the_state_without_hashing_codes(solved, monkeypatch, backend: str) -> None:
+    def unwanted(*_: object) -> None:
+        raise AssertionError("packed codes are hashed when a state dict is asked for, not before")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedLinear, "get_extra_state", unwanted)
+        patch.setattr(panels, "supported", lambda _depth: False)  # else the cpu backend packs without oneDNN
+        model = convert(solved("plus"), backend)
+    assert model.fixed == set(model.state_dict())
+
+
 TAMPERED = ["proj_out_2.layer.scale", "transformer_blocks.1.qkv.layer.bias", "transformer_blocks.0.operands.key.scale"]
 
 
@@ -114,6 +126,27 @@ def test_a_model_changed_by_hand_is_not_saved(solved, tmp_path, name: str) -> No
     with pytest.raises(InputError, match="was changed in the integer model"):
         model.save_pretrained(tmp_path / "after")
     assert not (tmp_path / "after").exists()
+
+
+IN_PLACE = [*TAMPERED, "transformer_blocks.0.operands.key.zero_point", "transformer_blocks.0.operands.softmax.coarse"]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_a_model_changed_in_place_is_not_saved_and_changes_no_other(solved, tmp_path, name: str, backend: str) -> None:
+    """A model shares no scale, zero point or bias with its solution, of which other models are converted."""
+    solution = solved("plus")
+    model, other = convert(solution, backend), convert(solution, backend)
+    path, _, leaf = name.rpartition(".")
+    tensor, same = (getattr(m.get_submodule(path), leaf) for m in (model, other))
+    before = same.clone()
+    tensor.data.add_(1)
+    try:
+        assert torch.equal(same, before)
+        with pytest.raises(InputError, match="was changed in the integer model"):
+            model.save_pretrained(tmp_path / "after")
+    finally:
+        tensor.data.copy_(before)
 
 
 def test_what_diffusers_says_of_a_model(solved, tiny_dit) -> None:

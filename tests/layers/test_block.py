@@ -69,7 +69,7 @@ def build(parts: SimpleNamespace, backend: str) -> IntBlock:
 
 def enter(parts: SimpleNamespace, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> None:
     """What the model's forward does before its blocks run."""
-    parts.clock.set(t, len(x))
+    parts.clock.set(t)
     parts.conditioning.set(t, labels)
 
 

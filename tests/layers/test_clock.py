@@ -20,25 +20,20 @@ from tqdit.timegroups import TimeGroups
     ],
 )
 def test_groups_of_the_batch(clock: TimestepClock, timestep, group: list[int]) -> None:
-    clock.set(timestep, 3)
+    clock.set(timestep)
     assert clock.group.tolist() == group
 
 
 @pytest.mark.parametrize("timestep", [-1, 1000, torch.tensor([0, 1, 5000])])
 def test_timestep_outside_is_an_error(clock: TimestepClock, timestep) -> None:
     with pytest.raises(InputError, match="outside"):
-        clock.set(timestep, 3)
-
-
-def test_timesteps_must_fit_the_batch(clock: TimestepClock) -> None:
-    with pytest.raises(InputError, match="2 entries for a batch of 3"):
-        clock.set(torch.tensor([1, 2]), 3)
+        clock.set(timestep)
 
 
 def test_clocks_are_independent() -> None:
     coarse, fine = TimestepClock(TimeGroups(1000, 2)), TimestepClock(TimeGroups(1000, 10))
-    coarse.set(999, 1)
-    fine.set(0, 1)
+    coarse.set(999)
+    fine.set(0)
     assert (coarse.group.item(), fine.group.item()) == (1, 0)
 
 

@@ -34,7 +34,7 @@ def test_half_and_double_round_trip_loses_no_bit(site) -> None:
 @pytest.mark.parametrize(("ndim", "units", "trailing"), [(3, 1, (1, 1)), (4, 2, (2, 1, 1)), (4, 1, (1, 1, 1))])
 def test_selection_is_per_sample(site, clock, ndim: int, units: int, trailing: tuple[int, ...]) -> None:
     module = site(Role.QUERY, ndim, groups=4, units=units)
-    clock.set(torch.tensor([999, 0, 260, 260]), 4)
+    clock.set(torch.tensor([999, 0, 260, 260]))
     params = module.select()
     assert params.scale.shape == params.zero_point.shape == (4, *trailing)
     for sample, group in enumerate([3, 0, 1, 1]):
@@ -49,7 +49,7 @@ def test_ungrouped_site_needs_no_clock(site) -> None:
 
 def test_two_region_site_has_both_scales(site, clock) -> None:
     module = site(Role.SOFTMAX, 4, groups=4, grid=Grid.MRQ_SOFTMAX)
-    clock.set(torch.tensor([999, 0]), 2)
+    clock.set(torch.tensor([999, 0]))
     params = module.select()
     assert params.grid is Grid.MRQ_SOFTMAX
     assert torch.equal(params.scale, module.scale[[3, 0]])
@@ -64,7 +64,7 @@ def test_grouped_site_before_any_call_is_an_error(site) -> None:
 
 def test_shared_group_is_a_view(site, clock) -> None:
     module = site(Role.QUERY, 4, groups=4, units=2)
-    clock.set(torch.tensor([260, 499, 300]), 3)
+    clock.set(torch.tensor([260, 499, 300]))
     params = module.select()
     assert params.scale.shape == (1, 2, 1, 1)
     assert torch.equal(params.scale[0], module.scale[1])

@@ -11,7 +11,7 @@ from typing import NamedTuple, NoReturn, Self
 
 import torch
 
-from tqdit.ops.holders import FixedDtype
+from tqdit.ops.holders import FixedDtype, per_output
 from tqdit.ops.reference import column_sums, int_matmul
 from tqdit.ops.schema import OperandParams, WeightParams
 
@@ -68,8 +68,8 @@ class PackedLinear(FixedDtype):
         self.packed = None if reason() else Packed(weight.codes)
         self.hold("codes", weight.codes.clone() if self.packed is None else None)
         self.hold("colsum", column_sums(weight.codes) if self.packed is None else None)
-        self.hold("scale", weight.scale.expand(columns).clone(memory_format=torch.contiguous_format))
-        self.hold("bias", torch.zeros_like(self.scale) if bias is None else bias.float().clone())
+        self.hold("scale", per_output(weight.scale, weight))
+        self.hold("bias", per_output(bias, weight))
 
     @property
     def weight(self) -> PackedWeight:

@@ -6,7 +6,7 @@ import torch
 
 from tqdit.backends import native
 from tqdit.backends.signatures import address
-from tqdit.ops.holders import FixedDtype
+from tqdit.ops.holders import FixedDtype, per_output
 from tqdit.ops.schema import WeightParams
 
 FOUR = 4  # items of K that one VNNI instruction multiplies
@@ -51,8 +51,8 @@ class PanelLinear(FixedDtype):
         )  # fmt: skip
         self.hold("packed", packed)
         self.hold("sums", sums)
-        self.hold("scale", weight.scale.expand(columns).clone(memory_format=torch.contiguous_format))
-        self.hold("bias", torch.zeros_like(self.scale) if bias is None else bias.float().clone())
+        self.hold("scale", per_output(weight.scale, weight))
+        self.hold("bias", per_output(bias, weight))
 
     @property
     def weight(self) -> PanelWeight:

@@ -74,6 +74,9 @@ class TQDiTQuantizer(DiffusersQuantizer):
 
     Tensors are taken as they are in the file: diffusers would cast the scales to `torch_dtype`. Whatever is missing,
     left over or changed is an `InputError`; diffusers would warn.
+
+    Overlapping calls of `from_pretrained` in several threads may leave `torch.nn.Module.register_parameter` as
+    accelerate has patched it, which accelerate does for float models too: load one model at a time.
     """
 
     requires_calibration = True

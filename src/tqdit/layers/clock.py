@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from tqdit.errors import InputError
 from tqdit.timegroups import TimeGroups
 
 
@@ -28,7 +27,8 @@ class TimestepClock(nn.Module):
     """Set once per denoiser call of the model that owns it; read by every grouped site.
 
     The lookup stays on the device: no host sync, no recompilation over timesteps. On the CPU a timestep outside
-    [0, T) is an `InputError`; on a GPU the lookup itself asserts.
+    [0, T) is an `InputError`; on a GPU the lookup itself asserts. Under torch.compile no value is read on the host, so
+    such a timestep ends in the `RuntimeError` of the compiled lookup.
     """
 
     table: torch.Tensor
@@ -49,11 +49,9 @@ class TimestepClock(nn.Module):
         """The group of the whole batch, where reading it costs nothing: on the CPU, not compiled."""
         return self._now.shared
 
-    def set(self, timestep: torch.Tensor, batch: int) -> None:
-        """timestep: () or (B,), any number type. Stores group indices, shape (1,) or (B,)."""
+    def set(self, timestep: torch.Tensor) -> None:
+        """Store the group indices, (1,) or (B,), of a timestep () or (B,); `Inputs` has checked its shape."""
         t = torch.as_tensor(timestep, device=self.table.device).reshape(-1)
-        if t.numel() not in (1, batch):
-            raise InputError(f"timestep has {t.numel()} entries for a batch of {batch}")
         if t.device.type == "cpu" and not torch.compiler.is_compiling():
             group = self.time_groups.of(t)
             first, last = group.aminmax()

@@ -99,7 +99,10 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
         cross_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """As diffusers' own."""
+        """Predict the noise of a batch of latents; parameters and result are those of diffusers' own forward.
+
+        `InputError` for what does not fit the model. The result never requires a gradient.
+        """
         self.runtime.inputs.check_states(hidden_states)
         if hidden_states.device.type != self.prepared_for:
             self._prepare(hidden_states.device)
@@ -170,9 +173,9 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
     ) -> None:
         """Write an artifact that `from_pretrained` and tqdit read: whole or not at all, unlike diffusers' own.
 
-        A model that is there is replaced; `InputError` for a folder with anything else in it, and for what an artifact
-        does not have: pickled weights, variants; and for a model whose scales were changed by hand. To push, call
-        `push_to_hub`.
+        A model that is there is replaced. `InputError` for a folder with anything else in it, for options that an
+        artifact does not have (pickled weights, variants), and for a model whose scales, zero points or biases are no
+        longer those of its solution. To push, call `push_to_hub`.
         """
         refused = {"safe_serialization=False": not safe_serialization, f"variant='{variant}'": variant is not None,
                    "push_to_hub=True": push_to_hub}  # fmt: skip
@@ -248,9 +251,9 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
         shift, scale = modulation[:, None].chunk(2, dim=-1)
         patches = layers.proj_out_2(layers.norm_out(stream.float()) * (1 + scale) + shift)
         # Codes hold no NaN and no Inf. The stream keeps them at their token; as in a float model, whose tokens all read
-        # each other, the whole sample shall be NaN. (A product with 0 would say so too, but compilers drop it.)
-        finite = patches.isfinite().flatten(1).all(1)
-        return torch.where(finite[:, None, None], patches, float("nan"))
+        # each other, the whole sample shall be NaN. Not by `patches * 0`, which compilers take for 0.
+        finite = patches.isfinite().flatten(1).all(dim=1)[:, None, None]
+        return patches.where(finite, torch.nan)
 
 
 def _parts(x: torch.Tensor, few: int) -> Sequence[torch.Tensor]:

@@ -26,14 +26,14 @@ class FixedDtype(Watched, Untrainable):
         self._parameters[name] = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
 
     def keep(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
-        """Keep a copy of a small tensor as a buffer of this module alone: a change of it changes no other model.
+        """Keep a copy of a small tensor as a buffer: a change of it changes nothing else.
 
         None becomes a plain attribute, since accelerate does not expect an empty buffer.
         """
         if tensor is None:
             setattr(self, name, None)
         else:
-            self.register_buffer(name, tensor.clone(memory_format=torch.contiguous_format), persistent)
+            self.register_buffer(name, tensor.clone(), persistent)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -70,10 +70,16 @@ class FixedDtype(Watched, Untrainable):
             unexpected_keys.extend(name for name in state_dict if name.startswith(prefix) and name not in own)
 
 
+def per_output(values: torch.Tensor | None, weight: WeightParams) -> torch.Tensor:
+    """fp32 (out,): a copy of a layer's scales or biases, of which (1,) is for all outputs and None is 0."""
+    copy = torch.zeros(len(weight.codes), dtype=torch.float32, device=weight.scale.device)
+    return copy if values is None else copy.copy_(values)
+
+
 class LinearCodes(FixedDtype):
     """int8 codes (out, in), fp32 scale (out,) or (1,), column sums if they were given, and bias of a linear layer.
 
-    All are copies: given codes may be part of a mapped file, and given scales belong to the solution.
+    All are copies: given codes may be part of a mapped file, and the rest is the solution's.
     """
 
     codes: torch.Tensor
@@ -85,7 +91,7 @@ class LinearCodes(FixedDtype):
         super().__init__()
         self.hold("codes", weight.codes.clone())
         self.hold("scale", weight.scale.clone())
-        self.hold("colsum", weight.colsum)
+        self.hold("colsum", None if weight.colsum is None else weight.colsum.clone())
         self.hold("bias", None if bias is None else bias.clone())
 
     def unpacked(self) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import torch
 
-from tqdit.ops.holders import FixedDtype
+from tqdit.ops.holders import FixedDtype, per_output
 from tqdit.ops.reference import column_sums
 from tqdit.ops.schema import WeightParams
 
@@ -36,8 +36,8 @@ class TritonLinear(FixedDtype):
         low, high = (padded.clone(), None) if bits == 8 else _packed(padded, bits)
         self.hold("codes", low)
         self.hold("high", high)
-        self.hold("scale", weight.scale.float().expand(n).clone(memory_format=torch.contiguous_format))
-        self.hold("bias", torch.zeros_like(self.scale) if bias is None else bias.float().clone())
+        self.hold("scale", per_output(weight.scale, weight))
+        self.hold("bias", per_output(bias, weight))
         self.hold("sums", column_sums(weight.codes))
 
     def unpacked(self) -> torch.Tensor:
