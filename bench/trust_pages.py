@@ -80,7 +80,8 @@ EXPLAINED = {
     "An artifact is refused in one line, or gives the same pixels; a forgery of legal values gives what its values say "
     "(`legal`).",
     "damage, diffusers": "The same through `DiTPipeline.from_pretrained` and `DiTTransformer2DModel.from_pretrained`, "
-    "which read a part of the files before we do.",
+    "which read a part of the files before tqdit does: `diffusers` are its own errors, and it builds as many blocks "
+    "as a config says, and waits for a pipe, by itself.",
     "sanitizer": "Models of odd shapes, both presets, batches and sides.",
 }
 

@@ -193,7 +193,7 @@ def test_resumable_continues_what_was_interrupted(
         (["quantize", "{pipeline}", "-o", "new", "--preset", "pluss"], "did you mean 'plus'"),
         (["quantize", "{pipeline}", "-o", "new", "--sampler", "euler"], "must be ddim or ddpm, got 'euler'"),
         (["sample", "{pipeline}", "-o", "a.png", "--guidance", "inf"], "guidance"),
-        (["sample", "{pipeline}", "-o", "{artifact}/tqdit.json/a.png"], "tqdit.json is not a folder"),
+        (["sample", "{pipeline}", "-o", "{artifact}/tqdit.json/a.png"], "is inside the artifact"),
         (["sample", "{artifact}/nothing", "-o", "a.png"], "nothing"),
         (["compare", "{pipeline}", "{artifact}", "--guidance", "-1"], "guidance"),
         (["compare", "{pipeline}", "{artifact}", "--json", "empty"], "is a folder"),

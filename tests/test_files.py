@@ -204,7 +204,7 @@ def test_own_files_of_a_pipeline_without_a_seal(tmp_path) -> None:
 def test_an_artifact_inside_another_is_refused(old, path: str, in_pipeline: bool) -> None:
     if in_pipeline and path == "transformer":
         return check_target(old / path, overwrite=False, in_pipeline=True)
-    with pytest.raises(InputError, match=f"{path} is inside the artifact .*out; choose a folder outside of it"):
+    with pytest.raises(InputError, match=f"{path} is inside the artifact .*out; choose a place outside of it"):
         check_target(old / path, overwrite=False, in_pipeline=in_pipeline)
     return None
 

@@ -346,7 +346,11 @@ def _work_is_mentioned(out: Path, resumable: bool) -> Iterator[None]:
 
             work = work_of(out)
             kept = sum(file.stat().st_size for file in work.rglob("*") if file.is_file()) / 1e6
-            hint = f"the same command goes on from {work.name} ({kept:.1f} MB kept)"
+            hint = (
+                f"the same command goes on from {work.name} ({kept:.1f} MB kept)"
+                if kept
+                else "nothing was finished yet"
+            )
         else:
             hint = "with --resumable, finished work would be kept for the same command to go on"
         code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED

@@ -223,9 +223,9 @@ def check_target(target: Path, overwrite: bool, replaceable: Kind = is_artifact,
 
 
 def check_outside(target: Path) -> None:
-    """Raise `InputError` if a folder `target` would be inside an artifact."""
+    """Raise `InputError` if a folder or file `target` would be inside an artifact."""
     if around := next((folder for folder in _real(target).parents if is_artifact(folder)), None):
-        raise InputError(f"output {target} is inside the artifact {around}; choose a folder outside of it")
+        raise InputError(f"output {target} is inside the artifact {around}; choose a place outside of it")
 
 
 def check_file(path: Path) -> None:
@@ -234,6 +234,7 @@ def check_file(path: Path) -> None:
         raise InputError(f"output {path} is a folder; give a file")
     if path.exists() and not path.is_file():
         raise InputError(f"output {path} is not a regular file")
+    check_outside(path)
     check_parent(path)
 
 

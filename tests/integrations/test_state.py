@@ -161,22 +161,3 @@ def test_what_diffusers_says_of_a_model(solved, tiny_dit) -> None:
         cast()
         assert {name: x.dtype for name, x in model.state_dict().items()} == before
     assert model.dtype is torch.float16
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_a_scale_of_an_activation_that_was_changed_by_hand_is_not_saved(solved, tmp_path, backend: str) -> None:
-    """And it is this model's alone: another one of the same solution computes as before."""
-    solution = solved("plus")
-    other, model = convert(solution, backend), convert(solution, backend)
-    before = other.transformer_blocks[0].qkv.source.scale.clone()
-    model.transformer_blocks[0].qkv.source.scale.mul_(1.5)
-    assert torch.equal(other.transformer_blocks[0].qkv.source.scale, before)
-    with pytest.raises(InputError, match="was changed in the integer model"):
-        model.save_pretrained(tmp_path / "changed")
-    assert not (tmp_path / "changed").exists()
-
-
-def test_names_of_a_state_are_found_without_its_values(solved) -> None:
-    for backend in ("cpu", "reference"):
-        model = convert(solved("plus"), backend)
-        assert model.fixed == frozenset(model.state_dict())

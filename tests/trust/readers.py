@@ -18,7 +18,7 @@ from tqdit.models.sampler import Sampling
 SAMPLING = Sampling("ddim", 2, 1.5)
 LEAST_SQNR = 30.0  # decibels between backends: what is left of one rounding that falls otherwise
 NOT_READ = "not read"
-GOOD = ("refused", "same", "legal", "diffusers")
+GOOD = ("refused", "same", "legal", "diffusers", "hang in diffusers")
 
 
 def pixels(folder: Path, backend: str = "auto") -> torch.Tensor:
