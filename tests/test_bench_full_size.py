@@ -71,6 +71,7 @@ def test_the_checkpoint_is_the_published_model(script: Any, tmp_path: Path) -> N
         assert torch.allclose(published(x, t, y), model(x, timestep=t, class_labels=y).sample, atol=1e-4)
 
 
+@pytest.mark.long
 def test_a_random_model(go: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
     (run,) = go(*RANDOM)
     assert (run["model"], run["weights"], run["sampling"]["guidance"]) == ("DiT-2x384/8@32", "random", 1.5)

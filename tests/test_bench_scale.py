@@ -44,7 +44,7 @@ def test_a_small_run_is_measured_and_scaled_up(result) -> None:
     assert cases["all blocks"]["peak_rss_bytes"] > max(row["peak_rss_bytes"] for row in result["stages"].values())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_choose_the_same(result, tmp_path) -> None:
     done = torchrun(BENCH / "calibration_scale.py", *SMALL, "--json", tmp_path / "two.json")
     assert done.returncode == 0, done.stderr
