@@ -58,6 +58,8 @@ def _trust(run: dict[str, Any]) -> list[str]:
             [case, *(f"{row[count]:,}" for count in counts), str(len(row["failures"]))] for case, row in cases.items()
         ]
         lines += [f"### {NAMES.get(name, name)}", "", EXPLAINED[name], "", table(["", *counts, "failures"], rows), ""]
+        failed = [failure for row in cases.values() for failure in row["failures"]]
+        lines += [*(f"- failure: {_cell(failure)}" for failure in failed), *([""] if failed else [])]
     return lines
 
 
@@ -72,7 +74,8 @@ NAMES = {
 }
 EXPLAINED = {
     "SIGKILL": "Each step that writes is killed before each of its file-system calls. The output is then the old or "
-    "the new one, whole, and the next run leaves nothing else behind.",
+    "the new one, whole, and the next run leaves nothing else behind. `partly`: a folder of images that has some of them, "
+    "each whole. `leftovers`: kills that left something, which the next run removed.",
     "SIGINT": "The same with Ctrl-C.",
     "races": "Two processes write one output. One wins, the other says so.",
     "fuzz": "Each input is accepted, or refused by an `InputError`.",
@@ -81,7 +84,7 @@ EXPLAINED = {
     "(`legal`).",
     "damage, diffusers": "The same through `DiTPipeline.from_pretrained` and `DiTTransformer2DModel.from_pretrained`, "
     "which read a part of the files before tqdit does: `diffusers` are its own errors, and it builds as many blocks "
-    "as a config says, and waits for a pipe, by itself.",
+    "as a config says, waits for a pipe, and reads a link to /dev/zero for ever, by itself.",
     "sanitizer": "Models of odd shapes, both presets, batches and sides.",
 }
 

@@ -30,7 +30,11 @@ SECONDS = 20.0  # that one damage may take
 START_SECONDS = 180.0  # until a process has imported everything, on a busy machine
 MEMORY = 8 * 2**30  # of address space; a process has 3 GiB of libraries and thread stacks
 BATCH = 100
-BEFORE_US = ("num_layers", "pipe")  # diffusers builds as many blocks, and opens files, before it calls tqdit
+BEFORE_US = (
+    "num_layers",
+    "pipe",
+    "link to zeros",
+)  # diffusers builds as many blocks, and opens files, before it calls tqdit
 
 
 def run(count: int = 1500, seed: int = 0, processes: int = 2, reader: str = "tqdit") -> dict[str, Any]:
