@@ -74,8 +74,8 @@ NAMES = {
 }
 EXPLAINED = {
     "SIGKILL": "Each step that writes is killed before each of its file-system calls. The output is then the old or "
-    "the new one, whole, and the next run leaves nothing else behind. `partly`: a folder of images that has some of them, "
-    "each whole. `leftovers`: kills that left something, which the next run removed.",
+    "the new one, whole, and the next run leaves nothing else behind. `partly`: a folder of images that has some of "
+    "them, each whole. `leftovers`: kills that left something, which the next run removed.",
     "SIGINT": "The same with Ctrl-C.",
     "races": "Two processes write one output. One wins, the other says so.",
     "fuzz": "Each input is accepted, or refused by an `InputError`.",

@@ -333,7 +333,7 @@ def test_summary_of_quantize(run: Callable, pipeline: Path, tmp_path: Path, monk
     assert code == 0
     first, second, third = out.splitlines()
     assert re.fullmatch(
-        r"new: tiny-dit w8a8 plus, calibrated in \d+ s, peak memory of the process \d+\.\d\d GiB", first
+        r"new: tiny-dit w8a8 plus, calibrated in \d+ s, process peak \d+\.\d\d GiB", first
     )
     size = r"0\.\d\d MB: 0\.\d{3} of the float32 file, 0\.\d{3} of bf16, 0\.\d{3} of fp32"
     assert re.fullmatch(size, second)

@@ -150,7 +150,7 @@ def quantize(
         return
     say(
         f"{out}: {result['name']} {chosen.bits} {chosen.label}, calibrated in {result['calibration_seconds']:.0f} s, "
-        f"peak memory of the process {result['peak_memory_bytes'] / 2**30:.2f} GiB\n"
+        f"process peak {result['peak_memory_bytes'] / 2**30:.2f} GiB\n"
         f"{result['size_bytes'] / 1e6:.2f} MB: {result['size_ratio_file']:.3f} of the {result['file_dtype']} file, "
         f"{result['size_ratio_bfloat16']:.3f} of bf16, {result['size_ratio']:.3f} of fp32",
         json_file,
