@@ -332,9 +332,7 @@ def test_summary_of_quantize(run: Callable, pipeline: Path, tmp_path: Path, monk
     code, out, err = run("quantize", pipeline, "-o", "new", *quick)
     assert code == 0
     first, second, third = out.splitlines()
-    assert re.fullmatch(
-        r"new: tiny-dit w8a8 plus, calibrated in \d+ s, process peak \d+\.\d\d GiB", first
-    )
+    assert re.fullmatch(r"new: tiny-dit w8a8 plus, calibrated in \d+ s, process peak \d+\.\d\d GiB", first)
     size = r"0\.\d\d MB: 0\.\d{3} of the float32 file, 0\.\d{3} of bf16, 0\.\d{3} of fp32"
     assert re.fullmatch(size, second)
     assert third == "next: tqdit sample new -o grid.png"
