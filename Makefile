@@ -10,7 +10,7 @@ PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 .PHONY: demo test test-all test-trust lint clean
 
 demo: $(RUNS)
-	@echo "The demo takes about five minutes on two cores."
+	@echo "The demo takes some minutes on two cores."
 	$(BIN)/tqdit demo --out build/demo
 
 test: lint

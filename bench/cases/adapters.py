@@ -1,4 +1,4 @@
-"""What an adapter file has beside lora_A and lora_B, and merging."""
+"""Situations with adapters: files that have more than lora_A and lora_B, and merging into integers."""
 
 from collections.abc import Callable
 from pathlib import Path

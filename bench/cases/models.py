@@ -1,4 +1,4 @@
-"""What a model is: its scheduler, its checkpoint's own arguments, what lies beside it."""
+"""Situations where a model says what it is: by its scheduler, its training arguments, or the files beside it."""
 
 import argparse
 import json
@@ -126,7 +126,7 @@ def weights_of_steps(name: str) -> Callable[[Path], str]:
 
 
 def hessian_is_used(work: Path) -> str:
-    """With zero terminal SNR `plus` is not what it is without HO."""
+    """The preset `plus` uses HO with zero terminal SNR too: its scales differ from those without HO."""
     source = folder(work / "float", scheduler=DDIMScheduler(prediction_type="v_prediction", **ZERO_SNR))
     with_it, without = (
         load(quantized(work / "q", source, hessian=hessian)).solution.params for hessian in (True, False)

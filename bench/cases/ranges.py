@@ -52,7 +52,7 @@ DEAD: dict[str, Callable[[Any], None]] = {
 
 
 def dead(name: str, preset: str) -> Callable[[Path], str]:
-    """What has no range costs nothing: the rest of the model is as good as ever."""
+    """A model with a unit that has no range is quantized as well as one without such a unit."""
 
     def run(work: Path) -> str:
         model = dit()
