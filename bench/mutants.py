@@ -1,4 +1,4 @@
-"""What a mutant of a module is: its source with one small change, which a test should notice.
+"""Make the mutants of a module: each is its source with one small change, which a test should notice.
 
 Not mutated: docstrings, annotations, decorators, f-strings (names and error texts), what a `raise` raises, checks for
 the type checker (`assert x is not None`), and the keywords of `NEUTRAL`.
@@ -92,7 +92,7 @@ def _is_for_the_type_checker(node: ast.AST) -> bool:
 
 
 def _is_type(target: ast.expr) -> bool:
-    """By its name: `Combine`, but not `EXACT`."""
+    """Tell a class from a constant by its name: `Combine` is one, `EXACT` is not."""
     return isinstance(target, ast.Name) and target.id[0].isupper() and not target.id.isupper()
 
 

@@ -1,4 +1,4 @@
-"""What the commands show on a terminal of 80 columns: each is run in one, and its last screen is kept as text.
+"""Run the commands in a terminal of 80 columns, and keep the last screen of each as text.
 
 python bench/screens.py --json bench/results/screens.json
 """

@@ -1,4 +1,4 @@
-"""What becomes of damaged files, killed processes, races and random input: one count for each outcome.
+"""Count what becomes of damaged files, killed processes, races and random input.
 
 python bench/trust.py --json bench/results/trust.json
 
