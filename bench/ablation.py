@@ -18,16 +18,18 @@ from typing import Any
 
 import torch
 
-from tqdit import artifact, workflow
+from tqdit import workflow
+from tqdit.artifact import folder as artifact
 from tqdit.calibration.trajectories import CalibrationSet
-from tqdit.comparison import HELD_OUT_SEED, fd_fashion, held_out
-from tqdit.convert import convert
-from tqdit.environment import environment
-from tqdit.evaluation import fidelity, generate, metrics
-from tqdit.files import write_text
-from tqdit.models.sampler import Sampling
-from tqdit.models.sizes import float_sizes
+from tqdit.imaging import generate
+from tqdit.quality import fidelity, metrics
+from tqdit.quality.comparison import HELD_OUT_SEED, fd_fashion, held_out
 from tqdit.recipe import Recipe
+from tqdit.runtime.convert import convert
+from tqdit.sampling.sampler import Sampling
+from tqdit.sources.sizes import float_sizes
+from tqdit.system.environment import environment
+from tqdit.system.files import write_text
 
 HELD_OUT = 16  # states per time group
 SHOWN = ("bits", "variant", "eps_sqnr_db", "psnr_db", "fd_fashion", "calibration_seconds")

@@ -28,17 +28,17 @@ import torch
 from torch import nn
 
 from scale_arithmetic import memory, operations
-from tqdit import distributed
+from tqdit.architectures.shapes import shape_config
 from tqdit.calibration import trajectories
 from tqdit.calibration.recorder import record
 from tqdit.calibration.store import Store, WorkFolder
-from tqdit.environment import environment, peak_memory_bytes
-from tqdit.files import check_file, write_text
-from tqdit.models.random_weights import random_float
-from tqdit.models.shapes import shape_config
 from tqdit.recipe import Recipe
 from tqdit.search.solver import solve
 from tqdit.spec import Solution
+from tqdit.speed.random_weights import random_float
+from tqdit.system import distributed
+from tqdit.system.environment import environment, peak_memory_bytes
+from tqdit.system.files import check_file, write_text
 from tqdit.timegroups import TimeGroups
 
 Case = tuple[dict[str, Any], Recipe]  # a model config and a recipe

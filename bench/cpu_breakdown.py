@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 
+from tqdit.architectures.shapes import shape_config, tokens, width
 from tqdit.backends import native, panels
-from tqdit.convert import convert
-from tqdit.environment import environment
-from tqdit.evaluation.baselines import DenoiserCall
-from tqdit.evaluation.machine import measure_peaks
-from tqdit.models.random_solution import random_solution
-from tqdit.models.shapes import shape_config, tokens, width
-from tqdit.models.sources import resolve
 from tqdit.recipe import Recipe
+from tqdit.runtime.convert import convert
+from tqdit.sources.resolve import resolve
+from tqdit.speed.baselines import DenoiserCall
+from tqdit.speed.machine import measure_peaks
+from tqdit.speed.random_solution import random_solution
+from tqdit.system.environment import environment
 
 WAYS = {
     "as it is": {},

@@ -23,15 +23,17 @@ from typing import Any
 
 import torch
 
-from tqdit import artifact, distributed, workflow
-from tqdit.environment import environment
-from tqdit.evaluation.generate import sample_batches
-from tqdit.files import write_text
-from tqdit.models.random_solution import random_solution
-from tqdit.models.sampler import Sampling, num_classes
-from tqdit.models.shapes import shape_config
-from tqdit.models.sources import resolve
+from tqdit import workflow
+from tqdit.architectures.shapes import shape_config
+from tqdit.artifact import folder as artifact
+from tqdit.imaging.generate import sample_batches
 from tqdit.recipe import Recipe
+from tqdit.sampling.sampler import Sampling, num_classes
+from tqdit.sources.resolve import resolve
+from tqdit.speed.random_solution import random_solution
+from tqdit.system import distributed
+from tqdit.system.environment import environment
+from tqdit.system.files import write_text
 
 GUIDANCE = 1.5
 SEED = 0

@@ -31,19 +31,20 @@ import torch
 from diffusers import AutoencoderKL, DiTPipeline
 from torch import nn
 
-from tqdit import artifact, workflow
-from tqdit.comparison import compare
-from tqdit.environment import environment, peak_memory_bytes
-from tqdit.export import convert_checkpoint
-from tqdit.files import check_file, read_json, write_json, write_text
-from tqdit.models.building import new_model
-from tqdit.models.published import AS_PUBLISHED, POSITIONS, published_names
-from tqdit.models.random_weights import random_float
-from tqdit.models.sampler import Sampling
-from tqdit.models.shapes import shape_config, shape_name
-from tqdit.models.sites import config_of
-from tqdit.models.sources import load_float, resolve
+from tqdit import workflow
+from tqdit.architectures.building import new_model
+from tqdit.architectures.shapes import shape_config, shape_name
+from tqdit.architectures.sites import config_of
+from tqdit.artifact import folder as artifact
+from tqdit.quality.comparison import compare
 from tqdit.recipe import Recipe
+from tqdit.sampling.sampler import Sampling
+from tqdit.sources.export import convert_checkpoint
+from tqdit.sources.published import AS_PUBLISHED, POSITIONS, published_names
+from tqdit.sources.resolve import load_float, resolve
+from tqdit.speed.random_weights import random_float
+from tqdit.system.environment import environment, peak_memory_bytes
+from tqdit.system.files import check_file, read_json, write_json, write_text
 
 SETTINGS = ("groups", "samples", "steps", "rounds", "candidates", "rows", "queries")  # of the recipe
 PIPELINE_NULL_CLASS = 1000  # in the code of DiTPipeline, whatever the model's number of classes

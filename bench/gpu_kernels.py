@@ -24,10 +24,10 @@ from tqdit.backends.triton import candidates, hopper, launch, tuning
 from tqdit.backends.triton.kernels import rounding
 from tqdit.backends.triton.layer import TritonLinear
 from tqdit.backends.triton.layouts import Config, Operand, Weight
-from tqdit.environment import environment
-from tqdit.files import write_text
-from tqdit.models.integer import FEW_TOKENS
 from tqdit.ops.schema import WeightParams
+from tqdit.runtime.integer import FEW_TOKENS
+from tqdit.system.environment import environment
+from tqdit.system.files import write_text
 
 WIDTH, HEADS, LAYERS = 1152, 16, 28
 HEAD_DIM = WIDTH // HEADS

@@ -3,7 +3,7 @@
 from typing import Any
 
 from pages import ROOT, environment, read, table
-from tqdit.evaluation.baselines import FAMILIES
+from tqdit.speed.baselines import FAMILIES
 
 # Workload -> (preset, bits) -> the least speed-up asked for over compiled bf16.
 TARGETS = {

@@ -13,14 +13,14 @@ from typing import Any
 
 from torch import nn
 
-from tqdit.convert import convert
-from tqdit.environment import environment
-from tqdit.files import write_text
-from tqdit.models.building import empty_model
-from tqdit.models.random_solution import random_solution
-from tqdit.models.random_weights import embedder_twin
-from tqdit.models.shapes import shape_config
+from tqdit.architectures.building import empty_model
+from tqdit.architectures.shapes import shape_config
 from tqdit.recipe import Recipe
+from tqdit.runtime.convert import convert
+from tqdit.speed.random_solution import random_solution
+from tqdit.speed.random_weights import embedder_twin
+from tqdit.system.environment import environment
+from tqdit.system.files import write_text
 
 SHAPE = "DiT-XL/2"
 BITS = ("w8a8", "w6a6", "w4a8")

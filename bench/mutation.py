@@ -106,7 +106,7 @@ def main() -> None:
     total["score"] = _percent(total)
     print(_line("all", total) + f"   {time.monotonic() - start:.0f} s")
     if args.json:
-        from tqdit.environment import environment  # not before: forks import tqdit afresh
+        from tqdit.system.environment import environment  # not before: forks import tqdit afresh
 
         result = {"command": f"python {shlex.join(sys.argv)}", "environment": environment()}
         result |= {"seed": args.seed, "seconds": round(time.monotonic() - start), "modules": rows, "all": total}

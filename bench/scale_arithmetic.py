@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
+from tqdit.architectures.shapes import tokens, width
 from tqdit.calibration.picker import Picker
 from tqdit.calibration.recorder import batch_size, graph_bytes, picked_bytes
 from tqdit.grids import regions
-from tqdit.models.random_weights import empty_model
-from tqdit.models.shapes import tokens, width
 from tqdit.recipe import Recipe
+from tqdit.speed.random_weights import empty_model
 
 FP32 = 4
 

@@ -16,7 +16,7 @@ import tempfile
 import termios
 from pathlib import Path
 
-from tqdit.environment import environment
+from tqdit.system.environment import environment
 
 ROWS, COLUMNS = 50, 80
 QUANTIZE = ["quantize", "fashion-dit", "-o", "w8a8", "--samples", "8", "--steps", "50", "--rounds", "1"]

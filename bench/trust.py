@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from tqdit.environment import environment
-from tqdit.files import check_file, write_text
+from tqdit.system.environment import environment
+from tqdit.system.files import check_file, write_text
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 MINUTES = float(os.environ.get("TQDIT_TRUST_MINUTES", "3"))

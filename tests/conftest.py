@@ -15,7 +15,6 @@ if not torch.cuda.is_available():  # Triton reads it when it is imported, and di
 from diffusers import DiTTransformer2DModel
 from torch import nn
 
-from tqdit import distributed
 from tqdit.calibration import trajectories
 from tqdit.calibration.recorder import record
 from tqdit.calibration.records import Records
@@ -23,6 +22,7 @@ from tqdit.calibration.trajectories import CalibrationSet, collect
 from tqdit.recipe import Recipe
 from tqdit.search.solver import solve
 from tqdit.spec import Solution
+from tqdit.system import distributed
 from tqdit.timegroups import TimeGroups
 
 GROUPS = 4

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 
-from tqdit import comparison, distributed, workflow
+from tqdit import workflow
 from tqdit.calibration import store
-from tqdit.cli import main
-from tqdit.evaluation import generate
-from tqdit.models.sampler import Sampling
+from tqdit.cli.main import main
+from tqdit.imaging import generate
+from tqdit.quality import comparison
+from tqdit.sampling.sampler import Sampling
+from tqdit.system import distributed
 
 SAMPLING = Sampling("ddpm", 4, 1.5)
 

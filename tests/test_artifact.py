@@ -11,11 +11,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tqdit import artifact, files, tensors
-from tqdit.convert import convert
+from tqdit.artifact import folder as artifact
+from tqdit.artifact import tensors
+from tqdit.artifact.tensors import MANIFEST_TENSOR
 from tqdit.errors import InputError
-from tqdit.files import CONFIG, INDEX, MANIFEST, TRANSFORMER, WEIGHTS
-from tqdit.tensors import MANIFEST_TENSOR
+from tqdit.runtime.convert import convert
+from tqdit.system import files
+from tqdit.system.files import CONFIG, INDEX, MANIFEST, TRANSFORMER, WEIGHTS
 
 FC1, FC2 = "transformer_blocks.0.ff.net.0.proj.weight", "transformer_blocks.0.ff.net.2.weight"
 TABLES = [f"transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table.weight" for i in range(2)]

@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from test_artifact import FC1, QUERY, SOFTMAX, edit_json, forge, set_first
-from tqdit import artifact, workflow
+from tqdit import workflow
+from tqdit.artifact import folder as artifact
 from tqdit.errors import InputError
-from tqdit.evaluation.images import Images
-from tqdit.files import CONFIG, INDEX, MANIFEST, TRANSFORMER
-from tqdit.models.sampler import Sampling
-from tqdit.models.sources import resolve
+from tqdit.imaging.images import Images
+from tqdit.sampling.sampler import Sampling
+from tqdit.sources.resolve import resolve
+from tqdit.system.files import CONFIG, INDEX, MANIFEST, TRANSFORMER
 
 NAME = "transformer_blocks.1.attn1.key"
 

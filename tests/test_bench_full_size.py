@@ -13,9 +13,9 @@ import torch
 from diffusers import DiTPipeline
 from published_dit import PublishedDiT
 
-from tqdit.models.published import AS_PUBLISHED
-from tqdit.models.random_weights import random_float
-from tqdit.models.shapes import shape_config
+from tqdit.architectures.shapes import shape_config
+from tqdit.sources.published import AS_PUBLISHED
+from tqdit.speed.random_weights import random_float
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 RANDOM = ("--random", "DiT-S/8", "--blocks", "2", "--small-vae")

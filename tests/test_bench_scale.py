@@ -12,10 +12,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from launcher import LOOPBACK, torchrun
-from tqdit.models.random_weights import random_float
-from tqdit.models.sampler import predict
-from tqdit.models.shapes import shape_config
+from tqdit.architectures.shapes import shape_config
 from tqdit.recipe import Recipe
+from tqdit.sampling.sampler import predict
+from tqdit.speed.random_weights import random_float
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 SMALL = (

@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from tqdit import artifact, benchmark, contest, entrants
-from tqdit.benchmark import Benchmark, RandomModel, bench, kernel_counts
-from tqdit.convert import convert
-from tqdit.entrants import BenchSettings, workload
+from tqdit.architectures import shapes
+from tqdit.artifact import folder as artifact
 from tqdit.errors import InputError
-from tqdit.evaluation import baselines
-from tqdit.evaluation.machine import Peaks
-from tqdit.evaluation.operations import count_operations
-from tqdit.memory_probe import Footprint
-from tqdit.models import shapes
-from tqdit.models.sampler import Sampling
 from tqdit.recipe import Recipe
+from tqdit.runtime.convert import convert
+from tqdit.sampling.sampler import Sampling
+from tqdit.speed import baselines, benchmark, contest, entrants
+from tqdit.speed.benchmark import Benchmark, RandomModel, bench, kernel_counts
+from tqdit.speed.entrants import BenchSettings, workload
+from tqdit.speed.machine import Peaks
+from tqdit.speed.memory_probe import Footprint
+from tqdit.speed.operations import count_operations
 
 FAST = {"batches": (4,), "repeats": 3, "sampling": Sampling("ddim", 2, 1.5)}
 TINY = RandomModel("DiT-T/4", Recipe.build("plus", "w8a8"))

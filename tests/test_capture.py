@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tqdit.capture import WARM_UP, CudaGraphed, recording
+from tqdit.system.capture import WARM_UP, CudaGraphed, recording
 
 
 class Denoiser(nn.Module):

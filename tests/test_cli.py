@@ -19,12 +19,13 @@ import torch
 from published_dit import random_dit
 from safetensors.torch import load_file, save_file
 
-from tqdit import benchmark, contest, workflow
-from tqdit.cli import main
+from tqdit import workflow
+from tqdit.cli.main import main
 from tqdit.errors import AssumptionWarning
-from tqdit.evaluation.machine import Peaks
-from tqdit.memory_probe import Footprint
 from tqdit.recipe import Recipe
+from tqdit.speed import benchmark, contest
+from tqdit.speed.machine import Peaks
+from tqdit.speed.memory_probe import Footprint
 from tqdit.version import VERSION
 
 FAST = ["--groups", "4", "--samples", "2", "--steps", "8", "--rounds", "1", "--quiet"]
@@ -349,7 +350,7 @@ def test_notes_are_one_line(run: Callable, artifact: Path, monkeypatch: pytest.M
         return {}
 
     monkeypatch.setattr(workflow, "inspect", assume)
-    monkeypatch.setattr("tqdit.cli.print_inspection", lambda *_: None)
+    monkeypatch.setattr("tqdit.cli.main.print_inspection", lambda *_: None)
     code, _, err = run("inspect", artifact)
     assert (code, err) == (0, "tqdit: note: the model names no scheduler; the schedule of DiT is taken\n")
 
@@ -360,7 +361,7 @@ def test_verbose_logs_to_standard_error(run: Callable, artifact: Path, monkeypat
         return {}
 
     monkeypatch.setattr(workflow, "inspect", logs)
-    monkeypatch.setattr("tqdit.cli.print_inspection", lambda *_: None)
+    monkeypatch.setattr("tqdit.cli.main.print_inspection", lambda *_: None)
     logger = logging.getLogger("tqdit")
     monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(logger, "level", logger.level)
@@ -462,7 +463,7 @@ def test_a_polite_kill_has_its_own_exit_code(
 
 def test_help_is_quick() -> None:
     """`tqdit --help` imports neither torch nor diffusers."""
-    code = "import sys, tqdit.cli; print([m for m in ('torch', 'diffusers', 'matplotlib') if m in sys.modules])"
+    code = "import sys, tqdit.cli.main; print([m for m in ('torch', 'diffusers', 'matplotlib') if m in sys.modules])"
     start = time.perf_counter()
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

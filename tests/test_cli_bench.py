@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tqdit import benchmark, contest, entrants
-from tqdit.cli import main
+from tqdit.architectures import shapes
+from tqdit.cli.main import main
 from tqdit.errors import InputError
-from tqdit.evaluation.machine import Peaks
-from tqdit.memory_probe import Footprint
-from tqdit.models import shapes
+from tqdit.speed import benchmark, contest, entrants
+from tqdit.speed.machine import Peaks
+from tqdit.speed.memory_probe import Footprint
 
 FAST = ["--against", "", "--batch", "2", "--repeats", "1", "--no-sampling", "--quiet"]
 

@@ -8,14 +8,15 @@ from unittest.mock import ANY
 import pytest
 import torch
 
-from tqdit import cost, workflow
-from tqdit.comparison import FASHION, HELD_OUT_SEED, compare, fd_fashion, held_out
+from tqdit import workflow
 from tqdit.errors import InputError
-from tqdit.evaluation import generate
-from tqdit.evaluation.fidelity import EpsilonFidelity
-from tqdit.memory_probe import Footprint
-from tqdit.models.sampler import Sampling
-from tqdit.models.sources import load_float, resolve
+from tqdit.imaging import generate
+from tqdit.quality.comparison import FASHION, HELD_OUT_SEED, compare, fd_fashion, held_out
+from tqdit.quality.fidelity import EpsilonFidelity
+from tqdit.sampling.sampler import Sampling
+from tqdit.sources.resolve import load_float, resolve
+from tqdit.speed import cost
+from tqdit.speed.memory_probe import Footprint
 
 FAST = Sampling("ddim", 4, 1.5)
 

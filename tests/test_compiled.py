@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from tqdit.convert import convert
-from tqdit.evaluation.metrics import sqnr_db
+from tqdit.quality.metrics import sqnr_db
+from tqdit.runtime.convert import convert
 
 BOUND_DB = 45.0  # through Inductor
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 
-from tqdit import bars, console
-from tqdit.benchmark import Benchmark, TimedModel
-from tqdit.comparison import Comparison, ModelRow
-from tqdit.cost import Cost
-from tqdit.evaluation.fidelity import EpsilonFidelity
-from tqdit.models.sites import sites
+from tqdit.architectures.sites import sites
+from tqdit.cli import bars, console
+from tqdit.quality.comparison import Comparison, ModelRow
+from tqdit.quality.fidelity import EpsilonFidelity
 from tqdit.recipe import Recipe
+from tqdit.speed.benchmark import Benchmark, TimedModel
+from tqdit.speed.cost import Cost
 
 LONG = "a-model-of-a-quite-long-name-in-a-folder-w8a8"
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import nn
 
+from tqdit.architectures.sites import sites
 from tqdit.backends import native
-from tqdit.convert import convert
 from tqdit.errors import InputError
-from tqdit.evaluation.metrics import sqnr_db
 from tqdit.layers.adapters import AdapterSlot
 from tqdit.layers.block import IntBlock
 from tqdit.layers.clock import TimestepClock
 from tqdit.layers.conditioning import TimestepTable
 from tqdit.layers.params import ActivationParams
-from tqdit.models import integer
-from tqdit.models.sites import sites
 from tqdit.ops.holders import FixedDtype
+from tqdit.quality.metrics import sqnr_db
+from tqdit.runtime import integer
+from tqdit.runtime.convert import convert
 from tqdit.spec import Role
 from tqdit.timegroups import TimeGroups
 

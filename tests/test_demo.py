@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tqdit import artifact, cost
-from tqdit.demo import STAGES, run_demo
-from tqdit.memory_probe import Footprint
-from tqdit.models.sources import DATA, load_float, resolve
+from tqdit.artifact import folder as artifact
+from tqdit.cli.demo import STAGES, run_demo
+from tqdit.sources.resolve import DATA, load_float, resolve
+from tqdit.speed import cost
+from tqdit.speed.memory_probe import Footprint
 
 SMALL = {"groups": 2, "samples": 1, "steps": 4, "rounds": 1, "candidates": 5, "rows": 64, "queries": 64}
 

@@ -10,15 +10,17 @@ import torch
 
 from distributed_jobs import SAMPLING, drawn
 from launcher import torchrun
-from tqdit import cli, distributed, workflow
+from tqdit import workflow
 from tqdit.calibration import store
-from tqdit.comparison import compare
+from tqdit.cli.main import main as cli
 from tqdit.errors import InputError
-from tqdit.evaluation.images import RUN
-from tqdit.files import write_bytes
-from tqdit.locks import holding
+from tqdit.imaging.images import RUN
+from tqdit.quality.comparison import compare
 from tqdit.recipe import Recipe
-from tqdit.swap import beside
+from tqdit.system import distributed
+from tqdit.system.files import write_bytes
+from tqdit.system.locks import holding
+from tqdit.system.swap import beside
 
 JOBS = Path(__file__).with_name("distributed_jobs.py")
 RANK_1 = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}

@@ -12,8 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from tqdit.evaluation import features
-from tqdit.models.sources import load_float, resolve
+from tqdit.quality import features
+from tqdit.sources.resolve import load_float, resolve
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "train_fashion_dit.py"
 

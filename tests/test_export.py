@@ -8,14 +8,14 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from published_dit import random_dit
 
+from tqdit.architectures.sites import FREQUENCY_SHIFT
 from tqdit.calibration.recorder import record
 from tqdit.calibration.trajectories import collect
 from tqdit.errors import InputError
-from tqdit.export import convert_checkpoint
-from tqdit.files import CONFIG, WEIGHTS, read_json
-from tqdit.models.sites import FREQUENCY_SHIFT
-from tqdit.models.sources import LABELS, class_indices, load_float, resolve, weights_hash
 from tqdit.search.solver import solve
+from tqdit.sources.export import convert_checkpoint
+from tqdit.sources.resolve import LABELS, class_indices, load_float, resolve, weights_hash
+from tqdit.system.files import CONFIG, WEIGHTS, read_json
 from tqdit.timegroups import TimeGroups
 
 

@@ -8,9 +8,9 @@ import tempfile
 
 import pytest
 
-from tqdit import files, swap
 from tqdit.errors import InputError
-from tqdit.files import (
+from tqdit.system import files, swap
+from tqdit.system.files import (
     check_file,
     check_space,
     check_target,

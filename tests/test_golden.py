@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tqdit import artifact, workflow
-from tqdit.convert import convert
-from tqdit.models.sources import resolve
+from tqdit import workflow
+from tqdit.artifact import folder as artifact
+from tqdit.runtime.convert import convert
+from tqdit.sources.resolve import resolve
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 sys.path.insert(0, str(GOLDEN))

@@ -9,8 +9,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tqdit.convert import convert
 from tqdit.errors import InputError
+from tqdit.runtime.convert import convert
 
 BACKENDS = ["cpu", "reference", "simulated"]
 NAN, INF = float("nan"), float("inf")

@@ -13,8 +13,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tqdit
-from tqdit import isolation
-from tqdit.isolation import isolated, without_autocast
+from tqdit.system import isolation
+from tqdit.system.isolation import isolated, without_autocast
 from tqdit.workflow import prepare, solve_prepared
 
 SMALLEST = {

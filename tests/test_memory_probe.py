@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from tqdit import artifact
-from tqdit.memory_probe import footprint
-from tqdit.models.random_solution import random_solution
-from tqdit.models.random_weights import random_float
+from tqdit.artifact import folder as artifact
 from tqdit.recipe import Recipe
+from tqdit.speed.memory_probe import footprint
+from tqdit.speed.random_solution import random_solution
+from tqdit.speed.random_weights import random_float
 
 MB = 1_000_000
 
@@ -50,7 +50,7 @@ def test_a_child_that_fails_gives_its_last_words(request_, tmp_path) -> None:
 
 def test_threads_are_those_of_the_parent(request_, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In process, with the model replaced: only the settings are looked at."""
-    from tqdit import memory_probe
+    from tqdit.speed import memory_probe
 
     seen = []
     monkeypatch.setattr(torch, "set_num_threads", seen.append)
@@ -62,7 +62,7 @@ def test_threads_are_those_of_the_parent(request_, tmp_path, monkeypatch: pytest
 
 def test_memory_that_graphs_keep_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of this device, and what no tensor is in: the allocator counts the rest."""
-    from tqdit import memory_probe
+    from tqdit.speed import memory_probe
 
     def segment(pool: tuple[int, int], total: int, allocated: int, device: int = 1) -> dict:
         return {"segment_pool_id": pool, "total_size": total, "allocated_size": allocated, "device": device}

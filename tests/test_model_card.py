@@ -6,11 +6,12 @@ import pytest
 import yaml
 from diffusers import DiTTransformer2DModel
 
-from tqdit import artifact, workflow
-from tqdit.convert import convert
-from tqdit.files import EDITABLE, MODEL_CARD
-from tqdit.model_card import LOAD_PIPELINE, model_card
-from tqdit.models.sources import resolve
+from tqdit import workflow
+from tqdit.artifact import folder as artifact
+from tqdit.artifact.model_card import LOAD_PIPELINE, model_card
+from tqdit.runtime.convert import convert
+from tqdit.sources.resolve import resolve
+from tqdit.system.files import EDITABLE, MODEL_CARD
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tqdit import parcels
-from tqdit.parcels import copied
+from tqdit.system import parcels
+from tqdit.system.parcels import copied
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

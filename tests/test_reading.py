@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tqdit.errors import InputError
-from tqdit.files import read_json, read_tensors, read_weights
-from tqdit.reading import MAX_BYTES, MAX_DEPTH, parse_json
 from tqdit.recipe import Recipe
+from tqdit.system.files import read_json, read_tensors, read_weights
+from tqdit.system.reading import MAX_BYTES, MAX_DEPTH, parse_json
 
 
 def pipe(path: Path) -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from tqdit.convert import convert
 from tqdit.errors import InputError
-from tqdit.evaluation.metrics import sqnr_db
+from tqdit.quality.metrics import sqnr_db
+from tqdit.runtime.convert import convert
 
 pytest.importorskip("triton")
 

@@ -10,11 +10,11 @@ import diffusers
 import pytest
 from packaging.requirements import Requirement
 
-from tqdit import extras
 from tqdit.errors import InputError
-from tqdit.evaluation import baselines
+from tqdit.speed import baselines
+from tqdit.system import extras
 
-SOURCE = str(Path(extras.__file__).parents[1])
+SOURCE = str(Path(extras.__file__).parents[2])
 ABSENT = """
 import sys
 
@@ -34,11 +34,11 @@ sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 def test_everything_else_imports_and_the_demo_says_what_is_missing(tmp_path: Path) -> None:
     """One process, since each imports torch."""
     code = ABSENT + (
-        "import tqdit, tqdit.cli, tqdit.demo, tqdit.benchmark\n"
+        "import tqdit, tqdit.cli.main, tqdit.cli.demo, tqdit.speed.benchmark\n"
         "for name in tqdit.__all__: getattr(tqdit, name)\n"
         "print('imported')\n"
         "sys.argv = ['tqdit', 'demo', '-o', sys.argv[1]]\n"
-        "tqdit.cli.main()\n"
+        "tqdit.cli.main.main()\n"
     )
     command = [sys.executable, "-c", code, tmp_path / "demo"]
     done = subprocess.run(

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tqdit import files, locks, swap
 from tqdit.errors import InputError, RepairWarning
-from tqdit.files import replacing, write_bytes
-from tqdit.locks import BusyError, holding
-from tqdit.swap import beside, exchange, rename_new
+from tqdit.system import files, locks, swap
+from tqdit.system.files import replacing, write_bytes
+from tqdit.system.locks import BusyError, holding
+from tqdit.system.swap import beside, exchange, rename_new
 
 ARTIFACT = '{"quantization_config": {"quant_method": "tqdit"}}'
 
@@ -75,7 +75,7 @@ def test_a_lock_is_for_one(tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from tqdit.locks import holding
+from tqdit.system.locks import holding
 with holding(Path(sys.argv[1]), Path("out")):
     print("held", flush=True)
     time.sleep(60)

@@ -11,18 +11,20 @@ import pytest
 import torch
 
 import tqdit
-from tqdit import artifact, distributed, files, workflow
+from tqdit import workflow
+from tqdit.architectures.sites import sites
+from tqdit.artifact import folder as artifact
 from tqdit.calibration import store, trajectories
-from tqdit.convert import convert
 from tqdit.errors import InputError, RepairWarning
-from tqdit.evaluation.metrics import sqnr_db
-from tqdit.files import write_bytes
-from tqdit.locks import holding
-from tqdit.models.sampler import Sampling
-from tqdit.models.sites import sites
-from tqdit.models.sources import load_float, resolve, weights_hash
+from tqdit.quality.metrics import sqnr_db
+from tqdit.runtime.convert import convert
+from tqdit.sampling.sampler import Sampling
+from tqdit.sources.resolve import load_float, resolve, weights_hash
 from tqdit.spec import Role
-from tqdit.swap import beside
+from tqdit.system import distributed, files
+from tqdit.system.files import write_bytes
+from tqdit.system.locks import holding
+from tqdit.system.swap import beside
 
 FAST = Sampling("ddim", 5, 1.5)
 

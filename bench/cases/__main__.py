@@ -28,7 +28,7 @@ import worlds
 from tiny import WrongError
 
 import models
-from tqdit.environment import environment
+from tqdit.system.environment import environment
 
 SECONDS = 240  # that a situation may take
 MODULES = (tracing, models, ranges, worlds, adapters, pipelines, state)

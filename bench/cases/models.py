@@ -12,9 +12,9 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from tiny import WrongError, artifact, dit, folder, load, normal, output, quantized, recipe, refusal, refused
 
 import tqdit
-from tqdit.models.published import POSITIONS, published_names
-from tqdit.models.sampler import make_scheduler, step_weights
-from tqdit.models.sources import load_float, resolve
+from tqdit.sampling.sampler import make_scheduler, step_weights
+from tqdit.sources.published import POSITIONS, published_names
+from tqdit.sources.resolve import load_float, resolve
 
 V_PREDICTION = {
     "prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 4000,

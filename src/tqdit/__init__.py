@@ -16,30 +16,30 @@ from tqdit.integrations.on_import import register_with_diffusers
 from tqdit.version import VERSION
 
 if TYPE_CHECKING:
-    from tqdit.comparison import Comparison, compare
     from tqdit.errors import AssumptionWarning, InputError
-    from tqdit.evaluation.generate import save_grid, to_pil
-    from tqdit.export import convert_checkpoint
+    from tqdit.imaging.generate import save_grid, to_pil
     from tqdit.integrations.diffusers import TQDiTConfig
-    from tqdit.models.sampler import Sampling
+    from tqdit.quality.comparison import Comparison, compare
     from tqdit.recipe import Recipe
+    from tqdit.sampling.sampler import Sampling
+    from tqdit.sources.export import convert_checkpoint
     from tqdit.workflow import inspect, load, quantize, sample
 
 _HOMES = {
     "AssumptionWarning": "tqdit.errors",
-    "Comparison": "tqdit.comparison",
+    "Comparison": "tqdit.quality.comparison",
     "InputError": "tqdit.errors",
     "Recipe": "tqdit.recipe",
-    "Sampling": "tqdit.models.sampler",
+    "Sampling": "tqdit.sampling.sampler",
     "TQDiTConfig": "tqdit.integrations.diffusers",
-    "compare": "tqdit.comparison",
-    "convert_checkpoint": "tqdit.export",
+    "compare": "tqdit.quality.comparison",
+    "convert_checkpoint": "tqdit.sources.export",
     "inspect": "tqdit.workflow",
     "load": "tqdit.workflow",
     "quantize": "tqdit.workflow",
     "sample": "tqdit.workflow",
-    "save_grid": "tqdit.evaluation.generate",
-    "to_pil": "tqdit.evaluation.generate",
+    "save_grid": "tqdit.imaging.generate",
+    "to_pil": "tqdit.imaging.generate",
 }
 __all__ = [
     "AssumptionWarning",

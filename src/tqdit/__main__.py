@@ -1,5 +1,5 @@
 """`python -m tqdit` is the command `tqdit`."""
 
-from tqdit.cli import main
+from tqdit.cli.main import main
 
 main()

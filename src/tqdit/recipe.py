@@ -11,8 +11,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tqdit.errors import InputError
-from tqdit.reading import read_bytes
 from tqdit.spec import MAX_BITS, Granularity
+from tqdit.system.reading import read_bytes
 
 MAX_RECIPE_BYTES = 2**16
 MAX_DOTS = 100  # in a line of a recipe that is not a comment

@@ -13,33 +13,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from tqdit import artifact, distributed, jobs
+from tqdit.architectures.shapes import shape_name
+from tqdit.architectures.sites import ARCHITECTURE, config_of
+from tqdit.artifact import folder as artifact
+from tqdit.artifact.model_card import LOAD_MODEL, LOAD_PIPELINE, LOAD_TRANSFORMER, keep_edited, model_card, write_card
+from tqdit.artifact.tensors import decisive
 from tqdit.calibration import trajectories
 from tqdit.calibration.recorder import record
 from tqdit.calibration.records import Records
 from tqdit.calibration.store import HASH_DIGITS, Store, WorkFolder, discard
 from tqdit.calibration.trajectories import CalibrationSet
-from tqdit.convert import convert
-from tqdit.environment import environment, peak_memory_bytes, versions
 from tqdit.errors import InputError, RepairWarning
-from tqdit.evaluation import images
-from tqdit.evaluation.images import BATCH, Images
-from tqdit.files import (
-    TRANSFORMER,
-    check_space,
-    check_target,
-    filled,
-    replacing,
-    write_json,
-)
-from tqdit.isolation import isolated
-from tqdit.model_card import LOAD_MODEL, LOAD_PIPELINE, LOAD_TRANSFORMER, keep_edited, model_card, write_card
-from tqdit.models import fitting
-from tqdit.models.sampler import Sampling
-from tqdit.models.shapes import shape_name
-from tqdit.models.sites import ARCHITECTURE, config_of
-from tqdit.models.sizes import FloatSizes, float_sizes
-from tqdit.models.sources import (
+from tqdit.imaging import images
+from tqdit.imaging.images import BATCH, Images
+from tqdit.ops.dispatch import get_backend, kernel_name
+from tqdit.recipe import CALIBRATION_SETTINGS, Recipe
+from tqdit.runtime import fitting
+from tqdit.runtime.convert import convert
+from tqdit.sampling.sampler import Sampling
+from tqdit.search.solver import solve
+from tqdit.sources.resolve import (
     LABELS,
     PIPELINE,
     SCHEDULER,
@@ -49,11 +42,19 @@ from tqdit.models.sources import (
     resolve,
     weights_hash,
 )
-from tqdit.ops.dispatch import get_backend, kernel_name
-from tqdit.recipe import CALIBRATION_SETTINGS, Recipe
-from tqdit.search.solver import solve
+from tqdit.sources.sizes import FloatSizes, float_sizes
 from tqdit.spec import Solution
-from tqdit.tensors import decisive
+from tqdit.system import distributed, jobs
+from tqdit.system.environment import environment, peak_memory_bytes, versions
+from tqdit.system.files import (
+    TRANSFORMER,
+    check_space,
+    check_target,
+    filled,
+    replacing,
+    write_json,
+)
+from tqdit.system.isolation import isolated
 from tqdit.timegroups import TimeGroups
 
 STAGES = ("calibration", "search")  # whose finished work may be kept

@@ -5,11 +5,11 @@ import weakref
 import pytest
 import torch
 
-from tqdit import capture
 from tqdit.calibration import recorder
 from tqdit.calibration.recorder import record
 from tqdit.calibration.trajectories import collect
 from tqdit.search.solver import solve
+from tqdit.system import capture
 from tqdit.timegroups import TimeGroups
 
 DEVICE = "cuda"

@@ -7,7 +7,7 @@ from torch import nn
 from tqdit.calibration.fisher import Probes, normalized
 from tqdit.calibration.recorder import record
 from tqdit.calibration.trajectories import CalibrationSet
-from tqdit.models.sampler import num_classes, predict
+from tqdit.sampling.sampler import num_classes, predict
 
 
 def exact_diagonal(function, z: torch.Tensor) -> torch.Tensor:

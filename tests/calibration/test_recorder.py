@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
+from tqdit.architectures.shapes import shape_config
+from tqdit.architectures.sites import blocks, sites
 from tqdit.calibration.picker import Picker
 from tqdit.calibration.recorder import batch_size, picked_bytes, record
 from tqdit.calibration.records import Joined, LinearRecord
 from tqdit.calibration.store import InMemory
 from tqdit.errors import InputError
-from tqdit.models.sampler import predict
-from tqdit.models.shapes import shape_config
-from tqdit.models.sites import blocks, sites
 from tqdit.recipe import Recipe
+from tqdit.sampling.sampler import predict
 from tqdit.spec import Role
 
 Q, K, V, P = Role.QUERY, Role.KEY, Role.VALUE, Role.SOFTMAX
@@ -190,7 +190,7 @@ def test_maxima_are_the_largest_probabilities_per_key_of_the_conditional_halves(
 
 def test_probe_noise_is_not_the_noise_of_the_trajectories(model, data, tiny_recipe, monkeypatch) -> None:
     from tqdit.calibration.fisher import Probes
-    from tqdit.models.sampler import noise_generators
+    from tqdit.sampling.sampler import noise_generators
 
     seen: list[torch.Tensor] = []
     original = Probes.run

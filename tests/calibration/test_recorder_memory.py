@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tqdit.architectures.shapes import shape_config
 from tqdit.calibration.picker import Picker
 from tqdit.calibration.recorder import batch_size, graph_bytes, picked_bytes, record
 from tqdit.calibration.store import Forgetful
 from tqdit.calibration.trajectories import CalibrationSet
-from tqdit.models.random_weights import random_float
-from tqdit.models.shapes import shape_config
 from tqdit.recipe import Recipe
+from tqdit.speed.random_weights import random_float
 
 STATUS = Path("/proc/self/status")
 CONFIG = {**shape_config("DiT-S/2"), "num_layers": 4, "num_attention_heads": 3}

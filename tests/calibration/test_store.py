@@ -7,9 +7,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tqdit import distributed
 from tqdit.calibration.store import SEAL, Forgetful, WorkFolder, discard
 from tqdit.errors import InputError, RepairWarning
+from tqdit.system import distributed
 
 
 def piece() -> dict[str, torch.Tensor]:

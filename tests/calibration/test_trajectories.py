@@ -9,7 +9,7 @@ import torch
 from tqdit.calibration import trajectories
 from tqdit.calibration.trajectories import CALIBRATION_STREAM, InBfloat16, collect
 from tqdit.errors import InputError
-from tqdit.models.sampler import Sampling, make_scheduler, noise_generators, trajectory
+from tqdit.sampling.sampler import Sampling, make_scheduler, noise_generators, trajectory
 
 
 def equal(a, b) -> bool:

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from tqdit.capture import CudaGraphed
 from tqdit.errors import InputError
-from tqdit.evaluation import baselines
-from tqdit.evaluation.baselines import (
+from tqdit.speed import baselines
+from tqdit.speed.baselines import (
     FAMILIES,
     DenoiserCall,
     build,
@@ -19,7 +18,8 @@ from tqdit.evaluation.baselines import (
     missing,
     weights_of,
 )
-from tqdit.models.random_weights import random_float
+from tqdit.speed.random_weights import random_float
+from tqdit.system.capture import CudaGraphed
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")

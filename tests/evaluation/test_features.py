@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tqdit.evaluation import features as under_test
-from tqdit.evaluation.features import (
+from tqdit.quality import features as under_test
+from tqdit.quality.features import (
     CLASSIFIER_FILE,
     FEATURES,
     STATISTICS_FILE,

@@ -8,8 +8,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from tqdit.errors import InputError
-from tqdit.evaluation.generate import check_decodable, decoder, sample_latents, save_grid, to_pixels
-from tqdit.models.sampler import Sampling
+from tqdit.imaging.generate import check_decodable, decoder, sample_latents, save_grid, to_pixels
+from tqdit.sampling.sampler import Sampling
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -10,10 +10,10 @@ from PIL import Image
 
 from tqdit import workflow
 from tqdit.errors import InputError
-from tqdit.evaluation import generate, images
-from tqdit.evaluation.images import RUN, Images, check_folder, into_folder
-from tqdit.models.sampler import Sampling
-from tqdit.models.sources import load_float, resolve
+from tqdit.imaging import generate, images
+from tqdit.imaging.images import RUN, Images, check_folder, into_folder
+from tqdit.sampling.sampler import Sampling
+from tqdit.sources.resolve import load_float, resolve
 
 FAST = Sampling("ddim", 2, 1.5)
 

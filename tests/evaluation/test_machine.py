@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from tqdit.evaluation import machine
-from tqdit.evaluation.machine import Peaks, measure_peaks
+from tqdit.speed import machine
+from tqdit.speed.machine import Peaks, measure_peaks
 
 
 @pytest.fixture

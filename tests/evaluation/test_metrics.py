@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tqdit.calibration.trajectories import CalibrationSet
-from tqdit.evaluation.fidelity import compare_epsilon, predict_epsilon
-from tqdit.evaluation.metrics import psnr_db, sqnr_db
+from tqdit.quality.fidelity import compare_epsilon, predict_epsilon
+from tqdit.quality.metrics import psnr_db, sqnr_db
 
 
 def test_sqnr() -> None:

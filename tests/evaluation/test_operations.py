@@ -7,11 +7,11 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tqdit.evaluation.operations import Operations, count_operations
-from tqdit.models.random_solution import random_solution
-from tqdit.models.shapes import shape_config
+from tqdit.architectures.shapes import shape_config
 from tqdit.recipe import Recipe
 from tqdit.spec import Role
+from tqdit.speed.operations import Operations, count_operations
+from tqdit.speed.random_solution import random_solution
 
 SHAPE = {"num_layers": 2, "num_attention_heads": 3, "attention_head_dim": 16, "sample_size": 16, "patch_size": 2}
 

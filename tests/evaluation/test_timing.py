@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from tqdit.evaluation.timing import Percentiles, interleaved, spread_timesteps
+from tqdit.speed.timing import Percentiles, interleaved, spread_timesteps
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from tqdit import artifact, tensors, workflow
-from tqdit.convert import convert
+from tqdit import workflow
+from tqdit.artifact import folder as artifact
+from tqdit.artifact import tensors
+from tqdit.runtime.convert import convert
 from tqdit.spec import Solution
 
 TESTS = Path(__file__).resolve().parent.parent

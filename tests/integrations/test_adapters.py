@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from tqdit.convert import convert
 from tqdit.errors import InputError
-from tqdit.evaluation.metrics import sqnr_db
 from tqdit.layers.adapters import AdapterSlot
+from tqdit.quality.metrics import sqnr_db
+from tqdit.runtime.convert import convert
 
 peft = pytest.importorskip("peft")
 

@@ -24,15 +24,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tqdit
-from tqdit import artifact, workflow
-from tqdit.convert import convert
+from tqdit import workflow
+from tqdit.artifact import folder as artifact
+from tqdit.artifact.tensors import MANIFEST_TENSOR
 from tqdit.errors import InputError
-from tqdit.files import CONFIG, INDEX, MANIFEST, WEIGHTS
 from tqdit.integrations import on_import
 from tqdit.integrations.diffusers import METHOD, TQDiTConfig, TQDiTQuantizer
-from tqdit.models.integer import IntegerDiT
-from tqdit.models.sources import load_float, resolve
-from tqdit.tensors import MANIFEST_TENSOR
+from tqdit.runtime.convert import convert
+from tqdit.runtime.integer import IntegerDiT
+from tqdit.sources.resolve import load_float, resolve
+from tqdit.system.files import CONFIG, INDEX, MANIFEST, WEIGHTS
 
 QUERY = "transformer_blocks.1.attn1.query"
 RECIPES = [("paper", "w8a8"), ("plus", "w6a6"), ("plus", "w4a8")]
@@ -170,7 +171,7 @@ class TestDamage:
         ("change", "message"),
         [
             (lambda t: t.pop(f"{QUERY}.scale"), rf"lacks tensor '{QUERY}\.scale'"),
-            (lambda t: t.pop("tqdit.manifest"), r"lacks tensor 'tqdit\.manifest'"),
+            (lambda t: t.pop("tqdit.artifact.manifest"), r"lacks tensor 'tqdit\.manifest'"),
             (lambda t: t[f"{QUERY}.zero_point"].add_(1), rf"'{QUERY}\.zero_point' has sha256"),
             (lambda t: t.update({"proj_out_1.bias": t["proj_out_1.bias"].half()}), r"'proj_out_1\.bias' has dtype"),
             (lambda t: t.update(stranger=torch.zeros(3)), "unexpected tensor 'stranger'"),

@@ -11,9 +11,9 @@ from accelerate.hooks import remove_hook_from_module
 from torch import nn
 
 import tqdit
-from tqdit import artifact
-from tqdit.convert import convert
+from tqdit.artifact import folder as artifact
 from tqdit.errors import InputError
+from tqdit.runtime.convert import convert
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CPU = {"execution_device": "cpu"}
@@ -79,7 +79,7 @@ def test_saving_an_offloaded_model(solved, tmp_path) -> None:
     convert(solved("plus")).save_pretrained(tmp_path / "whole")
     accelerate.cpu_offload(convert(solved("plus")), **CPU).save_pretrained(tmp_path / "offloaded")
     assert artifact.read(tmp_path / "offloaded").provenance == artifact.read(tmp_path / "whole").provenance
-    files = [(tmp_path / name / tqdit.files.WEIGHTS).read_bytes() for name in ("whole", "offloaded")]
+    files = [(tmp_path / name / tqdit.system.files.WEIGHTS).read_bytes() for name in ("whole", "offloaded")]
     assert files[0] == files[1]
 
 

@@ -13,9 +13,9 @@ from torch import nn
 
 from tqdit.backends import onednn, panels
 from tqdit.backends.onednn import PackedLinear
-from tqdit.convert import convert
 from tqdit.errors import InputError
 from tqdit.ops.schema import WeightParams
+from tqdit.runtime.convert import convert
 from tqdit.timegroups import TimeGroups
 
 BACKENDS = ["cpu", "reference", "triton", "triton-packed"]

@@ -14,11 +14,11 @@ from published_dit import PublishedDiT, position_table, random_dit, sinusoids
 from safetensors.torch import save_file
 
 from tqdit import workflow
+from tqdit.architectures.sites import FREQUENCY_SHIFT
 from tqdit.errors import AssumptionWarning, InputError
-from tqdit.models import checkpoints, published
-from tqdit.models.sampler import Sampling
-from tqdit.models.sites import FREQUENCY_SHIFT
-from tqdit.models.sources import load_float, resolve, weights_hash
+from tqdit.sampling.sampler import Sampling
+from tqdit.sources import checkpoints, published
+from tqdit.sources.resolve import load_float, resolve, weights_hash
 
 State = dict[str, torch.Tensor]
 WIDTH = "x_embedder.proj.weight"

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, DiTPipeli
 from safetensors.torch import load_file
 
 from tqdit.errors import InputError
-from tqdit.models.sources import resolve
+from tqdit.sources.resolve import resolve
 from tqdit.workflow import prepare, save
 
 OWN_CODE = """from diffusers import DiTPipeline

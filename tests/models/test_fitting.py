@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tqdit import artifact, workflow
-from tqdit.convert import LayerCodes, convert
+from tqdit import workflow
+from tqdit.artifact import folder as artifact
 from tqdit.errors import InputError
-from tqdit.models import fitting
-from tqdit.models.fitting import PATCHES, check_solution
+from tqdit.runtime import fitting
+from tqdit.runtime.convert import LayerCodes, convert
+from tqdit.runtime.fitting import PATCHES, check_solution
 from tqdit.spec import Granularity, Grid, Role, Solution
 from tqdit.timegroups import TimeGroups
 

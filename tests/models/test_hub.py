@@ -7,8 +7,8 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from tqdit.errors import InputError
-from tqdit.models.hub import is_id
-from tqdit.models.sources import load_float, resolve, weights_hash
+from tqdit.sources.hub import is_id
+from tqdit.sources.resolve import load_float, resolve, weights_hash
 
 
 @pytest.fixture

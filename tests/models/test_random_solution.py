@@ -6,14 +6,14 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
-from tqdit import artifact
-from tqdit.convert import convert
+from tqdit.architectures.shapes import shape_config
+from tqdit.artifact import folder as artifact
 from tqdit.grids import regions, uniform
-from tqdit.models.random_solution import random_solution
-from tqdit.models.random_weights import Pool
-from tqdit.models.shapes import shape_config
 from tqdit.recipe import Recipe
+from tqdit.runtime.convert import convert
 from tqdit.spec import Grid, Role, Solution
+from tqdit.speed.random_solution import random_solution
+from tqdit.speed.random_weights import Pool
 
 SETTINGS = [("paper", "w8a8"), ("plus", "w8a8"), ("paper", "w6a6"), ("plus", "w4a4"), ("plus", "w2a4")]
 

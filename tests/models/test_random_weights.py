@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from tqdit.architectures.building import empty_model
 from tqdit.errors import InputError
-from tqdit.models.building import empty_model
-from tqdit.models.random_weights import Pool, embedder_twin, random_float
+from tqdit.speed.random_weights import Pool, embedder_twin, random_float
 
 
 @pytest.fixture

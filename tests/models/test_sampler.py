@@ -9,9 +9,9 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 from tqdit.errors import InputError
-from tqdit.evaluation.generate import sample_latents
-from tqdit.models import sampler as sampler_module
-from tqdit.models.sampler import (
+from tqdit.imaging.generate import sample_latents
+from tqdit.sampling import sampler as sampler_module
+from tqdit.sampling.sampler import (
     Sampling,
     check_scheduler,
     make_scheduler,

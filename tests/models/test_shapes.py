@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from tqdit.architectures.building import empty_model
+from tqdit.architectures.shapes import shape_config, shape_key, shape_name, shape_names, tokens, width
+from tqdit.architectures.sites import check_supported
 from tqdit.errors import InputError
-from tqdit.models.building import empty_model
-from tqdit.models.shapes import shape_config, shape_key, shape_name, shape_names, tokens, width
-from tqdit.models.sites import check_supported
-from tqdit.models.sources import resolve
+from tqdit.sources.resolve import resolve
 
 
 @pytest.mark.parametrize(

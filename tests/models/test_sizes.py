@@ -7,9 +7,9 @@ import torch
 from published_dit import random_dit
 from safetensors.torch import load_file, save_file
 
-from tqdit.files import WEIGHTS
-from tqdit.models.sizes import float_sizes
-from tqdit.models.sources import load_float, resolve
+from tqdit.sources.resolve import load_float, resolve
+from tqdit.sources.sizes import float_sizes
+from tqdit.system.files import WEIGHTS
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

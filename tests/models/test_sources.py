@@ -15,11 +15,11 @@ from published_dit import random_dit
 from safetensors.torch import load_file, save_file
 
 from tqdit.errors import AssumptionWarning, InputError
-from tqdit.files import WEIGHTS
-from tqdit.models.published import DIFFUSION
-from tqdit.models.sampler import SERVED, Sampling, make_scheduler
-from tqdit.models.sizes import float_sizes
-from tqdit.models.sources import class_indices, load_float, resolve, weights_hash
+from tqdit.sampling.sampler import SERVED, Sampling, make_scheduler
+from tqdit.sources.published import DIFFUSION
+from tqdit.sources.resolve import class_indices, load_float, resolve, weights_hash
+from tqdit.sources.sizes import float_sizes
+from tqdit.system.files import WEIGHTS
 
 
 def edit_weights(root, change) -> None:

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tqdit.convert import convert
-from tqdit.evaluation.metrics import sqnr_db
 from tqdit.ops.reference import int_matmul
+from tqdit.quality.metrics import sqnr_db
+from tqdit.runtime.convert import convert
 from tqdit.spec import Solution
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from tqdit.comparison import Comparison, ModelRow
-from tqdit.cost import Cost
-from tqdit.evaluation.fidelity import EpsilonFidelity
+from tqdit.quality.comparison import Comparison, ModelRow
+from tqdit.quality.fidelity import EpsilonFidelity
 from tqdit.spec import Granularity, Grid, GridParams, Role, SiteSpec, Solution
+from tqdit.speed.cost import Cost
 from tqdit.timegroups import TimeGroups
 
 BLOCKS = 3

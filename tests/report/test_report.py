@@ -10,8 +10,8 @@ import pytest
 import torch
 from comparisons import BLOCKS, attention_maxima, comparison, model_row, noise, solution
 
-from tqdit.comparison import Comparison
-from tqdit.evaluation.fidelity import EpsilonFidelity
+from tqdit.quality.comparison import Comparison
+from tqdit.quality.fidelity import EpsilonFidelity
 from tqdit.report import page as under_test
 from tqdit.report.images import BUDGET, sheets
 from tqdit.report.page import render, write_report

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import nn
 
+from tqdit.architectures.sites import blocks
 from tqdit.calibration.recorder import record
 from tqdit.calibration.statistics import RangeStats
 from tqdit.calibration.trajectories import CalibrationSet, collect
-from tqdit.convert import convert
-from tqdit.evaluation.metrics import sqnr_db
 from tqdit.grids import regions, uniform
-from tqdit.models.sites import blocks
 from tqdit.ops.schema import OperandParams
 from tqdit.ops.tables import parameter_table
+from tqdit.quality.metrics import sqnr_db
+from tqdit.runtime.convert import convert
 from tqdit.search.solver import solve
 from tqdit.spec import Grid, Role
 from tqdit.timegroups import TimeGroups

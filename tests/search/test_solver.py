@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tqdit.architectures.sites import blocks, sites
 from tqdit.calibration.recorder import record
 from tqdit.calibration.statistics import RangeStats
 from tqdit.calibration.store import Forgetful, InMemory
 from tqdit.calibration.trajectories import collect
-from tqdit.convert import convert
 from tqdit.errors import InputError
-from tqdit.evaluation.metrics import sqnr_db
 from tqdit.grids.regions import is_merged, merge_shift
-from tqdit.models.sites import blocks, sites
+from tqdit.quality.metrics import sqnr_db
+from tqdit.runtime.convert import convert
 from tqdit.search import alternating, objectives, operands, solver
 from tqdit.search.objectives import MatmulObjective
 from tqdit.search.solver import solve

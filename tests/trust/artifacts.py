@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tqdit import artifact
+from tqdit.artifact import folder as artifact
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "format-2"
 KINDS = ("pipeline", "plain", "sharded")

@@ -20,9 +20,9 @@ import torch
 from artifacts import KINDS
 from safetensors.torch import load_file, save_file
 
-from tqdit import artifact
-from tqdit.files import CONFIG, MANIFEST
-from tqdit.tensors import MANIFEST_TENSOR, _describe
+from tqdit.artifact import folder as artifact
+from tqdit.artifact.tensors import MANIFEST_TENSOR, _describe
+from tqdit.system.files import CONFIG, MANIFEST
 
 Change = Callable[[Path], None]
 

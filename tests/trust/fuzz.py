@@ -27,15 +27,16 @@ from diffusers import DiTTransformer2DModel
 from published_dit import random_dit
 from safetensors.torch import load_file
 
-from tqdit import artifact, tensors
-from tqdit.convert import convert
+from tqdit.artifact import folder as artifact
+from tqdit.artifact import tensors
 from tqdit.errors import InputError
-from tqdit.files import WEIGHTS, read_json, read_weights, write_json
 from tqdit.grids import packing
-from tqdit.models.random_solution import random_solution
-from tqdit.models.sampler import Sampling, make_scheduler
-from tqdit.models.sources import class_indices, load_float, resolve
 from tqdit.recipe import Recipe
+from tqdit.runtime.convert import convert
+from tqdit.sampling.sampler import Sampling, make_scheduler
+from tqdit.sources.resolve import class_indices, load_float, resolve
+from tqdit.speed.random_solution import random_solution
+from tqdit.system.files import WEIGHTS, read_json, read_weights, write_json
 
 MEMORY = 4 << 30  # what a child may take more than it has
 SECONDS = 20  # for one input

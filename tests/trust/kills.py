@@ -21,16 +21,18 @@ from typing import Any
 import torch
 from diffusers import DiTTransformer2DModel
 
-from tqdit import export, files, swap, workflow
+from tqdit import workflow
 from tqdit.calibration.store import WorkFolder
-from tqdit.convert import convert
 from tqdit.errors import InputError
-from tqdit.evaluation import images
-from tqdit.files import write_json
-from tqdit.models.random_solution import random_solution
-from tqdit.models.sampler import Sampling
-from tqdit.models.sources import resolve
+from tqdit.imaging import images
 from tqdit.recipe import Recipe
+from tqdit.runtime.convert import convert
+from tqdit.sampling.sampler import Sampling
+from tqdit.sources import export
+from tqdit.sources.resolve import resolve
+from tqdit.speed.random_solution import random_solution
+from tqdit.system import files, swap
+from tqdit.system.files import write_json
 
 CALLS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.chmod", "os.truncate", "fcntl.flock"}
 CONFIG = {

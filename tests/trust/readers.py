@@ -12,8 +12,8 @@ from corruption import Damage, files_of
 
 from tqdit import workflow
 from tqdit.errors import InputError
-from tqdit.files import MANIFEST, model_folder
-from tqdit.models.sampler import Sampling
+from tqdit.sampling.sampler import Sampling
+from tqdit.system.files import MANIFEST, model_folder
 
 SAMPLING = Sampling("ddim", 2, 1.5)
 LEAST_SQNR = 30.0  # decibels between backends: what is left of one rounding that falls otherwise

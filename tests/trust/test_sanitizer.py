@@ -18,8 +18,8 @@ pytestmark = pytest.mark.trust
 EXERCISE = """
 import torch
 from tqdit.backends import native
-from tqdit.convert import convert
-from tqdit.models.random_solution import random_solution
+from tqdit.runtime.convert import convert
+from tqdit.speed.random_solution import random_solution
 from tqdit.recipe import Recipe
 
 assert native.reason() is None, native.reason()

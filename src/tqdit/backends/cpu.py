@@ -15,11 +15,11 @@ from tqdit.backends import fused, native, onednn, operators, panels
 from tqdit.backends.onednn import SIGN, PackedLinear, PackedWeight
 from tqdit.backends.panels import PanelLinear
 from tqdit.grids.regions import sign
-from tqdit.isolation import without_autocast
 from tqdit.ops import reference
 from tqdit.ops.composed import Composed
 from tqdit.ops.holders import LinearCodes
 from tqdit.ops.schema import AttentionParams, OperandParams, WeightParams
+from tqdit.system.isolation import without_autocast
 
 Layer = PackedLinear | PanelLinear
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tqdit import distributed
+from tqdit.architectures.sites import BlockLayout, LinearGroup, blocks, config_of
 from tqdit.calibration.batches import Batches
 from tqdit.calibration.fisher import Pick, Probes
 from tqdit.calibration.picker import Picker
@@ -18,10 +18,10 @@ from tqdit.calibration.store import Forgetful, Store, Tensors
 from tqdit.calibration.taps import Taps
 from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.errors import InputError
-from tqdit.models.sampler import Progress, noise_generators, predict
-from tqdit.models.sites import BlockLayout, LinearGroup, blocks, config_of
-from tqdit.parcels import copied
 from tqdit.recipe import Recipe
+from tqdit.sampling.sampler import Progress, noise_generators, predict
+from tqdit.system import distributed
+from tqdit.system.parcels import copied
 
 PROBE_STREAM = 500_000  # first noise stream of the probes, apart from those of images and of trajectories
 MAXIMA_PER_HEAD = 16

@@ -6,9 +6,9 @@ from typing import Generic, TypeVar
 
 import torch
 
+from tqdit.architectures.sites import BlockLayout
 from tqdit.calibration.statistics import RangeStats
 from tqdit.calibration.store import Tensors
-from tqdit.models.sites import BlockLayout
 from tqdit.spec import Role
 
 ATTENTION_ROLES = (Role.QUERY, Role.KEY, Role.VALUE, Role.SOFTMAX)

@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from tqdit import distributed
 from tqdit.errors import InputError, RepairWarning
-from tqdit.files import write_bytes
+from tqdit.system import distributed
+from tqdit.system.files import write_bytes
 
 SEAL = "tqdit.seal"  # in a piece's file: its name and checksums
 HASH_DIGITS = 16  # of the name of a `WorkFolder`

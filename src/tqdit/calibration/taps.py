@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from tqdit.models.sites import BlockLayout, LinearGroup
+from tqdit.architectures.sites import BlockLayout, LinearGroup
 
 
 class Sink(Protocol):

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from tqdit import distributed
 from tqdit.calibration.batches import Batches
 from tqdit.calibration.records import join
 from tqdit.calibration.store import Forgetful, Store
-from tqdit.capture import CudaGraphed
 from tqdit.errors import InputError
-from tqdit.models.sampler import (
+from tqdit.recipe import Recipe
+from tqdit.sampling.sampler import (
     Progress,
     Sampling,
     make_scheduler,
@@ -25,7 +24,8 @@ from tqdit.models.sampler import (
     step_weights,
     trajectory,
 )
-from tqdit.recipe import Recipe
+from tqdit.system import distributed
+from tqdit.system.capture import CudaGraphed
 from tqdit.timegroups import TimeGroups
 
 # Trajectories at once, at most. What several processes share are batches: on GPUs the 32 trajectories of the published

@@ -14,11 +14,12 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from tqdit import artifact, tensors
+from tqdit.architectures.sites import FREQUENCY_SHIFT
+from tqdit.artifact import folder as artifact
+from tqdit.artifact import tensors
 from tqdit.errors import InputError
-from tqdit.files import CONFIG, QUANT_METHOD
-from tqdit.isolation import isolated
-from tqdit.models.sites import FREQUENCY_SHIFT
+from tqdit.system.files import CONFIG, QUANT_METHOD
+from tqdit.system.isolation import isolated
 
 
 class _Method(StrEnum):  # diffusers reads its `value`
@@ -30,7 +31,7 @@ WHOLE = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that
 
 
 class TQDiTConfig(QuantizationConfigMixin):
-    """The `quantization_config` of an artifact's config.json; see `tqdit.tensors.pack`.
+    """The `quantization_config` of an artifact's config.json; see `tqdit.artifact.tensors.pack`.
 
     A float model cannot be quantized by passing one: calibration needs a sampler. Use `tqdit quantize`.
     """
@@ -142,8 +143,8 @@ class TQDiTQuantizer(DiffusersQuantizer):
 
     @isolated()
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
-        from tqdit.convert import convert
-        from tqdit.models.integer import make_integer
+        from tqdit.runtime.convert import convert
+        from tqdit.runtime.integer import make_integer
 
         if lost := sorted(set(self._keys) - set(self._found)):
             raise InputError(

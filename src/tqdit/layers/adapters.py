@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from tqdit.errors import InputError
-from tqdit.modules import Watched, offloaded
 from tqdit.ops import reference
 from tqdit.ops.holders import LinearCodes
+from tqdit.ops.modules import Watched, offloaded
 from tqdit.ops.quantizer import dequantize
 from tqdit.ops.schema import OperandParams, WeightParams
 

@@ -10,8 +10,8 @@ from tqdit.layers.adapters import Adapted, Slots
 from tqdit.layers.conditioning import Conditioning
 from tqdit.layers.linear import IntLinear
 from tqdit.layers.params import ActivationParams
-from tqdit.modules import Closed, Untrainable, offloaded, present
 from tqdit.ops.holders import FixedDtype
+from tqdit.ops.modules import Closed, Untrainable, offloaded, present
 from tqdit.ops.schema import AttentionParams, Backend, OperandParams
 
 ATTENTION_OPERANDS = ("query", "key", "value", "softmax")

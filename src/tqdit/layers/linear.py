@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tqdit.layers.params import ActivationParams
-from tqdit.modules import Untrainable, offloaded, present
+from tqdit.ops.modules import Untrainable, offloaded, present
 from tqdit.ops.schema import Backend, OperandParams
 
 

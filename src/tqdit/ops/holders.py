@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from tqdit.modules import HOOK, Untrainable, Watched, check_same
+from tqdit.ops.modules import HOOK, Untrainable, Watched, check_same
 from tqdit.ops.schema import WeightParams
 
 

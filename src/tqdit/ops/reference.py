@@ -10,10 +10,10 @@ import torch
 from torch.library import custom_op
 
 from tqdit.grids.regions import sign
-from tqdit.isolation import without_autocast
 from tqdit.ops.composed import Composed
 from tqdit.ops.holders import LinearCodes
 from tqdit.ops.schema import OperandParams, WeightParams
+from tqdit.system.isolation import without_autocast
 
 MAX_PRODUCT = 128 * 128  # of two int8 codes
 EXACT_FP32 = 2**24 // MAX_PRODUCT  # products whose sum fp32 holds exactly

@@ -7,11 +7,11 @@ Its fp32 sums differ from the exact ones by at most gamma_K = (K + 4) 2^-24 time
 import torch
 from torch.nn import functional as F
 
-from tqdit.isolation import without_autocast
 from tqdit.ops.composed import Composed
 from tqdit.ops.holders import LinearCodes
 from tqdit.ops.quantizer import dequantize
 from tqdit.ops.schema import OperandParams, WeightParams
+from tqdit.system.isolation import without_autocast
 
 
 def _weight(weight: WeightParams) -> torch.Tensor:

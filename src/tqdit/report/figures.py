@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from tqdit.comparison import ModelRow
+from tqdit.quality.comparison import ModelRow
 from tqdit.report.svg import draw
 from tqdit.timegroups import TimeGroups
 

@@ -9,7 +9,7 @@ from io import BytesIO
 import torch
 from torch.nn import functional as F
 
-from tqdit.evaluation.generate import image_grid
+from tqdit.imaging.generate import image_grid
 
 SHOWN = 20
 LARGEST_EDGE = 128

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from markupsafe import Markup
 
-from tqdit.comparison import Comparison, ModelRow
-from tqdit.files import write_text
+from tqdit.quality.comparison import Comparison, ModelRow
 from tqdit.report import figures, softmax, tables
 from tqdit.report.images import sheets
+from tqdit.system.files import write_text
 from tqdit.timegroups import TimeGroups
 
 

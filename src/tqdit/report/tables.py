@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tqdit.comparison import Comparison, ModelRow
+from tqdit.quality.comparison import Comparison, ModelRow
 from tqdit.spec import Granularity, Grid, Role, SiteSpec
 
 NOTHING = "–"

@@ -8,20 +8,20 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from tqdit import distributed
+from tqdit.architectures.sites import BlockLayout, LinearGroup, blocks, config_of, float_input_modules, sites
 from tqdit.calibration.records import AttentionRecord, LinearRecord, Records
 from tqdit.calibration.statistics import RangeStats
 from tqdit.calibration.store import Forgetful, Store
 from tqdit.errors import InputError
 from tqdit.grids import uniform
-from tqdit.models.sampler import Progress
-from tqdit.models.sites import BlockLayout, LinearGroup, blocks, config_of, float_input_modules, sites
 from tqdit.recipe import Recipe
+from tqdit.sampling.sampler import Progress
 from tqdit.search import objectives, operands
 from tqdit.search.alternating import alternate
 from tqdit.search.objectives import MatmulObjective
 from tqdit.search.operands import Operand
 from tqdit.spec import Grid, GridParams, Role, SiteSpec, Solution
+from tqdit.system import distributed
 from tqdit.timegroups import TimeGroups
 
 

@@ -23,9 +23,9 @@ from triton.errors import TritonError
 
 from tqdit.backends.triton.launch import FEW_ROWS
 from tqdit.backends.triton.layouts import NATIVE, Config
-from tqdit.capture import recording
-from tqdit.environment import cores
-from tqdit.files import write_text
+from tqdit.system.capture import recording
+from tqdit.system.environment import cores
+from tqdit.system.files import write_text
 
 LOG = logging.getLogger(__name__)
 TUNED = Path(__file__).with_name("tuned")

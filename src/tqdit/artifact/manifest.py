@@ -1,0 +1,139 @@
+"""The manifest of an artifact: what its tensors are. Bytes that anyone may have written become strict types here."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, StringConstraints, ValidationError
+
+from tqdit.errors import InputError, printable
+from tqdit.spec import MAX_BITS, MIN_BITS, Granularity, Grid, Role, SiteSpec
+from tqdit.system.reading import parse_json
+from tqdit.timegroups import TimeGroups
+
+MAX_AXES = 4  # of a weight
+MAX_SIZE = 2**40  # of an axis: what is larger is in no file
+
+Size = Annotated[StrictInt, Field(ge=1, le=MAX_SIZE)]
+Sha256 = Annotated[str, StringConstraints(strict=True, pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Site(_Entry):
+    name: StrictStr
+    role: Role
+    bits: StrictInt
+    grid: Grid
+    granularity: Granularity
+    groups: Size
+    units: Size
+
+
+class _TimeGroups(_Entry):
+    num_timesteps: StrictInt
+    num_groups: StrictInt
+
+
+class StoredTensor(_Entry):
+    """What a tensor of the weight files must be."""
+
+    dtype: StrictStr
+    shape: list[Annotated[StrictInt, Field(ge=0, le=MAX_SIZE)]]
+    sha256: Sha256
+
+
+class _Manifest(BaseModel):
+    """Keys that a later version may have beside these mean nothing to this one."""
+
+    settings: dict[StrictStr, Any] = Field(alias="model_config")  # pydantic has another use for that name
+    time_groups: _TimeGroups
+    sites: list[_Site]
+    shapes: dict[StrictStr, Annotated[list[Size], Field(min_length=1, max_length=MAX_AXES)]]
+    tensors: dict[StrictStr, StoredTensor]
+    aliases: dict[StrictStr, StrictStr]
+    provenance: dict[StrictStr, Any]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`shapes`: of weights, whose codes are packed. `aliases`: a tensor's name -> the equal one that is stored."""
+
+    model_config: Mapping[str, Any]
+    time_groups: TimeGroups
+    sites: tuple[SiteSpec, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    tensors: Mapping[str, StoredTensor]
+    aliases: Mapping[str, str]
+    provenance: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        """Raises `InputError` that names the entry for anything that is not exactly of its type or range.
+
+        Whether the sites are those of a model is another question: `models.fitting` answers it.
+        """
+        try:
+            value = _Manifest.model_validate(parse_json(data, infinite=False))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise InputError(f"'{where}' is wrong: {first['msg']}, got {first['input']!r:.80}") from None
+        groups = TimeGroups(value.time_groups.num_timesteps, value.time_groups.num_groups)
+        return cls(
+            value.settings,
+            groups,
+            _sites(value.sites, groups),
+            {name: tuple(shape) for name, shape in value.shapes.items()},
+            value.tensors,
+            _checked_aliases(value),
+            _printable(value.provenance),
+        )
+
+    def to_json(self) -> bytes:
+        """The bytes that `parse` takes; the same for the same content."""
+        value = {
+            "model_config": dict(self.model_config),
+            "time_groups": asdict(self.time_groups),
+            "sites": [asdict(spec) for spec in self.sites],
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "tensors": {name: tensor.model_dump() for name, tensor in self.tensors.items()},
+            "aliases": dict(self.aliases),
+            "provenance": dict(self.provenance),
+        }
+        return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _sites(entries: list[_Site], time_groups: TimeGroups) -> tuple[SiteSpec, ...]:
+    found: dict[str, SiteSpec] = {}
+    for entry in entries:
+        spec = SiteSpec(**{name: getattr(entry, name) for name in _Site.model_fields})
+        if spec.name in found:
+            raise InputError(f"site '{spec.name}' is listed twice")
+        if not MIN_BITS <= spec.bits <= MAX_BITS:
+            raise InputError(f"site '{spec.name}' has {spec.bits} bits, legal are {MIN_BITS} to {MAX_BITS}")
+        if spec.groups not in (1, time_groups.num_groups):
+            raise InputError(f"site '{spec.name}' has {spec.groups} groups, legal are 1 and {time_groups.num_groups}")
+        found[spec.name] = spec
+    return tuple(found.values())
+
+
+def _checked_aliases(value: _Manifest) -> Mapping[str, str]:
+    for name, target in value.aliases.items():
+        if name in value.tensors:
+            raise InputError(f"tensor '{name}' is stored, and refers to '{target}' as well")
+        if target not in value.tensors:
+            raise InputError(f"tensor '{name}' refers to '{target}', which is missing")
+    return value.aliases
+
+
+def _printable(value: Any) -> Any:
+    """The provenance as tables and pages may show it."""
+    if isinstance(value, dict):
+        return {printable(name): _printable(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_printable(inner) for inner in value]
+    return printable(value) if isinstance(value, str) else value

@@ -1,0 +1,114 @@
+"""The README.md of an artifact: a model card for the Hub that says how the model is loaded and how it was made."""
+
+import hashlib
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tqdit.spec import Solution
+from tqdit.system.files import EDITABLE, MODEL_CARD, write_text
+
+FOLDER = "FOLDER"  # stands for where the artifact is
+# The lines that load an artifact in diffusers: a pipeline, the transformer of one without a decoder, or a model alone.
+LOAD_PIPELINE = f'from diffusers import DiTPipeline\n\npipe = DiTPipeline.from_pretrained("{FOLDER}")'
+_LOAD = "from diffusers import DiTTransformer2DModel\n\ntransformer = DiTTransformer2DModel.from_pretrained"
+LOAD_TRANSFORMER = f'{_LOAD}("{FOLDER}", subfolder="transformer")'
+LOAD_MODEL = f'{_LOAD}("{FOLDER}")'
+MARK = "<!-- Written by tqdit, sha256 {}. An edited file is kept when the model is replaced. -->\n"
+MARKED = re.compile("(.*)" + re.escape(MARK).replace(r"\{\}", "([0-9a-f]{64})"), re.DOTALL)
+
+
+def write_card(folder: Path, text: str, former: Path) -> None:
+    """Write a model card into a new artifact's folder, unless people have edited that of `former`, the one before."""
+    write_text(folder / MODEL_CARD, text)
+    keep_edited(folder, former)
+
+
+def keep_edited(folder: Path, former: Path) -> None:
+    """Copy what people have edited in the folder `former` into the new `folder`, which replaces it."""
+    for name in EDITABLE:
+        if (former / name).is_file() and not (name == MODEL_CARD and _is_generated(former / name)):
+            shutil.copy2(former / name, folder / name)
+
+
+def _is_generated(path: Path) -> bool:
+    """Whether a file is a card as `model_card` made it, of any model."""
+    found = MARKED.fullmatch(path.read_text(encoding="utf-8", errors="replace"))
+    return found is not None and _digest(found[1]) == found[2]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def model_card(solution: Solution, shape: str, size_bytes: int, name: str = "", load: str = LOAD_MODEL) -> str:
+    """Return Markdown with the Hub's front matter; it is the same for the same artifact.
+
+    `shape`: the model's, by name. `size_bytes`: of its weight files. `name`: what the model was made from, by default
+    as the artifact says. `load`: one of the `LOAD_`s. The last line says whether people have edited the card since.
+    """
+    name = name or str(solution.provenance.get("source", "DiT"))
+    text = _text(solution, shape, size_bytes, name, load)
+    return text + MARK.format(_digest(text))
+
+
+def _text(solution: Solution, shape: str, size_bytes: int, name: str, load: str) -> str:
+    recipe = solution.provenance.get("recipe", {})
+    bits = f"w{recipe.get('weight_bits')}a{recipe.get('activation_bits')}"
+    header = ["---", "library_name: diffusers"]
+    if "/" in name:
+        header.append(f"base_model: {name}")
+    header += ["tags:", *(f"- {tag}" for tag in ("tqdit", "quantization", "dit", bits)), "---"]
+    facts = "\n".join(f"| {label} | {text} |" for label, text in _facts(solution, shape, size_bytes, name))
+    return f"""{chr(10).join(header)}
+
+# {name} {bits}
+
+`{name}` quantized to {bits} after training, by TQ-DiT (arXiv 2502.04056) as `tqdit` implements it. Weights are
+packed integer codes, and the matmuls of the blocks run in integers.
+
+## Use
+
+Import `tqdit` before the model is loaded: diffusers does not know this kind of quantization by itself.
+
+```python
+import tqdit
+{load}
+```
+
+Without diffusers' own loading:
+
+```python
+import tqdit
+
+images = tqdit.sample("{FOLDER}", num=16)
+tqdit.save_grid(images, "grid.png")
+```
+
+## How it was made
+
+| | |
+|---|---|
+{facts}
+
+`tqdit inspect {FOLDER}` shows every setting and the kernels that run it. Weights, config and the files beside them are
+sealed by hashes and may not be edited; this file may.
+"""
+
+
+def _facts(solution: Solution, shape: str, size_bytes: int, name: str) -> list[tuple[str, str]]:
+    provenance = solution.provenance
+    recipe: dict[str, Any] = provenance.get("recipe", {})
+    fp32 = 4 * sum(tensor.numel() for tensor in (*solution.codes.values(), *solution.floats.values()))
+    kept = ("samples", "sampler", "steps", "guidance", "rounds", "seed")
+    groups = solution.time_groups
+    return [
+        ("made from", f"{name}, weights sha256 `{provenance.get('source_sha256', '')}`"),
+        ("shape", shape),
+        ("preset", str(provenance.get("preset", ""))),
+        ("size", f"{size_bytes / 1e6:.2f} MB: {2 * size_bytes / fp32:.3f} of bf16, {size_bytes / fp32:.3f} of fp32"),
+        ("time groups", f"{groups.num_groups} of {groups.num_timesteps} training timesteps"),
+        ("calibration", ", ".join(f"{key} {recipe[key]}" for key in kept if key in recipe)),
+        ("versions", ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items())),
+    ]

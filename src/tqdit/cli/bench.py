@@ -1,0 +1,120 @@
+"""The command `tqdit bench`."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tqdit.cli.bars import progress
+from tqdit.cli.console import print_benchmark
+from tqdit.cli.options import (
+    STDOUT,
+    Backend,
+    Device,
+    JsonFile,
+    Quiet,
+    Verbose,
+    check_outputs,
+    listed,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from tqdit.speed.benchmark import RandomModel
+
+FAILED = 1  # exit code: the figures are written, but a quantized model is missing among them
+
+
+def bench(
+    models: Annotated[list[str] | None, typer.Argument(metavar="MODEL...", help="artifacts to time")] = None,
+    random: Annotated[
+        str | None, typer.Option(help="also time random codes in a shape: DiT-{S,B,L,XL}/{2,4,8}, with @512 for 512 px")
+    ] = None,
+    bits: Annotated[str | None, typer.Option(help="of --random, comma-separated; default w8a8")] = None,
+    preset: Annotated[str | None, typer.Option(help="of --random, comma-separated: paper, plus; default plus")] = None,
+    variants: Annotated[
+        str | None,
+        typer.Option(help="of --random, instead of both: comma-separated pairs such as plus:w8a8,paper:w6a6"),
+    ] = None,
+    backend: Backend = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="of quantized models: float32, bfloat16; default bfloat16 on a GPU, else float32")
+    ] = None,
+    against: Annotated[
+        str,
+        typer.Option(
+            help="baselines, comma-separated: float32, bfloat16, torchao, or one of theirs such as bf16-compiled; "
+            "bf16-blocks, compiled as torchao's are on a GPU; empty for none"
+        ),
+    ] = "float32,bfloat16,torchao",
+    batch: Annotated[
+        str, typer.Option(help="samples of one denoiser call, two per image with guidance; comma-separated")
+    ] = "16",
+    repeats: Annotated[int, typer.Option(help="timed calls of each model")] = 20,
+    sampling: Annotated[bool, typer.Option(help="also time a full sampling run of each model")] = True,
+    steps: Annotated[int, typer.Option(help="sampler steps of that run")] = 50,
+    memory: Annotated[bool, typer.Option(help="also measure loading and memory, in a process per model")] = True,
+    kernels: Annotated[bool, typer.Option("--kernels", help="print the kernel of every site")] = False,
+    json_file: JsonFile = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Time artifacts against float32, bfloat16 and torchao models of their shape: calls, sampling, loading, memory."""
+    import shlex
+
+    from tqdit.sampling.sampler import Sampling
+    from tqdit.speed import benchmark
+    from tqdit.speed.entrants import BenchSettings
+
+    check_outputs(json_file)
+    chosen = _random_models(random, bits, preset, variants)
+    run = Sampling("ddim", steps, 1.5) if sampling else None
+    settings = BenchSettings(backend, _batches(batch), tuple(listed(against)), repeats, run, device, memory, dtype)
+    with progress(quiet) as report:
+        result = benchmark.bench(models or [], chosen, settings, report)
+    if json_file != STDOUT:
+        print_benchmark(result, kernels)
+    write_json(json_file, {"command": shlex.join(["tqdit", *sys.argv[1:]]), **result.figures()})
+    if result.failed:
+        typer.echo(f"tqdit: failed: {', '.join(result.failed)}", err=True)
+        raise typer.Exit(FAILED)
+
+
+def _random_models(
+    shape: str | None, bits: str | None, preset: str | None, variants: str | None
+) -> list["RandomModel"]:
+    """What --random and its options ask for."""
+    from tqdit.errors import InputError
+    from tqdit.recipe import Recipe
+    from tqdit.speed.benchmark import RandomModel
+
+    for option, value in (("--bits", bits), ("--preset", preset), ("--variants", variants)):
+        if value is not None and shape is None:
+            raise InputError(f"{option} is for --random; an artifact has its own")
+        if variants is not None and value is not None and option != "--variants":
+            raise InputError(f"{option} and --variants exclude each other")
+    if shape is None:
+        return []
+    pairs = [(a_preset, a_width) for a_preset in listed(preset or "plus") for a_width in listed(bits or "w8a8")]
+    if variants is not None:
+        pairs = [_pair(entry) for entry in listed(variants)]
+    return [RandomModel(shape, Recipe.build(a_preset, a_width)) for a_preset, a_width in pairs]
+
+
+def _pair(entry: str) -> tuple[str, str]:
+    from tqdit.errors import InputError
+
+    preset, colon, bits = entry.partition(":")
+    if not colon:
+        raise InputError(f"--variants takes pairs such as plus:w8a8, got '{entry}'")
+    return preset, bits
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    from tqdit.errors import InputError
+
+    try:
+        return tuple(int(entry) for entry in listed(text))
+    except ValueError:
+        raise InputError(f"--batch takes whole numbers such as 64,2, got '{text}'") from None

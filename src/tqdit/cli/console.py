@@ -1,0 +1,193 @@
+"""The tables that the command line shows. All of them fit 80 columns; figures are never cut."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from tqdit.quality.comparison import Comparison
+    from tqdit.speed.benchmark import Benchmark, TimedModel
+
+WIDTH = 80  # of what is not a terminal
+FEW_IMAGES = 100  # of fewer images FD-fashion says more about their number than about the model
+
+
+def print_comparison(result: "Comparison") -> None:
+    """The figures of a comparison, the float model first: quality, then size and cost."""
+    console, rows = _console(), (result.float_model, *result.models)
+    seconds = any(row.calibration_seconds is not None for row in rows)
+    quality = _table(("model", "preset"), ("bits", "SQNR dB", "PSNR dB", "FD-fashion", *["calib. s"] * seconds))
+    for row in rows:
+        figures = [row.bits, _cell(row.eps.overall if row.eps else None, 1), _cell(row.psnr_db, 1)]
+        figures += [_cell(row.fd_fashion, 1), *[_cell(row.calibration_seconds, 0)] * seconds]
+        _add(quality, (row.name, row.preset or "–"), figures)
+    console.print(quality)
+    console.print()
+    cost = _table(("model",), ("MB", "of\nfile", "of\nbf16", "of\nfp32", "ms a\ncall", "x eager\nfloat32", "peak\nMB"))
+    fp32 = result.float_model.size_bytes
+    for row in rows:
+        ratios = [row.disk_bytes / whole for whole in (result.float_model.disk_bytes, fp32 / 2, fp32)]
+        spent = row.cost
+        figures = [_cell(row.disk_bytes / 1e6, 2), *(_cell(ratio, 3) for ratio in ratios)]
+        figures += [_cell(spent.ms_per_call if spent else None, 1), _cell(spent.speedup if spent else None, 2)]
+        _add(cost, (row.name,), [*figures, _cell(_mega(spent.peak_bytes if spent else None), 0)])
+    console.print(cost)
+    console.print()
+    for note in _notes(result):
+        console.print(note, markup=False)
+
+
+def _notes(result: "Comparison") -> list[str]:
+    """What the figures of a comparison are of."""
+    s, first = result.settings, result.float_model
+    notes = [
+        f"SQNR of epsilon: {s['states']} held-out states, {s['samples_per_group']} in each of {s['groups']} ranges of "
+        f"timesteps; PSNR: {s['num']} images of the same seeds; both against the float model."
+    ]
+    if first.fd_fashion is not None and s["num"] < FEW_IMAGES:
+        notes.append(
+            f"FD-fashion of {s['num']} images is biased upwards: read it against the float model's own "
+            f"{_cell(first.fd_fashion, 1)}, or draw more (-n 2000)."
+        )
+    notes.append(f"of file: the {first.file_dtype} weights that were quantized.")
+    if "call_batch" in s:
+        notes.append(
+            f"ms a call: median of warm calls with {s['call_batch']} samples, in one run with the float model in eager "
+            "float32; `tqdit bench` has compiled baselines. peak MB: memory during a call, in a process of its own."
+        )
+    return notes
+
+
+def print_benchmark(result: "Benchmark", every_site: bool = False) -> None:
+    """The figures of a benchmark, what was skipped and why, and the kernels: counted, or those of `every_site`."""
+    console = _console()
+    families = list(dict.fromkeys(family for row in result.rows for family in row.speedup_over))
+    for workload in dict.fromkeys(row.workload for row in result.rows):
+        members = [row for row in result.rows if row.workload == workload]
+        speed = _table((workload,), ("ms p20", "p50", "p80", *(f"x\n{_short(family)}" for family in families), "img/s"))
+        memory = _table(("",), ("peak MB", "loaded MB", "load s", "of peak"))
+        for row in members:
+            figures = [_cell(ms, 1) for ms in (row.p20_ms, row.p50_ms, row.p80_ms)]
+            figures += [_cell(row.speedup_over.get(family), 2) for family in families]
+            _add(speed, (_contender(row),), [*figures, _cell(row.images_per_second, 3)])
+            figures = [_cell(_mega(row.peak_bytes), 0), _cell(_mega(row.resident_bytes), 0)]
+            _add(memory, (_contender(row),), [*figures, _cell(row.load_seconds, 1), _cell(row.floor_fraction, 2)])
+        for table in (speed, memory):
+            console.print(table)
+            console.print()
+    where = result.environment
+    console.print(
+        f"of peak: least time at this machine's {where['int8_peak_gops']:.0f} G int8 operations/s and "
+        f"{where['read_gb_per_s']:.0f} GB/s, over p50"
+    )
+    for name, reason in result.skipped.items():
+        console.print(f"skipped {name}: {reason}", markup=False)
+    _print_kernels(console, result, every_site)
+
+
+def _print_kernels(console: "Console", result: "Benchmark", every_site: bool) -> None:
+    shown = set()
+    for row, (model, sites) in zip([row for row in result.rows if row.integer], result.sites, strict=True):
+        if (title := " ".join(filter(None, (model, row.preset, row.bits)))) in shown:
+            continue  # the same at another batch size
+        shown.add(title)
+        console.print(f"kernels of {title}:", markup=False)
+        if every_site:
+            for site, kernel in sites.items():
+                console.print(f"  {site}\n      {kernel}", markup=False, soft_wrap=True)
+        else:
+            for kernel, count in row.kernels.items():
+                console.print(f"  {count:>6} x {kernel}", markup=False, soft_wrap=True)
+
+
+def print_inspection(result: dict[str, Any], every_site: bool = False) -> None:
+    """What an artifact is, then its sites: alike ones as one entry with their number, or by name (`every_site`)."""
+    console = _console()
+    for label, text in _summary(result):
+        console.print(f"{label:<12} {text}", markup=False)
+    console.print()
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for site in result["sites"]:
+        kind = tuple(site[key] for key in ("role", "bits", "grid", "granularity", "groups", "kernel"))
+        groups.setdefault(kind, []).append(site["name"])
+    for (role, bits, grid, granularity, time_groups, kernel), names in groups.items():
+        times = f", {time_groups} time groups" if time_groups > 1 else ""
+        console.print(
+            f"{len(names):>4} x {role:<12} {bits} bits, {grid}, {granularity}{times}\n{'':7}{kernel}",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
+        for name in names if every_site else ():
+            console.print(f"{'':9}{name}", markup=False, soft_wrap=True)
+
+
+def _summary(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """The first lines of an inspection; what an artifact does not say is left out."""
+    provenance = result["provenance"]
+    recipe = provenance.get("recipe", {})
+    versions = provenance.get("versions", {})
+    size, fp32 = result["size_bytes"], result["float32_bytes"]
+    calibration, search = ("samples", "sampler", "steps", "guidance", "seed"), ("rounds", "candidates", "hessian")
+    lines = [
+        (result["name"], f"{result['shape']}, {result['preset'] or 'no preset'}, {result['bits']}"),
+        ("size", f"{size / 1e6:.2f} MB: {2 * size / fp32:.3f} of bf16, {size / fp32:.3f} of fp32"),
+        ("time groups", f"{result['time_groups']} of {result['num_timesteps']} training timesteps"),
+        ("calibration", _settings(recipe, calibration)),
+        ("search", _settings(recipe, search)),
+        ("source", f"{provenance.get('source', '')} sha256 {provenance.get('source_sha256', '')[:12]}"),
+        ("made with", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("runs on", f"{result['device']}, backend {result['backend']}"),
+    ]
+    return [(label, text) for label, text in lines if text]
+
+
+def _settings(recipe: dict[str, Any], names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {_word(recipe[name])}" for name in names if name in recipe)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+
+
+def _table(text: Sequence[str], figures: Sequence[str]) -> "Table":
+    """Columns of text, which may take several lines, and of figures, which keep theirs."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in text:
+        table.add_column(name, overflow="fold")
+    for name in figures:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _add(table: "Table", text: Sequence[str], figures: Sequence[str]) -> None:
+    from rich.markup import escape
+
+    table.add_row(*(escape(part) for part in (*text, *figures)))
+
+
+def _contender(row: "TimedModel") -> str:
+    """A quantized model by name, preset and bits; a baseline by what it runs in."""
+    return f"{row.model} {row.preset or ''} {row.bits}" if row.integer else f"{row.model} {row.backend}"
+
+
+def _short(family: str) -> str:
+    """A family's name that fits over its column."""
+    return {"float32": "fp32", "bfloat16": "bf16", "bfloat16-blocks": "bf16\nblocks"}.get(family, family)
+
+
+def _word(value: Any) -> str:
+    return ("on" if value else "off") if isinstance(value, bool) else str(value)
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _mega(count: int | None) -> float | None:
+    return None if count is None else count / 1e6

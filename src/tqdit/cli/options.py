@@ -1,0 +1,101 @@
+"""What the commands share: options that mean the same in each, the files they write, and how a command ends early."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+STDOUT = Path("-")  # as a file: standard output
+
+
+class StoppedError(Exception):
+    """A command was interrupted and says what is left of its work; `code` is the exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Terminated(BaseException):
+    """SIGTERM has come. It is no `Exception`: clean-up runs as for Ctrl-C, and nothing else catches it."""
+
+
+class _ToStderr(logging.StreamHandler[Any]):
+    """Writes to what standard error is at the time: progress bars put something in front of it."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def _log_to_stderr(wanted: bool) -> None:
+    logger = logging.getLogger("tqdit")
+    if wanted and not any(isinstance(handler, _ToStderr) for handler in logger.handlers):
+        logger.addHandler(_ToStderr())
+        logger.setLevel(logging.INFO)
+
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="bundled name, diffusers folder, official .pt, owner/name on the Hub, artifact"
+    ),
+]
+Device = Annotated[str, typer.Option(help="torch device: auto (a GPU where there is one), cpu, cuda, cuda:1")]
+Backend = Annotated[
+    str,
+    typer.Option(help="integer backend: auto, cpu, triton, triton-packed, reference; simulated checks, never timed"),
+]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="write the result as JSON; - is standard output, with nothing else on it")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress and no hints")]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", callback=_log_to_stderr, help="say more on standard error, and all about errors"),
+]
+
+
+def listed(text: str) -> list[str]:
+    """The different entries of a comma-separated list, in order."""
+    return list(dict.fromkeys(entry.strip() for entry in text.split(",") if entry.strip()))
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """`InputError` for a file that cannot be written, before the work whose result it is for."""
+    from tqdit.system.files import check_file
+
+    for path in paths:
+        if path and path != STDOUT:
+            check_file(path)
+
+
+def say(text: str, json_file: Path | None = None) -> None:
+    """A line on standard output, which JSON has for itself where it goes there."""
+    if json_file != STDOUT:
+        typer.echo(text)
+
+
+def write_json(path: Path | None, value: Any) -> None:
+    """JSON, and a line on standard error that says where; nothing without a path."""
+    import json
+
+    if path:
+        write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Text, whole or not at all, with the same line; or on standard output."""
+    from tqdit.system import files
+
+    if path == STDOUT:
+        typer.echo(text, nl=False)
+        return
+    files.write_text(path, text)
+    typer.echo(f"figures: {path}", file=sys.stderr)

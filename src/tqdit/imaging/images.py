@@ -1,0 +1,157 @@
+"""The images of a job: one description of all of them, drawn by as many processes as there are.
+
+Batches are a fixed division of the indices, and whole batches are dealt out: every image is computed in the same
+company whatever the number of processes, so that its pixels are the same even where a batch decides the rounding.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tqdit.errors import InputError
+from tqdit.imaging import generate
+from tqdit.sampling.sampler import Progress, Sampling, make_scheduler
+from tqdit.sources.resolve import ModelSource
+from tqdit.system import distributed
+from tqdit.system.files import CONFIG, check_file, check_outside, read_json, write_bytes
+
+BATCH = 16
+RUN = "run.json"  # in a folder of images: what they are images of
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xae\x42\x60\x82"
+
+
+@dataclass(frozen=True)
+class Images:
+    """`num` images of a model: image i has the class `classes[i % len(classes)]` and depends on it and (seed, i) alone.
+
+    Raises `InputError` for settings that are not legal and for latents that could not be decoded.
+    """
+
+    source: ModelSource
+    classes: Sequence[int]
+    num: int
+    sampling: Sampling
+    seed: int = 0
+    batch: int = BATCH
+
+    def __post_init__(self) -> None:
+        for name in ("num", "batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        generate.check_decodable(int(self.source.config["in_channels"]), self.source.vae)
+        make_scheduler(self.source.scheduler, self.sampling, learned_variance=False)
+
+    @property
+    def labels(self) -> list[int]:
+        """The class of every image."""
+        return [self.classes[i % len(self.classes)] for i in range(self.num)]
+
+    @property
+    def batches(self) -> list[range]:
+        """The indices of the images, batch by batch."""
+        return distributed.batches(self.num, self.batch)
+
+    @cached_property
+    def run(self) -> dict[str, Any]:
+        """What decides the images, as JSON values; their number does not. Reads the model's files once.
+
+        The batch does by the rounding of float operations, and so does where they run: see `workflow.sample_folder`.
+        """
+        settings = {"seed": self.seed, **asdict(self.sampling), "classes": list(self.classes), "batch": self.batch}
+        return {"model": self.source.name, "model_sha256": _fingerprint(self.source), **settings}
+
+
+def draw(images: Images, model: nn.Module, members: Sequence[range], progress: Progress) -> Iterator[torch.Tensor]:
+    """Pixels of every batch in `members`, as it is finished: (len(batch), C, H, W) in [-1, 1], on the CPU."""
+    decode = generate.decoder(images.source.vae, next(iter(model.buffers())).device)
+    scheduler, labels = images.source.scheduler, images.labels
+    for latents in generate.sample_batches(model, scheduler, labels, images.sampling, images.seed, members, progress):
+        yield decode(latents)
+
+
+def gathered(images: Images, model: nn.Module, progress: Progress) -> torch.Tensor:
+    """All images, (num, C, H, W) in [-1, 1], on every rank; each draws its share."""
+    world = distributed.current()
+    parts = list(draw(images, model, world.share(images.batches), progress))
+    return torch.cat(world.gather(parts, len(images.batches)))
+
+
+def check_folder(folder: Path, run: dict[str, Any]) -> None:
+    """Raise `InputError` if images of `run` cannot be put into `folder`, or would mix with others there."""
+    check_file(folder / RUN)
+    check_outside(folder)
+    found = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} if folder.is_dir() else set()
+    if RUN not in found:
+        if found:
+            raise InputError(f"output {folder} has files but no {RUN}; choose a new or empty folder")
+        return
+    before = read_json(folder / RUN)
+    differing = [key for key in {**run, **before} if run.get(key) != before.get(key)]
+    if set(differing) - {"model"}:  # a model of the same hash may have moved
+        key = next(key for key in differing if key != "model")
+        raise InputError(
+            f"output {folder} has images of another run: {key} was {before.get(key)}, now it is {run.get(key)}; "
+            "choose another folder"
+        )
+
+
+def into_folder(images: Images, run: dict[str, Any], model: nn.Module, folder: Path, progress: Progress) -> int:
+    """Write the images that `folder` lacks, each as soon as its batch is finished; returns how many were new.
+
+    A file that is no whole PNG counts as lacking.
+
+    `run`: all that decides their pixels, `images.run` and where they are drawn; see `check_folder`. Each rank draws its
+    share of the batches that are not whole; a batch is drawn as a whole, as it was at first. Files are `000017.png`,
+    whole or not there at all. Ranks may see the same folder or, on other machines, one of their own.
+    """
+    world = distributed.current()
+    check_folder(folder, run)
+    progress(0.0)
+    write_bytes(folder / RUN, (json.dumps(run, indent=1) + "\n").encode(), replace=False)
+    check_folder(folder, run)  # another process may have begun there meanwhile
+    here = torch.tensor([is_whole_png(image_file(folder, i)) for i in range(images.num)], dtype=torch.int32)
+    there = world.add(here).bool().tolist()
+    share = world.share([indices for indices in images.batches if not all(there[i] for i in indices)])
+    for indices, pixels in zip(share, draw(images, model, share, progress), strict=True):
+        for i, image in zip(indices, pixels, strict=True):
+            if not there[i]:
+                generate.save_image(image, image_file(folder, i))
+    world.wait()  # the folder is finished when every rank is
+    return there.count(False)
+
+
+def image_file(folder: Path, index: int) -> Path:
+    """Where `into_folder` puts image `index`."""
+    return folder / f"{index:06d}.png"
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether a file begins and ends as a PNG does; one that a disk has lost the end of does not."""
+    try:
+        with path.open("rb") as file:
+            if file.read(len(PNG_START)) != PNG_START:
+                return False
+            file.seek(-len(PNG_END), io.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:
+        return False
+
+
+def _fingerprint(source: ModelSource) -> str:
+    """sha256 over everything on disk that images depend on: config, weights, schedule and decoder."""
+    digest = hashlib.sha256(json.dumps(source.scheduler, sort_keys=True).encode())
+    folders = [folder for folder in (source.folder, source.vae) if folder is not None]
+    files = [file for folder in folders for file in sorted([folder / CONFIG, *folder.glob("*.safetensors")])]
+    for file in files if source.checkpoint is None else [source.checkpoint]:
+        digest.update(b"" if file == source.checkpoint else file.name.encode())  # a checkpoint may be renamed
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,324 @@
+"""A float model and its quantized versions side by side: one frozen result, which the JSON and the report show."""
+
+import gc
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tqdit.artifact import folder as artifact
+from tqdit.artifact.tensors import decisive
+from tqdit.calibration import trajectories
+from tqdit.calibration.trajectories import CalibrationSet
+from tqdit.errors import InputError
+from tqdit.imaging import images
+from tqdit.imaging.images import Images
+from tqdit.quality import features, fidelity, metrics
+from tqdit.quality.fidelity import EpsilonFidelity
+from tqdit.recipe import Recipe
+from tqdit.runtime import fitting
+from tqdit.runtime.convert import convert
+from tqdit.sampling.sampler import Sampling
+from tqdit.sources.resolve import ModelSource, load_float, resolve, weights_hash
+from tqdit.sources.sizes import FloatSizes, float_sizes
+from tqdit.spec import Solution
+from tqdit.speed.cost import Cost, memory, timed
+from tqdit.system.distributed import current
+from tqdit.system.environment import environment
+from tqdit.system.isolation import isolated
+from tqdit.workflow import Device, Dtype, Report, checked_device, checked_dtype, chosen_classes, dtype_name, silent
+
+HELD_OUT_SEED = 20_000  # far from calibration's: other noise, other states
+STATE_GROUPS = 10  # ranges of timesteps that held-out states are drawn from, whatever is compared
+FASHION = (
+    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One model's figures. The float model has no `eps`, `psnr_db` or `solution`; its size is its fp32 weights.
+
+    `size_ratio` is over fp32, `size_ratio_bfloat16` over bf16, `size_ratio_file` over the file that was quantized:
+    the float model's `file_bytes`, whose tensors are of `file_dtype`.
+    """
+
+    name: str
+    preset: str | None
+    bits: str
+    size_bytes: int
+    size_ratio: float
+    images: torch.Tensor  # (num, C, H, W) in [-1, 1], the same seeds for every model
+    fd_fashion: float | None
+    eps: EpsilonFidelity | None = None
+    psnr_db: float | None = None
+    solution: Solution | None = None
+    calibration_seconds: float | None = None
+    size_ratio_bfloat16: float | None = None
+    size_ratio_file: float | None = None
+    file_bytes: int | None = None
+    file_dtype: str | None = None
+    cost: Cost | None = None
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the model takes on disk: the artifact's weights, or the float model's file."""
+        return self.size_bytes if self.file_bytes is None else self.file_bytes
+
+    def figures(self) -> dict[str, Any]:
+        """The row as JSON values; a figure that is not finite (of equal images, of NaN) is None."""
+        return {
+            "name": self.name,
+            "preset": self.preset,
+            "bits": self.bits,
+            "size_bytes": self.size_bytes,
+            "size_ratio": self.size_ratio,
+            "size_ratio_bfloat16": self.size_ratio_bfloat16,
+            "size_ratio_file": self.size_ratio_file,
+            "file_bytes": self.file_bytes,
+            "file_dtype": self.file_dtype,
+            "calibration_seconds": self.calibration_seconds,
+            "eps_sqnr_db": _finite(self.eps.overall) if self.eps else None,
+            "eps_sqnr_db_by_group": [_finite(db) for db in self.eps.by_group] if self.eps else None,
+            "psnr_db": _finite(self.psnr_db),
+            "fd_fashion": _finite(self.fd_fashion),
+            "ms_per_call": self.cost.ms_per_call if self.cost else None,
+            "speedup_over_float32_eager": self.cost.speedup if self.cost else None,
+            "peak_bytes": self.cost.peak_bytes if self.cost else None,
+            "resident_bytes": self.cost.resident_bytes if self.cost else None,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`float_model` and the quantized `models`; `settings` say how the images and states were drawn."""
+
+    float_model: ModelRow
+    models: tuple[ModelRow, ...]
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+
+    def with_seconds(self, seconds: list[float]) -> "Comparison":
+        """The same, with the calibration time of every quantized model."""
+        rows = zip(self.models, seconds, strict=True)
+        return replace(self, models=tuple(replace(row, calibration_seconds=s) for row, s in rows))
+
+    def to_json(self) -> str:
+        """`tqdit compare --json`: `reference` and a list `models` of figures, with settings and environment."""
+        value = {
+            "environment": self.environment,
+            "settings": self.settings,
+            "reference": self.float_model.figures(),
+            "models": [row.figures() for row in self.models],
+        }
+        return json.dumps(value, indent=1, allow_nan=False) + "\n"
+
+
+@isolated()
+def compare(  # noqa: PLR0913 - one for each option of the command
+    reference: str | Path,
+    quantized: Sequence[str | Path],
+    num: int = 16,
+    sampling: Sampling = Sampling(),
+    samples: int = 8,
+    seed: int = 0,
+    report: Report = silent,
+    device: Device = "auto",
+    *,
+    dtype: Dtype = "float32",
+    cost: bool = True,
+) -> Comparison:
+    """Compare artifacts with their float model: epsilon SQNR, PSNR of same-seed images, FD-fashion, size, time, memory.
+
+    `num` images, and `samples` held-out states in each of ten equal ranges of the timesteps: the states are the same
+    whatever is compared. `dtype`: float32 or bfloat16, of the residual stream of the integer models. `cost`: also time
+    calls next to the float model's in eager float32, and measure memory in a process for each model; not where several
+    processes share the machine. FD-fashion is None where the bundled classifier does not fit, and biased upwards for
+    few images: compare it only within one table. Raises `InputError` for an artifact of another model, and before any
+    sampling where the images could not be decoded. Inside `distributed.joined` the ranks share images and states, and
+    each returns the whole comparison.
+    """
+    if num < 1 or samples < 1:
+        raise InputError(f"num and samples must be at least 1, got {num} and {samples}")
+    stream, target = checked_dtype(dtype), checked_device(device)
+    source = resolve(reference)
+    wanted = Images(source, chosen_classes(source, []), num, sampling, seed)
+    model = load_float(source).to(target)
+    digest = weights_hash(model)
+    found = [_load_artifact(path, source, digest) for path in quantized]
+    calls = _Calls(source, sampling, num, target, dtype_name(stream))
+    measures = cost and current().size == 1
+    groups = min(STATE_GROUPS, source.num_timesteps)
+    data = held_out(source, model, groups, samples, (HELD_OUT_SEED + seed) % 2**31, report)
+    first, rows = _measured(model, found, wanted, data, calls if measures else None, report, stream)
+    del model
+    if measures:
+        first, rows = calls.with_memory(first, rows, found, report)
+    settings: dict[str, Any] = {"num": num, "samples_per_group": samples, "groups": groups, "states": len(data)}
+    settings |= {"seed": seed, "dtype": dtype_name(stream), **asdict(sampling)}
+    if measures:
+        settings["call_batch"] = calls.batch
+    return Comparison(first, tuple(rows), settings, environment(str(target)))
+
+
+def held_out(
+    source: ModelSource, model: nn.Module, groups: int, samples: int, seed: int, report: Report = silent
+) -> CalibrationSet:
+    """States of the float model's own DDIM trajectories: another seed and sampler than calibration's."""
+    total = source.num_timesteps
+    wanted = min(total, max(50, 2 * groups))
+    steps = next(n for n in range(wanted, total + 1) if total % n == 0)  # a divisor, so that the last group is visited
+    recipe = Recipe.build(
+        groups=groups,
+        samples=samples,
+        trajectories=samples,
+        sampler="ddim",
+        steps=steps,
+        seed=seed,
+    )
+    return trajectories.collect(model, source.scheduler, recipe, lambda f: report("held-out states", f))
+
+
+def fd_fashion(source: ModelSource, pixels: torch.Tensor) -> float | None:
+    """FD-fashion of the images where the model makes Fashion-MNIST's classes, 1 x 32 x 32, else None."""
+    fits = tuple(pixels.shape[1:]) == (1, 32, 32) and dict(source.labels) == dict(enumerate(FASHION))
+    return features.fd_fashion(pixels) if fits and len(pixels) > 1 and bool(torch.isfinite(pixels).all()) else None
+
+
+@dataclass(frozen=True)
+class _Artifact:
+    folder: Path
+    name: str
+    solution: Solution
+
+
+def _pixels(wanted: Images, module: nn.Module, name: str, report: Report) -> torch.Tensor:
+    """The same-seed images of one model after another."""
+    report(f"images of {name}", 0.0)
+    return images.gathered(wanted, module, lambda f: report(f"images of {name}", f))
+
+
+def _measured(
+    model: nn.Module, found: Sequence[_Artifact], wanted: Images, data: CalibrationSet, calls: "_Calls | None",
+    report: Report, stream: torch.dtype,
+) -> tuple[ModelRow, list[ModelRow]]:  # fmt: skip
+    """The rows of the float model and of the artifacts, one model after another; without `calls` nothing is timed."""
+    source, device = wanted.source, next(iter(model.buffers())).device
+    sizes = float_sizes(source, model)
+    first = _float_row(source, sizes, _pixels(wanted, model, source.name, report))
+    expected = fidelity.predict_epsilon(model, data)
+    rows = []
+    for entry in found:
+        module = convert(entry.solution, device=device, dtype=stream)
+        actual = fidelity.predict_epsilon(module, data)
+        eps = fidelity.compare_epsilon(expected, actual, data, entry.solution.time_groups)
+        row = _quantized_row(entry, first, sizes, _pixels(wanted, module, entry.name, report), eps)
+        fd = fd_fashion(source, row.images)
+        cost = calls.timed(model, module, entry, report) if calls else None
+        rows.append(replace(row, fd_fashion=fd, cost=cost))
+    return first, rows
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """The calls that are timed, and whose memory is measured: as many samples as one batch of the images has."""
+
+    source: ModelSource
+    sampling: Sampling
+    num: int
+    device: torch.device
+    dtype: str
+
+    @property
+    def batch(self) -> int:
+        return min(self.num, images.BATCH) * (1 if self.sampling.guidance == 1 else 2)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {key: value for key, value in self.source.config.items() if key != "quantization_config"}
+
+    def timed(self, float_model: nn.Module, module: nn.Module, entry: _Artifact, report: Report) -> Cost:
+        stage = f"timing {entry.name}"
+        report(stage, 0.0)
+        steps = self.source.num_timesteps
+        return timed(float_model, module, self.config, self.batch, steps, lambda f: report(stage, f))
+
+    def with_memory(
+        self, first: ModelRow, rows: Sequence[ModelRow], found: Sequence[_Artifact], report: Report
+    ) -> tuple[ModelRow, list[ModelRow]]:
+        """The rows with memory; the float model's time is the median over those next to each artifact."""
+        gc.collect()  # the models are gone: each is measured with the machine to itself
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        costs = [row.cost for row in rows if row.cost]
+        if not costs:
+            return first, list(rows)
+        ms = statistics.median(cost.float32_ms for cost in costs)
+        given: list[tuple[ModelRow, str | None]] = [(replace(first, cost=Cost(ms, ms)), None)]
+        given += [(row, str(entry.folder)) for row, entry in zip(rows, found, strict=True)]
+        measured = []
+        for number, (row, folder) in enumerate(given):
+            report("memory", number / len(given))
+            seen = memory(self.config, self.batch, self.device, folder, self.dtype)
+            peak, resident = (seen.peak_bytes, seen.resident_bytes) if seen else (None, None)
+            assert row.cost is not None
+            measured.append(replace(row, cost=replace(row.cost, peak_bytes=peak, resident_bytes=resident)))
+        report("memory", 1.0)
+        return measured[0], measured[1:]
+
+
+def _float_row(source: ModelSource, sizes: FloatSizes, pixels: torch.Tensor) -> ModelRow:
+    row = ModelRow(source.name, None, "float32", sizes.float32_bytes, 1.0, pixels, fd_fashion(source, pixels))
+    return replace(row, file_bytes=sizes.file_bytes, file_dtype=sizes.file_dtype)
+
+
+def _quantized_row(
+    entry: _Artifact, reference: ModelRow, sizes: FloatSizes, pixels: torch.Tensor, eps: EpsilonFidelity
+) -> ModelRow:
+    size = artifact.size_bytes(entry.folder)
+    provenance = entry.solution.provenance
+    recipe = provenance.get("recipe", {})
+    return ModelRow(
+        name=entry.name,
+        preset=provenance.get("preset", recipe.get("preset")),
+        bits=f"w{recipe.get('weight_bits')}a{recipe.get('activation_bits')}",
+        size_bytes=size,
+        size_ratio=size / sizes.float32_bytes,
+        size_ratio_bfloat16=size / sizes.bfloat16_bytes,
+        size_ratio_file=size / sizes.file_bytes,
+        images=pixels,
+        fd_fashion=None,
+        eps=eps,
+        psnr_db=metrics.psnr_db(reference.images, pixels),
+        solution=entry.solution,
+    )
+
+
+def _load_artifact(path: str | Path, source: ModelSource, digest: str) -> _Artifact:
+    """An artifact made from the float model whose weights have the hash `digest`, else `InputError`."""
+    other = resolve(path)
+    if not other.quantized:
+        raise InputError(f"'{path}' is not quantized; compare takes a float model, then artifacts")
+    solution = fitting.read(other.folder, other.root)
+    if solution.provenance.get("source_sha256") != digest:
+        made_from = solution.provenance.get("source", "an unknown model")
+        raise InputError(
+            f"'{path}' was not made from '{source.name}' but from other weights ('{made_from}'); compare it with those"
+        )
+    given, made = decisive(source.config), decisive(solution.model_config)
+    for key in given:
+        if key in made and given[key] != made[key]:
+            raise InputError(f"'{path}' was made of a model with {key} {made[key]}, '{source.name}' has {given[key]}")
+    if (found := solution.time_groups.num_timesteps) != (total := source.num_timesteps):
+        raise InputError(f"'{path}' has {found} training timesteps, the scheduler of '{source.name}' has {total}")
+    return _Artifact(other.folder, other.name, solution)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,165 @@
+"""Official DiT checkpoints: a file with the published names becomes a diffusers model that runs as published.
+
+Of a `.pt` file tensors and the training's own arguments are read; other Python objects in it are never unpickled.
+"""
+
+import argparse
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from tqdit.architectures.building import empty_model, set_parameter, share_embedder
+from tqdit.errors import InputError
+from tqdit.sources import training
+from tqdit.sources.float_weights import FLOATS, checked, unwrapped
+from tqdit.sources.published import CLASS_TABLE, POSITIONS, implied_config, published_names
+from tqdit.system.files import read_tensors
+from tqdit.system.reading import check_regular
+
+SUFFIXES = (".pt", ".pth", ".safetensors")
+TRAINING_KEYS = ("ema", "model")  # of a training checkpoint, the better weights first; it also has "opt" and "args"
+POSITION_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint file: its weights by published name, still in the file, and the config they imply.
+
+    `weights` says which of a training checkpoint's they are, "ema" or "model"; empty for a file with one set.
+    `assumed` is a sentence that says which defaults were taken because the file does not say; empty if none were.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+    weights: str
+    assumed: str = ""
+
+
+def read(path: Path, num_heads: int | None = None) -> Checkpoint:
+    """Names, shapes and config of a checkpoint. `num_heads` overrides the published number for the width.
+
+    What its training's own arguments say is compared with the tensors. Raises `InputError` naming the file, and the
+    tensor, size or argument that is not a DiT's, or that another contradicts.
+    """
+    size = check_regular(path).st_size
+    if path.suffix == ".safetensors":
+        weights, tensors, arguments = "", read_tensors(path), {}
+    else:
+        loaded = _unpickled(path)
+        weights, tensors = _tensors(path, loaded)
+        arguments = training.arguments_of(loaded)
+    tensors = unwrapped(tensors)
+    try:
+        _check_views(tensors)
+        training.check_process(arguments)
+        table = tensors.get(CLASS_TABLE, torch.empty(0))
+        assumed = training.check_classes(arguments, len(table)) if table.ndim else ""
+        config = implied_config(tensors, num_heads)
+        training.check_sizes(arguments, config)
+        if missing := next((name for name, _ in published_names(config) if name not in tensors), None):
+            raise InputError(f"weights lack tensor '{missing}'")
+        _check_memory(tensors, size)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return Checkpoint(path, config, tensors, weights, assumed)
+
+
+def _check_views(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise `InputError` for a tensor that repeats a few values: a copy of it could fill any memory."""
+    for name, tensor in tensors.items():
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise InputError(f"tensor '{name}' repeats fewer values than its shape {tuple(tensor.shape)} has")
+
+
+def _check_memory(tensors: Mapping[str, torch.Tensor], size: int) -> None:
+    """Raise `InputError` for tensors that are views of the same values: copies of them could fill any memory."""
+    if (claimed := sum(tensor.nbytes for tensor in tensors.values())) > size:
+        raise InputError(f"its tensors claim {claimed} bytes, the file has {size}: some are the same memory")
+
+
+def load(checkpoint: Checkpoint) -> nn.Module:
+    """The float `DiTTransformer2DModel`, fp32, eval mode, on the CPU; all blocks share one embedder.
+
+    Raises `InputError` naming the file and the tensor for anything missing, of the wrong shape, left over or not
+    finite, and for a position table that is not the published one.
+    """
+    try:
+        model = empty_model(checkpoint.config)
+        share_embedder(model)
+        left = dict(checkpoint.tensors)
+        _check_positions(_taken(left, POSITIONS), cast(torch.Tensor, model.get_buffer("pos_embed.pos_embed")))
+        for name, targets in published_names(checkpoint.config):
+            _fill(model, name, _taken(left, name), targets)
+        if left:
+            raise InputError(f"unexpected tensor '{min(left)}'")
+    except InputError as error:
+        raise InputError(f"{checkpoint.path}: {error}") from None
+    return model.eval()
+
+
+def _unpickled(path: Path) -> Any:
+    """What a file holds, tensors mapped from it where its format allows."""
+    try:
+        with path.open("rb") as file:
+            zipped = zipfile.is_zipfile(file)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the training command line; never used
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # a damaged file can fail in any way
+        if refused := re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error)):
+            raise InputError(f"{path} holds a Python object, {refused[1]}, which is never unpickled") from None
+        raise InputError(f"{path} is truncated, damaged or no file of torch.save") from None
+
+
+def _tensors(path: Path, loaded: Any) -> tuple[str, dict[str, torch.Tensor]]:
+    """Which weights of the file are used, and these."""
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path} holds no table of tensors but a {type(loaded).__name__}")
+    weights = next((key for key in TRAINING_KEYS if isinstance(loaded.get(key), dict) and loaded[key]), "")
+    tensors = loaded[weights] if weights else loaded
+    for name, value in tensors.items():
+        usable = isinstance(value, torch.Tensor) and value.dtype in FLOATS and value.layout is torch.strided
+        if not (isinstance(name, str) and usable and not value.is_meta):
+            raise InputError(f"{path}: '{name}' is no tensor of floats; a DiT checkpoint has nothing else")
+    return weights, dict(tensors)
+
+
+def _taken(left: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    if name not in left:
+        raise InputError(f"weights lack tensor '{name}'")
+    tensor = left.pop(name)
+    checked(name, tensor)
+    return tensor
+
+
+def _fill(model: nn.Module, name: str, tensor: torch.Tensor, targets: tuple[str, ...]) -> None:
+    """Rows of a published tensor into the parameters they belong to, in memory of their own."""
+    shapes = [model.get_parameter(target).shape for target in targets]
+    expected = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    if tuple(tensor.shape) != expected:
+        raise InputError(f"tensor '{name}' has shape {tuple(tensor.shape)}, the other tensors need {expected}")
+    for target, rows in zip(targets, tensor.split([shape[0] for shape in shapes]), strict=True):
+        value = rows.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        set_parameter(model, target, value)
+
+
+def _check_positions(stored: torch.Tensor, computed: torch.Tensor) -> None:
+    """diffusers computes the table; a checkpoint stores it, in its own dtype. They must be the same, (1, N, C)."""
+    if stored.shape != computed.shape:
+        raise InputError(f"tensor '{POSITIONS}' has shape {tuple(stored.shape)}, expected {tuple(computed.shape)}")
+    tolerance = max(POSITION_TOLERANCE, torch.finfo(stored.dtype).eps if stored.dtype.itemsize < 4 else 0.0)
+    difference = (stored.float() - computed).abs().max().item()
+    if difference > tolerance:
+        raise InputError(
+            f"tensor '{POSITIONS}' is not the sine-cosine table of DiT: it differs by {difference:.2g}, and no other "
+            "table is supported"
+        )

@@ -1,0 +1,141 @@
+"""A float model written as a diffusers folder: what `tqdit convert` does."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tqdit.architectures.sites import ARCHITECTURE, config_of
+from tqdit.artifact.model_card import keep_edited
+from tqdit.errors import InputError
+from tqdit.sources.components import check_vae
+from tqdit.sources.published import AS_PUBLISHED, DIFFUSION
+from tqdit.sources.resolve import (
+    LABELS,
+    PIPELINE,
+    SCHEDULER,
+    ModelSource,
+    class_names,
+    load_float,
+    resolve,
+)
+from tqdit.system.files import (
+    CONFIG,
+    EDITABLE,
+    TRANSFORMER,
+    WEIGHTS,
+    check_space,
+    check_target,
+    components_named,
+    is_artifact,
+    is_debris,
+    read_json,
+    repair,
+    replacing,
+    write_json,
+    write_tensors,
+)
+from tqdit.system.isolation import isolated
+
+
+@isolated()
+def convert_checkpoint(
+    model: str | Path,
+    out: str | Path,
+    num_heads: int | None = None,
+    vae: str | Path | None = None,
+    labels: str | Path | None = None,
+    official: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write an official DiT checkpoint as the new folder `out`: transformer, scheduler, with a VAE a whole pipeline.
+
+    `num_heads`: needed where the checkpoint's width is not published. `vae`: a diffusers autoencoder's folder, which is
+    copied. `labels`: a JSON file of class numbers to names. `official` lets MODEL be a diffusers folder: it is marked
+    as made from an official checkpoint, so that it runs with the published frequencies. `overwrite`: replace the folder
+    of a float model, if it has nothing else. Returns the name, the set of weights used, the config and the bytes
+    written. Raises `InputError` for what `resolve` and `load_float` refuse, for `out` that exists (or, with
+    `overwrite`, has anything else), a folder that is no VAE, and a file without class names or with one too many.
+    """
+    out = Path(out)
+    repair(out, _is_float_model)
+    check_target(out, overwrite, _is_float_model)
+    source = resolve(model, num_heads)
+    if source.folder.resolve().is_relative_to(out.resolve()) and source.checkpoint is None:
+        raise InputError(f"output {out} is the model that is converted; choose another folder")
+    if source.checkpoint is None and not official and not source.quantized:
+        raise InputError(
+            f"'{model}' is in diffusers' format already; call it official if it was made from an official checkpoint "
+            "and is to run as published"
+        )
+    classes = int(source.config["num_embeds_ada_norm"])
+    source = replace(
+        source,
+        config={**source.config, **AS_PUBLISHED},
+        vae=source.vae if vae is None else Path(vae),
+        labels=source.labels if labels is None else class_names(read_json(Path(labels)), str(labels), classes),
+    )
+    if source.vae is not None:
+        check_vae(source.vae, int(source.config["in_channels"]))
+        if out.resolve().is_relative_to(source.vae.resolve()):
+            raise InputError(f"output {out} is inside {source.vae}, which is copied into it")
+    source.check_components()
+    module = load_float(source)
+    check_space(out, sum(parameter.nbytes for parameter in module.parameters()))
+    with replacing(out, overwrite, _is_float_model) as folder:
+        _write(folder, source, module)
+        for part in ("", TRANSFORMER):
+            keep_edited(folder / part, out / part)
+    return {
+        "name": source.name,
+        "weights": source.weights,
+        "config": config_of(module),
+        "bytes": sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
+    }
+
+
+def _is_float_model(folder: Path) -> bool:
+    """Whether a folder has a float model as `convert_checkpoint` writes it, and nothing else.
+
+    What people edit in it is kept, and what programs leave in it is not missed.
+    """
+    entries = {entry.name for entry in folder.iterdir() if not is_debris(Path(entry.name))} - set(EDITABLE)
+    written = {TRANSFORMER, SCHEDULER.parts[0], "vae", PIPELINE, LABELS, *components_named(folder)}
+    return (folder / TRANSFORMER / CONFIG).is_file() and entries <= written and not is_artifact(folder)
+
+
+def _write(folder: Path, source: ModelSource, module: nn.Module) -> None:
+    transformer = folder / TRANSFORMER
+    transformer.mkdir()
+    write_tensors(transformer / WEIGHTS, _separate(module.state_dict()))
+    write_json(transformer / CONFIG, dict(config_of(module)))
+    write_json(folder / SCHEDULER, source.scheduler)
+    source.copy_components(folder)
+    labels = {str(number): label for number, label in sorted(source.labels.items())}
+    if source.vae is not None or source.pipeline is not None:
+        write_json(folder / PIPELINE, _index(source) | ({"id2label": labels} if labels else {}))
+    elif labels:
+        write_json(folder / LABELS, labels)
+
+
+def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors none of which share memory: diffusers' own loader wants every block's copy of the embedder."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        found[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return found
+
+
+def _index(source: ModelSource) -> dict[str, Any]:
+    """The model_index.json of a pipeline, by which diffusers' `DiTPipeline` loads the folder."""
+    index = {"_class_name": "DiTPipeline", **(source.pipeline or {})}
+    index["scheduler"] = ["diffusers", source.scheduler.get("_class_name", DIFFUSION["_class_name"])]
+    index[TRANSFORMER] = ["diffusers", ARCHITECTURE]
+    if source.vae is not None:
+        index["vae"] = ["diffusers", read_json(source.vae / CONFIG).get("_class_name", "AutoencoderKL")]
+    return index

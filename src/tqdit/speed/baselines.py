@@ -1,0 +1,221 @@
+"""What a quantized model is timed against: float models of its shape with random weights; torchao's int8 and fp8."""
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from tqdit.errors import InputError
+from tqdit.speed.machine import synchronise
+from tqdit.speed.random_weights import random_float
+from tqdit.system.capture import CudaGraphed
+from tqdit.system.extras import install_command
+
+# Family -> its contenders. The best one of a family is what a speed-up is over. All but the eager ones are compiled.
+FAMILIES: Mapping[str, tuple[str, ...]] = {
+    "float32": ("float32-eager", "float32-compiled"),
+    "bfloat16": ("bf16-eager", "bf16-compiled"),
+    "bfloat16-blocks": ("bf16-blocks",),  # compiled as torchao's on a GPU: what that costs them
+    "torchao": ("torchao-int8", "torchao-fp8"),
+}
+OWN_WEIGHTS = (*FAMILIES["bfloat16-blocks"], *FAMILIES["torchao"])  # changed in place: not for another contender
+FP8_CAPABILITY = (8, 9)
+# torch.compile's options for the strongest baseline, by kind of device. cuda: its mode "max-autotune", but for the CUDA
+# graphs, which are ours (`CudaGraphed`).
+COMPILE_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "cpu": {"freezing": True},  # packed weights
+    "cuda": {"max_autotune": True, "coordinate_descent_tuning": True},
+}
+# What torchao would set for the whole process (torchao.quantization.utils.recommended_inductor_config_setter) but for
+# unique kernel names, which are for profiles, and for a search of pointwise kernels in all directions at once, which
+# takes minutes.
+TORCHAO_OPTIONS: Mapping[str, Any] = {"coordinate_descent_tuning": True, "force_fuse_int_mm_with_mul": True}
+# Triton has a hundred candidates for each fp8 product: minutes of timing each, for DiT-XL/2 at 64 samples.
+FP8_OPTIONS: Mapping[str, Any] = {"max_autotune_gemm_backends": "ATEN"}
+RECOMPILE_LIMIT = 64  # every compiled contender at every batch size counts: diffusers' models are one piece of code
+
+
+def contenders(against: Sequence[str]) -> dict[str, str]:
+    """Contender -> family, in the order of `FAMILIES`, of families and single contenders by name.
+
+    `InputError` naming an unknown one and the known ones.
+    """
+    for name in against:
+        if name not in FAMILIES and all(name not in members for members in FAMILIES.values()):
+            known = ", ".join([*FAMILIES, *(member for members in FAMILIES.values() for member in members)])
+            raise InputError(f"unknown baseline '{name}'; known: {known}")
+    return {
+        member: family
+        for family, members in FAMILIES.items()
+        for member in members
+        if family in against or member in against
+    }
+
+
+def is_compiled(name: str) -> bool:
+    """Whether torch.compile runs that contender."""
+    return not name.endswith("-eager")
+
+
+def weights_of(name: str) -> str:
+    """Equal for contenders that share one set of weights."""
+    return name if name in OWN_WEIGHTS else name.partition("-")[0]
+
+
+def missing(name: str, device: torch.device) -> str | None:
+    """Why a contender cannot be built here, or None."""
+    if name in FAMILIES["bfloat16-blocks"] and device.type != "cuda":
+        return "models are compiled block by block on CUDA devices alone"
+    if name not in FAMILIES["torchao"]:
+        return None
+    if importlib.util.find_spec("torchao") is None:
+        return f"torchao is not installed: {install_command('bench')}"
+    if name == "torchao-fp8":
+        found = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        if found is None or found < FP8_CAPABILITY:
+            needed, here = (".".join(map(str, version)) if version else "none" for version in (FP8_CAPABILITY, found))
+            return f"fp8 products need a CUDA device of compute capability {needed}; {device} has {here}"
+    return None
+
+
+def build(names: Sequence[str], config: Mapping[str, Any], device: torch.device) -> dict[str, nn.Module]:
+    """Contenders with the same `weights_of`, on `device`. Compilation happens in their first call."""
+    weights = weights_of(names[0])
+    model = random_float(config, torch.float32 if weights == "float32" else torch.bfloat16)
+    nn.Module.to(model, device)
+    options = dict(COMPILE_OPTIONS.get(device.type, {}))
+    if device.type == "cuda":
+        fuse_projections(model)
+    if weights in FAMILIES["torchao"]:
+        quantize_with_torchao(model, weights, only_blocks=device.type == "cuda")
+        options |= TORCHAO_OPTIONS
+    if weights == "torchao-fp8":
+        options |= FP8_OPTIONS
+    by_blocks = weights in OWN_WEIGHTS and device.type == "cuda"
+    return {
+        name: _compiled(model, options, device, by_blocks) if is_compiled(name) else Baseline(model, model)
+        for name in names
+    }
+
+
+def _compiled(model: nn.Module, options: Mapping[str, Any], device: torch.device, by_blocks: bool) -> nn.Module:
+    """`model` compiled for one shape at a time: what would silently run a part of that uncompiled is an error.
+
+    Compiled whole, or `by_blocks`, in place: one block for all of them, and the embedder for the final layer, not the
+    patch embedding and the final layer. torchao's layers in 28 blocks take the compiler minutes.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    if by_blocks:
+        blocks = cast(Any, model).transformer_blocks
+        for part in (*blocks, blocks[0].norm1.emb):
+            part.compile(dynamic=False, fullgraph=True, options=dict(options))
+        baseline = Baseline(model, model)
+    else:
+        baseline = Baseline(model, torch.compile(model, dynamic=False, fullgraph=True, options=dict(options)))
+    return CudaGraphed(baseline) if device.type == "cuda" else baseline
+
+
+def fuse_projections(model: nn.Module) -> None:
+    """Query, key and value of every block as one layer, in place: the same numbers out of fewer, larger products."""
+    from diffusers.models.attention_processor import FusedAttnProcessor2_0
+
+    for block in cast(Any, model).transformer_blocks:
+        attention = block.attn1
+        attention.fuse_projections()
+        attention.set_processor(FusedAttnProcessor2_0())
+        del attention.to_q, attention.to_k, attention.to_v
+    model.requires_grad_(False)
+
+
+def quantize_with_torchao(model: nn.Module, name: str, only_blocks: bool = False) -> None:
+    """torchao's dynamic int8 or fp8 for every linear layer, in place; a layer that blocks share is quantized once.
+
+    `only_blocks`: the two of the final layer stay as they are, since they are not compiled and would be slower.
+    """
+    with quiet():
+        from torchao.quantization import (
+            Float8DynamicActivationFloat8WeightConfig,
+            Int8DynamicActivationInt8WeightConfig,
+            PerRow,
+            quantize_,
+        )
+
+    done: set[int] = set()
+
+    def is_new_linear(module: nn.Module, path: str) -> bool:
+        outside = only_blocks and not path.startswith("transformer_blocks.")
+        if outside or not isinstance(module, nn.Linear) or id(module) in done:
+            return False
+        done.add(id(module))
+        return True
+
+    # What they set for the whole process is in TORCHAO_OPTIONS, for theirs alone.
+    if name == "torchao-fp8":
+        config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    else:
+        config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+    quantize_(model, config, is_new_linear)
+
+
+class Baseline(nn.Module):
+    """A float model that takes and gives fp32, whatever its own dtype: what the sampler calls. `run` computes it."""
+
+    def __init__(self, model: nn.Module, run: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.run = run
+        self.dtype = next(model.buffers()).dtype
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    def forward(
+        self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor, return_dict: bool = False
+    ) -> tuple[torch.Tensor]:
+        """(B, C, H, W), (B,), (B,) -> ((B, C or 2C, H, W),) as diffusers' model with `return_dict=False`."""
+        x = hidden_states.to(self.dtype)
+        return (self.run(x, timestep=timestep, class_labels=class_labels, return_dict=False)[0].float(),)
+
+
+class DenoiserCall:
+    """One denoiser call of a sampler with guidance: half of the labels are the null class, t is the same for all.
+
+    Its inputs are fixed but for t. It returns when the device has finished.
+    """
+
+    def __init__(self, module: nn.Module, config: Mapping[str, Any], batch: int, device: torch.device) -> None:
+        channels, side, classes = (int(config[key]) for key in ("in_channels", "sample_size", "num_embeds_ada_norm"))
+        labels = torch.arange(batch) % classes
+        labels[(batch + 1) // 2 :] = classes
+        with torch.inference_mode():  # as the sampler's states are: torch.compile tells the two kinds apart
+            noise = torch.randn(batch, channels, side, side, generator=torch.Generator().manual_seed(0))
+            self.x, self.labels = noise.to(device).clone(), labels.to(device).clone()
+        self.module = module
+        self.device = device
+
+    @torch.inference_mode()
+    def __call__(self, t: int) -> torch.Tensor:
+        """The model's output for the training timestep t, (B, C or 2C, H, W)."""
+        timestep = torch.full_like(self.labels, t)
+        output = self.module(self.x, timestep=timestep, class_labels=self.labels, return_dict=False)[0]
+        synchronise(self.device)
+        return output
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of other libraries about what they would like to be installed."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,135 @@
+"""A quantized model of a shape without calibration: random codes, plausible scales. For timing, never for images."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tqdit.architectures.building import empty_model
+from tqdit.architectures.shapes import shape_name, tokens
+from tqdit.architectures.sites import sites
+from tqdit.grids.regions import GELU_MINIMUM, coarse_softmax_scale, merging_exponents, softmax_exponents
+from tqdit.recipe import PRODUCTS_OF, Recipe
+from tqdit.spec import Grid, GridParams, IntFormat, Role, SiteSpec, Solution
+from tqdit.speed.random_weights import Pool, embedder_twin, standard_deviation
+from tqdit.system.environment import versions
+from tqdit.timegroups import TimeGroups
+
+# Extent (largest minus smallest value) of each operand in a model whose layers have unit variance: about +-4 sigma.
+EXTENTS = {Role.INPUT: 10.0, Role.QUERY: 10.0, Role.KEY: 10.0, Role.VALUE: 10.0}
+GELU_MAXIMUM = 5.0
+VARIATION = 0.03  # relative, of a scale between time groups, heads and channels
+NUM_TIMESTEPS = 1000
+
+
+def random_solution(config: Mapping[str, Any], recipe: Recipe, seed: int = 0) -> Solution:
+    """A Solution of the shape `config` under `recipe`, with codes, scales and floats for every site and parameter.
+
+    Activations of the resulting model have unit variance and fill their grids. No float copy of a weight is made; all
+    blocks share the tensors of one embedder, as an artifact's do. Raises `InputError` as `sites` does.
+    """
+    shapes = {name: parameter.shape for name, parameter in empty_model(config).named_parameters()}
+    specs = sites(config, _resolved(recipe))
+    draw = _Draw(max(shape.numel() for shape in shapes.values()), tokens(config), seed, recipe)
+    params: dict[str, GridParams] = {}
+    codes: dict[str, torch.Tensor] = {}
+    for spec in specs:
+        twin = embedder_twin(spec.name)
+        if twin != spec.name:
+            params[spec.name] = GridParams(spec, params[twin].scale)
+            codes[spec.name] = codes[twin]
+        elif spec.is_weight:
+            params[spec.name] = draw.weight_params(spec, shapes[spec.name])
+            codes[spec.name] = draw.codes(spec, shapes[spec.name])
+        else:
+            params[spec.name] = draw.activation_params(spec)
+    floats: dict[str, torch.Tensor] = {}
+    for name, shape in shapes.items():
+        if name not in codes:
+            twin = embedder_twin(name)
+            floats[name] = floats[twin] if twin != name else draw.parameter(name, shape)
+    provenance = {
+        "preset": recipe.label,
+        "recipe": recipe.model_dump(mode="json"),
+        "source": f"random {shape_name(config)}",
+        "versions": versions(),
+    }
+    return Solution(dict(config), TimeGroups(NUM_TIMESTEPS, recipe.groups), params, codes, floats, provenance)
+
+
+def _resolved(recipe: Recipe) -> Recipe:
+    """The recipe with MRQ where a search would choose: the grid that costs most, two products unless the recipe allows
+    one, so that timing is on the safe side."""
+    recipe = recipe.settled
+    return recipe.model_copy(update={name: "mrq" for name in PRODUCTS_OF if getattr(recipe, name) == "best"})
+
+
+class _Draw:
+    """Random codes and parameters of one model."""
+
+    def __init__(self, largest: int, keys: int, seed: int, recipe: Recipe) -> None:
+        """`keys`: tokens a softmax row spreads over."""
+        self._pool = Pool(largest, seed)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._keys = keys
+        self._recipe = recipe
+        self._codes: dict[int, torch.Tensor] = {}  # bits -> the pool as codes
+
+    def codes(self, spec: SiteSpec, shape: torch.Size) -> torch.Tensor:
+        """int8 codes of N(0, 1) values on a grid that ends at `_clip`."""
+        if spec.bits not in self._codes:
+            fmt = IntFormat(spec.bits)
+            scaled = (self._pool.values * (fmt.qmax / _clip(spec.bits))).round_()
+            self._codes[spec.bits] = scaled.clamp_(fmt.qmin, fmt.qmax).to(torch.int8)
+        return self._pool.take(shape, self._codes[spec.bits])
+
+    def weight_params(self, spec: SiteSpec, shape: torch.Size) -> GridParams:
+        """Scales that give the layer unit variance."""
+        step = _clip(spec.bits) / spec.format.qmax * standard_deviation(spec.name, shape)
+        return GridParams(spec, self._varied(spec, step))
+
+    def activation_params(self, spec: SiteSpec) -> GridParams:
+        fmt = spec.format
+        levels = fmt.qmax - fmt.qmin
+        if spec.grid is Grid.MRQ_SOFTMAX:
+            coarse = torch.full((spec.groups, spec.units), coarse_softmax_scale(spec.bits))
+            return GridParams(spec, torch.stack([coarse * 2.0 ** -self._exponents(spec), coarse], -1))
+        if spec.grid is Grid.MRQ_GELU:
+            coarse = self._varied(spec, GELU_MAXIMUM / fmt.qmax)
+            fine = torch.full_like(coarse, GELU_MINIMUM / -fmt.qmin)
+            if self._recipe.gelu_products == "one":
+                fine = coarse * 2.0 ** -(merging_exponents(spec.bits, spec.grid).stop - 1)
+            return GridParams(spec, torch.stack([fine, coarse], -1))
+        if spec.role is Role.SOFTMAX:
+            return GridParams(spec, *_from_low(spec, self._varied(spec, 1 / levels), 0.0))
+        if spec.role is Role.GELU:
+            step = self._varied(spec, (GELU_MAXIMUM + GELU_MINIMUM) / levels)
+            return GridParams(spec, *_from_low(spec, step, GELU_MINIMUM))
+        spread = max(1, levels // 32)  # the middle of the codes is zero; ranges are not quite symmetric
+        zero_point = torch.randint(-spread, spread + 1, (spec.groups, spec.units), generator=self._generator)
+        return GridParams(spec, self._varied(spec, EXTENTS[spec.role] / levels), zero_point.to(torch.int32))
+
+    def parameter(self, name: str, shape: torch.Size) -> torch.Tensor:
+        return self._pool.take(shape).mul_(standard_deviation(name, shape))
+
+    def _varied(self, spec: SiteSpec, step: float) -> torch.Tensor:
+        noise = torch.randn(spec.groups, spec.units, generator=self._generator).clamp_(-3, 3)
+        return (1 + VARIATION * noise) * step
+
+    def _exponents(self, spec: SiteSpec) -> torch.Tensor:
+        """i of s1 = s2 2^-i: the fine region ends near the largest probabilities of a row, one to either side."""
+        legal = softmax_exponents(spec.bits, merging=self._recipe.softmax_products == "one")
+        middle = round(math.log2(max(self._keys / 16, 1)))
+        shift = torch.randint(-1, 2, (spec.groups, spec.units), generator=self._generator)
+        return (middle + shift).clamp(legal.start, legal.stop - 1).float()
+
+
+def _clip(bits: int) -> float:
+    """Where a grid for N(0, 1) ends, in standard deviations: fewer levels pay for less of the tail."""
+    return min(4.0, bits / 2)
+
+
+def _from_low(spec: SiteSpec, step: torch.Tensor, low: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of a grid whose lowest value is about -`low`."""
+    return step, (spec.format.qmin + torch.round(low / step)).to(torch.int32)

@@ -1,0 +1,67 @@
+"""Models of a shape with random weights that are not degenerate: what a speed is measured on.
+
+A float model's speed does not depend on values, but zeros would hide it (a zero-initialised DiT computes zeros) and
+NaN would slow it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from tqdit.architectures.building import empty_model, set_parameter, share_embedder
+
+EMBEDDER = "norm1.emb."  # diffusers gives every block its own copy of one embedder
+BIAS_STD = 0.1
+
+
+class Pool:
+    """Normal numbers drawn once and dealt out in shifted windows: 675 M draws would take longer than the benchmark."""
+
+    MARGIN = 1 << 20  # how many different windows of the largest tensor there are
+
+    def __init__(self, largest: int, seed: int) -> None:
+        """`largest`: elements of the largest tensor that will be taken."""
+        self._generator = torch.Generator().manual_seed(seed)
+        self.values = torch.randn(largest + self.MARGIN, generator=self._generator)
+
+    def take(self, shape: torch.Size, values: torch.Tensor | None = None) -> torch.Tensor:
+        """A tensor of its own, of `shape`: a random window of `values` (another form of the pool), N(0, 1) by default.
+
+        No fp32 copy is made of a window of integers.
+        """
+        source = self.values if values is None else values
+        count = shape.numel()
+        start = int(torch.randint(len(source) - count + 1, (), generator=self._generator))
+        return source[start : start + count].clone().reshape(shape)
+
+
+def embedder_twin(name: str) -> str:
+    """The name of the same parameter in block 0, for one of a block's copy of the embedder; else `name` itself."""
+    head, found, tail = name.partition(EMBEDDER)
+    if not found or not head.startswith("transformer_blocks."):
+        return name
+    return f"transformer_blocks.0.{EMBEDDER}{tail}"
+
+
+def random_float(config: Mapping[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    """A float model of a shape with unit-variance layers, in eval mode on the CPU; all blocks share one embedder.
+
+    Sharing makes it smaller and faster than diffusers' own model, never slower: a baseline must not lose by copies.
+    """
+    model = empty_model(config)
+    share_embedder(model)
+    pool = Pool(max(p.numel() for p in model.parameters()), seed)
+    for name, parameter in list(model.named_parameters()):  # a shared one is listed once
+        value = pool.take(parameter.shape).mul_(standard_deviation(name, parameter.shape)).to(dtype)
+        set_parameter(model, name, value)
+    nn.Module.to(model, dtype)  # the position table; diffusers' own `to` would warn
+    return model.eval()
+
+
+def standard_deviation(name: str, shape: torch.Size) -> float:
+    """Of a random parameter: weights (out, in, ...) keep unit variance, the class table's rows have it."""
+    if name.endswith(".bias"):
+        return BIAS_STD
+    return 1.0 if name.endswith("embedding_table.weight") else shape[1:].numel() ** -0.5
