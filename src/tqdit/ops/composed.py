@@ -1,5 +1,7 @@
-"""The operations of a DiT block out of four primitive ones: what a backend must equal, and what it may fall back to."""
+"""The verbs of a backend out of four primitive operations: what a backend must equal, and what it may fall back to."""
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,37 +10,39 @@ from torch.nn import functional as F
 
 from tqdit.ops.holders import LinearCodes
 from tqdit.ops.quantizer import quantize
-from tqdit.ops.schema import AttentionParams, OperandParams, WeightParams
+from tqdit.ops.schema import Activation, AttentionParams, Norm, OperandParams, Residual, WeightParams
+
+FUNCTIONS = {"gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 class Composed:
-    """A `Backend` out of `linear`, `scores`, `values` and `float_input_linear`, which a subclass provides.
+    """A `Backend` out of `product`, `scores`, `values` and `float_input_linear`, which a subclass provides.
 
-    Codes are int8: (B, N, C), and (B, N, 3 C) for q, k and v.
+    Codes are int8: (B, N, C), and projected ones (B, N, parts C).
     """
 
     NAME: str
     INTEGER: bool
-    TABLES = False
     GRAPHS = False
 
-    def linear(self, codes: torch.Tensor, source: OperandParams, layer: Any) -> torch.Tensor:
-        """x W^T + bias in fp32: (B, N, in) -> (B, N, out)."""
+    def product(self, codes: torch.Tensor, source: OperandParams, layer: Any) -> torch.Tensor:
+        """Return x W^T + bias in fp32: (B, N, in) -> (B, N, out)."""
         raise NotImplementedError
 
     def scores(
         self, q: torch.Tensor, q_params: OperandParams, k: torch.Tensor, k_params: OperandParams, factor: float
     ) -> torch.Tensor:
-        """factor * Q K^T in fp32: (B, H, N, N)."""
+        """Return factor * Q K^T in fp32: (B, H, N, M)."""
         raise NotImplementedError
 
     def values(
         self, p: torch.Tensor, p_params: OperandParams, v: torch.Tensor, v_params: OperandParams
     ) -> torch.Tensor:
-        """P V in fp32: (B, H, N, head_dim)."""
+        """Return P V in fp32: (B, H, N, head_dim)."""
         raise NotImplementedError
 
     def float_input_linear(self, x: torch.Tensor, layer: Any) -> torch.Tensor:
+        """Return x W^T + bias for float x, fp32."""
         raise NotImplementedError
 
     def prepare(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:
@@ -47,38 +51,54 @@ class Composed:
     def prepare_float_input(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:
         return LinearCodes(weight, bias)
 
-    def norm_quantize(
-        self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, target: OperandParams
+    def quantize(self, x: torch.Tensor, target: OperandParams, norm: Norm | None = None) -> torch.Tensor:
+        if norm is None:
+            return quantize(x, target)
+        normal = F.layer_norm(x.float(), x.shape[-1:], eps=norm.eps)
+        return quantize(normal * (1 + norm.scale[:, None]) + norm.shift[:, None], target)
+
+    def project(
+        self, codes: torch.Tensor, source: OperandParams, layer: Any, targets: Sequence[OperandParams], heads: int
     ) -> torch.Tensor:
-        normal = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-        return quantize(normal * (1 + scale[:, None]) + shift[:, None], target)
+        parts = split_heads(self.product(codes, source, layer), len(targets), heads)
+        return join_heads([quantize(y, target) for y, target in zip(parts, targets, strict=True)])
 
-    def qkv(self, codes: torch.Tensor, source: OperandParams, layer: Any, params: AttentionParams) -> torch.Tensor:
-        parts = _split_heads(self.linear(codes, source, layer), params.heads)
-        return _join_heads([quantize(y, target) for y, target in zip(parts, params.projections, strict=True)])
-
-    def attention(self, qkv: torch.Tensor, params: AttentionParams, target: OperandParams) -> torch.Tensor:
-        q, k, v = _split_heads(qkv, params.heads)
-        scores = self.scores(q, params.query, k, params.key, q.shape[-1] ** -0.5)
-        p = quantize(scores.softmax(dim=-1), params.softmax)
-        return quantize(self.values(p, params.softmax, v, params.value).transpose(1, 2).flatten(2), target)
-
-    def linear_gelu(
-        self, codes: torch.Tensor, source: OperandParams, layer: Any, target: OperandParams
+    def attend(
+        self,
+        projected: torch.Tensor,
+        attention: AttentionParams,
+        target: OperandParams,
+        context: Any = None,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return quantize(F.gelu(self.linear(codes, source, layer), approximate="tanh"), target)
+        heads = attention.heads
+        if context is None:
+            q, k, v = split_heads(projected, 3, heads)
+        else:
+            (q,), (k, v) = split_heads(projected, 1, heads), split_heads(context, 2, heads)
+        scores = self.scores(q, attention.query, k, attention.key, q.shape[-1] ** -0.5)
+        if bias is not None:
+            scores = scores + bias[:, None, None, :]
+        p = quantize(scores.softmax(dim=-1), attention.softmax)
+        return quantize(self.values(p, attention.softmax, v, attention.value).transpose(1, 2).flatten(2), target)
 
-    def linear_residual(
-        self, codes: torch.Tensor, source: OperandParams, layer: Any, gate: torch.Tensor, x: torch.Tensor
+    def linear(
+        self, codes: torch.Tensor, source: OperandParams, layer: Any, then: Activation | Residual | None = None
     ) -> torch.Tensor:
-        return (x.float() + gate[:, None] * self.linear(codes, source, layer)).to(x.dtype)
+        y = self.product(codes, source, layer)
+        if then is None:
+            return y
+        if isinstance(then, Activation):
+            return quantize(FUNCTIONS[then.function](y), then.target)
+        added = y if then.gate is None else then.gate[:, None] * y
+        return (then.x.float() + added).to(then.x.dtype)
 
 
-def _split_heads(x: torch.Tensor, heads: int) -> tuple[torch.Tensor, ...]:
-    """(B, N, 3 C) -> three of (B, H, N, head_dim)."""
-    return x.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+def split_heads(x: torch.Tensor, parts: int, heads: int) -> tuple[torch.Tensor, ...]:
+    """Split (B, N, parts C) into `parts` tensors of (B, H, N, head_dim)."""
+    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
-def _join_heads(parts: list[torch.Tensor]) -> torch.Tensor:
-    """The inverse."""
+def join_heads(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Join tensors (B, H, N, head_dim) into one (B, N, parts C): the inverse of `split_heads`."""
     return torch.stack(parts).permute(1, 3, 0, 2, 4).flatten(2)

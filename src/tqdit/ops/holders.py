@@ -89,6 +89,7 @@ class LinearCodes(FixedDtype):
 
     def __init__(self, weight: WeightParams, bias: torch.Tensor | None) -> None:
         super().__init__()
+        self.bits = weight.bits
         self.hold("codes", weight.codes.clone())
         self.hold("scale", weight.scale.clone())
         self.hold("colsum", None if weight.colsum is None else weight.colsum.clone())
@@ -100,4 +101,4 @@ class LinearCodes(FixedDtype):
 
     @property
     def weight(self) -> WeightParams:
-        return WeightParams(self.codes, self.scale, self.colsum)
+        return WeightParams(self.codes, self.scale, self.bits, self.colsum)

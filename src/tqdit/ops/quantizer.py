@@ -4,17 +4,20 @@ import torch
 
 from tqdit.grids import regions, uniform
 from tqdit.ops.schema import OperandParams
+from tqdit.ops.tables import parameters
 
 
 def quantize(x: torch.Tensor, params: OperandParams) -> torch.Tensor:
-    """Codes of x, int8, same shape."""
+    """Return the codes of x, int8, in its shape: (B, N, C) or (B, H, N, d)."""
+    p = parameters(params, x.ndim)
     if params.grid.two_region:
-        return regions.quantize(x, params.scale, params.coarse, params.bits, params.grid)
-    return uniform.quantize(x, params.scale, params.zero_point, params.bits)
+        return regions.quantize(x, p.scale, p.coarse, params.bits, params.grid)
+    return uniform.quantize(x, p.scale, p.zero_point, params.bits)
 
 
 def dequantize(codes: torch.Tensor, params: OperandParams) -> torch.Tensor:
-    """Values of codes, fp32."""
+    """Return the values of codes, fp32."""
+    p = parameters(params, codes.ndim)
     if params.grid.two_region:
-        return regions.dequantize(codes, params.scale, params.coarse, params.grid)
-    return uniform.dequantize(codes, params.scale, params.zero_point)
+        return regions.dequantize(codes, p.scale, p.coarse, params.grid)
+    return uniform.dequantize(codes, p.scale, p.zero_point)

@@ -1,7 +1,7 @@
 """Integer-exact torch version of every operation: the oracle of all tests and of every other backend.
 
-Every product is of int8 codes and accumulates to int32 without rounding; scales enter in an fp32 epilogue. The block
-operations of `Reference` are composed of the functions below.
+Every product is of int8 codes and accumulates to int32 without rounding; scales enter in an fp32 epilogue. The verbs
+of `Reference` are composed of the functions below.
 """
 
 import functools
@@ -13,6 +13,7 @@ from tqdit.grids.regions import sign
 from tqdit.ops.composed import Composed
 from tqdit.ops.holders import LinearCodes
 from tqdit.ops.schema import OperandParams, WeightParams
+from tqdit.ops.tables import Parameters, parameters
 from tqdit.system.isolation import without_autocast
 
 MAX_PRODUCT = 128 * 128  # of two int8 codes
@@ -87,48 +88,50 @@ def linear(codes: torch.Tensor, params: OperandParams, weight: WeightParams, bia
 
     MRQ whose regions merge (s2 = s1 2^i): s1 s_w acc + bias with acc = 2^i (C2 W) +- C1 W, still an integer.
     """
-    w = weight.codes.t()
+    w, p = weight.codes.t(), parameters(params, codes.ndim)
     assert weight.colsum is not None
     if params.grid.two_region:
         negative, positive = (int_matmul(c, w) for c in split_regions(codes))
-        out = _two_regions(negative, positive, params, weight.scale)
+        out = _two_regions(negative, positive, params, p, weight.scale)
     else:
-        acc = int_matmul(codes, w) - params.zero_point * weight.colsum
-        out = acc.float().mul_(params.scale * weight.scale)
+        acc = int_matmul(codes, w) - p.zero_point * weight.colsum
+        out = acc.float().mul_(p.scale * weight.scale)
     return out if bias is None else out.add_(bias)
 
 
 def _two_regions(
-    negative: torch.Tensor, positive: torch.Tensor, params: OperandParams, other: torch.Tensor
+    negative: torch.Tensor, positive: torch.Tensor, params: OperandParams, p: Parameters, other: torch.Tensor
 ) -> torch.Tensor:
-    """The value of the two accumulators of an MRQ operand, times the other operand's scale."""
-    if params.shift is not None:
-        acc = (positive << params.shift) + sign(params.grid) * negative
-        return acc.float().mul_(params.scale * other)
-    fine = negative.float() * (sign(params.grid) * params.scale)
-    return (positive.float() * params.coarse).add_(fine).mul_(other)
+    """Return the value of the two accumulators of an MRQ operand, times the other operand's scale."""
+    if params.merged:
+        acc = positive * p.factor + sign(params.grid) * negative
+        return acc.float().mul_(p.scale * other)
+    fine = negative.float() * (sign(params.grid) * p.scale)
+    return (positive.float() * p.coarse).add_(fine).mul_(other)
 
 
 def scores(
     q: torch.Tensor, q_params: OperandParams, k: torch.Tensor, k_params: OperandParams, factor: float
 ) -> torch.Tensor:
     """factor s_q s_k (q - z_q)(k - z_k)^T, the zero points corrected in int32 by sums of codes."""
-    z_q, z_k = q_params.zero_point, k_params.zero_point
+    of_q, of_k = parameters(q_params, q.ndim), parameters(k_params, k.ndim)
+    z_q, z_k = of_q.zero_point, of_k.zero_point
     acc = int_matmul(q, k.transpose(-1, -2))
     acc -= z_q * _code_sum(k).transpose(-1, -2)
     acc -= z_k * _code_sum(q)
     acc += z_q * z_k * q.shape[-1]
-    return acc.float().mul_(q_params.scale * k_params.scale * factor)
+    return acc.float().mul_(of_q.scale * of_k.scale * factor)
 
 
 def values(p: torch.Tensor, p_params: OperandParams, v: torch.Tensor, v_params: OperandParams) -> torch.Tensor:
     """P V = s_v (+-s1 (C1 V) + s2 (C2 V)) for MRQ probabilities; one product for uniform ones."""
+    of_p, of_v = parameters(p_params, p.ndim), parameters(v_params, v.ndim)
     if p_params.grid.two_region:
-        negative, positive = (_times_value(c, v, v_params) for c in split_regions(p))
-        return _two_regions(negative, positive, p_params, v_params.scale)
-    centred_sum = _code_sum(v.transpose(-1, -2)).transpose(-1, -2) - v_params.zero_point * v.shape[-2]
-    acc = _times_value(p, v, v_params) - p_params.zero_point * centred_sum
-    return acc.float().mul_(p_params.scale * v_params.scale)
+        negative, positive = (_times_value(c, v, of_v) for c in split_regions(p))
+        return _two_regions(negative, positive, p_params, of_p, of_v.scale)
+    centred_sum = _code_sum(v.transpose(-1, -2)).transpose(-1, -2) - of_v.zero_point * v.shape[-2]
+    acc = _times_value(p, v, of_v) - of_p.zero_point * centred_sum
+    return acc.float().mul_(of_p.scale * of_v.scale)
 
 
 def weight_only_linear(x: torch.Tensor, weight: WeightParams, bias: torch.Tensor | None) -> torch.Tensor:
@@ -138,9 +141,9 @@ def weight_only_linear(x: torch.Tensor, weight: WeightParams, bias: torch.Tensor
     return out if bias is None else out + bias
 
 
-def _times_value(c: torch.Tensor, v: torch.Tensor, v_params: OperandParams) -> torch.Tensor:
+def _times_value(c: torch.Tensor, v: torch.Tensor, of_v: Parameters) -> torch.Tensor:
     """C (v - z_v) in int32."""
-    return int_matmul(c, v) - v_params.zero_point * _code_sum(c)
+    return int_matmul(c, v) - of_v.zero_point * _code_sum(c)
 
 
 def _code_sum(codes: torch.Tensor) -> torch.Tensor:
@@ -162,7 +165,7 @@ class Reference(Composed):
     def kernel(self, operation: str) -> str:
         return "float32 x int8" if operation == "float_input_linear" else "int8"
 
-    def linear(self, codes: torch.Tensor, source: OperandParams, layer: LinearCodes) -> torch.Tensor:
+    def product(self, codes: torch.Tensor, source: OperandParams, layer: LinearCodes) -> torch.Tensor:
         return linear(codes, source, layer.weight, layer.bias)
 
     def float_input_linear(self, x: torch.Tensor, layer: LinearCodes) -> torch.Tensor:

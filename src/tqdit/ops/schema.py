@@ -1,10 +1,11 @@
-"""What an operation is: the operands every backend receives and the functions it must have.
+"""What an operation is: the operands that every backend receives, and the verbs that every backend has.
 
-`ops.reference` defines the results; another integer backend must produce the same codes and the same accumulators. A
-block of a DiT is seven calls: norm_quantize, qkv, attention, linear_residual; norm_quantize, linear_gelu,
-linear_residual. Between them only codes travel, in a layout of the backend's own.
+`ops.reference` defines the results: another integer backend must give the same codes and the same accumulators. Codes
+travel between the verbs in a layout of the backend's own. `ops.composed` gives a backend every verb out of four
+primitive operations.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,38 +15,48 @@ from tqdit.spec import Grid
 
 
 class OperandParams(NamedTuple):
-    """Parameters of one activation site, already selected for a batch, so that they broadcast to the tensor.
+    """The parameters of one activation operand in a call. The table is their only form.
 
-    Uniform: `scale`, `zero_point`. Two-region: `scale` = s1, `coarse` = s2; `shift` where s2 = s1 2^shift and both
-    regions fit one 8-bit operand, so that one product is enough. Shapes (B or 1, [H or 1, 1,] 1, 1).
-
-    With a `table` nothing is selected yet: it is `ops.tables.parameter_table` of all time groups, `group` the row of
-    each sample, (1,) or (B,), None if there is one row. A kernel that reads it needs no gather per site.
+    `table`: fp32 (time groups, units, `ops.tables.COLUMNS`); units are heads, or 1. `group`: int64 (1,) or (B,), the
+    row of each sample; None if the table has one row. `shared`: the row of the whole batch where the host knows it.
+    `merged`: both regions of a two-region grid fit one 8-bit operand, so that one integer product is enough.
     """
 
     grid: Grid
     bits: int
-    scale: torch.Tensor
-    zero_point: torch.Tensor
-    coarse: torch.Tensor
-    shift: torch.Tensor | None = None
-    table: torch.Tensor | None = None
+    table: torch.Tensor
+    merged: bool = False
     group: torch.Tensor | None = None
+    shared: int | None = None
+
+    @property
+    def two_products(self) -> bool:
+        """Whether an integer product with this operand takes two products, one for each region."""
+        return self.grid.two_region and not self.merged
+
+    def selected(self) -> torch.Tensor:
+        """Return the rows of the batch: fp32 (1 or B, units, COLUMNS), a view where no gather is needed."""
+        if self.group is None or len(self.table) == 1:
+            return self.table
+        if self.shared is not None:
+            return self.table[self.shared : self.shared + 1]
+        return self.table.index_select(0, self.group)
 
 
 class WeightParams(NamedTuple):
-    """A quantized weight: `codes` int8 (out, in), `scale` fp32 (out,) or (1,).
+    """A quantized weight: `codes` int8 (out, in) of `bits` bits, `scale` fp32 (out,) or (1,).
 
-    `colsum`: int32 (out,) sums of codes, for those who correct zero points themselves.
+    `colsum`: int32 (out,) sums of codes, for backends that correct zero points by themselves.
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
+    bits: int
     colsum: torch.Tensor | None = None
 
 
 class AttentionParams(NamedTuple):
-    """The operands of the two attention matmuls; query, key and value are per head."""
+    """The operands of the two attention matmuls. Those of query, key and value are per head."""
 
     query: OperandParams
     key: OperandParams
@@ -55,49 +66,83 @@ class AttentionParams(NamedTuple):
 
     @property
     def projections(self) -> tuple[OperandParams, OperandParams, OperandParams]:
+        """The operands that a self-attention projects its input to."""
         return self.query, self.key, self.value
 
 
-class Backend(Protocol):
-    """The operations of a quantized DiT. x: hidden states (B, N, C), fp32 or bf16; shift, scale, gate: (B, C) fp32.
+class Norm(NamedTuple):
+    """LayerNorm without parameters, then modulation: LayerNorm(x) (1 + scale) + shift; both (B, C) fp32."""
 
-    A `layer` argument is what `prepare` or `prepare_float_input` returned.
+    shift: torch.Tensor
+    scale: torch.Tensor
+    eps: float
+
+
+class Activation(NamedTuple):
+    """What follows a product: the codes of an activation function of it. "gelu_tanh" is the only function yet."""
+
+    target: OperandParams
+    function: str = "gelu_tanh"
+
+
+class Residual(NamedTuple):
+    """What follows a product y: x + gate y, in fp32, rounded once to the dtype of x.
+
+    x: (B, N, C) fp32 or bf16. `gate`: (B, C) fp32, or None for x + y.
+    """
+
+    x: torch.Tensor
+    gate: torch.Tensor | None = None
+
+
+class Backend(Protocol):
+    """The verbs of a quantized transformer. Hidden states x: (B, N, C), fp32 or bf16.
+
+    A `layer` argument is what `prepare` or `prepare_float_input` returned; `source` says what its codes mean.
     """
 
     NAME: str
     INTEGER: bool  # False: simulated in float, for checking only, never to be timed
-    TABLES: bool  # whether operands come with their `table`, not selected
     GRAPHS: bool  # whether whole calls on a GPU are to be captured as CUDA graphs
 
     def kernel(self, operation: str) -> str:
-        """What runs an operation, for reports, such as "int8" or "onednn u8 x s8"."""
+        """Name what runs an operation, for reports, such as "int8" or "onednn u8 x s8"."""
 
     def prepare(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:
-        """A linear layer in the backend's own layout, its input quantized. `unpacked()` of it: the codes (out, in)."""
+        """Return a linear layer in the backend's own layout, its input quantized. Its `unpacked()`: codes (out, in)."""
 
     def prepare_float_input(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:
-        """The same for a layer whose input stays in float."""
+        """Return a linear layer whose input stays in float."""
 
-    def norm_quantize(
-        self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, target: OperandParams
+    def quantize(self, x: torch.Tensor, target: OperandParams, norm: Norm | None = None) -> torch.Tensor:
+        """Return the codes (B, N, C) of x, or of its modulated LayerNorm."""
+
+    def project(
+        self, codes: torch.Tensor, source: OperandParams, layer: Any, targets: Sequence[OperandParams], heads: int
+    ) -> Any:
+        """Return the codes of a layer's outputs as heads, for `attend`: a tensor, or a named tuple of tensors and ints.
+
+        Three targets: query, key and value of a self-attention; two: key and value of a context; one: query of a
+        cross-attention. The layer has as many equal parts. Codes of a context may be kept for many calls.
+        """
+
+    def attend(
+        self,
+        projected: Any,
+        attention: AttentionParams,
+        target: OperandParams,
+        context: Any = None,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Codes (B, N, C) of LayerNorm(x) (1 + scale) + shift."""
+        """Return the codes (B, N, C) of softmax(Q K^T / sqrt(head_dim) + bias) V, with quantized probabilities.
 
-    def qkv(self, codes: torch.Tensor, source: OperandParams, layer: Any, params: AttentionParams) -> Any:
-        """Codes (B, N, 3 C) of q, k and v, each with heads of one scale, as `attention` takes them."""
+        `context`: key and value of M tokens; None: `projected` has them. `bias`: fp32 (B, M), such as 0 and -10000.
+        """
 
-    def attention(self, qkv: Any, params: AttentionParams, target: OperandParams) -> torch.Tensor:
-        """Codes (B, N, C) of softmax(Q K^T / sqrt(head_dim)) V, the probabilities quantized on the way."""
-
-    def linear_gelu(
-        self, codes: torch.Tensor, source: OperandParams, layer: Any, target: OperandParams
+    def linear(
+        self, codes: torch.Tensor, source: OperandParams, layer: Any, then: Activation | Residual | None = None
     ) -> torch.Tensor:
-        """Codes (B, N, out) of GELU(x W^T + bias)."""
-
-    def linear_residual(
-        self, codes: torch.Tensor, source: OperandParams, layer: Any, gate: torch.Tensor, x: torch.Tensor
-    ) -> torch.Tensor:
-        """x + gate (y W^T + bias) for the codes of y: (B, N, C), in fp32, then rounded once to the dtype of x."""
+        """Return what `then` makes of y = x W^T + bias for the codes of x; y itself, fp32 (B, N, out), by default."""
 
     def float_input_linear(self, x: torch.Tensor, layer: Any) -> torch.Tensor:
-        """x W^T + bias for float x: (..., in) -> (..., out), fp32."""
+        """Return x W^T + bias for float x: (..., in) -> (..., out), fp32."""

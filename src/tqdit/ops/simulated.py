@@ -55,7 +55,7 @@ class Simulated(Composed):
     def kernel(self, operation: str) -> str:
         return "float32"
 
-    def linear(self, codes: torch.Tensor, source: OperandParams, layer: LinearCodes) -> torch.Tensor:
+    def product(self, codes: torch.Tensor, source: OperandParams, layer: LinearCodes) -> torch.Tensor:
         return linear(codes, source, layer.weight, layer.bias)
 
     def float_input_linear(self, x: torch.Tensor, layer: LinearCodes) -> torch.Tensor:

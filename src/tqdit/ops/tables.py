@@ -1,29 +1,56 @@
-"""The parameters of an operand as one table, for kernels that look a sample's time group up themselves."""
+"""The parameters of an operand as one table: its only form, which kernels look up and the reference indexes."""
+
+from typing import NamedTuple
 
 import torch
 
+from tqdit.grids.regions import merge_shift
 from tqdit.ops.schema import OperandParams
-from tqdit.spec import Grid
+from tqdit.spec import Grid, GridParams
 
-COLUMNS = 8  # scale (s1), coarse (s2), zero point, 2^shift, 1 / scale, 1 / coarse, 0, 0
+COLUMNS = 8
+SCALE, COARSE, ZERO, FACTOR, INVERSE, INVERSE_COARSE = range(6)  # columns; two more are zeros
 OFFSET = 128  # what is taken from the unsigned integer of merged regions to make it int8
 
 
-def parameter_table(params: OperandParams) -> torch.Tensor:
-    """fp32 (rows, units, COLUMNS); rows are time groups, or samples if selected.
+class Parameters(NamedTuple):
+    """Parameters that broadcast to a tensor: fp32 `scale` (s1) and `coarse` (s2), int32 `zero_point` and `factor`.
 
-    Merged GELU regions are one integer c1 or c2 2^shift from -2^(k-1); its lowest value is stored as the code -128, so
-    their zero point is 2^(k-1) - 128.
+    `factor`: s2 / s1 where regions merge, else 0.
     """
-    units = params.scale.shape[1] if params.scale.ndim == 4 else 1
-    shape = (params.scale.shape[0], units)
-    zero = params.zero_point.expand(params.scale.shape).reshape(shape).float()
-    factor = torch.zeros_like(zero)
-    if params.shift is not None:
-        factor = (1 << params.shift).expand(params.scale.shape).reshape(shape).float()
-        if params.grid is Grid.MRQ_GELU:
-            zero = torch.full_like(zero, (1 << (params.bits - 1)) - OFFSET)
-    scale, coarse = params.scale.reshape(shape), params.coarse.expand(params.scale.shape).reshape(shape)
+
+    scale: torch.Tensor
+    coarse: torch.Tensor
+    zero_point: torch.Tensor
+    factor: torch.Tensor
+
+
+def operand(params: GridParams) -> OperandParams:
+    """Return a solved site as an operand of kernels, without the time groups of a call.
+
+    Its table is fp32 (groups, units, COLUMNS): scale (s1), coarse scale (s2), zero point, 2^shift of merged regions or
+    0, 1 / s1, 1 / s2, 0, 0. Merged GELU regions are one integer c1 or c2 2^shift from -2^(k-1); the lowest one is
+    stored as the code -128, so their zero point is 2^(k-1) - 128.
+    """
+    spec = params.spec
+    scale, coarse, shift = params.scale, torch.ones_like(params.scale), None
+    if spec.grid.two_region:
+        scale, coarse = params.scale.unbind(-1)
+        shift = merge_shift(scale, coarse, spec.bits, spec.grid)
+    zero = torch.zeros_like(scale) if params.zero_point is None else params.zero_point.to(scale.dtype)
     nothing = torch.zeros_like(scale)
+    factor = nothing if shift is None else (1 << shift).to(scale.dtype)
+    if shift is not None and spec.grid is Grid.MRQ_GELU:
+        zero = torch.full_like(zero, (1 << (spec.bits - 1)) - OFFSET)
     columns = [scale, coarse, zero, factor, 1 / scale, 1 / coarse, nothing, nothing]
-    return torch.stack(columns, dim=-1).contiguous()
+    return OperandParams(spec.grid, spec.bits, torch.stack(columns, dim=-1).contiguous(), shift is not None)
+
+
+def parameters(params: OperandParams, ndim: int) -> Parameters:
+    """Return an operand's parameters for a batch, to broadcast to a tensor (B, N, C) or, of 4 axes, (B, H, N, d)."""
+    rows = params.selected()
+    shaped = rows[:, :, None, None] if ndim == 4 else rows[:, :1, None]
+    scale, coarse, zero, factor = shaped.unbind(-1)[:4]
+    if params.grid.two_region:
+        zero = torch.zeros_like(zero)
+    return Parameters(scale, coarse, zero.to(torch.int32), factor.to(torch.int32))
