@@ -3,7 +3,7 @@
     <weight>.codes                 uint8, packed
     <site>.scale, <site>.zero_point    float32, int32
     <parameter>                    float32, parameters that stay in float
-    tqdit.artifact.manifest                 uint8, JSON: sites, shapes, sha256 of every tensor, aliases, provenance
+    tqdit.manifest                 uint8, JSON: sites, shapes, sha256 of every tensor, aliases, provenance
 
 The manifest is a tensor because diffusers, the hub and sharding move tensors and config.json, nothing else; config.json
 holds its sha256. Tensors with equal bytes are stored once: diffusers gives every block its own copy of one timestep
@@ -24,7 +24,7 @@ from tqdit.spec import GridParams, SiteSpec, Solution
 from tqdit.system.files import CONFIG, QUANT_METHOD
 
 FORMAT_VERSION = 2
-MANIFEST_TENSOR = "tqdit.artifact.manifest"
+MANIFEST_TENSOR = "tqdit.manifest"
 QUANTIZATION = "quantization_config"
 DEFAULTS = "_use_default_values"  # diffusers' list of keys that a config.json lacked
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # what is smaller has not all its digits
