@@ -131,9 +131,10 @@ def _conditioning(parts: Parts, embedders: Mapping[str, nn.Module]) -> Condition
         places[block] = same, len(groups[same][1])
         groups[same][1].append(block)
     made = Conditioning()
+    total = parts.solution.time_groups.num_timesteps
     for embedder, members in groups:
-        projection = embedder.get_submodule("time_proj")
-        embedder.time_proj = TimestepTable(projection, parts.solution.time_groups.num_timesteps)
+        if total is not None:  # whole timesteps
+            embedder.time_proj = TimestepTable(embedder.get_submodule("time_proj"), total)
         made.add(embedder, parts.stacked_float_input([f"{name}.{ADALN}" for name in members]))
     made.places = list(places.values())
     return made

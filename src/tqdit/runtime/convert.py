@@ -83,8 +83,6 @@ def _described(solution: Solution, backend: str, device: str | torch.device) -> 
         "model_config": decisive(solution.model_config),
         "time_groups": asdict(solution.time_groups),
         "sites": [asdict(spec) for spec in solution.sites],
-        "provenance": dict(solution.provenance),
+        "provenance": solution.provenance.to_json(),
         "layout": [backend, torch.device(device).type],
     }
-
-
