@@ -15,7 +15,7 @@ from tqdit.layers import inputs
 from tqdit.layers.block import IntBlock
 from tqdit.layers.call import Call
 from tqdit.layers.conditioning import Conditioning, Modulation, TimestepTable
-from tqdit.ops.schema import Norm, Residual
+from tqdit.ops.schema import Norm
 
 ADALN = "norm1.linear"  # of a block
 
@@ -35,26 +35,20 @@ class DiTBlockCall(Call):
 
 
 class DiTBlock(IntBlock):
-    """A DiT block in integers. q, k and v are one stacked layer."""
+    """A DiT block in integers."""
 
-    heads: int
     eps: tuple[float, float]  # of the two LayerNorms
 
     def run(self, x: torch.Tensor, call: Any) -> torch.Tensor:
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = call.modulation
-        verbs, attention = self.verbs, self.attention("", self.heads, call)
-        source, target = self.source("qkv", call), self.source("out", call)
-        codes = verbs.quantize(x, source, Norm(shift_1, scale_1, self.eps[0]))
-        projected = verbs.project(codes, source, self.layer("qkv"), attention.projections, self.heads)
-        codes = verbs.attend(projected, attention, target)
-        x = verbs.linear(codes, target, self.layer("out"), Residual(x, gate_1))
-        source = self.source("fc1", call)
-        codes = verbs.quantize(x, source, Norm(shift_2, scale_2, self.eps[1]))
-        return self.feed_forward(codes, source, x, gate_2, call)
+        x = self.self_attention(x, Norm(shift_1, scale_1, self.eps[0]), gate_1, call)
+        return self.feed_forward(x, Norm(shift_2, scale_2, self.eps[1]), gate_2, call)
 
 
 class DiTInteger:
     """Assembles and runs DiT in integers; stateless, its models hold everything."""
+
+    block = DiTBlock
 
     def forward(  # diffusers' own signature
         self: Any,
@@ -78,6 +72,10 @@ class DiTInteger:
         """Return the timestep (1,) or (B,) and the class labels (B,), checked, on the device of x."""
         t = inputs.timesteps(x, arguments["timestep"], model.runtime.groups.time_groups)
         return {"timestep": t, "labels": inputs.class_labels(x, arguments["class_labels"], model.conditioning.classes)}
+
+    def prepare(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the inputs of a call with what depends on a prompt alone: nothing here."""
+        return given
 
     def begin(self, model: Any, given: Mapping[str, Any]) -> DiTCall:
         """Return what all blocks share in a call."""
@@ -114,8 +112,9 @@ def _block(parts: Parts, block: Block, empty: Any) -> DiTBlock:
     (attention,) = block.attentions
     names = ("query", "key", "value", "softmax")
     operands = {name: parts.operand(operand) for name, operand in zip(names, attention.operands, strict=True)}
-    made = DiTBlock({name: parts.linear(linear) for name, linear in linears.items()}, operands, parts.backend)
-    made.heads, made.eps = attention.heads, (float(empty.norm1.norm.eps), float(empty.norm3.eps))
+    layers = {name: parts.linear(linear) for name, linear in linears.items()}
+    made = DiTBlock(layers, operands, attention.heads, parts.backend)
+    made.eps = float(empty.norm1.norm.eps), float(empty.norm3.eps)
     parts.add_slots(made, block.prefix, linears, closed=block.float_input)
     return made
 

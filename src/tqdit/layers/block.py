@@ -12,7 +12,7 @@ from tqdit.layers.linear import IntLinear
 from tqdit.layers.params import ActivationParams
 from tqdit.ops.holders import FixedDtype
 from tqdit.ops.modules import Closed, Untrainable, offloaded, present
-from tqdit.ops.schema import Activation, AttentionParams, Backend, OperandParams, Residual
+from tqdit.ops.schema import Activation, AttentionParams, Backend, Norm, OperandParams, Residual
 
 ATTENTION_OPERANDS = ("query", "key", "value", "softmax")
 ADAPTED = Adapted()
@@ -22,12 +22,19 @@ class IntBlock(Closed, Untrainable):
     """The base of a transformer block on integer codes: (B, N, C) and a `Call` -> (B, N, C).
 
     The residual stream is fp32 or bf16, as it comes in: bf16 rounds it after each addition. LayerNorm, softmax and GELU
-    are fp32. A subclass has `run`; what it calls are the steps below, one or more verbs of the backend each.
+    are fp32. A subclass has `run`, which calls the steps below: each is a few verbs of the backend.
     """
 
-    def __init__(self, linears: Mapping[str, IntLinear], operands: Mapping[str, ActivationParams], backend: Backend):
+    def __init__(
+        self,
+        linears: Mapping[str, IntLinear],
+        operands: Mapping[str, ActivationParams],
+        heads: int,
+        backend: Backend,
+    ) -> None:
         """`linears`: layers by name, such as "qkv", which become attributes. `operands`: those of attention, by name."""
         super().__init__()
+        self.heads = heads
         for name, linear in linears.items():
             self.add_module(name, linear)
         self.operands: Any = nn.ModuleDict(dict(operands))
@@ -79,15 +86,41 @@ class IntBlock(Closed, Untrainable):
         assert self.slots is not None
         return self.slots.adapted(name, layer)
 
-    def attention(self, prefix: str, heads: int, call: Call) -> AttentionParams:
+    def attention(self, prefix: str, call: Call) -> AttentionParams:
         """Return the operands of an attention whose names begin with `prefix`."""
         operands = (self.operands[prefix + name].operand(call) for name in ATTENTION_OPERANDS)
-        return AttentionParams(*operands, heads)
+        return AttentionParams(*operands, self.heads)
 
-    def feed_forward(
-        self, codes: torch.Tensor, source: OperandParams, x: torch.Tensor, gate: torch.Tensor, call: Call
-    ) -> torch.Tensor:
-        """Return x + gate fc2(GELU(fc1(.))) for the codes of fc1's input."""
-        between = self.source("fc2", call)
-        codes = self.verbs.linear(codes, source, self.layer("fc1"), Activation(between))
-        return self.verbs.linear(codes, between, self.layer("fc2"), Residual(x, gate))
+    def self_attention(self, x: torch.Tensor, norm: Norm, gate: torch.Tensor, call: Call) -> torch.Tensor:
+        """Return x + gate out(attention(qkv(norm(x)))). Layers "qkv" (three stacked) and "out"."""
+        verbs, attention = self.verbs, self.attention("", call)
+        source, target = self.source("qkv", call), self.source("out", call)
+        codes = verbs.quantize(x, source, norm)
+        projected = verbs.project(codes, source, self.layer("qkv"), attention.projections, self.heads)
+        codes = verbs.attend(projected, attention, target)
+        return verbs.linear(codes, target, self.layer("out"), Residual(x, gate))
+
+    def cross_attention(self, x: torch.Tensor, context: Any, bias: torch.Tensor | None, call: Call) -> torch.Tensor:
+        """Return x + out(attention(q(x), context)). Layers "cross_q" and "cross_out"; operands "cross_query" and so on.
+
+        `context`: of `context`. `bias`: fp32 (B, M), added to the scores, or None.
+        """
+        verbs, attention = self.verbs, self.attention("cross_", call)
+        source, target = self.source("cross_q", call), self.source("cross_out", call)
+        codes = verbs.quantize(x, source)
+        projected = verbs.project(codes, source, self.layer("cross_q"), [attention.query], self.heads)
+        codes = verbs.attend(projected, attention, target, context, bias)
+        return verbs.linear(codes, target, self.layer("cross_out"), Residual(x))
+
+    def context(self, states: torch.Tensor, call: Call) -> Any:
+        """Return the codes of key and value of a prompt (B, M, C), which no timestep changes. Layer "cross_kv"."""
+        verbs, attention, source = self.verbs, self.attention("cross_", call), self.source("cross_kv", call)
+        codes = verbs.quantize(states, source)
+        return verbs.project(codes, source, self.layer("cross_kv"), [attention.key, attention.value], self.heads)
+
+    def feed_forward(self, x: torch.Tensor, norm: Norm, gate: torch.Tensor, call: Call) -> torch.Tensor:
+        """Return x + gate fc2(GELU(fc1(norm(x)))). Layers "fc1" and "fc2"."""
+        verbs, source, between = self.verbs, self.source("fc1", call), self.source("fc2", call)
+        codes = verbs.quantize(x, source, norm)
+        codes = verbs.linear(codes, source, self.layer("fc1"), Activation(between))
+        return verbs.linear(codes, between, self.layer("fc2"), Residual(x, gate))

@@ -92,7 +92,7 @@ class Runtime(nn.Module):
         given["timestep"] = given["timestep"].expand(len(x))
         leaves, structure = pytree.tree_flatten(given)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        fixed = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+        fixed = tuple(... if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
         key = (x.device, x.shape, x.dtype, structure, fixed, *((leaf.shape, leaf.dtype) for leaf in tensors))
         with self._lock, _on(x.device):
             stream = torch.cuda.current_stream()
@@ -110,11 +110,11 @@ class Runtime(nn.Module):
     def _capture(
         self, model: nn.Module, x: torch.Tensor, tensors: list[torch.Tensor], fixed: tuple[Any, ...], structure: Any
     ) -> Captured:
-        """Capture a call as a graph. `fixed`: leaves of its inputs in the order of `structure`, None for a tensor."""
+        """Capture a call as a graph. `fixed`: leaves of its inputs, `...` for a tensor."""
 
         def call(x: torch.Tensor, *static: torch.Tensor) -> torch.Tensor:
             rest = iter(static)
-            leaves = [next(rest) if leaf is None else leaf for leaf in fixed]
+            leaves = [next(rest) if leaf is ... else leaf for leaf in fixed]
             return self._eager(model, x, pytree.tree_unflatten(leaves, structure))
 
         return Captured(call, (x, *tensors), x.device)
