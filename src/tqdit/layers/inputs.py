@@ -13,6 +13,7 @@ from tqdit.timegroups import TimeGroups
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+DISCARD = -10000.0  # what diffusers adds to the score of a token that a mask leaves out
 LABELS = (torch.int64, torch.int32)  # what torch's embedding takes
 
 
@@ -81,6 +82,66 @@ def class_labels(x: torch.Tensor, labels: Any, classes: int) -> torch.Tensor:
                 wrong = low if low < 0 else high
                 raise InputError(f"class_labels has {wrong}; the model's classes are 0 to {classes - 1}")
     return labels.to(x.device)
+
+
+def prompt(x: torch.Tensor, states: Any, depth: int) -> torch.Tensor:
+    """Return the embedded tokens of prompts, (B, M, depth) float, on the device of x.
+
+    Raises `InputError` for those that are missing, do not fit the batch or the model, or have gradients.
+    """
+    if not isinstance(states, torch.Tensor):
+        raise InputError("a model with cross-attention needs `encoder_hidden_states`, a tensor")
+    if states.ndim != 3 or states.shape[0] != x.shape[0] or states.shape[2] != depth or states.shape[1] < 1:
+        needed = f"({x.shape[0]}, tokens, {depth})"
+        raise InputError(f"encoder_hidden_states have shape {tuple(states.shape)}, the batch needs {needed}")
+    if states.dtype not in FLOATS:
+        raise InputError(f"encoder_hidden_states must be floating point, not {states.dtype}")
+    check_no_gradient("encoder_hidden_states", states)
+    if not torch.compiler.is_compiling():
+        check_values("encoder_hidden_states", states)
+    return states.to(x.device)
+
+
+def mask_bias(x: torch.Tensor, mask: Any, tokens: int) -> torch.Tensor | None:
+    """Return what is added to the scores of a prompt's tokens, fp32 (B, tokens), for diffusers' mask; None for None.
+
+    A mask (B, tokens) is 1 or True for tokens that count: they get 0, the others `DISCARD`. One of three axes,
+    (B, 1, tokens), is such a bias already. Raises `InputError` for any other shape or dtype.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor):
+        raise InputError(f"encoder_attention_mask must be a tensor, not {type(mask).__name__}")
+    if tuple(mask.shape) not in ((x.shape[0], tokens), (x.shape[0], 1, tokens)):
+        needed = f"({x.shape[0]}, {tokens}), or ({x.shape[0]}, 1, {tokens}) for a bias"
+        raise InputError(f"encoder_attention_mask has shape {tuple(mask.shape)}, the batch needs {needed}")
+    if mask.is_complex() or (mask.ndim == 3 and mask.dtype not in FLOATS):
+        raise InputError(f"encoder_attention_mask of {mask.ndim} axes cannot be {mask.dtype}")
+    mask = mask.to(x.device)
+    return mask[:, 0].float().contiguous() if mask.ndim == 3 else (1 - mask.float()) * DISCARD
+
+
+def sizes(x: torch.Tensor, given: Any) -> dict[str, torch.Tensor]:
+    """Return the image sizes that a model is conditioned on: `resolution` (B, 2) and `aspect_ratio` (B, 1).
+
+    Raises `InputError` for what is missing or does not fit the batch.
+    """
+    if not isinstance(given, dict):
+        raise InputError("this model needs `added_cond_kwargs` with resolution and aspect_ratio")
+    checked = {}
+    for name, columns in (("resolution", 2), ("aspect_ratio", 1)):
+        value = given.get(name)
+        if not isinstance(value, torch.Tensor) or value.numel() != columns * x.shape[0]:
+            shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise InputError(f"added_cond_kwargs['{name}'] is {shape}, the batch needs ({x.shape[0]}, {columns})")
+        checked[name] = value.to(x.device)
+    return checked
+
+
+def refuse(name: str, value: Any) -> None:
+    """Raise `InputError` for an argument that an integer model does not take, unless it is None."""
+    if value is not None:
+        raise InputError(f"{name} is not supported by an integer model; leave it out")
 
 
 def _as_tensor(timestep: Any) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """A converted model's denoiser call, on a GPU as one CUDA graph."""
 
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -38,7 +39,7 @@ class Runtime(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without graphs, which are of this process and these tensors."""
-        own = ("_captured", "_lock", "_stream", "_seen")
+        own = ("_captured", "_lock", "_stream", "_seen", "_prompt")
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -50,6 +51,7 @@ class Runtime(nn.Module):
         self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None  # of the last replay
         self._seen: tuple[object, bool] = (None, False)  # what was watched, and whether a graph would be wrong
+        self._prompt: tuple[Any, int, object, Any] = (lambda: None, 0, None, None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Runtime":
         with self._lock:
@@ -84,6 +86,21 @@ class Runtime(nn.Module):
             blocks = [module for module in model.modules() if isinstance(module, IntBlock)]
             self._seen = Watched.contents, any(block.adapted or block.offloaded for block in blocks)
         return self._seen[1]
+
+    def prompt(self, states: torch.Tensor, make: Callable[[], Any]) -> Any:
+        """Return what `make` makes of the states of a prompt, or what it made if the last call had the same prompt.
+
+        The same prompt is the same tensor, unchanged: pipelines give it to every step of a sampling run. Nothing is
+        kept of tensors whose changes torch does not count, under torch.compile, and while a block has adapters, whose
+        weights may change.
+        """
+        if torch.compiler.is_compiling() or states.is_inference() or Watched.contents is not self._seen[0]:
+            return make()
+        made_from, version, contents, made = self._prompt
+        if made_from() is not states or version != states._version or contents is not Watched.contents:
+            made = make()
+            self._prompt = weakref.ref(states), states._version, Watched.contents, made
+        return made
 
     def _eager(self, model: nn.Module, x: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
         return self.architecture.run(model, x, self.architecture.begin(model, given))
