@@ -144,7 +144,7 @@ class PixArt(Architecture):
     def prepare(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
         """Return the inputs of a call with key and value of the prompt in its place."""
         states = given.pop("prompt")
-        return {**given, "contexts": model.runtime.prompt(states, lambda: _contexts(model, states))}
+        return {**given, "contexts": model.runtime.prompt(model, states, lambda: _contexts(model, states))}
 
     def begin(self, model: Any, given: Mapping[str, Any]) -> PixArtCall:
         """Return what all blocks share in a call."""
