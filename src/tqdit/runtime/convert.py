@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from tqdit.architectures.building import empty_model
-from tqdit.architectures.sites import BlockLayout, LinearGroup, blocks, float_input_modules
+from tqdit.architectures.interface import Block, Linear
+from tqdit.architectures.registry import graph
 from tqdit.artifact.tensors import decisive
 from tqdit.errors import InputError
 from tqdit.layers.block import IntBlock
@@ -23,7 +24,7 @@ from tqdit.ops.modules import Fingerprint, present, state_names
 from tqdit.ops.schema import Backend, WeightParams
 from tqdit.runtime.calls import attach_runtime
 from tqdit.runtime.fitting import check_solution
-from tqdit.spec import Role, Solution
+from tqdit.spec import Solution
 
 ADALN = "norm1.linear"  # of a block
 
@@ -64,11 +65,12 @@ def _converted(
     chosen = get_backend(backend, device)
     model: Any = empty_model(solution.model_config)
     builder = _Builder(solution, chosen, model)
-    for name in float_input_modules(solution.model_config):
+    structure = graph(solution.model_config)
+    for name in structure.float_input:
         if not name.endswith(ADALN):
             _replace(model, name, builder.float_input(model.get_submodule(name), name))
     embedders = {}
-    for layout in blocks(solution.model_config):
+    for layout in structure.blocks:
         empty: Any = model.get_submodule(layout.prefix)
         embedders[layout.prefix] = builder.filled(empty.norm1.emb, f"{layout.prefix}.norm1.emb.")
         _replace(model, layout.prefix, builder.block(layout, empty))
@@ -200,27 +202,26 @@ class _Builder:
         self.sites[name] = ActivationParams(self.solution.params[name], self.clock, ndim, self.backend.TABLES)
         return self.sites[name]
 
-    def linear(self, group: LinearGroup) -> IntLinear:
+    def linear(self, group: Linear) -> IntLinear:
         """Layers that read one site, stacked along their outputs."""
         weights = [self.weight(f"{module}.weight") for module in group.modules]
         biases = [self.bias(module) for module in group.modules]
         layer = self.backend.prepare(_stacked(weights), _stacked_biases(biases))
         self._placed(group.modules, layer)
-        return IntLinear(self.site(group.source, 3), layer)
+        return IntLinear(self.site(group.source.name, 3), layer)
 
-    def block(self, layout: BlockLayout, empty: Any) -> IntBlock:
+    def block(self, layout: Block, empty: Any) -> IntBlock:
         """`empty`: diffusers' block."""
-        roles = (Role.QUERY, Role.KEY, Role.VALUE, Role.SOFTMAX)
+        linears = dict(zip(("qkv", "out", "fc1", "fc2"), layout.linears, strict=True))
+        (attention,) = layout.attentions
         block = IntBlock(
-            {"qkv": self.linear(layout.qkv), "out": self.linear(layout.out),
-             "fc1": self.linear(layout.fc1), "fc2": self.linear(layout.fc2)},
-            {role.value: self.site(layout.operand(role), 4) for role in roles},
+            {layer: self.linear(group) for layer, group in linears.items()},
+            {operand.role.value: self.site(operand.name, 4) for operand in attention.operands},
             self.heads,
             (float(empty.norm1.norm.eps), float(empty.norm3.eps)),
             self.backend,
             self.conditioning,
         )  # fmt: skip
-        linears = {"qkv": layout.qkv, "out": layout.out, "fc1": layout.fc1, "fc2": layout.fc2}
         inside = len(layout.prefix) + 1
         names = {layer: [name[inside:] for name in group.modules] for layer, group in linears.items()}
         shapes = {name: empty.get_submodule(name).weight.shape for ns in names.values() for name in ns}
