@@ -12,16 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from tqdit.architectures import checks, patches, shapes
-from tqdit.architectures.interface import Architecture, Attention, Block, Config, Graph, Linear, Operand
+from tqdit.architectures import checks, patches
+from tqdit.architectures.interface import Architecture, Config, Graph
 from tqdit.architectures.parts import Parts
-from tqdit.architectures.pieces import feed_forward, self_attention
 from tqdit.architectures.repeated import parameter_shapes
 from tqdit.layers import inputs
 from tqdit.layers.block import IntBlock
 from tqdit.layers.call import Call
 from tqdit.ops.schema import Norm
-from tqdit.spec import Role
 
 BLOCKS = "transformer_blocks."
 SETTINGS = {
