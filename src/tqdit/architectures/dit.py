@@ -11,18 +11,23 @@ from torch import nn
 
 from tqdit.architectures import dit_config, dit_shapes
 from tqdit.architectures.dit_integer import DiTInteger
-from tqdit.architectures.interface import Architecture, Attention, Block, Config, Graph, Linear, Operand
+from tqdit.architectures.interface import Block, Config, Graph
+from tqdit.architectures.patch_transformer import (
+    BLOCKS,
+    QUANTIZATION,
+    PatchTransformer,
+    diffusers_model,
+    feed_forward,
+    self_attention,
+)
 from tqdit.architectures.registry import FREQUENCY_SHIFT
 from tqdit.architectures.repeated import parameter_shapes
-from tqdit.errors import InputError
-from tqdit.spec import Role
 
-BLOCKS = "transformer_blocks."
 EMBEDDER = "norm1.emb."  # diffusers gives every block its own copy of one embedder of (t, class)
-OURS = (FREQUENCY_SHIFT, "quantization_config")  # keys of a config that diffusers does not take
+OURS = (FREQUENCY_SHIFT,)  # keys of a config that diffusers does not take
 
 
-class DiT(DiTInteger, Architecture):
+class DiT(DiTInteger, PatchTransformer):
     """DiT: configs, graph and building here, integers in `DiTInteger`."""
 
     name = dit_config.NAME
@@ -39,12 +44,7 @@ class DiT(DiTInteger, Architecture):
         A timestep t is embedded as cos and sin of t * 10000^(-i / (128 - shift)), i = 0 .. 127. Published DiT has shift
         0; diffusers has 1, and no key for it, so `FREQUENCY_SHIFT` is ours.
         """
-        from diffusers import DiTTransformer2DModel
-
-        try:
-            model: Any = DiTTransformer2DModel.from_config({k: v for k, v in config.items() if k not in OURS})
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"diffusers refuses it: {str(error).strip().partition(chr(10))[0]}") from None
+        model = diffusers_model(self.name, config, unknown=OURS)
         if FREQUENCY_SHIFT in config:
             for block in model.transformer_blocks:
                 block.norm1.emb.time_proj.downscale_freq_shift = config[FREQUENCY_SHIFT]
@@ -57,7 +57,7 @@ class DiT(DiTInteger, Architecture):
             int(config[key]) for key in ("num_layers", "num_attention_heads", "attention_head_dim")
         )
         blocks = tuple(_block(f"{BLOCKS}{index}", heads, head_dim) for index in range(layers))
-        small = {key: value for key, value in config.items() if key not in OURS}
+        small = {key: value for key, value in config.items() if key not in (*OURS, QUANTIZATION)}
         small |= {"_class_name": self.name, "num_layers": 1, "sample_size": config["patch_size"]}
         shapes = parameter_shapes(small, BLOCKS, layers)
         return Graph(blocks, ("pos_embed.proj", "proj_out_1", "proj_out_2"), shapes)
@@ -73,19 +73,6 @@ class DiT(DiTInteger, Architecture):
 
     def shape_key(self, config: Config) -> tuple[int, ...]:
         return dit_shapes.shape_key(config)
-
-    def tokens(self, config: Config) -> int:
-        return dit_shapes.tokens(config)
-
-    def width(self, config: Config) -> int:
-        return dit_shapes.width(config)
-
-    def input_shape(self, config: Config) -> tuple[int, int, int]:
-        side = int(config["sample_size"])
-        return int(config["in_channels"]), side, side
-
-    def output_channels(self, config: Config) -> int:
-        return dit_shapes.output_channels(config)
 
     def example(self, config: Config, batch: int, seed: int = 0) -> dict[str, torch.Tensor]:
         """Classes one after the other, and the null class in the second half. `seed` has no part in it."""
@@ -113,15 +100,7 @@ class DiT(DiTInteger, Architecture):
 
 def _block(prefix: str, heads: int, head_dim: int) -> Block:
     """Query, key and value projections; attention; its output; the two layers of the feed-forward network."""
-    attn, ff, norm = f"{prefix}.attn1", f"{prefix}.ff", f"{prefix}.norm1"
-    query, key, value = (Operand(f"{attn}.{role.value}", role, heads) for role in (Role.QUERY, Role.KEY, Role.VALUE))
-    matmuls = (
-        Linear(Operand(f"{attn}.qkv_input", Role.INPUT), (f"{attn}.to_q", f"{attn}.to_k", f"{attn}.to_v")),
-        Attention(attn, query, key, value, Operand(f"{attn}.softmax", Role.SOFTMAX), heads, head_dim),
-        Linear(Operand(f"{attn}.out_input", Role.INPUT), (f"{attn}.to_out.0",)),
-        Linear(Operand(f"{ff}.fc1_input", Role.INPUT), (f"{ff}.net.0.proj",)),
-        Linear(Operand(f"{ff}.fc2_input", Role.GELU), (f"{ff}.net.2",)),
-    )
+    norm, matmuls = f"{prefix}.norm1", self_attention(f"{prefix}.attn1", heads, head_dim) + feed_forward(f"{prefix}.ff")
     embedder = f"{norm}.emb.timestep_embedder"
     return Block(prefix, matmuls, (f"{embedder}.linear_1", f"{embedder}.linear_2", f"{norm}.linear"))
 

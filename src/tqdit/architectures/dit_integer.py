@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from tqdit.architectures import patches
 from tqdit.architectures.interface import Block
 from tqdit.architectures.parts import Parts
+from tqdit.architectures.patch_transformer import attention_params
 from tqdit.layers import inputs
 from tqdit.layers.block import IntBlock
 from tqdit.layers.call import Call
@@ -64,23 +65,16 @@ class DiTInteger:
         """
         return self.denoise(hidden_states, {"timestep": timestep, "class_labels": class_labels}, return_dict)
 
-    def check_states(self, model: Any, x: Any) -> None:
-        """Raise `InputError` unless x is a batch of latents of this model."""
-        inputs.check_states(x, model.config.in_channels, model.config.patch_size)
-
     def inputs(self, model: Any, x: torch.Tensor, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the timestep (1,) or (B,) and the class labels (B,), checked, on the device of x."""
         t = inputs.timesteps(x, arguments["timestep"], model.runtime.groups.time_groups)
         return {"timestep": t, "labels": inputs.class_labels(x, arguments["class_labels"], model.conditioning.classes)}
 
-    def prepare(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """Return the inputs of a call with what depends on a prompt alone: nothing here."""
-        return given
-
-    def begin(self, model: Any, given: Mapping[str, Any]) -> DiTCall:
+    def begin(self, model: Any, x: torch.Tensor, given: Mapping[str, Any]) -> DiTCall:
         """Return what all blocks share in a call."""
         t = given["timestep"]
-        return DiTCall(*model.runtime.groups(t), model.conditioning(t, given["labels"]))
+        group, shared = model.runtime.groups(t)
+        return DiTCall(group, shared, model.conditioning(t, given["labels"]))
 
     def run(self, model: Any, x: torch.Tensor, call: DiTCall) -> torch.Tensor:
         """Return the output for latents x (B, C, H, W): (B, C or 2C, H, W), in the dtype of x."""
@@ -110,10 +104,8 @@ def _block(parts: Parts, block: Block, empty: Any) -> DiTBlock:
     """`empty`: diffusers' block."""
     linears = dict(zip(("qkv", "out", "fc1", "fc2"), block.linears, strict=True))
     (attention,) = block.attentions
-    names = ("query", "key", "value", "softmax")
-    operands = {name: parts.operand(operand) for name, operand in zip(names, attention.operands, strict=True)}
     layers = {name: parts.linear(linear) for name, linear in linears.items()}
-    made = DiTBlock(layers, operands, attention.heads, parts.backend)
+    made = DiTBlock(layers, attention_params(parts, attention), attention.heads, parts.backend)
     made.eps = float(empty.norm1.norm.eps), float(empty.norm3.eps)
     parts.add_slots(made, block.prefix, linears, closed=block.float_input)
     return made

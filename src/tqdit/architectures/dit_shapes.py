@@ -57,16 +57,6 @@ def shape_config(name: str) -> dict[str, Any]:
     }
 
 
-def tokens(config: Mapping[str, Any]) -> int:
-    """Number of patches N that a block sees per image."""
-    return (int(config["sample_size"]) // int(config["patch_size"])) ** 2
-
-
-def width(config: Mapping[str, Any]) -> int:
-    """Channels C of the residual stream."""
-    return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
-
-
 def shape_name(config: Mapping[str, Any]) -> str:
     """Return a published name, or the sizes: "DiT-6x192/2@32" (layers, width, patch, input side)."""
     wanted = shape_key(config)
@@ -75,16 +65,13 @@ def shape_name(config: Mapping[str, Any]) -> str:
             name = base if side == min(LATENTS) else f"{base}@{side}"
             if shape_key(shape_config(name)) == wanted:
                 return name
-    return f"DiT-{config['num_layers']}x{width(config)}/{config['patch_size']}@{config['sample_size']}"
+    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    return f"DiT-{config['num_layers']}x{width}/{config['patch_size']}@{config['sample_size']}"
 
 
 def shape_key(config: Mapping[str, Any]) -> tuple[int, ...]:
     """Return every size that an operation depends on."""
     names = ("num_layers", "num_attention_heads", "attention_head_dim", "sample_size", "patch_size")
     sizes = tuple(int(config[name]) for name in (*names, "num_embeds_ada_norm"))
-    return (*sizes, int(config["in_channels"]), output_channels(config))
-
-
-def output_channels(config: Mapping[str, Any]) -> int:
-    """Channels of the output: those of the input, or twice as many with a learned variance."""
-    return int(config.get("out_channels") or config["in_channels"])
+    channels = int(config["in_channels"])
+    return (*sizes, channels, int(config.get("out_channels") or channels))

@@ -204,7 +204,37 @@ class Architecture(Protocol):
 
     def share(self, model: nn.Module) -> None:
         """Let all blocks of a float model use one instance of what diffusers copies into every block."""
+        return None
 
     def is_table(self, name: str) -> bool:
         """Say whether a parameter is a table whose rows are looked up, and not a factor of a product."""
         return False
+
+    # The integer half.
+
+    block: type[Any]  # the class of the integer blocks, an `IntBlock`
+    forward: Any  # a function of a model and the arguments of diffusers' own forward: it calls `model.denoise`
+
+    def check_states(self, model: Any, x: Any) -> None:
+        """Raise `InputError` unless x is a batch of samples of this model."""
+
+    def inputs(self, model: Any, x: torch.Tensor, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a call needs beside x, checked and on its device: "timestep" (1,) or (B,), and conditions.
+
+        `arguments` are those of `forward` but for x. Raises `InputError` for what does not fit.
+        """
+
+    def prepare(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the inputs of a call with what depends on a prompt alone computed, for which `model.runtime.prompt`
+        keeps it. Tensors in the result are data of a CUDA graph.
+        """
+        return given
+
+    def begin(self, model: Any, x: torch.Tensor, given: Mapping[str, Any]) -> Any:
+        """Return the `Call` of all blocks: time groups, modulation, context."""
+
+    def run(self, model: Any, x: torch.Tensor, call: Any) -> torch.Tensor:
+        """Return the model's output for x in a call, in the dtype of x."""
+
+    def assemble(self, parts: Any) -> None:
+        """Put integer modules, made by `parts` (see `Parts`), into diffusers' empty model `parts.model`."""

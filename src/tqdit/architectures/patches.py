@@ -43,7 +43,7 @@ def lay_out(x: torch.Tensor, side: int, width: int, dtype: torch.dtype, modulati
     """Give a CUDA graph under capture one piece of memory, about what a call has alive at most.
 
     Its tensors then are parts of that piece, or most of them: left to come as they may, most sizes would get memory of
-    their own, which a graph keeps. `width`: channels D of the stream, of `dtype`; `modulation`: bytes of that of a call.
+    their own, which a graph keeps. `width`: channels D of the stream, of `dtype`; `modulation`: bytes of a call's.
     """
     if x.device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_current_stream_capturing():
         return
@@ -67,7 +67,7 @@ def _patches(norm: nn.Module, project: nn.Module, stream: torch.Tensor, shift_sc
 
 
 def _parts(x: torch.Tensor, few: int) -> Sequence[torch.Tensor]:
-    """Split a batch, a few samples at a time; not if compiled, since a graph for each number of parts is one too many."""
+    """Split a batch, a few samples at a time; not if compiled, which would make a graph for each number of parts."""
     return (x,) if torch.compiler.is_compiling() else x.split(few)
 
 

@@ -11,7 +11,10 @@ from tqdit.errors import InputError
 
 CLASS_NAME = "_class_name"  # of a diffusers config
 FREQUENCY_SHIFT = "timestep_downscale_freq_shift"  # our key, for classes whose timestep embedding has no key for it
-_LOCATIONS = {"DiTTransformer2DModel": "tqdit.architectures.dit:DIT"}
+_LOCATIONS = {
+    "DiTTransformer2DModel": "tqdit.architectures.dit:DIT",
+    "PixArtTransformer2DModel": "tqdit.architectures.pixart:PIXART",
+}
 _FORMER_NAMES = {"Transformer2DModel": "DiTTransformer2DModel"}  # what older pipelines call a class
 
 

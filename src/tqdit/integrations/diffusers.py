@@ -156,10 +156,10 @@ class TQDiTQuantizer(DiffusersQuantizer):
         model._modules.clear()
         solution = tensors.unpack(found, config, self._folder)
         try:
-            built = convert(solution, device=self._device)
+            built: Any = convert(solution, device=self._device)
         except InputError as error:
             raise InputError(f"{self._folder}: {error}") from None
-        make_integer(model).adopt(built).io_dtype = self._dtype
+        make_integer(model, built.runtime.architecture).adopt(built).io_dtype = self._dtype
 
     @property
     def is_serializable(self) -> bool:

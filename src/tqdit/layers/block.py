@@ -32,7 +32,7 @@ class IntBlock(Closed, Untrainable):
         heads: int,
         backend: Backend,
     ) -> None:
-        """`linears`: layers by name, such as "qkv", which become attributes. `operands`: those of attention, by name."""
+        """`linears`: layers by name, such as "qkv", which become attributes. `operands`: of attention, by name."""
         super().__init__()
         self.heads = heads
         for name, linear in linears.items():
@@ -74,7 +74,7 @@ class IntBlock(Closed, Untrainable):
         """The backend, or the reference with adapters where the block has some."""
         return ADAPTED if self.adapted else self.backend
 
-    def source(self, name: str, call: Call) -> OperandParams:
+    def source(self, name: str, call: Call | None) -> OperandParams:
         """Return the operand that a layer reads."""
         return getattr(self, name).source.operand(call)
 
@@ -88,8 +88,8 @@ class IntBlock(Closed, Untrainable):
 
     def attention(self, prefix: str, call: Call) -> AttentionParams:
         """Return the operands of an attention whose names begin with `prefix`."""
-        operands = (self.operands[prefix + name].operand(call) for name in ATTENTION_OPERANDS)
-        return AttentionParams(*operands, self.heads)
+        query, key, value, softmax = (self.operands[prefix + name].operand(call) for name in ATTENTION_OPERANDS)
+        return AttentionParams(query, key, value, softmax, self.heads)
 
     def self_attention(self, x: torch.Tensor, norm: Norm, gate: torch.Tensor, call: Call) -> torch.Tensor:
         """Return x + gate out(attention(qkv(norm(x)))). Layers "qkv" (three stacked) and "out"."""
@@ -112,11 +112,12 @@ class IntBlock(Closed, Untrainable):
         codes = verbs.attend(projected, attention, target, context, bias)
         return verbs.linear(codes, target, self.layer("cross_out"), Residual(x))
 
-    def context(self, states: torch.Tensor, call: Call) -> Any:
+    def context(self, states: torch.Tensor) -> Any:
         """Return the codes of key and value of a prompt (B, M, C), which no timestep changes. Layer "cross_kv"."""
-        verbs, attention, source = self.verbs, self.attention("cross_", call), self.source("cross_kv", call)
-        codes = verbs.quantize(states, source)
-        return verbs.project(codes, source, self.layer("cross_kv"), [attention.key, attention.value], self.heads)
+        source = self.source("cross_kv", None)
+        targets = [self.operands[f"cross_{name}"].operand(None) for name in ("key", "value")]
+        codes = self.verbs.quantize(states, source)
+        return self.verbs.project(codes, source, self.layer("cross_kv"), targets, self.heads)
 
     def feed_forward(self, x: torch.Tensor, norm: Norm, gate: torch.Tensor, call: Call) -> torch.Tensor:
         """Return x + gate fc2(GELU(fc1(norm(x)))). Layers "fc1" and "fc2"."""

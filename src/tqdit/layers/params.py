@@ -21,11 +21,12 @@ class ActivationParams(FixedDtype):
         self.merged = made.merged
         self.keep("table", made.table)
 
-    def operand(self, call: Call) -> OperandParams:
-        """Return the site as an operand of this call, with the time groups of its samples."""
+    def operand(self, call: Call | None) -> OperandParams:
+        """Return the site as an operand of a call, with the time groups of its samples; None if it has one group."""
         spec = self.spec
         if spec.groups == 1:
             return OperandParams(spec.grid, spec.bits, self.table, self.merged)
+        assert call is not None, f"site '{spec.name}' has time groups"
         # A number that a compiler reads is a constant to it: it would compile anew for every group.
         shared = None if torch.compiler.is_compiling() else call.shared
         return OperandParams(spec.grid, spec.bits, self.table, self.merged, call.group, shared)

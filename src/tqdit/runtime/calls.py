@@ -111,7 +111,7 @@ class Runtime(nn.Module):
         return made
 
     def _eager(self, model: nn.Module, x: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
-        return self.architecture.run(model, x, self.architecture.begin(model, given))
+        return self.architecture.run(model, x, self.architecture.begin(model, x, given))
 
     def _replayed(self, model: nn.Module, x: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
         given["timestep"] = given["timestep"].expand(len(x))

@@ -208,7 +208,7 @@ def make_integer(model: nn.Module, described: Architecture) -> IntegerModel:
     """
     for module in model.modules():
         if not isinstance(module, Closed) and (module._modules or isinstance(module, nn.ModuleList)):
-            module.__class__ = _closed_class(type(module))
+            module.__class__ = _closed_class(cast(Any, type(module)))
     made = integer_class(described.name)
     model.__class__ = cast(type[nn.Module], made)
     model.__dict__["__module__"] = made.original.__module__
@@ -219,8 +219,8 @@ def make_integer(model: nn.Module, described: Architecture) -> IntegerModel:
 def integer_class(name: str) -> Any:
     """Return the class of the integer models of a diffusers class.
 
-    A pipeline that is saved notes the name and the module of each part, and is loaded by them. It has to find diffusers'
-    own class, whose `from_pretrained` makes this one. Pickling goes by `__qualname__`.
+    A pipeline that is saved notes the name and the module of each part, and is loaded by them. It has to find
+    diffusers' own class, whose `from_pretrained` makes this one. Pickling goes by `__qualname__`.
     """
     import diffusers
 
