@@ -71,7 +71,7 @@ def test_a_model_that_failed_is_exit_code_1_and_the_rest_is_written(
     convert = entrants.convert
 
     def picky(solution, *rest):
-        if solution.provenance["recipe"]["weight_bits"] == 6:
+        if solution.provenance.weight_bits == 6:
             raise RuntimeError("broken kernel")
         return convert(solution, *rest)
 

@@ -224,7 +224,7 @@ def at(inputs: dict[str, torch.Tensor], t: int) -> dict[str, torch.Tensor]:
 
 
 def test_model_with_other_timesteps_than_1000(solved, model_inputs) -> None:
-    converted = convert(replace(solved("plus"), time_groups=TimeGroups(500, 4)))
+    converted = convert(replace(solved("plus"), time_groups=TimeGroups.uniform(0, 500, 4)))
     with pytest.raises(InputError, match=r"\[0, 500\)"):
         run(converted, model_inputs)
 

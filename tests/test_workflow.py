@@ -85,11 +85,11 @@ def test_codes_of_a_larger_model_take_a_quarter_of_fp32(tiny_dit, tiny_recipe, t
 
 def test_provenance_says_how_it_was_made(quantized, model, tiny_recipe) -> None:
     provenance = artifact.read(quantized[0]).provenance
-    assert provenance["recipe"] == tiny_recipe("plus").model_dump(mode="json")
-    assert provenance["source"] == "tiny-dit"
-    assert provenance["source_sha256"] == weights_hash(model)
-    assert set(provenance["versions"]) == {"tqdit", "torch", "diffusers"}
-    assert len(provenance["calibration_sha256"]) == 64
+    assert provenance.recipe == tiny_recipe("plus").model_dump(mode="json")
+    assert provenance.source == "tiny-dit"
+    assert provenance.source_sha256 == weights_hash(model)
+    assert set(provenance.versions) == {"tqdit", "torch", "diffusers"}
+    assert len(provenance.calibration_sha256) == 64
 
 
 def test_twice_the_same_bytes(quantized, pipeline, tiny_recipe, tmp_path) -> None:

@@ -14,7 +14,7 @@ from tqdit.timegroups import TimeGroups
 
 @pytest.fixture
 def clock() -> TimestepClock:
-    return TimestepClock(TimeGroups(1000, 4))
+    return TimestepClock(TimeGroups.uniform(0, 1000, 4))
 
 
 @pytest.fixture

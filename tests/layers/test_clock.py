@@ -31,7 +31,7 @@ def test_timestep_outside_is_an_error(clock: TimestepClock, timestep) -> None:
 
 
 def test_clocks_are_independent() -> None:
-    coarse, fine = TimestepClock(TimeGroups(1000, 2)), TimestepClock(TimeGroups(1000, 10))
+    coarse, fine = TimestepClock(TimeGroups.uniform(0, 1000, 2)), TimestepClock(TimeGroups.uniform(0, 1000, 10))
     coarse.set(999)
     fine.set(0)
     assert (coarse.group.item(), fine.group.item()) == (1, 0)

@@ -18,13 +18,14 @@ from tqdit.calibration.trajectories import CalibrationSet, collect
 from tqdit.grids import regions, uniform
 from tqdit.ops.schema import OperandParams
 from tqdit.ops.tables import parameter_table
+from tqdit.provenance import Provenance
 from tqdit.quality.metrics import sqnr_db
 from tqdit.runtime.convert import convert
 from tqdit.search.solver import solve
 from tqdit.spec import Grid, Role
 from tqdit.timegroups import TimeGroups
 
-GROUPS = TimeGroups(1000, 4)
+GROUPS = TimeGroups.uniform(0, 1000, 4)
 WIDTH = 32
 LOSS = 5.0  # dB that a dead unit may cost at W8A8: it takes signal away, the noise of all others stays
 
@@ -166,7 +167,7 @@ def test_a_model_with_dead_units_is_as_close_as_any(
     records = record(model, data, tiny_recipe())
     for preset in ("paper", "plus"):
         for changes in ({"rounds": 0}, {"rounds": 1, "candidates": 5}):
-            solution = solve(model, records, tiny_recipe(preset, **changes), GROUPS, {})
+            solution = solve(model, records, tiny_recipe(preset, **changes), GROUPS, Provenance())
             assert_every_scale_is_usable(solution)
             assert noise_of(model, solution, model_inputs) > whole(preset, **changes) - LOSS
 
@@ -177,7 +178,7 @@ def test_dead_rows_have_a_scale_of_1_and_zero_codes(tiny_dit, records, tiny_reci
     with torch.no_grad():
         for kind in (zero_row_of_fc1, zero_row_of_the_last_layer, zero_layers):
             kind(model)
-    solution = solve(model, records, tiny_recipe(preset, rounds=1, candidates=5), GROUPS, {})
+    solution = solve(model, records, tiny_recipe(preset, rounds=1, candidates=5), GROUPS, Provenance())
     dead = 0
     for name, codes in solution.codes.items():
         rows = model.get_parameter(name).flatten(1)
@@ -211,7 +212,7 @@ def test_a_time_group_that_saw_only_zeros(model, records, tiny_recipe, grid: str
         ranges[name] = RangeStats(low, high)
     attentions = {**records.attentions, block.attention: replace(attention, **silent)}
     silenced = replace(records, linears=linears, attentions=attentions, ranges=ranges)
-    found, before = (solve(model, seen, recipe, GROUPS, {}) for seen in (silenced, records))
+    found, before = (solve(model, seen, recipe, GROUPS, Provenance()) for seen in (silenced, records))
     assert_every_scale_is_usable(found)
     for name in (*sources, *(block.operand(role) for role in (Role.QUERY, Role.KEY, Role.VALUE))):
         params = found.params[name]
@@ -232,7 +233,7 @@ def test_a_single_token(tiny_dit, scheduler_config, tiny_recipe) -> None:
     inputs = {"hidden_states": seen.x, "timestep": seen.t, "class_labels": seen.labels}
     records = record(model, seen, recipe)
     for preset in ("paper", "plus"):
-        solution = solve(model, records, tiny_recipe(preset, rounds=1, candidates=5), GROUPS, {})
+        solution = solve(model, records, tiny_recipe(preset, rounds=1, candidates=5), GROUPS, Provenance())
         assert_every_scale_is_usable(solution)
         assert noise_of(model, solution, inputs) > 30
 
@@ -240,7 +241,7 @@ def test_a_single_token(tiny_dit, scheduler_config, tiny_recipe) -> None:
 @pytest.mark.parametrize(("low", "high"), [(1e-44, 1.2), (0.01, 1e300)])
 def test_no_candidate_is_subnormal_or_infinite(model, records, tiny_recipe, low: float, high: float) -> None:
     recipe = tiny_recipe("paper", "w6a6", rounds=1, candidates=3, low=low, high=high)
-    assert_every_scale_is_usable(solve(model, records, recipe, GROUPS, {}))
+    assert_every_scale_is_usable(solve(model, records, recipe, GROUPS, Provenance()))
 
 
 def test_tables_of_the_smallest_scale_are_finite() -> None:

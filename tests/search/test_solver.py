@@ -12,6 +12,7 @@ from tqdit.calibration.store import Forgetful, InMemory
 from tqdit.calibration.trajectories import collect
 from tqdit.errors import InputError
 from tqdit.grids.regions import is_merged, merge_shift
+from tqdit.provenance import Provenance
 from tqdit.quality.metrics import sqnr_db
 from tqdit.runtime.convert import convert
 from tqdit.search import alternating, objectives, operands, solver
@@ -20,12 +21,12 @@ from tqdit.search.solver import solve
 from tqdit.spec import Grid, Role
 from tqdit.timegroups import TimeGroups
 
-GROUPS = TimeGroups(1000, 4)
+GROUPS = TimeGroups.uniform(0, 1000, 4)
 PRESETS = ["paper", "plus"]
 
 
 def solution_of(model, records, recipe):
-    return solve(model, records, recipe, GROUPS, {})
+    return solve(model, records, recipe, GROUPS, Provenance())
 
 
 def assert_identical(a, b) -> None:
@@ -207,17 +208,17 @@ def test_matmuls_that_a_store_has_are_not_solved_again(model, records, tiny_reci
             return pieces[name]
 
     recipe = tiny_recipe(rounds=0)
-    first = solve(model, records, recipe, GROUPS, {"a": 1}, store=Kept())
+    first = solve(model, records, recipe, GROUPS, Provenance(source="a"), store=Kept())
     monkeypatch.setattr(solver, "alternate", None)
-    again = solve(model, records, recipe, GROUPS, {"a": 1}, store=Kept())
+    again = solve(model, records, recipe, GROUPS, Provenance(source="a"), store=Kept())
     assert_identical(first, again)
-    assert again.provenance == {"a": 1}
+    assert again.provenance == Provenance(source="a")
     assert again.time_groups == GROUPS
     assert len(pieces) == 2 * 6 + len(
         [name for name in first.codes if first.params[name].spec.role is Role.WEIGHT_ONLY]
     )
     told: list[float] = []
-    solve(model, records, recipe, GROUPS, {}, told.append, Kept())
+    solve(model, records, recipe, GROUPS, Provenance(), told.append, Kept())
     assert told == pytest.approx([(i + 1) / len(pieces) for i in range(len(pieces))])
 
 
@@ -402,7 +403,7 @@ def test_a_site_whose_values_are_not_finite_is_named(model, records, tiny_recipe
 
 def test_progress_reaches_the_end(model, records, tiny_recipe) -> None:
     told: list[float] = []
-    solve(model, records, tiny_recipe(rounds=0), GROUPS, {}, told.append)
+    solve(model, records, tiny_recipe(rounds=0), GROUPS, Provenance(), told.append)
     assert told == sorted(told)
     assert told[-1] == 1
 

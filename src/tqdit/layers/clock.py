@@ -36,7 +36,7 @@ class TimestepClock(nn.Module):
     def __init__(self, time_groups: TimeGroups) -> None:
         super().__init__()
         self.time_groups = time_groups
-        self.register_buffer("table", time_groups.table(), persistent=False)
+        self.register_buffer("table", time_groups.index(torch.arange(int(time_groups.high))), persistent=False)
         self._now = PerThread()
 
     @property
@@ -53,7 +53,7 @@ class TimestepClock(nn.Module):
         """Store the group indices, (1,) or (B,), of a timestep () or (B,); `Inputs` has checked its shape."""
         t = torch.as_tensor(timestep, device=self.table.device).reshape(-1)
         if t.device.type == "cpu" and not torch.compiler.is_compiling():
-            group = self.time_groups.of(t)
+            group = self.time_groups.index(t)
             first, last = group.aminmax()
             shared = int(first) if first == last else None
         else:

@@ -94,7 +94,7 @@ def _described(solution: Solution, backend: str, device: str | torch.device) -> 
         "model_config": decisive(solution.model_config),
         "time_groups": asdict(solution.time_groups),
         "sites": [asdict(spec) for spec in solution.sites],
-        "provenance": dict(solution.provenance),
+        "provenance": solution.provenance.to_json(),
         "layout": [backend, torch.device(device).type],
     }
 
@@ -238,7 +238,7 @@ class _Builder:
                 same.append(block)
         for embedder, members in groups:
             projection = embedder.get_submodule("time_proj")
-            embedder.time_proj = TimestepTable(projection, self.solution.time_groups.num_timesteps)
+            embedder.time_proj = TimestepTable(projection, int(self.solution.time_groups.high))
             group = self.conditioning.add(embedder, self.adaln(members))
             for place, name in enumerate(members):
                 model.get_submodule(name).join(group, place)

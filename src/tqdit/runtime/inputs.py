@@ -81,7 +81,7 @@ class Inputs:
                 found = low if low < 0 else high
                 raise InputError(f"class_labels has {found}; the model's classes are 0 to {self.classes - 1}")
         if t.is_cpu and not x.is_cpu:
-            self.time_groups.of(t)  # on the CPU the clock does; on a GPU the lookup could only assert
+            self.time_groups.index(t)  # on the CPU the clock does; on a GPU the lookup could only assert
 
 
 def _as_tensor(timestep: Any) -> torch.Tensor:

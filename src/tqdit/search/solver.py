@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from tqdit.calibration.statistics import RangeStats
 from tqdit.calibration.store import Forgetful, Store
 from tqdit.errors import InputError
 from tqdit.grids import uniform
+from tqdit.provenance import Provenance
 from tqdit.recipe import Recipe
 from tqdit.sampling.sampler import Progress
 from tqdit.search import objectives, operands
@@ -30,7 +31,7 @@ def solve(
     records: Records,
     recipe: Recipe,
     time_groups: TimeGroups,
-    provenance: Mapping[str, Any],
+    provenance: Provenance,
     progress: Progress = lambda _: None,
     store: Store | None = None,
 ) -> Solution:
@@ -61,7 +62,7 @@ def solve(
     for found in world.gather_named(solved, len(parts)):
         solver.take(found)
     ordered = {name: solver.params[name] for name in solver.specs}
-    return Solution(dict(config_of(model)), time_groups, ordered, solver.codes, solver.floats(), dict(provenance))
+    return Solution(dict(config_of(model)), time_groups, ordered, solver.codes, solver.floats(), provenance)
 
 
 Solved = dict[str, torch.Tensor]  # "<site>/scale", "<site>/zero_point" and "<site>/codes" of matmuls, on the CPU

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -187,12 +188,11 @@ class Maker:
         solution = fitting.read(subject.folder)
         dtype = self.settings.dtype or default_dtype(self.device)
         module = convert(solution, self.settings.backend, self.device, checked_dtype(dtype))
-        total = solution.time_groups.num_timesteps
+        total = math.ceil(solution.time_groups.high)
         self.timesteps = min(self.timesteps or total, total)
-        recipe = solution.provenance.get("recipe", {})
         facts = Facts(
-            bits=f"w{recipe.get('weight_bits')}a{recipe.get('activation_bits')}",
-            preset=solution.provenance.get("preset", recipe.get("preset")),
+            bits=solution.provenance.bits,
+            preset=solution.provenance.preset_name,
             dtype=dtype,
             operations={batch: count_operations(solution, batch) for batch in self.settings.batches},
             report=cast(Mapping[str, str], module.quantization_report),

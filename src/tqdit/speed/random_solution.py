@@ -10,6 +10,7 @@ from tqdit.architectures.building import empty_model
 from tqdit.architectures.shapes import shape_name, tokens
 from tqdit.architectures.sites import sites
 from tqdit.grids.regions import GELU_MINIMUM, coarse_softmax_scale, merging_exponents, softmax_exponents
+from tqdit.provenance import Provenance
 from tqdit.recipe import PRODUCTS_OF, Recipe
 from tqdit.spec import Grid, GridParams, IntFormat, Role, SiteSpec, Solution
 from tqdit.speed.random_weights import Pool, embedder_twin, standard_deviation
@@ -49,13 +50,14 @@ def random_solution(config: Mapping[str, Any], recipe: Recipe, seed: int = 0) ->
         if name not in codes:
             twin = embedder_twin(name)
             floats[name] = floats[twin] if twin != name else draw.parameter(name, shape)
-    provenance = {
-        "preset": recipe.label,
-        "recipe": recipe.model_dump(mode="json"),
-        "source": f"random {shape_name(config)}",
-        "versions": versions(),
-    }
-    return Solution(dict(config), TimeGroups(NUM_TIMESTEPS, recipe.groups), params, codes, floats, provenance)
+    provenance = Provenance(
+        preset=recipe.label,
+        recipe=recipe.model_dump(mode="json"),
+        source=f"random {shape_name(config)}",
+        versions=versions(),
+    )
+    groups = TimeGroups.uniform(0, NUM_TIMESTEPS, recipe.groups)
+    return Solution(dict(config), groups, params, codes, floats, provenance)
 
 
 def _resolved(recipe: Recipe) -> Recipe:
