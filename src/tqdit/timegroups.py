@@ -71,7 +71,7 @@ class TimeGroups:
         No group is without one of them: there are as many groups as distinct timesteps if that is fewer. Raises
         `InputError` for a timestep outside the range, and if there is none.
         """
-        t = torch.as_tensor(timesteps).double().flatten()
+        t = torch.as_tensor(timesteps, dtype=torch.float64).flatten()
         cls((), low, high, closed).index(t)
         passed = t.unique().tolist()
         if type(groups) is not int or groups < 1:
