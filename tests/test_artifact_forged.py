@@ -150,10 +150,8 @@ def test_control_characters_do_not_reach_a_terminal(folder) -> None:
 
 
 def test_control_characters_of_the_provenance_are_escaped(folder) -> None:
-    forge(
-        folder,
-        lambda manifest: manifest["provenance"].update(source="\x1b[31mred", versions={"a\n": "\x07"}, more=["\n"]),
-    )
+    forged = {"source": "\x1b[31mred", "versions": {"a\n": "\x07"}, "more": ["\n"]}
+    forge(folder, lambda manifest: manifest["provenance"].update(forged))
     provenance = artifact.read(folder).provenance
     assert provenance.source == r"\x1b[31mred"
     assert provenance.versions == {r"a\n": r"\x07"}
