@@ -83,6 +83,9 @@ class DiT(Architecture):
         side = int(config["sample_size"])
         return int(config["in_channels"]), side, side
 
+    def image_side(self, config: Config) -> int:
+        return dit_shapes.image_side(config)
+
     def output_channels(self, config: Config) -> int:
         return dit_shapes.output_channels(config)
 

@@ -85,6 +85,12 @@ def shape_key(config: Mapping[str, Any]) -> tuple[int, ...]:
     return (*sizes, int(config["in_channels"]), output_channels(config))
 
 
+def image_side(config: Mapping[str, Any]) -> int:
+    """Latents of DiT's VAE count as the images they make; samples of other channels are the images."""
+    side, images = int(config["sample_size"]), min(LATENTS)
+    return side * images // LATENTS[images] if int(config["in_channels"]) == LATENT_CHANNELS else side
+
+
 def output_channels(config: Mapping[str, Any]) -> int:
     """Channels of the output: those of the input, or twice as many with a learned variance."""
     return int(config.get("out_channels") or config["in_channels"])
