@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from tqdit.architectures.registry import graph
 from tqdit.architectures.shapes import tokens, width
 from tqdit.calibration.picker import Picker
 from tqdit.calibration.recorder import batch_size, graph_bytes, picked_bytes
@@ -54,12 +55,14 @@ def memory(config: Mapping[str, Any], recipe: Recipe, device: torch.device, proc
     picks of one forward and backward pass. `records_of_a_block`: what a search in a work folder holds. `codes`: int8.
     """
     picker = _picker(config, recipe)
-    records = picked_bytes(config, picker) * recipe.groups * recipe.samples
+    structure = graph(config)
+    records = picked_bytes(structure, picker) * recipe.groups * recipe.samples
+    of_a_sample = graph_bytes(structure, picker) + picked_bytes(structure, picker)
     blocks = int(config["num_layers"])
     elements = sum(p.numel() for p in empty_model(config).parameters())
     return {
         "weights": FP32 * elements,
-        "pass": batch_size(config, picker, device) * (graph_bytes(config, picker) + picked_bytes(config, picker)),
+        "pass": batch_size(structure, picker, device) * of_a_sample,
         "records": records * -(-blocks // processes) // blocks,  # whole blocks are dealt out
         "records_of_a_block": records // blocks,
         "codes": elements,

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from tqdit.architectures.sites import sites
 
+from tqdit.architectures.registry import config_of
 from tqdit.backends import native
 from tqdit.errors import InputError
 from tqdit.layers.adapters import AdapterSlot
@@ -19,6 +19,7 @@ from tqdit.layers.clock import TimestepClock
 from tqdit.layers.conditioning import TimestepTable
 from tqdit.layers.params import ActivationParams
 from tqdit.ops.holders import FixedDtype
+from tqdit.plan import sites
 from tqdit.quality.metrics import sqnr_db
 from tqdit.runtime import integer
 from tqdit.runtime.convert import convert
@@ -49,7 +50,7 @@ def test_every_float_layer_is_replaced(model, solved, preset: str) -> None:
 @pytest.mark.parametrize("backend", ["cpu", "reference", "simulated"])
 def test_report_names_every_site_once(model, solved, tiny_recipe, preset: str, backend: str) -> None:
     converted = convert(solved(preset), backend)
-    expected = [site.name for site in sites(model.config, tiny_recipe(preset))]
+    expected = [site.name for site in sites(config_of(model), tiny_recipe(preset))]
     assert list(converted.quantization_report) == expected
     assert converted.quantization_backend == backend
     assert all(kernel.startswith(f"{backend}.") for kernel in converted.quantization_report.values())

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tqdit.architectures.sites import sites
 
 import tqdit
 from tqdit import workflow
+from tqdit.architectures.registry import config_of
 from tqdit.artifact import folder as artifact
 from tqdit.calibration import store, trajectories
 from tqdit.errors import InputError, RepairWarning
+from tqdit.plan import sites
 from tqdit.quality.metrics import sqnr_db
 from tqdit.runtime.convert import convert
 from tqdit.sampling.sampler import Sampling
@@ -119,7 +120,7 @@ def test_records_of_other_calibration_settings_are_refused(pipeline, tiny_recipe
 
 def test_inspect_lists_every_site(quantized, model, tiny_recipe) -> None:
     found = workflow.inspect(quantized[0])
-    expected = sites(model.config, tiny_recipe("plus"))
+    expected = sites(config_of(model), tiny_recipe("plus"))
     assert found["backend"] == "cpu"
     assert [row["name"] for row in found["sites"]] == [site.name for site in expected]
     for row, site in zip(found["sites"], expected, strict=True):

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from tqdit.architectures.sites import blocks
 
+from tqdit.architectures.interface import Block
+from tqdit.architectures.registry import config_of, graph
 from tqdit.calibration.recorder import record
 from tqdit.calibration.statistics import RangeStats
 from tqdit.calibration.trajectories import CalibrationSet, collect
@@ -28,6 +29,11 @@ from tqdit.timegroups import TimeGroups
 GROUPS = TimeGroups.uniform(0, 1000, 4)
 WIDTH = 32
 LOSS = 5.0  # dB that a dead unit may cost at W8A8: it takes signal away, the noise of all others stays
+
+
+def operand(block: Block, role: Role) -> str:
+    """The site of an attention's operand."""
+    return next(found.name for found in block.attentions[0].operands if found.role is role)
 
 
 def zero_row_of_fc1(model: Any) -> None:
@@ -198,23 +204,23 @@ def test_dead_rows_have_a_scale_of_1_and_zero_codes(tiny_dit, records, tiny_reci
 def test_a_time_group_that_saw_only_zeros(model, records, tiny_recipe, grid: str, products: str) -> None:
     """Of inputs, of GELU and of every attention operand; the other groups keep what they have without it."""
     recipe = tiny_recipe("plus", "w6a6", rounds=1, candidates=5, gelu_grid=grid, gelu_products=products)
-    block = blocks(model.config)[0]
-    sources = (block.qkv.source, block.fc2.source)
+    block = graph(config_of(model)).blocks[0]
+    sources = (block.linears[0].source.name, block.linears[3].source.name)
     linears, ranges = dict(records.linears), dict(records.ranges)
     for name in sources:
         linear = records.linears[name]
         linears[name] = replace(linear, x=torch.where(linear.group[:, None] == 2, 0.0, linear.x))
-    attention = records.attentions[block.attention]
+    attention = records.attentions[block.attentions[0].module]
     silent = {field: getattr(attention, field) * (attention.group != 2)[:, None, None, None] for field in "qkv"}
-    for name in (*sources, *(block.operand(role) for role in (Role.QUERY, Role.KEY, Role.VALUE))):
+    for name in (*sources, *(operand(block, role) for role in (Role.QUERY, Role.KEY, Role.VALUE))):
         low, high = records.ranges[name].low.clone(), records.ranges[name].high.clone()
         low[2], high[2] = 0, 0
         ranges[name] = RangeStats(low, high)
-    attentions = {**records.attentions, block.attention: replace(attention, **silent)}
+    attentions = {**records.attentions, block.attentions[0].module: replace(attention, **silent)}
     silenced = replace(records, linears=linears, attentions=attentions, ranges=ranges)
     found, before = (solve(model, seen, recipe, GROUPS, Provenance()) for seen in (silenced, records))
     assert_every_scale_is_usable(found)
-    for name in (*sources, *(block.operand(role) for role in (Role.QUERY, Role.KEY, Role.VALUE))):
+    for name in (*sources, *(operand(block, role) for role in (Role.QUERY, Role.KEY, Role.VALUE))):
         params = found.params[name]
         if params.spec.grid is Grid.UNIFORM:
             assert (params.scale[2] == 1).all()

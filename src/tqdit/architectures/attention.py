@@ -23,6 +23,16 @@ class Computed(NamedTuple):
     attended: torch.Tensor  # (B, H, N, d)
     bias: torch.Tensor | None
 
+    @property
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key, value and probabilities, in this order."""
+        return self.query, self.key, self.value, self.probabilities
+
+    def detached(self) -> "Computed":
+        """Return the same with operands that are no part of the graph; scores and attended values still are."""
+        q, k, v, p = (x.detach() for x in self.operands)
+        return self._replace(query=q, key=k, value=v, probabilities=p)
+
 
 class OpenAttention:
     """An attention processor of diffusers that computes softmax(Q K^T / sqrt(d) + bias) V step by step.

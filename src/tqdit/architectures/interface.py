@@ -181,6 +181,9 @@ class Architecture(Protocol):
     def input_shape(self, config: Config) -> tuple[int, ...]:
         """Shape (C, H, W) of one sample that the model denoises."""
 
+    def image_side(self, config: Config) -> int:
+        """Pixels of a side of the image that a sample is decoded to, by the decoder that its channels are for."""
+
     def output_channels(self, config: Config) -> int:
         """Channels of the model's output; twice those of the input with a learned variance."""
 

@@ -13,6 +13,7 @@ from tqdit.layers.params import ActivationParams
 from tqdit.spec import Role
 
 BLOCKS = "transformer_blocks."
+LATENT_CHANNELS, VAE_FACTOR = 4, 8  # of the autoencoder that these models have been published with
 QUANTIZATION = "quantization_config"  # a key of a config that diffusers' classes do not take
 
 
@@ -28,6 +29,11 @@ class PatchTransformer(Architecture):
     def input_shape(self, config: Config) -> tuple[int, int, int]:
         side = int(config["sample_size"])
         return int(config["in_channels"]), side, side
+
+    def image_side(self, config: Config) -> int:
+        """Latents of a VAE count as the images that they make; samples of other channels are the images."""
+        side = int(config["sample_size"])
+        return side * VAE_FACTOR if int(config["in_channels"]) == LATENT_CHANNELS else side
 
     def output_channels(self, config: Config) -> int:
         return int(config.get("out_channels") or config["in_channels"])

@@ -202,7 +202,7 @@ class _Pass:
 
     def attention(self, attention: Attention, computed: Computed) -> None:
         kept = kept_keys(computed.bias)
-        for operand, x in zip(attention.operands, computed, strict=False):
+        for operand, x in zip(attention.operands, computed.operands, strict=True):
             of_keys = operand in (attention.key, attention.value)
             self._add_range(operand, x, kept if of_keys else None)
         if not attention.context:

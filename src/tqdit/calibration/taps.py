@@ -73,8 +73,7 @@ class Taps:
 
     def _attended(self, attention: Attention, computed: Computed) -> None:
         if self.sink:
-            operands = (x.detach() for x in computed[:4])
-            self.sink.attention(attention, Computed(*operands, *computed[4:]))
+            self.sink.attention(attention, computed.detached())
 
     def _input_hook(self, linear: Linear) -> Any:
         def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:

@@ -14,7 +14,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tqdit.architectures.shapes import LATENT_CHANNELS, shape_name
+from tqdit.architectures.registry import architecture
+from tqdit.architectures.shapes import shape_name
 from tqdit.errors import InputError
 from tqdit.imaging.generate import sample_latents
 from tqdit.runtime import fitting
@@ -27,7 +28,6 @@ from tqdit.workflow import Report, checked_dtype, silent
 
 WARM_UP = 2  # calls: the first compiles, the second would compile again if a timestep were a constant
 FULL_RUN = Sampling("ddim", 50, 1.5)
-VAE_FACTOR = 8  # image side over latent side
 LOG = logging.getLogger(__name__)
 
 
@@ -102,8 +102,7 @@ Entrant = tuple[Contender, DenoiserCall]
 
 def workload(config: Mapping[str, Any], batch: int) -> str:
     """What one call computes, by image side and batch: "256-b64". Latents of a VAE count as the images they make."""
-    factor = VAE_FACTOR if int(config["in_channels"]) == LATENT_CHANNELS else 1
-    return f"{int(config['sample_size']) * factor}-b{batch}"
+    return f"{architecture(config).image_side(config)}-b{batch}"
 
 
 def images(batch: int) -> int:
