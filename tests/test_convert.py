@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from tqdit.layers.clock import TimestepClock
 
 from tqdit.architectures.registry import config_of
 from tqdit.backends import native
 from tqdit.errors import InputError
 from tqdit.layers.adapters import AdapterSlot
 from tqdit.layers.block import IntBlock
-from tqdit.layers.clock import TimestepClock
 from tqdit.layers.conditioning import TimestepTable
 from tqdit.layers.params import ActivationParams
 from tqdit.ops.holders import FixedDtype

@@ -7,9 +7,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tqdit.layers.clock import TimestepClock
 
 from tqdit.errors import InputError
-from tqdit.layers.clock import TimestepClock
 from tqdit.timegroups import MAX_EDGES, TimeGroups
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-
 from tqdit.layers.clock import TimestepClock
+
 from tqdit.layers.params import ActivationParams
 from tqdit.ops.schema import WeightParams
 from tqdit.spec import Grid, GridParams, Role, SiteSpec

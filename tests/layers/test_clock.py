@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from tqdit.layers.clock import TimestepClock
 
 from tqdit.errors import InputError
-from tqdit.layers.clock import TimestepClock
 from tqdit.timegroups import TimeGroups
 
 

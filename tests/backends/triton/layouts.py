@@ -10,8 +10,9 @@ import pytest
 import torch
 import triton
 
-from tqdit.backends.triton.backend import Heads
-from tqdit.ops.schema import AttentionParams, OperandParams, WeightParams
+from tqdit.backends.triton.layouts import Projected
+from tqdit.ops.schema import AttentionParams, OperandParams, Residual, WeightParams
+from tqdit.ops.tables import OFFSET, parameters
 from tqdit.spec import Grid
 
 UNREAD = 99  # what is beyond a row's end
@@ -30,19 +31,28 @@ def padded(codes: torch.Tensor) -> torch.Tensor:
 
 def stored(codes: torch.Tensor, params: OperandParams) -> torch.Tensor:
     """Signed codes as kernels keep them: merged GELU regions are one integer, its lowest value -128."""
-    if params.shift is None or params.grid is not Grid.MRQ_GELU:
+    if not params.merged or params.grid is not Grid.MRQ_GELU:
         return padded(codes)
-    merged = torch.where(codes < 0, codes.int(), codes.int() << params.shift)
-    return padded((merged + (1 << (params.bits - 1)) - 128).to(torch.int8))
+    merged = torch.where(codes < 0, codes.int(), codes.int() * parameters(params, 3).factor)
+    return padded((merged + (1 << (params.bits - 1)) - OFFSET).to(torch.int8))
 
 
 def read(codes: torch.Tensor, columns: int, params: OperandParams | None = None) -> torch.Tensor:
     """The inverse, int32 on the CPU."""
     out = codes[..., :columns].cpu().int()
-    if params is None or params.shift is None or params.grid is not Grid.MRQ_GELU:
+    if params is None or not params.merged or params.grid is not Grid.MRQ_GELU:
         return out
-    merged = out - ((1 << (params.bits - 1)) - 128)
-    return torch.where(merged < 0, merged, merged >> params.shift.cpu())
+    merged = out - ((1 << (params.bits - 1)) - OFFSET)
+    return torch.where(merged < 0, merged, merged // parameters(params, 3).factor)
+
+
+def traced(trace: torch.Tensor, params: OperandParams) -> torch.Tensor:
+    """Codes as the reference has them, from the trace of a merged grid, where a fine code is the value itself."""
+    if not params.merged:
+        return trace
+    value = trace.int() + OFFSET
+    top = (1 << (params.bits - 1)) - 1
+    return torch.where(value <= top, -value, value // parameters(params, 4).factor).to(torch.int8)
 
 
 def token_order(tokens: int) -> torch.Tensor:
@@ -53,31 +63,35 @@ def token_order(tokens: int) -> torch.Tensor:
     return (torch.arange(0, tokens, 16)[:, None] + sixteen).flatten()
 
 
-def heads_of(qkv: torch.Tensor, heads: int) -> Heads:
-    """(B, N, 3 C) codes of q, k and v as the buffer that the kernels share."""
-    batch, tokens, width = qkv.shape
-    head_dim = width // 3 // heads
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    v = v.transpose(2, 3)[..., token_order(tokens).to(qkv.device)]
-    return Heads(torch.cat([padded(x).flatten() for x in (q, k, v)]), batch, tokens, head_dim)
+def as_projected(codes: torch.Tensor, parts: int, heads: int) -> Projected:
+    """(B, N, parts C) codes of q, k and v, of k and v, or of q, as the buffer that the kernels share."""
+    batch, tokens, width = codes.shape
+    found = list(codes.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4))
+    if parts > 1:
+        found[-1] = found[-1].transpose(2, 3)[..., token_order(tokens).to(codes.device)]
+    return Projected(torch.cat([padded(x).flatten() for x in found]), batch, tokens, width // parts // heads)
 
 
-def from_heads(buffer: Heads, heads: int) -> torch.Tensor:
+def from_projected(buffer: Projected, parts: int, heads: int) -> torch.Tensor:
     """The inverse, int32 on the CPU."""
     batch, tokens, dim = buffer.batch, buffer.tokens, buffer.head_dim
     by_token, by_channel = batch * heads * tokens * pitch(dim), batch * heads * dim * pitch(tokens)
-    q, k, v = buffer.codes.cpu().int().split([by_token, by_token, by_channel])
-    q, k = (x.view(batch, heads, tokens, pitch(dim))[..., :dim] for x in (q, k))
-    ordered = torch.empty(batch, heads, dim, tokens, dtype=torch.int32)
-    ordered[..., token_order(tokens)] = v.view(batch, heads, dim, pitch(tokens))[..., :tokens]
-    return torch.stack([q, k, ordered.transpose(2, 3)]).permute(1, 3, 0, 2, 4).flatten(2)
+    sizes = {1: [by_token], 2: [by_token, by_channel], 3: [by_token, by_token, by_channel]}[parts]
+    found = list(buffer.codes.cpu().int().split(sizes))
+    v = found.pop().view(batch, heads, dim, pitch(tokens))[..., :tokens] if parts > 1 else None
+    found = [x.view(batch, heads, tokens, pitch(dim))[..., :dim] for x in found]
+    if v is not None:
+        ordered = torch.empty(batch, heads, dim, tokens, dtype=torch.int32)
+        ordered[..., token_order(tokens)] = v
+        found.append(ordered.transpose(2, 3))
+    return torch.stack(found).permute(1, 3, 0, 2, 4).flatten(2)
 
 
 def to(device: torch.device, value):
     """Operands, or a tensor, on a device."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
-    if isinstance(value, OperandParams | AttentionParams | WeightParams):
+    if isinstance(value, OperandParams | AttentionParams | WeightParams | Residual):
         return type(value)(*(to(device, x) for x in value))
     return value
 

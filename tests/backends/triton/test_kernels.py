@@ -1,32 +1,36 @@
 """Every kernel against `ops.reference`: on a GPU, or in Triton's interpreter where there is none.
 
 Sums and codes are equal; where a float operation is rounded differently (LayerNorm, GELU, exp), a code may differ by
-one step where the value is within `test_cpu.TIE` steps of a rounding boundary.
+one step where the value is within `ties.TIE` steps of a rounding boundary.
 """
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from layouts import from_heads, heads_of, padded, read, stored, to
-from operands import maker
-from test_cpu import assert_equal_up_to_ties, each_gelu, each_shape, each_softmax, traced
+from layouts import as_projected, from_projected, padded, read, stored, to, traced
+from operands import as_operand, maker
+from ties import TIE, assert_equal_up_to_ties, each_gelu, each_shape, each_softmax
 
 from poisoned import PoisonedTorch
 
 pytest.importorskip("triton")
 from tqdit.backends.triton import candidates, launch, tuning
-from tqdit.backends.triton.backend import PackedTritonBackend, TritonBackend, operand
+from tqdit.backends.triton.backend import PackedTritonBackend, TritonBackend
 from tqdit.backends.triton.launch import FEW_ROWS
 from tqdit.backends.triton.layer import TritonLinear
 from tqdit.backends.triton.layouts import Config, Weight
+from tqdit.ops.composed import split_heads
 from tqdit.ops.quantizer import dequantize, quantize
 from tqdit.ops.reference import Reference
-from tqdit.ops.schema import OperandParams, WeightParams
+from tqdit.ops.schema import Activation, Norm, Residual, WeightParams
+from tqdit.ops.tables import ZERO
 from tqdit.spec import Grid
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REFERENCE = Reference()
+BIASED = TIE + 256 * 8 * 2.0**-24  # scores to some tens, whose sum with the bias is rounded
+each_config = pytest.mark.parametrize("config", [Config(32, 0, 64), Config(64, 0, 256, blocks=4)], ids=["tiles", "one"])
 each_backend = pytest.mark.parametrize("run", [TritonBackend(), PackedTritonBackend()], ids=lambda b: b.NAME)
 each_stream = pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -50,7 +54,7 @@ def on_device(layer):
 def narrow(weight: WeightParams, bits: int) -> WeightParams:
     """The same with codes of fewer bits."""
     codes = weight.codes >> (8 - bits)
-    return weight._replace(codes=codes, colsum=codes.sum(1, dtype=torch.int32))
+    return weight._replace(codes=codes, bits=bits, colsum=codes.sum(1, dtype=torch.int32))
 
 
 @given(
@@ -68,14 +72,17 @@ def test_sums_are_exact(batch, tokens, k, n, zero, bits, packed, extreme, seed) 
             torch.full_like(codes, 127),
             weight._replace(codes=torch.full_like(weight.codes, -128 >> 8 - bits)),
         )
-    one = torch.ones(1, 1, 1)
-    source = OperandParams(Grid.UNIFORM, 8, one, torch.full((1, 1, 1), zero, dtype=torch.int32), one)
+    source = as_operand(Grid.UNIFORM, 8, torch.ones(1, 1), torch.full((1, 1), zero, dtype=torch.int32))
     run = PackedTritonBackend() if packed else TritonBackend()
-    layer = on_device(run.prepare(WeightParams(weight.codes, torch.ones(1)), None))
+    layer = on_device(run.prepare(WeightParams(weight.codes, torch.ones(1), bits), None))
     assert torch.equal(layer.unpacked().cpu(), weight.codes)
     x, gate = torch.zeros(batch, tokens, n, device=DEVICE), torch.ones(batch, n, device=DEVICE)
-    out = run.linear_residual(to(DEVICE, padded(codes)), to(DEVICE, source), layer, gate, x)
-    assert torch.equal(out.cpu(), ((codes.long() - zero) @ weight.codes.long().t()).float())
+    given, expected = (
+        (to(DEVICE, padded(codes)), to(DEVICE, source), layer),
+        (codes.long() - zero) @ weight.codes.long().t(),
+    )
+    for then in (None, Residual(x, gate), Residual(x)):
+        assert torch.equal(run.linear(*given, then).cpu(), expected.float())
 
 
 @each_shape
@@ -89,59 +96,139 @@ def test_norm_quantize(batch: int, tokens: int, width: int, heads: int, lead: bo
     wide = x.double() - x.double().mean(-1, keepdim=True)
     normal = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     value = normal * (1 + scale.cpu().double()[:, None]) + shift.cpu().double()[:, None]
-    actual = read(run.norm_quantize(to(DEVICE, x), shift, scale, 1e-6, to(DEVICE, target)), width)
+    actual = read(run.quantize(to(DEVICE, x), to(DEVICE, target), Norm(shift, scale, 1e-6)), width)
     assert_equal_up_to_ties(actual, value, target)
+
+
+@each_shape
+@each_gelu
+@each_stream
+def test_quantize(batch, tokens, width, heads, grid: Grid, bits: int, merged: bool, stream: torch.dtype) -> None:
+    """Uniform codes are equal, those beyond the grid included; the others up to ties."""
+    run, make = TritonBackend(), maker(0, bits)
+    x, target = make.values(batch, tokens, width).mul(3).to(stream), make.params(grid, batch, merged=merged)
+    actual = read(run.quantize(to(DEVICE, x), to(DEVICE, target)), width, target)
+    if grid is Grid.UNIFORM:
+        assert torch.equal(actual, quantize(x.float(), target).int())
+    assert_equal_up_to_ties(actual, x.double(), target)
 
 
 @each_backend
 @each_shape
 @pytest.mark.parametrize("lead", [False, True])
-@pytest.mark.parametrize("per_channel", [False, True])
-def test_qkv_is_equal(run, batch: int, tokens: int, width: int, heads: int, lead: bool, per_channel: bool) -> None:
+@pytest.mark.parametrize(("parts", "per_channel"), [(3, False), (3, True), (2, True), (1, False)])
+def test_projections_are_equal(run, batch, tokens, width, heads, lead: bool, parts: int, per_channel: bool) -> None:
+    """To q, k and v, to k and v, or to q."""
     make = maker(1)
     codes, source = make.codes(batch, tokens, width), make.params(lead=batch if lead else 1)
-    weight, bias = make.weight(3 * width, width, per_channel), make.values(3 * width)
+    weight, bias = make.weight(parts * width, width, per_channel), make.values(parts * width)
     weight = narrow(weight, 6) if run.PACKED else weight
     params = make.attention(heads, Grid.UNIFORM, batch if lead else 1)
-    expected = REFERENCE.qkv(codes, source, REFERENCE.prepare(weight, bias), params)
+    targets = {3: params.projections, 2: params.projections[1:], 1: params.projections[:1]}[parts]
+    expected = REFERENCE.project(codes, source, REFERENCE.prepare(weight, bias), targets, heads)
     layer = on_device(run.prepare(weight, bias))
-    actual = run.qkv(to(DEVICE, padded(codes)), to(DEVICE, source), layer, to(DEVICE, params))
-    assert torch.equal(from_heads(actual, heads), expected.int())
+    given = to(DEVICE, padded(codes)), to(DEVICE, source), layer, [to(DEVICE, target) for target in targets]
+    assert torch.equal(from_projected(run.project(*given, heads), parts, heads), expected.int())
 
 
-@each_shape
-@each_softmax
-@pytest.mark.parametrize("config", [Config(32, 0, 64), Config(64, 0, 256, blocks=4)], ids=["tiles", "one"])
-def test_attention(batch, tokens, width, heads, grid: Grid, bits: int, merged: bool, config: Config) -> None:
-    """The codes of the probabilities up to ties; given those, P V and its codes exactly."""
-    make = maker(2, bits)
-    params, target = make.attention(heads, grid, batch, merged), make.params(lead=batch, reach=2.0)
-    qkv = make.codes(batch, tokens, 3 * width)
-    trace = torch.full((batch, heads, tokens, tokens), 55, dtype=torch.int8, device=DEVICE)
-    operands = tuple(operand(to(DEVICE, p)) for p in (*params.projections, params.softmax, target))
-    given = heads_of(to(DEVICE, qkv), heads)
-    actual = launch.attention(given.codes, batch, tokens, heads, given.head_dim, operands, config, trace)
+def check_attention(make, batch, tokens, keys, heads, head_dim, config, params, target, cross, bias=None, tie=TIE):
+    """Check the codes of the probabilities up to ties; given those, P V and its codes exactly."""
+    width = heads * head_dim
+    x = make.codes(batch, tokens, width if cross else 3 * width)
+    other = make.codes(batch, keys, 2 * width) if cross else x[..., width:]
+    trace = torch.full((batch, heads, tokens, keys), 55, dtype=torch.int8, device=DEVICE)
+    operands = tuple(to(DEVICE, p) for p in (*params.projections, params.softmax, target))
+    given = as_projected(to(DEVICE, x), 1 if cross else 3, heads)
+    context = as_projected(to(DEVICE, other), 2, heads) if cross else None
+    added = None if bias is None else to(DEVICE, bias)
+    actual = launch.attend(given, context, added, heads, operands, config, trace)
     codes = traced(trace.cpu(), params.softmax)
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    (q,), (k, v) = split_heads(x[..., :width], 1, heads), split_heads(other, 2, heads)
     scores = dequantize(q, params.query).double() @ dequantize(k, params.key).double().transpose(-1, -2)
-    assert_equal_up_to_ties(codes.int(), (scores * q.shape[-1] ** -0.5).softmax(-1), params.softmax)
+    scores = scores * head_dim**-0.5 + (0 if bias is None else bias.double()[:, None, None])
+    assert_equal_up_to_ties(codes.int(), scores.softmax(-1), params.softmax, tie)
     attended = REFERENCE.values(codes, params.softmax, v, params.value).transpose(1, 2).flatten(2)
     assert torch.equal(read(actual, width), quantize(attended, target).int())
 
 
+@each_shape
+@each_softmax
+@each_config
+def test_attention(batch, tokens, width, heads, grid: Grid, bits: int, merged: bool, config: Config) -> None:
+    make = maker(2, bits)
+    params, target = make.attention(heads, grid, batch, merged), make.params(lead=batch, reach=2.0)
+    check_attention(make, batch, tokens, tokens, heads, width // heads, config, params, target, False)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "keys", "heads", "head_dim"),
+    [(2, 5, 1, 3, 6), (1, 37, 3, 2, 72), (2, 17, 48, 2, 40), (2, 1, 120, 1, 144), (1, 5, 150, 2, 16)],
+)
+@each_softmax
+@each_config
+def test_attention_to_a_context(
+    batch, tokens, keys, heads, head_dim, grid: Grid, bits: int, merged: bool, config: Config, biased: bool
+) -> None:
+    """Keys fewer and more than queries, and than a tile; of them, with a bias, some are hidden."""
+    make = maker(2, bits)
+    params, target = make.attention(heads, grid, batch, merged), make.params(lead=batch, reach=2.0)
+    bias = some_hidden(make.values(batch, keys)) if biased else None
+    check_attention(
+        make, batch, tokens, keys, heads, head_dim, config, params, target, True, bias, BIASED if biased else TIE
+    )
+
+
+@each_softmax
+@each_config
+def test_attention_with_a_bias(grid: Grid, bits: int, merged: bool, config: Config) -> None:
+    """On the tokens themselves; the zero points of keys, a constant of each row, are large."""
+    make, batch, tokens, heads, head_dim = maker(4, bits), 2, 70, 2, 72
+    params, target = make.attention(heads, grid, batch, merged), make.params(lead=batch, reach=2.0)
+    bias = some_hidden(make.values(batch, tokens))
+    check_attention(make, batch, tokens, tokens, heads, head_dim, config, params, target, False, bias, BIASED)
+
+
+@each_config
+def test_attention_where_every_key_is_hidden(config: Config) -> None:
+    """A bias of -10000 everywhere leaves scores with a precision of 2^-10, and probabilities that are numbers."""
+    make, batch, tokens, keys, heads, head_dim = maker(5), 2, 9, 70, 2, 24
+    params, target = make.attention(heads, Grid.UNIFORM, batch), make.params(lead=batch, reach=2.0)
+    bias = torch.full((batch, keys), -10000.0)
+    check_attention(make, batch, tokens, keys, heads, head_dim, config, params, target, True, bias, 256 * 2.0**-9)
+
+
+def some_hidden(bias: torch.Tensor) -> torch.Tensor:
+    """A bias whose every third key but the first ones is hidden."""
+    return torch.where(torch.arange(bias.shape[1]) % 3 == 2, -10000.0, bias)
+
+
+@pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("tokens", [32, 20])
-def test_attention_of_what_the_linear_kernel_wrote(tokens: int) -> None:
+def test_attention_of_what_the_linear_kernel_wrote(tokens: int, cross: bool) -> None:
     """Both have v's tokens in one order, also where heads are not whole groups of 8 columns."""
     make, run, batch, heads, head_dim = maker(9), TritonBackend(), 2, 2, 12
     width = heads * head_dim
     codes, source = make.codes(batch, tokens, width), make.params()
     params, target = make.attention(heads, Grid.UNIFORM), make.params(reach=2.0)
     weight = make.weight(3 * width, width)
-    expected = REFERENCE.attention(
-        REFERENCE.qkv(codes, source, REFERENCE.prepare(weight, None), params), params, target
-    )
-    given = to(DEVICE, padded(codes)), to(DEVICE, source), on_device(run.prepare(weight, None)), to(DEVICE, params)
-    found = run.attention(run.qkv(*given), to(DEVICE, params), to(DEVICE, target))
+    parts = [params.projections[:1], params.projections[1:]] if cross else [params.projections]
+    layers = [weight]
+    if cross:
+        layers = [
+            WeightParams(weight.codes[part], weight.scale[part], 8) for part in (slice(width), slice(width, None))
+        ]
+
+    def both(backend, given, device):
+        found = []
+        for layer, targets in zip(layers, parts, strict=True):
+            prepared = backend.prepare(layer, None).to(device)
+            targets = [to(device, p) for p in targets]
+            found.append(backend.project(to(device, given), to(device, source), prepared, targets, heads))
+        return backend.attend(found[0], to(device, params), to(device, target), found[1] if cross else None)
+
+    expected = both(REFERENCE, codes, torch.device("cpu"))
+    found = both(run, padded(codes), DEVICE)
     assert (read(found, width) != expected).float().mean() < 0.01
 
 
@@ -149,13 +236,15 @@ def test_attention_where_no_query_is_negative() -> None:
     """Their zero point is -128, and 128 is no int8: the product that takes it out is made of two."""
     make, batch, tokens, width, heads = maker(8), 2, 48, 144, 2
     params, target = make.attention(heads, Grid.UNIFORM, batch), make.params(lead=batch, reach=2.0)
-    params = params._replace(query=params.query._replace(zero_point=torch.full_like(params.query.zero_point, -128)))
+    table = params.query.table.clone()
+    table[..., ZERO] = -128.0
+    params = params._replace(query=params.query._replace(table=table))
     qkv = make.codes(batch, tokens, 3 * width)
-    operands = tuple(operand(to(DEVICE, p)) for p in (*params.projections, params.softmax, target))
-    given = heads_of(to(DEVICE, qkv), heads)
+    operands = tuple(to(DEVICE, p) for p in (*params.projections, params.softmax, target))
+    given = as_projected(to(DEVICE, qkv), 3, heads)
     for config in (Config(32, 0, 64), Config(32, 0, 32)):
-        found = launch.attention(given.codes, batch, tokens, heads, given.head_dim, operands, config)
-        assert (read(found, width) != REFERENCE.attention(qkv, params, target)).float().mean() < 0.01
+        found = launch.attend(given, None, None, heads, operands, config)
+        assert (read(found, width) != REFERENCE.attend(qkv, params, target)).float().mean() < 0.01
 
 
 @each_shape
@@ -170,17 +259,21 @@ def test_feed_forward(run, batch, tokens, width, heads, grid: Grid, bits: int, m
     codes, bias = eight.codes(batch, tokens, width), eight.values(4 * width)
     first, second = narrow(eight.weight(4 * width, width), bits), narrow(eight.weight(width, 4 * width), bits)
     layer = on_device(run.prepare(first, bias))
-    actual = run.linear_gelu(to(DEVICE, padded(codes)), to(DEVICE, source), layer, to(DEVICE, target))
+    given = to(DEVICE, padded(codes)), to(DEVICE, source), layer
+    actual = run.linear(*given, Activation(to(DEVICE, target)))
     hidden = REFERENCE.linear(codes, source, REFERENCE.prepare(first, bias)).double()
+    assert torch.equal(run.linear(*given).cpu().double(), hidden)
     value = torch.nn.functional.gelu(hidden, approximate="tanh")
     found = read(actual, 4 * width, target)
     assert_equal_up_to_ties(found, value, target)
 
     x, gate = eight.values(batch, tokens, width).to(stream), eight.values(batch, 6 * width).chunk(6, dim=1)[2]
-    expected = REFERENCE.linear_residual(found.to(torch.int8), target, REFERENCE.prepare(second, None), gate, x)
     layer = on_device(run.prepare(second, None))
-    out = run.linear_residual(actual, to(DEVICE, target), layer, to(DEVICE, gate), to(DEVICE, x))
-    assert torch.equal(out.cpu(), expected)
+    for through in (gate, None):
+        then = Residual(x, through)
+        expected = REFERENCE.linear(found.to(torch.int8), target, REFERENCE.prepare(second, None), then)
+        out = run.linear(actual, to(DEVICE, target), layer, to(DEVICE, then))
+        assert torch.equal(out.cpu(), expected)
 
 
 @each_backend
@@ -243,13 +336,11 @@ def test_results_do_not_depend_on_the_configuration(config: Config, two: bool) -
     source = make.params(Grid.MRQ_GELU if two else Grid.UNIFORM, batch)
     codes, weight, bias = make.codes(batch, tokens, width), make.weight(width, width), make.values(width)
     x, gate = make.values(batch, tokens, width), make.values(batch, width)
-    expected = REFERENCE.linear_residual(codes, source, REFERENCE.prepare(weight, bias), gate, x)
-    from tqdit.backends.triton.layouts import Weight
-
+    plain = REFERENCE.prepare(weight, bias)
     layer = on_device(TritonBackend().prepare(weight, bias))
     tensors = Weight(layer.codes, layer.high, layer.scale, layer.bias, layer.sums, width, 8)
-    given = (to(DEVICE, stored(codes, source)), operand(to(DEVICE, source)), tensors, config)
-    out = launch.residual(*given, to(DEVICE, gate), to(DEVICE, x))
-    assert torch.equal(out.cpu(), expected)
-    plain = REFERENCE.linear(codes, source, REFERENCE.prepare(weight, bias))
-    assert torch.equal(launch.plain(*given).cpu(), plain)
+    given = (to(DEVICE, stored(codes, source)), to(DEVICE, source), tensors, config)
+    for then in (Residual(x, gate), Residual(x)):
+        out = launch.residual(*given, to(DEVICE, then))
+        assert torch.equal(out.cpu(), REFERENCE.linear(codes, source, plain, then))
+    assert torch.equal(launch.plain(*given).cpu(), REFERENCE.linear(codes, source, plain))

@@ -7,8 +7,9 @@ import triton
 
 from tqdit.backends.triton import hopper
 from tqdit.backends.triton.launch import FEW_ROWS
-from tqdit.backends.triton.layouts import Config
+from tqdit.backends.triton.layouts import HEADS_OF, Config
 
+PARTS = {name: parts for parts, name in HEADS_OF.items()}
 FEW_TILES = 4096  # rows: below, large tiles leave multiprocessors without work
 
 
@@ -27,6 +28,11 @@ def norm(rows: int, width: int) -> list[Config]:
         held += [most._replace(blocks=4), most._replace(blocks=8), two._replace(blocks=8), four._replace(blocks=4)]
         unheld = [one, most, one._replace(blocks=4), two]
     return list(dict.fromkeys(held + [config._replace(stages=1) for config in unheld]))
+
+
+def quantize() -> list[Config]:
+    """Small tiles: a program does nothing but read and write."""
+    return [Config(4, 256, 0, warps=4), Config(8, 256, 0, warps=8), Config(1, 1024, 0, warps=4)]
 
 
 def linear(rows: int, two: bool, bits: int) -> list[Config]:
@@ -63,22 +69,21 @@ def hopper_linear(epilogue: str, rows: int, columns: int, tile: int) -> list[Con
     if rows <= FEW_TILES or tile < 128:
         small = [(64, 128, 8), (128, 64, 8), (64, 64, 8), (64, 64, 12)]
         found += [Config(m, n, 128, stages=stages, piece=32 if residual else 64, hopper=1) for m, n, stages in small]
-    width = columns // 3 if epilogue == "heads" else columns
-    return [config for config in found if hopper.takes(config, tile, width)]
+    return [config for config in found if hopper.takes(config, tile, columns // PARTS.get(epilogue, 1))]
 
 
-def attention(sequences: int, tokens: int) -> list[Config]:
+def attention(sequences: int, keys: int) -> list[Config]:
     """All keys at once up to 256, by several blocks of rows where there are many sequences; or tiles of keys."""
     tiles = [
         Config(64, 0, 128, warps=4, stages=3), Config(64, 0, 128, warps=4, stages=2, registers=128),
         Config(64, 0, 64, warps=4, stages=3), Config(64, 0, 64, warps=4, stages=2, registers=128),
     ]  # fmt: skip
-    if tokens > 256:
+    if keys > 256:
         return [*tiles, Config(128, 0, 128, warps=8, stages=3)]
-    keys = max(32, triton.next_power_of_2(tokens))
-    found = [Config(64, 0, keys, warps=4, stages=stages) for stages in (2, 1)]
-    found.append(Config(128, 0, keys, warps=8, stages=2))
-    if sequences >= 256 and tokens > 64:
+    whole = max(32, triton.next_power_of_2(keys))
+    found = [Config(64, 0, whole, warps=4, stages=stages) for stages in (2, 1)]
+    found.append(Config(128, 0, whole, warps=8, stages=2))
+    if sequences >= 256 and keys > 64:
         several = [c._replace(blocks=4) for c in found[:2]]
         found = several + [several[0]._replace(registers=limit) for limit in (168, 200)] + found + tiles[:2]
     return found

@@ -11,14 +11,16 @@ from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS
 from tqdit.backends.triton.layouts import (
     NATIVE,
     Config,
-    Operand,
+    Projected,
     Weight,
     groups_of,
+    mode,
     pitch,
     powers_of_two,
-    takes_two_products,
+    row_stride,
 )
 from tqdit.errors import InputError
+from tqdit.ops.schema import OperandParams
 
 GLUON = (3, 6), (3, 9)  # Triton's versions that were tried with the kernels for Hopper
 SHARED_MEMORY = 232448  # bytes of a Hopper multiprocessor, but for 1024 that each program takes of them
@@ -66,7 +68,7 @@ def rows_of_tile(device: torch.device, tokens: int, bits: int, two: bool, head_d
 def takes(config: Config, tile: int, width: int) -> bool:
     """Whether the Hopper kernel has such tiles, and they are whole.
 
-    `tile`: of `rows_of_tile`; `width`: columns of the product, or of q alone where they are those of q, k and v.
+    `tile`: of `rows_of_tile`; `width`: columns of the product, or of one part where they are those of heads.
     """
     sizes = config.block_m in (64, 128) and config.block_n in (64, 128) and config.block_k == 128
     pieces = config.piece in (0, 16, 32, 64, 128) and config.piece <= config.block_n
@@ -86,17 +88,18 @@ def x_blocks(block_m: int, block_n: int, stages: int, columns: int) -> int:
 
 
 def linear(
-    codes: torch.Tensor, source: Operand, weight: Weight, config: Config, epilogue: int, out: torch.Tensor,
-    out_stride: int, x: torch.Tensor | None, gate: torch.Tensor | None, targets: tuple[Operand, ...],
+    codes: torch.Tensor, source: OperandParams, weight: Weight, config: Config, epilogue: int, out: torch.Tensor,
+    out_stride: int, x: torch.Tensor | None, gate: torch.Tensor | None, targets: tuple[OperandParams, ...],
     layout: tuple[int, int, int],
 ) -> torch.Tensor:  # fmt: skip
     """As `launch.linear`. `InputError` where the kernel cannot run."""
     batch, tokens = codes.shape[:2]
     rows, columns, depth = batch * tokens, len(weight.codes), weight.depth
     head_dim, head_pitch, token_pitch = layout
-    width = columns // 3 if epilogue == HEADS.value else columns
+    parts = len(targets) if epilogue == HEADS.value else 1
+    width = columns // parts
     divides = head_dim if epilogue == HEADS.value else 8
-    tile = rows_of_tile(codes.device, tokens, weight.bits, takes_two_products(source), divides)
+    tile = rows_of_tile(codes.device, tokens, weight.bits, source.two_products, divides)
     if not takes(config, tile, width):
         raise InputError(
             f"{config} cannot run here: the Hopper kernel needs a GPU of compute capability 9.0, Triton with Gluon, "
@@ -122,8 +125,9 @@ def linear(
         weight.scale, weight.sums, weight.bias, after, before,
         weight.scale if gate is None else gate, 0 if gate is None else gate.stride(0), groups.tensor,
         source.table, first.table, second.table, third.table, rows, width, depth, tokens, out_stride,
-        groups.stride, source.stride, (first.stride, second.stride, third.stride), head_dim, head_pitch, token_pitch,
-        epilogue, first.mode, first.bits, bm, bn, config.block_k, config.band, config.stages, piece,
+        groups.stride, row_stride(source), tuple(map(row_stride, (first, second, third))), head_dim, head_pitch,
+        token_pitch, epilogue, parts, gate is not None, mode(first), first.bits, bm, bn, config.block_k, config.band,
+        config.stages, piece,
         x_blocks(bm, bn, config.stages, piece), hopper.X_ROW, *hopper.REGISTERS,
         num_warps=4, enable_fp_fusion=epilogue == ACTIVATION.value,
     )  # fmt: skip
@@ -174,12 +178,13 @@ class AttentionSizes(NamedTuple):
 
 
 def attention(
-    qkv: torch.Tensor, batch: int, tokens: int, count: int, head_dim: int, operands: tuple[Operand, ...],
-    config: Config, trace: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
-    """As `launch.attention`. `InputError` where the kernel cannot run."""
+    projected: Projected, heads: int, operands: tuple[OperandParams, ...], config: Config, trace: torch.Tensor | None
+) -> torch.Tensor:
+    """Launch the kernel as `launch.attend` does for a self-attention. `InputError` where the kernel cannot run."""
+    batch, tokens, head_dim = projected.batch, projected.tokens, projected.head_dim
+    device = projected.codes.device
     sizes = AttentionSizes.of(config, tokens, head_dim)
-    if sizes is None or not processors(qkv.device):
+    if sizes is None or not processors(device):
         raise InputError(
             f"{config} cannot run here: the Hopper kernel needs a GPU of compute capability 9.0, Triton with Gluon, "
             f"and {tokens} tokens of {head_dim} channels a head that fill its tiles and its shared memory"
@@ -188,27 +193,27 @@ def attention(
     assert found
     hopper = found.attention
     query, key, value, softmax, target = operands
-    out = torch.empty(batch, tokens, pitch(count * head_dim), dtype=torch.int8, device=qkv.device)
+    out = torch.empty(batch, tokens, pitch(heads * head_dim), dtype=torch.int8, device=device)
     bm, bk = config.block_m, config.block_k
     first, (k_rest, v_pad) = sizes.first, sizes.padded
-    rows, head_pitch, token_pitch = batch * count * tokens, pitch(head_dim), pitch(tokens)
-    q, k, v = qkv.split([rows * head_pitch, rows * head_pitch, batch * count * head_dim * token_pitch])
+    rows, head_pitch, token_pitch = batch * heads * tokens, pitch(head_dim), pitch(tokens)
+    q, k, v = projected.split(3, heads)
 
     def by_token(part: torch.Tensor, block: int, width: int) -> Any:
         return hopper.blocks_of(part, (rows, head_dim), head_pitch, (block, width)) if width else None
 
     def by_channel(width: int) -> Any:
-        return hopper.blocks_of(v, (batch * count * head_dim, tokens), token_pitch, (width, bk)) if width else None
+        return hopper.blocks_of(v, (batch * heads * head_dim, tokens), token_pitch, (width, bk)) if width else None
 
     groups = groups_of(*operands)
-    programs = min(processors(qkv.device) * sizes.programs, batch * count * sizes.parts)
+    programs = min(processors(device) * sizes.programs, batch * heads * sizes.parts)
     hopper.hopper_attention_kernel[(programs,)](
         by_token(q, bm, first), by_token(q, bm, k_rest), by_token(k, bk, first), by_token(k, bk, k_rest),
         by_channel(first), by_channel(sizes.rest), out, out if trace is None else trace, groups.tensor,
-        query.table, key.table, value.table, softmax.table, target.table, batch * count, count, out.stride(1),
+        query.table, key.table, value.table, softmax.table, target.table, batch * heads, heads, out.stride(1),
         head_dim**-0.5,
-        groups.stride, (query.stride, key.stride, value.stride, softmax.stride, target.stride),
-        tokens, sizes.parts, head_dim, first, k_rest, sizes.rest, v_pad, softmax.mode, softmax.bits, target.bits,
+        groups.stride, tuple(map(row_stride, operands)),
+        tokens, sizes.parts, head_dim, first, k_rest, sizes.rest, v_pad, mode(softmax), softmax.bits, target.bits,
         sizes.slots, sizes.q_slots, bk, config.blocks, trace is not None, sizes.warps, hopper.COPY_REGISTERS,
         num_warps=sizes.warps, maxnreg=128 if sizes.programs == 2 else None, enable_fp_fusion=False,
     )  # fmt: skip

@@ -9,25 +9,28 @@ from tqdit.backends.triton.kernels.attention import attention_kernel
 from tqdit.backends.triton.kernels.float_input import few_rows_kernel, float_input_kernel
 from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS, PLAIN, RESIDUAL, linear_kernel
 from tqdit.backends.triton.kernels.norm import norm_quantize_kernel
+from tqdit.backends.triton.kernels.quantize import quantize_kernel
 from tqdit.backends.triton.layouts import (
     NATIVE,
     Config,
-    Operand,
+    Projected,
     Weight,
     groups_of,
+    mode,
+    part_sizes,
     permutes,
     pitch,
     powers_of_two,
-    takes_two_products,
+    row_stride,
 )
 from tqdit.errors import InputError
+from tqdit.ops.schema import Norm, OperandParams, Residual
 
 FEW_ROWS = 2  # of a float input: no more than these are worth multiplying without tensor cores
 
 
-def norm_quantize(
-    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, target: Operand, config: Config
-) -> torch.Tensor:
+def norm_quantize(x: torch.Tensor, norm: Norm, target: OperandParams, config: Config) -> torch.Tensor:
+    """Codes (B, N, pitch(C)) of the modulated LayerNorm of x."""
     batch, tokens, width = x.shape
     rows = batch * tokens
     out = torch.empty(batch, tokens, pitch(width), dtype=torch.int8, device=x.device)
@@ -35,126 +38,151 @@ def norm_quantize(
     first, rest = powers_of_two(width, 16)
     of_program = config.block_m * config.blocks
     norm_quantize_kernel[(triton.cdiv(rows, of_program),)](
-        x, shift, scale, shift.stride(0), eps, target.table, groups.tensor, out, rows, tokens, out.stride(1),
-        width, groups.stride, target.stride, target.bits, tokens % of_program == 0, NATIVE, config.block_m,
-        config.blocks, config.stages, first, rest, num_warps=config.warps,
+        x, norm.shift, norm.scale, norm.shift.stride(0), norm.eps, target.table, groups.tensor, out, rows, tokens,
+        out.stride(1), width, groups.stride, row_stride(target), target.bits, tokens % of_program == 0, NATIVE,
+        config.block_m, config.blocks, config.stages, first, rest, num_warps=config.warps,
+    )  # fmt: skip
+    return out
+
+
+def quantize(x: torch.Tensor, target: OperandParams, config: Config) -> torch.Tensor:
+    """Codes (B, N, pitch(C)) of x itself."""
+    batch, tokens, width = x.shape
+    rows, bm, bn = batch * tokens, config.block_m, config.block_n
+    out = torch.empty(batch, tokens, pitch(width), dtype=torch.int8, device=x.device)
+    groups = groups_of(target)
+    quantize_kernel[(triton.cdiv(rows, bm), triton.cdiv(width, bn))](
+        x, target.table, groups.tensor, out, rows, width, tokens, out.stride(1), groups.stride, row_stride(target),
+        mode(target), target.bits, NATIVE, bm, bn, num_warps=config.warps,
     )  # fmt: skip
     return out
 
 
 def linear(
-    codes: torch.Tensor, source: Operand, weight: Weight, config: Config, epilogue: int, out: torch.Tensor,
+    codes: torch.Tensor, source: OperandParams, weight: Weight, config: Config, epilogue: int, out: torch.Tensor,
     out_stride: int, x: torch.Tensor | None = None, gate: torch.Tensor | None = None,
-    targets: tuple[Operand, ...] = (), layout: tuple[int, int, int] = (1, 1, 1),
+    targets: tuple[OperandParams, ...] = (), layout: tuple[int, int, int] = (1, 1, 1),
 ) -> torch.Tensor:  # fmt: skip
-    """`layout`: head_dim, pitch of a token of q or k, pitch of a row of v."""
+    """Launch a linear kernel. `layout`: head_dim, pitch of a token of q or k, pitch of a row of v."""
     if config.hopper:
         return hopper.linear(codes, source, weight, config, epilogue, out, out_stride, x, gate, targets, layout)
     batch, tokens = codes.shape[:2]
     rows, columns, depth = batch * tokens, len(weight.codes), weight.depth
     bm, bn, bk = config.block_m, config.block_n, config.block_k
-    parts = {8: 1, 6: 4, 4: 2}[weight.bits]
+    pieces = {8: 1, 6: 4, 4: 2}[weight.bits]
     assert weight.bits == 8 or bk == 128
     packed_depth = {8: depth, 6: weight.codes.shape[1], 4: weight.codes.shape[1]}[weight.bits]
     packed_block = {8: bk, 6: bk // 4, 4: bk // 2}[weight.bits]
-    a = TensorDescriptor(codes, [rows, depth], [codes.stride(1), 1], [bm, bk // parts])
+    a = TensorDescriptor(codes, [rows, depth], [codes.stride(1), 1], [bm, bk // pieces])
     b = TensorDescriptor(weight.codes, [columns, packed_depth], [weight.codes.stride(0), 1], [bn, packed_block])
     high = None
     if weight.high is not None:
         high = TensorDescriptor(weight.high, list(weight.high.shape), [weight.high.stride(0), 1], [bn, bk // 4])
     groups = groups_of(source, *targets)
     first, second, third = (targets * 3)[:3] if targets else (source,) * 3
-    two = takes_two_products(source)
-    divided = 3 if epilogue == HEADS.value else 1
-    programs = triton.cdiv(rows, bm) * divided * triton.cdiv(columns // divided, bn)
+    parts = len(targets) if epilogue == HEADS.value else 1
+    programs = triton.cdiv(rows, bm) * parts * triton.cdiv(columns // parts, bn)
     head_dim, head_pitch, token_pitch = layout
     linear_kernel[(programs,)](
         a, b, high, weight.scale, weight.sums, weight.bias, out, out if x is None else x,
         weight.scale if gate is None else gate, 0 if gate is None else gate.stride(0), groups.tensor,
-        source.table, first.table, second.table, third.table, rows, columns // divided, depth, tokens, out_stride,
-        groups.stride, source.stride, first.stride, second.stride, third.stride, head_dim, head_pitch, token_pitch,
-        weight.bits, two, epilogue, first.mode, first.bits, tokens % bm == 0, permutes(tokens),
-        head_dim % 8 == 0, NATIVE, bm, bn, bk, config.band, config.piece or bn,
+        source.table, first.table, second.table, third.table, rows, columns // parts, depth, tokens, out_stride,
+        groups.stride, *map(row_stride, (source, first, second, third)), head_dim, head_pitch, token_pitch,
+        weight.bits, source.two_products, epilogue, parts, gate is not None, mode(first), first.bits,
+        tokens % bm == 0, permutes(tokens), head_dim % 8 == 0, NATIVE, bm, bn, bk, config.band, config.piece or bn,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         enable_fp_fusion=epilogue == ACTIVATION.value,
     )  # fmt: skip
     return out
 
 
-def plain(codes: torch.Tensor, source: Operand, weight: Weight, config: Config) -> torch.Tensor:
-    """fp32 (B, N, out)."""
+def plain(codes: torch.Tensor, source: OperandParams, weight: Weight, config: Config) -> torch.Tensor:
+    """The product itself, fp32 (B, N, out)."""
     out = torch.empty(*codes.shape[:2], len(weight.codes), dtype=torch.float32, device=codes.device)
     return linear(codes, source, weight, config, PLAIN.value, out, out.stride(1))
 
 
 def residual(
-    codes: torch.Tensor, source: Operand, weight: Weight, config: Config, gate: torch.Tensor, x: torch.Tensor
+    codes: torch.Tensor, source: OperandParams, weight: Weight, config: Config, then: Residual
 ) -> torch.Tensor:
-    out = torch.empty_like(x)
-    return linear(codes, source, weight, config, RESIDUAL.value, out, out.stride(1), x, gate)
+    """x + gate y, or x + y, (B, N, out) in the dtype of x."""
+    out = torch.empty_like(then.x)
+    return linear(codes, source, weight, config, RESIDUAL.value, out, out.stride(1), then.x, then.gate)
 
 
-def activation(codes: torch.Tensor, source: Operand, weight: Weight, config: Config, target: Operand) -> torch.Tensor:
+def activation(
+    codes: torch.Tensor, source: OperandParams, weight: Weight, config: Config, target: OperandParams
+) -> torch.Tensor:
+    """Codes (B, N, pitch(out)) of GELU(y)."""
     out = torch.empty(*codes.shape[:2], pitch(len(weight.codes)), dtype=torch.int8, device=codes.device)
     return linear(codes, source, weight, config, ACTIVATION.value, out, out.stride(1), targets=(target,))
 
 
-def heads(
-    codes: torch.Tensor, source: Operand, weight: Weight, config: Config, targets: tuple[Operand, ...], head_dim: int
-) -> torch.Tensor:
-    """A flat buffer: q and k (B, H, N, head_pitch), then v (B, H, head_dim, token_pitch)."""
+def project(
+    codes: torch.Tensor, source: OperandParams, weight: Weight, config: Config, targets: tuple[OperandParams, ...],
+    heads: int,
+) -> Projected:  # fmt: skip
+    """Codes of y as heads; the layer has a part for each of the targets: query, key and value, the last two, or one."""
     batch, tokens = codes.shape[:2]
-    width = len(weight.codes) // 3
-    layout = head_dim, pitch(head_dim), pitch(tokens)
-    size = heads_size(batch, tokens, width // head_dim, head_dim)
+    head_dim = len(weight.codes) // len(targets) // heads
+    size = sum(part_sizes(len(targets), batch, tokens, heads, head_dim))
     if size >= 2**31:
         raise InputError(
             f"a batch of {batch} samples of {tokens} tokens is too large: q, k and v exceed 2 GiB of codes"
         )
     out = torch.empty(size, dtype=torch.int8, device=codes.device)
-    return linear(codes, source, weight, config, HEADS.value, out, 0, targets=targets, layout=layout)
+    layout = head_dim, pitch(head_dim), pitch(tokens)
+    linear(codes, source, weight, config, HEADS.value, out, 0, targets=targets, layout=layout)
+    return Projected(out, batch, tokens, head_dim)
 
 
-def heads_size(batch: int, tokens: int, count: int, head_dim: int) -> int:
-    return batch * count * (2 * tokens * pitch(head_dim) + head_dim * pitch(tokens))
-
-
-def attention(
-    qkv: torch.Tensor, batch: int, tokens: int, count: int, head_dim: int, operands: tuple[Operand, ...],
-    config: Config, trace: torch.Tensor | None = None,
+def attend(
+    projected: Projected, context: Projected | None, bias: torch.Tensor | None, heads: int,
+    operands: tuple[OperandParams, ...], config: Config, trace: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """`operands`: query, key, value, softmax, target."""
+    """Codes (B, N, pitch(C)) of the result. `operands`: query, key, value, softmax, target.
+
+    `context`: k and v, or None where `projected` has them. `trace`: (B H, N, M), to get the codes of probabilities.
+    """
     if config.hopper:
-        return hopper.attention(qkv, batch, tokens, count, head_dim, operands, config, trace)
+        assert context is None
+        assert bias is None
+        return hopper.attention(projected, heads, operands, config, trace)
+    batch, tokens, head_dim = projected.batch, projected.tokens, projected.head_dim
+    keys = tokens if context is None else context.tokens
+    if context is None:
+        q, k, v = projected.split(3, heads)
+    else:
+        (q,), (k, v) = projected.split(1, heads), context.split(2, heads)
     query, key, value, softmax, target = operands
-    out = torch.empty(batch, tokens, pitch(count * head_dim), dtype=torch.int8, device=qkv.device)
+    out = torch.empty(batch, tokens, pitch(heads * head_dim), dtype=torch.int8, device=q.device)
     bm, bk = config.block_m, config.block_k
     first, rest = powers_of_two(head_dim, 32)
     d_rest, v_rest = (max(32, rest), max(16, rest)) if rest else (0, 0)
-    rows, head_pitch, token_pitch = batch * count * tokens, pitch(head_dim), pitch(tokens)
-    q, k, v = qkv.split([rows * head_pitch, rows * head_pitch, batch * count * head_dim * token_pitch])
-
-    def by_token(part: torch.Tensor, block: int, width: int) -> TensorDescriptor | None:
-        return TensorDescriptor(part, [rows, head_dim], [head_pitch, 1], [block, width]) if width else None
-
-    def by_channel(width: int) -> TensorDescriptor | None:
-        shape = [batch * count * head_dim, tokens]
-        return TensorDescriptor(v, shape, [token_pitch, 1], [width, bk]) if width else None
-
     groups = groups_of(*operands)
-    one_pass = tokens <= bk
+    one_pass = keys <= bk
     blocks = min(config.blocks, triton.cdiv(tokens, bm)) if one_pass else 1
-    attention_kernel[(triton.cdiv(tokens, bm * blocks) * batch * count,)](
-        by_token(q, bm, first), by_token(q, bm, d_rest), by_token(k, bk, first), by_token(k, bk, d_rest),
-        by_channel(first), by_channel(v_rest), out, out if trace is None else trace, groups.tensor,
-        query.table, key.table, value.table, softmax.table, target.table, tokens, count, out.stride(1), head_dim**-0.5,
-        blocks,
-        groups.stride, query.stride, key.stride, value.stride, softmax.stride, target.stride,
-        head_dim, first, d_rest, v_rest, softmax.mode, softmax.bits, target.bits,
-        one_pass, tokens % bk != 0, head_dim % 8 == 0, permutes(tokens), trace is not None, NATIVE, bm, bk,
+    bias_stride = None if bias is None else bias.stride(0) if len(bias) > 1 else 0
+    attention_kernel[(triton.cdiv(tokens, bm * blocks) * batch * heads,)](
+        _blocks(q, head_dim, bm, first), _blocks(q, head_dim, bm, d_rest), _blocks(k, head_dim, bk, first),
+        _blocks(k, head_dim, bk, d_rest), _blocks(v, keys, first, bk), _blocks(v, keys, v_rest, bk), out,
+        out if trace is None else trace, groups.tensor,
+        query.table, key.table, value.table, softmax.table, target.table, bias, bias_stride, tokens,
+        None if context is None else keys, heads, out.stride(1), head_dim**-0.5, blocks,
+        groups.stride, *map(row_stride, operands),
+        head_dim, first, d_rest, v_rest, mode(softmax), softmax.bits, target.bits,
+        one_pass, keys % bk != 0, head_dim % 8 == 0, permutes(keys), trace is not None, NATIVE, bm, bk,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip
     return out
+
+
+def _blocks(part: torch.Tensor, columns: int, block: int, width: int) -> TensorDescriptor | None:
+    """Blocks of `block` rows and `width` columns of projected codes; None if either is 0."""
+    if not (block and width):
+        return None
+    rows = part.view(-1, pitch(columns))
+    return TensorDescriptor(rows, [len(rows), columns], [pitch(columns), 1], [block, width])
 
 
 def float_input(x: torch.Tensor, weight: Weight, config: Config) -> torch.Tensor:

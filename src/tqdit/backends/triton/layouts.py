@@ -1,4 +1,4 @@
-"""What kernels are given: operands, weights, configurations, and the layouts of codes between them."""
+"""What kernels are given: modes of operands, weights, configurations, and the layouts of codes between kernels."""
 
 from typing import NamedTuple
 
@@ -7,21 +7,29 @@ import triton
 
 from tqdit.backends.triton.kernels import rounding
 from tqdit.backends.triton.layer import ALIGN
+from tqdit.ops.schema import OperandParams
+from tqdit.spec import Grid
 
 NATIVE = not triton.knobs.runtime.interpret  # compiled for a GPU
+KINDS = {  # a constant of `kernels.rounding` -> grid, whether its regions are merged
+    rounding.UNIFORM.value: (Grid.UNIFORM, False),
+    rounding.GELU.value: (Grid.MRQ_GELU, False),
+    rounding.GELU_MERGED.value: (Grid.MRQ_GELU, True),
+    rounding.SOFTMAX.value: (Grid.MRQ_SOFTMAX, False),
+    rounding.SOFTMAX_MERGED.value: (Grid.MRQ_SOFTMAX, True),
+}
+HEADS_OF = {3: "heads", 2: "context-heads", 1: "query-heads"}  # names in tuning of the epilogue that projects to parts
+MODES = {kind: mode for mode, kind in KINDS.items()}
 
 
-class Operand(NamedTuple):
-    """An activation site as kernels take it. `table`: of `ops.tables`; `mode`: a constant of `kernels.rounding`."""
+def mode(operand: OperandParams) -> int:
+    """Return how kernels read and write an operand: a constant of `kernels.rounding`."""
+    return MODES[operand.grid, operand.merged]
 
-    table: torch.Tensor
-    group: torch.Tensor | None
-    mode: int
-    bits: int
 
-    @property
-    def stride(self) -> int:
-        return self.table.stride(0) if len(self.table) > 1 else 0
+def row_stride(operand: OperandParams) -> int:
+    """Return the numbers between two rows of an operand's table; 0 where it has only one, for every time group."""
+    return operand.table.stride(0) if len(operand.table) > 1 else 0
 
 
 class Weight(NamedTuple):
@@ -51,6 +59,29 @@ class Config(NamedTuple):
     hopper: int = 0  # 1: by `kernels.hopper` or `kernels.hopper_attention`, with their own numbers of warps, registers
 
 
+class Projected(NamedTuple):
+    """Codes of a layer's outputs as heads, in one buffer: q, k and v; or k and v; or q alone.
+
+    q and k are (B, H, N, pitch(head_dim)), v is (B, H, head_dim, pitch(N)), its tokens in the order of `permutes`.
+    """
+
+    codes: torch.Tensor
+    batch: int
+    tokens: int
+    head_dim: int
+
+    def split(self, parts: int, heads: int) -> tuple[torch.Tensor, ...]:
+        """Return the parts of the buffer, each flat. RuntimeError where it has another number of them."""
+        return self.codes.split(part_sizes(parts, self.batch, self.tokens, heads, self.head_dim))
+
+
+def part_sizes(parts: int, batch: int, tokens: int, heads: int, head_dim: int) -> list[int]:
+    """Return the bytes of each part of projected codes: 3 for q, k and v, 2 for k and v, 1 for q."""
+    by_token = batch * heads * tokens * pitch(head_dim)
+    by_channel = batch * heads * head_dim * pitch(tokens)
+    return [by_token, by_token, by_channel][3 - parts :] if parts > 1 else [by_token]
+
+
 class Groups(NamedTuple):
     """Where kernels read the time group of a sample."""
 
@@ -58,16 +89,12 @@ class Groups(NamedTuple):
     stride: int
 
 
-def groups_of(*operands: Operand) -> Groups:
+def groups_of(*operands: OperandParams) -> Groups:
     """The groups of a call: all operands of one that have any share them."""
     for operand in operands:
-        if operand.group is not None:
+        if operand.group is not None and len(operand.table) > 1:
             return Groups(operand.group, 0 if operand.group.numel() == 1 else 1)
     return Groups(operands[0].table, 0)  # read, and multiplied by a stride of 0
-
-
-def takes_two_products(source: Operand) -> bool:
-    return source.mode in (rounding.GELU.value, rounding.SOFTMAX.value)
 
 
 def pitch(columns: int) -> int:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from tqdit.backends.triton import candidates, hopper, launch, tuning
-from tqdit.backends.triton.layouts import Config, Operand, Weight, pitch, takes_two_products
+from tqdit.backends.triton.layouts import HEADS_OF, KINDS, Config, Projected, Weight, mode, part_sizes, pitch
+from tqdit.ops.schema import Norm, OperandParams, Residual
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,16 +37,18 @@ def on_device_of(function: Callable[P, R]) -> Callable[P, R]:
 Flat = tuple[list[Tensor], Tensor | None, list[int]]
 
 
-def flatten(*operands: Operand) -> Flat:
-    group = next((o.group for o in operands if o.group is not None), None)
-    return [o.table for o in operands], group, [number for o in operands for number in (o.mode, o.bits)]
+def flatten(*operands: OperandParams) -> Flat:
+    """Return operands as an operator takes them; `_operands` is the inverse."""
+    group = next((o.group for o in operands if o.group is not None and len(o.table) > 1), None)
+    return [o.table for o in operands], group, [number for o in operands for number in (mode(o), o.bits)]
 
 
-def _operands(tables: list[Tensor], group: Tensor | None, kinds: list[int]) -> tuple[Operand, ...]:
-    return tuple(
-        Operand(table, group if len(table) > 1 else None, mode, bits)
-        for table, mode, bits in zip(tables, kinds[::2], kinds[1::2], strict=True)
-    )
+def _operands(tables: list[Tensor], group: Tensor | None, kinds: list[int]) -> tuple[OperandParams, ...]:
+    found = []
+    for table, kind, bits in zip(tables, kinds[::2], kinds[1::2], strict=True):
+        grid, merged = KINDS[kind]
+        found.append(OperandParams(grid, bits, table, merged, group if len(table) > 1 else None))
+    return tuple(found)
 
 
 def _weight(tensors: list[Tensor], kind: list[int]) -> Weight:
@@ -54,10 +57,10 @@ def _weight(tensors: list[Tensor], kind: list[int]) -> Weight:
 
 
 def _linear_config(
-    epilogue: str, codes: Tensor, layer: Weight, source: Operand, run: tuning.Run, head_dim: int = 8
+    epilogue: str, codes: Tensor, layer: Weight, source: OperandParams, run: tuning.Run, head_dim: int = 8
 ) -> Config:
     batch, tokens, _ = codes.shape
-    rows, columns, two = batch * tokens, len(layer.codes), takes_two_products(source)
+    rows, columns, two = batch * tokens, len(layer.codes), source.two_products
     tile = hopper.rows_of_tile(codes.device, tokens, layer.bits, two, head_dim)
 
     def possible() -> list[Config]:
@@ -77,7 +80,7 @@ def norm_quantize(
     (target,) = _operands(tables, group, kinds)
 
     def run(config: Config) -> Tensor:
-        return launch.norm_quantize(x, shift, scale, eps, target, config)
+        return launch.norm_quantize(x, Norm(shift, scale, eps), target, config)
 
     rows, width = x.shape[0] * x.shape[1], x.shape[2]
     possible = functools.partial(candidates.norm, rows, width)
@@ -89,74 +92,123 @@ def _(x, shift, scale, eps, tables, group, kinds):  # type: ignore[no-untyped-de
     return x.new_empty(x.shape[0], x.shape[1], pitch(x.shape[2]), dtype=torch.int8)
 
 
-@custom_op("tqdit::linear_heads", mutates_args=())
+@custom_op("tqdit::quantize", mutates_args=())
 @on_device_of
-def linear_heads(
+def quantize(x: Tensor, tables: list[Tensor], group: Tensor | None, kinds: list[int]) -> Tensor:
+    (target,) = _operands(tables, group, kinds)
+
+    def run(config: Config) -> Tensor:
+        return launch.quantize(x, target, config)
+
+    rows, width = x.shape[0] * x.shape[1], x.shape[2]
+    key = tuning.quantize_key(rows, width, x.dtype, kinds[0])
+    return run(tuning.choose(key, x.device, candidates.quantize, run))
+
+
+@quantize.register_fake
+def _(x, tables, group, kinds):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], x.shape[1], pitch(x.shape[2]), dtype=torch.int8)
+
+
+@custom_op("tqdit::project", mutates_args=())
+@on_device_of
+def project(
     codes: Tensor, weight: list[Tensor], weight_kind: list[int],
-    tables: list[Tensor], group: Tensor | None, kinds: list[int], head_dim: int,
+    tables: list[Tensor], group: Tensor | None, kinds: list[int], heads: int,
 ) -> Tensor:  # fmt: skip
+    """The buffer of a `Projected`."""
     source, *targets = _operands(tables, group, kinds)
     layer = _weight(weight, weight_kind)
 
     def run(config: Config) -> Tensor:
-        return launch.heads(codes, source, layer, config, tuple(targets), head_dim)
+        return launch.project(codes, source, layer, config, tuple(targets), heads).codes
 
-    return run(_linear_config("heads", codes, layer, source, run, head_dim))
+    head_dim = len(layer.codes) // len(targets) // heads
+    return run(_linear_config(HEADS_OF[len(targets)], codes, layer, source, run, head_dim))
 
 
-@linear_heads.register_fake
-def _(codes, weight, weight_kind, tables, group, kinds, head_dim):  # type: ignore[no-untyped-def]
+@project.register_fake
+def _(codes, weight, weight_kind, tables, group, kinds, heads):  # type: ignore[no-untyped-def]
     batch, tokens, _ = codes.shape
-    size = launch.heads_size(batch, tokens, weight[0].shape[0] // 3 // head_dim, head_dim)
-    return codes.new_empty(size)
+    parts = len(tables) - 1
+    return codes.new_empty(sum(part_sizes(parts, batch, tokens, heads, weight[0].shape[0] // parts // heads)))
 
 
-@custom_op("tqdit::attention", mutates_args=())
+@custom_op("tqdit::attend", mutates_args=())
 @on_device_of
-def attention(
-    qkv: Tensor, batch: int, tokens: int, heads: int, head_dim: int,
+def attend(
+    codes: Tensor, context: Tensor | None, bias: Tensor | None, sizes: list[int],
     tables: list[Tensor], group: Tensor | None, kinds: list[int],
 ) -> Tensor:  # fmt: skip
+    """`codes`, `context`: buffers of `Projected`. `sizes`: batch, tokens, tokens of the context, heads, head_dim."""
     operands = _operands(tables, group, kinds)
+    batch, tokens, keys, heads, head_dim = sizes
+    projected = Projected(codes, batch, tokens, head_dim)
+    other = None if context is None else Projected(context, batch, keys, head_dim)
 
     def run(config: Config) -> Tensor:
-        return launch.attention(qkv, batch, tokens, heads, head_dim, operands, config)
+        return launch.attend(projected, other, bias, heads, operands, config)
 
-    two = takes_two_products(operands[3])
-    special = candidates.hopper_attention(qkv.device, tokens, head_dim, two)
-    key = tuning.attention_key(batch * heads, tokens, head_dim, operands[3].mode, bool(special))
-    ordinary = functools.partial(candidates.attention, batch * heads, tokens)
-    return run(tuning.choose(key, qkv.device, lambda: special + ordinary(), run))
+    sequences, kind = batch * heads, kinds[6]
+    if context is None and bias is None:
+        special = candidates.hopper_attention(codes.device, tokens, head_dim, operands[3].two_products)
+        key = tuning.attention_key(sequences, tokens, head_dim, kind, bool(special))
+    else:
+        special = []
+        key = tuning.cross_attention_key(sequences, tokens, keys, head_dim, kind, bias is not None)
+    ordinary = functools.partial(candidates.attention, sequences, keys)
+    return run(tuning.choose(key, codes.device, lambda: special + ordinary(), run))
 
 
-@attention.register_fake
-def _(qkv, batch, tokens, heads, head_dim, tables, group, kinds):  # type: ignore[no-untyped-def]
-    return qkv.new_empty(batch, tokens, pitch(heads * head_dim))
+@attend.register_fake
+def _(codes, context, bias, sizes, tables, group, kinds):  # type: ignore[no-untyped-def]
+    batch, tokens, _, heads, head_dim = sizes
+    return codes.new_empty(batch, tokens, pitch(heads * head_dim))
+
+
+@custom_op("tqdit::linear", mutates_args=())
+@on_device_of
+def linear(
+    codes: Tensor, weight: list[Tensor], weight_kind: list[int],
+    tables: list[Tensor], group: Tensor | None, kinds: list[int],
+) -> Tensor:  # fmt: skip
+    (source,) = _operands(tables, group, kinds)
+    layer = _weight(weight, weight_kind)
+
+    def run(config: Config) -> Tensor:
+        return launch.plain(codes, source, layer, config)
+
+    return run(_linear_config("plain", codes, layer, source, run))
+
+
+@linear.register_fake
+def _(codes, weight, weight_kind, tables, group, kinds):  # type: ignore[no-untyped-def]
+    return codes.new_empty(codes.shape[0], codes.shape[1], weight[0].shape[0], dtype=torch.float32)
 
 
 @custom_op("tqdit::linear_residual", mutates_args=())
 @on_device_of
 def linear_residual(
     codes: Tensor, weight: list[Tensor], weight_kind: list[int],
-    tables: list[Tensor], group: Tensor | None, kinds: list[int], gate: Tensor, x: Tensor,
+    tables: list[Tensor], group: Tensor | None, kinds: list[int], x: Tensor, gate: Tensor | None,
 ) -> Tensor:  # fmt: skip
     (source,) = _operands(tables, group, kinds)
     layer = _weight(weight, weight_kind)
 
     def run(config: Config) -> Tensor:
-        return launch.residual(codes, source, layer, config, gate, x)
+        return launch.residual(codes, source, layer, config, Residual(x, gate))
 
-    return run(_linear_config(tuning.residual(x.dtype), codes, layer, source, run))
+    return run(_linear_config(tuning.residual(x.dtype, gate is not None), codes, layer, source, run))
 
 
 @linear_residual.register_fake
-def _(codes, weight, weight_kind, tables, group, kinds, gate, x):  # type: ignore[no-untyped-def]
+def _(codes, weight, weight_kind, tables, group, kinds, x, gate):  # type: ignore[no-untyped-def]
     return torch.empty_like(x)
 
 
-@custom_op("tqdit::linear_gelu", mutates_args=())
+@custom_op("tqdit::linear_activation", mutates_args=())
 @on_device_of
-def linear_gelu(
+def linear_activation(
     codes: Tensor, weight: list[Tensor], weight_kind: list[int],
     tables: list[Tensor], group: Tensor | None, kinds: list[int],
 ) -> Tensor:  # fmt: skip
@@ -169,7 +221,7 @@ def linear_gelu(
     return run(_linear_config("gelu", codes, layer, source, run))
 
 
-@linear_gelu.register_fake
+@linear_activation.register_fake
 def _(codes, weight, weight_kind, tables, group, kinds):  # type: ignore[no-untyped-def]
     return codes.new_empty(codes.shape[0], codes.shape[1], pitch(weight[0].shape[0]))
 

@@ -31,7 +31,7 @@ LOG = logging.getLogger(__name__)
 TUNED = Path(__file__).with_name("tuned")
 INTERPRETED = {
     "linear": Config(32, 32, 128), "attention": Config(32, 0, 64), "float": Config(16, 32, 64),
-    "norm": Config(2, 0, 0, blocks=2),
+    "norm": Config(2, 0, 0, blocks=2), "quantize": Config(32, 64, 0),
 }  # fmt: skip
 ROUNDS, ROUND_MS = 5, 4
 THREADS = 16  # that compile; each holds one output of the kernel
@@ -69,13 +69,23 @@ def attention_key(sequences: int, tokens: int, head_dim: int, mode: int, hopper:
     return f"attention {bucket(sequences)}x{tokens}x{head_dim}, mode {mode}{', Hopper' if hopper else ''}"
 
 
+def cross_attention_key(sequences: int, tokens: int, keys: int, head_dim: int, mode: int, biased: bool) -> str:
+    """Return the key where keys are those of a context, or scores have a bias. Prompts of similar lengths share it."""
+    of_keys = f"{bucket(keys)} keys{', bias' if biased else ''}"
+    return f"attention {bucket(sequences)}x{tokens}x{head_dim}, mode {mode}, {of_keys}"
+
+
 def norm_key(rows: int, width: int, stream: torch.dtype) -> str:
     return f"norm{_suffix(stream)} {bucket(rows)}x{width}"
 
 
-def residual(stream: torch.dtype) -> str:
+def quantize_key(rows: int, width: int, stream: torch.dtype, mode: int) -> str:
+    return f"quantize{_suffix(stream)} {bucket(rows)}x{width}, mode {mode}"
+
+
+def residual(stream: torch.dtype, gated: bool = True) -> str:
     """The name of that epilogue for a residual stream of a dtype."""
-    return f"residual{_suffix(stream)}"
+    return f"residual{'' if gated else '-ungated'}{_suffix(stream)}"
 
 
 def _suffix(stream: torch.dtype) -> str:

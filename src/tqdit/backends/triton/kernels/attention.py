@@ -1,5 +1,8 @@
 """The attention kernel: integer Q K^T, softmax in fp32, codes of the probabilities, integer P V, codes of the result.
 
+The keys and values are those of the queries' own tokens, or of a context with another number of tokens. A bias, one
+number a key, may be added to the scaled scores.
+
 Static scales apply to normalized probabilities, so a row's maximum and sum come first. Keys that fit one tile are
 multiplied once; longer sequences take two passes over the keys, the second with the final maximum and sum.
 """
@@ -83,32 +86,57 @@ def _products(queries, queries_rest, keys, keys_rest, start, D_REST: tl.constexp
 
 
 @triton.jit
-def _scores(sums, first_key, N, EDGE: tl.constexpr, MAGIC_SUM: tl.constexpr, BK: tl.constexpr):
-    """q (k - z): scores but for their factor and a constant of the row, fp32 (BM, BK), exact; lowest beyond N keys.
+def _scores(sums, first_key, KEYS, centre, scale, bias, EDGE: tl.constexpr, MAGIC_SUM: tl.constexpr, BK: tl.constexpr):
+    """Scores but for their factor and a constant of the row, fp32 (BM, BK), exact; lowest beyond KEYS keys.
 
     The constant of a row, from the zero point of the keys, changes nothing in a softmax. With MAGIC_SUM the bits of
     the sums are floats, 1.5 2^23 more than the scores; that cancels when the maximum is subtracted.
+
+    With a bias both constants are taken out first, while the scores are whole numbers: what is left is small, so that
+    its product with the scale and the sum with the bias are rounded as those of the reference. Such scores are final.
     """
-    scores = sums.to(tl.float32, bitcast=True) if MAGIC_SUM else sums.to(tl.float32)
+    if bias is None:
+        scores = sums.to(tl.float32, bitcast=True) if MAGIC_SUM else sums.to(tl.float32)
+    else:
+        if MAGIC_SUM:
+            scores = sums.to(tl.float32, bitcast=True) - MAGIC - centre.to(tl.float32)[:, None]
+        else:
+            scores = (sums - centre[:, None]).to(tl.float32)
+        keys = first_key + tl.arange(0, BK)
+        scores = scores * scale + (tl.load(bias + keys, keys < KEYS, 0.0) * LOG2E)[None, :]
     if EDGE:
-        scores = tl.where((first_key + tl.arange(0, BK) < N)[None, :], scores, LOWEST)
+        scores = tl.where((first_key + tl.arange(0, BK) < KEYS)[None, :], scores, LOWEST)
     return scores
 
 
 @triton.jit
+def _centre(queries, queries_rest, query, key, bias, D: tl.constexpr, D_FIRST: tl.constexpr, D_REST: tl.constexpr,
+            BM: tl.constexpr):  # fmt: skip
+    """z_k sum(q - z_q), int32 (BM,): the constant of a row of scores. Nothing is computed where there is no bias."""
+    centre = tl.zeros((BM,), tl.int32)
+    if bias is not None:
+        centre = _row_sums(queries, D_FIRST)
+        if D_REST:
+            centre += _row_sums(queries_rest, D_REST)
+        centre = (centre - D * tl.load(query + ZERO).to(tl.int32)) * tl.load(key + ZERO).to(tl.int32)
+    return centre
+
+
+@triton.jit
 def _tile_scores(
-    queries, queries_rest, k, k_rest, first_token, first_key, zero, N, FIRST: tl.constexpr, D_FIRST: tl.constexpr,
-    D_REST: tl.constexpr, EDGE: tl.constexpr, MAGIC_SUM: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    queries, queries_rest, k, k_rest, first_row, first_key, zero, KEYS, centre, scale, bias, FIRST: tl.constexpr,
+    D_FIRST: tl.constexpr, D_REST: tl.constexpr, EDGE: tl.constexpr, MAGIC_SUM: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
-    """`_scores` of a tile of keys."""
-    keys = k.load([first_token + first_key, 0])
+    """`_scores` of a tile of keys; `first_row`: of the head's keys."""
+    keys = k.load([first_row + first_key, 0])
     keys_rest = keys
     if D_REST:
-        keys_rest = k_rest.load([first_token + first_key, D_FIRST])
+        keys_rest = k_rest.load([first_row + first_key, D_FIRST])
     start = _key_sums(keys, keys_rest, zero, FIRST, D_FIRST, D_REST)
     start = tl.broadcast_to(start[None, :], (BM, BK))
     sums = _products(queries, queries_rest, keys, keys_rest, start, D_REST)
-    return _scores(sums, first_key, N, EDGE, MAGIC_SUM, BK)
+    return _scores(sums, first_key, KEYS, centre, scale, bias, EDGE, MAGIC_SUM, BK)
 
 
 @triton.jit
@@ -169,17 +197,17 @@ def _code_sums(one, two, MODE: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def _trace(trace, one, two, softmax, row, first_row, first_key, N, MODE: tl.constexpr, BM: tl.constexpr,
+def _trace(trace, one, two, softmax, row, first_row, first_key, N, KEYS, MODE: tl.constexpr, BM: tl.constexpr,
            BK: tl.constexpr):  # fmt: skip
-    """Write the codes of the probabilities as the reference has them, (B H, N, N); merged: their integer - 128."""
+    """Write the codes of the probabilities as the reference has them, (B H, N, KEYS); merged: their integer - 128."""
     rows, keys = first_row + tl.arange(0, BM), first_key + tl.arange(0, BK)
     codes = one
     if MODE == UNIFORM:
         codes = (one.to(tl.int32) + 128 + tl.load(softmax + ZERO).to(tl.int32)).to(tl.int8)
     elif MODE == SOFTMAX:
         codes = one + two
-    offset = (row * N + rows).to(tl.int64)[:, None] * N + keys[None, :]
-    tl.store(trace + offset, codes, (rows < N)[:, None] & (keys < N)[None, :])
+    offset = (row * N + rows).to(tl.int64)[:, None] * KEYS + keys[None, :]
+    tl.store(trace + offset, codes, (rows < N)[:, None] & (keys < KEYS)[None, :])
 
 
 @triton.jit
@@ -208,15 +236,18 @@ def _store(out, first_row, sample, head, N, out_stride, sums, fine, value_sum, s
 @triton.jit
 def attention_kernel(
     q, q_rest, k, k_rest, v, v_rest, out, trace, group, query, key, value, softmax, target,
-    N, HEADS, out_stride, factor, BLOCKS,
+    bias, bias_stride, N, CONTEXT, HEADS, out_stride, factor, BLOCKS,
     GROUP_STRIDE: tl.constexpr, QUERY_STRIDE: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
     SOFTMAX_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, D: tl.constexpr, D_FIRST: tl.constexpr,
     D_REST: tl.constexpr, V_REST: tl.constexpr, MODE: tl.constexpr, BITS: tl.constexpr, TARGET_BITS: tl.constexpr,
     ONE_PASS: tl.constexpr, EDGE: tl.constexpr, ALIGNED: tl.constexpr, PERMUTED: tl.constexpr, TRACE: tl.constexpr,
     NATIVE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCKS times BM query rows of one head. q, k: (B H N, head_dim); v: (B H head_dim, N), its tokens in the order of
-    `_permuted` if PERMUTED; `factor`: head_dim ** -0.5. ONE_PASS: N <= BK.
+    """BLOCKS times BM query rows of one head. q: (B H N, head_dim), k: (B H KEYS, head_dim); v: (B H head_dim, KEYS),
+    its tokens in the order of `_permuted` if PERMUTED; `factor`: head_dim ** -0.5. ONE_PASS: KEYS <= BK.
+
+    CONTEXT: its number of tokens, or None for KEYS = N. `bias`: fp32, a row of KEYS numbers per sample, or None. What
+    is None costs nothing: the compiled kernel is that of a self-attention without a bias.
 
     head_dim is D_FIRST and D_REST (of v: V_REST) columns, powers of two: 72 is not padded to 128.
     """
@@ -233,14 +264,22 @@ def attention_kernel(
     FIRST: tl.constexpr = MAGIC_BITS if MAGIC_SUM else 0
     scale = tl.load(query) * tl.load(key) * factor * LOG2E
     zero = tl.load(query + ZERO).to(tl.int32)
-    first_token, first_channel = head_row * N, head_row * D
+    KEYS = N
+    if CONTEXT is not None:
+        KEYS = CONTEXT
+    if bias is not None:
+        bias += sample * bias_stride
+    step = scale  # of scores; those with a bias are already scaled
+    if bias is not None:
+        step = 1.0
+    first_token, first_key_token, first_channel = head_row * N, head_row * KEYS, head_row * D
     REST: tl.constexpr = V_REST if V_REST else 16
 
     if ONE_PASS:
-        keys = k.load([first_token, 0])
+        keys = k.load([first_key_token, 0])
         keys_rest = keys
         if D_REST:
-            keys_rest = k_rest.load([first_token, D_FIRST])
+            keys_rest = k_rest.load([first_key_token, D_FIRST])
         values = v.load([first_channel, 0])
         value_sum = tl.zeros((D_FIRST,), tl.int32)
         rest_sum = tl.zeros((REST,), tl.int32)
@@ -260,11 +299,12 @@ def attention_kernel(
             start = tl.full((BM, BK), FIRST, tl.int32)
             sums = _products(queries, queries_rest, keys, keys_rest, start, D_REST)
             sums = _shifted(sums, keys, keys_rest, zero, D_FIRST, D_REST, BM)
-            scores = _scores(sums, 0, N, EDGE, MAGIC_SUM, BK)
-            e = power_of_two((scores - tl.max(scores, 1)[:, None]) * scale, NATIVE)
+            centre = _centre(queries, queries_rest, query, key, bias, D, D_FIRST, D_REST, BM)
+            scores = _scores(sums, 0, KEYS, centre, scale, bias, EDGE, MAGIC_SUM, BK)
+            e = power_of_two((scores - tl.max(scores, 1)[:, None]) * step, NATIVE)
             one, two = probability_codes(e, tl.sum(e, 1), softmax_parameters(softmax), MODE, BITS, NATIVE)
             if TRACE:
-                _trace(trace, one, two, softmax, head_row, first_row, 0, N, MODE, BM, BK)
+                _trace(trace, one, two, softmax, head_row, first_row, 0, N, KEYS, MODE, BM, BK)
             if PERMUTED:
                 one = _permuted(one, BM, BK)
                 two = _permuted(two, BM, BK)
@@ -288,16 +328,17 @@ def attention_kernel(
         queries_rest = queries
         if D_REST:
             queries_rest = q_rest.load([first_token + first_row, D_FIRST])
+        centre = _centre(queries, queries_rest, query, key, bias, D, D_FIRST, D_REST, BM)
         top = tl.full((BM,), LOWEST, tl.float32)
         total = tl.zeros((BM,), tl.float32)
-        for first_key in tl.range(0, N, BK):
+        for first_key in tl.range(0, KEYS, BK):
             scores = _tile_scores(
-                queries, queries_rest, k, k_rest, first_token, first_key, zero, N, FIRST, D_FIRST, D_REST, EDGE,
-                MAGIC_SUM, BM, BK,
+                queries, queries_rest, k, k_rest, first_key_token, first_key, zero, KEYS, centre, scale, bias, FIRST,
+                D_FIRST, D_REST, EDGE, MAGIC_SUM, BM, BK,
             )  # fmt: skip
             higher = tl.maximum(top, tl.max(scores, 1))
-            e = power_of_two((scores - higher[:, None]) * scale, NATIVE)
-            total = total * power_of_two((top - higher) * scale, NATIVE) + tl.sum(e, 1)
+            e = power_of_two((scores - higher[:, None]) * step, NATIVE)
+            total = total * power_of_two((top - higher) * step, NATIVE) + tl.sum(e, 1)
             top = higher
 
         sums = tl.zeros((BM, D_FIRST), tl.int32)
@@ -308,15 +349,15 @@ def attention_kernel(
         rest_sum = tl.zeros((REST,), tl.int32)
         sum_one = tl.zeros((BM,), tl.int32)
         sum_two = sum_one
-        for first_key in tl.range(0, N, BK):
+        for first_key in tl.range(0, KEYS, BK):
             scores = _tile_scores(
-                queries, queries_rest, k, k_rest, first_token, first_key, zero, N, FIRST, D_FIRST, D_REST, EDGE,
-                MAGIC_SUM, BM, BK,
+                queries, queries_rest, k, k_rest, first_key_token, first_key, zero, KEYS, centre, scale, bias, FIRST,
+                D_FIRST, D_REST, EDGE, MAGIC_SUM, BM, BK,
             )  # fmt: skip
-            e = power_of_two((scores - top[:, None]) * scale, NATIVE)
+            e = power_of_two((scores - top[:, None]) * step, NATIVE)
             one, two = probability_codes(e, total, softmax_parameters(softmax), MODE, BITS, NATIVE)
             if TRACE:
-                _trace(trace, one, two, softmax, head_row, first_row, first_key, N, MODE, BM, BK)
+                _trace(trace, one, two, softmax, head_row, first_row, first_key, N, KEYS, MODE, BM, BK)
             if PERMUTED:
                 one = _permuted(one, BM, BK)
                 two = _permuted(two, BM, BK)

@@ -145,14 +145,14 @@ def _consume(
     a_ring, b_ring, x_ring, barriers, x_barriers, pointers, numbers,
     GROUP_STRIDE: gl.constexpr, SOURCE_STRIDE: gl.constexpr, TARGET_STRIDES: gl.constexpr,
     HEAD_DIM: gl.constexpr, HEAD_PITCH: gl.constexpr, TOKEN_PITCH: gl.constexpr,
-    EPILOGUE: gl.constexpr, MODE: gl.constexpr, TARGET_BITS: gl.constexpr,
+    EPILOGUE: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, MODE: gl.constexpr, TARGET_BITS: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
     PIECE: gl.constexpr, X_BLOCKS: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
     """One of the two groups of four warps: multiplies and finishes every second tile of the program, from its ME-th."""
     full, empty, turn = barriers
     x_full, x_empty = x_barriers
-    weight_scale, weight_sums, bias, out, gate, group, source, target_q, target_k, target_v = pointers
+    weight_scale, weight_sums, bias, out, gate, group, source, first, second, third = pointers
     gate_stride, M, width, K, TOKENS, out_stride, tiles_m, tiles_n = numbers
     PIECES: gl.constexpr = BN // PIECE
     LAG: gl.constexpr = min(1, X_BLOCKS - 1)
@@ -173,7 +173,7 @@ def _consume(
     scales = gl.allocate_shared_memory(gl.float32, [BN], flat)
     shifts = gl.allocate_shared_memory(gl.int32, [BN], flat)
     biases = gl.allocate_shared_memory(gl.float32, [BN], flat)
-    if EPILOGUE == RESIDUAL:
+    if GATED:
         gates = gl.allocate_shared_memory(gl.float32, [BN], flat)
     if EPILOGUE == HEADS:
         target_scales = gl.allocate_shared_memory(gl.float32, [BN], flat)
@@ -189,13 +189,13 @@ def _consume(
         time_group = gl.load(group + sample * GROUP_STRIDE).to(gl.int32)
         operand = source + time_group * SOURCE_STRIDE
         which = 0
-        target = target_q + time_group * TARGET_STRIDES[0]
-        if EPILOGUE == HEADS:
+        target = first + time_group * TARGET_STRIDES[0]
+        if PARTS > 1:
             which = first_column // width
             if which == 1:
-                target = target_k + time_group * TARGET_STRIDES[1]
+                target = second + time_group * TARGET_STRIDES[1]
             elif which == 2:
-                target = target_v + time_group * TARGET_STRIDES[2]
+                target = third + time_group * TARGET_STRIDES[2]
         columns = first_column + gl.arange(0, BN, line)
         by_weight = gl.load(weight_scale + columns)
         total = gl.load(weight_sums + columns)
@@ -204,7 +204,7 @@ def _consume(
         source_zero = gl.load(operand + ZERO)
         corner = first_row.to(gl.int64) * out_stride + first_column
         offset = gl.arange(0, BM, stored_rows)[:, None] * out_stride + gl.arange(0, PIECE, stored_columns)[None, :]
-        if EPILOGUE == RESIDUAL:
+        if GATED:
             through = gl.load(gate + sample * gate_stride + columns)
         if EPILOGUE == HEADS:
             chosen = target + (columns - which * width) // HEAD_DIM * ROW
@@ -217,7 +217,7 @@ def _consume(
         scales.store(source_scale * by_weight)
         shifts.store(source_zero.to(gl.int32) * total)
         biases.store(added)
-        if EPILOGUE == RESIDUAL:
+        if GATED:
             gates.store(through)
         if EPILOGUE == HEADS:
             target_scales.store(target_scale)
@@ -249,11 +249,15 @@ def _consume(
             if EPILOGUE == PLAIN:
                 gl.store(out + corner + piece * PIECE + offset, gl.convert_layout(y, stored))
             elif EPILOGUE == RESIDUAL:
-                factor = gates.slice(piece * PIECE, PIECE).load(of_part)[None, :]
+                if GATED:
+                    factor = gates.slice(piece * PIECE, PIECE).load(of_part)[None, :]
                 number = nth * PIECES + piece
                 block = x_ring.index(number % X_BLOCKS)
                 mbarrier.wait(x_full.index(ME * PIECES + piece), nth // 2 & 1)
-                block.store((block.load(part).to(gl.float32) + factor * y).to(out.dtype))
+                if GATED:
+                    block.store((block.load(part).to(gl.float32) + factor * y).to(out.dtype))
+                else:
+                    block.store((block.load(part).to(gl.float32) + y).to(out.dtype))
                 fence_async_shared()
                 COPY_BACK(out, [first_row, first_column + piece * PIECE], block)
                 if piece >= LAG:
@@ -277,14 +281,14 @@ def _consume(
                 first_token = first_row % TOKENS
                 size = (M // TOKENS) * (width // HEAD_DIM) * TOKENS * HEAD_PITCH  # of q, and of k
                 first_channel = first_column - which * width + piece * PIECE
-                if which == 2:  # (B, H, head_dim, TOKEN_PITCH)
-                    token = sample * (width * TOKEN_PITCH) + first_token + 2 * size
+                if PARTS > 1 and which == PARTS - 1:  # v: (B, H, head_dim, TOKEN_PITCH)
+                    token = sample * (width * TOKEN_PITCH) + first_token + (PARTS - 1) * size
                     token += gl.arange(0, BM, gl.SliceLayout(1, by_token))
                     token = gl.max_contiguous(gl.multiple_of(token, 16), 16)
                     line_of = (first_channel + gl.arange(0, PIECE, gl.SliceLayout(0, by_token))) * TOKEN_PITCH
                     turned = gl.convert_layout(permuted_rows(codes, BM, PIECE), by_token)
                     gl.store(out + (token[:, None] + line_of[None, :]), turned)
-                else:  # (B, H, N, HEAD_PITCH)
+                else:  # q or k: (B, H, N, HEAD_PITCH)
                     channel = first_channel + gl.arange(0, PIECE, stored_columns)
                     across = channel // HEAD_DIM * (TOKENS * HEAD_PITCH) + channel % HEAD_DIM
                     across += which * size + (sample * (width // HEAD_DIM) * TOKENS + first_token) * HEAD_PITCH
@@ -299,10 +303,10 @@ def _consume(
 @gluon.jit
 def hopper_linear_kernel(
     a, b, weight_scale, weight_sums, bias, out, x, gate, gate_stride, group,
-    source, target, target_k, target_v, M, width, K, TOKENS, out_stride,
+    source, target, second, third, M, width, K, TOKENS, out_stride,
     GROUP_STRIDE: gl.constexpr, SOURCE_STRIDE: gl.constexpr, TARGET_STRIDES: gl.constexpr,
     HEAD_DIM: gl.constexpr, HEAD_PITCH: gl.constexpr, TOKEN_PITCH: gl.constexpr,
-    EPILOGUE: gl.constexpr, MODE: gl.constexpr, TARGET_BITS: gl.constexpr,
+    EPILOGUE: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, MODE: gl.constexpr, TARGET_BITS: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
     PIECE: gl.constexpr, X_BLOCKS: gl.constexpr, X_BYTES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
@@ -335,19 +339,19 @@ def hopper_linear_kernel(
     barriers, x_barriers = (full, empty, turn), (x_full, x_empty)
 
     tiles_m = M // BM
-    tiles_n = (3 if EPILOGUE == HEADS else 1) * (width // BN)
-    pointers = (weight_scale, weight_sums, bias, out, gate, group, source, target, target_k, target_v)
+    tiles_n = PARTS * (width // BN)
+    pointers = (weight_scale, weight_sums, bias, out, gate, group, source, target, second, third)
     numbers = (gate_stride, M, width, K, TOKENS, out_stride, tiles_m, tiles_n)
     gl.warp_specialize(
         [
             (_consume, (
                 a_ring, b_ring, x_ring, barriers, x_barriers, pointers, numbers, GROUP_STRIDE, SOURCE_STRIDE,
-                TARGET_STRIDES, HEAD_DIM, HEAD_PITCH, TOKEN_PITCH, EPILOGUE, MODE, TARGET_BITS, BM, BN, BK, BAND,
-                STAGES, PIECE, X_BLOCKS, gl.constexpr(0))),
+                TARGET_STRIDES, HEAD_DIM, HEAD_PITCH, TOKEN_PITCH, EPILOGUE, PARTS, GATED, MODE, TARGET_BITS, BM, BN,
+                BK, BAND, STAGES, PIECE, X_BLOCKS, gl.constexpr(0))),
             (_consume, (
                 a_ring, b_ring, x_ring, barriers, x_barriers, pointers, numbers, GROUP_STRIDE, SOURCE_STRIDE,
-                TARGET_STRIDES, HEAD_DIM, HEAD_PITCH, TOKEN_PITCH, EPILOGUE, MODE, TARGET_BITS, BM, BN, BK, BAND,
-                STAGES, PIECE, X_BLOCKS, gl.constexpr(1))),
+                TARGET_STRIDES, HEAD_DIM, HEAD_PITCH, TOKEN_PITCH, EPILOGUE, PARTS, GATED, MODE, TARGET_BITS, BM, BN,
+                BK, BAND, STAGES, PIECE, X_BLOCKS, gl.constexpr(1))),
             (_produce, (a, b, a_ring, b_ring, barriers, tiles_m, tiles_n, K, BM, BN, BK, BAND, STAGES)),
             (_produce_x, (x, x_ring, x_barriers, tiles_m, tiles_n, EPILOGUE, BM, BN, BAND, PIECE, X_BLOCKS, X_BYTES)),
         ],

@@ -25,9 +25,9 @@ from tqdit.backends.triton.kernels.rounding import (
 
 # What follows the product.
 PLAIN = tl.constexpr(0)  # y
-RESIDUAL = tl.constexpr(1)  # x + gate y
+RESIDUAL = tl.constexpr(1)  # x + gate y, or x + y
 ACTIVATION = tl.constexpr(2)  # codes of GELU(y)
-HEADS = tl.constexpr(3)  # codes of y per head: q and k by token, v transposed
+HEADS = tl.constexpr(3)  # codes of y per head: q and k by token, v transposed. Parts: q, k, v; or k, v; or q
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def _finish(
     sums, negative, rows, sample, which, width, first_column, weight_scale, weight_sums, bias, out, x, gate,
     gate_stride, source, targets, target_row, M, TOKENS, out_stride,
     HEAD_DIM: tl.constexpr, HEAD_PITCH: tl.constexpr, TOKEN_PITCH: tl.constexpr,
-    TWO: tl.constexpr, EPILOGUE: tl.constexpr, MODE: tl.constexpr,
+    TWO: tl.constexpr, EPILOGUE: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr, MODE: tl.constexpr,
     TARGET_BITS: tl.constexpr, PERMUTED: tl.constexpr, ALIGNED: tl.constexpr, NATIVE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -122,8 +122,11 @@ def _finish(
     if EPILOGUE == PLAIN:
         tl.store(out + offset, y, inside)
     elif EPILOGUE == RESIDUAL:
-        through = tl.load(gate + sample * gate_stride + columns[None, :], inside_n[None, :], 0.0)
-        total = tl.load(x + offset, inside).to(tl.float32) + through * y
+        if GATED:
+            through = tl.load(gate + sample * gate_stride + columns[None, :], inside_n[None, :], 0.0)
+            total = tl.load(x + offset, inside).to(tl.float32) + through * y
+        else:
+            total = tl.load(x + offset, inside).to(tl.float32) + y
         tl.store(out + offset, stored_as(total, out.dtype.element_ty, NATIVE), inside)
     elif EPILOGUE == ACTIVATION:
         target = targets + target_row
@@ -141,14 +144,14 @@ def _finish(
         codes = uniform_codes(steps, tl.load(chosen + ZERO), TARGET_BITS)
         samples, tokens = rows // TOKENS, rows % TOKENS
         size = (M // TOKENS) * (width // HEAD_DIM) * TOKENS * HEAD_PITCH  # of q, and of k
-        if which == 2:  # (B, H, head_dim, TOKEN_PITCH)
+        if PARTS > 1 and which == PARTS - 1:  # v: (B, H, head_dim, TOKEN_PITCH)
             down = samples * (width * TOKEN_PITCH) + tokens
             if PERMUTED:
                 down = tl.max_contiguous(tl.multiple_of(down, 16), 16)
                 codes = permuted_rows(codes, BM, BN)
-            across = channel * TOKEN_PITCH + 2 * size
+            across = channel * TOKEN_PITCH + (PARTS - 1) * size
             tl.store(out + down[:, None] + across[None, :], codes, inside)
-        else:  # (B, H, N, HEAD_PITCH)
+        else:  # q or k: (B, H, N, HEAD_PITCH)
             down = (samples * ((width // HEAD_DIM) * TOKENS) + tokens) * HEAD_PITCH
             across = head * (TOKENS * HEAD_PITCH) + channel % HEAD_DIM + which * size
             if ALIGNED:
@@ -159,24 +162,24 @@ def _finish(
 @triton.jit
 def linear_kernel(
     a, b, b_high, weight_scale, weight_sums, bias, out, x, gate, gate_stride, group,
-    source, target, target_k, target_v, M, width, K, TOKENS, out_stride,
+    source, target, second, third, M, width, K, TOKENS, out_stride,
     GROUP_STRIDE: tl.constexpr, SOURCE_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr,
-    TARGET_K_STRIDE: tl.constexpr, TARGET_V_STRIDE: tl.constexpr,
+    SECOND_STRIDE: tl.constexpr, THIRD_STRIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_PITCH: tl.constexpr, TOKEN_PITCH: tl.constexpr,
-    BITS: tl.constexpr, TWO: tl.constexpr, EPILOGUE: tl.constexpr, MODE: tl.constexpr,
-    TARGET_BITS: tl.constexpr, PER_TILE: tl.constexpr, PERMUTED: tl.constexpr, ALIGNED: tl.constexpr,
-    NATIVE: tl.constexpr,
+    BITS: tl.constexpr, TWO: tl.constexpr, EPILOGUE: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr,
+    MODE: tl.constexpr, TARGET_BITS: tl.constexpr, PER_TILE: tl.constexpr, PERMUTED: tl.constexpr,
+    ALIGNED: tl.constexpr, NATIVE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """One (BM, BN) tile of a (M, K) . b (N, K)^T and its epilogue, PIECE columns at a time; M = samples * TOKENS.
 
     PER_TILE: a tile's rows are of one sample. PERMUTED: v gets its tokens in the order of `permuted_rows`. ALIGNED:
-    heads are whole groups of 8 columns. HEADS: N = 3 width, and a tile has columns of q, k or v alone; else N is
-    `width`, an argument so that the compiler knows what divides it.
+    heads are whole groups of 8 columns. HEADS: N = PARTS width, and a tile has columns of one part, whose target is
+    `target`, `second` or `third`; else PARTS is 1, and N is `width`, an argument so that the compiler knows what
+    divides it. GATED: whether a RESIDUAL has a gate.
     """
-    parts: tl.constexpr = 3 if EPILOGUE == HEADS else 1
     tiles_part = tl.cdiv(width, BN)
-    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BM), parts * tiles_part, BAND)
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BM), PARTS * tiles_part, BAND)
     which = tile_n // tiles_part
     first_row, first_column = tile_m * BM, which * width + (tile_n % tiles_part) * BN
     sums, negative = _sums(a, b, b_high, first_row, first_column, K, BM, BN, BK, BITS, TWO, NATIVE)
@@ -189,12 +192,12 @@ def linear_kernel(
     time_group = tl.load(group + sample * GROUP_STRIDE).to(tl.int32)
     source += time_group * SOURCE_STRIDE
     stride = TARGET_STRIDE
-    if EPILOGUE == HEADS:
-        stride = tl.where(which == 0, TARGET_STRIDE, tl.where(which == 1, TARGET_K_STRIDE, TARGET_V_STRIDE))
+    if PARTS > 1:
+        stride = tl.where(which == 0, TARGET_STRIDE, tl.where(which == 1, SECOND_STRIDE, THIRD_STRIDE))
         if which == 1:
-            target = target_k
+            target = second
         elif which == 2:
-            target = target_v
+            target = third
 
     if PIECE == BN:
         columns = (sums,)
@@ -209,6 +212,6 @@ def linear_kernel(
         _finish(
             columns[piece], columns_negative[piece], rows, sample, which, width, first_column + piece * PIECE,
             weight_scale, weight_sums, bias, out, x, gate, gate_stride, source, target, time_group * stride,
-            M, TOKENS, out_stride, HEAD_DIM, HEAD_PITCH, TOKEN_PITCH, TWO, EPILOGUE, MODE, TARGET_BITS, PERMUTED,
-            ALIGNED, NATIVE, BM, PIECE,
+            M, TOKENS, out_stride, HEAD_DIM, HEAD_PITCH, TOKEN_PITCH, TWO, EPILOGUE, PARTS, GATED, MODE, TARGET_BITS,
+            PERMUTED, ALIGNED, NATIVE, BM, PIECE,
         )  # fmt: skip
