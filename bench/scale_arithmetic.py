@@ -9,7 +9,9 @@ from tqdit.architectures.shapes import tokens, width
 from tqdit.calibration.picker import Picker
 from tqdit.calibration.recorder import batch_size, graph_bytes, picked_bytes
 from tqdit.grids import regions
+from tqdit.plan import grids
 from tqdit.recipe import Recipe
+from tqdit.spec import Role
 from tqdit.speed.random_weights import empty_model
 
 FP32 = 4
@@ -36,9 +38,9 @@ def operations(config: Mapping[str, Any], recipe: Recipe) -> dict[str, float]:
 def _search_of_a_block(config: Mapping[str, Any], recipe: Recipe) -> int:
     d, rows, (pairs, queries) = width(config), _rows(config, recipe), _queries(config, recipe)
     tries = recipe.rounds * (recipe.candidates + 1)
-    of_gelu = tries * (2 if recipe.settled.gelu_grid != "uniform" else 1)  # one search per region
+    of_gelu = tries * (2 if grids(recipe, Role.GELU)[0].two_region else 1)  # one search per region
     linear = 2 * rows * d * (3 * d + d + 4 * d) * 2 * tries + 2 * rows * 4 * d * d * (tries + of_gelu)
-    mrq = recipe.settled.softmax_grid != "uniform"
+    mrq = grids(recipe, Role.SOFTMAX)[0].two_region
     exponents = len(regions.softmax_exponents(recipe.activation_bits, recipe.softmax_products == "one"))
     of_softmax = recipe.rounds * (exponents + 1) if mrq else tries
     product = 2 * pairs * queries * tokens(config) * d

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable
 
 import pytest
-
 from tqdit.architectures.sites import sites
+
 from tqdit.cli import bars, console
 from tqdit.quality.comparison import Comparison, ModelRow
 from tqdit.quality.fidelity import EpsilonFidelity

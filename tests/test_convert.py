@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-
 from tqdit.architectures.sites import sites
+
 from tqdit.backends import native
 from tqdit.errors import InputError
 from tqdit.layers.adapters import AdapterSlot

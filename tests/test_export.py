@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from published_dit import random_dit
-
 from tqdit.architectures.sites import FREQUENCY_SHIFT
+
 from tqdit.calibration.recorder import record
 from tqdit.calibration.trajectories import collect
 from tqdit.errors import InputError

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tqdit.architectures.sites import sites
 
 import tqdit
 from tqdit import workflow
-from tqdit.architectures.sites import sites
 from tqdit.artifact import folder as artifact
 from tqdit.calibration import store, trajectories
 from tqdit.errors import InputError, RepairWarning

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tqdit.architectures.registry import architecture, config_of
 from tqdit.architectures.shapes import shape_name
-from tqdit.architectures.sites import ARCHITECTURE, config_of
 from tqdit.artifact import folder as artifact
 from tqdit.artifact.model_card import LOAD_MODEL, LOAD_PIPELINE, LOAD_TRANSFORMER, keep_edited, model_card, write_card
 from tqdit.artifact.tensors import decisive
@@ -203,7 +203,7 @@ def _write(solution: Solution, source: ModelSource, folder: Path, former: Path) 
         artifact.write(solution, folder)  # last: it seals the folder
     else:
         load = LOAD_TRANSFORMER if source.vae is None else LOAD_PIPELINE
-        index = {**source.pipeline, **source.components, TRANSFORMER: ["diffusers", ARCHITECTURE]}
+        index = {**source.pipeline, **source.components, TRANSFORMER: ["diffusers", architecture(source.config).name]}
         write_json(folder / PIPELINE, index)
         (folder / TRANSFORMER).mkdir()
         artifact.write(solution, folder / TRANSFORMER)
@@ -453,7 +453,8 @@ def _made_from(source: ModelSource, source_hash: str, recipe: Recipe) -> Provena
 
 def _least_bytes(source: ModelSource, module: nn.Module, recipe: Recipe) -> int:
     """About what an artifact takes on the disk, and no more: weight codes and the decoder."""
-    counts = {name.rpartition(".norm1.emb.")[2]: p.numel() for name, p in module.named_parameters()}  # stored once
+    twin = architecture(source.config).twin  # what blocks share is stored once
+    counts = {twin(name): parameter.numel() for name, parameter in module.named_parameters()}
     decoder = source.vae.rglob("*.safetensors") if source.vae else ()
     return sum(counts.values()) * recipe.weight_bits // 8 + sum(file.stat().st_size for file in decoder)
 

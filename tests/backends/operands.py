@@ -1,12 +1,16 @@
-"""Random operands of the block operations; drawn so that no code saturates and every parameter matters."""
+"""Random operands for any backend; drawn so that no code saturates and every parameter matters.
+
+`inject` and `decode` turn signed codes into those of a backend, whatever its layout, and back, by verbs alone.
+"""
 
 from dataclasses import dataclass
 
 import torch
 
-from tqdit.grids.regions import merge_shift
-from tqdit.ops.schema import AttentionParams, OperandParams, WeightParams
-from tqdit.spec import Grid
+from tqdit.ops.quantizer import dequantize
+from tqdit.ops.schema import AttentionParams, Backend, OperandParams, WeightParams
+from tqdit.ops.tables import operand, parameters
+from tqdit.spec import Granularity, Grid, GridParams, Role, SiteSpec
 
 HALF = 128
 
@@ -18,6 +22,14 @@ def draw(shape: tuple[int, ...], generator: torch.Generator, low: float = 0.5) -
 
 def integers(low: int, high: int, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     return torch.randint(low, high, shape, generator=generator, dtype=torch.int32)
+
+
+def as_operand(grid: Grid, bits: int, scale: torch.Tensor, zero: torch.Tensor | None) -> OperandParams:
+    """An operand of these parameters, (groups, units) or, of two regions, (groups, units, 2) with no zero point."""
+    groups, units = scale.shape[:2]
+    granularity = Granularity.PER_TENSOR if units == 1 else Granularity.PER_HEAD
+    spec = SiteSpec("site", Role.INPUT, bits, grid, granularity, groups, units)
+    return operand(GridParams(spec, scale, zero))
 
 
 @dataclass
@@ -42,26 +54,32 @@ class Maker:
         reach: float = 4.0,
         merged: bool = False,
     ) -> OperandParams:
-        """A grid that reaches to about +-`reach`; (lead, 1, 1), or (lead, units, 1, 1) per head."""
-        shape = (lead, 1, 1) if units is None else (lead, units, 1, 1)
+        """Return a grid that reaches to about +-`reach`, with `units` entries a row (None: one).
+
+        `lead` > 1: every one of `lead` samples is in a time group of its own; there are more groups than samples.
+        """
+        rows = lead if lead == 1 else lead + 1
+        shape = (rows, units or 1)
         half = 1 << (self.bits - 1)
         scale = draw(shape, self.generator) * reach / half
         zero = integers(-half // 2, half // 2, shape, self.generator)
-        coarse = torch.ones(shape)
+        group = None if lead == 1 else torch.randperm(rows, generator=self.generator)[:lead]
+        if grid is Grid.UNIFORM:
+            return as_operand(grid, self.bits, scale, zero)._replace(group=group)
         if grid is Grid.MRQ_SOFTMAX:
-            coarse, zero = torch.full(shape, 1 / (half - 1)), torch.zeros_like(zero)
+            coarse = torch.full(shape, 1 / (half - 1))
             scale = coarse * (0.5 if merged else 2.0**-5)
-        elif grid is Grid.MRQ_GELU:
-            coarse, zero = scale, torch.zeros_like(zero)
+        else:
+            coarse = scale
             scale = coarse / 4 if merged else draw(shape, self.generator) * 0.17 / half
-        shift = merge_shift(scale, coarse, self.bits, grid) if grid.two_region else None
-        assert (shift is not None) == merged
-        return OperandParams(grid, self.bits, scale, zero, coarse, shift)
+        found = as_operand(grid, self.bits, torch.stack([scale, coarse], dim=-1), None)._replace(group=group)
+        assert found.merged == merged
+        return found
 
     def weight(self, out: int, inner: int, per_channel: bool = True) -> WeightParams:
         codes = integers(-HALF, HALF, (out, inner), self.generator).to(torch.int8)
         scale = draw((out if per_channel else 1,), self.generator) / (40 * inner**0.5)
-        return WeightParams(codes, scale, codes.sum(1, dtype=torch.int32))
+        return WeightParams(codes, scale, 8, codes.sum(1, dtype=torch.int32))
 
     def attention(self, heads: int, grid: Grid, lead: int = 1, merged: bool = False) -> AttentionParams:
         q, k, v = (self.params(lead=lead, units=heads) for _ in range(3))
@@ -71,3 +89,23 @@ class Maker:
 
 def maker(seed: int, bits: int = 8) -> Maker:
     return Maker(torch.Generator().manual_seed(seed), bits)
+
+
+def inject(backend: Backend, codes: torch.Tensor, params: OperandParams) -> torch.Tensor:
+    """Return signed codes, int8 (B, N, C), as this backend's codes: those of the values that the codes mean."""
+    return backend.quantize(dequantize(codes, params), params)
+
+
+def decode(backend: Backend, codes: torch.Tensor, params: OperandParams, width: int) -> torch.Tensor:
+    """Return a backend's codes (B, N, width) of an operand as signed codes, int32: through a layer that is 1."""
+    weight = WeightParams(torch.eye(width, dtype=torch.int8), torch.ones(1), 8)
+    value = backend.linear(codes, params, backend.prepare(weight, None), None)
+    p = parameters(params, 3)
+    if params.grid is Grid.UNIFORM:
+        return torch.round(value / p.scale).to(torch.int32) + p.zero_point
+    return torch.round(value / torch.where(value < 0, p.scale, p.coarse)).to(torch.int32)
+
+
+def gathered(params: OperandParams, members: slice) -> OperandParams:
+    """The operand of some members of a batch whose samples are in groups of their own."""
+    return params if params.group is None else params._replace(group=params.group[members])

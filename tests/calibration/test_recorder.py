@@ -5,9 +5,9 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from torch import nn
+from tqdit.architectures.sites import blocks, sites
 
 from tqdit.architectures.shapes import shape_config
-from tqdit.architectures.sites import blocks, sites
 from tqdit.calibration.picker import Picker
 from tqdit.calibration.recorder import batch_size, picked_bytes, record
 from tqdit.calibration.records import Joined, LinearRecord

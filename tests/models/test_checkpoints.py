@@ -12,9 +12,9 @@ import torch
 from diffusers import DiTTransformer2DModel
 from published_dit import PublishedDiT, position_table, random_dit, sinusoids
 from safetensors.torch import save_file
+from tqdit.architectures.sites import FREQUENCY_SHIFT
 
 from tqdit import workflow
-from tqdit.architectures.sites import FREQUENCY_SHIFT
 from tqdit.errors import AssumptionWarning, InputError
 from tqdit.sampling.sampler import Sampling
 from tqdit.sources import checkpoints, published

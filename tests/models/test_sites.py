@@ -2,8 +2,8 @@
 
 import pytest
 from torch import nn
-
 from tqdit.architectures.sites import blocks, check_supported, config_of, float_input_modules, sites
+
 from tqdit.errors import InputError
 from tqdit.spec import Granularity, Grid, Role
 

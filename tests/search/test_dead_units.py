@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-
 from tqdit.architectures.sites import blocks
+
 from tqdit.calibration.recorder import record
 from tqdit.calibration.statistics import RangeStats
 from tqdit.calibration.trajectories import CalibrationSet, collect

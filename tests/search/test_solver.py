@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from tqdit.architectures.sites import blocks, sites
+
 from tqdit.calibration.recorder import record
 from tqdit.calibration.statistics import RangeStats
 from tqdit.calibration.store import Forgetful, InMemory

@@ -12,16 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from tqdit.architectures import checks, patches, shapes
-from tqdit.architectures.interface import Architecture, Attention, Block, Config, Graph, Linear, Operand
+from tqdit.architectures import checks, patches
+from tqdit.architectures.interface import Architecture, Config, Graph
 from tqdit.architectures.parts import Parts
-from tqdit.architectures.pieces import feed_forward, self_attention
 from tqdit.architectures.repeated import parameter_shapes
 from tqdit.layers import inputs
 from tqdit.layers.block import IntBlock
 from tqdit.layers.call import Call
 from tqdit.ops.schema import Norm
-from tqdit.spec import Role
 
 BLOCKS = "transformer_blocks."
 SETTINGS = {
@@ -144,7 +142,7 @@ class PixArt(Architecture):
     def prepare(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
         """Return the inputs of a call with key and value of the prompt in its place."""
         states = given.pop("prompt")
-        return {**given, "contexts": model.runtime.prompt(states, lambda: _contexts(model, states))}
+        return {**given, "contexts": model.runtime.prompt(model, states, lambda: _contexts(model, states))}
 
     def begin(self, model: Any, given: Mapping[str, Any]) -> PixArtCall:
         """Return what all blocks share in a call."""

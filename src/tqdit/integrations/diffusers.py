@@ -14,7 +14,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from tqdit.architectures.sites import FREQUENCY_SHIFT
+from tqdit.architectures.registry import FREQUENCY_SHIFT
 from tqdit.artifact import folder as artifact
 from tqdit.artifact import tensors
 from tqdit.errors import InputError

@@ -79,5 +79,3 @@ def _check_equal(site: str, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) 
     for mine, given in pairs:
         if not torch.equal(mine.flatten().cpu(), given.flatten().to(mine.dtype).expand(mine.numel())):
             raise InputError(f"'{site}' was changed in the integer model; what it was solved for cannot be saved so")
-
-

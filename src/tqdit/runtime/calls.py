@@ -21,6 +21,13 @@ from tqdit.system.isolation import without_autocast
 MAX_GRAPHS = 16  # of different batch sizes and shapes; the one that was not used for longest goes first
 
 
+def _nothing() -> None:
+    """Stand for a reference to a tensor that is no more."""
+
+
+NO_PROMPT = (_nothing, 0, None)
+
+
 class Runtime(nn.Module):
     """Runs the calls of the model that has it.
 
@@ -51,13 +58,14 @@ class Runtime(nn.Module):
         self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None  # of the last replay
         self._seen: tuple[object, bool] = (None, False)  # what was watched, and whether a graph would be wrong
-        self._prompt: tuple[Any, int, object, Any] = (lambda: None, 0, None, None)
+        self._prompt: tuple[Any, int, Any] = NO_PROMPT
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Runtime":
         with self._lock:
             for device in {key[0] for key in self._captured}:
                 torch.cuda.synchronize(device)
             self._captured.clear()
+        self._prompt = NO_PROMPT
         return super()._apply(fn, recurse)
 
     def call(self, model: nn.Module, x: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -87,19 +95,19 @@ class Runtime(nn.Module):
             self._seen = Watched.contents, any(block.adapted or block.offloaded for block in blocks)
         return self._seen[1]
 
-    def prompt(self, states: torch.Tensor, make: Callable[[], Any]) -> Any:
+    def prompt(self, model: nn.Module, states: torch.Tensor, make: Callable[[], Any]) -> Any:
         """Return what `make` makes of the states of a prompt, or what it made if the last call had the same prompt.
 
         The same prompt is the same tensor, unchanged: pipelines give it to every step of a sampling run. Nothing is
         kept of tensors whose changes torch does not count, under torch.compile, and while a block has adapters, whose
         weights may change.
         """
-        if torch.compiler.is_compiling() or states.is_inference() or Watched.contents is not self._seen[0]:
+        if torch.compiler.is_compiling() or states.is_inference() or self._changing(model):
             return make()
-        made_from, version, contents, made = self._prompt
-        if made_from() is not states or version != states._version or contents is not Watched.contents:
+        made_from, version, made = self._prompt
+        if made_from() is not states or version != states._version:
             made = make()
-            self._prompt = weakref.ref(states), states._version, Watched.contents, made
+            self._prompt = weakref.ref(states), states._version, made
         return made
 
     def _eager(self, model: nn.Module, x: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
