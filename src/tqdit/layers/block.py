@@ -32,7 +32,7 @@ class IntBlock(Closed, Untrainable):
         heads: int,
         backend: Backend,
     ) -> None:
-        """`linears`: layers by name, such as "qkv", which become attributes. `operands`: those of attention, by name."""
+        """`linears`: layers by name, such as "qkv", which become attributes. `operands`: of attention, by name."""
         super().__init__()
         self.heads = heads
         for name, linear in linears.items():

@@ -53,8 +53,8 @@ class Modulation:
 class Conditioning(nn.Module):
     """Computes the adaLN modulation of all blocks at the start of a call: it depends on timestep and class alone.
 
-    Blocks with the same embedder are a group, whose adaLN layers are one. On the CPU equal (t, class) rows of the batch,
-    such as the null class under guidance, are computed once.
+    Blocks with the same embedder are a group, whose adaLN layers are one. On the CPU equal (t, class) rows of the
+    batch, such as the null class under guidance, are computed once.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Conditioning(nn.Module):
         self.places: list[tuple[int, int]] = []  # of block i: its group, and its place there
 
     def add(self, embedder: nn.Module, linear: nn.Module) -> int:
-        """Add a group of blocks and return its number: their embedder, and their adaLN layers stacked, C -> blocks 6 C."""
+        """Add a group of blocks and return its number: their embedder, and their stacked adaLN layers (blocks 6 C)."""
         self.embedders.append(embedder)
         self.linears.append(linear)
         return len(self.linears) - 1
