@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
+from tqdit.ops.holders import FixedDtype
 from tqdit.timegroups import TimeGroups
 
 
@@ -28,7 +28,7 @@ class Group(NamedTuple):
     shared: int | None
 
 
-class GroupLookup(nn.Module):
+class GroupLookup(FixedDtype):
     """Looks up the time groups of a call, on the device of its timesteps.
 
     There is no host synchronisation and no recompilation over timesteps. On the CPU a timestep outside the range of the
@@ -36,12 +36,12 @@ class GroupLookup(nn.Module):
     first or the last group.
     """
 
-    edges: torch.Tensor
+    edges: torch.Tensor  # fp64
 
     def __init__(self, time_groups: TimeGroups) -> None:
         super().__init__()
         self.time_groups = time_groups
-        self.register_buffer("edges", time_groups.edges_tensor(), persistent=False)
+        self.keep("edges", time_groups.edges_tensor(), persistent=False)
 
     def forward(self, timestep: torch.Tensor) -> Group:
         """Return the groups of a timestep (1,) or (B,)."""

@@ -64,7 +64,7 @@ class Conditioning(nn.Module):
         self.places: list[tuple[int, int]] = []  # of block i: its group, and its place there
 
     def add(self, embedder: nn.Module, linear: nn.Module) -> int:
-        """Add a group of blocks: their embedder, and their adaLN layers stacked, C -> blocks 6 C. Return its number."""
+        """Add a group of blocks and return its number: their embedder, and their stacked adaLN layers (blocks 6 C)."""
         self.embedders.append(embedder)
         self.linears.append(linear)
         return len(self.linears) - 1
