@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdit.sampling.sampler import Sampling, num_classes
 
 from tqdit import workflow
 from tqdit.architectures.shapes import shape_config
 from tqdit.artifact import folder as artifact
 from tqdit.imaging.generate import sample_batches
 from tqdit.recipe import Recipe
-from tqdit.sampling.sampler import Sampling, num_classes
 from tqdit.sources.resolve import resolve
 from tqdit.speed.random_solution import random_solution
 from tqdit.system import distributed

@@ -41,9 +41,9 @@ def imitated(monkeypatch: pytest.MonkeyPatch) -> None:
         given: list = []
         forward = Denoiser.forward
 
-        def spy(self: Denoiser, *inputs: torch.Tensor) -> tuple[torch.Tensor]:
-            given.extend([self, inputs])
-            return forward(self, *inputs)
+        def spy(self: Denoiser, x: torch.Tensor, **named: torch.Tensor) -> tuple[torch.Tensor]:
+            given.extend([self, (x, *named.values())])
+            return forward(self, x, **named)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Denoiser, "forward", spy)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from tiny import WrongError, artifact, dit, folder, load, normal, output, quantized, recipe, refusal, refused
+from tqdit.sampling.sampler import make_scheduler, step_weights
 
 import tqdit
-from tqdit.sampling.sampler import make_scheduler, step_weights
 from tqdit.sources.published import POSITIONS, published_names
 from tqdit.sources.resolve import load_float, resolve
 

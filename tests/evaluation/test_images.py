@@ -12,7 +12,7 @@ from tqdit import workflow
 from tqdit.errors import InputError
 from tqdit.imaging import generate, images
 from tqdit.imaging.images import RUN, Images, check_folder, into_folder
-from tqdit.sampling.sampler import Sampling
+from tqdit.sampling.guidance import Sampling
 from tqdit.sources.resolve import load_float, resolve
 
 FAST = Sampling("ddim", 2, 1.5)

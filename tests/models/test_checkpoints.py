@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tqdit import workflow
 from tqdit.architectures.sites import FREQUENCY_SHIFT
 from tqdit.errors import AssumptionWarning, InputError
-from tqdit.sampling.sampler import Sampling
+from tqdit.sampling.guidance import Sampling
 from tqdit.sources import checkpoints, published
 from tqdit.sources.resolve import load_float, resolve, weights_hash
 

@@ -15,7 +15,8 @@ from published_dit import random_dit
 from safetensors.torch import load_file, save_file
 
 from tqdit.errors import AssumptionWarning, InputError
-from tqdit.sampling.sampler import SERVED, Sampling, make_scheduler
+from tqdit.sampling.diffusion import SERVED, make_scheduler
+from tqdit.sampling.guidance import Sampling
 from tqdit.sources.published import DIFFUSION
 from tqdit.sources.resolve import class_indices, load_float, resolve, weights_hash
 from tqdit.sources.sizes import float_sizes

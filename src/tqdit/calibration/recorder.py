@@ -19,7 +19,8 @@ from tqdit.calibration.taps import Taps
 from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.errors import InputError
 from tqdit.recipe import Recipe
-from tqdit.sampling.sampler import Progress, noise_generators, predict
+from tqdit.sampling.guidance import arguments, predict
+from tqdit.sampling.trajectory import Progress, noise_generators
 from tqdit.system import distributed
 from tqdit.system.parcels import copied
 
@@ -133,7 +134,8 @@ class _Pass:
         x, t, labels = (part[self.slice].to(self.device) for part in (self.data.x, self.data.t, self.data.labels))
         x.requires_grad_(self.recipe.hessian)
         with taps.telling(self):
-            eps = predict(model, x, t, labels, self.recipe.guidance)[:, : x.shape[1]]
+            inputs = arguments(self.data.conditions, labels, self.recipe.guidance)
+            eps = predict(model, x, t, *inputs, self.recipe.guidance)[:, : x.shape[1]]
         self._check_finite()
         if self.recipe.hessian:
             self.probes.run(eps, x, self._noise(eps))
@@ -199,8 +201,8 @@ class _Pass:
         site, sample = (int(index) for index in (~finite).nonzero()[0])
         t = self.data.t[self.slice].repeat(len(finite[0]) // len(self.members))[sample]
         raise InputError(
-            f"site '{list(self.finite)[site]}': the float model has NaN or Inf values at timestep {int(t)} (time group "
-            f"{int(self.group[sample])} of {self.recipe.groups}), no scale can represent them"
+            f"site '{list(self.finite)[site]}': the float model has NaN or Inf values at timestep {t.item():g} (time "
+            f"group {int(self.group[sample])} of {self.recipe.groups}), no scale can represent them"
         )
 
     def _at_rows(self, x: torch.Tensor) -> torch.Tensor:

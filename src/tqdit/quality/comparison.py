@@ -24,7 +24,8 @@ from tqdit.quality.fidelity import EpsilonFidelity
 from tqdit.recipe import Recipe
 from tqdit.runtime import fitting
 from tqdit.runtime.convert import convert
-from tqdit.sampling.sampler import Sampling
+from tqdit.sampling.guidance import Sampling
+from tqdit.sampling.schedules import resolved
 from tqdit.sources.resolve import ModelSource, load_float, resolve, weights_hash
 from tqdit.sources.sizes import FloatSizes, float_sizes
 from tqdit.spec import Solution
@@ -161,7 +162,7 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     if measures:
         first, rows = calls.with_memory(first, rows, found, report)
     settings: dict[str, Any] = {"num": num, "samples_per_group": samples, "groups": groups, "states": len(data)}
-    settings |= {"seed": seed, "dtype": dtype_name(stream), **asdict(sampling)}
+    settings |= {"seed": seed, "dtype": dtype_name(stream), **asdict(wanted.drawn_with)}
     if measures:
         settings["call_batch"] = calls.batch
     return Comparison(first, tuple(rows), settings, environment(str(target)))
@@ -170,7 +171,7 @@ def compare(  # noqa: PLR0913 - one for each option of the command
 def held_out(
     source: ModelSource, model: nn.Module, groups: int, samples: int, seed: int, report: Report = silent
 ) -> CalibrationSet:
-    """States of the float model's own DDIM trajectories: another seed and sampler than calibration's."""
+    """States of the float model's own trajectories without noise: another seed than calibration's."""
     total = source.num_timesteps
     wanted = min(total, max(50, 2 * groups))
     steps = next(n for n in range(wanted, total + 1) if total % n == 0)  # a divisor, so that the last group is visited
@@ -178,7 +179,7 @@ def held_out(
         groups=groups,
         samples=samples,
         trajectories=samples,
-        sampler="ddim",
+        sampler=resolved(Sampling(), source.scheduler).sampler,
         steps=steps,
         seed=seed,
     )

@@ -16,7 +16,7 @@ from tqdit.errors import InputError
 from tqdit.grids import uniform
 from tqdit.provenance import Provenance
 from tqdit.recipe import Recipe
-from tqdit.sampling.sampler import Progress
+from tqdit.sampling.trajectory import Progress
 from tqdit.search import objectives, operands
 from tqdit.search.alternating import alternate
 from tqdit.search.objectives import MatmulObjective

@@ -16,7 +16,7 @@ from torch import nn
 from tqdit.architectures.building import empty_model, set_parameter
 from tqdit.architectures.sites import FREQUENCY_SHIFT, check_supported, config_of
 from tqdit.errors import AssumptionWarning, InputError
-from tqdit.sampling.sampler import check_scheduler
+from tqdit.sampling.schedules import check_scheduler, family
 from tqdit.sources import checkpoints, components, float_weights, hub
 from tqdit.sources.published import DIFFUSION
 from tqdit.system.files import CONFIG, INDEX, QUANT_METHOD, TRANSFORMER, WEIGHTS, is_there, model_folder, read_json
@@ -69,8 +69,9 @@ class ModelSource:
 
     @property
     def num_timesteps(self) -> int:
-        """Training timesteps T of the schedule."""
-        return int(self.scheduler.get("num_train_timesteps", 1000))
+        """The number of whole timesteps: 0 to T - 1 of a diffusion process with T, 0 to T of flow matching."""
+        total = int(self.scheduler.get("num_train_timesteps", 1000))
+        return total + family(self.scheduler).closed
 
     @property
     def quantized(self) -> bool:
