@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdit.sampling.sampler import Sampling
 
 from tqdit import workflow
 from tqdit.artifact import folder as artifact
@@ -27,6 +26,7 @@ from tqdit.quality import fidelity, metrics
 from tqdit.quality.comparison import HELD_OUT_SEED, fd_fashion, held_out
 from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
+from tqdit.sampling.guidance import Sampling
 from tqdit.sources.sizes import float_sizes
 from tqdit.system.environment import environment
 from tqdit.system.files import write_text

@@ -30,7 +30,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DiTPipeline
 from torch import nn
-from tqdit.sampling.sampler import Sampling
 
 from tqdit import workflow
 from tqdit.architectures.building import new_model
@@ -39,6 +38,7 @@ from tqdit.architectures.sites import config_of
 from tqdit.artifact import folder as artifact
 from tqdit.quality.comparison import compare
 from tqdit.recipe import Recipe
+from tqdit.sampling.guidance import Sampling
 from tqdit.sources.export import convert_checkpoint
 from tqdit.sources.published import AS_PUBLISHED, POSITIONS, published_names
 from tqdit.sources.resolve import load_float, resolve

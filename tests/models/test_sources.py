@@ -258,7 +258,8 @@ def edit_weights_of(folder, change) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler' is not supported"),
+        ({"_class_name": "FlowMatchLCMScheduler"}, "FlowMatchLCMScheduler' is not supported"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}, "invert_sigmas is True"),
         ({"_class_name": "MyScheduler"}, "MyScheduler' is not supported; supported are DDIMScheduler"),
         ({"_class_name": ["my", "Scheduler"]}, "is not supported"),
         ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas is True"),

@@ -248,17 +248,22 @@ def _optional_json(path: Path) -> dict[str, Any] | None:
 
 
 def _scheduler(path: Path, index: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The config of a scheduler that is supported; DiT's own, with an `AssumptionWarning`, where there is none.
+    """Return a scheduler config that is supported; DiT's own, with an `AssumptionWarning`, where there is none.
 
-    `index`: a pipeline's model_index.json, whose class counts where the config says none.
+    `index`: a pipeline's model_index.json, whose class counts where the config says none. Raises `InputError` naming
+    the file for a scheduler that no sampler serves, and for a missing config of a flow-matching pipeline.
     """
     config = _optional_json(path)
     named = _class_named(index, "scheduler")
     if named is not None and "_class_name" not in (config or {}):
         try:
-            check_scheduler({"_class_name": named})
+            process = family({"_class_name": named})
         except InputError as error:
             raise InputError(f"{path.parent.parent / PIPELINE}: {error}") from None
+        if process is not family(None):  # what a config without a class means is another process
+            if config is None:
+                raise InputError(f"{path} is missing; {PIPELINE} names a {named}, whose shift nothing else says")
+            config = {"_class_name": named, **config}
     if config is None:
         message = (
             f"{path.parent.parent} has no scheduler; DiT's is taken: DDIM, 1000 linear betas from 1e-4 to 0.02, epsilon"
