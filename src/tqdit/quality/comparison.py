@@ -33,6 +33,7 @@ from tqdit.speed.cost import Cost, memory, timed
 from tqdit.system.distributed import current
 from tqdit.system.environment import environment
 from tqdit.system.isolation import isolated
+from tqdit.timegroups import TimeGroups
 from tqdit.workflow import Device, Dtype, Report, checked_device, checked_dtype, chosen_classes, dtype_name, silent
 
 HELD_OUT_SEED = 20_000  # far from calibration's: other noise, other states
@@ -315,8 +316,10 @@ def _load_artifact(path: str | Path, source: ModelSource, digest: str) -> _Artif
     for key in given:
         if key in made and given[key] != made[key]:
             raise InputError(f"'{path}' was made of a model with {key} {made[key]}, '{source.name}' has {given[key]}")
-    if (found := solution.time_groups.num_timesteps) != (total := source.num_timesteps):
-        raise InputError(f"'{path}' has {found} training timesteps, the scheduler of '{source.name}' has {total}")
+    low, high, closed = source.time_range
+    found, expected = solution.time_groups.interval, TimeGroups((), low, high, closed).interval
+    if found != expected:
+        raise InputError(f"'{path}' has timesteps in {found}, the scheduler of '{source.name}' has {expected}")
     return _Artifact(other.folder, other.name, solution)
 
 

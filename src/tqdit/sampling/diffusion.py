@@ -60,7 +60,7 @@ class Diffusion:
 
         self.scheduler = scheduler
         self.timesteps = scheduler.timesteps
-        self.time_range = (0.0, float(scheduler.config.num_train_timesteps), False)
+        self.time_range: tuple[float, float, bool] = (0, int(scheduler.config.num_train_timesteps), False)
         self._draws_noise = isinstance(scheduler, DDPMScheduler)
         self._learned_variance = learned_variance
 

@@ -19,7 +19,7 @@ class Schedule(Protocol):
     """
 
     timesteps: torch.Tensor  # (steps,) on the CPU, int64 or fp32, decreasing
-    time_range: tuple[float, float, bool]  # the least timestep, the bound of all, and whether it is a timestep too
+    time_range: tuple[float, float, bool]  # low, high, and whether high is a timestep; ints where all are whole
 
     def step(self, output: torch.Tensor, i: int, x: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
         """Return the state after `x`, given the model's output at timestep i. x: (B, C, H, W).

@@ -69,9 +69,13 @@ class ModelSource:
 
     @property
     def num_timesteps(self) -> int:
-        """The number of whole timesteps: 0 to T - 1 of a diffusion process with T, 0 to T of flow matching."""
-        total = int(self.scheduler.get("num_train_timesteps", 1000))
-        return total + family(self.scheduler).closed
+        """Training timesteps T of the schedule: the model's are in [0, T), or in [0, T] of flow matching."""
+        return int(self.scheduler.get("num_train_timesteps", 1000))
+
+    @property
+    def time_range(self) -> tuple[float, float, bool]:
+        """The least timestep, the bound of all, and whether the bound is a timestep too."""
+        return 0, self.num_timesteps, family(self.scheduler).closed
 
     @property
     def quantized(self) -> bool:
