@@ -51,6 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gelu_grid": "best",
         "gelu_products": "one",
         "loss": "sampler",
+        "sampler": "auto",
     },
 }
 
