@@ -221,9 +221,9 @@ def test_attention_of_what_the_linear_kernel_wrote(tokens: int, cross: bool) -> 
 
     def both(backend, given, device):
         found = []
-        for layer, targets in zip(layers, parts, strict=True):
+        for layer, part in zip(layers, parts, strict=True):
             prepared = backend.prepare(layer, None).to(device)
-            targets = [to(device, p) for p in targets]
+            targets = [to(device, p) for p in part]
             found.append(backend.project(to(device, given), to(device, source), prepared, targets, heads))
         return backend.attend(found[0], to(device, params), to(device, target), found[1] if cross else None)
 
