@@ -31,7 +31,7 @@ WIDTH = 32
 LOSS = 5.0  # dB that a dead unit may cost at W8A8: it takes signal away, the noise of all others stays
 
 
-def operand(block: Block, role: Role) -> str:
+def site_name(block: Block, role: Role) -> str:
     """The site of an attention's operand."""
     return next(found.name for found in block.attentions[0].operands if found.role is role)
 
@@ -212,7 +212,7 @@ def test_a_time_group_that_saw_only_zeros(model, records, tiny_recipe, grid: str
         linears[name] = replace(linear, x=torch.where(linear.group[:, None] == 2, 0.0, linear.x))
     attention = records.attentions[block.attentions[0].module]
     silent = {field: getattr(attention, field) * (attention.group != 2)[:, None, None, None] for field in "qkv"}
-    for name in (*sources, *(operand(block, role) for role in (Role.QUERY, Role.KEY, Role.VALUE))):
+    for name in (*sources, *(site_name(block, role) for role in (Role.QUERY, Role.KEY, Role.VALUE))):
         low, high = records.ranges[name].low.clone(), records.ranges[name].high.clone()
         low[2], high[2] = 0, 0
         ranges[name] = RangeStats(low, high)
@@ -220,7 +220,7 @@ def test_a_time_group_that_saw_only_zeros(model, records, tiny_recipe, grid: str
     silenced = replace(records, linears=linears, attentions=attentions, ranges=ranges)
     found, before = (solve(model, seen, recipe, GROUPS, Provenance()) for seen in (silenced, records))
     assert_every_scale_is_usable(found)
-    for name in (*sources, *(operand(block, role) for role in (Role.QUERY, Role.KEY, Role.VALUE))):
+    for name in (*sources, *(site_name(block, role) for role in (Role.QUERY, Role.KEY, Role.VALUE))):
         params = found.params[name]
         if params.spec.grid is Grid.UNIFORM:
             assert (params.scale[2] == 1).all()
