@@ -1,4 +1,6 @@
-"""Count where DiT's module names and config keys stand outside the architectures: `python bench/dit_names.py [REVISION]`.
+"""Count where DiT's module names and config keys stand outside the architectures.
+
+    python bench/dit_names.py [REVISION]
 
 A name that only `architectures/` knows costs a new architecture nothing. Prints JSON: files and lines of src/tqdit that
 name one, for a git revision, or for the working tree if none is given.
