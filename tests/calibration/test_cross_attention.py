@@ -7,7 +7,7 @@ from toy import CONTEXT, DIM, HEADS, KEPT, toy_data, toy_model
 from tqdit.architectures import registry
 from tqdit.calibration.recorder import record
 from tqdit.calibration.statistics import kept_keys
-from tqdit.sampling.sampler import predict
+from tqdit.sampling.guidance import predict
 from tqdit.search.solver import solve
 from tqdit.timegroups import TimeGroups
 

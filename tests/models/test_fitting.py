@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tqdit import workflow
-from tqdit.architectures.dit_config import PATCHES
+from tqdit.architectures.checks import PATCHES
 from tqdit.artifact import folder as artifact
 from tqdit.errors import InputError
 from tqdit.runtime import fitting

@@ -17,13 +17,12 @@ from tqdit.calibration.recorder import record
 from tqdit.calibration.statistics import RangeStats
 from tqdit.calibration.trajectories import CalibrationSet, collect
 from tqdit.grids import regions, uniform
-from tqdit.ops.schema import OperandParams
-from tqdit.ops.tables import parameter_table
+from tqdit.ops.tables import operand
 from tqdit.provenance import Provenance
 from tqdit.quality.metrics import sqnr_db
 from tqdit.runtime.convert import convert
 from tqdit.search.solver import solve
-from tqdit.spec import Grid, Role
+from tqdit.spec import GridParams, Role, SiteSpec
 from tqdit.timegroups import TimeGroups
 
 GROUPS = TimeGroups.uniform(0, 1000, 4)
@@ -251,6 +250,5 @@ def test_no_candidate_is_subnormal_or_infinite(model, records, tiny_recipe, low:
 
 
 def test_tables_of_the_smallest_scale_are_finite() -> None:
-    scale = torch.full((1, 1, 1), uniform.SMALLEST)
-    table = parameter_table(OperandParams(Grid.UNIFORM, 8, scale, torch.zeros(1, 1, 1, dtype=torch.int32), scale))
-    assert torch.isfinite(table).all()
+    params = GridParams(SiteSpec("a", Role.INPUT, 8), torch.full((1, 1), uniform.SMALLEST), torch.zeros(1, 1))
+    assert torch.isfinite(operand(params).table).all()
