@@ -22,7 +22,7 @@ from tqdit.provenance import Provenance
 from tqdit.quality.metrics import sqnr_db
 from tqdit.runtime.convert import convert
 from tqdit.search.solver import solve
-from tqdit.spec import GridParams, Role, SiteSpec
+from tqdit.spec import Grid, GridParams, Role, SiteSpec
 from tqdit.timegroups import TimeGroups
 
 GROUPS = TimeGroups.uniform(0, 1000, 4)

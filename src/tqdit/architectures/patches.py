@@ -1,6 +1,6 @@
 """What is around the blocks of a transformer on patches: their embedding, and the last layer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -39,11 +39,14 @@ def output(
     return patches.reshape(-1, channels, rows * side, columns * side).to(x.dtype)
 
 
-def lay_out(x: torch.Tensor, side: int, width: int, dtype: torch.dtype, modulation: int) -> None:
+def lay_out(
+    x: torch.Tensor, side: int, width: int, dtype: torch.dtype, modulation: Iterable[torch.Tensor]
+) -> None:
     """Give a CUDA graph under capture one piece of memory, about what a call has alive at most.
 
     Its tensors then are parts of that piece, or most of them: left to come as they may, most sizes would get memory of
-    their own, which a graph keeps. `width`: channels D of the stream, of `dtype`; `modulation`: bytes of a call's.
+    their own, which a graph keeps. `width`: channels D of the stream, of `dtype`; `modulation`: tensors of a
+    call that live as long as it.
     """
     if x.device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_current_stream_capturing():
         return
@@ -51,7 +54,8 @@ def lay_out(x: torch.Tensor, side: int, width: int, dtype: torch.dtype, modulati
     stream = batch * tokens * width * dtype.itemsize
     in_a_block = stream + batch * tokens * width * 4  # its output, beside codes after GELU
     around = min(few_samples(x, side), batch) * tokens * width * 4 * 2  # fp32, before the blocks and after
-    total = stream + modulation + max(in_a_block, around)
+    shared = sum(tensor.nbytes for tensor in modulation)
+    total = stream + shared + max(in_a_block, around)
     if total >= ONE_PIECE:
         torch.empty(total + 2**20, dtype=torch.uint8, device=x.device)  # what is smaller comes besides
 
