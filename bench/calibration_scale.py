@@ -32,6 +32,7 @@ from tqdit.architectures.shapes import shape_config
 from tqdit.calibration import trajectories
 from tqdit.calibration.recorder import record
 from tqdit.calibration.store import Store, WorkFolder
+from tqdit.provenance import Provenance
 from tqdit.recipe import Recipe
 from tqdit.search.solver import solve
 from tqdit.spec import Solution
@@ -162,8 +163,8 @@ def measure(model: nn.Module, run: Recipe, store: Store | None) -> tuple[Solutio
 
     data = timed("trajectories", lambda: trajectories.collect(model, None, run, store=store))
     records = timed("statistics", lambda: record(model, data, run, store=store))
-    groups = TimeGroups(1000, run.groups)
-    return timed("search", lambda: solve(model, records, run, groups, {}, store=store)), stages
+    groups = TimeGroups.uniform(0, 1000, run.groups)
+    return timed("search", lambda: solve(model, records, run, groups, Provenance(), store=store)), stages
 
 
 if __name__ == "__main__":

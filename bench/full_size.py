@@ -33,14 +33,14 @@ from torch import nn
 
 from tqdit import workflow
 from tqdit.architectures.building import new_model
+from tqdit.architectures.dit_checkpoint import AS_PUBLISHED, POSITIONS, published_names
+from tqdit.architectures.registry import config_of
 from tqdit.architectures.shapes import shape_config, shape_name
-from tqdit.architectures.sites import config_of
 from tqdit.artifact import folder as artifact
 from tqdit.quality.comparison import compare
 from tqdit.recipe import Recipe
 from tqdit.sampling.sampler import Sampling
 from tqdit.sources.export import convert_checkpoint
-from tqdit.sources.published import AS_PUBLISHED, POSITIONS, published_names
 from tqdit.sources.resolve import load_float, resolve
 from tqdit.speed.random_weights import random_float
 from tqdit.system.environment import environment, peak_memory_bytes

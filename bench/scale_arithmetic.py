@@ -5,11 +5,14 @@ from typing import Any
 
 import torch
 
+from tqdit.architectures.registry import graph
 from tqdit.architectures.shapes import tokens, width
 from tqdit.calibration.picker import Picker
 from tqdit.calibration.recorder import batch_size, graph_bytes, picked_bytes
 from tqdit.grids import regions
+from tqdit.plan import grids
 from tqdit.recipe import Recipe
+from tqdit.spec import Role
 from tqdit.speed.random_weights import empty_model
 
 FP32 = 4
@@ -36,9 +39,9 @@ def operations(config: Mapping[str, Any], recipe: Recipe) -> dict[str, float]:
 def _search_of_a_block(config: Mapping[str, Any], recipe: Recipe) -> int:
     d, rows, (pairs, queries) = width(config), _rows(config, recipe), _queries(config, recipe)
     tries = recipe.rounds * (recipe.candidates + 1)
-    of_gelu = tries * (2 if recipe.settled.gelu_grid != "uniform" else 1)  # one search per region
+    of_gelu = tries * (2 if grids(recipe, Role.GELU)[0].two_region else 1)  # one search per region
     linear = 2 * rows * d * (3 * d + d + 4 * d) * 2 * tries + 2 * rows * 4 * d * d * (tries + of_gelu)
-    mrq = recipe.settled.softmax_grid != "uniform"
+    mrq = grids(recipe, Role.SOFTMAX)[0].two_region
     exponents = len(regions.softmax_exponents(recipe.activation_bits, recipe.softmax_products == "one"))
     of_softmax = recipe.rounds * (exponents + 1) if mrq else tries
     product = 2 * pairs * queries * tokens(config) * d
@@ -52,12 +55,14 @@ def memory(config: Mapping[str, Any], recipe: Recipe, device: torch.device, proc
     picks of one forward and backward pass. `records_of_a_block`: what a search in a work folder holds. `codes`: int8.
     """
     picker = _picker(config, recipe)
-    records = picked_bytes(config, picker) * recipe.groups * recipe.samples
+    structure = graph(config)
+    records = picked_bytes(structure, picker) * recipe.groups * recipe.samples
+    of_a_sample = graph_bytes(structure, picker) + picked_bytes(structure, picker)
     blocks = int(config["num_layers"])
     elements = sum(p.numel() for p in empty_model(config).parameters())
     return {
         "weights": FP32 * elements,
-        "pass": batch_size(config, picker, device) * (graph_bytes(config, picker) + picked_bytes(config, picker)),
+        "pass": batch_size(structure, picker, device) * of_a_sample,
         "records": records * -(-blocks // processes) // blocks,  # whole blocks are dealt out
         "records_of_a_block": records // blocks,
         "codes": elements,

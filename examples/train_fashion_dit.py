@@ -33,9 +33,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tqdit.architectures.building import new_model
+from tqdit.architectures.dit_checkpoint import AS_PUBLISHED
 from tqdit.architectures.shapes import shape_config
 from tqdit.quality import features
-from tqdit.sources.published import AS_PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSIFIER = Path("fashion-classifier", features.CLASSIFIER_FILE.name)

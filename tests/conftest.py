@@ -19,6 +19,7 @@ from tqdit.calibration import trajectories
 from tqdit.calibration.recorder import record
 from tqdit.calibration.records import Records
 from tqdit.calibration.trajectories import CalibrationSet, collect
+from tqdit.provenance import Provenance
 from tqdit.recipe import Recipe
 from tqdit.search.solver import solve
 from tqdit.spec import Solution
@@ -143,8 +144,8 @@ def solved(model: nn.Module, records: Records) -> Callable[..., Solution]:
         recipe = build_recipe(preset, bits, **overrides)
         key = recipe.to_toml()
         if key not in cache:
-            provenance = {"recipe": recipe.model_dump(mode="json")}
-            cache[key] = solve(model, records, recipe, TimeGroups(1000, GROUPS), provenance)
+            provenance = Provenance(recipe=recipe.model_dump(mode="json"))
+            cache[key] = solve(model, records, recipe, TimeGroups.uniform(0, 1000, GROUPS), provenance)
         return cache[key]
 
     return get

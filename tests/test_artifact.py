@@ -15,6 +15,7 @@ from tqdit.artifact import folder as artifact
 from tqdit.artifact import tensors
 from tqdit.artifact.tensors import MANIFEST_TENSOR
 from tqdit.errors import InputError
+from tqdit.provenance import Provenance
 from tqdit.runtime.convert import convert
 from tqdit.system import files
 from tqdit.system.files import CONFIG, INDEX, MANIFEST, TRANSFORMER, WEIGHTS
@@ -252,10 +253,12 @@ def test_values_are_checked_even_if_all_hashes_are_right(folder, change, message
         (lambda m: m["sites"][-2].update(groups=3), "3 groups, legal are 1 and 4"),
         (lambda m: m["shapes"].pop(FC1), FC1),
         (lambda m: m["shapes"].update({FC1: [3, 5]}), FC1),
-        (lambda m: m["time_groups"].update(num_groups=0), "groups"),
         (lambda m: m.pop("sites"), "sites"),
         (lambda m: m.pop("provenance"), "provenance"),
         (lambda m: m.update(provenance=3), "is malformed"),
+        (lambda m: m["provenance"].update(recipe=[]), "provenance: recipe must be a table"),
+        (lambda m: m["provenance"].update(preset=3), "provenance: preset must be text"),
+        (lambda m: m["provenance"].update(versions={"torch": 2}), "provenance: the version of 'torch' must be text"),
         (lambda m: m.update(aliases=[1]), "is malformed"),
         (lambda m: m["tensors"].update({f"{FC1}.codes": {}}), "is malformed"),
         (lambda m: m["shapes"].update({FC1: ["a"]}), "is malformed"),
@@ -276,10 +279,10 @@ def test_edited_manifest(folder) -> None:
         artifact.read(folder)
 
 
-@pytest.mark.parametrize("version", [0, 1, None, "2"])
+@pytest.mark.parametrize("version", [0, 1, 4, None, "2"])
 def test_other_format_version(folder, version: object) -> None:
     edit_json(folder / CONFIG, lambda c: c["quantization_config"].update(format_version=version))
-    with pytest.raises(InputError, match=f"format {version} is not supported; this tqdit reads 2"):
+    with pytest.raises(InputError, match=f"format {version} is not supported; this tqdit reads 2 and 3"):
         artifact.read(folder)
 
 
@@ -376,20 +379,20 @@ def test_zeros_of_two_types_are_no_copies_of_each_other() -> None:
 def test_what_the_config_says_of_the_quantization(solved) -> None:
     """Enough for diffusers to find this library, and for a person to see what was done."""
     solution = solved("plus", "w6a6")
-    solution = replace(solution, provenance={**solution.provenance, "preset": "plus"})
+    solution = replace(solution, provenance=replace(solution.provenance, preset="plus"))
     stored, config = tensors.pack(solution)
     assert list(stored) == sorted(stored)
     digest = hashlib.sha256(bytes(stored[MANIFEST_TENSOR].tolist())).hexdigest()
     assert config == {
         **solution.model_config,
         "quantization_config": {
-            "quant_method": "tqdit", "format_version": 2, "preset": "plus", "weight_bits": 6, "activation_bits": 6,
+            "quant_method": "tqdit", "format_version": 3, "preset": "plus", "weight_bits": 6, "activation_bits": 6,
             "manifest_sha256": digest,
         },
     }  # fmt: skip
-    plain, config = tensors.pack(replace(solution, provenance={}))
+    plain, config = tensors.pack(replace(solution, provenance=Provenance()))
     assert config["quantization_config"]["weight_bits"] is None
-    assert tensors.unpack(plain, config, "here").provenance == {}
+    assert tensors.unpack(plain, config, "here").provenance == Provenance()
 
 
 @pytest.mark.parametrize("layers", [1, 3])

@@ -15,7 +15,8 @@ from tqdit.errors import InputError
 from tqdit.imaging.images import Images
 from tqdit.sampling.sampler import Sampling
 from tqdit.sources.resolve import resolve
-from tqdit.system.files import CONFIG, INDEX, MANIFEST, TRANSFORMER
+from tqdit.system.files import CONFIG, INDEX, MANIFEST, TRANSFORMER, read_json
+from tqdit.timegroups import TimeGroups
 
 NAME = "transformer_blocks.1.attn1.key"
 
@@ -66,10 +67,26 @@ def update_site(**values):
         (lambda m: m["shapes"].update({FC1: [0, 0]}), FC1),
         (lambda m: m["shapes"].update({FC1: []}), FC1),
         (lambda m: m["shapes"].update({FC1: [1] * 9}), FC1),
-        (lambda m: m["time_groups"].update(num_timesteps=10**12), "num_timesteps must be between 1 and 1000000"),
-        (lambda m: m["time_groups"].update(num_timesteps=1000.0), "num_timesteps"),
-        (lambda m: m["time_groups"].update(num_groups=True), "num_groups"),
         (lambda m: m["time_groups"].update(extra=1), "extra"),
+        (lambda m: m["time_groups"].pop("closed"), "closed"),
+        (lambda m: m["time_groups"].update(closed=0), "closed"),
+        (lambda m: m["time_groups"].update(high=10**12), "high must be between -1000000 and 1000000"),
+        (lambda m: m["time_groups"].update(high=True), "high"),
+        (lambda m: m["time_groups"].update(high="1000"), "high"),
+        (lambda m: m["time_groups"].update(high=float("inf")), "Infinity"),
+        (lambda m: m["time_groups"].update(low=1000.0), "low must be less than high"),
+        (lambda m: m["time_groups"].update(edges=[250.0, 500.0]), "4 groups, legal are 1 and 3"),
+        (
+            lambda m: m["time_groups"].update(edges=[250.0, 500.0, 500.0]),
+            "edges must increase strictly inside [0, 1000)",
+        ),
+        (lambda m: m["time_groups"].update(edges=[0.0, 500.0, 750.0]), "got 0.0 after 0.0"),
+        (lambda m: m["time_groups"].update(edges=[250.0, 500.0, 1000.0]), "got 1000.0 after 500.0"),
+        (lambda m: m["time_groups"].update(edges=[250.0, 500.0, float("nan")]), "NaN"),
+        (lambda m: m["time_groups"].update(edges=[250.0, True, 750.0]), "edges"),
+        (lambda m: m["time_groups"].update(edges=[250.0, None, 750.0]), "edges"),
+        (lambda m: m["time_groups"].update(edges=[i / 20 for i in range(1, 10**4 + 2)]), "at most 10000 items"),
+        (lambda m: m.update(time_groups={"num_timesteps": 1000, "num_groups": 4}), "edges"),
         (lambda m: m["tensors"][f"{QUERY}.scale"].update(shape=[4.0, 2]), "shape"),
         (lambda m: m["tensors"][f"{QUERY}.scale"].update(sha256=5), "sha256"),
         (lambda m: m["aliases"].update({"a": 1}), "aliases"),
@@ -84,16 +101,61 @@ def test_types_of_the_manifest_are_strict(folder, change, message: str) -> None:
     refused(folder, message)
 
 
+def as_format_2(folder: Path, num_timesteps: object = 1000, num_groups: object = 4) -> None:
+    """Rewrite an artifact as the former format had it."""
+    forge(folder, lambda m: m.update(time_groups={"num_timesteps": num_timesteps, "num_groups": num_groups}))
+    edit_json(folder / CONFIG, lambda config: config["quantization_config"].update(format_version=2))
+    edit_json(folder / MANIFEST, lambda seal: seal.update(format_version=2))
+
+
+def test_an_artifact_and_a_seal_of_format_2_are_read_and_written_as_format_3(folder, tmp_path) -> None:
+    newer = artifact.read(folder)
+    as_format_2(folder)
+    older = artifact.read(folder)
+    assert older.time_groups == newer.time_groups == TimeGroups((250, 500, 750), 0, 1000)
+    assert older.provenance == newer.provenance
+    again = tmp_path / "again"
+    again.mkdir()
+    artifact.write(older, again)
+    assert artifact.read(again).time_groups == newer.time_groups
+    assert read_json(again / MANIFEST)["format_version"] == 3
+    assert read_json(again / CONFIG)["quantization_config"]["format_version"] == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_timesteps": 10**12}, "num_timesteps"),
+        ({"num_timesteps": 0}, "num_timesteps"),
+        ({"num_timesteps": 1000.0}, "num_timesteps"),
+        ({"num_groups": True}, "num_groups"),
+        ({"num_groups": 0}, "num_groups"),
+        ({"num_groups": 10**5}, "num_groups"),
+        ({"num_timesteps": 3}, "groups must be between 1 and 3"),
+    ],
+)
+def test_time_groups_of_format_2_are_strict(folder, values: dict, message: str) -> None:
+    as_format_2(folder, **values)
+    refused(folder, message)
+
+
+def test_a_format_that_the_manifest_does_not_have(folder) -> None:
+    edit_json(folder / CONFIG, lambda config: config["quantization_config"].update(format_version=2))
+    refused(folder, "'time_groups.num_timesteps' is wrong")
+
+
 def test_control_characters_do_not_reach_a_terminal(folder) -> None:
     forge(folder, update_site(name="\x1b[31mred\nline"))
     refused(folder, r"\x1b[31mred\nline")
 
 
 def test_control_characters_of_the_provenance_are_escaped(folder) -> None:
-    forge(folder, lambda manifest: manifest["provenance"].update(source="\x1b[31mred", versions={"a\n": ["\x07"]}))
+    forged = {"source": "\x1b[31mred", "versions": {"a\n": "\x07"}, "more": ["\n"]}
+    forge(folder, lambda manifest: manifest["provenance"].update(forged))
     provenance = artifact.read(folder).provenance
-    assert provenance["source"] == r"\x1b[31mred"
-    assert provenance["versions"] == {r"a\n": [r"\x07"]}
+    assert provenance.source == r"\x1b[31mred"
+    assert provenance.versions == {r"a\n": r"\x07"}
+    assert provenance.further == {"more": [r"\n"]}
 
 
 # Values ------------------------------------------------------------------------------------------------------------
@@ -177,10 +239,10 @@ def test_a_setting_that_diffusers_has_got_since(folder) -> None:
     refused(folder, "config.json was changed: dropout")
 
 
-@pytest.mark.parametrize("version", [2.0, True, [2], {}])
+@pytest.mark.parametrize("version", [2.0, 3.0, True, [2], {}])
 def test_format_versions_that_are_no_number(folder, version: object) -> None:
     edit_json(folder / CONFIG, lambda config: config["quantization_config"].update(format_version=version))
-    refused(folder, "is not supported; this tqdit reads 2")
+    refused(folder, "is not supported; this tqdit reads 2 and 3")
 
 
 def test_a_tensor_in_two_shards(tmp_path, solved) -> None:
@@ -243,7 +305,9 @@ def test_a_file_beside_the_model_that_nothing_reads(folder, name: str) -> None:
     assert artifact.read(folder).codes.keys() == before.codes.keys()
 
 
-@pytest.mark.parametrize("change", [{"format_version": 1}, {"files": []}, {"more": 1}])
+@pytest.mark.parametrize(
+    "change", [{"format_version": 1}, {"format_version": 2.0}, {"format_version": [2]}, {"files": []}, {"more": 1}]
+)
 def test_a_seal_that_is_none(sealed, change: dict) -> None:
     edit_json(sealed / MANIFEST, lambda seal: seal.update(change))
     refused(sealed, MANIFEST)

@@ -13,8 +13,8 @@ import torch
 from diffusers import DiTPipeline
 from published_dit import PublishedDiT
 
+from tqdit.architectures.dit_checkpoint import AS_PUBLISHED
 from tqdit.architectures.shapes import shape_config
-from tqdit.sources.published import AS_PUBLISHED
 from tqdit.speed.random_weights import random_float
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"

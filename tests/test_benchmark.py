@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tqdit.architectures import shapes
+from tqdit.architectures import dit_shapes, shapes
 from tqdit.artifact import folder as artifact
 from tqdit.errors import InputError
 from tqdit.recipe import Recipe
@@ -34,7 +34,7 @@ KEYS = {
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny published shape, no compiler, no children, known peaks."""
-    monkeypatch.setattr(shapes, "SIZES", {**shapes.SIZES, "T": (1, 2, 16)})
+    monkeypatch.setattr(dit_shapes, "SIZES", {**dit_shapes.SIZES, "T": (1, 2, 16)})
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     monkeypatch.setattr(benchmark, "measure_peaks", lambda device: Peaks(100.0, 10.0))
     monkeypatch.setattr(
@@ -368,7 +368,7 @@ def test_best_of_nothing() -> None:
 def test_compiled_baselines_for_real(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One layer, compiled, in a child process too: the compiler is imported, so it is not in the memory."""
     monkeypatch.undo()
-    monkeypatch.setattr(shapes, "SIZES", {**shapes.SIZES, "T": (1, 2, 16)})
+    monkeypatch.setattr(dit_shapes, "SIZES", {**dit_shapes.SIZES, "T": (1, 2, 16)})
     monkeypatch.setattr(benchmark, "measure_peaks", lambda device: Peaks(100.0, 10.0))
     result = run(random=TINY, against=("float32",))
     assert result.skipped == {} or "C++" in result.skipped["DiT-T/4 float32-compiled at 256-b4"]

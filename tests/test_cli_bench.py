@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tqdit.architectures import shapes
+from tqdit.architectures import dit_shapes
 from tqdit.cli.main import main
 from tqdit.errors import InputError
 from tqdit.speed import benchmark, contest, entrants
@@ -20,7 +20,7 @@ FAST = ["--against", "", "--batch", "2", "--repeats", "1", "--no-sampling", "--q
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run `tqdit bench ARGS` on a tiny published shape: exit code, standard output, standard error."""
-    monkeypatch.setattr(shapes, "SIZES", {**shapes.SIZES, "T": (1, 2, 16)})
+    monkeypatch.setattr(dit_shapes, "SIZES", {**dit_shapes.SIZES, "T": (1, 2, 16)})
     monkeypatch.setattr(benchmark, "measure_peaks", lambda device: Peaks(100.0, 10.0))
     monkeypatch.setattr(contest, "footprint", lambda request: Footprint(1, 2, 3.0))
 
@@ -71,7 +71,7 @@ def test_a_model_that_failed_is_exit_code_1_and_the_rest_is_written(
     convert = entrants.convert
 
     def picky(solution, *rest):
-        if solution.provenance["recipe"]["weight_bits"] == 6:
+        if solution.provenance.weight_bits == 6:
             raise RuntimeError("broken kernel")
         return convert(solution, *rest)
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tqdit.architectures.sites import sites
+from tqdit.architectures.registry import config_of
 from tqdit.cli import bars, console
+from tqdit.plan import sites
 from tqdit.quality.comparison import Comparison, ModelRow
 from tqdit.quality.fidelity import EpsilonFidelity
 from tqdit.recipe import Recipe
@@ -92,7 +93,7 @@ def test_benchmark(capsys: pytest.CaptureFixture[str], every_site: bool) -> None
 
 @pytest.mark.parametrize("every_site", [False, True])
 def test_inspection(capsys: pytest.CaptureFixture[str], model, every_site: bool) -> None:
-    found = sites(model.config, Recipe.build("paper"))
+    found = sites(config_of(model), Recipe.build("paper"))
     kernel = "cpu.linear[fused, avx512-vnni u8 x s8, 2 products]"
     rows = [
         {key: getattr(site, key) for key in ("name", "role", "bits", "grid", "groups", "granularity")}

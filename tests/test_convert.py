@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from tqdit.layers.clock import TimestepClock
 
-from tqdit.architectures.sites import sites
+from tqdit.architectures.registry import config_of
 from tqdit.backends import native
 from tqdit.errors import InputError
 from tqdit.layers.adapters import AdapterSlot
 from tqdit.layers.block import IntBlock
-from tqdit.layers.clock import TimestepClock
 from tqdit.layers.conditioning import TimestepTable
 from tqdit.layers.params import ActivationParams
 from tqdit.ops.holders import FixedDtype
+from tqdit.plan import sites
 from tqdit.quality.metrics import sqnr_db
 from tqdit.runtime import integer
 from tqdit.runtime.convert import convert
@@ -49,7 +50,7 @@ def test_every_float_layer_is_replaced(model, solved, preset: str) -> None:
 @pytest.mark.parametrize("backend", ["cpu", "reference", "simulated"])
 def test_report_names_every_site_once(model, solved, tiny_recipe, preset: str, backend: str) -> None:
     converted = convert(solved(preset), backend)
-    expected = [site.name for site in sites(model.config, tiny_recipe(preset))]
+    expected = [site.name for site in sites(config_of(model), tiny_recipe(preset))]
     assert list(converted.quantization_report) == expected
     assert converted.quantization_backend == backend
     assert all(kernel.startswith(f"{backend}.") for kernel in converted.quantization_report.values())
@@ -224,7 +225,7 @@ def at(inputs: dict[str, torch.Tensor], t: int) -> dict[str, torch.Tensor]:
 
 
 def test_model_with_other_timesteps_than_1000(solved, model_inputs) -> None:
-    converted = convert(replace(solved("plus"), time_groups=TimeGroups(500, 4)))
+    converted = convert(replace(solved("plus"), time_groups=TimeGroups.uniform(0, 500, 4)))
     with pytest.raises(InputError, match=r"\[0, 500\)"):
         run(converted, model_inputs)
 

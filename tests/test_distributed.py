@@ -12,7 +12,7 @@ from distributed_jobs import SAMPLING, drawn
 from launcher import torchrun
 from tqdit import workflow
 from tqdit.calibration import store
-from tqdit.cli.main import main as cli
+from tqdit.cli import main as cli
 from tqdit.errors import InputError
 from tqdit.imaging.images import RUN
 from tqdit.quality.comparison import compare

@@ -8,10 +8,11 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from published_dit import random_dit
 
-from tqdit.architectures.sites import FREQUENCY_SHIFT
+from tqdit.architectures.registry import FREQUENCY_SHIFT
 from tqdit.calibration.recorder import record
 from tqdit.calibration.trajectories import collect
 from tqdit.errors import InputError
+from tqdit.provenance import Provenance
 from tqdit.search.solver import solve
 from tqdit.sources.export import convert_checkpoint
 from tqdit.sources.resolve import LABELS, class_indices, load_float, resolve, weights_hash
@@ -156,7 +157,7 @@ def test_quantized_directly_or_as_a_folder_it_is_the_same(tmp_path, tiny_recipe)
     for found in (source, resolve(tmp_path / "dit")):
         model = load_float(found)
         records = record(model, collect(model, found.scheduler, recipe), recipe)
-        solutions.append(solve(model, records, recipe, TimeGroups(1000, recipe.groups), {}))
+        solutions.append(solve(model, records, recipe, TimeGroups.uniform(0, 1000, recipe.groups), Provenance()))
     first, second = solutions
     assert all(torch.equal(codes, second.codes[name]) for name, codes in first.codes.items())
     assert all(torch.equal(params.scale, second.params[name].scale) for name, params in first.params.items())

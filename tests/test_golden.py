@@ -12,6 +12,8 @@ from tqdit import workflow
 from tqdit.artifact import folder as artifact
 from tqdit.runtime.convert import convert
 from tqdit.sources.resolve import resolve
+from tqdit.system.files import CONFIG, MANIFEST, model_folder, read_json
+from tqdit.timegroups import TimeGroups
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -33,12 +35,37 @@ def golden(request) -> tuple[Path, str]:
 
 
 def test_formats_are_there() -> None:
-    assert "format-2" in FORMATS
+    assert FORMATS == ["format-2", "format-3"]
 
 
 def test_codes_are_the_same(golden) -> None:
     root, name = golden
     assert digests(artifact.read(root / name)) == json.loads((root / "expected.json").read_text())[name]
+
+
+@pytest.mark.parametrize("name", ARTIFACTS)
+def test_formats_hold_the_same_models(name: str) -> None:
+    """Written anew, an artifact keeps every code, scale, float and bound of a time group, and says what it said."""
+    older, newer = (artifact.read(GOLDEN / form / name) for form in ("format-2", "format-3"))
+    assert digests(older) == digests(newer)
+    assert older.floats.keys() == newer.floats.keys()
+    assert all(torch.equal(tensor, newer.floats[key]) for key, tensor in older.floats.items())
+    assert older.time_groups == newer.time_groups == TimeGroups((250, 500, 750), 0, 1000)
+    assert older.provenance == newer.provenance
+    assert older.sites == newer.sites
+    stored = load_file(GOLDEN / "format-2" / "expected.safetensors")
+    outputs = []
+    for solution in (older, newer):
+        with torch.inference_mode():
+            outputs.append(convert(solution, "reference")(**{key: stored[key] for key in INPUTS}).sample)
+    assert torch.equal(*outputs)
+
+
+def test_every_format_says_which_it_is(golden) -> None:
+    root, name = golden
+    config = read_json(model_folder(root / name) / CONFIG)
+    seals = [read_json(path)["format_version"] for path in (root / name).rglob(MANIFEST)]
+    assert {config["quantization_config"]["format_version"], *seals} == {int(root.name.removeprefix("format-"))}
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

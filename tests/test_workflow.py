@@ -12,10 +12,11 @@ import torch
 
 import tqdit
 from tqdit import workflow
-from tqdit.architectures.sites import sites
+from tqdit.architectures.registry import config_of
 from tqdit.artifact import folder as artifact
 from tqdit.calibration import store, trajectories
 from tqdit.errors import InputError, RepairWarning
+from tqdit.plan import sites
 from tqdit.quality.metrics import sqnr_db
 from tqdit.runtime.convert import convert
 from tqdit.sampling.sampler import Sampling
@@ -85,11 +86,11 @@ def test_codes_of_a_larger_model_take_a_quarter_of_fp32(tiny_dit, tiny_recipe, t
 
 def test_provenance_says_how_it_was_made(quantized, model, tiny_recipe) -> None:
     provenance = artifact.read(quantized[0]).provenance
-    assert provenance["recipe"] == tiny_recipe("plus").model_dump(mode="json")
-    assert provenance["source"] == "tiny-dit"
-    assert provenance["source_sha256"] == weights_hash(model)
-    assert set(provenance["versions"]) == {"tqdit", "torch", "diffusers"}
-    assert len(provenance["calibration_sha256"]) == 64
+    assert provenance.recipe == tiny_recipe("plus").model_dump(mode="json")
+    assert provenance.source == "tiny-dit"
+    assert provenance.source_sha256 == weights_hash(model)
+    assert set(provenance.versions) == {"tqdit", "torch", "diffusers"}
+    assert len(provenance.calibration_sha256) == 64
 
 
 def test_twice_the_same_bytes(quantized, pipeline, tiny_recipe, tmp_path) -> None:
@@ -119,7 +120,7 @@ def test_records_of_other_calibration_settings_are_refused(pipeline, tiny_recipe
 
 def test_inspect_lists_every_site(quantized, model, tiny_recipe) -> None:
     found = workflow.inspect(quantized[0])
-    expected = sites(model.config, tiny_recipe("plus"))
+    expected = sites(config_of(model), tiny_recipe("plus"))
     assert found["backend"] == "cpu"
     assert [row["name"] for row in found["sites"]] == [site.name for site in expected]
     for row, site in zip(found["sites"], expected, strict=True):

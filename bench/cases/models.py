@@ -12,8 +12,8 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from tiny import WrongError, artifact, dit, folder, load, normal, output, quantized, recipe, refusal, refused
 
 import tqdit
+from tqdit.architectures.dit_checkpoint import POSITIONS, published_names
 from tqdit.sampling.sampler import make_scheduler, step_weights
-from tqdit.sources.published import POSITIONS, published_names
 from tqdit.sources.resolve import load_float, resolve
 
 V_PREDICTION = {

@@ -97,12 +97,6 @@ class Recipe(BaseModel):
         same = all(getattr(self, name) == getattr(recorded, name) for name in CALIBRATION_SETTINGS)
         return same and (recorded.hessian or not self.hessian)
 
-    @property
-    def settled(self) -> "Recipe":
-        """The recipe without choices that are none: "best" is "uniform" where no two-region grid could be better."""
-        idle = [name for name in self._uniform_at_best() if getattr(self, name) == "best"]
-        return self.model_copy(update=dict.fromkeys(idle, "uniform"))
-
     def _uniform_at_best(self) -> list[str]:
         """Grid settings that one product limits to levels of a uniform grid (`regions.merging_exponents`)."""
         one = [grid for grid, products in PRODUCTS_OF.items() if getattr(self, products) == "one"]

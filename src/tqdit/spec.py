@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tqdit.provenance import Provenance
 from tqdit.timegroups import TimeGroups
 
 MIN_BITS, MAX_BITS = 2, 8
@@ -104,7 +105,7 @@ class Solution:
     """A quantized model as data: what one artifact holds, and what every runtime is built from.
 
     `codes` are int8 weight codes in the shape of the weight; `floats` the parameters left in fp32 (biases, label
-    table). `provenance` says how it was made: recipe, versions, hash of the source weights.
+    table).
     """
 
     model_config: Mapping[str, Any]
@@ -112,7 +113,7 @@ class Solution:
     params: Mapping[str, GridParams]
     codes: Mapping[str, torch.Tensor]
     floats: Mapping[str, torch.Tensor]
-    provenance: Mapping[str, Any]
+    provenance: Provenance
 
     @property
     def sites(self) -> tuple[SiteSpec, ...]:

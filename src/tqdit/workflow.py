@@ -6,15 +6,15 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from tqdit.architectures.registry import architecture, config_of
 from tqdit.architectures.shapes import shape_name
-from tqdit.architectures.sites import ARCHITECTURE, config_of
 from tqdit.artifact import folder as artifact
 from tqdit.artifact.model_card import LOAD_MODEL, LOAD_PIPELINE, LOAD_TRANSFORMER, keep_edited, model_card, write_card
 from tqdit.artifact.tensors import decisive
@@ -27,6 +27,7 @@ from tqdit.errors import InputError, RepairWarning
 from tqdit.imaging import images
 from tqdit.imaging.images import BATCH, Images
 from tqdit.ops.dispatch import get_backend, kernel_name
+from tqdit.provenance import Provenance
 from tqdit.recipe import CALIBRATION_SETTINGS, Recipe
 from tqdit.runtime import fitting
 from tqdit.runtime.convert import convert
@@ -135,7 +136,7 @@ def _calibrated(
 ) -> Prepared:
     """`prepare` of a model that is loaded already."""
     source.check_components()
-    groups = TimeGroups(source.num_timesteps, recipe.groups)
+    groups = TimeGroups.uniform(0, source.num_timesteps, recipe.groups)
     target = checked_device(device)
     module = module.to(target)
     if work:
@@ -162,14 +163,12 @@ def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) 
     if not recipe.records_match(prepared.recipe):
         raise InputError("the recipe's calibration settings are not those the records were made with")
     start = time.perf_counter()
-    provenance = {
-        **_made_from(prepared.source, prepared.source_hash, recipe),
-        "calibration_sha256": prepared.data_hash,
-    }
+    made_from = _made_from(prepared.source, prepared.source_hash, recipe)
+    provenance = replace(made_from, calibration_sha256=prepared.data_hash)
     # The calibration set's hash and the hardware that made it stand for the records.
     where = next(prepared.model.parameters()).device
     shape = decisive(config_of(prepared.model))
-    store = _store(prepared.work, STAGES[1], shape, environment(str(where))["device"], provenance)
+    store = _store(prepared.work, STAGES[1], shape, environment(str(where))["device"], provenance.to_json())
     report("search", 0.0)
     solution = solve(
         prepared.model,
@@ -204,7 +203,7 @@ def _write(solution: Solution, source: ModelSource, folder: Path, former: Path) 
         artifact.write(solution, folder)  # last: it seals the folder
     else:
         load = LOAD_TRANSFORMER if source.vae is None else LOAD_PIPELINE
-        index = {**source.pipeline, **source.components, TRANSFORMER: ["diffusers", ARCHITECTURE]}
+        index = {**source.pipeline, **source.components, TRANSFORMER: ["diffusers", architecture(source.config).name]}
         write_json(folder / PIPELINE, index)
         (folder / TRANSFORMER).mkdir()
         artifact.write(solution, folder / TRANSFORMER)
@@ -371,19 +370,18 @@ def inspect(folder: str | Path, backend: str = "auto", device: Device = "auto") 
     for spec in solution.sites:
         row = {key: asdict(spec)[key] for key in ("name", "role", "bits", "grid", "groups", "granularity")}
         sites.append({**row, "kernel": kernel_name(solution.params[spec.name], chosen)})
-    recipe = solution.provenance.get("recipe", {})
     return {
         "name": source.name,
         "shape": shape_name(solution.model_config),
-        "preset": solution.provenance.get("preset", recipe.get("preset")),
-        "bits": f"w{recipe.get('weight_bits')}a{recipe.get('activation_bits')}",
+        "preset": solution.provenance.preset_name,
+        "bits": solution.provenance.bits,
         "size_bytes": artifact.size_bytes(source.folder),
         "float32_bytes": 4 * sum(tensor.numel() for tensor in (*solution.codes.values(), *solution.floats.values())),
         "time_groups": solution.time_groups.num_groups,
         "num_timesteps": solution.time_groups.num_timesteps,
         "backend": chosen.NAME,
         "device": str(target),
-        "provenance": dict(solution.provenance),
+        "provenance": solution.provenance.to_json(),
         "sites": sites,
     }
 
@@ -433,7 +431,8 @@ def _is_made(out: Path, source: ModelSource, module: nn.Module, recipe: Recipe) 
         with contextlib.suppress(InputError):
             found = resolve(out)
             solution = artifact.read(found.folder, found.root)
-            same = all(solution.provenance.get(key) == value for key, value in made_from.items())
+            calibrated = replace(made_from, calibration_sha256=solution.provenance.calibration_sha256)
+            same = solution.provenance == calibrated
             same = same and decisive(solution.model_config) == decisive(config_of(module))
             made = same and (found.scheduler, found.labels) == (source.scheduler, source.labels)
     if made := bool(world.add(torch.tensor([int(made)]))):
@@ -441,20 +440,21 @@ def _is_made(out: Path, source: ModelSource, module: nn.Module, recipe: Recipe) 
     return made
 
 
-def _made_from(source: ModelSource, source_hash: str, recipe: Recipe) -> dict[str, Any]:
+def _made_from(source: ModelSource, source_hash: str, recipe: Recipe) -> Provenance:
     """The part of an artifact's provenance that is known before the calibration."""
-    return {
-        "preset": recipe.label,
-        "recipe": recipe.model_dump(mode="json"),
-        "source": source.name,
-        "source_sha256": source_hash,
-        "versions": versions(),
-    }
+    return Provenance(
+        preset=recipe.label,
+        recipe=recipe.model_dump(mode="json"),
+        source=source.name,
+        source_sha256=source_hash,
+        versions=versions(),
+    )
 
 
 def _least_bytes(source: ModelSource, module: nn.Module, recipe: Recipe) -> int:
     """About what an artifact takes on the disk, and no more: weight codes and the decoder."""
-    counts = {name.rpartition(".norm1.emb.")[2]: p.numel() for name, p in module.named_parameters()}  # stored once
+    twin = architecture(source.config).twin  # what blocks share is stored once
+    counts = {twin(name): parameter.numel() for name, parameter in module.named_parameters()}
     decoder = source.vae.rglob("*.safetensors") if source.vae else ()
     return sum(counts.values()) * recipe.weight_bits // 8 + sum(file.stat().st_size for file in decoder)
 

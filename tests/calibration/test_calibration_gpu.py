@@ -8,6 +8,7 @@ import torch
 from tqdit.calibration import recorder
 from tqdit.calibration.recorder import record
 from tqdit.calibration.trajectories import collect
+from tqdit.provenance import Provenance
 from tqdit.search.solver import solve
 from tqdit.system import capture
 from tqdit.timegroups import TimeGroups
@@ -61,7 +62,7 @@ def test_records_go_from_pass_to_search_on_the_gpu(on_gpu, data, tiny_recipe) ->
     found = record(on_gpu, data, recipe)
     parts = [*found.linears.values(), *found.attentions.values()]
     assert all(tensor.is_cuda for part in parts for tensor in vars(part).values())
-    assert solve(on_gpu, found, recipe, TimeGroups(1000, 4), {}).params
+    assert solve(on_gpu, found, recipe, TimeGroups.uniform(0, 1000, 4), Provenance()).params
 
 
 def test_records_are_those_of_a_cpu(on_gpu, data, records, tiny_recipe) -> None:
@@ -82,7 +83,10 @@ def test_choices_are_those_of_a_cpu_and_the_same_twice(
     on_gpu, records, solved, tiny_recipe, preset: str, bits: str
 ) -> None:
     expected = solved(preset, bits)
-    first, again = (solve(on_gpu, records, tiny_recipe(preset, bits), TimeGroups(1000, 4), {}) for _ in range(2))
+    first, again = (
+        solve(on_gpu, records, tiny_recipe(preset, bits), TimeGroups.uniform(0, 1000, 4), Provenance())
+        for _ in range(2)
+    )
     same = []
     for name, params in first.params.items():
         assert params.spec == expected.params[name].spec

@@ -6,18 +6,25 @@ import pytest
 import torch
 from torch import nn
 
+from tqdit.architectures.interface import Block
+from tqdit.architectures.registry import config_of, graph
 from tqdit.architectures.shapes import shape_config
-from tqdit.architectures.sites import blocks, sites
 from tqdit.calibration.picker import Picker
 from tqdit.calibration.recorder import batch_size, picked_bytes, record
 from tqdit.calibration.records import Joined, LinearRecord
 from tqdit.calibration.store import InMemory
 from tqdit.errors import InputError
+from tqdit.plan import sites
 from tqdit.recipe import Recipe
 from tqdit.sampling.sampler import predict
 from tqdit.spec import Role
 
 Q, K, V, P = Role.QUERY, Role.KEY, Role.VALUE, Role.SOFTMAX
+
+
+def operand(block: Block, role: Role) -> str:
+    """The site of an attention's operand."""
+    return next(found.name for found in block.attentions[0].operands if found.role is role)
 
 
 @torch.inference_mode()
@@ -42,15 +49,15 @@ def split_heads(x: torch.Tensor) -> torch.Tensor:
 
 def test_ranges_are_those_of_every_value(model, data, records, tiny_recipe) -> None:
     groups = data.group.repeat(2)
-    for block in blocks(model.config):
+    for block in graph(config_of(model)).blocks:
         modules = [group.modules[0] for group in block.linears]
         seen = inputs_of(model, modules, data, 1.5)
-        attn = model.get_submodule(block.attention)
+        attn = model.get_submodule(block.attentions[0].module)
         x = seen[modules[0]]
         q, k, v = (split_heads(layer(x)) for layer in (attn.to_q, attn.to_k, attn.to_v))
-        values = {group.source: seen[group.modules[0]] for group in block.linears}
-        values |= {block.operand(Q): q, block.operand(K): k, block.operand(V): v}
-        values[block.operand(P)] = (q @ k.mT / 4).softmax(-1)
+        values = {group.source.name: seen[group.modules[0]] for group in block.linears}
+        values |= {operand(block, Q): q, operand(block, K): k, operand(block, V): v}
+        values[operand(block, P)] = (q @ k.mT / 4).softmax(-1)
         for name, value in values.items():
             stats = records.ranges[name]
             for g in range(4):
@@ -61,17 +68,17 @@ def test_ranges_are_those_of_every_value(model, data, records, tiny_recipe) -> N
 
 
 def test_every_activation_site_has_ranges(model, records, tiny_recipe) -> None:
-    assert set(records.ranges) == {s.name for s in sites(model.config, tiny_recipe()) if not s.is_weight}
+    assert set(records.ranges) == {s.name for s in sites(config_of(model), tiny_recipe()) if not s.is_weight}
     for stats in records.ranges.values():
         assert torch.isfinite(stats.low).all()
         assert (stats.high > stats.low).all()
 
 
 def test_rows_are_rows_of_the_input_in_their_group(model, data, records) -> None:
-    block = blocks(model.config)[1]
+    block = graph(config_of(model)).blocks[1]
     for group in block.linears:
         seen = inputs_of(model, [group.modules[0]], data, 1.5)[group.modules[0]]
-        linear = records.linears[group.source]
+        linear = records.linears[group.source.name]
         assert linear.x.shape == (256, seen.shape[-1])
         assert linear.group.bincount().tolist() == [64] * 4
         for row, g in zip(linear.x[::17], linear.group[::17], strict=True):
@@ -180,12 +187,12 @@ def test_guidance_of_one_records_the_conditional_half(model, data, tiny_recipe) 
 def test_maxima_are_the_largest_probabilities_per_key_of_the_conditional_halves(model, data, records) -> None:
     assert records.t is data.t
     assert records.maxima.shape == (16, 2, 2 * 16)
-    for block in blocks(model.config):
-        name = block.qkv.modules[0]
+    for index, block in enumerate(graph(config_of(model)).blocks):
+        name = block.linears[0].modules[0]
         x = inputs_of(model, [name], data, 1.5)[name][: len(data)]
-        attn = model.get_submodule(block.attention)
+        attn = model.get_submodule(block.attentions[0].module)
         p = (split_heads(attn.to_q(x)) @ split_heads(attn.to_k(x)).mT / 4).softmax(-1)
-        assert torch.allclose(records.maxima[:, block.index], p.amax(2).flatten(1), atol=1e-5)
+        assert torch.allclose(records.maxima[:, index], p.amax(2).flatten(1), atol=1e-5)
 
 
 def test_probe_noise_is_not_the_noise_of_the_trajectories(model, data, tiny_recipe, monkeypatch) -> None:
@@ -209,7 +216,9 @@ def test_probe_noise_is_not_the_noise_of_the_trajectories(model, data, tiny_reci
 
 
 def test_parts_of_batches_are_joined_when_asked_for(model, data, records, tiny_recipe) -> None:
-    assert set(records.linears) == {group.source for block in blocks(model.config) for group in block.linears}
+    assert set(records.linears) == {
+        group.source.name for block in graph(config_of(model)).blocks for group in block.linears
+    }
     assert len(records.attentions) == 2
     with pytest.raises(KeyError):
         records.linears["transformer_blocks.0"]
@@ -248,14 +257,14 @@ def test_a_device_without_memory_for_a_batch_takes_smaller_ones(model, data, rec
 def test_a_pass_takes_what_its_budget_allows(device: str, shape: str, samples: int, batch: int) -> None:
     config, recipe = shape_config(shape), Recipe.build("paper", samples=samples)
     picker = Picker(recipe, recipe.groups * samples, 2, (config["sample_size"] // config["patch_size"]) ** 2)
-    assert batch_size(config, picker, torch.device(device)) == batch
+    assert batch_size(graph(config), picker, torch.device(device)) == batch
 
 
 def test_picked_bytes_are_those_of_the_records(model, data, records, tiny_recipe) -> None:
     parts = [*records.linears.values(), *records.attentions.values()]
     labels = ("group", "step_weight")
-    held = sum(t.nbytes for part in parts for name, t in vars(part).items() if name not in labels)
-    assert picked_bytes(model.config, Picker(tiny_recipe(), len(data), 2, 16)) * len(data) == held
+    held = sum(t.nbytes for part in parts for name, t in vars(part).items() if t is not None and name not in labels)
+    assert picked_bytes(graph(config_of(model)), Picker(tiny_recipe(), len(data), 2, 16)) * len(data) == held
 
 
 def test_records_are_put_together_on_their_device() -> None:
@@ -276,7 +285,7 @@ def test_the_first_site_and_timestep_that_are_not_finite_are_named(
 ) -> None:
     x = data.x.clone()
     x[9, 0, 3, 3] = value
-    name = blocks(model.config)[0].qkv.source
+    name = graph(config_of(model)).blocks[0].linears[0].source.name
     where = rf"site '{name}': .* timestep {int(data.t[9])} \(time group {int(data.group[9])} of 4\)"
     with pytest.raises(InputError, match=where):
         record(model, replace(data, x=x), tiny_recipe(guidance=guidance, hessian=hessian), batch=4)
@@ -285,8 +294,8 @@ def test_the_first_site_and_timestep_that_are_not_finite_are_named(
 def test_a_layer_that_overflows_is_named(tiny_dit, data, tiny_recipe) -> None:
     """The input of the layer that follows: its own input is fine, and so are all before."""
     model = tiny_dit()
-    block = blocks(model.config)[1]
+    block = graph(config_of(model)).blocks[1]
     with torch.no_grad():
-        model.get_submodule(block.fc1.modules[0]).weight.mul_(1e38)
-    with pytest.raises(InputError, match=f"site '{block.fc2.source}'"):
+        model.get_submodule(block.linears[2].modules[0]).weight.mul_(1e38)
+    with pytest.raises(InputError, match=f"site '{block.linears[3].source.name}'"):
         record(model, data, tiny_recipe())

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tqdit.architectures.registry import graph
 from tqdit.architectures.shapes import shape_config
 from tqdit.calibration.picker import Picker
 from tqdit.calibration.recorder import batch_size, graph_bytes, picked_bytes, record
@@ -45,10 +46,10 @@ def test_a_process_grows_by_what_it_keeps() -> None:
     child = subprocess.run([sys.executable, __file__], check=True, capture_output=True, text=True)
     peaks = json.loads(child.stdout.splitlines()[-1])
     picker = Picker(RECIPE, RECIPE.samples, 2, TOKENS)
-    size = batch_size(CONFIG, picker, torch.device("cpu"))
+    size = batch_size(graph(CONFIG), picker, torch.device("cpu"))
     assert len(peaks) == RECIPE.samples // size
-    room = size * graph_bytes(CONFIG, picker)  # the heap may be as untidy as one more batch
-    assert peaks[-1] - peaks[0] < RECIPE.samples * picked_bytes(CONFIG, picker) + room
+    room = size * graph_bytes(graph(CONFIG), picker)  # the heap may be as untidy as one more batch
+    assert peaks[-1] - peaks[0] < RECIPE.samples * picked_bytes(graph(CONFIG), picker) + room
 
 
 def calibration_set() -> CalibrationSet:

@@ -171,7 +171,7 @@ class TestDamage:
         ("change", "message"),
         [
             (lambda t: t.pop(f"{QUERY}.scale"), rf"lacks tensor '{QUERY}\.scale'"),
-            (lambda t: t.pop("tqdit.artifact.manifest"), r"lacks tensor 'tqdit\.manifest'"),
+            (lambda t: t.pop("tqdit.manifest"), r"lacks tensor 'tqdit\.manifest'"),
             (lambda t: t[f"{QUERY}.zero_point"].add_(1), rf"'{QUERY}\.zero_point' has sha256"),
             (lambda t: t.update({"proj_out_1.bias": t["proj_out_1.bias"].half()}), r"'proj_out_1\.bias' has dtype"),
             (lambda t: t.update(stranger=torch.zeros(3)), "unexpected tensor 'stranger'"),

@@ -54,8 +54,8 @@ OTHERS: dict[str, Change] = {
     "other weights": lambda s: replace(s, codes={name: codes ^ 1 for name, codes in s.codes.items()}),
     "other scales": lambda s: replace(s, params={n: replace(p, scale=p.scale * 1.5) for n, p in s.params.items()}),
     "other biases": lambda s: replace(s, floats={name: x + 1 for name, x in s.floats.items()}),
-    "other time groups": lambda s: replace(s, time_groups=TimeGroups(500, 4)),
-    "another provenance": lambda s: replace(s, provenance={**s.provenance, "seed": "another"}),
+    "other time groups": lambda s: replace(s, time_groups=TimeGroups.uniform(0, 500, 4)),
+    "another provenance": lambda s: replace(s, provenance=replace(s.provenance, source="another")),
 }
 
 

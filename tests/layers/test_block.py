@@ -1,170 +1,240 @@
-"""`IntBlock` against a float DiT block whose operands are quantized one by one; and its conditioning."""
+"""The steps of `IntBlock` against a float block whose operands are quantized one by one."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from tqdit.layers.block import IntBlock
-from tqdit.layers.conditioning import Conditioning
+from tqdit.layers.call import Call
 from tqdit.layers.linear import IntLinear
 from tqdit.ops.dispatch import get_backend
 from tqdit.ops.quantizer import dequantize, quantize
+from tqdit.ops.schema import Norm, OperandParams
 from tqdit.spec import Grid, Role
 
-HEADS, WIDTH, TOKENS = 2, 16, 9
-
+HEADS, WIDTH, TOKENS, CONTEXT, DEPTH = 2, 16, 9, 7, 12
+SHAPES = {
+    "qkv": (3 * WIDTH, WIDTH), "out": (WIDTH, WIDTH), "cross_q": (WIDTH, WIDTH), "cross_kv": (2 * WIDTH, DEPTH),
+    "cross_out": (WIDTH, WIDTH), "fc1": (4 * WIDTH, WIDTH), "fc2": (WIDTH, 4 * WIDTH),
+}  # fmt: skip
+UNTIMED = ("cross_kv", "cross_key", "cross_value")  # what depends on a prompt alone has one time group
+EPS = (1e-6, 1e-5)
 
 INTERPRETED = pytest.param("triton", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted on CPUs"))
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0], [1, 0, 1, 0, 1, 1, 0]])
 
 
-class Embedder(nn.Module):
-    """Stands for diffusers' timestep and class embedder; counts its calls and rows."""
+@dataclass(frozen=True)
+class BlockCall(Call):
+    """`modulation`: shift, scale, gate twice, each (B, C); `context` and `bias`: of the cross-attention, if any."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(2000, WIDTH)
-        self.rows: list[int] = []
-
-    def forward(self, timestep: torch.Tensor, labels: torch.Tensor, hidden_dtype: torch.dtype) -> torch.Tensor:
-        self.rows.append(len(timestep))
-        return self.table(timestep.long()).to(hidden_dtype) + self.table(labels + 1000)
+    modulation: tuple[torch.Tensor, ...]
+    context: Any = None
+    bias: torch.Tensor | None = None
 
 
-def norm1() -> nn.Module:
-    module = nn.Module()
-    module.emb, module.linear = Embedder(), nn.Linear(WIDTH, 6 * WIDTH)
-    return module
+class Block(IntBlock):
+    """A block of all steps; without a context it is DiT's."""
+
+    def run(self, x: torch.Tensor, call: Any) -> torch.Tensor:
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = call.modulation
+        x = self.self_attention(x, Norm(shift_1, scale_1, EPS[0]), gate_1, call)
+        if call.context is not None:
+            x = self.cross_attention(x, call.context, call.bias, call)
+        return self.feed_forward(x, Norm(shift_2, scale_2, EPS[1]), gate_2, call)
 
 
 @pytest.fixture
-def parts(site, weight, clock) -> SimpleNamespace:
+def parts(site, weight) -> SimpleNamespace:
     """Everything a block is made of, so that a test can compute the block again."""
-    shapes = {"qkv": (3 * WIDTH, WIDTH), "out": (WIDTH, WIDTH), "fc1": (4 * WIDTH, WIDTH), "fc2": (WIDTH, 4 * WIDTH)}
-    sources = {name: site(Role.INPUT, groups=4) for name in ("qkv", "out", "fc1")}
+    sources = {name: site(Role.INPUT, groups=1 if name in UNTIMED else 4) for name in SHAPES}
     sources["fc2"] = site(Role.GELU, groups=4, grid=Grid.MRQ_GELU)
-    operands = {role.value: site(role, 4, groups=4, units=HEADS) for role in (Role.QUERY, Role.KEY, Role.VALUE)}
-    operands["softmax"] = site(Role.SOFTMAX, 4, groups=4, grid=Grid.MRQ_SOFTMAX)
-    norm, conditioning = norm1(), Conditioning()
-    conditioning.add(norm.emb, norm.linear)
+    operands = {}
+    for prefix in ("", "cross_"):
+        for role in (Role.QUERY, Role.KEY, Role.VALUE):
+            name = prefix + role.value
+            operands[name] = site(role, groups=1 if name in UNTIMED else 4, units=HEADS)
+        operands[f"{prefix}softmax"] = site(Role.SOFTMAX, groups=4, grid=Grid.MRQ_SOFTMAX)
     return SimpleNamespace(
-        weights={name: weight(*shape) for name, shape in shapes.items()},
-        biases={name: torch.randn(shape[0]) for name, shape in shapes.items()},
-        sources=sources, operands=operands, norm1=norm, clock=clock, conditioning=conditioning,
-    )  # fmt: skip
+        weights={name: weight(*shape) for name, shape in SHAPES.items()},
+        biases={name: torch.randn(shape[0]) for name, shape in SHAPES.items()},
+        sources=sources,
+        operands=operands,
+    )
 
 
-def build(parts: SimpleNamespace, backend: str) -> IntBlock:
+def build(parts: SimpleNamespace, backend: str) -> Block:
     run = get_backend(backend)
     linears = {
-        name: IntLinear(parts.sources[name], run.prepare(parts.weights[name], parts.biases[name]))
-        for name in parts.weights
+        name: IntLinear(parts.sources[name], run.prepare(parts.weights[name], parts.biases[name])) for name in SHAPES
     }
-    block = IntBlock(linears, parts.operands, HEADS, (1e-6, 1e-5), run, parts.conditioning)
-    block.join(0, 0)
-    return block
+    return Block(linears, parts.operands, HEADS, run)
 
 
-def enter(parts: SimpleNamespace, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> None:
-    """What the model's forward does before its blocks run."""
-    parts.clock.set(t)
-    parts.conditioning.set(t, labels)
+@pytest.fixture
+def begin(call) -> Callable[..., BlockCall]:
+    """The call of a block: its modulation depends on the timestep and on the sample's label."""
+
+    def make(t: list[int], labels: list[int], context: Any = None, bias: torch.Tensor | None = None) -> BlockCall:
+        rows = torch.randn(2000, 6 * WIDTH, generator=torch.Generator().manual_seed(7))
+        modulation = rows[torch.tensor(t).expand(len(labels))] + rows[torch.tensor(labels) + 1000]
+        shared = call(t)
+        return BlockCall(shared.group, shared.shared, modulation.chunk(6, dim=1), context, bias)
+
+    return make
 
 
-def fake(x: torch.Tensor, site) -> torch.Tensor:
-    params = site.select()
+def fake(x: torch.Tensor, params: OperandParams) -> torch.Tensor:
     return dequantize(quantize(x, params), params)
 
 
-def by_hand(parts: SimpleNamespace, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """A DiT block in float on quantized operands."""
+class ByHand:
+    """The block in float on quantized operands. `added`: what adapters add to a layer, by its name."""
 
-    def linear(name: str, y: torch.Tensor) -> torch.Tensor:
-        w = parts.weights[name]
-        return F.linear(fake(y, parts.sources[name]), w.codes.float() * w.scale[:, None], parts.biases[name])
+    def __init__(self, parts: SimpleNamespace, call: BlockCall, added: dict[str, Any] | None = None) -> None:
+        self.parts, self.call, self.added = parts, call, added or {}
 
-    embedded = F.silu(parts.norm1.emb(t.expand(len(x)), labels, torch.float32))
-    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = parts.norm1.linear(embedded)[:, None].chunk(6, dim=-1)
-    normal = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
-    projected = linear("qkv", normal * (1 + scale_1) + shift_1).reshape(len(x), TOKENS, 3, HEADS, -1)
-    roles = ("query", "key", "value")
-    q, k, v = (fake(projected[:, :, i].transpose(1, 2), parts.operands[role]) for i, role in enumerate(roles))
-    p = fake((torch.einsum("bhqd,bhkd->bhqk", q, k) * (WIDTH // HEADS) ** -0.5).softmax(-1), parts.operands["softmax"])
-    attended = torch.einsum("bhqk,bhkd->bqhd", p, v).reshape(len(x), TOKENS, WIDTH)
-    x = x + gate_1 * linear("out", attended)
-    normal = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    hidden = F.gelu(linear("fc1", normal * (1 + scale_2) + shift_2), approximate="tanh")
-    return x + gate_2 * linear("fc2", hidden)
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        w, x = self.parts.weights[name], fake(x, self.parts.sources[name].operand(self.call))
+        y = F.linear(x, w.codes.float() * w.scale[:, None], self.parts.biases[name])
+        return y + self.added[name](x) if name in self.added else y
+
+    def heads(self, x: torch.Tensor, *names: str) -> list[torch.Tensor]:
+        split = x.reshape(len(x), -1, len(names), HEADS, WIDTH // HEADS)
+        operands = (self.parts.operands[name].operand(self.call) for name in names)
+        return [fake(split[:, :, i].transpose(1, 2), operand) for i, operand in enumerate(operands)]
+
+    def attended(self, q, k, v, softmax: str, bias: torch.Tensor | None = None) -> torch.Tensor:
+        scores = torch.einsum("bhqd,bhkd->bhqk", q, k) * (WIDTH // HEADS) ** -0.5
+        if bias is not None:
+            scores = scores + bias[:, None, None]
+        p = fake(scores.softmax(-1), self.parts.operands[softmax].operand(self.call))
+        return torch.einsum("bhqk,bhkd->bqhd", p, v).flatten(2)
+
+    def __call__(self, x: torch.Tensor, states: torch.Tensor | None = None) -> torch.Tensor:
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (part[:, None] for part in self.call.modulation)
+        normal = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + EPS[0]).sqrt()
+        q, k, v = self.heads(self.linear("qkv", normal * (1 + scale_1) + shift_1), "query", "key", "value")
+        x = x + gate_1 * self.linear("out", self.attended(q, k, v, "softmax"))
+        if states is not None:
+            (q,) = self.heads(self.linear("cross_q", x), "cross_query")
+            k, v = self.heads(self.linear("cross_kv", states), "cross_key", "cross_value")
+            x = x + self.linear("cross_out", self.attended(q, k, v, "cross_softmax", self.call.bias))
+        normal = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + EPS[1]).sqrt()
+        hidden = F.gelu(self.linear("fc1", normal * (1 + scale_2) + shift_2), approximate="tanh")
+        return x + gate_2 * self.linear("fc2", hidden)
 
 
-@pytest.mark.parametrize("backend", ["reference", "simulated", "cpu", INTERPRETED])
-@pytest.mark.parametrize("t", [[999, 0, 260], [431]])
-def test_block_is_the_float_block_of_its_codes(parts, backend: str, t: list[int]) -> None:
-    x, labels = torch.randn(3, TOKENS, WIDTH), torch.tensor([4, 7, 7])
-    enter(parts, x, torch.tensor(t), labels)
-    y, expected = build(parts, backend)(x), by_hand(parts, x, torch.tensor(t), labels)
-    # Sums in another order may move single codes by one step.
+def assert_equal_but_for_codes(y: torch.Tensor, expected: torch.Tensor) -> None:
+    """Sums in another order may move single codes by one step."""
     assert (y - expected).abs().max() < 0.02 * expected.abs().max()
     assert ((y - expected).abs() < 1e-4 * expected.abs().max()).float().mean() > 0.8
 
 
+@pytest.mark.parametrize("backend", ["reference", "simulated", "cpu", INTERPRETED])
+@pytest.mark.parametrize("t", [[999, 0, 260], [431]])
+def test_block_is_the_float_block_of_its_codes(parts, begin, backend: str, t: list[int]) -> None:
+    x, call = torch.randn(3, TOKENS, WIDTH), begin(t, [4, 7, 7])
+    assert_equal_but_for_codes(build(parts, backend)(x, call), ByHand(parts, call)(x))
+
+
+@pytest.mark.parametrize("backend", ["reference", "simulated", "cpu", INTERPRETED])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("t", [[999, 0, 260], [431]])
+def test_block_with_a_cross_attention(parts, begin, backend: str, masked: bool, t: list[int]) -> None:
+    block, x, states = build(parts, backend), torch.randn(3, TOKENS, WIDTH), torch.randn(3, CONTEXT, DEPTH)
+    bias = (1 - MASK.float()) * -10000 if masked else None
+    call = begin(t, [4, 7, 7], block.context(states, begin(t, [4, 7, 7])), bias)
+    expected = ByHand(parts, call)(x, states)
+    assert_equal_but_for_codes(block(x, call), expected)
+    without = ByHand(parts, call)(x)
+    assert (without - expected).abs().max() > 0.1 * expected.abs().max(), "the context would not show an error"
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu", INTERPRETED])
-def test_mixed_timesteps_equal_each_sample_alone(parts, backend: str) -> None:
+@pytest.mark.parametrize("crossed", [True, False])
+def test_mixed_timesteps_equal_each_sample_alone(parts, begin, backend: str, crossed: bool) -> None:
     block = build(parts, backend)
-    x, t, labels = torch.randn(4, TOKENS, WIDTH), torch.tensor([999, 0, 260, 510]), torch.tensor([1, 2, 2, 3])
-    enter(parts, x, t, labels)
-    together = block(x)
+    x, t, labels = torch.randn(4, TOKENS, WIDTH), [999, 0, 260, 510], [1, 2, 2, 3]
+    states, bias = torch.randn(4, CONTEXT, DEPTH), torch.randn(4, CONTEXT)
+
+    def run(part: slice) -> torch.Tensor:
+        call = begin(t[part], labels[part])
+        if crossed:
+            call = begin(t[part], labels[part], block.context(states[part], call), bias[part])
+        return block(x[part], call)
+
+    together = run(slice(0, 4))
     for i in range(4):
-        enter(parts, x[i : i + 1], t[i : i + 1], labels[i : i + 1])
-        assert torch.allclose(block(x[i : i + 1])[0], together[i], atol=1e-5)
+        assert torch.allclose(run(slice(i, i + 1))[0], together[i], atol=1e-5)
 
 
-def test_the_input_is_left_as_it_was(parts) -> None:
-    x = torch.randn(2, TOKENS, WIDTH)
-    before = x.clone()
-    enter(parts, x, torch.tensor([5]), torch.tensor([1, 2]))
-    build(parts, "cpu")(x)
-    assert torch.equal(x, before)
+@pytest.mark.parametrize("backend", ["reference", "cpu", INTERPRETED])
+def test_a_context_is_made_for_all_timesteps(parts, begin, backend: str) -> None:
+    """Its tensors can be copied elsewhere and given back."""
+    block, x, states = build(parts, backend), torch.randn(2, TOKENS, WIDTH), torch.randn(2, CONTEXT, DEPTH)
+    first, second = (block.context(states, begin([t], [1, 2])) for t in (5, 900))
+    leaves = [pytree.tree_leaves(context) for context in (first, second)]
+    assert any(isinstance(leaf, torch.Tensor) for leaf in leaves[0])
+    assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(*leaves, strict=True))
+    expected = block(x, begin([900], [1, 2], second))
+    copied = pytree.tree_map_only(torch.Tensor, torch.clone, first)
+    assert torch.equal(block(x, begin([900], [1, 2], copied)), expected)
+    for a, b in zip(*leaves, strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, "a call changed the context"
 
 
-def test_conditioning_is_computed_once_for_equal_rows(parts) -> None:
-    """Half of a guided batch is the null class at one timestep; blocks share the embedder."""
-    x, labels = torch.randn(6, TOKENS, WIDTH), torch.tensor([1, 2, 3, 9, 9, 9])
-    enter(parts, x, torch.tensor([5]), labels)
-    for _ in range(3):
-        modulation = parts.conditioning.modulation(0, 0)
-    assert parts.norm1.emb.rows == [4]
-    embedded = F.silu(parts.norm1.emb(torch.full((6,), 5), labels, torch.float32))
-    assert torch.allclose(torch.cat(modulation, 1), parts.norm1.linear(embedded), atol=1e-6)
+@pytest.mark.parametrize("backend", ["reference", "cpu", INTERPRETED])
+@pytest.mark.parametrize("crossed", [True, False])
+def test_the_input_is_left_as_it_was(parts, begin, backend: str, crossed: bool) -> None:
+    block, x, states = build(parts, backend), torch.randn(2, TOKENS, WIDTH), torch.randn(2, CONTEXT, DEPTH)
+    before = x.clone(), states.clone()
+    call = begin([5], [1, 2])
+    block(x, begin([5], [1, 2], block.context(states, call)) if crossed else call)
+    assert torch.equal(x, before[0])
+    assert torch.equal(states, before[1])
 
 
-def test_conditioning_of_mixed_timesteps(parts) -> None:
-    x, t, labels = torch.randn(4, TOKENS, WIDTH), torch.tensor([700, 3, 700, 3]), torch.tensor([8, 1, 8, 2])
-    enter(parts, x, t, labels)
-    modulation = parts.conditioning.modulation(0, 0)
-    assert parts.norm1.emb.rows == [3]
-    embedded = F.silu(parts.norm1.emb(t, labels, torch.float32))
-    assert torch.allclose(torch.cat(modulation, 1), parts.norm1.linear(embedded), atol=1e-6)
+@pytest.mark.parametrize("backend", ["reference", "cpu", INTERPRETED])
+def test_a_stream_of_bf16_stays_bf16(parts, begin, backend: str) -> None:
+    """And differs from one of fp32 by its roundings alone: three additions of 8 bits, and codes that they move."""
+    block, x, states = build(parts, backend), torch.randn(2, TOKENS, WIDTH).bfloat16(), torch.randn(2, CONTEXT, DEPTH)
+    call = begin([5], [1, 2], block.context(states, begin([5], [1, 2])))
+    y, wide = block(x, call), block(x.float(), call)
+    assert y.dtype is torch.bfloat16
+    assert wide.dtype is torch.float32
+    assert (y.float() - wide).abs().max() < 0.05 * wide.abs().max()
 
 
-def test_stacked_layers_of_two_blocks_are_told_apart(parts) -> None:
-    x, t, labels = torch.randn(3, TOKENS, WIDTH), torch.tensor([5]), torch.tensor([1, 2, 2])
-    stacked = nn.Linear(WIDTH, 12 * WIDTH)
-    group = parts.conditioning.add(parts.norm1.emb, stacked)
-    enter(parts, x, t, labels)
-    embedded = parts.norm1.emb(t.expand(3), labels, torch.float32)
-    expected = stacked(F.silu(embedded))
-    for place in (1, 0):
-        modulation = torch.cat(parts.conditioning.modulation(group, place), 1)
-        assert torch.allclose(modulation, expected.chunk(2, 1)[place], atol=1e-6)
-    assert torch.equal(parts.conditioning.embedding(group), embedded)
+def test_adapters_add_to_the_layers_of_a_cross_attention(parts, begin) -> None:
+    """Of "cross_kv" one has a place for each of its layers; key and value of a context then have it in them."""
+    lora = pytest.importorskip("peft.tuners.lora.layer").Linear
+    names = {"cross_q": ["attn2.to_q"], "cross_kv": ["attn2.to_k", "attn2.to_v"], "cross_out": ["attn2.to_out.0"]}
+    shapes = {"attn2.to_q": SHAPES["cross_q"], "attn2.to_out.0": SHAPES["cross_out"]}
+    shapes |= dict.fromkeys(names["cross_kv"], (WIDTH, DEPTH))
+    block, x, states = build(parts, "cpu"), torch.randn(3, TOKENS, WIDTH), torch.randn(3, CONTEXT, DEPTH)
+    block.add_slots(names, {name: torch.Size(shape) for name, shape in shapes.items()})
+    assert not block.adapted
+    attention: Any = block.attn2
+    for name in ("to_q", "to_v"):
+        adapter = lora(getattr(attention, name), "a", r=2, lora_alpha=8)
+        torch.nn.init.normal_(adapter.lora_B["a"].weight, std=0.2)
+        setattr(attention, name, adapter.requires_grad_(False))
+    assert block.adapted
 
+    def added(name: str, width: int, first: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        module = getattr(attention, name)
+        up, down = module.lora_B["a"].weight, module.lora_A["a"].weight
+        return lambda x: F.pad(F.linear(F.linear(x, down), up) * 4, (first, width - first - WIDTH))
 
-def test_the_next_call_forgets_the_last(parts) -> None:
-    x = torch.randn(2, TOKENS, WIDTH)
-    enter(parts, x, torch.tensor([5]), torch.tensor([1, 2]))
-    first = parts.conditioning.modulation(0, 0)[0]
-    enter(parts, x, torch.tensor([6]), torch.tensor([1, 2]))
-    assert not torch.equal(first, parts.conditioning.modulation(0, 0)[0])
+    call = begin([999, 0, 260], [4, 7, 7], block.context(states, begin([999, 0, 260], [4, 7, 7])))
+    layers = {"cross_q": added("to_q", WIDTH, 0), "cross_kv": added("to_v", 2 * WIDTH, WIDTH)}
+    expected, plain = ByHand(parts, call, layers)(x, states), ByHand(parts, call)(x, states)
+    assert_equal_but_for_codes(block(x, call), expected)
+    assert (expected - plain).abs().max() > 0.1 * plain.abs().max(), "the adapters would not show an error"

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from tqdit.layers.call import Call
 from tqdit.layers.params import ActivationParams
+from tqdit.ops import tables
 from tqdit.ops.dispatch import get_backend
 from tqdit.spec import Grid, GridParams, Role, SiteSpec
 
@@ -26,72 +28,96 @@ def test_trap_7_scales_stay_fp32(site, weight, dtype: torch.dtype, backend: str)
 
 def test_half_and_double_round_trip_loses_no_bit(site) -> None:
     module = site(Role.INPUT, groups=4)
-    before = module.scale.clone()
+    before = module.table.clone()
     module.half().double().float()
-    assert torch.equal(module.scale, before)
+    assert torch.equal(module.table, before)
 
 
-@pytest.mark.parametrize(("ndim", "units", "trailing"), [(3, 1, (1, 1)), (4, 2, (2, 1, 1)), (4, 1, (1, 1, 1))])
-def test_selection_is_per_sample(site, clock, ndim: int, units: int, trailing: tuple[int, ...]) -> None:
-    module = site(Role.QUERY, ndim, groups=4, units=units)
-    clock.set(torch.tensor([999, 0, 260, 260]))
-    params = module.select()
-    assert params.scale.shape == params.zero_point.shape == (4, *trailing)
+@pytest.mark.parametrize("grid", [Grid.UNIFORM, Grid.MRQ_GELU])
+def test_a_site_has_the_table_of_its_solved_parameters(grid: Grid) -> None:
+    spec = SiteSpec("a", Role.GELU, 6, grid, groups=3, units=2)
+    scale = torch.rand(3, 2, 2) + 0.01 if grid.two_region else torch.rand(3, 2) + 0.01
+    zero_point = None if grid.two_region else torch.randint(-32, 32, (3, 2), dtype=torch.int32)
+    params = GridParams(spec, scale, zero_point)
+    module, made = ActivationParams(params), tables.operand(params)
+    operand = module.operand(Call(torch.tensor([2, 0]), None))
+    assert torch.equal(operand.table, made.table)
+    assert (operand.grid, operand.bits, operand.merged) == (grid, 6, made.merged)
+    module.table.zero_()
+    assert made.table.any()
+    assert torch.equal(params.scale, scale)
+
+
+def test_merged_regions_are_one_operand() -> None:
+    """A site says so to every call, with the factor of each group in its table."""
+    s1 = torch.full((2, 1), 0.0123)
+    spec = SiteSpec("a", Role.SOFTMAX, 6, Grid.MRQ_SOFTMAX, groups=2)
+    params = GridParams(spec, torch.stack([s1, s1 * torch.tensor([[8.0], [2.0]])], -1))
+    operand = ActivationParams(params).operand(Call(torch.tensor([1, 0, 1]), None))
+    assert operand.merged
+    assert not operand.two_products
+    assert operand.selected()[:, 0, tables.FACTOR].tolist() == [2.0, 8.0, 2.0]
+    apart = GridParams(spec, torch.stack([s1, s1 * 2.5], -1))
+    assert ActivationParams(apart).operand(Call(torch.tensor([1]), 1)).two_products
+
+
+@pytest.mark.parametrize(("ndim", "units", "shape"), [(3, 1, (1, 1)), (4, 2, (2, 1, 1)), (4, 1, (1, 1, 1))])
+def test_selection_is_per_sample(site, call, ndim: int, units: int, shape: tuple[int, ...]) -> None:
+    module = site(Role.QUERY, groups=4, units=units)
+    operand = module.operand(call([999, 0, 260, 260]))
+    assert operand.shared is None
+    assert torch.equal(operand.selected(), module.table[[3, 0, 1, 1]])
+    params = tables.parameters(operand, ndim)
+    assert params.scale.shape == params.zero_point.shape == (4, *shape)
     for sample, group in enumerate([3, 0, 1, 1]):
-        assert torch.equal(params.scale[sample], module.scale[group])
-        assert torch.equal(params.zero_point[sample], module.zero_point[group])
+        assert torch.equal(params.scale[sample].flatten(), module.table[group, :, tables.SCALE])
+        assert torch.equal(params.zero_point[sample].flatten(), module.table[group, :, tables.ZERO].int())
 
 
-def test_ungrouped_site_needs_no_clock(site) -> None:
-    params = site(Role.QUERY, 4, groups=1, units=2).select()
-    assert params.scale.shape == (1, 2, 1, 1)
+def test_ungrouped_site_has_one_row_for_every_call(site, call) -> None:
+    """Its operand has no group of a call: a prompt, say, is the same at every timestep."""
+    module = site(Role.QUERY, groups=1, units=2)
+    for timesteps in ([999, 0, 260], [700]):
+        operand = module.operand(call(timesteps))
+        assert (operand.group, operand.shared) == (None, None)
+        assert operand.selected().data_ptr() == module.table.data_ptr()
+        assert tables.parameters(operand, 4).scale.shape == (1, 2, 1, 1)
 
 
-def test_two_region_site_has_both_scales(site, clock) -> None:
-    module = site(Role.SOFTMAX, 4, groups=4, grid=Grid.MRQ_SOFTMAX)
-    clock.set(torch.tensor([999, 0]))
-    params = module.select()
-    assert params.grid is Grid.MRQ_SOFTMAX
-    assert torch.equal(params.scale, module.scale[[3, 0]])
-    assert torch.equal(params.coarse, module.coarse[[3, 0]])
+def test_two_region_site_has_both_scales(site, call) -> None:
+    module = site(Role.SOFTMAX, groups=4, grid=Grid.MRQ_SOFTMAX)
+    operand = module.operand(call([999, 0]))
+    assert operand.grid is Grid.MRQ_SOFTMAX
+    params = tables.parameters(operand, 4)
+    assert torch.equal(params.scale.flatten(), module.table[[3, 0], 0, tables.SCALE])
+    assert torch.equal(params.coarse.flatten(), module.table[[3, 0], 0, tables.COARSE])
     assert (params.scale != params.coarse).all()
 
 
-def test_grouped_site_before_any_call_is_an_error(site) -> None:
-    with pytest.raises(AssertionError, match="clock"):
-        site(Role.INPUT, groups=4).select()
+def test_shared_group_is_a_view(site, call) -> None:
+    module = site(Role.QUERY, groups=4, units=2)
+    operand = module.operand(call([260, 499, 300]))
+    assert operand.shared == 1
+    assert operand.group.tolist() == [1, 1, 1]
+    assert torch.equal(operand.selected(), module.table[1:2])
+    assert operand.selected().data_ptr() == module.table[1].data_ptr()
 
 
-def test_shared_group_is_a_view(site, clock) -> None:
-    module = site(Role.QUERY, 4, groups=4, units=2)
-    clock.set(torch.tensor([260, 499, 300]))
-    params = module.select()
-    assert params.scale.shape == (1, 2, 1, 1)
-    assert torch.equal(params.scale[0], module.scale[1])
-    assert params.scale.data_ptr() == module.scale[1].data_ptr()
+def test_compiled_sites_are_not_compiled_anew_for_every_group(site) -> None:
+    """Not even where the host knows the group, which would be a constant in a graph."""
+    module, graphs = site(Role.QUERY, groups=4), []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda call: module.operand(call).selected() * 1, fullgraph=True, backend=count)
+    for group in (3, 0, 2):
+        call = Call(torch.tensor([group, group]), group)
+        assert torch.equal(compiled(call), module.table[[group, group]])
+    assert len(graphs) == 1
 
 
 def test_column_sums(weight) -> None:
     w = weight(6, 50)
     assert get_backend("reference").prepare(w, None).colsum.tolist() == w.codes.long().sum(1).tolist()
-
-
-def test_merging_regions_are_found(clock) -> None:
-    """s2 = s1 2^i in every group, and both regions in one byte: 6-bit codes after GELU merge up to i = 2."""
-
-    def shift_of(exponents: list[int], bits: int, role: Role, grid: Grid, factor: float = 1.0) -> list[int] | None:
-        spec = SiteSpec("a", role, bits, grid, groups=len(exponents))
-        s1 = torch.full((len(exponents), 1), 0.0123)
-        s2 = s1 * 2.0 ** torch.tensor(exponents)[:, None] * factor
-        shift = ActivationParams(GridParams(spec, torch.stack([s1, s2], -1)), clock, 3).shift
-        return None if shift is None else shift.flatten().tolist()
-
-    gelu, softmax = (Role.GELU, Grid.MRQ_GELU), (Role.SOFTMAX, Grid.MRQ_SOFTMAX)
-    assert shift_of([0, 2], 6, *gelu) == [0, 2]
-    assert shift_of([0, 3], 6, *gelu) is None
-    assert shift_of([3, 1], 6, *softmax) == [3, 1]
-    assert shift_of([4], 6, *softmax) is None
-    assert shift_of([1], 8, *softmax) == [1]
-    assert shift_of([2], 8, *softmax) is None
-    assert shift_of([1], 6, *gelu, factor=1.0001) is None
-    assert shift_of([-1], 6, *gelu) is None

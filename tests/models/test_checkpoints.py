@@ -14,10 +14,11 @@ from published_dit import PublishedDiT, position_table, random_dit, sinusoids
 from safetensors.torch import save_file
 
 from tqdit import workflow
-from tqdit.architectures.sites import FREQUENCY_SHIFT
+from tqdit.architectures import dit_checkpoint
+from tqdit.architectures.registry import FREQUENCY_SHIFT
 from tqdit.errors import AssumptionWarning, InputError
 from tqdit.sampling.sampler import Sampling
-from tqdit.sources import checkpoints, published
+from tqdit.sources import checkpoints
 from tqdit.sources.resolve import load_float, resolve, weights_hash
 
 State = dict[str, torch.Tensor]
@@ -27,7 +28,7 @@ WIDTH = "x_embedder.proj.weight"
 @pytest.fixture(autouse=True)
 def _tiny_width_is_published(monkeypatch) -> None:
     """So that commands take tiny checkpoints, which have no place for --num-heads."""
-    monkeypatch.setattr(published, "HEADS", {32: 2, 48: 3, **published.HEADS})
+    monkeypatch.setattr(dit_checkpoint, "HEADS", {32: 2, 48: 3, **dit_checkpoint.HEADS})
 
 
 @pytest.fixture
@@ -234,7 +235,7 @@ def test_a_width_that_is_not_published(tmp_path) -> None:
 
 @pytest.mark.parametrize(("width", "heads"), [(384, 6), (768, 12), (1024, 16), (1152, 16)])
 def test_heads_of_the_published_widths(width: int, heads: int) -> None:
-    assert published.HEADS[width] == heads
+    assert dit_checkpoint.HEADS[width] == heads
 
 
 @pytest.mark.parametrize("size", [0, 10, 2000, 60_000])

@@ -136,7 +136,7 @@ def test_readers_name_the_folder(tmp_path, solved) -> None:
 
 
 def test_a_model_of_other_time_groups(solved) -> None:
-    refused(replace(solved("plus"), time_groups=TimeGroups(1000, 5)), "groups 4", "needs 1 or 5")
+    refused(replace(solved("plus"), time_groups=TimeGroups.uniform(0, 1000, 5)), "groups 4", "needs 1 or 5")
 
 
 def test_the_codes_of_a_models_layers_are_checked_without_being_unpacked(solved, monkeypatch) -> None:

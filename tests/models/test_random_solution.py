@@ -109,7 +109,7 @@ def test_grids(config, preset: str, bits: str, gelu: Grid, softmax: Grid) -> Non
     solution = random_solution(config, recipe)
     assert {site.grid for site in solution.sites if site.role is Role.GELU} == {gelu}
     assert {site.grid for site in solution.sites if site.role is Role.SOFTMAX} == {softmax}
-    assert solution.provenance["preset"] == recipe.label
+    assert solution.provenance.preset == recipe.label
 
 
 @pytest.mark.parametrize("bits", ["w8a8", "w4a8", "w8a7", "w6a6", "w4a4"])

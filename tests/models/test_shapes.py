@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tqdit.architectures.building import empty_model
+from tqdit.architectures.registry import check_supported
 from tqdit.architectures.shapes import shape_config, shape_key, shape_name, shape_names, tokens, width
-from tqdit.architectures.sites import check_supported
 from tqdit.errors import InputError
 from tqdit.sources.resolve import resolve
 

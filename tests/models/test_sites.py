@@ -3,18 +3,19 @@
 import pytest
 from torch import nn
 
-from tqdit.architectures.sites import blocks, check_supported, config_of, float_input_modules, sites
+from tqdit.architectures.registry import check_supported, config_of, graph
 from tqdit.errors import InputError
+from tqdit.plan import sites
 from tqdit.spec import Granularity, Grid, Role
 
 
 def by_role(model, recipe, role: Role):
-    return [site for site in sites(model.config, recipe) if site.role is role]
+    return [site for site in sites(config_of(model), recipe) if site.role is role]
 
 
 @pytest.mark.parametrize("preset", ["paper", "plus"])
 def test_every_linear_and_convolution_weight_is_a_site(model, tiny_recipe, preset: str) -> None:
-    found = [site.name for site in sites(model.config, tiny_recipe(preset)) if site.is_weight]
+    found = [site.name for site in sites(config_of(model), tiny_recipe(preset)) if site.is_weight]
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     assert sorted(found) == sorted(f"{name}.weight" for name in layers)
 
@@ -22,7 +23,7 @@ def test_every_linear_and_convolution_weight_is_a_site(model, tiny_recipe, prese
 @pytest.mark.parametrize("preset", ["paper", "plus"])
 def test_units_are_the_rows_of_the_weight(model, tiny_recipe, preset: str) -> None:
     state = model.state_dict()
-    for site in sites(model.config, tiny_recipe(preset)):
+    for site in sites(config_of(model), tiny_recipe(preset)):
         if site.granularity is Granularity.PER_CHANNEL:
             assert site.units == len(state[site.name]), site.name
         elif site.is_weight:
@@ -30,9 +31,9 @@ def test_units_are_the_rows_of_the_weight(model, tiny_recipe, preset: str) -> No
 
 
 def test_names_are_unique_and_every_block_has_all_operands(model, tiny_recipe) -> None:
-    found = sites(model.config, tiny_recipe())
+    found = sites(config_of(model), tiny_recipe())
     assert len({site.name for site in found}) == len(found)
-    for block in blocks(model.config):
+    for block in graph(config_of(model)).blocks:
         roles = [site.role for site in found if site.name.startswith(f"{block.prefix}.") and not site.is_weight]
         assert sorted(roles) == sorted(
             [Role.INPUT, Role.QUERY, Role.KEY, Role.VALUE, Role.SOFTMAX, Role.INPUT, Role.INPUT, Role.GELU]
@@ -41,7 +42,7 @@ def test_names_are_unique_and_every_block_has_all_operands(model, tiny_recipe) -
 
 @pytest.mark.parametrize(("time_grouped", "softmax", "others"), [("none", 1, 1), ("softmax", 4, 1), ("all", 4, 4)])
 def test_time_groups(model, tiny_recipe, time_grouped: str, softmax: int, others: int) -> None:
-    for site in sites(model.config, tiny_recipe(time_grouped=time_grouped)):
+    for site in sites(config_of(model), tiny_recipe(time_grouped=time_grouped)):
         expected = 1 if site.is_weight else softmax if site.role is Role.SOFTMAX else others
         assert site.groups == expected, site.name
 
@@ -49,7 +50,7 @@ def test_time_groups(model, tiny_recipe, time_grouped: str, softmax: int, others
 @pytest.mark.parametrize(("choice", "mrq"), [("mrq", True), ("best", True), ("uniform", False)])
 def test_grids(model, tiny_recipe, choice: str, mrq: bool) -> None:
     recipe = tiny_recipe(softmax_grid=choice, gelu_grid=choice)
-    grids = {site.role: site.grid for site in sites(model.config, recipe)}
+    grids = {site.role: site.grid for site in sites(config_of(model), recipe)}
     assert (grids.pop(Role.SOFTMAX) is Grid.MRQ_SOFTMAX) == mrq
     assert (grids.pop(Role.GELU) is Grid.MRQ_GELU) == mrq
     assert set(grids.values()) == {Grid.UNIFORM}
@@ -57,7 +58,7 @@ def test_grids(model, tiny_recipe, choice: str, mrq: bool) -> None:
 
 def test_bits_and_heads(model, tiny_recipe) -> None:
     recipe = tiny_recipe("paper", "w4a6")
-    bits = {site.role: site.bits for site in sites(model.config, recipe)}
+    bits = {site.role: site.bits for site in sites(config_of(model), recipe)}
     assert bits.pop(Role.WEIGHT) == 4
     assert bits.pop(Role.WEIGHT_ONLY) == 6
     assert set(bits.values()) == {6}
@@ -66,7 +67,7 @@ def test_bits_and_heads(model, tiny_recipe) -> None:
 
 
 def test_weight_only_layers_are_those_outside_the_matmuls_of_a_block(model) -> None:
-    names = float_input_modules(model.config)
+    names = graph(config_of(model)).float_input
     assert {"pos_embed.proj", "proj_out_1", "proj_out_2"} < set(names)
     assert all("norm1" in name for name in names[1:-2])
     for name in names:

@@ -14,9 +14,9 @@ import torch
 from published_dit import random_dit
 from safetensors.torch import load_file, save_file
 
+from tqdit.architectures.dit_checkpoint import DIFFUSION
 from tqdit.errors import AssumptionWarning, InputError
 from tqdit.sampling.sampler import SERVED, Sampling, make_scheduler
-from tqdit.sources.published import DIFFUSION
 from tqdit.sources.resolve import class_indices, load_float, resolve, weights_hash
 from tqdit.sources.sizes import float_sizes
 from tqdit.system.files import WEIGHTS

@@ -255,16 +255,13 @@ def test_column_sums_are_of_each_output_channel() -> None:
 @pytest.mark.parametrize("shift", [0, 1, 3])
 def test_one_product_of_merged_regions(operand, weight, exact, grid: Grid, shift: int) -> None:
     """s2 = s1 2^shift: s1 s_w (2^shift C2 W +- C1 W) is the value of the two products, its accumulator an integer."""
-    codes, params = operand((3, 5, 70), grid, 3)
-    params = params._replace(shift=torch.full_like(params.zero_point, shift), coarse=params.scale * 2.0**shift)
+    codes, params = operand((3, 5, 70), grid, 3, shift=shift)
     w = weight(9, 70)
     real_w = (w.codes.double() * w.scale.double()[:, None]).t()
     x = exact(codes, params)
     assert_close_to(reference.linear(codes, params, w, None), x @ real_w, centred_magnitude(x, real_w))
     if grid is Grid.MRQ_SOFTMAX:
-        p, p_params = operand((3, 2, 5, 7), grid, lead=3)
-        p_params = p_params._replace(shift=torch.full_like(p_params.zero_point, shift))
-        p_params = p_params._replace(coarse=p_params.scale * 2.0**shift)
+        p, p_params = operand((3, 2, 5, 7), grid, lead=3, shift=shift)
         v, v_params = operand((3, 2, 7, 16), lead=3, units=2)
         real_p, real_v = exact(p, p_params), exact(v, v_params)
         actual = reference.values(p, p_params, v, v_params)
@@ -274,7 +271,7 @@ def test_one_product_of_merged_regions(operand, weight, exact, grid: Grid, shift
 def test_prepared_weights_have_the_sums_of_their_codes(operand, exact) -> None:
     """They correct the zero point of an activation, whatever sums came along."""
     codes, params = operand((3, 5, 7), lead=3)
-    w = WeightParams(torch.randint(-128, 128, (4, 7), dtype=torch.int8), torch.rand(4) + 0.1)
+    w = WeightParams(torch.randint(-128, 128, (4, 7), dtype=torch.int8), torch.rand(4) + 0.1, 8)
     backend, bias = reference.Reference(), torch.randn(4)
     layer = backend.prepare(w, bias)
     assert layer.weight.colsum.tolist() == w.codes.long().sum(1).tolist()
@@ -297,7 +294,9 @@ def test_the_reference_says_what_its_operations_multiply() -> None:
     backend = reference.Reference()
     assert backend.INTEGER
     assert backend.kernel("float_input_linear") == "float32 x int8"
-    assert {backend.kernel(name) for name in ("qkv", "attention", "linear_gelu", "linear_residual")} == {"int8"}
+    assert {backend.kernel(name) for name in ("quantize", "project", "attend", "linear", "scores", "values")} == {
+        "int8"
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

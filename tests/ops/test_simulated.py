@@ -17,19 +17,29 @@ def assert_twins(a: torch.Tensor, b: torch.Tensor, magnitude: torch.Tensor, k: i
     assert ((a.double() - b.double()).abs() <= gamma(k) * magnitude).all()
 
 
-def test_quantizer_picks_the_grid_of_the_operand(operand) -> None:
+def test_quantizer_picks_the_grid_and_the_row_of_the_operand(operand, column) -> None:
     x = torch.randn(2, 3, 8)
     _, params = operand(x.shape, lead=2)
-    codes = uniform.quantize(x, params.scale, params.zero_point, 8)
+    scale, coarse, zero = (column(params, index, 3) for index in range(3))
+    codes = uniform.quantize(x, scale, zero.int(), 8)
     assert torch.equal(quantizer.quantize(x, params), codes)
-    assert torch.equal(quantizer.dequantize(codes, params), uniform.dequantize(codes, params.scale, params.zero_point))
-    params = params._replace(grid=Grid.MRQ_GELU)
-    codes = regions.quantize(x, params.scale, params.coarse, 8, Grid.MRQ_GELU)
-    assert torch.equal(quantizer.quantize(x, params), codes)
-    assert torch.equal(
-        quantizer.dequantize(codes, params),
-        regions.dequantize(codes, params.scale, params.coarse, Grid.MRQ_GELU),
-    )
+    assert torch.equal(quantizer.dequantize(codes, params), uniform.dequantize(codes, scale, zero.int()))
+    for grid in (Grid.MRQ_GELU, Grid.MRQ_SOFTMAX):
+        params = params._replace(grid=grid)
+        codes = regions.quantize(x, scale, coarse, 8, grid)
+        assert torch.equal(quantizer.quantize(x, params), codes)
+        assert torch.equal(quantizer.dequantize(codes, params), regions.dequantize(codes, scale, coarse, grid))
+
+
+def test_each_head_is_quantized_with_its_own_parameters(operand) -> None:
+    x = torch.randn(2, 3, 5, 8)
+    _, params = operand(x.shape, lead=2, units=3)
+    codes = quantizer.quantize(x, params)
+    values = quantizer.dequantize(codes, params)
+    for head in range(3):
+        alone = params._replace(table=params.table[:, head : head + 1])
+        assert torch.equal(codes[:, head], quantizer.quantize(x[:, head], alone))
+        assert torch.equal(values[:, head], quantizer.dequantize(codes[:, head], alone))
 
 
 @pytest.mark.parametrize("grid", list(Grid))

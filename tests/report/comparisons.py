@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from tqdit.provenance import Provenance
 from tqdit.quality.comparison import Comparison, ModelRow
 from tqdit.quality.fidelity import EpsilonFidelity
 from tqdit.spec import Granularity, Grid, GridParams, Role, SiteSpec, Solution
@@ -29,7 +30,7 @@ def solution(grids: tuple[Grid, ...] = (Grid.MRQ_SOFTMAX,) * BLOCKS, groups: int
     weight = SiteSpec("proj.weight", Role.WEIGHT, 6, Grid.UNIFORM, Granularity.PER_CHANNEL, units=4)
     params = [softmax_site(block, grid, groups) for block, grid in enumerate(grids)]
     params.append(GridParams(weight, torch.ones(1, 4)))
-    return Solution({}, TimeGroups(1000, groups), {p.spec.name: p for p in params}, {}, {}, {})
+    return Solution({}, TimeGroups.uniform(0, 1000, groups), {p.spec.name: p for p in params}, {}, {}, Provenance())
 
 
 def model_row(name: str, sqnr: float = 33.04, **changes: Any) -> ModelRow:

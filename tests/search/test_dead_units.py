@@ -11,22 +11,29 @@ import pytest
 import torch
 from torch import nn
 
-from tqdit.architectures.sites import blocks
+from tqdit.architectures.interface import Block
+from tqdit.architectures.registry import config_of, graph
 from tqdit.calibration.recorder import record
 from tqdit.calibration.statistics import RangeStats
 from tqdit.calibration.trajectories import CalibrationSet, collect
 from tqdit.grids import regions, uniform
 from tqdit.ops.schema import OperandParams
 from tqdit.ops.tables import parameter_table
+from tqdit.provenance import Provenance
 from tqdit.quality.metrics import sqnr_db
 from tqdit.runtime.convert import convert
 from tqdit.search.solver import solve
 from tqdit.spec import Grid, Role
 from tqdit.timegroups import TimeGroups
 
-GROUPS = TimeGroups(1000, 4)
+GROUPS = TimeGroups.uniform(0, 1000, 4)
 WIDTH = 32
 LOSS = 5.0  # dB that a dead unit may cost at W8A8: it takes signal away, the noise of all others stays
+
+
+def operand(block: Block, role: Role) -> str:
+    """The site of an attention's operand."""
+    return next(found.name for found in block.attentions[0].operands if found.role is role)
 
 
 def zero_row_of_fc1(model: Any) -> None:
@@ -166,7 +173,7 @@ def test_a_model_with_dead_units_is_as_close_as_any(
     records = record(model, data, tiny_recipe())
     for preset in ("paper", "plus"):
         for changes in ({"rounds": 0}, {"rounds": 1, "candidates": 5}):
-            solution = solve(model, records, tiny_recipe(preset, **changes), GROUPS, {})
+            solution = solve(model, records, tiny_recipe(preset, **changes), GROUPS, Provenance())
             assert_every_scale_is_usable(solution)
             assert noise_of(model, solution, model_inputs) > whole(preset, **changes) - LOSS
 
@@ -177,7 +184,7 @@ def test_dead_rows_have_a_scale_of_1_and_zero_codes(tiny_dit, records, tiny_reci
     with torch.no_grad():
         for kind in (zero_row_of_fc1, zero_row_of_the_last_layer, zero_layers):
             kind(model)
-    solution = solve(model, records, tiny_recipe(preset, rounds=1, candidates=5), GROUPS, {})
+    solution = solve(model, records, tiny_recipe(preset, rounds=1, candidates=5), GROUPS, Provenance())
     dead = 0
     for name, codes in solution.codes.items():
         rows = model.get_parameter(name).flatten(1)
@@ -197,23 +204,23 @@ def test_dead_rows_have_a_scale_of_1_and_zero_codes(tiny_dit, records, tiny_reci
 def test_a_time_group_that_saw_only_zeros(model, records, tiny_recipe, grid: str, products: str) -> None:
     """Of inputs, of GELU and of every attention operand; the other groups keep what they have without it."""
     recipe = tiny_recipe("plus", "w6a6", rounds=1, candidates=5, gelu_grid=grid, gelu_products=products)
-    block = blocks(model.config)[0]
-    sources = (block.qkv.source, block.fc2.source)
+    block = graph(config_of(model)).blocks[0]
+    sources = (block.linears[0].source.name, block.linears[3].source.name)
     linears, ranges = dict(records.linears), dict(records.ranges)
     for name in sources:
         linear = records.linears[name]
         linears[name] = replace(linear, x=torch.where(linear.group[:, None] == 2, 0.0, linear.x))
-    attention = records.attentions[block.attention]
+    attention = records.attentions[block.attentions[0].module]
     silent = {field: getattr(attention, field) * (attention.group != 2)[:, None, None, None] for field in "qkv"}
-    for name in (*sources, *(block.operand(role) for role in (Role.QUERY, Role.KEY, Role.VALUE))):
+    for name in (*sources, *(operand(block, role) for role in (Role.QUERY, Role.KEY, Role.VALUE))):
         low, high = records.ranges[name].low.clone(), records.ranges[name].high.clone()
         low[2], high[2] = 0, 0
         ranges[name] = RangeStats(low, high)
-    attentions = {**records.attentions, block.attention: replace(attention, **silent)}
+    attentions = {**records.attentions, block.attentions[0].module: replace(attention, **silent)}
     silenced = replace(records, linears=linears, attentions=attentions, ranges=ranges)
-    found, before = (solve(model, seen, recipe, GROUPS, {}) for seen in (silenced, records))
+    found, before = (solve(model, seen, recipe, GROUPS, Provenance()) for seen in (silenced, records))
     assert_every_scale_is_usable(found)
-    for name in (*sources, *(block.operand(role) for role in (Role.QUERY, Role.KEY, Role.VALUE))):
+    for name in (*sources, *(operand(block, role) for role in (Role.QUERY, Role.KEY, Role.VALUE))):
         params = found.params[name]
         if params.spec.grid is Grid.UNIFORM:
             assert (params.scale[2] == 1).all()
@@ -232,7 +239,7 @@ def test_a_single_token(tiny_dit, scheduler_config, tiny_recipe) -> None:
     inputs = {"hidden_states": seen.x, "timestep": seen.t, "class_labels": seen.labels}
     records = record(model, seen, recipe)
     for preset in ("paper", "plus"):
-        solution = solve(model, records, tiny_recipe(preset, rounds=1, candidates=5), GROUPS, {})
+        solution = solve(model, records, tiny_recipe(preset, rounds=1, candidates=5), GROUPS, Provenance())
         assert_every_scale_is_usable(solution)
         assert noise_of(model, solution, inputs) > 30
 
@@ -240,7 +247,7 @@ def test_a_single_token(tiny_dit, scheduler_config, tiny_recipe) -> None:
 @pytest.mark.parametrize(("low", "high"), [(1e-44, 1.2), (0.01, 1e300)])
 def test_no_candidate_is_subnormal_or_infinite(model, records, tiny_recipe, low: float, high: float) -> None:
     recipe = tiny_recipe("paper", "w6a6", rounds=1, candidates=3, low=low, high=high)
-    assert_every_scale_is_usable(solve(model, records, recipe, GROUPS, {}))
+    assert_every_scale_is_usable(solve(model, records, recipe, GROUPS, Provenance()))
 
 
 def test_tables_of_the_smallest_scale_are_finite() -> None:

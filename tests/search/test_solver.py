@@ -5,13 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tqdit.architectures.sites import blocks, sites
+from tqdit.architectures.interface import Block
+from tqdit.architectures.registry import config_of, graph
 from tqdit.calibration.recorder import record
 from tqdit.calibration.statistics import RangeStats
 from tqdit.calibration.store import Forgetful, InMemory
 from tqdit.calibration.trajectories import collect
 from tqdit.errors import InputError
 from tqdit.grids.regions import is_merged, merge_shift
+from tqdit.plan import sites
+from tqdit.provenance import Provenance
 from tqdit.quality.metrics import sqnr_db
 from tqdit.runtime.convert import convert
 from tqdit.search import alternating, objectives, operands, solver
@@ -20,12 +23,17 @@ from tqdit.search.solver import solve
 from tqdit.spec import Grid, Role
 from tqdit.timegroups import TimeGroups
 
-GROUPS = TimeGroups(1000, 4)
+GROUPS = TimeGroups.uniform(0, 1000, 4)
 PRESETS = ["paper", "plus"]
 
 
+def operand(block: Block, role: Role) -> str:
+    """The site of an attention's operand."""
+    return next(found.name for found in block.attentions[0].operands if found.role is role)
+
+
 def solution_of(model, records, recipe):
-    return solve(model, records, recipe, GROUPS, {})
+    return solve(model, records, recipe, GROUPS, Provenance())
 
 
 def assert_identical(a, b) -> None:
@@ -44,7 +52,7 @@ def assert_identical(a, b) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_site_is_solved_with_its_shape(model, solved, tiny_recipe, preset: str) -> None:
     solution = solved(preset)
-    expected = sites(model.config, tiny_recipe(preset))
+    expected = sites(config_of(model), tiny_recipe(preset))
     assert list(solution.params) == [site.name for site in expected]
     for site, params in zip(expected, solution.params.values(), strict=True):
         assert replace(params.spec, grid=site.grid) == site
@@ -167,12 +175,14 @@ def test_float_input_layers_take_the_best_of_all_candidates_by_channel(
 def test_attention_is_searched_on_its_float_scores_and_probabilities(model, records, solved, tiny_recipe) -> None:
     """P = softmax(Q K^T / sqrt d) over the keys, V as recorded, and weights at each matmul's own output."""
     recipe, solution = tiny_recipe("paper", "w6a6"), solved("paper", "w6a6")
-    block = blocks(model.config)[0]
-    record = records.attentions[block.attention]
-    specs = {site.role: site for site in sites(model.config, recipe) if site.name.startswith(block.attention)}
+    block = graph(config_of(model)).blocks[0]
+    record = records.attentions[block.attentions[0].module]
+    specs = {
+        site.role: site for site in sites(config_of(model), recipe) if site.name.startswith(block.attentions[0].module)
+    }
 
     def operand(role: Role, values: torch.Tensor) -> operands.Operand:
-        ranges = records.ranges[block.operand(role)]
+        ranges = records.ranges[operand(block, role)]
         return operands.activation(
             specs[role], values, record.group, ranges.over_units() if role is Role.SOFTMAX else ranges
         )
@@ -207,17 +217,17 @@ def test_matmuls_that_a_store_has_are_not_solved_again(model, records, tiny_reci
             return pieces[name]
 
     recipe = tiny_recipe(rounds=0)
-    first = solve(model, records, recipe, GROUPS, {"a": 1}, store=Kept())
+    first = solve(model, records, recipe, GROUPS, Provenance(source="a"), store=Kept())
     monkeypatch.setattr(solver, "alternate", None)
-    again = solve(model, records, recipe, GROUPS, {"a": 1}, store=Kept())
+    again = solve(model, records, recipe, GROUPS, Provenance(source="a"), store=Kept())
     assert_identical(first, again)
-    assert again.provenance == {"a": 1}
+    assert again.provenance == Provenance(source="a")
     assert again.time_groups == GROUPS
     assert len(pieces) == 2 * 6 + len(
         [name for name in first.codes if first.params[name].spec.role is Role.WEIGHT_ONLY]
     )
     told: list[float] = []
-    solve(model, records, recipe, GROUPS, {}, told.append, Kept())
+    solve(model, records, recipe, GROUPS, Provenance(), told.append, Kept())
     assert told == pytest.approx([(i + 1) / len(pieces) for i in range(len(pieces))])
 
 
@@ -234,7 +244,7 @@ def with_input(records, name: str, x: torch.Tensor):
 @pytest.mark.parametrize("choice", ["best", "mrq", "uniform"])
 @pytest.mark.parametrize(("negative_share", "better"), [(0.05, Grid.UNIFORM), (0.97, Grid.MRQ_GELU)])
 def test_best_gelu_grid(model, records, tiny_recipe, choice: str, negative_share: float, better: Grid) -> None:
-    name = blocks(model.config)[1].fc2.source
+    name = graph(config_of(model)).blocks[1].linears[3].source.name
     shape = records.linears[name].x.shape
     x = torch.where(torch.rand(shape) < negative_share, -0.17 * torch.rand(shape), 4 * torch.rand(shape))
     solution = solution_of(model, with_input(records, name, x), tiny_recipe(gelu_grid=choice))
@@ -244,16 +254,16 @@ def test_best_gelu_grid(model, records, tiny_recipe, choice: str, negative_share
 
 @pytest.mark.parametrize(("sharpness", "better"), [(0.1, Grid.UNIFORM), (3.0, Grid.MRQ_SOFTMAX)])
 def test_best_softmax_grid(model, records, tiny_recipe, sharpness: float, better: Grid) -> None:
-    block = blocks(model.config)[1]
-    attention = records.attentions[block.attention]
+    block = graph(config_of(model)).blocks[1]
+    attention = records.attentions[block.attentions[0].module]
     attention = replace(
         attention, q=torch.randn_like(attention.q) * sharpness, k=torch.randn_like(attention.k),
         fisher_values=torch.ones_like(attention.fisher_values),
     )  # fmt: skip
     p = (attention.q @ attention.k.mT / 4).softmax(-1)
-    name = block.operand(Role.SOFTMAX)
+    name = operand(block, Role.SOFTMAX)
     ranges = {**records.ranges, name: RangeStats(p.amin().expand(4, 2), p.amax().expand(4, 2))}
-    doctored = replace(records, attentions={**records.attentions, block.attention: attention}, ranges=ranges)
+    doctored = replace(records, attentions={**records.attentions, block.attentions[0].module: attention}, ranges=ranges)
     solution = solution_of(model, doctored, tiny_recipe("plus", "w6a6"))
     assert solution.params[name].spec.grid is better
 
@@ -301,7 +311,7 @@ def test_products_are_limited_for_each_operand_alone(solved, operand: str) -> No
 
 @pytest.mark.parametrize(("negative_share", "better"), [(0.05, Grid.UNIFORM), (0.9, Grid.MRQ_GELU)])
 def test_uniform_competes_with_merged_regions(model, records, tiny_recipe, negative_share: float, better: Grid) -> None:
-    name = blocks(model.config)[1].fc2.source
+    name = graph(config_of(model)).blocks[1].linears[3].source.name
     shape = records.linears[name].x.shape
     x = torch.where(torch.rand(shape) < negative_share, -0.17 * torch.rand(shape), 2 * torch.rand(shape))
     solution = solution_of(model, with_input(records, name, x), tiny_recipe("plus", "w6a6", **ONE))
@@ -311,7 +321,7 @@ def test_uniform_competes_with_merged_regions(model, records, tiny_recipe, negat
 
 def test_each_group_has_its_own_exponent(model, records, tiny_recipe) -> None:
     """Positive values of 4 need i = 2 at 6 bits; where they reach 0.17 like the negative ones, i = 0 covers both."""
-    name = blocks(model.config)[0].fc2.source
+    name = graph(config_of(model)).blocks[0].linears[3].source.name
     linear = records.linears[name]
     largest = torch.where(linear.group == 0, 4.0, 0.17)[:, None]
     x = torch.where(torch.rand(linear.x.shape) < 0.5, -0.17, 1.0) * torch.rand(linear.x.shape)
@@ -394,7 +404,7 @@ def test_the_model_is_only_read(tiny_dit, records, tiny_recipe) -> None:
 
 
 def test_a_site_whose_values_are_not_finite_is_named(model, records, tiny_recipe) -> None:
-    name = blocks(model.config)[1].fc1.source
+    name = graph(config_of(model)).blocks[1].linears[2].source.name
     doctored = with_input(records, name, torch.full_like(records.linears[name].x, float("nan")))
     with pytest.raises(InputError, match=rf"'{name}'.*time group 0 of 4"):
         solution_of(model, doctored, tiny_recipe())
@@ -402,7 +412,7 @@ def test_a_site_whose_values_are_not_finite_is_named(model, records, tiny_recipe
 
 def test_progress_reaches_the_end(model, records, tiny_recipe) -> None:
     told: list[float] = []
-    solve(model, records, tiny_recipe(rounds=0), GROUPS, {}, told.append)
+    solve(model, records, tiny_recipe(rounds=0), GROUPS, Provenance(), told.append)
     assert told == sorted(told)
     assert told[-1] == 1
 

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 
 from tqdit.artifact import folder as artifact
 from tqdit.artifact import tensors
+from tqdit.artifact.manifest import FORMATS
 from tqdit.errors import InputError
 from tqdit.grids import packing
 from tqdit.recipe import Recipe
@@ -147,9 +148,13 @@ def _manifest(folder: Path, config: Any) -> Target:
     found, config = load_file(folder / WEIGHTS), read_json(folder / "config.json")
     manifest = json.loads(bytes(found[tensors.MANIFEST_TENSOR].tolist()))
 
+    former = {**manifest, "time_groups": {"num_timesteps": 1000, "num_groups": 2}}  # as format 2 has it
+
     def target(rng: random.Random) -> bool:
-        forged = changed(copy.deepcopy(manifest), rng)
+        version = rng.choice(sorted(FORMATS))
+        forged = changed(copy.deepcopy(former if version == 2 else manifest), rng)
         outside = copy.deepcopy(config)
+        outside["quantization_config"]["format_version"] = version
         twin = forged.get("model_config") if isinstance(forged, dict) else None
         if isinstance(twin, dict) and rng.random() < 0.3:  # the same change in both copies of the model's config
             key = rng.choice(sorted(CONFIG))

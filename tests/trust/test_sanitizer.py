@@ -1,4 +1,4 @@
-"""The CPU kernels under AddressSanitizer: random models of odd shapes stay inside their own memory.
+"""The CPU kernels under AddressSanitizer: random models and verbs of odd shapes stay inside their own memory.
 
 The kernels are built again with -fsanitize=address, and run in a process that has its library loaded first.
 """
@@ -14,6 +14,7 @@ import pytest
 from tqdit.backends import native
 
 pytestmark = pytest.mark.trust
+HELPERS = Path(__file__).parents[1] / "backends"
 
 EXERCISE = """
 import torch
@@ -44,6 +45,43 @@ for heads, dim, channels, patch, side in SHAPES:
 print("calls:", calls)
 """
 
+VERBS = """
+import sys
+import torch
+from tqdit.backends import native
+from tqdit.backends.cpu import NativeCpu
+from tqdit.ops.schema import Activation, Norm, Residual
+from tqdit.spec import Grid
+sys.path.append(sys.argv[1])
+from operands import maker
+
+assert native.reason() is None, native.reason()
+torch.set_num_threads(2)
+run, calls = NativeCpu(), 0
+# samples, queries, keys and values, heads, head_dim
+for batch, tokens, length, heads, dim in ((1, 1, 1, 1, 1), (2, 5, 77, 3, 7), (3, 17, 1, 2, 13), (2, 40, 300, 1, 24)):
+    for bits, merged in ((8, False), (6, True)):
+        make, width = maker(bits, bits), heads * dim
+        source, gelu = make.params(lead=batch), make.params(Grid.MRQ_GELU, batch, merged=merged)
+        attention = make.attention(heads, Grid.MRQ_SOFTMAX, batch, merged)
+        x, rows, bias = make.values(batch, tokens, width), make.values(batch, 2 * width), make.values(batch, length)
+        layers = {n: run.prepare(make.weight(n * width, width), None) for n in (1, 2, 3)}
+        codes = run.quantize(x, source, Norm(rows[:, :width], rows[:, width:], 1e-6))
+        prompt = run.quantize(make.values(batch, length, width), source)
+        q, k, v = attention.projections
+        query = run.project(codes, source, layers[1], [q], heads)
+        context = run.project(prompt, source, layers[2], [k, v], heads)
+        for mask in (None, bias):
+            codes = run.attend(query, attention, source, context, mask)
+        own = run.attend(run.project(codes, source, layers[3], [q, k, v], heads), attention, source)
+        for then in (None, Residual(x), Residual(x.bfloat16(), rows[:, :width]), Activation(source), Activation(gelu)):
+            run.linear(own, source, layers[1], then)
+        out = run.linear(run.quantize(x, gelu), gelu, layers[1], Residual(x))
+        assert out.isfinite().all()
+        calls += 1
+print("calls:", calls)
+"""
+
 
 def sanitizer() -> str | None:
     """AddressSanitizer's library of GCC, where there is one."""
@@ -57,7 +95,8 @@ def sanitizer() -> str | None:
 
 @pytest.mark.skipif(sanitizer() is None, reason="no g++ with AddressSanitizer here")
 @pytest.mark.parametrize("more", ["", "-DTQDIT_FORCE_PANELS -mno-avx512vnni"])
-def test_kernels_stay_inside_their_memory(tmp_path: Path, more: str) -> None:
+@pytest.mark.parametrize(("code", "calls"), [(EXERCISE, 72), (VERBS, 8)], ids=["models", "verbs"])
+def test_kernels_stay_inside_their_memory(tmp_path: Path, code: str, calls: int, more: str) -> None:
     """`more`: the integer products of the kernels in portable code as well."""
     environment = os.environ | {
         "TQDIT_CXX": str(shutil.which("g++")),
@@ -67,12 +106,12 @@ def test_kernels_stay_inside_their_memory(tmp_path: Path, more: str) -> None:
         "ASAN_OPTIONS": "detect_leaks=0",
     }
     done = subprocess.run(
-        [sys.executable, "-c", EXERCISE], capture_output=True, text=True, check=False, env=environment,
+        [sys.executable, "-c", code, str(HELPERS)], capture_output=True, text=True, check=False, env=environment,
         timeout=2 * native.BUILD_SECONDS,
     )  # fmt: skip
     assert "AddressSanitizer" not in done.stderr, done.stderr[-4000:]
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == "calls: 72"
+    assert done.stdout.strip() == f"calls: {calls}"
 
 
 @pytest.mark.skipif(sanitizer() is None, reason="no g++ with AddressSanitizer here")

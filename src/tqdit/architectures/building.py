@@ -1,41 +1,27 @@
-"""diffusers' `DiTTransformer2DModel` of a config: the one place where a float model's structure is made."""
+"""A float model of a config: with diffusers' initial weights, or empty, to be filled by whoever has its weights."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from tqdit.architectures.sites import FREQUENCY_SHIFT, check_supported
-from tqdit.errors import InputError
-
-OURS = (FREQUENCY_SHIFT, "quantization_config")  # keys of a config that diffusers does not take
+from tqdit.architectures.registry import architecture, config_of
 
 
 def new_model(config: Mapping[str, Any]) -> nn.Module:
-    """A float model whose weights are diffusers' initial ones. Its config has the frequency shift if `config` has.
+    """Make the float model of a config, whose weights are diffusers' initial ones.
 
-    A timestep t is embedded as cos and sin of t * 10000^(-i / (128 - shift)), i = 0 .. 127. Published DiT has shift 0;
-    diffusers has 1, and no key for it, so `FREQUENCY_SHIFT` is ours. Raises `InputError` for a config that is not
-    supported or that diffusers refuses.
+    Raises `InputError` for a config that is not supported or that diffusers refuses.
     """
-    from diffusers import DiTTransformer2DModel
-
-    check_supported(config)
-    try:
-        model: Any = DiTTransformer2DModel.from_config({k: v for k, v in config.items() if k not in OURS})
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"diffusers refuses it: {str(error).strip().partition(chr(10))[0]}") from None
-    if FREQUENCY_SHIFT in config:
-        for block in model.transformer_blocks:
-            block.norm1.emb.time_proj.downscale_freq_shift = config[FREQUENCY_SHIFT]
-        model.register_to_config(**{FREQUENCY_SHIFT: config[FREQUENCY_SHIFT]})
-    return cast(nn.Module, model)
+    found = architecture(config)
+    found.check(config)
+    return found.build(config)
 
 
 def empty_model(config: Mapping[str, Any]) -> nn.Module:
-    """`new_model` on the meta device, its position table real."""
+    """Make `new_model` with parameters on the meta device; what it computes for itself, such as tables, is real."""
     with _EmptyOnMeta():
         return new_model(config)
 
@@ -51,10 +37,8 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 def share_embedder(model: nn.Module) -> None:
-    """Let all blocks use the embedder of block 0: diffusers gives every block its own copy of one embedder."""
-    first, *others = cast(Iterable[Any], model.transformer_blocks)
-    for block in others:
-        block.norm1.emb = first.norm1.emb
+    """Let all blocks use one instance of what diffusers copies into every block, such as an embedder."""
+    architecture(config_of(model)).share(model)
 
 
 def set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:

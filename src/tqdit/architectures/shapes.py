@@ -1,86 +1,44 @@
-"""The published DiT shapes by name, as diffusers configs: what a model computes, without its weights."""
+"""Shapes of models by name, as diffusers configs: what a model computes, without its weights."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from tqdit.architectures.sites import ARCHITECTURE
+from tqdit.architectures.registry import architecture, supported
 from tqdit.errors import InputError
-
-# Size -> layers, heads, channels per head (DiT, Peebles & Xie 2023, table 1).
-SIZES: Mapping[str, tuple[int, int, int]] = {
-    "S": (12, 6, 64),
-    "B": (12, 12, 64),
-    "L": (24, 16, 64),
-    "XL": (28, 16, 72),
-}
-PATCHES = (2, 4, 8)
-LATENTS = {256: 32, 512: 64}  # image side -> latent side; the VAE of DiT shrinks by 8
-LATENT_CHANNELS = 4
-CLASSES = 1000
 
 
 def shape_names() -> tuple[str, ...]:
-    """The names of 256 x 256 models; each also exists with "@512" behind it."""
-    return tuple(f"DiT-{size}/{patch}" for size in SIZES for patch in PATCHES)
+    """The published names of every architecture."""
+    return tuple(name for kind in supported() for name in architecture(kind).shape_names())
 
 
 def shape_config(name: str) -> dict[str, Any]:
-    """The `DiTTransformer2DModel` config of a name such as "DiT-XL/2" or "DiT-XL/2@512", learned variance included.
+    """Return the config of a name such as "DiT-XL/2" or "DiT-XL/2@512".
 
     Raises `InputError` naming the unknown part and what is known.
     """
-    base, at, side = name.partition("@")
-    if base not in shape_names():
-        raise InputError(f"unknown shape '{name}'; known: {', '.join(shape_names())}, each also with @512")
-    if at and side not in map(str, LATENTS):
-        raise InputError(f"unknown image side in shape '{name}'; known: {', '.join(f'@{known}' for known in LATENTS)}")
-    size, _, patch = base.removeprefix("DiT-").partition("/")
-    layers, heads, head_dim = SIZES[size]
-    return {
-        "_class_name": ARCHITECTURE,
-        "activation_fn": "gelu-approximate",
-        "attention_bias": True,
-        "attention_head_dim": head_dim,
-        "dropout": 0.0,
-        "in_channels": LATENT_CHANNELS,
-        "norm_elementwise_affine": False,
-        "norm_eps": 1e-06,
-        "norm_num_groups": 32,
-        "norm_type": "ada_norm_zero",
-        "num_attention_heads": heads,
-        "num_embeds_ada_norm": CLASSES,
-        "num_layers": layers,
-        "out_channels": 2 * LATENT_CHANNELS,
-        "patch_size": int(patch),
-        "sample_size": LATENTS[int(side) if at else 256],
-        "upcast_attention": False,
-    }
-
-
-def tokens(config: Mapping[str, Any]) -> int:
-    """Number of patches N that a block sees per image."""
-    return (int(config["sample_size"]) // int(config["patch_size"])) ** 2
-
-
-def width(config: Mapping[str, Any]) -> int:
-    """Channels C of the residual stream."""
-    return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    for kind in supported():
+        found = architecture(kind)
+        if name.partition("@")[0] in found.shape_names():
+            return found.shape_config(name)
+    raise InputError(f"unknown shape '{name}'; known: {', '.join(shape_names())}, some also with a side such as @512")
 
 
 def shape_name(config: Mapping[str, Any]) -> str:
-    """The published name of a config's shape, or its sizes: "DiT-6x192/2@32" (layers, width, patch, input side)."""
-    wanted = shape_key(config)
-    for base in shape_names():
-        for side in LATENTS:
-            name = base if side == min(LATENTS) else f"{base}@{side}"
-            if shape_key(shape_config(name)) == wanted:
-                return name
-    return f"DiT-{config['num_layers']}x{width(config)}/{config['patch_size']}@{config['sample_size']}"
+    """Return the published name of a config's shape, or its sizes: "DiT-6x192/2@32"."""
+    return architecture(config).shape_name(config)
 
 
 def shape_key(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Equal for two configs exactly when their models cost the same: every size that an operation depends on."""
-    channels = int(config["in_channels"])
-    names = ("num_layers", "num_attention_heads", "attention_head_dim", "sample_size", "patch_size")
-    sizes = tuple(int(config[name]) for name in (*names, "num_embeds_ada_norm"))
-    return (*sizes, channels, int(config.get("out_channels") or channels))
+    """Return what is equal for two configs exactly when their models cost the same."""
+    return architecture(config).shape_key(config)
+
+
+def tokens(config: Mapping[str, Any]) -> int:
+    """Tokens N that a block has per sample."""
+    return architecture(config).tokens(config)
+
+
+def width(config: Mapping[str, Any]) -> int:
+    """Channels of the residual stream."""
+    return architecture(config).width(config)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from tqdit.artifact import tensors
+from tqdit.artifact.manifest import FORMATS
 from tqdit.errors import InputError
 from tqdit.spec import Solution
 from tqdit.system.files import (
@@ -152,8 +153,9 @@ def _check_seal(folder: Path) -> None:
     files = seal.get("files")
     if not isinstance(files, dict):
         raise InputError(f"{folder / MANIFEST} has no table of files")
-    if seal != {"format_version": tensors.FORMAT_VERSION, "files": files}:
-        raise InputError(f"{folder / MANIFEST} is not a seal of format {tensors.FORMAT_VERSION}")
+    if seal.keys() != {"format_version", "files"} or not tensors.readable(seal["format_version"]):
+        known = " or ".join(map(str, FORMATS))
+        raise InputError(f"{folder / MANIFEST} is not a seal of format {known}")
     for name, expected in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(f"{folder / MANIFEST} names '{name}', which is not in the folder")

@@ -5,12 +5,23 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    StringConstraints,
+    ValidationError,
+)
 
 from tqdit.errors import InputError, printable
+from tqdit.provenance import Provenance
 from tqdit.spec import MAX_BITS, MIN_BITS, Granularity, Grid, Role, SiteSpec
 from tqdit.system.reading import parse_json
-from tqdit.timegroups import TimeGroups
+from tqdit.timegroups import MAX_EDGES, MAX_TIMESTEPS, TimeGroups
 
 MAX_AXES = 4  # of a weight
 MAX_SIZE = 2**40  # of an axis: what is larger is in no file
@@ -33,9 +44,24 @@ class _Site(_Entry):
     units: Size
 
 
+class _UniformGroups(_Entry):
+    """Time groups as format 2 has them."""
+
+    num_timesteps: Annotated[StrictInt, Field(ge=1, le=MAX_TIMESTEPS)]
+    num_groups: Annotated[StrictInt, Field(ge=1, le=MAX_EDGES + 1)]
+
+    def read(self) -> TimeGroups:
+        return TimeGroups.uniform(0, self.num_timesteps, self.num_groups)
+
+
 class _TimeGroups(_Entry):
-    num_timesteps: StrictInt
-    num_groups: StrictInt
+    edges: Annotated[list[StrictFloat], Field(max_length=MAX_EDGES)]
+    low: StrictFloat
+    high: StrictFloat
+    closed: StrictBool
+
+    def read(self) -> TimeGroups:
+        return TimeGroups(tuple(self.edges), self.low, self.high, self.closed)
 
 
 class StoredTensor(_Entry):
@@ -50,12 +76,22 @@ class _Manifest(BaseModel):
     """Keys that a later version may have beside these mean nothing to this one."""
 
     settings: dict[StrictStr, Any] = Field(alias="model_config")  # pydantic has another use for that name
-    time_groups: _TimeGroups
     sites: list[_Site]
     shapes: dict[StrictStr, Annotated[list[Size], Field(min_length=1, max_length=MAX_AXES)]]
     tensors: dict[StrictStr, StoredTensor]
     aliases: dict[StrictStr, StrictStr]
     provenance: dict[StrictStr, Any]
+
+
+class _Manifest2(_Manifest):
+    time_groups: _UniformGroups
+
+
+class _Manifest3(_Manifest):
+    time_groups: _TimeGroups
+
+
+FORMATS: dict[int, type[_Manifest2] | type[_Manifest3]] = {2: _Manifest2, 3: _Manifest3}
 
 
 @dataclass(frozen=True)
@@ -68,21 +104,22 @@ class Manifest:
     shapes: Mapping[str, tuple[int, ...]]
     tensors: Mapping[str, StoredTensor]
     aliases: Mapping[str, str]
-    provenance: Mapping[str, Any]
+    provenance: Provenance
 
     @classmethod
-    def parse(cls, data: bytes) -> Self:
-        """Raises `InputError` that names the entry for anything that is not exactly of its type or range.
+    def parse(cls, data: bytes, version: int) -> Self:
+        """Read the manifest of an artifact of format `version`, a key of `FORMATS`.
 
+        Raises `InputError` that names the entry for anything that is not exactly of its type or range.
         Whether the sites are those of a model is another question: `models.fitting` answers it.
         """
         try:
-            value = _Manifest.model_validate(parse_json(data, infinite=False))
+            value = FORMATS[version].model_validate(parse_json(data, infinite=False))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"]))
             raise InputError(f"'{where}' is wrong: {first['msg']}, got {first['input']!r:.80}") from None
-        groups = TimeGroups(value.time_groups.num_timesteps, value.time_groups.num_groups)
+        groups = value.time_groups.read()
         return cls(
             value.settings,
             groups,
@@ -90,11 +127,11 @@ class Manifest:
             {name: tuple(shape) for name, shape in value.shapes.items()},
             value.tensors,
             _checked_aliases(value),
-            _printable(value.provenance),
+            Provenance.from_json(_printable(value.provenance)),
         )
 
     def to_json(self) -> bytes:
-        """The bytes that `parse` takes; the same for the same content."""
+        """The bytes that `parse` takes, of the newest format; the same for the same content."""
         value = {
             "model_config": dict(self.model_config),
             "time_groups": asdict(self.time_groups),
@@ -102,7 +139,7 @@ class Manifest:
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "tensors": {name: tensor.model_dump() for name, tensor in self.tensors.items()},
             "aliases": dict(self.aliases),
-            "provenance": dict(self.provenance),
+            "provenance": self.provenance.to_json(),
         }
         return json.dumps(value, separators=(",", ":")).encode()
 

@@ -4,7 +4,6 @@ import hashlib
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 from tqdit.spec import Solution
 from tqdit.system.files import EDITABLE, MODEL_CARD, write_text
@@ -48,14 +47,13 @@ def model_card(solution: Solution, shape: str, size_bytes: int, name: str = "", 
     `shape`: the model's, by name. `size_bytes`: of its weight files. `name`: what the model was made from, by default
     as the artifact says. `load`: one of the `LOAD_`s. The last line says whether people have edited the card since.
     """
-    name = name or str(solution.provenance.get("source", "DiT"))
+    name = name or solution.provenance.source or "DiT"
     text = _text(solution, shape, size_bytes, name, load)
     return text + MARK.format(_digest(text))
 
 
 def _text(solution: Solution, shape: str, size_bytes: int, name: str, load: str) -> str:
-    recipe = solution.provenance.get("recipe", {})
-    bits = f"w{recipe.get('weight_bits')}a{recipe.get('activation_bits')}"
+    bits = solution.provenance.bits
     header = ["---", "library_name: diffusers"]
     if "/" in name:
         header.append(f"base_model: {name}")
@@ -99,16 +97,16 @@ sealed by hashes and may not be edited; this file may.
 
 def _facts(solution: Solution, shape: str, size_bytes: int, name: str) -> list[tuple[str, str]]:
     provenance = solution.provenance
-    recipe: dict[str, Any] = provenance.get("recipe", {})
+    recipe = provenance.recipe
     fp32 = 4 * sum(tensor.numel() for tensor in (*solution.codes.values(), *solution.floats.values()))
     kept = ("samples", "sampler", "steps", "guidance", "rounds", "seed")
     groups = solution.time_groups
     return [
-        ("made from", f"{name}, weights sha256 `{provenance.get('source_sha256', '')}`"),
+        ("made from", f"{name}, weights sha256 `{provenance.source_sha256 or ''}`"),
         ("shape", shape),
-        ("preset", str(provenance.get("preset", ""))),
+        ("preset", provenance.preset or ""),
         ("size", f"{size_bytes / 1e6:.2f} MB: {2 * size_bytes / fp32:.3f} of bf16, {size_bytes / fp32:.3f} of fp32"),
-        ("time groups", f"{groups.num_groups} of {groups.num_timesteps} training timesteps"),
+        ("time groups", groups.summary),
         ("calibration", ", ".join(f"{key} {recipe[key]}" for key in kept if key in recipe)),
-        ("versions", ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items())),
+        ("versions", ", ".join(f"{name} {version}" for name, version in provenance.versions.items())),
     ]

@@ -3,7 +3,7 @@
     <weight>.codes                 uint8, packed
     <site>.scale, <site>.zero_point    float32, int32
     <parameter>                    float32, parameters that stay in float
-    tqdit.artifact.manifest                 uint8, JSON: sites, shapes, sha256 of every tensor, aliases, provenance
+    tqdit.manifest                 uint8, JSON: sites, shapes, sha256 of every tensor, aliases, provenance
 
 The manifest is a tensor because diffusers, the hub and sharding move tensors and config.json, nothing else; config.json
 holds its sha256. Tensors with equal bytes are stored once: diffusers gives every block its own copy of one timestep
@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from tqdit.artifact.manifest import Manifest, StoredTensor
+from tqdit.artifact.manifest import FORMATS, Manifest, StoredTensor
 from tqdit.errors import InputError
 from tqdit.grids import packing
 from tqdit.spec import GridParams, SiteSpec, Solution
 from tqdit.system.files import CONFIG, QUANT_METHOD
 
-FORMAT_VERSION = 2
-MANIFEST_TENSOR = "tqdit.artifact.manifest"
+FORMAT_VERSION = max(FORMATS)  # of all that is written
+MANIFEST_TENSOR = "tqdit.manifest"
 QUANTIZATION = "quantization_config"
 DEFAULTS = "_use_default_values"  # diffusers' list of keys that a config.json lacked
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # what is smaller has not all its digits
@@ -46,15 +46,15 @@ def pack(solution: Solution) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     )
     text = bytearray(manifest.to_json())
     stored[MANIFEST_TENSOR] = torch.frombuffer(text, dtype=torch.uint8)
-    recipe = solution.provenance.get("recipe", {})
+    provenance = solution.provenance
     config = {
         **{key: value for key, value in solution.model_config.items() if key != QUANTIZATION},
         QUANTIZATION: {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
-            "preset": solution.provenance.get("preset"),
-            "weight_bits": recipe.get("weight_bits"),
-            "activation_bits": recipe.get("activation_bits"),
+            "preset": provenance.preset,
+            "weight_bits": provenance.weight_bits,
+            "activation_bits": provenance.activation_bits,
             "manifest_sha256": hashlib.sha256(text).hexdigest(),
         },
     }
@@ -67,9 +67,15 @@ def check_config(config: Mapping[str, Any], where: object) -> Mapping[str, Any]:
     if not isinstance(quantization, Mapping) or quantization.get("quant_method") != QUANT_METHOD:
         raise InputError(f"{where} has no {QUANTIZATION} of method '{QUANT_METHOD}'")
     version = quantization.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise InputError(f"{where}: artifact format {version} is not supported; this tqdit reads {FORMAT_VERSION}")
+    if not readable(version):
+        known = " and ".join(map(str, FORMATS))
+        raise InputError(f"{where}: artifact format {version} is not supported; this tqdit reads {known}")
     return quantization
+
+
+def readable(version: object) -> bool:
+    """Whether artifacts and seals of a format version can be read."""
+    return type(version) is int and version in FORMATS
 
 
 def unpack(found: Mapping[str, torch.Tensor], config: Mapping[str, Any], where: object) -> Solution:
@@ -143,14 +149,15 @@ def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _manifest(found: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Manifest:
-    expected_hash = check_config(config, CONFIG).get("manifest_sha256")
+    quantization = check_config(config, CONFIG)
+    expected_hash = quantization.get("manifest_sha256")
     if MANIFEST_TENSOR not in found:
         raise InputError(f"lacks tensor '{MANIFEST_TENSOR}'")
     data = _bytes(found[MANIFEST_TENSOR])
     if (digest := hashlib.sha256(data).hexdigest()) != expected_hash:
         raise InputError(f"tensor '{MANIFEST_TENSOR}' has sha256 {digest}, {CONFIG} says {expected_hash}")
     try:
-        manifest = Manifest.parse(data)
+        manifest = Manifest.parse(data, quantization["format_version"])
     except InputError as error:
         raise InputError(f"{MANIFEST_TENSOR} is malformed: {error}") from None
     public, expected = decisive(config), manifest.model_config

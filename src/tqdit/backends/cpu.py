@@ -7,6 +7,7 @@ side of a rounding boundary.
 """
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -16,9 +17,10 @@ from tqdit.backends.onednn import SIGN, PackedLinear, PackedWeight
 from tqdit.backends.panels import PanelLinear
 from tqdit.grids.regions import sign
 from tqdit.ops import reference
-from tqdit.ops.composed import Composed
+from tqdit.ops.composed import FUNCTIONS, Composed
 from tqdit.ops.holders import LinearCodes
-from tqdit.ops.schema import AttentionParams, OperandParams, WeightParams
+from tqdit.ops.schema import Activation, AttentionParams, Norm, OperandParams, Residual, WeightParams
+from tqdit.ops.tables import parameters
 from tqdit.system.isolation import without_autocast
 
 Layer = PackedLinear | PanelLinear
@@ -42,12 +44,13 @@ class TorchCpu(Composed):
     def prepare(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:
         return PackedLinear(weight, bias)
 
-    def linear(self, codes: torch.Tensor, source: OperandParams, layer: PackedLinear) -> torch.Tensor:
+    def product(self, codes: torch.Tensor, source: OperandParams, layer: PackedLinear) -> torch.Tensor:
+        p = parameters(source, codes.ndim)
         sums = _sums(_planes(codes, source), source, layer.weight)
         if len(sums) == 1:
-            return sums[0].mul_(source.scale * layer.scale).add_(layer.bias)
-        fine = sums[0].mul_(-sign(source.grid) * source.scale)
-        return sums[1].mul_(source.coarse).add_(fine).mul_(layer.scale).add_(layer.bias)
+            return sums[0].mul_(p.scale * layer.scale).add_(layer.bias)
+        fine = sums[0].mul_(-sign(source.grid) * p.scale)
+        return sums[1].mul_(p.coarse).add_(fine).mul_(layer.scale).add_(layer.bias)
 
     def float_input_linear(self, x: torch.Tensor, layer: LinearCodes) -> torch.Tensor:
         rows = layer.codes.split(WEIGHT_ROWS)
@@ -75,43 +78,51 @@ class NativeCpu(TorchCpu):
         bias = torch.zeros_like(scale) if bias is None else bias.float().contiguous()
         return LinearCodes(weight._replace(codes=weight.codes.contiguous(), scale=scale), bias)
 
-    def norm_quantize(
-        self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, target: OperandParams
-    ) -> torch.Tensor:
+    def quantize(self, x: torch.Tensor, target: OperandParams, norm: Norm | None = None) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            return operators.norm_quantize(x, shift, scale, float(eps), *operators.flatten(target))
-        return fused.norm_quantize(x, shift, scale, eps, target)
+            shift, scale, eps = (None, None, 0.0) if norm is None else norm
+            return operators.quantize(x, shift, scale, float(eps), *operators.flatten(target))
+        return fused.quantize(x, target, norm)
 
-    def qkv(self, codes: torch.Tensor, source: OperandParams, layer: Layer, params: AttentionParams) -> torch.Tensor:
-        if torch.compiler.is_compiling():
-            operands = operators.flatten(source, *params.projections)
-            return operators.linear_heads(codes, *operators.flat_weight(layer.weight), params.heads, *operands)
-        return fused.qkv(codes, source, layer.weight, params)
-
-    def attention(
-        self, qkv: torch.Tensor, params: AttentionParams, target: OperandParams, trace: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """`trace`: int8 (B, H, N, N), filled with the codes of the probabilities; for tests."""
-        if torch.compiler.is_compiling():
-            operands = operators.flatten(*params.projections, params.softmax, target)
-            return operators.attention(qkv, params.heads, *operands)
-        return fused.attention(qkv, params, target, trace)
-
-    def linear_gelu(
-        self, codes: torch.Tensor, source: OperandParams, layer: Layer, target: OperandParams
-    ) -> torch.Tensor:
-        if torch.compiler.is_compiling():
-            operands = operators.flatten(source, target)
-            return operators.linear_gelu(codes, *operators.flat_weight(layer.weight), *operands)
-        return fused.linear_gelu(codes, source, layer.weight, target)
-
-    def linear_residual(
-        self, codes: torch.Tensor, source: OperandParams, layer: Layer, gate: torch.Tensor, x: torch.Tensor
+    def project(
+        self, codes: torch.Tensor, source: OperandParams, layer: Layer, targets: Sequence[OperandParams], heads: int
     ) -> torch.Tensor:
         if torch.compiler.is_compiling():
             weight = operators.flat_weight(layer.weight)
-            return operators.linear_residual(codes, *weight, *operators.flatten(source), gate, x)
-        return fused.linear_residual(codes, source, layer.weight, gate, x)
+            return operators.project(codes, *weight, heads, *operators.flatten(source, *targets))
+        return fused.project(codes, source, layer.weight, targets, heads)
+
+    def attend(
+        self,
+        projected: torch.Tensor,
+        attention: AttentionParams,
+        target: OperandParams,
+        context: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            operands = operators.flatten(*attention.projections, attention.softmax, target)
+            return operators.attend(projected, context, bias, attention.heads, *operands)
+        return fused.attend(projected, attention, target, context, bias)
+
+    def linear(
+        self, codes: torch.Tensor, source: OperandParams, layer: Layer, then: Activation | Residual | None = None
+    ) -> torch.Tensor:
+        if not isinstance(then, Activation):
+            return self._float(codes, source, layer, then)
+        if then.function != "gelu_tanh":
+            return self.quantize(FUNCTIONS[then.function](self._float(codes, source, layer, None)), then.target)
+        if torch.compiler.is_compiling():
+            weight, operands = operators.flat_weight(layer.weight), operators.flatten(source, then.target)
+            return operators.linear_gelu(codes, *weight, *operands)
+        return fused.linear_gelu(codes, source, layer.weight, then.target)
+
+    def _float(self, codes: torch.Tensor, source: OperandParams, layer: Layer, then: Residual | None) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            weight, operands = operators.flat_weight(layer.weight), operators.flatten(source)
+            gate, x = (None, None) if then is None else (then.gate, then.x)
+            return operators.linear(codes, *weight, *operands, gate, x)
+        return fused.linear(codes, source, layer.weight, then)
 
     def float_input_linear(self, x: torch.Tensor, layer: LinearCodes) -> torch.Tensor:
         assert layer.bias is not None
@@ -139,10 +150,10 @@ def _planes(codes: torch.Tensor, source: OperandParams) -> list[torch.Tensor]:
     if not source.grid.two_region:
         return [codes.contiguous().view(torch.uint8) ^ SIGN]
     negative, positive = (part.to(torch.int32) for part in reference.split_regions(codes))
-    if source.shift is None:
+    if source.two_products:
         return [(-negative).to(torch.uint8), positive.to(torch.uint8)]
-    half = 1 << (source.bits - 1)
-    return [((positive << source.shift) + sign(source.grid) * negative + half).to(torch.uint8)]
+    half, factor = 1 << (source.bits - 1), parameters(source, codes.ndim).factor
+    return [(positive * factor + sign(source.grid) * negative + half).to(torch.uint8)]
 
 
 def _sums(planes: list[torch.Tensor], source: OperandParams, weight: PackedWeight) -> list[torch.Tensor]:

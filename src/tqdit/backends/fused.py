@@ -1,8 +1,11 @@
-"""The compiled operations of a block on plain tensors: shapes checked, results allocated, kernels called.
+"""The compiled verbs of the CPU backend on plain tensors: shapes checked, results allocated, kernels called.
 
-Codes are uint8, signed code + 128; those of two regions are two planes. Nothing here can be traced by torch: see
-`operators`.
+Codes are uint8, signed code + 128; those of two regions are two planes, unless the regions merge. torch cannot trace
+anything here: see `operators`.
 """
+
+from collections.abc import Sequence
+from ctypes import POINTER, pointer
 
 import torch
 from torch import Tensor
@@ -10,78 +13,100 @@ from torch import Tensor
 from tqdit.backends import native
 from tqdit.backends.onednn import PackedWeight, product, zero_points
 from tqdit.backends.panels import PanelWeight
-from tqdit.backends.signatures import AttentionCall, LinearCall, address, need, operand, size
-from tqdit.ops.schema import AttentionParams, OperandParams
+from tqdit.backends.signatures import AttentionCall, LinearCall, Operand, QuantizeCall, address, need, operand, size
+from tqdit.ops.schema import AttentionParams, Norm, OperandParams, Residual
+from tqdit.spec import Grid
 
 Weight = PanelWeight | PackedWeight
+PARTS = (1, 2, 3)  # that a projection may have
 
 
-def norm_quantize(x: Tensor, shift: Tensor, scale: Tensor, eps: float, target: OperandParams) -> Tensor:
-    """As `Backend.norm_quantize`."""
+def quantize(x: Tensor, target: OperandParams, norm: Norm | None = None) -> Tensor:
+    """As `Backend.quantize`: (B, N, C), or two planes of that."""
+    need(x.ndim == 3, f"hidden states {tuple(x.shape)}")
     x = x.float().contiguous()
     batch, tokens, width = x.shape
-    out = torch.empty(x.shape, dtype=torch.uint8)
-    shift, scale = (_rows(rows, batch, width) for rows in (shift, scale))
-    if shift.stride(0) != scale.stride(0):
-        shift, scale = shift.contiguous(), scale.contiguous()
-    native.call(
-        "norm_quantize", address(x, torch.float32), address(shift, torch.float32, adjacent=False),
-        address(scale, torch.float32, adjacent=False), size(shift.stride(0)), float(eps), operand(target, batch),
-        batch, tokens, width, address(out, torch.uint8), torch.get_num_threads(),
+    out, first, second = _planes(tuple(x.shape), target)
+    to = operand(target, batch)
+    call = QuantizeCall(
+        x=address(x, torch.float32), first=first, second=second, batch=batch, tokens=tokens, width=width,
+        threads=torch.get_num_threads(), target=to,
     )  # fmt: skip
+    if norm is not None:
+        shift, scale = (_rows(rows, batch, width, "modulation") for rows in (norm.shift, norm.scale))
+        if shift.stride(0) != scale.stride(0):
+            shift, scale = shift.contiguous(), scale.contiguous()
+        call.shift, call.scale = (address(rows, torch.float32, adjacent=False) for rows in (shift, scale))
+        call.stride, call.eps = size(shift.stride(0)), float(norm.eps)
+    native.call("quantize", call)
     return out
 
 
-def qkv(codes: Tensor, source: OperandParams, weight: Weight, params: AttentionParams) -> Tensor:
-    """As `Backend.qkv`: (B, N, 3 C)."""
+def project(
+    codes: Tensor, source: OperandParams, weight: Weight, targets: Sequence[OperandParams], heads: int
+) -> Tensor:
+    """As `Backend.project`: (B, N, parts C)."""
     call = _Linear(codes, source, weight)
     batch, _, columns = call.shape
-    need(params.heads > 0 and columns % (3 * params.heads) == 0, f"{columns} columns for {params.heads} heads")
+    parts = len(targets)
+    need(parts in PARTS, f"{parts} parts of a projection")
+    need(size(heads) > 0 and columns % (parts * heads) == 0, f"{columns} columns for {parts} x {heads} heads")
+    need(all(target.grid is Grid.UNIFORM for target in targets), "heads on a grid of two regions")
     out = torch.empty(call.shape, dtype=torch.uint8)
-    targets = (operand(target, batch, params.heads) for target in params.projections)
-    native.call("linear_heads", call.struct, *targets, size(params.heads), address(out, torch.uint8))
+    operands = [operand(target, batch, heads) for target in targets]
+    pointers = (POINTER(Operand) * parts)(*map(pointer, operands))
+    native.call("project", call.struct, pointers, parts, heads, address(out, torch.uint8))
     return out
 
 
-def attention(qkv: Tensor, params: AttentionParams, target: OperandParams, trace: Tensor | None = None) -> Tensor:
-    """As `Backend.attention`. `trace`: int8 (B, H, N, N), filled with the codes of the probabilities; for tests."""
-    batch, tokens, columns = qkv.shape
-    heads = params.heads
-    need(heads > 0 and columns % (3 * heads) == 0, f"{columns} columns for {heads} heads")
-    out = torch.empty(batch, tokens, columns // 3, dtype=torch.uint8)
-    dim = columns // (3 * heads)
-    traced = None if trace is None else address(trace, torch.int8, batch * heads * tokens**2)
-    call = AttentionCall(
-        address(qkv, torch.uint8), address(out, torch.uint8), traced, batch, tokens, size(heads), dim,
-        torch.get_num_threads(), *(operand(o, batch, heads) for o in params.projections),
-        operand(params.softmax, batch), operand(target, batch), dim**-0.5,
-    )  # fmt: skip
+def attend(
+    projected: Tensor,
+    attention: AttentionParams,
+    target: OperandParams,
+    context: Tensor | None = None,
+    bias: Tensor | None = None,
+    trace: Tensor | None = None,
+) -> Tensor:
+    """As `Backend.attend`. `trace`: int8 (B, H, N, M), filled with the codes of the probabilities; for tests."""
+    heads, call = attention.heads, AttentionCall()
+    batch, tokens, width = _attention_buffers(call, projected, context, heads)
+    operands = [operand(params, batch, heads) for params in (*attention.projections, attention.softmax)]
+    operands.append(operand(target, batch))
+    call.queries, call.keys, call.values, call.probability, call.target = operands
+    _check_attention_grids(attention, target)
+    if bias is not None:
+        bias = _rows(bias, batch, call.context, "a bias")
+        call.bias, call.bias_stride = address(bias, torch.float32, adjacent=False), size(bias.stride(0))
+    if trace is not None:
+        call.trace = address(trace, torch.int8, batch * heads * tokens * call.context)
+    out = torch.empty(batch, tokens, width, dtype=torch.uint8)
+    call.out, call.factor, call.threads = address(out, torch.uint8), call.dim**-0.5, torch.get_num_threads()
     native.call("attention", call)
     return out
 
 
 def linear_gelu(codes: Tensor, source: OperandParams, weight: Weight, target: OperandParams) -> Tensor:
-    """As `Backend.linear_gelu`: (B, N, out), or two planes of that."""
+    """As `Backend.linear` with `Activation(target)`: (B, N, out), or two planes of that."""
     call = _Linear(codes, source, weight)
-    two = target.grid.two_region and target.shift is None
-    out = torch.empty(2 if two else 1, *call.shape, dtype=torch.uint8)
-    second = address(out[1], torch.uint8) if two else None
-    native.call("linear_gelu", call.struct, operand(target, call.shape[0]), address(out[0], torch.uint8), second)
-    return out if two else out[0]
+    out, first, second = _planes(call.shape, target)
+    native.call("linear_gelu", call.struct, operand(target, call.shape[0]), first, second)
+    return out
 
 
-def linear_residual(codes: Tensor, source: OperandParams, weight: Weight, gate: Tensor, x: Tensor) -> Tensor:
-    """As `Backend.linear_residual`."""
-    stream = x.float().contiguous()
-    out = torch.empty_like(stream)
+def linear(codes: Tensor, source: OperandParams, weight: Weight, then: Residual | None = None) -> Tensor:
+    """As `Backend.linear` with a residual or nothing."""
     call = _Linear(codes, source, weight)
+    if then is None:
+        out = torch.empty(call.shape)
+        native.call("linear", call.struct, None, 0, None, address(out, torch.float32))
+        return out
+    stream = then.x.float().contiguous()
     need(call.shape == stream.shape, f"an update {call.shape} of hidden states {tuple(stream.shape)}")
-    gate = _rows(gate, call.shape[0], call.shape[2])
-    native.call(
-        "linear_residual", call.struct, address(gate, torch.float32, adjacent=False), size(gate.stride(0)),
-        address(stream, torch.float32), address(out, torch.float32),
-    )  # fmt: skip
-    return out.to(x.dtype)
+    gate = None if then.gate is None else _rows(then.gate, call.shape[0], call.shape[2], "a gate")
+    gates = (None, 0) if gate is None else (address(gate, torch.float32, adjacent=False), size(gate.stride(0)))
+    out = torch.empty_like(stream)
+    native.call("linear", call.struct, *gates, address(stream, torch.float32), address(out, torch.float32))
+    return out.to(then.x.dtype)
 
 
 def float_input_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -106,13 +131,15 @@ class _Linear:
         batch, tokens, depth = planes[0].shape
         columns, expected = weight.shape
         need(depth == expected, f"codes of depth {depth} for a layer of depth {expected}")
-        two = source.grid.two_region and source.shift is None
+        two = source.two_products
+        need(source.grid is not Grid.MRQ_SOFTMAX, "a linear layer on probabilities")
         need(len(planes) == 1 + two, f"{len(planes)} planes of codes for a grid of {source.grid.value}")
         self.shape = batch, tokens, columns
+        self.source = operand(source, batch)
         self.struct = LinearCall(
             weight=address(weight.scale, torch.float32, columns), bias=address(weight.bias, torch.float32, columns),
             batch=batch, tokens=tokens, depth=depth, columns=columns, threads=torch.get_num_threads(),
-            source=operand(source, batch),
+            source=self.source,
         )  # fmt: skip
         self.alive = [plane.contiguous() for plane in planes]
         if isinstance(weight, PanelWeight):
@@ -127,7 +154,45 @@ class _Linear:
             self.struct.first_sums, self.struct.second_sums = (*found, None)[:2]
 
 
-def _rows(rows: Tensor, batch: int, width: int) -> Tensor:
+def _attention_buffers(
+    call: AttentionCall, projected: Tensor, context: Tensor | None, heads: int
+) -> tuple[int, int, int]:
+    """Point a call at its query, key and value; return samples, query tokens, and width of the result."""
+    need(projected.ndim == 3, f"projected codes {tuple(projected.shape)}")
+    batch, tokens, columns = projected.shape
+    parts = 3 if context is None else 1
+    need(size(heads) > 0 and columns % (parts * heads) == 0, f"{columns} columns for {parts} x {heads} heads")
+    width = columns // parts
+    if context is None:
+        call.query = address(projected, torch.uint8)
+        call.key, call.value = call.query + width, call.query + 2 * width
+        call.context, call.context_stride = tokens, columns
+    else:
+        fits = context.ndim == 3 and context.shape[::2] == (batch, 2 * width)
+        need(fits, f"a context {tuple(context.shape)} for {batch} samples of width {width}")
+        call.query, call.key = address(projected, torch.uint8), address(context, torch.uint8)
+        call.value = call.key + width
+        call.context, call.context_stride = context.shape[1], 2 * width
+    call.query_stride, call.batch, call.tokens, call.heads, call.dim = columns, batch, tokens, heads, width // heads
+    return batch, tokens, width
+
+
+def _check_attention_grids(attention: AttentionParams, target: OperandParams) -> None:
+    uniform = all(params.grid is Grid.UNIFORM for params in (*attention.projections, target))
+    need(uniform, "query, key, value or a result of attention on a grid of two regions")
+    need(attention.softmax.grid is not Grid.MRQ_GELU, "probabilities on a grid of GELU")
+
+
+def _planes(shape: tuple[int, ...], target: OperandParams) -> tuple[Tensor, int, int | None]:
+    """New codes of a shape, two planes of it where the target has two products, and where the planes lie."""
+    need(target.grid is not Grid.MRQ_SOFTMAX, "codes of probabilities outside of attention")
+    out = torch.empty(*((2,) if target.two_products else ()), *shape, dtype=torch.uint8)
+    if not target.two_products:
+        return out, address(out, torch.uint8), None
+    return out, address(out[0], torch.uint8), address(out[1], torch.uint8)
+
+
+def _rows(rows: Tensor, batch: int, width: int, name: str) -> Tensor:
     """One row per sample, its elements adjacent; the rows need not be."""
-    need(rows.shape == (batch, width), f"modulation {tuple(rows.shape)} for {batch} samples of width {width}")
+    need(rows.shape == (batch, width), f"{name} {tuple(rows.shape)} for {batch} samples of width {width}")
     return rows if rows.stride(-1) == 1 else rows.contiguous()

@@ -14,6 +14,7 @@ import torch
 from tqdit.ops.holders import FixedDtype, per_output
 from tqdit.ops.reference import column_sums, int_matmul
 from tqdit.ops.schema import OperandParams, WeightParams
+from tqdit.ops.tables import ZERO
 
 SIGN = 128  # unsigned code = signed code + 128
 
@@ -99,8 +100,8 @@ class PackedLinear(FixedDtype):
 def zero_points(source: OperandParams) -> torch.Tensor:
     """int32 (1,) or (B,): what to take from the unsigned codes of an operand, or of each of its planes."""
     if not source.grid.two_region:
-        return source.zero_point.flatten() + SIGN
-    half = 0 if source.shift is None else 1 << (source.bits - 1)
+        return source.selected()[:, 0, ZERO].to(torch.int32) + SIGN
+    half = 1 << (source.bits - 1) if source.merged else 0
     return torch.full((1,), half, dtype=torch.int32)
 
 

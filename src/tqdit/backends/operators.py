@@ -1,6 +1,6 @@
 """The CPU backend's operations as `torch.library` operators, so that torch.compile and torch.export take a whole model.
 
-Plain calls do not go through these: torch's dispatcher would cost them time. Operands travel flat: the tensors of each,
+Plain calls do not go through these: torch's dispatcher would cost them time. Operands travel flat: the table of each,
 and three integers (grid, bits, whether its regions merge); a weight as its tensors and three (kind, out, in).
 An exported program that was saved needs these operators again: `import tqdit.backends.cpu` before it is loaded.
 """
@@ -12,7 +12,7 @@ from torch.library import custom_op
 from tqdit.backends import fused, onednn
 from tqdit.backends.onednn import PackedWeight
 from tqdit.backends.panels import PanelWeight
-from tqdit.ops.schema import AttentionParams, OperandParams
+from tqdit.ops.schema import AttentionParams, Norm, OperandParams, Residual
 from tqdit.spec import Grid
 
 GRIDS = tuple(Grid)
@@ -22,21 +22,20 @@ Flat = tuple[list[Tensor], list[int]]
 
 
 def flatten(*operands: OperandParams) -> Flat:
-    """The tensors of some operands, and what else they are."""
-    tensors, kinds = [], []
-    for o in operands:
-        tensors += [o.scale, o.coarse, o.zero_point] + ([] if o.shift is None else [o.shift])
-        kinds += [GRIDS.index(o.grid), o.bits, int(o.shift is not None)]
-    return tensors, kinds
+    """The tables of some operands, rows of the batch selected, and what else the operands are."""
+    kinds = [number for o in operands for number in (GRIDS.index(o.grid), o.bits, int(o.merged))]
+    return [o.selected() for o in operands], kinds
 
 
-def _operands(tensors: list[Tensor], kinds: list[int]) -> list[OperandParams]:
-    rest = iter(tensors)
-    found = []
-    for grid, bits, merged in zip(kinds[::3], kinds[1::3], kinds[2::3], strict=True):
-        scale, coarse, zero = next(rest), next(rest), next(rest)
-        found.append(OperandParams(GRIDS[grid], bits, scale, zero, coarse, next(rest) if merged else None))
-    return found
+def _operands(tables: list[Tensor], kinds: list[int]) -> list[OperandParams]:
+    each = zip(tables, kinds[::3], kinds[1::3], kinds[2::3], strict=True)
+    return [OperandParams(GRIDS[grid], bits, table, bool(merged)) for table, grid, bits, merged in each]
+
+
+def _two_planes(kind: list[int]) -> bool:
+    """Whether codes of an operand, given by three integers, are two planes."""
+    grid, _, merged = kind
+    return GRIDS[grid].two_region and not merged
 
 
 def flat_weight(weight: fused.Weight) -> Flat:
@@ -61,42 +60,44 @@ def _weight(tensors: list[Tensor], kind: list[int]) -> fused.Weight:
     return PackedWeight(None, product[0], product[1], scale, bias, shape)
 
 
-@custom_op("tqdit_cpu::norm_quantize", mutates_args=())
-def norm_quantize(
-    x: Tensor, shift: Tensor, scale: Tensor, eps: float, operands: list[Tensor], kinds: list[int]
+@custom_op("tqdit_cpu::quantize", mutates_args=())
+def quantize(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float, operands: list[Tensor], kinds: list[int]
 ) -> Tensor:
     (target,) = _operands(operands, kinds)
-    return fused.norm_quantize(x, shift, scale, eps, target)
+    return fused.quantize(x, target, None if shift is None or scale is None else Norm(shift, scale, eps))
 
 
-@norm_quantize.register_fake
+@quantize.register_fake
 def _(x, shift, scale, eps, operands, kinds):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape, dtype=torch.uint8)
+    return x.new_empty(*((2,) if _two_planes(kinds) else ()), *x.shape, dtype=torch.uint8)
 
 
-@custom_op("tqdit_cpu::linear_heads", mutates_args=())
-def linear_heads(
+@custom_op("tqdit_cpu::project", mutates_args=())
+def project(
     codes: Tensor, weight: list[Tensor], kind: list[int], heads: int, operands: list[Tensor], kinds: list[int]
 ) -> Tensor:
     source, *targets = _operands(operands, kinds)
-    query, key, value = targets
-    return fused.qkv(codes, source, _weight(weight, kind), AttentionParams(query, key, value, value, heads))
+    return fused.project(codes, source, _weight(weight, kind), targets, heads)
 
 
-@linear_heads.register_fake
+@project.register_fake
 def _(codes, weight, kind, heads, operands, kinds):  # type: ignore[no-untyped-def]
     return codes.new_empty(*codes.shape[-3:-1], kind[1])
 
 
-@custom_op("tqdit_cpu::attention", mutates_args=())
-def attention(qkv: Tensor, heads: int, operands: list[Tensor], kinds: list[int]) -> Tensor:
+@custom_op("tqdit_cpu::attend", mutates_args=())
+def attend(
+    projected: Tensor, context: Tensor | None, bias: Tensor | None, heads: int, operands: list[Tensor],
+    kinds: list[int],
+) -> Tensor:  # fmt: skip
     query, key, value, softmax, target = _operands(operands, kinds)
-    return fused.attention(qkv, AttentionParams(query, key, value, softmax, heads), target)
+    return fused.attend(projected, AttentionParams(query, key, value, softmax, heads), target, context, bias)
 
 
-@attention.register_fake
-def _(qkv, heads, operands, kinds):  # type: ignore[no-untyped-def]
-    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+@attend.register_fake
+def _(projected, context, bias, heads, operands, kinds):  # type: ignore[no-untyped-def]
+    return projected.new_empty(*projected.shape[:2], projected.shape[2] // (3 if context is None else 1))
 
 
 @custom_op("tqdit_cpu::linear_gelu", mutates_args=())
@@ -109,22 +110,22 @@ def linear_gelu(
 
 @linear_gelu.register_fake
 def _(codes, weight, kind, operands, kinds):  # type: ignore[no-untyped-def]
-    grid, _, merged = kinds[3:]
-    planes = (2,) if GRIDS[grid].two_region and not merged else ()
-    return codes.new_empty(*planes, *codes.shape[-3:-1], kind[1])
+    return codes.new_empty(*((2,) if _two_planes(kinds[3:]) else ()), *codes.shape[-3:-1], kind[1])
 
 
-@custom_op("tqdit_cpu::linear_residual", mutates_args=())
-def linear_residual(
+@custom_op("tqdit_cpu::linear", mutates_args=())
+def linear(
     codes: Tensor, weight: list[Tensor], kind: list[int], operands: list[Tensor], kinds: list[int],
-    gate: Tensor, x: Tensor,
+    gate: Tensor | None, x: Tensor | None,
 ) -> Tensor:  # fmt: skip
     (source,) = _operands(operands, kinds)
-    return fused.linear_residual(codes, source, _weight(weight, kind), gate, x)
+    return fused.linear(codes, source, _weight(weight, kind), None if x is None else Residual(x, gate))
 
 
-@linear_residual.register_fake
+@linear.register_fake
 def _(codes, weight, kind, operands, kinds, gate, x):  # type: ignore[no-untyped-def]
+    if x is None:
+        return codes.new_empty(*codes.shape[-3:-1], kind[1], dtype=torch.float32)
     return x.new_empty(x.shape)
 
 

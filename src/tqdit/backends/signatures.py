@@ -12,17 +12,30 @@ import torch
 
 from tqdit.errors import InputError
 from tqdit.ops.schema import OperandParams
-from tqdit.spec import Grid
+from tqdit.ops.tables import COLUMNS
+from tqdit.spec import MAX_BITS, MIN_BITS, Grid
 
 MAX_SIZE = 2**48  # items, bytes, rows: more than any memory has, so that no product of C overflows by mistake
 
 
 class Operand(ctypes.Structure):
-    """`Operand` of operands.h."""
+    """`Operand` of operands.h. `alive`: the tensor it points into. A copy of the structure does not keep that alive."""
+
+    alive: torch.Tensor
+    _fields_ = (
+        ("table", c_void_p),
+        *((name, c_int64) for name in ("sample_stride", "unit_stride", "grid", "bits")),
+    )
+
+
+class QuantizeCall(ctypes.Structure):
+    """`QuantizeCall` of elementwise.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("scale", "coarse", "zero", "shift")),
-        *((name, c_int64) for name in ("stride", "grid", "bits")),
+        *((name, c_void_p) for name in ("x", "shift", "scale", "first", "second")),
+        *((name, c_int64) for name in ("stride", "batch", "tokens", "width", "threads")),
+        ("target", Operand),
+        ("eps", c_float),
     )
 
 
@@ -30,9 +43,10 @@ class AttentionCall(ctypes.Structure):
     """`AttentionCall` of attention.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("qkv", "out", "trace")),
-        *((name, c_int64) for name in ("batch", "tokens", "heads", "dim", "threads")),
-        *((name, Operand) for name in ("query", "key", "value", "probability", "target")),
+        *((name, c_void_p) for name in ("query", "key", "value", "out", "trace", "bias")),
+        *((name, c_int64) for name in ("query_stride", "context_stride", "bias_stride")),
+        *((name, c_int64) for name in ("batch", "tokens", "context", "heads", "dim", "threads")),
+        *((name, Operand) for name in ("queries", "keys", "values", "probability", "target")),
         ("factor", c_float),
     )
 
@@ -50,23 +64,21 @@ class LinearCall(ctypes.Structure):
     )
 
 
-_operand, _linear, _attention = POINTER(Operand), POINTER(LinearCall), POINTER(AttentionCall)
+_operand, _linear = POINTER(Operand), POINTER(LinearCall)
 
 # Name without "tqdit_" -> argument types; all return nothing but the questions, which return a number.
 FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "has_openmp": (),
     "has_vnni": (),
     "pack_weight": (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64),
-    "norm_quantize": (
-        c_void_p, c_void_p, c_void_p, c_int64, c_float, _operand, c_int64, c_int64, c_int64, c_void_p, c_int64,
-    ),
+    "quantize": (POINTER(QuantizeCall),),
     "weight_only": (
         c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64,
     ),
-    "linear_heads": (_linear, _operand, _operand, _operand, c_int64, c_void_p),
+    "project": (_linear, POINTER(_operand), c_int64, c_int64, c_void_p),
     "linear_gelu": (_linear, _operand, c_void_p, c_void_p),
-    "linear_residual": (_linear, c_void_p, c_int64, c_void_p, c_void_p),
-    "attention": (_attention,),
+    "linear": (_linear, c_void_p, c_int64, c_void_p, c_void_p),
+    "attention": (POINTER(AttentionCall),),
 }  # fmt: skip
 
 
@@ -116,16 +128,19 @@ def size(value: int) -> int:
 
 
 def operand(params: OperandParams, batch: int, units: int = 1) -> Operand:
-    """Pointers into the parameters, which must outlive the call and be those of one sample or of `batch`.
+    """Return a pointer into the table of an operand. The result must outlive the call of C.
 
-    `units`: how many entries a sample has.
+    `batch`: samples of the call; the table has a row for each, or one for all. `units`: entries of a row, or one for
+    all.
     """
-    scale, shift = params.scale, params.shift
-    count = scale.numel()
-    need(count in (units, batch * units), f"parameters of {count} entries for {batch} samples of {units}")
-    grid = 0 if params.grid is Grid.UNIFORM else 1 if shift is None else 2
-    return Operand(
-        address(scale, torch.float32), address(params.coarse, torch.float32, count),
-        address(params.zero_point, torch.int32, count), None if shift is None else address(shift, torch.int32, count),
-        0 if count == units else units, grid, params.bits,
-    )  # fmt: skip
+    table = params.selected()
+    need(table.ndim == 3 and table.shape[2] == COLUMNS, f"a table of parameters {tuple(table.shape)}")
+    rows, entries, _ = table.shape
+    fits = rows in (1, batch) and entries in (1, units)
+    need(fits, f"parameters of {rows} samples of {entries} for {batch} samples of {units}")
+    need(MIN_BITS <= params.bits <= MAX_BITS, f"codes of {params.bits} bits")
+    grid = 0 if params.grid is Grid.UNIFORM else 2 if params.merged else 1
+    strides = 0 if rows == 1 else entries * COLUMNS, 0 if entries == 1 else COLUMNS
+    found = Operand(address(table, torch.float32), *strides, grid, params.bits)
+    found.alive = table
+    return found

@@ -10,15 +10,25 @@ QUERIES_PER_SAMPLE = 32
 
 
 class Picker:
-    """Seeded choice of tokens of every (sample, guidance half), made once, so that batching changes nothing."""
+    """Seeded choice of tokens of every (sample, guidance half), made once, so that batching changes nothing.
 
-    def __init__(self, recipe: Recipe, samples: int, halves: int, tokens: int) -> None:
+    `rows` and `queries` (samples, halves, .) are indices of the model's own tokens, `context_rows` of those of its
+    context. `attention` (samples, halves) says which samples keep their attention.
+    """
+
+    def __init__(self, recipe: Recipe, samples: int, halves: int, tokens: int, context: int = 0) -> None:
+        """`tokens`: N of the model. `context`: M of what it attends to besides itself, 0 for nothing."""
         generator = torch.Generator().manual_seed(recipe.seed + 2)
-        self.halves = halves
-        rows = min(tokens, math.ceil(recipe.rows / (samples * halves)))
-        self.rows = torch.rand(samples, halves, tokens, generator=generator).argsort(-1)[..., :rows]
-        queries = min(tokens, QUERIES_PER_SAMPLE)
-        self.queries = torch.rand(samples, halves, tokens, generator=generator).argsort(-1)[..., :queries]
+        self.halves, self.tokens, self.context = halves, tokens, context
+        wanted = math.ceil(recipe.rows / (samples * halves))
+
+        def choose(among: int, count: int) -> torch.Tensor:
+            return torch.rand(samples, halves, among, generator=generator).argsort(-1)[..., : min(among, count)]
+
+        self.rows = choose(tokens, wanted)
+        self.queries = choose(tokens, QUERIES_PER_SAMPLE)
+        self.context_rows = choose(context, wanted)
+        queries = self.queries.shape[-1]
         # Attention keeps whole K and V, so only every `stride`-th sample is kept; samples are ordered by group, halves
         # alternate. An odd stride of at most the samples of a group meets both halves of every group.
         wanted = math.ceil(recipe.queries / queries)

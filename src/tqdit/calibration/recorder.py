@@ -1,19 +1,21 @@
 """One pass of the float model over the calibration set: ranges, sampled activations and Fisher weights per matmul."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from tqdit.architectures.sites import BlockLayout, LinearGroup, blocks, config_of
+from tqdit.architectures.attention import Computed
+from tqdit.architectures.interface import Attention, Graph, Linear, Operand
+from tqdit.architectures.registry import architecture, config_of, graph
 from tqdit.calibration.batches import Batches
 from tqdit.calibration.fisher import Pick, Probes
 from tqdit.calibration.picker import Picker
-from tqdit.calibration.records import ATTENTION_ROLES, MAXIMA, Records, join, recorded
-from tqdit.calibration.statistics import RangeStats, extremes
+from tqdit.calibration.records import MAXIMA, Records, join, recorded
+from tqdit.calibration.statistics import RangeStats, extremes, kept_keys
 from tqdit.calibration.store import Forgetful, Store, Tensors
 from tqdit.calibration.taps import Taps
 from tqdit.calibration.trajectories import CalibrationSet
@@ -46,11 +48,11 @@ def record(
     blocks.
     """
     config = config_of(model)
-    layout = blocks(config)
+    kind, structure = architecture(config), graph(config)
     halves = 1 if recipe.guidance == 1.0 else 2
-    picker = Picker(recipe, len(data), halves, _tokens(config))
+    picker = Picker(recipe, len(data), halves, kind.tokens(config), kind.context_tokens(_condition(data)))
     device = next(model.parameters()).device
-    size = batch or batch_size(config, picker, device)
+    size = batch or batch_size(structure, picker, device)
     batches, taps, keep, world = Batches(size), Taps(), store or Forgetful(), distributed.current()
     division = distributed.batches(len(data), size)
     names = [f"records-{members.start:06d}-{members.stop:06d}" for members in division]
@@ -69,39 +71,76 @@ def record(
             progress((done + 1) / len(share))
             yield piece
 
-    solvers = {name: world.owner(block.index) for block in layout for name in recorded(block)}
-    with taps.attached(model, layout), torch.set_grad_enabled(recipe.hessian):
+    owners = enumerate(structure.blocks)
+    solvers = {name: world.owner(index) for index, block in owners for name in recorded(block)}
+    with taps.attached(model, structure.blocks), torch.set_grad_enabled(recipe.hessian):
         parts = keep.together(finished(), names, lambda key: solvers.get(key.rpartition("/")[0]))
-    return Records.of(world.share(layout), parts, data.t, device)
+    return Records.of(world.share(structure.blocks), parts, data.t, device)
 
 
-def batch_size(config: Mapping[str, Any], picker: Picker, device: torch.device) -> int:
+def batch_size(structure: Graph, picker: Picker, device: torch.device) -> int:
     """Samples of one forward and backward pass on a kind of device, never by what a machine has: all take the same."""
     most = PASS_BYTES.get(device.type, PASS_BYTES["cpu"])
-    return max(1, min(LARGEST_BATCH, most // (graph_bytes(config, picker) + picked_bytes(config, picker))))
+    return max(1, min(LARGEST_BATCH, most // (graph_bytes(structure, picker) + picked_bytes(structure, picker))))
 
 
-def graph_bytes(config: Mapping[str, Any], picker: Picker) -> int:
-    """Of one sample's activations that the backward pass needs, fp32.
+def graph_bytes(structure: Graph, picker: Picker) -> int:
+    """Bytes of one sample's activations that the backward pass needs, fp32.
 
-    Of every token and block: the inputs of both norms, q, k, v and the input of GELU, 9 widths, and the probabilities.
+    Those are the outputs of all linear layers, which are what norms, attention and activations read, and the
+    probabilities.
     """
-    heads, tokens = int(config["num_attention_heads"]), _tokens(config)
-    kept = 9 * heads * int(config["attention_head_dim"]) + heads * tokens
-    return 4 * kept * tokens * picker.halves * int(config["num_layers"])
+    kept = 0
+    for block in structure.blocks:
+        for linear in block.linears:
+            kept += structure.features(linear)[1] * _rows(linear, picker)
+        kept += sum(attention.heads * picker.tokens * _keys(attention, picker) for attention in block.attentions)
+    return 4 * kept * picker.halves
 
 
-def picked_bytes(config: Mapping[str, Any], picker: Picker) -> int:
-    """Of one sample's share of all records, fp32: inputs, and weights of outputs, of rows; operands of attention."""
-    heads, tokens = int(config["num_attention_heads"]), _tokens(config)
-    width, queries = heads * int(config["attention_head_dim"]), picker.queries.shape[-1]
-    of_attention = 2 * queries * width + 2 * tokens * width + queries * heads * tokens
-    whole = picker.rows.numel() * 16 * width + int(picker.attention.sum()) * of_attention
-    return 4 * int(config["num_layers"]) * math.ceil(whole / len(picker.rows))
+def picked_bytes(structure: Graph, picker: Picker) -> int:
+    """Bytes of one sample's share of all records, fp32.
+
+    Those are inputs, and weights of outputs, of the rows of linear layers; and of the attention that is kept, queries
+    and attended values at some queries, all keys and values, and the scores between them.
+    """
+    total = 0
+    for block in structure.blocks:
+        whole = 0
+        for linear in block.linears:
+            whole += _table(linear, picker).numel() * sum(structure.features(linear))
+        for attention in block.attentions:
+            queries, keys = picker.queries.shape[-1], _keys(attention, picker)
+            each = 2 * (queries + keys) * attention.width + queries * attention.heads * keys
+            whole += int(picker.attention.sum()) * each
+        total += math.ceil(whole / len(picker.rows))
+    return 4 * total
 
 
-def _tokens(config: Mapping[str, Any]) -> int:
-    return int((config["sample_size"] // config["patch_size"]) ** 2)
+def _rows(linear: Linear, picker: Picker) -> int:
+    """Tokens that a linear layer sees: those of the context, if its input does not depend on the timestep."""
+    return picker.tokens if linear.source.timed else picker.context
+
+
+def _keys(attention: Attention, picker: Picker) -> int:
+    return picker.context if attention.context else picker.tokens
+
+
+def _table(linear: Linear, picker: Picker) -> torch.Tensor:
+    """The rows of a linear layer that are kept."""
+    return picker.rows if linear.source.timed else picker.context_rows
+
+
+def _condition(data: CalibrationSet) -> dict[str, Any]:
+    """Arguments that condition a call with the first sample, by which the size of its context is known."""
+    conditions: Any = getattr(data, "conditions", None)
+    return {} if conditions is None else dict(conditions.rows(data.labels[:1]))
+
+
+def _predict(model: nn.Module, data: CalibrationSet, members: slice, x: torch.Tensor, guidance: float) -> torch.Tensor:
+    """The guided output at the states `x` of some samples."""
+    t, labels = (part[members].to(x.device) for part in (data.t, data.labels))
+    return predict(model, x, t, labels, guidance)
 
 
 class _Pass:
@@ -118,8 +157,9 @@ class _Pass:
         self.group, self.step_weight = (
             x[self.slice].repeat(picker.halves).to(device) for x in (data.group, data.step_weight)
         )
-        self.rows = picker.flat(picker.rows, self.slice).to(device)
-        self.first = torch.arange(len(self.rows), device=device)[:, None]
+        tables = {True: picker.rows, False: picker.context_rows}
+        self.rows = {timed: picker.flat(table, self.slice).to(device) for timed, table in tables.items()}
+        self.first = torch.arange(len(self.group), device=device)[:, None]
         self.kept = picker.flat(picker.attention, self.slice).nonzero()[:, 0].to(device)
         self.queries = picker.flat(picker.queries, self.slice).to(device)[self.kept][:, None, :, None]
         self.probes = Probes(recipe.probes)
@@ -130,10 +170,10 @@ class _Pass:
 
     def run(self, model: nn.Module, taps: Taps) -> dict[str, torch.Tensor]:
         """What `Records` joins, on the CPU: "<site or attention>/<field>" -> tensor, and the maxima."""
-        x, t, labels = (part[self.slice].to(self.device) for part in (self.data.x, self.data.t, self.data.labels))
+        x = self.data.x[self.slice].to(self.device)
         x.requires_grad_(self.recipe.hessian)
         with taps.telling(self):
-            eps = predict(model, x, t, labels, self.recipe.guidance)[:, : x.shape[1]]
+            eps = _predict(model, self.data, self.slice, x, self.recipe.guidance)[:, : x.shape[1]]
         self._check_finite()
         if self.recipe.hessian:
             self.probes.run(eps, x, self._noise(eps))
@@ -149,31 +189,33 @@ class _Pass:
         streams = noise_generators(self.recipe.seed, indices)
         return torch.stack([torch.randn(shape, generator=stream) for stream in streams], 1).to(eps.device)
 
-    def linear_input(self, group: LinearGroup, x: torch.Tensor) -> None:
-        self._add_range(group.source, x)
-        each = self.rows.shape[1]
-        self.found[f"{group.source}/x"] = self._at_rows(x)
-        self.found[f"{group.source}/group"] = self.group.repeat_interleave(each)
-        self.found[f"{group.source}/step_weight"] = self.step_weight.repeat_interleave(each)
+    def linear_input(self, linear: Linear, x: torch.Tensor, bias: torch.Tensor | None) -> None:
+        name, timed = linear.source.name, linear.source.timed
+        group = self._add_range(linear.source, x, kept_keys(bias))
+        each = self.rows[timed].shape[1]
+        self.found[f"{name}/x"] = self._at_rows(x, timed)
+        self.found[f"{name}/group"] = group.repeat_interleave(each)
+        self.found[f"{name}/step_weight"] = self.step_weight.repeat_interleave(each)
 
-    def linear_output(self, group: LinearGroup, module: str, z: torch.Tensor) -> None:
-        self._watch(f"{group.source}/fisher", module, z, self._at_rows)
+    def linear_output(self, linear: Linear, module: str, z: torch.Tensor) -> None:
+        self._watch(f"{linear.source.name}/fisher", module, z, partial(self._at_rows, timed=linear.source.timed))
 
-    def attention(
-        self, block: BlockLayout, operands: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]
-    ) -> None:
-        for role, x in zip(ATTENTION_ROLES, operands, strict=True):
-            self._add_range(block.operand(role), x)
-        q, k, v, probabilities = operands
-        self.maxima.append(self._largest(probabilities))
+    def attention(self, attention: Attention, computed: Computed) -> None:
+        kept = kept_keys(computed.bias)
+        for operand, x in zip(attention.operands, computed.operands, strict=True):
+            of_keys = operand in (attention.key, attention.value)
+            self._add_range(operand, x, kept if of_keys else None)
+        if not attention.context:
+            self.maxima.append(self._largest(computed.probabilities))
         if not len(self.kept):
             return
-        name = block.attention
-        self.found[f"{name}/q"] = self._at_queries(q)
-        for field, x in (("k", k), ("v", v), ("group", self.group), ("step_weight", self.step_weight)):
+        name = attention.module
+        self.found[f"{name}/q"] = self._at_queries(computed.query)
+        fields = {"k": computed.key, "v": computed.value, "group": self.group, "step_weight": self.step_weight}
+        for field, x in (fields if computed.bias is None else {**fields, "bias": computed.bias}).items():
             self.found[f"{name}/{field}"] = x[self.kept]
-        for field, z in zip(("scores", "values"), outputs, strict=True):
-            self._watch(f"{name}/fisher_{field}", f"{name}.{field}", z, self._at_queries)
+        self._watch(f"{name}/fisher_scores", f"{name}.scores", computed.scores, self._at_queries)
+        self._watch(f"{name}/fisher_values", f"{name}.values", computed.attended, self._at_queries)
 
     def _watch(self, key: str, name: str, z: torch.Tensor, pick: Pick) -> None:
         self.outputs.setdefault(key, []).append(name)
@@ -182,11 +224,14 @@ class _Pass:
         else:
             self.probes.means[name] = torch.ones_like(pick(z))
 
-    def _add_range(self, site: str, x: torch.Tensor) -> None:
-        low, high = extremes(x)
-        stats = RangeStats.empty(self.recipe.groups, low.shape[1], self.device).include(low, high, self.group)
-        self.found[f"{site}/low"], self.found[f"{site}/high"] = stats.low, stats.high
-        self.finite[site] = (torch.isfinite(low) & torch.isfinite(high)).all(1)
+    def _add_range(self, operand: Operand, x: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Take in the range of every sample. Returns their time groups: all 0 for an operand that is not timed."""
+        low, high = extremes(x, kept)
+        groups, group = (self.recipe.groups, self.group) if operand.timed else (1, torch.zeros_like(self.group))
+        stats = RangeStats.empty(groups, low.shape[1], self.device).include(low, high, group)
+        self.found[f"{operand.name}/low"], self.found[f"{operand.name}/high"] = stats.low, stats.high
+        self.finite[operand.name] = (torch.isfinite(low) & torch.isfinite(high)).all(1)
+        return group
 
     def _check_finite(self) -> None:
         """Raise `InputError` naming the first site, in the order of the forward pass, that had NaN or Inf, and when.
@@ -203,8 +248,8 @@ class _Pass:
             f"{int(self.group[sample])} of {self.recipe.groups}), no scale can represent them"
         )
 
-    def _at_rows(self, x: torch.Tensor) -> torch.Tensor:
-        return x[self.first, self.rows].flatten(0, 1)
+    def _at_rows(self, x: torch.Tensor, timed: bool) -> torch.Tensor:
+        return x[self.first, self.rows[timed]].flatten(0, 1)
 
     def _at_queries(self, x: torch.Tensor) -> torch.Tensor:
         x = x[self.kept]

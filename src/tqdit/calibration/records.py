@@ -6,12 +6,10 @@ from typing import Generic, TypeVar
 
 import torch
 
-from tqdit.architectures.sites import BlockLayout
+from tqdit.architectures.interface import Block
 from tqdit.calibration.statistics import RangeStats
 from tqdit.calibration.store import Tensors
-from tqdit.spec import Role
 
-ATTENTION_ROLES = (Role.QUERY, Role.KEY, Role.VALUE, Role.SOFTMAX)
 MAXIMA = "maxima"
 
 
@@ -27,9 +25,10 @@ class LinearRecord:
 
 @dataclass(frozen=True)
 class AttentionRecord:
-    """Sampled queries of one attention: q (S, H, Q, d); k, v (S, H, N, d); group, step_weight (S,).
+    """Sampled queries of one attention: q (S, H, Q, d); k, v (S, H, M, d); group, step_weight (S,).
 
-    Fisher weights at the scaled scores (S, H, Q, N) and at the attended values (S, H, Q, d).
+    Fisher weights at the scaled scores (S, H, Q, M) and at the attended values (S, H, Q, d). `bias` (S, M) is added to
+    the scaled scores before the softmax, if some keys are masked: nothing is weighed at those.
     """
 
     q: torch.Tensor
@@ -39,6 +38,7 @@ class AttentionRecord:
     step_weight: torch.Tensor
     fisher_scores: torch.Tensor
     fisher_values: torch.Tensor
+    bias: torch.Tensor | None = None
 
 
 Kind = TypeVar("Kind", LinearRecord, AttentionRecord)
@@ -57,11 +57,11 @@ class Joined(Mapping[str, Kind], Generic[Kind]):
     def __getitem__(self, name: str) -> Kind:
         if name not in self._names:
             raise KeyError(name)
-        keys = [f"{name}/{field.name}" for field in fields(self._kind)]
-        found = [part.read(keys) for part in self._parts]
-        return self._kind(
-            *(join(key, [{key: part[key].to(self._device)} for part in found if key in part]) for key in keys)
-        )
+        keys = {field.name: f"{name}/{field.name}" for field in fields(self._kind)}
+        found = [part.read(keys.values()) for part in self._parts]
+        held = {field: [part[key].to(self._device) for part in found if key in part] for field, key in keys.items()}
+        # A field that no part has keeps its default.
+        return self._kind(**{field: torch.cat(tensors) for field, tensors in held.items() if tensors})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -85,32 +85,22 @@ class Records:
     t: torch.Tensor
 
     @classmethod
-    def of(
-        cls, layout: tuple[BlockLayout, ...], parts: Sequence[Tensors], t: torch.Tensor, device: torch.device
-    ) -> "Records":
-        """Those of the blocks `layout`, from the parts of all batches, in order."""
-        ranged = [name for block in layout for name in (*_sources(block), *_operands(block))]
+    def of(cls, blocks: Sequence[Block], parts: Sequence[Tensors], t: torch.Tensor, device: torch.device) -> "Records":
+        """Those of `blocks`, from the parts of all batches, in order."""
+        ranged = [operand.name for block in blocks for operand in block.operands]
         keys = [f"{site}/{end}" for site in ranged for end in ("low", "high")]
         small = [part.read([*keys, MAXIMA]) for part in parts]
         ranges = {site: RangeStats(*(join(f"{site}/{end}", small) for end in ("low", "high"))) for site in ranged}
         return cls(
-            Joined(LinearRecord, [source for block in layout for source in _sources(block)], parts, device),
-            Joined(AttentionRecord, [block.attention for block in layout], parts, device),
+            Joined(LinearRecord, [linear.source.name for block in blocks for linear in block.linears], parts, device),
+            Joined(AttentionRecord, [found.module for block in blocks for found in block.attentions], parts, device),
             ranges, join(MAXIMA, small), t,
         )  # fmt: skip
 
 
-def recorded(block: BlockLayout) -> tuple[str, ...]:
+def recorded(block: Block) -> tuple[str, ...]:
     """What the tensors of a block's records are named after, in front of the "/"."""
-    return (block.attention, *_sources(block), *_operands(block))
-
-
-def _sources(block: BlockLayout) -> list[str]:
-    return [group.source for group in block.linears]
-
-
-def _operands(block: BlockLayout) -> list[str]:
-    return [block.operand(role) for role in ATTENTION_ROLES]
+    return (*(found.module for found in block.attentions), *(operand.name for operand in block.operands))
 
 
 def join(key: str, parts: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:

@@ -6,11 +6,31 @@ import torch
 
 from tqdit.errors import InputError
 
+MASKED = -1000.0  # a key with a bias below has probability 0 in fp32 whatever its score is
 
-def extremes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smallest and largest value of each sample, (B, units): of x (B, N, C) with one unit, or (B, H, N, C) with H."""
+
+def extremes(x: torch.Tensor, kept: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest and largest value of each sample, (B, units): of x (B, N, C) with one unit, or (B, H, N, C) with H.
+
+    `kept` (B, N): the tokens that count; by default all.
+    """
     reduced = (1, 2) if x.ndim == 3 else (2, 3)
-    return x.amin(reduced).reshape(len(x), -1), x.amax(reduced).reshape(len(x), -1)
+    low = high = x
+    if kept is not None:
+        out = ~(kept[..., None] if x.ndim == 3 else kept[:, None, :, None])
+        low, high = x.masked_fill(out, float("inf")), x.masked_fill(out, -float("inf"))
+    return low.amin(reduced).reshape(len(x), -1), high.amax(reduced).reshape(len(x), -1)
+
+
+def kept_keys(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """The keys (B, M) that a bias leaves some probability, or None where it leaves it to all.
+
+    Where a sample's keys are all masked alike, the softmax cancels the bias: all of them count.
+    """
+    if bias is None:
+        return None
+    kept = bias > MASKED
+    return kept | ~kept.any(1, keepdim=True)
 
 
 @dataclass(frozen=True)

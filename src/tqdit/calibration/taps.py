@@ -2,27 +2,27 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from tqdit.architectures.sites import BlockLayout, LinearGroup
+from tqdit.architectures.attention import Computed, OpenAttention, check_plain
+from tqdit.architectures.interface import Attention, Block, Linear
 
 
 class Sink(Protocol):
-    """Who is told. Inputs are detached; outputs are part of the graph, so that gradients can be watched."""
+    """Who is told. Operands are detached; outputs are part of the graph, so that gradients can be watched."""
 
-    def linear_input(self, group: LinearGroup, x: torch.Tensor) -> None:
-        """x: (B, N, in)."""
+    def linear_input(self, linear: Linear, x: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """x: (B, N, in). `bias` (B, N): the mask of the attention whose keys and values are made of x, or None."""
 
-    def linear_output(self, group: LinearGroup, module: str, z: torch.Tensor) -> None:
-        """z: (B, N, out) of one of the group's modules."""
+    def linear_output(self, linear: Linear, module: str, z: torch.Tensor) -> None:
+        """z: (B, N, out) of one of the layer's modules."""
 
-    def attention(
-        self, block: BlockLayout, operands: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]
-    ) -> None:
-        """operands: q, k, v (B, H, N, d), probabilities (B, H, N, N); outputs: scaled scores and attended values."""
+    def attention(self, attention: Attention, computed: Computed) -> None:
+        """Everything that an attention computed; its operands are detached."""
 
 
 class Taps:
@@ -30,6 +30,7 @@ class Taps:
 
     def __init__(self) -> None:
         self.sink: Sink | None = None
+        self._bias: torch.Tensor | None = None  # while the keys and values of a masked attention are projected
 
     @contextmanager
     def telling(self, sink: Sink) -> Iterator[None]:
@@ -37,22 +38,29 @@ class Taps:
         try:
             yield
         finally:
-            self.sink = None
+            self.sink = self._bias = None
 
     @contextmanager
-    def attached(self, model: nn.Module, layout: tuple[BlockLayout, ...]) -> Iterator[None]:
-        """Watch a float model; its processors and hooks are restored on exit."""
-        handles, originals = [], []
-        for block in layout:
-            attn = model.get_submodule(block.attention)
-            originals.append((attn, attn.processor))
-            attn.processor = self._processor(block)
-            for group in block.linears:
-                first = model.get_submodule(group.modules[0])
-                handles.append(first.register_forward_pre_hook(self._input_hook(group)))
-                for name in group.modules:
-                    handles.append(model.get_submodule(name).register_forward_hook(self._output_hook(group, name)))
+    def attached(self, model: nn.Module, blocks: tuple[Block, ...]) -> Iterator[None]:
+        """Watch a float model; its processors and hooks are restored on exit.
+
+        Raises `InputError` that names an attention which cannot be watched.
+        """
+        handles: list[Any] = []
+        originals: list[tuple[Any, Any]] = []
         try:
+            for block in blocks:
+                for attention in block.attentions:
+                    attn: Any = model.get_submodule(attention.module)
+                    check_plain(attn, attention.module)
+                    originals.append((attn, attn.processor))
+                    attn.processor = OpenAttention(self._mask, partial(self._attended, attention))
+                for linear in block.linears:
+                    first = model.get_submodule(linear.modules[0])
+                    handles.append(first.register_forward_pre_hook(self._input_hook(linear)))
+                    for name in linear.modules:
+                        hook = self._output_hook(linear, name)
+                        handles.append(model.get_submodule(name).register_forward_hook(hook))
             yield
         finally:
             for handle in handles:
@@ -60,34 +68,23 @@ class Taps:
             for attn, processor in originals:
                 attn.processor = processor
 
-    def _processor(self, block: BlockLayout) -> Any:
-        """An attention processor that computes softmax(Q K^T / sqrt(d)) V in the open."""
+    def _mask(self, bias: torch.Tensor | None) -> None:
+        self._bias = bias
 
-        def process(attn: Any, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-            def heads(x: torch.Tensor) -> torch.Tensor:
-                return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    def _attended(self, attention: Attention, computed: Computed) -> None:
+        if self.sink:
+            self.sink.attention(attention, computed.detached())
 
-            q, k, v = (heads(layer(hidden_states)) for layer in (attn.to_q, attn.to_k, attn.to_v))
-            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-            probabilities = scores.softmax(-1)
-            attended = probabilities @ v
-            if self.sink:
-                operands = tuple(x.detach() for x in (q, k, v, probabilities))
-                self.sink.attention(block, operands, (scores, attended))
-            return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
-
-        return process
-
-    def _input_hook(self, group: LinearGroup) -> Any:
+    def _input_hook(self, linear: Linear) -> Any:
         def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             if self.sink:
-                self.sink.linear_input(group, args[0].detach())
+                self.sink.linear_input(linear, args[0].detach(), self._bias)
 
         return hook
 
-    def _output_hook(self, group: LinearGroup, name: str) -> Any:
+    def _output_hook(self, linear: Linear, name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
             if self.sink:
-                self.sink.linear_output(group, name, output)
+                self.sink.linear_output(linear, name, output)
 
         return hook

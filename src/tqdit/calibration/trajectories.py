@@ -68,7 +68,7 @@ def collect(
     """
     sampling = Sampling(recipe.sampler, recipe.steps, recipe.guidance)
     scheduler = make_scheduler(scheduler_config, sampling, learned_variance=False)
-    groups = TimeGroups(scheduler.config.num_train_timesteps, recipe.groups)
+    groups = TimeGroups.uniform(0, scheduler.config.num_train_timesteps, recipe.groups)
     visited = scheduler.timesteps
     count = _num_trajectories(recipe, groups, visited, num_classes(model))
     picks = _pick_timesteps(recipe, groups, visited, count)
@@ -162,7 +162,7 @@ def _ordered(
     pairs = list(zip(found["t"].tolist(), found["trajectory"].tolist(), strict=True))
     order = torch.tensor(sorted(range(len(pairs)), key=pairs.__getitem__))
     t = found["t"][order]
-    return CalibrationSet(found["x"][order], t, labels[found["trajectory"][order]], groups.of(t), weights[t])
+    return CalibrationSet(found["x"][order], t, labels[found["trajectory"][order]], groups.index(t), weights[t])
 
 
 def _num_trajectories(recipe: Recipe, groups: TimeGroups, visited: torch.Tensor, classes: int) -> int:
@@ -170,7 +170,7 @@ def _num_trajectories(recipe: Recipe, groups: TimeGroups, visited: torch.Tensor,
 
     Unless the recipe says, as few as cover the classes as far as `samples` go, but no fewer than a quarter of them.
     """
-    counts = torch.bincount(groups.of(visited), minlength=groups.num_groups)
+    counts = torch.bincount(groups.index(visited), minlength=groups.num_groups)
     fewest = int(counts.min())
     if fewest == 0:
         raise InputError(
@@ -191,7 +191,7 @@ def _num_trajectories(recipe: Recipe, groups: TimeGroups, visited: torch.Tensor,
 def _pick_timesteps(recipe: Recipe, groups: TimeGroups, visited: torch.Tensor, count: int) -> list[set[int]]:
     """For every trajectory, the timesteps to keep: samples/count of each group, drawn without replacement."""
     generator = torch.Generator().manual_seed(recipe.seed + 1)
-    group = groups.of(visited)
+    group = groups.index(visited)
     picks: list[set[int]] = [set() for _ in range(count)]
     for g in range(groups.num_groups):
         members = visited[group == g]

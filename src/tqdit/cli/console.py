@@ -1,8 +1,10 @@
 """The tables that the command line shows. All of them fit 80 columns; figures are never cut."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from tqdit.provenance import Provenance
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -125,9 +127,8 @@ def print_inspection(result: dict[str, Any], every_site: bool = False) -> None:
 
 def _summary(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The first lines of an inspection; what an artifact does not say is left out."""
-    provenance = result["provenance"]
-    recipe = provenance.get("recipe", {})
-    versions = provenance.get("versions", {})
+    provenance = Provenance.from_json(result["provenance"])
+    recipe = provenance.recipe
     size, fp32 = result["size_bytes"], result["float32_bytes"]
     calibration, search = ("samples", "sampler", "steps", "guidance", "seed"), ("rounds", "candidates", "hessian")
     lines = [
@@ -136,14 +137,14 @@ def _summary(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("time groups", f"{result['time_groups']} of {result['num_timesteps']} training timesteps"),
         ("calibration", _settings(recipe, calibration)),
         ("search", _settings(recipe, search)),
-        ("source", f"{provenance.get('source', '')} sha256 {provenance.get('source_sha256', '')[:12]}"),
-        ("made with", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("source", f"{provenance.source or ''} sha256 {(provenance.source_sha256 or '')[:12]}"),
+        ("made with", ", ".join(f"{name} {version}" for name, version in provenance.versions.items())),
         ("runs on", f"{result['device']}, backend {result['backend']}"),
     ]
     return [(label, text) for label, text in lines if text]
 
 
-def _settings(recipe: dict[str, Any], names: Sequence[str]) -> str:
+def _settings(recipe: Mapping[str, Any], names: Sequence[str]) -> str:
     return ", ".join(f"{name} {_word(recipe[name])}" for name in names if name in recipe)
 
 

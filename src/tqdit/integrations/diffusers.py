@@ -14,7 +14,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from tqdit.architectures.sites import FREQUENCY_SHIFT
+from tqdit.architectures.registry import FREQUENCY_SHIFT
 from tqdit.artifact import folder as artifact
 from tqdit.artifact import tensors
 from tqdit.errors import InputError
@@ -156,10 +156,10 @@ class TQDiTQuantizer(DiffusersQuantizer):
         model._modules.clear()
         solution = tensors.unpack(found, config, self._folder)
         try:
-            built = convert(solution, device=self._device)
+            built: Any = convert(solution, device=self._device)
         except InputError as error:
             raise InputError(f"{self._folder}: {error}") from None
-        make_integer(model).adopt(built).io_dtype = self._dtype
+        make_integer(model, built.runtime.architecture).adopt(built).io_dtype = self._dtype
 
     @property
     def is_serializable(self) -> bool:

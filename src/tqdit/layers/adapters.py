@@ -13,6 +13,7 @@ from tqdit.ops.holders import LinearCodes
 from tqdit.ops.modules import Watched, offloaded
 from tqdit.ops.quantizer import dequantize
 from tqdit.ops.schema import OperandParams, WeightParams
+from tqdit.spec import MAX_BITS
 
 
 class AdapterSlot(nn.Linear):
@@ -119,7 +120,7 @@ class Slots:
         codes = self._codes.get(name)
         if codes is None or codes.scale.device != layer.scale.device:
             plain = layer.unpacked()
-            weight = WeightParams(plain, layer.scale, reference.column_sums(plain))
+            weight = WeightParams(plain, layer.scale, MAX_BITS, reference.column_sums(plain))
             codes = LinearCodes(weight, layer.bias)
             if offloaded(layer):
                 self._codes.pop(name, None)
@@ -173,7 +174,7 @@ class Adapted(reference.Reference):
     An adapter reads what the integer layer reads: the values of the codes.
     """
 
-    def linear(self, codes: torch.Tensor, source: OperandParams, layer: Any) -> torch.Tensor:
+    def product(self, codes: torch.Tensor, source: OperandParams, layer: Any) -> torch.Tensor:
         x = dequantize(codes, source)
         added = [slot(x) for slot in layer.slots]
-        return super().linear(codes, source, layer.codes) + torch.cat(added, dim=-1)
+        return super().product(codes, source, layer.codes) + torch.cat(added, dim=-1)

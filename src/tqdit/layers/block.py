@@ -1,4 +1,4 @@
-"""`IntBlock`: a DiT block in integers, seven backend calls."""
+"""The pieces that integer blocks are made of: attention, feed-forward, and a base class with places for adapters."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,50 +7,44 @@ import torch
 from torch import nn
 
 from tqdit.layers.adapters import Adapted, Slots
-from tqdit.layers.conditioning import Conditioning
+from tqdit.layers.call import Call
 from tqdit.layers.linear import IntLinear
 from tqdit.layers.params import ActivationParams
 from tqdit.ops.holders import FixedDtype
 from tqdit.ops.modules import Closed, Untrainable, offloaded, present
-from tqdit.ops.schema import AttentionParams, Backend, OperandParams
+from tqdit.ops.schema import Activation, AttentionParams, Backend, Norm, OperandParams, Residual
 
 ATTENTION_OPERANDS = ("query", "key", "value", "softmax")
 ADAPTED = Adapted()
 
 
 class IntBlock(Closed, Untrainable):
-    """A DiT block on integer codes, (B, N, C) -> (B, N, C); LayerNorm, softmax and GELU are fp32.
+    """The base of a transformer block on integer codes: (B, N, C) and a `Call` -> (B, N, C).
 
-    The residual stream is fp32 or bf16, as it comes in: bf16 rounds it after each of the two additions.
-
-    q, k and v are one stacked layer. `operands`: parameters of ATTENTION_OPERANDS, all per head but the last. Its
-    modulation is in `conditioning`, from `join` on.
+    The residual stream is fp32 or bf16, as it comes in: bf16 rounds it after each addition. LayerNorm, softmax and GELU
+    are fp32. A subclass has `run`, which calls the steps below: each is a few verbs of the backend.
     """
 
     def __init__(
         self,
-        linears: dict[str, IntLinear],
-        operands: dict[str, ActivationParams],
+        linears: Mapping[str, IntLinear],
+        operands: Mapping[str, ActivationParams],
         heads: int,
-        eps: tuple[float, float],
         backend: Backend,
-        conditioning: Conditioning,
     ) -> None:
-        """`linears`: "qkv", "out", "fc1", "fc2". `eps` of the two LayerNorms."""
+        """`linears`: layers by name, such as "qkv", which become attributes. `operands`: of attention, by name."""
         super().__init__()
-        self.qkv, self.out, self.fc1, self.fc2 = (linears[name] for name in ("qkv", "out", "fc1", "fc2"))
-        self.operands: Any = nn.ModuleDict(operands)
         self.heads = heads
-        self.eps = eps
+        for name, linear in linears.items():
+            self.add_module(name, linear)
+        self.operands: Any = nn.ModuleDict(dict(operands))
         self.backend = backend
-        self._conditioning = [conditioning]  # in a list: the model owns it, a block only reads it
-        self._place: tuple[int, int] | None = None
         self._parts = [module for module in self.modules() if isinstance(module, FixedDtype)]  # that a call reads
         self.slots: Slots | None = None
 
-    def join(self, group: int, place: int) -> None:
-        """This block is block `place` of a group of the conditioning."""
-        self._place = group, place
+    def run(self, x: torch.Tensor, call: Any) -> torch.Tensor:
+        """Compute the block of hidden states (B, N, C)."""
+        raise NotImplementedError
 
     def add_slots(
         self, names: Mapping[str, Sequence[str]], shapes: Mapping[str, torch.Size], closed: Sequence[str] = ()
@@ -68,42 +62,66 @@ class IntBlock(Closed, Untrainable):
         """Whether accelerate has sent tensors of this block away, to bring them when they are used."""
         return any(map(offloaded, self._parts))
 
-    def modulation(self) -> tuple[torch.Tensor, ...]:
-        """Its part of the conditioning of the call that this thread is in."""
-        assert self._place is not None, "a block has to join the conditioning"
-        return self._conditioning[0].modulation(*self._place)
-
-    def forward(self, hidden_states: torch.Tensor, modulation: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
-        """`modulation`: the block's own, given so that blocks compiled one by one are the same for the compiler."""
+    def forward(self, hidden_states: torch.Tensor, call: Call) -> torch.Tensor:
+        """Compute the block; its tensors are brought to their device first if accelerate has sent them away."""
         if torch.compiler.is_compiling() or not self.offloaded:
-            return self._run(hidden_states, modulation)
+            return self.run(hidden_states, call)
         with present(self._parts):
-            return self._run(hidden_states, modulation)
+            return self.run(hidden_states, call)
 
-    def _run(self, hidden_states: torch.Tensor, modulation: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
-        adapted = self.adapted
-        run = ADAPTED if adapted else self.backend
-        x = hidden_states
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation() if modulation is None else modulation
-        query, key, value, softmax = (self.operands[name].select(adapted) for name in ATTENTION_OPERANDS)
-        attention = AttentionParams(query, key, value, softmax, self.heads)
-        source, layer = self._layer("qkv", adapted)
-        codes = run.norm_quantize(x, shift_1, scale_1, self.eps[0], source)
-        codes = run.qkv(codes, source, layer, attention)
-        source, layer = self._layer("out", adapted)
-        codes = run.attention(codes, attention, source)
-        x = run.linear_residual(codes, source, layer, gate_1, x)
+    @property
+    def verbs(self) -> Backend:
+        """The backend, or the reference with adapters where the block has some."""
+        return ADAPTED if self.adapted else self.backend
 
-        source, layer = self._layer("fc1", adapted)
-        codes = run.norm_quantize(x, shift_2, scale_2, self.eps[1], source)
-        target, second = self._layer("fc2", adapted)
-        codes = run.linear_gelu(codes, source, layer, target)
-        return run.linear_residual(codes, target, second, gate_2, x)
+    def source(self, name: str, call: Call | None) -> OperandParams:
+        """Return the operand that a layer reads."""
+        return getattr(self, name).source.operand(call)
 
-    def _layer(self, name: str, adapted: bool) -> tuple[OperandParams, Any]:
-        """A layer's input parameters, and the layer as the backend takes it."""
-        source, layer = getattr(self, name).select(adapted)
-        if not adapted:
-            return source, layer
+    def layer(self, name: str) -> Any:
+        """Return a layer as the block's verbs take it: with its adapters, where the block has some."""
+        layer = getattr(self, name).layer
+        if not self.adapted:
+            return layer
         assert self.slots is not None
-        return source, self.slots.adapted(name, layer)
+        return self.slots.adapted(name, layer)
+
+    def attention(self, prefix: str, call: Call) -> AttentionParams:
+        """Return the operands of an attention whose names begin with `prefix`."""
+        query, key, value, softmax = (self.operands[prefix + name].operand(call) for name in ATTENTION_OPERANDS)
+        return AttentionParams(query, key, value, softmax, self.heads)
+
+    def self_attention(self, x: torch.Tensor, norm: Norm, gate: torch.Tensor, call: Call) -> torch.Tensor:
+        """Return x + gate out(attention(qkv(norm(x)))). Layers "qkv" (three stacked) and "out"."""
+        verbs, attention = self.verbs, self.attention("", call)
+        source, target = self.source("qkv", call), self.source("out", call)
+        codes = verbs.quantize(x, source, norm)
+        projected = verbs.project(codes, source, self.layer("qkv"), attention.projections, self.heads)
+        codes = verbs.attend(projected, attention, target)
+        return verbs.linear(codes, target, self.layer("out"), Residual(x, gate))
+
+    def cross_attention(self, x: torch.Tensor, context: Any, bias: torch.Tensor | None, call: Call) -> torch.Tensor:
+        """Return x + out(attention(q(x), context)). Layers "cross_q" and "cross_out"; operands "cross_query" and so on.
+
+        `context`: of `context`. `bias`: fp32 (B, M), added to the scores, or None.
+        """
+        verbs, attention = self.verbs, self.attention("cross_", call)
+        source, target = self.source("cross_q", call), self.source("cross_out", call)
+        codes = verbs.quantize(x, source)
+        projected = verbs.project(codes, source, self.layer("cross_q"), [attention.query], self.heads)
+        codes = verbs.attend(projected, attention, target, context, bias)
+        return verbs.linear(codes, target, self.layer("cross_out"), Residual(x))
+
+    def context(self, states: torch.Tensor) -> Any:
+        """Return the codes of key and value of a prompt (B, M, C), which no timestep changes. Layer "cross_kv"."""
+        source = self.source("cross_kv", None)
+        targets = [self.operands[f"cross_{name}"].operand(None) for name in ("key", "value")]
+        codes = self.verbs.quantize(states, source)
+        return self.verbs.project(codes, source, self.layer("cross_kv"), targets, self.heads)
+
+    def feed_forward(self, x: torch.Tensor, norm: Norm, gate: torch.Tensor, call: Call) -> torch.Tensor:
+        """Return x + gate fc2(GELU(fc1(norm(x)))). Layers "fc1" and "fc2"."""
+        verbs, source, between = self.verbs, self.source("fc1", call), self.source("fc2", call)
+        codes = verbs.quantize(x, source, norm)
+        codes = verbs.linear(codes, source, self.layer("fc1"), Activation(between))
+        return verbs.linear(codes, between, self.layer("fc2"), Residual(x, gate))

@@ -6,20 +6,16 @@ from torch.nn import functional as F
 
 from tqdit.layers.params import ActivationParams
 from tqdit.ops.modules import Untrainable, offloaded, present
-from tqdit.ops.schema import Backend, OperandParams
+from tqdit.ops.schema import Backend
 
 
 class IntLinear(Untrainable):
-    """One site's input parameters and the layer, or stacked layers, that read it, in the backend's layout."""
+    """Holds one site's input parameters and the layer, or stacked layers, that read it, in the backend's layout."""
 
     def __init__(self, source: ActivationParams, layer: nn.Module) -> None:
         super().__init__()
         self.source = source
         self.layer = layer
-
-    def select(self, plain: bool = False) -> tuple[OperandParams, nn.Module]:
-        """What a backend's operations take; `plain` as in `ActivationParams.select`."""
-        return self.source.select(plain), self.layer
 
 
 class WeightOnlyLinear(Untrainable):

@@ -283,11 +283,10 @@ def _quantized_row(
 ) -> ModelRow:
     size = artifact.size_bytes(entry.folder)
     provenance = entry.solution.provenance
-    recipe = provenance.get("recipe", {})
     return ModelRow(
         name=entry.name,
-        preset=provenance.get("preset", recipe.get("preset")),
-        bits=f"w{recipe.get('weight_bits')}a{recipe.get('activation_bits')}",
+        preset=provenance.preset_name,
+        bits=provenance.bits,
         size_bytes=size,
         size_ratio=size / sizes.float32_bytes,
         size_ratio_bfloat16=size / sizes.bfloat16_bytes,
@@ -306,8 +305,8 @@ def _load_artifact(path: str | Path, source: ModelSource, digest: str) -> _Artif
     if not other.quantized:
         raise InputError(f"'{path}' is not quantized; compare takes a float model, then artifacts")
     solution = fitting.read(other.folder, other.root)
-    if solution.provenance.get("source_sha256") != digest:
-        made_from = solution.provenance.get("source", "an unknown model")
+    if solution.provenance.source_sha256 != digest:
+        made_from = solution.provenance.source or "an unknown model"
         raise InputError(
             f"'{path}' was not made from '{source.name}' but from other weights ('{made_from}'); compare it with those"
         )

@@ -42,7 +42,7 @@ def compare_epsilon(
     reference: torch.Tensor, actual: torch.Tensor, data: CalibrationSet, time_groups: TimeGroups | None = None
 ) -> EpsilonFidelity:
     """Compare two `predict_epsilon` results over the same `data`, by `time_groups` or else by the groups of `data`."""
-    group = data.group if time_groups is None else time_groups.of(data.t)
+    group = data.group if time_groups is None else time_groups.index(data.t)
     count = int(data.group.max()) + 1 if time_groups is None else time_groups.num_groups
     groups = [group == g for g in range(count)]
     singles = [(int(t), sqnr_db(r, a)) for t, r, a in zip(data.t, reference, actual, strict=True)]

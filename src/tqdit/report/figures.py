@@ -67,7 +67,7 @@ def sqnr_by_group(models: Sequence[ModelRow], timesteps: int) -> Markup:
         for row, look in zip(models, series_of(models), strict=True):
             if row.eps:
                 db = _finite(row.eps.by_group)
-                bounds, centres = edges(TimeGroups(timesteps, len(db)))
+                bounds, centres = edges(TimeGroups.uniform(0, timesteps, len(db)))
                 axes.stairs(db, bounds, baseline=None, color=look.colour, linewidth=1.8)
                 axes.plot(centres, db, look.marker, color=look.colour, markersize=5)
         axes.set(xlabel=TIMESTEP, ylabel="ε SQNR (dB)", xlim=(0, timesteps), title="Per time group")
@@ -75,10 +75,10 @@ def sqnr_by_group(models: Sequence[ModelRow], timesteps: int) -> Markup:
     return draw("groups", f"Step plot of ε SQNR in dB per time group. {_spans(models)}", paint)
 
 
-def edges(groups: TimeGroups) -> tuple[list[int], list[float]]:
+def edges(groups: TimeGroups) -> tuple[list[float], list[float]]:
     """The bounds of all groups, and their centres, in timesteps."""
     bounds = [groups.bounds(g) for g in range(groups.num_groups)]
-    return [0, *(last for _, last in bounds)], [(first + last) / 2 for first, last in bounds]
+    return [groups.low, *(last for _, last in bounds)], [(first + last) / 2 for first, last in bounds]
 
 
 def _finite(values: Sequence[float]) -> list[float]:

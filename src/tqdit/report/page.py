@@ -1,5 +1,6 @@
 """A comparison as one self-contained HTML page: no network, no scripts, images inline."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def render(comparison: Comparison, maxima: torch.Tensor, t: torch.Tensor) -> str
 def _context(comparison: Comparison, maxima: torch.Tensor, t: torch.Tensor) -> dict[str, Any]:
     models = comparison.models
     groups = _time_groups(models)
-    boxes = softmax.box_groups(t, groups)
+    boxes, timesteps = softmax.box_groups(t, groups), math.ceil(groups.high)
     measured = any(row.eps for row in models)
     looks = figures.series_of(models)
     return {
@@ -73,9 +74,7 @@ def _context(comparison: Comparison, maxima: torch.Tensor, t: torch.Tensor) -> d
         "num": len(comparison.float_model.images),
         "has_fd": any(row.fd_fashion is not None for row in (comparison.float_model, *models)),
         "looks": looks,
-        "fidelity": [
-            draw(models, groups.num_timesteps) for draw in (figures.sqnr_by_timestep, figures.sqnr_by_group) if measured
-        ],
+        "fidelity": [draw(models, timesteps) for draw in (figures.sqnr_by_timestep, figures.sqnr_by_group) if measured],
         "boxes": _boxes(maxima, t, boxes),
         "box_count": boxes.num_groups,
         "scales": list(_scale_charts(models)),
@@ -86,7 +85,7 @@ def _context(comparison: Comparison, maxima: torch.Tensor, t: torch.Tensor) -> d
 def _time_groups(models: tuple[ModelRow, ...]) -> TimeGroups:
     """The finest time groups of any model."""
     found = [row.solution.time_groups for row in models if row.solution]
-    return max(found, key=lambda groups: groups.num_groups, default=TimeGroups())
+    return max(found, key=lambda groups: groups.num_groups, default=TimeGroups.uniform(0, 1000, 10))
 
 
 def _boxes(maxima: torch.Tensor, t: torch.Tensor, groups: TimeGroups) -> list[tuple[int, float, Markup]]:

@@ -21,9 +21,12 @@ TINY = torch.finfo(torch.float32).tiny  # a probability that underflowed has no 
 
 def box_groups(t: torch.Tensor, groups: TimeGroups) -> TimeGroups:
     """The bins of the box plots: the time groups, or ten where there is one, 25 at most."""
+    if groups.num_timesteps is None:
+        count = groups.num_groups if groups.num_groups > 1 else 10
+        return TimeGroups.uniform(groups.low, groups.high, min(count, MAX_BOXES), groups.closed)
     timesteps = max(groups.num_timesteps, int(t.max()) + 1)
     count = groups.num_groups if groups.num_groups > 1 else min(10, timesteps)
-    return TimeGroups(timesteps, min(count, MAX_BOXES))
+    return TimeGroups.uniform(0, timesteps, min(count, MAX_BOXES))
 
 
 def maxima_boxes(maxima: torch.Tensor, t: torch.Tensor, groups: TimeGroups, block: int) -> Markup:
@@ -31,7 +34,7 @@ def maxima_boxes(maxima: torch.Tensor, t: torch.Tensor, groups: TimeGroups, bloc
     from matplotlib.cbook import boxplot_stats
     from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
-    member = groups.of(t)
+    member = groups.index(t)
     found = [g for g in range(groups.num_groups) if (member == g).any()]
     values = [maxima[member == g].flatten().clamp(min=TINY).numpy() for g in found]
     stats = boxplot_stats(values, whis=(5, 95))
@@ -49,7 +52,7 @@ def maxima_boxes(maxima: torch.Tensor, t: torch.Tensor, groups: TimeGroups, bloc
         axes.yaxis.set_major_locator(FixedLocator([m * 10.0**e for e in range(-8, 1) for m in (1, 2, 5)]))
         axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.set(xlabel=TIMESTEP, ylabel="largest probability", xlim=(0, groups.num_timesteps))
+        axes.set(xlabel=TIMESTEP, ylabel="largest probability", xlim=(groups.low, groups.high))
 
     medians = [float(box["med"]) for box in stats]
     alt = (
@@ -61,7 +64,7 @@ def maxima_boxes(maxima: torch.Tensor, t: torch.Tensor, groups: TimeGroups, bloc
 
 def median_change(maxima: torch.Tensor, t: torch.Tensor, groups: TimeGroups) -> float:
     """Largest over smallest median of the bins' maxima. maxima: (S, C); t: (S,)."""
-    member = groups.of(t)
+    member = groups.index(t)
     medians = torch.stack([maxima[member == g].median() for g in member.unique()])
     return float(medians.max() / medians.min().clamp(min=TINY))
 
@@ -84,7 +87,7 @@ def scale_heatmap(key: str, sites: Sequence[GridParams], groups: TimeGroups, lim
     steps = finest_steps(sites)
 
     def paint(axes: "Axes") -> None:
-        extent = (0, groups.num_timesteps, len(sites) - 0.5, -0.5)
+        extent = (groups.low, groups.high, len(sites) - 0.5, -0.5)
         low, high = limits
         image = axes.imshow(
             steps.numpy(), cmap="cividis", vmin=low, vmax=high, aspect="auto", interpolation="none", extent=extent

@@ -4,26 +4,20 @@ The kernels index scales by head and channel, and choose their arithmetic by gri
 built or allocated before the file has been found to hold as much as its config says.
 """
 
-import json
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tqdit.architectures.building import empty_model
-from tqdit.architectures.shapes import width
-from tqdit.architectures.sites import ARCHITECTURE, BlockLayout, blocks, check_supported, sites
+from tqdit.architectures.registry import architecture, check_supported
 from tqdit.artifact import folder as artifact
-from tqdit.artifact.tensors import decisive
 from tqdit.errors import InputError
+from tqdit.plan import TWO_REGION, plan
 from tqdit.recipe import Recipe
 from tqdit.spec import MAX_BITS, MIN_BITS, Granularity, Grid, GridParams, Role, SiteSpec, Solution
 
 LEAST_ACTIVATION_BITS = 4
-PATCHES = "pos_embed.proj.weight"
-GRIDS = {Role.SOFTMAX: (Grid.MRQ_SOFTMAX, Grid.UNIFORM), Role.GELU: (Grid.MRQ_GELU, Grid.UNIFORM)}  # else uniform
 PER_CHANNEL = Recipe.build("paper", groups=1, weight_granularity="per_channel")  # for the number of channels
 FIELDS = ("role", "grid", "granularity", "groups", "units")
 
@@ -41,37 +35,36 @@ def read(folder: Path, root: Path | None = None) -> Solution:
 def check_solution(solution: Solution) -> None:
     """Raise `InputError` that names the site and the field, or the parameter, that a model of this config cannot have.
 
-    What a recipe may choose is free for every site: bits, time groups or none, MRQ or uniform after softmax and GELU,
-    one scale per weight or per output channel.
+    What a recipe may choose is free for every site: bits, time groups or none, two regions or one, one scale per weight
+    or per output channel.
     """
     config = solution.model_config
     check_supported(config)
-    _check_sizes(config, solution)
-    expected = {spec.name: spec for spec in sites(config, PER_CHANNEL)}
+    found = architecture(config)
+    found.check_sizes(config, _shapes(solution.codes) | _shapes(solution.floats))
+    graph = found.graph(config)
+    timed = {operand.name for operand in graph.operands if operand.timed}
+    expected = {name: site.spec for name, site in plan(graph, PER_CHANNEL).items()}
     for name, spec in expected.items():
         if name not in solution.params:
             kind = "codes for weight" if spec.is_weight else "parameters for activation"
             raise InputError(f"the solution has no {kind} site '{name}'")
-        _check_site(solution, solution.params[name].spec, spec)
-    _check_parameters(solution, expected)
+        _check_site(solution, solution.params[name].spec, spec, name in timed)
+    _check_parameters(solution, expected, graph.shapes)
 
 
-def _check_sizes(config: Mapping[str, Any], solution: Solution) -> None:
-    """That the config's numbers are no larger than what the solution holds."""
-    if (layers := config["num_layers"]) > len(solution.params):
-        raise InputError(f"the config has num_layers = {layers}, the solution has sites of fewer blocks")
-    if PATCHES not in solution.codes:
-        raise InputError(f"the solution has no codes for weight site '{PATCHES}'")
-    side = config["patch_size"]
-    _check_shape(PATCHES, solution.codes, (width(config), config["in_channels"], side, side))
+def _shapes(held: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor; the codes of a model's layers need not be unpacked."""
+    shape_of = getattr(held, "shape_of", None)
+    return {name: tuple(held[name].shape if shape_of is None else shape_of(name)) for name in held}
 
 
-def _check_site(solution: Solution, found: SiteSpec, expected: SiteSpec) -> None:
+def _check_site(solution: Solution, found: SiteSpec, expected: SiteSpec, timed: bool) -> None:
     """Compare with what the model needs, field by field."""
     legal: dict[str, tuple[Any, ...]] = {field: (getattr(expected, field),) for field in FIELDS}
-    if expected.role in GRIDS:
-        legal["grid"] = GRIDS[expected.role]
-    if not expected.is_weight:
+    if expected.role in TWO_REGION:
+        legal["grid"] = (TWO_REGION[expected.role], Grid.UNIFORM)
+    if timed:
         legal["groups"] = (1, solution.time_groups.num_groups)
     if expected.role is Role.WEIGHT:
         legal["granularity"] = (Granularity.PER_TENSOR, Granularity.PER_CHANNEL)
@@ -94,43 +87,17 @@ def _check_shapes_of_params(params: GridParams) -> None:
             raise InputError(f"site '{found.name}' has a {what} of shape {tuple(tensor.shape)}, not {shape}")
 
 
-def _check_parameters(solution: Solution, expected: Mapping[str, SiteSpec]) -> None:
+def _check_parameters(
+    solution: Solution, expected: Mapping[str, SiteSpec], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
     """Every parameter of the model is there in its shape, as codes or in float, and nothing else is."""
-    shapes = _parameter_shapes(solution.model_config)
+    found = {True: _shapes(solution.codes), False: _shapes(solution.floats)}
     for name, shape in shapes.items():
-        held = solution.codes if name in expected else solution.floats
+        held = found[name in expected]
         if name not in held:
             raise InputError(f"the solution has no value for parameter '{name}'")
-        _check_shape(name, held, shape)
+        if held[name] != tuple(shape):
+            raise InputError(f"parameter '{name}' has shape {held[name]}, the model's is {tuple(shape)}")
     for given, known in ((solution.params, expected), (solution.codes, expected), (solution.floats, shapes)):
         if extra := sorted(set(given) - set(known)):
             raise InputError(f"the solution has '{extra[0]}', which this model has no place for")
-
-
-def _parameter_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter by name. Blocks are alike."""
-    inside = BlockLayout(0).prefix + "."
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in _with_one_block(json.dumps(decisive(config))).items():
-        if name.startswith(inside):
-            rest = name.removeprefix(inside)
-            shapes |= {f"{block.prefix}.{rest}": shape for block in blocks(config)}
-        else:
-            shapes[name] = shape
-    return shapes
-
-
-@lru_cache(maxsize=16)  # a model takes 20 ms
-def _with_one_block(config: str) -> Mapping[str, tuple[int, ...]]:
-    """Parameters and shapes of an empty model of one block and one patch. `config` is JSON."""
-    values = json.loads(config)
-    small = {"_class_name": ARCHITECTURE, "num_layers": 1, "sample_size": values["patch_size"]}
-    return {name: tuple(parameter.shape) for name, parameter in empty_model(values | small).named_parameters()}
-
-
-def _check_shape(name: str, held: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> None:
-    """Compare with the shape of the tensor `name` of `held`; the codes of a model's layers need not be unpacked."""
-    shape_of = getattr(held, "shape_of", None)
-    found = tuple(held[name].shape if shape_of is None else shape_of(name))
-    if found != shape:
-        raise InputError(f"parameter '{name}' has shape {found}, the model's is {shape}")

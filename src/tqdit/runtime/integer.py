@@ -1,7 +1,9 @@
-"""The class of a converted model; a module of its own because it imports diffusers."""
+"""The classes of converted models: one for each diffusers class, made when it is needed."""
 
+import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -9,51 +11,49 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
 from accelerate.utils import convert_file_size_to_int
-from diffusers import DiTTransformer2DModel
-from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings, LabelEmbedding, PatchEmbed, TimestepEmbedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
-from torch.nn import functional as F
 
-from tqdit.architectures.shapes import shape_name
+from tqdit.architectures.interface import Architecture
+from tqdit.architectures.registry import architecture
 from tqdit.artifact import folder as artifact
 from tqdit.artifact.model_card import model_card, write_card
 from tqdit.errors import InputError
+from tqdit.layers.block import IntBlock
 from tqdit.ops.modules import HOOK, Closed, Untrainable, check_same
+from tqdit.runtime.calls import Runtime, tell_diffusers
 from tqdit.spec import Solution
 from tqdit.system.files import replacing
 from tqdit.system.isolation import isolated
 
-FEW_TOKENS = 8192  # of the samples that are in fp32 at a time
-ONE_PIECE = 10 * 2**20  # bytes: torch's allocator takes memory for smaller tensors together, 20 MiB at a time
 CONVERTED = ("quantization_backend", "quantization_report", "solution", "reconvert", "prepared_for", "fixed")
 LOCK = threading.Lock()  # a model is converted again by one thread, however many ask
+INTEGER, CLOSED = "Integer", "Closed"  # what names of classes that are made here begin with
 
 
 class _SameAsDiffusers(type):
-    """Makes the class equal to diffusers' own. Pipelines compare the class of a part with the one that they expect."""
+    """Makes a class equal to diffusers' own. Pipelines compare the class of a part with the one that they expect."""
+
+    original: type
 
     def __eq__(cls, other: object) -> bool:
-        return other is cls or other is DiTTransformer2DModel
+        return other is cls or other is cls.original
 
     def __hash__(cls) -> int:
-        return hash(DiTTransformer2DModel)
+        return hash(cls.original)
 
 
-class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDiffusers):  # type: ignore[metaclass]
-    """diffusers' transformer, its blocks, conditioning and call in integers; `convert` makes it."""
+class IntegerModel(Closed, Untrainable):
+    """What every converted model has beside diffusers' own class: `convert` makes it."""
 
     solution: Solution  # its codes are those of the layers
     reconvert: Any  # a Solution and `device` -> a model converted in the same way
     prepared_for: str  # the kind of device that the layers are laid out for
     fixed: frozenset[str]  # names in a state dict that are the model's own, not an adapter's
-    runtime: Any
-    conditioning: Any
+    runtime: Runtime
     config: Any
-    out_channels: int
+    original: type[Any]  # diffusers' class
     io_dtype: torch.dtype = torch.float32
-    _no_split_modules = ["IntBlock"]  # noqa: RUF012 - as diffusers has them
-    _repeated_blocks = ["IntBlock"]  # noqa: RUF012
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,31 +83,25 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
 
         Whether calls are graphs is the backend's choice again: one for CPUs has none, which says nothing about a GPU's.
         """
-        mine, others = (cast(Any, model)._modules for model in (self, other))
-        for old, new in zip(mine.get("transformer_blocks", ()), others["transformer_blocks"], strict=False):
+        mine, others = ([m for m in model.modules() if isinstance(m, IntBlock)] for model in (self, other))
+        for old, new in zip(mine, others, strict=bool(mine)):
+            assert old.slots is not None
+            assert new.slots is not None
             new.slots.take(old.slots)
-        self._modules = others
+        self._modules = other._modules
         for name in CONVERTED:
             setattr(self, name, getattr(other, name))
         return self
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        timestep: torch.Tensor | float | None = None,
-        class_labels: torch.Tensor | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """Predict the noise of a batch of latents; parameters and result are those of diffusers' own forward.
+    def denoise(self, hidden_states: Any, arguments: Mapping[str, Any], return_dict: bool) -> Any:
+        """Compute diffusers' forward for latents and its other arguments, by name.
 
-        `InputError` for what does not fit the model. The result never requires a gradient.
+        Raises `InputError` for what does not fit the model. The result never requires a gradient.
         """
-        self.runtime.inputs.check_states(hidden_states)
+        self.runtime.architecture.check_states(self, hidden_states)
         if hidden_states.device.type != self.prepared_for:
             self._prepare(hidden_states.device)
-        blocks = self._modules["transformer_blocks"]
-        output = self.runtime.call(self._denoised, hidden_states, timestep, class_labels, blocks)
+        output = self.runtime.call(self, hidden_states, arguments)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     @torch.compiler.disable  # compile after a first call on the device, or the graph breaks here
@@ -151,13 +145,13 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
-        """diffusers' own: what is in the folder decides the class."""
-        return DiTTransformer2DModel.from_pretrained(*arguments, **options)
+        """Call diffusers' own: what is in the folder decides the class."""
+        return cls.original.from_pretrained(*arguments, **options)
 
     @classmethod
     def from_config(cls, *arguments: Any, **options: Any) -> Any:
-        """diffusers' own: a float model."""
-        return DiTTransformer2DModel.from_config(*arguments, **options)
+        """Call diffusers' own: a float model."""
+        return cls.original.from_config(*arguments, **options)
 
     @isolated()
     def save_pretrained(
@@ -186,10 +180,11 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
             cast(Any, self.solution.codes).check_unchanged(self.solution)
             target = Path(save_directory)
             artifact.check_replaceable(target)
+            shape = self.runtime.architecture.shape_name(self.solution.model_config)
             most = None if max_shard_size is None else convert_file_size_to_int(max_shard_size)
             with replacing(target, overwrite=True, in_pipeline=True) as folder:
                 artifact.write(self.solution, folder, most)
-                text = model_card(self.solution, shape_name(self.solution.model_config), artifact.size_bytes(folder))
+                text = model_card(self.solution, shape, artifact.size_bytes(folder))
                 write_card(folder, text, target)
             artifact.unseal_pipeline(target)
 
@@ -205,95 +200,62 @@ class IntegerDiT(Closed, Untrainable, DiTTransformer2DModel, metaclass=_SameAsDi
         """As torch's."""
         return nn.Module.float(self)
 
-    def _denoised(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B, C or 2C, H, W), as diffusers' own forward, for the call that clock and conditioning are
-        set to; in the dtype of x, whatever that of the residual stream.
 
-        Before and after the blocks samples are taken a few at a time: (B, N, D) in fp32, and several of them in the
-        last LayerNorm, would be more than any block has alive.
-        """
-        side = self.config.patch_size
-        few = max(1, FEW_TOKENS * side**2 // (x.shape[-2] * x.shape[-1]))
-        layers: Any = self
-        self._lay_out(x, few)
-        stream = _joined([layers.pos_embed(part.float()).to(self.stream_dtype) for part in _parts(x, few)])
-        for block in layers.transformer_blocks:
-            stream = block(stream, block.modulation())
-        modulation = layers.proj_out_1(F.silu(self.conditioning.embedding(0)))
-        parts = zip(_parts(stream, few), _parts(modulation, few), strict=True)
-        patches = _joined([self._patches(*part) for part in parts])
-        rows, columns = (size // side for size in x.shape[-2:])
-        patches = patches.reshape(-1, rows, columns, side, side, self.out_channels).permute(0, 5, 1, 3, 2, 4)
-        return patches.reshape(-1, self.out_channels, rows * side, columns * side).to(x.dtype)
+def make_integer(model: nn.Module, described: Architecture) -> IntegerModel:
+    """Give a diffusers transformer the class of its architecture, and parts of it one that adapters cannot reach into.
 
-    def _lay_out(self, x: torch.Tensor, few: int) -> None:
-        """Give a CUDA graph under capture one piece of memory, about what a call has alive at most.
-
-        Its tensors then are parts of that piece, or most of them: left to come as they may, most sizes would get memory
-        of their own, which a graph keeps.
-        """
-        if x.device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_current_stream_capturing():
-            return
-        config, batch = self.config, x.shape[0]
-        width = config.num_attention_heads * config.attention_head_dim
-        tokens = x.shape[-2] * x.shape[-1] // config.patch_size**2
-        stream = batch * tokens * width * self.stream_dtype.itemsize
-        modulation = batch * config.num_layers * 6 * width * 4
-        in_a_block = stream + batch * tokens * width * 4  # its output, beside codes after GELU
-        around = min(few, batch) * tokens * width * 4 * 2  # fp32, before the blocks and after
-        total = stream + modulation + max(in_a_block, around)
-        if total >= ONE_PIECE:
-            torch.empty(total + 2**20, dtype=torch.uint8, device=x.device)  # what is smaller comes besides
-
-    def _patches(self, stream: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
-        """The last layer of some samples: (B, N, D), (B, 2 D) -> (B, N, pixels and channels of a patch) in fp32."""
-        layers: Any = self
-        shift, scale = modulation[:, None].chunk(2, dim=-1)
-        patches = layers.proj_out_2(layers.norm_out(stream.float()) * (1 + scale) + shift)
-        # Codes hold no NaN and no Inf. The stream keeps them at their token; as in a float model, whose tokens all read
-        # each other, the whole sample shall be NaN. Not by `patches * 0`, which compilers take for 0.
-        finite = patches.isfinite().flatten(1).all(dim=1)[:, None, None]
-        return patches.where(finite, torch.nan)
+    `_prepare` and `adopt` of the class work with the parts that `convert` puts into the model.
+    """
+    for module in model.modules():
+        if not isinstance(module, Closed) and (module._modules or isinstance(module, nn.ModuleList)):
+            module.__class__ = _closed_class(cast(Any, type(module)))
+    made = integer_class(described.name)
+    model.__class__ = cast(type[nn.Module], made)
+    model.__dict__["__module__"] = made.original.__module__
+    return cast(IntegerModel, model)
 
 
-def _parts(x: torch.Tensor, few: int) -> Sequence[torch.Tensor]:
-    """A batch, a few samples at a time; whole if compiled, since a graph for each number of parts is one too many."""
-    return (x,) if torch.compiler.is_compiling() else x.split(few)
+@functools.cache
+def integer_class(name: str) -> Any:
+    """Return the class of the integer models of a diffusers class.
+
+    A pipeline that is saved notes the name and the module of each part, and is loaded by them. It has to find
+    diffusers' own class, whose `from_pretrained` makes this one. Pickling goes by `__qualname__`.
+    """
+    import diffusers
+
+    described, original = architecture(name), getattr(diffusers, name)
+    contents = {
+        "original": original,
+        "forward": type(described).forward,
+        "_no_split_modules": [described.block.__name__],
+        "_repeated_blocks": [described.block.__name__],
+        "__doc__": f"diffusers' `{name}`, its blocks, conditioning and call in integers.",
+        "__module__": __name__,
+        "__qualname__": INTEGER + name,
+    }
+    tell_diffusers(described.block)
+    return _SameAsDiffusers(name, (IntegerModel, original), contents)
 
 
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Parts of a batch as one."""
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+@functools.cache
+def _closed_class(kind: type[Any]) -> type[Any]:
+    """Return a subclass of a module's class that is closed to adapters."""
+    qualified = "__".join([CLOSED, *kind.__module__.split("."), kind.__name__])
+    return type(kind.__name__, (Closed, kind), {"__module__": __name__, "__qualname__": qualified})
 
 
-# A pipeline that is saved notes the name and the module of each part, and is loaded by them. It has to find diffusers'
-# own class, whose `from_pretrained` makes this one; pickling goes by `__qualname__`, which stays.
-IntegerDiT.__name__ = DiTTransformer2DModel.__name__
-
-
-class _ClosedEmbedder(Closed, CombinedTimestepLabelEmbeddings):
-    """diffusers' own, closed to adapters."""
-
-
-class _ClosedLabels(Closed, LabelEmbedding):
-    """diffusers' own, closed to adapters."""
-
-
-class _ClosedTimestep(Closed, TimestepEmbedding):
-    """diffusers' own, closed to adapters."""
-
-
-class _ClosedPatches(Closed, PatchEmbed):
-    """diffusers' own, closed to adapters."""
-
-
-class _ClosedList(Closed, nn.ModuleList):
-    """torch's own, closed to adapters."""
-
-
-CLOSED = {
-    cls.__bases__[1]: cls for cls in (_ClosedEmbedder, _ClosedLabels, _ClosedTimestep, _ClosedPatches, _ClosedList)
-}
+def __getattr__(name: str) -> Any:
+    """Make the classes above again by their names, for pickle."""
+    if name.startswith(f"{CLOSED}__"):
+        *path, kind = name.split("__")[1:]
+        return _closed_class(getattr(import_module(".".join(path)), kind))
+    if name.startswith(INTEGER):
+        try:
+            return integer_class(name.removeprefix(INTEGER))
+        except InputError:
+            pass
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
 def _offloading(model: nn.Module) -> AlignDevicesHook | None:
@@ -304,12 +266,3 @@ def _offloading(model: nn.Module) -> AlignDevicesHook | None:
             if isinstance(part, AlignDevicesHook) and part.offload:
                 return part
     return None
-
-
-def make_integer(model: nn.Module) -> IntegerDiT:
-    """Give a diffusers transformer this class, and parts of it one that adapters cannot reach into."""
-    for module in model.modules():
-        module.__class__ = CLOSED.get(type(module), type(module))
-    model.__class__ = cast(type[nn.Module], IntegerDiT)
-    model.__dict__["__module__"] = DiTTransformer2DModel.__module__
-    return cast(IntegerDiT, model)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tqdit.architectures.sites import config_of
+from tqdit.architectures.registry import config_of
 from tqdit.errors import InputError
 from tqdit.timegroups import MAX_TIMESTEPS
 

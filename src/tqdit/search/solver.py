@@ -3,24 +3,29 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from tqdit.architectures.sites import BlockLayout, LinearGroup, blocks, config_of, float_input_modules, sites
+from tqdit.architectures.interface import Attention, Block, Linear
+from tqdit.architectures.interface import Operand as Site
+from tqdit.architectures.registry import config_of, graph
 from tqdit.calibration.records import AttentionRecord, LinearRecord, Records
-from tqdit.calibration.statistics import RangeStats
+from tqdit.calibration.statistics import RangeStats, kept_keys
 from tqdit.calibration.store import Forgetful, Store
 from tqdit.errors import InputError
 from tqdit.grids import uniform
+from tqdit.plan import Objective, SitePlan, plan
+from tqdit.plan import objective as planned_objective
+from tqdit.provenance import Provenance
 from tqdit.recipe import Recipe
 from tqdit.sampling.sampler import Progress
 from tqdit.search import objectives, operands
 from tqdit.search.alternating import alternate
 from tqdit.search.objectives import MatmulObjective
 from tqdit.search.operands import Operand
-from tqdit.spec import Grid, GridParams, Role, SiteSpec, Solution
+from tqdit.spec import Grid, GridParams, SiteSpec, Solution
 from tqdit.system import distributed
 from tqdit.timegroups import TimeGroups
 
@@ -30,7 +35,7 @@ def solve(
     records: Records,
     recipe: Recipe,
     time_groups: TimeGroups,
-    provenance: Mapping[str, Any],
+    provenance: Provenance,
     progress: Progress = lambda _: None,
     store: Store | None = None,
 ) -> Solution:
@@ -61,7 +66,7 @@ def solve(
     for found in world.gather_named(solved, len(parts)):
         solver.take(found)
     ordered = {name: solver.params[name] for name in solver.specs}
-    return Solution(dict(config_of(model)), time_groups, ordered, solver.codes, solver.floats(), dict(provenance))
+    return Solution(dict(config_of(model)), time_groups, ordered, solver.codes, solver.floats(), provenance)
 
 
 Solved = dict[str, torch.Tensor]  # "<site>/scale", "<site>/zero_point" and "<site>/codes" of matmuls, on the CPU
@@ -74,8 +79,11 @@ class _Solver:
     def __init__(self, model: nn.Module, records: Records, recipe: Recipe) -> None:
         self.model = model
         self.records = records
-        self.recipe = recipe.settled
-        self.specs = {spec.name: spec for spec in sites(config_of(model), self.recipe)}
+        self.recipe = recipe
+        self.objective = planned_objective(recipe)
+        self.graph = graph(config_of(model))
+        self.plan = plan(self.graph, recipe)
+        self.specs = {name: site.spec for name, site in self.plan.items()}
         self.state = model.state_dict()
         self.device = next(model.parameters()).device
         self.params: dict[str, GridParams] = {}
@@ -83,18 +91,14 @@ class _Solver:
 
     def parts(self) -> list[dict[str, Callable[[], Solved]]]:
         """Matmuls by name: part i has all of block i, the last one those outside of blocks."""
-        layout = blocks(config_of(self.model))
-        inside = {name for block in layout for name in block.float_input}
-        outside = [name for name in float_input_modules(config_of(self.model)) if name not in inside]
-        return [*map(self._block, layout), self._floating(outside)]
+        return [*map(self._block, self.graph.blocks), self._floating(self.graph.outside)]
 
-    def _block(self, block: BlockLayout) -> dict[str, Callable[[], Solved]]:
-        return {
-            **self._floating(block.float_input),
-            f"{block.attention}.scores": partial(self._scores, block),
-            f"{block.attention}.values": partial(self._values, block),
-            **{group.source: partial(self._linear, group) for group in block.linears},
-        }
+    def _block(self, block: Block) -> dict[str, Callable[[], Solved]]:
+        found = self._floating(block.float_input)
+        for attention in block.attentions:
+            found[f"{attention.module}.scores"] = partial(self._scores, attention)
+            found[f"{attention.module}.values"] = partial(self._values, attention)
+        return found | {linear.source.name: partial(self._linear, linear) for linear in block.linears}
 
     def _floating(self, modules: Iterable[str]) -> dict[str, Callable[[], Solved]]:
         """Layers of float inputs."""
@@ -125,68 +129,62 @@ class _Solver:
             operand = operand.with_scale(tables.gather(0, errors.argmin(0)[None, None])[0])
         return self._coded([spec], operand)
 
-    def _linear(self, group: LinearGroup) -> Solved:
-        record = _moved(self.records.linears[group.source], self.device)
-        ranges = self._ranges(group.source)
-        specs = [self.specs[name] for name in group.weights]
-        w = operands.weight(specs, [self.state[name].float() for name in group.weights])
+    def _linear(self, linear: Linear) -> Solved:
+        name = linear.source.name
+        record = _moved(self.records.linears[name], self.device)
+        ranges = self._ranges(name)
+        specs = [self.specs[weight] for weight in linear.weights]
+        w = operands.weight(specs, [self.state[weight].float() for weight in linear.weights])
         objective = MatmulObjective.of(objectives.linear, record.x, w.values, self._weights(record, record.fisher))
+        site = self.plan[name]
 
         def attempt(spec: SiteSpec) -> tuple[Operand, Operand, float]:
-            x = operands.activation(spec, record.x, record.group, ranges, self.recipe.gelu_products == "one")
+            x = operands.activation(spec, record.x, record.group, ranges, site.merging)
             return alternate(objective, x, w, self.recipe)
 
-        x, w, _ = self._best_grid(self.specs[group.source], self.recipe.gelu_grid, attempt)
+        x, w, _ = _best_grid(site, attempt)
         return _chosen(x) | self._coded(specs, w)
 
-    def _scores(self, block: BlockLayout) -> Solved:
-        record = _moved(self.records.attentions[block.attention], self.device)
-        objective = MatmulObjective.of(
-            objectives.scores, record.q, record.k, self._weights(record, record.fisher_scores)
-        )
-        q = self._operand(block, Role.QUERY, record.q, record)
-        k = self._operand(block, Role.KEY, record.k, record)
+    def _scores(self, attention: Attention) -> Solved:
+        record = _moved(self.records.attentions[attention.module], self.device)
+        weights = self._weights(record, record.fisher_scores)
+        if weights is None and (kept := kept_keys(record.bias)) is not None:
+            weights = kept[:, None, None].expand_as(record.fisher_scores).float()
+        objective = MatmulObjective.of(objectives.scores, record.q, record.k, weights)
+        q = self._operand(attention.query, record.q, record)
+        k = self._operand(attention.key, record.k, record)
         q, k, _ = alternate(objective, q, k, self.recipe)
         return _chosen(q) | _chosen(k)
 
-    def _values(self, block: BlockLayout) -> Solved:
-        record = _moved(self.records.attentions[block.attention], self.device)
-        p = objectives.scores(record.q, record.k).softmax(-1)
+    def _values(self, attention: Attention) -> Solved:
+        record = _moved(self.records.attentions[attention.module], self.device)
+        scores = objectives.scores(record.q, record.k)
+        p = (scores if record.bias is None else scores + record.bias[:, None, None]).softmax(-1)
         objective = MatmulObjective.of(objectives.values, p, record.v, self._weights(record, record.fisher_values))
-        v = self._operand(block, Role.VALUE, record.v, record)
-        name = block.operand(Role.SOFTMAX)
-        ranges = self._ranges(name).over_units()
+        v = self._operand(attention.value, record.v, record)
+        site = self.plan[attention.probabilities.name]
+        ranges = self._ranges(site.spec.name).over_units()
 
         def attempt(spec: SiteSpec) -> tuple[Operand, Operand, float]:
-            left = operands.activation(spec, p, record.group, ranges, self.recipe.softmax_products == "one")
+            left = operands.activation(spec, p, record.group, ranges, site.merging)
             return alternate(objective, left, v, self.recipe)
 
-        left, right, _ = self._best_grid(self.specs[name], self.recipe.softmax_grid, attempt)
+        left, right, _ = _best_grid(site, attempt)
         return _chosen(left) | _chosen(right)
 
-    def _operand(self, block: BlockLayout, role: Role, values: torch.Tensor, record: AttentionRecord) -> Operand:
-        name = block.operand(role)
-        return operands.activation(self.specs[name], values, record.group, self._ranges(name))
+    def _operand(self, site: Site, values: torch.Tensor, record: AttentionRecord) -> Operand:
+        return operands.activation(self.specs[site.name], values, record.group, self._ranges(site.name))
 
     def _weights(self, record: LinearRecord | AttentionRecord, fisher: torch.Tensor) -> torch.Tensor | None:
-        """HO's weights, with loss "sampler" times each sample's step weight; None for plain squared error."""
-        if not self.recipe.hessian:
+        """What errors are weighed with; None for plain squared error."""
+        if self.objective is Objective.PLAIN:
             return None
-        if self.recipe.loss == "epsilon":
+        if self.objective is Objective.FISHER:
             return fisher
         return fisher * record.step_weight.reshape(-1, *(1,) * (fisher.ndim - 1))
 
     def _ranges(self, site: str) -> RangeStats:
         return _moved(self.records.ranges[site], self.device)
-
-    def _best_grid(
-        self, spec: SiteSpec, choice: str, attempt: Callable[[SiteSpec], tuple[Operand, Operand, float]]
-    ) -> tuple[Operand, Operand, float]:
-        """The attempt under the site's grid, or the better of MRQ and uniform where the recipe leaves it open."""
-        tried = [attempt(spec)]
-        if spec.grid.two_region and choice == "best":
-            tried.append(attempt(replace(spec, grid=Grid.UNIFORM)))
-        return min(tried, key=lambda result: result[2])
 
     def _coded(self, specs: list[SiteSpec], operand: Operand) -> Solved:
         found: Solved = {}
@@ -199,6 +197,13 @@ class _Solver:
             found |= {f"{spec.name}/scale": _sound(scale[None]), f"{spec.name}/codes": codes.reshape(shape).cpu()}
             first += shape[0]
         return found
+
+
+def _best_grid(
+    site: SitePlan, attempt: Callable[[SiteSpec], tuple[Operand, Operand, float]]
+) -> tuple[Operand, Operand, float]:
+    """The best of the attempts under the grids of a site; the first of equal ones."""
+    return min(map(attempt, site.tried), key=lambda result: result[2])
 
 
 def _chosen(operand: Operand) -> Solved:
@@ -216,4 +221,5 @@ def _sound(scale: torch.Tensor) -> torch.Tensor:
 
 def _moved(record: Record, device: torch.device) -> Record:
     """A record with its tensors on another device."""
-    return replace(record, **{f.name: getattr(record, f.name).to(device) for f in fields(record)})
+    held = {f.name: getattr(record, f.name) for f in fields(record)}
+    return replace(record, **{name: tensor.to(device) for name, tensor in held.items() if tensor is not None})

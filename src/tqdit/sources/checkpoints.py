@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from tqdit.architectures.building import empty_model, set_parameter, share_embedder
+from tqdit.architectures.dit_checkpoint import CLASS_TABLE, POSITIONS, implied_config, published_names
 from tqdit.errors import InputError
 from tqdit.sources import training
 from tqdit.sources.float_weights import FLOATS, checked, unwrapped
-from tqdit.sources.published import CLASS_TABLE, POSITIONS, implied_config, published_names
 from tqdit.system.files import read_tensors
 from tqdit.system.reading import check_regular
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from tqdit.architectures.sites import ARCHITECTURE, config_of
+from tqdit.architectures.dit_checkpoint import AS_PUBLISHED, DIFFUSION
+from tqdit.architectures.registry import architecture, config_of
 from tqdit.artifact.model_card import keep_edited
 from tqdit.errors import InputError
 from tqdit.sources.components import check_vae
-from tqdit.sources.published import AS_PUBLISHED, DIFFUSION
 from tqdit.sources.resolve import (
     LABELS,
     PIPELINE,
@@ -79,7 +79,7 @@ def convert_checkpoint(
         labels=source.labels if labels is None else class_names(read_json(Path(labels)), str(labels), classes),
     )
     if source.vae is not None:
-        check_vae(source.vae, int(source.config["in_channels"]))
+        check_vae(source.vae, architecture(source.config).input_shape(source.config)[0])
         if out.resolve().is_relative_to(source.vae.resolve()):
             raise InputError(f"output {out} is inside {source.vae}, which is copied into it")
     source.check_components()
@@ -135,7 +135,7 @@ def _index(source: ModelSource) -> dict[str, Any]:
     """The model_index.json of a pipeline, by which diffusers' `DiTPipeline` loads the folder."""
     index = {"_class_name": "DiTPipeline", **(source.pipeline or {})}
     index["scheduler"] = ["diffusers", source.scheduler.get("_class_name", DIFFUSION["_class_name"])]
-    index[TRANSFORMER] = ["diffusers", ARCHITECTURE]
+    index[TRANSFORMER] = ["diffusers", architecture(source.config).name]
     if source.vae is not None:
         index["vae"] = ["diffusers", read_json(source.vae / CONFIG).get("_class_name", "AutoencoderKL")]
     return index

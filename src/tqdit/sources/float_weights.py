@@ -8,15 +8,12 @@ from typing import Any
 
 import torch
 
-from tqdit.architectures.shapes import width
+from tqdit.architectures.registry import architecture
 from tqdit.errors import AssumptionWarning, InputError
 from tqdit.system.files import INDEX, WEIGHTS, is_there, read_json, read_tensors, read_weights
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PREFIXES = ("_orig_mod.", "module.", "model.")  # of a model that torch.compile, DataParallel or a trainer wrapped
-CLASS_TABLE = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
-PATCHES = "pos_embed.proj.weight"
-BLOCK = re.compile(r"transformer_blocks\.(\d+)\.attn1\.to_q\.weight")
 VARIANT = re.compile(r"diffusion_pytorch_model\.([\w-]+)\.safetensors")
 
 
@@ -75,23 +72,7 @@ def check_sizes(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) 
 
     A model of these sizes is then built without weights; its tables and its number of modules are bounded by the file.
     """
-    layers = len({found[1] for name in tensors if (found := BLOCK.fullmatch(name))})
-    if layers != config["num_layers"]:
-        raise InputError(f"the config has num_layers = {config['num_layers']}, the weights have {layers} blocks")
-    if CLASS_TABLE not in tensors:
-        raise InputError(f"weights lack tensor '{CLASS_TABLE}'")
-    if PATCHES not in tensors:
-        raise InputError(f"weights lack tensor '{PATCHES}'")
-    rows, classes = (*tensors[CLASS_TABLE].shape, 0)[0], config["num_embeds_ada_norm"]
-    if rows != classes + 1:
-        raise InputError(
-            f"the config has num_embeds_ada_norm = {classes}, which needs {classes + 1} rows of '{CLASS_TABLE}' "
-            f"(the last is the null class); the weights have {rows}"
-        )
-    side = config["patch_size"]
-    needed = (width(config), config["in_channels"], side, side)
-    if (shape := tuple(tensors[PATCHES].shape)) != needed:
-        raise InputError(f"tensor '{PATCHES}' has shape {shape}, the config needs {needed}")
+    architecture(config).check_sizes(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
 
 
 def check_shapes(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from tqdit.architectures.building import empty_model, set_parameter
-from tqdit.architectures.sites import FREQUENCY_SHIFT, check_supported, config_of
+from tqdit.architectures.dit_checkpoint import DIFFUSION
+from tqdit.architectures.registry import architecture, check_supported, config_of
 from tqdit.errors import AssumptionWarning, InputError
 from tqdit.sampling.sampler import check_scheduler
 from tqdit.sources import checkpoints, components, float_weights, hub
-from tqdit.sources.published import DIFFUSION
 from tqdit.system.files import CONFIG, INDEX, QUANT_METHOD, TRANSFORMER, WEIGHTS, is_there, model_folder, read_json
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -212,10 +212,11 @@ def _empty_model(source: ModelSource) -> nn.Module:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """sha256 over names and values of a model's parameters, and its frequency shift if that is not diffusers' own."""
+    """sha256 over names and values of a model's parameters, and the settings that diffusers has no key for."""
     digest = hashlib.sha256()
-    if config_of(model).get(FREQUENCY_SHIFT, 1) != 1:
-        digest.update(FREQUENCY_SHIFT.encode())
+    config = config_of(model)
+    for key in architecture(config).own_settings(config):
+        digest.update(key.encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

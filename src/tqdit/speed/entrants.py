@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tqdit.architectures.shapes import LATENT_CHANNELS, shape_name
+from tqdit.architectures.registry import architecture
+from tqdit.architectures.shapes import shape_name
 from tqdit.errors import InputError
 from tqdit.imaging.generate import sample_latents
 from tqdit.runtime import fitting
@@ -26,7 +28,6 @@ from tqdit.workflow import Report, checked_dtype, silent
 
 WARM_UP = 2  # calls: the first compiles, the second would compile again if a timestep were a constant
 FULL_RUN = Sampling("ddim", 50, 1.5)
-VAE_FACTOR = 8  # image side over latent side
 LOG = logging.getLogger(__name__)
 
 
@@ -101,8 +102,7 @@ Entrant = tuple[Contender, DenoiserCall]
 
 def workload(config: Mapping[str, Any], batch: int) -> str:
     """What one call computes, by image side and batch: "256-b64". Latents of a VAE count as the images they make."""
-    factor = VAE_FACTOR if int(config["in_channels"]) == LATENT_CHANNELS else 1
-    return f"{int(config['sample_size']) * factor}-b{batch}"
+    return f"{architecture(config).image_side(config)}-b{batch}"
 
 
 def images(batch: int) -> int:
@@ -187,12 +187,11 @@ class Maker:
         solution = fitting.read(subject.folder)
         dtype = self.settings.dtype or default_dtype(self.device)
         module = convert(solution, self.settings.backend, self.device, checked_dtype(dtype))
-        total = solution.time_groups.num_timesteps
+        total = math.ceil(solution.time_groups.high)
         self.timesteps = min(self.timesteps or total, total)
-        recipe = solution.provenance.get("recipe", {})
         facts = Facts(
-            bits=f"w{recipe.get('weight_bits')}a{recipe.get('activation_bits')}",
-            preset=solution.provenance.get("preset", recipe.get("preset")),
+            bits=solution.provenance.bits,
+            preset=solution.provenance.preset_name,
             dtype=dtype,
             operations={batch: count_operations(solution, batch) for batch in self.settings.batches},
             report=cast(Mapping[str, str], module.quantization_report),

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tqdit.architectures.shapes import tokens, width
+from tqdit.architectures.interface import Linear
+from tqdit.architectures.registry import architecture, graph
 from tqdit.grids.regions import is_merged
 from tqdit.spec import Role, Solution
 
@@ -25,19 +26,29 @@ class Operations:
         return self.integer / int8_gops / 1e6 + self.weight_only_bytes / read_gb_per_s / 1e6
 
 
-def count_operations(solution: Solution, batch: int) -> Operations:
-    """Operations of one call with `batch` samples.
+def count_operations(solution: Solution, batch: int, context: int = 0) -> Operations:
+    """Operations of one call with `batch` samples, whose context has `context` tokens.
 
-    Linear layers are 2 B N in out; Q K^T and P V are 2 B N N C each. A two-region operand (after GELU, after softmax)
-    takes two products, unless its regions merge.
+    A linear layer is 2 B N in out; Q K^T and P V are 2 B N M C each. A two-region operand (after GELU, after softmax)
+    takes two products, unless its regions merge. What does not depend on the timestep is computed once a prompt and not
+    counted.
     """
     config = solution.model_config
-    layers, n, c = int(config["num_layers"]), tokens(config), width(config)
-    linears = {"qkv": 3 * c * c, "out": c * c, "fc1": 4 * c * c, "fc2": 4 * c * c}
-    per_block = 2 * batch * n * (sum(linears.values()) + 2 * n * c)
-    twice = {Role.GELU: 2 * batch * n * linears["fc2"], Role.SOFTMAX: 2 * batch * n * n * c}
-    again = sum(twice[p.spec.role] for p in solution.params.values() if p.spec.grid.two_region and not is_merged(p))
-    return Operations(layers * per_block, layers * per_block + again, _weight_only_bytes(solution))
+    structure, tokens = graph(config), architecture(config).tokens(config)
+    once, again = 0, 0
+    for block in structure.blocks:
+        for matmul in block.matmuls:
+            if isinstance(matmul, Linear):
+                columns, outputs = structure.features(matmul)
+                left, count = matmul.source, 2 * batch * tokens * columns * outputs * matmul.source.timed
+            else:
+                keys = context if matmul.context else tokens
+                left, count = matmul.probabilities, 2 * batch * tokens * keys * matmul.width
+                once += count  # Q K^T, whose operands have one region
+            params = solution.params[left.name]
+            once += count
+            again += count * (params.spec.grid.two_region and not is_merged(params))
+    return Operations(once, once + again, _weight_only_bytes(solution))
 
 
 def _weight_only_bytes(solution: Solution) -> int:

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from tqdit.architectures.building import empty_model
-from tqdit.architectures.shapes import shape_name, tokens
-from tqdit.architectures.sites import sites
+from tqdit.architectures.interface import Architecture
+from tqdit.architectures.registry import architecture, graph
 from tqdit.grids.regions import GELU_MINIMUM, coarse_softmax_scale, merging_exponents, softmax_exponents
-from tqdit.recipe import PRODUCTS_OF, Recipe
+from tqdit.plan import SitePlan, plan
+from tqdit.provenance import Provenance
+from tqdit.recipe import Recipe
 from tqdit.spec import Grid, GridParams, IntFormat, Role, SiteSpec, Solution
-from tqdit.speed.random_weights import Pool, embedder_twin, standard_deviation
+from tqdit.speed.random_weights import Pool, standard_deviation
 from tqdit.system.environment import versions
 from tqdit.timegroups import TimeGroups
 
@@ -26,16 +27,18 @@ NUM_TIMESTEPS = 1000
 def random_solution(config: Mapping[str, Any], recipe: Recipe, seed: int = 0) -> Solution:
     """A Solution of the shape `config` under `recipe`, with codes, scales and floats for every site and parameter.
 
-    Activations of the resulting model have unit variance and fill their grids. No float copy of a weight is made; all
-    blocks share the tensors of one embedder, as an artifact's do. Raises `InputError` as `sites` does.
+    Activations of the resulting model have unit variance and fill their grids. Where a search would choose a grid, it
+    is the first one tried, which costs most, so that timing is on the safe side. No float copy of a weight is made; all
+    blocks share the tensors of one embedder, as an artifact's do. Raises `InputError` for a config that is not
+    supported.
     """
-    shapes = {name: parameter.shape for name, parameter in empty_model(config).named_parameters()}
-    specs = sites(config, _resolved(recipe))
-    draw = _Draw(max(shape.numel() for shape in shapes.values()), tokens(config), seed, recipe)
+    structure, kind = graph(config), architecture(config)
+    shapes = structure.shapes
+    draw = _Draw(max(shape.numel() for shape in shapes.values()), kind, kind.tokens(config), seed)
     params: dict[str, GridParams] = {}
     codes: dict[str, torch.Tensor] = {}
-    for spec in specs:
-        twin = embedder_twin(spec.name)
+    for site in plan(structure, recipe).values():
+        spec, twin = site.spec, kind.twin(site.spec.name)
         if twin != spec.name:
             params[spec.name] = GridParams(spec, params[twin].scale)
             codes[spec.name] = codes[twin]
@@ -43,37 +46,31 @@ def random_solution(config: Mapping[str, Any], recipe: Recipe, seed: int = 0) ->
             params[spec.name] = draw.weight_params(spec, shapes[spec.name])
             codes[spec.name] = draw.codes(spec, shapes[spec.name])
         else:
-            params[spec.name] = draw.activation_params(spec)
+            params[spec.name] = draw.activation_params(site)
     floats: dict[str, torch.Tensor] = {}
     for name, shape in shapes.items():
         if name not in codes:
-            twin = embedder_twin(name)
+            twin = kind.twin(name)
             floats[name] = floats[twin] if twin != name else draw.parameter(name, shape)
-    provenance = {
-        "preset": recipe.label,
-        "recipe": recipe.model_dump(mode="json"),
-        "source": f"random {shape_name(config)}",
-        "versions": versions(),
-    }
-    return Solution(dict(config), TimeGroups(NUM_TIMESTEPS, recipe.groups), params, codes, floats, provenance)
-
-
-def _resolved(recipe: Recipe) -> Recipe:
-    """The recipe with MRQ where a search would choose: the grid that costs most, two products unless the recipe allows
-    one, so that timing is on the safe side."""
-    recipe = recipe.settled
-    return recipe.model_copy(update={name: "mrq" for name in PRODUCTS_OF if getattr(recipe, name) == "best"})
+    provenance = Provenance(
+        preset=recipe.label,
+        recipe=recipe.model_dump(mode="json"),
+        source=f"random {kind.shape_name(config)}",
+        versions=versions(),
+    )
+    groups = TimeGroups.uniform(0, NUM_TIMESTEPS, recipe.groups)
+    return Solution(dict(config), groups, params, codes, floats, provenance)
 
 
 class _Draw:
     """Random codes and parameters of one model."""
 
-    def __init__(self, largest: int, keys: int, seed: int, recipe: Recipe) -> None:
-        """`keys`: tokens a softmax row spreads over."""
+    def __init__(self, largest: int, kind: Architecture, keys: int, seed: int) -> None:
+        """`largest`: elements of the largest tensor. `keys`: tokens a softmax row spreads over."""
         self._pool = Pool(largest, seed)
         self._generator = torch.Generator().manual_seed(seed)
         self._keys = keys
-        self._recipe = recipe
+        self._kind = kind
         self._codes: dict[int, torch.Tensor] = {}  # bits -> the pool as codes
 
     def codes(self, spec: SiteSpec, shape: torch.Size) -> torch.Tensor:
@@ -86,19 +83,20 @@ class _Draw:
 
     def weight_params(self, spec: SiteSpec, shape: torch.Size) -> GridParams:
         """Scales that give the layer unit variance."""
-        step = _clip(spec.bits) / spec.format.qmax * standard_deviation(spec.name, shape)
+        step = _clip(spec.bits) / spec.format.qmax * standard_deviation(self._kind, spec.name, shape)
         return GridParams(spec, self._varied(spec, step))
 
-    def activation_params(self, spec: SiteSpec) -> GridParams:
-        fmt = spec.format
+    def activation_params(self, site: SitePlan) -> GridParams:
+        """Parameters of a site on the first of its grids."""
+        spec, fmt = site.spec, site.spec.format
         levels = fmt.qmax - fmt.qmin
         if spec.grid is Grid.MRQ_SOFTMAX:
             coarse = torch.full((spec.groups, spec.units), coarse_softmax_scale(spec.bits))
-            return GridParams(spec, torch.stack([coarse * 2.0 ** -self._exponents(spec), coarse], -1))
+            return GridParams(spec, torch.stack([coarse * 2.0 ** -self._exponents(site), coarse], -1))
         if spec.grid is Grid.MRQ_GELU:
             coarse = self._varied(spec, GELU_MAXIMUM / fmt.qmax)
             fine = torch.full_like(coarse, GELU_MINIMUM / -fmt.qmin)
-            if self._recipe.gelu_products == "one":
+            if site.merging:
                 fine = coarse * 2.0 ** -(merging_exponents(spec.bits, spec.grid).stop - 1)
             return GridParams(spec, torch.stack([fine, coarse], -1))
         if spec.role is Role.SOFTMAX:
@@ -111,15 +109,16 @@ class _Draw:
         return GridParams(spec, self._varied(spec, EXTENTS[spec.role] / levels), zero_point.to(torch.int32))
 
     def parameter(self, name: str, shape: torch.Size) -> torch.Tensor:
-        return self._pool.take(shape).mul_(standard_deviation(name, shape))
+        return self._pool.take(shape).mul_(standard_deviation(self._kind, name, shape))
 
     def _varied(self, spec: SiteSpec, step: float) -> torch.Tensor:
         noise = torch.randn(spec.groups, spec.units, generator=self._generator).clamp_(-3, 3)
         return (1 + VARIATION * noise) * step
 
-    def _exponents(self, spec: SiteSpec) -> torch.Tensor:
+    def _exponents(self, site: SitePlan) -> torch.Tensor:
         """i of s1 = s2 2^-i: the fine region ends near the largest probabilities of a row, one to either side."""
-        legal = softmax_exponents(spec.bits, merging=self._recipe.softmax_products == "one")
+        spec = site.spec
+        legal = softmax_exponents(spec.bits, merging=site.merging)
         middle = round(math.log2(max(self._keys / 16, 1)))
         shift = torch.randint(-1, 2, (spec.groups, spec.units), generator=self._generator)
         return (middle + shift).clamp(legal.start, legal.stop - 1).float()

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from tqdit.architectures.building import empty_model, set_parameter, share_embedder
+from tqdit.architectures.interface import Architecture
+from tqdit.architectures.registry import architecture
 
-EMBEDDER = "norm1.emb."  # diffusers gives every block its own copy of one embedder
 BIAS_STD = 0.1
 
 
@@ -37,14 +38,6 @@ class Pool:
         return source[start : start + count].clone().reshape(shape)
 
 
-def embedder_twin(name: str) -> str:
-    """The name of the same parameter in block 0, for one of a block's copy of the embedder; else `name` itself."""
-    head, found, tail = name.partition(EMBEDDER)
-    if not found or not head.startswith("transformer_blocks."):
-        return name
-    return f"transformer_blocks.0.{EMBEDDER}{tail}"
-
-
 def random_float(config: Mapping[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """A float model of a shape with unit-variance layers, in eval mode on the CPU; all blocks share one embedder.
 
@@ -52,16 +45,17 @@ def random_float(config: Mapping[str, Any], dtype: torch.dtype = torch.float32, 
     """
     model = empty_model(config)
     share_embedder(model)
+    kind = architecture(config)
     pool = Pool(max(p.numel() for p in model.parameters()), seed)
     for name, parameter in list(model.named_parameters()):  # a shared one is listed once
-        value = pool.take(parameter.shape).mul_(standard_deviation(name, parameter.shape)).to(dtype)
+        value = pool.take(parameter.shape).mul_(standard_deviation(kind, name, parameter.shape)).to(dtype)
         set_parameter(model, name, value)
     nn.Module.to(model, dtype)  # the position table; diffusers' own `to` would warn
     return model.eval()
 
 
-def standard_deviation(name: str, shape: torch.Size) -> float:
-    """Of a random parameter: weights (out, in, ...) keep unit variance, the class table's rows have it."""
+def standard_deviation(kind: Architecture, name: str, shape: torch.Size) -> float:
+    """Of a random parameter: weights (out, in, ...) keep unit variance, the rows of a table have it."""
     if name.endswith(".bias"):
         return BIAS_STD
-    return 1.0 if name.endswith("embedding_table.weight") else shape[1:].numel() ** -0.5
+    return 1.0 if kind.is_table(name) else shape[1:].numel() ** -0.5

@@ -5,12 +5,16 @@
 
 namespace tqdit {
 
+// `tokens` queries attend to `context` keys and values. Strides count bytes from one token to the next, so that all three
+// may lie in one buffer.
 struct AttentionCall {
-  const uint8_t* qkv;  // (batch, tokens, 3, heads, dim)
-  uint8_t* out;        // (batch, tokens, heads, dim)
-  int8_t* trace;       // null, or (batch, heads, tokens, tokens) codes of the probabilities, for tests
-  int64_t batch, tokens, heads, dim, threads;
-  Operand query, key, value, probability, target;
+  const uint8_t *query, *key, *value;  // (batch, tokens or context, heads, dim)
+  uint8_t* out;                        // (batch, tokens, heads, dim)
+  int8_t* trace;                       // null, or (batch, heads, tokens, context) codes of probabilities, for tests
+  const float* bias;                   // null, or (context) per sample: added to the scaled scores
+  int64_t query_stride, context_stride, bias_stride;
+  int64_t batch, tokens, context, heads, dim, threads;
+  Operand queries, keys, values, probability, target;
   float factor;
 };
 
@@ -62,15 +66,17 @@ struct Workspace {
   int64_t keys, depth, key_fours, value_fours;
   Buffer<int8_t> key, value;
   Buffer<int32_t> key_sums, value_sums, scores, first_sums, second_sums;
-  Buffer<uint8_t> first, second, ones;
+  Buffer<uint8_t> first, second, ones, query;
   vint inside;  // which lanes of the last vector of keys are keys
   explicit Workspace(const AttentionCall& c)
-      : keys(round_up(c.tokens, LANES)), depth(round_up(c.dim, LANES)), key_fours(round_up(c.dim, 4) / 4),
+      : keys(round_up(c.context, LANES)), depth(round_up(c.dim, LANES)), key_fours(round_up(c.dim, 4) / 4),
         value_fours(keys / 4), key(keys * key_fours * 4), value(depth * keys), key_sums(keys), value_sums(depth),
         scores(QUERY_ROWS * keys), first_sums(QUERY_ROWS * depth), second_sums(QUERY_ROWS * depth),
-        first(QUERY_ROWS * keys), second(QUERY_ROWS * keys), ones(keys + round_up(c.dim, 4)) {
+        first(QUERY_ROWS * keys), second(QUERY_ROWS * keys), ones(keys + round_up(c.dim, 4)),
+        query(QUERY_ROWS * key_fours * 4) {
     std::memset(ones.data(), 1, keys + round_up(c.dim, 4));
-    for (int i = 0; i < LANES; ++i) inside[i] = keys - LANES + i < c.tokens ? -1 : 0;
+    std::memset(query.data(), 0, QUERY_ROWS * key_fours * 4);
+    for (int i = 0; i < LANES; ++i) inside[i] = keys - LANES + i < c.context ? -1 : 0;
   }
 };
 
@@ -79,17 +85,18 @@ struct Head {
   const AttentionCall& c;
   int64_t sample, head;
   int32_t query_zero, key_zero, value_zero, probability_zero, shift;  // of query and uniform probability: unsigned
-  float score_scale, value_scale, s1, s2;
+  float score_scale, value_scale, s1, s2, per_s1, per_s2;
   Uniform probability, target;
   Head(const AttentionCall& call, int64_t b, int64_t h)
-      : c(call), sample(b), head(h), query_zero(c.query.zero[b * c.query.stride + h] + 128),
-        key_zero(c.key.zero[b * c.key.stride + h]), value_zero(c.value.zero[b * c.value.stride + h]),
-        probability_zero(c.probability.zero[b * c.probability.stride] + 128),
-        shift(c.probability.grid == MERGED ? c.probability.shift[b * c.probability.stride] : 0),
-        score_scale(c.query.scale[b * c.query.stride + h] * c.key.scale[b * c.key.stride + h] * c.factor),
-        value_scale(c.value.scale[b * c.value.stride + h]), s1(c.probability.scale[b * c.probability.stride]),
-        s2(c.probability.coarse[b * c.probability.stride]), probability(c.probability, b * c.probability.stride),
-        target(c.target, b * c.target.stride) {}
+      : c(call), sample(b), head(h), query_zero(zero_point(c.queries.entry(b, h)) + 128),
+        key_zero(zero_point(c.keys.entry(b, h))), value_zero(zero_point(c.values.entry(b, h))),
+        probability_zero(zero_point(c.probability.entry(b, h)) + 128),
+        shift(c.probability.grid == MERGED ? merging_shift(c.probability.entry(b, h)) : 0),
+        score_scale(c.queries.entry(b, h)[SCALE] * c.keys.entry(b, h)[SCALE] * c.factor),
+        value_scale(c.values.entry(b, h)[SCALE]), s1(c.probability.entry(b, h)[SCALE]),
+        s2(c.probability.entry(b, h)[COARSE]), per_s1(c.probability.entry(b, h)[INVERSE]),
+        per_s2(c.probability.entry(b, h)[COARSE_INVERSE]), probability(c.probability.entry(b, h), c.probability.bits),
+        target(c.target.entry(b), c.target.bits) {}
 };
 
 struct RowSums { int32_t first, second; };  // of the codes of one row of probabilities
@@ -112,7 +119,7 @@ RowSums softmax_codes(const Head& h, float* scores, float top, const Workspace& 
   const vint everywhere = vint{} == 0, inside = w.inside;
   const vfloat share = splat(1.0f / exponentials(scores, top, keys, inside));
   const vfloat limit = splat((1 << (h.c.probability.bits - 1)) - 1), border = limit * h.s1;
-  const vfloat per_s1 = splat(1.0f / h.s1), per_s2 = splat(1.0f / h.s2);
+  const vfloat per_s1 = splat(h.per_s1), per_s2 = splat(h.per_s2);
   vint first_total{}, second_total{};
   for (int64_t j = 0; j < keys; j += LANES) {
     const vfloat p = load(scores + j) * share;
@@ -147,7 +154,7 @@ void attended_codes(const Head& h, RowSums rows, const Workspace& w, int64_t row
       x = (to_float(second) * h.s2 + to_float(acc) * h.s1) * h.value_scale;
     } else {
       if (h.c.probability.grid == UNIFORM) {
-        const vint centred = load(w.value_sums.data() + j) - static_cast<int32_t>(h.c.tokens) * h.value_zero;
+        const vint centred = load(w.value_sums.data() + j) - static_cast<int32_t>(h.c.context) * h.value_zero;
         acc -= h.probability_zero * centred;
       }
       x = to_float(acc) * (h.s1 * h.value_scale);
@@ -159,19 +166,21 @@ void attended_codes(const Head& h, RowSums rows, const Workspace& w, int64_t row
 // Codes as ops/reference.py has them: signed, a fine code negative.
 void write_trace(const Head& h, const uint8_t* first, const uint8_t* second, int8_t* trace) {
   const bool two = h.c.probability.grid == TWO_REGION;
-  for (int64_t j = 0; j < h.c.tokens; ++j) trace[j] = two ? second[j] - first[j] : first[j] - 128;
+  for (int64_t j = 0; j < h.c.context; ++j) trace[j] = two ? second[j] - first[j] : first[j] - 128;
 }
 
-// Integer scores of one row, zero points corrected, times their scale, in place; the largest one.
+// Integer scores of one row, zero points corrected, times their scale, plus the bias, in place; the largest one.
 float scale_scores(const Head& h, const uint8_t* query, const Workspace& w, int32_t* scores) {
   int32_t query_sum = 0;
   for (int64_t k = 0; k < h.c.dim; ++k) query_sum += query[k];
   const int32_t constant = h.key_zero * (static_cast<int32_t>(h.c.dim) * h.query_zero - query_sum);
+  const float* bias = h.c.bias ? h.c.bias + h.sample * h.c.bias_stride : nullptr;
   const vfloat lowest = splat(-3.0e38f);
   vfloat top = lowest;
   for (int64_t j = 0; j < w.keys; j += LANES) {
     const vint acc = load(scores + j) + (constant - h.query_zero * load(w.key_sums.data() + j));
-    const vfloat x = to_float(acc) * h.score_scale;
+    vfloat x = to_float(acc) * h.score_scale;
+    if (bias) x += load(bias + j, h.c.context - j);
     top = at_least(top, j + LANES >= w.keys ? (w.inside ? x : lowest) : x);
     std::memcpy(scores + j, &x, sizeof x);
   }
@@ -192,26 +201,37 @@ void second_product(const RowSums* sums, int64_t rows, Workspace& w) {
   }
 }
 
+// Rows of queries as `dot` reads them, in whole fours; `stride` becomes that of what is returned.
+const uint8_t* padded_rows(const uint8_t* query, int64_t rows, int64_t dim, Workspace& w, int64_t& stride) {
+  if (dim % 4 == 0) return query;
+  const int64_t padded = w.key_fours * 4;
+  for (int64_t r = 0; r < rows; ++r) std::memcpy(w.query.data() + r * padded, query + r * stride, dim);
+  stride = padded;
+  return w.query.data();
+}
+
 // Query rows [begin, end) of one head.
 void attend(const Head& h, int64_t begin, int64_t end, Workspace& w) {
   const AttentionCall& c = h.c;
-  const int64_t width = c.heads * c.dim, stride = 3 * width;
-  const uint8_t* query = c.qkv + h.sample * c.tokens * stride + h.head * c.dim;
-  pack_keys(query + width, stride, c.tokens, c.dim, w.key.data(), w.keys);
+  const int64_t width = c.heads * c.dim, context = h.sample * c.context * c.context_stride + h.head * c.dim;
+  const uint8_t* queries = c.query + h.sample * c.tokens * c.query_stride + h.head * c.dim;
+  pack_keys(c.key + context, c.context_stride, c.context, c.dim, w.key.data(), w.keys);
   column_sums(w.ones.data(), w.key.data(), w.keys, w.key_fours, w.key_sums.data());
-  pack_values(query + 2 * width, stride, c.tokens, c.dim, w.value.data(), w.depth, w.value_fours);
+  pack_values(c.value + context, c.context_stride, c.context, c.dim, w.value.data(), w.depth, w.value_fours);
   column_sums(w.ones.data(), w.value.data(), w.depth, w.value_fours, w.value_sums.data());
   for (int64_t i = begin; i < end; i += QUERY_ROWS) {
     const int64_t rows = end - i < QUERY_ROWS ? end - i : QUERY_ROWS;
-    dot(query + i * stride, stride, rows, w.key.data(), w.keys, w.key_fours, w.scores.data(), w.keys);
+    int64_t stride = c.query_stride;
+    const uint8_t* query = padded_rows(queries + i * stride, rows, c.dim, w, stride);
+    dot(query, stride, rows, w.key.data(), w.keys, w.key_fours, w.scores.data(), w.keys);
     RowSums sums[QUERY_ROWS];
     for (int64_t r = 0; r < rows; ++r) {
       int32_t* scores = w.scores.data() + r * w.keys;
       uint8_t *first = w.first.data() + r * w.keys, *second = w.second.data() + r * w.keys;
-      const float top = scale_scores(h, query + (i + r) * stride, w, scores);
+      const float top = scale_scores(h, query + r * stride, w, scores);
       sums[r] = softmax_codes(h, reinterpret_cast<float*>(scores), top, w, first, second);
       if (c.trace)
-        write_trace(h, first, second, c.trace + ((h.sample * c.heads + h.head) * c.tokens + i + r) * c.tokens);
+        write_trace(h, first, second, c.trace + ((h.sample * c.heads + h.head) * c.tokens + i + r) * c.context);
     }
     dot(w.first.data(), w.keys, rows, w.value.data(), w.depth, w.value_fours, w.first_sums.data(), w.depth);
     if (c.probability.grid == TWO_REGION) second_product(sums, rows, w);

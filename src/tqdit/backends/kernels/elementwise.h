@@ -1,37 +1,62 @@
-// LayerNorm with its quantization, and linear layers on float inputs.
+// Quantization of float rows, with LayerNorm or without, and linear layers on float inputs.
 #pragma once
 #include "operands.h"
 #include "products.h"
 
 namespace tqdit {
 
-// LayerNorm without parameters, then x (1 + scale) + shift, quantized. x (batch, tokens, width); shift and scale: one
-// row per sample, `stride` apart.
-extern "C" void tqdit_norm_quantize(const float* x, const float* shift, const float* scale, int64_t stride, float eps,
-                         const Operand* target, int64_t batch, int64_t tokens, int64_t width, uint8_t* out,
-                         int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < batch * tokens; ++row) {
-    const int64_t b = row / tokens;
-    const float* in = x + row * width;
-    vfloat total{};
-    for (int64_t j = 0; j < width; j += LANES) total += load(in + j, width - j);
-    const float mean = sum(total) / width;
-    vfloat squares{};
-    for (int64_t j = 0; j < width; j += LANES) {
-      vfloat d = load(in + j, width - j) - mean;
-      for (int64_t i = width - j; i < LANES; ++i) d[i] = 0;
-      squares += d * d;
-    }
-    const float inverse = 1.0f / __builtin_sqrtf(sum(squares) / width + eps);
-    const Uniform grid(*target, b * target->stride);
-    for (int64_t j = 0; j < width; j += LANES) {
-      const int64_t n = width - j;
-      const vfloat normal = (load(in + j, n) - mean) * inverse;
-      const vfloat y = normal * (1.0f + load(scale + b * stride + j, n)) + load(shift + b * stride + j, n);
-      store_bytes(out + row * width + j, grid.code(y), n);
-    }
+// Quantization of float rows, after LayerNorm and modulation if there is a norm: x (1 + scale) + shift.
+struct QuantizeCall {
+  const float *x;              // (batch, tokens, width)
+  const float *shift, *scale;  // null: no norm; else one row per sample, `stride` apart
+  uint8_t *first, *second;     // (batch, tokens, width); the second plane of two regions, or null
+  int64_t stride, batch, tokens, width, threads;
+  Operand target;
+  float eps;
+};
+
+// The codes of one row as it is.
+template <int GRID>
+void quantize_row(const Encoder<GRID>& encoder, const float* in, int64_t width, uint8_t* first, uint8_t* second) {
+  for (int64_t j = 0; j < width; j += LANES) encoder.encode(load(in + j, width - j), first + j, second + j, width - j);
+}
+
+// The codes of one row after LayerNorm without parameters and its modulation.
+template <int GRID>
+void quantize_normal(const Encoder<GRID>& encoder, const float* in, const float* shift, const float* scale, float eps,
+                     int64_t width, uint8_t* first, uint8_t* second) {
+  vfloat total{};
+  for (int64_t j = 0; j < width; j += LANES) total += load(in + j, width - j);
+  const float mean = sum(total) / width;
+  vfloat squares{};
+  for (int64_t j = 0; j < width; j += LANES) {
+    vfloat d = load(in + j, width - j) - mean;
+    for (int64_t i = width - j; i < LANES; ++i) d[i] = 0;
+    squares += d * d;
   }
+  const float inverse = 1.0f / __builtin_sqrtf(sum(squares) / width + eps);
+  for (int64_t j = 0; j < width; j += LANES) {
+    const int64_t n = width - j;
+    const vfloat normal = (load(in + j, n) - mean) * inverse;
+    encoder.encode(normal * (1.0f + load(scale + j, n)) + load(shift + j, n), first + j, second + j, n);
+  }
+}
+
+extern "C" void tqdit_quantize(const QuantizeCall* call) {
+  const QuantizeCall& c = *call;
+  for_grid(c.target.grid, [&](auto grid) {
+#pragma omp parallel for num_threads(c.threads) schedule(static)
+    for (int64_t row = 0; row < c.batch * c.tokens; ++row) {
+      const int64_t sample = row / c.tokens, at = row * c.width, modulation = sample * c.stride;
+      const Encoder<decltype(grid)::value> encoder(c.target.entry(sample), c.target.bits);
+      uint8_t* second = c.second ? c.second + at : nullptr;
+      if (c.shift)
+        quantize_normal(encoder, c.x + at, c.shift + modulation, c.scale + modulation, c.eps, c.width, c.first + at,
+                        second);
+      else
+        quantize_row(encoder, c.x + at, c.width, c.first + at, second);
+    }
+  });
 }
 
 // One column of the weight times R rows of x.

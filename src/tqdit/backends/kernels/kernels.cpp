@@ -1,4 +1,4 @@
-// Fused CPU kernels of a DiT block, called through C functions. Built on the user's machine at first use (../native.py).
+// Fused CPU kernels of a transformer block, called through C functions. Built on the user's machine at first use (../native.py).
 //
 // Codes travel as unsigned bytes u = code + 128, because VNNI multiplies unsigned by signed bytes. Integer sums are
 // exact; float arithmetic follows ops/reference.py operation by operation (the build forbids contraction to fma), so
@@ -6,4 +6,4 @@
 // Rows are independent and each is summed in one fixed order: neither threads nor the batch change a result.
 #include "attention.h"
 #include "elementwise.h"
-#include "linear.h"
+#include "epilogues.h"

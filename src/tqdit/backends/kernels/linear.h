@@ -1,7 +1,5 @@
-// Linear layers on codes: the integer product, and what follows it, tile by tile.
+// Linear layers on codes: the integer product, tile by tile, each tile handed to what follows (epilogues.h).
 #pragma once
-#include <type_traits>
-
 #include "operands.h"
 #include "products.h"
 
@@ -64,9 +62,9 @@ void run_task(const LinearCall& c, int64_t row, int64_t end, int64_t begin, cons
   const int64_t count = c.columns - begin < width ? c.columns - begin : width;
   const int8_t* panel = c.packed + begin * c.depth;
   while (row < end) {
-    const int64_t sample = row / c.tokens, i = sample * c.source.stride;
+    const int64_t sample = row / c.tokens;
     const int64_t last = (sample + 1) * c.tokens < end ? (sample + 1) * c.tokens : end;
-    const int32_t zero = c.source.grid == UNIFORM  ? c.source.zero[i] + 128
+    const int32_t zero = c.source.grid == UNIFORM  ? zero_point(c.source.entry(sample)) + 128
                          : c.source.grid == MERGED ? 1 << (c.source.bits - 1)
                                                    : 0;
     const auto rows_of_sample = finish.at(sample);
@@ -148,150 +146,6 @@ extern "C" void tqdit_pack_weight(const int8_t* codes, int64_t columns, int64_t 
       sums[begin + j] = total;
     }
   }
-}
-
-// Codes of q, k and v, whose grids are per head. Every column has a step, a lowest and highest number of steps, and a
-// zero point of its own.
-struct HeadsFinish {
-  const LinearCall& c;
-  uint8_t* out;
-  int64_t size;
-  Buffer<float> tables;
-  Buffer<int32_t> zeros;
-
-  HeadsFinish(const LinearCall& call, const Operand* const parts[3], int64_t heads, uint8_t* codes)
-      : c(call), out(codes), size(c.batch * c.columns), tables(3 * size), zeros(size) {
-    const int64_t dim = c.columns / (3 * heads);
-    for (int64_t at = 0; at < size; ++at) {
-      const int64_t unit = at % c.columns / dim;
-      const Operand& part = *parts[unit / heads];
-      const int64_t i = at / c.columns * part.stride + unit % heads;
-      tables.data()[at] = part.scale[i];
-      tables.data()[size + at] = -(1 << (part.bits - 1)) - part.zero[i];
-      tables.data()[2 * size + at] = (1 << (part.bits - 1)) - 1 - part.zero[i];
-      zeros.data()[at] = part.zero[i] + 128;
-    }
-  }
-
-  struct Rows {
-    const HeadsFinish& f;
-    int64_t entry;  // of the sample's first column
-    float scale;
-    void row(int64_t index, int64_t begin, int64_t count, const float* sums, const float*) const {
-      const float *weight = f.c.weight + begin, *bias = f.c.bias + begin;
-      const float *table = f.tables.data() + entry + begin, *lows = table + f.size, *highs = lows + f.size;
-      const int32_t* zeros = f.zeros.data() + entry + begin;
-      uint8_t* out = f.out + index * f.c.columns + begin;
-      each_vector(count, [=, scale = scale](int64_t j, auto n) {
-        const vfloat y = load(sums + j, n) * (scale * load(weight + j, n)) + load(bias + j, n);
-        const vfloat steps = clip(y / load_or_one(table + j, n), load(lows + j, n), load(highs + j, n));
-        store_bytes(out + j, nearest(steps) + load(zeros + j, n), n);
-      });
-    }
-  };
-  Rows at(int64_t sample) const { return {*this, sample * c.columns, c.source.scale[sample * c.source.stride]}; }
-};
-
-// Codes of GELU. Uniform: in `first`. Two regions: magnitudes of negative codes in `first`, positive codes in `second`.
-// Merged: one grid of step s1 in `first`, lowest code at 0.
-template <int GRID>
-struct GeluFinish {
-  const LinearCall& c;
-  const Operand& target;
-  uint8_t *first, *second;
-
-  struct Rows {
-    const GeluFinish& f;
-    float scale;
-    Uniform grid;
-    vfloat per_s1, per_s2;
-    int32_t shift, half;
-    void row(int64_t index, int64_t begin, int64_t count, const float* sums, const float*) const {
-      const float *weight = f.c.weight + begin, *bias = f.c.bias + begin;
-      uint8_t* first = f.first + index * f.c.columns + begin;
-      uint8_t* second = GRID == TWO_REGION ? f.second + index * f.c.columns + begin : nullptr;
-      const Rows rows = *this;  // in registers: the bytes written below could be anything's
-      each_vector(count, [=](int64_t j, auto n) {
-        const vfloat y = load(sums + j, n) * (rows.scale * load(weight + j, n)) + load(bias + j, n);
-        rows.encode(gelu(y), first + j, second + j, n);
-      });
-    }
-    template <typename Count>
-    inline void encode(vfloat y, uint8_t* to_first, uint8_t* to_second, Count n) const {
-      if (GRID == UNIFORM) {
-        store_bytes(to_first, grid.code_near(y), n);
-        return;
-      }
-      const vint code = nearest(clip(y * (y < 0.0f ? per_s1 : per_s2), splat(-half), splat(half - 1)));
-      if (GRID == MERGED) {
-        store_bytes(to_first, (code < 0 ? code : code << shift) + half, n);
-      } else {
-        store_bytes(to_first, code < 0 ? -code : vint{}, n);
-        store_bytes(to_second, code > 0 ? code : vint{}, n);
-      }
-    }
-  };
-  Rows at(int64_t sample) const {
-    const int64_t i = sample * target.stride;
-    return {*this, c.source.scale[sample * c.source.stride], Uniform(target, i), splat(1.0f / target.scale[i]),
-            splat(1.0f / target.coarse[i]), GRID == MERGED ? target.shift[i] : 0, 1 << (target.bits - 1)};
-  }
-};
-
-// x + gate * y, y = sums * (s * weight scale) + bias; of two regions (second * s2 - first * s1) * weight scale + bias.
-struct ResidualFinish {
-  const LinearCall& c;
-  const float* gate;
-  int64_t stride;
-  const float* x;
-  float* out;
-
-  struct Rows {
-    const ResidualFinish& f;
-    const float* gate;
-    float s1, s2;
-    void row(int64_t index, int64_t begin, int64_t count, const float* first, const float* second) const {
-      const float *weight = f.c.weight + begin, *bias = f.c.bias + begin, *gates = gate + begin;
-      const float* x = f.x + index * f.c.columns + begin;
-      float* out = f.out + index * f.c.columns + begin;
-      each_vector(count, [=, s1 = s1, s2 = s2](int64_t j, auto n) {
-        vfloat y = load(first + j, n), factor = load(weight + j, n);
-        if (second)
-          y = load(second + j, n) * s2 + y * -s1;
-        else
-          factor = s1 * factor;
-        y = y * factor + load(bias + j, n);
-        store(out + j, load(x + j, n) + load(gates + j, n) * y, n);
-      });
-    }
-  };
-  Rows at(int64_t sample) const {
-    const int64_t i = sample * c.source.stride;
-    return {*this, gate + sample * stride, c.source.scale[i], c.source.coarse[i]};
-  }
-};
-
-// x W^T + bias -> codes of q, k and v. columns = 3 * heads * dim; out (batch, tokens, columns).
-extern "C" void tqdit_linear_heads(const LinearCall* call, const Operand* query, const Operand* key,
-                                   const Operand* value, int64_t heads, uint8_t* out) {
-  const Operand* const parts[3] = {query, key, value};
-  linear(*call, HeadsFinish(*call, parts, heads, out));
-}
-
-// GELU(x W^T + bias) -> codes; first, second (batch, tokens, columns).
-extern "C" void tqdit_linear_gelu(const LinearCall* call, const Operand* target, uint8_t* first, uint8_t* second) {
-  switch (target->grid) {
-    case UNIFORM: return linear(*call, GeluFinish<UNIFORM>{*call, *target, first, second});
-    case TWO_REGION: return linear(*call, GeluFinish<TWO_REGION>{*call, *target, first, second});
-    case MERGED: return linear(*call, GeluFinish<MERGED>{*call, *target, first, second});
-  }
-}
-
-// out = x + gate * (y W^T + bias) for the codes of y. x, out (batch, tokens, columns); gate: one row per sample,
-// `stride` apart.
-extern "C" void tqdit_linear_residual(const LinearCall* call, const float* gate, int64_t stride, const float* x,
-                                      float* out) {
-  linear(*call, ResidualFinish{*call, gate, stride, x, out});
 }
 
 }  // namespace tqdit

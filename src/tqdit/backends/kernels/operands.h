@@ -1,29 +1,87 @@
 // The parameters of an activation, and its codes: unsigned bytes u = code + 128, as VNNI wants them.
 #pragma once
+#include <type_traits>
+
 #include "vector.h"
 
 namespace tqdit {
 
 enum Grid { UNIFORM = 0, TWO_REGION = 1, MERGED = 2 };
 
-// Parameters of one activation: entry [sample * stride + head]; stride 0 if all samples share them. Zero points are of
-// signed codes. Merged: coarse = scale * 2^shift, both regions in one grid of step `scale`.
+// Columns of a table of ../../ops/tables.py. ZERO is of signed codes; FACTOR is 2^shift of merged regions, where
+// COARSE = SCALE * FACTOR, so that both regions share one grid of step SCALE.
+enum Column { SCALE, COARSE, ZERO, FACTOR, INVERSE, COARSE_INVERSE, TABLE_COLUMNS = 8 };
+
+// One activation: its table (samples, units, TABLE_COLUMNS). A stride counts floats; it is 0 where all samples, or all
+// units, share an entry.
 struct Operand {
-  const float *scale, *coarse;
-  const int32_t *zero, *shift;
-  int64_t stride, grid, bits;
+  const float* table;
+  int64_t sample_stride, unit_stride, grid, bits;
+  const float* entry(int64_t sample, int64_t unit = 0) const {
+    return table + sample * sample_stride + unit * unit_stride;
+  }
 };
+
+inline int32_t zero_point(const float* entry) { return static_cast<int32_t>(entry[ZERO]); }
+inline int32_t merging_shift(const float* entry) { return __builtin_ctz(static_cast<uint32_t>(entry[FACTOR])); }
 
 // x -> unsigned code of a uniform grid.
 struct Uniform {
   vfloat scale, inverse, low, high;  // low, high: steps that the codes can hold, so clipping first changes nothing
   int32_t zero;                      // of the unsigned code
-  Uniform(const Operand& o, int64_t i)
-      : scale(splat(o.scale[i])), inverse(splat(1.0f / o.scale[i])), low(splat(-(1 << (o.bits - 1)) - o.zero[i])),
-        high(splat((1 << (o.bits - 1)) - 1 - o.zero[i])), zero(o.zero[i] + 128) {}
+  Uniform(const float* entry, int64_t bits)
+      : scale(splat(entry[SCALE])), inverse(splat(entry[INVERSE])), low(splat(-(1 << (bits - 1)) - zero_point(entry))),
+        high(splat((1 << (bits - 1)) - 1 - zero_point(entry))), zero(zero_point(entry) + 128) {}
   vint code(vfloat x) const { return nearest(clip(x / scale, low, high)) + zero; }
   // For an x that is not promised to the last bit either.
   vint code_near(vfloat x) const { return nearest(clip(x * inverse, low, high)) + zero; }
 };
+
+// x -> unsigned codes in memory. Uniform: in `first`. Two regions, by the sign of x: magnitudes of negative codes in
+// `first`, positive codes in `second`. Merged: one grid of step s1 in `first`, lowest code at 0.
+template <int GRID>
+struct Encoder {
+  Uniform uniform;
+  vfloat s1, s2, per_s1, per_s2;
+  int32_t shift, half;
+  Encoder(const float* entry, int64_t bits)
+      : uniform(entry, bits), s1(splat(entry[SCALE])), s2(splat(entry[COARSE])), per_s1(splat(entry[INVERSE])),
+        per_s2(splat(entry[COARSE_INVERSE])), shift(GRID == MERGED ? merging_shift(entry) : 0), half(1 << (bits - 1)) {}
+  template <typename Count>
+  void encode(vfloat x, uint8_t* first, uint8_t* second, Count n) const {
+    if (GRID == UNIFORM)
+      store_bytes(first, uniform.code(x), n);
+    else
+      store_regions(x / (x < 0.0f ? s1 : s2), first, second, n);
+  }
+  // For an x that is not promised to the last bit either.
+  template <typename Count>
+  void encode_near(vfloat x, uint8_t* first, uint8_t* second, Count n) const {
+    if (GRID == UNIFORM)
+      store_bytes(first, uniform.code_near(x), n);
+    else
+      store_regions(x * (x < 0.0f ? per_s1 : per_s2), first, second, n);
+  }
+  template <typename Count>
+  void store_regions(vfloat steps, uint8_t* first, uint8_t* second, Count n) const {
+    const vint code = nearest(clip(steps, splat(-half), splat(half - 1)));
+    if (GRID == MERGED) {
+      store_bytes(first, (code < 0 ? code : code << shift) + half, n);
+    } else {
+      store_bytes(first, code < 0 ? -code : vint{}, n);
+      store_bytes(second, code > 0 ? code : vint{}, n);
+    }
+  }
+};
+
+// run(grid) with the kind of grid as a constant.
+template <typename Run>
+void for_grid(int64_t grid, const Run& run) {
+  switch (grid) {
+    case UNIFORM: return run(std::integral_constant<int, UNIFORM>{});
+    case TWO_REGION: return run(std::integral_constant<int, TWO_REGION>{});
+    case MERGED: return run(std::integral_constant<int, MERGED>{});
+  }
+}
 
 }  // namespace tqdit

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from tqdit.architectures.shapes import SIZES, shape_config
-from tqdit.architectures.sites import FREQUENCY_SHIFT, blocks
+from tqdit.architectures.dit_shapes import SIZES, shape_config
+from tqdit.architectures.registry import FREQUENCY_SHIFT, graph
 from tqdit.errors import InputError
 
 HEADS: Mapping[int, int] = {heads * head_dim: heads for _, heads, head_dim in SIZES.values()}  # by width
@@ -102,16 +102,17 @@ def published_names(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str,
         ("final_layer.adaLN_modulation.1", ("proj_out_1",)),
         ("final_layer.linear", ("proj_out_2",)),
     ]
-    for block in blocks(config):
+    for index, block in enumerate(graph(config).blocks):
         first, second, modulation = block.float_input
-        if block.index == 0:
+        qkv, out, fc1, fc2 = block.linears
+        if index == 0:
             layers += [("t_embedder.mlp.0", (first,)), ("t_embedder.mlp.2", (second,))]
-        prefix = f"blocks.{block.index}"
+        prefix = f"blocks.{index}"
         layers += [
-            (f"{prefix}.attn.qkv", block.qkv.modules),
-            (f"{prefix}.attn.proj", block.out.modules),
-            (f"{prefix}.mlp.fc1", block.fc1.modules),
-            (f"{prefix}.mlp.fc2", block.fc2.modules),
+            (f"{prefix}.attn.qkv", qkv.modules),
+            (f"{prefix}.attn.proj", out.modules),
+            (f"{prefix}.mlp.fc1", fc1.modules),
+            (f"{prefix}.mlp.fc2", fc2.modules),
             (f"{prefix}.adaLN_modulation.1", (modulation,)),
         ]
     yield CLASS_TABLE, ("transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight",)

@@ -1,0 +1,243 @@
+"""What an architecture says of itself: the graph of its quantized matmuls, and how its float model is made.
+
+Calibration, search, packing and timing walk a `Graph`; none of them knows a module's name. A new architecture is one
+`Architecture`, added to the registry by the name of its diffusers class.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from tqdit.spec import Role
+
+Config = Mapping[str, Any]  # a diffusers config, with its "_class_name"
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One activation operand of a matmul, which is one site.
+
+    `name` is the site's name. `units` is the number of parts with a scale of their own: heads, or 1. An operand that
+    is not `timed` has values that do not depend on the timestep, as the keys and values of a prompt: its site has one
+    time group, and its rows are the tokens of the context.
+    """
+
+    name: str
+    role: Role
+    units: int = 1
+    timed: bool = True
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Linear layers that read one operand: query, key and value projections, or a single layer.
+
+    `modules` are their paths in the model, in the order in which their outputs are stacked.
+    """
+
+    source: Operand
+    modules: tuple[str, ...]
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The names of the layers' weights, which are sites too."""
+        return tuple(f"{module}.weight" for module in self.modules)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The two matmuls of one attention, softmax(Q K^T / sqrt(head_dim) + bias) V.
+
+    `module` is the path of diffusers' `Attention`, whose processor computes them. With `context`, keys and values
+    belong to the tokens of a prompt (cross-attention), and a call may have a bias that masks some of them.
+    """
+
+    module: str
+    query: Operand
+    key: Operand
+    value: Operand
+    probabilities: Operand
+    heads: int
+    head_dim: int
+    context: bool = False
+
+    @property
+    def operands(self) -> tuple[Operand, Operand, Operand, Operand]:
+        """Query, key, value and probabilities, in this order."""
+        return self.query, self.key, self.value, self.probabilities
+
+    @property
+    def width(self) -> int:
+        """Channels of all heads together."""
+        return self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Block:
+    """One repeated block: its quantized matmuls in the order of the forward pass.
+
+    `float_input` are the layers whose weights are quantized and whose inputs are not, such as those that modulate.
+    """
+
+    prefix: str
+    matmuls: tuple[Linear | Attention, ...]
+    float_input: tuple[str, ...] = ()
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The block's linear layers, by the operand they read."""
+        return tuple(matmul for matmul in self.matmuls if isinstance(matmul, Linear))
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """The block's attentions."""
+        return tuple(matmul for matmul in self.matmuls if isinstance(matmul, Attention))
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """Every activation operand of the block, in the order of the forward pass."""
+        return tuple(operand for matmul in self.matmuls for operand in _operands(matmul))
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The matmuls of one model.
+
+    `outside` are the layers on float inputs that belong to no block. `shapes` has the shape of every parameter by
+    name, in the order in which the model has them.
+    """
+
+    blocks: tuple[Block, ...]
+    outside: tuple[str, ...]
+    shapes: Mapping[str, torch.Size]
+
+    @property
+    def float_input(self) -> tuple[str, ...]:
+        """All layers on float inputs, inside and outside of blocks, in the order of the model's parameters."""
+        modules = {*self.outside, *(name for block in self.blocks for name in block.float_input)}
+        owners = (name.removesuffix(".weight") for name in self.shapes if name.endswith(".weight"))
+        return tuple(owner for owner in owners if owner in modules)
+
+    @property
+    def operands(self) -> Iterator[Operand]:
+        """Every activation operand, block by block."""
+        return (operand for block in self.blocks for operand in block.operands)
+
+    def features(self, linear: Linear) -> tuple[int, int]:
+        """Columns of a linear layer's input, and of the outputs of all its modules together."""
+        shapes = [self.shapes[name] for name in linear.weights]
+        return shapes[0][1:].numel(), sum(shape[0] for shape in shapes)
+
+
+def _operands(matmul: Linear | Attention) -> tuple[Operand, ...]:
+    return (matmul.source,) if isinstance(matmul, Linear) else matmul.operands
+
+
+class Architecture(Protocol):
+    """One class of float models. Subclasses keep the methods below that have a body, unless theirs differ.
+
+    Every `config` is a diffusers config that `check` accepts.
+    """
+
+    name: str  # diffusers' class
+
+    def check(self, config: Config) -> None:
+        """Raise `InputError` that names the key if a config has an operand that is not known, or sizes too large."""
+
+    def check_sizes(self, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise `InputError` if the sizes of a config are not those of tensors with these names and shapes.
+
+        A model of the config is built afterwards, so this bounds its memory by what a file holds. A name may be
+        missing from `shapes`, or there may be others: whoever asks compares all of them later.
+        """
+
+    def build(self, config: Config) -> nn.Module:
+        """Make the float model with diffusers' initial weights. Raise `InputError` where diffusers refuses a config."""
+
+    def graph(self, config: Config) -> Graph:
+        """Return the graph of a config's model. No memory is taken for weights."""
+
+    def shape_names(self) -> tuple[str, ...]:
+        """The names of the published shapes, such as "DiT-XL/2"."""
+
+    def shape_config(self, name: str) -> dict[str, Any]:
+        """Return the config of a published shape. Raise `InputError` for a name that is none, naming those that are."""
+
+    def shape_name(self, config: Config) -> str:
+        """Return the published name of a config's shape, or its sizes."""
+
+    def shape_key(self, config: Config) -> tuple[int, ...]:
+        """Return what is equal for two configs exactly when their models cost the same."""
+
+    def tokens(self, config: Config) -> int:
+        """Tokens N that a block has per sample."""
+
+    def width(self, config: Config) -> int:
+        """Channels of the residual stream."""
+
+    def input_shape(self, config: Config) -> tuple[int, ...]:
+        """Shape (C, H, W) of one sample that the model denoises."""
+
+    def image_side(self, config: Config) -> int:
+        """Pixels of a side of the image that a sample is decoded to, by the decoder that its channels are for."""
+
+    def output_channels(self, config: Config) -> int:
+        """Channels of the model's output; twice those of the input with a learned variance."""
+
+    def context_tokens(self, condition: Mapping[str, Any]) -> int:
+        """Tokens M of the context that a call with these conditions has; 0 for a model without cross-attention."""
+        return 0
+
+    def example(self, config: Config, batch: int, seed: int = 0) -> dict[str, torch.Tensor]:
+        """Return keyword arguments of a call that condition it, for timing; the second half is unconditional.
+
+        The sample and the timestep are not among them.
+        """
+
+    def own_settings(self, config: Config) -> dict[str, Any]:
+        """Settings of a config that change what the model computes and that diffusers has no key for."""
+        return {}
+
+    def twin(self, name: str) -> str:
+        """Return the first name of a parameter that diffusers copies into every block, or `name` itself."""
+        return name
+
+    def share(self, model: nn.Module) -> None:
+        """Let all blocks of a float model use one instance of what diffusers copies into every block."""
+        return None
+
+    def is_table(self, name: str) -> bool:
+        """Say whether a parameter is a table whose rows are looked up, and not a factor of a product."""
+        return False
+
+    # The integer half.
+
+    block: type[Any]  # the class of the integer blocks, an `IntBlock`
+    forward: Any  # a function of a model and the arguments of diffusers' own forward: it calls `model.denoise`
+
+    def check_states(self, model: Any, x: Any) -> None:
+        """Raise `InputError` unless x is a batch of samples of this model."""
+
+    def inputs(self, model: Any, x: torch.Tensor, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a call needs beside x, checked and on its device: "timestep" (1,) or (B,), and conditions.
+
+        `arguments` are those of `forward` but for x. Raises `InputError` for what does not fit.
+        """
+
+    def prepare(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the inputs of a call with what depends on a prompt alone computed, for which `model.runtime.prompt`
+        keeps it. Tensors in the result are data of a CUDA graph.
+        """
+        return given
+
+    def begin(self, model: Any, x: torch.Tensor, given: Mapping[str, Any]) -> Any:
+        """Return the `Call` of all blocks: time groups, modulation, context."""
+
+    def run(self, model: Any, x: torch.Tensor, call: Any) -> torch.Tensor:
+        """Return the model's output for x in a call, in the dtype of x."""
+
+    def assemble(self, parts: Any) -> None:
+        """Put integer modules, made by `parts` (see `Parts`), into diffusers' empty model `parts.model`."""

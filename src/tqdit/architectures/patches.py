@@ -1,0 +1,75 @@
+"""What is around the blocks of a transformer on patches: their embedding, and the last layer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+FEW_TOKENS = 8192  # of the samples that are in fp32 at a time
+ONE_PIECE = 10 * 2**20  # bytes: torch's allocator takes memory for smaller tensors together, 20 MiB at a time
+
+
+def few_samples(x: torch.Tensor, side: int) -> int:
+    """Return how many samples (C, H, W) of x are taken at a time before and after the blocks.
+
+    (B, N, D) in fp32, and several of them in the last LayerNorm, would be more than any block has alive.
+    """
+    return max(1, FEW_TOKENS * side**2 // (x.shape[-2] * x.shape[-1]))
+
+
+def embedded(embed: nn.Module, x: torch.Tensor, side: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the residual stream (B, N, D) in `dtype` for latents x (B, C, H, W) of patches `side` wide."""
+    return _joined([embed(part.float()).to(dtype) for part in _parts(x, few_samples(x, side))])
+
+
+def output(
+    model: Any, project: nn.Module, stream: torch.Tensor, shift_scale: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
+    """Return the model's output (B, C or 2 C, H, W) in the dtype of x, for the residual stream after the last block.
+
+    `project`: the last layer, D -> pixels and channels of a patch. `shift_scale`: (B, 2 D), its modulation.
+    """
+    side, channels = model.config.patch_size, model.out_channels
+    few = few_samples(x, side)
+    pairs = zip(_parts(stream, few), _parts(shift_scale, few), strict=True)
+    patches = _joined([_patches(model.norm_out, project, *pair) for pair in pairs])
+    rows, columns = (size // side for size in x.shape[-2:])
+    patches = patches.reshape(-1, rows, columns, side, side, channels).permute(0, 5, 1, 3, 2, 4)
+    return patches.reshape(-1, channels, rows * side, columns * side).to(x.dtype)
+
+
+def lay_out(x: torch.Tensor, side: int, width: int, dtype: torch.dtype, modulation: int) -> None:
+    """Give a CUDA graph under capture one piece of memory, about what a call has alive at most.
+
+    Its tensors then are parts of that piece, or most of them: left to come as they may, most sizes would get memory of
+    their own, which a graph keeps. `width`: channels D of the stream, of `dtype`; `modulation`: bytes of a call's.
+    """
+    if x.device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_current_stream_capturing():
+        return
+    batch, tokens = x.shape[0], x.shape[-2] * x.shape[-1] // side**2
+    stream = batch * tokens * width * dtype.itemsize
+    in_a_block = stream + batch * tokens * width * 4  # its output, beside codes after GELU
+    around = min(few_samples(x, side), batch) * tokens * width * 4 * 2  # fp32, before the blocks and after
+    total = stream + modulation + max(in_a_block, around)
+    if total >= ONE_PIECE:
+        torch.empty(total + 2**20, dtype=torch.uint8, device=x.device)  # what is smaller comes besides
+
+
+def _patches(norm: nn.Module, project: nn.Module, stream: torch.Tensor, shift_scale: torch.Tensor) -> torch.Tensor:
+    """Return the last layer of some samples: (B, N, D), (B, 2 D) -> (B, N, pixels and channels of a patch) in fp32."""
+    shift, scale = shift_scale[:, None].chunk(2, dim=-1)
+    patches = project(norm(stream.float()) * (1 + scale) + shift)
+    # Codes hold no NaN and no Inf. The stream keeps them at their token; as in a float model, whose tokens all read
+    # each other, the whole sample shall be NaN. Not by `patches * 0`, which compilers take for 0.
+    finite = patches.isfinite().flatten(1).all(dim=1)[:, None, None]
+    return patches.where(finite, torch.nan)
+
+
+def _parts(x: torch.Tensor, few: int) -> Sequence[torch.Tensor]:
+    """Split a batch, a few samples at a time; not if compiled, which would make a graph for each number of parts."""
+    return (x,) if torch.compiler.is_compiling() else x.split(few)
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -1,0 +1,90 @@
+"""Which architectures there are: the name of a diffusers class leads to an `Architecture`, loaded when it is needed."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import nn
+
+from tqdit.architectures.interface import Architecture, Graph
+from tqdit.errors import InputError
+
+CLASS_NAME = "_class_name"  # of a diffusers config
+FREQUENCY_SHIFT = "timestep_downscale_freq_shift"  # our key, for classes whose timestep embedding has no key for it
+_LOCATIONS = {
+    "DiTTransformer2DModel": "tqdit.architectures.dit:DIT",
+    "PixArtTransformer2DModel": "tqdit.architectures.pixart:PIXART",
+}
+_FORMER_NAMES = {"Transformer2DModel": "DiTTransformer2DModel"}  # what older pipelines call a class
+
+
+def register(name: str, location: str) -> None:
+    """Add an architecture of your own under the name of its diffusers class, or replace one.
+
+    `location` is "module:object", imported when a model of the class is met first:
+
+        register("MyTransformer2DModel", "my_package.my_model:ARCHITECTURE")
+
+    Raises `InputError` for a location of another form.
+    """
+    module, _, attribute = location.partition(":")
+    if not (module and attribute.isidentifier()):
+        raise InputError(f"architecture '{name}' has location '{location}'; it must be \"module:object\"")
+    _LOCATIONS[name] = location
+
+
+def supported() -> tuple[str, ...]:
+    """The names of the diffusers classes that have an architecture."""
+    return tuple(_LOCATIONS)
+
+
+def architecture(model: str | Mapping[str, Any]) -> Architecture:
+    """Return the architecture of a diffusers class by its name, or by a config that has it as "_class_name".
+
+    Raises `InputError` that names the class and lists the supported ones.
+    """
+    if not isinstance(model, str) and CLASS_NAME not in model:
+        raise InputError(f"the config is of no diffusers model: it lacks {CLASS_NAME}; supported: {_listed()}")
+    name = model if isinstance(model, str) else model[CLASS_NAME]
+    location = _LOCATIONS.get(_FORMER_NAMES.get(name, name)) if isinstance(name, str) else None
+    if location is None:
+        raise InputError(f"architecture '{name}' is not supported; supported: {_listed()}")
+    module, _, attribute = location.partition(":")
+    try:
+        return cast(Architecture, getattr(importlib.import_module(module), attribute))
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"architecture '{name}' cannot be loaded from '{location}': {error}") from None
+
+
+def check_supported(config: Mapping[str, Any]) -> None:
+    """Raise `InputError` for a config whose class has no architecture, or that its architecture does not support."""
+    architecture(config).check(config)
+
+
+def graph(config: Mapping[str, Any]) -> Graph:
+    """Return the graph of a config's model. Raises `InputError` for a config that is not supported."""
+    check_supported(config)
+    return architecture(config).graph(config)
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """Return a diffusers model's config with its class name, without diffusers' notes, whose order varies.
+
+    `model` may be a wrapper that has the model's `config`. Raises `InputError` for a model that is not supported.
+    """
+    config = cast(Mapping[str, Any], model.config)
+    settings = {key: value for key, value in config.items() if not key.startswith("_")}
+    return {CLASS_NAME: _class_name(model), **settings}
+
+
+def _class_name(model: nn.Module) -> str:
+    """The supported class that a model, or the model inside a wrapper, is of."""
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in _LOCATIONS:
+                return kind.__name__
+    raise InputError(f"architecture '{type(model).__name__}' is not supported; supported: {_listed()}")
+
+
+def _listed() -> str:
+    return ", ".join(_LOCATIONS)

@@ -1,0 +1,151 @@
+// What follows the product of a linear layer: nothing, a residual, codes of heads, or codes of an activation function.
+#pragma once
+#include "linear.h"
+
+namespace tqdit {
+
+// Sums of a product -> values. y = sums * (s * weight scale) + bias; of two regions
+// (second * s2 - first * s1) * weight scale + bias.
+struct Dequantizer {
+  const float *weight, *bias;
+  float s1, s2;
+  Dequantizer(const LinearCall& c, int64_t sample)
+      : weight(c.weight), bias(c.bias), s1(c.source.entry(sample)[SCALE]), s2(c.source.entry(sample)[COARSE]) {}
+  // `first`, `second`: the sums from column `begin` on.
+  template <typename Count>
+  vfloat value(int64_t begin, const float* first, const float* second, int64_t j, Count n) const {
+    vfloat y = load(first + j, n), factor = load(weight + begin + j, n);
+    if (second)
+      y = load(second + j, n) * s2 + y * -s1;
+    else
+      factor = s1 * factor;
+    return y * factor + load(bias + begin + j, n);
+  }
+};
+
+// Codes of heads in 1, 2 or 3 parts, such as key and value, whose grids are per head. Every column has a step, a lowest
+// and highest number of steps, and a zero point of its own.
+struct HeadsFinish {
+  const LinearCall& c;
+  uint8_t* out;
+  int64_t size;
+  Buffer<float> tables;
+  Buffer<int32_t> zeros;
+
+  HeadsFinish(const LinearCall& call, const Operand* const* targets, int64_t parts, int64_t heads, uint8_t* codes)
+      : c(call), out(codes), size(c.batch * c.columns), tables(3 * size), zeros(size) {
+    const int64_t dim = c.columns / (parts * heads);
+    for (int64_t at = 0; at < size; ++at) {
+      const int64_t unit = at % c.columns / dim;
+      const Operand& target = *targets[unit / heads];
+      const float* entry = target.entry(at / c.columns, unit % heads);
+      const int32_t zero = zero_point(entry);
+      tables.data()[at] = entry[SCALE];
+      tables.data()[size + at] = -(1 << (target.bits - 1)) - zero;
+      tables.data()[2 * size + at] = (1 << (target.bits - 1)) - 1 - zero;
+      zeros.data()[at] = zero + 128;
+    }
+  }
+
+  struct Rows {
+    const HeadsFinish& f;
+    int64_t entry;  // of the sample's first column
+    Dequantizer values;
+    void row(int64_t index, int64_t begin, int64_t count, const float* first, const float* second) const {
+      const float *table = f.tables.data() + entry + begin, *lows = table + f.size, *highs = lows + f.size;
+      const int32_t* zeros = f.zeros.data() + entry + begin;
+      uint8_t* out = f.out + index * f.c.columns + begin;
+      each_vector(count, [=, values = values](int64_t j, auto n) {
+        const vfloat y = values.value(begin, first, second, j, n);
+        const vfloat steps = clip(y / load_or_one(table + j, n), load(lows + j, n), load(highs + j, n));
+        store_bytes(out + j, nearest(steps) + load(zeros + j, n), n);
+      });
+    }
+  };
+  Rows at(int64_t sample) const { return {*this, sample * c.columns, Dequantizer(c, sample)}; }
+};
+
+// Codes of GELU, in the planes of an `Encoder`.
+template <int GRID>
+struct GeluFinish {
+  const LinearCall& c;
+  const Operand& target;
+  uint8_t *first, *second;
+
+  struct Rows {
+    const GeluFinish& f;
+    Dequantizer values;
+    Encoder<GRID> encoder;
+    void row(int64_t index, int64_t begin, int64_t count, const float* first, const float* second) const {
+      uint8_t* to_first = f.first + index * f.c.columns + begin;
+      uint8_t* to_second = GRID == TWO_REGION ? f.second + index * f.c.columns + begin : nullptr;
+      const Rows rows = *this;  // in registers: the bytes written below could be anything's
+      each_vector(count, [=](int64_t j, auto n) {
+        const vfloat y = rows.values.value(begin, first, second, j, n);
+        rows.encoder.encode_near(gelu(y), to_first + j, to_second + j, n);
+      });
+    }
+  };
+  Rows at(int64_t sample) const {
+    return {*this, Dequantizer(c, sample), Encoder<GRID>(target.entry(sample), target.bits)};
+  }
+};
+
+enum Update { PLAIN, ADDED, GATED };
+
+// y, x + y or x + gate * y.
+template <int UPDATE>
+struct FloatFinish {
+  const LinearCall& c;
+  const float* gate;
+  int64_t stride;
+  const float* x;
+  float* out;
+
+  struct Rows {
+    const FloatFinish& f;
+    const float* gate;
+    Dequantizer values;
+    void row(int64_t index, int64_t begin, int64_t count, const float* first, const float* second) const {
+      const float* gates = UPDATE == GATED ? gate + begin : nullptr;
+      const float* x = UPDATE == PLAIN ? nullptr : f.x + index * f.c.columns + begin;
+      float* out = f.out + index * f.c.columns + begin;
+      each_vector(count, [=, values = values](int64_t j, auto n) {
+        const vfloat y = values.value(begin, first, second, j, n);
+        if (UPDATE == PLAIN) store(out + j, y, n);
+        if (UPDATE == ADDED) store(out + j, load(x + j, n) + y, n);
+        if (UPDATE == GATED) store(out + j, load(x + j, n) + load(gates + j, n) * y, n);
+      });
+    }
+  };
+  Rows at(int64_t sample) const {
+    return {*this, UPDATE == GATED ? gate + sample * stride : nullptr, Dequantizer(c, sample)};
+  }
+};
+
+// x W^T + bias -> codes of heads. `targets`: of the 1 to 3 parts of the columns; out (batch, tokens, columns).
+extern "C" void tqdit_project(const LinearCall* call, const Operand* const* targets, int64_t parts, int64_t heads,
+                              uint8_t* out) {
+  linear(*call, HeadsFinish(*call, targets, parts, heads, out));
+}
+
+// GELU(x W^T + bias) -> codes; first, second (batch, tokens, columns).
+extern "C" void tqdit_linear_gelu(const LinearCall* call, const Operand* target, uint8_t* first, uint8_t* second) {
+  for_grid(target->grid, [=](auto grid) {
+    linear(*call, GeluFinish<decltype(grid)::value>{*call, *target, first, second});
+  });
+}
+
+// out = x W^T + bias, added to a residual if there is one. residual, out (batch, tokens, columns); gate: null, or one row
+// per sample, `stride` apart.
+extern "C" void tqdit_linear(const LinearCall* call, const float* gate, int64_t stride, const float* residual,
+                             float* out) {
+  if (!residual)
+    linear(*call, FloatFinish<PLAIN>{*call, gate, stride, residual, out});
+  else if (!gate)
+    linear(*call, FloatFinish<ADDED>{*call, gate, stride, residual, out});
+  else
+    linear(*call, FloatFinish<GATED>{*call, gate, stride, residual, out});
+}
+
+}  // namespace tqdit

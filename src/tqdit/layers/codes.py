@@ -1,0 +1,81 @@
+"""The weight codes of a converted model, read back out of its layers."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tqdit.errors import InputError
+from tqdit.layers.params import ActivationParams
+from tqdit.ops.modules import present
+from tqdit.ops.tables import operand
+from tqdit.spec import Solution
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the codes of a weight are: `rows` of those of a layer."""
+
+    layer: Any
+    rows: slice
+    shape: torch.Size
+
+
+class LayerCodes(Mapping[str, torch.Tensor]):
+    """Weight codes by site, as the layers of a model hold them, unpacked on demand: int8, on the CPU."""
+
+    def __init__(self, places: Mapping[str, Place], sites: Mapping[str, ActivationParams]) -> None:
+        """`sites`: the activation sites of the same model."""
+        self._places = places
+        self._sites = sites
+
+    def __getitem__(self, site: str) -> torch.Tensor:
+        place = self._places[site]
+        with _readable(site, place.layer):
+            return place.layer.unpacked()[place.rows].reshape(place.shape).cpu()
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._places  # a Mapping's own would unpack the codes
+
+    def shape_of(self, site: str) -> torch.Size:
+        """The shape of a site's codes, without unpacking them."""
+        return self._places[site].shape
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def check_unchanged(self, solution: Solution) -> None:
+        """Raise `InputError` if a scale, zero point or bias of the model is not that of `solution`."""
+        for site, place in self._places.items():
+            layer, bias = place.layer, solution.floats.get(f"{site.removesuffix('.weight')}.bias")
+            with _readable(site, layer):
+                mine = layer.scale if len(layer.scale) == 1 else layer.scale[place.rows]
+                pairs = [(mine, solution.params[site].scale)]
+                if bias is not None:
+                    pairs.append((layer.bias[place.rows], bias))
+                _check_equal(site, pairs)
+        for name, module in self._sites.items():
+            with _readable(name, module):
+                _check_equal(name, [(module.table, operand(solution.params[name]).table)])
+
+
+@contextmanager
+def _readable(site: str, module: nn.Module) -> Iterator[None]:
+    """Have the tensors of an offloaded module here, or an `InputError` where they came with a whole block only."""
+    with present([module]):
+        if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+            raise InputError(f"the tensors of '{site}' are offloaded; remove accelerate's hooks before reading them")
+        yield
+
+
+def _check_equal(site: str, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Of a site: what a model has, and what its solution has, which may be one value for all channels."""
+    for mine, given in pairs:
+        if not torch.equal(mine.flatten().cpu(), given.flatten().to(mine.dtype).expand(mine.numel())):
+            raise InputError(f"'{site}' was changed in the integer model; what it was solved for cannot be saved so")

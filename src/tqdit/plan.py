@@ -1,0 +1,116 @@
+"""Which sites a model has under a recipe, and which grids the search tries: the only reader of a recipe's choices."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from tqdit.architectures.interface import Graph, Linear, Operand
+from tqdit.architectures.registry import graph as graph_of
+from tqdit.recipe import Recipe
+from tqdit.spec import MAX_BITS, Granularity, Grid, Role, SiteSpec
+
+TWO_REGION = {Role.SOFTMAX: Grid.MRQ_SOFTMAX, Role.GELU: Grid.MRQ_GELU}  # the other roles have one region
+
+
+class Objective(StrEnum):
+    """What the error of a matmul's output is weighed with."""
+
+    PLAIN = "plain"  # with nothing
+    FISHER = "fisher"  # with the Fisher diagonal (HO)
+    FISHER_BY_STEP = "fisher_by_step"  # with the Fisher diagonal times the sampler's step weight
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """One site before it is solved.
+
+    `spec` is the site with the first of its `grids`, which are tried in this order; the first of equal ones is kept.
+    With `merging`, regions of a two-region grid have scales that fit one integer product.
+    """
+
+    spec: SiteSpec
+    grids: tuple[Grid, ...]
+    merging: bool = False
+
+    @property
+    def tried(self) -> tuple[SiteSpec, ...]:
+        """The site on each of its grids."""
+        return tuple(replace(self.spec, grid=grid) for grid in self.grids)
+
+
+def plan(graph: Graph, recipe: Recipe) -> dict[str, SitePlan]:
+    """Return every site of a model by name: all weights of layers on float inputs, then block by block.
+
+    The order is that of an artifact's manifest.
+    """
+    return {site.spec.name: site for site in _sites(graph, recipe)}
+
+
+def sites(config: Mapping[str, Any], recipe: Recipe) -> tuple[SiteSpec, ...]:
+    """Return every site of a config's model, on the first of the grids that are tried.
+
+    Raises `InputError` for a config that is not supported.
+    """
+    return tuple(site.spec for site in plan(graph_of(config), recipe).values())
+
+
+def objective(recipe: Recipe) -> Objective:
+    """Return what the search weighs errors with."""
+    if not recipe.hessian:
+        return Objective.PLAIN
+    return Objective.FISHER if recipe.loss == "epsilon" else Objective.FISHER_BY_STEP
+
+
+def grids(recipe: Recipe, role: Role) -> tuple[Grid, ...]:
+    """Return the grids that the search tries for an operand of a role, in order.
+
+    Two regions of `MAX_BITS` bits whose scales merge have levels of a uniform grid alone, which is tried in its place.
+    """
+    two_region = TWO_REGION.get(role)
+    choice = {Role.SOFTMAX: recipe.softmax_grid, Role.GELU: recipe.gelu_grid}.get(role, "uniform")
+    idle = _merging(recipe, role) and recipe.activation_bits == MAX_BITS
+    if two_region is None or choice == "uniform" or (choice == "best" and idle):
+        return (Grid.UNIFORM,)
+    return (two_region,) if choice == "mrq" else (two_region, Grid.UNIFORM)
+
+
+def _merging(recipe: Recipe, role: Role) -> bool:
+    """Whether two regions have to fit one integer product."""
+    products = {Role.SOFTMAX: recipe.softmax_products, Role.GELU: recipe.gelu_products}
+    return products.get(role) == "one"
+
+
+def _sites(graph: Graph, recipe: Recipe) -> Iterator[SitePlan]:
+    for name in graph.float_input:
+        yield _weight(graph, f"{name}.weight", Role.WEIGHT_ONLY, recipe.float_input_bits, Granularity.PER_CHANNEL)
+    for block in graph.blocks:
+        for matmul in block.matmuls:
+            if isinstance(matmul, Linear):
+                yield _activation(matmul.source, recipe)
+                for name in matmul.weights:
+                    yield _weight(graph, name, Role.WEIGHT, recipe.weight_bits, recipe.granularity)
+            else:
+                for operand in matmul.operands:
+                    yield _activation(operand, recipe)
+
+
+def _weight(graph: Graph, name: str, role: Role, bits: int, granularity: Granularity) -> SitePlan:
+    units = graph.shapes[name][0] if granularity is Granularity.PER_CHANNEL else 1
+    return SitePlan(SiteSpec(name, role, bits, Grid.UNIFORM, granularity, units=units), (Grid.UNIFORM,))
+
+
+def _activation(operand: Operand, recipe: Recipe) -> SitePlan:
+    role = operand.role
+    granularity = Granularity.PER_HEAD if role in (Role.QUERY, Role.KEY, Role.VALUE) else Granularity.PER_TENSOR
+    tried = grids(recipe, role)
+    spec = SiteSpec(
+        operand.name, role, recipe.activation_bits, tried[0], granularity, _groups(operand, recipe), operand.units
+    )
+    return SitePlan(spec, tried, _merging(recipe, role))
+
+
+def _groups(operand: Operand, recipe: Recipe) -> int:
+    """How many time groups the operand's parameters have."""
+    grouped = {"all": True, "softmax": operand.role is Role.SOFTMAX, "none": False}[recipe.time_grouped]
+    return recipe.groups if grouped and operand.timed else 1

@@ -1,0 +1,68 @@
+"""Codes in the layouts of the CPU backend, and how far they may be from those of the reference."""
+
+from typing import Any
+
+import torch
+
+from tqdit.backends.cpu import NativeCpu
+from tqdit.backends.onednn import SIGN
+from tqdit.ops.schema import OperandParams
+from tqdit.ops.tables import parameters
+from tqdit.spec import Grid
+
+# How far a float operation may be from torch's, in steps of the grid it is quantized to (at most 256 steps of range).
+TIE = 256 * 16 * 2.0**-24
+
+
+def given_codes(run: Any, codes: torch.Tensor, params: OperandParams) -> torch.Tensor:
+    """Signed codes in the layout of a backend."""
+    if not isinstance(run, NativeCpu):
+        return codes
+    if params.grid is Grid.UNIFORM:
+        return codes.view(torch.uint8) ^ SIGN
+    if params.merged:
+        shifted = torch.where(codes < 0, codes.int(), codes.int() * parameters(params, codes.ndim).factor)
+        return (shifted + (1 << (params.bits - 1))).to(torch.uint8)
+    return torch.stack([(-codes.int().clamp(max=0)).to(torch.uint8), codes.clamp(min=0).to(torch.uint8)])
+
+
+def found_codes(run: Any, codes: torch.Tensor, params: OperandParams | None = None) -> torch.Tensor:
+    """The inverse."""
+    if not isinstance(run, NativeCpu):
+        return codes.int()
+    if params is None or params.grid is Grid.UNIFORM:
+        return codes.int() - SIGN
+    if params.merged:
+        shifted = codes.int() - (1 << (params.bits - 1))
+        return torch.where(shifted < 0, shifted, shifted // parameters(params, codes.ndim).factor)
+    return codes[1].int() - codes[0].int()
+
+
+def traced(trace: torch.Tensor, params: OperandParams) -> torch.Tensor:
+    """Codes as the reference has them, from the trace of a merged grid, where a fine code is the value itself."""
+    if not params.merged:
+        return trace
+    value = trace.int() + SIGN
+    top = (1 << (params.bits - 1)) - 1
+    return torch.where(value <= top, -value, value // parameters(params, 4).factor).to(torch.int8)
+
+
+def assert_equal_up_to_ties(actual: torch.Tensor, value: torch.Tensor, params: OperandParams) -> None:
+    """`actual` are codes of `value` (fp64), or of a value closer to it than TIE steps."""
+    below, above = (exact_codes(value, params, offset) for offset in (-TIE, TIE))
+    assert ((actual >= torch.minimum(below, above)) & (actual <= torch.maximum(below, above))).all()
+
+
+def exact_codes(value: torch.Tensor, params: OperandParams, offset: float) -> torch.Tensor:
+    """Codes of a value moved by `offset` steps, in fp64."""
+    half, found = 1 << (params.bits - 1), parameters(params, value.ndim)
+    scale, coarse = found.scale.double(), found.coarse.double()
+    if params.grid is Grid.UNIFORM:
+        return (torch.round(value / scale + offset) + found.zero_point).clamp(-half, half - 1)
+    if params.grid is Grid.MRQ_SOFTMAX:
+        top = half - 1
+        fine = value + offset * scale <= top * scale
+        steps = torch.round(value / torch.where(fine, scale, coarse) + offset).clamp(max=top)
+        return torch.where(fine, -steps, steps)
+    moved = value / torch.where(value < 0, scale, coarse) + offset
+    return torch.round(moved).clamp(-half, half - 1)
