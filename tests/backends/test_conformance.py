@@ -220,18 +220,23 @@ def both(run: Run, make: CallMaker, tokens: int, targets: tuple[OperandParams, .
 
 
 @each_probability
-@pytest.mark.parametrize("biased", [False, True])
-def test_self_attention(run: Run, grid: Grid, bits: int, merged: bool, biased: bool) -> None:
+def test_self_attention(run: Run, grid: Grid, bits: int, merged: bool) -> None:
+    """Without a bias and with one."""
     make = maker(7, bits)
     attention, target = attention_of(make, grid, merged)
-    bias = make.values(BATCH, TOKENS) if biased else None
-    found, expected = both(run, make, TOKENS, attention.projections)
-    found = run("attend", found, attention, target, None, bias)
-    close(run.signed(found, target, WIDTH), REFERENCE.attend(expected, attention, target, None, bias))
+    projected, expected = both(run, make, TOKENS, attention.projections)
+    for bias in (None, make.values(BATCH, TOKENS)):
+        found = run("attend", projected, attention, target, None, bias)
+        close(run.signed(found, target, WIDTH), REFERENCE.attend(expected, attention, target, None, bias))
 
 
-@each_probability
-@pytest.mark.parametrize(("keys", "biased"), [(3, False), (70, True)])
+@pytest.mark.parametrize(
+    ("grid", "bits", "merged", "keys", "biased"),
+    [
+        (*PROBABILITIES[0], 3, False), (*PROBABILITIES[0], 70, True), (*PROBABILITIES[1], 3, True),
+        (*PROBABILITIES[2], 3, True), (*PROBABILITIES[2], 16, False), (*PROBABILITIES[3], 70, True),
+    ],
+)  # fmt: skip
 def test_attention_to_a_context(run: Run, grid: Grid, bits: int, merged: bool, keys: int, biased: bool) -> None:
     """The context has one time group, is kept, copied as a CUDA graph's input is, and serves two calls."""
     make = maker(8, bits)
