@@ -26,7 +26,7 @@ from tqdit.quality import fidelity, metrics
 from tqdit.quality.comparison import HELD_OUT_SEED, fd_fashion, held_out
 from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
-from tqdit.sampling.sampler import Sampling
+from tqdit.sampling.guidance import Sampling
 from tqdit.sources.sizes import float_sizes
 from tqdit.system.environment import environment
 from tqdit.system.files import write_text

@@ -28,7 +28,7 @@ from tqdit.architectures.shapes import shape_config
 from tqdit.artifact import folder as artifact
 from tqdit.imaging.generate import sample_batches
 from tqdit.recipe import Recipe
-from tqdit.sampling.sampler import Sampling, num_classes
+from tqdit.sampling.guidance import Sampling, default_conditions
 from tqdit.sources.resolve import resolve
 from tqdit.speed.random_solution import random_solution
 from tqdit.system import distributed
@@ -130,7 +130,8 @@ def draw(
 ) -> tuple[float, torch.Tensor]:
     """Seconds that `images` per process take, and all of them."""
     batches = distributed.batches(images * world.size, arguments.batch)
-    labels = [i % num_classes(model) for i in range(images * world.size)]
+    classes = default_conditions(model.config).count
+    labels = [i % classes for i in range(images * world.size)]
     scheduler = resolve(arguments.model).scheduler
     world.wait()  # all start together
     start = time.perf_counter()

@@ -39,7 +39,7 @@ from tqdit.architectures.shapes import shape_config, shape_name
 from tqdit.artifact import folder as artifact
 from tqdit.quality.comparison import compare
 from tqdit.recipe import Recipe
-from tqdit.sampling.sampler import Sampling
+from tqdit.sampling.guidance import Sampling
 from tqdit.sources.export import convert_checkpoint
 from tqdit.sources.resolve import load_float, resolve
 from tqdit.speed.random_weights import random_float

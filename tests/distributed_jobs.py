@@ -12,7 +12,7 @@ from tqdit.calibration import store
 from tqdit.cli.main import main
 from tqdit.imaging import generate
 from tqdit.quality import comparison
-from tqdit.sampling.sampler import Sampling
+from tqdit.sampling.guidance import Sampling
 from tqdit.system import distributed
 
 SAMPLING = Sampling("ddpm", 4, 1.5)

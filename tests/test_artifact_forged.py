@@ -13,7 +13,7 @@ from tqdit import workflow
 from tqdit.artifact import folder as artifact
 from tqdit.errors import InputError
 from tqdit.imaging.images import Images
-from tqdit.sampling.sampler import Sampling
+from tqdit.sampling.guidance import Sampling
 from tqdit.sources.resolve import resolve
 from tqdit.system.files import CONFIG, INDEX, MANIFEST, TRANSFORMER, read_json
 from tqdit.timegroups import TimeGroups

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from launcher import LOOPBACK, torchrun
 from tqdit.architectures.shapes import shape_config
 from tqdit.recipe import Recipe
-from tqdit.sampling.sampler import predict
+from tqdit.sampling.guidance import ClassLabels, arguments, predict
 from tqdit.speed.random_weights import random_float
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -98,7 +98,7 @@ def test_operations_are_those_of_the_model(monkeypatch) -> None:
     model = random_float(config)
     state = torch.randn(1, 4, 32, 32)
     with FlopCounterMode(display=False) as counted, torch.no_grad():
-        predict(model, state, torch.tensor([5]), torch.tensor([1]), 1.5)
+        predict(model, state, torch.tensor([5]), *arguments(ClassLabels(1000), torch.tensor([1]), 1.5), 1.5)
     found = operations(config, recipe)
     # Patches, conditioning and final layer are left out.
     assert found["trajectories"] == pytest.approx(counted.get_total_flops(), rel=0.15)

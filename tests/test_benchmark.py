@@ -14,7 +14,7 @@ from tqdit.artifact import folder as artifact
 from tqdit.errors import InputError
 from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
-from tqdit.sampling.sampler import Sampling
+from tqdit.sampling.guidance import Sampling
 from tqdit.speed import baselines, benchmark, contest, entrants
 from tqdit.speed.benchmark import Benchmark, RandomModel, bench, kernel_counts
 from tqdit.speed.entrants import BenchSettings, workload

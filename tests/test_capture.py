@@ -41,9 +41,9 @@ def imitated(monkeypatch: pytest.MonkeyPatch) -> None:
         given: list = []
         forward = Denoiser.forward
 
-        def spy(self: Denoiser, *inputs: torch.Tensor) -> tuple[torch.Tensor]:
-            given.extend([self, inputs])
-            return forward(self, *inputs)
+        def spy(self: Denoiser, x: torch.Tensor, **named: torch.Tensor) -> tuple[torch.Tensor]:
+            given.extend([self, (x, *named.values())])
+            return forward(self, x, **named)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Denoiser, "forward", spy)
@@ -98,6 +98,36 @@ def test_callers_inputs_are_theirs(imitated) -> None:
     graphed(**first)
     graphed(**second)
     assert torch.equal(first["hidden_states"], before)
+
+
+class Told(nn.Module):
+    """A denoiser whose arguments are nested, with a constant among them."""
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, size: dict) -> tuple[torch.Tensor]:
+        scaled = x * timestep[:, None] + text
+        return (scaled if size["width"] is None else scaled + size["width"],)
+
+
+def test_nested_arguments_and_constants() -> None:
+    """Without a device a graph is imitated by the call that it would record."""
+    captured: list[int] = []
+
+    class Recorded:
+        def __init__(self, call, inputs, device) -> None:
+            captured.append(len(inputs))
+            self.call = call
+
+        def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+            return self.call(*inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tqdit.system.capture.Captured", Recorded)
+        graphed = CudaGraphed(Told())
+        for width in (None, torch.full((2, 1), 5.0), None, torch.full((2, 1), 7.0)):
+            given = {"timestep": torch.tensor([1, 2]), "text": torch.randn(2, 3), "size": {"width": width}}
+            x = torch.randn(2, 3)
+            assert torch.equal(graphed(x, **given, return_dict=False)[0], Told()(x, **given)[0])
+    assert captured == [3, 4], "one for each structure; the number of its tensors"
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -13,7 +13,7 @@ from tqdit.errors import InputError
 from tqdit.imaging import generate
 from tqdit.quality.comparison import FASHION, HELD_OUT_SEED, compare, fd_fashion, held_out
 from tqdit.quality.fidelity import EpsilonFidelity
-from tqdit.sampling.sampler import Sampling
+from tqdit.sampling.guidance import Sampling
 from tqdit.sources.resolve import load_float, resolve
 from tqdit.speed import cost
 from tqdit.speed.memory_probe import Footprint

@@ -177,7 +177,7 @@ def test_label_names_the_products(operand: str) -> None:
     ("settings", "message"),
     [
         ({"gropus": 2}, "unknown recipe setting 'gropus'; did you mean 'groups'?"),
-        ({"sampler": "euler"}, "recipe setting 'sampler' must be ddim or ddpm, got 'euler'"),
+        ({"sampler": "euler"}, "recipe setting 'sampler' must be auto, ddim, ddpm or flow, got 'euler'"),
         ({"groups": 0}, "recipe setting 'groups' must be at least 1, got 0"),
         ({"groups": "ten"}, "recipe setting 'groups' must be a whole number, got 'ten'"),
         ({"groups": 2.5}, "recipe setting 'groups' must be a whole number, got 2.5"),

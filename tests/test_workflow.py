@@ -19,7 +19,7 @@ from tqdit.errors import InputError, RepairWarning
 from tqdit.plan import sites
 from tqdit.quality.metrics import sqnr_db
 from tqdit.runtime.convert import convert
-from tqdit.sampling.sampler import Sampling
+from tqdit.sampling.guidance import Sampling
 from tqdit.sources.resolve import load_float, resolve, weights_hash
 from tqdit.spec import Role
 from tqdit.system import distributed, files

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from tiny import WrongError, artifact, dit, folder, load, normal, output, quantized, recipe, refusal, refused
+from tiny import WrongError, artifact, dit, folder, load, normal, output, quantized, refusal, refused
 
 import tqdit
 from tqdit.architectures.dit_checkpoint import POSITIONS, published_names
-from tqdit.sampling.sampler import make_scheduler, step_weights
+from tqdit.sampling.diffusion import make_scheduler, step_weights
 from tqdit.sources.resolve import load_float, resolve
 
 V_PREDICTION = {
@@ -35,9 +35,9 @@ EFFECTIVE = 50  # timesteps of 1000 that share the weight, at least; a schedule 
 
 def flow_matching(work: Path) -> str:
     source = folder(work / "float", scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
-    stages: list[str] = []
-    quantize = lambda: tqdit.quantize(source, work / "q", recipe(), report=lambda stage, _: stages.append(stage))  # noqa: E731
-    return refused(quantize, "FlowMatchEulerDiscreteScheduler", stages=stages)
+    path = quantized(work / "q", source, sampler="auto")
+    given = {"timestep": torch.full((2,), 500.5)}
+    return normal(output(load_float(resolve(source)), **given), output(load(path), **given))
 
 
 def official(rows: int, classes: int) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tqdit.integrations.diffusers import TQDiTConfig
     from tqdit.quality.comparison import Comparison, compare
     from tqdit.recipe import Recipe
-    from tqdit.sampling.sampler import Sampling
+    from tqdit.sampling.guidance import Sampling
     from tqdit.sources.export import convert_checkpoint
     from tqdit.workflow import inspect, load, quantize, sample
 
@@ -30,7 +30,7 @@ _HOMES = {
     "Comparison": "tqdit.quality.comparison",
     "InputError": "tqdit.errors",
     "Recipe": "tqdit.recipe",
-    "Sampling": "tqdit.sampling.sampler",
+    "Sampling": "tqdit.sampling.guidance",
     "TQDiTConfig": "tqdit.integrations.diffusers",
     "compare": "tqdit.quality.comparison",
     "convert_checkpoint": "tqdit.sources.export",

@@ -39,6 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gelu_grid": "mrq",
         "gelu_products": "two",
         "loss": "epsilon",
+        "sampler": "ddpm",
     },
     # Better at little or no run-time cost: per-channel weights, time groups for all activations, errors weighed as the
     # sampler weighs them, MRQ where it wins. After GELU a second product is a quarter of the model's arithmetic and
@@ -50,6 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gelu_grid": "best",
         "gelu_products": "one",
         "loss": "sampler",
+        "sampler": "auto",
     },
 }
 
@@ -78,7 +80,7 @@ class Recipe(BaseModel):
 
     groups: int = Field(10, ge=1)
     samples: int = Field(32, ge=1, description="calibration samples per time group (n)")
-    sampler: Literal["ddim", "ddpm"] = "ddpm"
+    sampler: Literal["auto", "ddim", "ddpm", "flow"] = "auto"  # "auto": ddpm of a diffusion model, else flow
     steps: int = Field(250, ge=1)
     guidance: float = Field(1.5, ge=0, allow_inf_nan=False)
     trajectories: int | None = Field(None, ge=1, description="sampling runs to draw from")

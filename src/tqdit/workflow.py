@@ -31,7 +31,8 @@ from tqdit.provenance import Provenance
 from tqdit.recipe import CALIBRATION_SETTINGS, Recipe
 from tqdit.runtime import fitting
 from tqdit.runtime.convert import convert
-from tqdit.sampling.sampler import Sampling
+from tqdit.sampling.guidance import Sampling
+from tqdit.sampling.schedules import schedule
 from tqdit.search.solver import solve
 from tqdit.sources.resolve import (
     LABELS,
@@ -136,7 +137,8 @@ def _calibrated(
 ) -> Prepared:
     """`prepare` of a model that is loaded already."""
     source.check_components()
-    groups = TimeGroups.uniform(0, source.num_timesteps, recipe.groups)
+    sampling = trajectories.calibration_sampling(recipe, source.scheduler)
+    groups = trajectories.time_groups(schedule(source.scheduler, sampling, source.config), recipe)
     target = checked_device(device)
     module = module.to(target)
     if work:

@@ -1,5 +1,7 @@
 """Random-probe Fisher weights against the exact diagonal of J^T J."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 from tqdit.calibration.fisher import Probes, normalized
 from tqdit.calibration.recorder import record
 from tqdit.calibration.trajectories import CalibrationSet
-from tqdit.sampling.sampler import num_classes, predict
+from tqdit.sampling.guidance import ClassLabels, arguments, predict
 
 
 def exact_diagonal(function, z: torch.Tensor) -> torch.Tensor:
@@ -56,7 +58,8 @@ def substituted(model: nn.Module, name: str, sample, guidance: float):
 
         handle = module.register_forward_hook(hook)
         try:
-            return predict(model, *sample, guidance)[:, :1]
+            x, t, labels = sample
+            return predict(model, x, t, *arguments(ClassLabels(10), labels, guidance), guidance)[:, :1]
         finally:
             handle.remove()
 
@@ -75,7 +78,8 @@ def substituted(model: nn.Module, name: str, sample, guidance: float):
 def test_recorded_weights_converge_to_those_of_the_guided_output(
     model, data, tiny_recipe, source: str, modules: list[str]
 ) -> None:
-    one = CalibrationSet(data.x[5:6], data.t[5:6], data.labels[5:6], torch.zeros(1, dtype=torch.int64), torch.ones(1))
+    chosen = (data.x[5:6], data.t[5:6], data.labels[5:6])
+    one = CalibrationSet(*chosen, torch.zeros(1, dtype=torch.int64), torch.ones(1), data.conditions)
     records = record(model, one, tiny_recipe(groups=1, samples=1, probes=300, rows=10**6, guidance=1.5))
     found = records.linears[source].fisher.unflatten(0, (2, 16)).sum(1)  # (halves, out), over all tokens
     sample = (one.x, one.t, one.labels)
@@ -87,9 +91,7 @@ def test_recorded_weights_converge_to_those_of_the_guided_output(
 @pytest.mark.parametrize("guidance", [1.5, 4.0])
 def test_both_guidance_halves_have_their_weight(model, data, tiny_recipe, guidance: float) -> None:
     """A conditional half of the null class has the same Jacobian as the unconditional one: weights g^2, (1-g)^2."""
-    null = CalibrationSet(
-        data.x, data.t, torch.full_like(data.labels, num_classes(model)), data.group, data.step_weight
-    )
+    null = replace(data, labels=torch.full_like(data.labels, data.conditions.count))
     records = record(model, null, tiny_recipe(rows=10**6, guidance=guidance), batch=len(data))
     for name, linear in records.linears.items():
         cond, uncond = linear.fisher.unflatten(0, (2, -1)).double().sum((1, 2))

@@ -16,7 +16,7 @@ from tqdit.calibration.store import InMemory
 from tqdit.errors import InputError
 from tqdit.plan import sites
 from tqdit.recipe import Recipe
-from tqdit.sampling.sampler import predict
+from tqdit.sampling.guidance import arguments, predict
 from tqdit.spec import Role
 
 Q, K, V, P = Role.QUERY, Role.KEY, Role.VALUE, Role.SOFTMAX
@@ -37,7 +37,7 @@ def inputs_of(model: nn.Module, names: list[str], data, guidance: float) -> dict
                 lambda _, args, name=name: found.update({name: args[0].clone()})
             )
         )
-    predict(model, data.x, data.t, data.labels, guidance)
+    predict(model, data.x, data.t, *arguments(data.conditions, data.labels, guidance), guidance)
     for handle in handles:
         handle.remove()
     return found
@@ -157,7 +157,7 @@ def test_observed_model_computes_what_the_model_computes(tiny_dit, data, tiny_re
     model, outputs = tiny_dit(), []
     handle = model.proj_out_2.register_forward_hook(lambda _, __, y: outputs.append(y.detach()))
     record(model, data, tiny_recipe(hessian=False), batch=len(data))
-    predict(model, data.x, data.t, data.labels, 1.5)
+    predict(model, data.x, data.t, *arguments(data.conditions, data.labels, 1.5), 1.5)
     handle.remove()
     assert torch.allclose(*outputs, atol=1e-5)
 
@@ -197,7 +197,7 @@ def test_maxima_are_the_largest_probabilities_per_key_of_the_conditional_halves(
 
 def test_probe_noise_is_not_the_noise_of_the_trajectories(model, data, tiny_recipe, monkeypatch) -> None:
     from tqdit.calibration.fisher import Probes
-    from tqdit.sampling.sampler import noise_generators
+    from tqdit.sampling.trajectory import noise_generators
 
     seen: list[torch.Tensor] = []
     original = Probes.run

@@ -15,6 +15,7 @@ from tqdit.calibration.recorder import batch_size, graph_bytes, picked_bytes, re
 from tqdit.calibration.store import Forgetful
 from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.recipe import Recipe
+from tqdit.sampling.guidance import ClassLabels
 from tqdit.speed.random_weights import random_float
 
 STATUS = Path("/proc/self/status")
@@ -55,7 +56,7 @@ def test_a_process_grows_by_what_it_keeps() -> None:
 def calibration_set() -> CalibrationSet:
     count = RECIPE.samples
     x, zeros = torch.randn(count, 4, 32, 32), torch.zeros(count, dtype=torch.long)
-    return CalibrationSet(x, torch.arange(count), zeros, zeros, torch.ones(count))
+    return CalibrationSet(x, torch.arange(count), zeros, zeros, torch.ones(count), ClassLabels(1000))
 
 
 def peaks() -> list[int]:

@@ -8,8 +8,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from tqdit.errors import InputError
-from tqdit.imaging.generate import check_decodable, decoder, sample_latents, save_grid, to_pixels
-from tqdit.sampling.sampler import Sampling
+from tqdit.imaging.generate import check_decodable, decoder, sample_batches, save_grid, to_pixels
+from tqdit.sampling.guidance import Sampling
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -79,4 +79,4 @@ def test_a_decoder_whose_config_is_not_that_of_its_weights(decoder_folder, setti
 
 def test_states_that_are_no_numbers_are_no_images(model, scheduler_config) -> None:
     with pytest.raises(InputError, match="NaN or Inf in 2 of 2 images, first in image 3; check the guidance"):
-        sample_latents(model, scheduler_config, [1, 2], Sampling("ddim", 2, 1e38), seed=0, first=3)
+        list(sample_batches(model, scheduler_config, {3: 1, 4: 2}, Sampling("ddim", 2, 1e38), 0, [range(3, 5)]))

@@ -12,7 +12,7 @@ from tqdit import workflow
 from tqdit.errors import InputError
 from tqdit.imaging import generate, images
 from tqdit.imaging.images import RUN, Images, check_folder, into_folder
-from tqdit.sampling.sampler import Sampling
+from tqdit.sampling.guidance import ClassLabels, Sampling
 from tqdit.sources.resolve import load_float, resolve
 
 FAST = Sampling("ddim", 2, 1.5)
@@ -39,6 +39,32 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_labels_cycle_and_batches_cover(wanted: Images) -> None:
     assert wanted.labels == [3, 5, 3, 5, 3]
     assert wanted.batches == [range(2), range(2, 4), range(4, 5)]
+
+
+def test_the_run_names_the_sampler_that_auto_means(wanted: Images) -> None:
+    """A folder that was begun before "auto" continues."""
+    named = {sampler: replace(wanted, sampling=Sampling(sampler, 4)).run for sampler in ("auto", "ddim", "ddpm")}
+    assert named["auto"] == named["ddim"]
+    assert named["ddpm"]["sampler"] == "ddpm"
+    assert "conditions_sha256" not in named["auto"]
+
+
+def test_the_run_names_its_conditions(wanted: Images) -> None:
+    few, many, again = (replace(wanted, conditions=ClassLabels(count)).run for count in (10, 11, 10))
+    assert few == again
+    assert few["conditions_sha256"] != many["conditions_sha256"]
+
+
+def test_conditions_that_are_given_are_drawn(wanted: Images, module: torch.nn.Module) -> None:
+    """Class i is condition 9 - i."""
+
+    class Reversed(ClassLabels):
+        def rows(self, indices: torch.Tensor) -> dict[str, torch.Tensor]:
+            return super().rows(9 - indices)
+
+    other = replace(wanted, classes=[6, 4], conditions=Reversed(10))
+    drawn = [images.gathered(each, module, lambda _: None) for each in (wanted, other)]
+    assert torch.equal(*drawn)
 
 
 def test_files_are_the_images(wanted: Images, module: torch.nn.Module, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tqdit import workflow
 from tqdit.architectures import dit_checkpoint
 from tqdit.architectures.registry import FREQUENCY_SHIFT
 from tqdit.errors import AssumptionWarning, InputError
-from tqdit.sampling.sampler import Sampling
+from tqdit.sampling.guidance import Sampling
 from tqdit.sources import checkpoints
 from tqdit.sources.resolve import load_float, resolve, weights_hash
 

@@ -180,10 +180,20 @@ def test_an_index_that_names_no_parts_becomes_one_that_does(solved, whole) -> No
 
 @pytest.mark.parametrize("config", [None, {"num_train_timesteps": 1000}])
 def test_a_scheduler_class_that_only_the_index_names(whole, config: object) -> None:
-    edit_index(whole, scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+    edit_index(whole, scheduler=["diffusers", "FlowMatchLCMScheduler"])
     path = whole / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(config)) if config else path.unlink()
-    with pytest.raises(InputError, match=r"model_index\.json: scheduler class 'FlowMatchEulerDiscreteScheduler'"):
+    with pytest.raises(InputError, match=r"model_index\.json: scheduler class 'FlowMatchLCMScheduler'"):
+        resolve(whole)
+
+
+def test_a_flow_matching_class_that_only_the_index_names(whole) -> None:
+    edit_index(whole, scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+    path = whole / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({"shift": 3.0}))
+    assert resolve(whole).scheduler == {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    path.unlink()
+    with pytest.raises(InputError, match=r"scheduler_config\.json is missing; model_index\.json names a FlowMatch"):
         resolve(whole)
 
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from tqdit.architectures.dit_checkpoint import DIFFUSION
 from tqdit.errors import AssumptionWarning, InputError
-from tqdit.sampling.sampler import SERVED, Sampling, make_scheduler
+from tqdit.sampling.diffusion import SERVED, make_scheduler
+from tqdit.sampling.guidance import Sampling
 from tqdit.sources.resolve import class_indices, load_float, resolve, weights_hash
 from tqdit.sources.sizes import float_sizes
 from tqdit.system.files import WEIGHTS
@@ -257,7 +258,8 @@ def edit_weights_of(folder, change) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler' is not supported"),
+        ({"_class_name": "FlowMatchLCMScheduler"}, "FlowMatchLCMScheduler' is not supported"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}, "invert_sigmas is True"),
         ({"_class_name": "MyScheduler"}, "MyScheduler' is not supported; supported are DDIMScheduler"),
         ({"_class_name": ["my", "Scheduler"]}, "is not supported"),
         ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas is True"),

@@ -34,7 +34,8 @@ from tqdit.errors import InputError
 from tqdit.grids import packing
 from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
-from tqdit.sampling.sampler import Sampling, make_scheduler
+from tqdit.sampling.guidance import Sampling
+from tqdit.sampling.schedules import schedule
 from tqdit.sources.resolve import class_indices, load_float, resolve
 from tqdit.speed.random_solution import random_solution
 from tqdit.system.files import WEIGHTS, read_json, read_weights, write_json
@@ -185,8 +186,9 @@ def _json_file(model: Path, name: Path, read: Callable[[Path], object]) -> Targe
 
 
 def _scheduled(path: Path) -> None:
+    source = resolve(path)
     for sampler in ("ddim", "ddpm"):
-        make_scheduler(resolve(path).scheduler, Sampling(sampler, 3, 1.5), learned_variance=sampler == "ddpm")
+        schedule(source.scheduler, Sampling(sampler, 3, 1.5), source.config)
 
 
 def _classes_of(path: Path) -> None:

@@ -27,7 +27,7 @@ from tqdit.errors import InputError
 from tqdit.imaging import images
 from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
-from tqdit.sampling.sampler import Sampling
+from tqdit.sampling.guidance import Sampling
 from tqdit.sources import export
 from tqdit.sources.resolve import resolve
 from tqdit.speed.random_solution import random_solution

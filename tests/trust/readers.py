@@ -12,7 +12,7 @@ from corruption import Damage, files_of
 
 from tqdit import workflow
 from tqdit.errors import InputError
-from tqdit.sampling.sampler import Sampling
+from tqdit.sampling.guidance import Sampling
 from tqdit.system.files import MANIFEST, model_folder
 
 SAMPLING = Sampling("ddim", 2, 1.5)

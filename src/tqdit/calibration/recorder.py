@@ -21,7 +21,8 @@ from tqdit.calibration.taps import Taps
 from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.errors import InputError
 from tqdit.recipe import Recipe
-from tqdit.sampling.sampler import Progress, noise_generators, predict
+from tqdit.sampling.guidance import arguments, predict
+from tqdit.sampling.trajectory import Progress, noise_generators
 from tqdit.system import distributed
 from tqdit.system.parcels import copied
 
@@ -137,12 +138,6 @@ def _condition(data: CalibrationSet) -> dict[str, Any]:
     return {} if conditions is None else dict(conditions.rows(data.labels[:1]))
 
 
-def _predict(model: nn.Module, data: CalibrationSet, members: slice, x: torch.Tensor, guidance: float) -> torch.Tensor:
-    """The guided output at the states `x` of some samples."""
-    t, labels = (part[members].to(x.device) for part in (data.t, data.labels))
-    return predict(model, x, t, labels, guidance)
-
-
 class _Pass:
     """One forward and backward pass over `members`, b samples: what is kept of it is picked while it runs.
 
@@ -173,7 +168,9 @@ class _Pass:
         x = self.data.x[self.slice].to(self.device)
         x.requires_grad_(self.recipe.hessian)
         with taps.telling(self):
-            eps = _predict(model, self.data, self.slice, x, self.recipe.guidance)[:, : x.shape[1]]
+            inputs = arguments(self.data.conditions, self.data.labels[self.slice].to(self.device), self.recipe.guidance)
+            eps = predict(model, x, self.data.t[self.slice].to(self.device), *inputs, self.recipe.guidance)
+            eps = eps[:, : x.shape[1]]
         self._check_finite()
         if self.recipe.hessian:
             self.probes.run(eps, x, self._noise(eps))
@@ -244,8 +241,8 @@ class _Pass:
         site, sample = (int(index) for index in (~finite).nonzero()[0])
         t = self.data.t[self.slice].repeat(len(finite[0]) // len(self.members))[sample]
         raise InputError(
-            f"site '{list(self.finite)[site]}': the float model has NaN or Inf values at timestep {int(t)} (time group "
-            f"{int(self.group[sample])} of {self.recipe.groups}), no scale can represent them"
+            f"site '{list(self.finite)[site]}': the float model has NaN or Inf values at timestep {t.item():g} (time "
+            f"group {int(self.group[sample])} of {self.recipe.groups}), no scale can represent them"
         )
 
     def _at_rows(self, x: torch.Tensor, timed: bool) -> torch.Tensor:

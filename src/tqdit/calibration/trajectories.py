@@ -1,11 +1,11 @@
-"""Calibration data from the model's own sampling: n samples (x_t, t, class) per time group (TGQ)."""
+"""Calibration data from the model's own sampling: n samples (x_t, t, condition) per time group (TGQ)."""
 
 import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,16 +15,10 @@ from tqdit.calibration.records import join
 from tqdit.calibration.store import Forgetful, Store
 from tqdit.errors import InputError
 from tqdit.recipe import Recipe
-from tqdit.sampling.sampler import (
-    Progress,
-    Sampling,
-    make_scheduler,
-    noise_generators,
-    num_classes,
-    step_weights,
-    trajectory,
-)
-from tqdit.system import distributed
+from tqdit.sampling.guidance import Conditions, Sampling, default_conditions
+from tqdit.sampling.schedules import Schedule, resolved, schedule
+from tqdit.sampling.trajectory import Progress, noise_generators, trajectory
+from tqdit.system import distributed, trees
 from tqdit.system.capture import CudaGraphed
 from tqdit.timegroups import TimeGroups
 
@@ -36,9 +30,10 @@ CALIBRATION_STREAM = 250_000  # noise streams start here: images i < 250,000 of 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Samples of the float model's trajectories, ordered by group. x: (S, C, H, W) fp32; t, labels, group: (S,).
+    """Samples of the float model's trajectories, ordered by timestep. x: (S, C, H, W) fp32; t, labels, group: (S,).
 
-    `step_weight` (S,): how much an error of epsilon at t moves the sampler's next state, see `sampler.step_weights`.
+    t: in the units of the model's `timestep`, int64 or fp32. `labels`: int64, indices into `conditions`. `step_weight`
+    (S,): how much an error of the output at t moves the sampler's next state, see `Schedule.weights`.
     """
 
     x: torch.Tensor
@@ -46,6 +41,7 @@ class CalibrationSet:
     labels: torch.Tensor
     group: torch.Tensor
     step_weight: torch.Tensor
+    conditions: Conditions
 
     def __len__(self) -> int:
         return len(self.t)
@@ -58,22 +54,25 @@ def collect(
     progress: Progress = lambda _: None,
     batch: int | None = None,
     store: Store | None = None,
+    conditions: Conditions | None = None,
 ) -> CalibrationSet:
     """Run `trajectories` guided samplings and keep `samples` states per time group, at random visited timesteps.
 
-    Seeded by the recipe: each trajectory has a generator of its own, so `batch` changes speed and float rounding alone.
-    Each batch is one piece of `store`. The model computes in bf16 where `draws_in_bf16` says so, and on a GPU as a CUDA
-    graph: few samples would wait for launches. Inside `distributed.joined` the ranks share the batches, and each
-    returns all samples. Raises `InputError` if the sampler visits too few timesteps of a group.
+    Each trajectory has one of `conditions`, which are the model's classes if not given. Seeded by the recipe: each
+    trajectory has a generator of its own, so `batch` changes speed and float rounding alone. Each batch is one piece of
+    `store`. The model computes in bf16 where `draws_in_bf16` says so, and on a GPU as a CUDA graph: few samples would
+    wait for launches. Inside `distributed.joined` the ranks share the batches, and each returns all samples. Raises
+    `InputError` if the sampler visits too few timesteps of a group, and as `schedule` does.
     """
-    sampling = Sampling(recipe.sampler, recipe.steps, recipe.guidance)
-    scheduler = make_scheduler(scheduler_config, sampling, learned_variance=False)
-    groups = TimeGroups.uniform(0, scheduler.config.num_train_timesteps, recipe.groups)
-    visited = scheduler.timesteps
-    count = _num_trajectories(recipe, groups, visited, num_classes(model))
+    config = cast(Mapping[str, Any], model.config)
+    conditions = conditions or default_conditions(config)
+    sampling = calibration_sampling(recipe, scheduler_config)
+    steps = schedule(scheduler_config, sampling, config)
+    groups, visited = time_groups(steps, recipe), steps.timesteps
+    count = _num_trajectories(recipe, groups, visited, conditions.count)
     picks = _pick_timesteps(recipe, groups, visited, count)
     progress(0.0)  # all is checked
-    order = torch.randperm(num_classes(model), generator=torch.Generator().manual_seed(recipe.seed))
+    order = torch.randperm(conditions.count, generator=torch.Generator().manual_seed(recipe.seed))
     device = next(model.parameters()).device
     labels = order.repeat(math.ceil(count / len(order)))[:count]
     most = batch or BATCH.get(device.type, BATCH["cpu"])
@@ -86,17 +85,18 @@ def collect(
         first = CALIBRATION_STREAM + members.start
         generators = noise_generators(recipe.seed, range(first, first + len(members)))
         chosen = labels[members.start : members.stop].to(device)
-        found: list[tuple[int, int, torch.Tensor]] = []  # (t, trajectory, x_t)
+        found: list[tuple[float, int, torch.Tensor]] = []  # (t, trajectory, x_t)
         # Of this batch alone: where memory runs out, nothing of a larger one is left when a smaller one is tried.
         denoiser = InBfloat16(model) if draws_in_bf16(device) else model
         if device.type == "cuda":
             denoiser = CudaGraphed(denoiser)
-        for step, (t, x) in enumerate(trajectory(denoiser, scheduler_config, sampling, chosen, generators)):
+        states = trajectory(denoiser, scheduler_config, sampling, chosen, generators, conditions)
+        for step, (t, x) in enumerate(states):
             if t is not None:  # the last state is an image, which no timestep sees
                 found += [(t, i, x[i - members.start].cpu()) for i in members if t in picks[i]]
                 progress((place[members.start] + len(members) * (step + 1) / recipe.steps) / len(place))
-        ts, indices, states = zip(*found, strict=True)
-        return {"t": torch.tensor(ts), "trajectory": torch.tensor(indices), "x": torch.stack(states)}
+        ts, indices, kept = zip(*found, strict=True)
+        return {"t": torch.tensor(ts), "trajectory": torch.tensor(indices), "x": torch.stack(kept)}
 
     batches, keep = Batches(size), store or Forgetful()
 
@@ -111,7 +111,19 @@ def collect(
     pieces = world.gather_named(finished(), len(division))
     states = {key: join(key, pieces) for key in pieces[0]}
     _check_finite(states["x"], states["t"])
-    return _ordered(states, labels, groups, step_weights(scheduler))
+    return _ordered(states, labels, groups, steps, conditions)
+
+
+def calibration_sampling(recipe: Recipe, scheduler_config: Mapping[str, Any] | None) -> Sampling:
+    """Return how a recipe samples a model with this scheduler config, with the name of a sampler."""
+    sampling = Sampling(recipe.sampler, recipe.steps, recipe.guidance)
+    return resolved(sampling, scheduler_config, calibration=True)
+
+
+def time_groups(steps: Schedule, recipe: Recipe) -> TimeGroups:
+    """Return the time groups of a recipe for a calibration that samples with `steps`."""
+    low, high, closed = steps.time_range
+    return TimeGroups.uniform(low, high, recipe.groups, closed)
 
 
 def _check_finite(x: torch.Tensor, t: torch.Tensor) -> None:
@@ -119,8 +131,8 @@ def _check_finite(x: torch.Tensor, t: torch.Tensor) -> None:
     bad = ~torch.isfinite(x).flatten(1).all(1)
     if bad.any():
         raise InputError(
-            f"the float model's own sampling has NaN or Inf values in the state at timestep {int(t[bad].max())}; it "
-            "cannot be calibrated with this scheduler and these settings"
+            f"the float model's own sampling has NaN or Inf values in the state at timestep {t[bad].max().item():g}; "
+            "it cannot be calibrated with this scheduler and these settings"
         )
 
 
@@ -148,27 +160,29 @@ class InBfloat16(nn.Module):
         return self.module.config
 
     def forward(
-        self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor, return_dict: bool = False
+        self, hidden_states: torch.Tensor, timestep: torch.Tensor, return_dict: bool = False, **condition: Any
     ) -> tuple[torch.Tensor]:
-        """As diffusers' model with `return_dict=False`."""
-        x = hidden_states.bfloat16()
-        return (self.module(x, timestep=timestep, class_labels=class_labels, return_dict=False)[0].float(),)
+        """As diffusers' model with `return_dict=False`. The timestep stays as it is: the model embeds it in fp32."""
+        inputs = trees.mapped(lambda x: x.bfloat16() if x.is_floating_point() else x, condition)
+        output = self.module(hidden_states.bfloat16(), timestep=timestep, **inputs, return_dict=False)[0]
+        return (output.float(),)
 
 
 def _ordered(
-    found: dict[str, torch.Tensor], labels: torch.Tensor, groups: TimeGroups, weights: torch.Tensor
+    found: dict[str, torch.Tensor], labels: torch.Tensor, groups: TimeGroups, steps: Schedule, conditions: Conditions
 ) -> CalibrationSet:
     """The states of all trajectories by (timestep, trajectory)."""
     pairs = list(zip(found["t"].tolist(), found["trajectory"].tolist(), strict=True))
     order = torch.tensor(sorted(range(len(pairs)), key=pairs.__getitem__))
     t = found["t"][order]
-    return CalibrationSet(found["x"][order], t, labels[found["trajectory"][order]], groups.index(t), weights[t])
+    chosen = labels[found["trajectory"][order]]
+    return CalibrationSet(found["x"][order], t, chosen, groups.index(t), steps.weights(t), conditions)
 
 
-def _num_trajectories(recipe: Recipe, groups: TimeGroups, visited: torch.Tensor, classes: int) -> int:
+def _num_trajectories(recipe: Recipe, groups: TimeGroups, visited: torch.Tensor, conditions: int) -> int:
     """How many samplings to run: every group needs `samples` distinct (trajectory, timestep) pairs.
 
-    Unless the recipe says, as few as cover the classes as far as `samples` go, but no fewer than a quarter of them.
+    Unless the recipe says, as few as cover the conditions as far as `samples` go, but no fewer than a quarter of them.
     """
     counts = torch.bincount(groups.index(visited), minlength=groups.num_groups)
     fewest = int(counts.min())
@@ -179,7 +193,7 @@ def _num_trajectories(recipe: Recipe, groups: TimeGroups, visited: torch.Tensor,
         )
     needed = math.ceil(recipe.samples / fewest)
     if recipe.trajectories is None:
-        return max(needed, math.ceil(recipe.samples / 4), min(classes, recipe.samples))
+        return max(needed, math.ceil(recipe.samples / 4), min(conditions, recipe.samples))
     if not needed <= recipe.trajectories <= recipe.samples:
         raise InputError(
             f"trajectories must be between {needed} and {recipe.samples} for {recipe.samples} samples per group "
@@ -188,11 +202,11 @@ def _num_trajectories(recipe: Recipe, groups: TimeGroups, visited: torch.Tensor,
     return recipe.trajectories
 
 
-def _pick_timesteps(recipe: Recipe, groups: TimeGroups, visited: torch.Tensor, count: int) -> list[set[int]]:
+def _pick_timesteps(recipe: Recipe, groups: TimeGroups, visited: torch.Tensor, count: int) -> list[set[float]]:
     """For every trajectory, the timesteps to keep: samples/count of each group, drawn without replacement."""
     generator = torch.Generator().manual_seed(recipe.seed + 1)
     group = groups.index(visited)
-    picks: list[set[int]] = [set() for _ in range(count)]
+    picks: list[set[float]] = [set() for _ in range(count)]
     for g in range(groups.num_groups):
         members = visited[group == g]
         for i, chosen in enumerate(picks):

@@ -63,7 +63,7 @@ def bench(
     """Time artifacts against float32, bfloat16 and torchao models of their shape: calls, sampling, loading, memory."""
     import shlex
 
-    from tqdit.sampling.sampler import Sampling
+    from tqdit.sampling.guidance import Sampling
     from tqdit.speed import benchmark
     from tqdit.speed.entrants import BenchSettings
 

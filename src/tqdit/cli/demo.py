@@ -11,7 +11,7 @@ from tqdit import workflow
 from tqdit.imaging.generate import save_grid
 from tqdit.quality.comparison import Comparison, compare
 from tqdit.recipe import Recipe
-from tqdit.sampling.sampler import Sampling
+from tqdit.sampling.guidance import Sampling
 from tqdit.system.extras import check_report
 from tqdit.system.files import write_text
 from tqdit.workflow import Report, silent

@@ -182,7 +182,7 @@ def sample(
     """Sample images from a float or quantized model into one PNG grid, or into a folder; under torchrun, together."""
     from tqdit import workflow
     from tqdit.imaging.generate import save_grid
-    from tqdit.sampling.sampler import Sampling
+    from tqdit.sampling.guidance import Sampling
 
     grid = _is_grid(out)
     names = [name for name in classes.split(",") if name.strip()]
@@ -232,7 +232,7 @@ def compare(
     Under torchrun the processes share images and states.
     """
     from tqdit.quality import comparison
-    from tqdit.sampling.sampler import Sampling
+    from tqdit.sampling.guidance import Sampling
 
     check_outputs(json_file)
     sampling = Sampling(sampler, steps, guidance)

@@ -1,4 +1,4 @@
-"""Images from a float or quantized model. Image i depends on (seed, i) and its class alone."""
+"""Images from a float or quantized model. Image i depends on (seed, i) and its condition alone."""
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from tqdit.errors import InputError
-from tqdit.sampling.sampler import Progress, Sampling, noise_generators, trajectory
+from tqdit.sampling.guidance import Conditions, Sampling
+from tqdit.sampling.trajectory import Progress, noise_generators, trajectory
 from tqdit.sources.components import check_vae
 from tqdit.system.distributed import batches
 from tqdit.system.files import CONFIG, read_json, write_bytes
@@ -26,17 +27,20 @@ def sample_batches(
     seed: int,
     members: Sequence[range],
     progress: Progress = lambda _: None,
+    conditions: Conditions | None = None,
 ) -> Iterator[torch.Tensor]:
     """x_0 of every batch in `members`, as it is finished: (len(batch), C, H, W), fp32 on the CPU.
 
-    A batch is the indices of its images; `classes[i]` is that of image i. `progress` is told the finished fraction.
+    A batch is the indices of its images; `classes[i]` is the index of image i's condition, which is a class of the
+    model where no `conditions` are given. `progress` is told the finished fraction.
     """
     device = next(iter(model.buffers())).device
     total, done = sum(map(len, members)), 0
     for indices in members:
         labels = torch.tensor([classes[i] for i in indices], device=device)
         generators = noise_generators(seed, indices)
-        for step, (_, x) in enumerate(trajectory(model, scheduler, sampling, labels, generators)):
+        states = trajectory(model, scheduler, sampling, labels, generators, conditions)
+        for step, (_, x) in enumerate(states):
             progress((done + len(indices) * step / sampling.steps) / total)
             state = x
         done += len(indices)
@@ -50,7 +54,7 @@ def _finite(state: torch.Tensor, indices: range) -> torch.Tensor:
     if broken:
         raise InputError(
             f"sampling gave NaN or Inf in {len(broken)} of {len(state)} images, first in image {broken[0]}; check the "
-            "guidance and the betas of scheduler_config.json"
+            "guidance and scheduler_config.json"
         )
     return state
 
@@ -63,12 +67,11 @@ def sample_latents(
     seed: int,
     progress: Progress = lambda _: None,
     batch: int = 16,
-    first: int = 0,
+    conditions: Conditions | None = None,
 ) -> torch.Tensor:
-    """x_0 for each entry of `classes`, (len, C, H, W), fp32 on the CPU. Image i has the index `first` + i."""
-    numbered = dict(enumerate(classes, first))
-    members = [range(first + part.start, first + part.stop) for part in batches(len(classes), batch)]
-    return torch.cat(list(sample_batches(model, scheduler, numbered, sampling, seed, members, progress)))
+    """x_0 for each entry of `classes`, (len, C, H, W), fp32 on the CPU; as `sample_batches`."""
+    members = batches(len(classes), batch)
+    return torch.cat(list(sample_batches(model, scheduler, classes, sampling, seed, members, progress, conditions)))
 
 
 def check_decodable(channels: int, vae_folder: Path | None) -> None:

@@ -18,9 +18,11 @@ from torch import nn
 
 from tqdit.errors import InputError
 from tqdit.imaging import generate
-from tqdit.sampling.sampler import Progress, Sampling, make_scheduler
+from tqdit.sampling.guidance import Conditions, Sampling
+from tqdit.sampling.schedules import resolved, schedule
+from tqdit.sampling.trajectory import Progress
 from tqdit.sources.resolve import ModelSource
-from tqdit.system import distributed
+from tqdit.system import distributed, trees
 from tqdit.system.files import CONFIG, check_file, check_outside, read_json, write_bytes
 
 BATCH = 16
@@ -30,9 +32,10 @@ PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xae\x42\x60\x82"
 
 @dataclass(frozen=True)
 class Images:
-    """`num` images of a model: image i has the class `classes[i % len(classes)]` and depends on it and (seed, i) alone.
+    """`num` images of a model: image i has the condition `classes[i % len(classes)]` and depends on it and (seed, i).
 
-    Raises `InputError` for settings that are not legal and for latents that could not be decoded.
+    `classes` are indices into `conditions`, which are the model's own classes if not given. Raises `InputError` for
+    settings that are not legal and for latents that could not be decoded.
     """
 
     source: ModelSource
@@ -41,18 +44,24 @@ class Images:
     sampling: Sampling
     seed: int = 0
     batch: int = BATCH
+    conditions: Conditions | None = None
 
     def __post_init__(self) -> None:
         for name in ("num", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         generate.check_decodable(int(self.source.config["in_channels"]), self.source.vae)
-        make_scheduler(self.source.scheduler, self.sampling, learned_variance=False)
+        schedule(self.source.scheduler, self.sampling, self.source.config)
 
     @property
     def labels(self) -> list[int]:
-        """The class of every image."""
+        """The condition of every image, by its index."""
         return [self.classes[i % len(self.classes)] for i in range(self.num)]
+
+    @property
+    def drawn_with(self) -> Sampling:
+        """The sampling with the name of its sampler, where it was "auto"."""
+        return resolved(self.sampling, self.source.scheduler)
 
     @property
     def batches(self) -> list[range]:
@@ -65,15 +74,20 @@ class Images:
 
         The batch does by the rounding of float operations, and so does where they run: see `workflow.sample_folder`.
         """
-        settings = {"seed": self.seed, **asdict(self.sampling), "classes": list(self.classes), "batch": self.batch}
+        settings = {"seed": self.seed, **asdict(self.drawn_with), "classes": list(self.classes), "batch": self.batch}
+        if self.conditions is not None:
+            settings["conditions_sha256"] = _conditions_hash(self.conditions)
         return {"model": self.source.name, "model_sha256": _fingerprint(self.source), **settings}
 
 
 def draw(images: Images, model: nn.Module, members: Sequence[range], progress: Progress) -> Iterator[torch.Tensor]:
     """Pixels of every batch in `members`, as it is finished: (len(batch), C, H, W) in [-1, 1], on the CPU."""
     decode = generate.decoder(images.source.vae, next(iter(model.buffers())).device)
-    scheduler, labels = images.source.scheduler, images.labels
-    for latents in generate.sample_batches(model, scheduler, labels, images.sampling, images.seed, members, progress):
+    scheduler, labels, sampling = images.source.scheduler, images.labels, images.sampling
+    states = generate.sample_batches(
+        model, scheduler, labels, sampling, images.seed, members, progress, images.conditions
+    )
+    for latents in states:
         yield decode(latents)
 
 
@@ -143,6 +157,18 @@ def is_whole_png(path: Path) -> bool:
             return file.read() == PNG_END
     except OSError:
         return False
+
+
+def _conditions_hash(conditions: Conditions) -> str:
+    """Return the sha256 over the names and values of all conditions and the unconditional one."""
+    digest = hashlib.sha256()
+    cpu = torch.device("cpu")
+    for inputs in (conditions.rows(torch.arange(conditions.count)), conditions.null(1, cpu)):
+        for path, value in sorted(trees.flatten(inputs).items()):
+            digest.update(repr((path, None if isinstance(value, torch.Tensor) else value)).encode())
+            if isinstance(value, torch.Tensor):
+                digest.update(value.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _fingerprint(source: ModelSource) -> str:

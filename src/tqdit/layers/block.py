@@ -112,10 +112,13 @@ class IntBlock(Closed, Untrainable):
         codes = verbs.attend(projected, attention, target, context, bias)
         return verbs.linear(codes, target, self.layer("cross_out"), Residual(x))
 
-    def context(self, states: torch.Tensor) -> Any:
-        """Return the codes of key and value of a prompt (B, M, C), which no timestep changes. Layer "cross_kv"."""
-        source = self.source("cross_kv", None)
-        targets = [self.operands[f"cross_{name}"].operand(None) for name in ("key", "value")]
+    def context(self, states: torch.Tensor, call: Call | None = None) -> Any:
+        """Return the codes of key and value of a prompt (B, M, C), which no timestep changes. Layer "cross_kv".
+
+        `call`: for an architecture whose operands of a prompt have time groups.
+        """
+        source = self.source("cross_kv", call)
+        targets = [self.operands[f"cross_{name}"].operand(call) for name in ("key", "value")]
         codes = self.verbs.quantize(states, source)
         return self.verbs.project(codes, source, self.layer("cross_kv"), targets, self.heads)
 

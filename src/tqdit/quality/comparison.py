@@ -24,7 +24,8 @@ from tqdit.quality.fidelity import EpsilonFidelity
 from tqdit.recipe import Recipe
 from tqdit.runtime import fitting
 from tqdit.runtime.convert import convert
-from tqdit.sampling.sampler import Sampling
+from tqdit.sampling.guidance import Sampling
+from tqdit.sampling.schedules import resolved
 from tqdit.sources.resolve import ModelSource, load_float, resolve, weights_hash
 from tqdit.sources.sizes import FloatSizes, float_sizes
 from tqdit.spec import Solution
@@ -32,6 +33,7 @@ from tqdit.speed.cost import Cost, memory, timed
 from tqdit.system.distributed import current
 from tqdit.system.environment import environment
 from tqdit.system.isolation import isolated
+from tqdit.timegroups import TimeGroups
 from tqdit.workflow import Device, Dtype, Report, checked_device, checked_dtype, chosen_classes, dtype_name, silent
 
 HELD_OUT_SEED = 20_000  # far from calibration's: other noise, other states
@@ -161,7 +163,7 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     if measures:
         first, rows = calls.with_memory(first, rows, found, report)
     settings: dict[str, Any] = {"num": num, "samples_per_group": samples, "groups": groups, "states": len(data)}
-    settings |= {"seed": seed, "dtype": dtype_name(stream), **asdict(sampling)}
+    settings |= {"seed": seed, "dtype": dtype_name(stream), **asdict(wanted.drawn_with)}
     if measures:
         settings["call_batch"] = calls.batch
     return Comparison(first, tuple(rows), settings, environment(str(target)))
@@ -170,7 +172,7 @@ def compare(  # noqa: PLR0913 - one for each option of the command
 def held_out(
     source: ModelSource, model: nn.Module, groups: int, samples: int, seed: int, report: Report = silent
 ) -> CalibrationSet:
-    """States of the float model's own DDIM trajectories: another seed and sampler than calibration's."""
+    """States of the float model's own trajectories without noise: another seed than calibration's."""
     total = source.num_timesteps
     wanted = min(total, max(50, 2 * groups))
     steps = next(n for n in range(wanted, total + 1) if total % n == 0)  # a divisor, so that the last group is visited
@@ -178,7 +180,7 @@ def held_out(
         groups=groups,
         samples=samples,
         trajectories=samples,
-        sampler="ddim",
+        sampler=resolved(Sampling(), source.scheduler).sampler,
         steps=steps,
         seed=seed,
     )
@@ -314,8 +316,10 @@ def _load_artifact(path: str | Path, source: ModelSource, digest: str) -> _Artif
     for key in given:
         if key in made and given[key] != made[key]:
             raise InputError(f"'{path}' was made of a model with {key} {made[key]}, '{source.name}' has {given[key]}")
-    if (found := solution.time_groups.num_timesteps) != (total := source.num_timesteps):
-        raise InputError(f"'{path}' has {found} training timesteps, the scheduler of '{source.name}' has {total}")
+    low, high, closed = source.time_range
+    found, expected = solution.time_groups.interval, TimeGroups((), low, high, closed).interval
+    if found != expected:
+        raise InputError(f"'{path}' has timesteps in {found}, the scheduler of '{source.name}' has {expected}")
     return _Artifact(other.folder, other.name, solution)
 
 

@@ -21,7 +21,7 @@ class EpsilonFidelity:
 
     overall: float
     by_group: list[float]
-    by_timestep: list[tuple[int, float]]
+    by_timestep: list[tuple[float, float]]
 
 
 def predict_epsilon(model: nn.Module, data: CalibrationSet, batch: int = 16) -> torch.Tensor:
@@ -35,7 +35,8 @@ def predict_epsilon(model: nn.Module, data: CalibrationSet, batch: int = 16) -> 
 def _predict(model: nn.Module, data: CalibrationSet, states: slice) -> torch.Tensor:
     device = next(iter(model.buffers())).device
     x, t, labels = (part[states].to(device) for part in (data.x, data.t, data.labels))
-    return model(x, timestep=t, class_labels=labels, return_dict=False)[0][:, : x.shape[1]].float().cpu()
+    inputs = data.conditions.rows(labels)
+    return model(x, timestep=t, **inputs, return_dict=False)[0][:, : x.shape[1]].float().cpu()
 
 
 def compare_epsilon(
@@ -45,7 +46,7 @@ def compare_epsilon(
     group = data.group if time_groups is None else time_groups.index(data.t)
     count = int(data.group.max()) + 1 if time_groups is None else time_groups.num_groups
     groups = [group == g for g in range(count)]
-    singles = [(int(t), sqnr_db(r, a)) for t, r, a in zip(data.t, reference, actual, strict=True)]
+    singles = [(t, sqnr_db(r, a)) for t, r, a in zip(data.t.tolist(), reference, actual, strict=True)]
     return EpsilonFidelity(
         overall=sqnr_db(reference, actual),
         by_group=[sqnr_db(reference[m], actual[m]) if m.any() else math.nan for m in groups],

@@ -207,7 +207,8 @@ def make_integer(model: nn.Module, described: Architecture) -> IntegerModel:
     `_prepare` and `adopt` of the class work with the parts that `convert` puts into the model.
     """
     for module in model.modules():
-        if not isinstance(module, Closed) and (module._modules or isinstance(module, nn.ModuleList)):
+        ours = type(module).__module__.startswith("tqdit.")
+        if not ours and (module._modules or isinstance(module, nn.ModuleList)):
             module.__class__ = _closed_class(cast(Any, type(module)))
     made = integer_class(described.name)
     model.__class__ = cast(type[nn.Module], made)

@@ -20,7 +20,7 @@ from tqdit.plan import Objective, SitePlan, plan
 from tqdit.plan import objective as planned_objective
 from tqdit.provenance import Provenance
 from tqdit.recipe import Recipe
-from tqdit.sampling.sampler import Progress
+from tqdit.sampling.trajectory import Progress
 from tqdit.search import objectives, operands
 from tqdit.search.alternating import alternate
 from tqdit.search.objectives import MatmulObjective

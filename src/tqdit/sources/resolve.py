@@ -17,7 +17,7 @@ from tqdit.architectures.building import empty_model, set_parameter
 from tqdit.architectures.dit_checkpoint import DIFFUSION
 from tqdit.architectures.registry import architecture, check_supported, config_of
 from tqdit.errors import AssumptionWarning, InputError
-from tqdit.sampling.sampler import check_scheduler
+from tqdit.sampling.schedules import check_scheduler, family
 from tqdit.sources import checkpoints, components, float_weights, hub
 from tqdit.system.files import CONFIG, INDEX, QUANT_METHOD, TRANSFORMER, WEIGHTS, is_there, model_folder, read_json
 
@@ -69,8 +69,13 @@ class ModelSource:
 
     @property
     def num_timesteps(self) -> int:
-        """Training timesteps T of the schedule."""
+        """Training timesteps T of the schedule: the model's are in [0, T), or in [0, T] of flow matching."""
         return int(self.scheduler.get("num_train_timesteps", 1000))
+
+    @property
+    def time_range(self) -> tuple[float, float, bool]:
+        """The least timestep, the bound of all, and whether the bound is a timestep too."""
+        return 0, self.num_timesteps, family(self.scheduler).closed
 
     @property
     def quantized(self) -> bool:
@@ -248,17 +253,22 @@ def _optional_json(path: Path) -> dict[str, Any] | None:
 
 
 def _scheduler(path: Path, index: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The config of a scheduler that is supported; DiT's own, with an `AssumptionWarning`, where there is none.
+    """Return a scheduler config that is supported; DiT's own, with an `AssumptionWarning`, where there is none.
 
-    `index`: a pipeline's model_index.json, whose class counts where the config says none.
+    `index`: a pipeline's model_index.json, whose class counts where the config says none. Raises `InputError` naming
+    the file for a scheduler that no sampler serves, and for a missing config of a flow-matching pipeline.
     """
     config = _optional_json(path)
     named = _class_named(index, "scheduler")
     if named is not None and "_class_name" not in (config or {}):
         try:
-            check_scheduler({"_class_name": named})
+            process = family({"_class_name": named})
         except InputError as error:
             raise InputError(f"{path.parent.parent / PIPELINE}: {error}") from None
+        if process is not family(None):  # what a config without a class means is another process
+            if config is None:
+                raise InputError(f"{path} is missing; {PIPELINE} names a {named}, whose shift nothing else says")
+            config = {"_class_name": named, **config}
     if config is None:
         message = (
             f"{path.parent.parent} has no scheduler; DiT's is taken: DDIM, 1000 linear betas from 1e-4 to 0.02, epsilon"

@@ -46,7 +46,8 @@ def check_process(arguments: Mapping[str, Any]) -> None:
     if kind.startswith("SiT") or flow:
         said = ", ".join([*([f"model {kind}"] if kind else []), *flow])
         raise InputError(
-            f"it was trained by flow matching, as a SiT is ({said}); supported are DiTs, trained by diffusion"
+            f"it was trained by flow matching, as a SiT is ({said}); supported as a file are DiTs, "
+            "trained by diffusion; a model of flow matching is a diffusers folder with its scheduler"
         )
     for name, legal in DIFFUSION_ARGUMENTS.items():
         if arguments.get(name) is not None and arguments[name] not in legal:

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from tqdit.errors import InputError
+from tqdit.sampling.guidance import default_conditions
 from tqdit.speed.machine import synchronise
 from tqdit.speed.random_weights import random_float
+from tqdit.system import trees
 from tqdit.system.capture import CudaGraphed
 from tqdit.system.extras import install_command
 
@@ -176,34 +178,37 @@ class Baseline(nn.Module):
         return self.model.config
 
     def forward(
-        self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor, return_dict: bool = False
+        self, hidden_states: torch.Tensor, timestep: torch.Tensor, return_dict: bool = False, **condition: Any
     ) -> tuple[torch.Tensor]:
-        """(B, C, H, W), (B,), (B,) -> ((B, C or 2C, H, W),) as diffusers' model with `return_dict=False`."""
-        x = hidden_states.to(self.dtype)
-        return (self.run(x, timestep=timestep, class_labels=class_labels, return_dict=False)[0].float(),)
+        """(B, C, H, W), (B,) and conditions -> ((B, C or 2C, H, W),) as diffusers' model with `return_dict=False`."""
+        inputs = trees.mapped(lambda x: x.to(self.dtype) if x.is_floating_point() else x, condition)
+        return (self.run(hidden_states.to(self.dtype), timestep=timestep, **inputs, return_dict=False)[0].float(),)
 
 
 class DenoiserCall:
-    """One denoiser call of a sampler with guidance: half of the labels are the null class, t is the same for all.
+    """One denoiser call of a sampler with guidance: half of the batch is unconditional, t is the same for all.
 
     Its inputs are fixed but for t. It returns when the device has finished.
     """
 
     def __init__(self, module: nn.Module, config: Mapping[str, Any], batch: int, device: torch.device) -> None:
-        channels, side, classes = (int(config[key]) for key in ("in_channels", "sample_size", "num_embeds_ada_norm"))
-        labels = torch.arange(batch) % classes
-        labels[(batch + 1) // 2 :] = classes
+        channels, side = int(config["in_channels"]), int(config["sample_size"])
+        conditions, half = default_conditions(config), (batch + 1) // 2
+        condition = conditions.rows(torch.arange(half) % conditions.count)
+        null = conditions.null(batch - half, torch.device("cpu"))
+        inputs = trees.mapped(lambda *halves: torch.cat(halves), condition, null)
         with torch.inference_mode():  # as the sampler's states are: torch.compile tells the two kinds apart
             noise = torch.randn(batch, channels, side, side, generator=torch.Generator().manual_seed(0))
-            self.x, self.labels = noise.to(device).clone(), labels.to(device).clone()
+            self.x = noise.to(device).clone()
+            self.inputs = trees.mapped(lambda x: x.to(device).clone(), inputs)
         self.module = module
         self.device = device
 
     @torch.inference_mode()
     def __call__(self, t: int) -> torch.Tensor:
         """The model's output for the training timestep t, (B, C or 2C, H, W)."""
-        timestep = torch.full_like(self.labels, t)
-        output = self.module(self.x, timestep=timestep, class_labels=self.labels, return_dict=False)[0]
+        timestep = torch.full((len(self.x),), t, device=self.device)
+        output = self.module(self.x, timestep=timestep, **self.inputs, return_dict=False)[0]
         synchronise(self.device)
         return output
 

@@ -14,7 +14,7 @@ from tqdit.artifact import folder as artifact
 from tqdit.errors import InputError
 from tqdit.ops.dispatch import get_backend
 from tqdit.recipe import Recipe
-from tqdit.sampling.sampler import make_scheduler
+from tqdit.sampling.schedules import schedule
 from tqdit.sources.resolve import resolve
 from tqdit.speed.baselines import FAMILIES, quiet
 from tqdit.speed.contest import Contest, Result, best_of, contest
@@ -127,7 +127,7 @@ def bench(
     subjects += [Subject(model.name, model.title, Path(), model.config, None) for model in random]
     if settings.sampling:
         for subject in subjects:
-            make_scheduler(subject.scheduler, settings.sampling, learned_variance=False)
+            schedule(subject.scheduler, settings.sampling, subject.config)
     with tempfile.TemporaryDirectory(prefix="tqdit-bench-") as scratch:
         for number, model in enumerate(random):
             report("random codes", number / len(random))

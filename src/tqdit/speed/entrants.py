@@ -20,7 +20,7 @@ from tqdit.errors import InputError
 from tqdit.imaging.generate import sample_latents
 from tqdit.runtime import fitting
 from tqdit.runtime.convert import convert
-from tqdit.sampling.sampler import Sampling
+from tqdit.sampling.guidance import Sampling
 from tqdit.speed.baselines import DenoiserCall, build, contenders, missing, quiet, weights_of
 from tqdit.speed.operations import Operations, count_operations
 from tqdit.speed.timing import spread_timesteps

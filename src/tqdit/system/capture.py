@@ -2,12 +2,14 @@
 
 import gc
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+from tqdit.system.trees import Path, flatten, tensors, unflatten
 
 WARM_UP = 3  # calls before a capture: the first compiles, the others find every workspace and kernel in place
 LOCK = threading.RLock()  # one capture at a time in a process: another's allocations would end up in it
@@ -75,7 +77,7 @@ class CudaGraphed(nn.Module):
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """`module`: called with (x, timestep, class_labels), gives a tuple of one tensor; never synchronises."""
+        """`module`: called with x and keyword arguments, gives a tuple of one tensor; it never synchronises."""
         super().__init__()
         self.module = module
         self._graphs: dict[tuple[Any, ...], Captured] = {}
@@ -84,12 +86,26 @@ class CudaGraphed(nn.Module):
     def config(self) -> Any:
         return self.module.config
 
-    def forward(
-        self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor, return_dict: bool = False
-    ) -> tuple[torch.Tensor]:
-        """As the module's; the output is the caller's to keep."""
-        inputs = (hidden_states, timestep, class_labels)
-        key = tuple((x.shape, x.dtype) for x in inputs)
+    def forward(self, hidden_states: torch.Tensor, return_dict: bool = False, **inputs: Any) -> tuple[torch.Tensor]:
+        """As the module's; the output is the caller's to keep.
+
+        `inputs`: keyword arguments of the module, tensors or nested dictionaries of them. Other values are constants:
+        each combination has a graph of its own.
+        """
+        flat = flatten(inputs)
+        given = tensors(flat)
+        constants = {path: value for path, value in flat.items() if path not in given}
+        every = (hidden_states, *given.values())
+        key = (tuple((x.shape, x.dtype) for x in every), tuple(given), repr(constants))
         if key not in self._graphs:
-            self._graphs[key] = Captured(lambda *given: self.module(*given)[0], inputs, hidden_states.device)
-        return (self._graphs[key](*inputs),)
+            self._graphs[key] = Captured(self._call(tuple(given), constants), every, hidden_states.device)
+        return (self._graphs[key](*every),)
+
+    def _call(self, paths: Sequence[Path], constants: Mapping[Path, Any]) -> Callable[..., torch.Tensor]:
+        """Return the module as a function of the hidden states and of the tensors at `paths`."""
+
+        def call(hidden_states: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+            inputs = unflatten({**constants, **dict(zip(paths, values, strict=True))})
+            return self.module(hidden_states, **inputs)[0]
+
+        return call

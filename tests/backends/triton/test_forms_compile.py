@@ -35,8 +35,9 @@ def test_attention_to_a_context_compiles(tmp_path: Path) -> None:
 def test_new_epilogues_compile(tmp_path: Path) -> None:
     configs = [candidates.linear(rows, False, 8)[0] for rows in (64, 16384)]
     names = ["plain", "residual-ungated", *HEADS_OF.values()]
-    found = compiled_for_hopper("ordinary", [(name, list(c)) for name in names for c in configs], tmp_path)
-    assert not any(kernel["spilled"] for kernel in found)
+    for kernel in compiled_for_hopper("ordinary", [(name, list(c)) for name in names for c in configs], tmp_path):
+        assert kernel["shared"] <= SHARED_MEMORY, kernel
+        assert kernel["spilled"] <= 1024, kernel
 
 
 @pytest.mark.long

@@ -1,23 +1,15 @@
-"""Guided prediction and one sampling trajectory, on diffusers' own schedulers.
-
-Calibration reads the states on the way, generation keeps the last: one loop serves both.
-"""
+"""The diffusion process that DDIM and DDPM sample, by diffusers' own schedulers."""
 
 import inspect
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
-from tqdit.architectures.registry import config_of
 from tqdit.errors import InputError
+from tqdit.sampling.guidance import Sampling
 from tqdit.timegroups import MAX_TIMESTEPS
 
-Progress = Callable[[float], None]  # called with the finished fraction of a stage
-SAMPLERS = ("ddim", "ddpm")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 # diffusers' classes whose models were trained by the discrete diffusion process that DDIM and DDPM sample from: a
 # config of any of them says the same betas, timesteps and kind of prediction.
@@ -47,59 +39,8 @@ DISCRETE = {"use_flow_sigmas": False, "timestep_type": "discrete"}  # settings t
 MOST_OVER_MEDIAN = 16  # how often the median a step weight of epsilon may be
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How images are drawn. `steps` sampler steps, classifier-free `guidance` (1 turns it off).
-
-    Raises `InputError` naming the setting that is not legal.
-    """
-
-    sampler: str = "ddim"
-    steps: int = 50
-    guidance: float = 1.5
-
-    def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise InputError(f"unknown sampler '{self.sampler}'; known: {', '.join(SAMPLERS)}")
-        if self.steps < 1:
-            raise InputError(f"steps must be at least 1, got {self.steps}")
-        if not (math.isfinite(self.guidance) and self.guidance >= 0):
-            raise InputError(f"guidance must be a finite number from 0, got {self.guidance}")
-
-
-def num_classes(model: nn.Module) -> int:
-    """Number of classes; the same number is the index of the null class in the label table."""
-    return int(config_of(model)["num_embeds_ada_norm"])
-
-
-def predict(model: nn.Module, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, guidance: float) -> torch.Tensor:
-    """The output that the sampler uses, (B, C or 2C, H, W): guided epsilon, then v of the conditional half.
-
-    guided = uncond + guidance * (cond - uncond). x: (B, C, H, W); t, labels: (B,).
-    """
-    if guidance == 1.0:
-        return model(x, timestep=t, class_labels=labels, return_dict=False)[0]
-    null = torch.full_like(labels, num_classes(model))
-    out = model(
-        torch.cat([x, x]),
-        timestep=torch.cat([t, t]),
-        class_labels=torch.cat([labels, null]),
-        return_dict=False,
-    )[0]
-    cond, uncond = out.chunk(2)
-    channels = x.shape[1]
-    eps = torch.lerp(uncond[:, :channels], cond[:, :channels], guidance)
-    return torch.cat([eps, cond[:, channels:]], dim=1)
-
-
-def check_scheduler(config: Mapping[str, Any]) -> None:
-    """Raise `InputError` unless a scheduler config is of a class and of settings that DDIM and DDPM can serve.
-
-    A config without a class name has the settings of a `DDIMScheduler`.
-    """
-    name = config.get("_class_name", SERVED[0])
-    if name not in SERVED:
-        raise InputError(f"scheduler class {name!r} is not supported; supported are {', '.join(SERVED)}")
+def check(config: Mapping[str, Any]) -> None:
+    """Raise `InputError` for settings of a scheduler config that DDIM and DDPM cannot serve."""
     for key, served in DISCRETE.items():
         if config.get(key, served) != served:
             raise InputError(f"{key} is {config[key]!r}; supported is {served!r}")
@@ -110,13 +51,46 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
         raise InputError(f"num_train_timesteps is {total!r}; it must be a whole number from 1 to {MAX_TIMESTEPS}")
 
 
+class Diffusion:
+    """A `Schedule` of DDIM or DDPM steps."""
+
+    def __init__(self, scheduler: Any, learned_variance: bool) -> None:
+        """`scheduler`: of `make_scheduler`, for a model whose output has a learned variance or not."""
+        from diffusers import DDPMScheduler
+
+        self.scheduler = scheduler
+        self.timesteps = scheduler.timesteps
+        self.time_range: tuple[float, float, bool] = (0, int(scheduler.config.num_train_timesteps), False)
+        self._draws_noise = isinstance(scheduler, DDPMScheduler)
+        self._learned_variance = learned_variance
+
+    @classmethod
+    def for_model(cls, config: Mapping[str, Any], sampling: Sampling, model_config: Mapping[str, Any]) -> "Diffusion":
+        """Return the schedule for a scheduler config. Raises `InputError` as `schedule` does."""
+        channels = model_config["in_channels"]
+        learned = (model_config.get("out_channels") or channels) == 2 * channels
+        return cls(make_scheduler(config, sampling, learned), learned)
+
+    def step(self, output: torch.Tensor, i: int, x: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        """As `Schedule.step`. DDIM has no noise and leaves a learned variance out."""
+        t = int(self.timesteps[i])
+        if not self._draws_noise:
+            return self.scheduler.step(output[:, : x.shape[1]], t, x).prev_sample
+        output = output if self._learned_variance else output[:, : x.shape[1]]
+        return self.scheduler.step(output, t, x, generator=generators).prev_sample
+
+    def weights(self, t: torch.Tensor) -> torch.Tensor:
+        """As `Schedule.weights`, of whole timesteps."""
+        return step_weights(self.scheduler)[t]
+
+
 def make_scheduler(config: Mapping[str, Any] | None, sampling: Sampling, learned_variance: bool) -> Any:
     """A diffusers DDIM or DDPM scheduler with its timesteps set.
 
     `config`: the model's scheduler config; None is DiT's 1000 linear steps. With DDPM a model that returns (eps, v)
     gets `variance_type="learned_range"`, so that v is used; one that does not gets a fixed variance.
-    Raises `InputError` for more steps than timesteps, and naming the config for settings that `check_scheduler` or
-    diffusers refuses, and for betas that no process can have.
+    Raises `InputError` for more steps than timesteps, and naming the config for settings that `check` or diffusers
+    refuses, and for betas that no process can have.
     """
     from diffusers import DDIMScheduler, DDPMScheduler
 
@@ -152,7 +126,7 @@ def _process_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     diffusers' note of what was a default is left out, by which another class would take its own instead.
     """
     try:
-        check_scheduler(config)
+        check(config)
     except InputError as error:
         raise InputError(f"scheduler_config.json: {error}") from None
     defaults = _defaults(config.get("_class_name", SERVED[0]))
@@ -229,37 +203,3 @@ def step_weights(scheduler: Any, steps: int = 50) -> torch.Tensor:
     if kind == "epsilon":
         weights = weights.clamp(max=MOST_OVER_MEDIAN * weights.median())
     return (weights / weights.max()).float()
-
-
-def noise_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator per image, seeded by (seed, index) alone: sharding and batch size change nothing."""
-    return [torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63) for index in indices]
-
-
-@torch.inference_mode()
-def trajectory(
-    model: nn.Module,
-    scheduler_config: Mapping[str, Any] | None,
-    sampling: Sampling,
-    labels: torch.Tensor,
-    generators: list[torch.Generator],
-) -> Iterator[tuple[int | None, torch.Tensor]]:
-    """Yield (t, x_t) before every step of the reverse process, then (None, x_0). x: (B, C, H, W), fp32.
-
-    The initial state and each image's noise come from that image's own generator.
-    """
-    config = config_of(model)
-    learned = (config["out_channels"] or config["in_channels"]) == 2 * config["in_channels"]
-    scheduler = make_scheduler(scheduler_config, sampling, learned)
-    device = labels.device
-    shape = (1, config["in_channels"], config["sample_size"], config["sample_size"])
-    x = torch.cat([torch.randn(shape, generator=g) for g in generators]).to(device)
-    for t in scheduler.timesteps.tolist():
-        yield t, x
-        output = predict(model, x, torch.full((len(x),), t, device=device), labels, sampling.guidance)
-        if sampling.sampler == "ddim":
-            x = scheduler.step(output[:, : x.shape[1]], t, x).prev_sample
-        else:
-            output = output if learned else output[:, : x.shape[1]]
-            x = scheduler.step(output, t, x, generator=generators).prev_sample
-    yield None, x

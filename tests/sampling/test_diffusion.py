@@ -9,18 +9,11 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 from tqdit.errors import InputError
-from tqdit.imaging.generate import sample_latents
-from tqdit.sampling import sampler as sampler_module
-from tqdit.sampling.sampler import (
-    Sampling,
-    check_scheduler,
-    make_scheduler,
-    noise_generators,
-    num_classes,
-    predict,
-    step_weights,
-    trajectory,
-)
+from tqdit.imaging.generate import sample_batches
+from tqdit.sampling import diffusion
+from tqdit.sampling.diffusion import make_scheduler, step_weights
+from tqdit.sampling.guidance import ClassLabels, Sampling, arguments, predict
+from tqdit.sampling.trajectory import noise_generators, trajectory
 
 LABELS = torch.tensor([3, 7, 3])
 
@@ -136,53 +129,16 @@ def test_model_without_learned_variance_samples_with_a_fixed_one(tiny_dit, sched
     assert torch.isfinite(x).all()
 
 
-# Guidance ----------------------------------------------------------------------------------------------------------
-
-
-class Spy(nn.Module):
-    """eps = label, v = -label; keeps its inputs."""
-
-    config = STUB
-
-    def forward(self, x, timestep, class_labels, return_dict):
-        self.x, self.t, self.labels = x, timestep, class_labels
-        plane = class_labels[:, None, None, None].float().expand(-1, 1, 4, 4)
-        return (torch.cat([plane, -plane], 1),)
-
-
-def test_trap_6_halves_are_paired_and_combined_per_sample() -> None:
-    spy, x, t = Spy(), torch.randn(3, 1, 4, 4), torch.tensor([5, 600, 20])
-    out = predict(spy, x, t, LABELS, 1.5)
-    assert torch.equal(spy.x, torch.cat([x, x]))
-    assert spy.t.tolist() == [5, 600, 20, 5, 600, 20]
-    assert spy.labels.tolist() == [3, 7, 3, 10, 10, 10]
-    expected = 10 + 1.5 * (LABELS - 10.0)
-    assert torch.allclose(out[:, 0, 0, 0], expected)
-    assert torch.equal(out[:, 1, 0, 0], -LABELS.float())  # v of the conditional half
-
-
-def test_guidance_of_one_runs_the_conditional_half_alone() -> None:
-    spy, x = Spy(), torch.randn(3, 1, 4, 4)
-    out = predict(spy, x, torch.zeros(3), LABELS, 1.0)
-    assert len(spy.x) == 3
-    assert out[:, 0, 0, 0].tolist() == LABELS.tolist()
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("guidance", [0.0, 1.5, 4.0])
 def test_guided_prediction_of_the_model(model, data, guidance: float) -> None:
     t = torch.full((4,), 350)
     eps, v = guided(model, data.x[:4], 350, data.labels[:4], guidance)
-    out = predict(model, data.x[:4], t, data.labels[:4], guidance)
+    out = predict(model, data.x[:4], t, *arguments(ClassLabels(10), data.labels[:4], guidance), guidance)
     assert torch.allclose(out.double(), torch.cat([eps, v], 1), atol=1e-5)
 
 
 # Schedulers, noise ---------------------------------------------------------------------------------------------------
-
-
-def test_null_class_is_the_last_row_of_the_label_table(model) -> None:
-    name = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
-    assert len(model.state_dict()[name]) == num_classes(model) + 1
 
 
 def test_scheduler_keeps_the_config_of_the_model(scheduler_config) -> None:
@@ -220,20 +176,6 @@ def test_default_schedule_is_that_of_dit() -> None:
     config = make_scheduler(None, Sampling("ddim", 20), False).config
     assert (config.num_train_timesteps, config.beta_schedule, config.clip_sample) == (1000, "linear", False)
     assert (config.beta_start, config.beta_end) == (0.0001, 0.02)
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [{"sampler": "euler"}, {"steps": 0}, {"guidance": -0.1}, {"guidance": float("inf")}, {"guidance": float("nan")}],
-)
-def test_bad_sampling_is_an_error(bad: dict) -> None:
-    with pytest.raises(InputError, match=next(iter(bad))):
-        Sampling(**bad)
-
-
-def test_the_least_sampling_is_legal() -> None:
-    assert Sampling("ddpm", steps=1, guidance=0).steps == 1
-    assert Sampling() == Sampling("ddim", 50, 1.5)
 
 
 def test_more_steps_than_timesteps_is_an_error(scheduler_config) -> None:
@@ -296,7 +238,7 @@ def test_v_is_what_a_model_returns_beyond_its_input_channels(
         made.append(learned_variance)
         return make_scheduler(config, sampling, learned_variance)
 
-    monkeypatch.setattr(sampler_module, "make_scheduler", watched)
+    monkeypatch.setattr(diffusion, "make_scheduler", watched)
     states = list(trajectory(model, scheduler_config, Sampling(sampler, 4), LABELS, noise_generators(0, range(3))))
     assert made == [learned]
     assert all(x.shape == (3, 1, 4, 4) for _, x in states)
@@ -319,15 +261,6 @@ def test_v_has_as_many_channels_as_the_input(
     assert torch.equal(last(1.0), last(-1.0)) != learned
 
 
-@pytest.mark.parametrize("guidance", [1.0, 1.5])
-def test_the_output_of_a_model_is_the_first_that_it_returns(guidance: float) -> None:
-    model = Constant(0.5)
-    expected = predict(model, torch.ones(3, 1, 4, 4), torch.zeros(3), LABELS, guidance)
-    forward = model.forward
-    model.forward = lambda *args, **kwargs: (*forward(*args, **kwargs), torch.zeros(6, 2, 4, 4) + 9)
-    assert torch.equal(predict(model, torch.ones(3, 1, 4, 4), torch.zeros(3), LABELS, guidance), expected)
-
-
 def test_a_refusal_is_one_line_of_what_diffusers_says(scheduler_config, monkeypatch) -> None:
     def refused(*_: object, **__: object) -> None:
         raise ValueError("\n the reason\nand a hint")
@@ -335,16 +268,6 @@ def test_a_refusal_is_one_line_of_what_diffusers_says(scheduler_config, monkeypa
     monkeypatch.setattr(DDIMScheduler, "from_config", refused)
     with pytest.raises(InputError, match=r"^scheduler_config\.json: diffusers refuses it: the reason$"):
         make_scheduler(scheduler_config, Sampling("ddim", 10), False)
-
-
-def test_the_served_classes() -> None:
-    ddim = ["DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "PNDMScheduler"]
-    sigmas = ["LMSDiscrete", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete"]
-    solvers = ["KDPM2AncestralDiscrete", "DPMSolverMultistep", "DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep"]
-    others = [f"{name}Scheduler" for name in (*sigmas, *solvers, "UniPCMultistep", "SASolver")]
-    for name in (*ddim, *others):
-        check_scheduler({"_class_name": name})
-    assert len(sampler_module.SERVED) == len(ddim) + len(others)
 
 
 DEFAULTS = {
@@ -406,7 +329,9 @@ def test_image_i_is_the_same_in_every_batch_and_shard(model, scheduler_config, s
     sampling = Sampling(sampler, 5, 1.5)
 
     def images(members: slice, batch: int) -> torch.Tensor:
-        return sample_latents(model, scheduler_config, classes[members], sampling, 11, batch=batch, first=members.start)
+        indices = range(5)[members]
+        division = [indices[first : first + batch] for first in range(0, len(indices), batch)]
+        return torch.cat(list(sample_batches(model, scheduler_config, classes, sampling, 11, division)))
 
     whole = images(slice(0, 5), 16)
     for batch in (1, 2, 5):
