@@ -63,7 +63,7 @@ class Maker:
         half = 1 << (self.bits - 1)
         scale = draw(shape, self.generator) * reach / half
         zero = integers(-half // 2, half // 2, shape, self.generator)
-        group = None if lead == 1 else torch.randperm(rows, generator=self.generator)[:lead]
+        group = None if lead == 1 else torch.arange(lead, 0, -1)  # that of a call: the same for all of its operands
         if grid is Grid.UNIFORM:
             return as_operand(grid, self.bits, scale, zero)._replace(group=group)
         if grid is Grid.MRQ_SOFTMAX:

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from calls import CallMaker, maker
-from operands import as_operand
+from operands import Maker, as_operand, maker
 from ties import assert_equal_up_to_ties
 from torch.nn.functional import gelu
 
@@ -103,7 +102,7 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Run:
     return found
 
 
-def weight_of(make: CallMaker, out: int, inner: int, bits: int = 8) -> WeightParams:
+def weight_of(make: Maker, out: int, inner: int, bits: int = 8) -> WeightParams:
     weight = make.weight(out, inner)
     return WeightParams(weight.codes >> (8 - bits), weight.scale * 2 ** (8 - bits), bits)
 
@@ -207,11 +206,11 @@ def close(found: torch.Tensor, expected: torch.Tensor, share: float = 0.02) -> N
     assert (apart > 0).float().mean() <= share
 
 
-def attention_of(make: CallMaker, grid: Grid, merged: bool, lead: int = BATCH) -> tuple[AttentionParams, OperandParams]:
+def attention_of(make: Maker, grid: Grid, merged: bool, lead: int = BATCH) -> tuple[AttentionParams, OperandParams]:
     return make.attention(HEADS, grid, lead, merged), make.params(lead=lead, reach=2.0)
 
 
-def both(run: Run, make: CallMaker, tokens: int, targets: tuple[OperandParams, ...], lead: int = BATCH) -> tuple:
+def both(run: Run, make: Maker, tokens: int, targets: tuple[OperandParams, ...], lead: int = BATCH) -> tuple:
     """Codes of random inputs projected by the backend and by the reference."""
     codes, source = make.codes(BATCH, tokens, 20), make.params(lead=lead)
     weight, bias = weight_of(make, len(targets) * WIDTH, 20, 6), make.values(len(targets) * WIDTH)

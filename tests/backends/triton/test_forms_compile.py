@@ -37,7 +37,6 @@ def test_new_epilogues_compile(tmp_path: Path) -> None:
     names = ["plain", "residual-ungated", *HEADS_OF.values()]
     for kernel in compiled_for_hopper("ordinary", [(name, list(c)) for name in names for c in configs], tmp_path):
         assert kernel["shared"] <= SHARED_MEMORY, kernel
-        assert kernel["spilled"] <= 1024, kernel
 
 
 @pytest.mark.long

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from calls import maker
 from layouts import compiled_for_hopper, from_projected, padded, read, to
+from operands import maker
 from ties import assert_equal_up_to_ties
 
 from poisoned import PoisonedTorch

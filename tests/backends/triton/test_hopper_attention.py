@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from calls import maker
 from layouts import as_projected, compiled_for_hopper, read, to, traced
+from operands import maker
 from ties import assert_equal_up_to_ties
 
 from poisoned import PoisonedTorch

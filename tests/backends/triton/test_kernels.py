@@ -6,11 +6,10 @@ one step where the value is within `ties.TIE` steps of a rounding boundary.
 
 import pytest
 import torch
-from calls import maker
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layouts import as_projected, from_projected, padded, read, stored, to, traced
-from operands import as_operand
+from operands import as_operand, maker
 from ties import TIE, assert_equal_up_to_ties, each_gelu, each_shape, each_softmax
 
 from poisoned import PoisonedTorch

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from calls import maker
 from layouts import padded, to
+from operands import maker
 
 pytest.importorskip("triton")
 
