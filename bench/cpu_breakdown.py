@@ -22,6 +22,7 @@ import torch
 
 from tqdit.architectures.shapes import shape_config, tokens, width
 from tqdit.backends import native, panels
+from tqdit.ops.schema import Activation
 from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
 from tqdit.sources.resolve import resolve
@@ -37,7 +38,7 @@ WAYS = {
     "reference": {},
 }
 SHAPES = {"DiT-XL/2": 2, "fashion-dit": 16}  # and the batch
-OPERATIONS = ("norm_quantize", "qkv", "attention", "linear_residual", "linear_gelu", "float_input_linear")
+VERBS = ("quantize", "project", "attend", "linear", "float_input_linear")
 
 
 def main() -> None:
@@ -106,19 +107,25 @@ def measure(shape: str, way: str, repeats: int) -> dict[str, Any]:
 
 
 def _watch(backend: Any, spent: dict[str, list[float]]) -> None:
-    """Time every operation of the backend of a model; two linear_residual calls a block are told apart by depth."""
-    for name in OPERATIONS:
+    """Time every verb of the backend of a model."""
+    for name in VERBS:
 
-        def timed(*args: Any, operation: Callable = getattr(backend, name), name: str = name) -> torch.Tensor:
+        def timed(*args: Any, verb: Callable = getattr(backend, name), name: str = name) -> torch.Tensor:
             start = time.perf_counter()
-            out = operation(*args)
-            key = name
-            if name == "linear_residual":
-                key = "linear_residual (fc2)" if args[0].shape[-1] > out.shape[-1] else "linear_residual (out)"
+            out = verb(*args)
+            key = _linear_name(args[2], args[3]) if name == "linear" else name
             spent.setdefault(key, []).append((time.perf_counter() - start) * 1e3)
             return out
 
         setattr(backend, name, timed)
+
+
+def _linear_name(layer: Any, then: Any) -> str:
+    """Tell the three linear layers of a block apart: two of them have a residual, and one of those is deep."""
+    if isinstance(then, Activation):
+        return "linear (fc1)"
+    columns, depth = layer.unpacked().shape if not hasattr(layer, "shape") else layer.shape
+    return "linear (fc2)" if depth > columns else "linear (out)"
 
 
 def _integer_operations(config: Any, batch: int) -> dict[str, float]:
@@ -126,8 +133,8 @@ def _integer_operations(config: Any, batch: int) -> dict[str, float]:
     n, c, layers = tokens(config), width(config), config["num_layers"]
     linear = 2.0 * layers * batch * n * c * c
     return {
-        "qkv": 3 * linear, "linear_residual (out)": linear, "linear_gelu": 4 * linear,
-        "linear_residual (fc2)": 4 * linear, "attention": 4.0 * layers * batch * n * n * c,
+        "project": 3 * linear, "linear (out)": linear, "linear (fc1)": 4 * linear,
+        "linear (fc2)": 4 * linear, "attend": 4.0 * layers * batch * n * n * c,
     }  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def test_compiles_whole_and_for_every_timestep(solved, calls, backend: str) -> N
 
 
 def test_blocks_compile_once_for_all_of_them_and_for_all_threads(solved, calls) -> None:
-    """The clock and the conditioning of a call are those of its thread, in compiled code as well."""
+    """A call is an argument of its blocks, in compiled code as well."""
     model = convert(solved("plus"), "cpu")
     expected = [run(model, given) for given in calls]
     model.compile_repeated_blocks(fullgraph=True, backend="eager")
@@ -90,18 +90,6 @@ def test_an_exported_program_is_the_model(solved, calls, backend: str, tmp_path:
         assert torch.equal(run(program.module(), given), expected)
         assert torch.equal(run(loaded, given), expected)
     assert torch.equal(run(model, calls[1]), run(loaded, calls[1]))  # the model is as it was
-
-
-def test_nothing_of_a_call_stays_with_its_thread(solved, calls) -> None:
-    model = convert(solved("plus"), "cpu")
-    for _ in range(3):
-        thread = threading.Thread(target=run, args=(model, calls[0]))
-        thread.start()
-        thread.join()
-    run(model, calls[0])
-    assert model.clock.group is None
-    assert model.conditioning._now.call is None
-    assert not any(isinstance(value, dict) and value for value in vars(model.clock._now).values())
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

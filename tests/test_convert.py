@@ -1,4 +1,4 @@
-"""A Solution as a running model: complete, integer, dtype-safe, with a clock of its own."""
+"""A Solution as a running model: complete, integer, dtype-safe, with calls of its own."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from tqdit.layers.clock import TimestepClock
 
+from tqdit.architectures import patches
 from tqdit.architectures.registry import config_of
 from tqdit.backends import native
 from tqdit.errors import InputError
@@ -21,7 +21,6 @@ from tqdit.layers.params import ActivationParams
 from tqdit.ops.holders import FixedDtype
 from tqdit.plan import sites
 from tqdit.quality.metrics import sqnr_db
-from tqdit.runtime import integer
 from tqdit.runtime.convert import convert
 from tqdit.spec import Role
 from tqdit.timegroups import TimeGroups
@@ -87,11 +86,13 @@ def test_integer_model_is_its_simulated_twin(solved, model_inputs, preset: str, 
 
 def record_codes(backend: Any, found: list[torch.Tensor]) -> None:
     """Keep the codes that an instance's operations return."""
-    for name in ("norm_quantize", "qkv", "attention", "linear_gelu"):
+    for name in ("quantize", "project", "attend", "linear"):
 
         def recorded(*args: Any, operation=getattr(backend, name)) -> torch.Tensor:
-            found.append(operation(*args))
-            return found[-1]
+            result = operation(*args)
+            if result.dtype is torch.int8:
+                found.append(result)
+            return result
 
         if name not in vars(backend):
             setattr(backend, name, recorded)
@@ -160,7 +161,7 @@ def test_timestep_outside_is_an_error(solved, model_inputs, t: int) -> None:
         run(convert(solved("plus")), model_inputs | {"timestep": torch.full((16,), t)})
 
 
-def test_trap_5_models_do_not_share_a_clock(solved, model_inputs) -> None:
+def test_trap_5_calls_of_two_models_may_overlap(solved, model_inputs) -> None:
     first, second = convert(solved("plus")), convert(solved("plus", "w6a6"))
     alone = run(first, model_inputs)
     results = []
@@ -173,23 +174,19 @@ def test_trap_5_models_do_not_share_a_clock(solved, model_inputs) -> None:
     assert len(results) == 1
 
 
-def test_deepcopy_has_a_clock_of_its_own(solved, model_inputs) -> None:
+def test_a_deep_copy_is_a_model_of_its_own(solved, model_inputs) -> None:
     original = convert(solved("plus"))
     expected = run(original, model_inputs)
     twin = copy.deepcopy(original)
-    clocks = [m for m in twin.modules() if isinstance(m, TimestepClock)]
-    assert clocks == [twin.clock]
-    assert twin.clock is not original.clock
-    before = original.clock.group
+    assert not {id(module) for module in twin.modules()} & {id(module) for module in original.modules()}
     assert not torch.equal(run(twin, model_inputs | {"timestep": 999 - model_inputs["timestep"]}), expected)
-    assert original.clock.group is before
     assert torch.equal(run(twin, model_inputs), expected)
     del original
     assert torch.equal(run(twin, model_inputs), expected)
 
 
 def test_two_threads_on_one_model(solved, model_inputs) -> None:
-    """Calls at other timesteps and batch sizes overlap; each thread has a clock and conditioning of its own."""
+    """Calls at other timesteps and batch sizes overlap: nothing of a call is kept in the model."""
     converted = convert(solved("plus"))
     other = {name: x[:5] for name, x in (model_inputs | {"timestep": 999 - model_inputs["timestep"]}).items()}
     expected = [run(converted, inputs) for inputs in (model_inputs, other)]
@@ -360,10 +357,10 @@ def test_samples_before_and_after_the_blocks_are_taken_a_few_at_a_time(solved, m
     tokens = model_inputs["hidden_states"].shape[-1] ** 2 // model.config.patch_size**2
     seen = []
     model.norm_out.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
-    monkeypatch.setattr(integer, "FEW_TOKENS", 5 * tokens + 1)
+    monkeypatch.setattr(patches, "FEW_TOKENS", 5 * tokens + 1)
     assert torch.allclose(run(model, model_inputs), expected, atol=1e-5)
     assert seen == [5, 5, 5, 1]
-    monkeypatch.setattr(integer, "FEW_TOKENS", 1)
+    monkeypatch.setattr(patches, "FEW_TOKENS", 1)
     assert torch.allclose(run(model, model_inputs), expected, atol=1e-5)
 
 
@@ -372,9 +369,7 @@ def test_a_graph_asks_for_its_memory_in_one_piece(batch: int, capturing: bool, a
     """MB for DiT-XL/2, counted by hand: modulation of all blocks 49.5, in a block 2 x 37.7 and 75.5, and 1 to spare."""
     pieces: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setattr(integer.torch, "empty", lambda count, **_: pieces.append(count))
-    config = SimpleNamespace(num_attention_heads=16, attention_head_dim=72, patch_size=2, num_layers=28)
-    model = SimpleNamespace(config=config, stream_dtype=torch.bfloat16)
+    monkeypatch.setattr(patches.torch, "empty", lambda count, **_: pieces.append(count))
     x = SimpleNamespace(device=torch.device("cuda"), shape=(batch, 4, 32, 32))
-    integer.IntegerDiT._lay_out(model, x, 32)
+    patches.lay_out(x, 2, 1152, torch.bfloat16, modulation=batch * 28 * 6 * 1152 * 4)
     assert [round(piece / 1e6) for piece in pieces] == ([] if asked is None else [asked])

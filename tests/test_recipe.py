@@ -152,18 +152,6 @@ def test_two_regions_of_8_bits_need_two_products(tmp_path, operand: str) -> None
 
 
 @pytest.mark.parametrize("operand", OPERANDS)
-@pytest.mark.parametrize(
-    ("bits", "products", "expected"),
-    [("w8a8", "one", "uniform"), ("w8a8", "two", "best"), ("w8a7", "one", "best"), ("w6a6", "two", "best")],
-)
-def test_settled_leaves_only_choices_that_are_some(operand: str, bits: str, products: str, expected: str) -> None:
-    both = {f"{name}_{kind}": value for name in OPERANDS for kind, value in (("grid", "best"), ("products", "two"))}
-    recipe = Recipe.build("plus", bits, **both | {f"{operand}_products": products})
-    assert recipe.settled == recipe.model_copy(update={f"{operand}_grid": expected})
-    assert recipe.gelu_grid == recipe.softmax_grid == "best"
-
-
-@pytest.mark.parametrize("operand", OPERANDS)
 def test_label_names_the_products(operand: str) -> None:
     name = f"{operand}_products"
     other = {"one": "two", "two": "one"}[getattr(Recipe.build("plus"), name)]

@@ -7,9 +7,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tqdit.layers.clock import TimestepClock
 
 from tqdit.errors import InputError
+from tqdit.layers.call import GroupLookup
 from tqdit.timegroups import MAX_EDGES, TimeGroups
 
 
@@ -187,10 +187,9 @@ def test_calibration_and_inference_agree_on_every_visited_timestep(scheduler, sp
     groups = TimeGroups.uniform(0, 1000, 10)
     schedule = scheduler(timestep_spacing=spacing)
     schedule.set_timesteps(steps)
-    clock = TimestepClock(groups)
-    clock.set(schedule.timesteps)
     expected = [group_by_definition(int(t), 1000, 10) for t in schedule.timesteps]
-    assert clock.group.tolist() == groups.index(schedule.timesteps).tolist() == expected
+    assert (
+        GroupLookup(groups)(schedule.timesteps).group.tolist() == groups.index(schedule.timesteps).tolist() == expected
+    )
     on_device = torch.bucketize(schedule.timesteps.double(), groups.edges_tensor(), right=True)
     assert on_device.tolist() == expected
-    assert torch.index_select(clock.table, 0, schedule.timesteps).tolist() == expected  # the lookup of a GPU

@@ -1,4 +1,4 @@
-"""Codes in the layouts of the CPU backend, and how far they may be from those of the reference."""
+"""Codes in the layouts of the CPU backend, and back."""
 
 from typing import Any
 
@@ -9,9 +9,6 @@ from tqdit.backends.onednn import SIGN
 from tqdit.ops.schema import OperandParams
 from tqdit.ops.tables import parameters
 from tqdit.spec import Grid
-
-# How far a float operation may be from torch's, in steps of the grid it is quantized to (at most 256 steps of range).
-TIE = 256 * 16 * 2.0**-24
 
 
 def given_codes(run: Any, codes: torch.Tensor, params: OperandParams) -> torch.Tensor:
@@ -45,24 +42,3 @@ def traced(trace: torch.Tensor, params: OperandParams) -> torch.Tensor:
     value = trace.int() + SIGN
     top = (1 << (params.bits - 1)) - 1
     return torch.where(value <= top, -value, value // parameters(params, 4).factor).to(torch.int8)
-
-
-def assert_equal_up_to_ties(actual: torch.Tensor, value: torch.Tensor, params: OperandParams) -> None:
-    """`actual` are codes of `value` (fp64), or of a value closer to it than TIE steps."""
-    below, above = (exact_codes(value, params, offset) for offset in (-TIE, TIE))
-    assert ((actual >= torch.minimum(below, above)) & (actual <= torch.maximum(below, above))).all()
-
-
-def exact_codes(value: torch.Tensor, params: OperandParams, offset: float) -> torch.Tensor:
-    """Codes of a value moved by `offset` steps, in fp64."""
-    half, found = 1 << (params.bits - 1), parameters(params, value.ndim)
-    scale, coarse = found.scale.double(), found.coarse.double()
-    if params.grid is Grid.UNIFORM:
-        return (torch.round(value / scale + offset) + found.zero_point).clamp(-half, half - 1)
-    if params.grid is Grid.MRQ_SOFTMAX:
-        top = half - 1
-        fine = value + offset * scale <= top * scale
-        steps = torch.round(value / torch.where(fine, scale, coarse) + offset).clamp(max=top)
-        return torch.where(fine, -steps, steps)
-    moved = value / torch.where(value < 0, scale, coarse) + offset
-    return torch.round(moved).clamp(-half, half - 1)

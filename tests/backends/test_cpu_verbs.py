@@ -6,8 +6,9 @@ the value before rounding is nearer to a boundary than that rounding reaches; ev
 
 import pytest
 import torch
-from cpu_codes import assert_equal_up_to_ties, found_codes, given_codes, traced
+from cpu_codes import found_codes, given_codes, traced
 from operands import decode, inject, maker
+from ties import assert_equal_up_to_ties, each_gelu, each_shape, each_softmax
 from torch.nn.functional import gelu
 
 from tqdit.backends import fused
@@ -19,21 +20,7 @@ from tqdit.ops.schema import Activation, Norm, Residual
 from tqdit.spec import Grid
 
 REFERENCE = Reference()
-# batch, tokens, width, heads: one token, odd sizes, head_dim 72, more keys and rows than one panel or task holds
-SHAPES = [(1, 1, 16, 1), (2, 5, 24, 3), (3, 17, 40, 2), (1, 64, 144, 2), (1, 113, 68, 2), (2, 150, 32, 1)]
-each_shape = pytest.mark.parametrize(("batch", "tokens", "width", "heads"), SHAPES)
 each_lead = pytest.mark.parametrize("lead", [False, True])
-each_gelu = pytest.mark.parametrize(
-    ("grid", "bits", "merged"),
-    [(Grid.UNIFORM, 8, False), (Grid.MRQ_GELU, 8, False), (Grid.MRQ_GELU, 6, False), (Grid.MRQ_GELU, 6, True)],
-)
-each_softmax = pytest.mark.parametrize(
-    ("grid", "bits", "merged"),
-    [
-        (Grid.UNIFORM, 8, False), (Grid.UNIFORM, 4, False), (Grid.MRQ_SOFTMAX, 8, False),
-        (Grid.MRQ_SOFTMAX, 8, True), (Grid.MRQ_SOFTMAX, 6, False), (Grid.MRQ_SOFTMAX, 6, True),
-    ],
-)  # fmt: skip
 
 
 # Codes of float rows -------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from tqdit.spec import Role
 Q, K, V, P = Role.QUERY, Role.KEY, Role.VALUE, Role.SOFTMAX
 
 
-def operand(block: Block, role: Role) -> str:
+def site_name(block: Block, role: Role) -> str:
     """The site of an attention's operand."""
     return next(found.name for found in block.attentions[0].operands if found.role is role)
 
@@ -56,8 +56,8 @@ def test_ranges_are_those_of_every_value(model, data, records, tiny_recipe) -> N
         x = seen[modules[0]]
         q, k, v = (split_heads(layer(x)) for layer in (attn.to_q, attn.to_k, attn.to_v))
         values = {group.source.name: seen[group.modules[0]] for group in block.linears}
-        values |= {operand(block, Q): q, operand(block, K): k, operand(block, V): v}
-        values[operand(block, P)] = (q @ k.mT / 4).softmax(-1)
+        values |= {site_name(block, Q): q, site_name(block, K): k, site_name(block, V): v}
+        values[site_name(block, P)] = (q @ k.mT / 4).softmax(-1)
         for name, value in values.items():
             stats = records.ranges[name]
             for g in range(4):

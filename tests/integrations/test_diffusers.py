@@ -31,7 +31,7 @@ from tqdit.errors import InputError
 from tqdit.integrations import on_import
 from tqdit.integrations.diffusers import METHOD, TQDiTConfig, TQDiTQuantizer
 from tqdit.runtime.convert import convert
-from tqdit.runtime.integer import IntegerDiT
+from tqdit.runtime.integer import integer_class
 from tqdit.sources.resolve import load_float, resolve
 from tqdit.system.files import CONFIG, INDEX, MANIFEST, WEIGHTS
 
@@ -82,7 +82,7 @@ class TestLoading:
     def test_the_same_model_as_ours(self, tmp_path, solved, model_inputs, preset: str, bits: str) -> None:
         artifact.write(solved(preset, bits), tmp_path)
         found = load(tmp_path)
-        assert type(found) is IntegerDiT
+        assert type(found) is integer_class("DiTTransformer2DModel")
         assert not found.training
         assert torch.equal(run(found, model_inputs), run(convert(solved(preset, bits)), model_inputs))
         assert found.quantization_report == convert(solved(preset, bits)).quantization_report
@@ -268,7 +268,7 @@ class TestSaving:
 class TestPipelines:
     def test_load_and_sample(self, quantized_pipeline) -> None:
         found = DiTPipeline.from_pretrained(quantized_pipeline)
-        assert type(found.transformer) is IntegerDiT
+        assert type(found.transformer) is integer_class("DiTTransformer2DModel")
         images = images_of(found)
         assert images.shape == (2, 8, 8, 3)
         ours = DiTPipeline.from_pretrained(quantized_pipeline, transformer=tqdit.load(quantized_pipeline))
@@ -315,9 +315,9 @@ class TestPipelines:
         assert (images_of(made) == images_of(found)).all()
         made.save_pretrained(tmp_path / "saved")
         again = DiTPipeline.from_pretrained(tmp_path / "saved")
-        assert type(again.transformer) is IntegerDiT
+        assert type(again.transformer) is integer_class("DiTTransformer2DModel")
         assert (images_of(again) == images_of(found)).all()
-        assert type(DiTPipeline.from_pipe(again).transformer) is IntegerDiT
+        assert type(DiTPipeline.from_pipe(again).transformer) is integer_class("DiTTransformer2DModel")
 
     @pytest.mark.parametrize("name", ["scheduler/scheduler_config.json", "vae/config.json", "model_index.json"])
     def test_a_sealed_file_that_was_changed(self, quantized_pipeline, tmp_path, name: str) -> None:
@@ -338,7 +338,9 @@ class TestPipelines:
         (root / "model_index.json").write_text(json.dumps(index))
         recipe = tqdit.Recipe.build("paper", rounds=0, hessian=False, samples=1, groups=2, steps=4)
         tqdit.quantize(root, tmp_path / "w8a8", recipe)
-        assert type(DiTPipeline.from_pretrained(tmp_path / "w8a8").transformer) is IntegerDiT
+        assert type(DiTPipeline.from_pretrained(tmp_path / "w8a8").transformer) is integer_class(
+            "DiTTransformer2DModel"
+        )
 
 
 class TestMessages:

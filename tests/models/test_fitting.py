@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from tqdit import workflow
+from tqdit.architectures.checks import PATCHES
 from tqdit.artifact import folder as artifact
 from tqdit.errors import InputError
 from tqdit.runtime import fitting
 from tqdit.runtime.convert import LayerCodes, convert
-from tqdit.runtime.fitting import PATCHES, check_solution
+from tqdit.runtime.fitting import check_solution
 from tqdit.spec import Granularity, Grid, Role, Solution
 from tqdit.timegroups import TimeGroups
 
@@ -148,5 +149,5 @@ def test_the_codes_of_a_models_layers_are_checked_without_being_unpacked(solved,
     monkeypatch.setattr(LayerCodes, "__getitem__", lambda _, site: unpacked.append(site))
     check_solution(solution)
     assert not unpacked
-    with pytest.raises(InputError, match=rf"parameter '{re.escape(PATCHES)}' has shape"):
+    with pytest.raises(InputError, match=rf"tensor '{re.escape(PATCHES)}' has shape"):
         check_solution(with_config(solution, in_channels=3, out_channels=None))

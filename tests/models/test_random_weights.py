@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tqdit.architectures.building import empty_model
+from tqdit.architectures.registry import architecture
 from tqdit.errors import InputError
-from tqdit.speed.random_weights import Pool, embedder_twin, random_float
+from tqdit.speed.random_weights import Pool, random_float
 
 
 @pytest.fixture
@@ -46,11 +47,12 @@ def test_blocks_share_one_embedder_and_nothing_else(config) -> None:
     assert not torch.equal(first.attn1.to_q.weight, first.attn1.to_k.weight)
 
 
-def test_embedder_twin() -> None:
+def test_the_twin_of_a_parameter() -> None:
+    twin = architecture("DiTTransformer2DModel").twin
     name = "norm1.emb.timestep_embedder.linear_1.weight"
-    assert embedder_twin(f"transformer_blocks.17.{name}") == f"transformer_blocks.0.{name}"
+    assert twin(f"transformer_blocks.17.{name}") == f"transformer_blocks.0.{name}"
     for own in (f"transformer_blocks.0.{name}", "transformer_blocks.3.norm1.linear.weight", "pos_embed.proj.bias"):
-        assert embedder_twin(own) == own
+        assert twin(own) == own
 
 
 def test_pool_deals_out_copies() -> None:

@@ -17,13 +17,12 @@ from tqdit.calibration.recorder import record
 from tqdit.calibration.statistics import RangeStats
 from tqdit.calibration.trajectories import CalibrationSet, collect
 from tqdit.grids import regions, uniform
-from tqdit.ops.schema import OperandParams
-from tqdit.ops.tables import parameter_table
+from tqdit.ops.tables import operand
 from tqdit.provenance import Provenance
 from tqdit.quality.metrics import sqnr_db
 from tqdit.runtime.convert import convert
 from tqdit.search.solver import solve
-from tqdit.spec import Grid, Role
+from tqdit.spec import GridParams, Role, SiteSpec
 from tqdit.timegroups import TimeGroups
 
 GROUPS = TimeGroups.uniform(0, 1000, 4)
@@ -31,7 +30,7 @@ WIDTH = 32
 LOSS = 5.0  # dB that a dead unit may cost at W8A8: it takes signal away, the noise of all others stays
 
 
-def operand(block: Block, role: Role) -> str:
+def site_name(block: Block, role: Role) -> str:
     """The site of an attention's operand."""
     return next(found.name for found in block.attentions[0].operands if found.role is role)
 
@@ -212,7 +211,7 @@ def test_a_time_group_that_saw_only_zeros(model, records, tiny_recipe, grid: str
         linears[name] = replace(linear, x=torch.where(linear.group[:, None] == 2, 0.0, linear.x))
     attention = records.attentions[block.attentions[0].module]
     silent = {field: getattr(attention, field) * (attention.group != 2)[:, None, None, None] for field in "qkv"}
-    for name in (*sources, *(operand(block, role) for role in (Role.QUERY, Role.KEY, Role.VALUE))):
+    for name in (*sources, *(site_name(block, role) for role in (Role.QUERY, Role.KEY, Role.VALUE))):
         low, high = records.ranges[name].low.clone(), records.ranges[name].high.clone()
         low[2], high[2] = 0, 0
         ranges[name] = RangeStats(low, high)
@@ -220,7 +219,7 @@ def test_a_time_group_that_saw_only_zeros(model, records, tiny_recipe, grid: str
     silenced = replace(records, linears=linears, attentions=attentions, ranges=ranges)
     found, before = (solve(model, seen, recipe, GROUPS, Provenance()) for seen in (silenced, records))
     assert_every_scale_is_usable(found)
-    for name in (*sources, *(operand(block, role) for role in (Role.QUERY, Role.KEY, Role.VALUE))):
+    for name in (*sources, *(site_name(block, role) for role in (Role.QUERY, Role.KEY, Role.VALUE))):
         params = found.params[name]
         if params.spec.grid is Grid.UNIFORM:
             assert (params.scale[2] == 1).all()
@@ -251,6 +250,5 @@ def test_no_candidate_is_subnormal_or_infinite(model, records, tiny_recipe, low:
 
 
 def test_tables_of_the_smallest_scale_are_finite() -> None:
-    scale = torch.full((1, 1, 1), uniform.SMALLEST)
-    table = parameter_table(OperandParams(Grid.UNIFORM, 8, scale, torch.zeros(1, 1, 1, dtype=torch.int32), scale))
-    assert torch.isfinite(table).all()
+    params = GridParams(SiteSpec("a", Role.INPUT, 8), torch.full((1, 1), uniform.SMALLEST), torch.zeros(1, 1))
+    assert torch.isfinite(operand(params).table).all()

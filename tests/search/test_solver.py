@@ -27,7 +27,7 @@ GROUPS = TimeGroups.uniform(0, 1000, 4)
 PRESETS = ["paper", "plus"]
 
 
-def operand(block: Block, role: Role) -> str:
+def site_name(block: Block, role: Role) -> str:
     """The site of an attention's operand."""
     return next(found.name for found in block.attentions[0].operands if found.role is role)
 
@@ -182,7 +182,7 @@ def test_attention_is_searched_on_its_float_scores_and_probabilities(model, reco
     }
 
     def operand(role: Role, values: torch.Tensor) -> operands.Operand:
-        ranges = records.ranges[operand(block, role)]
+        ranges = records.ranges[site_name(block, role)]
         return operands.activation(
             specs[role], values, record.group, ranges.over_units() if role is Role.SOFTMAX else ranges
         )
@@ -261,7 +261,7 @@ def test_best_softmax_grid(model, records, tiny_recipe, sharpness: float, better
         fisher_values=torch.ones_like(attention.fisher_values),
     )  # fmt: skip
     p = (attention.q @ attention.k.mT / 4).softmax(-1)
-    name = operand(block, Role.SOFTMAX)
+    name = site_name(block, Role.SOFTMAX)
     ranges = {**records.ranges, name: RangeStats(p.amin().expand(4, 2), p.amax().expand(4, 2))}
     doctored = replace(records, attentions={**records.attentions, block.attentions[0].module: attention}, ranges=ranges)
     solution = solution_of(model, doctored, tiny_recipe("plus", "w6a6"))

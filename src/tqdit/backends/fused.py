@@ -5,7 +5,6 @@ anything here: see `operators`.
 """
 
 from collections.abc import Sequence
-from ctypes import POINTER, pointer
 
 import torch
 from torch import Tensor
@@ -13,7 +12,17 @@ from torch import Tensor
 from tqdit.backends import native
 from tqdit.backends.onednn import PackedWeight, product, zero_points
 from tqdit.backends.panels import PanelWeight
-from tqdit.backends.signatures import AttentionCall, LinearCall, Operand, QuantizeCall, address, need, operand, size
+from tqdit.backends.signatures import (
+    AttentionCall,
+    LinearCall,
+    Operand,
+    QuantizeCall,
+    address,
+    need,
+    operand,
+    refusal,
+    size,
+)
 from tqdit.ops.schema import AttentionParams, Norm, OperandParams, Residual
 from tqdit.spec import Grid
 
@@ -23,7 +32,8 @@ PARTS = (1, 2, 3)  # that a projection may have
 
 def quantize(x: Tensor, target: OperandParams, norm: Norm | None = None) -> Tensor:
     """As `Backend.quantize`: (B, N, C), or two planes of that."""
-    need(x.ndim == 3, f"hidden states {tuple(x.shape)}")
+    if x.ndim != 3:
+        raise refusal(f"hidden states {tuple(x.shape)}")
     x = x.float().contiguous()
     batch, tokens, width = x.shape
     out, first, second = _planes(tuple(x.shape), target)
@@ -49,13 +59,14 @@ def project(
     call = _Linear(codes, source, weight)
     batch, _, columns = call.shape
     parts = len(targets)
-    need(parts in PARTS, f"{parts} parts of a projection")
-    need(size(heads) > 0 and columns % (parts * heads) == 0, f"{columns} columns for {parts} x {heads} heads")
+    if parts not in PARTS:
+        raise refusal(f"{parts} parts of a projection")
+    _check_heads(columns, parts, heads)
     need(all(target.grid is Grid.UNIFORM for target in targets), "heads on a grid of two regions")
     out = torch.empty(call.shape, dtype=torch.uint8)
     operands = [operand(target, batch, heads) for target in targets]
-    pointers = (POINTER(Operand) * parts)(*map(pointer, operands))
-    native.call("project", call.struct, pointers, parts, heads, address(out, torch.uint8))
+    array = (Operand * parts)(*operands)
+    native.call("project", call.struct, array, parts, heads, address(out, torch.uint8))
     return out
 
 
@@ -101,7 +112,8 @@ def linear(codes: Tensor, source: OperandParams, weight: Weight, then: Residual 
         native.call("linear", call.struct, None, 0, None, address(out, torch.float32))
         return out
     stream = then.x.float().contiguous()
-    need(call.shape == stream.shape, f"an update {call.shape} of hidden states {tuple(stream.shape)}")
+    if call.shape != stream.shape:
+        raise refusal(f"an update {call.shape} of hidden states {tuple(stream.shape)}")
     gate = None if then.gate is None else _rows(then.gate, call.shape[0], call.shape[2], "a gate")
     gates = (None, 0) if gate is None else (address(gate, torch.float32, adjacent=False), size(gate.stride(0)))
     out = torch.empty_like(stream)
@@ -130,10 +142,11 @@ class _Linear:
         planes = list(codes) if codes.ndim == 4 else [codes]
         batch, tokens, depth = planes[0].shape
         columns, expected = weight.shape
-        need(depth == expected, f"codes of depth {depth} for a layer of depth {expected}")
-        two = source.two_products
+        if depth != expected:
+            raise refusal(f"codes of depth {depth} for a layer of depth {expected}")
         need(source.grid is not Grid.MRQ_SOFTMAX, "a linear layer on probabilities")
-        need(len(planes) == 1 + two, f"{len(planes)} planes of codes for a grid of {source.grid.value}")
+        if len(planes) != 1 + source.two_products:
+            raise refusal(f"{len(planes)} planes of codes for a grid of {source.grid.value}")
         self.shape = batch, tokens, columns
         self.source = operand(source, batch)
         self.struct = LinearCall(
@@ -158,23 +171,27 @@ def _attention_buffers(
     call: AttentionCall, projected: Tensor, context: Tensor | None, heads: int
 ) -> tuple[int, int, int]:
     """Point a call at its query, key and value; return samples, query tokens, and width of the result."""
-    need(projected.ndim == 3, f"projected codes {tuple(projected.shape)}")
     batch, tokens, columns = projected.shape
     parts = 3 if context is None else 1
-    need(size(heads) > 0 and columns % (parts * heads) == 0, f"{columns} columns for {parts} x {heads} heads")
+    _check_heads(columns, parts, heads)
     width = columns // parts
     if context is None:
         call.query = address(projected, torch.uint8)
         call.key, call.value = call.query + width, call.query + 2 * width
         call.context, call.context_stride = tokens, columns
     else:
-        fits = context.ndim == 3 and context.shape[::2] == (batch, 2 * width)
-        need(fits, f"a context {tuple(context.shape)} for {batch} samples of width {width}")
+        if context.ndim != 3 or context.shape[::2] != (batch, 2 * width):
+            raise refusal(f"a context {tuple(context.shape)} for {batch} samples of width {width}")
         call.query, call.key = address(projected, torch.uint8), address(context, torch.uint8)
         call.value = call.key + width
         call.context, call.context_stride = context.shape[1], 2 * width
     call.query_stride, call.batch, call.tokens, call.heads, call.dim = columns, batch, tokens, heads, width // heads
     return batch, tokens, width
+
+
+def _check_heads(columns: int, parts: int, heads: int) -> None:
+    if not size(heads) or columns % (parts * heads):
+        raise refusal(f"{columns} columns for {parts} x {heads} heads")
 
 
 def _check_attention_grids(attention: AttentionParams, target: OperandParams) -> None:
@@ -194,5 +211,6 @@ def _planes(shape: tuple[int, ...], target: OperandParams) -> tuple[Tensor, int,
 
 def _rows(rows: Tensor, batch: int, width: int, name: str) -> Tensor:
     """One row per sample, its elements adjacent; the rows need not be."""
-    need(rows.shape == (batch, width), f"{name} {tuple(rows.shape)} for {batch} samples of width {width}")
+    if rows.shape != (batch, width):
+        raise refusal(f"{name} {tuple(rows.shape)} for {batch} samples of width {width}")
     return rows if rows.stride(-1) == 1 else rows.contiguous()

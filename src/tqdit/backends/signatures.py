@@ -75,7 +75,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "weight_only": (
         c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64,
     ),
-    "project": (_linear, POINTER(_operand), c_int64, c_int64, c_void_p),
+    "project": (_linear, _operand, c_int64, c_int64, c_void_p),
     "linear_gelu": (_linear, _operand, c_void_p, c_void_p),
     "linear": (_linear, c_void_p, c_int64, c_void_p, c_void_p),
     "attention": (POINTER(AttentionCall),),
@@ -94,7 +94,12 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
 def need(condition: bool, message: str) -> None:
     """Raise `InputError` unless what the kernels rely on holds; unlike `assert`, with python -O as well."""
     if not condition:
-        raise InputError(f"the CPU kernels cannot run this: {message}")
+        raise refusal(message)
+
+
+def refusal(message: str) -> InputError:
+    """Return the error of `need`, for those who format a message only when it is needed: a call takes microseconds."""
+    return InputError(f"the CPU kernels cannot run this: {message}")
 
 
 def address(tensor: torch.Tensor, dtype: torch.dtype, numel: int | None = None, adjacent: bool = True) -> int:
@@ -134,11 +139,13 @@ def operand(params: OperandParams, batch: int, units: int = 1) -> Operand:
     all.
     """
     table = params.selected()
-    need(table.ndim == 3 and table.shape[2] == COLUMNS, f"a table of parameters {tuple(table.shape)}")
-    rows, entries, _ = table.shape
-    fits = rows in (1, batch) and entries in (1, units)
-    need(fits, f"parameters of {rows} samples of {entries} for {batch} samples of {units}")
-    need(MIN_BITS <= params.bits <= MAX_BITS, f"codes of {params.bits} bits")
+    rows, entries, columns = table.shape
+    if columns != COLUMNS:
+        raise refusal(f"a table of parameters {tuple(table.shape)}")
+    if rows not in (1, batch) or entries not in (1, units):
+        raise refusal(f"parameters of {rows} samples of {entries} for {batch} samples of {units}")
+    if not MIN_BITS <= params.bits <= MAX_BITS:
+        raise refusal(f"codes of {params.bits} bits")
     grid = 0 if params.grid is Grid.UNIFORM else 2 if params.merged else 1
     strides = 0 if rows == 1 else entries * COLUMNS, 0 if entries == 1 else COLUMNS
     found = Operand(address(table, torch.float32), *strides, grid, params.bits)

@@ -21,10 +21,13 @@ class Probes:
     def __init__(self, count: int) -> None:
         self.count = count
         self.means: dict[str, torch.Tensor] = {}
+        self.leaves: list[torch.Tensor] = []  # what does not depend on the source, such as the keys of a prompt
 
     def watch(self, name: str, z: torch.Tensor, pick: Pick) -> None:
         """Collect under `name` from now on; an intermediate that the output does not depend on keeps zeros."""
         self.means[name] = torch.zeros_like(pick(z.detach()))
+        if not z.requires_grad:
+            self.leaves.append(z.requires_grad_())
 
         def collect(gradient: torch.Tensor) -> None:
             picked = pick(gradient)
@@ -33,13 +36,13 @@ class Probes:
         z.register_hook(collect)
 
     def run(self, output: torch.Tensor, source: torch.Tensor, noise: torch.Tensor) -> None:
-        """Propagate every probe back to `source`, which all intermediates were computed from.
+        """Propagate every probe back to `source`, which the model's input is, and to all watched intermediates.
 
         `output`: what the sampler uses, the guided epsilon, so that both guidance halves get their true weight.
         `noise`: (count, *output.shape), standard normal.
         """
         for left, v in zip(range(self.count - 1, -1, -1), noise, strict=True):
-            torch.autograd.grad(output, source, v, retain_graph=left > 0)
+            torch.autograd.grad(output, (source, *self.leaves), v, retain_graph=left > 0, allow_unused=True)
 
 
 def normalized(weights: torch.Tensor) -> torch.Tensor | None:

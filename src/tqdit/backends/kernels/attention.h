@@ -170,17 +170,18 @@ void write_trace(const Head& h, const uint8_t* first, const uint8_t* second, int
 }
 
 // Integer scores of one row, zero points corrected, times their scale, plus the bias, in place; the largest one.
+template <bool BIASED>
 float scale_scores(const Head& h, const uint8_t* query, const Workspace& w, int32_t* scores) {
   int32_t query_sum = 0;
   for (int64_t k = 0; k < h.c.dim; ++k) query_sum += query[k];
   const int32_t constant = h.key_zero * (static_cast<int32_t>(h.c.dim) * h.query_zero - query_sum);
-  const float* bias = h.c.bias ? h.c.bias + h.sample * h.c.bias_stride : nullptr;
+  const float* bias = BIASED ? h.c.bias + h.sample * h.c.bias_stride : nullptr;
   const vfloat lowest = splat(-3.0e38f);
   vfloat top = lowest;
   for (int64_t j = 0; j < w.keys; j += LANES) {
     const vint acc = load(scores + j) + (constant - h.query_zero * load(w.key_sums.data() + j));
     vfloat x = to_float(acc) * h.score_scale;
-    if (bias) x += load(bias + j, h.c.context - j);
+    if (BIASED) x += load(bias + j, h.c.context - j);
     top = at_least(top, j + LANES >= w.keys ? (w.inside ? x : lowest) : x);
     std::memcpy(scores + j, &x, sizeof x);
   }
@@ -228,7 +229,8 @@ void attend(const Head& h, int64_t begin, int64_t end, Workspace& w) {
     for (int64_t r = 0; r < rows; ++r) {
       int32_t* scores = w.scores.data() + r * w.keys;
       uint8_t *first = w.first.data() + r * w.keys, *second = w.second.data() + r * w.keys;
-      const float top = scale_scores(h, query + r * stride, w, scores);
+      const uint8_t* codes = query + r * stride;
+      const float top = c.bias ? scale_scores<true>(h, codes, w, scores) : scale_scores<false>(h, codes, w, scores);
       sums[r] = softmax_codes(h, reinterpret_cast<float*>(scores), top, w, first, second);
       if (c.trace)
         write_trace(h, first, second, c.trace + ((h.sample * c.heads + h.head) * c.tokens + i + r) * c.context);

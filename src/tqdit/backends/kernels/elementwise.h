@@ -15,15 +15,15 @@ struct QuantizeCall {
   float eps;
 };
 
-// The codes of one row as it is.
+// The codes of one row as it is. An encoder is passed by value: bytes written here could be those of one behind a reference.
 template <int GRID>
-void quantize_row(const Encoder<GRID>& encoder, const float* in, int64_t width, uint8_t* first, uint8_t* second) {
+void quantize_row(const Encoder<GRID> encoder, const float* in, int64_t width, uint8_t* first, uint8_t* second) {
   for (int64_t j = 0; j < width; j += LANES) encoder.encode(load(in + j, width - j), first + j, second + j, width - j);
 }
 
 // The codes of one row after LayerNorm without parameters and its modulation.
 template <int GRID>
-void quantize_normal(const Encoder<GRID>& encoder, const float* in, const float* shift, const float* scale, float eps,
+void quantize_normal(const Encoder<GRID> encoder, const float* in, const float* shift, const float* scale, float eps,
                      int64_t width, uint8_t* first, uint8_t* second) {
   vfloat total{};
   for (int64_t j = 0; j < width; j += LANES) total += load(in + j, width - j);

@@ -11,15 +11,13 @@ struct Dequantizer {
   float s1, s2;
   Dequantizer(const LinearCall& c, int64_t sample)
       : weight(c.weight), bias(c.bias), s1(c.source.entry(sample)[SCALE]), s2(c.source.entry(sample)[COARSE]) {}
+
   // `first`, `second`: the sums from column `begin` on.
-  template <typename Count>
+  template <bool TWO, typename Count>
   vfloat value(int64_t begin, const float* first, const float* second, int64_t j, Count n) const {
-    vfloat y = load(first + j, n), factor = load(weight + begin + j, n);
-    if (second)
-      y = load(second + j, n) * s2 + y * -s1;
-    else
-      factor = s1 * factor;
-    return y * factor + load(bias + begin + j, n);
+    const vfloat scale = load(weight + begin + j, n), offset = load(bias + begin + j, n);
+    if (TWO) return (load(second + j, n) * s2 + load(first + j, n) * -s1) * scale + offset;
+    return load(first + j, n) * (s1 * scale) + offset;
   }
 };
 
@@ -32,12 +30,12 @@ struct HeadsFinish {
   Buffer<float> tables;
   Buffer<int32_t> zeros;
 
-  HeadsFinish(const LinearCall& call, const Operand* const* targets, int64_t parts, int64_t heads, uint8_t* codes)
+  HeadsFinish(const LinearCall& call, const Operand* targets, int64_t parts, int64_t heads, uint8_t* codes)
       : c(call), out(codes), size(c.batch * c.columns), tables(3 * size), zeros(size) {
     const int64_t dim = c.columns / (parts * heads);
     for (int64_t at = 0; at < size; ++at) {
       const int64_t unit = at % c.columns / dim;
-      const Operand& target = *targets[unit / heads];
+      const Operand& target = targets[unit / heads];
       const float* entry = target.entry(at / c.columns, unit % heads);
       const int32_t zero = zero_point(entry);
       tables.data()[at] = entry[SCALE];
@@ -51,12 +49,13 @@ struct HeadsFinish {
     const HeadsFinish& f;
     int64_t entry;  // of the sample's first column
     Dequantizer values;
+    template <bool TWO>
     void row(int64_t index, int64_t begin, int64_t count, const float* first, const float* second) const {
       const float *table = f.tables.data() + entry + begin, *lows = table + f.size, *highs = lows + f.size;
       const int32_t* zeros = f.zeros.data() + entry + begin;
       uint8_t* out = f.out + index * f.c.columns + begin;
       each_vector(count, [=, values = values](int64_t j, auto n) {
-        const vfloat y = values.value(begin, first, second, j, n);
+        const vfloat y = values.template value<TWO>(begin, first, second, j, n);
         const vfloat steps = clip(y / load_or_one(table + j, n), load(lows + j, n), load(highs + j, n));
         store_bytes(out + j, nearest(steps) + load(zeros + j, n), n);
       });
@@ -76,12 +75,13 @@ struct GeluFinish {
     const GeluFinish& f;
     Dequantizer values;
     Encoder<GRID> encoder;
+    template <bool TWO>
     void row(int64_t index, int64_t begin, int64_t count, const float* first, const float* second) const {
       uint8_t* to_first = f.first + index * f.c.columns + begin;
       uint8_t* to_second = GRID == TWO_REGION ? f.second + index * f.c.columns + begin : nullptr;
       const Rows rows = *this;  // in registers: the bytes written below could be anything's
       each_vector(count, [=](int64_t j, auto n) {
-        const vfloat y = rows.values.value(begin, first, second, j, n);
+        const vfloat y = rows.values.template value<TWO>(begin, first, second, j, n);
         rows.encoder.encode_near(gelu(y), to_first + j, to_second + j, n);
       });
     }
@@ -106,12 +106,13 @@ struct FloatFinish {
     const FloatFinish& f;
     const float* gate;
     Dequantizer values;
+    template <bool TWO>
     void row(int64_t index, int64_t begin, int64_t count, const float* first, const float* second) const {
       const float* gates = UPDATE == GATED ? gate + begin : nullptr;
       const float* x = UPDATE == PLAIN ? nullptr : f.x + index * f.c.columns + begin;
       float* out = f.out + index * f.c.columns + begin;
       each_vector(count, [=, values = values](int64_t j, auto n) {
-        const vfloat y = values.value(begin, first, second, j, n);
+        const vfloat y = values.template value<TWO>(begin, first, second, j, n);
         if (UPDATE == PLAIN) store(out + j, y, n);
         if (UPDATE == ADDED) store(out + j, load(x + j, n) + y, n);
         if (UPDATE == GATED) store(out + j, load(x + j, n) + load(gates + j, n) * y, n);
@@ -124,7 +125,7 @@ struct FloatFinish {
 };
 
 // x W^T + bias -> codes of heads. `targets`: of the 1 to 3 parts of the columns; out (batch, tokens, columns).
-extern "C" void tqdit_project(const LinearCall* call, const Operand* const* targets, int64_t parts, int64_t heads,
+extern "C" void tqdit_project(const LinearCall* call, const Operand* targets, int64_t parts, int64_t heads,
                               uint8_t* out) {
   linear(*call, HeadsFinish(*call, targets, parts, heads, out));
 }

@@ -52,7 +52,16 @@ inline void each_vector(int64_t count, const Piece& piece) {
 }
 
 // What an operation does with the sums of its product. `Finish::at(sample)` looks up what rows of a sample share;
-// `row(index, begin, count, first, second)` of the result takes `count` float sums of one row, from column `begin` on.
+// `row<TWO>(index, begin, count, first, second)` of the result takes `count` float sums of one row, from column `begin`
+// on; TWO: of two regions.
+template <typename Rows>
+inline void finish_row(const Rows& rows, int64_t index, int64_t begin, int64_t count, const float* first,
+                       const float* second) {
+  if (second)
+    rows.template row<true>(index, begin, count, first, second);
+  else
+    rows.template row<false>(index, begin, count, first, nullptr);
+}
 
 template <typename Finish>
 void run_task(const LinearCall& c, int64_t row, int64_t end, int64_t begin, const Finish& finish) {
@@ -78,7 +87,7 @@ void run_task(const LinearCall& c, int64_t row, int64_t end, int64_t begin, cons
           store(sums[0] + j, to_float(load(first + r * PANEL + j) - centre));
           if (c.second) store(sums[1] + j, to_float(load(second + r * PANEL + j)));
         }
-        rows_of_sample.row(row + r, begin, count, sums[0], c.second ? sums[1] : nullptr);
+        finish_row(rows_of_sample, row + r, begin, count, sums[0], c.second ? sums[1] : nullptr);
       }
     }
     row = last;
@@ -91,9 +100,8 @@ void linear(const LinearCall& c, const Finish& finish) {
   if (!c.packed) {
 #pragma omp parallel for num_threads(c.threads) schedule(static)
     for (int64_t row = 0; row < rows; ++row)
-      finish.at(row / c.tokens)
-          .row(row, 0, c.columns, c.first_sums + row * c.columns,
-               c.second_sums ? c.second_sums + row * c.columns : nullptr);
+      finish_row(finish.at(row / c.tokens), row, 0, c.columns, c.first_sums + row * c.columns,
+                 c.second_sums ? c.second_sums + row * c.columns : nullptr);
     return;
   }
   // Long tasks reuse a panel; with many threads they are shorter, so that all have work to the end.
