@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from tqdit.backends.triton import candidates, hopper, launch, tuning
 from tqdit.backends.triton.kernels import rounding
 from tqdit.backends.triton.layer import TritonLinear
-from tqdit.backends.triton.layouts import Config, Operand, Weight
-from tqdit.ops.schema import WeightParams
+from tqdit.backends.triton.layouts import KINDS, Config, Projected, Weight, part_sizes
+from tqdit.ops.schema import Norm, OperandParams, Residual, WeightParams
 from tqdit.runtime.integer import FEW_TOKENS
 from tqdit.system.environment import environment
 from tqdit.system.files import write_text
@@ -176,14 +176,13 @@ def maker(job: Job, small: bool = False) -> Kernel:
         modulation = torch.randn(batch, 6 * WIDTH, device="cuda")
         parts = modulation[:, :WIDTH], modulation[:, WIDTH : 2 * WIDTH]
         target = operand(group)
-        return Kernel(lambda config: launch.norm_quantize(x, *parts, 1e-6, target, config))
+        return Kernel(lambda config: launch.norm_quantize(x, Norm(*parts, 1e-6), target, config))
     mode = PROBABILITIES[job.name.partition(", ")[2]]
-    size = launch.heads_size(batch, tokens, HEADS, HEAD_DIM)
-    qkv = codes(size)
+    qkv = Projected(codes(sum(part_sizes(3, batch, tokens, HEADS, HEAD_DIM))), batch, tokens, HEAD_DIM)
     parts = [operand(group, HEADS) for _ in range(3)]
     zero = -128.0 if mode != rounding.SOFTMAX.value else 0.0
     operands = (*parts, operand(group, mode=mode, scale=1 / 255, zero=zero), operand(group))
-    return Kernel(lambda config: launch.attention(qkv, batch, tokens, HEADS, HEAD_DIM, operands, config))
+    return Kernel(lambda config: launch.attend(qkv, None, None, HEADS, operands, config))
 
 
 def linear(
@@ -193,13 +192,14 @@ def linear(
     source = operand(group, mode=rounding.GELU.value if products == 2 else rounding.UNIFORM.value)
     if epilogue == "heads":
         targets = tuple(operand(group, HEADS) for _ in range(3))
-        return lambda config, layer: launch.heads(x, source, layer, config, targets, HEAD_DIM)
+        return lambda config, layer: launch.project(x, source, layer, config, targets, HEADS)
     if epilogue == "gelu":
         target = operand(group)
         return lambda config, layer: launch.activation(x, source, layer, config, target)
     stream, gate = torch.randn(batch, tokens, columns, device="cuda"), torch.randn(batch, 6 * columns, device="cuda")
     stream = stream.to(torch.bfloat16 if epilogue.endswith("bfloat16") else torch.float32)
-    return lambda config, layer: launch.residual(x, source, layer, config, gate[:, columns : 2 * columns], stream)
+    then = Residual(stream, gate[:, columns : 2 * columns])
+    return lambda config, layer: launch.residual(x, source, layer, config, then)
 
 
 def with_copies(run: Callable[[Config, Weight], object], layer: Weight, alone: bool) -> Kernel:
@@ -231,15 +231,18 @@ def codes(*shape: int) -> torch.Tensor:
 
 
 def weight(columns: int, depth: int) -> Weight:
-    params = WeightParams(codes(columns, depth).cpu(), torch.full((columns,), 0.03 / depth**0.5))
+    params = WeightParams(codes(columns, depth).cpu(), torch.full((columns,), 0.03 / depth**0.5), 8)
     layer = TritonLinear(params, torch.zeros(columns)).cuda()
     return Weight(layer.codes, None, layer.scale, layer.bias, layer.sums, depth, 8)
 
 
-def operand(group: torch.Tensor, units: int = 1, mode: int = 0, scale: float = 0.03, zero: float = 3.0) -> Operand:
+def operand(
+    group: torch.Tensor, units: int = 1, mode: int = 0, scale: float = 0.03, zero: float = 3.0
+) -> OperandParams:
     table = torch.zeros(10, units, 8, device="cuda")
     table[...] = torch.tensor([scale, 1 / 127, zero, 4.0, 1 / scale, 127.0, 0.0, 0.0])
-    return Operand(table, group, mode, 8)
+    grid, merged = KINDS[mode]
+    return OperandParams(grid, 8, table, merged, group)
 
 
 def compile_all(found: list[Job]) -> None:

@@ -1,4 +1,6 @@
-"""Compiles kernels for sm_90a without a GPU, the Hopper ones and `norm`; prints what each takes, a JSON object a line.
+"""Compiles kernels for sm_90a without a GPU; prints what each takes, a JSON object a line.
+
+Those for Hopper, `norm`, and the ordinary ones in the forms of a context: keys of another length, a bias, no gate.
 
 In a process of its own, without TRITON_INTERPRET, which Triton reads when it is imported.
 """
@@ -18,18 +20,22 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from tqdit.backends.triton.hopper import AttentionSizes, x_blocks
 from tqdit.backends.triton.kernels import hopper, hopper_attention, rounding
-from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS, PLAIN, RESIDUAL
+from tqdit.backends.triton.kernels.attention import attention_kernel
+from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS, PLAIN, RESIDUAL, linear_kernel
 from tqdit.backends.triton.kernels.norm import norm_quantize_kernel
-from tqdit.backends.triton.layouts import Config, powers_of_two
+from tqdit.backends.triton.kernels.quantize import quantize_kernel
+from tqdit.backends.triton.layouts import HEADS_OF, Config, powers_of_two
 
+PARTS = {name: parts for parts, name in HEADS_OF.items()}
 EPILOGUES = {
-    "plain": (PLAIN, rounding.UNIFORM), "heads": (HEADS, rounding.UNIFORM), "residual": (RESIDUAL, rounding.UNIFORM),
-    "residual bfloat16": (RESIDUAL, rounding.UNIFORM), "gelu": (ACTIVATION, rounding.UNIFORM),
+    "plain": (PLAIN, rounding.UNIFORM), "residual": (RESIDUAL, rounding.UNIFORM),
+    "residual bfloat16": (RESIDUAL, rounding.UNIFORM), "residual-ungated": (RESIDUAL, rounding.UNIFORM),
+    **dict.fromkeys(PARTS, (HEADS, rounding.UNIFORM)), "gelu": (ACTIVATION, rounding.UNIFORM),
     "gelu merged": (ACTIVATION, rounding.GELU_MERGED), "gelu two": (ACTIVATION, rounding.GELU),
 }  # fmt: skip
 POINTERS = {
     "weight_scale": "*fp32", "weight_sums": "*i32", "bias": "*fp32", "x": "*fp32", "gate": "*fp32", "group": "*i64",
-    "source": "*fp32", "target": "*fp32", "target_k": "*fp32", "target_v": "*fp32",
+    "source": "*fp32", "target": "*fp32", "second": "*fp32", "third": "*fp32",
 }  # fmt: skip
 NUMBERS = ("gate_stride", "M", "width", "K", "TOKENS", "out_stride")
 
@@ -49,7 +55,9 @@ def compiled(epilogue: str, bm: int, bn: int, stages: int, piece: int):
         kinds |= {n: f"tensordesc<{dtype}[{bm},{piece}],{hopper.x_layout(size)!r}>" for n in ("x", "out")}
     constants = {
         "GROUP_STRIDE": 0, "SOURCE_STRIDE": 8, "TARGET_STRIDES": (128, 128, 128), "HEAD_DIM": 72, "HEAD_PITCH": 80,
-        "TOKEN_PITCH": 256, "EPILOGUE": which.value, "MODE": mode.value, "TARGET_BITS": 8, "BM": bm, "BN": bn,
+        "TOKEN_PITCH": 256, "EPILOGUE": which.value, "PARTS": PARTS.get(epilogue, 1),
+        "GATED": which.value == RESIDUAL.value and not epilogue.endswith("ungated"), "MODE": mode.value,
+        "TARGET_BITS": 8, "BM": bm, "BN": bn,
         "BK": hopper.BLOCK_K, "BAND": 8, "STAGES": stages, "PIECE": piece or bn,
         "X_BLOCKS": x_blocks(bm, bn, stages, piece or bn), "X_BYTES": hopper.X_ROW,
         "CONSUMER_REGISTERS": hopper.REGISTERS[0], "PRODUCER_REGISTERS": hopper.REGISTERS[1],
@@ -122,7 +130,88 @@ def compiled_norm(stream: str, width: int, config: list[int]):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": chosen.warps})
 
 
-COMPILED = {"linear": compiled, "attention": compiled_attention, "norm": compiled_norm}
+def ordinary(kernel, kinds: dict, constants: dict, plain: set[str], **options):
+    """A kernel of Triton's main language; all arguments but `plain` ones are multiples of 16."""
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={n: kinds.get(n, "constexpr") for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={
+            (names.index(n),): [["tt.divisibility", 16]]
+            for n, kind in kinds.items()
+            if n not in plain and not kind.startswith("tensordesc")
+        },
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def compiled_cross(keys: int, head_dim: int, mode: int, biased: bool, config: list[int]):
+    """The ordinary attention kernel: queries of one sequence, keys of another, with a bias or without."""
+    chosen = Config(*config)
+    first, rest = powers_of_two(head_dim, 32)
+    d_rest, v_rest = (max(32, rest), max(16, rest)) if rest else (0, 0)
+    bm, bk = chosen.block_m, chosen.block_k
+    blocks = {
+        "q": (bm, first), "k": (bk, first), "v": (first, bk), "q_rest": (bm, d_rest), "k_rest": (bk, d_rest),
+        "v_rest": (v_rest, bk),
+    }  # fmt: skip
+    kinds = {n: f"tensordesc<i8[{rows},{width}]>" for n, (rows, width) in blocks.items() if rows and width}
+    kinds |= {"out": "*i8", "trace": "*i8", "group": "*i64", "factor": "fp32"}
+    kinds |= dict.fromkeys(("query", "key", "value", "softmax", "target"), "*fp32")
+    kinds |= dict.fromkeys(("N", "CONTEXT", "HEADS", "out_stride", "BLOCKS"), "i32")
+    constants = {n: None for n in blocks if n not in kinds}
+    if biased:
+        kinds |= {"bias": "*fp32", "bias_stride": "i32"}
+    else:
+        constants |= {"bias": None, "bias_stride": None}
+    constants |= {
+        "GROUP_STRIDE": 1, "QUERY_STRIDE": 128, "KEY_STRIDE": 0, "VALUE_STRIDE": 0, "SOFTMAX_STRIDE": 8,
+        "TARGET_STRIDE": 8, "D": head_dim, "D_FIRST": first, "D_REST": d_rest, "V_REST": v_rest, "MODE": mode,
+        "BITS": 8, "TARGET_BITS": 8, "ONE_PASS": keys <= bk, "EDGE": keys % bk != 0, "ALIGNED": head_dim % 8 == 0,
+        "PERMUTED": keys % 16 == 0, "TRACE": False, "NATIVE": True, "BM": bm, "BK": bk,
+    }  # fmt: skip
+    plain = {"factor", "BLOCKS", "CONTEXT", "bias_stride"}
+    options = {"num_warps": chosen.warps, "num_stages": chosen.stages, "maxnreg": chosen.registers}
+    return ordinary(attention_kernel, kinds, constants, plain, **options)
+
+
+def compiled_ordinary(epilogue: str, config: list[int]):
+    """The ordinary linear kernel."""
+    chosen = Config(*config)
+    which, mode = EPILOGUES[epilogue]
+    bm, bn, bk = chosen.block_m, chosen.block_n, chosen.block_k
+    kinds = {"a": f"tensordesc<i8[{bm},{bk}]>", "b": f"tensordesc<i8[{bn},{bk}]>"}
+    kinds |= POINTERS | dict.fromkeys(NUMBERS, "i32")
+    kinds["out"] = "*i8" if which.value in (HEADS.value, ACTIVATION.value) else "*fp32"
+    constants = {
+        "b_high": None, "GROUP_STRIDE": 1, "SOURCE_STRIDE": 8, "TARGET_STRIDE": 128, "SECOND_STRIDE": 128,
+        "THIRD_STRIDE": 128, "HEAD_DIM": 72, "HEAD_PITCH": 80, "TOKEN_PITCH": 128, "BITS": 8, "TWO": False,
+        "EPILOGUE": which.value, "PARTS": PARTS.get(epilogue, 1), "GATED": epilogue == "residual", "MODE": mode.value,
+        "TARGET_BITS": 8, "PER_TILE": False, "PERMUTED": False, "ALIGNED": True, "NATIVE": True, "BM": bm, "BN": bn,
+        "BK": bk, "BAND": chosen.band, "PIECE": chosen.piece or bn,
+    }  # fmt: skip
+    options = {"num_warps": chosen.warps, "num_stages": chosen.stages, "maxnreg": chosen.registers}
+    fused = which.value == ACTIVATION.value
+    return ordinary(linear_kernel, kinds, constants, {"M", "TOKENS"}, enable_fp_fusion=fused, **options)
+
+
+def compiled_quantize(stream: str, mode: int, config: list[int]):
+    """The kernel that quantizes without a norm."""
+    chosen = Config(*config)
+    kinds = {"x": f"*{stream}", "target": "*fp32", "group": "*i64", "out": "*i8"}
+    kinds |= dict.fromkeys(("M", "C", "TOKENS", "out_stride"), "i32")
+    constants = {
+        "GROUP_STRIDE": 1, "TARGET_STRIDE": 8, "MODE": mode, "BITS": 8, "NATIVE": True, "BM": chosen.block_m,
+        "BN": chosen.block_n,
+    }  # fmt: skip
+    return ordinary(quantize_kernel, kinds, constants, {"M", "TOKENS"}, num_warps=chosen.warps)
+
+
+COMPILED = {
+    "linear": compiled, "attention": compiled_attention, "norm": compiled_norm, "cross": compiled_cross,
+    "ordinary": compiled_ordinary, "quantize": compiled_quantize,
+}  # fmt: skip
 
 
 def resources(kernel, said: str) -> dict:

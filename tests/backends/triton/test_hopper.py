@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts import compiled_for_hopper, from_heads, padded, read, to
+from layouts import compiled_for_hopper, from_projected, padded, read, to
 from operands import maker
-from test_cpu import assert_equal_up_to_ties
+from ties import assert_equal_up_to_ties
 
 from poisoned import PoisonedTorch
 
@@ -15,11 +15,11 @@ pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
 
 from tqdit.backends.triton import candidates, hopper, launch, operators, tuning
-from tqdit.backends.triton.backend import TritonBackend, operand
-from tqdit.backends.triton.kernels import rounding
-from tqdit.backends.triton.layouts import Config, Operand
+from tqdit.backends.triton.backend import TritonBackend
+from tqdit.backends.triton.layouts import HEADS_OF, Config
 from tqdit.errors import InputError
 from tqdit.ops.reference import Reference
+from tqdit.ops.schema import Activation, Residual
 from tqdit.spec import Grid
 
 REFERENCE = Reference()
@@ -41,7 +41,9 @@ def every_candidate() -> list[tuple[str, Config]]:
         for epilogue, columns in (
             ("residual", 1152),
             ("residual bfloat16", 1152),
+            ("residual-ungated", 1152),
             ("heads", 3456),
+            ("query-heads", 1152),
             ("gelu", 4608),
         )
         for config in dict.fromkeys(
@@ -55,7 +57,12 @@ def every_candidate() -> list[tuple[str, Config]]:
 def test_every_candidate_compiles_without_spills(tmp_path: Path) -> None:
     """For sm_90a, with the compilers that Triton brings; no GPU is needed."""
     asked = [(epilogue, c.block_m, c.block_n, c.stages, c.piece) for epilogue, c in every_candidate()]
-    asked += [("plain", 128, 128, 6, 16), ("gelu merged", 128, 128, 6, 64), ("gelu two", 128, 128, 6, 64)]
+    asked += [
+        ("plain", 128, 128, 6, 16),
+        ("context-heads", 128, 128, 6, 64),
+        ("gelu merged", 128, 128, 6, 64),
+        ("gelu two", 128, 128, 6, 64),
+    ]
     found = compiled_for_hopper("linear", asked, tmp_path)
     assert len(found) > 15
     for kernel in found:
@@ -98,6 +105,9 @@ def test_tiles_it_takes() -> None:
 def test_candidates_are_whole_tiles_that_run(four_processors) -> None:
     assert all(hopper.takes(config, 128, 1152) and config.hopper for _, config in every_candidate())
     assert candidates.hopper_linear("heads", 16384, 3456, 0) == []
+    assert candidates.hopper_linear("plain", 16384, 1152, 128)
+    for parts, name in HEADS_OF.items():
+        assert all(c.block_n == 64 for c in candidates.hopper_linear(name, 512, parts * 192, 128))
     few, small = (candidates.hopper_linear("gelu", rows, 4608, tile) for rows, tile in ((512, 128), (16384, 64)))
     assert {c.block_m for c in few} == {64, 128}
     assert {c.block_m for c in small} == {64}
@@ -114,7 +124,7 @@ def test_it_is_tried_under_a_key_of_its_own(four_processors, monkeypatch: pytest
     layer = operators._weight(*weights(TritonBackend().prepare(make.weight(128, 64), None)))
 
     def config(tokens: int, grid: Grid = Grid.UNIFORM) -> Config:
-        source = operand(make.params(grid))
+        source = make.params(grid)
         return operators._linear_config("residual", make.codes(1, tokens, 64), layer, source, lambda config: None)
 
     assert config(128).hopper
@@ -136,7 +146,7 @@ def weights(layer) -> tuple[list[torch.Tensor], list[int]]:
 def test_asking_for_it_where_it_cannot_run_is_an_error() -> None:
     make = maker(1)
     layer = operators._weight(*weights(TritonBackend().prepare(make.weight(128, 128), None)))
-    source = operand(make.params())
+    source = make.params()
     with pytest.raises(InputError, match="compute capability"):
         launch.plain(make.codes(1, 128, 128), source, layer, TILE)
 
@@ -157,12 +167,12 @@ class Recorded:
 def test_what_the_kernel_is_given(four_processors, monkeypatch: pytest.MonkeyPatch) -> None:
     make, batch, tokens, width, heads = maker(2), 2, 128, 256, 4
     params = make.attention(heads, Grid.UNIFORM, batch)
-    targets = tuple(operand(p) for p in params.projections)
+    targets = params.projections
     layer = operators._weight(*weights(TritonBackend().prepare(make.weight(3 * width, 320), None)))
     kernel = Recorded(hopper.kernels().linear.hopper_linear_kernel)
     monkeypatch.setattr(hopper.kernels().linear, "hopper_linear_kernel", kernel)
     codes = make.codes(batch, tokens, 320)
-    launch.heads(codes, operand(make.params()), layer, TILE, targets, width // heads)
+    launch.project(codes, make.params(), layer, TILE, targets, heads)
     given = kernel.given
     assert kernel.grid == (4,)
     assert (given["M"], given["width"], given["K"], given["TOKENS"]) == (256, 256, 320, 128)
@@ -170,24 +180,29 @@ def test_what_the_kernel_is_given(four_processors, monkeypatch: pytest.MonkeyPat
     assert given["b"].shape == [768, 320]
     assert given["TARGET_STRIDES"] == (8 * heads,) * 3
     assert (given["HEAD_DIM"], given["STAGES"], given["PIECE"]) == (64, 4, 64)
-    launch.heads(codes, operand(make.params()), layer, TILE._replace(piece=0), targets, width // heads)
+    assert (given["PARTS"], given["GATED"]) == (3, False)
+    launch.project(codes, make.params(), layer, TILE._replace(piece=0), targets, heads)
     assert kernel.given["PIECE"] == 128
-    few = Operand(targets[0].table, None, rounding.UNIFORM.value, 8)
-    launch.activation(codes[:1], operand(make.params()), layer, TILE, few)
+    key = make.attention(6, Grid.UNIFORM, batch).key
+    launch.project(codes, make.params(), layer, TILE, (key, key), 6)
+    assert (kernel.given["PARTS"], kernel.given["width"], kernel.given["HEAD_DIM"]) == (2, 384, 64)
+    few = make.params()
+    launch.activation(codes[:1], make.params(), layer, TILE, few)
     assert kernel.grid == (4,)
     assert kernel.given["width"] == 768
     x, gate = make.values(batch, tokens, 768), make.values(batch, 768)
-    out = launch.residual(codes, operand(make.params()), layer, TILE, gate, x)
+    out = launch.residual(codes, make.params(), layer, TILE, Residual(x, gate))
     given = kernel.given
     assert (given["x"].base is x, given["out"].base is out) == (True, True)
     for blocks in (given["x"], given["out"]):
         assert (blocks.shape, blocks.strides, blocks.block_shape) == ([256, 768], [768, 1], [128, 32])
     assert (given["PIECE"], given["X_BLOCKS"]) == (32, 5)
-    launch.residual(codes, operand(make.params()), layer, TILE, gate, x.bfloat16())
+    launch.residual(codes, make.params(), layer, TILE, Residual(x.bfloat16(), gate))
     assert kernel.given["x"].block_shape == kernel.given["out"].block_shape == [128, 64]
     assert (kernel.given["PIECE"], kernel.given["X_BLOCKS"]) == (64, 4)
     odd = torch.cat([x.flatten()[:1], x.flatten()])[1:].view_as(x)  # copies cannot start there
-    launch.residual(codes, operand(make.params()), layer, TILE, gate, odd)
+    launch.residual(codes, make.params(), layer, TILE, Residual(odd))
+    assert not kernel.given["GATED"]
     assert torch.equal(kernel.given["x"].base, x)
 
 
@@ -245,35 +260,34 @@ class Runs:
 class TestOnHopper:
     pytestmark = gpu
 
-    def test_heads(self, monkeypatch, config, batch, tokens, depth, width, heads, programs) -> None:
+    @pytest.mark.parametrize("parts", [3, 2, 1])
+    def test_heads(self, monkeypatch, config, batch, tokens, depth, width, heads, programs, parts: int) -> None:
         make = maker(1)
         codes, source = make.codes(batch, tokens, depth), make.params(lead=batch)
-        weight, bias = make.weight(3 * width, depth), make.values(3 * width)
+        weight, bias = make.weight(parts * width, depth), make.values(parts * width)
         params = make.attention(heads, Grid.UNIFORM, batch)
-        expected = REFERENCE.qkv(codes, source, REFERENCE.prepare(weight, bias), params)
+        targets = params.projections[1:] if parts == 2 else params.projections[:parts]
+        expected = REFERENCE.project(codes, source, REFERENCE.prepare(weight, bias), targets, heads)
         given = to(CUDA, padded(codes)), to(CUDA, source), TritonBackend().prepare(weight, bias).to(CUDA)
-        run = Runs(monkeypatch, programs)
-        buffer = run(config, lambda backend: backend.qkv(*given, to(CUDA, params)).codes)
-        found = run.backend.qkv(*given, to(CUDA, params))._replace(codes=buffer)
-        assert torch.equal(from_heads(found, heads), expected.int())
+        run, there = Runs(monkeypatch, programs), [to(CUDA, target) for target in targets]
+        buffer = run(config, lambda backend: backend.project(*given, there, heads).codes)
+        found = run.backend.project(*given, there, heads)._replace(codes=buffer)
+        assert torch.equal(from_projected(found, parts, heads), expected.int())
 
     def test_residual_and_plain(self, monkeypatch, config, batch, tokens, depth, width, heads, programs) -> None:
         make = maker(2)
         codes, source = make.codes(batch, tokens, depth), make.params(lead=batch)
         weight, bias = make.weight(width, depth), make.values(width)
         x, gate = make.values(batch, tokens, width), make.values(batch, 6 * width).chunk(6, dim=1)[2]
-        expected = REFERENCE.linear_residual(codes, source, REFERENCE.prepare(weight, bias), gate, x)
         layer = TritonBackend().prepare(weight, bias).to(CUDA)
         given = to(CUDA, padded(codes)), to(CUDA, source), layer
         run = Runs(monkeypatch, programs)
-        out = run(config, lambda backend: backend.linear_residual(*given, to(CUDA, gate), to(CUDA, x)))
-        assert torch.equal(out.cpu(), expected)
-        short = x.bfloat16()
-        expected = REFERENCE.linear_residual(codes, source, REFERENCE.prepare(weight, bias), gate, short)
-        out = run(config, lambda backend: backend.linear_residual(*given, to(CUDA, gate), to(CUDA, short)))
-        assert torch.equal(out.cpu(), expected)
-        tensors = operators._weight(*weights(layer))
-        out = run(config, lambda _: launch.plain(given[0], operand(given[1]), tensors, config))
+        for stream in (x, x.bfloat16()):
+            for then in (Residual(stream, gate), Residual(stream)):
+                expected = REFERENCE.linear(codes, source, REFERENCE.prepare(weight, bias), then)
+                out = run(config, lambda backend, then=then: backend.linear(*given, to(CUDA, then)))
+                assert torch.equal(out.cpu(), expected)
+        out = run(config, lambda backend: backend.linear(*given))
         assert torch.equal(out.cpu(), REFERENCE.linear(codes, source, REFERENCE.prepare(weight, bias)))
 
     @pytest.mark.parametrize(
@@ -290,11 +304,11 @@ class TestOnHopper:
         weight, bias = eight.weight(width, depth), eight.values(width)
         given = to(CUDA, padded(codes)), to(CUDA, source), TritonBackend().prepare(weight, bias).to(CUDA)
         run = Runs(monkeypatch, programs)
-        found = run(config, lambda backend: backend.linear_gelu(*given, to(CUDA, target)))
+        found = run(config, lambda backend: backend.linear(*given, Activation(to(CUDA, target))))
         hidden = REFERENCE.linear(codes, source, REFERENCE.prepare(weight, bias)).double()
         value = torch.nn.functional.gelu(hidden, approximate="tanh")
         assert_equal_up_to_ties(read(found, width, target), value, target)
-        ordinary = run(ORDINARY, lambda backend: backend.linear_gelu(*given, to(CUDA, target)))
+        ordinary = run(ORDINARY, lambda backend: backend.linear(*given, Activation(to(CUDA, target))))
         assert torch.equal(found, ordinary)
 
 
@@ -312,8 +326,7 @@ def test_a_tile_of_two_samples_is_the_other_kernels(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(tuning, "choose", choose)
     device = CUDA if torch.cuda.is_available() else CPU
     layer = TritonBackend().prepare(weight, None).to(device)
-    out = TritonBackend().linear_residual(
-        to(device, padded(codes)), to(device, source), layer, to(device, gate), to(device, x)
-    )
+    then = Residual(x, gate)
+    out = TritonBackend().linear(to(device, padded(codes)), to(device, source), layer, to(device, then))
     assert not chosen[0].hopper
-    assert torch.equal(out.cpu(), REFERENCE.linear_residual(codes, source, REFERENCE.prepare(weight, None), gate, x))
+    assert torch.equal(out.cpu(), REFERENCE.linear(codes, source, REFERENCE.prepare(weight, None), then))

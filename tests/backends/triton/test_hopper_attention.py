@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts import compiled_for_hopper, heads_of, read, to
+from layouts import as_projected, compiled_for_hopper, read, to, traced
 from operands import maker
-from test_cpu import assert_equal_up_to_ties, traced
+from ties import assert_equal_up_to_ties
 
 from poisoned import PoisonedTorch
 
@@ -17,12 +17,13 @@ pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
 
 from tqdit.backends.triton import candidates, hopper, launch, tuning
-from tqdit.backends.triton.backend import operand
 from tqdit.backends.triton.kernels.rounding import SOFTMAX, SOFTMAX_MERGED, UNIFORM
 from tqdit.backends.triton.layouts import Config
 from tqdit.errors import InputError
+from tqdit.ops.composed import split_heads
 from tqdit.ops.quantizer import dequantize, quantize
 from tqdit.ops.reference import Reference
+from tqdit.ops.tables import SCALE
 from tqdit.spec import Grid
 
 REFERENCE = Reference()
@@ -83,10 +84,10 @@ def test_no_other_device_runs_it() -> None:
     assert candidates.hopper_attention(CPU, 256, 72, False) == []
     make = maker(1)
     params, target = make.attention(2, Grid.UNIFORM), make.params()
-    given = heads_of(make.codes(1, 128, 3 * 128), 2)
-    operands = tuple(operand(p) for p in (*params.projections, params.softmax, target))
+    given = as_projected(make.codes(1, 128, 3 * 128), 3, 2)
+    operands = (*params.projections, params.softmax, target)
     with pytest.raises(InputError, match="compute capability"):
-        launch.attention(given.codes, 1, 128, 2, 64, operands, ONE)
+        launch.attend(given, None, None, 2, operands, ONE)
 
 
 def test_candidates_run_and_have_a_key_of_their_own(four_processors) -> None:
@@ -113,9 +114,9 @@ def test_what_the_kernel_is_given(four_processors, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(kernels.attention, "hopper_attention_kernel", Recorded())
     make, batch, tokens, heads = maker(4), 3, 256, 5
     params, target = make.attention(heads, Grid.UNIFORM, batch), make.params(lead=batch)
-    given = heads_of(make.codes(batch, tokens, 3 * heads * 72), heads)
-    operands = tuple(operand(p) for p in (*params.projections, params.softmax, target))
-    out = launch.attention(given.codes, batch, tokens, heads, 72, operands, ONE._replace(block_n=128))
+    given = as_projected(make.codes(batch, tokens, 3 * heads * 72), 3, heads)
+    operands = (*params.projections, params.softmax, target)
+    out = launch.attend(given, None, None, heads, operands, ONE._replace(block_n=128))
     grid, arguments, options = seen[0]
     assert out.shape == (batch, tokens, 368)  # 360, padded to 16 bytes
     assert grid == (8,)  # two for each of four multiprocessors
@@ -191,14 +192,13 @@ class TestOnHopper:
         params, target = make.attention(heads, grid, lead, merged), make.params(lead=lead, reach=2.0)
         qkv = make.codes(batch, tokens, 3 * width)
         trace = torch.full((batch, heads, tokens, tokens), 55, dtype=torch.int8, device=CUDA)
-        operands = tuple(operand(to(CUDA, p)) for p in (*params.projections, params.softmax, target))
-        given = heads_of(to(CUDA, qkv), heads)
-        sizes = given.codes, batch, tokens, heads, head_dim, operands, config
-        actual = launch.attention(*sizes, trace)
+        operands = tuple(to(CUDA, p) for p in (*params.projections, params.softmax, target))
+        given = as_projected(to(CUDA, qkv), 3, heads), None, None, heads, operands, config
+        actual = launch.attend(*given, trace)
         for _ in range(3):
-            assert torch.equal(launch.attention(*sizes)[..., :width], actual[..., :width])
+            assert torch.equal(launch.attend(*given)[..., :width], actual[..., :width])
         codes = traced(trace.cpu(), params.softmax)
-        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = split_heads(qkv, 3, heads)
         scores = dequantize(q, params.query).double() @ dequantize(k, params.key).double().transpose(-1, -2)
         assert_equal_up_to_ties(codes.int(), (scores * head_dim**-0.5).softmax(-1), params.softmax)
         attended = REFERENCE.values(codes, params.softmax, v, params.value).transpose(1, 2).flatten(2)
@@ -209,14 +209,15 @@ class TestOnHopper:
         """Sums of powers relative to the first slot's highest score overflow, and are made anew."""
         make, heads, tokens = maker(3), 2, 1024
         params, target = make.attention(heads, Grid.UNIFORM), make.params(reach=2.0)
-        large = params.query._replace(scale=params.query.scale * 200)
-        params = params._replace(query=large)
+        table = params.query.table.clone()
+        table[..., SCALE] *= 200
+        params = params._replace(query=params.query._replace(table=table))
         qkv = make.codes(1, tokens, 3 * heads * 72)
-        operands = tuple(operand(to(CUDA, p)) for p in (*params.projections, params.softmax, target))
-        given = heads_of(to(CUDA, qkv), heads)
+        operands = tuple(to(CUDA, p) for p in (*params.projections, params.softmax, target))
+        given = as_projected(to(CUDA, qkv), 3, heads)
         trace = torch.full((1, heads, tokens, tokens), 55, dtype=torch.int8, device=CUDA)
-        launch.attention(given.codes, 1, tokens, heads, 72, operands, config, trace)
-        q, k, _ = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        launch.attend(given, None, None, heads, operands, config, trace)
+        q, k, _ = split_heads(qkv, 3, heads)
         scores = dequantize(q, params.query).double() @ dequantize(k, params.key).double().transpose(-1, -2)
         first = scores[..., : config.block_k].amax(-1)
         assert ((scores.amax(-1) - first) * 72**-0.5 > 100).any()

@@ -77,10 +77,8 @@ def test_sums_are_exact(batch, tokens, k, n, zero, bits, packed, extreme, seed) 
     layer = on_device(run.prepare(WeightParams(weight.codes, torch.ones(1), bits), None))
     assert torch.equal(layer.unpacked().cpu(), weight.codes)
     x, gate = torch.zeros(batch, tokens, n, device=DEVICE), torch.ones(batch, n, device=DEVICE)
-    given, expected = (
-        (to(DEVICE, padded(codes)), to(DEVICE, source), layer),
-        (codes.long() - zero) @ weight.codes.long().t(),
-    )
+    given = to(DEVICE, padded(codes)), to(DEVICE, source), layer
+    expected = (codes.long() - zero) @ weight.codes.long().t()
     for then in (None, Residual(x, gate), Residual(x)):
         assert torch.equal(run.linear(*given, then).cpu(), expected.float())
 
@@ -213,18 +211,15 @@ def test_attention_of_what_the_linear_kernel_wrote(tokens: int, cross: bool) -> 
     params, target = make.attention(heads, Grid.UNIFORM), make.params(reach=2.0)
     weight = make.weight(3 * width, width)
     parts = [params.projections[:1], params.projections[1:]] if cross else [params.projections]
-    layers = [weight]
-    if cross:
-        layers = [
-            WeightParams(weight.codes[part], weight.scale[part], 8) for part in (slice(width), slice(width, None))
-        ]
+    places = [slice(width), slice(width, None)] if cross else [slice(None)]
+    layers = [WeightParams(weight.codes[place], weight.scale[place], 8) for place in places]
 
     def both(backend, given, device):
         found = []
         for layer, part in zip(layers, parts, strict=True):
             prepared = backend.prepare(layer, None).to(device)
-            targets = [to(device, p) for p in part]
-            found.append(backend.project(to(device, given), to(device, source), prepared, targets, heads))
+            there = [to(device, p) for p in part]
+            found.append(backend.project(to(device, given), to(device, source), prepared, there, heads))
         return backend.attend(found[0], to(device, params), to(device, target), found[1] if cross else None)
 
     expected = both(REFERENCE, codes, torch.device("cpu"))

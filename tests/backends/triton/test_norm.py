@@ -6,14 +6,14 @@ import pytest
 import torch
 from layouts import compiled_for_hopper, read, to
 from operands import maker
-from test_cpu import assert_equal_up_to_ties
+from ties import assert_equal_up_to_ties
 
 from poisoned import PoisonedTorch
 
 pytest.importorskip("triton")
 from tqdit.backends.triton import candidates, launch
-from tqdit.backends.triton.backend import operand
 from tqdit.backends.triton.layouts import NATIVE, Config
+from tqdit.ops.schema import Norm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDTH = 1152
@@ -42,7 +42,7 @@ def test_configurations_agree(monkeypatch, config: Config, batch: int, tokens: i
     wide = x.double() - x.double().mean(-1, keepdim=True)
     normal = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     value = normal * (1 + scale.double()[:, None]) + shift.double()[:, None]
-    given = to(DEVICE, x), to(DEVICE, shift), to(DEVICE, scale), 1e-6, operand(to(DEVICE, target))
+    given = to(DEVICE, x), Norm(to(DEVICE, shift), to(DEVICE, scale), 1e-6), to(DEVICE, target)
     found = read(launch.norm_quantize(*given, config), width)
     assert_equal_up_to_ties(found, value, target)
     if not NATIVE:  # a GPU sums in an order that depends on the configuration

@@ -174,6 +174,18 @@ def test_kernels_with_other_candidates_have_other_keys() -> None:
     assert all(config.block_m > 0 for config in candidates.float_input(FEW_ROWS + 1, 1152))
 
 
+def test_new_forms_have_keys_of_their_own() -> None:
+    """So that configurations found for a self-attention, or a layer with a gate, are neither taken nor replaced."""
+    own = tuning.attention_key(32, 256, 72, 0)
+    assert own == "attention 32x256x72, mode 0"
+    cross = {tuning.cross_attention_key(32, 256, keys, 72, 0, biased) for keys in (256, 77) for biased in (False, True)}
+    assert len(cross | {own}) == 5
+    assert tuning.cross_attention_key(32, 256, 77, 72, 0, True) == tuning.cross_attention_key(32, 256, 120, 72, 0, True)
+    epilogues = {tuning.residual(dtype, gated) for dtype in (torch.float32, torch.bfloat16) for gated in (False, True)}
+    assert epilogues > {"residual", "residual bfloat16"}
+    assert len(epilogues) == 4
+
+
 def test_committed_files_are_whole() -> None:
     files = list(tuning.TUNED.glob("*.json"))
     assert files

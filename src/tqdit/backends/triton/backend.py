@@ -9,6 +9,7 @@ from torch import nn
 from tqdit.backends.triton import operators
 from tqdit.backends.triton.layer import TritonLinear
 from tqdit.backends.triton.layouts import Projected
+from tqdit.ops.composed import FUNCTIONS
 from tqdit.ops.schema import Activation, AttentionParams, Norm, OperandParams, Residual, WeightParams
 
 STORED = 4, 6, 8  # bits of packed weights
@@ -54,7 +55,8 @@ class TritonBackend:
         heads: int,
     ) -> Projected:
         batch, tokens, _ = codes.shape
-        out = operators.project(codes, *_weight(layer), *operators.flatten(source, *targets), heads)
+        operands = operators.flatten(source, *(_per_head(target, heads) for target in targets))
+        out = operators.project(codes, *_weight(layer), *operands, heads)
         return Projected(out, batch, tokens, layer.shape[0] // len(targets) // heads)
 
     def attend(
@@ -65,10 +67,11 @@ class TritonBackend:
         context: Projected | None = None,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        operands = operators.flatten(*attention.projections, attention.softmax, target)
+        projections = (_per_head(params, attention.heads) for params in attention.projections)
+        operands = operators.flatten(*projections, attention.softmax, target)
         keys = (context or projected).tokens
         sizes = [projected.batch, projected.tokens, keys, attention.heads, projected.head_dim]
-        added = None if bias is None else bias.contiguous()
+        added = None if bias is None else bias.float().contiguous()
         return operators.attend(projected.codes, context.codes if context else None, added, sizes, *operands)
 
     def linear(
@@ -83,7 +86,8 @@ class TritonBackend:
             return operators.linear(codes, *weight, *operators.flatten(source))
         if isinstance(then, Residual):
             return operators.linear_residual(codes, *weight, *operators.flatten(source), then.x.contiguous(), then.gate)
-        assert then.function == "gelu_tanh", f"no kernel has the activation function '{then.function}'"
+        if then.function != "gelu_tanh":  # no kernel has it
+            return self.quantize(FUNCTIONS[then.function](self.linear(codes, source, layer)), then.target)
         return operators.linear_activation(codes, *weight, *operators.flatten(source, then.target))
 
     def float_input_linear(self, x: torch.Tensor, layer: TritonLinear) -> torch.Tensor:
@@ -96,6 +100,13 @@ class PackedTritonBackend(TritonBackend):
 
     NAME = "triton-packed"
     PACKED = True
+
+
+def _per_head(params: OperandParams, heads: int) -> OperandParams:
+    """Return an operand whose table has a unit per head, which kernels look up."""
+    if params.table.shape[1] == heads:
+        return params
+    return params._replace(table=params.table.expand(-1, heads, -1).contiguous())
 
 
 def _weight(layer: TritonLinear) -> tuple[list[torch.Tensor], list[int]]:
