@@ -115,6 +115,7 @@ class PixArt(PatchTransformer):
         return tuple(dict.fromkeys(name.partition("@")[0] for name in PUBLISHED))
 
     def shape_config(self, name: str) -> dict[str, Any]:
+        name = name.removesuffix("@256")
         if name not in PUBLISHED:
             raise InputError(f"unknown shape '{name}'; known: {', '.join(PUBLISHED)}")
         side, sizes = PUBLISHED[name]
