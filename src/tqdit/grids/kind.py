@@ -59,7 +59,7 @@ class Grid(str):
         """Return the shape of a site's scales."""
         return (groups, units, 2) if self.two_region else (groups, units)
 
-    def split(self, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def by_region(self, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return s1 and s2 of a site's scales, (groups, units) each; twice the same for one region."""
         return (scale[..., 0], scale[..., 1]) if self.two_region else (scale, scale)
 
@@ -105,7 +105,7 @@ class Grid(str):
 
     def columns(self, scale: torch.Tensor, zero_point: torch.Tensor | None, bits: int) -> Columns:
         """Return a site's parameters for the table that kernels read."""
-        s1, s2 = self.split(scale)
+        s1, s2 = self.by_region(scale)
         coarse = s2 if self.two_region else torch.ones_like(s1)
         zero = torch.zeros_like(s1) if zero_point is None else zero_point.to(s1.dtype)
         shift = self.merge_shift(scale, bits)

@@ -121,4 +121,4 @@ class TwoRegions(Grid):
         return fake_quantize(x, scale, coarse, bits, self)
 
     def merge_shift(self, scale: torch.Tensor, bits: int) -> torch.Tensor | None:
-        return merge_shift(*self.split(scale), bits, self)
+        return merge_shift(*self.by_region(scale), bits, self)

@@ -47,7 +47,7 @@ class Operand:
         """The values as they come back from their codes, under `scale` or the current one."""
         scale = self.scale if scale is None else scale
         grid = self.spec.grid
-        s1, s2 = map(self._broadcast, grid.split(scale))
+        s1, s2 = map(self._broadcast, grid.by_region(scale))
         return grid.fake_quantize(self.values, s1, s2, self._broadcast(self.zero_point), self.spec.bits)
 
     def by_row(self, tables: torch.Tensor) -> torch.Tensor:
