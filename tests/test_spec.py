@@ -2,6 +2,7 @@
 
 import pytest
 
+from tqdit.grids.registry import known
 from tqdit.spec import Granularity, Grid, IntFormat, Role, SiteSpec
 
 
@@ -20,7 +21,7 @@ def test_only_weights_and_mrq_sites_have_no_zero_point(solved) -> None:
 
 
 def test_two_region_grids() -> None:
-    assert [grid for grid in Grid if grid.two_region] == [Grid.MRQ_SOFTMAX, Grid.MRQ_GELU]
+    assert [grid for grid in known() if grid.two_region] == [Grid.MRQ_SOFTMAX, Grid.MRQ_GELU]
 
 
 def test_a_solution_lists_its_sites_in_the_order_of_the_model(solved) -> None:

@@ -7,29 +7,10 @@ from typing import Any
 
 import torch
 
+from tqdit.grids.formats import MAX_BITS, MIN_BITS, IntFormat  # noqa: F401  (legal bits of a site)
+from tqdit.grids.registry import Grid
 from tqdit.provenance import Provenance
 from tqdit.timegroups import TimeGroups
-
-MIN_BITS, MAX_BITS = 2, 8
-
-
-@dataclass(frozen=True)
-class IntFormat:
-    """Two's-complement integers of `bits` bits; all our codes are signed and fit int8.
-
-    The paper writes unsigned codes 0..2^k-1. Ours are the same grid with codes and zero point shifted down by
-    2^(k-1): integer matrix units take signed operands, and x - z is unchanged.
-    """
-
-    bits: int
-
-    @property
-    def qmin(self) -> int:
-        return -(1 << (self.bits - 1))
-
-    @property
-    def qmax(self) -> int:
-        return (1 << (self.bits - 1)) - 1
 
 
 class Role(StrEnum):
@@ -43,16 +24,6 @@ class Role(StrEnum):
     VALUE = "value"
     SOFTMAX = "softmax"  # left operand of P V
     GELU = "gelu"  # input of the second feed-forward layer
-
-
-class Grid(StrEnum):
-    UNIFORM = "uniform"
-    MRQ_SOFTMAX = "mrq_softmax"
-    MRQ_GELU = "mrq_gelu"
-
-    @property
-    def two_region(self) -> bool:
-        return self is not Grid.UNIFORM
 
 
 class Granularity(StrEnum):
@@ -83,6 +54,16 @@ class SiteSpec:
         return IntFormat(self.bits)
 
     @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """The shape of its scales."""
+        return self.grid.scale_shape(self.groups, self.units)
+
+    @property
+    def has_zero_point(self) -> bool:
+        """Whether it has zero points: an activation's, on a grid of one region."""
+        return not (self.is_weight or self.grid.two_region)
+
+    @property
     def is_weight(self) -> bool:
         return self.role in (Role.WEIGHT, Role.WEIGHT_ONLY)
 
@@ -98,6 +79,11 @@ class GridParams:
     spec: SiteSpec
     scale: torch.Tensor
     zero_point: torch.Tensor | None = None
+
+    @property
+    def merged(self) -> bool:
+        """Whether a two-region site takes one product in every time group."""
+        return self.spec.grid.merge_shift(self.scale, self.spec.bits) is not None
 
 
 @dataclass(frozen=True)

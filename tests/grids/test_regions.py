@@ -235,4 +235,4 @@ def test_a_site_is_merged_where_s2_is_a_small_power_of_two_times_s1(ratio: float
     s2 = s1 * 2
     s2[1, 0] = s1[1, 0] * ratio
     spec = SiteSpec("x", Role.GELU, 6, Grid.MRQ_GELU, groups=2, units=2)
-    assert regions.is_merged(GridParams(spec, torch.stack([s1, s2], -1))) is merged
+    assert GridParams(spec, torch.stack([s1, s2], -1)).merged is merged

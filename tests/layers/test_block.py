@@ -180,14 +180,13 @@ def test_a_context_is_made_for_all_timesteps(parts, begin, backend: str) -> None
     """Its tensors can be copied elsewhere and given back."""
     block, x, states = build(parts, backend), torch.randn(2, TOKENS, WIDTH), torch.randn(2, CONTEXT, DEPTH)
     first, second = (block.context(states, begin([t], [1, 2])) for t in (5, 900))
-    leaves = [pytree.tree_leaves(context) for context in (first, second)]
-    assert any(isinstance(leaf, torch.Tensor) for leaf in leaves[0])
-    kept = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves[0]]
-    expected = block(x, begin([900], [1, 2], second))
-    assert torch.equal(block(x, begin([900], [1, 2], first)), expected)
     copied = pytree.tree_map_only(torch.Tensor, torch.clone, first)
-    assert torch.equal(block(x, begin([900], [1, 2], copied)), expected)
-    for a, b in zip(leaves[0], kept, strict=True):
+    expected = block(x, begin([900], [1, 2], second))
+    for context in (first, copied):
+        assert torch.equal(block(x, begin([900], [1, 2], context)), expected)
+    before, after = (pytree.tree_leaves(context) for context in (copied, first))
+    assert any(isinstance(leaf, torch.Tensor) for leaf in after)
+    for a, b in zip(before, after, strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, "a call changed the context"
 
 
@@ -215,18 +214,22 @@ def test_a_stream_of_bf16_stays_bf16(parts, begin, backend: str) -> None:
 
 def test_adapters_add_to_the_layers_of_a_cross_attention(parts, begin) -> None:
     """Of "cross_kv" one has a place for each of its layers; key and value of a context then have it in them."""
-    lora = pytest.importorskip("peft.tuners.lora.layer").Linear
-    names = {"cross_q": ["attn2.to_q"], "cross_kv": ["attn2.to_k", "attn2.to_v"], "cross_out": ["attn2.to_out.0"]}
-    shapes = {"attn2.to_q": SHAPES["cross_q"], "attn2.to_out.0": SHAPES["cross_out"]}
-    shapes |= dict.fromkeys(names["cross_kv"], (WIDTH, DEPTH))
+    peft = pytest.importorskip("peft")
+    names = {"qkv": ["attn1.to_q", "attn1.to_k", "attn1.to_v"], "out": ["attn1.to_out.0"], "fc1": ["ff.net.0.proj"],
+             "cross_q": ["attn2.to_q"], "cross_kv": ["attn2.to_k", "attn2.to_v"], "cross_out": ["attn2.to_out.0"],
+             "fc2": ["ff.net.2"]}  # fmt: skip
+    shapes = {}
+    for layer, modules in names.items():
+        outputs, width = SHAPES[layer]
+        shapes |= dict.fromkeys(modules, torch.Size((outputs // len(modules), width)))
     block, x, states = build(parts, "cpu"), torch.randn(3, TOKENS, WIDTH), torch.randn(3, CONTEXT, DEPTH)
-    block.add_slots(names, {name: torch.Size(shape) for name, shape in shapes.items()})
+    block.add_slots(names, shapes)
     assert not block.adapted
     attention: Any = block.attn2
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["attn2.to_q", "attn2.to_v"])
+    peft.inject_adapter_in_model(config, block, "a")
     for name in ("to_q", "to_v"):
-        adapter = lora(getattr(attention, name), "a", r=2, lora_alpha=8)
-        torch.nn.init.normal_(adapter.lora_B["a"].weight, std=0.2)
-        setattr(attention, name, adapter.requires_grad_(False))
+        torch.nn.init.normal_(getattr(attention, name).lora_B["a"].weight, std=0.2)
     assert block.adapted
 
     def added(name: str, width: int, first: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -234,8 +237,10 @@ def test_adapters_add_to_the_layers_of_a_cross_attention(parts, begin) -> None:
         up, down = module.lora_B["a"].weight, module.lora_A["a"].weight
         return lambda x: F.pad(F.linear(F.linear(x, down), up) * 4, (first, width - first - WIDTH))
 
-    call = begin([999, 0, 260], [4, 7, 7], block.context(states, begin([999, 0, 260], [4, 7, 7])))
+    with torch.no_grad():
+        call = begin([999, 0, 260], [4, 7, 7], block.context(states, begin([999, 0, 260], [4, 7, 7])))
+        y = block(x, call)
     layers = {"cross_q": added("to_q", WIDTH, 0), "cross_kv": added("to_v", 2 * WIDTH, WIDTH)}
     expected, plain = ByHand(parts, call, layers)(x, states), ByHand(parts, call)(x, states)
-    assert_equal_but_for_codes(block(x, call), expected)
+    assert_equal_but_for_codes(y, expected)
     assert (expected - plain).abs().max() > 0.1 * plain.abs().max(), "the adapters would not show an error"

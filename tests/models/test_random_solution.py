@@ -121,11 +121,11 @@ def test_products(config, bits: str, number: str) -> None:
     assert len(sites) == 4
     if number == "one":
         assert all(params.spec.grid.two_region != bits.endswith("a8") for params in sites)
-        assert all(regions.is_merged(params) for params in sites if params.spec.grid.two_region)
+        assert all(params.merged for params in sites if params.spec.grid.two_region)
     else:
         gelu = [params for params in sites if params.spec.role is Role.GELU]
         assert all(params.spec.grid.two_region for params in sites)
-        assert not any(regions.is_merged(params) for params in gelu)
+        assert not any(params.merged for params in gelu)
 
 
 @pytest.mark.parametrize("bits", ["w8a8", "w6a6", "w2a4"])

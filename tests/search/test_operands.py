@@ -5,7 +5,7 @@ import torch
 
 from tqdit.calibration.statistics import RangeStats
 from tqdit.errors import InputError
-from tqdit.grids import regions, uniform
+from tqdit.grids import mrq_gelu, regions, uniform
 from tqdit.search import operands
 from tqdit.spec import Granularity, Grid, Role, SiteSpec
 
@@ -180,7 +180,7 @@ def test_heads_of_a_softmax_share_their_scale() -> None:
 def test_the_finest_merging_region_may_reach_exactly_as_far_as_asked() -> None:
     """s1 = s2 / 2 is as fine as asked, s1 = s2 / 4 would be finer, s1 = s2 coarser than needed."""
     fine, coarse = torch.tensor([[0.1]]), torch.tensor([[0.2]])
-    assert torch.equal(operands._merged_gelu(fine, coarse, 4), torch.stack([fine, coarse], -1))
+    assert torch.equal(mrq_gelu.finest_merged(fine, coarse, 4), torch.stack([fine, coarse], -1))
 
 
 @pytest.mark.parametrize("bits", range(4, 9))

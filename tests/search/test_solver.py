@@ -12,7 +12,7 @@ from tqdit.calibration.statistics import RangeStats
 from tqdit.calibration.store import Forgetful, InMemory
 from tqdit.calibration.trajectories import collect
 from tqdit.errors import InputError
-from tqdit.grids.regions import is_merged, merge_shift
+from tqdit.grids.regions import merge_shift
 from tqdit.plan import sites
 from tqdit.provenance import Provenance
 from tqdit.quality.metrics import sqnr_db
@@ -285,9 +285,9 @@ def two_region(solution) -> list:
 def test_one_product_merges_every_two_region_site(solved, bits: str, rounds: int) -> None:
     one = solved("plus", bits, rounds=rounds, **MRQ, **ONE)
     assert {params.spec.role for params in two_region(one)} == {Role.GELU, Role.SOFTMAX}
-    assert all(is_merged(params) for params in two_region(one))
+    assert all(params.merged for params in two_region(one))
     two = solved("plus", bits, rounds=rounds, **MRQ, **TWO)
-    assert not any(is_merged(params) for params in two_region(two) if params.spec.role is Role.GELU)
+    assert not any(params.merged for params in two_region(two) if params.spec.role is Role.GELU)
 
 
 def test_one_product_of_8_bits_is_uniform(model, solved) -> None:
@@ -302,7 +302,7 @@ def test_products_are_limited_for_each_operand_alone(solved, operand: str) -> No
     free = solved("plus", "w6a6", rounds=0, **MRQ, **TWO)
     for params, other in zip(two_region(limited), two_region(free), strict=True):
         if params.spec.role is Role(operand):
-            assert is_merged(params)
+            assert params.merged
         else:
             assert torch.equal(params.scale, other.scale)
     mixed = solved("plus", "w4a8", rounds=0, **TWO | {f"{operand}_products": "one"}, **{f"{operand}_grid": "best"})
@@ -316,7 +316,7 @@ def test_uniform_competes_with_merged_regions(model, records, tiny_recipe, negat
     x = torch.where(torch.rand(shape) < negative_share, -0.17 * torch.rand(shape), 2 * torch.rand(shape))
     solution = solution_of(model, with_input(records, name, x), tiny_recipe("plus", "w6a6", **ONE))
     assert solution.params[name].spec.grid is better
-    assert all(is_merged(params) for params in two_region(solution))
+    assert all(params.merged for params in two_region(solution))
 
 
 def test_each_group_has_its_own_exponent(model, records, tiny_recipe) -> None:

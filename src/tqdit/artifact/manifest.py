@@ -9,6 +9,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainValidator,
     StrictBool,
     StrictFloat,
     StrictInt,
@@ -34,11 +35,18 @@ class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _grid(name: Any) -> Grid:
+    """Return the grid of a name; pydantic reports the `ValueError` of another value."""
+    if not isinstance(name, str):
+        raise ValueError("a grid is given by its name")
+    return Grid(name)
+
+
 class _Site(_Entry):
     name: StrictStr
     role: Role
     bits: StrictInt
-    grid: Grid
+    grid: Annotated[Grid, PlainValidator(_grid)]
     granularity: Granularity
     groups: Size
     units: Size

@@ -208,12 +208,12 @@ def _take_params(spec: SiteSpec, tensors: dict[str, torch.Tensor]) -> GridParams
     """Scale and zero point of a site, checked for dtype, shape and range."""
     name = f"{spec.name}.scale"
     scale = _take(tensors, name)
-    shape = (spec.groups, spec.units, 2) if spec.grid.two_region else (spec.groups, spec.units)
+    shape = spec.scale_shape
     if scale.dtype != torch.float32 or tuple(scale.shape) != shape:
         raise InputError(f"tensor '{name}' is {scale.dtype} {tuple(scale.shape)}, expected torch.float32 {shape}")
     if not (torch.isfinite(scale).all() and (scale >= SMALLEST_SCALE).all()):
         raise InputError(f"tensor '{name}' has a scale that is not finite and positive, or is subnormal")
-    if spec.grid.two_region or spec.is_weight:
+    if not spec.has_zero_point:
         return GridParams(spec, scale)
     name = f"{spec.name}.zero_point"
     zero_point = _take(tensors, name)

@@ -15,7 +15,6 @@ from torch import nn
 from tqdit.backends import fused, native, onednn, operators, panels
 from tqdit.backends.onednn import SIGN, PackedLinear, PackedWeight
 from tqdit.backends.panels import PanelLinear
-from tqdit.grids.regions import sign
 from tqdit.ops import reference
 from tqdit.ops.composed import FUNCTIONS, Composed
 from tqdit.ops.holders import LinearCodes
@@ -49,7 +48,7 @@ class TorchCpu(Composed):
         sums = _sums(_planes(codes, source), source, layer.weight)
         if len(sums) == 1:
             return sums[0].mul_(p.scale * layer.scale).add_(layer.bias)
-        fine = sums[0].mul_(-sign(source.grid) * p.scale)
+        fine = sums[0].mul_(-source.grid.sign * p.scale)
         return sums[1].mul_(p.coarse).add_(fine).mul_(layer.scale).add_(layer.bias)
 
     def float_input_linear(self, x: torch.Tensor, layer: LinearCodes) -> torch.Tensor:
@@ -153,7 +152,7 @@ def _planes(codes: torch.Tensor, source: OperandParams) -> list[torch.Tensor]:
     if source.two_products:
         return [(-negative).to(torch.uint8), positive.to(torch.uint8)]
     half, factor = 1 << (source.bits - 1), parameters(source, codes.ndim).factor
-    return [(positive * factor + sign(source.grid) * negative + half).to(torch.uint8)]
+    return [(positive * factor + source.grid.sign * negative + half).to(torch.uint8)]
 
 
 def _sums(planes: list[torch.Tensor], source: OperandParams, weight: PackedWeight) -> list[torch.Tensor]:

@@ -146,7 +146,7 @@ class _Linear:
             raise refusal(f"codes of depth {depth} for a layer of depth {expected}")
         need(source.grid is not Grid.MRQ_SOFTMAX, "a linear layer on probabilities")
         if len(planes) != 1 + source.two_products:
-            raise refusal(f"{len(planes)} planes of codes for a grid of {source.grid.value}")
+            raise refusal(f"{len(planes)} planes of codes for a grid of {source.grid}")
         self.shape = batch, tokens, columns
         self.source = operand(source, batch)
         self.struct = LinearCall(

@@ -15,7 +15,7 @@ from tqdit.backends.panels import PanelWeight
 from tqdit.ops.schema import AttentionParams, Norm, OperandParams, Residual
 from tqdit.spec import Grid
 
-GRIDS = tuple(Grid)
+GRIDS = (Grid.UNIFORM, Grid.MRQ_SOFTMAX, Grid.MRQ_GELU)
 PANELS, ONEDNN, CODES = range(3)
 
 Flat = tuple[list[Tensor], list[int]]

@@ -146,6 +146,7 @@ def operand(params: OperandParams, batch: int, units: int = 1) -> Operand:
         raise refusal(f"parameters of {rows} samples of {entries} for {batch} samples of {units}")
     if not MIN_BITS <= params.bits <= MAX_BITS:
         raise refusal(f"codes of {params.bits} bits")
+    need(params.grid in (Grid.UNIFORM, Grid.MRQ_SOFTMAX, Grid.MRQ_GELU), f"codes on the grid '{params.grid}'")
     grid = 0 if params.grid is Grid.UNIFORM else 2 if params.merged else 1
     strides = 0 if rows == 1 else entries * COLUMNS, 0 if entries == 1 else COLUMNS
     found = Operand(address(table, torch.float32), *strides, grid, params.bits)

@@ -5,16 +5,15 @@ codes are negative values) and sign = -1 after softmax (all values are positive;
 A value belongs to exactly one region, so the two products of a matmul have disjoint supports.
 """
 
+from collections.abc import Iterable
+
 import torch
 
-from tqdit.spec import Grid, GridParams, IntFormat
+from tqdit.grids import uniform
+from tqdit.grids.formats import IntFormat
+from tqdit.grids.kind import Grid
 
 GELU_MINIMUM = 0.17  # max |gelu(x)| for x < 0, TQ-DiT's fixed extent of the negative region
-
-
-def sign(grid: Grid) -> int:
-    """Sign of a decoded region-1 code."""
-    return -1 if grid is Grid.MRQ_SOFTMAX else 1
 
 
 def coarse_softmax_scale(bits: int) -> float:
@@ -41,7 +40,7 @@ def quantize(x: torch.Tensor, s1: torch.Tensor, s2: torch.Tensor, bits: int, gri
 def dequantize(codes: torch.Tensor, s1: torch.Tensor, s2: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Values of codes, fp32."""
     value = codes.float()
-    return value * torch.where(value < 0, sign(grid) * s1, s2)
+    return value * torch.where(value < 0, grid.sign * s1, s2)
 
 
 def fake_quantize(x: torch.Tensor, s1: torch.Tensor, s2: torch.Tensor, bits: int, grid: Grid) -> torch.Tensor:
@@ -83,13 +82,43 @@ def merging_exponents(bits: int, grid: Grid) -> range:
     return range(((255 + lowest) // fmt.qmax).bit_length())
 
 
-def is_merged(params: GridParams) -> bool:
-    """Whether a two-region site takes one product in every time group."""
-    spec = params.spec
-    return merge_shift(params.scale[..., 0], params.scale[..., 1], spec.bits, spec.grid) is not None
-
-
 def softmax_exponents(bits: int, merging: bool = False) -> range:
     """Candidates i of s1 = s2 2^-i. The last one has steps s1 of about 2^-17, finer than any
     probability needs. `merging`: only those whose regions merge."""
     return range(1, merging_exponents(bits, Grid.MRQ_SOFTMAX).stop if merging else 19 - bits)
+
+
+def with_fine(coarse: torch.Tensor, exponents: Iterable[int]) -> torch.Tensor:
+    """(s1, s2) of every s2 in `coarse` (n, ...) and s1 = s2 2^-i, exact: (exponents x n, ..., 2).
+
+    The powers are numbers, not a tensor's approximate ones. An s2 that is so small that some s1 would be subnormal is
+    raised until none is.
+    """
+    powers = [2.0**-exponent for exponent in exponents]
+    coarse = coarse.clamp(min=uniform.SMALLEST / min(powers))
+    return torch.cat([torch.stack([coarse * power, coarse], -1) for power in powers])
+
+
+class TwoRegions(Grid):
+    """What the grids of two regions have in common."""
+
+    label = "MRQ"
+    two_region = True
+
+    def quantize(
+        self, x: torch.Tensor, scale: torch.Tensor, coarse: torch.Tensor, zero_point: torch.Tensor, bits: int
+    ) -> torch.Tensor:
+        return quantize(x, scale, coarse, bits, self)
+
+    def dequantize(
+        self, codes: torch.Tensor, scale: torch.Tensor, coarse: torch.Tensor, zero_point: torch.Tensor
+    ) -> torch.Tensor:
+        return dequantize(codes, scale, coarse, self)
+
+    def fake_quantize(
+        self, x: torch.Tensor, scale: torch.Tensor, coarse: torch.Tensor, zero_point: torch.Tensor, bits: int
+    ) -> torch.Tensor:
+        return fake_quantize(x, scale, coarse, bits, self)
+
+    def merge_shift(self, scale: torch.Tensor, bits: int) -> torch.Tensor | None:
+        return merge_shift(*self.by_region(scale), bits, self)

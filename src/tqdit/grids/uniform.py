@@ -1,12 +1,13 @@
 """The uniform quantizer (METHOD eqs. for Q_k^u), the project's rounding rule, and the scale of a unit without a range.
 
-Codes are signed (see `spec.IntFormat`); one rounding rule everywhere: half to even, as torch.
+Codes are signed (see `formats.IntFormat`); one rounding rule everywhere: half to even, as torch.
 """
 
 import torch
 
 from tqdit.errors import InputError
-from tqdit.spec import IntFormat
+from tqdit.grids.formats import IntFormat
+from tqdit.grids.kind import Grid
 
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # of what a scale can be
 
@@ -81,3 +82,36 @@ def multiples(scale: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 def factors(low: float, high: float, count: int) -> torch.Tensor:
     """`count` multiples of the min-max scale from `low` to `high`, the last step containing exactly `high`."""
     return torch.linspace(low, min(high, LARGEST), count)
+
+
+class Uniform(Grid):
+    """The uniform grid: x = scale (q - zero_point)."""
+
+    label = "uniform"
+
+    def initial(
+        self, low: torch.Tensor, high: torch.Tensor, bits: int, site: str, merging: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return min-max scale and zero point."""
+        return minmax_asymmetric(low, high, bits, site)
+
+    def candidates(
+        self, base: torch.Tensor, current: torch.Tensor, steps: torch.Tensor, bits: int, merging: bool = False
+    ) -> list[torch.Tensor]:
+        """Return multiples of the min-max scale."""
+        return [multiples(base, steps)]
+
+    def quantize(
+        self, x: torch.Tensor, scale: torch.Tensor, coarse: torch.Tensor, zero_point: torch.Tensor, bits: int
+    ) -> torch.Tensor:
+        return quantize(x, scale, zero_point, bits)
+
+    def dequantize(
+        self, codes: torch.Tensor, scale: torch.Tensor, coarse: torch.Tensor, zero_point: torch.Tensor
+    ) -> torch.Tensor:
+        return dequantize(codes, scale, zero_point)
+
+    def fake_quantize(
+        self, x: torch.Tensor, scale: torch.Tensor, coarse: torch.Tensor, zero_point: torch.Tensor, bits: int
+    ) -> torch.Tensor:
+        return fake_quantize(x, scale, zero_point, bits)

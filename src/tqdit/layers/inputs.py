@@ -117,6 +117,9 @@ def mask_bias(x: torch.Tensor, mask: Any, tokens: int) -> torch.Tensor | None:
         raise InputError(f"encoder_attention_mask has shape {tuple(mask.shape)}, the batch needs {needed}")
     if mask.is_complex() or (mask.ndim == 3 and mask.dtype not in FLOATS):
         raise InputError(f"encoder_attention_mask of {mask.ndim} axes cannot be {mask.dtype}")
+    check_no_gradient("encoder_attention_mask", mask)
+    if not torch.compiler.is_compiling():
+        check_values("encoder_attention_mask", mask)
     mask = mask.to(x.device)
     return mask[:, 0].float().contiguous() if mask.ndim == 3 else (1 - mask.float()) * DISCARD
 
@@ -134,6 +137,11 @@ def sizes(x: torch.Tensor, given: Any) -> dict[str, torch.Tensor]:
         if not isinstance(value, torch.Tensor) or value.numel() != columns * x.shape[0]:
             shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise InputError(f"added_cond_kwargs['{name}'] is {shape}, the batch needs ({x.shape[0]}, {columns})")
+        if value.dtype not in FLOATS and value.dtype not in INTEGERS:
+            raise InputError(f"added_cond_kwargs['{name}'] must be real numbers, not {value.dtype}")
+        check_no_gradient(name, value)
+        if not torch.compiler.is_compiling():
+            check_values(name, value)
         checked[name] = value.to(x.device)
     return checked
 

@@ -6,9 +6,8 @@ from typing import cast
 import torch
 
 from tqdit.errors import InputError
-from tqdit.grids.regions import is_merged
 from tqdit.ops.schema import Backend
-from tqdit.spec import Grid, GridParams, Role
+from tqdit.spec import GridParams, Role
 
 # Name -> module with `BACKEND`, a class, and, where it cannot run everywhere, `unavailable(device) -> reason or None`.
 BACKENDS = {
@@ -64,8 +63,8 @@ def kernel_name(params: GridParams, backend: Backend) -> str:
     spec = params.spec
     operation = _OPERATIONS[spec.role]
     detail = backend.kernel(operation)
-    if backend.INTEGER and spec.grid is not Grid.UNIFORM:
-        detail += ", 1 merged product" if is_merged(params) else ", 2 products"
+    if backend.INTEGER and spec.grid.two_region:
+        detail += ", 1 merged product" if params.merged else ", 2 products"
     return f"{backend.NAME}.{operation}[{detail}]"
 
 

@@ -2,7 +2,6 @@
 
 import torch
 
-from tqdit.grids import regions, uniform
 from tqdit.ops.schema import OperandParams
 from tqdit.ops.tables import parameters
 
@@ -10,14 +9,10 @@ from tqdit.ops.tables import parameters
 def quantize(x: torch.Tensor, params: OperandParams) -> torch.Tensor:
     """Return the codes of x, int8, in its shape: (B, N, C) or (B, H, N, d)."""
     p = parameters(params, x.ndim)
-    if params.grid.two_region:
-        return regions.quantize(x, p.scale, p.coarse, params.bits, params.grid)
-    return uniform.quantize(x, p.scale, p.zero_point, params.bits)
+    return params.grid.quantize(x, p.scale, p.coarse, p.zero_point, params.bits)
 
 
 def dequantize(codes: torch.Tensor, params: OperandParams) -> torch.Tensor:
     """Return the values of codes, fp32."""
     p = parameters(params, codes.ndim)
-    if params.grid.two_region:
-        return regions.dequantize(codes, p.scale, p.coarse, params.grid)
-    return uniform.dequantize(codes, p.scale, p.zero_point)
+    return params.grid.dequantize(codes, p.scale, p.coarse, p.zero_point)

@@ -9,7 +9,6 @@ import functools
 import torch
 from torch.library import custom_op
 
-from tqdit.grids.regions import sign
 from tqdit.ops.composed import Composed
 from tqdit.ops.holders import LinearCodes
 from tqdit.ops.schema import OperandParams, WeightParams
@@ -104,9 +103,9 @@ def _two_regions(
 ) -> torch.Tensor:
     """Return the value of the two accumulators of an MRQ operand, times the other operand's scale."""
     if params.merged:
-        acc = positive * p.factor + sign(params.grid) * negative
+        acc = positive * p.factor + params.grid.sign * negative
         return acc.float().mul_(p.scale * other)
-    fine = negative.float() * (sign(params.grid) * p.scale)
+    fine = negative.float() * (params.grid.sign * p.scale)
     return (positive.float() * p.coarse).add_(fine).mul_(other)
 
 

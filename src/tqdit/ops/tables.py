@@ -4,13 +4,11 @@ from typing import NamedTuple
 
 import torch
 
-from tqdit.grids.regions import merge_shift
 from tqdit.ops.schema import OperandParams
-from tqdit.spec import Grid, GridParams
+from tqdit.spec import GridParams
 
 COLUMNS = 8
 SCALE, COARSE, ZERO, FACTOR, INVERSE, INVERSE_COARSE = range(6)  # columns; two more are zeros
-OFFSET = 128  # what is taken from the unsigned integer of merged regions to make it int8
 
 
 class Parameters(NamedTuple):
@@ -33,17 +31,11 @@ def operand(params: GridParams) -> OperandParams:
     stored as the code -128, so their zero point is 2^(k-1) - 128.
     """
     spec = params.spec
-    scale, coarse, shift = params.scale, torch.ones_like(params.scale), None
-    if spec.grid.two_region:
-        scale, coarse = params.scale.unbind(-1)
-        shift = merge_shift(scale, coarse, spec.bits, spec.grid)
-    zero = torch.zeros_like(scale) if params.zero_point is None else params.zero_point.to(scale.dtype)
+    scale, coarse, zero, ratio = spec.grid.columns(params.scale, params.zero_point, spec.bits)
     nothing = torch.zeros_like(scale)
-    factor = nothing if shift is None else (1 << shift).to(scale.dtype)
-    if shift is not None and spec.grid is Grid.MRQ_GELU:
-        zero = torch.full_like(zero, (1 << (spec.bits - 1)) - OFFSET)
+    factor = nothing if ratio is None else ratio.to(scale.dtype)
     columns = [scale, coarse, zero, factor, 1 / scale, 1 / coarse, nothing, nothing]
-    return OperandParams(spec.grid, spec.bits, torch.stack(columns, dim=-1).contiguous(), shift is not None)
+    return OperandParams(spec.grid, spec.bits, torch.stack(columns, dim=-1).contiguous(), ratio is not None)
 
 
 def parameters(params: OperandParams, ndim: int) -> Parameters:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdit.quality.comparison import Comparison, ModelRow
-from tqdit.spec import Granularity, Grid, Role, SiteSpec
+from tqdit.spec import Granularity, Role, SiteSpec
 
 NOTHING = "–"
 ROLES = {
@@ -19,7 +19,6 @@ ROLES = {
     Role.SOFTMAX: "Post-softmax probabilities",
     Role.GELU: "Post-GELU activations",
 }
-GRIDS = {Grid.UNIFORM: "uniform", Grid.MRQ_SOFTMAX: "MRQ", Grid.MRQ_GELU: "MRQ"}
 SHARED = {
     Granularity.PER_TENSOR: "per tensor",
     Granularity.PER_CHANNEL: "per channel",
@@ -123,7 +122,7 @@ def _phrases(sites: Sequence[SiteSpec], role: Role) -> list[tuple[str, str]]:
     counts = Counter((s.bits, s.grid, s.granularity, s.groups) for s in sites if s.role is role)
     return [
         (
-            f"{count} × {bits}-bit {GRIDS[grid]}",
+            f"{count} × {bits}-bit {grid.label}",
             SHARED[granularity] + (f", {groups} time groups" if groups > 1 else ""),
         )
         for (bits, grid, granularity, groups), count in counts.items()

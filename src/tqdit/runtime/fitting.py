@@ -79,9 +79,9 @@ def _check_site(solution: Solution, found: SiteSpec, expected: SiteSpec, timed: 
 
 def _check_shapes_of_params(params: GridParams) -> None:
     found = params.spec
-    if (params.zero_point is None) != (found.is_weight or found.grid.two_region):
+    if (params.zero_point is not None) != found.has_zero_point:
         raise InputError(f"site '{found.name}' has {'no' if params.zero_point is None else 'a'} zero_point")
-    shape = (found.groups, found.units, 2) if found.grid.two_region else (found.groups, found.units)
+    shape = found.scale_shape
     for what, tensor in (("scale", params.scale), ("zero_point", params.zero_point)):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise InputError(f"site '{found.name}' has a {what} of shape {tuple(tensor.shape)}, not {shape}")

@@ -8,6 +8,9 @@ from tqdit.backends.triton import unavailable
 from tqdit.recipe import Recipe
 from tqdit.search.objectives import MatmulObjective
 from tqdit.search.operands import Operand
+from tqdit.spec import Grid
+
+KERNEL_GRIDS = (Grid.UNIFORM, Grid.MRQ_SOFTMAX, Grid.MRQ_GELU)
 
 # Stack of scale tables of the searched operand (K, groups, units[, 2]) -> losses (K, groups, units).
 LossOf = Callable[[torch.Tensor], torch.Tensor]
@@ -20,8 +23,7 @@ def alternate(objective: MatmulObjective, a: Operand, b: Operand, recipe: Recipe
     could change nothing: a choice is a function of the other operand's scale, and a tie keeps the current one. `b` has
     one region. Returns both operands and the final loss.
     """
-    device = a.values.device
-    loss = loss_of_steps if device.type == "cuda" and unavailable(device) is None else loss_of_values
+    loss = loss_of_steps if _has_kernels(a, b) else loss_of_values
     base_a, base_b = a.scale, b.scale
     for turn in range(recipe.rounds):
         former_a, former_b = a.scale, b.scale
@@ -32,6 +34,13 @@ def alternate(objective: MatmulObjective, a: Operand, b: Operand, recipe: Recipe
         if torch.equal(a.scale, former_a):
             break
     return a, b, float(loss(objective, a, b, a)(a.scale[None]).sum())
+
+
+def _has_kernels(*operands: Operand) -> bool:
+    """Whether a GPU and kernels for it compute the losses of these operands."""
+    device = operands[0].values.device
+    known = all(operand.spec.grid in KERNEL_GRIDS for operand in operands)
+    return device.type == "cuda" and unavailable(device) is None and known
 
 
 def loss_of_values(objective: MatmulObjective, a: Operand, b: Operand, searched: Operand) -> LossOf:

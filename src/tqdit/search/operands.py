@@ -1,14 +1,13 @@
 """One operand of a matmul under search: its float values, its current parameters, and how to try others."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 
 from tqdit.calibration.statistics import RangeStats
-from tqdit.grids import regions, uniform
+from tqdit.grids import uniform
 from tqdit.recipe import Recipe
-from tqdit.spec import Grid, Role, SiteSpec
+from tqdit.spec import Role, SiteSpec
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Operand:
     @property
     def independent_regions(self) -> bool:
         """Whether two regions have scales without a common step; each is searched by itself."""
-        return self.spec.grid is Grid.MRQ_GELU and not self.merging
+        return self.spec.grid.independent_regions and not self.merging
 
     def _broadcast(self, table: torch.Tensor) -> torch.Tensor:
         """(groups, units) -> a shape that broadcasts to `values`."""
@@ -47,11 +46,9 @@ class Operand:
     def fake(self, scale: torch.Tensor | None = None) -> torch.Tensor:
         """The values as they come back from their codes, under `scale` or the current one."""
         scale = self.scale if scale is None else scale
-        bits, grid = self.spec.bits, self.spec.grid
-        if grid.two_region:
-            s1, s2 = self._broadcast(scale[..., 0]), self._broadcast(scale[..., 1])
-            return regions.fake_quantize(self.values, s1, s2, bits, grid)
-        return uniform.fake_quantize(self.values, self._broadcast(scale), self._broadcast(self.zero_point), bits)
+        grid = self.spec.grid
+        s1, s2 = map(self._broadcast, grid.by_region(scale))
+        return grid.fake_quantize(self.values, s1, s2, self._broadcast(self.zero_point), self.spec.bits)
 
     def by_row(self, tables: torch.Tensor) -> torch.Tensor:
         """(K, groups, units) -> (K, n): what the values' rows use, or each matrix of attention, contiguous."""
@@ -86,16 +83,8 @@ class Operand:
         Softmax: s1 = s2 2^-i. The tables of region 2 keep the current region 1, so ask again after each choice.
         Merging: fewer i after softmax; after GELU every multiple of s2 with every i, as one stack.
         """
-        if self.spec.grid is Grid.MRQ_SOFTMAX:
-            return [_with_fine(base[None, ..., 1], regions.softmax_exponents(self.spec.bits, self.merging))]
         steps = uniform.factors(recipe.low, recipe.high, recipe.candidates).to(base.device)[:, None, None]
-        if not self.spec.grid.two_region:
-            return [uniform.multiples(base, steps)]
-        fine, coarse = (uniform.multiples(base[..., region], steps) for region in (0, 1))
-        if not self.independent_regions:
-            return [_with_fine(coarse, regions.merging_exponents(self.spec.bits, self.spec.grid))]
-        current = self.scale.expand(len(steps), *self.scale.shape)
-        return [torch.stack([fine, current[..., 1]], -1), torch.stack([current[..., 0], coarse], -1)]
+        return self.spec.grid.candidates(base, self.scale, steps, self.spec.bits, self.merging)
 
     def with_scale(self, scale: torch.Tensor) -> "Operand":
         return replace(self, scale=scale)
@@ -113,17 +102,6 @@ def _summed(values: torch.Tensor, index: torch.Tensor, count: int) -> torch.Tens
     return values.new_zeros(count, *values.shape[1:]).index_add_(0, index, values)
 
 
-def _with_fine(coarse: torch.Tensor, exponents: Iterable[int]) -> torch.Tensor:
-    """(s1, s2) of every s2 in `coarse` (n, ...) and s1 = s2 2^-i, exact: (exponents x n, ..., 2).
-
-    The powers are numbers, not a tensor's approximate ones. An s2 that is so small that some s1 would be subnormal is
-    raised until none is.
-    """
-    powers = [2.0**-exponent for exponent in exponents]
-    coarse = coarse.clamp(min=uniform.SMALLEST / min(powers))
-    return torch.cat([torch.stack([coarse * power, coarse], -1) for power in powers])
-
-
 def activation(
     spec: SiteSpec, values: torch.Tensor, group: torch.Tensor, ranges: RangeStats, merging: bool = False
 ) -> Operand:
@@ -134,7 +112,9 @@ def activation(
     pooled = ranges.pooled(spec.groups)
     ranges.check_finite(spec.name)
     lead = group if spec.groups > 1 else torch.zeros_like(group)
-    scale, zero_point = _initial(spec, pooled, merging)
+    # Probabilities are in [0, 1] whatever was seen.
+    low = torch.zeros_like(pooled.low) if spec.role is Role.SOFTMAX else pooled.low
+    scale, zero_point = spec.grid.initial(low, pooled.high, spec.bits, spec.name, merging)
     unit = torch.arange(spec.units) if spec.units > 1 else torch.zeros(1, dtype=torch.int64)
     unit = unit.to(values.device)
     return Operand(spec, values, lead, unit, scale, zero_point, merging)
@@ -156,31 +136,3 @@ def weight(specs: list[SiteSpec], weights: list[torch.Tensor]) -> Operand:
     zeros = torch.zeros_like(scale, dtype=torch.int32)
     lead = torch.zeros(1, dtype=torch.int64, device=values.device)
     return Operand(specs[0], values, lead, torch.cat(unit).to(values.device), scale, zeros)
-
-
-def _initial(spec: SiteSpec, ranges: RangeStats, merging: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Min-max scale and zero point. The GELU's negative region has its fixed extent; softmax starts mid-range."""
-    zero = torch.zeros_like(ranges.low, dtype=torch.int32)
-    top = 1 << (spec.bits - 1)
-    if spec.grid is Grid.MRQ_SOFTMAX:
-        coarse = torch.full_like(ranges.high, regions.coarse_softmax_scale(spec.bits))
-        exponent = min(spec.bits // 2, regions.softmax_exponents(spec.bits, merging).stop - 1)
-        return _with_fine(coarse, [exponent]), zero
-    if spec.grid is Grid.MRQ_GELU:
-        fine = torch.full_like(ranges.high, regions.GELU_MINIMUM / top)
-        # Where no value was positive, one that is after all is as near 0 as negative values are.
-        coarse = uniform.scale_of(ranges.high.clamp(min=0) / (top - 1), spec.name, otherwise=fine)
-        return _merged_gelu(fine, coarse, spec.bits) if merging else torch.stack([fine, coarse], -1), zero
-    if spec.role is Role.SOFTMAX:  # probabilities are in [0, 1] whatever was seen
-        ranges = RangeStats(torch.zeros_like(ranges.low), ranges.high)
-    return uniform.minmax_asymmetric(ranges.low, ranges.high, spec.bits, spec.name)
-
-
-def _merged_gelu(fine: torch.Tensor, coarse: torch.Tensor, bits: int) -> torch.Tensor:
-    """The finest merging regions that reach as far as s1 = `fine` and s2 = `coarse` do: (groups, units, 2)."""
-    coarse = torch.maximum(fine, coarse)
-    found = coarse
-    for exponent in regions.merging_exponents(bits, Grid.MRQ_GELU):
-        smaller = coarse * 2.0**-exponent
-        found = torch.where(smaller >= fine, smaller, found)
-    return torch.stack([found, coarse], -1)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from tqdit.architectures.interface import Linear
 from tqdit.architectures.registry import architecture, graph
-from tqdit.grids.regions import is_merged
 from tqdit.spec import Role, Solution
 
 
@@ -47,7 +46,7 @@ def count_operations(solution: Solution, batch: int, context: int = 0) -> Operat
                 once += count  # Q K^T, whose operands have one region
             params = solution.params[left.name]
             once += count
-            again += count * (params.spec.grid.two_region and not is_merged(params))
+            again += count * (params.spec.grid.two_region and not params.merged)
     return Operations(once, once + again, _weight_only_bytes(solution))
 
 
