@@ -174,7 +174,7 @@ def held_out(
     total = source.num_timesteps
     wanted = min(total, max(50, 2 * groups))
     steps = next(n for n in range(wanted, total + 1) if total % n == 0)  # a divisor, so that the last group is visited
-    recipe = Recipe.build(
+    recipe = Recipe(
         groups=groups,
         samples=samples,
         trajectories=samples,

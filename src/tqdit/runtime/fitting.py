@@ -24,7 +24,7 @@ from tqdit.spec import MAX_BITS, MIN_BITS, Granularity, Grid, GridParams, Role, 
 LEAST_ACTIVATION_BITS = 4
 PATCHES = "pos_embed.proj.weight"
 GRIDS = {Role.SOFTMAX: (Grid.MRQ_SOFTMAX, Grid.UNIFORM), Role.GELU: (Grid.MRQ_GELU, Grid.UNIFORM)}  # else uniform
-PER_CHANNEL = Recipe.build("paper", groups=1, weight_granularity="per_channel")  # for the number of channels
+PER_CHANNEL = Recipe("paper", groups=1, weight_granularity="per_channel")  # for the number of channels
 FIELDS = ("role", "grid", "granularity", "groups", "units")
 
 
