@@ -13,7 +13,8 @@ from tqdit.sampling.sampler import Sampling, make_scheduler, noise_generators, t
 
 
 def equal(a, b) -> bool:
-    return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(a)]
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
 
 
 @pytest.fixture

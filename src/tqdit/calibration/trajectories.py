@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from tqdit.calibration.batches import Batches
 from tqdit.calibration.records import join
+from tqdit.calibration.states import CalibrationSet
 from tqdit.calibration.store import Forgetful, Store
 from tqdit.errors import InputError
 from tqdit.recipe import Recipe
@@ -32,23 +32,6 @@ from tqdit.timegroups import TimeGroups
 # settings are two. A core of a CPU is no slower with few.
 BATCH = {"cuda": 16, "cpu": 5}
 CALIBRATION_STREAM = 250_000  # noise streams start here: images i < 250,000 of the same seed have other noise
-
-
-@dataclass(frozen=True)
-class CalibrationSet:
-    """Samples of the float model's trajectories, ordered by group. x: (S, C, H, W) fp32; t, labels, group: (S,).
-
-    `step_weight` (S,): how much an error of epsilon at t moves the sampler's next state, see `sampler.step_weights`.
-    """
-
-    x: torch.Tensor
-    t: torch.Tensor
-    labels: torch.Tensor
-    group: torch.Tensor
-    step_weight: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.t)
 
 
 def collect(
@@ -162,7 +145,8 @@ def _ordered(
     pairs = list(zip(found["t"].tolist(), found["trajectory"].tolist(), strict=True))
     order = torch.tensor(sorted(range(len(pairs)), key=pairs.__getitem__))
     t = found["t"][order]
-    return CalibrationSet(found["x"][order], t, labels[found["trajectory"][order]], groups.index(t), weights[t])
+    chosen = labels[found["trajectory"][order]]
+    return CalibrationSet(found["x"][order], t, chosen, groups.index(t), weights[t], time_groups=groups)
 
 
 def _num_trajectories(recipe: Recipe, groups: TimeGroups, visited: torch.Tensor, classes: int) -> int:
