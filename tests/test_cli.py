@@ -164,7 +164,7 @@ def test_resumable_continues_what_was_interrupted(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(workflow, "solve", stop)
+        patch.setattr("tqdit.search.solver.solve", stop)
         code, _, err = run("quantize", pipeline, "-o", out, "--resumable", *PAPER, *FAST)
         assert code == 130
         assert re.search(r"the same command goes on from out\.work \(\d+\.\d MB kept\)\n$", err)
@@ -287,7 +287,7 @@ def test_help_is_readable_at_80_columns(run: Callable, command: list[str]) -> No
 def test_help_shows_the_defaults_of_both_presets(run: Callable) -> None:
     out = " ".join(run("quantize", "-h")[1].split())
     for preset in ("plus", "paper"):
-        recipe = Recipe.build(preset)
+        recipe = Recipe(preset)
         for name in ("groups", "samples", "steps", "sampler", "guidance", "rounds"):
             text = out.partition(f"--{name} <")[2].partition(" --")[0]
             assert text.endswith(f"default {getattr(recipe, name)}")
@@ -332,11 +332,12 @@ def test_summary_of_quantize(run: Callable, pipeline: Path, tmp_path: Path, monk
     quick = [option for option in FAST if option != "--quiet"]
     code, out, err = run("quantize", pipeline, "-o", "new", *quick)
     assert code == 0
-    first, second, third = out.splitlines()
+    first, second, third, fourth = out.splitlines()
     assert re.fullmatch(r"new: tiny-dit w8a8 plus, calibrated in \d+ s, process peak \d+\.\d\d GiB", first)
     size = r"0\.\d\d MB: 0\.\d{3} of the float32 file, 0\.\d{3} of bf16, 0\.\d{3} of fp32"
     assert re.fullmatch(size, second)
     assert third == "next: tqdit sample new -o grid.png"
+    assert fourth == f"      tqdit compare {pipeline} new"
     assert [line.partition(":")[0] for line in err.splitlines() if ": 0 %" in line] == [
         "trajectories", "statistics", "search",
     ]  # fmt: skip
@@ -345,23 +346,23 @@ def test_summary_of_quantize(run: Callable, pipeline: Path, tmp_path: Path, monk
 
 
 def test_notes_are_one_line(run: Callable, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def assume(*_: object) -> dict:
+    def assume(*_: object, **__: object) -> dict:
         warnings.warn("the model names no scheduler; the schedule of DiT is taken", AssumptionWarning, stacklevel=2)
         return {}
 
     monkeypatch.setattr(workflow, "inspect", assume)
-    monkeypatch.setattr("tqdit.cli.main.print_inspection", lambda *_: None)
+    monkeypatch.setattr("tqdit.cli.inspect.print_inspection", lambda *_: None)
     code, _, err = run("inspect", artifact)
     assert (code, err) == (0, "tqdit: note: the model names no scheduler; the schedule of DiT is taken\n")
 
 
 def test_verbose_logs_to_standard_error(run: Callable, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def logs(*_: object) -> dict:
+    def logs(*_: object, **__: object) -> dict:
         logging.getLogger("tqdit.somewhere").info("looked closely")
         return {}
 
     monkeypatch.setattr(workflow, "inspect", logs)
-    monkeypatch.setattr("tqdit.cli.main.print_inspection", lambda *_: None)
+    monkeypatch.setattr("tqdit.cli.inspect.print_inspection", lambda *_: None)
     logger = logging.getLogger("tqdit")
     monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(logger, "level", logger.level)
@@ -431,7 +432,7 @@ def test_interrupt_leaves_nothing(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workflow, "record", stop)
+    monkeypatch.setattr("tqdit.calibration.recorder.record", stop)
     code, _, err = run("quantize", pipeline, "-o", tmp_path / "out", *FAST)
     assert code == 130
     hint = "with --resumable, finished work would be kept for the same command to go on"
@@ -448,8 +449,8 @@ def test_a_polite_kill_has_its_own_exit_code(
         time.sleep(5)
 
     monkeypatch.chdir(tmp_path)
-    for name in ("sample_images", "record"):
-        monkeypatch.setattr(workflow, name, kill)
+    for name in ("tqdit.workflow.sample_images", "tqdit.calibration.recorder.record"):
+        monkeypatch.setattr(name, kill)
     before = signal.getsignal(signal.SIGTERM)
     try:
         code, _, err = run(*(part.format(pipeline=pipeline) for part in command), "-q", "--steps", "20")

@@ -59,8 +59,8 @@ class Recipe(BaseModel):
         Recipe()                                    # the preset plus, W8A8
         Recipe("paper", "w6a6", samples=8, steps=50)
 
-    The presets share the paper's calibration and search; the paper's n is `samples`, per time group. A recipe is frozen,
-    hashable, and equal to another one of the same settings.
+    The presets share the paper's calibration and search; the paper's n is `samples`, per time group. A recipe is
+    frozen, hashable, and equal to another one of the same settings.
     Raises `InputError` that names the setting and what is legal.
     """
 

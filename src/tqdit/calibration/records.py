@@ -87,7 +87,7 @@ class Records:
     maxima: torch.Tensor
     t: torch.Tensor
     recipe: Recipe | None = None
-    time_groups: TimeGroups = TimeGroups()
+    time_groups: TimeGroups | None = None
     states_sha256: str = ""
 
     @classmethod

@@ -1,5 +1,6 @@
 """`CalibrationSet`: the states that a model is calibrated on, of its own sampling or of a user's pipeline."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ class CalibrationSet:
     step_weight: torch.Tensor
     time_groups: TimeGroups
 
-    def __init__(  # noqa: PLR0913 - the parts of a set
+    def __init__(
         self,
         x: torch.Tensor,
         t: torch.Tensor,
@@ -45,8 +46,8 @@ class CalibrationSet:
     ) -> None:
         _check_lengths(x, t, labels, group, step_weight)
         if time_groups is None:
-            time_groups = TimeGroups(int((scheduler or {}).get("num_train_timesteps", 1000)), groups)
-        group = time_groups.of(t) if group is None else group
+            time_groups = TimeGroups.uniform(0, int((scheduler or {}).get("num_train_timesteps", 1000)), groups)
+        group = time_groups.index(t) if group is None else group
         step_weight = _weights(scheduler, t) if step_weight is None else step_weight
         tensors = {"x": x, "t": t, "labels": labels, "group": group, "step_weight": step_weight}
         if bool((group.diff() < 0).any()):
@@ -57,6 +58,14 @@ class CalibrationSet:
 
     def __len__(self) -> int:
         return len(self.t)
+
+
+def states_sha256(states: CalibrationSet) -> str:
+    """The hash of a calibration set in an artifact's provenance."""
+    digest = hashlib.sha256()
+    for tensor in (states.x, states.t, states.labels):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _check_lengths(x: torch.Tensor, *others: torch.Tensor | None) -> None:

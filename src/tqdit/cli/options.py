@@ -1,4 +1,4 @@
-"""What the commands share: options that mean the same in each, the files they write, and how a command ends early."""
+"""What the commands share: options that mean the same in each, and the files they write."""
 
 import logging
 import sys
@@ -8,18 +8,6 @@ from typing import Annotated, Any
 import typer
 
 STDOUT = Path("-")  # as a file: standard output
-
-
-class StoppedError(Exception):
-    """A command was interrupted and says what is left of its work; `code` is the exit code."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class Terminated(BaseException):
-    """SIGTERM has come. It is no `Exception`: clean-up runs as for Ctrl-C, and nothing else catches it."""
 
 
 class _ToStderr(logging.StreamHandler[Any]):
@@ -55,6 +43,10 @@ Backend = Annotated[
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="write the result as JSON; - is standard output, with nothing else on it")
 ]
+Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="seed; the same seed gives the same bytes")]
+Guidance = Annotated[float, typer.Option(min=0.0, help="classifier-free guidance; 1 turns it off")]
+Sampler = Annotated[str, typer.Option(help="ddim or ddpm")]
+Dtype = Annotated[str, typer.Option(help="of an artifact's residual stream: float32, or bfloat16, faster on GPUs")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress and no hints")]
 Verbose = Annotated[
     bool,

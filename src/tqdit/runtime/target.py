@@ -18,7 +18,7 @@ Dtype = str | torch.dtype
 class Target:
     """A backend, a device and a dtype that exist here.
 
-        Target()                                           # the best backend of a GPU where there is one, else of the CPU
+        Target()    # the best backend of a GPU where there is one, else of the CPU
         Target("triton", torch.device("cuda:1"), "bfloat16")
 
     `backend`: a name; "auto" is the best one for the device. `device`: torch's own or a name; "auto" is a GPU where

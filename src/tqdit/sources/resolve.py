@@ -15,7 +15,7 @@ from torch import nn
 
 from tqdit.architectures.building import empty_model, set_parameter
 from tqdit.architectures.sites import FREQUENCY_SHIFT, check_supported, config_of
-from tqdit.errors import AssumptionWarning, InputError
+from tqdit.errors import AssumptionWarning, InputError, suggestion
 from tqdit.sampling.sampler import check_scheduler
 from tqdit.sources import checkpoints, components, float_weights, hub
 from tqdit.sources.published import DIFFUSION
@@ -232,7 +232,10 @@ def class_indices(source: ModelSource, classes: Sequence[str | int]) -> list[int
         index = given if isinstance(given, int) else by_name.get(key, _number(key))
         if isinstance(given, bool) or not 0 <= index < count:
             known = ", ".join(list(by_name)[:20]) or "none named"
-            raise InputError(f"unknown class '{str(given)[:40]}'; known: {known}, or a number from 0 to {count - 1}")
+            meant = suggestion(key[:40], by_name)
+            raise InputError(
+                f"unknown class '{str(given)[:40]}'; known: {known}, or a number from 0 to {count - 1}{meant}"
+            )
         found.append(index)
     return found
 
