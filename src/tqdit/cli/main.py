@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -36,7 +36,7 @@ app = typer.Typer(
 )
 
 TOGETHER = ("quantize", "sample", "compare")  # commands that several processes share
-COMMANDS = {
+COMMANDS: Mapping[Callable[..., None], str] = {
     quantize: "Calibrate a model and write an artifact.",
     sample: "Sample images into a grid or a folder.",
     compare: "Measure artifacts against their float model.",
