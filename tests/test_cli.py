@@ -148,7 +148,7 @@ def test_sample_into_a_folder(run: Callable, artifact: Path, tmp_path: Path) -> 
         (["--no-such-option"], "--no-such-option"),
         (["--groups", "x"], "--groups must be a whole number, got 'x'"),
         (["--guidance", "x"], "--guidance must be a number, got 'x'"),
-        (["--seed", "-1"], "--seed must be from 0 to 2147483647, got -1"),
+        (["--seed", "-1"], "--seed must be at least 0, got '-1'"),
         (["--set", "gropus=2"], "unknown recipe setting 'gropus'; did you mean 'groups'?"),
         (["--set", "rows=few"], "recipe setting 'rows' must be a whole number, got 'few'"),
         (["--set", "loss=other"], "recipe setting 'loss' must be epsilon or sampler, got 'other'"),

@@ -71,9 +71,9 @@ def test_dir_lists_the_public_names_alone() -> None:
 
 
 def test_importing_is_quick() -> None:
-    code = "import sys, tqdit; tqdit.InputError; print([m for m in ('torch', 'diffusers', 'pydantic') if m in sys.modules])"
+    code = "import sys, tqdit; tqdit.InputError; print({'torch', 'diffusers', 'pydantic'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    assert found.stdout.strip() == "set()"
 
 
 # Models in memory ----------------------------------------------------------------------------------------------------
@@ -247,9 +247,12 @@ def test_options_are_still_taken_by_position(by_path) -> None:
     assert caught[0].filename == __file__
     with pytest.warns(DeprecationWarning, match=r"inspect: give backend"):
         assert tqdit.inspect(by_path, "reference")["backend"] == "reference"
+    with pytest.warns(DeprecationWarning, match=r"give overwrite=\.\.\.") as caught, pytest.raises(InputError):
+        tqdit.quantize("no-such-model", by_path.with_name("new"), tqdit.Recipe(), True)
+    assert caught[0].filename == __file__
     with pytest.raises(TypeError, match="positional"):
         tqdit.load(by_path, "auto", "cpu", "float32", "more")
-    with pytest.warns(DeprecationWarning), pytest.raises(TypeError, match="multiple values"):
+    with pytest.warns(DeprecationWarning, match="by name"), pytest.raises(TypeError, match="multiple values"):
         tqdit.load(by_path, "reference", backend="cpu")
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdit.errors import InputError, suggestion
 from tqdit.spec import MAX_BITS, Granularity
 from tqdit.system.reading import read_bytes
+from tqdit.system.validation import legal
 
 MAX_RECIPE_BYTES = 2**16
 MAX_DOTS = 100  # in a line of a recipe that is not a comment
@@ -216,20 +217,7 @@ def _reason(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         known = sorted(set(Recipe.model_fields) - {"schema_version"})
         return f"unknown recipe setting '{name}'{suggestion(name, known) or '; known: ' + ', '.join(known)}"
-    limits = {key: int(x) if isinstance(x, float) and x.is_integer() else x for key, x in error.get("ctx", {}).items()}
-    kind = "a number" if name in ("guidance", "low", "high") else "a whole number"
-    legal = {
-        "literal_error": str(limits.get("expected", "")).replace("'", ""),
-        "greater_than_equal": f"at least {limits.get('ge')}",
-        "greater_than": f"greater than {limits.get('gt')}",
-        "less_than_equal": f"at most {limits.get('le')}",
-        "less_than": f"less than {limits.get('lt')}",
-        "finite_number": "a finite number",
-        "int_parsing": kind, "int_type": kind, "int_from_float": kind, "int_parsing_size": kind,
-        "float_parsing": kind, "float_type": kind,
-        "bool_parsing": "true or false", "bool_type": "true or false",
-        "string_type": "a text",
-    }.get(error["type"])  # fmt: skip
-    if legal is None:
+    expected = legal(error)
+    if expected is None:
         return f"recipe setting '{name}': {error['msg']}, got {given!r}"
-    return f"recipe setting '{name}' must be {legal}, got {given!r}"
+    return f"recipe setting '{name}' must be {expected}, got {given!r}"

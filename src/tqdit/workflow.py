@@ -120,7 +120,7 @@ def quantize(model: str | Path | nn.Module, *arguments: Any, **options: Any) -> 
     return quantize_source(model, *arguments, **options)
 
 
-@formerly_positional("overwrite", "report", "device", "resumable")
+@formerly_positional("overwrite", "report", "device", "resumable", stacklevel=3)  # called by `quantize`
 @isolated()
 def quantize_source(
     model: str | Path,

@@ -48,7 +48,6 @@ COMMANDS: Mapping[Callable[..., None], str] = {
 NUMBERS = {"integer": "a whole number", "integer range": "a whole number", "float": "a number",
            "float range": "a number"}  # fmt: skip
 NO_NUMBER = re.compile(rf"'(.*)' is not a valid ({'|'.join(NUMBERS)})\.", re.DOTALL)
-OUTSIDE = re.compile(r"(\S+) is not in the range (\S+?)<=x(?:<=(\S+))?\.")
 
 
 def _print_version(wanted: bool) -> None:
@@ -106,13 +105,19 @@ def main() -> NoReturn:
 
 
 def _usage(error: Any) -> str:
-    """A usage error of the parser; of a number, in the words of every other error."""
+    """A usage error of the parser; of a number, in the words of every other error.
+
+    Typer checks numbers by pydantic; before version 0.29 it did by click, whose only messages are strings.
+    """
     text, names = str(getattr(error, "message", "")), getattr(getattr(error, "param", None), "opts", None)
+    if names and hasattr(error.__cause__, "errors"):
+        from tqdit.system.validation import legal
+
+        first = error.__cause__.errors()[0]
+        if expected := legal(first):
+            return f"{names[-1]} must be {expected}, got '{first['input']}'"
     if names and (found := NO_NUMBER.fullmatch(text)):
         return f"{names[-1]} must be {NUMBERS[found[2]]}, got '{found[1]}'"
-    if names and (found := OUTSIDE.fullmatch(text)):
-        legal = f"at least {found[2]}" if found[3] is None else f"from {found[2]} to {found[3]}"
-        return f"{names[-1]} must be {legal}, got {found[1]}"
     return str(error.format_message())
 
 

@@ -12,8 +12,13 @@ Result = TypeVar("Result")
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
-def formerly_positional(*names: str) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """Let a function take the keyword-only options `names`, in this order, behind its positional arguments too."""
+def formerly_positional(
+    *names: str, stacklevel: int = 2
+) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+    """Let a function take the keyword-only options `names`, in this order, behind its positional arguments too.
+
+    `stacklevel`: 2 where users call the function itself, one more for each function between.
+    """
 
     def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         parameters = inspect.signature(function).parameters.values()
@@ -29,7 +34,7 @@ def formerly_positional(*names: str) -> Callable[[Callable[Parameters, Result]],
             warnings.warn(
                 f"{function_name}: give {', '.join(f'{name}=...' for name in given)} by name, not by position",
                 DeprecationWarning,
-                stacklevel=2,
+                stacklevel=stacklevel,
             )
             return function(*arguments[:count], **given, **options)
 
