@@ -194,7 +194,7 @@ class Maker:
         facts = Facts(
             bits=solution.provenance.bits,
             preset=solution.provenance.preset_name,
-            dtype=dtype,
+            dtype=self.target.dtype_name,
             operations={batch: count_operations(solution, batch) for batch in self.settings.batches},
             report=cast(Mapping[str, str], module.quantization_report),
         )
