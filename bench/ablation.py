@@ -85,7 +85,7 @@ class Bench:
 
 def ablate(args: argparse.Namespace) -> None:
     _reset_peak(args.device)
-    prepared = workflow.prepare(args.model, Recipe.build("paper", samples=args.samples), device=args.device)
+    prepared = workflow.prepare(args.model, Recipe("paper", samples=args.samples), device=args.device)
     records_peak = _peak(args.device)
     source, model = prepared.source, prepared.model
     data = held_out(source, model, 10, HELD_OUT, HELD_OUT_SEED)
@@ -122,7 +122,7 @@ def measure(
     device = bench.args.device
     settings = {"preset": "paper", "bits": bits, "samples": bench.args.samples, **VARIANTS[name]}
     _reset_peak(device)
-    solution, seconds = workflow.solve_prepared(bench.prepared, Recipe.build(**settings))
+    solution, seconds = workflow.solve_prepared(bench.prepared, Recipe(**settings))
     peak = _peak(device)
     with tempfile.TemporaryDirectory() as folder:
         artifact.write(solution, Path(folder))

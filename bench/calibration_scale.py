@@ -120,7 +120,7 @@ def arguments() -> argparse.Namespace:
 
 def recipe(args: argparse.Namespace, changed: dict[str, int | None]) -> Recipe:
     """The published settings with some changed; as many trajectories as samples per group, the default of XL/2."""
-    built = Recipe.build(args.preset, args.bits, **changed)
+    built = Recipe(args.preset, args.bits, **changed)
     return built.model_copy(update={"trajectories": built.samples})
 
 

@@ -77,7 +77,7 @@ def measure(shape: str, way: str, repeats: int) -> dict[str, Any]:
     config = resolve(shape).config if shape == "fashion-dit" else shape_config(shape)
     if way == "products through oneDNN":
         panels.supported = lambda depth: False
-    model = convert(random_solution(config, Recipe.build("plus", "w8a8")), "reference" if way == "reference" else "cpu")
+    model = convert(random_solution(config, Recipe("plus", "w8a8")), "reference" if way == "reference" else "cpu")
     batch, device = SHAPES[shape], torch.device("cpu")
     call = DenoiserCall(model, config, batch, device)
     spent: dict[str, list[float]] = {}

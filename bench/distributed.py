@@ -49,7 +49,7 @@ def main() -> None:
         if model is None:
             model = Path(scratch, "artifact")
             model.mkdir()
-            recipe = Recipe.build(arguments.preset, arguments.bits)
+            recipe = Recipe(arguments.preset, arguments.bits)
             artifact.write(random_solution(shape_config(arguments.random), recipe), model)
         rows = [launch(arguments, str(model), size, Path(scratch, "row.json")) for size in arguments.processes]
     alone = rows[0]["images_per_second"] / rows[0]["processes"]

@@ -130,7 +130,7 @@ class Run:
         }
 
     def recipe(self, bits: str) -> Recipe:
-        return Recipe.build(self.args.preset, bits, **{name: getattr(self.args, name) for name in SETTINGS})
+        return Recipe(self.args.preset, bits, **{name: getattr(self.args, name) for name in SETTINGS})
 
     def row(self, name: str, **figures: Any) -> None:
         """Add figures of a model; `name` says its bits."""

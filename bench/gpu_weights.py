@@ -37,7 +37,7 @@ def main() -> None:
     whole += sum(4 * b.numel() for b in model.buffers())
     rows: list[dict[str, Any]] = []
     for bits in BITS:
-        solution = random_solution(config, Recipe.build("plus", bits))
+        solution = random_solution(config, Recipe("plus", bits))
         for backend in BACKENDS:
             held = bytes_of(convert(solution, backend))
             rows.append({"bits": bits, "backend": backend, "bytes": held, "of_fp32": held / whole})

@@ -59,7 +59,7 @@ def build_recipe(preset: str = "paper", bits: str = "w8a8", **overrides: Any) ->
     tiny = {
         "groups": GROUPS, "samples": 4, "steps": 20, "rows": 256, "queries": 256, "candidates": 20, "rounds": 2,
     }  # fmt: skip
-    return Recipe.build(preset, bits, **tiny | overrides)
+    return Recipe(preset, bits, **tiny | overrides)
 
 
 @pytest.fixture(autouse=True, scope="session")

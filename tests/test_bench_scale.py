@@ -94,7 +94,7 @@ def test_operations_are_those_of_the_model(monkeypatch) -> None:
     from scale_arithmetic import operations
 
     config = {**shape_config("DiT-S/4"), "num_layers": 2}
-    recipe = Recipe.build("paper", samples=1, groups=1, steps=1, trajectories=1)
+    recipe = Recipe("paper", samples=1, groups=1, steps=1, trajectories=1)
     model = random_float(config)
     state = torch.randn(1, 4, 32, 32)
     with FlopCounterMode(display=False) as counted, torch.no_grad():

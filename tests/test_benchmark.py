@@ -23,7 +23,7 @@ from tqdit.speed.memory_probe import Footprint
 from tqdit.speed.operations import count_operations
 
 FAST = {"batches": (4,), "repeats": 3, "sampling": Sampling("ddim", 2, 1.5)}
-TINY = RandomModel("DiT-T/4", Recipe.build("plus", "w8a8"))
+TINY = RandomModel("DiT-T/4", Recipe("plus", "w8a8"))
 KEYS = {
     "model", "backend", "workload", "batch", "p20_ms", "p50_ms", "p80_ms", "peak_bytes", "integer", "speedup_over",
     "speedup_over_each", "bits", "preset", "dtype", "resident_bytes", "load_seconds", "images_per_second", "operations",
@@ -134,7 +134,7 @@ def test_models_of_one_shape_share_baselines_and_others_have_their_own(folder: P
 
 
 def test_random_model_is_as_its_recipe_says() -> None:
-    (row,) = run(random=RandomModel("DiT-T/4@512", Recipe.build("paper", "w4a6")), against=(), batches=(1,)).rows
+    (row,) = run(random=RandomModel("DiT-T/4@512", Recipe("paper", "w4a6")), against=(), batches=(1,)).rows
     assert (row.model, row.bits, row.preset, row.speedup_over) == ("DiT-T/4@512", "w4a6", "paper", {})
 
 

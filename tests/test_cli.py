@@ -146,6 +146,17 @@ def test_sample_into_a_folder(run: Callable, artifact: Path, tmp_path: Path) -> 
         (["--device", "meta"], "meta"),
         (["--recipe", "no-such.toml"], "no-such.toml"),
         (["--no-such-option"], "--no-such-option"),
+        (["--groups", "x"], "--groups must be a whole number, got 'x'"),
+        (["--guidance", "x"], "--guidance must be a number, got 'x'"),
+        (["--seed", "-1"], "--seed must be at least 0, got '-1'"),
+        (["--set", "gropus=2"], "unknown recipe setting 'gropus'; did you mean 'groups'?"),
+        (["--set", "rows=few"], "recipe setting 'rows' must be a whole number, got 'few'"),
+        (["--set", "loss=other"], "recipe setting 'loss' must be epsilon or sampler, got 'other'"),
+        (["--set", "rows"], "--set takes NAME=VALUE such as samples=8, got 'rows'"),
+        (["--set", "rows=1", "--set", "rows=2"], "--set rows is given twice, as 1 and 2"),
+        (["--samples", "1", "--set", "samples=2"], "--samples and --set samples exclude each other"),
+        (["--no-mrq", "--set", "gelu_grid=best"], "--no-mrq and --set gelu_grid exclude each other"),
+        (["--bits", "w6a6", "--set", "weight_bits=4"], "--bits and --set weight_bits exclude each other"),
     ],
 )
 def test_wrong_settings(run: Callable, pipeline: Path, tmp_path: Path, options: list[str], named: str) -> None:
@@ -164,7 +175,7 @@ def test_resumable_continues_what_was_interrupted(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(workflow, "solve", stop)
+        patch.setattr("tqdit.search.solver.solve", stop)
         code, _, err = run("quantize", pipeline, "-o", out, "--resumable", *PAPER, *FAST)
         assert code == 130
         assert re.search(r"the same command goes on from out\.work \(\d+\.\d MB kept\)\n$", err)
@@ -181,6 +192,10 @@ def test_resumable_continues_what_was_interrupted(
     [
         (["sample", "no-such-model", "-o", "a.png"], "no-such-model"),
         (["sample", "{pipeline}", "-o", "a.png", "--classes", "zebra"], "zebra"),
+        (["sample", "{pipeline}", "-o", "a.png", "--classes", "clas 7"], "did you mean 'class 7'?"),
+        (["sample", "{pipeline}", "-o", "a.png", "--classes", ""], "leave it out for all classes"),
+        (["sample", "{pipeline}", "-o", "a.png", "--classes", " , "], "--classes names no class, got ' , '"),
+        (["sample", "{pipeline}", "-o", "a.png", "--num", "x"], "--num must be a whole number, got 'x'"),
         (["sample", "{pipeline}", "-o", "a.png", "--classes", "10"], "'10'"),
         (["sample", "{pipeline}", "-o", "a.png", "--num", "0"], "num"),
         (["sample", "{pipeline}", "-o", "a.txt", "--num", "1", "--steps", "1"], "a.txt"),
@@ -201,6 +216,9 @@ def test_resumable_continues_what_was_interrupted(
         (["inspect", "{artifact}", "--json", "empty"], "is a folder"),
         (["quantize", "{pipeline}", "-o", "{artifact}/tqdit.json/out"], "tqdit.json is not a folder"),
         (["demo", "-o", "{artifact}/tqdit.json"], "is inside the artifact"),
+        (["demo", "-o", "new", "--set", "bits=w4a8"], "--set bits: the demo has w8a8 and w6a6"),
+        (["demo", "-o", "new", "--set", "rounds=-1"], "recipe setting 'rounds' must be at least 0, got '-1'"),
+        (["bench", "{artifact}", "--set", "groups=2"], "--set is for --random"),
         (["compare", "{pipeline}", "{pipeline}"], "not quantized"),
         (["compare", "{artifact}", "{artifact}"], "already quantized"),
         (["inspect", "{pipeline}"], "not quantized"),
@@ -287,7 +305,7 @@ def test_help_is_readable_at_80_columns(run: Callable, command: list[str]) -> No
 def test_help_shows_the_defaults_of_both_presets(run: Callable) -> None:
     out = " ".join(run("quantize", "-h")[1].split())
     for preset in ("plus", "paper"):
-        recipe = Recipe.build(preset)
+        recipe = Recipe(preset)
         for name in ("groups", "samples", "steps", "sampler", "guidance", "rounds"):
             text = out.partition(f"--{name} <")[2].partition(" --")[0]
             assert text.endswith(f"default {getattr(recipe, name)}")
@@ -318,7 +336,7 @@ def test_json_on_standard_output_is_alone_there(
 def test_what_comes_next_is_said_but_quietly(run: Callable, pipeline: Path, artifact: Path, tmp_path: Path) -> None:
     command = ["sample", artifact, "-o", tmp_path / "a b.png", "-n", "1", "--steps", "2"]
     _, out, err = run(*command)
-    assert f"next: tqdit compare FLOAT {artifact}\n" in out
+    assert f"next: tqdit inspect {artifact}\n" in out, "the float model is nowhere near"
     assert "images/s)" in out
     assert re.search(r"sampling: 100 % after \d+:\d\d", err), "plain lines where standard error is no terminal"
     assert "next:" not in run(*command, "-q")[1]
@@ -327,16 +345,27 @@ def test_what_comes_next_is_said_but_quietly(run: Callable, pipeline: Path, arti
     assert f"next: tqdit quantize {pipeline} -o w8a8\n" in out
 
 
+@pytest.mark.parametrize("here", ["beside it", "in the working directory"])
+def test_an_artifact_is_compared_with_its_own_float_model(
+    run: Callable, own_pipeline: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch, here: str
+) -> None:
+    copy = shutil.copytree(artifact, own_pipeline.with_name("made") if here == "beside it" else artifact.parent / here)
+    monkeypatch.chdir(own_pipeline.parent)
+    _, out, _ = run("sample", copy, "-o", "a.png", "-n", "1", "--steps", "2")
+    assert f"next: {shlex.join(['tqdit', 'compare', 'tiny-dit', str(copy)])}\n" in out
+
+
 def test_summary_of_quantize(run: Callable, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     quick = [option for option in FAST if option != "--quiet"]
     code, out, err = run("quantize", pipeline, "-o", "new", *quick)
     assert code == 0
-    first, second, third = out.splitlines()
+    first, second, third, fourth = out.splitlines()
     assert re.fullmatch(r"new: tiny-dit w8a8 plus, calibrated in \d+ s, process peak \d+\.\d\d GiB", first)
     size = r"0\.\d\d MB: 0\.\d{3} of the float32 file, 0\.\d{3} of bf16, 0\.\d{3} of fp32"
     assert re.fullmatch(size, second)
     assert third == "next: tqdit sample new -o grid.png"
+    assert fourth == f"      tqdit compare {pipeline} new"
     assert [line.partition(":")[0] for line in err.splitlines() if ": 0 %" in line] == [
         "trajectories", "statistics", "search",
     ]  # fmt: skip
@@ -345,23 +374,23 @@ def test_summary_of_quantize(run: Callable, pipeline: Path, tmp_path: Path, monk
 
 
 def test_notes_are_one_line(run: Callable, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def assume(*_: object) -> dict:
+    def assume(*_: object, **__: object) -> dict:
         warnings.warn("the model names no scheduler; the schedule of DiT is taken", AssumptionWarning, stacklevel=2)
         return {}
 
     monkeypatch.setattr(workflow, "inspect", assume)
-    monkeypatch.setattr("tqdit.cli.main.print_inspection", lambda *_: None)
+    monkeypatch.setattr("tqdit.cli.inspect.print_inspection", lambda *_: None)
     code, _, err = run("inspect", artifact)
     assert (code, err) == (0, "tqdit: note: the model names no scheduler; the schedule of DiT is taken\n")
 
 
 def test_verbose_logs_to_standard_error(run: Callable, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def logs(*_: object) -> dict:
+    def logs(*_: object, **__: object) -> dict:
         logging.getLogger("tqdit.somewhere").info("looked closely")
         return {}
 
     monkeypatch.setattr(workflow, "inspect", logs)
-    monkeypatch.setattr("tqdit.cli.main.print_inspection", lambda *_: None)
+    monkeypatch.setattr("tqdit.cli.inspect.print_inspection", lambda *_: None)
     logger = logging.getLogger("tqdit")
     monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(logger, "level", logger.level)
@@ -394,6 +423,24 @@ def test_recipe_file(run: Callable, pipeline: Path, tmp_path: Path) -> None:
     code, out, _ = run("quantize", pipeline, "-o", tmp_path / "out", "--recipe", tmp_path / "r.toml", "--quiet")
     assert code == 0
     assert "w6a8" in out
+
+
+def test_set_reaches_every_setting(run: Callable, pipeline: Path, tmp_path: Path) -> None:
+    """With options, and over a recipe file."""
+
+    def recipe(*options: str) -> dict:
+        out = tmp_path / "out"
+        assert run("quantize", pipeline, "-o", out, "--overwrite", "--quiet", *options)[0] == 0
+        return dict(workflow.inspect(out)["provenance"]["recipe"])
+
+    small = ["--set", "samples=2", "--set", "steps=8", "--set", "rounds=0"]
+    made = recipe("--groups", "4", *small, "--set", "hessian=no", "--set", "low = 0.5", "--set", "bits=w6a8")
+    assert (made["groups"], made["samples"], made["hessian"], made["low"]) == (4, 2, False, 0.5)
+    assert (made["weight_bits"], made["activation_bits"], made["preset"]) == (6, 8, "plus")
+    (tmp_path / "r.toml").write_text("groups = 3\nsamples = 9\nseed = 5\n")
+    made = recipe("--recipe", str(tmp_path / "r.toml"), *small, "--set", "preset=paper")
+    assert (made["groups"], made["samples"], made["seed"], made["preset"]) == (3, 2, 5, "paper")
+    assert made["weight_granularity"] == "per_tensor"
 
 
 def test_damaged_weights_are_named(run: Callable, own_pipeline: Path, artifact: Path, tmp_path: Path) -> None:
@@ -431,7 +478,7 @@ def test_interrupt_leaves_nothing(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workflow, "record", stop)
+    monkeypatch.setattr("tqdit.calibration.recorder.record", stop)
     code, _, err = run("quantize", pipeline, "-o", tmp_path / "out", *FAST)
     assert code == 130
     hint = "with --resumable, finished work would be kept for the same command to go on"
@@ -448,8 +495,8 @@ def test_a_polite_kill_has_its_own_exit_code(
         time.sleep(5)
 
     monkeypatch.chdir(tmp_path)
-    for name in ("sample_images", "record"):
-        monkeypatch.setattr(workflow, name, kill)
+    for name in ("tqdit.workflow.sample_images", "tqdit.calibration.recorder.record"):
+        monkeypatch.setattr(name, kill)
     before = signal.getsignal(signal.SIGTERM)
     try:
         code, _, err = run(*(part.format(pipeline=pipeline) for part in command), "-q", "--steps", "20")

@@ -93,7 +93,7 @@ def test_benchmark(capsys: pytest.CaptureFixture[str], every_site: bool) -> None
 
 @pytest.mark.parametrize("every_site", [False, True])
 def test_inspection(capsys: pytest.CaptureFixture[str], model, every_site: bool) -> None:
-    found = sites(config_of(model), Recipe.build("paper"))
+    found = sites(config_of(model), Recipe("paper"))
     kernel = "cpu.linear[fused, avx512-vnni u8 x s8, 2 products]"
     rows = [
         {key: getattr(site, key) for key in ("name", "role", "bits", "grid", "groups", "granularity")}
@@ -105,7 +105,7 @@ def test_inspection(capsys: pytest.CaptureFixture[str], model, every_site: bool)
         "float32_bytes": 18_460_000, "time_groups": 10, "num_timesteps": 1000, "backend": "cpu", "device": "cpu",
         "sites": rows,
         "provenance": {
-            "recipe": Recipe.build("paper").model_dump(), "source": "fashion-dit", "source_sha256": "0123456789abcdef",
+            "recipe": Recipe("paper").model_dump(), "source": "fashion-dit", "source_sha256": "0123456789abcdef",
             "versions": {"tqdit": "0.1.0", "torch": "2.13.0+cpu", "diffusers": "0.42.1"},
         },
     }  # fmt: skip

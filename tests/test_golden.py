@@ -82,4 +82,4 @@ def test_every_reader_takes_them(golden) -> None:
     source = resolve(root / name)
     assert source.scheduler is not None
     assert (source.pipeline is None) == (name == "plain")
-    assert len(workflow.inspect(root / name, "reference")["sites"]) == len(artifact.read(root / name).params)
+    assert len(workflow.inspect(root / name, backend="reference")["sites"]) == len(artifact.read(root / name).params)

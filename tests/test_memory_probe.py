@@ -32,7 +32,7 @@ def test_a_float_model_takes_its_weights(config, request_) -> None:
 
 
 def test_an_artifact_takes_its_codes(config, request_, tmp_path) -> None:
-    solution = random_solution(config, Recipe.build("plus"))
+    solution = random_solution(config, Recipe("plus"))
     artifact.write(solution, tmp_path)
     codes = sum({c.data_ptr(): c.numel() for c in solution.codes.values()}.values())
     found = footprint({**request_, "artifact": str(tmp_path), "backend": "cpu", "dtype": "float32"})

@@ -1,9 +1,264 @@
-"""The public surface of the package is what it says it is."""
+"""The public surface of the package is what it says it is, for models in memory as for paths."""
+
+import copy
+import inspect
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import nn
 
 import tqdit
+from tqdit import stages, workflow
+from tqdit.errors import InputError
+from tqdit.runtime.target import Target
+from tqdit.sampling.guidance import Sampling
+from tqdit.timegroups import TimeGroups
+
+VERBS = {
+    "calibrate",
+    "calibration_states",
+    "compare",
+    "convert",
+    "inspect",
+    "load",
+    "quantize",
+    "sample",
+    "save",
+    "solve",
+}
+NOUNS = {"CalibrationSet", "Comparison", "Recipe", "Records", "Sampling", "Solution", "Summary", "Target"}
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_recipe):
+    return tiny_recipe("plus", groups=2, samples=2, steps=8, rounds=1)
+
+
+@pytest.fixture(scope="module")
+def states(model, recipe, scheduler_config) -> tqdit.CalibrationSet:
+    return tqdit.calibration_states(model, recipe, scheduler=scheduler_config)
+
+
+@pytest.fixture(scope="module")
+def solution(model, states, recipe) -> tqdit.Solution:
+    return tqdit.solve(model, tqdit.calibrate(model, states, recipe), recipe)
+
+
+@pytest.fixture(scope="module")
+def by_path(pipeline, recipe, tmp_path_factory) -> Path:
+    """The artifact of the same model and recipe that `quantize` writes by itself."""
+    out = tmp_path_factory.mktemp("artifacts") / "tiny"
+    tqdit.quantize(pipeline, out, recipe)
+    return out
+
+
+def same_codes(a: tqdit.Solution, b: tqdit.Solution) -> bool:
+    same = [torch.equal(codes, b.codes[name]) for name, codes in a.codes.items()]
+    same += [torch.equal(params.scale, b.params[name].scale) for name, params in a.params.items()]
+    return all(same) and set(a.codes) == set(b.codes)
 
 
 def test_dir_lists_the_public_names_alone() -> None:
     assert dir(tqdit) == sorted(tqdit.__all__)
-    assert {"quantize", "load", "sample", "compare", "inspect"} <= set(dir(tqdit))
+    assert set(dir(tqdit)) >= VERBS | NOUNS
     assert all(hasattr(tqdit, name) for name in dir(tqdit))
+    assert all(getattr(tqdit, name).__doc__ for name in dir(tqdit))
+
+
+def test_importing_is_quick() -> None:
+    code = "import sys, tqdit; tqdit.InputError; print({'torch', 'diffusers', 'pydantic'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
+
+
+# Models in memory ----------------------------------------------------------------------------------------------------
+
+
+def test_a_transformer_in_memory_gives_the_codes_of_its_folder(model, recipe, scheduler_config, by_path, model_inputs):
+    before = copy.deepcopy(model.state_dict())
+    integer = tqdit.quantize(model, recipe, scheduler=DDIMScheduler.from_config(scheduler_config))
+    loaded = tqdit.load(by_path)
+    assert same_codes(loaded.solution, integer.solution)
+    assert torch.equal(integer(**model_inputs).sample, loaded(**model_inputs).sample)
+    assert type(model).__name__ == "DiTTransformer2DModel"
+    assert not hasattr(model, "solution")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_in_use_is_left_as_it_is(tiny_dit, recipe, scheduler_config, solution) -> None:
+    """In training mode, with gradients and in another dtype, whatever calibrating it needs."""
+    busy = tiny_dit().train().requires_grad_(True)
+    assert same_codes(tqdit.quantize(busy, recipe, scheduler=scheduler_config).solution, solution)
+    assert busy.training
+    assert all(p.requires_grad and p.grad is None for p in busy.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in busy.modules())
+    half = tiny_dit().bfloat16()
+    tqdit.quantize(half, recipe, scheduler=scheduler_config)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_the_stages_one_by_one_are_quantize(solution, states, by_path, recipe) -> None:
+    made = tqdit.load(by_path).solution
+    assert same_codes(made, solution)
+    assert made.provenance == replace(solution.provenance, source="tiny-dit")
+    assert (states.time_groups, len(states)) == (TimeGroups.uniform(0, 1000, 2), 4)
+    assert tqdit.convert(solution, backend="reference").quantization_backend == "reference"
+    assert tqdit.convert(solution, dtype=torch.bfloat16).stream_dtype is torch.bfloat16
+
+
+def test_records_serve_several_recipes(model, states, recipe) -> None:
+    records = tqdit.calibrate(model, states, recipe)
+    six = tqdit.solve(model, records, tqdit.Recipe(**{**recipe.model_dump(), "weight_bits": 6}))
+    assert {params.spec.bits for name, params in six.params.items() if name.endswith("to_q.weight")} == {6}
+    with pytest.raises(InputError, match="calibration settings are not those"):
+        tqdit.solve(model, records, tqdit.Recipe(**{**recipe.model_dump(), "seed": 1}))
+
+
+@pytest.mark.parametrize("form", ["solution", "model"])
+def test_an_artifact_of_what_is_in_memory(solution, scheduler_config, tmp_path, form: str) -> None:
+    given = solution if form == "solution" else tqdit.convert(solution)
+    labels = {0: "zero", 7: "seven"}
+    tqdit.save(given, tmp_path / "out", scheduler=DDIMScheduler.from_config(scheduler_config), labels=labels)
+    assert same_codes(tqdit.load(tmp_path / "out").solution, solution)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the scheduler is there
+        images = tqdit.sample(tmp_path / "out", ["seven"], 1, Sampling("ddim", 2))
+    assert images.shape == (1, 1, 8, 8)
+    with pytest.raises(InputError, match="exists"):
+        tqdit.save(given, tmp_path / "out")
+    tqdit.save(given, tmp_path / "out", overwrite=True)
+    with pytest.warns(tqdit.AssumptionWarning, match="has no scheduler"):
+        tqdit.load(tmp_path / "out")
+
+
+def test_quantize_writes_an_artifact_too(model, recipe, scheduler_config, solution, tmp_path) -> None:
+    integer = tqdit.quantize(
+        model, recipe, scheduler=scheduler_config, out=tmp_path / "out", labels={3: "three"}, backend="reference"
+    )
+    assert integer.quantization_backend == "reference"
+    assert same_codes(tqdit.load(tmp_path / "out").solution, solution)
+    with pytest.raises(InputError, match="exists"):
+        tqdit.quantize(model, recipe, scheduler=scheduler_config, out=tmp_path / "out")
+
+
+# States of a user's own ----------------------------------------------------------------------------------------------
+
+
+def test_states_of_ones_own(model, states, recipe, scheduler_config, solution) -> None:
+    """Their groups and step weights are made; the order does not matter."""
+    shuffled = torch.tensor([2, 0, 3, 1])
+    mine = tqdit.CalibrationSet(
+        states.x[shuffled], states.t[shuffled], states.labels[shuffled], scheduler=scheduler_config, groups=2
+    )
+    assert mine.group.tolist() == states.group.tolist() == [0, 0, 1, 1]
+    assert torch.equal(mine.step_weight.sort().values, states.step_weight.sort().values)
+    plain = tqdit.CalibrationSet(states.x, states.t, states.labels)
+    assert plain.time_groups == TimeGroups.uniform(0, 1000, 10)
+    assert plain.step_weight.tolist() == [1.0] * 4
+    again = tqdit.CalibrationSet(states.x, states.t, states.labels, scheduler=scheduler_config, groups=2)
+    assert same_codes(tqdit.solve(model, tqdit.calibrate(model, again, recipe), recipe), solution)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(4, 1, 8)}, r"x must have the shape \(S, C, H, W\), got \(4, 1, 8\)"),
+        ({"x": torch.zeros(0, 1, 8, 8)}, r"got \(0, 1, 8, 8\)"),
+        ({"labels": torch.zeros(3)}, r"labels must have the shape \(4,\), got \(3,\)"),
+        ({"t": torch.tensor([0, 1, 2, 1000])}, r"timestep 1000 is outside \[0, 1000\)"),
+        ({"groups": 0}, "groups must be between 1 and 1000"),
+    ],
+)
+def test_states_that_do_not_fit(change: dict, message: str) -> None:
+    given = {"x": torch.zeros(4, 1, 8, 8), "t": torch.arange(4), "labels": torch.zeros(4, dtype=torch.int64)}
+    with pytest.raises(InputError, match=message):
+        tqdit.CalibrationSet(**given | change)
+
+
+def test_states_that_do_not_fit_the_recipe(model, states, tiny_recipe) -> None:
+    for settings, message in (
+        ({"groups": 3, "samples": 2}, "the states have 2 time groups, the recipe 3"),
+        ({"groups": 2, "samples": 3}, "time group 0 of 2 has 2 states, the recipe's 'samples' asks for 3 in each"),
+    ):
+        with pytest.raises(InputError, match=message):
+            tqdit.calibrate(model, states, tiny_recipe(**settings))
+
+
+# What is wrong -------------------------------------------------------------------------------------------------------
+
+
+def test_models_that_cannot_be_quantized(model, recipe, scheduler_config, solution) -> None:
+    class Other(nn.Module):
+        config = model.config
+
+    for wrong, message in (
+        (nn.Linear(2, 2), "a Linear has no diffusers config"),
+        (Other(), "Other"),
+        (tqdit.convert(solution), "already quantized"),
+    ):
+        with pytest.raises(InputError, match=message):
+            tqdit.calibration_states(wrong, recipe, scheduler=scheduler_config)
+    with pytest.raises(InputError, match="scheduler class 'Euler' is not supported"):
+        tqdit.quantize(model, recipe, scheduler={"_class_name": "Euler"})
+    with pytest.raises(InputError, match="a scheduler is one of diffusers or its config, got str"):
+        tqdit.calibration_states(model, recipe, scheduler="ddim")
+    with pytest.raises(InputError, match="save takes a solution or an integer model, got a DiTTransformer2DModel"):
+        tqdit.save(model, "out")
+
+
+def test_a_tensor_that_is_not_finite_or_not_here(tiny_dit, recipe, scheduler_config) -> None:
+    broken = tiny_dit()
+    broken.proj_out_1.weight[0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"tensor 'proj_out_1\.weight' is nan"):
+        tqdit.calibration_states(broken, recipe, scheduler=scheduler_config)
+    with pytest.raises(InputError, match=r"is offloaded; remove accelerate's hooks"):
+        tqdit.calibration_states(tiny_dit().to("meta"), recipe, scheduler=scheduler_config)
+
+
+# Target, and options that were positional ----------------------------------------------------------------------------
+
+
+def test_a_target_is_checked_when_it_is_made() -> None:
+    target = Target("cpu", "cpu", "bfloat16")
+    assert target == Target("cpu", torch.device("cpu"), torch.bfloat16) != Target("cpu", "cpu")
+    assert hash(target) == hash(Target("cpu", torch.device("cpu"), torch.bfloat16))
+    assert (target.device, target.dtype, target.dtype_name) == (torch.device("cpu"), torch.bfloat16, "bfloat16")
+    assert Target().kernels.NAME == "cpu"
+    with pytest.raises(AttributeError):
+        target.backend = "auto"
+    for wrong, message in (
+        ({"backend": "abacus"}, "unknown backend 'abacus'"),
+        ({"device": "toaster"}, "device 'toaster' is not available here"),
+        ({"dtype": "float16"}, "dtype 'float16' is not one of float32, bfloat16"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Target(**wrong)
+
+
+def test_options_are_still_taken_by_position(by_path) -> None:
+    with pytest.warns(DeprecationWarning, match=r"load: give backend=\.\.\., device=\.\.\. by name") as caught:
+        assert tqdit.load(by_path, "reference", "cpu").quantization_backend == "reference"
+    assert caught[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match=r"inspect: give backend"):
+        assert tqdit.inspect(by_path, "reference")["backend"] == "reference"
+    with pytest.warns(DeprecationWarning, match=r"give overwrite=\.\.\.") as caught, pytest.raises(InputError):
+        tqdit.quantize("no-such-model", by_path.with_name("new"), tqdit.Recipe(), True)
+    assert caught[0].filename == __file__
+    with pytest.raises(TypeError, match="positional"):
+        tqdit.load(by_path, "auto", "cpu", "float32", "more")
+    with pytest.warns(DeprecationWarning, match="by name"), pytest.raises(TypeError, match="multiple values"):
+        tqdit.load(by_path, "reference", backend="cpu")
+
+
+def test_options_are_named_in_the_signature() -> None:
+    functions = (workflow.load, workflow.inspect, workflow.sample, workflow.quantize_source, workflow.quantize_module)
+    for function in (*functions, stages.calibrate, stages.solve, stages.convert, stages.save, tqdit.compare):
+        parameters = inspect.signature(function).parameters.values()
+        options = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        assert {"backend", "device", "dtype", "report", "overwrite"} & {p.name for p in parameters} <= options

@@ -1,8 +1,11 @@
 """Presets, bit-widths, validation and the TOML form of a recipe."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from tqdit.errors import InputError
 from tqdit.recipe import PRESETS, Recipe
@@ -10,7 +13,7 @@ from tqdit.spec import Granularity
 
 
 def test_paper_is_the_published_setting() -> None:
-    recipe = Recipe.build("paper")
+    recipe = Recipe("paper")
     assert (recipe.weight_bits, recipe.activation_bits, recipe.granularity) == (8, 8, Granularity.PER_TENSOR)
     assert (recipe.softmax_grid, recipe.gelu_grid, recipe.time_grouped) == ("mrq", "mrq", "softmax")
     assert (recipe.softmax_products, recipe.gelu_products) == ("two", "two")
@@ -20,14 +23,14 @@ def test_paper_is_the_published_setting() -> None:
 
 
 def test_plus_changes_only_what_it_says() -> None:
-    paper, plus = (Recipe.build(name).model_dump() for name in ("paper", "plus"))
+    paper, plus = (Recipe(name).model_dump() for name in ("paper", "plus"))
     changed = {key for key in paper if paper[key] != plus[key]}
     assert changed == {"preset", *PRESETS["plus"]}
 
 
 @pytest.mark.parametrize(("text", "bits"), [("w8a8", (8, 8)), ("W4A8", (4, 8)), ("w2a4", (2, 4))])
 def test_bits(text: str, bits: tuple[int, int]) -> None:
-    recipe = Recipe.build("plus", text)
+    recipe = Recipe("plus", text)
     assert (recipe.weight_bits, recipe.activation_bits) == bits
     assert recipe.bits == text.lower()
 
@@ -35,21 +38,21 @@ def test_bits(text: str, bits: tuple[int, int]) -> None:
 @pytest.mark.parametrize("text", ["w8", "8", "w9a8", "w1a8", "w8a3", "w8a9", "w8a8 ", "", "a8w8"])
 def test_unknown_bits_are_an_error(text: str) -> None:
     with pytest.raises(InputError, match="w<2-8>a<4-8>"):
-        Recipe.build("paper", text)
+        Recipe("paper", text)
 
 
 def test_unknown_preset_names_the_known_ones() -> None:
     with pytest.raises(InputError, match="'papr'; known: paper, plus"):
-        Recipe.build("papr")
+        Recipe("papr")
 
 
 def test_none_keeps_the_value_of_the_preset() -> None:
-    assert Recipe.build("plus", weight_granularity=None, seed=7) == Recipe.build("plus", seed=7)
+    assert Recipe("plus", weight_granularity=None, seed=7) == Recipe("plus", seed=7)
 
 
 @pytest.mark.parametrize(("weight_bits", "expected"), [(2, 4), (4, 6), (6, 8), (8, 8)])
 def test_layers_on_float_inputs_keep_two_more_bits(weight_bits: int, expected: int) -> None:
-    assert Recipe.build("paper", f"w{weight_bits}a8").float_input_bits == expected
+    assert Recipe("paper", f"w{weight_bits}a8").float_input_bits == expected
 
 
 @pytest.mark.parametrize(
@@ -74,7 +77,7 @@ def test_layers_on_float_inputs_keep_two_more_bits(weight_bits: int, expected: i
 )
 def test_illegal_value_names_the_setting(setting: str, value: object) -> None:
     with pytest.raises(InputError, match=setting):
-        Recipe.build("paper", **{setting: value})
+        Recipe("paper", **{setting: value})
 
 
 @given(
@@ -91,7 +94,7 @@ def test_illegal_value_names_the_setting(setting: str, value: object) -> None:
 )
 @settings(max_examples=30, deadline=None)
 def test_toml_round_trip(tmp_path_factory, preset, weight_bits, activation_bits, **overrides) -> None:
-    recipe = Recipe.build(preset, f"w{weight_bits}a{activation_bits}", **overrides)
+    recipe = Recipe(preset, f"w{weight_bits}a{activation_bits}", **overrides)
     path = tmp_path_factory.mktemp("recipe") / "recipe.toml"
     path.write_text(recipe.to_toml(), encoding="utf-8")
     assert Recipe.from_toml(path) == recipe
@@ -122,14 +125,14 @@ def test_missing_file_is_an_input_error(tmp_path) -> None:
 def test_preset_in_a_file_means_the_preset(tmp_path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text("preset = 'plus'\nseed = 3\n", encoding="utf-8")
-    assert Recipe.from_toml(path) == Recipe.build("plus", seed=3)
+    assert Recipe.from_toml(path) == Recipe("plus", seed=3)
 
 
 def test_label_says_what_was_changed() -> None:
-    assert Recipe.build("paper", "w6a6", rounds=1).label == "paper"
-    assert Recipe.build("plus").label == "plus"
-    assert Recipe.build("paper", hessian=False).label == "paper (changed: hessian)"
-    assert Recipe.build("plus", loss="epsilon", gelu_grid="uniform").label == "plus (changed: gelu_grid, loss)"
+    assert Recipe("paper", "w6a6", rounds=1).label == "paper"
+    assert Recipe("plus").label == "plus"
+    assert Recipe("paper", hessian=False).label == "paper (changed: hessian)"
+    assert Recipe("plus", loss="epsilon", gelu_grid="uniform").label == "plus (changed: gelu_grid, loss)"
 
 
 # Integer products of a matmul --------------------------------------------------------------------------------------
@@ -144,18 +147,18 @@ def test_two_regions_of_8_bits_need_two_products(tmp_path, operand: str) -> None
     path = tmp_path / "recipe.toml"
     path.write_text(f"preset = 'plus'\n{products} = 'one'\n{grid} = 'mrq'\n", encoding="utf-8")
     with pytest.raises(InputError, match=f"'{grid}' and '{products}'.*got 'one'"):
-        Recipe.build("plus", "w4a8", **{grid: "mrq", products: "one"})
+        Recipe("plus", "w4a8", **{grid: "mrq", products: "one"})
     with pytest.raises(InputError, match=f"'{grid}' and '{products}'.*got 'one'"):
         Recipe.from_toml(path)
-    assert getattr(Recipe.build("plus", "w8a7", **{grid: "mrq", products: "one"}), grid) == "mrq"
-    assert getattr(Recipe.build("plus", "w8a8", **{grid: "mrq", products: "two"}), grid) == "mrq"
+    assert getattr(Recipe("plus", "w8a7", **{grid: "mrq", products: "one"}), grid) == "mrq"
+    assert getattr(Recipe("plus", "w8a8", **{grid: "mrq", products: "two"}), grid) == "mrq"
 
 
 @pytest.mark.parametrize("operand", OPERANDS)
 def test_label_names_the_products(operand: str) -> None:
     name = f"{operand}_products"
-    other = {"one": "two", "two": "one"}[getattr(Recipe.build("plus"), name)]
-    assert Recipe.build("plus", **{name: other}).label == f"plus (changed: {name})"
+    other = {"one": "two", "two": "one"}[getattr(Recipe("plus"), name)]
+    assert Recipe("plus", **{name: other}).label == f"plus (changed: {name})"
 
 
 # Messages ------------------------------------------------------------------------------------------------------------
@@ -180,7 +183,7 @@ def test_label_names_the_products(operand: str) -> None:
 )
 def test_messages_say_what_is_legal(settings: dict, message: str) -> None:
     with pytest.raises(InputError) as raised:
-        Recipe.build(**settings)
+        Recipe(**settings)
     assert str(raised.value) == message
 
 
@@ -188,16 +191,65 @@ def test_a_setting_like_no_other_gets_the_whole_list() -> None:
     with pytest.raises(
         InputError, match=r"unknown recipe setting 'xyz'; known: activation_bits, .*, weight_granularity$"
     ):
-        Recipe.build(xyz="red")
+        Recipe(xyz="red")
 
 
 def test_a_misspelt_preset() -> None:
     with pytest.raises(InputError, match="unknown preset 'pluss'; known: paper, plus; did you mean 'plus'"):
-        Recipe.build("pluss")
+        Recipe("pluss")
 
 
 def test_plus_is_the_default_everywhere(tmp_path) -> None:
     (tmp_path / "empty.toml").write_text("")
-    assert Recipe() == Recipe.build() == Recipe.build("plus") == Recipe.from_toml(tmp_path / "empty.toml")
+    assert Recipe() == Recipe("plus") == Recipe.from_toml(tmp_path / "empty.toml")
     assert Recipe().label == "plus"
     assert set(PRESETS["paper"]) == set(PRESETS["plus"]), "each preset says all that presets differ in"
+
+
+def test_the_constructor_takes_preset_and_bits_then_settings() -> None:
+    recipe = Recipe("paper", "w6a6", samples=8, steps=50)
+    assert (recipe.preset, recipe.bits, recipe.samples, recipe.steps) == ("paper", "w6a6", 8, 50)
+    assert recipe.weight_granularity == PRESETS["paper"]["weight_granularity"]
+    assert Recipe(preset="paper", bits="w6a6", steps=50, samples=8) == recipe == Recipe(**recipe.model_dump())
+    assert hash(recipe) == hash(Recipe("paper", "w6a6", steps=50, samples=8)) != hash(Recipe("paper", "w6a6"))
+    assert Recipe("plus", "w8a8", weight_bits=4).bits == "w4a8"
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.samples = 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((3,), "unknown preset '3'"), (([],), "unknown preset"), (("plus", 8), "bits '8' must be w<2-8>a<4-8>")],
+)
+def test_a_preset_or_bits_of_another_type(arguments: tuple, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Recipe(*arguments)
+
+
+def test_a_setting_called_self_is_unknown_like_any_other() -> None:
+    with pytest.raises(InputError, match="unknown recipe setting 'self'"):
+        Recipe(**{"self": 1})
+
+
+def test_the_former_constructor_still_serves() -> None:
+    with pytest.warns(DeprecationWarning, match=r"Recipe\.build\(\.\.\.\) is now Recipe\(\.\.\.\)") as caught:
+        assert Recipe.build("paper", "w6a6", samples=8) == Recipe("paper", "w6a6", samples=8)
+    assert caught[0].filename == __file__
+
+
+def test_settings_win_over_those_of_a_file(tmp_path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text("preset = 'paper'\nseed = 3\nsamples = 4\n", encoding="utf-8")
+    assert Recipe.from_toml(path, seed="5") == Recipe("paper", seed=5, samples=4)
+    assert Recipe.from_toml(path, preset="plus") == Recipe("plus", seed=3, samples=4)
+
+
+def test_the_json_of_a_recipe_is_as_ever() -> None:
+    """Artifacts and recipe files have it."""
+    assert json.loads(Recipe("paper", "w4a6", samples=8).model_dump_json()) == {
+        "schema_version": 1, "preset": "paper", "weight_bits": 4, "activation_bits": 6,
+        "weight_granularity": "per_tensor", "softmax_grid": "mrq", "gelu_grid": "mrq", "softmax_products": "two",
+        "gelu_products": "two", "time_grouped": "softmax", "hessian": True, "loss": "epsilon", "groups": 10,
+        "time_edges": "uniform", "samples": 8, "sampler": "auto", "steps": 250, "guidance": 1.5, "trajectories": None, "probes": 1, "rounds": 3,
+        "candidates": 100, "low": 0.01, "high": 1.2, "rows": 2048, "queries": 2048, "seed": 0,
+    }  # fmt: skip

@@ -19,8 +19,10 @@ from tqdit.errors import InputError, RepairWarning
 from tqdit.plan import sites
 from tqdit.quality.metrics import sqnr_db
 from tqdit.runtime.convert import convert
+from tqdit.runtime.target import Target
 from tqdit.sampling.guidance import Sampling
 from tqdit.sources.resolve import load_float, resolve, weights_hash
+from tqdit.sources.summary import Summary
 from tqdit.spec import Role
 from tqdit.system import distributed, files
 from tqdit.system.files import write_bytes
@@ -31,7 +33,7 @@ FAST = Sampling("ddim", 5, 1.5)
 
 
 @pytest.fixture(scope="module")
-def quantized(pipeline, tiny_recipe, tmp_path_factory) -> tuple[Path, dict]:
+def quantized(pipeline, tiny_recipe, tmp_path_factory) -> tuple[Path, Summary]:
     """An artifact of the pipeline, and what `quantize` said about it."""
     out = tmp_path_factory.mktemp("artifacts") / "tiny-w8a8"
     return out, workflow.quantize(pipeline, out, tiny_recipe("plus"))
@@ -69,7 +71,10 @@ def test_summary_of_quantize(quantized, model) -> None:
     assert summary["peak_memory_bytes"] > 2**20
     assert {"tqdit", "torch", "cpu", "cores", "threads", "device"} <= set(summary["environment"])
     assert (summary["preset"], summary["bits"]) == ("plus", "w8a8")
-    json.dumps(summary, allow_nan=False)
+    assert summary["bits"] is summary.bits
+    with pytest.raises(KeyError):
+        summary["colour"]
+    assert json.loads(json.dumps(summary.figures(), allow_nan=False)) == summary.figures()
 
 
 def test_codes_of_a_larger_model_take_a_quarter_of_fp32(tiny_dit, tiny_recipe, tmp_path) -> None:
@@ -129,7 +134,7 @@ def test_inspect_lists_every_site(quantized, model, tiny_recipe) -> None:
         assert row["granularity"] == site.granularity
         assert row["kernel"].startswith("cpu.")
     json.dumps(found, allow_nan=False)
-    simulated = workflow.inspect(quantized[0], "simulated")
+    simulated = workflow.inspect(quantized[0], backend="simulated")
     assert {row["kernel"].split(".")[0] for row in simulated["sites"]} == {"simulated"}
 
 
@@ -375,7 +380,7 @@ def test_disk_that_is_too_small_for_the_artifact(pipeline, tiny_recipe, tmp_path
 def test_needed_space_is_no_more_than_an_artifact_takes(pipeline, model, tiny_recipe, quantized, monkeypatch) -> None:
     needed: list[int] = []
     monkeypatch.setattr(workflow, "check_space", lambda _, count: needed.append(count))
-    monkeypatch.setattr(workflow, "_calibrated", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(workflow, "calibrated", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         workflow.quantize(pipeline, quantized[0].with_name("new"), tiny_recipe("plus"))
     assert 0.5 * quantized[1]["size_bytes"] / 4 < needed[0] < quantized[1]["size_bytes"]
@@ -450,8 +455,8 @@ def test_quantizing_an_artifact_is_an_error(quantized, tiny_recipe, tmp_path) ->
 
 def test_load_gives_integers_or_floats(quantized, pipeline) -> None:
     assert workflow.load(quantized[0]).quantization_backend == "cpu"
-    assert workflow.load(quantized[0], "reference").quantization_backend == "reference"
-    assert workflow.load(quantized[0], "simulated").quantization_backend == "simulated"
+    assert workflow.load(quantized[0], backend="reference").quantization_backend == "reference"
+    assert workflow.load(quantized[0], backend="simulated").quantization_backend == "simulated"
     assert not hasattr(workflow.load(pipeline), "quantization_backend")
 
 
@@ -461,14 +466,14 @@ def test_load_gives_integers_or_floats(quantized, pipeline) -> None:
 )
 def test_a_float_model_has_no_integer_backend(pipeline, backend: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        workflow.load(pipeline, backend)
+        workflow.load(pipeline, backend=backend)
 
 
 def test_the_automatic_device(automatic_device, monkeypatch) -> None:
     monkeypatch.setattr(distributed, "chosen_device", automatic_device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert workflow.checked_device("auto") == workflow.checked_device() == torch.device("cpu")
-    assert workflow.checked_device(torch.device("cpu")) == torch.device("cpu")
+    assert Target(device="auto").device == Target().device == torch.device("cpu")
+    assert Target(device=torch.device("cpu")).device == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert distributed.chosen_device() == "cuda"
     assert distributed.chosen_device("cpu") == "cpu"

@@ -51,7 +51,7 @@ def folder(path: Path, model: nn.Module | None = None, scheduler: Any = None, va
 
 
 def recipe(preset: str = "plus", bits: str = "w8a8", **settings: Any) -> tqdit.Recipe:
-    return tqdit.Recipe.build(preset, bits, **FAST | settings)
+    return tqdit.Recipe(preset, bits, **FAST | settings)
 
 
 def quantized(path: Path, source: Path, preset: str = "plus", **settings: Any) -> Path:

@@ -1,9 +1,11 @@
 """tqdit: Diffusion Transformers in integers, by TQ-DiT post-training quantization.
 
     import tqdit
-    tqdit.quantize("fashion-dit", "w8a8", tqdit.Recipe.build(bits="w8a8"))
+    tqdit.quantize("fashion-dit", "w8a8", tqdit.Recipe("plus", "w8a8"))
     images = tqdit.sample("w8a8", ["sneaker", 8], num=16)
     tqdit.save_grid(images, "grid.png")
+
+    transformer = tqdit.quantize(pipe.transformer, tqdit.Recipe(), scheduler=pipe.scheduler)    # nothing on disk
 
 Importing tqdit lets diffusers' `from_pretrained` load artifacts. The names below are the whole public interface; they
 load on first use, so `import tqdit` is quick.
@@ -16,45 +18,74 @@ from tqdit.integrations.on_import import register_with_diffusers
 from tqdit.version import VERSION
 
 if TYPE_CHECKING:
+    from tqdit.calibration.records import Records
+    from tqdit.calibration.states import CalibrationSet
     from tqdit.errors import AssumptionWarning, InputError
     from tqdit.imaging.generate import save_grid, to_pil
     from tqdit.integrations.diffusers import TQDiTConfig
     from tqdit.quality.comparison import Comparison, compare
     from tqdit.recipe import Recipe
+    from tqdit.runtime.target import Target
     from tqdit.sampling.guidance import Sampling
+    from tqdit.sampling.prompts import Prompts
     from tqdit.sources.export import convert_checkpoint
+    from tqdit.sources.summary import Summary
+    from tqdit.spec import Solution
+    from tqdit.stages import calibrate, calibration_states, convert, save, solve
     from tqdit.workflow import inspect, load, quantize, sample
 
 _HOMES = {
     "AssumptionWarning": "tqdit.errors",
+    "CalibrationSet": "tqdit.calibration.states",
     "Comparison": "tqdit.quality.comparison",
     "InputError": "tqdit.errors",
+    "Prompts": "tqdit.sampling.prompts",
     "Recipe": "tqdit.recipe",
+    "Records": "tqdit.calibration.records",
     "Sampling": "tqdit.sampling.guidance",
+    "Solution": "tqdit.spec",
+    "Summary": "tqdit.sources.summary",
     "TQDiTConfig": "tqdit.integrations.diffusers",
+    "Target": "tqdit.runtime.target",
+    "calibrate": "tqdit.stages",
+    "calibration_states": "tqdit.stages",
     "compare": "tqdit.quality.comparison",
+    "convert": "tqdit.stages",
     "convert_checkpoint": "tqdit.sources.export",
     "inspect": "tqdit.workflow",
     "load": "tqdit.workflow",
     "quantize": "tqdit.workflow",
     "sample": "tqdit.workflow",
+    "save": "tqdit.stages",
     "save_grid": "tqdit.imaging.generate",
+    "solve": "tqdit.stages",
     "to_pil": "tqdit.imaging.generate",
 }
 __all__ = [
     "AssumptionWarning",
+    "CalibrationSet",
     "Comparison",
     "InputError",
+    "Prompts",
     "Recipe",
+    "Records",
     "Sampling",
+    "Solution",
+    "Summary",
     "TQDiTConfig",
+    "Target",
+    "calibrate",
+    "calibration_states",
     "compare",
+    "convert",
     "convert_checkpoint",
     "inspect",
     "load",
     "quantize",
     "sample",
+    "save",
     "save_grid",
+    "solve",
     "to_pil",
 ]
 

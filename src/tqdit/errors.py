@@ -1,5 +1,8 @@
 """What the user is told: the input is wrong, and here is what was legal; or something was put right."""
 
+import difflib
+from collections.abc import Iterable
+
 LONGEST = 1000  # characters of a message; a file may hold a name of any length
 
 
@@ -21,6 +24,12 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the known name that is most like it; empty if none is."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 class AssumptionWarning(UserWarning):

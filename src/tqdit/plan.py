@@ -39,12 +39,13 @@ class SitePlan:
         return tuple(replace(self.spec, grid=grid) for grid in self.grids)
 
 
-def plan(graph: Graph, recipe: Recipe) -> dict[str, SitePlan]:
+def plan(graph: Graph, recipe: Recipe, groups: int | None = None) -> dict[str, SitePlan]:
     """Return every site of a model by name: all weights of layers on float inputs, then block by block.
 
-    The order is that of an artifact's manifest.
+    `groups` is the number of time groups that were made, which visited timesteps may make fewer than the recipe's; by
+    default it is the recipe's. The order is that of an artifact's manifest.
     """
-    return {site.spec.name: site for site in _sites(graph, recipe)}
+    return {site.spec.name: site for site in _sites(graph, recipe, recipe.groups if groups is None else groups)}
 
 
 def sites(config: Mapping[str, Any], recipe: Recipe) -> tuple[SiteSpec, ...]:
@@ -81,18 +82,18 @@ def _merging(recipe: Recipe, role: Role) -> bool:
     return products.get(role) == "one"
 
 
-def _sites(graph: Graph, recipe: Recipe) -> Iterator[SitePlan]:
+def _sites(graph: Graph, recipe: Recipe, groups: int) -> Iterator[SitePlan]:
     for name in graph.float_input:
         yield _weight(graph, f"{name}.weight", Role.WEIGHT_ONLY, recipe.float_input_bits, Granularity.PER_CHANNEL)
     for block in graph.blocks:
         for matmul in block.matmuls:
             if isinstance(matmul, Linear):
-                yield _activation(matmul.source, recipe)
+                yield _activation(matmul.source, recipe, groups)
                 for name in matmul.weights:
                     yield _weight(graph, name, Role.WEIGHT, recipe.weight_bits, recipe.granularity)
             else:
                 for operand in matmul.operands:
-                    yield _activation(operand, recipe)
+                    yield _activation(operand, recipe, groups)
 
 
 def _weight(graph: Graph, name: str, role: Role, bits: int, granularity: Granularity) -> SitePlan:
@@ -100,17 +101,16 @@ def _weight(graph: Graph, name: str, role: Role, bits: int, granularity: Granula
     return SitePlan(SiteSpec(name, role, bits, Grid.UNIFORM, granularity, units=units), (Grid.UNIFORM,))
 
 
-def _activation(operand: Operand, recipe: Recipe) -> SitePlan:
+def _activation(operand: Operand, recipe: Recipe, groups: int) -> SitePlan:
     role = operand.role
     granularity = Granularity.PER_HEAD if role in (Role.QUERY, Role.KEY, Role.VALUE) else Granularity.PER_TENSOR
     tried = grids(recipe, role)
-    spec = SiteSpec(
-        operand.name, role, recipe.activation_bits, tried[0], granularity, _groups(operand, recipe), operand.units
-    )
+    rows = groups if _grouped(operand, recipe) else 1
+    spec = SiteSpec(operand.name, role, recipe.activation_bits, tried[0], granularity, rows, operand.units)
     return SitePlan(spec, tried, _merging(recipe, role))
 
 
-def _groups(operand: Operand, recipe: Recipe) -> int:
-    """How many time groups the operand's parameters have."""
+def _grouped(operand: Operand, recipe: Recipe) -> bool:
+    """Whether the operand has parameters for every time group."""
     grouped = {"all": True, "softmax": operand.role is Role.SOFTMAX, "none": False}[recipe.time_grouped]
-    return recipe.groups if grouped and operand.timed else 1
+    return grouped and operand.timed

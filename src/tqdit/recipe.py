@@ -1,25 +1,26 @@
 """`Recipe`: every setting of a quantization run, validated, with the presets `paper` and `plus`."""
 
-import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterable
+import warnings
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tqdit.errors import InputError
+from tqdit.errors import InputError, suggestion
 from tqdit.spec import MAX_BITS, Granularity
 from tqdit.system.reading import read_bytes
+from tqdit.system.validation import legal
 
 MAX_RECIPE_BYTES = 2**16
 MAX_DOTS = 100  # in a line of a recipe that is not a comment
 BITS_PATTERN = re.compile(r"w([2-8])a([4-8])", re.IGNORECASE)
 
 CALIBRATION_SETTINGS = (
-    "groups", "samples", "sampler", "steps", "guidance", "trajectories", "probes", "rows", "queries", "seed",
+    "groups", "time_edges", "samples", "sampler", "steps", "guidance", "trajectories", "probes", "rows", "queries",
+    "seed",
 )  # fmt: skip
 
 METHOD_SETTINGS = (
@@ -29,7 +30,7 @@ METHOD_SETTINGS = (
 
 PRODUCTS_OF = {"softmax_grid": "softmax_products", "gelu_grid": "gelu_products"}
 
-DEFAULT_PRESET = "plus"
+DEFAULT_PRESET, DEFAULT_BITS = "plus", "w8a8"
 PRESETS: dict[str, dict[str, Any]] = {
     # As published: per-tensor weights, MRQ everywhere, TGQ on post-softmax only.
     "paper": {
@@ -39,7 +40,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gelu_grid": "mrq",
         "gelu_products": "two",
         "loss": "epsilon",
-        "sampler": "ddpm",
     },
     # Better at little or no run-time cost: per-channel weights, time groups for all activations, errors weighed as the
     # sampler weighs them, MRQ where it wins. After GELU a second product is a quarter of the model's arithmetic and
@@ -51,16 +51,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gelu_grid": "best",
         "gelu_products": "one",
         "loss": "sampler",
-        "sampler": "auto",
     },
 }
 
 
 class Recipe(BaseModel):
-    """Settings of one quantization. Defaults are the preset `plus`, with the paper's calibration and search.
+    """Every setting of one quantization: a preset at a bit-width, with single settings changed.
 
-    n of the paper is `samples`, per time group.
-    Raises `InputError` (through `build`, `from_toml`) that names the setting and what is legal.
+        Recipe()                                    # the preset plus, W8A8
+        Recipe("paper", "w6a6", samples=8, steps=50)
+
+    The presets share the paper's calibration and search; the paper's n is `samples`, per time group. A recipe is
+    frozen, hashable, and equal to another one of the same settings.
+    Raises `InputError` that names the setting and what is legal.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,6 +82,7 @@ class Recipe(BaseModel):
     loss: Literal["epsilon", "sampler"] = "sampler"  # HO counts errors of epsilon alike, or as the sampler's step does
 
     groups: int = Field(10, ge=1)
+    time_edges: Literal["uniform", "visited"] = "uniform"  # equal ranges of t, or equally many of the sampler's steps
     samples: int = Field(32, ge=1, description="calibration samples per time group (n)")
     sampler: Literal["auto", "ddim", "ddpm", "flow"] = "auto"  # "auto": ddpm of a diffusion model, else flow
     steps: int = Field(250, ge=1)
@@ -94,10 +98,24 @@ class Recipe(BaseModel):
     queries: int = Field(2048, ge=1, description="query rows per attention layer that the search scores")
     seed: int = Field(0, ge=0, lt=2**31)
 
+    def __init__(self, /, preset: str = DEFAULT_PRESET, bits: str = DEFAULT_BITS, **settings: Any) -> None:
+        """Take `preset` at `bits`, such as "w6a6", with other `settings` changed; None keeps the preset's value.
+
+        The settings `weight_bits` and `activation_bits` win over `bits`.
+        """
+        given = {name: value for name, value in settings.items() if value is not None}
+        values = {"preset": preset, **_preset(preset), **_bit_widths(bits), **given}
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise InputError(_reason(error.errors()[0])) from None
+        self._check_products()
+
     def records_match(self, recorded: "Recipe") -> bool:
         """Whether records that were made under another recipe serve this one: only search settings may differ."""
-        same = all(getattr(self, name) == getattr(recorded, name) for name in CALIBRATION_SETTINGS)
-        return same and (recorded.hessian or not self.hessian)
+        others = [name for name in CALIBRATION_SETTINGS if name != "sampler"]
+        same = all(getattr(self, name) == getattr(recorded, name) for name in others)
+        return same and _same_sampler(self.sampler, recorded.sampler) and (recorded.hessian or not self.hessian)
 
     def _uniform_at_best(self) -> list[str]:
         """Grid settings that one product limits to levels of a uniform grid (`regions.merging_exponents`)."""
@@ -107,7 +125,7 @@ class Recipe(BaseModel):
     @property
     def label(self) -> str:
         """The preset's name, with the parts of the method that differ from it: "paper (changed: hessian)"."""
-        original = Recipe(preset=self.preset, **PRESETS[self.preset])
+        original = Recipe(self.preset)
         changed = [name for name in METHOD_SETTINGS if getattr(self, name) != getattr(original, name)]
         return f"{self.preset} (changed: {', '.join(changed)})" if changed else self.preset
 
@@ -128,20 +146,17 @@ class Recipe(BaseModel):
         return min(8, self.weight_bits + 2)
 
     @classmethod
-    def build(cls, preset: str = DEFAULT_PRESET, bits: str = "w8a8", **overrides: Any) -> Self:
-        """A preset at a bit-width such as "w6a6", with single settings changed; None keeps the preset's value."""
-        if preset not in PRESETS:
-            raise InputError(f"unknown preset '{preset}'; known: {', '.join(PRESETS)}{_meant(preset, PRESETS)}")
-        match = BITS_PATTERN.fullmatch(bits)
-        if not match:
-            raise InputError(f"bits '{bits}' must be w<2-8>a<4-8>, such as w8a8, w6a6 or w4a8")
-        given = {key: value for key, value in overrides.items() if value is not None}
-        fields = {"weight_bits": int(match[1]), "activation_bits": int(match[2])}
-        return cls._validated({"preset": preset} | PRESETS[preset] | fields | given)
+    def build(cls, preset: str = DEFAULT_PRESET, bits: str = DEFAULT_BITS, **overrides: Any) -> Self:
+        """Deprecated: call `Recipe` itself, which takes the same arguments."""
+        warnings.warn("Recipe.build(...) is now Recipe(...)", DeprecationWarning, stacklevel=2)
+        return cls(preset, bits, **overrides)
 
     @classmethod
-    def from_toml(cls, path: Path) -> Self:
-        """Read a recipe file: the settings of its `preset`, changed by the others; unknown keys are errors."""
+    def from_toml(cls, path: Path, **settings: Any) -> Self:
+        """Read a recipe file: the settings of its `preset`, changed by the others; unknown keys are errors.
+
+        `settings` win over those of the file.
+        """
         data = read_bytes(path, MAX_RECIPE_BYTES)
         try:
             text = data.decode("utf-8")
@@ -154,21 +169,12 @@ class Recipe(BaseModel):
         preset = values.get("preset", DEFAULT_PRESET)
         if str(preset) not in PRESETS:
             raise InputError(f"recipe {path}: unknown preset {preset!r}; known: {', '.join(PRESETS)}")
-        return cls._validated(PRESETS[preset] | values)
+        return cls(**values | settings)
 
     def to_toml(self) -> str:
         """The recipe as TOML text (flat, scalars only, so JSON's scalar spelling is TOML's)."""
         values = self.model_dump(exclude_none=True)
         return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
-
-    @classmethod
-    def _validated(cls, values: dict[str, Any]) -> Self:
-        try:
-            recipe = cls.model_validate(values)
-        except ValidationError as error:
-            raise InputError(_reason(error.errors()[0])) from None
-        recipe._check_products()
-        return recipe
 
     def _check_products(self) -> None:
         """Refuse a two-region grid that its number of products leaves nothing of."""
@@ -178,6 +184,29 @@ class Recipe(BaseModel):
                     f"recipe settings '{name}' and '{PRODUCTS_OF[name]}': 'mrq' of {MAX_BITS} bits takes two products, "
                     f"got 'one'; legal with 'one' are 'best', 'uniform', or at most {MAX_BITS - 1} bits"
                 )
+
+
+def _preset(name: Any) -> dict[str, Any]:
+    """The settings in which a preset differs from another."""
+    if not isinstance(name, str) or name not in PRESETS:
+        raise InputError(f"unknown preset '{name}'; known: {', '.join(PRESETS)}{suggestion(str(name), PRESETS)}")
+    return PRESETS[name]
+
+
+def _bit_widths(text: Any) -> dict[str, int]:
+    """The two bit-widths of a text such as "w6a6"."""
+    match = BITS_PATTERN.fullmatch(text) if isinstance(text, str) else None
+    if not match:
+        raise InputError(f"bits '{text}' must be w<2-8>a<4-8>, such as w8a8, w6a6 or w4a8")
+    return {"weight_bits": int(match[1]), "activation_bits": int(match[2])}
+
+
+def _same_sampler(first: str, second: str) -> bool:
+    """Whether two settings are the same sampler of one model.
+
+    "auto" is "ddpm" for every model that "ddpm" can sample, and "flow" for every one that "flow" can.
+    """
+    return first == second or ("auto" in (first, second) and "ddim" not in (first, second))
 
 
 def _check_keys(text: str) -> None:
@@ -192,27 +221,8 @@ def _reason(error: Any) -> str:
     name, given = ".".join(str(part) for part in error["loc"]), error["input"]
     if error["type"] == "extra_forbidden":
         known = sorted(set(Recipe.model_fields) - {"schema_version"})
-        return f"unknown recipe setting '{name}'{_meant(name, known) or '; known: ' + ', '.join(known)}"
-    limits = {key: int(x) if isinstance(x, float) and x.is_integer() else x for key, x in error.get("ctx", {}).items()}
-    kind = "a number" if name in ("guidance", "low", "high") else "a whole number"
-    legal = {
-        "literal_error": str(limits.get("expected", "")).replace("'", ""),
-        "greater_than_equal": f"at least {limits.get('ge')}",
-        "greater_than": f"greater than {limits.get('gt')}",
-        "less_than_equal": f"at most {limits.get('le')}",
-        "less_than": f"less than {limits.get('lt')}",
-        "finite_number": "a finite number",
-        "int_parsing": kind, "int_type": kind, "int_from_float": kind, "int_parsing_size": kind,
-        "float_parsing": kind, "float_type": kind,
-        "bool_parsing": "true or false", "bool_type": "true or false",
-        "string_type": "a text",
-    }.get(error["type"])  # fmt: skip
-    if legal is None:
+        return f"unknown recipe setting '{name}'{suggestion(name, known) or '; known: ' + ', '.join(known)}"
+    expected = legal(error)
+    if expected is None:
         return f"recipe setting '{name}': {error['msg']}, got {given!r}"
-    return f"recipe setting '{name}' must be {legal}, got {given!r}"
-
-
-def _meant(name: str, known: Iterable[str]) -> str:
-    """What a misspelt name was probably meant to be, as the end of a message; nothing if no known name is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    return f"recipe setting '{name}' must be {expected}, got {given!r}"

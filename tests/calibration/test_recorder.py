@@ -255,7 +255,7 @@ def test_a_device_without_memory_for_a_batch_takes_smaller_ones(model, data, rec
     ],
 )  # fmt: skip
 def test_a_pass_takes_what_its_budget_allows(device: str, shape: str, samples: int, batch: int) -> None:
-    config, recipe = shape_config(shape), Recipe.build("paper", samples=samples)
+    config, recipe = shape_config(shape), Recipe("paper", samples=samples)
     picker = Picker(recipe, recipe.groups * samples, 2, (config["sample_size"] // config["patch_size"]) ** 2)
     assert batch_size(graph(config), picker, torch.device(device)) == batch
 

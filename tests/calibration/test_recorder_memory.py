@@ -20,7 +20,7 @@ from tqdit.speed.random_weights import random_float
 
 STATUS = Path("/proc/self/status")
 CONFIG = {**shape_config("DiT-S/2"), "num_layers": 4, "num_attention_heads": 3}
-RECIPE = Recipe.build("paper", groups=1, samples=80, rows=512, queries=512)
+RECIPE = Recipe("paper", groups=1, samples=80, rows=512, queries=512)
 TOKENS = 256
 
 

@@ -15,7 +15,7 @@ from tqdit.sampling.trajectory import noise_generators, trajectory
 
 
 def equal(a, b) -> bool:
-    names = [f.name for f in fields(a) if f.name != "conditions"]
+    names = [f.name for f in fields(a) if f.name not in ("conditions", "time_groups")]
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
 
 

@@ -12,6 +12,7 @@ from tqdit import workflow
 from tqdit.errors import InputError
 from tqdit.imaging import generate, images
 from tqdit.imaging.images import RUN, Images, check_folder, into_folder
+from tqdit.runtime.target import Target
 from tqdit.sampling.guidance import ClassLabels, Sampling
 from tqdit.sources.resolve import load_float, resolve
 
@@ -171,9 +172,9 @@ def test_another_backend_or_dtype_is_refused(solved, pipeline, tmp_path: Path, o
     workflow.save(solved(), resolve(pipeline), tmp_path / "w8a8")
     few = workflow.images_of(tmp_path / "w8a8", ["3"], 1, FAST)
     assert workflow.sample_folder(few, tmp_path / "out") == 1
-    assert workflow.sample_folder(few, tmp_path / "out", backend="cpu") == 0, "what auto stands for"
+    assert workflow.sample_folder(few, tmp_path / "out", Target(backend="cpu")) == 0, "what auto stands for"
     with pytest.raises(InputError, match=named):
-        workflow.sample_folder(few, tmp_path / "out", **options)
+        workflow.sample_folder(few, tmp_path / "out", Target(**options))
 
 
 def test_other_weights_or_schedule_are_another_run(own_pipeline: Path, wanted: Images, tiny_dit) -> None:

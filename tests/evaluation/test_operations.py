@@ -33,12 +33,12 @@ def test_operations_are_those_torch_counts(tiny_dit, config, batch: int) -> None
     quantized = [name for name in flops if name.endswith((".attn1", ".ff"))]
     assert len(quantized) == 4
     expected = sum(sum(flops[name].values()) for name in quantized)
-    assert count_operations(random_solution(config, Recipe.build("plus")), batch).integer == expected
+    assert count_operations(random_solution(config, Recipe("plus")), batch).integer == expected
 
 
 def test_two_region_operands_are_executed_twice(config) -> None:
     def executed(**grids: str) -> Operations:
-        return count_operations(random_solution(config, Recipe.build("paper", **grids)), 4)
+        return count_operations(random_solution(config, Recipe("paper", **grids)), 4)
 
     none = executed(softmax_grid="uniform", gelu_grid="uniform")
     softmax, gelu, both = executed(gelu_grid="uniform"), executed(softmax_grid="uniform"), executed()
@@ -50,7 +50,7 @@ def test_two_region_operands_are_executed_twice(config) -> None:
 
 
 def test_weights_on_float_inputs_are_read_once(config) -> None:
-    solution = random_solution(config, Recipe.build("plus"))
+    solution = random_solution(config, Recipe("plus"))
     c, patch, out = 48, 4, 2 * 4
     shared = 256 * c + c * c
     expected = patch * c + shared + 2 * 6 * c * c + 2 * c * c + out * c
@@ -62,7 +62,7 @@ def test_weights_on_float_inputs_are_read_once(config) -> None:
 
 def test_published_cost_of_xl() -> None:
     """DiT-XL/2 has 118.6 Gflops (multiply-adds) per image in the paper."""
-    solution = random_solution({**shape_config("DiT-XL/2"), "num_layers": 1}, Recipe.build("plus"))
+    solution = random_solution({**shape_config("DiT-XL/2"), "num_layers": 1}, Recipe("plus"))
     assert 28 * count_operations(solution, 1).integer / 2e9 == pytest.approx(118.6, rel=0.01)
 
 

@@ -336,7 +336,7 @@ class TestPipelines:
         index = json.loads((root / "model_index.json").read_text())
         index["transformer"] = ["diffusers", "Transformer2DModel"]
         (root / "model_index.json").write_text(json.dumps(index))
-        recipe = tqdit.Recipe.build("paper", rounds=0, hessian=False, samples=1, groups=2, steps=4)
+        recipe = tqdit.Recipe("paper", rounds=0, hessian=False, samples=1, groups=2, steps=4)
         tqdit.quantize(root, tmp_path / "w8a8", recipe)
         assert type(DiTPipeline.from_pretrained(tmp_path / "w8a8").transformer) is integer_class(
             "DiTTransformer2DModel"

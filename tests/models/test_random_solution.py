@@ -71,7 +71,7 @@ def operands(model: torch.nn.Module, block: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("preset", "bits"), SETTINGS)
 def test_activations_fill_their_grids(config, preset: str, bits: str) -> None:
     """The highest and lowest code are rare, and many are used. After GELU the lowest is the function's own minimum."""
-    solution = random_solution(config, Recipe.build(preset, bits))
+    solution = random_solution(config, Recipe(preset, bits))
     found = operands(float_twin(solution), 1)
     assert len(found) == 7
     for name, x in found.items():
@@ -89,7 +89,7 @@ def test_activations_fill_their_grids(config, preset: str, bits: str) -> None:
 
 @pytest.mark.parametrize(("preset", "bits"), SETTINGS)
 def test_output_is_not_degenerate(config, preset: str, bits: str) -> None:
-    y = run(convert(random_solution(config, Recipe.build(preset, bits))))
+    y = run(convert(random_solution(config, Recipe(preset, bits))))
     assert torch.isfinite(y).all()
     assert 0.3 < y.std() < 4
     assert (y[0] - y[1]).std() > 0.1
@@ -105,7 +105,7 @@ def test_output_is_not_degenerate(config, preset: str, bits: str) -> None:
     ],
 )
 def test_grids(config, preset: str, bits: str, gelu: Grid, softmax: Grid) -> None:
-    recipe = Recipe.build(preset, bits, **products("two"))
+    recipe = Recipe(preset, bits, **products("two"))
     solution = random_solution(config, recipe)
     assert {site.grid for site in solution.sites if site.role is Role.GELU} == {gelu}
     assert {site.grid for site in solution.sites if site.role is Role.SOFTMAX} == {softmax}
@@ -116,7 +116,7 @@ def test_grids(config, preset: str, bits: str, gelu: Grid, softmax: Grid) -> Non
 @pytest.mark.parametrize("number", ["one", "two"])
 def test_products(config, bits: str, number: str) -> None:
     """What costs most of what the recipe allows: two products, one of merged regions, or a uniform grid at 8 bits."""
-    solution = random_solution(config, Recipe.build("plus", bits, **products(number)))
+    solution = random_solution(config, Recipe("plus", bits, **products(number)))
     sites = [params for params in solution.params.values() if params.spec.role in (Role.GELU, Role.SOFTMAX)]
     assert len(sites) == 4
     if number == "one":
@@ -130,7 +130,7 @@ def test_products(config, bits: str, number: str) -> None:
 
 @pytest.mark.parametrize("bits", ["w8a8", "w6a6", "w2a4"])
 def test_one_product_leaves_the_rest_as_it_is(config, bits: str) -> None:
-    one, two = (random_solution(config, Recipe.build("plus", bits, **products(number))) for number in ("one", "two"))
+    one, two = (random_solution(config, Recipe("plus", bits, **products(number))) for number in ("one", "two"))
     assert all(torch.equal(one.codes[name], codes) for name, codes in two.codes.items())
     y = run(convert(one))
     assert torch.isfinite(y).all()
@@ -138,7 +138,7 @@ def test_one_product_leaves_the_rest_as_it_is(config, bits: str) -> None:
 
 
 def test_uniform_grids_everywhere(config) -> None:
-    recipe = Recipe.build("plus", softmax_grid="uniform", gelu_grid="uniform", time_grouped="none")
+    recipe = Recipe("plus", softmax_grid="uniform", gelu_grid="uniform", time_grouped="none")
     solution = random_solution(config, recipe)
     assert not any(site.grid.two_region for site in solution.sites)
     assert 0.3 < run(convert(solution)).std() < 4
@@ -147,7 +147,7 @@ def test_uniform_grids_everywhere(config) -> None:
 @pytest.mark.parametrize(("preset", "bits"), SETTINGS)
 def test_an_artifact_of_it_reads_back(config, tmp_path: Path, preset: str, bits: str) -> None:
     """Writing checks that it is complete, reading that every scale, zero point and code is legal."""
-    solution = random_solution(config, Recipe.build(preset, bits))
+    solution = random_solution(config, Recipe(preset, bits))
     artifact.write(solution, tmp_path)
     again = artifact.read(tmp_path)
     assert again.sites == solution.sites
@@ -161,7 +161,7 @@ def run_seeded(solution) -> torch.Tensor:
 
 
 def test_time_groups_differ_a_little(config) -> None:
-    for params in random_solution(config, Recipe.build("plus")).params.values():
+    for params in random_solution(config, Recipe("plus")).params.values():
         if params.spec.role in (Role.INPUT, Role.QUERY, Role.GELU):
             scale = params.scale[:, 0].reshape(10, -1)[:, -1]
             assert 1.01 < scale.max() / scale.min() < 1.25
@@ -169,7 +169,7 @@ def test_time_groups_differ_a_little(config) -> None:
 
 
 def test_blocks_share_the_embedder(config) -> None:
-    solution = random_solution(config, Recipe.build("plus"))
+    solution = random_solution(config, Recipe("plus"))
     emb = "transformer_blocks.{}.norm1.emb."
     weight, bias = "timestep_embedder.linear_2.weight", "timestep_embedder.linear_2.bias"
     table = "class_embedder.embedding_table.weight"
@@ -185,7 +185,7 @@ def test_blocks_share_the_embedder(config) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_codes_use_their_bits(config, bits: int) -> None:
-    solution = random_solution(config, Recipe.build("plus", f"w{bits}a8"))
+    solution = random_solution(config, Recipe("plus", f"w{bits}a8"))
     used = solution.codes["transformer_blocks.0.ff.net.2.weight"].unique()
     high = (1 << bits - 1) - 1
     assert -high - 1 <= used.min() <= -0.7 * high
@@ -198,6 +198,6 @@ def test_few_numbers_are_drawn(config, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     randn = torch.randn
     monkeypatch.setattr(torch, "randn", lambda *size, **options: drawn.append(size) or randn(*size, **options))
-    sizes = [codes.numel() for codes in random_solution(shape_config("DiT-B/4"), Recipe.build("plus")).codes.values()]
+    sizes = [codes.numel() for codes in random_solution(shape_config("DiT-B/4"), Recipe("plus")).codes.values()]
     large = [size for size in drawn if torch.Size(size).numel() > 100_000]
     assert large == [(max(sizes) + Pool.MARGIN,)]

@@ -108,7 +108,7 @@ def targets(root: Path) -> dict[str, Target]:
 
 
 def _recipe_file(path: Path) -> Target:
-    texts = [Recipe.build(preset).to_toml().encode() for preset in ("paper", "plus")]
+    texts = [Recipe(preset).to_toml().encode() for preset in ("paper", "plus")]
 
     def target(rng: random.Random) -> bool:
         path.write_bytes(changed_bytes(rng.choice(texts), rng))
@@ -119,13 +119,13 @@ def _recipe_file(path: Path) -> Target:
 
 
 def _recipe_settings() -> Target:
-    known = Recipe.build().model_dump()
+    known = Recipe().model_dump()
     names_of_settings = [*(set(known) - {"preset"}), "unknown"]
     names_of_settings.sort()
 
     def target(rng: random.Random) -> bool:
         names = rng.sample(names_of_settings, rng.randint(1, 4))
-        Recipe.build(rng.choice(["paper", "plus"]), "w8a8", **{name: strange(known.get(name), rng) for name in names})
+        Recipe(rng.choice(["paper", "plus"]), "w8a8", **{name: strange(known.get(name), rng) for name in names})
         return True
 
     return target
@@ -136,14 +136,14 @@ def _bits() -> Target:
         bits = list(f"{rng.choice('wW')}{rng.randint(1, 9)}{rng.choice('aA')}{rng.randint(1, 9)}")
         for _ in range(rng.randint(0, 3)):
             bits[rng.randrange(4)] = rng.choice(["w", "a", "8", "9", "-", " ", "\u0663", "\u00b2", "\n", "", "88"])
-        Recipe.build(bits="".join(bits))
+        Recipe(bits="".join(bits))
         return True
 
     return target
 
 
 def _manifest(folder: Path, config: Any) -> Target:
-    solution = random_solution(config, Recipe.build("plus", groups=2))
+    solution = random_solution(config, Recipe("plus", groups=2))
     folder.mkdir(parents=True)
     artifact.write(solution, folder)
     found, config = load_file(folder / WEIGHTS), read_json(folder / "config.json")

@@ -39,7 +39,7 @@ CONFIG = {
     "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 4, "patch_size": 2,
     "in_channels": 1, "out_channels": 2, "num_embeds_ada_norm": 4,
 }  # fmt: skip
-RECIPE = Recipe.build("plus", groups=2, samples=2, steps=6, rows=32, queries=32, candidates=4, rounds=1)
+RECIPE = Recipe("plus", groups=2, samples=2, steps=6, rows=32, queries=32, candidates=4, rounds=1)
 FINISHED, INTERRUPTED, BROKEN, REFUSED = 0, 3, 4, 5  # exit codes of a child
 
 Contents = dict[str, bytes]

@@ -33,7 +33,7 @@ for heads, dim, channels, patch, side in SHAPES:
                   attention_head_dim=dim, in_channels=channels, out_channels=2 * channels,
                   sample_size=side, patch_size=patch, num_embeds_ada_norm=5, norm_eps=1e-6)
     for preset, bits in (("plus", "w8a8"), ("paper", "w6a6")):
-        model = convert(random_solution(config, Recipe.build(preset, bits)), "cpu")
+        model = convert(random_solution(config, Recipe(preset, bits)), "cpu")
         for batch in (1, 2, 3):
             for height, width in ((side, side), (side + 2 * patch, side), (patch, patch)):
                 x = torch.randn(batch, channels, height, width)

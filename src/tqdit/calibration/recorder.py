@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from tqdit.calibration.taps import Taps
 from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.errors import InputError
 from tqdit.recipe import Recipe
-from tqdit.sampling.guidance import arguments, predict
+from tqdit.sampling.guidance import arguments, default_conditions, predict
 from tqdit.sampling.trajectory import Progress, noise_generators
 from tqdit.system import distributed
 from tqdit.system.parcels import copied
@@ -168,7 +168,8 @@ class _Pass:
         x = self.data.x[self.slice].to(self.device)
         x.requires_grad_(self.recipe.hessian)
         with taps.telling(self):
-            inputs = arguments(self.data.conditions, self.data.labels[self.slice].to(self.device), self.recipe.guidance)
+            conditions = self.data.conditions or default_conditions(cast(Any, model.config))
+            inputs = arguments(conditions, self.data.labels[self.slice].to(self.device), self.recipe.guidance)
             eps = predict(model, x, self.data.t[self.slice].to(self.device), *inputs, self.recipe.guidance)
             eps = eps[:, : x.shape[1]]
         self._check_finite()

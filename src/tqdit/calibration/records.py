@@ -9,6 +9,8 @@ import torch
 from tqdit.architectures.interface import Block
 from tqdit.calibration.statistics import RangeStats
 from tqdit.calibration.store import Tensors
+from tqdit.recipe import Recipe
+from tqdit.timegroups import TimeGroups
 
 MAXIMA = "maxima"
 
@@ -75,7 +77,8 @@ class Records:
     """Everything the search needs, of the blocks that this process solves: all of them if it is alone.
 
     `linears` and `attentions` come on the device of the model they were recorded of, all else on the CPU. `maxima`:
-    largest post-softmax values of all blocks, (S, blocks, heads * k), for the report.
+    largest post-softmax values of all blocks, (S, blocks, heads * k), for the report. `recipe`, `time_groups` and
+    `states_sha256` say which calibration they are of, where a search is to check it.
     """
 
     linears: Mapping[str, LinearRecord]
@@ -83,6 +86,9 @@ class Records:
     ranges: dict[str, RangeStats]
     maxima: torch.Tensor
     t: torch.Tensor
+    recipe: Recipe | None = None
+    time_groups: TimeGroups | None = None
+    states_sha256: str = ""
 
     @classmethod
     def of(cls, blocks: Sequence[Block], parts: Sequence[Tensors], t: torch.Tensor, device: torch.device) -> "Records":

@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from tqdit.calibration.batches import Batches
 from tqdit.calibration.records import join
+from tqdit.calibration.states import CalibrationSet, groups_over
 from tqdit.calibration.store import Forgetful, Store
 from tqdit.errors import InputError
 from tqdit.recipe import Recipe
@@ -26,25 +26,6 @@ from tqdit.timegroups import TimeGroups
 # settings are two. A core of a CPU is no slower with few.
 BATCH = {"cuda": 16, "cpu": 5}
 CALIBRATION_STREAM = 250_000  # noise streams start here: images i < 250,000 of the same seed have other noise
-
-
-@dataclass(frozen=True)
-class CalibrationSet:
-    """Samples of the float model's trajectories, ordered by timestep. x: (S, C, H, W) fp32; t, labels, group: (S,).
-
-    t: in the units of the model's `timestep`, int64 or fp32. `labels`: int64, indices into `conditions`. `step_weight`
-    (S,): how much an error of the output at t moves the sampler's next state, see `Schedule.weights`.
-    """
-
-    x: torch.Tensor
-    t: torch.Tensor
-    labels: torch.Tensor
-    group: torch.Tensor
-    step_weight: torch.Tensor
-    conditions: Conditions
-
-    def __len__(self) -> int:
-        return len(self.t)
 
 
 def collect(
@@ -122,8 +103,7 @@ def calibration_sampling(recipe: Recipe, scheduler_config: Mapping[str, Any] | N
 
 def time_groups(steps: Schedule, recipe: Recipe) -> TimeGroups:
     """Return the time groups of a recipe for a calibration that samples with `steps`."""
-    low, high, closed = steps.time_range
-    return TimeGroups.uniform(low, high, recipe.groups, closed)
+    return groups_over(steps.time_range, steps.timesteps, recipe.groups, recipe.time_edges)
 
 
 def _check_finite(x: torch.Tensor, t: torch.Tensor) -> None:
@@ -176,7 +156,8 @@ def _ordered(
     order = torch.tensor(sorted(range(len(pairs)), key=pairs.__getitem__))
     t = found["t"][order]
     chosen = labels[found["trajectory"][order]]
-    return CalibrationSet(found["x"][order], t, chosen, groups.index(t), steps.weights(t), conditions)
+    weights = steps.weights(t)
+    return CalibrationSet(found["x"][order], t, chosen, groups.index(t), weights, conditions, time_groups=groups)
 
 
 def _num_trajectories(recipe: Recipe, groups: TimeGroups, visited: torch.Tensor, conditions: int) -> int:

@@ -13,11 +13,13 @@ from tqdit.cli.options import (
     Device,
     JsonFile,
     Quiet,
+    Sampler,
     Verbose,
     check_outputs,
     listed,
     write_json,
 )
+from tqdit.cli.settings import Set, parsed
 
 if TYPE_CHECKING:
     from tqdit.speed.benchmark import RandomModel
@@ -36,6 +38,7 @@ def bench(
         str | None,
         typer.Option(help="of --random, instead of both: comma-separated pairs such as plus:w8a8,paper:w6a6"),
     ] = None,
+    assignments: Set = None,
     backend: Backend = "auto",
     dtype: Annotated[
         str | None, typer.Option(help="of quantized models: float32, bfloat16; default bfloat16 on a GPU, else float32")
@@ -53,6 +56,7 @@ def bench(
     repeats: Annotated[int, typer.Option(help="timed calls of each model")] = 20,
     sampling: Annotated[bool, typer.Option(help="also time a full sampling run of each model")] = True,
     steps: Annotated[int, typer.Option(help="sampler steps of that run")] = 50,
+    sampler: Sampler = "auto",
     memory: Annotated[bool, typer.Option(help="also measure loading and memory, in a process per model")] = True,
     kernels: Annotated[bool, typer.Option("--kernels", help="print the kernel of every site")] = False,
     json_file: JsonFile = None,
@@ -68,8 +72,8 @@ def bench(
     from tqdit.speed.entrants import BenchSettings
 
     check_outputs(json_file)
-    chosen = _random_models(random, bits, preset, variants)
-    run = Sampling("ddim", steps, 1.5) if sampling else None
+    chosen = _random_models(random, bits, preset, variants, parsed(assignments))
+    run = Sampling(sampler, steps, 1.5) if sampling else None
     settings = BenchSettings(backend, _batches(batch), tuple(listed(against)), repeats, run, device, memory, dtype)
     with progress(quiet) as report:
         result = benchmark.bench(models or [], chosen, settings, report)
@@ -82,7 +86,7 @@ def bench(
 
 
 def _random_models(
-    shape: str | None, bits: str | None, preset: str | None, variants: str | None
+    shape: str | None, bits: str | None, preset: str | None, variants: str | None, assigned: dict[str, str]
 ) -> list["RandomModel"]:
     """What --random and its options ask for."""
     from tqdit.errors import InputError
@@ -94,12 +98,16 @@ def _random_models(
             raise InputError(f"{option} is for --random; an artifact has its own")
         if variants is not None and value is not None and option != "--variants":
             raise InputError(f"{option} and --variants exclude each other")
+    if assigned and shape is None:
+        raise InputError("--set is for --random; an artifact has its own settings")
     if shape is None:
         return []
     pairs = [(a_preset, a_width) for a_preset in listed(preset or "plus") for a_width in listed(bits or "w8a8")]
     if variants is not None:
         pairs = [_pair(entry) for entry in listed(variants)]
-    return [RandomModel(shape, Recipe.build(a_preset, a_width)) for a_preset, a_width in pairs]
+    return [
+        RandomModel(shape, Recipe(**{"preset": a_preset, "bits": a_width, **assigned})) for a_preset, a_width in pairs
+    ]
 
 
 def _pair(entry: str) -> tuple[str, str]:

@@ -134,7 +134,7 @@ def _summary(result: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [
         (result["name"], f"{result['shape']}, {result['preset'] or 'no preset'}, {result['bits']}"),
         ("size", f"{size / 1e6:.2f} MB: {2 * size / fp32:.3f} of bf16, {size / fp32:.3f} of fp32"),
-        ("time groups", f"{result['time_groups']} of {result['num_timesteps']} training timesteps"),
+        ("time groups", _time_groups(result)),
         ("calibration", _settings(recipe, calibration)),
         ("search", _settings(recipe, search)),
         ("source", f"{provenance.source or ''} sha256 {(provenance.source_sha256 or '')[:12]}"),
@@ -142,6 +142,12 @@ def _summary(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("runs on", f"{result['device']}, backend {result['backend']}"),
     ]
     return [(label, text) for label, text in lines if text]
+
+
+def _time_groups(result: Mapping[str, Any]) -> str:
+    """As `TimeGroups.summary`."""
+    total = result["num_timesteps"]
+    return f"{result['time_groups']} " + (f"of {total} training timesteps" if total else f"in {result['timesteps']}")
 
 
 def _settings(recipe: Mapping[str, Any], names: Sequence[str]) -> str:

@@ -1,20 +1,20 @@
-"""The demo: the main job on the bundled model, in a few minutes on two cores."""
+"""The command `tqdit demo`: the main job on the bundled model, in a few minutes on two cores."""
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
+import typer
 
-from tqdit import workflow
-from tqdit.imaging.generate import save_grid
-from tqdit.quality.comparison import Comparison, compare
-from tqdit.recipe import Recipe
-from tqdit.sampling.guidance import Sampling
-from tqdit.system.extras import check_report
-from tqdit.system.files import write_text
-from tqdit.workflow import Report, silent
+from tqdit.cli.bars import Report, progress
+from tqdit.cli.console import print_comparison
+from tqdit.cli.options import Quiet, Verbose, check_outputs
+from tqdit.cli.settings import Set, parsed
+
+if TYPE_CHECKING:
+    from tqdit.quality.comparison import Comparison
 
 MODEL = "fashion-dit"
 BITS = ("w8a8", "w6a6")
@@ -27,25 +27,61 @@ STAGES = {
 SETTINGS: dict[str, Any] = {"samples": 16, "steps": 100, "rounds": 1, "rows": 1024, "queries": 1024}
 
 
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder for artifacts, report and summary")] = Path(
+        "build/demo"
+    ),
+    assignments: Set = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Quantize the bundled model to W8A8 and W6A6, sample all three with the same seeds, and write a report."""
+    from tqdit.system.extras import check_report
+    from tqdit.system.files import check_target
+
+    check_report()
+    settings = _settings(assignments)
+    for bits in BITS:
+        check_target(out / f"{MODEL}-{bits}", overwrite=True)
+    check_outputs(out / "report.html", out / "side-by-side.png", out / "summary.json")
+    with progress(quiet, STAGES) as report:
+        result = run_demo(out, report, settings)
+    print_comparison(result)
+    typer.echo(f"report: {out / 'report.html'}\nfigures: {out / 'summary.json'}")
+
+
+def _settings(assignments: list[str] | None) -> dict[str, Any]:
+    """The settings of both recipes, with those of `--set`; the demo's bit-widths stay."""
+    from tqdit.errors import InputError
+
+    assigned = parsed(assignments)
+    if fixed := [name for name in ("bits", "weight_bits", "activation_bits") if name in assigned]:
+        raise InputError(f"--set {fixed[0]}: the demo has {' and '.join(BITS)}")
+    return SETTINGS | assigned
+
+
 def run_demo(
     out: Path,
-    report: Report = silent,
-    settings: dict[str, Any] = SETTINGS,
+    report: Report = lambda stage, fraction: None,
+    settings: Mapping[str, Any] = SETTINGS,
     num: int = 40,
     steps: int = 20,
     samples: int = 4,
-) -> Comparison:
+) -> "Comparison":
     """Quantize, sample, compare and report into `out`; artifacts go to `out`/fashion-dit-<bits>.
 
     `settings`: of the calibration. `num` images of `steps` DDIM steps, `samples` held-out states per time group.
     """
-    check_report()
+    from tqdit import workflow
+    from tqdit.quality.comparison import compare
+    from tqdit.recipe import Recipe
     from tqdit.report.page import write_report
+    from tqdit.sampling.guidance import Sampling
 
-    prepared = workflow.prepare(MODEL, Recipe.build(**settings), report)
+    recipes = [Recipe(**{"bits": bits, **settings}) for bits in BITS]
+    prepared = workflow.prepare(MODEL, recipes[0], report)
     folders, seconds = [], []
-    for bits in BITS:
-        recipe = Recipe.build(bits=bits, **settings)
+    for bits, recipe in zip(BITS, recipes, strict=True):
         solution, searched = workflow.solve_prepared(prepared, recipe, partial(_renamed, report, f"search {bits}"))
         folders.append(out / f"{MODEL}-{bits}")
         seconds.append(prepared.seconds + searched)
@@ -53,15 +89,25 @@ def run_demo(
     result = compare(MODEL, list(folders), num, Sampling("ddim", steps, 1.5), samples, report=report)
     result = result.with_seconds(seconds)
     write_report(result, prepared.records.maxima, prepared.records.t, out / "report.html")
+    _write_figures(result, out, {name: getattr(recipes[0], name) for name in settings})
+    return result
+
+
+def _write_figures(result: "Comparison", out: Path, settings: Mapping[str, Any]) -> None:
+    """Write the images side by side, and the summary. `settings`: of the calibration."""
+    import torch
+
+    from tqdit.imaging.generate import save_grid
+    from tqdit.system.files import write_text
+
     rows = (result.float_model, *result.models)
     save_grid(torch.cat([row.images[:10] for row in rows]), out / "side-by-side.png", columns=10)
     summary = {
         "environment": result.environment,
-        "settings": {**result.settings, "calibration": settings},
+        "settings": {**result.settings, "calibration": dict(settings)},
         "models": [row.figures() for row in rows],
     }
     write_text(out / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
-    return result
 
 
 def _renamed(report: Report, name: str, _: str, fraction: float) -> None:

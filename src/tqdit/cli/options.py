@@ -1,25 +1,17 @@
-"""What the commands share: options that mean the same in each, the files they write, and how a command ends early."""
+"""What the commands share: options that mean the same in each, and the files they write."""
 
 import logging
+import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from tqdit.sampling.guidance import Conditions
+
 STDOUT = Path("-")  # as a file: standard output
-
-
-class StoppedError(Exception):
-    """A command was interrupted and says what is left of its work; `code` is the exit code."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class Terminated(BaseException):
-    """SIGTERM has come. It is no `Exception`: clean-up runs as for Ctrl-C, and nothing else catches it."""
 
 
 class _ToStderr(logging.StreamHandler[Any]):
@@ -55,6 +47,14 @@ Backend = Annotated[
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="write the result as JSON; - is standard output, with nothing else on it")
 ]
+Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="seed; the same seed gives the same bytes")]
+Guidance = Annotated[float, typer.Option(min=0.0, help="classifier-free guidance; 1 turns it off")]
+Sampler = Annotated[str, typer.Option(help="auto (ddim, or flow for a flow-matching model), ddim, ddpm or flow")]
+Prompts = Annotated[
+    Path | None,
+    typer.Option("--prompts", metavar="FILE", help="embeddings of prompts (.safetensors), for a model of prompts"),
+]
+Dtype = Annotated[str, typer.Option(help="of an artifact's residual stream: float32, or bfloat16, faster on GPUs")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress and no hints")]
 Verbose = Annotated[
     bool,
@@ -65,6 +65,18 @@ Verbose = Annotated[
 def listed(text: str) -> list[str]:
     """The different entries of a comma-separated list, in order."""
     return list(dict.fromkeys(entry.strip() for entry in text.split(",") if entry.strip()))
+
+
+def read_prompts(path: Path | None) -> "Conditions | None":
+    """The prompts of a file, if one is given."""
+    from tqdit.sampling.prompts import Prompts as Embeddings
+
+    return None if path is None else Embeddings.read(path)
+
+
+def with_prompts(command: str, path: Path | None) -> str:
+    """A command that needs the same prompts as this one."""
+    return command if path is None else f"{command} --prompts {shlex.quote(str(path))}"
 
 
 def check_outputs(*paths: Path | None) -> None:

@@ -18,11 +18,11 @@ from torch import nn
 
 from tqdit.errors import InputError
 from tqdit.imaging import generate
-from tqdit.sampling.guidance import Conditions, Sampling
+from tqdit.sampling.guidance import Conditions, Sampling, conditions_sha256
 from tqdit.sampling.schedules import resolved, schedule
 from tqdit.sampling.trajectory import Progress
 from tqdit.sources.resolve import ModelSource
-from tqdit.system import distributed, trees
+from tqdit.system import distributed
 from tqdit.system.files import CONFIG, check_file, check_outside, read_json, write_bytes
 
 BATCH = 16
@@ -76,7 +76,7 @@ class Images:
         """
         settings = {"seed": self.seed, **asdict(self.drawn_with), "classes": list(self.classes), "batch": self.batch}
         if self.conditions is not None:
-            settings["conditions_sha256"] = _conditions_hash(self.conditions)
+            settings["conditions_sha256"] = conditions_sha256(self.conditions)
         return {"model": self.source.name, "model_sha256": _fingerprint(self.source), **settings}
 
 
@@ -157,18 +157,6 @@ def is_whole_png(path: Path) -> bool:
             return file.read() == PNG_END
     except OSError:
         return False
-
-
-def _conditions_hash(conditions: Conditions) -> str:
-    """Return the sha256 over the names and values of all conditions and the unconditional one."""
-    digest = hashlib.sha256()
-    cpu = torch.device("cpu")
-    for inputs in (conditions.rows(torch.arange(conditions.count)), conditions.null(1, cpu)):
-        for path, value in sorted(trees.flatten(inputs).items()):
-            digest.update(repr((path, None if isinstance(value, torch.Tensor) else value)).encode())
-            if isinstance(value, torch.Tensor):
-                digest.update(value.contiguous().numpy().data)
-    return digest.hexdigest()
 
 
 def _fingerprint(source: ModelSource) -> str:

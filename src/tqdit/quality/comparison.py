@@ -19,22 +19,26 @@ from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.errors import InputError
 from tqdit.imaging import images
 from tqdit.imaging.images import Images
+from tqdit.imaging.request import chosen_classes
 from tqdit.quality import features, fidelity, metrics
 from tqdit.quality.fidelity import EpsilonFidelity
 from tqdit.recipe import Recipe
 from tqdit.runtime import fitting
 from tqdit.runtime.convert import convert
-from tqdit.sampling.guidance import Sampling
+from tqdit.runtime.target import Device, Dtype, Target
+from tqdit.sampling.guidance import Conditions, Sampling
 from tqdit.sampling.schedules import resolved
+from tqdit.sources.conditions import suitable
 from tqdit.sources.resolve import ModelSource, load_float, resolve, weights_hash
 from tqdit.sources.sizes import FloatSizes, float_sizes
 from tqdit.spec import Solution
 from tqdit.speed.cost import Cost, memory, timed
+from tqdit.stages import Report, silent
+from tqdit.system.deprecation import formerly_positional
 from tqdit.system.distributed import current
 from tqdit.system.environment import environment
 from tqdit.system.isolation import isolated
 from tqdit.timegroups import TimeGroups
-from tqdit.workflow import Device, Dtype, Report, checked_device, checked_dtype, chosen_classes, dtype_name, silent
 
 HELD_OUT_SEED = 20_000  # far from calibration's: other noise, other states
 STATE_GROUPS = 10  # ranges of timesteps that held-out states are drawn from, whatever is compared
@@ -122,6 +126,7 @@ class Comparison:
         return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
+@formerly_positional("report", "device")
 @isolated()
 def compare(  # noqa: PLR0913 - one for each option of the command
     reference: str | Path,
@@ -130,16 +135,18 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     sampling: Sampling = Sampling(),
     samples: int = 8,
     seed: int = 0,
+    *,
     report: Report = silent,
     device: Device = "auto",
-    *,
     dtype: Dtype = "float32",
     cost: bool = True,
+    conditions: Conditions | None = None,
 ) -> Comparison:
     """Compare artifacts with their float model: epsilon SQNR, PSNR of same-seed images, FD-fashion, size, time, memory.
 
     `num` images, and `samples` held-out states in each of ten equal ranges of the timesteps: the states are the same
-    whatever is compared. `dtype`: float32 or bfloat16, of the residual stream of the integer models. `cost`: also time
+    whatever is compared. `conditions`: the prompts of a model of prompts, or its own classes by default.
+    `dtype`: float32 or bfloat16, of the residual stream of the integer models. `cost`: also time
     calls next to the float model's in eager float32, and measure memory in a process for each model; not where several
     processes share the machine. FD-fashion is None where the bundled classifier does not fit, and biased upwards for
     few images: compare it only within one table. Raises `InputError` for an artifact of another model, and before any
@@ -148,43 +155,57 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     """
     if num < 1 or samples < 1:
         raise InputError(f"num and samples must be at least 1, got {num} and {samples}")
-    stream, target = checked_dtype(dtype), checked_device(device)
+    target = Target(device=device, dtype=dtype)
     source = resolve(reference)
-    wanted = Images(source, chosen_classes(source, []), num, sampling, seed)
-    model = load_float(source).to(target)
+    asked = suitable(source.config, conditions)
+    wanted = Images(source, chosen_classes(source, asked), num, sampling, seed, conditions=conditions)
+    model = load_float(source).to(target.device)
     digest = weights_hash(model)
     found = [_load_artifact(path, source, digest) for path in quantized]
-    calls = _Calls(source, sampling, num, target, dtype_name(stream))
+    calls = _Calls(source, sampling, num, target)
     measures = cost and current().size == 1
     groups = min(STATE_GROUPS, source.num_timesteps)
-    data = held_out(source, model, groups, samples, (HELD_OUT_SEED + seed) % 2**31, report)
-    first, rows = _measured(model, found, wanted, data, calls if measures else None, report, stream)
+    data = held_out(source, model, groups, samples, (HELD_OUT_SEED + seed) % 2**31, report, asked)
+    groups = data.time_groups.num_groups
+    first, rows = _measured(model, found, wanted, data, calls if measures else None, report, target)
     del model
     if measures:
         first, rows = calls.with_memory(first, rows, found, report)
     settings: dict[str, Any] = {"num": num, "samples_per_group": samples, "groups": groups, "states": len(data)}
-    settings |= {"seed": seed, "dtype": dtype_name(stream), **asdict(wanted.drawn_with)}
+    settings |= {"seed": seed, "dtype": target.dtype_name, **asdict(wanted.drawn_with)}
     if measures:
         settings["call_batch"] = calls.batch
-    return Comparison(first, tuple(rows), settings, environment(str(target)))
+    return Comparison(first, tuple(rows), settings, environment(str(target.device)))
 
 
 def held_out(
-    source: ModelSource, model: nn.Module, groups: int, samples: int, seed: int, report: Report = silent
+    source: ModelSource,
+    model: nn.Module,
+    groups: int,
+    samples: int,
+    seed: int,
+    report: Report = silent,
+    conditions: Conditions | None = None,
 ) -> CalibrationSet:
-    """States of the float model's own trajectories without noise: another seed than calibration's."""
+    """States of the float model's own trajectories without noise: another seed than calibration's.
+
+    The ranges of timesteps are equal, but for flow matching: a shift leaves equal ranges without a step.
+    """
     total = source.num_timesteps
     wanted = min(total, max(50, 2 * groups))
     steps = next(n for n in range(wanted, total + 1) if total % n == 0)  # a divisor, so that the last group is visited
-    recipe = Recipe.build(
+    recipe = Recipe(
         groups=groups,
         samples=samples,
         trajectories=samples,
         sampler=resolved(Sampling(), source.scheduler).sampler,
         steps=steps,
         seed=seed,
+        time_edges="visited" if source.time_range[2] else "uniform",
     )
-    return trajectories.collect(model, source.scheduler, recipe, lambda f: report("held-out states", f))
+    return trajectories.collect(
+        model, source.scheduler, recipe, lambda f: report("held-out states", f), conditions=conditions
+    )
 
 
 def fd_fashion(source: ModelSource, pixels: torch.Tensor) -> float | None:
@@ -208,16 +229,16 @@ def _pixels(wanted: Images, module: nn.Module, name: str, report: Report) -> tor
 
 def _measured(
     model: nn.Module, found: Sequence[_Artifact], wanted: Images, data: CalibrationSet, calls: "_Calls | None",
-    report: Report, stream: torch.dtype,
+    report: Report, target: Target,
 ) -> tuple[ModelRow, list[ModelRow]]:  # fmt: skip
     """The rows of the float model and of the artifacts, one model after another; without `calls` nothing is timed."""
-    source, device = wanted.source, next(iter(model.buffers())).device
+    source = wanted.source
     sizes = float_sizes(source, model)
     first = _float_row(source, sizes, _pixels(wanted, model, source.name, report))
     expected = fidelity.predict_epsilon(model, data)
     rows = []
     for entry in found:
-        module = convert(entry.solution, device=device, dtype=stream)
+        module = convert(entry.solution, target.backend, target.device, target.dtype)
         actual = fidelity.predict_epsilon(module, data)
         eps = fidelity.compare_epsilon(expected, actual, data, entry.solution.time_groups)
         row = _quantized_row(entry, first, sizes, _pixels(wanted, module, entry.name, report), eps)
@@ -234,8 +255,7 @@ class _Calls:
     source: ModelSource
     sampling: Sampling
     num: int
-    device: torch.device
-    dtype: str
+    target: Target
 
     @property
     def batch(self) -> int:
@@ -256,7 +276,7 @@ class _Calls:
     ) -> tuple[ModelRow, list[ModelRow]]:
         """The rows with memory; the float model's time is the median over those next to each artifact."""
         gc.collect()  # the models are gone: each is measured with the machine to itself
-        if self.device.type == "cuda":
+        if self.target.device.type == "cuda":
             torch.cuda.empty_cache()
         costs = [row.cost for row in rows if row.cost]
         if not costs:
@@ -267,7 +287,7 @@ class _Calls:
         measured = []
         for number, (row, folder) in enumerate(given):
             report("memory", number / len(given))
-            seen = memory(self.config, self.batch, self.device, folder, self.dtype)
+            seen = memory(self.config, self.batch, self.target.device, folder, self.target.dtype_name)
             peak, resident = (seen.peak_bytes, seen.resident_bytes) if seen else (None, None)
             assert row.cost is not None
             measured.append(replace(row, cost=replace(row.cost, peak_bytes=peak, resident_bytes=resident)))

@@ -42,8 +42,8 @@ def series_of(models: Sequence[ModelRow]) -> list[Series]:
     ]
 
 
-def sqnr_by_timestep(models: Sequence[ModelRow], timesteps: int) -> Markup:
-    """SQNR of every held-out state against its timestep, a series per model."""
+def sqnr_by_timestep(models: Sequence[ModelRow], groups: TimeGroups) -> Markup:
+    """SQNR of every held-out state against its timestep, a series per model. `groups`: whose range is shown."""
     # As vectors, very many points would dominate the page's size.
     many = sum(len(row.eps.by_timestep) for row in models if row.eps) > MAX_VECTOR_POINTS
 
@@ -55,24 +55,30 @@ def sqnr_by_timestep(models: Sequence[ModelRow], timesteps: int) -> Markup:
                     t, _finite(db), s=16, marker=look.marker, color=look.colour, alpha=0.8, linewidths=0,
                     rasterized=many,
                 )  # fmt: skip
-        axes.set(xlabel=TIMESTEP, ylabel="ε SQNR (dB)", xlim=(0, timesteps), title="Every held-out state")
+        axes.set(xlabel=TIMESTEP, ylabel="ε SQNR (dB)", xlim=(groups.low, groups.high), title="Every held-out state")
 
     return draw("timesteps", f"Scatter plot of ε SQNR in dB against the {TIMESTEP}. {_spans(models)}", paint)
 
 
-def sqnr_by_group(models: Sequence[ModelRow], timesteps: int) -> Markup:
-    """SQNR of every time group as steps over the group's timesteps, a series per model."""
+def sqnr_by_group(models: Sequence[ModelRow], groups: TimeGroups) -> Markup:
+    """SQNR of every time group as steps over its timesteps, a series per model. `groups`: whose range is shown."""
 
     def paint(axes: "Axes") -> None:
         for row, look in zip(models, series_of(models), strict=True):
             if row.eps:
                 db = _finite(row.eps.by_group)
-                bounds, centres = edges(TimeGroups.uniform(0, timesteps, len(db)))
+                bounds, centres = edges(_groups_of(row, len(db), groups))
                 axes.stairs(db, bounds, baseline=None, color=look.colour, linewidth=1.8)
                 axes.plot(centres, db, look.marker, color=look.colour, markersize=5)
-        axes.set(xlabel=TIMESTEP, ylabel="ε SQNR (dB)", xlim=(0, timesteps), title="Per time group")
+        axes.set(xlabel=TIMESTEP, ylabel="ε SQNR (dB)", xlim=(groups.low, groups.high), title="Per time group")
 
     return draw("groups", f"Step plot of ε SQNR in dB per time group. {_spans(models)}", paint)
+
+
+def _groups_of(row: ModelRow, count: int, shown: TimeGroups) -> TimeGroups:
+    """The time groups that a row's figures are of: those of its solution, or equal ranges of what is shown."""
+    own = row.solution.time_groups if row.solution else None
+    return own if own and own.num_groups == count else TimeGroups.uniform(shown.low, shown.high, count, shown.closed)
 
 
 def edges(groups: TimeGroups) -> tuple[list[float], list[float]]:

@@ -1,6 +1,5 @@
 """A comparison as one self-contained HTML page: no network, no scripts, images inline."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +57,7 @@ def render(comparison: Comparison, maxima: torch.Tensor, t: torch.Tensor) -> str
 def _context(comparison: Comparison, maxima: torch.Tensor, t: torch.Tensor) -> dict[str, Any]:
     models = comparison.models
     groups = _time_groups(models)
-    boxes, timesteps = softmax.box_groups(t, groups), math.ceil(groups.high)
+    boxes = softmax.box_groups(t, groups)
     measured = any(row.eps for row in models)
     looks = figures.series_of(models)
     return {
@@ -74,7 +73,7 @@ def _context(comparison: Comparison, maxima: torch.Tensor, t: torch.Tensor) -> d
         "num": len(comparison.float_model.images),
         "has_fd": any(row.fd_fashion is not None for row in (comparison.float_model, *models)),
         "looks": looks,
-        "fidelity": [draw(models, timesteps) for draw in (figures.sqnr_by_timestep, figures.sqnr_by_group) if measured],
+        "fidelity": [draw(models, groups) for draw in (figures.sqnr_by_timestep, figures.sqnr_by_group) if measured],
         "boxes": _boxes(maxima, t, boxes),
         "box_count": boxes.num_groups,
         "scales": list(_scale_charts(models)),

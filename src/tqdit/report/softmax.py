@@ -44,7 +44,7 @@ def maxima_boxes(maxima: torch.Tensor, t: torch.Tensor, groups: TimeGroups, bloc
 
     def paint(axes: "Axes") -> None:
         axes.bxp(
-            stats, positions=[centres[g] for g in found], widths=0.6 * bounds[1], showfliers=False,
+            stats, positions=[centres[g] for g in found], widths=0.6 * (bounds[1] - bounds[0]), showfliers=False,
             manage_ticks=False, patch_artist=True, boxprops=fill, medianprops=median, whiskerprops=line,
             capprops=line,
         )  # fmt: skip

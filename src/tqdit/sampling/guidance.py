@@ -1,5 +1,6 @@
 """The conditions that a model is sampled under, classifier-free guidance, and the settings of a sampling run."""
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,6 +78,18 @@ def default_conditions(config: Mapping[str, Any]) -> Conditions:
         name = config.get("_class_name", "model")
         raise InputError(f"a {name} without 'num_embeds_ada_norm' has no classes; give the conditions to sample")
     return ClassLabels(classes)
+
+
+def conditions_sha256(conditions: Conditions) -> str:
+    """Return the sha256 over the names and values of all conditions and the unconditional one."""
+    digest = hashlib.sha256()
+    cpu = torch.device("cpu")
+    for inputs in (conditions.rows(torch.arange(conditions.count)), conditions.null(1, cpu)):
+        for path, value in sorted(trees.flatten(inputs).items()):
+            digest.update(repr((path, None if isinstance(value, torch.Tensor) else value)).encode())
+            if isinstance(value, torch.Tensor):
+                digest.update(value.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def arguments(

@@ -44,7 +44,11 @@ def solve(
     Each matmul is one piece of `store`. Inside `distributed.joined` the ranks share the blocks, whose records each has
     of its own alone, and each returns the whole solution. Raises `InputError` where a GPU's memory runs out.
     """
-    solver, keep, world = _Solver(model, records, recipe), store or Forgetful(), distributed.current()
+    solver, keep, world = (
+        _Solver(model, records, recipe, time_groups.num_groups),
+        store or Forgetful(),
+        distributed.current(),
+    )
     parts = solver.parts()
     share = world.share(parts)
     solved: list[Solved] = []
@@ -76,13 +80,13 @@ Record = TypeVar("Record", LinearRecord, AttentionRecord, RangeStats)
 class _Solver:
     """Solves one matmul after another; they share nothing, so any order gives the same result."""
 
-    def __init__(self, model: nn.Module, records: Records, recipe: Recipe) -> None:
+    def __init__(self, model: nn.Module, records: Records, recipe: Recipe, groups: int) -> None:
         self.model = model
         self.records = records
         self.recipe = recipe
         self.objective = planned_objective(recipe)
         self.graph = graph(config_of(model))
-        self.plan = plan(self.graph, recipe)
+        self.plan = plan(self.graph, recipe, groups)
         self.specs = {name: site.spec for name, site in self.plan.items()}
         self.state = model.state_dict()
         self.device = next(model.parameters()).device

@@ -16,7 +16,8 @@ from torch import nn
 from tqdit.architectures.building import empty_model, set_parameter
 from tqdit.architectures.dit_checkpoint import DIFFUSION
 from tqdit.architectures.registry import architecture, check_supported, config_of
-from tqdit.errors import AssumptionWarning, InputError
+from tqdit.errors import AssumptionWarning, InputError, suggestion
+from tqdit.sampling.guidance import default_conditions
 from tqdit.sampling.schedules import check_scheduler, family
 from tqdit.sources import checkpoints, components, float_weights, hub
 from tqdit.system.files import CONFIG, INDEX, QUANT_METHOD, TRANSFORMER, WEIGHTS, is_there, model_folder, read_json
@@ -228,17 +229,23 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def class_indices(source: ModelSource, classes: Sequence[str | int]) -> list[int]:
-    """Class numbers of names or numbers. Raises `InputError` naming the unknown one."""
+def class_indices(source: ModelSource, classes: Sequence[str | int], count: int | None = None) -> list[int]:
+    """Class numbers of names or numbers below `count`, by default that of the model's own classes.
+
+    Raises `InputError` naming the unknown one.
+    """
     by_name = {label.strip().lower(): i for i, text in source.labels.items() for label in text.split(",")}
-    count = int(source.config["num_embeds_ada_norm"])
+    count = default_conditions(source.config).count if count is None else count
     found = []
     for given in classes:
         key = str(given).strip().lower()
         index = given if isinstance(given, int) else by_name.get(key, _number(key))
         if isinstance(given, bool) or not 0 <= index < count:
             known = ", ".join(list(by_name)[:20]) or "none named"
-            raise InputError(f"unknown class '{str(given)[:40]}'; known: {known}, or a number from 0 to {count - 1}")
+            meant = suggestion(key[:40], by_name)
+            raise InputError(
+                f"unknown class '{str(given)[:40]}'; known: {known}, or a number from 0 to {count - 1}{meant}"
+            )
         found.append(index)
     return found
 

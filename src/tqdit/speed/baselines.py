@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tqdit.errors import InputError
-from tqdit.sampling.guidance import default_conditions
+from tqdit.speed.conditions import timed_conditions
 from tqdit.speed.machine import synchronise
 from tqdit.speed.random_weights import random_float
 from tqdit.system import trees
@@ -193,7 +193,7 @@ class DenoiserCall:
 
     def __init__(self, module: nn.Module, config: Mapping[str, Any], batch: int, device: torch.device) -> None:
         channels, side = int(config["in_channels"]), int(config["sample_size"])
-        conditions, half = default_conditions(config), (batch + 1) // 2
+        conditions, half = timed_conditions(config), (batch + 1) // 2
         condition = conditions.rows(torch.arange(half) % conditions.count)
         null = conditions.null(batch - half, torch.device("cpu"))
         inputs = trees.mapped(lambda *halves: torch.cat(halves), condition, null)

@@ -7,23 +7,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tqdit.architectures.shapes import shape_config, shape_key
 from tqdit.artifact import folder as artifact
 from tqdit.errors import InputError
-from tqdit.ops.dispatch import get_backend
 from tqdit.recipe import Recipe
+from tqdit.runtime.target import Target, checked_device
 from tqdit.sampling.schedules import schedule
 from tqdit.sources.resolve import resolve
 from tqdit.speed.baselines import FAMILIES, quiet
 from tqdit.speed.contest import Contest, Result, best_of, contest
-from tqdit.speed.entrants import BenchSettings, Subject, images
+from tqdit.speed.entrants import BenchSettings, Subject, default_dtype, images
 from tqdit.speed.machine import Peaks, measure_peaks
 from tqdit.speed.random_solution import random_solution
+from tqdit.stages import Report, silent
 from tqdit.system.environment import environment
 from tqdit.system.isolation import isolated
-from tqdit.workflow import Report, checked_device, silent
 
 
 @dataclass(frozen=True)
@@ -118,8 +116,9 @@ def bench(
     with quiet():
         from diffusers import DDIMScheduler, DiTTransformer2DModel  # noqa: F401
     device = checked_device(settings.device)
+    target = Target(settings.backend, device, settings.dtype or default_dtype(device))
     settings = replace(settings, device=str(device))
-    if not get_backend(settings.backend, device).INTEGER:
+    if not target.kernels.INTEGER:
         raise InputError(f"backend '{settings.backend}' computes in float; simulated arithmetic is never timed")
     if not models and not random:
         raise InputError("nothing to time: give an artifact, or a random model of a shape such as DiT-XL/2")
@@ -136,7 +135,7 @@ def bench(
             artifact.write(random_solution(model.config, model.recipe), folder)
             subjects[len(models) + number] = replace(subjects[len(models) + number], folder=folder)
         peaks = measure_peaks(device)
-        contests = _contests(subjects, settings, device, report)
+        contests = _contests(subjects, settings, target, report)
     failed = {title: error for one in contests for title, error in one.failed.items()}
     if failed and not any(one.races for one in contests):
         raise next(iter(failed.values()))
@@ -152,14 +151,12 @@ def _subject(model: str | Path) -> Subject:
     return Subject(source.name, source.name, source.folder, config, source.scheduler)
 
 
-def _contests(
-    subjects: Sequence[Subject], settings: BenchSettings, device: torch.device, report: Report
-) -> list[Contest]:
+def _contests(subjects: Sequence[Subject], settings: BenchSettings, target: Target, report: Report) -> list[Contest]:
     """One contest per shape: a baseline is compared with models of its own shape alone."""
     shapes: dict[tuple[int, ...], list[Subject]] = {}
     for subject in subjects:
         shapes.setdefault(shape_key(subject.config), []).append(subject)
-    return [contest(members, settings, device, report) for members in shapes.values()]
+    return [contest(members, settings, target, report) for members in shapes.values()]
 
 
 def _benchmark(contests: Sequence[Contest], peaks: Peaks, settings: BenchSettings) -> Benchmark:

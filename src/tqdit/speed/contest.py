@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from tqdit.runtime.target import Target
 from tqdit.speed.baselines import FAMILIES, quiet
 from tqdit.speed.entrants import BenchSettings, Contender, Entrant, Facts, Maker, Subject, images, sample_once, workload
 from tqdit.speed.memory_probe import Footprint, footprint
 from tqdit.speed.timing import Percentiles, interleaved, spread_timesteps
-from tqdit.workflow import Report, silent
+from tqdit.stages import Report, silent
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,17 @@ class Contest:
     failed: dict[str, Exception]
 
 
-def contest(
-    subjects: Sequence[Subject], settings: BenchSettings, device: torch.device, report: Report = silent
-) -> Contest:
+def contest(subjects: Sequence[Subject], settings: BenchSettings, target: Target, report: Report = silent) -> Contest:
     """Time artifacts of one shape and its baselines, once for every batch size.
 
     Whatever cannot be built, compiled or held here is left out and named. Raises `InputError` for a damaged artifact.
     """
-    found = _raced(subjects, settings, device, report)
+    found = _raced(subjects, settings, target, report)
     if settings.against:
         with quiet():
             torch.compiler.reset()
     gc.collect()  # the models are gone: the memory is measured with the machine to itself
-    if device.type == "cuda":
+    if target.device.type == "cuda":
         torch.cuda.empty_cache()
     if settings.memory:
         _measure_memory(found, report)
@@ -65,9 +64,9 @@ def best_of(results: Sequence[Result], family: str) -> float:
     return min((result.times.p50 for result in results if result.family == family), default=math.nan)
 
 
-def _raced(subjects: Sequence[Subject], settings: BenchSettings, device: torch.device, report: Report) -> Contest:
+def _raced(subjects: Sequence[Subject], settings: BenchSettings, target: Target, report: Report) -> Contest:
     """Everything that needs the models; on return they are freed. Each is built once, whatever the batch sizes."""
-    maker = Maker(settings, device, report)
+    maker = Maker(settings, target, report)
     quantized = maker.quantized(subjects)
     floats: list[Contender] | None = None
     races = []

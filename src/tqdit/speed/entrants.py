@@ -20,14 +20,16 @@ from tqdit.errors import InputError
 from tqdit.imaging.generate import sample_latents
 from tqdit.runtime import fitting
 from tqdit.runtime.convert import convert
+from tqdit.runtime.target import Target, checked_dtype
 from tqdit.sampling.guidance import Sampling
 from tqdit.speed.baselines import DenoiserCall, build, contenders, missing, quiet, weights_of
+from tqdit.speed.conditions import timed_conditions
 from tqdit.speed.operations import Operations, count_operations
 from tqdit.speed.timing import spread_timesteps
-from tqdit.workflow import Report, checked_dtype, silent
+from tqdit.stages import Report, silent
 
 WARM_UP = 2  # calls: the first compiles, the second would compile again if a timestep were a constant
-FULL_RUN = Sampling("ddim", 50, 1.5)
+FULL_RUN = Sampling("auto", 50, 1.5)
 LOG = logging.getLogger(__name__)
 
 
@@ -122,11 +124,12 @@ class Maker:
     `failed`: the errors of quantized models among them.
     """
 
-    def __init__(self, settings: BenchSettings, device: torch.device, report: Report) -> None:
+    def __init__(self, settings: BenchSettings, target: Target, report: Report) -> None:
         self.skipped: dict[str, str] = {}
         self.failed: dict[str, Exception] = {}
         self.settings = settings
-        self.device = device
+        self.target = target
+        self.device = target.device
         self.report = report
         self.timesteps = 0  # of no model yet
 
@@ -185,14 +188,13 @@ class Maker:
 
     def _quantized(self, subject: Subject) -> Contender:
         solution = fitting.read(subject.folder)
-        dtype = self.settings.dtype or default_dtype(self.device)
-        module = convert(solution, self.settings.backend, self.device, checked_dtype(dtype))
+        module = convert(solution, self.target.backend, self.device, self.target.dtype)
         total = math.ceil(solution.time_groups.high)
         self.timesteps = min(self.timesteps or total, total)
         facts = Facts(
             bits=solution.provenance.bits,
             preset=solution.provenance.preset_name,
-            dtype=dtype,
+            dtype=self.target.dtype_name,
             operations={batch: count_operations(solution, batch) for batch in self.settings.batches},
             report=cast(Mapping[str, str], module.quantization_report),
         )
@@ -228,7 +230,10 @@ def sample_once(contender: Contender, batch: int, sampling: Sampling, report: Re
     """One sampling run of `images(batch)` images, as one batch; done when the images are on the CPU."""
     count = images(batch)
     stage = f"sampling {contender.backend}"
-    sample_latents(contender.module, contender.scheduler, [0] * count, sampling, 0, lambda f: report(stage, f), count)
+    sample_latents(
+        contender.module, contender.scheduler, [0] * count, sampling, 0, lambda f: report(stage, f), count,
+        timed_conditions(contender.config),
+    )  # fmt: skip
     report(stage, 1.0)
 
 

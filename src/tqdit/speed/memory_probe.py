@@ -95,7 +95,7 @@ def _into_page_cache(folder: Path) -> None:
 
 def _load(request: Mapping[str, Any], device: torch.device) -> nn.Module:
     if "artifact" in request:
-        return workflow.load(request["artifact"], request["backend"], str(device), request["dtype"])
+        return workflow.load(request["artifact"], backend=request["backend"], device=device, dtype=request["dtype"])
     name = request["baseline"]
     return build((name,), request["config"], device)[name]
 

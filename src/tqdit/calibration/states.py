@@ -1,0 +1,117 @@
+"""`CalibrationSet`: the states that a model is calibrated on, of its own sampling or of a user's pipeline."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tqdit.errors import InputError
+from tqdit.sampling.guidance import AUTO, ClassLabels, Conditions, Sampling, conditions_sha256
+from tqdit.sampling.schedules import Schedule, schedule
+from tqdit.timegroups import TimeGroups
+
+
+@dataclass(frozen=True, init=False)
+class CalibrationSet:
+    """States x_t of a denoiser's inputs, ordered by time group.
+
+        CalibrationSet(latents, timesteps, classes, scheduler=pipe.scheduler.config, groups=10)
+
+    x: (S, C, H, W) fp32; t (S,): timesteps in the units of the model's `timestep`, int64 or fp32; labels (S,) int64:
+    indices into `conditions`, which are the model's own classes if not given. What is not given is made:
+    group (S,): the time group of each state, by `time_groups`, which are `groups` ranges of the timesteps of
+    `scheduler` (a diffusers config), or of 1000: equal ones, or those of about equally many of the timesteps in t where
+    `time_edges` is "visited". step_weight (S,): how much an error of the output at t moves the sampler's next state
+    (see `Schedule.weights`); without a scheduler all weigh the same. A scheduler whose shift depends on the size of the
+    model's images needs the model's config, `model_config`.
+    All tensors are on the CPU. Raises `InputError` for shapes that do not fit, for a timestep outside the range, and
+    for labels that are no conditions.
+    """
+
+    x: torch.Tensor
+    t: torch.Tensor
+    labels: torch.Tensor
+    group: torch.Tensor
+    step_weight: torch.Tensor
+    conditions: Conditions | None
+    time_groups: TimeGroups
+
+    def __init__(  # noqa: PLR0913 - its fields, and what they are made of
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor,
+        group: torch.Tensor | None = None,
+        step_weight: torch.Tensor | None = None,
+        conditions: Conditions | None = None,
+        *,
+        time_groups: TimeGroups | None = None,
+        scheduler: Mapping[str, Any] | None = None,
+        model_config: Mapping[str, Any] | None = None,
+        groups: int = 10,
+        time_edges: str = "uniform",
+    ) -> None:
+        _check_lengths(x, t, labels, group, step_weight)
+        if conditions is not None:
+            check_labels(labels, conditions)
+        steps = None if scheduler is None else _one_step(scheduler, model_config, x)
+        if time_groups is None:
+            time_groups = groups_over(steps.time_range if steps else (0, 1000, False), t, groups, time_edges)
+        group = time_groups.index(t) if group is None else group
+        if step_weight is None:
+            step_weight = steps.weights(t) if steps else torch.ones(len(t))
+        tensors = {"x": x, "t": t, "labels": labels, "group": group, "step_weight": step_weight}
+        if bool((group.diff() < 0).any()):
+            order = group.argsort(stable=True)
+            tensors = {name: tensor[order] for name, tensor in tensors.items()}
+        for name, value in {**tensors, "conditions": conditions, "time_groups": time_groups}.items():
+            object.__setattr__(self, name, value)  # the class is frozen
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+
+def groups_over(time_range: tuple[float, float, bool], visited: torch.Tensor, groups: int, edges: str) -> TimeGroups:
+    """Return the time groups of a recipe's settings `groups` and `time_edges` for a sampling that visits timesteps.
+
+    `time_range`: that of a `Schedule`.
+    """
+    low, high, closed = time_range
+    if edges == "visited":
+        return TimeGroups.visited(visited, groups, low, high, closed)
+    return TimeGroups.uniform(low, high, groups, closed)
+
+
+def check_labels(labels: torch.Tensor, conditions: Conditions) -> None:
+    """Raise `InputError` naming a label that is the index of no condition."""
+    wrong = labels[(labels < 0) | (labels >= conditions.count)]
+    if len(wrong):
+        raise InputError(f"label {wrong[0].item()} is none of the {conditions.count} conditions")
+
+
+def states_sha256(states: CalibrationSet) -> str:
+    """The hash of a calibration set in an artifact's provenance; classes are known by their labels alone."""
+    digest = hashlib.sha256()
+    for tensor in (states.x, states.t, states.labels):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    if not isinstance(states.conditions, ClassLabels | None):
+        digest.update(conditions_sha256(states.conditions).encode())
+    return digest.hexdigest()
+
+
+def _check_lengths(x: torch.Tensor, *others: torch.Tensor | None) -> None:
+    if x.ndim != 4 or not len(x):
+        raise InputError(f"calibration states x must have the shape (S, C, H, W), got {tuple(x.shape)}")
+    for name, tensor in zip(("t", "labels", "group", "step_weight"), others, strict=True):
+        if tensor is not None and tuple(tensor.shape) != (len(x),):
+            raise InputError(f"calibration states: {name} must have the shape ({len(x)},), got {tuple(tensor.shape)}")
+
+
+def _one_step(scheduler: Mapping[str, Any], model_config: Mapping[str, Any] | None, x: torch.Tensor) -> Schedule:
+    """Return a schedule of the scheduler's family, whose number of steps neither weights nor the range depend on."""
+    config = {"in_channels": x.shape[1], "sample_size": x.shape[-1], **(model_config or {})}
+    if scheduler.get("use_dynamic_shifting") and "patch_size" not in config:
+        raise InputError("calibration states: the scheduler's use_dynamic_shifting needs the model's config")
+    return schedule(scheduler, Sampling(AUTO, 1), config)

@@ -1,0 +1,26 @@
+"""Which pieces of a work folder a run may continue from: those of the same settings, versions and kind of device."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tqdit.calibration.store import HASH_DIGITS, Store, WorkFolder
+from tqdit.recipe import CALIBRATION_SETTINGS, Recipe
+from tqdit.system.environment import versions
+
+STAGES = ("calibration", "search")  # whose finished work may be kept
+PIECES = 4  # raised where a change makes other pieces of the same settings, so that no former run is continued
+
+
+def stage_store(work: Path | None, stage: str, *depends_on: Any) -> Store | None:
+    """The pieces of a stage in a work folder, under the hash of all that they depend on; None without a folder."""
+    if work is None:
+        return None
+    text = json.dumps([versions(), PIECES, *depends_on], sort_keys=True)
+    return WorkFolder(work / f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:HASH_DIGITS]}")
+
+
+def calibration_settings(recipe: Recipe) -> dict[str, Any]:
+    """The settings of a recipe that its calibration depends on."""
+    return {name: getattr(recipe, name) for name in (*CALIBRATION_SETTINGS, "hessian")}

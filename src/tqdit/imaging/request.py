@@ -1,0 +1,19 @@
+"""Which classes, or which prompts, a user asks images of."""
+
+from collections.abc import Sequence
+
+from tqdit.errors import InputError
+from tqdit.sampling.guidance import Conditions
+from tqdit.sources.resolve import ModelSource, class_indices
+
+
+def chosen_classes(source: ModelSource, conditions: Conditions, classes: Sequence[str | int] = ()) -> Sequence[int]:
+    """Return the indices into `conditions` of the named or numbered classes, or of all conditions.
+
+    The classes of a model of prompts are the prompts' numbers. Raises `InputError` for what is no list of classes.
+    """
+    if isinstance(classes, str):
+        raise InputError(f"classes must be a list of names or numbers, got the string '{classes}'")
+    if isinstance(classes, int):
+        raise InputError(f"classes must be a list, got the number {classes}; give [{classes}]")
+    return class_indices(source, classes, conditions.count) if classes else range(conditions.count)

@@ -1,0 +1,80 @@
+"""A float model that is in memory already, with a scheduler: the same as one that was found by its path."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tqdit.architectures.building import empty_model, set_parameter
+from tqdit.architectures.registry import check_supported, config_of
+from tqdit.errors import InputError
+from tqdit.sampling.schedules import check_scheduler
+from tqdit.sources.float_weights import check_shapes, checked
+from tqdit.sources.resolve import ModelSource
+from tqdit.system.files import TRANSFORMER
+
+
+def source_in_memory(
+    transformer: nn.Module, scheduler: Any = None, labels: Mapping[int, str] | None = None
+) -> ModelSource:
+    """Describe a diffusers transformer, named after what it was loaded from. `scheduler` as in `scheduler_config`.
+
+    Raises `InputError` for a model of another architecture, and for one that is quantized already.
+    """
+    schedule = {} if scheduler is None else scheduler_config(scheduler)
+    return ModelSource(_name(transformer), Path(), _checked_config(transformer), schedule, dict(labels or {}))
+
+
+def float_copy(transformer: nn.Module, device: torch.device | None = None) -> nn.Module:
+    """A float model in fp32 and eval mode, on `device`, that shares the tensors which have that form already.
+
+    The transformer itself, its hooks and its mode are left as they are. `device`: where the transformer is, by default.
+    Raises `InputError` naming a tensor that is missing, left over, not finite or offloaded.
+    """
+    model = empty_model(_checked_config(transformer))
+    state = transformer.state_dict()
+    check_shapes(state, model.state_dict())
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise InputError(f"tensor '{name}' of the model is offloaded; remove accelerate's hooks first")
+    target = device or next(iter(state.values())).device
+    for name, tensor in state.items():
+        set_parameter(model, name, checked(name, tensor.detach()).to(target))
+    return model.eval().requires_grad_(False).to(target)
+
+
+def scheduler_config(scheduler: Any) -> dict[str, Any]:
+    """The config of a diffusers scheduler, or a config itself, as JSON values. Raises `InputError` if it is neither,
+    or not supported.
+    """
+    if hasattr(scheduler, "to_json_string"):
+        config = json.loads(scheduler.to_json_string())
+    elif isinstance(scheduler, Mapping):
+        config = dict(scheduler)
+    else:
+        raise InputError(f"a scheduler is one of diffusers or its config, got {type(scheduler).__name__}")
+    check_scheduler(config)
+    return config
+
+
+def _checked_config(transformer: nn.Module) -> Mapping[str, Any]:
+    name = type(transformer).__name__
+    if not isinstance(getattr(transformer, "config", None), Mapping):
+        raise InputError(f"a {name} has no diffusers config; give a transformer of diffusers")
+    config = {**config_of(transformer), "_class_name": name}
+    if hasattr(transformer, "solution") or config.pop("quantization_config", None) is not None:
+        raise InputError("the model is already quantized; give the float model")
+    check_supported(config)
+    return config
+
+
+def _name(transformer: Any) -> str:
+    """The folder or the id on the Hub that a model was loaded from, or its class."""
+    given = str(transformer.config.get("_name_or_path") or type(transformer).__name__)
+    if not Path(given).is_dir():
+        return given
+    folder = Path(given).resolve()
+    return folder.parent.name if folder.name == TRANSFORMER else folder.name

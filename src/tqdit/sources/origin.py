@@ -1,0 +1,16 @@
+"""What a quantization knows of its own origin before any work: recipe, source and versions."""
+
+from tqdit.provenance import Provenance
+from tqdit.recipe import Recipe
+from tqdit.system.environment import versions
+
+
+def made_from(source: str, source_sha256: str, recipe: Recipe) -> Provenance:
+    """The part of an artifact's provenance that is known before the calibration. `source`: the model's name."""
+    return Provenance(
+        preset=recipe.label,
+        recipe=recipe.model_dump(mode="json"),
+        source=source,
+        source_sha256=source_sha256,
+        versions=versions(),
+    )

@@ -1,0 +1,89 @@
+"""A solution and what belongs to its source become an artifact folder."""
+
+import contextlib
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tqdit.architectures.registry import architecture, config_of
+from tqdit.architectures.shapes import shape_name
+from tqdit.artifact import folder as artifact
+from tqdit.artifact.model_card import LOAD_MODEL, LOAD_PIPELINE, LOAD_TRANSFORMER, keep_edited, model_card, write_card
+from tqdit.artifact.tensors import decisive
+from tqdit.errors import InputError, RepairWarning
+from tqdit.recipe import Recipe
+from tqdit.sources.origin import made_from
+from tqdit.sources.resolve import LABELS, PIPELINE, SCHEDULER, ModelSource, resolve, weights_hash
+from tqdit.spec import Solution
+from tqdit.system import distributed
+from tqdit.system.files import TRANSFORMER, replacing, write_json
+from tqdit.system.isolation import isolated
+
+
+@isolated()
+def save(solution: Solution, source: ModelSource, out: Path, overwrite: bool = False) -> None:
+    """Write an artifact with the scheduler, class names and VAE of its source; all or nothing. A pipeline stays one.
+
+    A model card that people have edited in `out` stays as it is.
+    """
+    with replacing(out, overwrite) as folder:
+        fill(folder, solution, source, out)
+
+
+def fill(folder: Path, solution: Solution, source: ModelSource, former: Path) -> None:
+    """Fill a new folder that will replace `former`."""
+    load = LOAD_MODEL
+    if source.scheduler:
+        write_json(folder / SCHEDULER, source.scheduler)
+    source.copy_components(folder)
+    if source.pipeline is None:
+        if source.labels:
+            write_json(folder / LABELS, {str(i): label for i, label in sorted(source.labels.items())})
+        artifact.write(solution, folder)  # last: it seals the folder
+    else:
+        load = LOAD_TRANSFORMER if source.vae is None else LOAD_PIPELINE
+        index = {**source.pipeline, **source.components, TRANSFORMER: ["diffusers", architecture(source.config).name]}
+        write_json(folder / PIPELINE, index)
+        (folder / TRANSFORMER).mkdir()
+        artifact.write(solution, folder / TRANSFORMER)
+        keep_edited(folder / TRANSFORMER, former / TRANSFORMER)
+        artifact.seal(folder)
+    size = artifact.size_bytes(folder)
+    write_card(folder, model_card(solution, shape_name(solution.model_config), size, source.name, load), former)
+
+
+def least_bytes(source: ModelSource, module: nn.Module, recipe: Recipe) -> int:
+    """About what an artifact takes on the disk, and no more: weight codes and the decoder."""
+    twin = architecture(source.config).twin  # what blocks share is stored once
+    counts = {twin(name): parameter.numel() for name, parameter in module.named_parameters()}
+    decoder = source.vae.rglob("*.safetensors") if source.vae else ()
+    return sum(counts.values()) * recipe.weight_bits // 8 + sum(file.stat().st_size for file in decoder)
+
+
+def has_left(out: Path, work: Path) -> bool:
+    """Whether there are both an output and work for it. Of several processes the first one looks."""
+    world = distributed.current()
+    return bool(world.add(torch.tensor([int(world.first and work.is_dir() and out.is_dir())])))
+
+
+def is_made(out: Path, source: ModelSource, module: nn.Module, recipe: Recipe) -> bool:
+    """Whether a run that was killed at its very end has left an artifact that is whole and what we would make.
+
+    Of several processes the first one looks. If it is, a `RepairWarning` says so.
+    """
+    world, made = distributed.current(), False
+    if world.first:
+        expected = made_from(source.name, weights_hash(module), recipe)
+        with contextlib.suppress(InputError):
+            found = resolve(out)
+            solution = artifact.read(found.folder, found.root)
+            calibrated = replace(expected, calibration_sha256=solution.provenance.calibration_sha256)
+            same = solution.provenance == calibrated
+            same = same and decisive(solution.model_config) == decisive(config_of(module))
+            made = same and (found.scheduler, found.labels) == (source.scheduler, source.labels)
+    if made := bool(world.add(torch.tensor([int(made)]))):
+        warnings.warn(f"{out} was finished by a run that was interrupted afterwards", RepairWarning, stacklevel=3)
+    return made

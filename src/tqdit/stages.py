@@ -1,0 +1,248 @@
+"""The stages of a quantization, one function each: states, records, a solution, a model, an artifact.
+
+    states = tqdit.calibration_states(transformer, recipe, scheduler=pipe.scheduler)    # or states of your own
+    records = tqdit.calibrate(transformer, states, recipe)
+    solution = tqdit.solve(transformer, records, recipe)
+    model = tqdit.convert(solution)
+    tqdit.save(solution, "w8a8", scheduler=pipe.scheduler)
+
+They take diffusers transformers that are in memory, and leave them as they are.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from tqdit.architectures.registry import config_of
+from tqdit.artifact.tensors import decisive
+from tqdit.calibration import recorder, trajectories
+from tqdit.calibration.records import Records
+from tqdit.calibration.states import CalibrationSet, check_labels, states_sha256
+from tqdit.calibration.work import STAGES, calibration_settings, stage_store
+from tqdit.errors import InputError
+from tqdit.recipe import Recipe
+from tqdit.runtime import convert as runtime
+from tqdit.runtime.target import Device, Dtype, Target
+from tqdit.sampling.guidance import Conditions, conditions_sha256
+from tqdit.search import solver
+from tqdit.sources import saving
+from tqdit.sources.conditions import suitable
+from tqdit.sources.in_memory import float_copy, scheduler_config, source_in_memory
+from tqdit.sources.origin import made_from
+from tqdit.sources.resolve import ModelSource, weights_hash
+from tqdit.spec import Solution
+from tqdit.system import jobs
+from tqdit.system.environment import environment
+from tqdit.system.isolation import isolated
+from tqdit.timegroups import TimeGroups
+
+Report = Callable[[str, float], None]  # (stage, finished fraction)
+OTHER_SETTINGS = "the recipe's calibration settings are not those the records were made with"
+
+
+def silent(stage: str, fraction: float) -> None:
+    """Report no progress."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A float model with its calibration records: what several bit-widths can be solved from.
+
+    `work`: the folder that keeps finished pieces for another run, if there is one. Of several processes each has the
+    records of its share of the blocks.
+    """
+
+    source: ModelSource
+    model: nn.Module
+    recipe: Recipe
+    time_groups: TimeGroups
+    records: Records
+    data_hash: str
+    source_hash: str
+    seconds: float
+    work: Path | None = None
+
+
+def calibrated(
+    source: ModelSource,
+    module: nn.Module,
+    recipe: Recipe,
+    *,
+    report: Report,
+    device: Device,
+    work: Path | None = None,
+    conditions: Conditions | None = None,
+) -> Prepared:
+    """Calibrate a model that is loaded; `workflow.prepare` says what for."""
+    source.check_components()
+    asked = suitable(source.config, conditions)
+    sampling = trajectories.calibration_sampling(recipe, source.scheduler)
+    target = Target(device=device).device
+    module = module.to(target)
+    if work:
+        jobs.check_shared(work)
+    start = time.perf_counter()
+    source_hash = weights_hash(module)
+    settings = {"scheduler": source.scheduler, **calibration_settings(recipe), "sampler": sampling.sampler}
+    if conditions is not None:
+        settings["conditions"] = conditions_sha256(conditions)
+    shape = decisive(config_of(module))
+    in_bf16 = trajectories.draws_in_bf16(target)
+    store = stage_store(work, STAGES[0], source_hash, shape, environment(str(target))["device"], in_bf16, settings)
+    data = trajectories.collect(
+        module, source.scheduler, recipe, partial(report, "trajectories"), store=store, conditions=asked
+    )
+    report("statistics", 0.0)
+    records = recorder.record(module, data, recipe, partial(report, "statistics"), store=store)
+    seconds = time.perf_counter() - start
+    return Prepared(source, module, recipe, data.time_groups, records, states_sha256(data), source_hash, seconds, work)
+
+
+@isolated()
+def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) -> tuple[Solution, float]:
+    """Search every scale under `recipe`, whose calibration settings are those of `prepared`; also the seconds.
+
+    Inside `distributed.joined` the ranks share the blocks, and each returns the whole solution.
+    """
+    if not recipe.records_match(prepared.recipe):
+        raise InputError(OTHER_SETTINGS)
+    start = time.perf_counter()
+    made = made_from(prepared.source.name, prepared.source_hash, recipe)
+    provenance = replace(made, calibration_sha256=prepared.data_hash)
+    # The calibration set's hash and the hardware that made it stand for the records.
+    where = next(prepared.model.parameters()).device
+    shape = decisive(config_of(prepared.model))
+    store = stage_store(prepared.work, STAGES[1], shape, environment(str(where))["device"], provenance.to_json())
+    report("search", 0.0)
+    solution = solver.solve(
+        prepared.model,
+        prepared.records,
+        recipe,
+        prepared.time_groups,
+        provenance,
+        partial(report, "search"),
+        store,
+    )
+    return solution, time.perf_counter() - start
+
+
+@isolated()
+def calibration_states(
+    transformer: nn.Module,
+    recipe: Recipe = Recipe(),
+    *,
+    scheduler: Any,
+    conditions: Conditions | None = None,
+    device: Device | None = None,
+    report: Report = silent,
+) -> CalibrationSet:
+    """Draw the states that a transformer is calibrated on, from its own guided sampling.
+
+    `scheduler`: one of diffusers, or its config. `conditions`: the prompts of a model of prompts (`Prompts`), or the
+    model's own classes by default. `device`: where the transformer is, by default.
+    """
+    module = float_copy(transformer, _device(device))
+    asked, process = suitable(config_of(module), conditions), scheduler_config(scheduler)
+    return trajectories.collect(module, process, recipe, partial(report, "trajectories"), conditions=asked)
+
+
+@isolated()
+def calibrate(
+    transformer: nn.Module,
+    states: CalibrationSet,
+    recipe: Recipe = Recipe(),
+    *,
+    device: Device | None = None,
+    report: Report = silent,
+) -> Records:
+    """Run a transformer over states, forward and backward: what `solve` has to know of every matmul.
+
+    Raises `InputError` for states of other time groups than the recipe's, or of too few for its `samples`.
+    """
+    _check_groups(states, recipe)
+    module = float_copy(transformer, _device(device))
+    asked = suitable(config_of(module), states.conditions)
+    check_labels(states.labels, asked)
+    states = replace(states, conditions=asked)
+    records = recorder.record(module, states, recipe, partial(report, "statistics"))
+    return replace(records, recipe=recipe, time_groups=states.time_groups, states_sha256=states_sha256(states))
+
+
+@isolated()
+def solve(
+    transformer: nn.Module,
+    records: Records,
+    recipe: Recipe = Recipe(),
+    *,
+    device: Device | None = None,
+    report: Report = silent,
+) -> Solution:
+    """Choose the grid and scales of every operand, and the codes of every weight.
+
+    Records serve several recipes, whose calibration settings must be those of `calibrate`.
+    """
+    if records.recipe is None or records.time_groups is None or not recipe.records_match(records.recipe):
+        raise InputError(OTHER_SETTINGS)
+    source, module = source_in_memory(transformer), float_copy(transformer, _device(device))
+    made = made_from(source.name, weights_hash(module), recipe)
+    provenance = replace(made, calibration_sha256=records.states_sha256)
+    return solver.solve(module, records, recipe, records.time_groups, provenance, partial(report, "search"))
+
+
+@isolated()
+def convert(
+    solution: Solution, *, backend: str = "auto", device: Device = "auto", dtype: Dtype = "float32"
+) -> nn.Module:
+    """Make a diffusers transformer that runs on the codes of a solution. The options are those of `load`."""
+    target = Target(backend, device, dtype)
+    return runtime.convert(solution, target.backend, target.device, target.dtype)
+
+
+@isolated()
+def save(
+    solution: Solution | nn.Module,
+    out: str | Path,
+    *,
+    scheduler: Any = None,
+    labels: Mapping[int, str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a solution, or the integer model of one, as an artifact folder; all or nothing.
+
+    `scheduler`: one of diffusers, or its config, for `sample` to find; `labels`: class names by number.
+    Raises `InputError` for a model whose scales or biases are no longer those it was converted from.
+    """
+    found = getattr(solution, "solution", solution)
+    if not isinstance(found, Solution):
+        raise InputError(f"save takes a solution or an integer model, got a {type(solution).__name__}")
+    if isinstance(solution, nn.Module):
+        cast(Any, found.codes).check_unchanged(found)
+    name, config = found.provenance.source or "", {} if scheduler is None else scheduler_config(scheduler)
+    source = ModelSource(name, Path(), found.model_config, config, dict(labels or {}))
+    saving.save(found, source, Path(out), overwrite)
+
+
+def _device(device: Device | None) -> torch.device | None:
+    return None if device is None else Target(device=device).device
+
+
+def _check_groups(states: CalibrationSet, recipe: Recipe) -> None:
+    """Raise `InputError` unless every time group of the recipe has as many states as its `samples` say.
+
+    Visited timesteps may be too few for all groups.
+    """
+    found = states.time_groups.num_groups
+    if found > recipe.groups or (found < recipe.groups and recipe.time_edges == "uniform"):
+        raise InputError(f"the states have {found} time groups, the recipe {recipe.groups}")
+    counts = torch.bincount(states.group, minlength=found)
+    if int(counts.min()) < recipe.samples:
+        raise InputError(
+            f"time group {int(counts.argmin())} of {found} has {int(counts.min())} states, the recipe's "
+            f"'samples' asks for {recipe.samples} in each"
+        )

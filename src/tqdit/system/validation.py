@@ -1,0 +1,21 @@
+"""pydantic's errors in the words of every other error."""
+
+from typing import Any
+
+
+def legal(error: Any) -> str | None:
+    """Say what a value must be, by one of the `errors()` of a `ValidationError`: "at least 1"; None for a rare kind."""
+    limits = {key: int(x) if isinstance(x, float) and x.is_integer() else x for key, x in error.get("ctx", {}).items()}
+    whole, number, truth = "a whole number", "a number", "true or false"
+    return {
+        "literal_error": str(limits.get("expected", "")).replace("'", ""),
+        "greater_than_equal": f"at least {limits.get('ge')}",
+        "greater_than": f"greater than {limits.get('gt')}",
+        "less_than_equal": f"at most {limits.get('le')}",
+        "less_than": f"less than {limits.get('lt')}",
+        "finite_number": "a finite number",
+        "int_parsing": whole, "int_type": whole, "int_from_float": whole, "int_parsing_size": whole,
+        "float_parsing": number, "float_type": number,
+        "bool_parsing": truth, "bool_type": truth,
+        "string_type": "a text",
+    }.get(error["type"])  # fmt: skip
