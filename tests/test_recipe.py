@@ -250,6 +250,7 @@ def test_the_json_of_a_recipe_is_as_ever() -> None:
         "schema_version": 1, "preset": "paper", "weight_bits": 4, "activation_bits": 6,
         "weight_granularity": "per_tensor", "softmax_grid": "mrq", "gelu_grid": "mrq", "softmax_products": "two",
         "gelu_products": "two", "time_grouped": "softmax", "hessian": True, "loss": "epsilon", "groups": 10,
-        "time_edges": "uniform", "samples": 8, "sampler": "auto", "steps": 250, "guidance": 1.5, "trajectories": None, "probes": 1, "rounds": 3,
+        "time_edges": "uniform",
+        "samples": 8, "sampler": "auto", "steps": 250, "guidance": 1.5, "trajectories": None, "probes": 1, "rounds": 3,
         "candidates": 100, "low": 0.01, "high": 1.2, "rows": 2048, "queries": 2048, "seed": 0,
     }  # fmt: skip

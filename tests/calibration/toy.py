@@ -9,6 +9,7 @@ from torch import nn
 
 from tqdit.architectures.interface import Architecture, Attention, Block, Graph, Linear, Operand
 from tqdit.spec import Role
+from tqdit.timegroups import TimeGroups
 
 CONTEXT, HEADS, DIM = 5, 2, 4
 WIDTH = HEADS * DIM
@@ -91,7 +92,9 @@ def toy_data(samples: int = 8) -> Any:
     t = torch.arange(samples) * 1000 // samples
     x = torch.randn(samples, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     group = t * 4 // 1000
-    return _Data(x=x, t=t, labels=torch.arange(samples) % 2, group=group, step_weight=torch.ones(samples))
+    groups = TimeGroups.uniform(0, 1000, 4)
+    labels, weight = torch.arange(samples) % 2, torch.ones(samples)
+    return _Data(x=x, t=t, labels=labels, group=group, step_weight=weight, time_groups=groups)
 
 
 class _Data(SimpleNamespace):

@@ -148,6 +148,7 @@ class _Pass:
         self, data: CalibrationSet, recipe: Recipe, picker: Picker, members: range, device: torch.device
     ) -> None:
         self.data, self.recipe, self.members, self.device = data, recipe, members, device
+        self.groups = data.time_groups.num_groups
         self.slice = slice(members.start, members.stop)
         self.group, self.step_weight = (
             x[self.slice].repeat(picker.halves).to(device) for x in (data.group, data.step_weight)
@@ -225,7 +226,7 @@ class _Pass:
     def _add_range(self, operand: Operand, x: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         """Take in the range of every sample. Returns their time groups: all 0 for an operand that is not timed."""
         low, high = extremes(x, kept)
-        groups, group = (self.recipe.groups, self.group) if operand.timed else (1, torch.zeros_like(self.group))
+        groups, group = (self.groups, self.group) if operand.timed else (1, torch.zeros_like(self.group))
         stats = RangeStats.empty(groups, low.shape[1], self.device).include(low, high, group)
         self.found[f"{operand.name}/low"], self.found[f"{operand.name}/high"] = stats.low, stats.high
         self.finite[operand.name] = (torch.isfinite(low) & torch.isfinite(high)).all(1)
@@ -243,7 +244,7 @@ class _Pass:
         t = self.data.t[self.slice].repeat(len(finite[0]) // len(self.members))[sample]
         raise InputError(
             f"site '{list(self.finite)[site]}': the float model has NaN or Inf values at timestep {t.item():g} (time "
-            f"group {int(self.group[sample])} of {self.recipe.groups}), no scale can represent them"
+            f"group {int(self.group[sample])} of {self.groups}), no scale can represent them"
         )
 
     def _at_rows(self, x: torch.Tensor, timed: bool) -> torch.Tensor:

@@ -85,8 +85,9 @@ def groups_over(time_range: tuple[float, float, bool], visited: torch.Tensor, gr
 
 
 def check_labels(labels: torch.Tensor, conditions: Conditions) -> None:
-    """Raise `InputError` naming a label that is the index of no condition."""
-    wrong = labels[(labels < 0) | (labels >= conditions.count)]
+    """Raise `InputError` naming a label that is the index of no condition; a class may be the null class."""
+    count = conditions.count + isinstance(conditions, ClassLabels)
+    wrong = labels[(labels < 0) | (labels >= count)]
     if len(wrong):
         raise InputError(f"label {wrong[0].item()} is none of the {conditions.count} conditions")
 
