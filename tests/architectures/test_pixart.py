@@ -38,6 +38,7 @@ def float_model(**changed: Any) -> nn.Module:
     model = PixArtTransformer2DModel(**config)
     for name, parameter in model.named_parameters():
         scale = parameter[0].numel() ** -0.5 if name.endswith("weight") else 0.3
+        scale = scale / 4 if name.startswith("proj_out") else scale  # or sampling would not stay near the data
         nn.init.normal_(parameter, std=scale)
     return model.eval().requires_grad_(False)
 
@@ -47,7 +48,7 @@ def prompts(**more: torch.Tensor) -> Prompts:
     mask = torch.ones(PROMPTS, TOKENS)
     mask[1, 3:], mask[2, 1:] = 0, 0
     embeds = torch.randn(PROMPTS, TOKENS, WIDTH, generator=generator)
-    embeds[mask == 0] = 50.0  # what is masked must not be seen
+    embeds[mask == 0] = 6.0  # what is masked must not be seen
     null = torch.randn(1, TOKENS, WIDTH, generator=generator)
     return Prompts.checked({
         "prompt_embeds": embeds, "prompt_attention_mask": mask, "negative_prompt_embeds": null,
@@ -65,11 +66,14 @@ def run(model: nn.Module, given: dict[str, Any]) -> torch.Tensor:
         return model(**given).sample
 
 
-def solved(model: nn.Module, given: Prompts, bits: str = "w8a8", **settings: Any) -> Solution:
-    recipe = Recipe.build(bits=bits, **{"groups": 4, "samples": 4, "steps": 20, "rounds": 1, "candidates": 12, **settings})
-    data = collect(model, SCHEDULER, recipe, conditions=given)
-    groups = TimeGroups.uniform(0, 1000, 4)
-    return solve(model, record(model, data, recipe), recipe, groups, Provenance(preset="plus"))
+def recipe(**settings: Any) -> Recipe:
+    return Recipe.build(**{"groups": 4, "samples": 4, "steps": 20, "rounds": 1, "candidates": 12, **settings})
+
+
+def solved(model: nn.Module, given: Prompts, **settings: Any) -> Solution:
+    chosen = recipe(**settings)
+    data, groups = collect(model, SCHEDULER, chosen, conditions=given), TimeGroups.uniform(0, 1000, 4)
+    return solve(model, record(model, data, chosen), chosen, groups, Provenance(preset="plus"))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +89,9 @@ def solution(model) -> Solution:
 def test_every_matmul_is_in_the_graph(model) -> None:
     found = graph(config_of(model))
     inside = {name for block in found.blocks for linear in block.linears for name in linear.modules}
-    assert inside | set(found.float_input) == {n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    assert inside | set(found.float_input) == {
+        n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)
+    }
     first = found.blocks[0]
     assert [attention.context for attention in first.attentions] == [False, True]
     assert {o.name for o in first.operands if not o.timed} == {
@@ -104,8 +110,10 @@ def test_operands_of_a_prompt_have_one_time_group(solution) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_integers_are_close_to_float(model, solution, backend: str) -> None:
-    given = inputs(prompts())
-    assert sqnr_db(run(model, given), run(convert(solution, backend), given)) > 25
+    """On held-out states of the float model's own sampling."""
+    data = collect(model, SCHEDULER, recipe(seed=7), conditions=prompts())
+    given = {"hidden_states": data.x, "timestep": data.t, **data.conditions.rows(data.labels)}
+    assert sqnr_db(run(model, given), run(convert(solution, backend), given)) > 30
 
 
 def test_backends_agree(solution) -> None:
