@@ -207,7 +207,10 @@ def test_resumable_continues_what_was_interrupted(
         (["sample", "{pipeline}", "-o", "a.png", "--backend", "cuda"], "unknown backend 'cuda'"),
         (["sample", "{pipeline}", "-o", "a.png", "--backend", "reference"], "is for artifacts"),
         (["quantize", "{pipeline}", "-o", "new", "--preset", "pluss"], "did you mean 'plus'"),
-        (["quantize", "{pipeline}", "-o", "new", "--sampler", "euler"], "must be auto, ddim, ddpm or flow, got 'euler'"),
+        (
+            ["quantize", "{pipeline}", "-o", "new", "--sampler", "euler"],
+            "must be auto, ddim, ddpm or flow, got 'euler'",
+        ),
         (["sample", "{pipeline}", "-o", "a.png", "--guidance", "inf"], "guidance"),
         (["sample", "{pipeline}", "-o", "{artifact}/tqdit.json/a.png"], "is inside the artifact"),
         (["sample", "{artifact}/nothing", "-o", "a.png"], "nothing"),

@@ -127,7 +127,7 @@ def test_conditions_that_do_not_suit(text_pipeline, text_model, pipeline, model,
         tqdit.compare(pipeline, [], conditions=prompts)
     with pytest.raises(tqdit.InputError, match="have 8 channels in 'encoder_hidden_states', the model takes 6"):
         tqdit.sample(text_pipeline, num=1, conditions=wide)
-    with pytest.raises(tqdit.InputError, match="unknown class '3'.*a number from 0 to 2"):
+    with pytest.raises(tqdit.InputError, match=r"unknown class '3'.*a number from 0 to 2"):
         tqdit.sample(text_pipeline, [3], num=1, conditions=prompts)
     with pytest.raises(tqdit.InputError, match="label 3 is none of the 3 conditions"):
         tqdit.CalibrationSet(torch.zeros(1, 1, 4, 4), torch.tensor([5]), torch.tensor([3]), conditions=prompts)

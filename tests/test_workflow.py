@@ -380,7 +380,7 @@ def test_disk_that_is_too_small_for_the_artifact(pipeline, tiny_recipe, tmp_path
 def test_needed_space_is_no_more_than_an_artifact_takes(pipeline, model, tiny_recipe, quantized, monkeypatch) -> None:
     needed: list[int] = []
     monkeypatch.setattr(workflow, "check_space", lambda _, count: needed.append(count))
-    monkeypatch.setattr(workflow, "calibrated", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(workflow, "calibrated", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         workflow.quantize(pipeline, quantized[0].with_name("new"), tiny_recipe("plus"))
     assert 0.5 * quantized[1]["size_bytes"] / 4 < needed[0] < quantized[1]["size_bytes"]

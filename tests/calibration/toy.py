@@ -8,6 +8,7 @@ from diffusers.models.attention_processor import Attention as DiffusersAttention
 from torch import nn
 
 from tqdit.architectures.interface import Architecture, Attention, Block, Graph, Linear, Operand
+from tqdit.sampling.guidance import ClassLabels
 from tqdit.spec import Role
 from tqdit.timegroups import TimeGroups
 
@@ -92,9 +93,9 @@ def toy_data(samples: int = 8) -> Any:
     t = torch.arange(samples) * 1000 // samples
     x = torch.randn(samples, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     group = t * 4 // 1000
-    groups = TimeGroups.uniform(0, 1000, 4)
-    labels, weight = torch.arange(samples) % 2, torch.ones(samples)
-    return _Data(x=x, t=t, labels=labels, group=group, step_weight=weight, time_groups=groups)
+    labels, weight, groups = torch.arange(samples) % 2, torch.ones(samples), TimeGroups.uniform(0, 1000, 4)
+    fields = {"group": group, "step_weight": weight, "conditions": ClassLabels(2), "time_groups": groups}
+    return _Data(x=x, t=t, labels=labels, **fields)
 
 
 class _Data(SimpleNamespace):
