@@ -7,18 +7,20 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from tqdit.architectures import timestep
 from tqdit.architectures.sites import FREQUENCY_SHIFT, check_supported
 from tqdit.errors import InputError
 
-OURS = (FREQUENCY_SHIFT, "quantization_config")  # keys of a config that diffusers does not take
+KEPT = (FREQUENCY_SHIFT, *timestep.DEFAULTS)  # keys of a config that diffusers does not know and a model heeds
+OURS = (*KEPT, "quantization_config")  # keys of a config that diffusers does not take
 
 
 def new_model(config: Mapping[str, Any]) -> nn.Module:
-    """A float model whose weights are diffusers' initial ones. Its config has the frequency shift if `config` has.
+    """A float model whose weights are diffusers' initial ones. Its config has the `KEPT` keys that `config` has.
 
-    A timestep t is embedded as cos and sin of t * 10000^(-i / (128 - shift)), i = 0 .. 127. Published DiT has shift 0;
-    diffusers has 1, and no key for it, so `FREQUENCY_SHIFT` is ours. Raises `InputError` for a config that is not
-    supported or that diffusers refuses.
+    A timestep t is embedded as cos and sin of s * 10000^(-i / (128 - shift)), i = 0 .. 127, with s = offset + scale t.
+    Published DiT has shift 0; diffusers has 1, and no key for it, so `FREQUENCY_SHIFT` is ours, as are scale and offset
+    (`tqdit.architectures.timestep`). Raises `InputError` for a config that is not supported or that diffusers refuses.
     """
     from diffusers import DiTTransformer2DModel
 
@@ -30,7 +32,9 @@ def new_model(config: Mapping[str, Any]) -> nn.Module:
     if FREQUENCY_SHIFT in config:
         for block in model.transformer_blocks:
             block.norm1.emb.time_proj.downscale_freq_shift = config[FREQUENCY_SHIFT]
-        model.register_to_config(**{FREQUENCY_SHIFT: config[FREQUENCY_SHIFT]})
+    timestep.apply_timestep(model.transformer_blocks, config)
+    if kept := {key: config[key] for key in KEPT if key in config}:
+        model.register_to_config(**kept)
     return cast(nn.Module, model)
 
 

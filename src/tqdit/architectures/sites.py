@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from tqdit.architectures.timestep import check_timestep
 from tqdit.errors import InputError
 from tqdit.recipe import Recipe
 from tqdit.spec import Granularity, Grid, Role, SiteSpec
@@ -124,6 +125,7 @@ def check_supported(config: Mapping[str, Any]) -> None:
     shift = config.get(FREQUENCY_SHIFT, 1)
     if type(shift) is not int or shift not in (0, 1):
         raise InputError(f"model config has {FREQUENCY_SHIFT} = {shift!r}; it must be 0 or 1")
+    check_timestep(config)
     eps = config.get("norm_eps", 1e-5)
     if type(eps) not in (int, float) or not 0 <= eps < MAX_EPS:
         raise InputError(f"model config has norm_eps = {repr(eps)[:40]}; it must be a number from 0 that fp32 holds")

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from tqdit.architectures.building import empty_model, set_parameter
+from tqdit.architectures.sit_checkpoint import SCHEDULER as FLOW
 from tqdit.architectures.sites import FREQUENCY_SHIFT, check_supported, config_of
+from tqdit.architectures.timestep import changed
 from tqdit.errors import AssumptionWarning, InputError
 from tqdit.sampling.sampler import check_scheduler
 from tqdit.sources import checkpoints, components, float_weights, hub
@@ -78,21 +80,27 @@ class ModelSource:
         return isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD
 
 
-def resolve(model: str | Path, num_heads: int | None = None) -> ModelSource:
+def resolve(model: str | Path, num_heads: int | None = None, objective: str | None = None) -> ModelSource:
     """Find a model by bundled name, folder, checkpoint file, or id on the Hugging Face Hub, which is downloaded.
 
     A transformer's folder inside a pipeline means that pipeline with this transformer, whatever the folder is called;
-    what exists here wins over the Hub. `num_heads`: of a checkpoint whose width is not published. Where no scheduler
-    lies beside a model, DiT's own schedule is taken with an `AssumptionWarning`. Raises `InputError` saying what was
-    looked for, which file is not a DiT's, or which scheduler is not supported.
+    what exists here wins over the Hub. `num_heads`: of a checkpoint whose width is not published. `objective`:
+    "flow" for a SiT checkpoint that has no training arguments; a folder's scheduler says it. Where no scheduler lies
+    beside a model, DiT's own schedule is taken with an `AssumptionWarning`. Raises `InputError` saying what was looked
+    for, which file is not a DiT's, or which scheduler is not supported.
     """
     path = Path(model)
     a_folder = path.is_dir() or _means_its_folder(path)
     if str(model) not in BUNDLED and path.suffix in checkpoints.SUFFIXES and not a_folder:
-        return _checkpoint(path, num_heads)
+        return _checkpoint(path, num_heads, objective)
     if num_heads is not None:
         raise InputError(
             f"a number of heads is for a checkpoint file ({', '.join(checkpoints.SUFFIXES)}), not '{model}'"
+        )
+    if objective is not None:
+        raise InputError(
+            f"an objective is for a checkpoint file ({', '.join(checkpoints.SUFFIXES)}), not '{model}': a folder's "
+            "scheduler says how its model was trained"
         )
     given = _folder(model)
     root = _pipeline_of(given)
@@ -168,12 +176,13 @@ def _name(model: str, root: Path) -> str:
     return root.resolve().name if Path(model).is_dir() else model.rpartition("/")[2]  # a Hub folder's is a hash
 
 
-def _checkpoint(path: Path, num_heads: int | None) -> ModelSource:
-    found = checkpoints.read(path, num_heads)
+def _checkpoint(path: Path, num_heads: int | None, objective: str | None) -> ModelSource:
+    found = checkpoints.read(path, num_heads, objective)
     if found.assumed:
         warnings.warn(f"{path}: {found.assumed}", AssumptionWarning, stacklevel=3)
+    scheduler = FLOW if found.objective == "flow" else DIFFUSION
     return ModelSource(
-        path.stem, path.parent, found.config, DIFFUSION, checkpoint=path, weights=found.weights, opened=found
+        path.stem, path.parent, found.config, scheduler, checkpoint=path, weights=found.weights, opened=found
     )
 
 
@@ -212,10 +221,12 @@ def _empty_model(source: ModelSource) -> nn.Module:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """sha256 over names and values of a model's parameters, and its frequency shift if that is not diffusers' own."""
-    digest = hashlib.sha256()
-    if config_of(model).get(FREQUENCY_SHIFT, 1) != 1:
+    """sha256 over names and values of a model's parameters, and what its config changes of the timestep embedding."""
+    digest, config = hashlib.sha256(), config_of(model)
+    if config.get(FREQUENCY_SHIFT, 1) != 1:
         digest.update(FREQUENCY_SHIFT.encode())
+    for key, value in changed(config).items():
+        digest.update(f"{key}={float(value)!r}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
