@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from published_dit import PublishedSiT, euler, random_dit, random_sit
+from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from published_dit import PublishedSiT, euler, random_dit, random_sit, sinusoids
 
+from tqdit import workflow
 from tqdit.architectures import timestep
 from tqdit.architectures.building import new_model
 from tqdit.architectures.shapes import shape_config
@@ -98,8 +100,10 @@ def test_converted_it_is_the_published_one_in_diffusers_conventions(file: Writer
 
 
 def checked_source(folder: Path) -> Any:
-    with pytest.warns(AssumptionWarning, match="no scheduler"):
-        return resolve(folder)
+    with pytest.warns(AssumptionWarning, match="no scheduler; SiT's is taken: flow matching"):
+        source = resolve(folder)
+    assert source.scheduler == SCHEDULER
+    return source
 
 
 def test_an_image_by_diffusers_is_that_of_the_published_sampler(file: Writer) -> None:
@@ -228,3 +232,46 @@ def test_a_time_that_is_none(file: Writer, tmp_path: Path, key: str, value: obje
     path.write_text(json.dumps(read_json(path) | {key: value}))
     with pytest.raises(InputError, match=rf"config\.json: .*{key} = .*it must be a number from -1000000 to 1000000"):
         resolve(tmp_path / "sit")
+
+
+# Quantized --------------------------------------------------------------------------------------------------------
+
+
+def embeds_published_times(model: torch.nn.Module) -> bool:
+    """Whether all embedders of a model of integers embed SiT's time, for numbers of any type."""
+    t = torch.tensor([0, 17, 999])
+    projections = [embedder.time_proj for embedder in model.conditioning.embedders]
+    return all(
+        torch.allclose(projection(timestep), sinusoids(1 - t / 1000), rtol=0, atol=1e-6)
+        for projection in projections
+        for timestep in (t, t.float())
+    )
+
+
+def test_quantized_the_time_stays_that_of_sit(file: Writer, tmp_path: Path, tiny_recipe: Callable[..., Any]) -> None:
+    convert_checkpoint(file(random_sit(channels=1)), tmp_path / "sit")
+    workflow.quantize(tmp_path / "sit", tmp_path / "w8a8", tiny_recipe(preset="plus", rounds=0, hessian=False))
+    config = resolve(tmp_path / "w8a8").config
+    assert timestep.changed(config) == {SCALE: -0.001, OFFSET: 1.0}
+    integer = workflow.load(tmp_path / "w8a8", backend="reference")
+    assert embeds_published_times(integer)
+    assert embeds_published_times(DiTTransformer2DModel.from_pretrained(tmp_path / "w8a8"))
+    integer.save_pretrained(tmp_path / "again")
+    with pytest.warns(AssumptionWarning, match="no scheduler; SiT's is taken"):
+        assert embeds_published_times(workflow.load(tmp_path / "again"))
+
+
+def test_diffusers_says_only_of_a_float_model_that_it_ignores_the_time(
+    file: Writer, tmp_path: Path, tiny_recipe: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    convert_checkpoint(file(random_sit(channels=1)), tmp_path / "sit")
+    workflow.quantize(tmp_path / "sit", tmp_path / "w8a8", tiny_recipe(preset="plus", rounds=0, hessian=False))
+    logger = logging.getLogger("diffusers.configuration_utils")
+    logger.addHandler(caplog.handler)
+    try:
+        DiTTransformer2DModel.from_pretrained(tmp_path / "w8a8")
+        assert not caplog.records
+        DiTTransformer2DModel.from_pretrained(tmp_path / "sit" / "transformer")
+        assert SCALE in caplog.text
+    finally:
+        logger.removeHandler(caplog.handler)

@@ -15,6 +15,7 @@ from torch import nn
 
 from tqdit.architectures.building import empty_model, set_parameter
 from tqdit.architectures.sit_checkpoint import SCHEDULER as FLOW
+from tqdit.architectures.sit_checkpoint import TIME
 from tqdit.architectures.sites import FREQUENCY_SHIFT, check_supported, config_of
 from tqdit.architectures.timestep import changed
 from tqdit.errors import AssumptionWarning, InputError
@@ -86,8 +87,8 @@ def resolve(model: str | Path, num_heads: int | None = None, objective: str | No
     A transformer's folder inside a pipeline means that pipeline with this transformer, whatever the folder is called;
     what exists here wins over the Hub. `num_heads`: of a checkpoint whose width is not published. `objective`:
     "flow" for a SiT checkpoint that has no training arguments; a folder's scheduler says it. Where no scheduler lies
-    beside a model, DiT's own schedule is taken with an `AssumptionWarning`. Raises `InputError` saying what was looked
-    for, which file is not a DiT's, or which scheduler is not supported.
+    beside a model, DiT's own, or a converted SiT's, is taken with an `AssumptionWarning`. Raises `InputError` saying
+    what was looked for, which file is not a DiT's, or which scheduler is not supported.
     """
     path = Path(model)
     a_folder = path.is_dir() or _means_its_folder(path)
@@ -115,7 +116,7 @@ def resolve(model: str | Path, num_heads: int | None = None, objective: str | No
         name=_name(str(model), root if folder.name == TRANSFORMER else folder),
         folder=folder,
         config=config,
-        scheduler=_scheduler(root / SCHEDULER, index),
+        scheduler=_scheduler(root / SCHEDULER, index, config),
         labels=_labels(root),
         pipeline=index,
         vae=root / "vae" if is_there(root / "vae" / CONFIG) else None,
@@ -257,10 +258,11 @@ def _optional_json(path: Path) -> dict[str, Any] | None:
     return read_json(path) if is_there(path) else None
 
 
-def _scheduler(path: Path, index: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The config of a scheduler that is supported; DiT's own, with an `AssumptionWarning`, where there is none.
+def _scheduler(path: Path, index: Mapping[str, Any] | None, model: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a scheduler that is supported; with an `AssumptionWarning` DiT's or SiT's where there is none.
 
-    `index`: a pipeline's model_index.json, whose class counts where the config says none.
+    `index`: a pipeline's model_index.json, whose class counts where the config says none. `model`: the transformer's
+    config; a SiT's, as converted, embeds another time than a DiT's.
     """
     config = _optional_json(path)
     named = _class_named(index, "scheduler")
@@ -270,11 +272,11 @@ def _scheduler(path: Path, index: Mapping[str, Any] | None) -> dict[str, Any]:
         except InputError as error:
             raise InputError(f"{path.parent.parent / PIPELINE}: {error}") from None
     if config is None:
-        message = (
-            f"{path.parent.parent} has no scheduler; DiT's is taken: DDIM, 1000 linear betas from 1e-4 to 0.02, epsilon"
-        )
-        warnings.warn(message, AssumptionWarning, stacklevel=3)
-        return dict(DIFFUSION)
+        taken, said = DIFFUSION, "DiT's is taken: DDIM, 1000 linear betas from 1e-4 to 0.02, epsilon"
+        if changed(model) == TIME:
+            taken, said = FLOW, "SiT's is taken: flow matching on the linear path"
+        warnings.warn(f"{path.parent.parent} has no scheduler; {said}", AssumptionWarning, stacklevel=3)
+        return dict(taken)
     try:
         check_scheduler(config)
     except InputError as error:
