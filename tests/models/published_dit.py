@@ -153,12 +153,11 @@ class PublishedSiT(PublishedDiT):
 
 
 @torch.inference_mode()
-def euler(model: PublishedSiT, noise: torch.Tensor, y: torch.Tensor, steps: int) -> torch.Tensor:
-    """The data that the velocity leads to from the noise, by equal steps of time from 0 to 1."""
+def euler(model: PublishedSiT, noise: torch.Tensor, y: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    """The data that the velocity leads to from the noise, by steps between `times` from 0 to 1."""
     x = noise
-    for step in range(steps):
-        t = torch.full((len(x),), step / steps)
-        x = x + model(x, t, y) / steps
+    for now, then in zip(times, times[1:], strict=False):
+        x = x + (then - now) * model(x, now.expand(len(x)), y)
     return x
 
 
