@@ -4,6 +4,7 @@ Nothing here is shared with diffusers or with `tqdit`: it says what a checkpoint
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -156,7 +157,7 @@ class PublishedSiT(PublishedDiT):
 def euler(model: PublishedSiT, noise: torch.Tensor, y: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
     """The data that the velocity leads to from the noise, by steps between `times` from 0 to 1."""
     x = noise
-    for now, then in zip(times, times[1:], strict=False):
+    for now, then in pairwise(times):
         x = x + (then - now) * model(x, now.expand(len(x)), y)
     return x
 
