@@ -368,8 +368,9 @@ def test_samples_before_and_after_the_blocks_are_taken_a_few_at_a_time(solved, m
 def test_a_graph_asks_for_its_memory_in_one_piece(batch: int, capturing: bool, asked: int | None, monkeypatch) -> None:
     """MB for DiT-XL/2, counted by hand: modulation of all blocks 49.5, in a block 2 x 37.7 and 75.5, and 1 to spare."""
     pieces: list[int] = []
+    modulation = torch.zeros(batch, 28 * 6 * 1152, device="meta")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(patches.torch, "empty", lambda count, **_: pieces.append(count))
     x = SimpleNamespace(device=torch.device("cuda"), shape=(batch, 4, 32, 32))
-    patches.lay_out(x, 2, 1152, torch.bfloat16, [torch.zeros(batch, 28 * 6 * 1152, device="meta")])
+    patches.lay_out(x, 2, 1152, torch.bfloat16, [modulation])
     assert [round(piece / 1e6) for piece in pieces] == ([] if asked is None else [asked])

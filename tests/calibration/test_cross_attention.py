@@ -7,7 +7,7 @@ from toy import CONTEXT, DIM, HEADS, KEPT, toy_data, toy_model
 from tqdit.architectures import registry
 from tqdit.calibration.recorder import record
 from tqdit.calibration.statistics import kept_keys
-from tqdit.sampling.guidance import predict
+from tqdit.sampling.guidance import arguments, predict
 from tqdit.search.solver import solve
 from tqdit.timegroups import TimeGroups
 
@@ -20,7 +20,7 @@ def _registered(monkeypatch) -> None:
 
 def test_the_open_attention_computes_what_the_model_computes(tiny_recipe) -> None:
     model, data, outputs = toy_model(), toy_data(), []
-    expected = predict(model, data.x, data.t, data.labels, 1.5)
+    expected = predict(model, data.x, data.t, *arguments(data.conditions, data.labels, 1.5), 1.5)
     handle = model.last.register_forward_hook(lambda _, __, y: outputs.append(y.detach()))
     record(model, data, tiny_recipe(hessian=False), batch=len(data))
     handle.remove()
@@ -67,7 +67,7 @@ def test_keys_that_count() -> None:
 @pytest.mark.parametrize("hessian", [True, False])
 def test_a_context_has_one_time_group(tiny_recipe, hessian: bool) -> None:
     model, data, recipe = toy_model(), toy_data(), tiny_recipe("plus", hessian=hessian)
-    solution = solve(model, record(model, data, recipe), recipe, TimeGroups(1000, 4), {})
+    solution = solve(model, record(model, data, recipe), recipe, TimeGroups.uniform(0, 1000, 4), {})
     groups = {name: params.spec.groups for name, params in solution.params.items()}
     assert groups["cross.context"] == groups["cross.key"] == groups["cross.value"] == 1
     assert groups["cross.query"] == groups["cross.softmax"] == groups["self_attention.key"] == 4

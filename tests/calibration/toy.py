@@ -8,6 +8,7 @@ from diffusers.models.attention_processor import Attention as DiffusersAttention
 from torch import nn
 
 from tqdit.architectures.interface import Architecture, Attention, Block, Graph, Linear, Operand
+from tqdit.sampling.guidance import ClassLabels
 from tqdit.spec import Role
 
 CONTEXT, HEADS, DIM = 5, 2, 4
@@ -91,7 +92,8 @@ def toy_data(samples: int = 8) -> Any:
     t = torch.arange(samples) * 1000 // samples
     x = torch.randn(samples, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     group = t * 4 // 1000
-    return _Data(x=x, t=t, labels=torch.arange(samples) % 2, group=group, step_weight=torch.ones(samples))
+    labels, weight = torch.arange(samples) % 2, torch.ones(samples)
+    return _Data(x=x, t=t, labels=labels, group=group, step_weight=weight, conditions=ClassLabels(2))
 
 
 class _Data(SimpleNamespace):

@@ -77,7 +77,7 @@ def test_weight_only_layers_are_those_outside_the_matmuls_of_a_block(model) -> N
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("_class_name", "PixArtTransformer2DModel"),
+        ("_class_name", "FluxTransformer2DModel"),
         ("activation_fn", "geglu"),
         ("norm_type", "layer_norm"),
         ("norm_elementwise_affine", True),

@@ -74,9 +74,12 @@ class Parts:
         block.add_slots(names, shapes, closed=[name[inside:] for name in closed])
 
     def fill(self, module: nn.Module, prefix: str = "") -> nn.Module:
-        """Put the parameters that stay in float where a module's empty ones are. `prefix`: of their names."""
+        """Put the parameters that stay in float where those of a module are. `prefix`: of their names.
+
+        Not all of them are empty: a class may draw the first values of a table at random.
+        """
         for name, parameter in list(module.named_parameters()):
-            if parameter.is_meta:
+            if parameter.is_meta or prefix + name in self.solution.floats:
                 value = self.solution.floats[prefix + name]
                 _set(module, name, nn.Parameter(value, requires_grad=False))
         return module
