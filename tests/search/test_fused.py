@@ -135,13 +135,17 @@ def test_half_as_many_at_once_where_memory_runs_out(tiny_recipe, monkeypatch) ->
         loss(tables)
 
 
-@pytest.mark.parametrize(("reason", "searched"), [(None, "steps"), ("no Triton", "values")])
-def test_kernels_search_where_they_can_run(reason, searched, monkeypatch) -> None:
-    """On a GPU; the choice is made before anything is computed there."""
+@pytest.mark.parametrize(
+    ("reason", "grid", "searched"),
+    [(None, Grid.MRQ_GELU, "steps"), ("no Triton", Grid.UNIFORM, "values"), (None, "another", "values")],
+)
+def test_kernels_search_where_they_can_run(reason, grid, searched, monkeypatch) -> None:
+    """On a GPU, on grids that they have; the choice is made before anything is computed there."""
     monkeypatch.setattr(alternating, "unavailable", lambda _: reason)
     for way in ("steps", "values"):
         monkeypatch.setattr(alternating, f"loss_of_{way}", lambda *_, way=way: pytest.fail(f"by {way}"))
-    on_a_gpu = SimpleNamespace(values=SimpleNamespace(device=torch.device("cuda")), scale=None)
+    values, spec = SimpleNamespace(device=torch.device("cuda")), SimpleNamespace(grid=grid)
+    on_a_gpu = SimpleNamespace(values=values, scale=None, spec=spec)
     with pytest.raises(pytest.fail.Exception, match=f"by {searched}"):
         alternating.alternate(None, on_a_gpu, on_a_gpu, SimpleNamespace(rounds=1))
 

@@ -39,9 +39,7 @@ def output(
     return patches.reshape(-1, channels, rows * side, columns * side).to(x.dtype)
 
 
-def lay_out(
-    x: torch.Tensor, side: int, width: int, dtype: torch.dtype, modulation: Iterable[torch.Tensor]
-) -> None:
+def lay_out(x: torch.Tensor, side: int, width: int, dtype: torch.dtype, modulation: Iterable[torch.Tensor]) -> None:
     """Give a CUDA graph under capture one piece of memory, about what a call has alive at most.
 
     Its tensors then are parts of that piece, or most of them: left to come as they may, most sizes would get memory of

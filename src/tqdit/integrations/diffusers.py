@@ -134,7 +134,7 @@ class TQDiTQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         """Give the model the checkpoint's names, of nothing yet."""
-        model._modules.clear()
+        _clear(model)
         for key in self._keys:
             try:
                 _add_empty(model, key)
@@ -153,7 +153,7 @@ class TQDiTQuantizer(DiffusersQuantizer):
             )
         config = {**model.config, tensors.QUANTIZATION: self.quantization_config.to_dict()}
         found, self._found = self._found, {}
-        model._modules.clear()
+        _clear(model)
         solution = tensors.unpack(found, config, self._folder)
         try:
             built: Any = convert(solution, device=self._device)
@@ -172,6 +172,12 @@ class TQDiTQuantizer(DiffusersQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _clear(model: nn.Module) -> None:
+    """Remove a model's parts and its own tensors."""
+    for held in (model._modules, model._parameters, model._buffers):
+        held.clear()
 
 
 def _add_empty(model: nn.Module, key: str) -> None:

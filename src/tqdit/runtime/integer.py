@@ -88,7 +88,7 @@ class IntegerModel(Closed, Untrainable):
             assert old.slots is not None
             assert new.slots is not None
             new.slots.take(old.slots)
-        self._modules = other._modules
+        self._modules, self._parameters, self._buffers = other._modules, other._parameters, other._buffers
         for name in CONVERTED:
             setattr(self, name, getattr(other, name))
         return self
