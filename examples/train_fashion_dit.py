@@ -9,6 +9,13 @@ what it measured to `bench/results` and a picture to `docs/images`. Meant for on
 
 trains a model of a published shape with the published timestep frequencies instead, and writes it and `training.json`
 into `--out`, nothing else: what `bench/full_size.py` takes. `training.json` has the settings, the seed and the steps.
+
+    python examples/train_fashion_dit.py --objective flow --minutes 5 --out build/fashion-sit
+
+trains the bundled model's shape by flow matching, which makes it a SiT, and also writes it into `--out` alone; with
+`--shape SiT-S/2` a published shape. Its folder has diffusers' scheduler of flow matching and its conventions: a state
+is (1 - sigma) data + sigma noise, the timestep is 1000 sigma, the output is noise - data.
+
 With `--steps`, not `--minutes`, a training can be repeated, up to the order in which a GPU adds.
 """
 
@@ -18,8 +25,9 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +35,16 @@ import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
+from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tqdit.architectures.building import new_model
 from tqdit.architectures.dit_checkpoint import AS_PUBLISHED
-from tqdit.architectures.shapes import shape_config
+from tqdit.architectures.shapes import shape_config, shape_name
 from tqdit.quality import features
+from tqdit.sources.resolve import LABELS
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSIFIER = Path("fashion-classifier", features.CLASSIFIER_FILE.name)
@@ -45,11 +54,12 @@ NULL_CLASS, DROPPED_LABELS = 10, 0.1  # the label of an unconditional image, and
 CLASSIFIER_BATCH, CLASSIFIER_RATE = 512, 2e-3
 SETTLE, MEASURE = 40, 80  # steps left out of, and then taken into, the measured throughput
 TIMESTEPS, BETAS = 1000, (1e-4, 0.02)
+OUTPUTS = {"diffusion": 2, "flow": 1}  # eps and the variance's place between its two bounds; a velocity
 SAMPLING_BATCH = 1000
 SAMPLINGS = (("DDIM", 50, 1.5), ("DDIM", 50, 1.0), ("DDPM", 100, 1.5), ("DDIM", 50, 2.0))
 IMAGES = {
     "in_channels": 1,
-    "out_channels": 2,  # eps and the variance's place between its two bounds
+    "out_channels": OUTPUTS["diffusion"],
     "sample_size": 32,  # pixels
     "num_embeds_ada_norm": 10,
 }
@@ -75,6 +85,8 @@ class Schedule:
 
 
 BUNDLED = Schedule(batch=512, rate=8e-4, warmup=500, ema_decay=0.999)
+# The losses of a batch by name, which are added; of the model, images [B, 1, 32, 32] and labels [B].
+Loss = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
 # For a wider model and about a thousand steps: a lower rate, reached sooner, and an average over the last hundred.
 SHORT = Schedule(batch=256, rate=4e-4, warmup=100, ema_decay=0.99)
 
@@ -136,12 +148,26 @@ def diffusion_table(device: torch.device) -> Tensor:
     return torch.stack(rows).float().to(device)
 
 
-def hybrid_loss(model: nn.Module, table: Tensor, x0: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def some_dropped(labels: Tensor) -> Tensor:
+    """Labels of which a random share is the null class, for guidance."""
+    return labels.masked_fill(torch.rand(len(labels), device=labels.device) < DROPPED_LABELS, NULL_CLASS)
+
+
+def flow_loss(model: nn.Module, x0: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Squared error of the velocity from the image to the noise, at a uniform sigma."""
+    sigma, noise = torch.rand(len(x0), device=x0.device), torch.randn_like(x0)
+    x = torch.lerp(x0, noise, sigma[:, None, None, None])
+    with torch.autocast(x0.device.type, torch.bfloat16):
+        output = model(x, timestep=TIMESTEPS * sigma, class_labels=some_dropped(labels)).sample
+    return {"velocity": (output.float() - (noise - x0)).square().mean()}
+
+
+def hybrid_loss(table: Tensor, model: nn.Module, x0: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Squared error of eps, and the variational bound's term in bits per pixel, which trains the variance."""
     t = torch.randint(0, TIMESTEPS, (len(x0),), device=x0.device)
     signal, noise, error_scale, log_beta, log_posterior = table[:, t, None, None, None]
     eps = torch.randn_like(x0)
-    labels = labels.masked_fill(torch.rand(len(labels), device=x0.device) < DROPPED_LABELS, NULL_CLASS)
+    labels = some_dropped(labels)
     with torch.autocast(x0.device.type, torch.bfloat16):
         output = model(signal * x0 + noise * eps, timestep=t, class_labels=labels).sample
     estimate, v = output.float().chunk(2, dim=1)
@@ -155,7 +181,12 @@ def hybrid_loss(model: nn.Module, table: Tensor, x0: Tensor, labels: Tensor) -> 
     lower = torch.special.ndtr((-1 / 255 - offset) * width).masked_fill(x0 < -0.999, 0.0)
     surprise = -(upper - lower).clamp(min=1e-12).log()
     bound = torch.where(t.view(-1, 1, 1, 1) == 0, surprise, divergence).mean() / math.log(2)
-    return (eps - estimate).square().mean(), bound
+    return {"eps": (eps - estimate).square().mean(), "bound": bound}
+
+
+def loss_of(objective: str, device: torch.device) -> Loss:
+    """The training loss of "diffusion" or "flow"."""
+    return flow_loss if objective == "flow" else partial(hybrid_loss, diffusion_table(device))
 
 
 def tied_model(config: Mapping[str, Any], device: torch.device) -> DiTTransformer2DModel:
@@ -189,11 +220,20 @@ def untied_model(config: Mapping[str, Any], parameters: dict[str, Tensor]) -> Di
 
 
 def train_dit(
-    config: Mapping[str, Any], schedule: Schedule, images: Tensor, labels: Tensor, steps: int | None, seconds: float
+    config: Mapping[str, Any],
+    schedule: Schedule,
+    loss: Loss,
+    data: tuple[Tensor, Tensor],
+    steps: int | None,
+    seconds: float,
 ) -> tuple[DiTTransformer2DModel, dict[str, Any]]:
-    """Averaged model and what its training took: `steps`, or as many as fit into `seconds`."""
+    """Averaged model and what its training took: `steps`, or as many as fit into `seconds`.
+
+    `data`: images [N, 1, 32, 32] and labels [N].
+    """
+    images, labels = data
     device = images.device
-    table, model = diffusion_table(device), tied_model(config, device)
+    model = tied_model(config, device)
     named = dict(model.named_parameters())
     parameters, average = list(named.values()), [value.detach().clone() for value in named.values()]
     optimizer = torch.optim.AdamW(parameters, schedule.rate, (0.9, 0.99), weight_decay=0, fused=device.type == "cuda")
@@ -207,9 +247,9 @@ def train_dit(
         rate = schedule.rate * min(1.0, (step + 1) / schedule.warmup) * (1 - step / total)
         optimizer.param_groups[0]["lr"] = rate
         index = torch.randint(0, len(images), (schedule.batch,), device=device)
-        error, bound = hybrid_loss(model, table, images[index], labels[index])
+        losses = loss(model, images[index], labels[index])
         optimizer.zero_grad(set_to_none=True)
-        (error + bound).backward()
+        sum(losses.values(), start=torch.zeros((), device=device)).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         step += 1
@@ -217,15 +257,22 @@ def train_dit(
             torch._foreach_lerp_(average, parameters, 1 - min(schedule.ema_decay, step / (step + 10)))
         if step in (SETTLE, SETTLE + MEASURE, total) or step % 1000 == 0:
             # Reading the losses waits for the device, so the clock below covers finished work.
-            losses = f"eps {error.item():.5f} bound {bound.item():.5f}"
+            said = " ".join(f"{name} {value.item():.5f}" for name, value in losses.items())
             spent = time.perf_counter() - started
             if step == SETTLE:
                 settled = spent
             elif step == SETTLE + MEASURE and steps is None:
                 total = step + max(1, int((seconds - spent) * MEASURE / (spent - settled)))
-            print(f"step {step}/{total}: {losses}, {spent:.0f} s", flush=True)
+            print(f"step {step}/{total}: {said}, {spent:.0f} s", flush=True)
     spent = round(time.perf_counter() - started, 1)
     return untied_model(config, dict(zip(named, average, strict=True))), {"steps": total, "seconds": spent}
+
+
+def save_sit(model: DiTTransformer2DModel, folder: Path) -> None:
+    """A diffusers transformer and its scheduler of flow matching, for which diffusers has no pipeline."""
+    model.save_pretrained(folder / "transformer")
+    FlowMatchEulerDiscreteScheduler(TIMESTEPS, shift=1.0).save_pretrained(folder / "scheduler")
+    (folder / LABELS).write_text(json.dumps(dict(enumerate(NAMES)), indent=2) + "\n")
 
 
 def save_dit(model: DiTTransformer2DModel, folder: Path) -> None:
@@ -281,37 +328,49 @@ def where(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def train_shape(args: argparse.Namespace, images: Tensor, labels: Tensor) -> None:
-    """A model of a published shape, in the published form, into `--out`."""
-    config = {**shape_config(args.shape), **IMAGES, **AS_PUBLISHED}
-    model, taken = train_dit(config, SHORT, images, labels, args.steps, 60 * args.minutes)
-    save_dit(model, args.out)
-    report = {**where(args), "shape": args.shape, **asdict(SHORT), **taken}
+def train_alone(args: argparse.Namespace, data: tuple[Tensor, Tensor]) -> None:
+    """A model into `--out` and nothing else: of the bundled shape, or of a published one in the published form."""
+    config, schedule = (MODEL, BUNDLED)
+    if args.shape:
+        config, schedule = {**shape_config(args.shape), **IMAGES, **AS_PUBLISHED}, SHORT
+    config = {**config, "out_channels": OUTPUTS[args.objective]}
+    loss = loss_of(args.objective, data[0].device)
+    model, taken = train_dit(config, schedule, loss, data, args.steps, 60 * args.minutes)
+    (save_sit if args.objective == "flow" else save_dit)(model, args.out)
+    settings = {"objective": args.objective, "shape": args.shape or shape_name(config)}
+    report = {**where(args), **settings, **asdict(schedule), **taken}
     (args.out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train fashion-dit and its classifier.")
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train fashion-dit and its classifier, or another model alone.")
     parser.add_argument("--data", type=Path, default=Path("build/fashion-mnist"), help="folder with its four files")
-    parser.add_argument("--shape", help="train this published shape, such as DiT-B/2, and nothing else")
-    parser.add_argument("--out", type=Path, help="default: where the bundled models are; needed with --shape")
+    parser.add_argument("--shape", help="train this published shape, such as DiT-B/2 or SiT-S/2, and nothing else")
+    parser.add_argument("--objective", choices=OUTPUTS, help="default: that of the shape; flow trains a SiT alone")
+    parser.add_argument("--out", type=Path, help="default: where the bundled models are; needed with --shape or flow")
     parser.add_argument("--classifier-epochs", type=int, default=40)
-    parser.add_argument("--minutes", type=float, default=12.0, help="DiT training, unless --steps is given")
-    parser.add_argument("--steps", type=int, help="DiT training steps; 0 measures the model in --out")
+    parser.add_argument("--minutes", type=float, default=12.0, help="training of the model, unless --steps is given")
+    parser.add_argument("--steps", type=int, help="training steps of the model; 0 measures the DiT in --out")
     parser.add_argument("--samples", type=int, default=10_000, help="per sampler; a multiple of 10")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report", type=Path, default=ROOT / "bench/results/fashion-dit-training.json")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs/images/fashion-dit.png")
     args = parser.parse_args()
-    if args.shape and not args.out:
-        parser.error("--shape needs --out: the bundled model is another")
+    args.objective = args.objective or ("flow" if (args.shape or "").startswith("SiT") else "diffusion")
+    if (args.shape or args.objective == "flow") and not args.out:
+        parser.error("--shape and --objective flow need --out: the bundled model is another")
     args.out = args.out or features.CLASSIFIER_FILE.parents[1]
+    return args
+
+
+def main() -> None:
+    args = arguments()
     torch.manual_seed(args.seed)
     torch.backends.cudnn.allow_tf32 = False  # the classifier's features shall be those of a CPU
     train, train_labels = read_split(args.data, "train", args.device)
-    if args.shape:
-        train_shape(args, train, train_labels)
+    if args.shape or args.objective == "flow":
+        train_alone(args, (train, train_labels))
         return
     test, test_labels = read_split(args.data, "t10k", args.device)
     started = time.perf_counter()
@@ -330,7 +389,8 @@ def main() -> None:
     }
     folder = args.out / "fashion-dit"
     if args.steps != 0:
-        model, taken = train_dit(MODEL, BUNDLED, train, train_labels, args.steps, 60 * args.minutes)
+        loss, data = loss_of("diffusion", train.device), (train, train_labels)
+        model, taken = train_dit(MODEL, BUNDLED, loss, data, args.steps, 60 * args.minutes)
         report["training"] = {"batch": BUNDLED.batch, **taken}
         save_dit(model, folder)
     # What is measured is the model as saved, in float32 with TF32 products where the GPU has them.

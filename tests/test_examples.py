@@ -7,10 +7,12 @@ import struct
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
 
 from tqdit.quality import features
 from tqdit.sources.resolve import load_float, resolve
@@ -83,13 +85,71 @@ def test_training_a_published_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert model.proj_out_2.weight.abs().max() > 0, "it was trained"
 
 
-def test_a_shape_does_not_replace_the_bundled_model(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], script: ModuleType
+def train_sit(script: ModuleType, monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> Path:
+    """The folder of a flow-matching model after three steps."""
+    data = out.with_name("data")
+    data.mkdir()
+    write_split(data, "train", 40)
+    places = ["--steps", "3", "--device", "cpu", "--data", str(data), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["train_fashion_dit.py", *arguments, *places])
+    script.main()
+    return out
+
+
+def test_training_by_flow_matching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: ModuleType) -> None:
+    sizes = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "patch_size": 8}
+    monkeypatch.setattr(script, "MODEL", {**script.MODEL, **sizes})
+    monkeypatch.setattr(script, "BUNDLED", replace(script.BUNDLED, batch=4))
+    out = train_sit(script, monkeypatch, tmp_path / "out", "--objective", "flow")
+
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(out / "scheduler")
+    assert (scheduler.config.shift, scheduler.config.num_train_timesteps) == (1.0, 1000)
+    report = json.loads((out / "training.json").read_text())
+    assert (report["objective"], report["steps"], report["batch"]) == ("flow", 3, 4)
+    assert sorted(path.name for path in out.iterdir()) == ["id2label.json", "scheduler", "training.json", "transformer"]
+    source = resolve(out)
+    assert source.labels[9] == "ankle boot"
+    model = load_float(source)
+    assert (len(model.transformer_blocks), model.config.out_channels) == (2, 1)
+    assert model.proj_out_2.weight.abs().max() > 0, "it was trained"
+
+
+def test_a_sit_shape_is_trained_by_flow_matching(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: ModuleType
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["train_fashion_dit.py", "--shape", "DiT-B/2"])
+    monkeypatch.setattr(script, "SHORT", replace(script.SHORT, batch=2))
+    out = train_sit(script, monkeypatch, tmp_path / "out", "--shape", "SiT-S/8")
+    model = load_float(resolve(out))
+    assert (len(model.transformer_blocks), model.config.patch_size, model.config.out_channels) == (12, 8, 1)
+    assert {block.norm1.emb.time_proj.downscale_freq_shift for block in model.transformer_blocks} == {0}
+
+
+def test_the_flow_loss_is_that_of_the_velocity(script: ModuleType) -> None:
+    """A model that inverts the state at the timestep it is given makes no error, and drops of labels are a tenth."""
+    images, labels = torch.rand(1000, 1, 4, 4) * 2 - 1, torch.arange(1000) % 10
+    asked = []
+
+    def exact(x: Tensor, timestep: Tensor, class_labels: Tensor) -> SimpleNamespace:
+        asked.append((timestep, class_labels))
+        sigma = (timestep / 1000).view(-1, 1, 1, 1)
+        return SimpleNamespace(sample=(x - images) / sigma)  # x = (1 - sigma) x0 + sigma noise
+
+    assert script.flow_loss(exact, images, labels)["velocity"] < 1e-4
+    ((timestep, used),) = asked
+    assert timestep.min() >= 0
+    assert 990 < timestep.max() <= 1000
+    assert 50 < (used == 10).sum() < 150
+    assert torch.equal(used[used != 10], labels[used != 10])
+
+
+@pytest.mark.parametrize("arguments", [["--shape", "DiT-B/2"], ["--objective", "flow"]])
+def test_another_model_does_not_replace_the_bundled_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], script: ModuleType, arguments: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_fashion_dit.py", *arguments])
     with pytest.raises(SystemExit):
         script.main()
-    assert "--shape needs --out" in capsys.readouterr().err
+    assert "need --out" in capsys.readouterr().err
 
 
 def test_missing_data_is_named(tmp_path: Path, script: ModuleType) -> None:

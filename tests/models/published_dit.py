@@ -4,6 +4,7 @@ Nothing here is shared with diffusers or with `tqdit`: it says what a checkpoint
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -139,4 +140,30 @@ def random_dit(seed: int = 0, **sizes: object) -> PublishedDiT:
         if name != "pos_embed":
             fan_in = parameter[0].numel() if parameter.ndim > 1 else 25
             parameter.data = torch.randn(parameter.shape, generator=generator) * fan_in**-0.5
+    return model.eval().requires_grad_(False)
+
+
+class PublishedSiT(PublishedDiT):
+    """SiT (Ma et al. 2024): DiT's module, its time from 0 at the noise to 1 at the data, and of 2C channels the first.
+
+    x (B, C, S, S), t (B,) from 0 to 1, y (B,) -> the velocity data - noise, (B, C, S, S).
+    """
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return super().forward(x, t, y)[:, : x.shape[1]]
+
+
+@torch.inference_mode()
+def euler(model: PublishedSiT, noise: torch.Tensor, y: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    """The data that the velocity leads to from the noise, by steps between `times` from 0 to 1."""
+    x = noise
+    for now, then in pairwise(times):
+        x = x + (then - now) * model(x, now.expand(len(x)), y)
+    return x
+
+
+def random_sit(seed: int = 0, **sizes: object) -> PublishedSiT:
+    """A `PublishedSiT` with the weights of `random_dit`."""
+    model = PublishedSiT(**sizes)  # type: ignore[arg-type]
+    model.load_state_dict(random_dit(seed, **sizes).state_dict())
     return model.eval().requires_grad_(False)

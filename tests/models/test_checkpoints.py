@@ -298,15 +298,6 @@ def trained(file: Callable[..., Path], **arguments: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"model": "SiT-XL/2"}, {"path_type": "Linear"}, {"model": "X", "prediction": "velocity"}]
-)
-def test_a_training_by_flow_matching_is_refused(file, arguments: dict) -> None:
-    named = next(iter(arguments.values()))
-    with pytest.raises(InputError, match=rf"official\.pt: .*flow matching.*{named}"):
-        resolve(trained(file, num_classes=10, **arguments))
-
-
-@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"num_classes": 11}, "without a null class .*11 rows"),

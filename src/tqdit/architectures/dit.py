@@ -1,5 +1,6 @@
-"""DiT (Peebles & Xie 2023), as diffusers' class-conditional `DiTTransformer2DModel`.
+"""DiT (Peebles & Xie 2023) and SiT (Ma et al. 2024), as diffusers' class-conditional `DiTTransformer2DModel`.
 
+A SiT is a DiT trained by flow matching: the module is the same, the time that it embeds may be another (`timestep`).
 A block has two attention matmuls and four linear layers; query, key and value projections share their input.
 """
 
@@ -9,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tqdit.architectures import dit_config, dit_shapes
+from tqdit.architectures import dit_config, dit_shapes, timestep
 from tqdit.architectures.dit_integer import DiTInteger
 from tqdit.architectures.interface import Block, Config, Graph
 from tqdit.architectures.patch_transformer import (
@@ -20,11 +21,10 @@ from tqdit.architectures.patch_transformer import (
     feed_forward,
     self_attention,
 )
-from tqdit.architectures.registry import FREQUENCY_SHIFT
+from tqdit.architectures.registry import FREQUENCY_SHIFT, KEPT
 from tqdit.architectures.repeated import parameter_shapes
 
 EMBEDDER = "norm1.emb."  # diffusers gives every block its own copy of one embedder of (t, class)
-OURS = (FREQUENCY_SHIFT,)  # keys of a config that diffusers does not take
 
 
 class DiT(DiTInteger, PatchTransformer):
@@ -39,16 +39,19 @@ class DiT(DiTInteger, PatchTransformer):
         dit_config.check_sizes(config, shapes)
 
     def build(self, config: Config) -> nn.Module:
-        """Make the float model. Its config has the frequency shift if `config` has.
+        """Make the float model. Its config has the `KEPT` keys that `config` has.
 
-        A timestep t is embedded as cos and sin of t * 10000^(-i / (128 - shift)), i = 0 .. 127. Published DiT has shift
-        0; diffusers has 1, and no key for it, so `FREQUENCY_SHIFT` is ours.
+        A timestep t is embedded as cos and sin of s * 10000^(-i / (128 - shift)), i = 0 .. 127, with s = offset +
+        scale * t. Published DiT has shift 0; diffusers has 1, and no key for it, so `FREQUENCY_SHIFT` is ours, as are
+        scale and offset.
         """
-        model = diffusers_model(self.name, config, unknown=OURS)
+        model = diffusers_model(self.name, config, unknown=KEPT)
         if FREQUENCY_SHIFT in config:
             for block in model.transformer_blocks:
                 block.norm1.emb.time_proj.downscale_freq_shift = config[FREQUENCY_SHIFT]
-            model.register_to_config(**{FREQUENCY_SHIFT: config[FREQUENCY_SHIFT]})
+        timestep.apply_timestep(model.transformer_blocks, config)
+        if kept := {key: config[key] for key in KEPT if key in config}:
+            model.register_to_config(**kept)
         return cast(nn.Module, model)
 
     def graph(self, config: Config) -> Graph:
@@ -57,7 +60,7 @@ class DiT(DiTInteger, PatchTransformer):
             int(config[key]) for key in ("num_layers", "num_attention_heads", "attention_head_dim")
         )
         blocks = tuple(_block(f"{BLOCKS}{index}", heads, head_dim) for index in range(layers))
-        small = {key: value for key, value in config.items() if key not in (*OURS, QUANTIZATION)}
+        small = {key: value for key, value in config.items() if key not in (*KEPT, QUANTIZATION)}
         small |= {"_class_name": self.name, "num_layers": 1, "sample_size": config["patch_size"]}
         shapes = parameter_shapes(small, BLOCKS, layers)
         return Graph(blocks, ("pos_embed.proj", "proj_out_1", "proj_out_2"), shapes)
@@ -83,7 +86,7 @@ class DiT(DiTInteger, PatchTransformer):
 
     def own_settings(self, config: Config) -> dict[str, Any]:
         shift = config.get(FREQUENCY_SHIFT, 1)
-        return {} if shift == 1 else {FREQUENCY_SHIFT: shift}
+        return ({} if shift == 1 else {FREQUENCY_SHIFT: shift}) | timestep.changed(config)
 
     def twin(self, name: str) -> str:
         head, found, tail = name.partition(EMBEDDER)

@@ -5,6 +5,7 @@ from typing import Any
 
 from tqdit.architectures import checks
 from tqdit.architectures.registry import FREQUENCY_SHIFT
+from tqdit.architectures.timestep import check_timestep
 from tqdit.errors import InputError
 
 NAME = "DiTTransformer2DModel"
@@ -24,6 +25,7 @@ def check(config: Mapping[str, Any]) -> None:
     shift = config.get(FREQUENCY_SHIFT, 1)
     if type(shift) is not int or shift not in (0, 1):
         raise InputError(f"model config has {FREQUENCY_SHIFT} = {shift!r}; it must be 0 or 1")
+    check_timestep(config)
     checks.check_eps(config, 1e-5)
     checks.check_tokens(config)
 

@@ -1,4 +1,4 @@
-"""The published shapes of DiT by name."""
+"""The published shapes of DiT and SiT by name."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +13,7 @@ SIZES: Mapping[str, tuple[int, int, int]] = {
     "L": (24, 16, 64),
     "XL": (28, 16, 72),
 }
+FAMILIES: Mapping[str, int] = {"DiT": 2, "SiT": 1}  # outputs a channel: DiT also learns the variance
 PATCHES = (2, 4, 8)
 LATENTS = {256: 32, 512: 64}  # image side -> latent side; the VAE of DiT shrinks by 8
 LATENT_CHANNELS = 4
@@ -21,20 +22,21 @@ CLASSES = 1000
 
 def shape_names() -> tuple[str, ...]:
     """The names of 256 x 256 models; each also exists with "@512" behind it."""
-    return tuple(f"DiT-{size}/{patch}" for size in SIZES for patch in PATCHES)
+    return tuple(f"{family}-{size}/{patch}" for family in FAMILIES for size in SIZES for patch in PATCHES)
 
 
 def shape_config(name: str) -> dict[str, Any]:
     """Return the config of a name such as "DiT-XL/2" or "DiT-XL/2@512", learned variance included.
 
-    Raises `InputError` naming the unknown part and what is known.
+    "SiT-XL/2" has the same sizes and makes a velocity alone (SiT, Ma et al. 2024). Raises `InputError` naming the
+    unknown part and what is known.
     """
     base, at, side = name.partition("@")
     if base not in shape_names():
         raise InputError(f"unknown shape '{name}'; known: {', '.join(shape_names())}, each also with @512")
     if at and side not in map(str, LATENTS):
         raise InputError(f"unknown image side in shape '{name}'; known: {', '.join(f'@{known}' for known in LATENTS)}")
-    size, _, patch = base.removeprefix("DiT-").partition("/")
+    family, size, patch = base.replace("/", "-").split("-")
     layers, heads, head_dim = SIZES[size]
     return {
         "_class_name": NAME,
@@ -50,7 +52,7 @@ def shape_config(name: str) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_embeds_ada_norm": CLASSES,
         "num_layers": layers,
-        "out_channels": 2 * LATENT_CHANNELS,
+        "out_channels": FAMILIES[family] * LATENT_CHANNELS,
         "patch_size": int(patch),
         "sample_size": LATENTS[int(side) if at else 256],
         "upcast_attention": False,

@@ -6,11 +6,13 @@ from typing import Any, cast
 
 from torch import nn
 
+from tqdit.architectures import timestep
 from tqdit.architectures.interface import Architecture, Graph
 from tqdit.errors import InputError
 
 CLASS_NAME = "_class_name"  # of a diffusers config
 FREQUENCY_SHIFT = "timestep_downscale_freq_shift"  # our key, for classes whose timestep embedding has no key for it
+KEPT = (FREQUENCY_SHIFT, *timestep.DEFAULTS)  # all keys of ours, which a config keeps and diffusers does not know
 _LOCATIONS = {
     "DiTTransformer2DModel": "tqdit.architectures.dit:DIT",
     "PixArtTransformer2DModel": "tqdit.architectures.pixart:PIXART",

@@ -20,15 +20,18 @@ def convert(
         bool,
         typer.Option("--official", help="a diffusers folder was made from an official checkpoint: run as published"),
     ] = False,
+    objective: Annotated[
+        str | None, typer.Option(help="how a checkpoint that does not say was trained: diffusion (DiT) or flow (SiT)")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder that convert wrote")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Turn an official DiT checkpoint (.pt) into a diffusers folder with safetensors."""
+    """Turn an official DiT or SiT checkpoint (.pt) into a diffusers folder with safetensors."""
     from tqdit.architectures.shapes import shape_name
     from tqdit.sources.export import convert_checkpoint
 
-    result = convert_checkpoint(model, out, num_heads, vae, labels, official, overwrite)
+    result = convert_checkpoint(model, out, num_heads, vae, labels, official, overwrite, objective=objective)
     used = f", its {result['weights']} weights" if result["weights"] else ""
     config = result["config"]
     typer.echo(

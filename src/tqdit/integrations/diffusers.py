@@ -14,7 +14,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from tqdit.architectures.registry import FREQUENCY_SHIFT
+from tqdit.architectures.registry import KEPT
 from tqdit.artifact import folder as artifact
 from tqdit.artifact import tensors
 from tqdit.errors import InputError
@@ -192,10 +192,10 @@ def _add_empty(model: nn.Module, key: str) -> None:
 
 
 class _KeptSetting(logging.Filter):
-    """Drops diffusers' warning that it ignores the frequency shift of a config, while an artifact is loaded: tqdit
-    heeds it. For a float model, loaded by diffusers alone, the warning is true and stays."""
+    """Drops diffusers' warning that it ignores the timestep keys of a config, while an artifact is loaded: tqdit
+    heeds them. For a float model, loaded by diffusers alone, the warning is true and stays."""
 
-    said = re.compile(rf"The config attributes {{'{FREQUENCY_SHIFT}': [^,}}]*}} were passed")
+    said = re.compile(rf"The config attributes {{(?:'(?:{'|'.join(KEPT)})': [^,}}]*(?:, )?)+}} were passed")
 
     def filter(self, record: logging.LogRecord) -> bool:
         if not self.said.match(record.getMessage()):

@@ -1,4 +1,4 @@
-"""Official DiT checkpoints: a file with the published names becomes a diffusers model that runs as published.
+"""Official DiT and SiT checkpoints: a file with the published names becomes a diffusers model that runs as published.
 
 Of a `.pt` file tensors and the training's own arguments are read; other Python objects in it are never unpickled.
 """
@@ -16,6 +16,7 @@ from torch import nn
 
 from tqdit.architectures.building import empty_model, set_parameter, share_embedder
 from tqdit.architectures.dit_checkpoint import CLASS_TABLE, POSITIONS, implied_config, published_names
+from tqdit.architectures.sit_checkpoint import flow_config, flow_tensor
 from tqdit.errors import InputError
 from tqdit.sources import training
 from tqdit.sources.float_weights import FLOATS, checked, unwrapped
@@ -33,6 +34,7 @@ class Checkpoint:
 
     `weights` says which of a training checkpoint's they are, "ema" or "model"; empty for a file with one set.
     `assumed` is a sentence that says which defaults were taken because the file does not say; empty if none were.
+    `objective`: "diffusion", or "flow" for a SiT, whose config is that of the model in diffusers' conventions.
     """
 
     path: Path
@@ -40,13 +42,15 @@ class Checkpoint:
     tensors: Mapping[str, torch.Tensor]
     weights: str
     assumed: str = ""
+    objective: str = "diffusion"
 
 
-def read(path: Path, num_heads: int | None = None) -> Checkpoint:
+def read(path: Path, num_heads: int | None = None, objective: str | None = None) -> Checkpoint:
     """Names, shapes and config of a checkpoint. `num_heads` overrides the published number for the width.
 
+    `objective`: how a file whose training arguments do not say it was trained, "diffusion" (the default) or "flow".
     What its training's own arguments say is compared with the tensors. Raises `InputError` naming the file, and the
-    tensor, size or argument that is not a DiT's, or that another contradicts.
+    tensor, size or argument that is not a DiT's or SiT's, or that another contradicts.
     """
     size = check_regular(path).st_size
     if path.suffix == ".safetensors":
@@ -58,17 +62,19 @@ def read(path: Path, num_heads: int | None = None) -> Checkpoint:
     tensors = unwrapped(tensors)
     try:
         _check_views(tensors)
-        training.check_process(arguments)
+        objective = training.objective_of(arguments, path.stem, objective)
+        training.check_process(arguments, objective)
         table = tensors.get(CLASS_TABLE, torch.empty(0))
-        assumed = training.check_classes(arguments, len(table)) if table.ndim else ""
+        assumed = training.check_classes(arguments, len(table), objective) if table.ndim else ""
         config = implied_config(tensors, num_heads)
         training.check_sizes(arguments, config)
         if missing := next((name for name, _ in published_names(config) if name not in tensors), None):
             raise InputError(f"weights lack tensor '{missing}'")
         _check_memory(tensors, size)
+        config = flow_config(config) if objective == "flow" else config
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    return Checkpoint(path, config, tensors, weights, assumed)
+    return Checkpoint(path, config, tensors, weights, assumed, objective)
 
 
 def _check_views(tensors: Mapping[str, torch.Tensor]) -> None:
@@ -87,6 +93,8 @@ def _check_memory(tensors: Mapping[str, torch.Tensor], size: int) -> None:
 def load(checkpoint: Checkpoint) -> nn.Module:
     """The float `DiTTransformer2DModel`, fp32, eval mode, on the CPU; all blocks share one embedder.
 
+    A SiT's answers as diffusers' flow matching wants: its velocity, negated, at the time 1 - timestep / 1000.
+
     Raises `InputError` naming the file and the tensor for anything missing, of the wrong shape, left over or not
     finite, and for a position table that is not the published one.
     """
@@ -96,7 +104,9 @@ def load(checkpoint: Checkpoint) -> nn.Module:
         left = dict(checkpoint.tensors)
         _check_positions(_taken(left, POSITIONS), cast(torch.Tensor, model.get_buffer("pos_embed.pos_embed")))
         for name, targets in published_names(checkpoint.config):
-            _fill(model, name, _taken(left, name), targets)
+            tensor = _taken(left, name)
+            tensor = flow_tensor(name, tensor, checkpoint.config) if checkpoint.objective == "flow" else tensor
+            _fill(model, name, tensor, targets)
         if left:
             raise InputError(f"unexpected tensor '{min(left)}'")
     except InputError as error:

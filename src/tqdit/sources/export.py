@@ -10,6 +10,7 @@ from torch import nn
 
 from tqdit.architectures.dit_checkpoint import AS_PUBLISHED, DIFFUSION
 from tqdit.architectures.registry import architecture, config_of
+from tqdit.architectures.sit_checkpoint import SCHEDULER as FLOW
 from tqdit.artifact.model_card import keep_edited
 from tqdit.errors import InputError
 from tqdit.sources.components import check_vae
@@ -50,8 +51,13 @@ def convert_checkpoint(
     labels: str | Path | None = None,
     official: bool = False,
     overwrite: bool = False,
+    *,
+    objective: str | None = None,
 ) -> dict[str, Any]:
-    """Write an official DiT checkpoint as the new folder `out`: transformer, scheduler, with a VAE a whole pipeline.
+    """Write an official DiT or SiT checkpoint as the new folder `out`: transformer, scheduler, and a VAE where given.
+
+    A DiT with a VAE is a whole pipeline. `objective`: how a checkpoint without training arguments was trained, "flow"
+    for a SiT, "diffusion" for a DiT (the default); a SiT is written in diffusers' conventions of flow matching.
 
     `num_heads`: needed where the checkpoint's width is not published. `vae`: a diffusers autoencoder's folder, which is
     copied. `labels`: a JSON file of class numbers to names. `official` lets MODEL be a diffusers folder: it is marked
@@ -63,7 +69,7 @@ def convert_checkpoint(
     out = Path(out)
     repair(out, _is_float_model)
     check_target(out, overwrite, _is_float_model)
-    source = resolve(model, num_heads)
+    source = resolve(model, num_heads, objective)
     if source.folder.resolve().is_relative_to(out.resolve()) and source.checkpoint is None:
         raise InputError(f"output {out} is the model that is converted; choose another folder")
     if source.checkpoint is None and not official and not source.quantized:
@@ -115,10 +121,15 @@ def _write(folder: Path, source: ModelSource, module: nn.Module) -> None:
     write_json(folder / SCHEDULER, source.scheduler)
     source.copy_components(folder)
     labels = {str(number): label for number, label in sorted(source.labels.items())}
-    if source.vae is not None or source.pipeline is not None:
+    whole = source.vae is not None and not _by_flow(source)  # diffusers has no pipeline for a SiT
+    if whole or source.pipeline is not None:
         write_json(folder / PIPELINE, _index(source) | ({"id2label": labels} if labels else {}))
     elif labels:
         write_json(folder / LABELS, labels)
+
+
+def _by_flow(source: ModelSource) -> bool:
+    return source.scheduler.get("_class_name") == FLOW["_class_name"]
 
 
 def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

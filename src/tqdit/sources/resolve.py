@@ -15,7 +15,10 @@ from torch import nn
 
 from tqdit.architectures.building import empty_model, set_parameter
 from tqdit.architectures.dit_checkpoint import DIFFUSION
-from tqdit.architectures.registry import architecture, check_supported, config_of
+from tqdit.architectures.registry import FREQUENCY_SHIFT, architecture, check_supported, config_of
+from tqdit.architectures.sit_checkpoint import SCHEDULER as FLOW
+from tqdit.architectures.sit_checkpoint import TIME
+from tqdit.architectures.timestep import changed
 from tqdit.errors import AssumptionWarning, InputError, suggestion
 from tqdit.sampling.guidance import default_conditions
 from tqdit.sampling.schedules import check_scheduler, family
@@ -84,21 +87,27 @@ class ModelSource:
         return isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD
 
 
-def resolve(model: str | Path, num_heads: int | None = None) -> ModelSource:
+def resolve(model: str | Path, num_heads: int | None = None, objective: str | None = None) -> ModelSource:
     """Find a model by bundled name, folder, checkpoint file, or id on the Hugging Face Hub, which is downloaded.
 
     A transformer's folder inside a pipeline means that pipeline with this transformer, whatever the folder is called;
-    what exists here wins over the Hub. `num_heads`: of a checkpoint whose width is not published. Where no scheduler
-    lies beside a model, DiT's own schedule is taken with an `AssumptionWarning`. Raises `InputError` saying what was
-    looked for, which file is not a DiT's, or which scheduler is not supported.
+    what exists here wins over the Hub. `num_heads`: of a checkpoint whose width is not published. `objective`:
+    "flow" for a SiT checkpoint that has no training arguments; a folder's scheduler says it. Where no scheduler lies
+    beside a model, DiT's own, or a converted SiT's, is taken with an `AssumptionWarning`. Raises `InputError` saying
+    what was looked for, which file is not a DiT's, or which scheduler is not supported.
     """
     path = Path(model)
     a_folder = path.is_dir() or _means_its_folder(path)
     if str(model) not in BUNDLED and path.suffix in checkpoints.SUFFIXES and not a_folder:
-        return _checkpoint(path, num_heads)
+        return _checkpoint(path, num_heads, objective)
     if num_heads is not None:
         raise InputError(
             f"a number of heads is for a checkpoint file ({', '.join(checkpoints.SUFFIXES)}), not '{model}'"
+        )
+    if objective is not None:
+        raise InputError(
+            f"an objective is for a checkpoint file ({', '.join(checkpoints.SUFFIXES)}), not '{model}': a folder's "
+            "scheduler says how its model was trained"
         )
     given = _folder(model)
     root = _pipeline_of(given)
@@ -113,7 +122,7 @@ def resolve(model: str | Path, num_heads: int | None = None) -> ModelSource:
         name=_name(str(model), root if folder.name == TRANSFORMER else folder),
         folder=folder,
         config=config,
-        scheduler=_scheduler(root / SCHEDULER, index),
+        scheduler=_scheduler(root / SCHEDULER, index, config),
         labels=_labels(root),
         pipeline=index,
         vae=root / "vae" if is_there(root / "vae" / CONFIG) else None,
@@ -174,12 +183,13 @@ def _name(model: str, root: Path) -> str:
     return root.resolve().name if Path(model).is_dir() else model.rpartition("/")[2]  # a Hub folder's is a hash
 
 
-def _checkpoint(path: Path, num_heads: int | None) -> ModelSource:
-    found = checkpoints.read(path, num_heads)
+def _checkpoint(path: Path, num_heads: int | None, objective: str | None) -> ModelSource:
+    found = checkpoints.read(path, num_heads, objective)
     if found.assumed:
         warnings.warn(f"{path}: {found.assumed}", AssumptionWarning, stacklevel=3)
+    scheduler = FLOW if found.objective == "flow" else DIFFUSION
     return ModelSource(
-        path.stem, path.parent, found.config, DIFFUSION, checkpoint=path, weights=found.weights, opened=found
+        path.stem, path.parent, found.config, scheduler, checkpoint=path, weights=found.weights, opened=found
     )
 
 
@@ -219,10 +229,10 @@ def _empty_model(source: ModelSource) -> nn.Module:
 
 def weights_hash(model: nn.Module) -> str:
     """sha256 over names and values of a model's parameters, and the settings that diffusers has no key for."""
-    digest = hashlib.sha256()
-    config = config_of(model)
-    for key in architecture(config).own_settings(config):
-        digest.update(key.encode())
+    digest, config = hashlib.sha256(), config_of(model)
+    for key, value in architecture(config).own_settings(config).items():
+        # Artifacts keep this hash. A frequency shift that diffusers does not have is 0, so its key says it all.
+        digest.update((key if key == FREQUENCY_SHIFT else f"{key}={float(value)!r}").encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -259,11 +269,12 @@ def _optional_json(path: Path) -> dict[str, Any] | None:
     return read_json(path) if is_there(path) else None
 
 
-def _scheduler(path: Path, index: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return a scheduler config that is supported; DiT's own, with an `AssumptionWarning`, where there is none.
+def _scheduler(path: Path, index: Mapping[str, Any] | None, model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a scheduler config that is supported; with an `AssumptionWarning` DiT's or SiT's where there is none.
 
-    `index`: a pipeline's model_index.json, whose class counts where the config says none. Raises `InputError` naming
-    the file for a scheduler that no sampler serves, and for a missing config of a flow-matching pipeline.
+    `index`: a pipeline's model_index.json, whose class counts where the config says none. `model`: the transformer's
+    config; a converted SiT embeds another time than a DiT. Raises `InputError` naming the file for a scheduler that no
+    sampler serves, and for a missing config of a flow-matching pipeline.
     """
     config = _optional_json(path)
     named = _class_named(index, "scheduler")
@@ -277,11 +288,11 @@ def _scheduler(path: Path, index: Mapping[str, Any] | None) -> dict[str, Any]:
                 raise InputError(f"{path} is missing; {PIPELINE} names a {named}, whose shift nothing else says")
             config = {"_class_name": named, **config}
     if config is None:
-        message = (
-            f"{path.parent.parent} has no scheduler; DiT's is taken: DDIM, 1000 linear betas from 1e-4 to 0.02, epsilon"
-        )
-        warnings.warn(message, AssumptionWarning, stacklevel=3)
-        return dict(DIFFUSION)
+        taken, said = DIFFUSION, "DiT's is taken: DDIM, 1000 linear betas from 1e-4 to 0.02, epsilon"
+        if changed(model) == TIME:
+            taken, said = FLOW, "SiT's is taken: flow matching on the linear path"
+        warnings.warn(f"{path.parent.parent} has no scheduler; {said}", AssumptionWarning, stacklevel=3)
+        return dict(taken)
     try:
         check_scheduler(config)
     except InputError as error:

@@ -1,6 +1,7 @@
 """What the arguments of a training say of its checkpoint, compared with the checkpoint's tensors.
 
-A training checkpoint of DiT keeps the command line of its trainer. Most files have none: then the sizes speak alone.
+A training checkpoint of DiT or SiT keeps the command line of its trainer. Most files have none: then the sizes speak
+alone, and whoever converts a SiT's weights has to say that they are.
 """
 
 import argparse
@@ -13,7 +14,15 @@ from tqdit.errors import InputError
 
 PLAIN = (str, int, float)  # values that arguments have; a file may hold tensors there
 CLASSES = 1000  # of the published checkpoints, which say nothing of their training
+OBJECTIVES = ("diffusion", "flow")
 FLOW = ("path_type", "interpolant")  # arguments that only a training by flow matching has
+# As SiT's own trainer writes them. Others write "linear" and "v" and count time the other way (REPA): a model of
+# theirs would be run backwards, so the letters have to match.
+FLOW_ARGUMENTS: Mapping[str, tuple[Any, ...]] = {
+    "path_type": ("Linear",),
+    "interpolant": ("Linear",),
+    "prediction": ("velocity",),
+}
 EPSILON = ("epsilon", "eps", "noise")  # what trainers call the prediction of DiT
 DIFFUSION_ARGUMENTS: Mapping[str, tuple[Any, ...]] = {  # the process that is taken, by the arguments that change it
     "prediction": EPSILON,
@@ -24,7 +33,8 @@ DIFFUSION_ARGUMENTS: Mapping[str, tuple[Any, ...]] = {  # the process that is ta
     "diffusion_steps": (1000,),
     "num_train_timesteps": (1000,),
 }
-NAME = re.compile(r"DiT-[A-Z]+/\d+")
+NAME = re.compile(r"[DS]iT-[A-Z]+/\d+")
+SIT = re.compile(r"sit(?![a-z])", re.IGNORECASE)
 
 
 def arguments_of(loaded: Any) -> dict[str, Any]:
@@ -37,26 +47,44 @@ def arguments_of(loaded: Any) -> dict[str, Any]:
     return {name: value for name, value in found.items() if isinstance(value, PLAIN)}
 
 
-def check_process(arguments: Mapping[str, Any]) -> None:
-    """Raise `InputError` for a training by flow matching, and for a diffusion process that is not DiT's."""
+def objective_of(arguments: Mapping[str, Any], name: str, given: str | None) -> str:
+    """How a checkpoint was trained, "diffusion" or "flow": as its arguments say, else as `given`, else by diffusion.
+
+    Raises `InputError` for a `given` objective that is unknown or that the arguments contradict, and, where neither
+    says anything, for a file whose `name` is a SiT's: SiT and DiT have the same tensors.
+    """
+    if given not in (None, *OBJECTIVES):
+        raise InputError(f"unknown objective '{given}'; known: {', '.join(OBJECTIVES)}")
     kind = str(arguments.get("model", ""))
-    flow = [f"{name} {arguments[name]}" for name in FLOW if arguments.get(name) is not None]
+    flow = [f"{argument} {arguments[argument]}" for argument in FLOW if arguments.get(argument) is not None]
     if arguments.get("prediction") == "velocity":
         flow.append("prediction velocity")
-    if kind.startswith("SiT") or flow:
-        said = ", ".join([*([f"model {kind}"] if kind else []), *flow])
+    if flow or SIT.match(kind):
+        said, found = ", ".join([*([f"model {kind}"] if kind else []), *flow]), "flow"
+    elif NAME.match(kind):
+        said, found = f"model {kind}", "diffusion"
+    elif given is None and SIT.match(name) and not kind:
         raise InputError(
-            f"it was trained by flow matching, as a SiT is ({said}); supported as a file are DiTs, "
-            "trained by diffusion; a model of flow matching is a diffusers folder with its scheduler"
+            "it is called a SiT, and nothing in it says how it was trained; a SiT and a DiT have the same tensors: "
+            "give the objective, flow or diffusion"
         )
-    for name, legal in DIFFUSION_ARGUMENTS.items():
-        if arguments.get(name) is not None and arguments[name] not in legal:
-            raise InputError(
-                f"it was trained with {name} {arguments[name]!r}; supported of a checkpoint is {legal[0]!r}"
-            )
+    else:
+        return given or "diffusion"
+    if given not in (None, found):
+        raise InputError(f"its arguments say that it was trained by {found} ({said}); the objective given is {given}")
+    return found
 
 
-def check_classes(arguments: Mapping[str, Any], rows: int) -> str:
+def check_process(arguments: Mapping[str, Any], objective: str) -> None:
+    """Raise `InputError` for a diffusion process that is not DiT's, or for a path or prediction that is not SiT's."""
+    legal = FLOW_ARGUMENTS if objective == "flow" else DIFFUSION_ARGUMENTS
+    model = "a SiT checkpoint" if objective == "flow" else "a checkpoint"
+    for name, values in legal.items():
+        if arguments.get(name) is not None and arguments[name] not in values:
+            raise InputError(f"it was trained with {name} {arguments[name]!r}; supported of {model} is {values[0]!r}")
+
+
+def check_classes(arguments: Mapping[str, Any], rows: int, objective: str) -> str:
     """Raise `InputError` unless the label table of so many rows has a null class, the last.
 
     Returns the assumption that was made, as a sentence; empty if the arguments say it, or the size is the published.
@@ -76,9 +104,10 @@ def check_classes(arguments: Mapping[str, Any], rows: int) -> str:
             f"which is {expected} rows"
         )
     if classes is None and dropout is None and rows != CLASSES + 1:
+        process = "SiT's linear path" if objective == "flow" else "DiT's 1000 linear betas"
         return (
-            f"nothing says how it was trained: the last of the {rows} rows is taken for the null class, and DiT's "
-            "1000 linear betas for its schedule"
+            f"nothing says how it was trained: the last of the {rows} rows is taken for the null class, and {process} "
+            "for its schedule"
         )
     return ""
 
