@@ -24,11 +24,12 @@ from typing import Any
 import torch
 
 from tqdit import workflow
+from tqdit.architectures import registry
 from tqdit.architectures.shapes import shape_config
 from tqdit.artifact import folder as artifact
 from tqdit.imaging.generate import sample_batches
 from tqdit.recipe import Recipe
-from tqdit.sampling.guidance import Sampling, default_conditions
+from tqdit.sampling.guidance import Sampling
 from tqdit.sources.resolve import resolve
 from tqdit.speed.random_solution import random_solution
 from tqdit.system import distributed
@@ -130,7 +131,7 @@ def draw(
 ) -> tuple[float, torch.Tensor]:
     """Seconds that `images` per process take, and all of them."""
     batches = distributed.batches(images * world.size, arguments.batch)
-    classes = default_conditions(model.config).count
+    classes = registry.conditions(registry.config_of(model)).count
     labels = [i % classes for i in range(images * world.size)]
     scheduler = resolve(arguments.model).scheduler
     world.wait()  # all start together

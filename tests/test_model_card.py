@@ -83,6 +83,6 @@ def test_an_edited_card_survives_and_that_of_another_model_does_not(solved, pipe
 
 
 def test_a_pipeline_and_a_model_of_the_hub(solved) -> None:
-    text = model_card(solved("plus"), "DiT-2x32/2@8", 1_000_000, "owner/dit", LOAD_PIPELINE)
+    text = model_card(solved("plus"), "DiT-2x32/2@8", 1_000_000, "owner/dit", LOAD_PIPELINE, "DiTPipeline")
     assert 'DiTPipeline.from_pretrained("FOLDER")' in text
     assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "owner/dit"

@@ -6,6 +6,7 @@ from dataclasses import fields
 import pytest
 import torch
 
+from tqdit.architectures import registry
 from tqdit.calibration import trajectories
 from tqdit.calibration.trajectories import CALIBRATION_STREAM, InBfloat16, collect
 from tqdit.errors import InputError
@@ -56,12 +57,13 @@ def test_random_timesteps_of_a_group(model, scheduler_config, tiny_recipe) -> No
 def test_states_are_those_of_the_trajectories(model, scheduler_config, tiny_recipe, sampler: str, tolerance) -> None:
     recipe = tiny_recipe(sampler=sampler, trajectories=3)
     data = collect(model, scheduler_config, recipe)
-    sampling = Sampling(sampler, recipe.steps, recipe.guidance)
+    sampling, sample = Sampling(sampler, recipe.steps, recipe.guidance), registry.sample(registry.config_of(model))
     rerun: dict[tuple[int, int], list[torch.Tensor]] = {}
     for label in data.labels.unique().tolist():
         for index in range(3):
             generators = noise_generators(recipe.seed, [CALIBRATION_STREAM + index])
-            for t, x in trajectory(model, scheduler_config, sampling, torch.tensor([label]), generators):
+            chosen = torch.tensor([label])
+            for t, x in trajectory(model, scheduler_config, sampling, chosen, generators, data.conditions, sample):
                 rerun.setdefault((label, t), []).append(x[0])
     used = set()
     for x, t, label in zip(data.x, data.t.tolist(), data.labels.tolist(), strict=True):

@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from stubs import run
 from torch import nn
 
 from tqdit.errors import InputError
@@ -13,7 +14,7 @@ from tqdit.imaging.generate import sample_batches
 from tqdit.sampling import diffusion
 from tqdit.sampling.diffusion import make_scheduler, step_weights
 from tqdit.sampling.guidance import ClassLabels, Sampling, arguments, predict
-from tqdit.sampling.trajectory import noise_generators, trajectory
+from tqdit.sampling.trajectory import noise_generators
 
 LABELS = torch.tensor([3, 7, 3])
 
@@ -60,7 +61,7 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("guidance", [1.0, 1.5, 0.0])
 def test_ddim(model, scheduler_config, guidance: float) -> None:
     sampling = Sampling("ddim", 10, guidance)
-    states = list(trajectory(model, scheduler_config, sampling, LABELS, noise_generators(5, range(3))))
+    states = list(run(model, scheduler_config, sampling, LABELS, noise_generators(5, range(3))))
     x = noises(5, 3, 0)[0]
     for (t, a, a_next), (our_t, ours) in zip(Reverse(scheduler_config, 10).pairs(), states, strict=False):
         assert t == our_t
@@ -76,7 +77,7 @@ def test_ddim(model, scheduler_config, guidance: float) -> None:
 @torch.inference_mode()
 def test_ddpm_with_learned_variance(model, scheduler_config) -> None:
     sampling = Sampling("ddpm", 10, 1.5)
-    states = list(trajectory(model, scheduler_config, sampling, LABELS, noise_generators(5, range(3))))
+    states = list(run(model, scheduler_config, sampling, LABELS, noise_generators(5, range(3))))
     noise = noises(5, 3, 10)
     x = noise[0]
     for step, (t, a, a_next) in enumerate(Reverse(scheduler_config, 10).pairs()):
@@ -114,7 +115,7 @@ class Constant(nn.Module):
 def test_ddpm_does_not_drop_the_learned_variance(scheduler_config, sampler: str, matters: bool) -> None:
     results = []
     for v in (-1.0, 1.0):
-        states = trajectory(Constant(v), scheduler_config, Sampling(sampler, 10), LABELS, noise_generators(0, range(3)))
+        states = run(Constant(v), scheduler_config, Sampling(sampler, 10), LABELS, noise_generators(0, range(3)))
         *_, (_, x) = states
         results.append(x)
     assert torch.equal(*results) != matters
@@ -124,7 +125,7 @@ def test_ddpm_does_not_drop_the_learned_variance(scheduler_config, sampler: str,
 
 def test_model_without_learned_variance_samples_with_a_fixed_one(tiny_dit, scheduler_config) -> None:
     model = tiny_dit(out_channels=1)
-    *_, (t, x) = trajectory(model, scheduler_config, Sampling("ddpm", 5), LABELS, noise_generators(0, range(3)))
+    *_, (t, x) = run(model, scheduler_config, Sampling("ddpm", 5), LABELS, noise_generators(0, range(3)))
     assert t is None
     assert torch.isfinite(x).all()
 
@@ -239,7 +240,7 @@ def test_v_is_what_a_model_returns_beyond_its_input_channels(
         return make_scheduler(config, sampling, learned_variance)
 
     monkeypatch.setattr(diffusion, "make_scheduler", watched)
-    states = list(trajectory(model, scheduler_config, Sampling(sampler, 4), LABELS, noise_generators(0, range(3))))
+    states = list(run(model, scheduler_config, Sampling(sampler, 4), LABELS, noise_generators(0, range(3))))
     assert made == [learned]
     assert all(x.shape == (3, 1, 4, 4) for _, x in states)
 
@@ -254,9 +255,7 @@ def test_v_has_as_many_channels_as_the_input(
     def last(v: float) -> torch.Tensor:
         model = Constant(v)
         monkeypatch.setattr(model, "config", config, raising=False)
-        return list(trajectory(model, scheduler_config, Sampling("ddpm", 4), LABELS, noise_generators(0, range(3))))[
-            -1
-        ][1]
+        return list(run(model, scheduler_config, Sampling("ddpm", 4), LABELS, noise_generators(0, range(3))))[-1][1]
 
     assert torch.equal(last(1.0), last(-1.0)) != learned
 

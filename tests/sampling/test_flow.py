@@ -1,11 +1,13 @@
 """Flow matching against diffusers' own loop, and a flow-matching model from folder to image."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from stubs import run, sample_of
 from torch import nn
 
 import tqdit
@@ -15,9 +17,9 @@ from tqdit.imaging.generate import sample_latents
 from tqdit.sampling.flow import FlowMatching
 from tqdit.sampling.guidance import Sampling
 from tqdit.sampling.schedules import check_scheduler, schedule
-from tqdit.sampling.trajectory import noise_generators, trajectory
+from tqdit.sampling.trajectory import noise_generators
 
-DIT = {"in_channels": 1, "out_channels": 1, "sample_size": 8, "patch_size": 2}
+DIT = sample_of({"in_channels": 1, "out_channels": 1, "sample_size": 8, "patch_size": 2})
 LABELS = torch.tensor([3, 7, 3])
 NAMED = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 FLOW = {**NAMED, "shift": 3.0}
@@ -64,7 +66,7 @@ def test_a_run_is_that_of_diffusers(flow_model, settings: str) -> None:
     scheduler.set_timesteps(6)
     expected = written(scheduler, flow_model, LABELS, 1.5, seed=5)
     config = {**NAMED, **scheduler.config}
-    states = list(trajectory(flow_model, config, Sampling("auto", 6), LABELS, noise_generators(5, range(3))))
+    states = list(run(flow_model, config, Sampling("auto", 6), LABELS, noise_generators(5, range(3))))
     assert [t for t, _ in states] == [*scheduler.timesteps.tolist(), None]
     assert (states[-1][1] - expected).abs().max() <= 1e-6 * expected.abs().max()
 
@@ -96,7 +98,7 @@ def test_channels_beyond_those_of_the_state_are_left_out(tiny_dit, flow_model) -
             return (torch.cat([out, out * torch.nan], 1),)
 
     runs = [
-        list(trajectory(model, FLOW, Sampling("flow", 4), LABELS, noise_generators(0, range(3))))[-1][1]
+        list(run(model, FLOW, Sampling("flow", 4), LABELS, noise_generators(0, range(3))))[-1][1]
         for model in (flow_model, Doubled())
     ]
     assert torch.equal(*runs)
@@ -108,7 +110,7 @@ def test_dynamic_shift_is_that_of_the_models_tokens() -> None:
     for side, mu in ((32, 0.5), (128, 1.15), (80, 0.5 + 0.65 * (1600 - 256) / (4096 - 256))):
         scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
         scheduler.set_timesteps(20, mu=mu)
-        made = schedule(config, Sampling("flow", 20), DIT | {"sample_size": side})
+        made = schedule(config, Sampling("flow", 20), replace(DIT, tokens=(side // 2) ** 2))
         assert torch.allclose(made.timesteps, scheduler.timesteps, rtol=1e-6)
 
 

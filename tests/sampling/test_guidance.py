@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from tqdit.architectures import registry
 from tqdit.errors import InputError
-from tqdit.sampling.guidance import ClassLabels, Sampling, arguments, default_conditions, predict
+from tqdit.sampling.guidance import ClassLabels, Sampling, arguments, predict
 
 LABELS = torch.tensor([3, 7, 3])
 CLASSES = ClassLabels(10)
@@ -79,7 +80,7 @@ def test_nested_arguments_are_paired_and_constants_kept() -> None:
 
 
 def test_null_class_is_the_last_row_of_the_label_table(model) -> None:
-    classes = default_conditions(model.config)
+    classes = registry.conditions(registry.config_of(model))
     name = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
     assert len(model.state_dict()[name]) == classes.count + 1
     null = classes.null(2, torch.device("cpu"))["class_labels"]
@@ -87,8 +88,8 @@ def test_null_class_is_the_last_row_of_the_label_table(model) -> None:
 
 
 def test_a_model_without_classes_needs_conditions() -> None:
-    with pytest.raises(InputError, match="a PixArtTransformer2DModel without 'num_embeds_ada_norm' has no classes"):
-        default_conditions({"_class_name": "PixArtTransformer2DModel", "num_embeds_ada_norm": None})
+    with pytest.raises(InputError, match="a PixArtTransformer2DModel is sampled under prompts"):
+        registry.conditions({"_class_name": "PixArtTransformer2DModel", "num_embeds_ada_norm": 1000})
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
 from safetensors.torch import save_file
+from stubs import run
 from torch import nn
 
 from tqdit.calibration import trajectories
@@ -14,7 +15,7 @@ from tqdit.errors import InputError
 from tqdit.imaging.generate import sample_batches
 from tqdit.sampling.guidance import Sampling, arguments, predict
 from tqdit.sampling.prompts import Prompts
-from tqdit.sampling.trajectory import noise_generators, trajectory
+from tqdit.sampling.trajectory import noise_generators
 
 COUNT, LENGTH, WIDTH = 3, 5, 6
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
@@ -162,7 +163,7 @@ def test_an_image_is_that_of_its_prompt(text_model) -> None:
     prompts, sampling = Prompts.checked(tensors()), Sampling("auto", 3)
     (found,) = sample_batches(text_model, FLOW, [2, 0], sampling, 4, [range(2)], conditions=prompts)
     for i, index in enumerate((2, 0)):
-        *_, (_, x) = trajectory(text_model, FLOW, sampling, torch.tensor([index]), noise_generators(4, [i]), prompts)
+        *_, (_, x) = run(text_model, FLOW, sampling, torch.tensor([index]), noise_generators(4, [i]), prompts)
         assert torch.allclose(found[i], x[0], atol=1e-5)
     (other,) = sample_batches(text_model, FLOW, [1, 0], sampling, 4, [range(2)], conditions=prompts)
     assert not torch.allclose(other[0], found[0], atol=1e-3)

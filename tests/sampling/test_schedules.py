@@ -1,6 +1,7 @@
 """Which sampler serves which scheduler class."""
 
 import pytest
+from stubs import sample_of
 
 from tqdit.errors import InputError
 from tqdit.sampling import diffusion, flow
@@ -18,7 +19,7 @@ def test_the_served_classes() -> None:
     assert len(diffusion.SERVED) == len(ddim) + len(others)
 
 
-DIT = {"in_channels": 1, "out_channels": 2, "sample_size": 8, "patch_size": 2}
+DIT = sample_of({"in_channels": 1, "out_channels": 2, "sample_size": 8, "patch_size": 2})
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 
 

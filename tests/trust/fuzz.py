@@ -27,6 +27,7 @@ from diffusers import DiTTransformer2DModel
 from published_dit import random_dit
 from safetensors.torch import load_file
 
+from tqdit.architectures import registry
 from tqdit.artifact import folder as artifact
 from tqdit.artifact import tensors
 from tqdit.artifact.manifest import FORMATS
@@ -188,7 +189,7 @@ def _json_file(model: Path, name: Path, read: Callable[[Path], object]) -> Targe
 def _scheduled(path: Path) -> None:
     source = resolve(path)
     for sampler in ("ddim", "ddpm"):
-        schedule(source.scheduler, Sampling(sampler, 3, 1.5), source.config)
+        schedule(source.scheduler, Sampling(sampler, 3, 1.5), registry.sample(source.config))
 
 
 def _classes_of(path: Path) -> None:

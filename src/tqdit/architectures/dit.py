@@ -23,6 +23,7 @@ from tqdit.architectures.patch_transformer import (
 )
 from tqdit.architectures.registry import FREQUENCY_SHIFT, KEPT
 from tqdit.architectures.repeated import parameter_shapes
+from tqdit.sampling.guidance import ClassLabels
 
 EMBEDDER = "norm1.emb."  # diffusers gives every block its own copy of one embedder of (t, class)
 
@@ -76,6 +77,9 @@ class DiT(DiTInteger, PatchTransformer):
 
     def shape_key(self, config: Config) -> tuple[int, ...]:
         return dit_shapes.shape_key(config)
+
+    def conditions(self, config: Config) -> ClassLabels:
+        return ClassLabels(int(config["num_embeds_ada_norm"]))
 
     def example(self, config: Config, batch: int, seed: int = 0) -> dict[str, torch.Tensor]:
         """Classes one after the other, and the null class in the second half. `seed` has no part in it."""

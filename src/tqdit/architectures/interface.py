@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from tqdit.sampling.guidance import Conditions, Sample
 from tqdit.spec import Role
 
 Config = Mapping[str, Any]  # a diffusers config, with its "_class_name"
@@ -186,6 +187,15 @@ class Architecture(Protocol):
 
     def output_channels(self, config: Config) -> int:
         """Channels of the model's output; twice those of the input with a learned variance."""
+
+    def sample(self, config: Config) -> Sample:
+        """Return what a sampling run has to know of the model."""
+        channels, height, width = self.input_shape(config)
+        return Sample((channels, height, width), self.output_channels(config), self.tokens(config))
+
+    def conditions(self, config: Config) -> Conditions | None:
+        """Return what the model can be asked for by itself, such as its classes; None for a model of prompts."""
+        return None
 
     def context_tokens(self, condition: Mapping[str, Any]) -> int:
         """Tokens M of the context that a call with these conditions has; 0 for a model without cross-attention."""

@@ -9,6 +9,7 @@ from torch import nn
 from tqdit.architectures import timestep
 from tqdit.architectures.interface import Architecture, Graph
 from tqdit.errors import InputError
+from tqdit.sampling.guidance import Conditions, Sample
 
 CLASS_NAME = "_class_name"  # of a diffusers config
 FREQUENCY_SHIFT = "timestep_downscale_freq_shift"  # our key, for classes whose timestep embedding has no key for it
@@ -67,6 +68,20 @@ def graph(config: Mapping[str, Any]) -> Graph:
     """Return the graph of a config's model. Raises `InputError` for a config that is not supported."""
     check_supported(config)
     return architecture(config).graph(config)
+
+
+def conditions(config: Mapping[str, Any]) -> Conditions:
+    """Return the classes of a config's model. Raises `InputError` for a model that is sampled under prompts."""
+    made = architecture(config).conditions(config)
+    if made is None:
+        name = config[CLASS_NAME]
+        raise InputError(f"a {name} is sampled under prompts; give a safetensors file of their embeddings")
+    return made
+
+
+def sample(config: Mapping[str, Any]) -> Sample:
+    """Return what a sampling run has to know of a config's model."""
+    return architecture(config).sample(config)
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:

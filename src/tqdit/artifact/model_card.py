@@ -9,9 +9,10 @@ from tqdit.spec import Solution
 from tqdit.system.files import EDITABLE, MODEL_CARD, write_text
 
 FOLDER = "FOLDER"  # stands for where the artifact is
+KIND = "KIND"  # stands for a class of diffusers
 # The lines that load an artifact in diffusers: a pipeline, the transformer of one without a decoder, or a model alone.
-LOAD_PIPELINE = f'from diffusers import DiTPipeline\n\npipe = DiTPipeline.from_pretrained("{FOLDER}")'
-_LOAD = "from diffusers import DiTTransformer2DModel\n\ntransformer = DiTTransformer2DModel.from_pretrained"
+LOAD_PIPELINE = f'from diffusers import {KIND}\n\npipe = {KIND}.from_pretrained("{FOLDER}")'
+_LOAD = f"from diffusers import {KIND}\n\ntransformer = {KIND}.from_pretrained"
 LOAD_TRANSFORMER = f'{_LOAD}("{FOLDER}", subfolder="transformer")'
 LOAD_MODEL = f'{_LOAD}("{FOLDER}")'
 MARK = "<!-- Written by tqdit, sha256 {}. An edited file is kept when the model is replaced. -->\n"
@@ -41,14 +42,19 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def model_card(solution: Solution, shape: str, size_bytes: int, name: str = "", load: str = LOAD_MODEL) -> str:
+def model_card(
+    solution: Solution, shape: str, size_bytes: int, name: str = "", load: str = LOAD_MODEL, pipeline: str | None = None
+) -> str:
     """Return Markdown with the Hub's front matter; it is the same for the same artifact.
 
     `shape`: the model's, by name. `size_bytes`: of its weight files. `name`: what the model was made from, by default
-    as the artifact says. `load`: one of the `LOAD_`s. The last line says whether people have edited the card since.
+    as the artifact says. `load`: one of the `LOAD_`s. `pipeline`: diffusers' class of the pipeline, for
+    `LOAD_PIPELINE`. The last line says whether people have edited the card since.
     """
     name = name or solution.provenance.source or "DiT"
-    text = _text(solution, shape, size_bytes, name, load)
+    of_model = str(solution.model_config["_class_name"])
+    kind = pipeline or "DiffusionPipeline" if load == LOAD_PIPELINE else of_model
+    text = _text(solution, shape, size_bytes, name, load.replace(KIND, kind))
     return text + MARK.format(_digest(text))
 
 

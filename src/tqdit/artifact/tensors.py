@@ -176,9 +176,10 @@ def _newer(config: Mapping[str, Any], known: Mapping[str, Any]) -> set[str]:
     listed = config.get(DEFAULTS)
     if not isinstance(listed, list) or not listed:
         return set()
-    from diffusers import DiTTransformer2DModel
+    import diffusers
 
-    parameters = inspect.signature(DiTTransformer2DModel.__init__).parameters
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    parameters = inspect.signature(kind.__init__).parameters if kind else {}
     unknown = [key for key in listed if isinstance(key, str) and key not in known and key in parameters]
     defaults = {key: parameters[key].default for key in unknown}
     return {key for key, value in defaults.items() if type(config.get(key)) is type(value) and config.get(key) == value}

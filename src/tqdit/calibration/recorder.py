@@ -3,11 +3,12 @@
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
+from tqdit.architectures import registry
 from tqdit.architectures.attention import Computed
 from tqdit.architectures.interface import Attention, Graph, Linear, Operand
 from tqdit.architectures.registry import architecture, config_of, graph
@@ -21,7 +22,7 @@ from tqdit.calibration.taps import Taps
 from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.errors import InputError
 from tqdit.recipe import Recipe
-from tqdit.sampling.guidance import arguments, default_conditions, predict
+from tqdit.sampling.guidance import arguments, predict
 from tqdit.sampling.trajectory import Progress, noise_generators
 from tqdit.system import distributed
 from tqdit.system.parcels import copied
@@ -169,7 +170,7 @@ class _Pass:
         x = self.data.x[self.slice].to(self.device)
         x.requires_grad_(self.recipe.hessian)
         with taps.telling(self):
-            conditions = self.data.conditions or default_conditions(cast(Any, model.config))
+            conditions = self.data.conditions or registry.conditions(config_of(model))
             inputs = arguments(conditions, self.data.labels[self.slice].to(self.device), self.recipe.guidance)
             eps = predict(model, x, self.data.t[self.slice].to(self.device), *inputs, self.recipe.guidance)
             eps = eps[:, : x.shape[1]]

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from tqdit.architectures import registry
 from tqdit.errors import InputError
-from tqdit.sampling.guidance import AUTO, ClassLabels, Conditions, Sampling, conditions_sha256
+from tqdit.sampling.guidance import AUTO, ClassLabels, Conditions, Sample, Sampling, conditions_sha256
 from tqdit.sampling.schedules import Schedule, schedule
 from tqdit.timegroups import TimeGroups
 
@@ -112,7 +113,9 @@ def _check_lengths(x: torch.Tensor, *others: torch.Tensor | None) -> None:
 
 def _one_step(scheduler: Mapping[str, Any], model_config: Mapping[str, Any] | None, x: torch.Tensor) -> Schedule:
     """Return a schedule of the scheduler's family, whose number of steps neither weights nor the range depend on."""
-    config = {"in_channels": x.shape[1], "sample_size": x.shape[-1], **(model_config or {})}
-    if scheduler.get("use_dynamic_shifting") and "patch_size" not in config:
+    if model_config is not None:
+        return schedule(scheduler, Sampling(AUTO, 1), registry.sample(model_config))
+    if scheduler.get("use_dynamic_shifting"):
         raise InputError("calibration states: the scheduler's use_dynamic_shifting needs the model's config")
-    return schedule(scheduler, Sampling(AUTO, 1), config)
+    _, channels, height, width = x.shape
+    return schedule(scheduler, Sampling(AUTO, 1), Sample((channels, height, width), channels, height * width))

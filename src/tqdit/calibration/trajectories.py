@@ -4,18 +4,20 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
+from tqdit.architectures import registry
+from tqdit.architectures.registry import config_of
 from tqdit.calibration.batches import Batches
 from tqdit.calibration.records import join
 from tqdit.calibration.states import CalibrationSet, groups_over
 from tqdit.calibration.store import Forgetful, Store
 from tqdit.errors import InputError
 from tqdit.recipe import Recipe
-from tqdit.sampling.guidance import Conditions, Sampling, default_conditions
+from tqdit.sampling.guidance import Conditions, Sampling
 from tqdit.sampling.schedules import Schedule, resolved, schedule
 from tqdit.sampling.trajectory import Progress, noise_generators, trajectory
 from tqdit.system import distributed, trees
@@ -45,10 +47,10 @@ def collect(
     wait for launches. Inside `distributed.joined` the ranks share the batches, and each returns all samples. Raises
     `InputError` if the sampler visits too few timesteps of a group, and as `schedule` does.
     """
-    config = cast(Mapping[str, Any], model.config)
-    conditions = conditions or default_conditions(config)
+    config = config_of(model)
+    conditions, sample = conditions or registry.conditions(config), registry.sample(config)
     sampling = calibration_sampling(recipe, scheduler_config)
-    steps = schedule(scheduler_config, sampling, config)
+    steps = schedule(scheduler_config, sampling, sample)
     groups, visited = time_groups(steps, recipe), steps.timesteps
     count = _num_trajectories(recipe, groups, visited, conditions.count)
     picks = _pick_timesteps(recipe, groups, visited, count)
@@ -71,7 +73,7 @@ def collect(
         denoiser = InBfloat16(model) if draws_in_bf16(device) else model
         if device.type == "cuda":
             denoiser = CudaGraphed(denoiser)
-        states = trajectory(denoiser, scheduler_config, sampling, chosen, generators, conditions)
+        states = trajectory(denoiser, scheduler_config, sampling, chosen, generators, conditions, sample)
         for step, (t, x) in enumerate(states):
             if t is not None:  # the last state is an image, which no timestep sees
                 found += [(t, i, x[i - members.start].cpu()) for i in members if t in picks[i]]

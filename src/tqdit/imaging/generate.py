@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tqdit.architectures import registry
+from tqdit.architectures.registry import config_of
 from tqdit.errors import InputError
 from tqdit.sampling.guidance import Conditions, Sampling
 from tqdit.sampling.trajectory import Progress, noise_generators, trajectory
@@ -35,11 +37,13 @@ def sample_batches(
     model where no `conditions` are given. `progress` is told the finished fraction.
     """
     device = next(iter(model.buffers())).device
+    config = config_of(model)
+    conditions, sample = conditions or registry.conditions(config), registry.sample(config)
     total, done = sum(map(len, members)), 0
     for indices in members:
         labels = torch.tensor([classes[i] for i in indices], device=device)
         generators = noise_generators(seed, indices)
-        states = trajectory(model, scheduler, sampling, labels, generators, conditions)
+        states = trajectory(model, scheduler, sampling, labels, generators, conditions, sample)
         for step, (_, x) in enumerate(states):
             progress((done + len(indices) * step / sampling.steps) / total)
             state = x

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tqdit.architectures import registry
 from tqdit.errors import InputError
 from tqdit.imaging import generate
 from tqdit.sampling.guidance import Conditions, Sampling, conditions_sha256
@@ -50,8 +51,9 @@ class Images:
         for name in ("num", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        generate.check_decodable(int(self.source.config["in_channels"]), self.source.vae)
-        schedule(self.source.scheduler, self.sampling, self.source.config)
+        sample = registry.sample(self.source.config)
+        generate.check_decodable(sample.shape[0], self.source.vae)
+        schedule(self.source.scheduler, self.sampling, sample)
 
     @property
     def labels(self) -> list[int]:

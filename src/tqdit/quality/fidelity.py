@@ -2,14 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import nn
 
+from tqdit.architectures.registry import conditions, config_of
 from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.quality.metrics import sqnr_db
-from tqdit.sampling.guidance import default_conditions
 from tqdit.system.distributed import batches, current
 from tqdit.timegroups import TimeGroups
 
@@ -37,7 +36,7 @@ def predict_epsilon(model: nn.Module, data: CalibrationSet, batch: int = 16) -> 
 def _predict(model: nn.Module, data: CalibrationSet, states: slice) -> torch.Tensor:
     device = next(iter(model.buffers())).device
     x, t, labels = (part[states].to(device) for part in (data.x, data.t, data.labels))
-    inputs = (data.conditions or default_conditions(cast(Any, model.config))).rows(labels)
+    inputs = (data.conditions or conditions(config_of(model))).rows(labels)
     return model(x, timestep=t, **inputs, return_dict=False)[0][:, : x.shape[1]].float().cpu()
 
 

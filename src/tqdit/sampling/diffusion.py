@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tqdit.errors import InputError
-from tqdit.sampling.guidance import Sampling
+from tqdit.sampling.guidance import Sample, Sampling
 from tqdit.timegroups import MAX_TIMESTEPS
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -65,10 +65,9 @@ class Diffusion:
         self._learned_variance = learned_variance
 
     @classmethod
-    def for_model(cls, config: Mapping[str, Any], sampling: Sampling, model_config: Mapping[str, Any]) -> "Diffusion":
+    def for_model(cls, config: Mapping[str, Any], sampling: Sampling, sample: Sample) -> "Diffusion":
         """Return the schedule for a scheduler config. Raises `InputError` as `schedule` does."""
-        channels = model_config["in_channels"]
-        learned = (model_config.get("out_channels") or channels) == 2 * channels
+        learned = sample.learned_variance
         return cls(make_scheduler(config, sampling, learned), learned)
 
     def step(self, output: torch.Tensor, i: int, x: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tqdit.errors import InputError
-from tqdit.sampling.guidance import Sampling
+from tqdit.sampling.guidance import Sample, Sampling
 from tqdit.timegroups import MAX_TIMESTEPS
 
 # Models of both classes were trained by the same process; a Heun config has no more than `shift`.
@@ -43,14 +43,12 @@ class FlowMatching:
         scheduler.set_begin_index(0)  # steps are counted, not looked up by their timestep
 
     @classmethod
-    def for_model(
-        cls, config: Mapping[str, Any], sampling: Sampling, model_config: Mapping[str, Any]
-    ) -> "FlowMatching":
+    def for_model(cls, config: Mapping[str, Any], sampling: Sampling, sample: Sample) -> "FlowMatching":
         """Return the schedule for a scheduler config. Raises `InputError` as `schedule` does."""
         total = config.get("num_train_timesteps", 1000)
         try:
             check(config)
-            mu = _dynamic_shift(config, model_config) if config.get("use_dynamic_shifting") else None
+            mu = _dynamic_shift(config, sample.tokens) if config.get("use_dynamic_shifting") else None
             weighing = _scheduler(config, min(WEIGHT_STEPS, total), mu)
             if sampling.steps <= total:
                 return cls(_scheduler(config, sampling.steps, mu), weighing.sigmas)
@@ -91,7 +89,7 @@ def _scheduler(config: Mapping[str, Any], steps: int, mu: float | None) -> Any:
     return scheduler
 
 
-def _dynamic_shift(config: Mapping[str, Any], model_config: Mapping[str, Any]) -> float:
+def _dynamic_shift(config: Mapping[str, Any], tokens: int) -> float:
     """Return the shift mu for the model's number of tokens: a line through (base tokens, base) and (max tokens, max).
 
     Source: the pipelines of diffusers that set timesteps with `mu`.
@@ -104,5 +102,4 @@ def _dynamic_shift(config: Mapping[str, Any], model_config: Mapping[str, Any]) -
     base, most, base_tokens, most_tokens = values.values()
     if base_tokens == most_tokens:
         raise InputError(f"base_image_seq_len and max_image_seq_len are both {base_tokens}; they must differ")
-    tokens = (int(model_config["sample_size"]) // int(model_config["patch_size"])) ** 2
     return float(base + (most - base) * (tokens - base_tokens) / (most_tokens - base_tokens))

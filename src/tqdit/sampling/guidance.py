@@ -72,14 +72,6 @@ class ClassLabels:
         return {"class_labels": torch.full((count,), self.num_classes, device=device)}
 
 
-def default_conditions(config: Mapping[str, Any]) -> Conditions:
-    """Return the classes of a model config. Raises `InputError` for a model that has no classes."""
-    if type(classes := config.get("num_embeds_ada_norm")) is not int:
-        name = config.get("_class_name", "model")
-        raise InputError(f"a {name} without 'num_embeds_ada_norm' has no classes; give the conditions to sample")
-    return ClassLabels(classes)
-
-
 def conditions_sha256(conditions: Conditions) -> str:
     """Return the sha256 over the names and values of all conditions and the unconditional one."""
     digest = hashlib.sha256()
@@ -90,6 +82,24 @@ def conditions_sha256(conditions: Conditions) -> str:
             if isinstance(value, torch.Tensor):
                 digest.update(value.contiguous().numpy().data)
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a sampling run has to know of a model beside its schedule.
+
+    `shape`: (C, H, W) of one sample. `output_channels`: C, or 2 C with a learned variance. `tokens`: those of a sample,
+    by which some schedules are shifted.
+    """
+
+    shape: tuple[int, int, int]
+    output_channels: int
+    tokens: int
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the model's output has a variance behind its prediction."""
+        return self.output_channels == 2 * self.shape[0]
 
 
 def arguments(

@@ -8,7 +8,7 @@ import torch
 
 from tqdit.errors import InputError
 from tqdit.sampling import diffusion, flow
-from tqdit.sampling.guidance import AUTO, Sampling
+from tqdit.sampling.guidance import AUTO, Sample, Sampling
 
 
 class Schedule(Protocol):
@@ -44,7 +44,7 @@ class Family:
     calibration: str  # the sampler of calibration states where none is named
     closed: bool  # whether the number of training timesteps is a timestep too
     check: Callable[[Mapping[str, Any]], None]  # raises `InputError` for settings that are not served
-    make: Callable[[Mapping[str, Any], Sampling, Mapping[str, Any]], Schedule]
+    make: Callable[[Mapping[str, Any], Sampling, Sample], Schedule]
 
 
 FAMILIES = (
@@ -86,11 +86,11 @@ def resolved(sampling: Sampling, config: Mapping[str, Any] | None, calibration: 
     return sampling
 
 
-def schedule(config: Mapping[str, Any] | None, sampling: Sampling, model_config: Mapping[str, Any]) -> Schedule:
+def schedule(config: Mapping[str, Any] | None, sampling: Sampling, sample: Sample) -> Schedule:
     """Return the schedule of a sampling run of a model.
 
-    `config`: the model's scheduler config; None is DiT's 1000 linear steps. `model_config`: its `in_channels`,
-    `out_channels`, `sample_size` and `patch_size` decide what the output holds and how far a schedule is shifted.
+    `config`: the model's scheduler config; None is 1000 steps of linear betas. `sample` decides what the model's output
+    holds and how far a schedule is shifted.
     Raises `InputError` naming the config for a class or settings that no sampler serves, and naming the sampler that
     does not suit the class.
     """
@@ -99,4 +99,4 @@ def schedule(config: Mapping[str, Any] | None, sampling: Sampling, model_config:
         family(settings)
     except InputError as error:
         raise InputError(f"scheduler_config.json: {error}") from None
-    return family(settings).make(settings, resolved(sampling, settings), model_config)
+    return family(settings).make(settings, resolved(sampling, settings), sample)

@@ -1,12 +1,12 @@
 """One sampling run, state by state. Calibration reads the states on the way, generation keeps the last."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from tqdit.sampling.guidance import Conditions, Sampling, arguments, default_conditions, predict
+from tqdit.sampling.guidance import Conditions, Sample, Sampling, arguments, predict
 from tqdit.sampling.schedules import schedule
 
 Progress = Callable[[float], None]  # called with the finished fraction of a stage
@@ -24,18 +24,18 @@ def trajectory(
     sampling: Sampling,
     labels: torch.Tensor,
     generators: list[torch.Generator],
-    conditions: Conditions | None = None,
+    conditions: Conditions,
+    sample: Sample,
 ) -> Iterator[tuple[float | None, torch.Tensor]]:
     """Yield (t, x_t) before every step of a sampling run, then (None, x_0). x: (B, C, H, W), fp32.
 
-    `labels`: int64 (B,), indices into `conditions`, which are the model's classes if not given. The initial state and
-    the noise of each image come from that image's own generator. t is in the units of the model's `timestep`.
+    `labels`: int64 (B,), indices into `conditions`. The initial state and the noise of each image come from the
+    image's own generator. t is in the units of the model's `timestep`.
     """
-    config = cast(Mapping[str, Any], model.config)
-    steps = schedule(scheduler_config, sampling, config)
-    shape = (1, config["in_channels"], config["sample_size"], config["sample_size"])
-    x = torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(labels.device)
-    condition, null = arguments(conditions or default_conditions(config), labels, sampling.guidance)
+    steps = schedule(scheduler_config, sampling, sample)
+    noise = [torch.randn((1, *sample.shape), generator=generator) for generator in generators]
+    x = torch.cat(noise).to(labels.device)
+    condition, null = arguments(conditions, labels, sampling.guidance)
     for i, t in enumerate(steps.timesteps.tolist()):
         yield t, x
         time = torch.full((len(x),), t, device=x.device)

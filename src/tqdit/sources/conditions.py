@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from tqdit.architectures.registry import CLASS_NAME, architecture, graph
+from tqdit.architectures.registry import CLASS_NAME, architecture, conditions, graph
 from tqdit.errors import InputError
-from tqdit.sampling.guidance import Conditions, default_conditions
+from tqdit.sampling.guidance import Conditions
 from tqdit.sampling.prompts import Prompts
 from tqdit.system import trees
 
@@ -24,10 +24,8 @@ def suitable(config: Mapping[str, Any], given: Conditions | None = None) -> Cond
     another width.
     """
     name, prompted = config[CLASS_NAME], is_prompted(config)
-    if given is None and prompted:
-        raise InputError(f"a {name} is sampled under prompts; give a safetensors file of their embeddings")
     if given is None:
-        return default_conditions(config)
+        return conditions(config)
     if isinstance(given, Prompts) and not prompted:
         raise InputError(f"a {name} is sampled under classes; it has no use for prompts")
     if isinstance(given, Prompts):

@@ -15,12 +15,11 @@ from torch import nn
 
 from tqdit.architectures.building import empty_model, set_parameter
 from tqdit.architectures.dit_checkpoint import DIFFUSION
-from tqdit.architectures.registry import FREQUENCY_SHIFT, architecture, check_supported, config_of
+from tqdit.architectures.registry import FREQUENCY_SHIFT, architecture, check_supported, conditions, config_of
 from tqdit.architectures.sit_checkpoint import SCHEDULER as FLOW
 from tqdit.architectures.sit_checkpoint import TIME
 from tqdit.architectures.timestep import changed
 from tqdit.errors import AssumptionWarning, InputError, suggestion
-from tqdit.sampling.guidance import default_conditions
 from tqdit.sampling.schedules import check_scheduler, family
 from tqdit.sources import checkpoints, components, float_weights, hub
 from tqdit.system.files import CONFIG, INDEX, QUANT_METHOD, TRANSFORMER, WEIGHTS, is_there, model_folder, read_json
@@ -245,7 +244,7 @@ def class_indices(source: ModelSource, classes: Sequence[str | int], count: int 
     Raises `InputError` naming the unknown one.
     """
     by_name = {label.strip().lower(): i for i, text in source.labels.items() for label in text.split(",")}
-    count = default_conditions(source.config).count if count is None else count
+    count = conditions(source.config).count if count is None else count
     found = []
     for given in classes:
         key = str(given).strip().lower()

@@ -52,7 +52,9 @@ def fill(folder: Path, solution: Solution, source: ModelSource, former: Path) ->
         keep_edited(folder / TRANSFORMER, former / TRANSFORMER)
         artifact.seal(folder)
     size = artifact.size_bytes(folder)
-    write_card(folder, model_card(solution, shape_name(solution.model_config), size, source.name, load), former)
+    kind = (source.pipeline or {}).get("_class_name")
+    text = model_card(solution, shape_name(solution.model_config), size, source.name, load, kind)
+    write_card(folder, text, former)
 
 
 def least_bytes(source: ModelSource, module: nn.Module, recipe: Recipe) -> int:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from tqdit.architectures import registry
 from tqdit.errors import InputError
 from tqdit.speed.conditions import timed_conditions
 from tqdit.speed.machine import synchronise
@@ -192,13 +193,12 @@ class DenoiserCall:
     """
 
     def __init__(self, module: nn.Module, config: Mapping[str, Any], batch: int, device: torch.device) -> None:
-        channels, side = int(config["in_channels"]), int(config["sample_size"])
         conditions, half = timed_conditions(config), (batch + 1) // 2
         condition = conditions.rows(torch.arange(half) % conditions.count)
         null = conditions.null(batch - half, torch.device("cpu"))
         inputs = trees.mapped(lambda *halves: torch.cat(halves), condition, null)
         with torch.inference_mode():  # as the sampler's states are: torch.compile tells the two kinds apart
-            noise = torch.randn(batch, channels, side, side, generator=torch.Generator().manual_seed(0))
+            noise = torch.randn(batch, *registry.sample(config).shape, generator=torch.Generator().manual_seed(0))
             self.x = noise.to(device).clone()
             self.inputs = trees.mapped(lambda x: x.to(device).clone(), inputs)
         self.module = module

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from tqdit.architectures import registry
 from tqdit.architectures.shapes import shape_config, shape_key
 from tqdit.artifact import folder as artifact
 from tqdit.errors import InputError
@@ -114,7 +115,7 @@ def bench(
     step count that does not exist, and for nothing to time.
     """
     with quiet():
-        from diffusers import DDIMScheduler, DiTTransformer2DModel  # noqa: F401
+        import diffusers.models  # noqa: F401
     device = checked_device(settings.device)
     target = Target(settings.backend, device, settings.dtype or default_dtype(device))
     settings = replace(settings, device=str(device))
@@ -126,7 +127,7 @@ def bench(
     subjects += [Subject(model.name, model.title, Path(), model.config, None) for model in random]
     if settings.sampling:
         for subject in subjects:
-            schedule(subject.scheduler, settings.sampling, subject.config)
+            schedule(subject.scheduler, settings.sampling, registry.sample(subject.config))
     with tempfile.TemporaryDirectory(prefix="tqdit-bench-") as scratch:
         for number, model in enumerate(random):
             report("random codes", number / len(random))

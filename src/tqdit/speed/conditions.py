@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from tqdit.architectures.registry import architecture
-from tqdit.sampling.guidance import Conditions, default_conditions
+from tqdit.architectures.registry import architecture, conditions
+from tqdit.sampling.guidance import Conditions
 from tqdit.sources.conditions import is_prompted
 from tqdit.system import trees
 
@@ -35,4 +35,4 @@ class RandomPrompt:
 
 def timed_conditions(config: Mapping[str, Any]) -> Conditions:
     """Return the classes of a config's model, or a random prompt."""
-    return RandomPrompt(config) if is_prompted(config) else default_conditions(config)
+    return RandomPrompt(config) if is_prompted(config) else conditions(config)
