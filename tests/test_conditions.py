@@ -179,9 +179,9 @@ def test_states_of_a_flow_matching_model_of_ones_own(tiny_dit, tiny_recipe) -> N
     assert torch.equal(mine.group, states.group)
     assert mine.time_groups == states.time_groups
     shifted = {**FLOW, "use_dynamic_shifting": True}
-    with pytest.raises(tqdit.InputError, match="use_dynamic_shifting needs the model's config"):
+    with pytest.raises(tqdit.InputError, match="use_dynamic_shifting needs the model"):
         tqdit.CalibrationSet(states.x, states.t, states.labels, scheduler=shifted)
-    moved = tqdit.CalibrationSet(states.x, states.t, states.labels, scheduler=shifted, model_config=flow.config)
+    moved = tqdit.CalibrationSet(states.x, states.t, states.labels, scheduler=shifted, model=flow)
     assert torch.isfinite(moved.step_weight).all()
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from tqdit.architectures import registry
 from tqdit.errors import InputError
@@ -26,7 +27,7 @@ class CalibrationSet:
     `scheduler` (a diffusers config), or of 1000: equal ones, or those of about equally many of the timesteps in t where
     `time_edges` is "visited". step_weight (S,): how much an error of the output at t moves the sampler's next state
     (see `Schedule.weights`); without a scheduler all weigh the same. A scheduler whose shift depends on the size of the
-    model's images needs the model's config, `model_config`.
+    model's images needs the float `model`.
     All tensors are on the CPU. Raises `InputError` for shapes that do not fit, for a timestep outside the range, and
     for labels that are no conditions.
     """
@@ -50,14 +51,14 @@ class CalibrationSet:
         *,
         time_groups: TimeGroups | None = None,
         scheduler: Mapping[str, Any] | None = None,
-        model_config: Mapping[str, Any] | None = None,
+        model: nn.Module | None = None,
         groups: int = 10,
         time_edges: str = "uniform",
     ) -> None:
         _check_lengths(x, t, labels, group, step_weight)
         if conditions is not None:
             check_labels(labels, conditions)
-        steps = None if scheduler is None else _one_step(scheduler, model_config, x)
+        steps = None if scheduler is None else _one_step(scheduler, model, x)
         if time_groups is None:
             time_groups = groups_over(steps.time_range if steps else (0, 1000, False), t, groups, time_edges)
         group = time_groups.index(t) if group is None else group
@@ -111,11 +112,11 @@ def _check_lengths(x: torch.Tensor, *others: torch.Tensor | None) -> None:
             raise InputError(f"calibration states: {name} must have the shape ({len(x)},), got {tuple(tensor.shape)}")
 
 
-def _one_step(scheduler: Mapping[str, Any], model_config: Mapping[str, Any] | None, x: torch.Tensor) -> Schedule:
+def _one_step(scheduler: Mapping[str, Any], model: nn.Module | None, x: torch.Tensor) -> Schedule:
     """Return a schedule of the scheduler's family, whose number of steps neither weights nor the range depend on."""
-    if model_config is not None:
-        return schedule(scheduler, Sampling(AUTO, 1), registry.sample(model_config))
+    if model is not None:
+        return schedule(scheduler, Sampling(AUTO, 1), registry.sample(registry.config_of(model)))
     if scheduler.get("use_dynamic_shifting"):
-        raise InputError("calibration states: the scheduler's use_dynamic_shifting needs the model's config")
+        raise InputError("calibration states: the scheduler's use_dynamic_shifting needs the model")
     _, channels, height, width = x.shape
     return schedule(scheduler, Sampling(AUTO, 1), Sample((channels, height, width), channels, height * width))

@@ -11,8 +11,9 @@ import torch
 import triton
 
 from tqdit.backends.triton.layouts import Projected
+from tqdit.grids.mrq_gelu import OFFSET
 from tqdit.ops.schema import AttentionParams, OperandParams, Residual, WeightParams
-from tqdit.ops.tables import OFFSET, parameters
+from tqdit.ops.tables import parameters
 from tqdit.spec import Grid
 
 UNREAD = 99  # what is beyond a row's end
