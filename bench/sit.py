@@ -25,8 +25,8 @@ from tqdit.system.files import read_json, write_json, write_text
 ROOT = Path(__file__).resolve().parent.parent
 FLOAT, TRAINING, COMPARISON = "float", "training.json", "comparison.json"
 ARTIFACTS = {"plus": ("plus", "w8a8"), "paper": ("paper", "w8a8")}  # folder -> preset, bits
-LIMITS = {"train": 400, "plus": 240, "paper": 240, "compare": 420}  # seconds
-SETTINGS = {"train": "--minutes 5", "quantize": "", "compare": "--num 2000 --steps 20 --no-cost"}
+LIMITS = {"train": 260, "plus": 240, "paper": 240, "compare": 420}  # seconds
+SETTINGS = {"train": "--minutes 3", "quantize": "", "compare": "--num 2000 --steps 20 --no-cost"}
 QUICK = {
     "train": "--steps 200",
     "quantize": "--samples 4 --steps 20 --rounds 0",
