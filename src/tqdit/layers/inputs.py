@@ -1,4 +1,4 @@
-"""Checking what a denoiser call was given, before anything is computed with it.
+"""Check the arguments of a denoiser call before anything is computed with them.
 
 Shapes and dtypes are read, and values only where they are on the CPU: nothing here waits for a GPU.
 """
@@ -103,7 +103,9 @@ def prompt(x: torch.Tensor, states: Any, depth: int) -> torch.Tensor:
 
 
 def mask_bias(x: torch.Tensor, mask: Any, tokens: int) -> torch.Tensor | None:
-    """Return what is added to the scores of a prompt's tokens, fp32 (B, tokens), for diffusers' mask; None for None.
+    """Return the bias of a prompt's tokens, fp32 (B, tokens), which is added to their scores.
+
+    The bias is made of diffusers' mask; it is None for None.
 
     A mask (B, tokens) is 1 or True for tokens that count: they get 0, the others `DISCARD`. One of three axes,
     (B, 1, tokens), is such a bias already. Raises `InputError` for any other shape or dtype.
@@ -153,7 +155,10 @@ def refuse(name: str, value: Any) -> None:
 
 
 def _as_tensor(timestep: Any) -> torch.Tensor:
-    """A number or a list of them. A Python float stays as exact as it is: 999.99999 would be 1000 in fp32."""
+    """Return a number or a list of numbers as a tensor.
+
+    A Python float stays as exact as it is: 999.99999 would be 1000 in fp32.
+    """
     try:
         return torch.as_tensor(timestep, dtype=torch.float64 if isinstance(timestep, float) else None)
     except (TypeError, ValueError, RuntimeError):
@@ -161,7 +166,10 @@ def _as_tensor(timestep: Any) -> torch.Tensor:
 
 
 def _check_not_traced() -> None:
-    """A tracer would keep the timestep and the class of this one call, and see nothing of the compiled kernels."""
+    """Raise `InputError` under a tracer.
+
+    A tracer would keep the timestep and the class of this one call, and would not see the compiled kernels.
+    """
     if torch.jit.is_tracing():
         raise InputError("torch.jit and torch.onnx cannot trace an integer model; use torch.export or torch.compile")
     tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")  # not loaded: not tracing
@@ -181,6 +189,6 @@ def check_values(name: str, x: torch.Tensor) -> None:
 
 
 def check_no_gradient(name: str, x: torch.Tensor) -> None:
-    """Raise `InputError` for a tensor that something is to be differentiated by."""
+    """Raise `InputError` for a tensor that a gradient is to be computed for."""
     if x.requires_grad and torch.is_grad_enabled():
         raise InputError(f"{name}: integers have no gradients; call the model under torch.no_grad() or detach {name}")

@@ -10,7 +10,7 @@ from tqdit.spec import GridParams
 
 
 class ActivationParams(FixedDtype):
-    """Holds the parameter table of one activation site, fp32 (time groups, units, COLUMNS)."""
+    """The parameter table of one activation site, fp32 (time groups, units, COLUMNS)."""
 
     table: torch.Tensor
 
@@ -22,7 +22,10 @@ class ActivationParams(FixedDtype):
         self.keep("table", made.table)
 
     def operand(self, call: Call | None) -> OperandParams:
-        """Return the site as an operand of a call, with the time groups of its samples; None if it has one group."""
+        """Return the site as an operand of a call, with the time groups of its samples.
+
+        The operand's `group` is None if the site has one group.
+        """
         spec = self.spec
         if spec.groups == 1:
             return OperandParams(spec.grid, spec.bits, self.table, self.merged)
