@@ -10,7 +10,7 @@ _KINDS: dict[str, "Grid"] = {}
 
 
 class Columns(NamedTuple):
-    """Parameters of a site as kernels read them, each (groups, units).
+    """The parameters of a site as kernels read them, each (groups, units).
 
     `scale` (s1) and `coarse` (s2, ones for one region) are fp32. `zero_point` is fp32. `factor` is s2 / s1, an int32
     power of two, where both regions of a two-region grid fit one 8-bit operand; else None.

@@ -10,7 +10,10 @@ OFFSET = 128  # what is taken from the unsigned integer of merged regions to mak
 
 
 class MrqGelu(TwoRegions):
-    """MRQ after GELU. A search chooses s1 and s2 one by one, or, of merging regions, s2 and i of s1 = s2 2^-i."""
+    """MRQ after GELU. A search chooses s1 and s2 one by one.
+
+    Of merging regions it chooses s2 and i of s1 = s2 2^-i.
+    """
 
     independent_regions = True
 
@@ -39,7 +42,9 @@ class MrqGelu(TwoRegions):
         return [torch.stack([fine, current[..., 1]], -1), torch.stack([current[..., 0], coarse], -1)]
 
     def columns(self, scale: torch.Tensor, zero_point: torch.Tensor | None, bits: int) -> Columns:
-        """As `Grid.columns`. Merged regions are one integer c1 or c2 2^shift from -2^(k-1).
+        """Return the parameters as `Grid.columns` does.
+
+        Merged regions are one integer c1 or c2 2^shift, counted from -2^(k-1).
 
         The lowest integer is stored as the code -128, so the zero point of merged regions is 2^(k-1) - 128.
         """

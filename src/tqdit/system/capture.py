@@ -1,4 +1,4 @@
-"""CUDA graphs: a call recorded once, then replayed with other inputs by one launch."""
+"""CUDA graphs: a call is recorded, then replayed with other inputs by one launch."""
 
 import gc
 import threading
@@ -17,7 +17,9 @@ LOCK = threading.RLock()  # one capture at a time in a process: another's alloca
 
 @contextmanager
 def recording(stream: torch.cuda.Stream | None = None) -> Iterator[torch.cuda.CUDAGraph]:
-    """What is launched inside becomes a graph; on an error the current stream is what it was.
+    """Record the work that is launched inside as a graph.
+
+    On an error the current stream is put back.
 
     thread_local: an allocation of another thread, of a progress bar or a compiler, does not break the capture.
     """
@@ -30,7 +32,7 @@ def recording(stream: torch.cuda.Stream | None = None) -> Iterator[torch.cuda.CU
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """No cycles are freed inside: nothing may be freed while a capture is under way.
+    """Keep Python from freeing cycles inside: nothing may be freed while a capture is under way.
 
     To collect them before takes a quarter of a second: too long where hundreds of kernels are timed.
     """
@@ -44,10 +46,10 @@ def _no_collection() -> Iterator[None]:
 
 
 class Captured:
-    """A call of tensors that gives a tensor, as one graph with static inputs and output of its own."""
+    """A function from tensors to a tensor as one graph with static inputs and a static output of its own."""
 
     def __init__(self, call: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], device: torch.device) -> None:
-        """`inputs` may be on the host; they are copied to `device`."""
+        """Capture `function` with `inputs`, which may be on the host; they are copied to `device`."""
         with LOCK, torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
             # Inference tensors could not be written to later.
             self._inputs = tuple(x.to(device, copy=True) for x in inputs)
@@ -63,7 +65,7 @@ class Captured:
             current.wait_stream(stream)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The output for other inputs of the same shapes; the caller's to keep."""
+        """Return the output for other inputs of the same shapes. The caller may keep it."""
         torch._foreach_copy_(self._inputs, inputs)
         self._graph.replay()
         return self._output.clone()  # the next replay writes over it
@@ -77,17 +79,18 @@ class CudaGraphed(nn.Module):
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """`module`: called with x and keyword arguments, gives a tuple of one tensor; it never synchronises."""
+        """Wrap `module`, which maps x and keyword arguments to a tuple of one tensor and never synchronises."""
         super().__init__()
         self.module = module
         self._graphs: dict[tuple[Any, ...], Captured] = {}
 
     @property
     def config(self) -> Any:
+        """Return the module's config."""
         return self.module.config
 
     def forward(self, hidden_states: torch.Tensor, return_dict: bool = False, **inputs: Any) -> tuple[torch.Tensor]:
-        """As the module's; the output is the caller's to keep.
+        """Return what the module returns, (output,). The caller may keep it.
 
         `inputs`: keyword arguments of the module, tensors or nested dictionaries of them. Other values are constants:
         each combination has a graph of its own.

@@ -34,7 +34,10 @@ QUANT_METHOD = "tqdit"  # in the `quantization_config` of an artifact's config
 
 
 def read_json(path: Path, why: str = "") -> dict[str, Any]:
-    """A JSON object from a file, or an `InputError` that names the file; `why` says what it is needed for."""
+    """Return the JSON object of a file.
+
+    Raises `InputError` that names the file; `why` says what the file is needed for.
+    """
     data = read_bytes(path, why=why)
     try:
         return parse_json(data)
@@ -43,22 +46,25 @@ def read_json(path: Path, why: str = "") -> dict[str, Any]:
 
 
 def is_there(path: Path) -> bool:
-    """Whether anything has this name: what is there and is no regular file is to be refused, not passed over."""
+    """Say whether anything has this name.
+
+    What is there and is no regular file is to be refused, not passed over.
+    """
     return os.path.lexists(path)
 
 
 def hidden(path: Path) -> bool:
-    """Whether a relative path has a part with a leading dot, as what editors, file managers and hubs leave behind."""
+    """Say whether a relative path has a part with a leading dot, as files of editors, file managers and hubs do."""
     return any(part.startswith(".") for part in path.parts)
 
 
 def is_debris(path: Path) -> bool:
-    """Whether a path, relative to a model's folder, is what programs leave there and nobody misses."""
+    """Say whether a path, relative to a model's folder, is a file that programs leave there and nobody misses."""
     return any(DEBRIS.fullmatch(part) for part in path.parts)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, or an `InputError` that names the file."""
+    """Return all tensors of a safetensors file. Raises `InputError` that names the file."""
     check_regular(path)
     try:
         return load_file(path)
@@ -69,12 +75,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def model_folder(root: Path) -> Path:
-    """The folder that has the model's config.json: a pipeline's `transformer`, else `root` itself."""
+    """Return the folder that has the model's config.json: a pipeline's `transformer`, else `root` itself."""
     return root / TRANSFORMER if (root / TRANSFORMER).is_dir() else root
 
 
 def is_artifact(root: Path) -> bool:
-    """Whether a folder is an artifact of ours, as the model's config in it says."""
+    """Say whether a folder is an artifact of ours, according to the model's config in it."""
     try:
         quantization = read_json(model_folder(root) / CONFIG).get("quantization_config")
     except InputError:
@@ -83,7 +89,7 @@ def is_artifact(root: Path) -> bool:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a model's folder, from one safetensors file or from shards with an index.
+    """Return all tensors of a model's folder, from one safetensors file or from shards with an index.
 
     Raises `InputError` that names the file.
     """
@@ -96,7 +102,10 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_shards(folder: Path, weight_map: Any) -> dict[str, torch.Tensor]:
-    """The tensors of every file that the index names. Which of them has which tensor is read from the files."""
+    """Return the tensors of every file that the index names.
+
+    Which file has which tensor is read from the files.
+    """
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise InputError(f"{folder / INDEX} has no weight_map of tensor names to files")
     found: dict[str, torch.Tensor] = {}
@@ -147,7 +156,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
-    """JSON that a person can read, whole or not at all."""
+    """Write JSON that a person can read, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, sort_keys=sort_keys) + "\n")
 
 
@@ -155,7 +164,9 @@ def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
 def replacing(
     target: Path, overwrite: bool = False, replaceable: Kind = is_artifact, in_pipeline: bool = False
 ) -> Iterator[Path]:
-    """A new folder to fill that becomes `target` on success; on any error or interrupt `target` is as it was.
+    """Yield a new folder to fill, which becomes `target` on success.
+
+    On any error or interrupt `target` stays as it was.
 
     Raises `InputError` as `check_target` does, and if another process is writing `target`. A symbolic link to a folder
     stays; what it points to is replaced. `replaceable`, `in_pipeline`: as in `check_target`.
@@ -166,7 +177,9 @@ def replacing(
 
 @contextmanager
 def reserved(target: Path, replaceable: Kind = is_artifact) -> Iterator[Place]:
-    """Keep other processes from writing `target` while the block runs, and repair what a killed one left of it.
+    """Keep other processes from writing `target` while the block runs.
+
+    What a killed process left of `target` is repaired first.
 
     `replaceable`: what a folder must be to be put back as `target`. Raises `InputError` if another process is writing
     it, and if it cannot be made.
@@ -188,7 +201,7 @@ def repair(target: Path, replaceable: Kind = is_artifact) -> None:
 def filled(
     place: Place, overwrite: bool = False, replaceable: Kind = is_artifact, in_pipeline: bool = False
 ) -> Iterator[Path]:
-    """`replacing` of a target that is reserved already."""
+    """Do as `replacing` for a target that is reserved already."""
 
     def check() -> None:  # again at the end: hours may have passed
         check_target(place.target, overwrite, replaceable, in_pipeline)
@@ -260,7 +273,7 @@ def check_space(target: Path, needed: int) -> None:
 
 
 def foreign_file(folder: Path) -> str | None:
-    """Find the first file in a model's folder that replacing the model would lose: it is not the model's own.
+    """Return the first file in a model's folder that replacing the model would lose: it is not the model's own.
 
     What people edit in such a folder is kept, see `model_card`.
     """
@@ -280,7 +293,7 @@ def foreign_file(folder: Path) -> str | None:
 
 
 def components_named(folder: Path) -> set[str]:
-    """The names of what a pipeline's model_index.json puts into its folder besides transformer and scheduler.
+    """Return the names that a pipeline's model_index.json puts into its folder besides transformer and scheduler.
 
     These are components, and a Python file of the pipeline's own class. Empty where the index cannot be read.
     """
@@ -296,7 +309,7 @@ def components_named(folder: Path) -> set[str]:
 
 
 def _sealed(manifest: Path) -> list[str]:
-    """The names that a seal lists; none where it cannot be read."""
+    """Return the names that a seal lists, and none where the seal cannot be read."""
     try:
         names = read_json(manifest).get("files")
     except InputError:
@@ -310,10 +323,10 @@ def _check_link(path: Path) -> None:
 
 
 def _real(path: Path) -> Path:
-    """Without symbolic links; `Path.resolve`, but a circle of links is no error."""
+    """Return a path without symbolic links, as `Path.resolve` does, but a circle of links is no error."""
     return Path(os.path.realpath(path))
 
 
 def _nearest(path: Path) -> Path:
-    """The nearest parent that exists."""
+    """Return the nearest parent that exists."""
     return next(p for p in path.absolute().parents if p.exists() or p.is_symlink())

@@ -1,4 +1,4 @@
-"""What a job of one or several processes writes: kept from other jobs, seen by all processes of its own."""
+"""Files that a job of one or several processes writes: kept from other jobs, seen by all processes of the job."""
 
 import contextlib
 import secrets
@@ -14,7 +14,10 @@ from tqdit.system.swap import Place, beside
 
 
 def work_folder(out: Path) -> Path:
-    """Where the finished work of an artifact `out` is kept, or an `InputError` if that cannot be a folder."""
+    """Return the folder of the finished work of an artifact `out`.
+
+    Raises `InputError` if that path cannot be a folder.
+    """
     work = work_of(out)
     if work.exists() and not work.is_dir():
         raise InputError(f"{work} is a file; finished work goes into a folder of this name")
@@ -31,7 +34,9 @@ def work_of(out: Path) -> Path:
 
 @contextlib.contextmanager
 def reserved(out: Path) -> Iterator[Place | None]:
-    """Keep other jobs from writing `out` and its work; of several processes the first one does, and has the place.
+    """Keep other jobs from writing `out` and its work.
+
+    Of several processes the first one does so, and yields the place.
 
     Raises `InputError`, in every process, if another job is writing one of them.
     """

@@ -1,4 +1,4 @@
-"""Locks that end with their process: a killed one leaves no lock that a later one would have to break."""
+"""Locks that end with their process: a killed process leaves no lock that a later one would have to break."""
 
 import errno
 import fcntl
@@ -24,7 +24,9 @@ class BusyError(InputError):
 
 
 def locked(file: IO[bytes]) -> bool | None:
-    """Take the lock of an open file; False if another has it, None where the file system has no locks.
+    """Take the lock of an open file.
+
+    Return False if another process has it, None where the file system has no locks.
 
     Closing the file gives the lock back, and so does the end of the process, however it ends.
     """
@@ -40,7 +42,7 @@ def locked(file: IO[bytes]) -> bool | None:
 
 
 def is_at(file: IO[bytes], path: Path) -> bool:
-    """Whether an open file still has this path: another process may have renamed or removed it."""
+    """Say whether an open file still has this path: another process may have renamed or removed it."""
     try:
         found = path.lstat()
     except FileNotFoundError:
@@ -89,7 +91,7 @@ def _held(path: Path, what: Path) -> IO[bytes] | None:
 
 
 def _opened(path: str, flags: int) -> int:
-    """Others who may write in the folder may lock the same file."""
+    """Open a lock file so that others who may write in the folder may lock the same file."""
     handle = os.open(path, flags | os.O_NOFOLLOW, 0o666)
     with suppress(PermissionError):
         os.fchmod(handle, 0o666)

@@ -1,4 +1,4 @@
-"""Bytes and JSON that others wrote: regular files of bounded size, plain values, one clear `InputError`."""
+"""Read bytes and JSON that others wrote: regular files of bounded size, plain values, one clear `InputError`."""
 
 import json
 import math
@@ -16,7 +16,7 @@ MAX_INTEGER = 2**63 - 1
 
 
 def check_regular(path: Path, why: str = "") -> os.stat_result:
-    """The `stat` of a regular file, or of one that a symbolic link leads to.
+    """Return the `stat` of a regular file, or of one that a symbolic link leads to.
 
     Raises `InputError` for everything else before it is opened: a pipe would wait for ever, a device might never end.
     `why` says what the file is needed for.
@@ -34,7 +34,7 @@ def check_regular(path: Path, why: str = "") -> os.stat_result:
 
 
 def read_bytes(path: Path, most: int = MAX_BYTES, why: str = "") -> bytes:
-    """All bytes of a regular file of at most `most` bytes, or an `InputError` that names the file."""
+    """Return all bytes of a regular file of at most `most` bytes. Raises `InputError` that names the file."""
     size = check_regular(path, why).st_size
     if size > most:
         raise InputError(f"{path} has {size} bytes; a file of its kind has at most {most}")
@@ -45,7 +45,9 @@ def read_bytes(path: Path, most: int = MAX_BYTES, why: str = "") -> bytes:
 
 
 def parse_json(data: bytes, infinite: bool = True) -> dict[str, Any]:
-    """A JSON object. Raises `InputError` with the reason alone: the caller knows whose bytes these are.
+    """Return a JSON object.
+
+    Raises `InputError` with the reason alone: the caller knows whose bytes these are.
 
     Refused is what JSON allows and readers disagree about, or what would fail later: a key that is there twice,
     integers beyond 64 bits, NaN, strings that are no Unicode text, more than `MAX_DEPTH` levels. Infinity is diffusers'
@@ -99,7 +101,7 @@ def _float(text: str) -> float:
 
 
 def _check_values(value: Any) -> None:
-    """Depth and strings of a parsed value, level by level."""
+    """Check depth and strings of a parsed value, level by level."""
     level = [value]
     for _ in range(MAX_DEPTH):
         if not level:
@@ -110,7 +112,10 @@ def _check_values(value: Any) -> None:
 
 
 def _inside(value: Any) -> Iterator[Any]:
-    """What an object or array holds, keys too. A string holds nothing, and must be one that can be written."""
+    """Return the values inside an object or array, keys too.
+
+    A string holds none, and must be one that can be written.
+    """
     if isinstance(value, dict):
         yield from value
         yield from value.values()

@@ -1,4 +1,4 @@
-"""Files and folders that are filled beside their place and put there whole; what killed processes left is removed.
+"""Fill files and folders beside their place and put them there whole; remove what killed processes left.
 
 Beside `out` there may be `.out.tqdit.lock`, `.out.tqdit.partial` and, where a file system cannot exchange two folders,
 `.out.tqdit.old`. Their names follow from that of `out`, so the next process that writes `out` finds them.
@@ -93,7 +93,7 @@ class Place:
             remove(partial)
 
     def repair(self, is_ours: Callable[[Path], bool]) -> None:
-        """Put back what a killed process took away, and remove what it left.
+        """Put back what a killed process took away, and remove what that process left.
 
         `is_ours`: whether a folder is of the kind that is written to `target`; no other one is put there. Without
         locks nothing is done: a process that lives may be at work.
@@ -117,7 +117,10 @@ class Place:
         return sorted((path for path in found if any(path.iterdir())), key=lambda path: path.stat().st_mtime_ns)
 
     def _free(self, kind: str) -> Path:
-        """A path beside the target for a folder; one of a random name where another process may use the known one."""
+        """Return a path beside the target for a folder.
+
+        The path has a random name where another process may use the known one.
+        """
         path = beside(self.target, kind)
         if self.locked and not os.path.lexists(path):
             return path
@@ -134,7 +137,10 @@ class Place:
         sync(self.target.parent)
 
     def _put_in_two_steps(self, partial: Path) -> None:
-        """A process killed between the steps leaves no target; `repair` puts the old one back."""
+        """Put a folder in place by two renames.
+
+        A process killed between them leaves no target; `repair` puts the old one back.
+        """
         old = self._free("old")
         try:
             self.target.rename(old)  # an empty folder may be there
@@ -168,13 +174,14 @@ def reserved(target: Path, is_ours: Callable[[Path], bool]) -> Iterator[Place]:
 
 
 def beside(path: Path, kind: str) -> Path:
-    """The hidden path next to `path` for what is written, kept or locked on its behalf."""
+    """Return the hidden path next to `path` for what is written, kept or locked on its behalf."""
     return path.with_name(f".{path.name}.tqdit.{kind}")
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Let two paths change places in one step, so that there is no moment without either. False if that is not
-    possible here.
+    """Let two paths change places in one step, so that there is no moment without either.
+
+    Return False if that is not possible here.
     """
     return _renameat2(a, b, RENAME_EXCHANGE)
 
@@ -200,14 +207,14 @@ def _renameat2(source: Path, target: Path, flags: int) -> bool:
 
 
 def sync_tree(folder: Path) -> None:
-    """Bring a folder, all its files and folders to the disk."""
+    """Flush a folder, all its files and all its folders to the disk."""
     for path in [*folder.rglob("*"), folder]:
         if not path.is_symlink():
             sync(path)
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """Flush a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -219,7 +226,10 @@ def sync(path: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder with all that is in it, as far as possible, if it is there. An interrupt waits until it is."""
+    """Remove a folder, if it is there, with all its content, as far as possible.
+
+    An interrupt waits until it is removed.
+    """
     try:
         shutil.rmtree(folder, ignore_errors=True)
     except BaseException:
