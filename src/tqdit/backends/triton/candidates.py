@@ -1,4 +1,7 @@
-"""Configurations that are worth timing, by kernel and shape: tiles that fill a GPU, warps and stages that may help."""
+"""List the configurations that are worth timing, by kernel and shape.
+
+Their tiles fill a GPU, and their warps and stages may help.
+"""
 
 import functools
 
@@ -14,7 +17,9 @@ FEW_TILES = 4096  # rows: below, large tiles leave multiprocessors without work
 
 
 def norm(rows: int, width: int) -> list[Config]:
-    """Where there are many rows, a program takes many of one sample, whose shift and scale its registers hold: a row or
+    """Return configurations of `norm_quantize_kernel`.
+
+    Where there are many rows, a program takes many of one sample, whose shift and scale its registers hold: a row or
     two at a time, by as few warps as can hold them. Or it takes few and holds nothing, so that more programs run.
     """
     one = Config(1, 0, 0, warps=triton.next_power_of_2(triton.cdiv(width, 1536)))
@@ -31,12 +36,15 @@ def norm(rows: int, width: int) -> list[Config]:
 
 
 def quantize() -> list[Config]:
-    """Small tiles: a program does nothing but read and write."""
+    """Return configurations of `quantize_kernel`: small tiles, since a program does nothing but read and write."""
     return [Config(4, 256, 0, warps=4), Config(8, 256, 0, warps=8), Config(1, 1024, 0, warps=4)]
 
 
 def linear(rows: int, two: bool, bits: int) -> list[Config]:
-    """Tiles that fill a GPU: large ones where there are many rows, small ones where there are few."""
+    """Return configurations of `linear_kernel`.
+
+    Their tiles fill a GPU: large ones where there are many rows, small ones where there are few.
+    """
     if two:
         found = [
             Config(64, 128, 128, 8, 4, 3, 64), Config(64, 128, 128, 8, 4, 4, 64), Config(128, 128, 128, 8, 8, 3, 64),
@@ -58,7 +66,9 @@ def linear(rows: int, two: bool, bits: int) -> list[Config]:
 
 
 def hopper_linear(epilogue: str, rows: int, columns: int, tile: int) -> list[Config]:
-    """Those of `kernels.hopper` for a product; `tile`: of `hopper.rows_of_tile`, none if it is 0.
+    """Return configurations of `kernels.hopper` for a product.
+
+    `tile`: of `hopper.rows_of_tile`; there are none if it is 0.
 
     As many stages as fit beside what the stores pass through shared memory, or the blocks of the residual stream: up to
     five of those beside four stages, three beside five.
@@ -73,7 +83,11 @@ def hopper_linear(epilogue: str, rows: int, columns: int, tile: int) -> list[Con
 
 
 def attention(sequences: int, keys: int) -> list[Config]:
-    """All keys at once up to 256, by several blocks of rows where there are many sequences; or tiles of keys."""
+    """Return configurations of `attention_kernel`.
+
+    All keys are taken at once up to 256, by several blocks of rows where there are many sequences; else there are tiles
+    of keys.
+    """
     tiles = [
         Config(64, 0, 128, warps=4, stages=3), Config(64, 0, 128, warps=4, stages=2, registers=128),
         Config(64, 0, 64, warps=4, stages=3), Config(64, 0, 64, warps=4, stages=2, registers=128),
@@ -91,7 +105,9 @@ def attention(sequences: int, keys: int) -> list[Config]:
 
 @functools.cache
 def hopper_attention(device: torch.device, tokens: int, head_dim: int, two: bool) -> list[Config]:
-    """Those of `kernels.hopper_attention`: a head's rows together, or in parts where there are few heads.
+    """Return configurations of `kernels.hopper_attention`.
+
+    A head's rows are taken together, or in parts where there are few heads.
 
     `two`: products of the probabilities, which take the registers of scores. Keys that fill two slots are multiplied
     once; for more, sixteen warps hide each other's waiting and have few registers.
@@ -108,8 +124,11 @@ def hopper_attention(device: torch.device, tokens: int, head_dim: int, two: bool
 
 
 def float_input(rows: int, columns: int) -> list[Config]:
-    """Tiles of rows as narrow as tensor cores take them where there are few, so that reading the weight is all there
-    is; small tiles of both where one of them is short, for more programs; for few rows also without tensor cores.
+    """Return configurations of the kernels for float inputs.
+
+    Where there are few rows, tiles of rows are as narrow as tensor cores take them, so that reading the weight is the
+    only cost; for few rows there are also configurations without tensor cores. Where rows or columns are short, tiles
+    of both are small, for more programs.
     """
     if rows <= 8:
         found = [

@@ -1,4 +1,4 @@
-"""What kernels are given: modes of operands, weights, configurations, and the layouts of codes between kernels."""
+"""The arguments of kernels: modes of operands, weights, configurations, and the layouts of codes between kernels."""
 
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ def row_stride(operand: OperandParams) -> int:
 
 
 class Weight(NamedTuple):
-    """The tensors of a `TritonLinear`, and its depth and width of codes."""
+    """The tensors of a `TritonLinear`, and the depth and width of its codes."""
 
     codes: torch.Tensor
     high: torch.Tensor | None
@@ -45,7 +45,7 @@ class Weight(NamedTuple):
 
 
 class Config(NamedTuple):
-    """Blocks and schedule of one kernel."""
+    """The blocks and the schedule of one kernel."""
 
     block_m: int
     block_n: int
@@ -71,7 +71,7 @@ class Projected(NamedTuple):
     head_dim: int
 
     def split(self, parts: int, heads: int) -> tuple[torch.Tensor, ...]:
-        """Return the parts of the buffer, each flat. RuntimeError where it has another number of them."""
+        """Return the parts of the buffer, each flat. Raises `RuntimeError` where it has another number of them."""
         return self.codes.split(part_sizes(parts, self.batch, self.tokens, heads, self.head_dim))
 
 
@@ -83,14 +83,14 @@ def part_sizes(parts: int, batch: int, tokens: int, heads: int, head_dim: int) -
 
 
 class Groups(NamedTuple):
-    """Where kernels read the time group of a sample."""
+    """The place where kernels read the time group of a sample."""
 
     tensor: torch.Tensor
     stride: int
 
 
 def groups_of(*operands: OperandParams) -> Groups:
-    """The groups of a call: all operands of one that have any share them."""
+    """Return the groups of a call: all operands that have any share them."""
     for operand in operands:
         if operand.group is not None and len(operand.table) > 1:
             return Groups(operand.group, 0 if operand.group.numel() == 1 else 1)
@@ -98,12 +98,15 @@ def groups_of(*operands: OperandParams) -> Groups:
 
 
 def pitch(columns: int) -> int:
-    """Bytes of a row of codes: bulk copies want multiples of 16."""
+    """Return the bytes of a row of codes: bulk copies want multiples of 16."""
     return -(-columns // ALIGN) * ALIGN
 
 
 def powers_of_two(width: int, least: int) -> tuple[int, int]:
-    """Two powers of two, the first the largest below, that hold `width`; the second 0 if one does."""
+    """Return two powers of two that together hold `width`.
+
+    The first is the largest one that fits; the second is 0 if the first holds all.
+    """
     whole = triton.next_power_of_2(width)
     if whole in (width, least) or whole < least:
         return max(whole, least), 0
@@ -111,5 +114,5 @@ def powers_of_two(width: int, least: int) -> tuple[int, int]:
 
 
 def permutes(tokens: int) -> bool:
-    """Whether rows of v have their tokens in the order in which attention has its probabilities."""
+    """Say whether rows of v have their tokens in the order in which attention has its probabilities."""
     return tokens % 16 == 0
