@@ -27,7 +27,10 @@ class Packed:
         self._digest: torch.Tensor | None = None
 
     def digest(self, unpacked: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Return the sha256 of the codes, uint8 (32,), computed once from what `unpacked` returns."""
+        """Return the sha256 of the codes, uint8 (32,).
+
+        It is computed once, from the codes that `unpacked` returns.
+        """
         if self._digest is None:
             data = hashlib.sha256(unpacked().numpy().tobytes()).digest()
             self._digest = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -77,6 +80,7 @@ class PackedLinear(FixedDtype):
 
     @property
     def weight(self) -> PackedWeight:
+        """Return the layer as tensors."""
         packed = None if self.packed is None else self.packed.tensor
         return PackedWeight(packed, self.codes, self.colsum, self.scale, self.bias, self.shape)
 

@@ -56,6 +56,7 @@ class PanelLinear(FixedDtype):
 
     @property
     def weight(self) -> PanelWeight:
+        """Return the layer as tensors."""
         return PanelWeight(self.packed, self.sums, self.scale, self.bias, self.shape)
 
     def unpacked(self) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A loop over samples that takes smaller batches when the device has no memory for these."""
+"""A loop over samples that takes smaller batches when the device has no memory for larger ones."""
 
 import gc
 from collections.abc import Callable
@@ -12,13 +12,18 @@ Result = TypeVar("Result")
 
 
 class Batches:
-    """Runs ranges of samples at most `size` at once; the size is halved when memory runs out, and stays so."""
+    """A loop that runs ranges of at most `size` samples at once.
+
+    The size is halved when memory runs out, and stays halved.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
 
     def over(self, members: range, run: Callable[[range], Result]) -> list[Result]:
-        """The results of `run` over consecutive parts of `members`; it must give the same for any division.
+        """Return the results of `run` over consecutive parts of `members`.
+
+        `run` must give the same results for any division.
 
         Raises `InputError` if there is not memory enough for one sample.
         """

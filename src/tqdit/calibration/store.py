@@ -1,4 +1,4 @@
-"""Finished pieces of a long run, by name: in memory, or in a work folder from which a later run continues."""
+"""Keep finished pieces of a long run by name: in memory, or in a work folder from which a later run continues."""
 
 import hashlib
 import json
@@ -23,20 +23,22 @@ Reader = Callable[[str], int | None]  # name of a tensor -> the rank that will r
 
 
 class Tensors(Protocol):
-    """Named tensors of one piece."""
+    """The named tensors of one piece."""
 
     def read(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
         """Return those tensors of `names` that the piece has; by default all that it has."""
 
 
 class Store(Protocol):
-    """Where pieces are kept."""
+    """A place where finished pieces are kept."""
 
     def once(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> Tensors:
-        """The piece `name`, made now unless a former run has finished it. `make` gives CPU tensors."""
+        """Return the piece `name`, made now unless a former run has finished it. `make` returns CPU tensors."""
 
     def together(self, mine: Iterator[Tensors], names: Sequence[str], reader: Reader) -> list[Tensors]:
-        """All pieces `names`, of which each process makes its share: `mine`, here, one after the other.
+        """Return all pieces `names`, of which each process makes its share.
+
+        `mine` makes this process's pieces, one after the other.
 
         Each process may read the tensors that `reader` says are for it. Every process must call this.
         """
@@ -44,7 +46,7 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class InMemory:
-    """A piece that lives as long as whoever holds it."""
+    """A piece that is kept in memory as long as this object."""
 
     tensors: Mapping[str, torch.Tensor]
 
@@ -72,7 +74,10 @@ class OnDisk:
         return cls(path, piece)
 
     def read(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
-        """Copies, so that no mapping of the file outlives the call. Raises `InputError` naming a damaged file."""
+        """Return copies, so that no mapping of the file outlives the call.
+
+        Raises `InputError` naming a damaged file.
+        """
         return dict(self._tensors(names))
 
     def check(self) -> None:
@@ -98,27 +103,29 @@ class OnDisk:
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    """sha256 of dtype, shape and values."""
+    """Return the sha256 of dtype, shape and values."""
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
     digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 class Forgetful:
-    """Keeps nothing for another run."""
+    """A store that keeps nothing for another run."""
 
     def once(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> Tensors:
         return InMemory(make())
 
     def together(self, mine: Iterator[Tensors], names: Sequence[str], reader: Reader) -> list[Tensors]:
-        """What is for this process is sent to it as the pieces are made, and nothing else is kept."""
+        """Send each process its tensors as the pieces are made; nothing else is kept."""
         pieces = distributed.current().gather_named((piece.read() for piece in mine), len(names), reader)
         return [InMemory(piece) for piece in pieces]
 
 
 @dataclass(frozen=True)
 class WorkFolder:
-    """Pieces as files of a folder, each written whole or not at all. The folder's name must say what they depend on.
+    """A store in a folder, each piece a file that is written whole or not at all.
+
+    The folder's name must say what the pieces depend on.
 
     Several processes must see the same folder, on a file system that their machines share.
     """
@@ -126,7 +133,7 @@ class WorkFolder:
     folder: Path
 
     def once(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> Tensors:
-        """The piece, made now unless a former run has finished it and nothing has changed it since."""
+        """Return the piece, made now unless a former run has finished it and nothing has changed it since."""
         piece = self._piece(name)
         if piece.path.is_file():
             try:
@@ -137,7 +144,10 @@ class WorkFolder:
         return OnDisk.write(piece.path, piece.piece, make())
 
     def together(self, mine: Iterator[Tensors], names: Sequence[str], reader: Reader) -> list[Tensors]:
-        """Whoever reads a piece finds it in the folder. Raises `InputError` if this process does not."""
+        """Return all pieces once every process has written its own.
+
+        Raises `InputError` if this process does not see one of them in the folder.
+        """
         for _ in mine:
             pass
         distributed.current().wait()
@@ -154,7 +164,7 @@ class WorkFolder:
 
 
 def discard(work: Path, stages: Iterable[str]) -> None:
-    """Remove the `WorkFolder`s "<stage>-<hash>" inside `work`, and it too unless it holds something else.
+    """Remove the `WorkFolder`s "<stage>-<hash>" inside `work`, and `work` too unless it holds something else.
 
     `work` may be a symbolic link to a folder: both stay.
     """

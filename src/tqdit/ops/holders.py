@@ -106,4 +106,5 @@ class LinearCodes(FixedDtype):
 
     @property
     def weight(self) -> WeightParams:
+        """Return the weight as an operation takes it."""
         return WeightParams(self.codes, self.scale, self.bits, self.colsum)

@@ -26,6 +26,7 @@ class Watched(nn.Module):
 
     @staticmethod
     def changed() -> None:
+        """Note that some module has changed: `contents` becomes another object."""
         Watched.contents = object()
 
 
@@ -66,7 +67,7 @@ class Fingerprint(Untrainable):
     """
 
     def __init__(self, described: Any) -> None:
-        """`described`: anything that JSON can hold."""
+        """Hash `described`, which is anything that JSON can hold."""
         super().__init__()
         digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).digest()
         self._state = torch.frombuffer(bytearray(digest), dtype=torch.uint8)

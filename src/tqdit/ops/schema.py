@@ -109,7 +109,7 @@ class Backend(Protocol):
     GRAPHS: bool  # whether whole calls on a GPU are to be captured as CUDA graphs
 
     def kernel(self, operation: str) -> str:
-        """Name what runs an operation, for reports, such as "int8" or "onednn u8 x s8"."""
+        """Return the name of the kernel that runs an operation, for reports, such as "int8" or "onednn u8 x s8"."""
 
     def prepare(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:
         """Return a linear layer in the backend's own layout; its input is quantized.

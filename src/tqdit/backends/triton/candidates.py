@@ -127,8 +127,8 @@ def float_input(rows: int, columns: int) -> list[Config]:
     """Return configurations of the kernels for float inputs.
 
     Where there are few rows, tiles of rows are as narrow as tensor cores take them, so that reading the weight is the
-    only cost; for few rows there are also configurations without tensor cores. Where rows or columns are short, tiles
-    of both are small, for more programs.
+    only cost. For the fewest rows there are also configurations without tensor cores. Where rows or columns are few,
+    tiles of both are small, for more programs.
     """
     if rows <= 8:
         found = [

@@ -28,6 +28,7 @@ SHARED_MEMORY = 232448  # bytes of a Hopper multiprocessor, but for 1024 that ea
 
 class Kernels(NamedTuple):
     """The modules of the kernels in Gluon."""
+
     linear: Any
     attention: Any
 
@@ -82,9 +83,7 @@ def takes(config: Config, tile: int, width: int) -> bool:
 def x_blocks(block_m: int, block_n: int, stages: int, columns: int) -> int:
     """Return how many blocks of the residual stream fit beside the operands in shared memory.
 
-    They are at most those of two tiles.
-
-    `columns`: of a block.
+    They are at most those of two tiles. `columns`: of a block.
     """
     found = kernels()
     assert found

@@ -103,7 +103,7 @@ def pitch(columns: int) -> int:
 
 
 def powers_of_two(width: int, least: int) -> tuple[int, int]:
-    """Return two powers of two that together hold `width`.
+    """Return two powers of two that together hold `width`; the second is 0 if the first, at least `least`, is enough.
 
     The first is the largest one that fits; the second is 0 if the first holds all.
     """

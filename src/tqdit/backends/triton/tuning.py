@@ -89,12 +89,12 @@ def cross_attention_key(sequences: int, tokens: int, keys: int, head_dim: int, m
 
 
 def norm_key(rows: int, width: int, stream: torch.dtype) -> str:
-    """Return the key of `norm_quantize_kernel` for rows of C columns."""
+    """Return the key of `norm_quantize_kernel` for rows of `width` columns of a residual stream."""
     return f"norm{_suffix(stream)} {bucket(rows)}x{width}"
 
 
 def quantize_key(rows: int, width: int, stream: torch.dtype, mode: int) -> str:
-    """Return the key of `quantize_kernel` for rows of C columns."""
+    """Return the key of `quantize_kernel` for rows of `width` columns."""
     return f"quantize{_suffix(stream)} {bucket(rows)}x{width}, mode {mode}"
 
 
@@ -246,7 +246,7 @@ def _cache_file(gpu: str) -> Path:
 
 
 def tuned_file(folder: Path, gpu: str) -> Path:
-    """Return the file of the configurations of a GPU."""
+    """Return the file of a GPU's configurations in a folder."""
     return folder / f"{_slug(gpu)}.json"
 
 

@@ -50,7 +50,7 @@ def block_layout(width: int) -> gl.NVMMASharedLayout:
 
 
 def blocks_of(codes: torch.Tensor, shape: Sequence[int], stride: int, block: Sequence[int]) -> TensorDescriptor:
-    """Describe blocks of `block` rows and `width` columns of a matrix of codes."""
+    """Describe blocks of `block` rows and columns of a matrix of codes whose rows are `stride` bytes apart."""
     return TensorDescriptor(codes, list(shape), [stride, 1], list(block), block_layout(block[1]))
 
 
