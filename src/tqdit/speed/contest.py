@@ -1,4 +1,4 @@
-"""Quantized models and float baselines of one shape, timed against each other; then the memory of each."""
+"""Time quantized models and float baselines of one shape against each other; then measure the memory of each."""
 
 import gc
 import math
@@ -19,7 +19,10 @@ from tqdit.stages import Report, silent
 
 @dataclass(frozen=True)
 class Result:
-    """One contender's figures at one batch size; times in ms of a call. A baseline has a `family` and no `facts`."""
+    """The figures of one contender at one batch size; times in ms of a call.
+
+    A baseline has a `family` and no `facts`.
+    """
 
     model: str
     backend: str
@@ -35,7 +38,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Contest:
-    """What became of every contender. `races`: results by batch size; `skipped`, `failed`: as those of `Maker`."""
+    """The outcome of every contender.
+
+    `races`: results by batch size; `skipped`, `failed`: as those of `Maker`.
+    """
 
     races: list[list[Result]]
     skipped: dict[str, str]
@@ -60,12 +66,15 @@ def contest(subjects: Sequence[Subject], settings: BenchSettings, target: Target
 
 
 def best_of(results: Sequence[Result], family: str) -> float:
-    """The median ms of the fastest contender of a family; NaN if there is none."""
+    """Return the median ms of the fastest contender of a family; NaN if there is none."""
     return min((result.times.p50 for result in results if result.family == family), default=math.nan)
 
 
 def _raced(subjects: Sequence[Subject], settings: BenchSettings, target: Target, report: Report) -> Contest:
-    """Everything that needs the models; on return they are freed. Each is built once, whatever the batch sizes."""
+    """Run everything that needs the models, and free them on return.
+
+    Each model is built once, whatever the batch sizes.
+    """
     maker = Maker(settings, target, report)
     quantized = maker.quantized(subjects)
     floats: list[Contender] | None = None
@@ -84,7 +93,7 @@ def _raced(subjects: Sequence[Subject], settings: BenchSettings, target: Target,
 def _timed(
     entrants: Sequence[Entrant], batch: int, settings: BenchSettings, timesteps: int, report: Report
 ) -> list[Result]:
-    """All entrants in the same rounds; then their sampling runs, one after another."""
+    """Time all entrants in the same rounds; then run their samplings, one after another."""
     rounds = spread_timesteps(settings.repeats, timesteps)
     what = workload(entrants[0][0].config, batch)
     calls = {str(number): lambda i, call=call: call(rounds[i]) for number, (_, call) in enumerate(entrants)}
@@ -115,7 +124,10 @@ def _sampling_rates(
     settings: BenchSettings,
     report: Report,
 ) -> dict[str, float]:
-    """Images per second of a full sampling run: of every quantized model, and of the fastest of each family."""
+    """Return images per second of a full sampling run.
+
+    It is run for every quantized model, and for the fastest model of each family.
+    """
     if settings.sampling is None:
         return {}
     chosen = [key for key, contender in models.items() if contender.family is None]
