@@ -181,7 +181,7 @@ class _Pass:
         """Return the values that `Records` joins, by "<site or attention>/<field>", on the CPU; and the maxima."""
         x = self.data.x[self.slice].to(self.device)
         x.requires_grad_(self.recipe.hessian)
-        with taps.telling(self):
+        with taps.sending_to(self):
             conditions = self.data.conditions or registry.conditions(config_of(model))
             inputs = arguments(conditions, self.data.labels[self.slice].to(self.device), self.recipe.guidance)
             eps = predict(model, x, self.data.t[self.slice].to(self.device), *inputs, self.recipe.guidance)

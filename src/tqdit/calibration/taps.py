@@ -42,7 +42,7 @@ class Taps:
         self._bias: torch.Tensor | None = None  # while the keys and values of a masked attention are projected
 
     @contextmanager
-    def telling(self, sink: Sink) -> Iterator[None]:
+    def sending_to(self, sink: Sink) -> Iterator[None]:
         """Send to `sink` what the model computes while the block runs."""
         self.sink = sink
         try:

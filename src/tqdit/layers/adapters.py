@@ -111,7 +111,7 @@ class Slots:
         places = [place for places in self._places.values() for place in places]
         return any(type(parent._modules[leaf]) is not AdapterSlot for parent, leaf in places)
 
-    def of(self, layer: str) -> list[Any]:
+    def adapters(self, layer: str) -> list[Any]:
         """Return the modules in a layer's slots, from its first output on.
 
         Raises `InputError` for adapters that are more than LoRA.
@@ -138,12 +138,12 @@ class Slots:
                 self._codes.pop(name, None)
             else:
                 self._codes[name] = codes
-        return AdaptedLayer(codes, self.of(name))
+        return AdaptedLayer(codes, self.adapters(name))
 
     def take(self, other: "Slots") -> None:
         """Take over the modules in the slots of the same block of another model."""
         for layer, places in self._places.items():
-            for (parent, leaf), module in zip(places, other.of(layer), strict=True):
+            for (parent, leaf), module in zip(places, other.adapters(layer), strict=True):
                 parent.add_module(leaf, module.to(parent._modules[leaf].anchor.device))  # type: ignore[union-attr]
 
 

@@ -1,4 +1,4 @@
-"""Who takes part in a benchmark: quantized models and float baselines, built and run for the first time."""
+"""Build the models of a benchmark, quantized ones and float baselines, and run them for the first time."""
 
 import itertools
 import logging

@@ -79,7 +79,7 @@ def hopper_linear(epilogue: str, rows: int, columns: int, tile: int) -> list[Con
     if rows <= FEW_TILES or tile < 128:
         small = [(64, 128, 8), (128, 64, 8), (64, 64, 8), (64, 64, 12)]
         found += [Config(m, n, 128, stages=stages, piece=32 if residual else 64, hopper=1) for m, n, stages in small]
-    return [config for config in found if hopper.takes(config, tile, columns // PARTS.get(epilogue, 1))]
+    return [config for config in found if hopper.supports_product(config, tile, columns // PARTS.get(epilogue, 1))]
 
 
 def attention(sequences: int, keys: int) -> list[Config]:
@@ -120,7 +120,7 @@ def hopper_attention(device: torch.device, tokens: int, head_dim: int, two: bool
         if not two:
             found[:0] = [Config(256, rows, 64, stages=16, hopper=1) for rows in (0, 256)]
         found += [c._replace(blocks=1) for c in found if c.blocks == 2 and tokens // c.block_k % 2]
-    return [config for config in found if hopper.attends(config, device, tokens, head_dim)]
+    return [config for config in found if hopper.supports_attention(config, device, tokens, head_dim)]
 
 
 def float_input(rows: int, columns: int) -> list[Config]:

@@ -69,7 +69,7 @@ def rows_of_tile(device: torch.device, tokens: int, bits: int, two: bool, head_d
     return next((rows for rows in (128, 64) if tokens % rows == 0), 0)
 
 
-def takes(config: Config, tile: int, width: int) -> bool:
+def supports_product(config: Config, tile: int, width: int) -> bool:
     """Say whether the Hopper kernel has tiles of this configuration, and whether they are whole.
 
     `tile`: of `rows_of_tile`; `width`: columns of the product, or of one part where they are those of heads.
@@ -104,7 +104,7 @@ def linear(
     width = columns // parts
     divides = head_dim if epilogue == HEADS.value else 8
     tile = rows_of_tile(codes.device, tokens, weight.bits, source.two_products, divides)
-    if not takes(config, tile, width):
+    if not supports_product(config, tile, width):
         raise InputError(
             f"{config} cannot run here: the Hopper kernel needs a GPU of compute capability 9.0, Triton with Gluon, "
             f"8-bit weights, one product, tiles of 64 or 128 rows and columns, and {tokens} tokens, {width} columns "
@@ -138,9 +138,9 @@ def linear(
     return out
 
 
-def attends(config: Config, device: torch.device, tokens: int, head_dim: int) -> bool:
+def supports_attention(config: Config, device: torch.device, tokens: int, head_dim: int) -> bool:
     """Say whether `kernels.hopper_attention` takes such sequences with a configuration: slots and tiles are whole."""
-    return AttentionSizes.of(config, tokens, head_dim) is not None and processors(device) > 0
+    return AttentionSizes.fitting(config, tokens, head_dim) is not None and processors(device) > 0
 
 
 class AttentionSizes(NamedTuple):
@@ -164,7 +164,7 @@ class AttentionSizes(NamedTuple):
         return max(32, self.rest) if self.rest else 0, triton.next_power_of_2(self.rest + 8)
 
     @classmethod
-    def of(cls, config: Config, tokens: int, head_dim: int) -> "AttentionSizes | None":
+    def fitting(cls, config: Config, tokens: int, head_dim: int) -> "AttentionSizes | None":
         """Return the sizes for a configuration, or None where the kernel cannot have them."""
         bm, bk, rows = config.block_m, config.block_k, config.block_n or tokens
         first, rest = powers_of_two(head_dim, 32)
@@ -190,7 +190,7 @@ def attention(
     """Launch the kernel as `launch.attend` does for a self-attention. `InputError` where the kernel cannot run."""
     batch, tokens, head_dim = projected.batch, projected.tokens, projected.head_dim
     device = projected.codes.device
-    sizes = AttentionSizes.of(config, tokens, head_dim)
+    sizes = AttentionSizes.fitting(config, tokens, head_dim)
     if sizes is None or not processors(device):
         raise InputError(
             f"{config} cannot run here: the Hopper kernel needs a GPU of compute capability 9.0, Triton with Gluon, "
