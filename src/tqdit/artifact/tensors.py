@@ -86,10 +86,9 @@ def readable(version: object) -> bool:
 def unpack(found: Mapping[str, torch.Tensor], config: Mapping[str, Any], where: object) -> Solution:
     """Return the Solution that `pack` packed.
 
-    `where`: the file or folder of the tensors, for messages.
-
-    Raises `InputError` naming the tensor for anything missing, left over, changed, of the wrong dtype or shape, and for
-    scales that are not finite and positive. 8-bit codes stay views of what was given, maybe a mapped file.
+    `where`: the file or folder of the tensors, for messages. Raises `InputError` naming the tensor for anything
+    missing, left over, changed, of the wrong dtype or shape, and for scales that are not finite and positive. 8-bit
+    codes stay views of what was given, maybe a mapped file.
     """
     try:
         return _unpacked(found, config)

@@ -111,9 +111,8 @@ def refusal(message: str) -> InputError:
 def address(tensor: torch.Tensor, dtype: torch.dtype, numel: int | None = None, adjacent: bool = True) -> int:
     """Return the address of a tensor's items, checked.
 
-    Raises `InputError` unless they lie in this process's own memory and have this dtype and number.
-
-    `adjacent`: they must lie one after the other.
+    Raises `InputError` unless they lie in this process's own memory and have this dtype and number. `adjacent`: they
+    must lie one after the other.
     """
     if tensor.dtype is not dtype or not tensor.is_cpu or (adjacent and not tensor.is_contiguous()):
         _refuse(tensor, dtype)

@@ -23,9 +23,8 @@ class Batches:
     def over(self, members: range, run: Callable[[range], Result]) -> list[Result]:
         """Return the results of `run` over consecutive parts of `members`.
 
-        `run` must give the same results for any division.
-
-        Raises `InputError` if there is not memory enough for one sample.
+        `run` must give the same results for any division. Raises `InputError` if there is not memory enough for one
+        sample.
         """
         results: list[Result] = []
         start = members.start

@@ -80,7 +80,7 @@ def record(
     solvers = {name: world.owner(index) for index, block in owners for name in recorded(block)}
     with taps.attached(model, structure.blocks), torch.set_grad_enabled(recipe.hessian):
         parts = keep.together(finished(), names, lambda key: solvers.get(key.rpartition("/")[0]))
-    return Records.of(world.share(structure.blocks), parts, data.t, device)
+    return Records.from_parts(world.share(structure.blocks), parts, data.t, device)
 
 
 def batch_size(structure: Graph, picker: Picker, device: torch.device) -> int:

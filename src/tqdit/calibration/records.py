@@ -32,10 +32,9 @@ class LinearRecord:
 class AttentionRecord:
     """The sampled queries of one attention.
 
-    q (S, H, Q, d); k, v (S, H, M, d); group, step_weight (S,).
-
-    Fisher weights at the scaled scores (S, H, Q, M) and at the attended values (S, H, Q, d). `bias` (S, M) is added to
-    the scaled scores before the softmax, if some keys are masked: nothing is weighed at those.
+    q (S, H, Q, d); k, v (S, H, M, d); group, step_weight (S,). Fisher weights at the scaled scores (S, H, Q, M) and at
+    the attended values (S, H, Q, d). `bias` (S, M) is added to the scaled scores before the softmax, if some keys are
+    masked: nothing is weighed at those.
     """
 
     q: torch.Tensor
@@ -96,7 +95,9 @@ class Records:
     states_sha256: str = ""
 
     @classmethod
-    def of(cls, blocks: Sequence[Block], parts: Sequence[Tensors], t: torch.Tensor, device: torch.device) -> "Records":
+    def from_parts(
+        cls, blocks: Sequence[Block], parts: Sequence[Tensors], t: torch.Tensor, device: torch.device
+    ) -> "Records":
         """Join the records of `blocks` from the parts of all batches, in order."""
         ranged = [operand.name for block in blocks for operand in block.operands]
         keys = [f"{site}/{end}" for site in ranged for end in ("low", "high")]

@@ -12,9 +12,7 @@ MASKED = -1000.0  # a key with a bias below has probability 0 in fp32 whatever i
 def extremes(x: torch.Tensor, kept: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the smallest and largest value of each sample, (B, units).
 
-    x is (B, N, C) with one unit, or (B, H, N, C) with H units.
-
-    `kept` (B, N): the tokens that count; by default all.
+    x is (B, N, C) with one unit, or (B, H, N, C) with H units. `kept` (B, N): the tokens that count; by default all.
     """
     reduced = (1, 2) if x.ndim == 3 else (2, 3)
     low = high = x

@@ -38,9 +38,8 @@ class Store(Protocol):
     def together(self, mine: Iterator[Tensors], names: Sequence[str], reader: Reader) -> list[Tensors]:
         """Return all pieces `names`, of which each process makes its share.
 
-        `mine` makes this process's pieces, one after the other.
-
-        Each process may read the tensors that `reader` says are for it. Every process must call this.
+        `mine` makes this process's pieces, one after the other. Each process may read the tensors that `reader` says
+        are for it. Every process must call this.
         """
 
 
@@ -125,9 +124,8 @@ class Forgetful:
 class WorkFolder:
     """A store in a folder, each piece a file that is written whole or not at all.
 
-    The folder's name must say what the pieces depend on.
-
-    Several processes must see the same folder, on a file system that their machines share.
+    The folder's name must say what the pieces depend on. Several processes must see the same folder, on a file system
+    that their machines share.
     """
 
     folder: Path

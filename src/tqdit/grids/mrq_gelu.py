@@ -44,9 +44,8 @@ class MrqGelu(TwoRegions):
     def columns(self, scale: torch.Tensor, zero_point: torch.Tensor | None, bits: int) -> Columns:
         """Return the parameters as `Grid.columns` does.
 
-        Merged regions are one integer c1 or c2 2^shift, counted from -2^(k-1).
-
-        The lowest integer is stored as the code -128, so the zero point of merged regions is 2^(k-1) - 128.
+        Merged regions are one integer c1 or c2 2^shift, counted from -2^(k-1). The lowest integer is stored as the code
+        -128, so the zero point of merged regions is 2^(k-1) - 128.
         """
         made = super().columns(scale, zero_point, bits)
         if made.factor is None:

@@ -68,9 +68,8 @@ def steps(
 def merge_shift(s1: torch.Tensor, s2: torch.Tensor, bits: int, grid: Grid) -> torch.Tensor | None:
     """Return i of s2 = s1 2^i, int32 in the shape of s1, or None if the regions do not merge.
 
-    They merge if the equation holds exactly everywhere and c1 and c2 2^i share one byte.
-
-    Then a matmul needs one integer product instead of one per region (TQ-DiT codes of k bits; 256 levels in a byte).
+    They merge if the equation holds exactly everywhere and c1 and c2 2^i share one byte. A matmul then needs one
+    integer product instead of one per region (TQ-DiT codes of k bits; 256 levels in a byte).
     """
     mantissa, exponent = torch.frexp(s2 / s1)
     shift = (exponent - 1).to(torch.int32)
@@ -102,9 +101,7 @@ def softmax_exponents(bits: int, merging: bool = False) -> range:
 def with_fine(coarse: torch.Tensor, exponents: Iterable[int]) -> torch.Tensor:
     """Return (s1, s2) for every s2 in `coarse` (n, ...) and every s1 = s2 2^-i: (exponents x n, ..., 2).
 
-    The products are exact.
-
-    The powers are numbers, not a tensor's approximate ones. An s2 that is so small that some s1 would be subnormal is
+    The products are exact, since the powers are Python numbers. An s2 so small that some s1 would be subnormal is
     raised until none is.
     """
     powers = [2.0**-exponent for exponent in exponents]

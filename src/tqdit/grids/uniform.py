@@ -62,9 +62,8 @@ def minmax_symmetric(magnitude: torch.Tensor, bits: int, site: str) -> torch.Ten
 def is_dead(width: torch.Tensor) -> torch.Tensor:
     """Say where a step of this width is no scale.
 
-    There the range is 0, or so near 0 that the step is subnormal.
-
-    A division by a subnormal number is not reliable, and the reciprocal of one may be Inf.
+    There the range is 0, or so near 0 that the step is subnormal. A division by a subnormal number is not reliable, and
+    the reciprocal of one may be Inf.
     """
     return width < SMALLEST
 

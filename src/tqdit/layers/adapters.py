@@ -89,9 +89,8 @@ class Slots:
     ) -> None:
         """Add slots to `block`.
 
-        `names`: layer -> dotted names inside the block; `shapes`: (out, in) by name.
-
-        `closed`: names of layers without a slot; what is there is nothing that peft would wrap, so that it says so.
+        `names`: layer -> dotted names inside the block; `shapes`: (out, in) by name. `closed`: names of layers without
+        a slot; a module stands there that peft cannot wrap, so that peft says so.
         """
         self._places: dict[str, list[tuple[nn.Module, str]]] = {}
         self._codes: dict[str, LinearCodes] = {}
@@ -126,8 +125,6 @@ class Slots:
 
         The layer is unpacked once, a second copy of its codes. An offloaded layer is unpacked at every call, since its
         tensors are not to stay.
-
-        It is unpacked once, a second copy of it; an offloaded layer, whose tensors are not to stay, at every call.
         """
         codes = self._codes.get(name)
         if codes is None or codes.scale.device != layer.scale.device:
@@ -159,9 +156,8 @@ def _holder(block: nn.Module, path: Sequence[str]) -> nn.Module:
 def _check_plain_lora(module: Any, name: str) -> None:
     """Raise `InputError` unless a module may stand in the place of a slot.
 
-    Allowed are a slot, a holder, and adapters that add what depends on the layer's input alone.
-
-    A slot has neither the layer's own weight nor its output, which other adapters need.
+    Allowed are a slot, a holder, and adapters that add what depends on the layer's input alone. A slot has neither the
+    layer's own weight nor its output, which other adapters need.
     """
     if isinstance(module, AdapterSlot | Holder):
         return

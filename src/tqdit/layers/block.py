@@ -109,9 +109,8 @@ class IntBlock(Closed, Untrainable):
     def cross_attention(self, x: torch.Tensor, context: Any, bias: torch.Tensor | None, call: Call) -> torch.Tensor:
         """Return x + out(attention(q(x), context)).
 
-        The layers are "cross_q" and "cross_out"; the operands are "cross_query" and so on.
-
-        `context`: of `context`. `bias`: fp32 (B, M), added to the scores, or None.
+        The layers are "cross_q" and "cross_out"; the operands are "cross_query" and so on. `context`: the result of the
+        method `context`. `bias`: fp32 (B, M), added to the scores, or None.
         """
         verbs, attention = self.verbs, self.attention("cross_", call)
         source, target = self.source("cross_q", call), self.source("cross_out", call)
@@ -123,9 +122,7 @@ class IntBlock(Closed, Untrainable):
     def context(self, states: torch.Tensor, call: Call | None = None) -> Any:
         """Return the codes of key and value of a prompt (B, M, C), which no timestep changes.
 
-        The layer is "cross_kv".
-
-        `call`: for an architecture whose operands of a prompt have time groups.
+        The layer is "cross_kv". `call` is for an architecture whose operands of a prompt have time groups.
         """
         source = self.source("cross_kv", call)
         targets = [self.operands[f"cross_{name}"].operand(call) for name in ("key", "value")]

@@ -53,10 +53,8 @@ class Modulation:
 class Conditioning(nn.Module):
     """A module that computes the adaLN modulation of all blocks at the start of a call.
 
-    The modulation depends on timestep and class alone.
-
-    Blocks with the same embedder are a group, whose adaLN layers are one. On the CPU equal (t, class) rows of the
-    batch, such as the null class under guidance, are computed once.
+    The modulation depends on timestep and class alone. Blocks with the same embedder are a group, whose adaLN layers
+    are one. On the CPU equal (t, class) rows of the batch, such as the null class under guidance, are computed once.
     """
 
     def __init__(self) -> None:

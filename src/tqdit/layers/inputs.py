@@ -105,10 +105,9 @@ def prompt(x: torch.Tensor, states: Any, depth: int) -> torch.Tensor:
 def mask_bias(x: torch.Tensor, mask: Any, tokens: int) -> torch.Tensor | None:
     """Return the bias of a prompt's tokens, fp32 (B, tokens), which is added to their scores.
 
-    The bias is made of diffusers' mask; it is None for None.
-
-    A mask (B, tokens) is 1 or True for tokens that count: they get 0, the others `DISCARD`. One of three axes,
-    (B, 1, tokens), is such a bias already. Raises `InputError` for any other shape or dtype.
+    The bias is made of diffusers' mask; it is None for None. A mask (B, tokens) is 1 or True for tokens that count:
+    they get 0, the others `DISCARD`. One of three axes, (B, 1, tokens), is such a bias already. Raises `InputError` for
+    any other shape or dtype.
     """
     if mask is None:
         return None

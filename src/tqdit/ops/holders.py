@@ -82,9 +82,8 @@ def per_output(values: torch.Tensor | None, weight: WeightParams) -> torch.Tenso
 class LinearCodes(FixedDtype):
     """The codes of a linear layer, int8 (out, in), with its scale and bias.
 
-    `scale` is fp32 (out,) or (1,). Column sums are there if they were given.
-
-    All are copies: given codes may be part of a mapped file, and the rest is the solution's.
+    `scale` is fp32 (out,) or (1,). Column sums are there if they were given. All are copies: given codes may be part of
+    a mapped file, and the rest is the solution's.
     """
 
     codes: torch.Tensor

@@ -62,8 +62,6 @@ class Fingerprint(Untrainable):
     """A hash of all that a model is besides its tensors; the hash stands in the model's state dict.
 
     This is a module because accelerate asks for the device of whatever a state dict has, module by module.
-
-    A module of its own: accelerate asks for the device of whatever a state dict has, module by module.
     """
 
     def __init__(self, described: Any) -> None:

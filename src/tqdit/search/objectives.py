@@ -22,7 +22,9 @@ class MatmulObjective:
     weights: torch.Tensor | None
 
     @classmethod
-    def of(cls, combine: Combine, a: torch.Tensor, b: torch.Tensor, fisher: torch.Tensor | None) -> "MatmulObjective":
+    def weighted(
+        cls, combine: Combine, a: torch.Tensor, b: torch.Tensor, fisher: torch.Tensor | None
+    ) -> "MatmulObjective":
         """Return the objective of the float operands.
 
         Fisher weights that are None or all zero mean plain squared error.

@@ -67,9 +67,8 @@ class Operand:
     def totals(self, sums: torch.Tensor) -> torch.Tensor:
         """Return what `reduce` does for a loss that is summed already.
 
-        A weight's loss is summed over the output's rows, an activation's over the output's columns.
-
-        `sums`: (n, ...), the trailing dimensions of which stay: (groups, units, ...).
+        A weight's loss is summed over the output's rows, an activation's over the output's columns. `sums`: (n, ...),
+        the trailing dimensions of which stay: (groups, units, ...).
         """
         groups, units = self.scale.shape[:2]
         if self.is_weight:  # (out, ...)
@@ -113,9 +112,8 @@ def activation(
 ) -> Operand:
     """Return an operand at its min-max parameters.
 
-    `group`: (values.shape[0],) time groups; `ranges` are per group.
-
-    Raises `InputError` naming the site and the time group of a range that is not finite.
+    `group`: (values.shape[0],) time groups; `ranges` are per group. Raises `InputError` naming the site and the time
+    group of a range that is not finite.
     """
     pooled = ranges.pooled(spec.groups)
     ranges.check_finite(spec.name)

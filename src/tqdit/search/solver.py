@@ -145,7 +145,9 @@ class _Solver:
         ranges = self._ranges(name)
         specs = [self.specs[weight] for weight in linear.weights]
         w = operands.weight(specs, [self.state[weight].float() for weight in linear.weights])
-        objective = MatmulObjective.of(objectives.linear, record.x, w.values, self._weights(record, record.fisher))
+        objective = MatmulObjective.weighted(
+            objectives.linear, record.x, w.values, self._weights(record, record.fisher)
+        )
         site = self.plan[name]
 
         def attempt(spec: SiteSpec) -> tuple[Operand, Operand, float]:
@@ -160,7 +162,7 @@ class _Solver:
         weights = self._weights(record, record.fisher_scores)
         if weights is None and (kept := kept_keys(record.bias)) is not None:
             weights = kept[:, None, None].expand_as(record.fisher_scores).float()
-        objective = MatmulObjective.of(objectives.scores, record.q, record.k, weights)
+        objective = MatmulObjective.weighted(objectives.scores, record.q, record.k, weights)
         q = self._operand(attention.query, record.q, record)
         k = self._operand(attention.key, record.k, record)
         q, k, _ = alternate(objective, q, k, self.recipe)
@@ -170,7 +172,9 @@ class _Solver:
         record = _moved(self.records.attentions[attention.module], self.device)
         scores = objectives.scores(record.q, record.k)
         p = (scores if record.bias is None else scores + record.bias[:, None, None]).softmax(-1)
-        objective = MatmulObjective.of(objectives.values, p, record.v, self._weights(record, record.fisher_values))
+        objective = MatmulObjective.weighted(
+            objectives.values, p, record.v, self._weights(record, record.fisher_values)
+        )
         v = self._operand(attention.value, record.v, record)
         site = self.plan[attention.probabilities.name]
         ranges = self._ranges(site.spec.name).over_units()

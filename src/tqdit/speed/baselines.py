@@ -115,10 +115,9 @@ def build(names: Sequence[str], config: Mapping[str, Any], device: torch.device)
 def _compiled(model: nn.Module, options: Mapping[str, Any], device: torch.device, by_blocks: bool) -> nn.Module:
     """Return `model` compiled for one shape at a time.
 
-    Where the compiler would silently leave a part uncompiled, it raises an error.
-
-    Compiled whole, or `by_blocks`, in place: one block for all of them, and the embedder for the final layer, not the
-    patch embedding and the final layer. torchao's layers in 28 blocks take the compiler minutes.
+    Where the compiler would silently leave a part uncompiled, it raises an error. The model is compiled whole, or
+    `by_blocks`, in place. Then one compiled block serves all of them, the embedder for the final layer is compiled, and
+    the patch embedding and the final layer are not: torchao's layers in 28 blocks take the compiler minutes.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     if by_blocks:

@@ -50,11 +50,10 @@ class RandomModel:
 class TimedModel:
     """The figures of one contender.
 
-    Times: percentiles in ms of one denoiser call with `batch` samples. Bytes are above the imports.
-
-    `workload`: image side and batch, "256-b64". `speedup_over`: median ms of the best baseline of each family over
-    ours; `speedup_over_each`: of each baseline. `floor_ms`: the least that the model's integer products and the reading
-    of its other weights take at the machine's measured peaks; `floor_fraction` of p50. `operations` counts each integer
+    Times: percentiles in ms of one denoiser call with `batch` samples. Bytes are above the imports. `workload`: image
+    side and batch, "256-b64". `speedup_over`: median ms of the best baseline of each family over ours;
+    `speedup_over_each`: of each baseline. `floor_ms`: the least that the model's integer products and the reading of
+    its other weights take at the machine's measured peaks; `floor_fraction` of p50. `operations` counts each integer
     product once, `operations_executed` both of a two-region operand. `dtype`: of our residual stream.
     """
 
@@ -86,9 +85,7 @@ class TimedModel:
 class Benchmark:
     """The figures of all contenders, and the reason of every one that could not run.
 
-    `failed`: quantized models among those.
-
-    `sites`: (model, site -> kernel) of every quantized row, in order.
+    `failed`: quantized models among those. `sites`: (model, site -> kernel) of every quantized row, in order.
     """
 
     settings: Mapping[str, Any]

@@ -99,7 +99,7 @@ def _timed(
     calls = {str(number): lambda i, call=call: call(rounds[i]) for number, (_, call) in enumerate(entrants)}
     samples = interleaved(calls, settings.repeats, lambda f: report(f"timing {what}", f))
     models = {key: contender for key, (contender, _) in zip(calls, entrants, strict=True)}
-    times = {key: Percentiles.of(values) for key, values in samples.items()}
+    times = {key: Percentiles.from_sample(values) for key, values in samples.items()}
     rates = _sampling_rates(models, times, batch, settings, report)
     return [
         Result(

@@ -12,10 +12,9 @@ from tqdit.spec import Role, Solution
 class Operations:
     """The operations of one call at one batch size.
 
-    A multiplication and an addition are two operations.
-
-    `integer`: int8 matmuls, each counted once. `executed`: the same with the second product of two-region sites.
-    `weight_only_bytes`: int8 codes of the layers on float inputs, read once.
+    A multiplication and an addition are two operations. `integer`: int8 matmuls, each counted once. `executed`: the
+    same with the second product of two-region sites. `weight_only_bytes`: int8 codes of the layers on float inputs,
+    read once.
     """
 
     integer: int

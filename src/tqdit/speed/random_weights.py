@@ -33,9 +33,7 @@ class Pool:
     def take(self, shape: torch.Size, values: torch.Tensor | None = None) -> torch.Tensor:
         """Return a tensor of its own, of `shape`: a random window of `values`, N(0, 1) by default.
 
-        `values` is another form of the pool.
-
-        No fp32 copy is made of a window of integers.
+        `values` is the pool in another form. No fp32 copy is made of a window of integers.
         """
         source = self.values if values is None else values
         count = shape.numel()
@@ -46,9 +44,8 @@ class Pool:
 def random_float(config: Mapping[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """Return a float model of a shape with unit-variance layers, in eval mode on the CPU.
 
-    All blocks share one embedder.
-
-    Sharing makes it smaller and faster than diffusers' own model, never slower: a baseline must not lose by copies.
+    All blocks share one embedder. Sharing makes it smaller and faster than diffusers' own model, never slower: a
+    baseline must not lose by copies.
     """
     model = empty_model(config)
     share_embedder(model)

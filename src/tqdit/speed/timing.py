@@ -16,7 +16,7 @@ class Percentiles:
     p80: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Percentiles":
+    def from_sample(cls, values: Sequence[float]) -> "Percentiles":
         """Return the percentiles of at least one value, linear between order statistics."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])

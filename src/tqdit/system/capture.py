@@ -19,9 +19,8 @@ LOCK = threading.RLock()  # one capture at a time in a process: another's alloca
 def recording(stream: torch.cuda.Stream | None = None) -> Iterator[torch.cuda.CUDAGraph]:
     """Record the work that is launched inside as a graph.
 
-    On an error the current stream is put back.
-
-    thread_local: an allocation of another thread, of a progress bar or a compiler, does not break the capture.
+    On an error the current stream is put back. thread_local: an allocation of another thread, of a progress bar or a
+    compiler, does not break the capture.
     """
     graph = torch.cuda.CUDAGraph()
     with LOCK, torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails leaves its own stream behind

@@ -52,10 +52,9 @@ class World:
     def gather(self, parts: "Sequence[torch.Tensor]", count: int) -> "list[torch.Tensor]":
         """Return one tensor for each of `count` items, in their order, on every rank.
 
-        `parts` are the tensors of this rank's share.
-
-        The tensors may differ in shape and dtype. They travel by NCCL where the world's device is a GPU, one at a
-        time, and end in the kind of memory they came from. Raises `ConnectionError` if another rank is gone.
+        `parts` are the tensors of this rank's share. The tensors may differ in shape and dtype. They travel by NCCL
+        where the world's device is a GPU, one at a time, and end in the kind of memory they came from. Raises
+        `ConnectionError` if another rank is gone.
         """
         assert len(parts) == len(self.share(range(count)))
         if self.size == 1:
@@ -82,12 +81,11 @@ class World:
     ) -> "list[Named]":
         """Return named CPU tensors for each of `count` items, in their order.
 
-        `parts` are the tensors of this rank's share.
-
-        `reader`: the rank that a tensor is for, by its name; None: every rank. An item comes without those for others.
-        One part of each rank is taken and travels at a time, so `parts` may be made on the way; besides what is
-        returned, memory holds one part and what is sent and received of it. Raises `ConnectionError` if another rank
-        is gone, `ValueError` if there are not as many parts as the share has items.
+        `parts` are the tensors of this rank's share. `reader`: the rank that a tensor is for, by its name; None: every
+        rank. An item comes without those for others. One part of each rank is taken and travels at a time, so `parts`
+        may be made on the way; besides what is returned, memory holds one part and what is sent and received of it.
+        Raises `ConnectionError` if another rank is gone, `ValueError` if there are not as many parts as the share has
+        items.
         """
         if self.size == 1:
             return list(parts)
@@ -108,8 +106,6 @@ class World:
         """Send parcels[r] to rank r; return what every rank has for this one, in the order of the ranks.
 
         A rank's parcel for itself is copied too, so that the copy does not keep what the parcel is a view of.
-
-        One's own is copied too, so that it keeps nothing else of what it may be a view of.
         """
         import torch
         from torch import distributed as dist
@@ -145,9 +141,8 @@ class World:
     def add(self, tensor: "torch.Tensor") -> "torch.Tensor":
         """Return the sum of every rank's `tensor`, on every rank.
 
-        A sum of floats is rounded in a way that depends on the number of ranks.
-
-        Raises `ConnectionError` if another rank is gone.
+        A sum of floats is rounded in a way that depends on the number of ranks. Raises `ConnectionError` if another
+        rank is gone.
         """
         if self.size == 1:
             return tensor

@@ -166,10 +166,9 @@ def replacing(
 ) -> Iterator[Path]:
     """Yield a new folder to fill, which becomes `target` on success.
 
-    On any error or interrupt `target` stays as it was.
-
-    Raises `InputError` as `check_target` does, and if another process is writing `target`. A symbolic link to a folder
-    stays; what it points to is replaced. `replaceable`, `in_pipeline`: as in `check_target`.
+    On any error or interrupt `target` stays as it was. Raises `InputError` as `check_target` does, and if another
+    process is writing `target`. A symbolic link to a folder stays; what it points to is replaced. `replaceable`,
+    `in_pipeline`: as in `check_target`.
     """
     with reserved(target, replaceable) as place, filled(place, overwrite, replaceable, in_pipeline) as folder:
         yield folder
@@ -179,10 +178,8 @@ def replacing(
 def reserved(target: Path, replaceable: Kind = is_artifact) -> Iterator[Place]:
     """Keep other processes from writing `target` while the block runs.
 
-    What a killed process left of `target` is repaired first.
-
-    `replaceable`: what a folder must be to be put back as `target`. Raises `InputError` if another process is writing
-    it, and if it cannot be made.
+    What a killed process left of `target` is repaired first. `replaceable`: what a folder must be to be put back as
+    `target`. Raises `InputError` if another process is writing it, and if it cannot be made.
     """
     _check_link(target)
     target = _real(target)

@@ -36,9 +36,8 @@ def work_of(out: Path) -> Path:
 def reserved(out: Path) -> Iterator[Place | None]:
     """Keep other jobs from writing `out` and its work.
 
-    Of several processes the first one does so, and yields the place.
-
-    Raises `InputError`, in every process, if another job is writing one of them.
+    Of several processes the first one does so, and yields the place. Raises `InputError`, in every process, if another
+    job is writing one of them.
     """
     world, paths = distributed.current(), (out, work_of(out))
     holders, place = torch.zeros(len(paths), dtype=torch.int64), None

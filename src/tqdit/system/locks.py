@@ -26,9 +26,8 @@ class BusyError(InputError):
 def locked(file: IO[bytes]) -> bool | None:
     """Take the lock of an open file.
 
-    Return False if another process has it, None where the file system has no locks.
-
-    Closing the file gives the lock back, and so does the end of the process, however it ends.
+    Return False if another process has it, None where the file system has no locks. Closing the file gives the lock
+    back, and so does the end of the process, however it ends.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

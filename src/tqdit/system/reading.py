@@ -47,11 +47,10 @@ def read_bytes(path: Path, most: int = MAX_BYTES, why: str = "") -> bytes:
 def parse_json(data: bytes, infinite: bool = True) -> dict[str, Any]:
     """Return a JSON object.
 
-    Raises `InputError` with the reason alone: the caller knows whose bytes these are.
-
-    Refused is what JSON allows and readers disagree about, or what would fail later: a key that is there twice,
-    integers beyond 64 bits, NaN, strings that are no Unicode text, more than `MAX_DEPTH` levels. Infinity is diffusers'
-    spelling in some schedulers; `infinite` says whether it is taken.
+    Raises `InputError` with the reason alone: the caller knows whose bytes these are. It refuses JSON about which
+    readers disagree, or which would fail later: a key that is there twice, integers beyond 64 bits, NaN, strings that
+    are no Unicode text, more than `MAX_DEPTH` levels. Infinity is diffusers' spelling in some schedulers; `infinite`
+    says whether it is allowed.
     """
 
     def constant(text: str) -> float:

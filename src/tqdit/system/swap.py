@@ -156,9 +156,8 @@ class Place:
 def reserved(target: Path, is_ours: Callable[[Path], bool]) -> Iterator[Place]:
     """Lock a path for this process, and repair what killed ones left there. Missing parents are made.
 
-    `is_ours`: as in `Place.repair`.
-
-    Raises `locks.BusyError` if another process has it. Parents that stay empty are removed again.
+    `is_ours`: as in `Place.repair`. Raises `locks.BusyError` if another process has it. Parents that stay empty are
+    removed again.
     """
     missing = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)

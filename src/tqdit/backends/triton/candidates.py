@@ -68,10 +68,8 @@ def linear(rows: int, two: bool, bits: int) -> list[Config]:
 def hopper_linear(epilogue: str, rows: int, columns: int, tile: int) -> list[Config]:
     """Return configurations of `kernels.hopper` for a product.
 
-    `tile`: of `hopper.rows_of_tile`; there are none if it is 0.
-
-    As many stages as fit beside what the stores pass through shared memory, or the blocks of the residual stream: up to
-    five of those beside four stages, three beside five.
+    `tile`: of `hopper.rows_of_tile`; there are none if it is 0. A configuration has as many stages as fit beside the
+    buffers of the stores or the blocks of the residual stream: up to five blocks beside four stages, three beside five.
     """
     residual = epilogue.startswith("residual")
     large = [(4, 32), (5, 32)] if residual else [(6, 64), (6, 32)]
@@ -107,10 +105,9 @@ def attention(sequences: int, keys: int) -> list[Config]:
 def hopper_attention(device: torch.device, tokens: int, head_dim: int, two: bool) -> list[Config]:
     """Return configurations of `kernels.hopper_attention`.
 
-    A head's rows are taken together, or in parts where there are few heads.
-
-    `two`: products of the probabilities, which take the registers of scores. Keys that fill two slots are multiplied
-    once; for more, sixteen warps hide each other's waiting and have few registers.
+    A head's rows are taken together, or in parts where there are few heads. `two`: products of the probabilities, which
+    take the registers of scores. Keys that fill two slots are multiplied once; for more, sixteen warps hide each
+    other's waiting and have few registers.
     """
     if tokens <= 256:
         found = [Config(64, rows, bk, stages=4, hopper=1) for bk in (128, 64) for rows in (0, 64)]

@@ -37,9 +37,7 @@ class Kernels(NamedTuple):
 def kernels() -> Kernels | None:
     """Return the modules of the kernels in Gluon, or None with a version of Triton that was not tried.
 
-    Gluon changes between versions.
-
-    TQDIT_HOPPER=0 in the environment does without them.
+    Gluon changes between versions. TQDIT_HOPPER=0 in the environment does without them.
     """
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version not in GLUON or os.environ.get("TQDIT_HOPPER") == "0":

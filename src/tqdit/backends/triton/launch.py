@@ -145,9 +145,8 @@ def attend(
 ) -> torch.Tensor:  # fmt: skip
     """Return codes (B, N, pitch(C)) of an attention.
 
-    `operands`: query, key, value, softmax, target.
-
-    `context`: k and v, or None where `projected` has them. `trace`: (B H, N, M), to get the codes of probabilities.
+    `operands`: query, key, value, softmax, target. `context`: k and v, or None where `projected` has them. `trace`: (B
+    H, N, M), to get the codes of probabilities.
     """
     if config.hopper:
         assert context is None

@@ -45,9 +45,8 @@ Run = Callable[[Config], object]
 def choose(key: str, device: torch.device, candidates: Callable[[], list[Config]], run: Run) -> Config:
     """Return the configuration of a kernel and shape, timed if nobody has before.
 
-    `run` launches the kernel with one.
-
-    While a CUDA graph is captured nothing can be timed: the first candidate is used and not remembered.
+    `run` launches the kernel with one. While a CUDA graph is captured nothing can be timed: the first candidate is used
+    and not remembered.
     """
     if not NATIVE:
         return INTERPRETED[key.partition(" ")[0].strip(",")]

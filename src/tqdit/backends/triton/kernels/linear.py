@@ -43,9 +43,8 @@ def tile_of(program, tiles_m, tiles_n, BAND: tl.constexpr):
 def _weights(b, b_high, row, k, BK: tl.constexpr, BITS: tl.constexpr, part: tl.constexpr):
     """Return a (BK / parts, rows) operand of weight codes, as stored or out of packed ones.
 
-    Of packed codes it is one half (4 bits) or one quarter (6 bits).
-
-    Packed codes are in the upper bits of a byte: 16 c or 4 c. The sums are shifted back once, at the end.
+    Of packed codes it is one half (4 bits) or one quarter (6 bits). These codes are in the upper bits of a byte, 16 c
+    or 4 c; the sums are shifted back once, at the end.
     """
     if BITS == 4:
         packed = b.load([row, k // 2])

@@ -29,9 +29,8 @@ MAGIC_BITS = tl.constexpr(0x4B400000)  # its bits; their lowest byte is 0, so an
 def rounded(x):
     """Return the nearest integer, half to even, in the low bits of an int32 that starts at MAGIC_BITS.
 
-    |x| < 2^22.
-
-    One addition instead of a conversion, which has a fraction of its rate.
+    The absolute value of x is below 2^22. One addition takes the place of a conversion, which has a fraction of its
+    rate.
     """
     return (x + MAGIC).to(tl.int32, bitcast=True)
 
@@ -49,10 +48,8 @@ def stored_as(x, dtype: tl.constexpr, NATIVE: tl.constexpr):
 def divide(x, by, inverse, NATIVE: tl.constexpr):
     """Return x / by, rounded as IEEE division.
 
-    `inverse`: 1 / by, rounded; `by` is normal.
-
-    One Newton step on the product with the inverse gives the rounded quotient (Markstein), given a fused
-    multiply-add and a quotient that does not overflow.
+    `inverse`: 1 / by, rounded; `by` is normal. One Newton step on the product with the inverse gives the rounded
+    quotient (Markstein), given a fused multiply-add and a quotient that does not overflow.
     """
     if NATIVE:
         quotient = x * inverse
@@ -134,10 +131,8 @@ def uniform_codes(steps, zero, BITS: tl.constexpr):
 def packed_codes(steps, offset):
     """Return `uniform_codes` of 8 bits, compiled for a GPU.
 
-    `offset`: the zero point less MAGIC_BITS.
-
-    Packing clips, two codes an instruction. What is far above the range stays above it when it is rounded; what is far
-    below would turn around, and is kept from that.
+    `offset`: the zero point less MAGIC_BITS. Packing clips, two codes an instruction. A number far above the range
+    stays above it when it is rounded; a number far below would wrap around, so it is raised first.
     """
     integers = rounded(tl.maximum(steps, -4194304.0)) + offset
     return tl.inline_asm_elementwise(
