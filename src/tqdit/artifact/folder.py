@@ -39,7 +39,7 @@ from tqdit.system.files import (
 )
 from tqdit.system.reading import check_regular
 
-# What is read with a model: these files, and in these folders the files with these suffixes.
+# The files that are read with a model: these, and in these folders the files with these suffixes.
 BESIDE = ("model_index.json", "id2label.json")
 FOLDERS_BESIDE = ("scheduler", "vae")
 READ_SUFFIXES = (".json", ".safetensors", ".bin")

@@ -27,8 +27,8 @@ from tqdit.spec import MAX_BITS, MIN_BITS, Granularity, Grid, Role, SiteSpec
 from tqdit.system.reading import parse_json
 from tqdit.timegroups import MAX_EDGES, MAX_TIMESTEPS, TimeGroups
 
-MAX_AXES = 4  # of a weight
-MAX_SIZE = 2**40  # of an axis: what is larger is in no file
+MAX_AXES = 4  # axes of a weight
+MAX_SIZE = 2**40  # the limit of an axis: no file holds a larger one
 
 Size = Annotated[StrictInt, Field(ge=1, le=MAX_SIZE)]
 Sha256 = Annotated[str, StringConstraints(strict=True, pattern=r"^[0-9a-f]{64}$")]

@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdit.spec import Solution
 from tqdit.system.files import EDITABLE, MODEL_CARD, write_text
 
-FOLDER = "FOLDER"  # stands for where the artifact is
+FOLDER = "FOLDER"  # stands for the place of the artifact
 KIND = "KIND"  # stands for a class of diffusers
 # The lines that load an artifact in diffusers: a pipeline, the transformer of one without a decoder, or a model alone.
 LOAD_PIPELINE = f'from diffusers import {KIND}\n\npipe = {KIND}.from_pretrained("{FOLDER}")'

@@ -23,11 +23,11 @@ from tqdit.grids import packing
 from tqdit.spec import GridParams, SiteSpec, Solution
 from tqdit.system.files import CONFIG, QUANT_METHOD
 
-FORMAT_VERSION = max(FORMATS)  # of all that is written
+FORMAT_VERSION = max(FORMATS)  # the format of everything that is written
 MANIFEST_TENSOR = "tqdit.manifest"
 QUANTIZATION = "quantization_config"
 DEFAULTS = "_use_default_values"  # diffusers' list of keys that a config.json lacked
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # what is smaller has not all its digits
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # a smaller number lacks some of its digits
 
 
 def pack(solution: Solution) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -207,7 +207,7 @@ def _verified(found: Mapping[str, torch.Tensor], manifest: Manifest) -> dict[str
                 raise InputError(f"tensor '{name}' has {key} {has}, expected {needs}")
     if extra := sorted(set(found) - {*manifest.tensors, MANIFEST_TENSOR}):
         raise InputError(f"has an unexpected tensor '{extra[0]}'")
-    # Weight codes stay in the mapped file until `convert` packs them; no other tensor may keep all of it in memory.
+    # Weight codes stay in the mapped file until `convert` packs them. No other tensor may keep the file in memory.
     return {name: found[name] if found[name].dtype is torch.uint8 else found[name].clone() for name in manifest.tensors}
 
 

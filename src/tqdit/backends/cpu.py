@@ -24,7 +24,7 @@ from tqdit.system.isolation import without_autocast
 
 Layer = PackedLinear | PanelLinear
 
-WEIGHT_ROWS = 4096  # of a float-input weight that exist in fp32 at a time, where nothing is compiled
+WEIGHT_ROWS = 4096  # rows of a float-input weight that are in fp32 at a time, where nothing is compiled
 
 
 class TorchCpu(Composed):

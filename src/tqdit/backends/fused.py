@@ -27,7 +27,7 @@ from tqdit.ops.schema import AttentionParams, Norm, OperandParams, Residual
 from tqdit.spec import Grid
 
 Weight = PanelWeight | PackedWeight
-PARTS = (1, 2, 3)  # that a projection may have
+PARTS = (1, 2, 3)  # the numbers of parts that a projection may have
 
 
 def quantize(x: Tensor, target: OperandParams, norm: Norm | None = None) -> Tensor:

@@ -29,7 +29,7 @@ SOURCES = Path(__file__).with_name("kernels")
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-Wno-psabi")
 OPENMP = ("-fopenmp",)
 COMPILERS = ("c++", "g++", "clang++")
-BUILD_SECONDS = 300  # of one attempt
+BUILD_SECONDS = 300  # the limit of one attempt
 ATTEMPTS = 2  # with OpenMP and without
 
 

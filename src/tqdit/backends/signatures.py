@@ -69,7 +69,7 @@ class LinearCall(ctypes.Structure):
 
 _operand, _linear = POINTER(Operand), POINTER(LinearCall)
 
-# Name without "tqdit_" -> argument types; all return nothing but the questions, which return a number.
+# Name without "tqdit_" -> argument types. Only functions that ask a question return something, a number.
 FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "has_openmp": (),
     "has_vnni": (),
@@ -120,7 +120,7 @@ def address(tensor: torch.Tensor, dtype: torch.dtype, numel: int | None = None, 
         raise InputError(f"the CPU kernels need {numel} items, a tensor has shape {tuple(tensor.shape)}")
     try:
         found = tensor.data_ptr()
-    except RuntimeError:  # torch's word for a tensor without memory
+    except RuntimeError:  # torch raises this for a tensor without memory
         found = 0
     if not found:
         raise InputError(f"the CPU kernels need items in memory; a {type(tensor).__name__} has none")

@@ -37,7 +37,7 @@ class Batches:
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise InputError("the device has too little memory to calibrate with a single sample") from None
-            # Only here has the error let go of the tensors that its frames held.
+            # The error's frames held tensors, which are free only here.
             gc.collect()
             torch.cuda.empty_cache()
             self.size = len(part) // 2

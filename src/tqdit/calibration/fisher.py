@@ -21,7 +21,7 @@ class Probes:
     def __init__(self, count: int) -> None:
         self.count = count
         self.means: dict[str, torch.Tensor] = {}
-        self.leaves: list[torch.Tensor] = []  # what does not depend on the source, such as the keys of a prompt
+        self.leaves: list[torch.Tensor] = []  # intermediates that are no function of the source: a prompt's keys
 
     def watch(self, name: str, z: torch.Tensor, pick: Pick) -> None:
         """Collect an intermediate's gradients under `name` from now on.

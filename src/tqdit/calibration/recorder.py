@@ -30,7 +30,7 @@ from tqdit.sampling.trajectory import Progress, noise_generators
 from tqdit.system import distributed
 from tqdit.system.parcels import copied
 
-PROBE_STREAM = 500_000  # first noise stream of the probes, apart from those of images and of trajectories
+PROBE_STREAM = 500_000  # first noise stream of the probes, far from the streams of images and of trajectories
 MAXIMA_PER_HEAD = 16
 LARGEST_BATCH = 8
 # What the activations that one backward pass needs, and what is picked of it, may take. On a GPU few samples wait for
@@ -174,8 +174,8 @@ class _Pass:
         self.probes = Probes(recipe.probes)
         self.found: dict[str, torch.Tensor] = {}
         self.maxima: list[torch.Tensor] = []
-        self.finite: dict[str, torch.Tensor] = {}  # site -> which samples had finite values alone
-        self.outputs: dict[str, list[str]] = {}  # key of a Fisher tensor -> the watched outputs it joins
+        self.finite: dict[str, torch.Tensor] = {}  # site -> which samples had only finite values
+        self.outputs: dict[str, list[str]] = {}  # key of a Fisher tensor -> the watched outputs that the tensor joins
 
     def run(self, model: nn.Module, taps: Taps) -> dict[str, torch.Tensor]:
         """Return the values that `Records` joins, by "<site or attention>/<field>", on the CPU; and the maxima."""

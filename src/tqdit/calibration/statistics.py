@@ -6,7 +6,7 @@ import torch
 
 from tqdit.errors import InputError
 
-MASKED = -1000.0  # a key with a bias below has probability 0 in fp32 whatever its score is
+MASKED = -1000.0  # a key with a lower bias has probability 0 in fp32, whatever its score
 
 
 def extremes(x: torch.Tensor, kept: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

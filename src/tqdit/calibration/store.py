@@ -17,8 +17,8 @@ from tqdit.errors import InputError, RepairWarning
 from tqdit.system import distributed
 from tqdit.system.files import write_bytes
 
-SEAL = "tqdit.seal"  # in a piece's file: its name and checksums
-HASH_DIGITS = 16  # of the name of a `WorkFolder`
+SEAL = "tqdit.seal"  # the entry of a piece's file that has the piece's name and checksums
+HASH_DIGITS = 16  # digits of a hash in the name of a `WorkFolder`
 Reader = Callable[[str], int | None]  # name of a tensor -> the rank that will read it; None: every rank
 
 
@@ -68,7 +68,7 @@ class OnDisk:
         """Write the tensors as the file `path`, whole or not at all."""
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         digests = {name: _digest(tensor) for name, tensor in sorted(contiguous.items())}
-        seal = json.dumps({"piece": piece, "sha256": digests})  # one entry: several have no fixed order
+        seal = json.dumps({"piece": piece, "sha256": digests})  # one entry, since several have no fixed order
         write_bytes(path, save(contiguous, metadata={SEAL: seal}))
         return cls(path, piece)
 

@@ -39,7 +39,7 @@ class Taps:
 
     def __init__(self) -> None:
         self.sink: Sink | None = None
-        self._bias: torch.Tensor | None = None  # while the keys and values of a masked attention are projected
+        self._bias: torch.Tensor | None = None  # the mask, while a masked attention's keys and values are projected
 
     @contextmanager
     def sending_to(self, sink: Sink) -> Iterator[None]:

@@ -12,7 +12,7 @@ from tqdit.calibration.store import HASH_DIGITS, Store, WorkFolder
 from tqdit.recipe import CALIBRATION_SETTINGS, Recipe
 from tqdit.system.environment import versions
 
-STAGES = ("calibration", "search")  # whose finished work may be kept
+STAGES = ("calibration", "search")  # the stages whose finished work may be kept
 PIECES = 4  # raised where a change makes other pieces of the same settings, so that no former run is continued
 
 

@@ -6,7 +6,7 @@ from tqdit.grids import regions, uniform
 from tqdit.grids.kind import Columns, Grid
 from tqdit.grids.regions import TwoRegions
 
-OFFSET = 128  # what is taken from the unsigned integer of merged regions to make it int8
+OFFSET = 128  # subtracted from the unsigned integer of merged regions to make it int8
 
 
 class MrqGelu(TwoRegions):
@@ -23,7 +23,7 @@ class MrqGelu(TwoRegions):
         """Return min-max scales and zeros; the negative region has GELU's fixed extent."""
         top = 1 << (bits - 1)
         fine = torch.full_like(high, regions.GELU_MINIMUM / top)
-        # Where no value was positive, one that is after all is as near 0 as negative values are.
+        # Where calibration saw no positive value, a later positive value is as near 0 as the negative ones.
         coarse = uniform.scale_of(high.clamp(min=0) / (top - 1), site, otherwise=fine)
         scale = finest_merged(fine, coarse, bits) if merging else torch.stack([fine, coarse], -1)
         return scale, torch.zeros_like(low, dtype=torch.int32)

@@ -50,7 +50,7 @@ def unpack(packed: torch.Tensor, bits: int, shape: tuple[int, ...]) -> torch.Ten
         value = groups[:, byte] >> shift
         if shift + bits > 8:
             value |= groups[:, byte + 1] << 8 - shift
-        codes[:, code] = ((value & 2 * half - 1) ^ half) - half  # the sign is the highest of the bits
+        codes[:, code] = ((value & 2 * half - 1) ^ half) - half  # the highest bit is the sign
     return codes.view(torch.int8).view(-1)[:total].reshape(shape)
 
 

@@ -9,7 +9,7 @@ from tqdit.errors import InputError
 from tqdit.grids.formats import IntFormat
 from tqdit.grids.kind import Grid
 
-SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # of what a scale can be
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # the limits of a scale
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int, bits: int) -> torch.Tensor:

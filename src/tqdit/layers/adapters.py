@@ -161,7 +161,7 @@ def _check_plain_lora(module: Any, name: str) -> None:
     """
     if isinstance(module, AdapterSlot | Holder):
         return
-    peft = sys.modules.get("peft.tuners.lora.layer")  # whoever made an adapter has imported it
+    peft = sys.modules.get("peft.tuners.lora.layer")  # the maker of an adapter has imported this module
     if peft is None or type(module) is not peft.Linear or module.lora_variant:
         variants = sorted({type(variant).__name__ for variant in getattr(module, "lora_variant", {}).values()})
         kind = f" with {', '.join(variants)}" if variants else ""

@@ -42,7 +42,7 @@ class IntBlock(Closed, Untrainable):
             self.add_module(name, linear)
         self.operands: Any = nn.ModuleDict(dict(operands))
         self.backend = backend
-        self._parts = [module for module in self.modules() if isinstance(module, FixedDtype)]  # that a call reads
+        self._parts = [module for module in self.modules() if isinstance(module, FixedDtype)]  # those that a call reads
         self.slots: Slots | None = None
 
     def run(self, x: torch.Tensor, call: Any) -> torch.Tensor:

@@ -38,7 +38,7 @@ class LayerCodes(Mapping[str, torch.Tensor]):
             return place.layer.unpacked()[place.rows].reshape(place.shape).cpu()
 
     def __contains__(self, site: object) -> bool:
-        return site in self._places  # a Mapping's own would unpack the codes
+        return site in self._places  # Mapping's own method would unpack the codes
 
     def shape_of(self, site: str) -> torch.Size:
         """Return the shape of a site's codes, without unpacking them."""

@@ -61,7 +61,7 @@ class Conditioning(nn.Module):
         super().__init__()
         self.embedders = nn.ModuleList()
         self.linears = nn.ModuleList()
-        self.places: list[tuple[int, int]] = []  # of block i: its group, and its place there
+        self.places: list[tuple[int, int]] = []  # for block i: its group, and its place in the group
 
     def add(self, embedder: nn.Module, linear: nn.Module) -> int:
         """Add a group of blocks and return its number.

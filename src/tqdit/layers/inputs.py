@@ -13,8 +13,8 @@ from tqdit.timegroups import TimeGroups
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-DISCARD = -10000.0  # what diffusers adds to the score of a token that a mask leaves out
-LABELS = (torch.int64, torch.int32)  # what torch's embedding takes
+DISCARD = -10000.0  # diffusers adds this to the score of a token that a mask leaves out
+LABELS = (torch.int64, torch.int32)  # the dtypes that torch's embedding takes
 
 
 def check_states(x: Any, channels: int, patch_size: int) -> None:
@@ -59,7 +59,7 @@ def timesteps(x: torch.Tensor, timestep: Any, time_groups: TimeGroups) -> torch.
     if not torch.compiler.is_compiling():
         check_values("timestep", t)
         if t.is_cpu and not x.is_cpu:
-            time_groups.index(t)  # on the CPU the lookup of a call does; on a GPU it reads no value
+            time_groups.index(t)  # on the CPU `GroupLookup` checks it; on a GPU it reads no value
     return t.to(x.device)
 
 

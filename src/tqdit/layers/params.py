@@ -30,6 +30,6 @@ class ActivationParams(FixedDtype):
         if spec.groups == 1:
             return OperandParams(spec.grid, spec.bits, self.table, self.merged)
         assert call is not None, f"site '{spec.name}' has time groups"
-        # A number that a compiler reads is a constant to it: it would compile anew for every group.
+        # `shared` would be a constant to a compiler, which would compile anew for every group.
         shared = None if torch.compiler.is_compiling() else call.shared
         return OperandParams(spec.grid, spec.bits, self.table, self.merged, call.group, shared)

@@ -17,7 +17,7 @@ BACKENDS = {
     "triton": "tqdit.backends.triton",
     "triton-packed": "tqdit.backends.triton.packed",
 }
-AUTOMATIC = ("cpu", "triton", "reference")  # what "auto" tries, best first
+AUTOMATIC = ("cpu", "triton", "reference")  # the backends that "auto" tries, best first
 
 _OPERATIONS = {
     Role.WEIGHT: "linear",

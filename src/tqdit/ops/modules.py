@@ -11,7 +11,7 @@ from torch import nn
 
 from tqdit.errors import InputError
 
-HOOK = "_hf_hook"  # the attribute in which accelerate keeps what it does before and after a module's forward
+HOOK = "_hf_hook"  # the attribute of accelerate's hook around a module's forward
 EXTRA_STATE = "_extra_state"  # the key that torch gives to `get_extra_state`
 
 
@@ -22,7 +22,7 @@ class Watched(nn.Module):
     one it saw last, since looking into every module would take longer than launching a CUDA graph.
     """
 
-    contents: ClassVar[object] = object()  # another one each time, so that no copy of it is ever equal
+    contents: ClassVar[object] = object()  # a new object at each change, so that an old copy is never equal
 
     @staticmethod
     def changed() -> None:

@@ -15,8 +15,8 @@ from tqdit.ops.schema import OperandParams, WeightParams
 from tqdit.ops.tables import Parameters, parameters
 from tqdit.system.isolation import without_autocast
 
-MAX_PRODUCT = 128 * 128  # of two int8 codes
-EXACT_FP32 = 2**24 // MAX_PRODUCT  # products whose sum fp32 holds exactly
+MAX_PRODUCT = 128 * 128  # largest product of two int8 codes
+EXACT_FP32 = 2**24 // MAX_PRODUCT  # number of products whose sum fp32 holds exactly
 _ZERO = torch.zeros((), dtype=torch.int32)
 
 

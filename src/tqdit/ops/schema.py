@@ -105,8 +105,8 @@ class Backend(Protocol):
     """
 
     NAME: str
-    INTEGER: bool  # False: simulated in float, for checking only, never to be timed
-    GRAPHS: bool  # whether whole calls on a GPU are to be captured as CUDA graphs
+    INTEGER: bool  # False: the backend simulates in float, to check results; it is never timed
+    GRAPHS: bool  # whether whole calls on a GPU are captured as CUDA graphs
 
     def kernel(self, operation: str) -> str:
         """Return the name of the kernel that runs an operation, for reports, such as "int8" or "onednn u8 x s8"."""

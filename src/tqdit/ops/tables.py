@@ -8,7 +8,7 @@ from tqdit.ops.schema import OperandParams
 from tqdit.spec import GridParams
 
 COLUMNS = 8
-SCALE, COARSE, ZERO, FACTOR, INVERSE, INVERSE_COARSE = range(6)  # columns; two more are zeros
+SCALE, COARSE, ZERO, FACTOR, INVERSE, INVERSE_COARSE = range(6)  # the columns' order; the other two columns are zero
 
 
 class Parameters(NamedTuple):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 INK = "#010203"  # stands for the page's text colour; becomes `currentColor`, so that dark mode works
 SIZE = (6.4, 3.6)  # inches of 72 units: a panel is half the page on a desktop and the whole of a phone
-DPI = 200  # of the parts that are rasterized
+DPI = 200  # resolution of the parts that are rasterized
 STYLE: Any = {  # matplotlib types every key by name
     "svg.fonttype": "none",  # text stays text: selectable, small, in the page's font
     "figure.facecolor": "none",

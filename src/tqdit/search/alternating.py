@@ -92,7 +92,7 @@ def _search(operand: Operand, base: torch.Tensor, recipe: Recipe, loss: LossOf) 
     """Return the operand with the best table for every (group, unit); regions are searched one after the other."""
     for region in range(1 + operand.independent_regions):
         tables = torch.cat([operand.scale[None], operand.candidate_scales(base, recipe)[region]])
-        losses = loss(tables).nan_to_num(nan=torch.inf, posinf=torch.inf)  # argmin would take NaN for the least
+        losses = loss(tables).nan_to_num(nan=torch.inf, posinf=torch.inf)  # argmin would return a NaN's place
         best = losses.argmin(0, keepdim=True)  # (1, groups, units)
         index = best.reshape(*best.shape, *(1,) * (tables.ndim - 3)).expand(1, *tables.shape[1:])
         operand = operand.with_scale(tables.gather(0, index)[0])

@@ -15,9 +15,9 @@ from tqdit.search.objectives import MatmulObjective
 from tqdit.search.operands import Operand
 from tqdit.spec import Grid, IntFormat, Role
 
-TALL, WIDE = (16, 128), (4, 512)  # rows and columns of a tile: where sums are over rows, and everywhere else, at most
+TALL, WIDE = (16, 128), (4, 512)  # the most rows and columns of a tile: TALL where sums are over rows, else WIDE
 CHUNK = 256  # rows of a program that sums over rows
-MEMORY = 512 * 2**20  # bytes of the steps of all candidates, and of their products: whichever are more
+MEMORY = 512 * 2**20  # bytes of the steps of all candidates, or of their products, whichever are more
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Operand:
     unit: torch.Tensor  # (values.shape[0],) for weights, (H,) for attention, (1,) for rows
     scale: torch.Tensor  # (groups, units), or (groups, units, 2) for two regions
     zero_point: torch.Tensor  # (groups, units) int32
-    merging: bool = False  # two regions: only at scales that merge, so that one product is enough
+    merging: bool = False  # True: two regions have only scales that merge, so that one product is enough
 
     @property
     def is_weight(self) -> bool:
@@ -118,7 +118,7 @@ def activation(
     pooled = ranges.pooled(spec.groups)
     ranges.check_finite(spec.name)
     lead = group if spec.groups > 1 else torch.zeros_like(group)
-    # Probabilities are in [0, 1] whatever was seen.
+    # Probabilities are in [0, 1] whatever range was recorded.
     low = torch.zeros_like(pooled.low) if spec.role is Role.SOFTMAX else pooled.low
     scale, zero_point = spec.grid.initial(low, pooled.high, spec.bits, spec.name, merging)
     unit = torch.arange(spec.units) if spec.units > 1 else torch.zeros(1, dtype=torch.int64)

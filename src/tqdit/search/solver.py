@@ -56,7 +56,7 @@ def solve(
     share = world.share(parts)
     solved: list[Solved] = []
     done, total = 0, sum(map(len, share))
-    with torch.no_grad():  # not in inference mode, whose tensors a caller could not train with or write to
+    with torch.no_grad():  # not in inference mode: a caller could not train with its tensors or write to them
         for part in share:
             solved.append({})
             for name, matmul in part.items():
@@ -69,7 +69,7 @@ def solve(
                     ) from None
                 done += 1
                 progress(done / total)
-    # Not as parts are finished: ranks would wait for the slowest of each, not once for the slowest of all.
+    # Exchanged once, at the end: after each part ranks would wait for the slowest rank of that part.
     for found in world.gather_named(solved, len(parts)):
         solver.take(found)
     ordered = {name: solver.params[name] for name in solver.specs}

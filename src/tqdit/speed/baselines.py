@@ -22,19 +22,19 @@ from tqdit.system import trees
 from tqdit.system.capture import CudaGraphed
 from tqdit.system.extras import install_command
 
-# Family -> its contenders. The best one of a family is what a speed-up is over. All but the eager ones are compiled.
+# Family -> its contenders. A speed-up is over the best one of a family. All but the eager ones are compiled.
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "float32": ("float32-eager", "float32-compiled"),
     "bfloat16": ("bf16-eager", "bf16-compiled"),
-    "bfloat16-blocks": ("bf16-blocks",),  # compiled as torchao's on a GPU: what that costs them
+    "bfloat16-blocks": ("bf16-blocks",),  # compiled like torchao's on a GPU, to show the cost of that
     "torchao": ("torchao-int8", "torchao-fp8"),
 }
-OWN_WEIGHTS = (*FAMILIES["bfloat16-blocks"], *FAMILIES["torchao"])  # changed in place: not for another contender
+OWN_WEIGHTS = (*FAMILIES["bfloat16-blocks"], *FAMILIES["torchao"])  # changed in place, so never shared
 FP8_CAPABILITY = (8, 9)
 # torch.compile's options for the strongest baseline, by kind of device. cuda: its mode "max-autotune", but for the CUDA
 # graphs, which are ours (`CudaGraphed`).
 COMPILE_OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "cpu": {"freezing": True},  # packed weights
+    "cpu": {"freezing": True},  # weights are packed
     "cuda": {"max_autotune": True, "coordinate_descent_tuning": True},
 }
 # What torchao would set for the whole process (torchao.quantization.utils.recommended_inductor_config_setter) but for
@@ -168,7 +168,7 @@ def quantize_with_torchao(model: nn.Module, name: str, only_blocks: bool = False
         done.add(id(module))
         return True
 
-    # What they set for the whole process is in TORCHAO_OPTIONS, for theirs alone.
+    # torchao would set options for the whole process; TORCHAO_OPTIONS sets them for its models alone.
     if name == "torchao-fp8":
         config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
     else:
@@ -212,7 +212,7 @@ class DenoiserCall:
         condition = conditions.rows(torch.arange(half) % conditions.count)
         null = conditions.null(batch - half, torch.device("cpu"))
         inputs = trees.mapped(lambda *halves: torch.cat(halves), condition, null)
-        with torch.inference_mode():  # as the sampler's states are: torch.compile tells the two kinds apart
+        with torch.inference_mode():  # like the sampler's states: torch.compile compiles anew for other tensors
             noise = torch.randn(batch, *registry.sample(config).shape, generator=torch.Generator().manual_seed(0))
             self.x = noise.to(device).clone()
             self.inputs = trees.mapped(lambda x: x.to(device).clone(), inputs)

@@ -145,7 +145,7 @@ def bench(
     failed = {title: error for one in contests for title, error in one.failed.items()}
     if failed and not any(one.races for one in contests):
         raise next(iter(failed.values()))
-    peaks = peaks.best(measure_peaks(device))  # a machine that was busy before may not be now
+    peaks = peaks.best(measure_peaks(device))  # measured again: the machine may have been busy before
     return _benchmark(contests, peaks, settings)
 
 

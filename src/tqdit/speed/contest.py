@@ -32,7 +32,7 @@ class Result:
     facts: Facts | None
     times: Percentiles
     images_per_second: float | None
-    request: Mapping[str, Any]  # for its memory
+    request: Mapping[str, Any]  # the request for the model's memory
     footprint: Footprint | None = None
 
 
@@ -57,7 +57,7 @@ def contest(subjects: Sequence[Subject], settings: BenchSettings, target: Target
     if settings.against:
         with quiet():
             torch.compiler.reset()
-    gc.collect()  # the models are gone: the memory is measured with the machine to itself
+    gc.collect()  # frees the models, so that memory is measured with the machine to itself
     if target.device.type == "cuda":
         torch.cuda.empty_cache()
     if settings.memory:
@@ -82,7 +82,7 @@ def _raced(subjects: Sequence[Subject], settings: BenchSettings, target: Target,
     for batch in settings.batches:
         entrants = maker.warmed_up(quantized, batch)
         if not entrants:
-            continue  # nobody to compare a baseline with: do not compile it
+            continue  # no model is left to compare a baseline with: do not compile one
         if floats is None:
             floats = maker.baselines(subjects[0])
         entrants += maker.warmed_up(floats, batch)

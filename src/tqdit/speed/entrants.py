@@ -28,7 +28,7 @@ from tqdit.speed.operations import Operations, count_operations
 from tqdit.speed.timing import spread_timesteps
 from tqdit.stages import Report, silent
 
-WARM_UP = 2  # calls: the first compiles, the second would compile again if a timestep were a constant
+WARM_UP = 2  # calls: the first compiles; the second would compile again if a timestep were a constant
 FULL_RUN = Sampling("auto", 50, 1.5)
 LOG = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class Maker:
         self.target = target
         self.device = target.device
         self.report = report
-        self.timesteps = 0  # of no model yet
+        self.timesteps = 0  # no model yet
 
     def quantized(self, subjects: Sequence[Subject]) -> list[Contender]:
         """Return the artifacts that can be converted here."""
@@ -168,7 +168,7 @@ class Maker:
             names = list(group)
             try:
                 built = build(names, subject.config, self.device)
-            except Exception as error:  # too little memory, or a torchao of another mind
+            except Exception as error:  # for example too little memory, or another version of torchao
                 for name in names:
                     self._give_up(f"{shape} {name}", error)
                 continue
@@ -220,7 +220,7 @@ class Maker:
         call = DenoiserCall(contender.module, contender.config, batch, self.device)
         for t in spread_timesteps(WARM_UP, self.timesteps):
             call(t)
-        if self.settings.sampling:  # has another batch where `batch` is odd
+        if self.settings.sampling:  # a sampling run has another batch where `batch` is odd
             sample_once(contender, batch, replace(self.settings.sampling, steps=1), silent)
         return call
 
@@ -228,7 +228,7 @@ class Maker:
         LOG.log(logging.ERROR if ours else logging.INFO, "%s failed", title, exc_info=error)
         self.skipped[title] = _reason(error)
         if ours:
-            traceback.clear_frames(error.__traceback__)  # they hold the model
+            traceback.clear_frames(error.__traceback__)  # the error's frames hold the model
             self.failed[title] = error
 
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-# Of square products. A CPU is at its peak from the first on, a GPU at the last.
+# Sizes of square products. A CPU reaches its peak at the first size, a GPU at the last.
 SIZES = {"cpu": (1024, 2048, 4096), "cuda": (2048, 4096, 8192)}
 READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # far more than a cache holds
 QUEUED = {"cpu": 1, "cuda": 10}  # calls timed together, so that a GPU never waits for the next launch
-SECONDS = 1.0  # for repeating one product or one read
+SECONDS = 1.0  # the time for repeating one product or one read
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def measure_peaks(device: torch.device) -> Peaks:
             seconds = _fastest(product, device)
             best = max(best, 2 * size**3 / seconds / 1e9)
         if 8 * 2 * size**3 / best / 1e9 > SECONDS:
-            break  # one product of the next size
+            break  # one product of the next size would take longer
     return Peaks(best, _read_gb_per_s(device))
 
 

@@ -24,9 +24,9 @@ from tqdit.speed.baselines import DenoiserCall, build, is_compiled, quiet
 from tqdit.speed.machine import synchronise
 from tqdit.system.environment import peak_memory_bytes
 
-PACKAGES = Path(__file__).resolve().parents[2]  # so that the child runs this very package
+PACKAGES = Path(__file__).resolve().parents[2]  # the child process imports the same package from here
 STATUS = Path("/proc/self/status")
-WARM_UP = 2  # calls before the one that is looked at: the first compiles, a later one may capture a graph
+WARM_UP = 2  # calls before the measured one: the first compiles, a later one may capture a graph
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from tqdit.timegroups import TimeGroups
 # Extent (largest minus smallest value) of each operand in a model whose layers have unit variance: about +-4 sigma.
 EXTENTS = {Role.INPUT: 10.0, Role.QUERY: 10.0, Role.KEY: 10.0, Role.VALUE: 10.0}
 GELU_MAXIMUM = 5.0
-VARIATION = 0.03  # relative, of a scale between time groups, heads and channels
+VARIATION = 0.03  # relative variation of a scale between time groups, heads and channels
 NUM_TIMESTEPS = 1000
 
 

@@ -23,7 +23,7 @@ class Pool:
     Drawing 675 M numbers would take longer than the benchmark.
     """
 
-    MARGIN = 1 << 20  # how many different windows of the largest tensor there are
+    MARGIN = 1 << 20  # the number of different windows of the largest tensor
 
     def __init__(self, largest: int, seed: int) -> None:
         """Draw a pool for tensors of up to `largest` elements."""
@@ -51,7 +51,7 @@ def random_float(config: Mapping[str, Any], dtype: torch.dtype = torch.float32, 
     share_embedder(model)
     kind = architecture(config)
     pool = Pool(max(p.numel() for p in model.parameters()), seed)
-    for name, parameter in list(model.named_parameters()):  # a shared one is listed once
+    for name, parameter in list(model.named_parameters()):  # a shared parameter is listed once
         value = pool.take(parameter.shape).mul_(standard_deviation(kind, name, parameter.shape)).to(dtype)
         set_parameter(model, name, value)
     nn.Module.to(model, dtype)  # the position table; diffusers' own `to` would warn

@@ -11,7 +11,7 @@ from torch import nn
 
 from tqdit.system.trees import Path, flatten, tensors, unflatten
 
-WARM_UP = 3  # calls before a capture: the first compiles, the others find every workspace and kernel in place
+WARM_UP = 3  # calls before a capture: the first compiles, the others need every workspace and kernel only
 LOCK = threading.RLock()  # one capture at a time in a process: another's allocations would end up in it
 
 
@@ -23,7 +23,7 @@ def recording(stream: torch.cuda.Stream | None = None) -> Iterator[torch.cuda.CU
     compiler, does not break the capture.
     """
     graph = torch.cuda.CUDAGraph()
-    with LOCK, torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails leaves its own stream behind
+    with LOCK, torch.cuda.stream(torch.cuda.current_stream()):  # a failed capture leaves its own stream current
         own = stream or torch.cuda.Stream()  # torch's own default is of whichever device came first
         with _no_collection(), torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
             yield graph
@@ -52,13 +52,13 @@ class Captured:
         with LOCK, torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
             # Inference tensors could not be written to later.
             self._inputs = tuple(x.to(device, copy=True) for x in inputs)
-            call(*self._inputs)  # compiles and tunes, on the stream of every other call
+            call(*self._inputs)  # this call compiles and tunes, on the stream of every other call
             current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
             stream.wait_stream(current)
             with torch.cuda.stream(stream):  # cuBLAS keeps a workspace per stream: not in the graph's memory
                 for _ in range(WARM_UP - 1):
                     call(*self._inputs)
-            gc.collect()  # the memory of models in cycles, before a graph takes some for as long as it lives
+            gc.collect()  # frees models in cycles before the graph reserves memory for as long as it lives
             with recording(stream) as self._graph:
                 self._output = call(*self._inputs)
             current.wait_stream(stream)

@@ -179,7 +179,7 @@ def joined(device: "str | torch.device" = "auto") -> Iterator[World]:
     tensors on GPUs travel by NCCL, those on CPUs by gloo. Every rank must leave the block: the end waits for none.
     Raises `InputError` for a device that processes would have to share, and as `launched` does.
     """
-    global _current  # noqa: PLW0603 - as torch's own process group is
+    global _current  # noqa: PLW0603 - torch's own process group is global, too
     rank, size, local_rank = launched()
     device = chosen_device(device)
     world = World(rank, size, _own_device(device, local_rank) if size > 1 else device)
@@ -190,7 +190,7 @@ def joined(device: "str | torch.device" = "auto") -> Iterator[World]:
         yield world
     finally:
         _current = World()
-    if size > 1:  # not after an error: ranks that have not heard of it would be waited for
+    if size > 1:  # not after an error: this would wait for ranks that do not know of it
         from torch import distributed as dist
 
         dist.destroy_process_group()
@@ -282,7 +282,7 @@ def _start_group(world: World) -> None:
 
     backend = "gloo"
     if world.device.startswith("cuda"):
-        torch.cuda.set_device(world.device)  # NCCL and Triton work on the current one
+        torch.cuda.set_device(world.device)  # NCCL and Triton work on the current device
         backend = "cpu:gloo,cuda:nccl"
     with _together():
         dist.init_process_group(backend, timeout=TIMEOUT[world.device.partition(":")[0]])
@@ -295,7 +295,7 @@ def _together() -> Iterator[None]:
 
     try:
         yield
-    except (torch.OutOfMemoryError, torch.AcceleratorError):  # of this process
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # errors of this process itself
         raise
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]

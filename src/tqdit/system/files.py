@@ -21,15 +21,15 @@ from tqdit.system.swap import Place, partial_file, rename_new, sync
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
-TRANSFORMER = "transformer"  # the folder of a pipeline that has the model
-MANIFEST = "tqdit.json"  # what makes a folder an artifact
+INDEX = f"{WEIGHTS}.index.json"  # the index of weights in several files
+TRANSFORMER = "transformer"  # the folder of a pipeline's model
+MANIFEST = "tqdit.json"  # the seal of an artifact
 MODEL_CARD = "README.md"
-EDITABLE = (MODEL_CARD, ".gitattributes")  # what people and the Hub change in a folder that is published
+EDITABLE = (MODEL_CARD, ".gitattributes")  # people and the Hub change these files in a published folder
 PIPELINE_FILES = ("model_index.json", "id2label.json", "scheduler/scheduler_config.json", "vae/config.json")
 WEIGHT_FILE = re.compile(r"diffusion_pytorch_model(-\d{5}-of-\d{5})?\.safetensors")
-DEBRIS = re.compile(r"\.DS_Store|\._.*|\.ipynb_checkpoints|\.cache")  # of programs that look at or download a folder
-Kind = Callable[[Path], bool]  # whether a folder is of a kind
+DEBRIS = re.compile(r"\.DS_Store|\._.*|\.ipynb_checkpoints|\.cache")  # left by programs that show or download a folder
+Kind = Callable[[Path], bool]  # says whether a folder is of some kind
 QUANT_METHOD = "tqdit"  # in the `quantization_config` of an artifact's config
 
 
@@ -70,7 +70,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is truncated or damaged: {error}") from None
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # a dtype or shape torch lacks
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # an unknown dtype or shape
         raise InputError(f"{path} has a tensor that cannot be read: {error}") from None
 
 
@@ -126,8 +126,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """
     try:
         save_file(dict(sorted(tensors.items())), path, metadata={"format": "pt"})
-        path.chmod(0o644)  # as every file beside it
-    except SafetensorError as error:  # a full disk, for one
+        path.chmod(0o644)  # the mode of every file beside it
+    except SafetensorError as error:  # the disk may be full
         raise OSError(f"{path} cannot be written: {error}") from None
 
 
@@ -200,7 +200,7 @@ def filled(
 ) -> Iterator[Path]:
     """Do as `replacing` for a target that is reserved already."""
 
-    def check() -> None:  # again at the end: hours may have passed
+    def check() -> None:  # checked again at the end: hours may have passed
         check_target(place.target, overwrite, replaceable, in_pipeline)
 
     check()
@@ -254,7 +254,7 @@ def check_parent(path: Path) -> None:
     if not parent.is_dir():
         raise InputError(f"output {path} cannot be made: {parent} is not a folder")
     try:
-        with tempfile.TemporaryFile(dir=parent) as file:  # has no name, where the file system can do that
+        with tempfile.TemporaryFile(dir=parent) as file:  # it has no name where the file system allows that
             file.write(bytes(4096))
     except OSError as error:
         raise InputError(f"output {path} cannot be made: {parent} is not writable ({error.strerror})") from None
@@ -281,7 +281,7 @@ def foreign_file(folder: Path) -> str | None:
         own |= {path for path in root.glob("*") if WEIGHT_FILE.fullmatch(path.name)}
         own |= {root / name for name in _sealed(root / MANIFEST)}
     own |= set((folder / "vae").glob("*.safetensors"))
-    if not is_there(folder / MANIFEST):  # else its seal has said what is in the components
+    if not is_there(folder / MANIFEST):  # else the folder's seal lists the components
         for name in components_named(folder):
             own |= {folder / name, *(folder / name).rglob("*")}
     files = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())

@@ -68,7 +68,7 @@ class _Process:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
-        self._found: dict[Callable[[Any], Any], Any] = {}  # what to call with which value
+        self._found: dict[Callable[[Any], Any], Any] = {}  # setter -> value to restore
 
     def __enter__(self) -> None:
         with self._lock:
@@ -106,7 +106,7 @@ def _precision() -> tuple[str, str, str]:
     """
     try:
         old = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the new ones contradict it, which they can only while it has its default
+    except RuntimeError:  # the new settings contradict the old one, which can only be while the old one has its default
         old = "highest"
     return old, cuda.matmul.fp32_precision, MKLDNN.matmul.fp32_precision
 
@@ -120,7 +120,7 @@ def _set_precision(setting: tuple[str, str, str]) -> None:
     cuda.matmul.fp32_precision, MKLDNN.matmul.fp32_precision = setting[1:]
 
 
-# How a setting is read and set, and its value in a fresh process.
+# Each row: the function that reads a setting, the one that sets it, and its value in a fresh process.
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any], Any], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
     (_determinism, _set_determinism, (False, False)),
@@ -136,7 +136,7 @@ def _creates_elsewhere() -> bool:
     """Say whether a new tensor would not be on the CPU."""
     try:
         return torch.get_default_device().type != "cpu"
-    except (RuntimeError, AssertionError):  # on a device that does not exist here
+    except (RuntimeError, AssertionError):  # the default device does not exist here
         return True
 
 

@@ -48,7 +48,7 @@ def reserved(out: Path) -> Iterator[Place | None]:
             except BusyError as error:
                 holders[0] = error.pid
             work = paths[1].resolve()
-            if place and work.parent.is_dir():  # it may be a link to a folder that another output has too
+            if place and work.parent.is_dir():  # `work` may be a link to a folder of another output, too
                 try:
                     stack.enter_context(holding(beside(work, "lock"), paths[1]))
                 except BusyError as error:
@@ -76,5 +76,5 @@ def check_shared(work: Path) -> None:
         mark.unlink()
     if not seen:
         with contextlib.suppress(OSError):
-            work.rmdir()  # made just now, on another disk
+            work.rmdir()  # this process has made it just now, on another disk
         raise InputError(f"resumable: {work} is not on a file system that all processes share; leave it out")

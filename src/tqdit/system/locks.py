@@ -10,8 +10,8 @@ from typing import IO
 
 from tqdit.errors import InputError
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # a file system without them
-UNKNOWN = -1  # the number of a process that has not said it
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # a file system without locks
+UNKNOWN = -1  # stands for the number of a process that has not written it
 
 
 class BusyError(InputError):
@@ -63,13 +63,13 @@ def holding(path: Path, what: Path) -> Iterator[bool]:
     finally:
         if file is not None:
             with suppress(OSError):
-                path.unlink()  # while the lock is held: whoever has opened the file too sees that it is gone
+                path.unlink()  # while the lock is held: another process that has opened the file sees that it is gone
             file.close()
 
 
 def _held(path: Path, what: Path) -> IO[bytes] | None:
     while True:
-        file = open(path, "a+b", opener=_opened)  # noqa: SIM115 - closed, it is no lock
+        file = open(path, "a+b", opener=_opened)  # noqa: SIM115 - a closed file holds no lock
         try:
             taken = locked(file)
             if taken is False:
@@ -78,7 +78,7 @@ def _held(path: Path, what: Path) -> IO[bytes] | None:
                 path.unlink(missing_ok=True)
                 file.close()
                 return None
-            if is_at(file, path):  # else its last holder has removed it
+            if is_at(file, path):  # else the last holder of the lock has removed the file
                 file.truncate(0)
                 file.write(str(os.getpid()).encode())
                 file.flush()

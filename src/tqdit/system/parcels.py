@@ -6,7 +6,7 @@ from itertools import accumulate
 import torch
 
 Named = Mapping[str, torch.Tensor]
-Form = list[tuple[str, torch.Size, torch.dtype]]  # what a `Named` looks like
+Form = list[tuple[str, torch.Size, torch.dtype]]  # name, shape and dtype of each tensor of a `Named`
 ALIGNMENT = 64  # bytes, as torch aligns its own tensors
 STAGE = 64 << 20  # bytes of pinned memory on the way from a GPU
 

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 
 from tqdit.errors import InputError
 
-MAX_BYTES = 64 * 2**20  # of a JSON file; those of the largest models have some 100 KiB
-MAX_DEPTH = 64  # of objects and arrays in each other
+MAX_BYTES = 64 * 2**20  # the limit of a JSON file; those of the largest models have some 100 KiB
+MAX_DEPTH = 64  # the limit of objects and arrays in each other
 MAX_INTEGER = 2**63 - 1
 
 
@@ -25,7 +25,7 @@ def check_regular(path: Path, why: str = "") -> os.stat_result:
         found = path.stat()
     except FileNotFoundError:
         raise InputError(f"{path} is missing" + (f"; {why}" if why else "")) from None
-    except (OSError, ValueError) as error:  # a circle of links, a part of the path that is a file; a name with a NUL
+    except (OSError, ValueError) as error:  # a circle of links, a file as a part of the path, or a name with a NUL
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path} cannot be read: {reason}") from None
     if not stat.S_ISREG(found.st_mode):

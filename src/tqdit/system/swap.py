@@ -22,8 +22,8 @@ from tqdit.errors import InputError, RepairWarning
 from tqdit.system.locks import holding, is_at, locked
 
 UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # the last two differ on macOS
-AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE = -100, 1, 2  # of Linux
-RANDOM_OLD = r"\.[a-z0-9_]{8}\.old"  # where there is no lock, and of earlier versions
+AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE = -100, 1, 2  # Linux' constants
+RANDOM_OLD = r"\.[a-z0-9_]{8}\.old"  # names used where there is no lock, and by earlier versions
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def partial_file(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
                     partial.unlink()
     except OSError as error:
         if error.errno:
-            error.filename, error.filename2 = str(path), None  # it may name the partial file, or none
+            error.filename, error.filename2 = str(path), None  # the error may name the partial file, or no file
         raise
 
 
@@ -51,7 +51,7 @@ def _partial(path: Path) -> tuple[Path, IO[bytes]]:
     try:
         handle = os.open(named, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.ELOOP, errno.EISDIR):  # there is something that is not ours
+        if error.errno not in (errno.EACCES, errno.ELOOP, errno.EISDIR):  # the file at this path is not ours
             raise
     else:
         file = os.fdopen(handle, "r+b")
@@ -61,7 +61,7 @@ def _partial(path: Path) -> tuple[Path, IO[bytes]]:
             if taken and is_at(file, named):
                 file.truncate(0)
                 return named, file
-            if taken is None:  # nobody writes a file of this name where there are no locks: it was made just now
+            if taken is None:  # nobody writes a file of this name without locks: this process made it just now
                 named.unlink(missing_ok=True)
         file.close()
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
@@ -86,7 +86,7 @@ class Place:
             sync_tree(partial)
             check()
             self._put(partial)
-        except shutil.Error as error:  # of many files: the first will do
+        except shutil.Error as error:  # an error of many files; the first is enough
             _, copy, reason = error.args[0][0]
             raise OSError(f"{copy} cannot be written: {reason}") from None
         finally:
@@ -143,7 +143,7 @@ class Place:
         """
         old = self._free("old")
         try:
-            self.target.rename(old)  # an empty folder may be there
+            self.target.rename(old)  # an empty folder may be at `old`
             rename_new(partial, self.target)
         except BaseException:
             if not os.path.lexists(self.target):
@@ -218,7 +218,7 @@ def sync(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if not (path.is_dir() and error.errno in UNSUPPORTED):  # some file systems sync no folders
+        if not (path.is_dir() and error.errno in UNSUPPORTED):  # some file systems cannot flush folders
             raise
     finally:
         os.close(handle)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-OLDEST = (8, 0)  # compute capability: the first with int8 tensor cores that Triton uses
+OLDEST = (8, 0)  # the first compute capability with int8 tensor cores that Triton uses
 
 
 def unavailable(device: torch.device) -> str | None:

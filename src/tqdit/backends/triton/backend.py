@@ -86,7 +86,7 @@ class TritonBackend:
             return operators.linear(codes, *weight, *operators.flatten(source))
         if isinstance(then, Residual):
             return operators.linear_residual(codes, *weight, *operators.flatten(source), then.x.contiguous(), then.gate)
-        if then.function != "gelu_tanh":  # no kernel has it
+        if then.function != "gelu_tanh":  # no kernel has this function
             return self.quantize(FUNCTIONS[then.function](self.linear(codes, source, layer)), then.target)
         return operators.linear_activation(codes, *weight, *operators.flatten(source, then.target))
 

@@ -13,7 +13,7 @@ from tqdit.backends.triton.launch import FEW_ROWS
 from tqdit.backends.triton.layouts import HEADS_OF, Config
 
 PARTS = {name: parts for parts, name in HEADS_OF.items()}
-FEW_TILES = 4096  # rows: below, large tiles leave multiprocessors without work
+FEW_TILES = 4096  # rows; with fewer, large tiles leave multiprocessors without work
 
 
 def norm(rows: int, width: int) -> list[Config]:

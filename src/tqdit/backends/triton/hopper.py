@@ -23,7 +23,7 @@ from tqdit.errors import InputError
 from tqdit.ops.schema import OperandParams
 
 GLUON = (3, 6), (3, 9)  # Triton's versions that were tried with the kernels for Hopper
-SHARED_MEMORY = 232448  # bytes of a Hopper multiprocessor, but for 1024 that each program takes of them
+SHARED_MEMORY = 232448  # bytes of a Hopper multiprocessor, without the 1024 that each program takes
 
 
 class Kernels(NamedTuple):
@@ -85,7 +85,7 @@ def x_blocks(block_m: int, block_n: int, stages: int, columns: int) -> int:
     """
     found = kernels()
     assert found
-    others = stages * (block_m + block_n) * 128 + 2 * 4 * block_n * 4 + 512  # what belongs to columns; barriers
+    others = stages * (block_m + block_n) * 128 + 2 * 4 * block_n * 4 + 512  # constants of columns; barriers
     return max(1, min((SHARED_MEMORY - others) // (block_m * found.linear.X_ROW), 2 * block_n // columns))
 
 
@@ -115,7 +115,7 @@ def linear(
     before: Any = out
     after: Any = out
     if x is not None:
-        x = x if x.data_ptr() % 16 == 0 else x.clone()  # as bulk copies want it
+        x = x if x.data_ptr() % 16 == 0 else x.clone()  # bulk copies need this alignment
         before, after = (hopper.x_blocks_of(part, rows, width, out_stride, bm) for part in (x, out))
         piece = hopper.X_ROW // x.element_size()
     groups = groups_of(source, *targets)

@@ -26,7 +26,7 @@ from tqdit.backends.triton.layouts import (
 from tqdit.errors import InputError
 from tqdit.ops.schema import Norm, OperandParams, Residual
 
-FEW_ROWS = 2  # of a float input: no more than these are worth multiplying without tensor cores
+FEW_ROWS = 2  # rows of a float input: only so few are worth multiplying without tensor cores
 
 
 def norm_quantize(x: torch.Tensor, norm: Norm, target: OperandParams, config: Config) -> torch.Tensor:

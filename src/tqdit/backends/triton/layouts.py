@@ -11,7 +11,7 @@ from tqdit.ops.schema import OperandParams
 from tqdit.spec import Grid
 
 NATIVE = not triton.knobs.runtime.interpret  # compiled for a GPU
-KINDS = {  # a constant of `kernels.rounding` -> grid, whether its regions are merged
+KINDS = {  # constant of `kernels.rounding` -> grid, and whether its regions are merged
     rounding.UNIFORM.value: (Grid.UNIFORM, False),
     rounding.GELU.value: (Grid.MRQ_GELU, False),
     rounding.GELU_MERGED.value: (Grid.MRQ_GELU, True),
@@ -52,10 +52,10 @@ class Config(NamedTuple):
     block_k: int
     band: int = 8  # rows of tiles that run together
     warps: int = 4
-    stages: int = 3  # norm: blocks of rows on their way, while registers hold shift and scale; 1: neither
+    stages: int = 3  # norm: blocks of rows on their way while registers hold shift and scale; 1: neither is done
     piece: int = 0  # columns that the epilogue has in registers at a time: block_n (0), or a half or a quarter of it
-    registers: int | None = None  # a thread's, at most
-    blocks: int = 1  # of rows that a program of the attention or norm kernel takes; attention for Hopper: AT_ONCE
+    registers: int | None = None  # the most that a thread has
+    blocks: int = 1  # blocks of rows that a program of the attention or norm kernel takes; Hopper's attention: AT_ONCE
     hopper: int = 0  # 1: by `kernels.hopper` or `kernels.hopper_attention`, with their own numbers of warps, registers
 
 
@@ -94,7 +94,7 @@ def groups_of(*operands: OperandParams) -> Groups:
     for operand in operands:
         if operand.group is not None and len(operand.table) > 1:
             return Groups(operand.group, 0 if operand.group.numel() == 1 else 1)
-    return Groups(operands[0].table, 0)  # read, and multiplied by a stride of 0
+    return Groups(operands[0].table, 0)  # a tensor that is read, but multiplied by a stride of 0
 
 
 def pitch(columns: int) -> int:

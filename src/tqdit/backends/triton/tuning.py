@@ -36,8 +36,8 @@ INTERPRETED = {
     "norm": Config(2, 0, 0, blocks=2), "quantize": Config(32, 64, 0),
 }  # fmt: skip
 ROUNDS, ROUND_MS = 5, 4
-THREADS = 16  # that compile; each holds one output of the kernel
-OLDEST = 9  # numbers of a configuration in the oldest files that are read; what they lack has its default
+THREADS = 16  # threads that compile; each holds one output of the kernel
+OLDEST = 9  # numbers of a configuration in the oldest files; missing numbers have their defaults
 
 Run = Callable[[Config], object]
 
@@ -127,9 +127,9 @@ def fastest(candidates: Sequence[Config], run: Run) -> list[tuple[Config, float]
         try:
             times[config] = milliseconds(functools.partial(run, config))
         except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise  # says nothing of the configuration
+            raise  # these errors are not the configuration's fault
         except (TritonError, RuntimeError) as error:
-            # Too much shared memory for this GPU, say. Its frames hold tensors, and this one, in a cycle.
+            # Perhaps too much shared memory for this GPU. The error's frames hold tensors, and the error, in a cycle.
             reason = error.with_traceback(None)
     if not times:
         raise RuntimeError(f"no configuration of the kernel runs here: {reason}") from reason

@@ -172,7 +172,7 @@ def probability_codes(e, total, parameters, MODE: tl.constexpr, BITS: tl.constex
     else:
         top: tl.constexpr = half - 1.0
         small = e <= (total * (scale * top))[:, None]
-        # Were the fine scale the larger one, what is beyond its region would have the top code: that of this scale too.
+        # Were the fine scale the larger one, values beyond its region would have the top code, as under its own.
         coarse_scale, inverse_coarse = tl.maximum(scale, coarse_scale), tl.minimum(inverse, inverse_coarse)
         fine, coarse = share * inverse, share * inverse_coarse
         if MODE == SOFTMAX:

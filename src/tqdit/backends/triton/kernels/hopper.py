@@ -172,7 +172,7 @@ def _consume(
     stored_columns: gl.constexpr = gl.SliceLayout(0, stored)
     by_token: gl.constexpr = gl.BlockedLayout([16, 1], [BM // 16, 512 // BM], [1, 4], [0, 1])
 
-    # What belongs to columns waits in shared memory while the group multiplies.
+    # The columns' scales, sums and biases wait in shared memory while the group multiplies.
     of_part: gl.constexpr = gl.SliceLayout(0, part)
     line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -188,7 +188,7 @@ def _consume(
 
     programs, steps = gl.num_programs(0), gl.cdiv(K, BK)
     for tile in range(gl.program_id(0) + ME * programs, tiles_m * tiles_n, 2 * programs):
-        # What the epilogue reads is on its way before the group waits for its turn.
+        # The epilogue's operands are on their way before the group waits for its turn.
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, BAND)
         first_row, first_column = tile_m * BM, tile_n * BN
         sample = first_row // TOKENS

@@ -41,7 +41,7 @@ from tqdit.backends.triton.kernels.rounding import (
 )
 
 PRIVATE = gl.constexpr(not hasattr(gl.shared_memory_descriptor, "reinterpret"))  # its name before Triton 3.7
-COPY_REGISTERS = 24  # of a thread that copies
+COPY_REGISTERS = 24  # registers of a thread that copies
 
 
 def block_layout(width: int) -> gl.NVMMASharedLayout:
@@ -515,7 +515,7 @@ def hopper_attention_kernel(
     for place in gl.static_range(Q_SLOTS):
         mbarrier.init(q_full.index(place), count=1)
         mbarrier.init(q_empty.index(place), count=1)
-    fence_async_shared()  # for copies and products, which see what was stored only then
+    fence_async_shared()  # without it copies and products would not see these stores
     rings = ((q_ring, q_rest_ring), (k_ring, k_rest_ring), (v_ring, v_rest_ring))
     barriers = (full, empty, q_full, q_empty)
     pointers = (out, trace, group, query, key, value, softmax, target)

@@ -23,7 +23,7 @@ from tqdit.backends.triton.kernels.rounding import (
     uniform_codes,
 )
 
-# What follows the product.
+# The epilogues.
 PLAIN = tl.constexpr(0)  # y
 RESIDUAL = tl.constexpr(1)  # x + gate y, or x + y
 ACTIVATION = tl.constexpr(2)  # codes of GELU(y)

@@ -21,7 +21,7 @@ INVERSE = tl.constexpr(4)
 INVERSE_COARSE = tl.constexpr(5)
 ROW = tl.constexpr(8)  # floats of a row
 
-MAGIC = tl.constexpr(12582912.0)  # 1.5 2^23: what is added to it is rounded to an integer, half to even
+MAGIC = tl.constexpr(12582912.0)  # 1.5 2^23: a number that is added to it is rounded to an integer, half to even
 MAGIC_BITS = tl.constexpr(0x4B400000)  # its bits; their lowest byte is 0, so an integer's low byte is the sum's
 
 
