@@ -17,7 +17,7 @@ from tqdit.speed.timing import Percentiles, interleaved, spread_timesteps
     ],
 )
 def test_percentiles(values: list[float], expected: tuple[float, ...]) -> None:
-    found = Percentiles.of(values)
+    found = Percentiles.from_sample(values)
     assert (found.p20, found.p50, found.p80) == pytest.approx(expected)
 
 

@@ -32,7 +32,7 @@ def outlier_example() -> tuple[MatmulObjective, Operand, Operand]:
     x[0, :2] = torch.tensor([-40.0, 40.0])
     fisher = torch.rand(200, 16) + 0.1
     fisher[0] = 1e-4
-    objective = MatmulObjective.of(linear, x, w, fisher)
+    objective = MatmulObjective.weighted(linear, x, w, fisher)
     return objective, activation(x, torch.zeros(200, dtype=torch.int64)), weight(w, per_channel=False)
 
 
@@ -55,7 +55,7 @@ def test_zero_rounds_keep_the_minmax_scales(outlier_example, tiny_recipe) -> Non
 def test_loss_never_rises_on_either_gelu_grid(grid: Grid, tiny_recipe) -> None:
     x = torch.nn.functional.gelu(torch.randn(200, 32) * 2, approximate="tanh")
     w = torch.randn(16, 32)
-    objective = MatmulObjective.of(linear, x, w, torch.ones(200, 16))
+    objective = MatmulObjective.weighted(linear, x, w, torch.ones(200, 16))
     a = activation(x, torch.arange(200) % 4, role=Role.GELU, grid=grid, groups=4)
     losses = [alternate(objective, a, weight(w), tiny_recipe(rounds=rounds))[2] for rounds in range(4)]
     assert losses == sorted(losses, reverse=True)
@@ -81,7 +81,7 @@ def test_trap_3_an_optimum_at_any_candidate_is_found(position: int, tiny_recipe)
     best = torch.rand(4, 1) + 0.5
     w = torch.randint(-31, 32, (4, 12)) * best
     b = weight(w).with_scale((best / factor).T)
-    objective = MatmulObjective.of(linear, x, w, torch.ones(50, 4))
+    objective = MatmulObjective.weighted(linear, x, w, torch.ones(50, 4))
     _, found, loss = alternate(objective, a, b, recipe)
     assert torch.allclose(found.scale, best.T, rtol=1e-5)
     assert loss < 1e-4
@@ -97,7 +97,7 @@ def test_trap_3_every_built_candidate_is_scored(tiny_recipe) -> None:
     x, a = exact_input()
     w = torch.randn(4, 12)
     b = weight(w)
-    objective = MatmulObjective.of(counted, x, w, torch.ones(50, 4))
+    objective = MatmulObjective.weighted(counted, x, w, torch.ones(50, 4))
     recipe = tiny_recipe(candidates=9, rounds=1)
     (tables,) = b.candidate_scales(b.scale, recipe)
     scored.clear()
@@ -116,7 +116,7 @@ def test_every_channel_group_and_head_finds_its_own(tiny_recipe) -> None:
     a, b = activation(q, group, role=Role.QUERY, **spec), activation(k, group, role=Role.KEY, **spec)
     fisher = torch.ones(8, 3, 20, 20)
     fisher[:, :, 0] = 0  # nobody listens to the row of the outlier
-    found, _, _ = alternate(MatmulObjective.of(scores, q, k, fisher), a, b, recipe)
+    found, _, _ = alternate(MatmulObjective.weighted(scores, q, k, fisher), a, b, recipe)
     ratio = found.scale / a.scale
     assert ratio[1, 2] < 0.3
     assert (ratio.flatten()[:-1] > 0.5).all()
@@ -130,7 +130,7 @@ def test_fisher_weights_decide(tiny_recipe) -> None:
     for weights in ((1.0, 0.0), (0.0, 1.0)):
         fisher = torch.tensor(weights).repeat_interleave(50)[:, None].expand(100, 4)
         found, _, _ = alternate(
-            MatmulObjective.of(linear, x, w, fisher), activation(x, group), weight(w, 8), tiny_recipe()
+            MatmulObjective.weighted(linear, x, w, fisher), activation(x, group), weight(w, 8), tiny_recipe()
         )
         scales.append(found.scale.item())
     assert scales[1] < scales[0] / 3
@@ -146,7 +146,7 @@ def test_softmax_exponent_follows_the_probabilities_of_the_group(tiny_recipe) ->
     stats = RangeStats.empty(2, 2).update(p, group).over_units()
     a = operands.activation(site, p, group, stats)
     b = activation(v, group, bits=8, role=Role.VALUE, granularity=Granularity.PER_HEAD, units=2)
-    found, _, _ = alternate(MatmulObjective.of(combine, p, v, torch.ones(1)), a, b, tiny_recipe())
+    found, _, _ = alternate(MatmulObjective.weighted(combine, p, v, torch.ones(1)), a, b, tiny_recipe())
     ratio = torch.log2(found.scale[:, 0, 1] / found.scale[:, 0, 0])
     assert torch.equal(ratio, ratio.round())  # powers of two
     flat_scale = found.scale[0, 0, 0]
@@ -160,7 +160,7 @@ def test_softmax_exponent_follows_the_probabilities_of_the_group(tiny_recipe) ->
 def test_ending_early_changes_nothing(grid: Grid, per_channel: bool, tiny_recipe, monkeypatch) -> None:
     x = torch.nn.functional.gelu(torch.randn(200, 32) * 2, approximate="tanh")
     w = torch.randn(16, 32)
-    objective = MatmulObjective.of(linear, x, w, torch.rand(200, 16))
+    objective = MatmulObjective.weighted(linear, x, w, torch.rand(200, 16))
     a = activation(x, torch.arange(200) % 2, role=Role.GELU, grid=grid, groups=2)
     early = alternate(objective, a, weight(w, 6, per_channel), tiny_recipe(rounds=8))
     monkeypatch.setattr(torch, "equal", lambda *_: False)  # never settled
@@ -197,7 +197,7 @@ def test_each_region_of_gelu_is_searched(region: int, tiny_recipe) -> None:
         x[0, 0], fisher[0] = 40.0, 0.0
     w = torch.randn(16, 32)
     a = activation(x, torch.zeros(200, dtype=torch.int64), role=Role.GELU, grid=Grid.MRQ_GELU)
-    found, _, _ = alternate(MatmulObjective.of(linear, x, w, fisher), a, weight(w, 8), tiny_recipe(rounds=1))
+    found, _, _ = alternate(MatmulObjective.weighted(linear, x, w, fisher), a, weight(w, 8), tiny_recipe(rounds=1))
     assert found.scale[0, 0, region] < 0.3 * a.scale[0, 0, region]
 
 
@@ -223,7 +223,7 @@ def test_a_first_region_is_searched_again_after_the_second(tiny_recipe, monkeypa
 
     monkeypatch.setattr(alternating, "loss_of_values", loss_of)
     recipe = tiny_recipe(candidates=121, low=0.01, high=1.21)
-    objective = MatmulObjective.of(linear, x, b.values, None)
+    objective = MatmulObjective.weighted(linear, x, b.values, None)
     losses = [alternate(objective, a, b, recipe.model_copy(update={"rounds": n}))[2] for n in (1, 2, 3, 8)]
     assert losses == sorted(losses, reverse=True)
     assert losses[1] < losses[0]
@@ -245,7 +245,7 @@ def test_a_candidate_whose_loss_is_not_a_number_is_never_chosen(tiny_recipe, mon
 
     monkeypatch.setattr(alternating, "loss_of_values", loss_of)
     recipe = tiny_recipe(rounds=1)
-    found, _, _ = alternate(MatmulObjective.of(linear, x, b.values, None), a, b, recipe)
+    found, _, _ = alternate(MatmulObjective.weighted(linear, x, b.values, None), a, b, recipe)
     (tables,) = a.candidate_scales(a.scale, recipe)
     assert torch.equal(found.scale, tables[1])
 
@@ -269,7 +269,7 @@ def test_a_search_ends_where_another_could_change_nothing(grid: Grid, seed: int,
     """
     torch.manual_seed(seed)
     x, w = torch.nn.functional.gelu(torch.randn(8, 4) * 2, approximate="tanh"), torch.randn(3, 4)
-    objective = MatmulObjective.of(linear, x, w, None)
+    objective = MatmulObjective.weighted(linear, x, w, None)
     a = activation(x, torch.zeros(8, dtype=torch.int64), 4, role=Role.GELU, grid=grid)
     b = weight(w, 4, per_channel=False)
     history: list[torch.Tensor] = []
@@ -302,7 +302,7 @@ def test_both_regions_after_gelu_are_searched(tiny_recipe) -> None:
     fisher = torch.ones(200, 4)
     fisher[-1] = 0
     a = activation(x, torch.zeros(200, dtype=torch.int64), role=Role.GELU, grid=Grid.MRQ_GELU)
-    objective = MatmulObjective.of(linear, x, torch.randn(4, 8), fisher)
+    objective = MatmulObjective.weighted(linear, x, torch.randn(4, 8), fisher)
     found, _, _ = alternate(objective, a, weight(torch.randn(4, 8), 8), tiny_recipe())
     negative, positive = (found.scale / a.scale).flatten().tolist()
     assert negative < 0.3

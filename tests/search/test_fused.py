@@ -75,7 +75,7 @@ def test_losses_of_linear_layers(
     x = rows_of(role, rows, depth)
     a, b = operand(x, role, grid, merging), weight(columns, depth, per_channel=weighed)
     fisher = torch.rand(rows, columns, device=DEVICE) if weighed else None
-    objective = MatmulObjective.of(objectives.linear, x, b.values, fisher)
+    objective = MatmulObjective.weighted(objectives.linear, x, b.values, fisher)
     agree(objective, a, b, a, tiny_recipe)
     agree(objective, a, b, b, tiny_recipe)
 
@@ -84,7 +84,7 @@ def test_losses_of_linear_layers(
 def test_losses_of_scores(units: int, tiny_recipe) -> None:
     """A scale per head or one, of many matrices."""
     q, k = torch.randn(4, 3, 6, 8, device=DEVICE), torch.randn(4, 3, 10, 8, device=DEVICE)
-    objective = MatmulObjective.of(objectives.scores, q, k, torch.rand(4, 3, 6, 10, device=DEVICE))
+    objective = MatmulObjective.weighted(objectives.scores, q, k, torch.rand(4, 3, 6, 10, device=DEVICE))
     a, b = operand(q, Role.QUERY, units=units), operand(k, Role.KEY, units=units)
     agree(objective, a, b, a, tiny_recipe)
     agree(objective, a, b, b, tiny_recipe)
@@ -95,7 +95,7 @@ def test_losses_of_values(grid: Grid, tiny_recipe) -> None:
     """The probabilities have one scale of all heads, v one of each."""
     p = torch.randn(4, 3, 6, 10, device=DEVICE).mul(4).softmax(-1)
     v = torch.randn(4, 3, 10, 8, device=DEVICE)
-    objective = MatmulObjective.of(objectives.values, p, v, None)
+    objective = MatmulObjective.weighted(objectives.values, p, v, None)
     a, b = operand(p, Role.SOFTMAX, grid), operand(v, Role.VALUE, units=3)
     agree(objective, a, b, a, tiny_recipe)
     agree(objective, a, b, b, tiny_recipe)
@@ -114,7 +114,7 @@ def test_operands_may_lie_in_memory_as_they_like(tiny_recipe) -> None:
 def test_half_as_many_at_once_where_memory_runs_out(tiny_recipe, monkeypatch) -> None:
     x = rows_of(Role.INPUT, 6, 8)
     a, b = operand(x, Role.INPUT), weight(4, 8, per_channel=True)
-    objective = MatmulObjective.of(objectives.linear, x, b.values, None)
+    objective = MatmulObjective.weighted(objectives.linear, x, b.values, None)
     (tables,) = a.candidate_scales(a.scale, tiny_recipe(candidates=5))
     expected = alternating.loss_of_values(objective, a, b, a)(tables)
     steps, counts, most = fused.steps, [], 2
@@ -165,7 +165,7 @@ def test_memory_limits_the_candidates_at_once(tiny_recipe, monkeypatch) -> None:
     """By the largest of the parts of the output and of the searched operand; the losses stay."""
     x = rows_of(Role.GELU, 6, 8)
     b = weight(4, 8, per_channel=True)
-    objective = MatmulObjective.of(objectives.linear, x, b.values, None)
+    objective = MatmulObjective.weighted(objectives.linear, x, b.values, None)
     one, two = (operand(x, Role.GELU, Grid.MRQ_GELU, merging) for merging in (True, False))
     tables = b.candidate_scales(b.scale, tiny_recipe(candidates=5))[0]
     expected = alternating.loss_of_steps(objective, one, b, b)(tables)
@@ -219,7 +219,7 @@ def test_units_without_a_range(role: Role, grid: Grid, merging: bool, tiny_recip
     b.values[2] = 0
     b = operands.weight([b.spec], [b.values])
     assert b.scale[0, 2] == 1
-    objective = MatmulObjective.of(objectives.linear, x, b.values, None)
+    objective = MatmulObjective.weighted(objectives.linear, x, b.values, None)
     for searched in (a, b):
         tables = torch.cat(searched.candidate_scales(searched.scale, tiny_recipe(candidates=3)))[:3]
         expected, found = (

@@ -9,7 +9,7 @@ from tqdit.search.objectives import MatmulObjective, linear, scores, values
 def test_loss_is_the_weighted_squared_error() -> None:
     x, w = torch.randn(5, 4), torch.randn(3, 4)
     fisher = torch.rand(5, 3)
-    objective = MatmulObjective.of(linear, x, w, fisher)
+    objective = MatmulObjective.weighted(linear, x, w, fisher)
     x_hat = x + 0.1
     expected = fisher / fisher.mean() * (x_hat @ w.T - x @ w.T) ** 2
     assert torch.allclose(objective.loss(x_hat, w), expected, atol=1e-6)
@@ -18,7 +18,7 @@ def test_loss_is_the_weighted_squared_error() -> None:
 @pytest.mark.parametrize("fisher", [torch.zeros(5, 3), torch.full((5, 3), float("nan"))])
 def test_fisher_without_information_falls_back_to_the_plain_error(fisher: torch.Tensor) -> None:
     x, w = torch.randn(5, 4), torch.randn(3, 4)
-    objective = MatmulObjective.of(linear, x, w, fisher)
+    objective = MatmulObjective.weighted(linear, x, w, fisher)
     assert objective.weights is None
     assert torch.allclose(objective.loss(x + 1, w), (w.sum(1) ** 2).expand(5, 3), atol=1e-5)
 
@@ -26,7 +26,7 @@ def test_fisher_without_information_falls_back_to_the_plain_error(fisher: torch.
 def test_float_operands_have_no_loss() -> None:
     q, k = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 5, 8)
     for combine, b in ((scores, k), (values, torch.randn(2, 3, 8, 6))):
-        assert not MatmulObjective.of(combine, q, b, torch.ones(1)).loss(q, b).any()
+        assert not MatmulObjective.weighted(combine, q, b, torch.ones(1)).loss(q, b).any()
 
 
 def test_scores_are_scaled_as_in_attention() -> None:
@@ -43,7 +43,7 @@ def test_values_are_the_rows_of_v_weighted_by_their_probabilities() -> None:
 
 def test_without_fisher_weights_every_error_counts_alike() -> None:
     x, w = torch.randn(5, 4), torch.randn(3, 4)
-    objective = MatmulObjective.of(linear, x, w, None)
+    objective = MatmulObjective.weighted(linear, x, w, None)
     assert objective.weights is None
     assert torch.equal(objective.target, linear(x, w))
     assert torch.allclose(objective.loss(x + 1, w), (w.sum(1) ** 2).expand(5, 3), atol=1e-5)

@@ -188,8 +188,8 @@ def test_attention_is_searched_on_its_float_scores_and_probabilities(model, reco
         )
 
     p = torch.einsum("shqd,shkd->shqk", record.q, record.k).mul(record.q.shape[-1] ** -0.5).softmax(-1)
-    of_values = MatmulObjective.of(objectives.values, p, record.v, record.fisher_values)
-    of_scores = MatmulObjective.of(objectives.scores, record.q, record.k, record.fisher_scores)
+    of_values = MatmulObjective.weighted(objectives.values, p, record.v, record.fisher_values)
+    of_scores = MatmulObjective.weighted(objectives.scores, record.q, record.k, record.fisher_scores)
     for objective, left, right in (
         (of_scores, operand(Role.QUERY, record.q), operand(Role.KEY, record.k)),
         (of_values, operand(Role.SOFTMAX, p), operand(Role.VALUE, record.v)),

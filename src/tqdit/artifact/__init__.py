@@ -1,0 +1,1 @@
+"""The artifact: a quantized model as a folder in diffusers' style."""

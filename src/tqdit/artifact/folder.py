@@ -1,4 +1,4 @@
-"""Solution <-> a folder in diffusers' style, that its `from_pretrained` reads too (see `integrations`).
+"""Write a Solution as a folder in diffusers' style, and read it back; diffusers' `from_pretrained` reads it too.
 
     config.json                              the model's config with `quantization_config`
     diffusion_pytorch_model.safetensors      the tensors of `tqdit.artifact.tensors`; or shards of it and their index
@@ -39,7 +39,7 @@ from tqdit.system.files import (
 )
 from tqdit.system.reading import check_regular
 
-# What is read with a model: these files, and in these folders the files with these suffixes.
+# The files that are read with a model: these, and in these folders the files with these suffixes.
 BESIDE = ("model_index.json", "id2label.json")
 FOLDERS_BESIDE = ("scheduler", "vae")
 READ_SUFFIXES = (".json", ".safetensors", ".bin")
@@ -67,7 +67,10 @@ def write(solution: Solution, folder: Path, shard_bytes: int | None = None) -> N
 
 
 def seal(folder: Path) -> None:
-    """Write tqdit.json: from now on the files beside config and weights, which vouch for themselves, may not change."""
+    """Write tqdit.json: from now on the files beside config and weights may not change.
+
+    Config and weights vouch for themselves.
+    """
     beside = sorted(path for path in folder.rglob("*") if path.is_file() and not _vouched(path.relative_to(folder)))
     files = {path.relative_to(folder).as_posix(): _sha256(path) for path in beside}
     write_json(folder / MANIFEST, {"format_version": tensors.FORMAT_VERSION, "files": files}, sort_keys=True)
@@ -109,21 +112,21 @@ def check_replaceable(folder: Path) -> None:
 
 
 def unseal_pipeline(folder: Path) -> None:
-    """Remove the seal of the pipeline around a model that was saved anew.
+    """Remove the seal of the pipeline around a re-saved model: the pipeline's own files have changed.
 
-    diffusers changes the pipeline's own files then, and writes no seal.
+    diffusers changes these files when it saves the model, and writes no seal.
     """
     if folder.name == TRANSFORMER:
         (folder.parent / MANIFEST).unlink(missing_ok=True)
 
 
 def size_bytes(folder: Path) -> int:
-    """Bytes of the weight files, what an artifact takes on disk for the model itself."""
+    """Return the bytes of the weight files, which an artifact takes on disk for the model itself."""
     return sum(path.stat().st_size for path in model_folder(folder).glob("*.safetensors"))
 
 
 def _shards(stored: dict[str, torch.Tensor], most: int | None) -> list[dict[str, torch.Tensor]]:
-    """The tensors in their order, cut where a shard would have more than `most` bytes."""
+    """Divide the tensors, in their order, where a shard would have more than `most` bytes."""
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
     for name, tensor in stored.items():
@@ -136,14 +139,14 @@ def _shards(stored: dict[str, torch.Tensor], most: int | None) -> list[dict[str,
 
 
 def _vouched(path: Path) -> bool:
-    """Whether a file, relative to its folder, is not the seal's to watch."""
+    """Say whether the seal leaves out a file, given relative to its folder."""
     if path.parts[0] == TRANSFORMER and len(path.parts) > 1:
         return True
     return len(path.parts) == 1 and (path.name in (CONFIG, MANIFEST, INDEX, *EDITABLE) or path.suffix == ".safetensors")
 
 
 def _pipeline_of(folder: Path) -> Path:
-    """The pipeline whose transformer `folder` is; else the folder itself."""
+    """Return the pipeline whose transformer `folder` is; else the folder itself."""
     real = Path(os.path.realpath(folder))
     return real.parent if real.name == TRANSFORMER and is_there(real.parent / MANIFEST) else folder
 
@@ -167,7 +170,7 @@ def _check_seal(folder: Path) -> None:
 
 
 def _read_with_model(folder: Path) -> list[Path]:
-    """The files beside config and weights that are read with a model, if they are there.
+    """Return the files beside config and weights that are read with a model, if they are there.
 
     A README is not, nor is anything under a name with a leading dot: editors and file managers leave such files.
     """

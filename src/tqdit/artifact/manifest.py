@@ -1,4 +1,7 @@
-"""The manifest of an artifact: what its tensors are. Bytes that anyone may have written become strict types here."""
+"""Read and write the manifest of an artifact, which lists its tensors.
+
+Bytes that anyone may have written become strict types here.
+"""
 
 import json
 from collections.abc import Mapping
@@ -24,8 +27,8 @@ from tqdit.spec import MAX_BITS, MIN_BITS, Granularity, Grid, Role, SiteSpec
 from tqdit.system.reading import parse_json
 from tqdit.timegroups import MAX_EDGES, MAX_TIMESTEPS, TimeGroups
 
-MAX_AXES = 4  # of a weight
-MAX_SIZE = 2**40  # of an axis: what is larger is in no file
+MAX_AXES = 4  # axes of a weight
+MAX_SIZE = 2**40  # the limit of an axis: no file holds a larger one
 
 Size = Annotated[StrictInt, Field(ge=1, le=MAX_SIZE)]
 Sha256 = Annotated[str, StringConstraints(strict=True, pattern=r"^[0-9a-f]{64}$")]
@@ -53,12 +56,13 @@ class _Site(_Entry):
 
 
 class _UniformGroups(_Entry):
-    """Time groups as format 2 has them."""
+    """Time groups in the form of format 2."""
 
     num_timesteps: Annotated[StrictInt, Field(ge=1, le=MAX_TIMESTEPS)]
     num_groups: Annotated[StrictInt, Field(ge=1, le=MAX_EDGES + 1)]
 
     def read(self) -> TimeGroups:
+        """Return the time groups."""
         return TimeGroups.uniform(0, self.num_timesteps, self.num_groups)
 
 
@@ -73,7 +77,7 @@ class _TimeGroups(_Entry):
 
 
 class StoredTensor(_Entry):
-    """What a tensor of the weight files must be."""
+    """The dtype, shape and hash that a tensor of the weight files must have."""
 
     dtype: StrictStr
     shape: list[Annotated[StrictInt, Field(ge=0, le=MAX_SIZE)]]
@@ -81,7 +85,7 @@ class StoredTensor(_Entry):
 
 
 class _Manifest(BaseModel):
-    """Keys that a later version may have beside these mean nothing to this one."""
+    """The entries of a manifest. Keys that a later version may add beside them mean nothing to this version."""
 
     settings: dict[StrictStr, Any] = Field(alias="model_config")  # pydantic has another use for that name
     sites: list[_Site]
@@ -104,7 +108,10 @@ FORMATS: dict[int, type[_Manifest2] | type[_Manifest3]] = {2: _Manifest2, 3: _Ma
 
 @dataclass(frozen=True)
 class Manifest:
-    """`shapes`: of weights, whose codes are packed. `aliases`: a tensor's name -> the equal one that is stored."""
+    """The content of a manifest.
+
+    `shapes`: of weights, whose codes are packed. `aliases`: a tensor's name -> the equal one that is stored.
+    """
 
     model_config: Mapping[str, Any]
     time_groups: TimeGroups
@@ -139,7 +146,7 @@ class Manifest:
         )
 
     def to_json(self) -> bytes:
-        """The bytes that `parse` takes, of the newest format; the same for the same content."""
+        """Return the bytes that `parse` reads, in the newest format; the same for the same content."""
         value = {
             "model_config": dict(self.model_config),
             "time_groups": asdict(self.time_groups),
@@ -176,7 +183,7 @@ def _checked_aliases(value: _Manifest) -> Mapping[str, str]:
 
 
 def _printable(value: Any) -> Any:
-    """The provenance as tables and pages may show it."""
+    """Return the provenance in a form that tables and pages may show."""
     if isinstance(value, dict):
         return {printable(name): _printable(inner) for name, inner in value.items()}
     if isinstance(value, list):

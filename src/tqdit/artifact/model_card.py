@@ -1,4 +1,4 @@
-"""The README.md of an artifact: a model card for the Hub that says how the model is loaded and how it was made."""
+"""Write the README.md of an artifact: a model card that says how the model is loaded and how it was made."""
 
 import hashlib
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdit.spec import Solution
 from tqdit.system.files import EDITABLE, MODEL_CARD, write_text
 
-FOLDER = "FOLDER"  # stands for where the artifact is
+FOLDER = "FOLDER"  # stands for the place of the artifact
 KIND = "KIND"  # stands for a class of diffusers
 # The lines that load an artifact in diffusers: a pipeline, the transformer of one without a decoder, or a model alone.
 LOAD_PIPELINE = f'from diffusers import {KIND}\n\npipe = {KIND}.from_pretrained("{FOLDER}")'
@@ -20,7 +20,10 @@ MARKED = re.compile("(.*)" + re.escape(MARK).replace(r"\{\}", "([0-9a-f]{64})"),
 
 
 def write_card(folder: Path, text: str, former: Path) -> None:
-    """Write a model card into a new artifact's folder, unless people have edited that of `former`, the one before."""
+    """Write a model card into a new artifact's folder.
+
+    What people have edited of the card of `former`, the artifact before, is kept instead.
+    """
     write_text(folder / MODEL_CARD, text)
     keep_edited(folder, former)
 
@@ -33,7 +36,7 @@ def keep_edited(folder: Path, former: Path) -> None:
 
 
 def _is_generated(path: Path) -> bool:
-    """Whether a file is a card as `model_card` made it, of any model."""
+    """Say whether a file is a card as `model_card` made it, of any model."""
     found = MARKED.fullmatch(path.read_text(encoding="utf-8", errors="replace"))
     return found is not None and _digest(found[1]) == found[2]
 

@@ -1,4 +1,4 @@
-"""How an artifact was made, read without its weights."""
+"""Read how an artifact was made, without reading its weights."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tqdit.provenance import Provenance
 
 
 def read_provenance(folder: Path, version: int) -> Provenance:
-    """The provenance of the model in `folder`, of that format; empty if no weight file has a manifest.
+    """Return the provenance of the model in `folder`, in that format; empty if no weight file has a manifest.
 
     Nothing else is verified.
     """

@@ -1,4 +1,4 @@
-"""Solution <-> named tensors: what the weight files of an artifact hold, whoever reads and writes the files.
+"""Turn a Solution into named tensors and back: the content of an artifact's weight files, whoever handles the files.
 
     <weight>.codes                 uint8, packed
     <site>.scale, <site>.zero_point    float32, int32
@@ -23,16 +23,18 @@ from tqdit.grids import packing
 from tqdit.spec import GridParams, SiteSpec, Solution
 from tqdit.system.files import CONFIG, QUANT_METHOD
 
-FORMAT_VERSION = max(FORMATS)  # of all that is written
+FORMAT_VERSION = max(FORMATS)  # the format of everything that is written
 MANIFEST_TENSOR = "tqdit.manifest"
 QUANTIZATION = "quantization_config"
 DEFAULTS = "_use_default_values"  # diffusers' list of keys that a config.json lacked
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # what is smaller has not all its digits
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # a smaller number lacks some of its digits
 
 
 def pack(solution: Solution) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors by name, sorted, and the model's config with its `quantization_config` (small: diffusers sends it
-    along with requests)."""
+    """Return the tensors by name, sorted, and the model's config with its `quantization_config`.
+
+    The `quantization_config` is small, since diffusers sends it along with requests.
+    """
     tensors, shapes = _tensors_of(solution)
     stored, aliases = _deduplicated(tensors)
     manifest = Manifest(
@@ -62,7 +64,10 @@ def pack(solution: Solution) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def check_config(config: Mapping[str, Any], where: object) -> Mapping[str, Any]:
-    """The `quantization_config` of a model's config. `InputError` if it is not ours, or of another format."""
+    """Return the `quantization_config` of a model's config.
+
+    Raises `InputError` if it is not ours, or of another format.
+    """
     quantization = config.get(QUANTIZATION)
     if not isinstance(quantization, Mapping) or quantization.get("quant_method") != QUANT_METHOD:
         raise InputError(f"{where} has no {QUANTIZATION} of method '{QUANT_METHOD}'")
@@ -74,15 +79,16 @@ def check_config(config: Mapping[str, Any], where: object) -> Mapping[str, Any]:
 
 
 def readable(version: object) -> bool:
-    """Whether artifacts and seals of a format version can be read."""
+    """Say whether artifacts and seals of a format version can be read."""
     return type(version) is int and version in FORMATS
 
 
 def unpack(found: Mapping[str, torch.Tensor], config: Mapping[str, Any], where: object) -> Solution:
-    """The Solution that `pack` took. `where`: for messages, the file or folder that the tensors are of.
+    """Return the Solution that `pack` packed.
 
-    Raises `InputError` naming the tensor for anything missing, left over, changed, of the wrong dtype or shape, and for
-    scales that are not finite and positive. 8-bit codes stay views of what was given, maybe a mapped file.
+    `where`: the file or folder of the tensors, for messages. Raises `InputError` naming the tensor for anything
+    missing, left over, changed, of the wrong dtype or shape, and for scales that are not finite and positive. 8-bit
+    codes stay views of what was given, maybe a mapped file.
     """
     try:
         return _unpacked(found, config)
@@ -118,7 +124,10 @@ def _tensors_of(solution: Solution) -> tuple[dict[str, torch.Tensor], dict[str, 
 
 
 def _deduplicated(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors to store, and name -> stored name for those that repeat one. Small ones are not worth an entry."""
+    """Return the tensors to store, and name -> stored name for those that repeat one.
+
+    Small tensors are not worth an entry.
+    """
     first: dict[tuple[Any, ...], str] = {}
     stored: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
@@ -144,7 +153,10 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 
 def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a model config that decides what the model computes; diffusers' own notes start with "_"."""
+    """Return the part of a model config that decides what the model computes.
+
+    diffusers' own notes, whose names start with "_", are left out.
+    """
     return {key: config[key] for key in sorted(config) if not key.startswith("_") and key != QUANTIZATION}
 
 
@@ -169,7 +181,7 @@ def _manifest(found: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> M
 
 
 def _newer(config: Mapping[str, Any], known: Mapping[str, Any]) -> set[str]:
-    """Settings that diffusers has got since the artifact was written, and put into the config with its own default.
+    """Return settings that diffusers added after the artifact was written, if they have diffusers' own defaults.
 
     diffusers lists them, but the list may be in the file, too: only what diffusers' class has itself is believed.
     """
@@ -195,7 +207,7 @@ def _verified(found: Mapping[str, torch.Tensor], manifest: Manifest) -> dict[str
                 raise InputError(f"tensor '{name}' has {key} {has}, expected {needs}")
     if extra := sorted(set(found) - {*manifest.tensors, MANIFEST_TENSOR}):
         raise InputError(f"has an unexpected tensor '{extra[0]}'")
-    # Weight codes stay in the mapped file until `convert` packs them; no other tensor may keep all of it in memory.
+    # Weight codes stay in the mapped file until `convert` packs them. No other tensor may keep the file in memory.
     return {name: found[name] if found[name].dtype is torch.uint8 else found[name].clone() for name in manifest.tensors}
 
 
@@ -206,7 +218,7 @@ def _take(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
 
 
 def _take_params(spec: SiteSpec, tensors: dict[str, torch.Tensor]) -> GridParams:
-    """Scale and zero point of a site, checked for dtype, shape and range."""
+    """Return scale and zero point of a site, checked for dtype, shape and range."""
     name = f"{spec.name}.scale"
     scale = _take(tensors, name)
     shape = spec.scale_shape
@@ -227,7 +239,10 @@ def _take_params(spec: SiteSpec, tensors: dict[str, torch.Tensor]) -> GridParams
 
 
 def _take_codes(manifest: Manifest, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weight codes by site. Tensors that are stored once stay shared, unless their shape or width differs."""
+    """Return weight codes by site.
+
+    Tensors that are stored once stay shared, unless their shape or width differs.
+    """
     codes: dict[str, torch.Tensor] = {}
     unpacked: dict[tuple[Any, ...], torch.Tensor] = {}
     for spec in manifest.sites:

@@ -1,1 +1,4 @@
-"""Backends that are fast on one kind of device. Loaded by name from `ops.dispatch`; nothing imports them."""
+"""Backends that are fast on one kind of device.
+
+`ops.dispatch` loads them by name; nothing imports them.
+"""

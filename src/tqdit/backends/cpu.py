@@ -24,11 +24,14 @@ from tqdit.system.isolation import without_autocast
 
 Layer = PackedLinear | PanelLinear
 
-WEIGHT_ROWS = 4096  # of a float-input weight that exist in fp32 at a time, where nothing is compiled
+WEIGHT_ROWS = 4096  # rows of a float-input weight that are in fp32 at a time, where nothing is compiled
 
 
 class TorchCpu(Composed):
-    """Integer products through oneDNN or exact fp32, the rest composed of torch operations; codes are int8."""
+    """The backend of integer products in oneDNN or exact fp32, with the rest composed of torch operations.
+
+    Codes are int8.
+    """
 
     NAME = "cpu"
     INTEGER = True
@@ -59,7 +62,10 @@ class TorchCpu(Composed):
 
 
 class NativeCpu(TorchCpu):
-    """The same with compiled kernels. Codes are uint8, signed code + 128; those of two regions are two planes."""
+    """The backend of compiled kernels.
+
+    Codes are uint8, signed code + 128; those of two regions are two planes.
+    """
 
     def kernel(self, operation: str) -> str:
         if operation in ("scores", "values"):
@@ -130,12 +136,15 @@ class NativeCpu(TorchCpu):
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why the backend cannot run on a device, or None. It runs on every CPU, at worst in torch alone."""
+    """Return why the backend cannot run on a device, or None.
+
+    It runs on every CPU, at worst in torch alone.
+    """
     return None if device.type == "cpu" else "it runs on CPUs only"
 
 
 def BACKEND() -> TorchCpu:  # noqa: N802  (a class in the other backends)
-    """The compiled kernels where they can be built; a warning where they cannot."""
+    """Return the compiled kernels' backend where they can be built, else `TorchCpu` with a warning."""
     if reason := native.reason():
         warnings.warn(f"integer models run in torch, several times slower: {reason} (docs/cpu.md)", stacklevel=3)
         return TorchCpu()
@@ -145,7 +154,7 @@ def BACKEND() -> TorchCpu:  # noqa: N802  (a class in the other backends)
 
 
 def _planes(codes: torch.Tensor, source: OperandParams) -> list[torch.Tensor]:
-    """uint8 operands of the products that signed codes need: one, or one per region."""
+    """Return the uint8 operands of the products that signed codes need: one, or one per region."""
     if not source.grid.two_region:
         return [codes.contiguous().view(torch.uint8) ^ SIGN]
     negative, positive = (part.to(torch.int32) for part in reference.split_regions(codes))
@@ -156,7 +165,7 @@ def _planes(codes: torch.Tensor, source: OperandParams) -> list[torch.Tensor]:
 
 
 def _sums(planes: list[torch.Tensor], source: OperandParams, weight: PackedWeight) -> list[torch.Tensor]:
-    """The integer sums of each plane with the weight, zero points taken out, as fp32 (B, N, out)."""
+    """Return the integer sums of each plane with the weight, zero points taken out, as fp32 (B, N, out)."""
     zeros = onednn.zero_points(source)
     if torch.compiler.is_compiling():
         return [operators.product(plane, zeros, *operators.flat_weight(weight)) for plane in planes]

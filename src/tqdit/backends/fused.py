@@ -1,4 +1,4 @@
-"""The compiled verbs of the CPU backend on plain tensors: shapes checked, results allocated, kernels called.
+"""The compiled verbs of the CPU backend on plain tensors: shapes are checked, results allocated, kernels called.
 
 Codes are uint8, signed code + 128; those of two regions are two planes, unless the regions merge. torch cannot trace
 anything here: see `operators`.
@@ -27,11 +27,11 @@ from tqdit.ops.schema import AttentionParams, Norm, OperandParams, Residual
 from tqdit.spec import Grid
 
 Weight = PanelWeight | PackedWeight
-PARTS = (1, 2, 3)  # that a projection may have
+PARTS = (1, 2, 3)  # the numbers of parts that a projection may have
 
 
 def quantize(x: Tensor, target: OperandParams, norm: Norm | None = None) -> Tensor:
-    """As `Backend.quantize`: (B, N, C), or two planes of that."""
+    """Return codes as `Backend.quantize` does: (B, N, C), or two planes of that shape."""
     if x.ndim != 3:
         raise refusal(f"hidden states {tuple(x.shape)}")
     x = x.float().contiguous()
@@ -55,7 +55,7 @@ def quantize(x: Tensor, target: OperandParams, norm: Norm | None = None) -> Tens
 def project(
     codes: Tensor, source: OperandParams, weight: Weight, targets: Sequence[OperandParams], heads: int
 ) -> Tensor:
-    """As `Backend.project`: (B, N, parts C)."""
+    """Return codes as `Backend.project` does: (B, N, parts C)."""
     call = _Linear(codes, source, weight)
     batch, _, columns = call.shape
     parts = len(targets)
@@ -78,7 +78,10 @@ def attend(
     bias: Tensor | None = None,
     trace: Tensor | None = None,
 ) -> Tensor:
-    """As `Backend.attend`. `trace`: int8 (B, H, N, M), filled with the codes of the probabilities; for tests."""
+    """Return codes as `Backend.attend` does.
+
+    `trace`: int8 (B, H, N, M), filled with the codes of the probabilities; for tests.
+    """
     heads, call = attention.heads, AttentionCall()
     batch, tokens, width = _attention_buffers(call, projected, context, heads)
     operands = [operand(params, batch, heads) for params in (*attention.projections, attention.softmax)]
@@ -97,7 +100,7 @@ def attend(
 
 
 def linear_gelu(codes: Tensor, source: OperandParams, weight: Weight, target: OperandParams) -> Tensor:
-    """As `Backend.linear` with `Activation(target)`: (B, N, out), or two planes of that."""
+    """Return codes as `Backend.linear` does with `Activation(target)`: (B, N, out), or two planes of that shape."""
     call = _Linear(codes, source, weight)
     out, first, second = _planes(call.shape, target)
     native.call("linear_gelu", call.struct, operand(target, call.shape[0]), first, second)
@@ -105,7 +108,7 @@ def linear_gelu(codes: Tensor, source: OperandParams, weight: Weight, target: Op
 
 
 def linear(codes: Tensor, source: OperandParams, weight: Weight, then: Residual | None = None) -> Tensor:
-    """As `Backend.linear` with a residual or nothing."""
+    """Return x W^T + bias as `Backend.linear` does, with a residual or without."""
     call = _Linear(codes, source, weight)
     if then is None:
         out = torch.empty(call.shape)
@@ -122,7 +125,10 @@ def linear(codes: Tensor, source: OperandParams, weight: Weight, then: Residual 
 
 
 def float_input_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """As `Backend.float_input_linear`, for a weight (out, in) of int8 codes with a scale and a bias per column."""
+    """Return x W^T + bias as `Backend.float_input_linear` does.
+
+    The weight (out, in) is int8 codes with a scale and a bias per column.
+    """
     rows = x.float().reshape(-1, x.shape[-1]).contiguous()
     columns, depth = codes.shape
     need(rows.shape[1] == depth, f"an input of width {rows.shape[1]} for a layer of width {depth}")
@@ -136,7 +142,10 @@ def float_input_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor) ->
 
 
 class _Linear:
-    """`LinearCall` of linear.h with the tensors it points into. `shape`: of the result, (B, N, out)."""
+    """The structure `LinearCall` of linear.h with the tensors it points into.
+
+    `shape`: of the result, (B, N, out).
+    """
 
     def __init__(self, codes: Tensor, source: OperandParams, weight: Weight) -> None:
         planes = list(codes) if codes.ndim == 4 else [codes]
@@ -201,7 +210,10 @@ def _check_attention_grids(attention: AttentionParams, target: OperandParams) ->
 
 
 def _planes(shape: tuple[int, ...], target: OperandParams) -> tuple[Tensor, int, int | None]:
-    """New codes of a shape, two planes of it where the target has two products, and where the planes lie."""
+    """Return new codes of a shape and the addresses of their planes.
+
+    There are two planes of that shape where the target has two products.
+    """
     need(target.grid is not Grid.MRQ_SOFTMAX, "codes of probabilities outside of attention")
     out = torch.empty(*((2,) if target.two_products else ()), *shape, dtype=torch.uint8)
     if not target.two_products:
@@ -210,7 +222,7 @@ def _planes(shape: tuple[int, ...], target: OperandParams) -> tuple[Tensor, int,
 
 
 def _rows(rows: Tensor, batch: int, width: int, name: str) -> Tensor:
-    """One row per sample, its elements adjacent; the rows need not be."""
+    """Return one row per sample with adjacent elements; the rows themselves need not be adjacent."""
     if rows.shape != (batch, width):
         raise refusal(f"{name} {tuple(rows.shape)} for {batch} samples of width {width}")
     return rows if rows.stride(-1) == 1 else rows.contiguous()

@@ -1,4 +1,4 @@
-"""`kernels/` compiled for this processor at first use, kept in a cache folder, and called through its C functions.
+"""Compile `kernels/` for this processor at first use, keep the library in a cache folder, and call its C functions.
 
 No compiler is needed to install the package. Where none is found, or it fails, `library` raises `UnavailableError` with
 the reason, and the CPU backend runs the same operations through torch.
@@ -29,7 +29,7 @@ SOURCES = Path(__file__).with_name("kernels")
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-Wno-psabi")
 OPENMP = ("-fopenmp",)
 COMPILERS = ("c++", "g++", "clang++")
-BUILD_SECONDS = 300  # of one attempt
+BUILD_SECONDS = 300  # the limit of one attempt
 ATTEMPTS = 2  # with OpenMP and without
 
 
@@ -38,12 +38,15 @@ class UnavailableError(Exception):
 
 
 def call(name: str, *arguments: object) -> None:
-    """Run one function of the library: `signatures.FUNCTIONS` says what it takes, and ctypes holds callers to that."""
+    """Run one function of the library.
+
+    `signatures.FUNCTIONS` declares its arguments, and ctypes holds callers to that.
+    """
     getattr(library(), f"tqdit_{name}")(*arguments)
 
 
 def reason() -> str | None:
-    """Why the kernels cannot run here, or None if they can."""
+    """Return why the kernels cannot run here, or None if they can."""
     try:
         library()
     except UnavailableError as error:
@@ -52,22 +55,22 @@ def reason() -> str | None:
 
 
 def has_vnni() -> bool:
-    """Whether the kernels were compiled to AVX-512 VNNI; their own integer matmul is slow without it."""
+    """Say whether the kernels were compiled to AVX-512 VNNI; their own integer matmul is slow without it."""
     return bool(library().tqdit_has_vnni())
 
 
 def has_openmp() -> bool:
-    """Whether the kernels use more than one thread."""
+    """Say whether the kernels use more than one thread."""
     return bool(library().tqdit_has_openmp())
 
 
 def instructions() -> str:
-    """The integer instructions the kernels were compiled to, for reports."""
+    """Return the integer instructions to which the kernels were compiled, for reports."""
     return "avx512-vnni" if has_vnni() else "generic"
 
 
 def library() -> ctypes.CDLL:
-    """The compiled kernels; built on the first call. Raises `UnavailableError`."""
+    """Return the compiled kernels, built on the first call. Raises `UnavailableError`."""
     loaded = _load()
     if isinstance(loaded, str):
         raise UnavailableError(loaded)
@@ -76,7 +79,7 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def _load() -> ctypes.CDLL | str:
-    """The library, or why there is none; either way, one attempt a process."""
+    """Return the library, or why there is none; either way a process tries only once."""
     try:
         return _built()
     except UnavailableError as error:
@@ -101,7 +104,7 @@ def _built() -> ctypes.CDLL:
 
 
 def _kept(folder: Path, stem: str) -> Path | None:
-    """The library that an earlier process built, whole: its name ends with the hash of its content.
+    """Return the library that an earlier process built, whole: its name ends with the hash of its content.
 
     A file that was cut off would kill the process that loads it, not raise an error. One that is damaged is removed;
     a link is left alone, and what it points to as well.
@@ -147,7 +150,7 @@ def _target_flags() -> tuple[str, ...]:
 
 
 def _key(compiler: str, flags: tuple[str, ...]) -> str:
-    """Hash of everything that decides the binary: a cache folder may be shared by machines."""
+    """Return a hash of everything that decides the binary: a cache folder may be shared by machines."""
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=BUILD_SECONDS, check=False).stdout
     sources = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.is_file())
     parts = (sources, " ".join(flags).encode(), version, _processor_flags().encode())
@@ -167,7 +170,7 @@ def _processor_flags() -> str:
 
 
 def _folders() -> list[Path]:
-    """Where the library may be kept: the cache folder, or one that lasts as long as this process's machine is up."""
+    """Return where the library may be kept: the cache folder, or one that lasts until the machine restarts."""
     temporary = Path(tempfile.gettempdir()) / f"tqdit-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
     if "TQDIT_CACHE" in os.environ:
         return [Path(os.environ["TQDIT_CACHE"]), temporary]
@@ -177,7 +180,7 @@ def _folders() -> list[Path]:
 
 
 def _make_private(folder: Path) -> None:
-    """Code is loaded from it: refuse a folder that somebody else could write to."""
+    """Refuse a folder to which somebody else could write: code is loaded from it."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_private(folder)
 
@@ -190,7 +193,10 @@ def _check_private(path: Path) -> None:
 
 
 def _compile(compiler: str, flags: tuple[str, ...], folder: Path, stem: str) -> Path:
-    """Build into a file of our own and move it into place, whole: others may be building the same."""
+    """Build into a file of this process's own and move the file into place, whole.
+
+    Other processes may be building the same library.
+    """
     _remove_leftovers(folder)
     handle, scratch = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
@@ -208,7 +214,7 @@ def _compile(compiler: str, flags: tuple[str, ...], folder: Path, stem: str) -> 
 
 
 def _moved(scratch: Path, folder: Path, stem: str) -> Path:
-    """A finished library under its name, on the disk before anyone can see it there."""
+    """Move a finished library to its name; it is on the disk before anyone can see it there."""
     with scratch.open("rb") as file:
         path = folder / _name(stem, file.read())
         os.fsync(file.fileno())
@@ -217,7 +223,7 @@ def _moved(scratch: Path, folder: Path, stem: str) -> Path:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what builds left that were killed: files that no build can still be writing to."""
+    """Remove what killed builds left: files to which no build can still be writing."""
     for path in folder.glob("tmp*.so"):
         with contextlib.suppress(OSError):
             if time.time() - path.lstat().st_mtime > ATTEMPTS * BUILD_SECONDS:

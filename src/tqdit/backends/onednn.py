@@ -20,14 +20,17 @@ SIGN = 128  # unsigned code = signed code + 128
 
 
 class Packed:
-    """A weight in oneDNN's blocked layout: opaque and read-only, so copies of a model share it."""
+    """A weight in oneDNN's blocked layout. It is opaque and read-only, so copies of a model share it."""
 
     def __init__(self, codes: torch.Tensor) -> None:
         self.tensor = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
         self._digest: torch.Tensor | None = None
 
     def digest(self, unpacked: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """sha256 of the codes, uint8 (32,), computed once; `unpacked` gives them back."""
+        """Return the sha256 of the codes, uint8 (32,).
+
+        It is computed once, from the codes that `unpacked` returns.
+        """
         if self._digest is None:
             data = hashlib.sha256(unpacked().numpy().tobytes()).digest()
             self._digest = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -41,7 +44,10 @@ class Packed:
 
 
 class PackedWeight(NamedTuple):
-    """A linear layer as tensors: codes packed by oneDNN, or plain ones and their sums; fp32 scale and bias (out,)."""
+    """A linear layer as tensors: codes, fp32 scale and bias (out,).
+
+    The codes are packed by oneDNN, or plain and with their sums.
+    """
 
     packed: torch.Tensor | None
     codes: torch.Tensor | None
@@ -74,31 +80,38 @@ class PackedLinear(FixedDtype):
 
     @property
     def weight(self) -> PackedWeight:
+        """Return the layer as tensors."""
         packed = None if self.packed is None else self.packed.tensor
         return PackedWeight(packed, self.codes, self.colsum, self.scale, self.bias, self.shape)
 
     def product(self, codes: torch.Tensor, zero: int) -> torch.Tensor:
-        """fp32 (M, out): the int32 sums of (codes - zero) W^T, each rounded once. codes: uint8 (M, in), contiguous."""
+        """Return the int32 sums of (codes - zero) W^T, each rounded once to fp32 (M, out).
+
+        `codes`: uint8 (M, in), contiguous.
+        """
         return _product(codes, zero, self.weight)
 
     def get_extra_state(self) -> torch.Tensor:
-        """A hash of codes that are packed: a state dict has no tensor of them."""
+        """Return a hash of codes that are packed: a state dict has no tensor of them."""
         if self.packed is None:
             return torch.empty(0, dtype=torch.uint8)
         return self.packed.digest(self.unpacked)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Nothing: what is loaded has been found equal."""
+        """Do nothing: a loaded state was already compared and is equal."""
 
     def unpacked(self) -> torch.Tensor:
-        """The codes, int8 (out, in): what an identity matrix gives, since the packed layout is oneDNN's secret."""
+        """Return the codes, int8 (out, in).
+
+        Their layout is oneDNN's secret, so they are read as the product with an identity matrix.
+        """
         if self.codes is not None:
             return self.codes
         return self.product(torch.eye(self.shape[1], dtype=torch.uint8), 0).t().to(torch.int8).contiguous()
 
 
 def zero_points(source: OperandParams) -> torch.Tensor:
-    """int32 (1,) or (B,): what to take from the unsigned codes of an operand, or of each of its planes."""
+    """Return the zero points of an operand's unsigned codes, or of each of its planes: int32 (1,) or (B,)."""
     if not source.grid.two_region:
         return source.selected()[:, 0, ZERO].to(torch.int32) + SIGN
     half = 1 << (source.bits - 1) if source.merged else 0
@@ -106,7 +119,7 @@ def zero_points(source: OperandParams) -> torch.Tensor:
 
 
 def product(codes: torch.Tensor, zeros: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    """fp32 (B, N, out): the int32 sums of (codes - zero) W^T, each rounded once.
+    """Return the int32 sums of (codes - zero) W^T, each rounded once to fp32 (B, N, out).
 
     codes: uint8 (B, N, in), contiguous. zeros: int32, one that the batch shares or one per sample.
     """
@@ -134,13 +147,13 @@ def _qlinear(codes: torch.Tensor, zero: int, packed: torch.Tensor) -> torch.Tens
 
 @functools.cache
 def _constants() -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight scale of 1 and a weight zero point of 0."""
+    """Return a weight scale of 1 and a weight zero point of 0."""
     return torch.ones(1), torch.zeros(1, dtype=torch.int32)
 
 
 @functools.cache
 def reason() -> str | None:
-    """Why oneDNN's integer matmul cannot be used here, or None."""
+    """Return why oneDNN's integer matmul cannot be used here, or None."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, (33, 520), generator=generator).to(torch.uint8)
     weight = torch.randint(-128, 128, (50, 520), generator=generator).to(torch.int8)

@@ -22,7 +22,7 @@ Flat = tuple[list[Tensor], list[int]]
 
 
 def flatten(*operands: OperandParams) -> Flat:
-    """The tables of some operands, rows of the batch selected, and what else the operands are."""
+    """Return the flat form of operands: their tables, rows of the batch selected, and three integers for each."""
     kinds = [number for o in operands for number in (GRIDS.index(o.grid), o.bits, int(o.merged))]
     return [o.selected() for o in operands], kinds
 
@@ -33,13 +33,13 @@ def _operands(tables: list[Tensor], kinds: list[int]) -> list[OperandParams]:
 
 
 def _two_planes(kind: list[int]) -> bool:
-    """Whether codes of an operand, given by three integers, are two planes."""
+    """Say whether codes of an operand, given by three integers, are two planes."""
     grid, _, merged = kind
     return GRIDS[grid].two_region and not merged
 
 
 def flat_weight(weight: fused.Weight) -> Flat:
-    """The tensors of a layer, and what else it is."""
+    """Return the flat form of a layer: its tensors, and three integers (kind, out, in)."""
     if isinstance(weight, PanelWeight):
         return [weight.packed, weight.sums, weight.scale, weight.bias], [PANELS, *weight.shape]
     if weight.packed is not None:
@@ -64,6 +64,7 @@ def _weight(tensors: list[Tensor], kind: list[int]) -> fused.Weight:
 def quantize(
     x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float, operands: list[Tensor], kinds: list[int]
 ) -> Tensor:
+    """Return codes as `fused.quantize` does."""
     (target,) = _operands(operands, kinds)
     return fused.quantize(x, target, None if shift is None or scale is None else Norm(shift, scale, eps))
 
@@ -77,6 +78,7 @@ def _(x, shift, scale, eps, operands, kinds):  # type: ignore[no-untyped-def]
 def project(
     codes: Tensor, weight: list[Tensor], kind: list[int], heads: int, operands: list[Tensor], kinds: list[int]
 ) -> Tensor:
+    """Return codes as `fused.project` does."""
     source, *targets = _operands(operands, kinds)
     return fused.project(codes, source, _weight(weight, kind), targets, heads)
 
@@ -91,6 +93,7 @@ def attend(
     projected: Tensor, context: Tensor | None, bias: Tensor | None, heads: int, operands: list[Tensor],
     kinds: list[int],
 ) -> Tensor:  # fmt: skip
+    """Return codes as `fused.attend` does."""
     query, key, value, softmax, target = _operands(operands, kinds)
     return fused.attend(projected, AttentionParams(query, key, value, softmax, heads), target, context, bias)
 
@@ -104,6 +107,7 @@ def _(projected, context, bias, heads, operands, kinds):  # type: ignore[no-unty
 def linear_gelu(
     codes: Tensor, weight: list[Tensor], kind: list[int], operands: list[Tensor], kinds: list[int]
 ) -> Tensor:
+    """Return codes as `fused.linear_gelu` does."""
     source, target = _operands(operands, kinds)
     return fused.linear_gelu(codes, source, _weight(weight, kind), target)
 
@@ -118,6 +122,7 @@ def linear(
     codes: Tensor, weight: list[Tensor], kind: list[int], operands: list[Tensor], kinds: list[int],
     gate: Tensor | None, x: Tensor | None,
 ) -> Tensor:  # fmt: skip
+    """Return x W^T + bias as `fused.linear` does."""
     (source,) = _operands(operands, kinds)
     return fused.linear(codes, source, _weight(weight, kind), None if x is None else Residual(x, gate))
 
@@ -131,6 +136,7 @@ def _(codes, weight, kind, operands, kinds, gate, x):  # type: ignore[no-untyped
 
 @custom_op("tqdit_cpu::float_input_linear", mutates_args=())
 def float_input_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """Return x W^T + bias as `fused.float_input_linear` does."""
     return fused.float_input_linear(x, codes, scale, bias)
 
 
@@ -141,6 +147,7 @@ def _(x, codes, scale, bias):  # type: ignore[no-untyped-def]
 
 @custom_op("tqdit_cpu::product", mutates_args=())
 def product(codes: Tensor, zeros: Tensor, weight: list[Tensor], kind: list[int]) -> Tensor:
+    """Return sums as `onednn.product` does."""
     found = _weight(weight, kind)
     assert isinstance(found, PackedWeight)
     return onednn.product(codes, zeros, found)

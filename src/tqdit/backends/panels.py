@@ -1,4 +1,4 @@
-"""A weight in the layout of the compiled integer matmul: panels of 64 columns, four items of K side by side."""
+"""Lay a weight out for the compiled integer matmul: panels of 64 columns, four items of K side by side."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ LANES = 16
 
 
 def supported(depth: int) -> bool:
-    """Whether the compiled product serves a weight (out, depth) here."""
+    """Say whether the compiled product serves a weight (out, depth) here."""
     return depth % FOUR == 0 and native.has_vnni()
 
 
@@ -56,10 +56,11 @@ class PanelLinear(FixedDtype):
 
     @property
     def weight(self) -> PanelWeight:
+        """Return the layer as tensors."""
         return PanelWeight(self.packed, self.sums, self.scale, self.bias, self.shape)
 
     def unpacked(self) -> torch.Tensor:
-        """The codes, int8 (out, in)."""
+        """Return the codes, int8 (out, in)."""
         columns, depth = self.shape
         panels = []
         for begin in range(0, columns, 64):

@@ -1,4 +1,4 @@
-"""The C functions of `kernels/` as ctypes sees them: structures, argument types, and pointers that are checked.
+"""Declare the C functions of `kernels/` to ctypes: structures, argument types, and pointers that are checked.
 
 A wrong type in a call of C reads other memory without a word. So every function is declared once, here, and a tensor
 becomes a pointer only if it is what the kernel will take it for.
@@ -19,7 +19,10 @@ MAX_SIZE = 2**48  # items, bytes, rows: more than any memory has, so that no pro
 
 
 class Operand(ctypes.Structure):
-    """`Operand` of operands.h. `alive`: the tensor it points into. A copy of the structure does not keep that alive."""
+    """The structure `Operand` of operands.h.
+
+    `alive`: the tensor it points into. A copy of the structure does not keep that tensor alive.
+    """
 
     alive: torch.Tensor
     _fields_ = (
@@ -29,7 +32,7 @@ class Operand(ctypes.Structure):
 
 
 class QuantizeCall(ctypes.Structure):
-    """`QuantizeCall` of elementwise.h."""
+    """The structure `QuantizeCall` of elementwise.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("x", "shift", "scale", "first", "second")),
@@ -40,7 +43,7 @@ class QuantizeCall(ctypes.Structure):
 
 
 class AttentionCall(ctypes.Structure):
-    """`AttentionCall` of attention.h."""
+    """The structure `AttentionCall` of attention.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("query", "key", "value", "out", "trace", "bias")),
@@ -52,7 +55,7 @@ class AttentionCall(ctypes.Structure):
 
 
 class LinearCall(ctypes.Structure):
-    """`LinearCall` of linear.h."""
+    """The structure `LinearCall` of linear.h."""
 
     _fields_ = (
         *(
@@ -66,7 +69,7 @@ class LinearCall(ctypes.Structure):
 
 _operand, _linear = POINTER(Operand), POINTER(LinearCall)
 
-# Name without "tqdit_" -> argument types; all return nothing but the questions, which return a number.
+# Name without "tqdit_" -> argument types. Only functions that ask a question return something, a number.
 FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "has_openmp": (),
     "has_vnni": (),
@@ -92,20 +95,24 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def need(condition: bool, message: str) -> None:
-    """Raise `InputError` unless what the kernels rely on holds; unlike `assert`, with python -O as well."""
+    """Raise `InputError` unless a condition of the kernels holds; unlike `assert`, with python -O as well."""
     if not condition:
         raise refusal(message)
 
 
 def refusal(message: str) -> InputError:
-    """Return the error of `need`, for those who format a message only when it is needed: a call takes microseconds."""
+    """Return the error of `need`.
+
+    Callers that format a message only when it is needed raise it themselves: a call takes microseconds.
+    """
     return InputError(f"the CPU kernels cannot run this: {message}")
 
 
 def address(tensor: torch.Tensor, dtype: torch.dtype, numel: int | None = None, adjacent: bool = True) -> int:
-    """Where the items of a tensor lie, which must be in this process's own memory, of this dtype and number.
+    """Return the address of a tensor's items, checked.
 
-    `adjacent`: they must lie one after the other.
+    Raises `InputError` unless they lie in this process's own memory and have this dtype and number. `adjacent`: they
+    must lie one after the other.
     """
     if tensor.dtype is not dtype or not tensor.is_cpu or (adjacent and not tensor.is_contiguous()):
         _refuse(tensor, dtype)
@@ -113,7 +120,7 @@ def address(tensor: torch.Tensor, dtype: torch.dtype, numel: int | None = None, 
         raise InputError(f"the CPU kernels need {numel} items, a tensor has shape {tuple(tensor.shape)}")
     try:
         found = tensor.data_ptr()
-    except RuntimeError:  # torch's word for a tensor without memory
+    except RuntimeError:  # torch raises this for a tensor without memory
         found = 0
     if not found:
         raise InputError(f"the CPU kernels need items in memory; a {type(tensor).__name__} has none")
@@ -126,7 +133,7 @@ def _refuse(tensor: torch.Tensor, dtype: torch.dtype) -> None:
 
 
 def size(value: int) -> int:
-    """A count for C, where a larger one would wrap around."""
+    """Return a count for C, where a larger one would wrap around."""
     if type(value) is not int or not 0 <= value < MAX_SIZE:
         raise InputError(f"the CPU kernels need a whole number from 0, got {value!r}")
     return value

@@ -1,4 +1,4 @@
-"""A loop over samples that takes smaller batches when the device has no memory for these."""
+"""A loop over samples that takes smaller batches when the device has no memory for larger ones."""
 
 import gc
 from collections.abc import Callable
@@ -12,15 +12,19 @@ Result = TypeVar("Result")
 
 
 class Batches:
-    """Runs ranges of samples at most `size` at once; the size is halved when memory runs out, and stays so."""
+    """A loop that runs ranges of at most `size` samples at once.
+
+    The size is halved when memory runs out, and stays halved.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
 
     def over(self, members: range, run: Callable[[range], Result]) -> list[Result]:
-        """The results of `run` over consecutive parts of `members`; it must give the same for any division.
+        """Return the results of `run` over consecutive parts of `members`.
 
-        Raises `InputError` if there is not memory enough for one sample.
+        `run` must give the same results for any division. Raises `InputError` if there is not memory enough for one
+        sample.
         """
         results: list[Result] = []
         start = members.start
@@ -33,7 +37,7 @@ class Batches:
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise InputError("the device has too little memory to calibrate with a single sample") from None
-            # Only here has the error let go of the tensors that its frames held.
+            # The error's frames held tensors, which are free only here.
             gc.collect()
             torch.cuda.empty_cache()
             self.size = len(part) // 2

@@ -12,7 +12,7 @@ Pick = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Probes:
-    """Mean over probes of the squared gradient of <v, output>, at the picked elements of every watched intermediate.
+    """The mean over probes of the squared gradient of <v, output>, at picked elements of every watched intermediate.
 
     A gradient is squared and dropped as soon as the backward pass has it: the gradients of a whole model would take
     more memory than its activations.
@@ -21,10 +21,13 @@ class Probes:
     def __init__(self, count: int) -> None:
         self.count = count
         self.means: dict[str, torch.Tensor] = {}
-        self.leaves: list[torch.Tensor] = []  # what does not depend on the source, such as the keys of a prompt
+        self.leaves: list[torch.Tensor] = []  # intermediates that are no function of the source: a prompt's keys
 
     def watch(self, name: str, z: torch.Tensor, pick: Pick) -> None:
-        """Collect under `name` from now on; an intermediate that the output does not depend on keeps zeros."""
+        """Collect an intermediate's gradients under `name` from now on.
+
+        An intermediate on which the output does not depend keeps zeros.
+        """
         self.means[name] = torch.zeros_like(pick(z.detach()))
         if not z.requires_grad:
             self.leaves.append(z.requires_grad_())
@@ -36,7 +39,7 @@ class Probes:
         z.register_hook(collect)
 
     def run(self, output: torch.Tensor, source: torch.Tensor, noise: torch.Tensor) -> None:
-        """Propagate every probe back to `source`, which the model's input is, and to all watched intermediates.
+        """Propagate every probe back to all watched intermediates and to `source`, the model's input.
 
         `output`: what the sampler uses, the guided epsilon, so that both guidance halves get their true weight.
         `noise`: (count, *output.shape), standard normal.
@@ -46,6 +49,6 @@ class Probes:
 
 
 def normalized(weights: torch.Tensor) -> torch.Tensor | None:
-    """Weights with mean 1, or None if they carry no information (a module that the output ignores)."""
+    """Return weights with mean 1, or None if they carry no information (a module that the output ignores)."""
     mean = weights.mean()
     return weights / mean if torch.isfinite(mean) and mean > 0 else None

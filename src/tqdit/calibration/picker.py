@@ -1,4 +1,4 @@
-"""Which tokens, queries and samples the search gets to see."""
+"""Pick the tokens, queries and samples that the search gets to see."""
 
 import math
 
@@ -10,14 +10,17 @@ QUERIES_PER_SAMPLE = 32
 
 
 class Picker:
-    """Seeded choice of tokens of every (sample, guidance half), made once, so that batching changes nothing.
+    """A seeded choice of tokens of every (sample, guidance half), made once, so that batching changes nothing.
 
     `rows` and `queries` (samples, halves, .) are indices of the model's own tokens, `context_rows` of those of its
     context. `attention` (samples, halves) says which samples keep their attention.
     """
 
     def __init__(self, recipe: Recipe, samples: int, halves: int, tokens: int, context: int = 0) -> None:
-        """`tokens`: N of the model. `context`: M of what it attends to besides itself, 0 for nothing."""
+        """Choose for a model of `tokens` tokens.
+
+        `context`: the number of tokens to which the model attends besides its own, 0 for none.
+        """
         generator = torch.Generator().manual_seed(recipe.seed + 2)
         self.halves, self.tokens, self.context = halves, tokens, context
         wanted = math.ceil(recipe.rows / (samples * halves))
@@ -38,5 +41,5 @@ class Picker:
         self.attention = order % stride == 0
 
     def flat(self, table: torch.Tensor, members: slice) -> torch.Tensor:
-        """The table's rows of a batch, conditional halves first as in the forward pass."""
+        """Return the table's rows of a batch, conditional halves first as in the forward pass."""
         return table[members].transpose(0, 1).flatten(0, 1)

@@ -1,4 +1,7 @@
-"""One pass of the float model over the calibration set: ranges, sampled activations and Fisher weights per matmul."""
+"""Run the float model once over the calibration set.
+
+The pass records ranges, sampled activations and Fisher weights per matmul.
+"""
 
 import math
 from collections.abc import Iterator
@@ -27,7 +30,7 @@ from tqdit.sampling.trajectory import Progress, noise_generators
 from tqdit.system import distributed
 from tqdit.system.parcels import copied
 
-PROBE_STREAM = 500_000  # first noise stream of the probes, apart from those of images and of trajectories
+PROBE_STREAM = 500_000  # first noise stream of the probes, far from the streams of images and of trajectories
 MAXIMA_PER_HEAD = 16
 LARGEST_BATCH = 8
 # What the activations that one backward pass needs, and what is picked of it, may take. On a GPU few samples wait for
@@ -77,17 +80,20 @@ def record(
     solvers = {name: world.owner(index) for index, block in owners for name in recorded(block)}
     with taps.attached(model, structure.blocks), torch.set_grad_enabled(recipe.hessian):
         parts = keep.together(finished(), names, lambda key: solvers.get(key.rpartition("/")[0]))
-    return Records.of(world.share(structure.blocks), parts, data.t, device)
+    return Records.from_parts(world.share(structure.blocks), parts, data.t, device)
 
 
 def batch_size(structure: Graph, picker: Picker, device: torch.device) -> int:
-    """Samples of one forward and backward pass on a kind of device, never by what a machine has: all take the same."""
+    """Return the samples of one forward and backward pass on a kind of device.
+
+    The memory of a particular machine does not decide: all machines take the same number.
+    """
     most = PASS_BYTES.get(device.type, PASS_BYTES["cpu"])
     return max(1, min(LARGEST_BATCH, most // (graph_bytes(structure, picker) + picked_bytes(structure, picker))))
 
 
 def graph_bytes(structure: Graph, picker: Picker) -> int:
-    """Bytes of one sample's activations that the backward pass needs, fp32.
+    """Return the bytes of one sample's activations that the backward pass needs, fp32.
 
     Those are the outputs of all linear layers, which are what norms, attention and activations read, and the
     probabilities.
@@ -101,7 +107,7 @@ def graph_bytes(structure: Graph, picker: Picker) -> int:
 
 
 def picked_bytes(structure: Graph, picker: Picker) -> int:
-    """Bytes of one sample's share of all records, fp32.
+    """Return the bytes of one sample's share of all records, fp32.
 
     Those are inputs, and weights of outputs, of the rows of linear layers; and of the attention that is kept, queries
     and attended values at some queries, all keys and values, and the scores between them.
@@ -120,7 +126,10 @@ def picked_bytes(structure: Graph, picker: Picker) -> int:
 
 
 def _rows(linear: Linear, picker: Picker) -> int:
-    """Tokens that a linear layer sees: those of the context, if its input does not depend on the timestep."""
+    """Return the number of tokens that a linear layer sees.
+
+    They are those of the context if the layer's input does not depend on the timestep.
+    """
     return picker.tokens if linear.source.timed else picker.context
 
 
@@ -129,18 +138,21 @@ def _keys(attention: Attention, picker: Picker) -> int:
 
 
 def _table(linear: Linear, picker: Picker) -> torch.Tensor:
-    """The rows of a linear layer that are kept."""
+    """Return the rows of a linear layer that are kept."""
     return picker.rows if linear.source.timed else picker.context_rows
 
 
 def _condition(data: CalibrationSet) -> dict[str, Any]:
-    """Arguments that condition a call with the first sample, by which the size of its context is known."""
+    """Return the arguments that condition a call with the first sample.
+
+    The size of the context is read from them.
+    """
     conditions: Any = getattr(data, "conditions", None)
     return {} if conditions is None else dict(conditions.rows(data.labels[:1]))
 
 
 class _Pass:
-    """One forward and backward pass over `members`, b samples: what is kept of it is picked while it runs.
+    """One forward and backward pass over `members`, b samples; it picks the values to keep while it runs.
 
     Tensors lead with b * halves, conditional halves first.
     """
@@ -162,14 +174,14 @@ class _Pass:
         self.probes = Probes(recipe.probes)
         self.found: dict[str, torch.Tensor] = {}
         self.maxima: list[torch.Tensor] = []
-        self.finite: dict[str, torch.Tensor] = {}  # site -> which samples had finite values alone
-        self.outputs: dict[str, list[str]] = {}  # key of a Fisher tensor -> the watched outputs it joins
+        self.finite: dict[str, torch.Tensor] = {}  # site -> which samples had only finite values
+        self.outputs: dict[str, list[str]] = {}  # key of a Fisher tensor -> the watched outputs that the tensor joins
 
     def run(self, model: nn.Module, taps: Taps) -> dict[str, torch.Tensor]:
-        """What `Records` joins, on the CPU: "<site or attention>/<field>" -> tensor, and the maxima."""
+        """Return the values that `Records` joins, by "<site or attention>/<field>", on the CPU; and the maxima."""
         x = self.data.x[self.slice].to(self.device)
         x.requires_grad_(self.recipe.hessian)
-        with taps.telling(self):
+        with taps.sending_to(self):
             conditions = self.data.conditions or registry.conditions(config_of(model))
             inputs = arguments(conditions, self.data.labels[self.slice].to(self.device), self.recipe.guidance)
             eps = predict(model, x, self.data.t[self.slice].to(self.device), *inputs, self.recipe.guidance)
@@ -183,7 +195,7 @@ class _Pass:
         return copied(self.found)
 
     def _noise(self, eps: torch.Tensor) -> torch.Tensor:
-        """Noise that depends on (seed, sample) alone, so that the batch size changes nothing."""
+        """Return noise that depends on (seed, sample) alone, so that the batch size changes nothing."""
         shape = (self.recipe.probes, *eps.shape[1:])
         indices = range(PROBE_STREAM + self.members.start, PROBE_STREAM + self.members.stop)
         streams = noise_generators(self.recipe.seed, indices)
@@ -225,7 +237,10 @@ class _Pass:
             self.probes.means[name] = torch.ones_like(pick(z))
 
     def _add_range(self, operand: Operand, x: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-        """Take in the range of every sample. Returns their time groups: all 0 for an operand that is not timed."""
+        """Include the range of every sample, and return the samples' time groups.
+
+        The groups are all 0 for an operand that is not timed.
+        """
         low, high = extremes(x, kept)
         groups, group = (self.groups, self.group) if operand.timed else (1, torch.zeros_like(self.group))
         stats = RangeStats.empty(groups, low.shape[1], self.device).include(low, high, group)
@@ -256,7 +271,7 @@ class _Pass:
         return x.gather(2, self.queries.expand(-1, x.shape[1], -1, x.shape[3]))
 
     def _largest(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """Per-channel maxima of the conditional halves, the values of the paper's Fig. 3: (b, heads * k)."""
+        """Return the maxima per channel of the conditional halves, (b, heads * k): the values of the paper's Fig. 3."""
         channels = probabilities[: len(self.members)].amax(2)  # over queries: (b, H, N)
         stride = max(1, channels.shape[-1] // MAXIMA_PER_HEAD)
         return channels[..., ::stride][..., :MAXIMA_PER_HEAD].flatten(1)

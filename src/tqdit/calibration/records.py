@@ -1,4 +1,4 @@
-"""What the search needs of a model: sampled operands, ranges and Fisher weights of every matmul."""
+"""The records of a model that the search needs: sampled operands, ranges and Fisher weights of every matmul."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -17,7 +17,10 @@ MAXIMA = "maxima"
 
 @dataclass(frozen=True)
 class LinearRecord:
-    """Sampled rows of one linear input: x (R, in), group and step_weight (R,), fisher (R, out) of its layers."""
+    """The sampled rows of one linear input.
+
+    x (R, in), group and step_weight (R,), fisher (R, out) of its layers.
+    """
 
     x: torch.Tensor
     group: torch.Tensor
@@ -27,10 +30,11 @@ class LinearRecord:
 
 @dataclass(frozen=True)
 class AttentionRecord:
-    """Sampled queries of one attention: q (S, H, Q, d); k, v (S, H, M, d); group, step_weight (S,).
+    """The sampled queries of one attention.
 
-    Fisher weights at the scaled scores (S, H, Q, M) and at the attended values (S, H, Q, d). `bias` (S, M) is added to
-    the scaled scores before the softmax, if some keys are masked: nothing is weighed at those.
+    q (S, H, Q, d); k, v (S, H, M, d); group, step_weight (S,). Fisher weights at the scaled scores (S, H, Q, M) and at
+    the attended values (S, H, Q, d). `bias` (S, M) is added to the scaled scores before the softmax, if some keys are
+    masked: nothing is weighed at those.
     """
 
     q: torch.Tensor
@@ -47,9 +51,9 @@ Kind = TypeVar("Kind", LinearRecord, AttentionRecord)
 
 
 class Joined(Mapping[str, Kind], Generic[Kind]):
-    """Records by name, each put together from the batches' parts when it is asked for: memory for one, not for all.
+    """Records by name, each joined from the batches' parts when it is asked for: memory for one record, not for all.
 
-    They are put together on `device`: on the host it would be a copy more, of everything.
+    The parts are joined on `device`: to join them on the host would be one more copy of everything.
     """
 
     def __init__(self, kind: type[Kind], names: Iterable[str], parts: Sequence[Tensors], device: torch.device) -> None:
@@ -74,7 +78,7 @@ class Joined(Mapping[str, Kind], Generic[Kind]):
 
 @dataclass(frozen=True)
 class Records:
-    """Everything the search needs, of the blocks that this process solves: all of them if it is alone.
+    """All records of the blocks that this process solves, which are all blocks if it is alone.
 
     `linears` and `attentions` come on the device of the model they were recorded of, all else on the CPU. `maxima`:
     largest post-softmax values of all blocks, (S, blocks, heads * k), for the report. `recipe`, `time_groups` and
@@ -91,8 +95,10 @@ class Records:
     states_sha256: str = ""
 
     @classmethod
-    def of(cls, blocks: Sequence[Block], parts: Sequence[Tensors], t: torch.Tensor, device: torch.device) -> "Records":
-        """Those of `blocks`, from the parts of all batches, in order."""
+    def from_parts(
+        cls, blocks: Sequence[Block], parts: Sequence[Tensors], t: torch.Tensor, device: torch.device
+    ) -> "Records":
+        """Join the records of `blocks` from the parts of all batches, in order."""
         ranged = [operand.name for block in blocks for operand in block.operands]
         keys = [f"{site}/{end}" for site in ranged for end in ("low", "high")]
         small = [part.read([*keys, MAXIMA]) for part in parts]
@@ -105,12 +111,15 @@ class Records:
 
 
 def recorded(block: Block) -> tuple[str, ...]:
-    """What the tensors of a block's records are named after, in front of the "/"."""
+    """Return the name in front of the "/" in the names of a record's tensors."""
     return (*(found.module for found in block.attentions), *(operand.name for operand in block.operands))
 
 
 def join(key: str, parts: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
-    """One tensor of all parts that have it: the whole range of ranges, rows one after the other of anything else."""
+    """Return one tensor of all parts that have it.
+
+    Ranges become the range that contains them all; other tensors are put one after the other by rows.
+    """
     tensors = [part[key] for part in parts if key in part]
     if key.endswith("/low"):
         return torch.stack(tensors).amin(0)

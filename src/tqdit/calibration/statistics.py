@@ -6,13 +6,13 @@ import torch
 
 from tqdit.errors import InputError
 
-MASKED = -1000.0  # a key with a bias below has probability 0 in fp32 whatever its score is
+MASKED = -1000.0  # a key with a lower bias has probability 0 in fp32, whatever its score
 
 
 def extremes(x: torch.Tensor, kept: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smallest and largest value of each sample, (B, units): of x (B, N, C) with one unit, or (B, H, N, C) with H.
+    """Return the smallest and largest value of each sample, (B, units).
 
-    `kept` (B, N): the tokens that count; by default all.
+    x is (B, N, C) with one unit, or (B, H, N, C) with H units. `kept` (B, N): the tokens that count; by default all.
     """
     reduced = (1, 2) if x.ndim == 3 else (2, 3)
     low = high = x
@@ -23,7 +23,7 @@ def extremes(x: torch.Tensor, kept: torch.Tensor | None = None) -> tuple[torch.T
 
 
 def kept_keys(bias: torch.Tensor | None) -> torch.Tensor | None:
-    """The keys (B, M) that a bias leaves some probability, or None where it leaves it to all.
+    """Return which keys (B, M) keep some probability under a bias, or None where all keys do.
 
     Where a sample's keys are all masked alike, the softmax cancels the bias: all of them count.
     """
@@ -35,32 +35,37 @@ def kept_keys(bias: torch.Tensor | None) -> torch.Tensor | None:
 
 @dataclass(frozen=True)
 class RangeStats:
-    """Smallest and largest value of one site, each (groups, units)."""
+    """The smallest and largest value of one site, each (groups, units)."""
 
     low: torch.Tensor
     high: torch.Tensor
 
     @classmethod
     def empty(cls, groups: int, units: int, device: torch.device | None = None) -> "RangeStats":
+        """Return a range that contains no value yet."""
         inf = torch.full((groups, units), float("inf"), device=device)
         return cls(inf, -inf)
 
     def update(self, x: torch.Tensor, group: torch.Tensor) -> "RangeStats":
-        """Take in x, (B, N, C) with one unit or (B, H, N, C) with H units; `group`: (B,); all on one device."""
+        """Include the values of x, (B, N, C) with one unit or (B, H, N, C) with H units.
+
+        `group`: (B,). All tensors are on one device.
+        """
         return self.include(*extremes(x), group)
 
     def include(self, low: torch.Tensor, high: torch.Tensor, group: torch.Tensor) -> "RangeStats":
-        """Take in the `extremes` of samples."""
+        """Include the `extremes` of samples."""
         index = group[:, None].expand(-1, low.shape[1])
         return RangeStats(
             self.low.scatter_reduce(0, index, low, "amin"), self.high.scatter_reduce(0, index, high, "amax")
         )
 
     def merge(self, other: "RangeStats") -> "RangeStats":
+        """Return the range that contains the values of both."""
         return RangeStats(torch.minimum(self.low, other.low), torch.maximum(self.high, other.high))
 
     def pooled(self, groups: int) -> "RangeStats":
-        """All groups as one if the site is not time-grouped."""
+        """Return the range with all groups as one if the site is not time-grouped."""
         if groups == len(self.low):
             return self
         assert groups == 1
@@ -76,5 +81,5 @@ class RangeStats:
             )
 
     def over_units(self) -> "RangeStats":
-        """The units as one, for a site whose scale they share."""
+        """Return the range with the units as one, for a site whose scale they share."""
         return RangeStats(self.low.amin(1, keepdim=True), self.high.amax(1, keepdim=True))

@@ -1,4 +1,4 @@
-"""Finished pieces of a long run, by name: in memory, or in a work folder from which a later run continues."""
+"""Keep finished pieces of a long run by name: in memory, or in a work folder from which a later run continues."""
 
 import hashlib
 import json
@@ -17,34 +17,35 @@ from tqdit.errors import InputError, RepairWarning
 from tqdit.system import distributed
 from tqdit.system.files import write_bytes
 
-SEAL = "tqdit.seal"  # in a piece's file: its name and checksums
-HASH_DIGITS = 16  # of the name of a `WorkFolder`
+SEAL = "tqdit.seal"  # the entry of a piece's file that has the piece's name and checksums
+HASH_DIGITS = 16  # digits of a hash in the name of a `WorkFolder`
 Reader = Callable[[str], int | None]  # name of a tensor -> the rank that will read it; None: every rank
 
 
 class Tensors(Protocol):
-    """Named tensors of one piece."""
+    """The named tensors of one piece."""
 
     def read(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
         """Return those tensors of `names` that the piece has; by default all that it has."""
 
 
 class Store(Protocol):
-    """Where pieces are kept."""
+    """A place where finished pieces are kept."""
 
     def once(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> Tensors:
-        """The piece `name`, made now unless a former run has finished it. `make` gives CPU tensors."""
+        """Return the piece `name`, made now unless a former run has finished it. `make` returns CPU tensors."""
 
     def together(self, mine: Iterator[Tensors], names: Sequence[str], reader: Reader) -> list[Tensors]:
-        """All pieces `names`, of which each process makes its share: `mine`, here, one after the other.
+        """Return all pieces `names`, of which each process makes its share.
 
-        Each process may read the tensors that `reader` says are for it. Every process must call this.
+        `mine` makes this process's pieces, one after the other. Each process may read the tensors that `reader` says
+        are for it. Every process must call this.
         """
 
 
 @dataclass(frozen=True)
 class InMemory:
-    """A piece that lives as long as whoever holds it."""
+    """A piece that is kept in memory as long as this object."""
 
     tensors: Mapping[str, torch.Tensor]
 
@@ -67,12 +68,15 @@ class OnDisk:
         """Write the tensors as the file `path`, whole or not at all."""
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         digests = {name: _digest(tensor) for name, tensor in sorted(contiguous.items())}
-        seal = json.dumps({"piece": piece, "sha256": digests})  # one entry: several have no fixed order
+        seal = json.dumps({"piece": piece, "sha256": digests})  # one entry, since several have no fixed order
         write_bytes(path, save(contiguous, metadata={SEAL: seal}))
         return cls(path, piece)
 
     def read(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
-        """Copies, so that no mapping of the file outlives the call. Raises `InputError` naming a damaged file."""
+        """Return copies, so that no mapping of the file outlives the call.
+
+        Raises `InputError` naming a damaged file.
+        """
         return dict(self._tensors(names))
 
     def check(self) -> None:
@@ -98,35 +102,36 @@ class OnDisk:
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    """sha256 of dtype, shape and values."""
+    """Return the sha256 of dtype, shape and values."""
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
     digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 class Forgetful:
-    """Keeps nothing for another run."""
+    """A store that keeps nothing for another run."""
 
     def once(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> Tensors:
         return InMemory(make())
 
     def together(self, mine: Iterator[Tensors], names: Sequence[str], reader: Reader) -> list[Tensors]:
-        """What is for this process is sent to it as the pieces are made, and nothing else is kept."""
+        """Send each process its tensors as the pieces are made; nothing else is kept."""
         pieces = distributed.current().gather_named((piece.read() for piece in mine), len(names), reader)
         return [InMemory(piece) for piece in pieces]
 
 
 @dataclass(frozen=True)
 class WorkFolder:
-    """Pieces as files of a folder, each written whole or not at all. The folder's name must say what they depend on.
+    """A store in a folder, each piece a file that is written whole or not at all.
 
-    Several processes must see the same folder, on a file system that their machines share.
+    The folder's name must say what the pieces depend on. Several processes must see the same folder, on a file system
+    that their machines share.
     """
 
     folder: Path
 
     def once(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> Tensors:
-        """The piece, made now unless a former run has finished it and nothing has changed it since."""
+        """Return the piece, made now unless a former run has finished it and nothing has changed it since."""
         piece = self._piece(name)
         if piece.path.is_file():
             try:
@@ -137,7 +142,10 @@ class WorkFolder:
         return OnDisk.write(piece.path, piece.piece, make())
 
     def together(self, mine: Iterator[Tensors], names: Sequence[str], reader: Reader) -> list[Tensors]:
-        """Whoever reads a piece finds it in the folder. Raises `InputError` if this process does not."""
+        """Return all pieces once every process has written its own.
+
+        Raises `InputError` if this process does not see one of them in the folder.
+        """
         for _ in mine:
             pass
         distributed.current().wait()
@@ -154,7 +162,7 @@ class WorkFolder:
 
 
 def discard(work: Path, stages: Iterable[str]) -> None:
-    """Remove the `WorkFolder`s "<stage>-<hash>" inside `work`, and it too unless it holds something else.
+    """Remove the `WorkFolder`s "<stage>-<hash>" inside `work`, and `work` too unless it holds something else.
 
     `work` may be a symbolic link to a folder: both stay.
     """

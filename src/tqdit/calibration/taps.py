@@ -1,4 +1,4 @@
-"""Watching a float model: every operand and every output of its quantized matmuls, while it computes them."""
+"""Watch a float model: every operand and every output of its quantized matmuls, while it computes them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,27 +13,37 @@ from tqdit.architectures.interface import Attention, Block, Linear
 
 
 class Sink(Protocol):
-    """Who is told. Operands are detached; outputs are part of the graph, so that gradients can be watched."""
+    """The receiver of what a watched model computes.
+
+    Operands are detached; outputs are part of the graph, so that gradients can be watched.
+    """
 
     def linear_input(self, linear: Linear, x: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """x: (B, N, in). `bias` (B, N): the mask of the attention whose keys and values are made of x, or None."""
+        """Receive the input of a linear layer, x: (B, N, in).
+
+        `bias` (B, N): the mask of the attention whose keys and values are made of x, or None.
+        """
 
     def linear_output(self, linear: Linear, module: str, z: torch.Tensor) -> None:
-        """z: (B, N, out) of one of the layer's modules."""
+        """Receive z, (B, N, out), of one of the layer's modules."""
 
     def attention(self, attention: Attention, computed: Computed) -> None:
-        """Everything that an attention computed; its operands are detached."""
+        """Receive everything that an attention computed; its operands are detached."""
 
 
 class Taps:
-    """Tells `sink` of everything that a watched model computes. Keeps nothing itself, so that memory is the sink's."""
+    """A watcher that passes everything a watched model computes to `sink`.
+
+    It keeps nothing itself, so that the sink decides about memory.
+    """
 
     def __init__(self) -> None:
         self.sink: Sink | None = None
-        self._bias: torch.Tensor | None = None  # while the keys and values of a masked attention are projected
+        self._bias: torch.Tensor | None = None  # the mask, while a masked attention's keys and values are projected
 
     @contextmanager
-    def telling(self, sink: Sink) -> Iterator[None]:
+    def sending_to(self, sink: Sink) -> Iterator[None]:
+        """Send to `sink` what the model computes while the block runs."""
         self.sink = sink
         try:
             yield

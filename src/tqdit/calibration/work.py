@@ -1,4 +1,7 @@
-"""Which pieces of a work folder a run may continue from: those of the same settings, versions and kind of device."""
+"""Choose the pieces of a work folder from which a run may continue.
+
+They are those of the same settings, versions and kind of device.
+"""
 
 import hashlib
 import json
@@ -9,12 +12,15 @@ from tqdit.calibration.store import HASH_DIGITS, Store, WorkFolder
 from tqdit.recipe import CALIBRATION_SETTINGS, Recipe
 from tqdit.system.environment import versions
 
-STAGES = ("calibration", "search")  # whose finished work may be kept
+STAGES = ("calibration", "search")  # the stages whose finished work may be kept
 PIECES = 4  # raised where a change makes other pieces of the same settings, so that no former run is continued
 
 
 def stage_store(work: Path | None, stage: str, *depends_on: Any) -> Store | None:
-    """The pieces of a stage in a work folder, under the hash of all that they depend on; None without a folder."""
+    """Return the store of a stage in a work folder, or None without a folder.
+
+    The folder's name has the hash of all that the pieces depend on.
+    """
     if work is None:
         return None
     text = json.dumps([versions(), PIECES, *depends_on], sort_keys=True)
@@ -22,5 +28,5 @@ def stage_store(work: Path | None, stage: str, *depends_on: Any) -> Store | None
 
 
 def calibration_settings(recipe: Recipe) -> dict[str, Any]:
-    """The settings of a recipe that its calibration depends on."""
+    """Return the settings of a recipe on which its calibration depends."""
     return {name: getattr(recipe, name) for name in (*CALIBRATION_SETTINGS, "hessian")}

@@ -10,7 +10,7 @@ _KINDS: dict[str, "Grid"] = {}
 
 
 class Columns(NamedTuple):
-    """Parameters of a site as kernels read them, each (groups, units).
+    """The parameters of a site as kernels read them, each (groups, units).
 
     `scale` (s1) and `coarse` (s2, ones for one region) are fp32. `zero_point` is fp32. `factor` is s2 / s1, an int32
     power of two, where both regions of a two-region grid fit one 8-bit operand; else None.
@@ -37,9 +37,9 @@ class Grid(str):
     MRQ_SOFTMAX: ClassVar["Grid"]
     MRQ_GELU: ClassVar["Grid"]
 
-    label: ClassVar[str]  # in reports
-    two_region: ClassVar[bool] = False  # the sign of a code is its region; no zero points
-    sign: ClassVar[int] = 1  # of the values of negative codes, with two regions
+    label: ClassVar[str]  # the name in reports
+    two_region: ClassVar[bool] = False  # True: the sign of a code is its region, and there are no zero points
+    sign: ClassVar[int] = 1  # the sign of the values of negative codes, with two regions
     independent_regions: ClassVar[bool] = False  # whether a search chooses s1 and s2 one by one, unless they merge
 
     def __new__(cls, name: str) -> Self:

@@ -6,11 +6,14 @@ from tqdit.grids import regions, uniform
 from tqdit.grids.kind import Columns, Grid
 from tqdit.grids.regions import TwoRegions
 
-OFFSET = 128  # what is taken from the unsigned integer of merged regions to make it int8
+OFFSET = 128  # subtracted from the unsigned integer of merged regions to make it int8
 
 
 class MrqGelu(TwoRegions):
-    """MRQ after GELU. A search chooses s1 and s2 one by one, or, of merging regions, s2 and i of s1 = s2 2^-i."""
+    """MRQ after GELU. A search chooses s1 and s2 one by one.
+
+    Of merging regions it chooses s2 and i of s1 = s2 2^-i.
+    """
 
     independent_regions = True
 
@@ -20,7 +23,7 @@ class MrqGelu(TwoRegions):
         """Return min-max scales and zeros; the negative region has GELU's fixed extent."""
         top = 1 << (bits - 1)
         fine = torch.full_like(high, regions.GELU_MINIMUM / top)
-        # Where no value was positive, one that is after all is as near 0 as negative values are.
+        # Where calibration saw no positive value, a later positive value is as near 0 as the negative ones.
         coarse = uniform.scale_of(high.clamp(min=0) / (top - 1), site, otherwise=fine)
         scale = finest_merged(fine, coarse, bits) if merging else torch.stack([fine, coarse], -1)
         return scale, torch.zeros_like(low, dtype=torch.int32)
@@ -39,9 +42,10 @@ class MrqGelu(TwoRegions):
         return [torch.stack([fine, current[..., 1]], -1), torch.stack([current[..., 0], coarse], -1)]
 
     def columns(self, scale: torch.Tensor, zero_point: torch.Tensor | None, bits: int) -> Columns:
-        """As `Grid.columns`. Merged regions are one integer c1 or c2 2^shift from -2^(k-1).
+        """Return the parameters as `Grid.columns` does.
 
-        The lowest integer is stored as the code -128, so the zero point of merged regions is 2^(k-1) - 128.
+        Merged regions are one integer c1 or c2 2^shift, counted from -2^(k-1). The lowest integer is stored as the code
+        -128, so the zero point of merged regions is 2^(k-1) - 128.
         """
         made = super().columns(scale, zero_point, bits)
         if made.factor is None:

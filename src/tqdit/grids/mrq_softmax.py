@@ -7,14 +7,14 @@ from tqdit.grids.regions import TwoRegions
 
 
 class MrqSoftmax(TwoRegions):
-    """MRQ after softmax. s2 is fixed; a search chooses i of s1 = s2 2^-i."""
+    """MRQ after softmax. The scale s2 is fixed; a search chooses i of s1 = s2 2^-i."""
 
     sign = -1
 
     def initial(
         self, low: torch.Tensor, high: torch.Tensor, bits: int, site: str, merging: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return scales in the middle of what a search tries, whatever the range of values, and zeros."""
+        """Return scales in the middle of those that a search tries, whatever the range of values, and zeros."""
         coarse = torch.full_like(high, regions.coarse_softmax_scale(bits))
         exponent = min(bits // 2, regions.softmax_exponents(bits, merging).stop - 1)
         return regions.with_fine(coarse, [exponent]), torch.zeros_like(low, dtype=torch.int32)

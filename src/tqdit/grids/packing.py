@@ -1,4 +1,4 @@
-"""Bit packing of weight codes: 8 codes of k bits in k bytes, lowest bits first, so 6-bit codes take 4 in 3 bytes."""
+"""Pack the bits of weight codes: 8 codes of k bits in k bytes, lowest bits first, so 6-bit codes take 4 in 3 bytes."""
 
 import math
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from tqdit.errors import InputError
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes that `count` codes of `bits` bits take."""
+    """Return the bytes that `count` codes of `bits` bits take."""
     return (count * bits + 7) // 8
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """int8 codes of any shape -> uint8 (packed_size,), little-endian bit stream of two's-complement codes."""
+    """Pack int8 codes of any shape into uint8 (packed_size,), a little-endian bit stream of two's-complement codes."""
     flat = codes.reshape(-1).contiguous().cpu().view(torch.uint8)
     if bits == 8:
         return flat.clone()
@@ -30,7 +30,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, bits: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """Inverse of `pack`: int8 codes of `shape`. Raises `InputError` for sizes that do not fit the bytes."""
+    """Return the int8 codes of `shape` that `pack` packed. Raises `InputError` for sizes that do not fit the bytes."""
     if not 1 <= bits <= 8 or any(size < 0 for size in shape):
         raise InputError(f"codes of shape {tuple(shape)} at {bits} bits do not exist")
     total = math.prod(shape)
@@ -50,17 +50,17 @@ def unpack(packed: torch.Tensor, bits: int, shape: tuple[int, ...]) -> torch.Ten
         value = groups[:, byte] >> shift
         if shift + bits > 8:
             value |= groups[:, byte + 1] << 8 - shift
-        codes[:, code] = ((value & 2 * half - 1) ^ half) - half  # the sign is the highest of the bits
+        codes[:, code] = ((value & 2 * half - 1) ^ half) - half  # the highest bit is the sign
     return codes.view(torch.int8).view(-1)[:total].reshape(shape)
 
 
 def _group(bits: int) -> tuple[int, int]:
-    """The fewest codes that take whole bytes, and those bytes."""
+    """Return the fewest codes that take whole bytes, and the number of those bytes."""
     common = math.gcd(8, bits)
     return 8 // common, bits // common
 
 
 def _places(bits: int) -> Iterator[tuple[int, int, int]]:
-    """Of each code of a group: its number, the byte it begins in, and at which bit of that."""
+    """Return where each code of a group lies: its number, the byte in which it begins, and the bit of that byte."""
     for code in range(_group(bits)[0]):
         yield code, *divmod(code * bits, 8)

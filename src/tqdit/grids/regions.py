@@ -17,12 +17,12 @@ GELU_MINIMUM = 0.17  # max |gelu(x)| for x < 0, TQ-DiT's fixed extent of the neg
 
 
 def coarse_softmax_scale(bits: int) -> float:
-    """s2 = 1 / m with m = 2^(k-1) - 1: represents the probability 1 exactly."""
+    """Return s2 = 1 / m with m = 2^(k-1) - 1, which represents the probability 1 exactly."""
     return 1.0 / IntFormat(bits).qmax
 
 
 def quantize(x: torch.Tensor, s1: torch.Tensor, s2: torch.Tensor, bits: int, grid: Grid) -> torch.Tensor:
-    """Codes of x (int8, same shape); the scales broadcast to x.
+    """Return the codes of x, int8 in the shape of x; the scales broadcast to x.
 
     Softmax: x <= m s1 -> -round(x / s1), else round(x / s2), m = 2^(k-1) - 1.
     GELU: x < 0 -> clip(round(x / s1), -2^(k-1), 0), else clip(round(x / s2), 0, 2^(k-1) - 1).
@@ -38,13 +38,16 @@ def quantize(x: torch.Tensor, s1: torch.Tensor, s2: torch.Tensor, bits: int, gri
 
 
 def dequantize(codes: torch.Tensor, s1: torch.Tensor, s2: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Values of codes, fp32."""
+    """Return the values of codes, fp32."""
     value = codes.float()
     return value * torch.where(value < 0, grid.sign * s1, s2)
 
 
 def fake_quantize(x: torch.Tensor, s1: torch.Tensor, s2: torch.Tensor, bits: int, grid: Grid) -> torch.Tensor:
-    """dequantize(quantize(x)) without the codes, bit for bit the same and half the memory traffic; for the search."""
+    """Return dequantize(quantize(x)), bit for bit, without making codes.
+
+    It takes half the memory traffic; the search uses it.
+    """
     rounded, first = steps(x, s1, s2, bits, grid)
     return rounded.mul_(torch.where(first, s1, s2))
 
@@ -52,7 +55,10 @@ def fake_quantize(x: torch.Tensor, s1: torch.Tensor, s2: torch.Tensor, bits: int
 def steps(
     x: torch.Tensor, s1: torch.Tensor, s2: torch.Tensor, bits: int, grid: Grid
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Multiples of each value's own scale (fp32, with the value's sign), and which values belong to region 1."""
+    """Return each value as a multiple of its own scale, and which values belong to region 1.
+
+    The multiples are fp32 and have the values' signs.
+    """
     fmt = IntFormat(bits)
     x = x.float()
     first = x <= fmt.qmax * s1 if grid is Grid.MRQ_SOFTMAX else x < 0
@@ -60,9 +66,10 @@ def steps(
 
 
 def merge_shift(s1: torch.Tensor, s2: torch.Tensor, bits: int, grid: Grid) -> torch.Tensor | None:
-    """i of s2 = s1 2^i (int32, shape of s1), if that holds exactly everywhere and c1 and c2 2^i share one byte.
+    """Return i of s2 = s1 2^i, int32 in the shape of s1, or None if the regions do not merge.
 
-    Then a matmul needs one integer product instead of one per region (TQ-DiT codes of k bits; 256 levels in a byte).
+    They merge if the equation holds exactly everywhere and c1 and c2 2^i share one byte. A matmul then needs one
+    integer product instead of one per region (TQ-DiT codes of k bits; 256 levels in a byte).
     """
     mantissa, exponent = torch.frexp(s2 / s1)
     shift = (exponent - 1).to(torch.int32)
@@ -73,7 +80,7 @@ def merge_shift(s1: torch.Tensor, s2: torch.Tensor, bits: int, grid: Grid) -> to
 
 
 def merging_exponents(bits: int, grid: Grid) -> range:
-    """Every i >= 0 of s2 = s1 2^i whose merged codes c1 and c2 2^i fit one byte: their span is at most 255.
+    """Return every i >= 0 of s2 = s1 2^i whose merged codes c1 and c2 2^i fit one byte: their span is at most 255.
 
     At 8 bits (GELU 0; softmax 0, 1) such a grid has no level that one uniform grid of 8 bits lacks.
     """
@@ -83,15 +90,18 @@ def merging_exponents(bits: int, grid: Grid) -> range:
 
 
 def softmax_exponents(bits: int, merging: bool = False) -> range:
-    """Candidates i of s1 = s2 2^-i. The last one has steps s1 of about 2^-17, finer than any
-    probability needs. `merging`: only those whose regions merge."""
+    """Return the candidates i of s1 = s2 2^-i.
+
+    The last one has steps s1 of about 2^-17, finer than any probability needs. `merging`: only those whose regions
+    merge.
+    """
     return range(1, merging_exponents(bits, Grid.MRQ_SOFTMAX).stop if merging else 19 - bits)
 
 
 def with_fine(coarse: torch.Tensor, exponents: Iterable[int]) -> torch.Tensor:
-    """(s1, s2) of every s2 in `coarse` (n, ...) and s1 = s2 2^-i, exact: (exponents x n, ..., 2).
+    """Return (s1, s2) for every s2 in `coarse` (n, ...) and every s1 = s2 2^-i: (exponents x n, ..., 2).
 
-    The powers are numbers, not a tensor's approximate ones. An s2 that is so small that some s1 would be subnormal is
+    The products are exact, since the powers are Python numbers. An s2 so small that some s1 would be subnormal is
     raised until none is.
     """
     powers = [2.0**-exponent for exponent in exponents]
@@ -100,7 +110,7 @@ def with_fine(coarse: torch.Tensor, exponents: Iterable[int]) -> torch.Tensor:
 
 
 class TwoRegions(Grid):
-    """What the grids of two regions have in common."""
+    """The base of the grids with two regions."""
 
     label = "MRQ"
     two_region = True

@@ -1,4 +1,7 @@
-"""The grids of this package by name. Another one is a subclass of `Grid`, made known by `register`."""
+"""The grids of this package by name.
+
+Another grid is a subclass of `Grid`, made known by `register`.
+"""
 
 from tqdit.grids.kind import Columns, Grid, known, register
 from tqdit.grids.mrq_gelu import MrqGelu

@@ -9,34 +9,39 @@ from tqdit.errors import InputError
 from tqdit.grids.formats import IntFormat
 from tqdit.grids.kind import Grid
 
-SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # of what a scale can be
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # the limits of a scale
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int, bits: int) -> torch.Tensor:
-    """clip(round(x / s) + z) as int8; `scale` and `zero_point` broadcast to x. NaN is not checked for: calibration and
-    loading do, and this runs at every denoiser call."""
+    """Return clip(round(x / s) + z) as int8; `scale` and `zero_point` broadcast to x.
+
+    NaN is not checked for: calibration and loading do, and this runs at every denoiser call.
+    """
     fmt = IntFormat(bits)
     return (torch.round(x.float() / scale) + zero_point).clamp_(fmt.qmin, fmt.qmax).to(torch.int8)
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int) -> torch.Tensor:
-    """s (q - z), fp32."""
+    """Return s (q - z), fp32."""
     return (codes.to(torch.int32) - zero_point).float() * scale
 
 
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor:
-    """dequantize(quantize(x)) without the codes, bit for bit the same and half the memory traffic; for the search."""
+    """Return dequantize(quantize(x)), bit for bit, without making codes.
+
+    It takes half the memory traffic; the search uses it.
+    """
     return steps(x, scale, zero_point, bits).mul_(scale)
 
 
 def steps(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes less their zero point, as fp32: integers of at most bits + 1 bits."""
+    """Return codes less their zero point as fp32: integers of at most bits + 1 bits."""
     fmt = IntFormat(bits)
     return torch.round(x.float() / scale).clamp_(fmt.qmin - zero_point, fmt.qmax - zero_point)
 
 
 def minmax_asymmetric(low: torch.Tensor, high: torch.Tensor, bits: int, site: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """s = (max - min) / (2^k - 1), z = qmin - round(min / s); the range is widened to contain 0.
+    """Return s = (max - min) / (2^k - 1) and z = qmin - round(min / s); the range is widened to contain 0.
 
     Containing 0 keeps z in the code range, so that a zero stays exactly zero. A range of 0 gets s = 1 and z = 0. Raises
     `InputError` naming `site` for NaN or Inf.
@@ -50,20 +55,21 @@ def minmax_asymmetric(low: torch.Tensor, high: torch.Tensor, bits: int, site: st
 
 
 def minmax_symmetric(magnitude: torch.Tensor, bits: int, site: str) -> torch.Tensor:
-    """s = max|x| / (2^(k-1) - 1), zero point 0. A magnitude of 0 gets s = 1."""
+    """Return s = max|x| / (2^(k-1) - 1) and the zero point 0. A magnitude of 0 gets s = 1."""
     return scale_of(magnitude / IntFormat(bits).qmax, site)
 
 
 def is_dead(width: torch.Tensor) -> torch.Tensor:
-    """Where a step of this width is no scale: the range is 0, or so near 0 that the step is subnormal.
+    """Say where a step of this width is no scale.
 
-    A division by a subnormal number is not reliable, and the reciprocal of one may be Inf.
+    There the range is 0, or so near 0 that the step is subnormal. A division by a subnormal number is not reliable, and
+    the reciprocal of one may be Inf.
     """
     return width < SMALLEST
 
 
 def scale_of(width: torch.Tensor, site: str, otherwise: torch.Tensor | float = 1.0) -> torch.Tensor:
-    """Steps of min-max ranges as fp32 scales, with the scale `otherwise` for every unit whose range is 0.
+    """Return steps of min-max ranges as fp32 scales, and `otherwise` for every unit whose range is 0.
 
     Such a unit is a pruned, padded or untrained row, head or channel. All its values have the code of 0 under a scale
     of 1, which is exact for zeros. Raises `InputError` naming `site` for NaN or Inf.
@@ -75,12 +81,15 @@ def scale_of(width: torch.Tensor, site: str, otherwise: torch.Tensor | float = 1
 
 
 def multiples(scale: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Candidates: `scale` times every factor (K, 1, ...). Each is a positive, finite and normal number."""
+    """Return the candidates `scale` times every factor (K, 1, ...).
+
+    Each is a positive, finite and normal number.
+    """
     return (scale * factors).clamp_(SMALLEST, LARGEST)
 
 
 def factors(low: float, high: float, count: int) -> torch.Tensor:
-    """`count` multiples of the min-max scale from `low` to `high`, the last step containing exactly `high`."""
+    """Return `count` multiples of the min-max scale from `low` to `high`; the last step contains exactly `high`."""
     return torch.linspace(low, min(high, LARGEST), count)
 
 

@@ -1,0 +1,1 @@
+"""The layers that integer models are assembled from."""

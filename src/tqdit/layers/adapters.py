@@ -1,4 +1,4 @@
-"""Low-rank adapters on integer layers: places where peft can put them, and the operations of a block that has some."""
+"""Low-rank adapters on integer layers: the places where peft puts them, and the operations of a block that has some."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from tqdit.spec import MAX_BITS
 
 
 class AdapterSlot(nn.Linear):
-    """Stands where the float model has a linear layer, under its name: peft wraps it as it would wrap that one.
+    """A stand-in for a linear layer of the float model, under that layer's name: peft wraps the stand-in.
 
     It computes zeros, so that the wrapped one computes what the adapters add. Its `weight` says the shape, the device,
     and the dtype of adapters; there is nothing to read or to write in it.
@@ -33,10 +33,11 @@ class AdapterSlot(nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """Return a stand-in for the weight, which has a shape, a dtype and a device but no values."""
         return self.anchor.expand(self.out_features, self.in_features).as_subclass(_NoWeight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, N, in) -> (B, N, out)."""
+        """Return zeros: (B, N, in) -> (B, N, out)."""
         return x.new_zeros(*x.shape[:-1], self.out_features)
 
 
@@ -56,7 +57,10 @@ class _NoWeight(torch.Tensor):
 
 
 class Holder(Watched):
-    """A module on the path to slots. Into the place of a slot go plain LoRA, and a slot again."""
+    """A module on the path to slots.
+
+    The place of a slot takes plain LoRA, or a slot again. Anything else is an `InputError`.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module):
@@ -74,7 +78,7 @@ class Holder(Watched):
 
 
 class Slots:
-    """The slots of one block by the layer they belong to: "qkv" has three, the other layers one."""
+    """The slots of one block by the layer they belong to: "qkv" has three, the other layers have one."""
 
     def __init__(
         self,
@@ -83,9 +87,10 @@ class Slots:
         shapes: Mapping[str, torch.Size],
         closed: Sequence[str] = (),
     ) -> None:
-        """Add them to `block`. `names`: layer -> dotted names inside the block; `shapes`: (out, in) by name.
+        """Add slots to `block`.
 
-        `closed`: names of layers without a slot; what is there is nothing that peft would wrap, so that it says so.
+        `names`: layer -> dotted names inside the block; `shapes`: (out, in) by name. `closed`: names of layers without
+        a slot; a module stands there that peft cannot wrap, so that peft says so.
         """
         self._places: dict[str, list[tuple[nn.Module, str]]] = {}
         self._codes: dict[str, LinearCodes] = {}
@@ -101,21 +106,25 @@ class Slots:
 
     @property
     def used(self) -> bool:
-        """Whether anything has been put around a slot."""
+        """Say whether anything has been put around a slot."""
         places = [place for places in self._places.values() for place in places]
         return any(type(parent._modules[leaf]) is not AdapterSlot for parent, leaf in places)
 
-    def of(self, layer: str) -> list[Any]:
-        """What is in a layer's slots, from its first output on. `InputError` for adapters that are more than LoRA."""
+    def adapters(self, layer: str) -> list[Any]:
+        """Return the modules in a layer's slots, from its first output on.
+
+        Raises `InputError` for adapters that are more than LoRA.
+        """
         found = [parent._modules[leaf] for parent, leaf in self._places[layer]]
         for (_, leaf), module in zip(self._places[layer], found, strict=True):
             _check_plain_lora(module, leaf)
         return found
 
     def adapted(self, name: str, layer: Any) -> "AdaptedLayer":
-        """A layer, as a backend's `prepare` returned it, with its slots.
+        """Return a layer, which a backend's `prepare` made, together with its slots.
 
-        It is unpacked once, a second copy of it; an offloaded layer, whose tensors are not to stay, at every call.
+        The layer is unpacked once, a second copy of its codes. An offloaded layer is unpacked at every call, since its
+        tensors are not to stay.
         """
         codes = self._codes.get(name)
         if codes is None or codes.scale.device != layer.scale.device:
@@ -126,17 +135,17 @@ class Slots:
                 self._codes.pop(name, None)
             else:
                 self._codes[name] = codes
-        return AdaptedLayer(codes, self.of(name))
+        return AdaptedLayer(codes, self.adapters(name))
 
     def take(self, other: "Slots") -> None:
-        """Have what is in the slots of the same block of another model."""
+        """Take over the modules in the slots of the same block of another model."""
         for layer, places in self._places.items():
-            for (parent, leaf), module in zip(places, other.of(layer), strict=True):
+            for (parent, leaf), module in zip(places, other.adapters(layer), strict=True):
                 parent.add_module(leaf, module.to(parent._modules[leaf].anchor.device))  # type: ignore[union-attr]
 
 
 def _holder(block: nn.Module, path: Sequence[str]) -> nn.Module:
-    """The module at a path inside a block; empty ones are made on the way."""
+    """Return the module at a path inside a block; empty holders are made on the way."""
     for part in path:
         if part not in block._modules:
             block.add_module(part, Holder())
@@ -145,13 +154,14 @@ def _holder(block: nn.Module, path: Sequence[str]) -> nn.Module:
 
 
 def _check_plain_lora(module: Any, name: str) -> None:
-    """`InputError` unless a module in the place of a slot is one, a holder, or adds what depends on its input alone.
+    """Raise `InputError` unless a module may stand in the place of a slot.
 
-    A slot has neither the layer's own weight nor its output, which other adapters need.
+    Allowed are a slot, a holder, and adapters that add what depends on the layer's input alone. A slot has neither the
+    layer's own weight nor its output, which other adapters need.
     """
     if isinstance(module, AdapterSlot | Holder):
         return
-    peft = sys.modules.get("peft.tuners.lora.layer")  # whoever made an adapter has imported it
+    peft = sys.modules.get("peft.tuners.lora.layer")  # the maker of an adapter has imported this module
     if peft is None or type(module) is not peft.Linear or module.lora_variant:
         variants = sorted({type(variant).__name__ for variant in getattr(module, "lora_variant", {}).values()})
         kind = f" with {', '.join(variants)}" if variants else ""
@@ -162,14 +172,14 @@ def _check_plain_lora(module: Any, name: str) -> None:
 
 
 class AdaptedLayer(NamedTuple):
-    """A linear layer in plain codes, and what is in its slots."""
+    """A linear layer in plain codes, and the modules in its slots."""
 
     codes: LinearCodes
     slots: list[Any]
 
 
 class Adapted(reference.Reference):
-    """The operations of a block with adapters: the reference's, since an epilogue has no place for them.
+    """The operations of a block with adapters: the reference's, since an epilogue has no place for an adapter.
 
     An adapter reads what the integer layer reads: the values of the codes.
     """

@@ -32,14 +32,17 @@ class IntBlock(Closed, Untrainable):
         heads: int,
         backend: Backend,
     ) -> None:
-        """`linears`: layers by name, such as "qkv", which become attributes. `operands`: of attention, by name."""
+        """Hold the layers and operands of a block.
+
+        `linears`: layers by name, such as "qkv", which become attributes. `operands`: of attention, by name.
+        """
         super().__init__()
         self.heads = heads
         for name, linear in linears.items():
             self.add_module(name, linear)
         self.operands: Any = nn.ModuleDict(dict(operands))
         self.backend = backend
-        self._parts = [module for module in self.modules() if isinstance(module, FixedDtype)]  # that a call reads
+        self._parts = [module for module in self.modules() if isinstance(module, FixedDtype)]  # those that a call reads
         self.slots: Slots | None = None
 
     def run(self, x: torch.Tensor, call: Any) -> torch.Tensor:
@@ -49,21 +52,21 @@ class IntBlock(Closed, Untrainable):
     def add_slots(
         self, names: Mapping[str, Sequence[str]], shapes: Mapping[str, torch.Size], closed: Sequence[str] = ()
     ) -> None:
-        """Make places for adapters; see `Slots`."""
+        """Make places for adapters in the block; see `Slots`."""
         self.slots = Slots(self, names, shapes, closed)
 
     @property
     def adapted(self) -> bool:
-        """Whether there are adapters: the block then runs as the reference does."""
+        """Say whether the block has adapters; it then runs as the reference does."""
         return self.slots is not None and self.slots.used
 
     @property
     def offloaded(self) -> bool:
-        """Whether accelerate has sent tensors of this block away, to bring them when they are used."""
+        """Say whether accelerate has sent tensors of this block away; it brings them back when the block runs."""
         return any(map(offloaded, self._parts))
 
     def forward(self, hidden_states: torch.Tensor, call: Call) -> torch.Tensor:
-        """Compute the block; its tensors are brought to their device first if accelerate has sent them away."""
+        """Compute the block. Tensors that accelerate has sent away are brought to their device first."""
         if torch.compiler.is_compiling() or not self.offloaded:
             return self.run(hidden_states, call)
         with present(self._parts):
@@ -71,7 +74,7 @@ class IntBlock(Closed, Untrainable):
 
     @property
     def verbs(self) -> Backend:
-        """The backend, or the reference with adapters where the block has some."""
+        """Return the backend, or the reference with adapters where the block has some."""
         return ADAPTED if self.adapted else self.backend
 
     def source(self, name: str, call: Call | None) -> OperandParams:
@@ -79,7 +82,7 @@ class IntBlock(Closed, Untrainable):
         return getattr(self, name).source.operand(call)
 
     def layer(self, name: str) -> Any:
-        """Return a layer as the block's verbs take it: with its adapters, where the block has some."""
+        """Return a layer in the form that the block's verbs take: with its adapters, where the block has some."""
         layer = getattr(self, name).layer
         if not self.adapted:
             return layer
@@ -92,7 +95,10 @@ class IntBlock(Closed, Untrainable):
         return AttentionParams(query, key, value, softmax, self.heads)
 
     def self_attention(self, x: torch.Tensor, norm: Norm, gate: torch.Tensor, call: Call) -> torch.Tensor:
-        """Return x + gate out(attention(qkv(norm(x)))). Layers "qkv" (three stacked) and "out"."""
+        """Return x + gate out(attention(qkv(norm(x)))).
+
+        The layers are "qkv" (three stacked) and "out".
+        """
         verbs, attention = self.verbs, self.attention("", call)
         source, target = self.source("qkv", call), self.source("out", call)
         codes = verbs.quantize(x, source, norm)
@@ -101,9 +107,10 @@ class IntBlock(Closed, Untrainable):
         return verbs.linear(codes, target, self.layer("out"), Residual(x, gate))
 
     def cross_attention(self, x: torch.Tensor, context: Any, bias: torch.Tensor | None, call: Call) -> torch.Tensor:
-        """Return x + out(attention(q(x), context)). Layers "cross_q" and "cross_out"; operands "cross_query" and so on.
+        """Return x + out(attention(q(x), context)).
 
-        `context`: of `context`. `bias`: fp32 (B, M), added to the scores, or None.
+        The layers are "cross_q" and "cross_out"; the operands are "cross_query" and so on. `context`: the result of the
+        method `context`. `bias`: fp32 (B, M), added to the scores, or None.
         """
         verbs, attention = self.verbs, self.attention("cross_", call)
         source, target = self.source("cross_q", call), self.source("cross_out", call)
@@ -113,9 +120,9 @@ class IntBlock(Closed, Untrainable):
         return verbs.linear(codes, target, self.layer("cross_out"), Residual(x))
 
     def context(self, states: torch.Tensor, call: Call | None = None) -> Any:
-        """Return the codes of key and value of a prompt (B, M, C), which no timestep changes. Layer "cross_kv".
+        """Return the codes of key and value of a prompt (B, M, C), which no timestep changes.
 
-        `call`: for an architecture whose operands of a prompt have time groups.
+        The layer is "cross_kv". `call` is for an architecture whose operands of a prompt have time groups.
         """
         source = self.source("cross_kv", call)
         targets = [self.operands[f"cross_{name}"].operand(call) for name in ("key", "value")]
@@ -123,7 +130,7 @@ class IntBlock(Closed, Untrainable):
         return self.verbs.project(codes, source, self.layer("cross_kv"), targets, self.heads)
 
     def feed_forward(self, x: torch.Tensor, norm: Norm, gate: torch.Tensor, call: Call) -> torch.Tensor:
-        """Return x + gate fc2(GELU(fc1(norm(x)))). Layers "fc1" and "fc2"."""
+        """Return x + gate fc2(GELU(fc1(norm(x)))). The layers are "fc1" and "fc2"."""
         verbs, source, between = self.verbs, self.source("fc1", call), self.source("fc2", call)
         codes = verbs.quantize(x, source, norm)
         codes = verbs.linear(codes, source, self.layer("fc1"), Activation(between))

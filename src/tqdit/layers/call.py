@@ -1,4 +1,7 @@
-"""`Call`: what one denoiser call shares among its blocks. Nothing about a call is kept in modules or by thread."""
+"""`Call`: the data that one denoiser call shares among its blocks.
+
+Nothing about a call is kept in modules or by thread.
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,14 +25,14 @@ class Call:
 
 
 class Group(NamedTuple):
-    """Time groups of a batch; fields as in `Call`."""
+    """The time groups of a batch; its fields are those of `Call`."""
 
     group: torch.Tensor
     shared: int | None
 
 
 class GroupLookup(FixedDtype):
-    """Looks up the time groups of a call, on the device of its timesteps.
+    """A module that looks up the time groups of a call, on the device of the timesteps.
 
     There is no host synchronisation and no recompilation over timesteps. On the CPU a timestep outside the range of the
     time groups is an `InputError`. On a GPU and under torch.compile no value is read, and such a timestep is in the

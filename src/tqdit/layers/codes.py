@@ -1,4 +1,4 @@
-"""The weight codes of a converted model, read back out of its layers."""
+"""Read the weight codes of a converted model back out of its layers."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from tqdit.spec import Solution
 
 @dataclass(frozen=True)
 class Place:
-    """Where the codes of a weight are: `rows` of those of a layer."""
+    """The place of a weight's codes: `rows` of those of a layer."""
 
     layer: Any
     rows: slice
@@ -25,10 +25,10 @@ class Place:
 
 
 class LayerCodes(Mapping[str, torch.Tensor]):
-    """Weight codes by site, as the layers of a model hold them, unpacked on demand: int8, on the CPU."""
+    """Weight codes by site, int8 on the CPU, unpacked on demand from the layers of a model."""
 
     def __init__(self, places: Mapping[str, Place], sites: Mapping[str, ActivationParams]) -> None:
-        """`sites`: the activation sites of the same model."""
+        """Find the codes of `model`'s layers. `sites`: the activation sites of that model."""
         self._places = places
         self._sites = sites
 
@@ -38,10 +38,10 @@ class LayerCodes(Mapping[str, torch.Tensor]):
             return place.layer.unpacked()[place.rows].reshape(place.shape).cpu()
 
     def __contains__(self, site: object) -> bool:
-        return site in self._places  # a Mapping's own would unpack the codes
+        return site in self._places  # Mapping's own method would unpack the codes
 
     def shape_of(self, site: str) -> torch.Size:
-        """The shape of a site's codes, without unpacking them."""
+        """Return the shape of a site's codes, without unpacking them."""
         return self._places[site].shape
 
     def __iter__(self) -> Iterator[str]:
@@ -67,7 +67,10 @@ class LayerCodes(Mapping[str, torch.Tensor]):
 
 @contextmanager
 def _readable(site: str, module: nn.Module) -> Iterator[None]:
-    """Have the tensors of an offloaded module here, or an `InputError` where they came with a whole block only."""
+    """Bring the tensors of an offloaded module here.
+
+    Raises `InputError` where its tensors come with a whole block only.
+    """
     with present([module]):
         if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
             raise InputError(f"the tensors of '{site}' are offloaded; remove accelerate's hooks before reading them")
@@ -75,7 +78,10 @@ def _readable(site: str, module: nn.Module) -> Iterator[None]:
 
 
 def _check_equal(site: str, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Of a site: what a model has, and what its solution has, which may be one value for all channels."""
+    """Raise `InputError` unless a model has the same values at a site as its solution.
+
+    The solution may have one value for all channels.
+    """
     for mine, given in pairs:
         if not torch.equal(mine.flatten().cpu(), given.flatten().to(mine.dtype).expand(mine.numel())):
             raise InputError(f"'{site}' was changed in the integer model; what it was solved for cannot be saved so")

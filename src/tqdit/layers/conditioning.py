@@ -1,4 +1,4 @@
-"""What all blocks of a model share in a denoiser call: embeddings of timestep and class, and their adaLN modulation."""
+"""Compute what all blocks share in a denoiser call: timestep and class embeddings, and their adaLN modulation."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 
 class TimestepTable(nn.Module):
-    """Looks sinusoids of a timestep up where it is a whole number, (B,) -> (B, 256): one kernel instead of ten."""
+    """A table of the sinusoids of whole timesteps, (B,) -> (B, 256): one kernel instead of ten."""
 
     table: torch.Tensor
 
     def __init__(self, projection: nn.Module, num_timesteps: int) -> None:
-        """`projection`: diffusers' `Timesteps`, which computes them."""
+        """Compute the table with `projection`, which is diffusers' `Timesteps`."""
         super().__init__()
         self.projection = projection
         self.register_buffer("table", projection(torch.arange(num_timesteps)), persistent=False)
@@ -51,27 +51,30 @@ class Modulation:
 
 
 class Conditioning(nn.Module):
-    """Computes the adaLN modulation of all blocks at the start of a call: it depends on timestep and class alone.
+    """A module that computes the adaLN modulation of all blocks at the start of a call.
 
-    Blocks with the same embedder are a group, whose adaLN layers are one. On the CPU equal (t, class) rows of the
-    batch, such as the null class under guidance, are computed once.
+    The modulation depends on timestep and class alone. Blocks with the same embedder are a group, whose adaLN layers
+    are one. On the CPU equal (t, class) rows of the batch, such as the null class under guidance, are computed once.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.embedders = nn.ModuleList()
         self.linears = nn.ModuleList()
-        self.places: list[tuple[int, int]] = []  # of block i: its group, and its place there
+        self.places: list[tuple[int, int]] = []  # for block i: its group, and its place in the group
 
     def add(self, embedder: nn.Module, linear: nn.Module) -> int:
-        """Add a group of blocks and return its number: their embedder, and their stacked adaLN layers (blocks 6 C)."""
+        """Add a group of blocks and return its number.
+
+        The group has one embedder and its stacked adaLN layers, (blocks 6 C).
+        """
         self.embedders.append(embedder)
         self.linears.append(linear)
         return len(self.linears) - 1
 
     @property
     def classes(self) -> int:
-        """The rows of the class embedding, the null class among them."""
+        """Return the number of rows of the class embedding, the null class among them."""
         embedder: Any = self.embedders[0]
         return int(embedder.class_embedder.embedding_table.num_embeddings)
 

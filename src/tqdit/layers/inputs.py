@@ -1,4 +1,4 @@
-"""Checking what a denoiser call was given, before anything is computed with it.
+"""Check the arguments of a denoiser call before anything is computed with them.
 
 Shapes and dtypes are read, and values only where they are on the CPU: nothing here waits for a GPU.
 """
@@ -13,8 +13,8 @@ from tqdit.timegroups import TimeGroups
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-DISCARD = -10000.0  # what diffusers adds to the score of a token that a mask leaves out
-LABELS = (torch.int64, torch.int32)  # what torch's embedding takes
+DISCARD = -10000.0  # diffusers adds this to the score of a token that a mask leaves out
+LABELS = (torch.int64, torch.int32)  # the dtypes that torch's embedding takes
 
 
 def check_states(x: Any, channels: int, patch_size: int) -> None:
@@ -59,7 +59,7 @@ def timesteps(x: torch.Tensor, timestep: Any, time_groups: TimeGroups) -> torch.
     if not torch.compiler.is_compiling():
         check_values("timestep", t)
         if t.is_cpu and not x.is_cpu:
-            time_groups.index(t)  # on the CPU the lookup of a call does; on a GPU it reads no value
+            time_groups.index(t)  # on the CPU `GroupLookup` checks it; on a GPU it reads no value
     return t.to(x.device)
 
 
@@ -103,10 +103,11 @@ def prompt(x: torch.Tensor, states: Any, depth: int) -> torch.Tensor:
 
 
 def mask_bias(x: torch.Tensor, mask: Any, tokens: int) -> torch.Tensor | None:
-    """Return what is added to the scores of a prompt's tokens, fp32 (B, tokens), for diffusers' mask; None for None.
+    """Return the bias of a prompt's tokens, fp32 (B, tokens), which is added to their scores.
 
-    A mask (B, tokens) is 1 or True for tokens that count: they get 0, the others `DISCARD`. One of three axes,
-    (B, 1, tokens), is such a bias already. Raises `InputError` for any other shape or dtype.
+    The bias is made of diffusers' mask; it is None for None. A mask (B, tokens) is 1 or True for tokens that count:
+    they get 0, the others `DISCARD`. One of three axes, (B, 1, tokens), is such a bias already. Raises `InputError` for
+    any other shape or dtype.
     """
     if mask is None:
         return None
@@ -153,7 +154,10 @@ def refuse(name: str, value: Any) -> None:
 
 
 def _as_tensor(timestep: Any) -> torch.Tensor:
-    """A number or a list of them. A Python float stays as exact as it is: 999.99999 would be 1000 in fp32."""
+    """Return a number or a list of numbers as a tensor.
+
+    A Python float stays as exact as it is: 999.99999 would be 1000 in fp32.
+    """
     try:
         return torch.as_tensor(timestep, dtype=torch.float64 if isinstance(timestep, float) else None)
     except (TypeError, ValueError, RuntimeError):
@@ -161,7 +165,10 @@ def _as_tensor(timestep: Any) -> torch.Tensor:
 
 
 def _check_not_traced() -> None:
-    """A tracer would keep the timestep and the class of this one call, and see nothing of the compiled kernels."""
+    """Raise `InputError` under a tracer.
+
+    A tracer would keep the timestep and the class of this one call, and would not see the compiled kernels.
+    """
     if torch.jit.is_tracing():
         raise InputError("torch.jit and torch.onnx cannot trace an integer model; use torch.export or torch.compile")
     tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")  # not loaded: not tracing
@@ -181,6 +188,6 @@ def check_values(name: str, x: torch.Tensor) -> None:
 
 
 def check_no_gradient(name: str, x: torch.Tensor) -> None:
-    """Raise `InputError` for a tensor that something is to be differentiated by."""
+    """Raise `InputError` for a tensor that a gradient is to be computed for."""
     if x.requires_grad and torch.is_grad_enabled():
         raise InputError(f"{name}: integers have no gradients; call the model under torch.no_grad() or detach {name}")

@@ -1,4 +1,4 @@
-"""Linear layers of a quantized model: their weight as codes, their input as codes or in float."""
+"""Linear layers of a quantized model: their weights are codes, and their inputs are codes or floats."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from tqdit.ops.schema import Backend
 
 
 class IntLinear(Untrainable):
-    """Holds one site's input parameters and the layer, or stacked layers, that read it, in the backend's layout."""
+    """A site's input parameters and the layer, or stacked layers, that read the site, in the backend's layout."""
 
     def __init__(self, source: ActivationParams, layer: nn.Module) -> None:
         super().__init__()
@@ -19,7 +19,10 @@ class IntLinear(Untrainable):
 
 
 class WeightOnlyLinear(Untrainable):
-    """y = x W^T + b with float x and integer W, for the layers that see (t, class) alone and the final layer."""
+    """A linear layer y = x W^T + b with float x and integer W.
+
+    The layers that see (t, class) alone and the final layer are such layers.
+    """
 
     def __init__(self, layer: nn.Module, backend: Backend) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from tqdit.spec import GridParams
 
 
 class ActivationParams(FixedDtype):
-    """Holds the parameter table of one activation site, fp32 (time groups, units, COLUMNS)."""
+    """The parameter table of one activation site, fp32 (time groups, units, COLUMNS)."""
 
     table: torch.Tensor
 
@@ -22,11 +22,14 @@ class ActivationParams(FixedDtype):
         self.keep("table", made.table)
 
     def operand(self, call: Call | None) -> OperandParams:
-        """Return the site as an operand of a call, with the time groups of its samples; None if it has one group."""
+        """Return the site as an operand of a call, with the time groups of its samples.
+
+        The operand's `group` is None if the site has one group.
+        """
         spec = self.spec
         if spec.groups == 1:
             return OperandParams(spec.grid, spec.bits, self.table, self.merged)
         assert call is not None, f"site '{spec.name}' has time groups"
-        # A number that a compiler reads is a constant to it: it would compile anew for every group.
+        # `shared` would be a constant to a compiler, which would compile anew for every group.
         shared = None if torch.compiler.is_compiling() else call.shared
         return OperandParams(spec.grid, spec.bits, self.table, self.merged, call.group, shared)

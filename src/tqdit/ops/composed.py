@@ -1,4 +1,7 @@
-"""The verbs of a backend out of four primitive operations: what a backend must equal, and what it may fall back to."""
+"""Compose the verbs of a backend out of four primitive operations.
+
+Another backend must equal the result, and may fall back to it.
+"""
 
 from collections.abc import Sequence
 from functools import partial
@@ -16,7 +19,7 @@ FUNCTIONS = {"gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 class Composed:
-    """A `Backend` out of `product`, `scores`, `values` and `float_input_linear`, which a subclass provides.
+    """A `Backend` made of `product`, `scores`, `values` and `float_input_linear`, which a subclass provides.
 
     Codes are int8: (B, N, C), and projected ones (B, N, parts C).
     """

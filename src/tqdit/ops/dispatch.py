@@ -1,4 +1,4 @@
-"""Which backend runs a model, and why not another."""
+"""Choose the backend that runs a model, and explain why another one cannot."""
 
 import importlib
 from typing import cast
@@ -17,7 +17,7 @@ BACKENDS = {
     "triton": "tqdit.backends.triton",
     "triton-packed": "tqdit.backends.triton.packed",
 }
-AUTOMATIC = ("cpu", "triton", "reference")  # what "auto" tries, best first
+AUTOMATIC = ("cpu", "triton", "reference")  # the backends that "auto" tries, best first
 
 _OPERATIONS = {
     Role.WEIGHT: "linear",
@@ -32,7 +32,7 @@ _OPERATIONS = {
 
 
 def get_backend(name: str = "auto", device: str | torch.device = "cpu") -> Backend:
-    """The backend of that name for a device; "auto" is the best one that can run there.
+    """Return the backend of that name for a device; "auto" is the best one that can run there.
 
     Raises `InputError` for an unknown name, and for a backend asked for by name that cannot run, saying why.
     """
@@ -46,7 +46,10 @@ def get_backend(name: str = "auto", device: str | torch.device = "cpu") -> Backe
 
 
 def explain(device: str | torch.device = "cpu") -> dict[str, str]:
-    """Every backend and what it would do on a device: the kernel of each operation, or why it cannot run."""
+    """Describe what every backend would do on a device.
+
+    Return, by the backend's name, the kernel of each operation, or why the backend cannot run.
+    """
     found = {}
     for name in BACKENDS:
         if reason := _unavailable(name, device):
@@ -59,7 +62,7 @@ def explain(device: str | torch.device = "cpu") -> dict[str, str]:
 
 
 def kernel_name(params: GridParams, backend: Backend) -> str:
-    """The kernel that will consume a site, such as "reference.linear[int8, 2 products]"."""
+    """Return the name of the kernel that reads a site, such as "reference.linear[int8, 2 products]"."""
     spec = params.spec
     operation = _OPERATIONS[spec.role]
     detail = backend.kernel(operation)

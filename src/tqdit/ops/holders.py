@@ -11,7 +11,7 @@ from tqdit.ops.schema import WeightParams
 
 
 class FixedDtype(Watched, Untrainable):
-    """Tensors that change device but neither dtype nor value: an fp16 scale would move every code.
+    """A module whose tensors change device but neither dtype nor value: an fp16 scale would move every code.
 
     A state dict that is loaded has to have the same values. The grids and time groups that belong to them are no
     tensors, so other values would be neither the one model nor the other.
@@ -62,7 +62,7 @@ class FixedDtype(Watched, Untrainable):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Nothing is copied: what is given has to be here already."""
+        """Check that a state dict has the values that the module has already; nothing is copied."""
         own = self.state_dict(prefix=prefix, keep_vars=True)
         check_same(own, {name: value for name, value in state_dict.items() if name in own})
         if strict:
@@ -71,15 +71,19 @@ class FixedDtype(Watched, Untrainable):
 
 
 def per_output(values: torch.Tensor | None, weight: WeightParams) -> torch.Tensor:
-    """fp32 (out,): a copy of a layer's scales or biases, of which (1,) is for all outputs and None is 0."""
+    """Return a copy of a layer's scales or biases as fp32 (out,).
+
+    `values` of shape (1,) is for all outputs; None is 0.
+    """
     copy = torch.zeros(len(weight.codes), dtype=torch.float32, device=weight.scale.device)
     return copy if values is None else copy.copy_(values)
 
 
 class LinearCodes(FixedDtype):
-    """int8 codes (out, in), fp32 scale (out,) or (1,), column sums if they were given, and bias of a linear layer.
+    """The codes of a linear layer, int8 (out, in), with its scale and bias.
 
-    All are copies: given codes may be part of a mapped file, and the rest is the solution's.
+    `scale` is fp32 (out,) or (1,). Column sums are there if they were given. All are copies: given codes may be part of
+    a mapped file, and the rest is the solution's.
     """
 
     codes: torch.Tensor
@@ -96,9 +100,10 @@ class LinearCodes(FixedDtype):
         self.hold("bias", None if bias is None else bias.clone())
 
     def unpacked(self) -> torch.Tensor:
-        """The codes, int8 (out, in)."""
+        """Return the codes, int8 (out, in)."""
         return self.codes
 
     @property
     def weight(self) -> WeightParams:
+        """Return the weight as an operation takes it."""
         return WeightParams(self.codes, self.scale, self.bits, self.colsum)

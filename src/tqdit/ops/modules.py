@@ -1,4 +1,4 @@
-"""Base classes of modules on integer codes: what adapters, offloading and loading may do to them, and what not."""
+"""Base classes of modules on integer codes: what adapters, offloading and loading may do to these modules."""
 
 import hashlib
 import json
@@ -11,26 +11,30 @@ from torch import nn
 
 from tqdit.errors import InputError
 
-HOOK = "_hf_hook"  # the attribute in which accelerate keeps what it does before and after a module's forward
+HOOK = "_hf_hook"  # the attribute of accelerate's hook around a module's forward
 EXTRA_STATE = "_extra_state"  # the key that torch gives to `get_extra_state`
 
 
 class Watched(nn.Module):
-    """A module that can get adapters or offloading hooks.
+    """A module that may get adapters or offloading hooks.
 
     `contents` becomes another object whenever any such module changes: a model's call compares that one object with the
     one it saw last, since looking into every module would take longer than launching a CUDA graph.
     """
 
-    contents: ClassVar[object] = object()  # another one each time, so that no copy of it is ever equal
+    contents: ClassVar[object] = object()  # a new object at each change, so that an old copy is never equal
 
     @staticmethod
     def changed() -> None:
+        """Note that some module has changed: `contents` becomes another object."""
         Watched.contents = object()
 
 
 class Closed(nn.Module):
-    """A module whose parts adapters cannot replace: `InputError` for what peft would put around one of them."""
+    """A module whose parts adapters cannot replace.
+
+    What peft would put around one of these parts is an `InputError`.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module) and type(value).__module__.split(".")[0] == "peft":
@@ -42,10 +46,10 @@ class Closed(nn.Module):
 
 
 class Untrainable(nn.Module):
-    """A module that cannot be trained, nor be saved and replaced by an adapter (peft's `modules_to_save`)."""
+    """A module that can neither be trained nor be saved and replaced by an adapter (peft's `modules_to_save`)."""
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Accept False, which is what a converted model has anyway; True is an `InputError`."""
+        """Accept False, which a converted model has anyway. Raise `InputError` for True."""
         if requires_grad:
             raise InputError(
                 f"a layer on integer codes ({type(self).__name__}) cannot be trained or replaced by an adapter's own"
@@ -55,13 +59,13 @@ class Untrainable(nn.Module):
 
 
 class Fingerprint(Untrainable):
-    """A hash of what a model is beside its tensors, which stands in the model's state dict for all of that.
+    """A hash of all that a model is besides its tensors; the hash stands in the model's state dict.
 
-    A module of its own: accelerate asks for the device of whatever a state dict has, module by module.
+    This is a module because accelerate asks for the device of whatever a state dict has, module by module.
     """
 
     def __init__(self, described: Any) -> None:
-        """`described`: anything that JSON can hold."""
+        """Hash `described`, which is anything that JSON can hold."""
         super().__init__()
         digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).digest()
         self._state = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
@@ -70,12 +74,12 @@ class Fingerprint(Untrainable):
         return self._state
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Accept an equal one only."""
+        """Accept a hash only if it equals this one."""
         check_same({EXTRA_STATE: self._state}, {EXTRA_STATE: state})
 
 
 def check_same(own: Mapping[str, torch.Tensor], given: Mapping[str, Any]) -> None:
-    """`InputError` that names the first of the given tensors which is not equal to the one that a model has."""
+    """Raise `InputError` that names the first of the given tensors which differs from the model's own."""
     for name, value in given.items():
         mine = own[name]
         if mine.is_meta:
@@ -93,13 +97,13 @@ def check_same(own: Mapping[str, torch.Tensor], given: Mapping[str, Any]) -> Non
 
 
 def offloaded(module: nn.Module) -> bool:
-    """Whether accelerate has a hook on a module, which may have sent its tensors away."""
+    """Say whether accelerate has a hook on a module; the hook may have sent the module's tensors away."""
     return HOOK in module.__dict__
 
 
 @contextmanager
 def present(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Have the tensors of offloaded modules where they are used, for as long as this lasts.
+    """Bring the tensors of offloaded modules to where they are used, for as long as the block lasts.
 
     accelerate moves the tensors of a module before and after its forward. Layers on codes have none that anyone calls:
     a backend reads their tensors.
@@ -117,7 +121,10 @@ def present(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def state_names(model: nn.Module) -> Iterator[str]:
-    """The names in a model's state dict, without the values: those of packed codes would have to be computed."""
+    """Return the names in a model's state dict without their values.
+
+    The values of packed codes would have to be computed.
+    """
     for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         tensors = {**module._parameters, **module._buffers}

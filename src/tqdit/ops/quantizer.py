@@ -1,4 +1,4 @@
-"""Quantization of an activation, shared by all torch backends: codes are defined once."""
+"""Quantize an activation. All torch backends share this one definition of codes."""
 
 import torch
 

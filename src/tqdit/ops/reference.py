@@ -1,4 +1,4 @@
-"""Integer-exact torch version of every operation: the oracle of all tests and of every other backend.
+"""The integer-exact torch version of every operation: the oracle of all tests and of every other backend.
 
 Every product is of int8 codes and accumulates to int32 without rounding; scales enter in an fp32 epilogue. The verbs
 of `Reference` are composed of the functions below.
@@ -15,13 +15,13 @@ from tqdit.ops.schema import OperandParams, WeightParams
 from tqdit.ops.tables import Parameters, parameters
 from tqdit.system.isolation import without_autocast
 
-MAX_PRODUCT = 128 * 128  # of two int8 codes
-EXACT_FP32 = 2**24 // MAX_PRODUCT  # products whose sum fp32 holds exactly
+MAX_PRODUCT = 128 * 128  # largest product of two int8 codes
+EXACT_FP32 = 2**24 // MAX_PRODUCT  # number of products whose sum fp32 holds exactly
 _ZERO = torch.zeros((), dtype=torch.int32)
 
 
 def int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b of int8 codes, int32 and exact: (..., M, K) x (..., K, N).
+    """Return a @ b of int8 codes, int32 and exact: (..., M, K) x (..., K, N).
 
     torch has an int8 kernel for matrices only. Elsewhere the codes travel in a float type in which every partial sum is
     an integer it represents exactly: fp32 below 2^24; above, fp32 pieces of K for a matrix, fp64 for a batch.
@@ -47,7 +47,10 @@ def _int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @custom_op("tqdit::int_matmul", mutates_args=())
 def _operator(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The same in a graph of torch's, where it stays exact whatever autocast and compilers do around it."""
+    """Compute `int_matmul` as an operator of torch's graphs.
+
+    It stays exact there whatever autocast and compilers do around it.
+    """
     return _int_matmul(a, b)
 
 
@@ -57,13 +60,19 @@ def _(a, b):  # type: ignore[no-untyped-def]
 
 
 def column_sums(codes: torch.Tensor) -> torch.Tensor:
-    """Sums of the codes of each output channel, int32 (out,): the zero point of an activation multiplies them."""
+    """Return the sums of the codes of each output channel, int32 (out,).
+
+    The zero point of an activation multiplies these sums.
+    """
     ones = torch.ones(codes.shape[1], 1, dtype=torch.int8, device=codes.device)
     return int_matmul(codes, ones).squeeze(1)
 
 
 def _has_int8_kernel(m: int, k: int, n: int, device: torch.device) -> bool:
-    """Whether torch._int_mm takes this product, exactly: any shape on a CPU that can, aligned ones on an NVIDIA GPU."""
+    """Say whether torch._int_mm computes this product exactly.
+
+    It takes any shape on a CPU whose kernel is exact, and aligned shapes on an NVIDIA GPU.
+    """
     if device.type == "cpu":
         return k > 1 and _cpu_kernel_is_exact()  # at K = 1 torch 2.13 returns memory it never wrote
     return device.type == "cuda" and m > 16 and k % 8 == 0 and n % 8 == 0
@@ -71,21 +80,22 @@ def _has_int8_kernel(m: int, k: int, n: int, device: torch.device) -> bool:
 
 @functools.cache
 def _cpu_kernel_is_exact() -> bool:
-    """Probe torch._int_mm once: without VNNI its sums of two products saturate at 16 bits."""
+    """Probe whether torch._int_mm is exact on this CPU: without VNNI its sums of two products saturate at 16 bits."""
     codes = torch.randint(-128, 128, (64, 256), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     codes[:8], codes[8:16] = 127, -128
     return torch.equal(torch._int_mm(codes, codes.t()).long(), codes.long() @ codes.t().long())
 
 
 def split_regions(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes of region 1 and of region 2; disjoint supports."""
+    """Return the codes of region 1 and those of region 2; no place has both."""
     return codes.clamp(max=0), codes.clamp(min=0)
 
 
 def linear(codes: torch.Tensor, params: OperandParams, weight: WeightParams, bias: torch.Tensor | None) -> torch.Tensor:
-    """Uniform: s_x s_w (acc - z_x colsum(W)) + bias. MRQ: (s2 (C2 W) +- s1 (C1 W)) s_w + bias.
+    """Return x W^T + bias of codes, fp32 (..., out).
 
-    MRQ whose regions merge (s2 = s1 2^i): s1 s_w acc + bias with acc = 2^i (C2 W) +- C1 W, still an integer.
+    Uniform: s_x s_w (acc - z_x colsum(W)) + bias. MRQ: (s2 (C2 W) +- s1 (C1 W)) s_w + bias. MRQ whose regions merge (s2
+    = s1 2^i): s1 s_w acc + bias with acc = 2^i (C2 W) +- C1 W, still an integer.
     """
     w, p = weight.codes.t(), parameters(params, codes.ndim)
     assert weight.colsum is not None
@@ -112,7 +122,7 @@ def _two_regions(
 def scores(
     q: torch.Tensor, q_params: OperandParams, k: torch.Tensor, k_params: OperandParams, factor: float
 ) -> torch.Tensor:
-    """factor s_q s_k (q - z_q)(k - z_k)^T, the zero points corrected in int32 by sums of codes."""
+    """Return factor s_q s_k (q - z_q)(k - z_k)^T; sums of codes correct the zero points in int32."""
     of_q, of_k = parameters(q_params, q.ndim), parameters(k_params, k.ndim)
     z_q, z_k = of_q.zero_point, of_k.zero_point
     acc = int_matmul(q, k.transpose(-1, -2))
@@ -123,7 +133,7 @@ def scores(
 
 
 def values(p: torch.Tensor, p_params: OperandParams, v: torch.Tensor, v_params: OperandParams) -> torch.Tensor:
-    """P V = s_v (+-s1 (C1 V) + s2 (C2 V)) for MRQ probabilities; one product for uniform ones."""
+    """Return P V, fp32: s_v (+-s1 (C1 V) + s2 (C2 V)) for MRQ probabilities, one product for uniform ones."""
     of_p, of_v = parameters(p_params, p.ndim), parameters(v_params, v.ndim)
     if p_params.grid.two_region:
         negative, positive = (_times_value(c, v, of_v) for c in split_regions(p))
@@ -134,24 +144,24 @@ def values(p: torch.Tensor, p_params: OperandParams, v: torch.Tensor, v_params: 
 
 
 def weight_only_linear(x: torch.Tensor, weight: WeightParams, bias: torch.Tensor | None) -> torch.Tensor:
-    """(x codes^T) s_w + bias: float activations on integer weights, fp32."""
+    """Return (x codes^T) s_w + bias, fp32: float activations on integer weights."""
     with without_autocast(x.device.type):
         out = torch.matmul(x.float(), weight.codes.float().t()) * weight.scale
     return out if bias is None else out + bias
 
 
 def _times_value(c: torch.Tensor, v: torch.Tensor, of_v: Parameters) -> torch.Tensor:
-    """C (v - z_v) in int32."""
+    """Return C (v - z_v), int32."""
     return int_matmul(c, v) - of_v.zero_point * _code_sum(c)
 
 
 def _code_sum(codes: torch.Tensor) -> torch.Tensor:
-    """Row sums, int32, last axis kept."""
+    """Return the sums of rows of codes, int32; the last axis stays with size 1."""
     return codes.sum(-1, keepdim=True, dtype=torch.int32)
 
 
 class Reference(Composed):
-    """The oracle as a backend; runs on every device that torch has."""
+    """The oracle as a backend. It runs on every device that torch has."""
 
     NAME = "reference"
     INTEGER = True

@@ -1,4 +1,4 @@
-"""What an operation is: the operands that every backend receives, and the verbs that every backend has.
+"""Define an operation: the operands that every backend receives, and the verbs that every backend has.
 
 `ops.reference` defines the results: another integer backend must give the same codes and the same accumulators. Codes
 travel between the verbs in a layout of the backend's own. `ops.composed` gives a backend every verb out of four
@@ -31,7 +31,7 @@ class OperandParams(NamedTuple):
 
     @property
     def two_products(self) -> bool:
-        """Whether an integer product with this operand takes two products, one for each region."""
+        """Say whether an integer product with this operand takes two products, one for each region."""
         return self.grid.two_region and not self.merged
 
     def selected(self) -> torch.Tensor:
@@ -56,7 +56,7 @@ class WeightParams(NamedTuple):
 
 
 class AttentionParams(NamedTuple):
-    """The operands of the two attention matmuls. Those of query, key and value are per head."""
+    """The operands of the two attention matmuls. Query, key and value have one table entry per head."""
 
     query: OperandParams
     key: OperandParams
@@ -66,12 +66,15 @@ class AttentionParams(NamedTuple):
 
     @property
     def projections(self) -> tuple[OperandParams, OperandParams, OperandParams]:
-        """The operands that a self-attention projects its input to."""
+        """Return the operands to which a self-attention projects its input: query, key and value."""
         return self.query, self.key, self.value
 
 
 class Norm(NamedTuple):
-    """LayerNorm without parameters, then modulation: LayerNorm(x) (1 + scale) + shift; both (B, C) fp32."""
+    """LayerNorm without parameters, then modulation: LayerNorm(x) (1 + scale) + shift.
+
+    `shift` and `scale` are fp32 (B, C).
+    """
 
     shift: torch.Tensor
     scale: torch.Tensor
@@ -79,14 +82,14 @@ class Norm(NamedTuple):
 
 
 class Activation(NamedTuple):
-    """What follows a product: the codes of an activation function of it. "gelu_tanh" is the only function yet."""
+    """The step after a product that makes codes of an activation function. "gelu_tanh" is the only function yet."""
 
     target: OperandParams
     function: str = "gelu_tanh"
 
 
 class Residual(NamedTuple):
-    """What follows a product y: x + gate y, in fp32, rounded once to the dtype of x.
+    """The step after a product y that adds it: x + gate y, in fp32, rounded once to the dtype of x.
 
     x: (B, N, C) fp32 or bf16. `gate`: (B, C) fp32, or None for x + y.
     """
@@ -102,14 +105,17 @@ class Backend(Protocol):
     """
 
     NAME: str
-    INTEGER: bool  # False: simulated in float, for checking only, never to be timed
-    GRAPHS: bool  # whether whole calls on a GPU are to be captured as CUDA graphs
+    INTEGER: bool  # False: the backend simulates in float, to check results; it is never timed
+    GRAPHS: bool  # whether whole calls on a GPU are captured as CUDA graphs
 
     def kernel(self, operation: str) -> str:
-        """Name what runs an operation, for reports, such as "int8" or "onednn u8 x s8"."""
+        """Return the name of the kernel that runs an operation, for reports, such as "int8" or "onednn u8 x s8"."""
 
     def prepare(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:
-        """Return a linear layer in the backend's own layout, its input quantized. Its `unpacked()`: codes (out, in)."""
+        """Return a linear layer in the backend's own layout; its input is quantized.
+
+        The layer's `unpacked()` returns its codes, int8 (out, in).
+        """
 
     def prepare_float_input(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:
         """Return a linear layer whose input stays in float."""
@@ -142,7 +148,10 @@ class Backend(Protocol):
     def linear(
         self, codes: torch.Tensor, source: OperandParams, layer: Any, then: Activation | Residual | None = None
     ) -> torch.Tensor:
-        """Return what `then` makes of y = x W^T + bias for the codes of x; y itself, fp32 (B, N, out), by default."""
+        """Return what `then` makes of y = x W^T + bias for the codes of x.
+
+        Without `then` the result is y itself, fp32 (B, N, out).
+        """
 
     def float_input_linear(self, x: torch.Tensor, layer: Any) -> torch.Tensor:
         """Return x W^T + bias for float x: (..., in) -> (..., out), fp32."""

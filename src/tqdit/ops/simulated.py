@@ -1,4 +1,4 @@
-"""The simulated (fake-quant) twin of `ops.reference`: the same codes, then float arithmetic on their values.
+"""The simulated (fake-quant) twin of `ops.reference`: codes as in the reference, then float arithmetic on their values.
 
 It exists to check the integer path, as the literature computes it. It is not integer and must never be timed.
 Its fp32 sums differ from the exact ones by at most gamma_K = (K + 4) 2^-24 times the sum of absolute products.
@@ -19,7 +19,7 @@ def _weight(weight: WeightParams) -> torch.Tensor:
 
 
 def linear(codes: torch.Tensor, params: OperandParams, weight: WeightParams, bias: torch.Tensor | None) -> torch.Tensor:
-    """x W^T + bias on dequantized operands."""
+    """Return x W^T + bias on dequantized operands, fp32."""
     with without_autocast(codes.device.type):
         return F.linear(dequantize(codes, params), _weight(weight), bias)
 
@@ -27,25 +27,25 @@ def linear(codes: torch.Tensor, params: OperandParams, weight: WeightParams, bia
 def scores(
     q: torch.Tensor, q_params: OperandParams, k: torch.Tensor, k_params: OperandParams, factor: float
 ) -> torch.Tensor:
-    """factor * Q K^T on dequantized operands."""
+    """Return factor * Q K^T on dequantized operands, fp32."""
     with without_autocast(q.device.type):
         return torch.matmul(dequantize(q, q_params), dequantize(k, k_params).transpose(-1, -2)) * factor
 
 
 def values(p: torch.Tensor, p_params: OperandParams, v: torch.Tensor, v_params: OperandParams) -> torch.Tensor:
-    """P V on dequantized operands."""
+    """Return P V on dequantized operands, fp32."""
     with without_autocast(p.device.type):
         return torch.matmul(dequantize(p, p_params), dequantize(v, v_params))
 
 
 def weight_only_linear(x: torch.Tensor, weight: WeightParams, bias: torch.Tensor | None) -> torch.Tensor:
-    """x W^T + bias with the dequantized weight."""
+    """Return x W^T + bias with the dequantized weight, fp32."""
     with without_autocast(x.device.type):
         return F.linear(x.float(), _weight(weight), bias)
 
 
 class Simulated(Composed):
-    """The twin as a backend."""
+    """The simulated twin as a backend."""
 
     NAME = "simulated"
     INTEGER = False

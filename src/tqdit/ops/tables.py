@@ -1,4 +1,4 @@
-"""The parameters of an operand as one table: its only form, which kernels look up and the reference indexes."""
+"""Keep the parameters of an operand as one table, which kernels look up and the reference indexes."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from tqdit.ops.schema import OperandParams
 from tqdit.spec import GridParams
 
 COLUMNS = 8
-SCALE, COARSE, ZERO, FACTOR, INVERSE, INVERSE_COARSE = range(6)  # columns; two more are zeros
+SCALE, COARSE, ZERO, FACTOR, INVERSE, INVERSE_COARSE = range(6)  # the columns' order; the other two columns are zero
 
 
 class Parameters(NamedTuple):
@@ -39,7 +39,10 @@ def operand(params: GridParams) -> OperandParams:
 
 
 def parameters(params: OperandParams, ndim: int) -> Parameters:
-    """Return an operand's parameters for a batch, to broadcast to a tensor (B, N, C) or, of 4 axes, (B, H, N, d)."""
+    """Return an operand's parameters for a batch.
+
+    They broadcast to a tensor (B, N, C), or (B, H, N, d) where the tensor has 4 axes.
+    """
     rows = params.selected()
     shaped = rows[:, :, None, None] if ndim == 4 else rows[:, :1, None]
     scale, coarse, zero, factor = shaped.unbind(-1)[:4]

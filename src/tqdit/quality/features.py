@@ -1,4 +1,4 @@
-"""Sample quality on Fashion-MNIST: a small classifier, its features and a Fréchet distance over them.
+"""Measure sample quality on Fashion-MNIST: a small classifier, its features and a Fréchet distance over them.
 
 Images are float tensors of shape [N, 1, 32, 32] in [-1, 1]: Fashion-MNIST's 28 x 28 pixels, padded with -1.
 FD-fashion compares features of our own classifier, so its values say nothing about any Inception-based score.
@@ -19,7 +19,7 @@ STATISTICS_FILE = DATA / "test-statistics.safetensors"
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut; `stride` 2 halves height and width."""
+    """A block of two 3 x 3 convolutions beside a shortcut; `stride` 2 halves height and width."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
@@ -31,12 +31,13 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output."""
         inner = F.relu(self.norm1(self.conv1(x)))
         return F.relu(self.norm2(self.conv2(inner)) + self.shortcut(x))
 
 
 class FashionClassifier(nn.Module):
-    """Classifies images [N, 1, 32, 32] in [-1, 1] into Fashion-MNIST's ten classes."""
+    """A classifier of images [N, 1, 32, 32] in [-1, 1] into Fashion-MNIST's ten classes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,16 +46,16 @@ class FashionClassifier(nn.Module):
         self.head = nn.Linear(FEATURES, 10)
 
     def features(self, x: Tensor) -> Tensor:
-        """Penultimate features [N, 128]: the last block's channels averaged over the image."""
+        """Return the penultimate features [N, 128]: the last block's channels averaged over the image."""
         return self.blocks(self.stem(x)).mean(dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, 10]."""
+        """Return the logits [N, 10]."""
         return self.head(self.features(x))
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file; ValueError naming the file when it is damaged."""
+    """Return the tensors of a safetensors file. Raises `ValueError` naming the file when it is damaged."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; examples/train_fashion_dit.py writes it")
     try:
@@ -64,7 +65,10 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def load_fashion_classifier(device: torch.device | str = "cpu", path: Path = CLASSIFIER_FILE) -> FashionClassifier:
-    """The shipped classifier in float32 and evaluation mode; ValueError when the file does not hold one."""
+    """Return the shipped classifier in float32 and evaluation mode.
+
+    Raises `ValueError` when the file does not hold one.
+    """
     model = FashionClassifier()
     try:
         model.load_state_dict(_read(path))
@@ -76,7 +80,7 @@ def load_fashion_classifier(device: torch.device | str = "cpu", path: Path = CLA
 
 
 def load_real_statistics(path: Path = STATISTICS_FILE) -> tuple[Tensor, Tensor]:
-    """Float64 mean [128] and covariance [128, 128] of the features of the 10,000 real test images."""
+    """Return the float64 mean [128] and covariance [128, 128] of the features of the 10,000 real test images."""
     tensors = _read(path)
     shapes = {"mean": (FEATURES,), "covariance": (FEATURES, FEATURES)}
     for name, shape in shapes.items():
@@ -86,7 +90,7 @@ def load_real_statistics(path: Path = STATISTICS_FILE) -> tuple[Tensor, Tensor]:
 
 
 def _classify(images: Tensor, classifier: FashionClassifier, batch: int) -> tuple[Tensor, Tensor]:
-    """Features [N, 128] and logits [N, 10]."""
+    """Return features [N, 128] and logits [N, 10]."""
     if images.ndim != 4 or images.shape[1:] != (1, 32, 32):
         raise ValueError(f"images must have shape [N, 1, 32, 32], not {list(images.shape)}")
     device = classifier.head.weight.device
@@ -96,7 +100,7 @@ def _classify(images: Tensor, classifier: FashionClassifier, batch: int) -> tupl
 
 
 def feature_statistics(images: Tensor, classifier: FashionClassifier, batch: int = 500) -> tuple[Tensor, Tensor]:
-    """Float64 mean [128] and unbiased covariance [128, 128] of the images' features, on the CPU."""
+    """Return the float64 mean [128] and unbiased covariance [128, 128] of the images' features, on the CPU."""
     if len(images) < 2:
         raise ValueError("a covariance needs at least two images")
     features = _classify(images, classifier, batch)[0].double().cpu()
@@ -104,7 +108,7 @@ def feature_statistics(images: Tensor, classifier: FashionClassifier, batch: int
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
-    """Squared 2-Wasserstein distance of two Gaussians, in squared feature units."""
+    """Return the squared 2-Wasserstein distance of two Gaussians, in squared feature units."""
     # tr sqrt(C1 C2) equals tr sqrt(R C2 R) with R = sqrt(C1). The second matrix is symmetric, so eigh takes
     # its root stably even where a covariance is singular (a dead feature, fewer images than features).
     values, vectors = torch.linalg.eigh(cov1.double())
@@ -117,13 +121,19 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
 
 
 def fd_fashion(images: Tensor) -> float:
-    """FD-fashion of the images against the real test set; 0 is best, and it falls as N grows."""
+    """Return FD-fashion of the images against the real test set.
+
+    0 is best, and the value falls as N grows.
+    """
     classifier = load_fashion_classifier(images.device)
     return frechet_distance(*feature_statistics(images, classifier), *load_real_statistics())
 
 
 def class_agreement(images: Tensor, labels: Tensor, classifier: FashionClassifier | None = None) -> float:
-    """Fraction of images that the classifier (by default the shipped one) assigns to `labels` [N], 0 to 9."""
+    """Return the fraction of images that the classifier assigns to `labels` [N], 0 to 9.
+
+    The default is the shipped classifier.
+    """
     if len(images) != len(labels) or len(labels) == 0:
         raise ValueError(f"{len(images)} images need as many labels, not {len(labels)}")
     logits = _classify(images, classifier or load_fashion_classifier(images.device), batch=500)[1]

@@ -1,4 +1,4 @@
-"""Error of a quantized model's epsilon against the float model's, on held-out states of the float trajectories."""
+"""Compare a quantized model's epsilon with the float model's, on held-out states of the float trajectories."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from tqdit.timegroups import TimeGroups
 
 @dataclass(frozen=True)
 class EpsilonFidelity:
-    """SQNR in dB: over all samples, per time group, and (t, SQNR) of every sample.
+    """The SQNR in dB: over all samples, per time group, and (t, SQNR) of every sample.
 
     A time group without a sample has NaN.
     """
@@ -26,7 +26,10 @@ class EpsilonFidelity:
 
 
 def predict_epsilon(model: nn.Module, data: CalibrationSet, batch: int = 16) -> torch.Tensor:
-    """Conditional epsilon at every state of `data`: (S, C, H, W), fp32 on the CPU; ranks share the batches."""
+    """Return the conditional epsilon at every state of `data`, (S, C, H, W), fp32 on the CPU.
+
+    Ranks share the batches.
+    """
     world, members = current(), batches(len(data), batch)
     parts = [_predict(model, data, slice(share.start, share.stop)) for share in world.share(members)]
     return torch.cat(world.gather(parts, len(members)))
@@ -43,7 +46,10 @@ def _predict(model: nn.Module, data: CalibrationSet, states: slice) -> torch.Ten
 def compare_epsilon(
     reference: torch.Tensor, actual: torch.Tensor, data: CalibrationSet, time_groups: TimeGroups | None = None
 ) -> EpsilonFidelity:
-    """Compare two `predict_epsilon` results over the same `data`, by `time_groups` or else by the groups of `data`."""
+    """Compare two `predict_epsilon` results over the same `data`.
+
+    The groups are `time_groups`, or by default those of `data`.
+    """
     group = data.group if time_groups is None else time_groups.index(data.t)
     count = int(data.group.max()) + 1 if time_groups is None else time_groups.num_groups
     groups = [group == g for g in range(count)]

@@ -1,0 +1,1 @@
+"""The report: a comparison as an HTML page."""

@@ -1,4 +1,4 @@
-"""How models look in every chart, and the charts of their fidelity over timesteps."""
+"""Draw the charts of models' fidelity over timesteps, and choose how models look in every chart."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ MAX_VECTOR_POINTS = 3000
 
 @dataclass(frozen=True)
 class Series:
-    """How one model looks in every chart and key."""
+    """The look of one model in every chart and key."""
 
     name: str
     colour: str
@@ -32,18 +32,22 @@ class Series:
 
     @property
     def glyph(self) -> str:
+        """Return the marker as a character, for keys in HTML."""
         return MARKERS[self.marker]
 
 
 def series_of(models: Sequence[ModelRow]) -> list[Series]:
-    """A colour and a marker for each model, in their order; pairs repeat after 30 models."""
+    """Return a colour and a marker for each model, in their order; pairs repeat after 30 models."""
     return [
         Series(row.name, COLOURS[i % len(COLOURS)], tuple(MARKERS)[i % len(MARKERS)]) for i, row in enumerate(models)
     ]
 
 
 def sqnr_by_timestep(models: Sequence[ModelRow], groups: TimeGroups) -> Markup:
-    """SQNR of every held-out state against its timestep, a series per model. `groups`: whose range is shown."""
+    """Draw the SQNR of every held-out state against its timestep, a series per model.
+
+    `groups`: time groups whose range is the axis.
+    """
     # As vectors, very many points would dominate the page's size.
     many = sum(len(row.eps.by_timestep) for row in models if row.eps) > MAX_VECTOR_POINTS
 
@@ -61,7 +65,10 @@ def sqnr_by_timestep(models: Sequence[ModelRow], groups: TimeGroups) -> Markup:
 
 
 def sqnr_by_group(models: Sequence[ModelRow], groups: TimeGroups) -> Markup:
-    """SQNR of every time group as steps over its timesteps, a series per model. `groups`: whose range is shown."""
+    """Draw the SQNR of every time group as steps over the group's timesteps, a series per model.
+
+    `groups`: time groups whose range is the axis.
+    """
 
     def paint(axes: "Axes") -> None:
         for row, look in zip(models, series_of(models), strict=True):
@@ -76,23 +83,23 @@ def sqnr_by_group(models: Sequence[ModelRow], groups: TimeGroups) -> Markup:
 
 
 def _groups_of(row: ModelRow, count: int, shown: TimeGroups) -> TimeGroups:
-    """The time groups that a row's figures are of: those of its solution, or equal ranges of what is shown."""
+    """Return the time groups of a row's figures: its solution's, or equal ranges of the range shown."""
     own = row.solution.time_groups if row.solution else None
     return own if own and own.num_groups == count else TimeGroups.uniform(shown.low, shown.high, count, shown.closed)
 
 
 def edges(groups: TimeGroups) -> tuple[list[float], list[float]]:
-    """The bounds of all groups, and their centres, in timesteps."""
+    """Return the bounds of all groups, and their centres, in timesteps."""
     bounds = [groups.bounds(g) for g in range(groups.num_groups)]
     return [groups.low, *(last for _, last in bounds)], [(first + last) / 2 for first, last in bounds]
 
 
 def _finite(values: Sequence[float]) -> list[float]:
-    """Infinite SQNR (no error at all) has no place on the axis."""
+    """Return the values with NaN in place of infinite SQNR (no error at all), which has no place on the axis."""
     return [x if math.isfinite(x) else math.nan for x in values]
 
 
 def _spans(models: Sequence[ModelRow]) -> str:
-    """Each model's range of SQNR over the groups, for alt texts."""
+    """Describe each model's range of SQNR over the groups, for alt texts."""
     rows = [(row.name, [x for x in row.eps.by_group if not math.isnan(x)]) for row in models if row.eps]
     return "; ".join(f"{name}: {min(db):.1f} to {max(db):.1f} dB" for name, db in rows if db) + "."

@@ -1,4 +1,4 @@
-"""Image sheets as PNG data URIs, small enough that the whole page stays below 3 MB."""
+"""Make image sheets as PNG data URIs, small enough that the whole page stays below 3 MB."""
 
 import base64
 import math
@@ -19,7 +19,10 @@ GAP = 0.0  # mid-grey between images, neither page colour
 
 @dataclass(frozen=True)
 class Sheet:
-    """The first images of one model. `uri` is a PNG; `shown` images stand in rows of `columns`."""
+    """The first images of one model.
+
+    `uri` is a PNG; `shown` images stand in rows of `columns`.
+    """
 
     uri: str
     shown: int
@@ -27,7 +30,10 @@ class Sheet:
 
 
 def sheets(images: Sequence[torch.Tensor]) -> list[Sheet]:
-    """A sheet for each (N, C, H, W) stack in [-1, 1]; large images are shrunk until all sheets fit the budget."""
+    """Return a sheet for each (N, C, H, W) stack in [-1, 1].
+
+    Large images are shrunk until all sheets fit the budget.
+    """
     edge = LARGEST_EDGE
     while True:
         found = [_sheet(pixels, edge) for pixels in images]

@@ -1,4 +1,4 @@
-"""A comparison as one self-contained HTML page: no network, no scripts, images inline."""
+"""Write a comparison as one self-contained HTML page: no network, no scripts, images inline."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from tqdit.timegroups import TimeGroups
 
 @dataclass(frozen=True)
 class Picture:
-    """One model's images, and what stands under them."""
+    """The images of one model, and the caption under them."""
 
     uri: str
     alt: str
@@ -26,7 +26,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class ScaleChart:
-    """A model's post-softmax scales: a chart, or None where one scale serves all timesteps."""
+    """A chart of a model's post-softmax scales, or None where one scale serves all timesteps."""
 
     name: str
     note: str
@@ -43,7 +43,7 @@ def write_report(comparison: Comparison, maxima: torch.Tensor, t: torch.Tensor, 
 
 
 def render(comparison: Comparison, maxima: torch.Tensor, t: torch.Tensor) -> str:
-    """The page as text; see `write_report`."""
+    """Return the page as text; see `write_report`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("tqdit", "report")
@@ -82,13 +82,13 @@ def _context(comparison: Comparison, maxima: torch.Tensor, t: torch.Tensor) -> d
 
 
 def _time_groups(models: tuple[ModelRow, ...]) -> TimeGroups:
-    """The finest time groups of any model."""
+    """Return the finest time groups of any model."""
     found = [row.solution.time_groups for row in models if row.solution]
     return max(found, key=lambda groups: groups.num_groups, default=TimeGroups.uniform(0, 1000, 10))
 
 
 def _boxes(maxima: torch.Tensor, t: torch.Tensor, groups: TimeGroups) -> list[tuple[int, float, Markup]]:
-    """(block, how much its median changes, chart) of the first, middle and last block."""
+    """Return (block, how much its median changes, chart) of the first, middle and last block."""
     last = maxima.shape[1] - 1
     chosen = [(block, maxima[:, block]) for block in sorted({0, (last + 1) // 2, last})]
     return [
@@ -109,7 +109,7 @@ def _pictures(comparison: Comparison) -> list[Picture]:
 
 
 def _scale_charts(models: tuple[ModelRow, ...]) -> Iterator[ScaleChart]:
-    """One chart per solved model, all on one colour scale."""
+    """Return one chart per solved model, all on one colour scale."""
     solved = [
         (row.name, row.solution.time_groups, softmax.grouped_sites(row.solution)) for row in models if row.solution
     ]

@@ -1,4 +1,4 @@
-"""Charts of the post-softmax sites: maxima over timesteps (the paper's Fig. 3), and scales over time groups."""
+"""Draw charts of the post-softmax sites: maxima over timesteps (the paper's Fig. 3), and scales over time groups."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ TINY = torch.finfo(torch.float32).tiny  # a probability that underflowed has no 
 
 
 def box_groups(t: torch.Tensor, groups: TimeGroups) -> TimeGroups:
-    """The bins of the box plots: the time groups, or ten where there is one, 25 at most."""
+    """Return the bins of the box plots: the time groups, or ten where there is one, 25 at most."""
     if groups.num_timesteps is None:
         count = groups.num_groups if groups.num_groups > 1 else 10
         return TimeGroups.uniform(groups.low, groups.high, min(count, MAX_BOXES), groups.closed)
@@ -30,7 +30,10 @@ def box_groups(t: torch.Tensor, groups: TimeGroups) -> TimeGroups:
 
 
 def maxima_boxes(maxima: torch.Tensor, t: torch.Tensor, groups: TimeGroups, block: int) -> Markup:
-    """The paper's Fig. 3 for one block: boxes of per-channel maxima over bins of t. maxima: (S, C); t: (S,)."""
+    """Draw the paper's Fig. 3 for one block: boxes of per-channel maxima over bins of t.
+
+    maxima: (S, C); t: (S,).
+    """
     from matplotlib.cbook import boxplot_stats
     from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
@@ -63,25 +66,28 @@ def maxima_boxes(maxima: torch.Tensor, t: torch.Tensor, groups: TimeGroups, bloc
 
 
 def median_change(maxima: torch.Tensor, t: torch.Tensor, groups: TimeGroups) -> float:
-    """Largest over smallest median of the bins' maxima. maxima: (S, C); t: (S,)."""
+    """Return the largest over the smallest median of the bins' maxima. maxima: (S, C); t: (S,)."""
     member = groups.index(t)
     medians = torch.stack([maxima[member == g].median() for g in member.unique()])
     return float(medians.max() / medians.min().clamp(min=TINY))
 
 
 def grouped_sites(solution: Solution) -> list[GridParams]:
-    """The post-softmax sites that have time groups, in the order of the blocks."""
+    """Return the post-softmax sites that have time groups, in the order of the blocks."""
     return [p for p in solution.params.values() if p.spec.role is Role.SOFTMAX and p.spec.groups > 1]
 
 
 def finest_steps(sites: Sequence[GridParams]) -> torch.Tensor:
-    """log2 of each site's finest step, (sites * units, groups): s1 of an MRQ grid, the one scale of a uniform grid."""
+    """Return log2 of each site's finest step, (sites * units, groups).
+
+    The step is s1 of an MRQ grid, or the one scale of a uniform grid.
+    """
     steps = [p.scale[..., 0] if p.spec.grid.two_region else p.scale for p in sites]
     return torch.cat([step.T for step in steps]).log2()
 
 
 def scale_heatmap(key: str, sites: Sequence[GridParams], groups: TimeGroups, limits: tuple[float, float]) -> Markup:
-    """log2 of the finest post-softmax step of each block (`sites`, in order) over the time groups."""
+    """Draw log2 of the finest post-softmax step of each block (`sites`, in order) over the time groups."""
     from matplotlib.ticker import MaxNLocator
 
     steps = finest_steps(sites)
@@ -103,7 +109,7 @@ def scale_heatmap(key: str, sites: Sequence[GridParams], groups: TimeGroups, lim
 
 
 def grid_note(sites: Sequence[GridParams]) -> str:
-    """Which scale a heatmap of these sites shows."""
+    """Return a note that says which scale a heatmap of these sites shows."""
     uniform = [str(block) for block, p in enumerate(sites) if p.spec.grid is Grid.UNIFORM]
     if not uniform:
         return "s₁ of the MRQ grid"

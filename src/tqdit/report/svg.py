@@ -1,4 +1,4 @@
-"""One matplotlib figure as an inline SVG element that takes its ink and its font from the page around it."""
+"""Draw one matplotlib figure as an inline SVG element that takes its ink and its font from the page around it."""
 
 import re
 from collections.abc import Callable
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 INK = "#010203"  # stands for the page's text colour; becomes `currentColor`, so that dark mode works
 SIZE = (6.4, 3.6)  # inches of 72 units: a panel is half the page on a desktop and the whole of a phone
-DPI = 200  # of the parts that are rasterized
+DPI = 200  # resolution of the parts that are rasterized
 STYLE: Any = {  # matplotlib types every key by name
     "svg.fonttype": "none",  # text stays text: selectable, small, in the page's font
     "figure.facecolor": "none",
@@ -33,7 +33,7 @@ ANONYMOUS = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # the same fig
 
 
 def draw(key: str, alt: str, paint: Callable[["Axes"], None], size: tuple[float, float] = SIZE) -> Markup:
-    """The `<svg>` of what `paint` draws on one set of axes, with `alt` as its accessible name.
+    """Return the `<svg>` of the axes on which `paint` draws, with `alt` as its accessible name.
 
     `size`: (width, height) in units of 72 pixels. `key` must be unique in the page: it keeps the ids of one figure
     apart from those of the next.
@@ -52,7 +52,7 @@ def draw(key: str, alt: str, paint: Callable[["Axes"], None], size: tuple[float,
 
 
 def _inline(document: str, alt: str) -> Markup:
-    """An SVG document as an element of an HTML page: no prolog, style sheet, namespaces or ids nobody refers to."""
+    """Return an SVG document as an element of an HTML page: no prolog, style sheet, namespaces or unused ids."""
     text = document[document.index("<svg") :]
     text = re.sub(r"<defs>\s*<style.*?</defs>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")

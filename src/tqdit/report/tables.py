@@ -1,4 +1,4 @@
-"""The comparison's numbers as text: headline, summary, the table's cells, and what each site role got."""
+"""Write the comparison's numbers as text: headline, summary, the table's cells, and a table of site roles."""
 
 import math
 from collections import Counter
@@ -34,14 +34,14 @@ FACTS = {
 
 
 def number(value: float | None, digits: int) -> str:
-    """A fixed number of decimals; an en dash where there is no value."""
+    """Return a number with a fixed number of decimals; an en dash where there is no value."""
     if value is None or math.isnan(value):
         return NOTHING
     return f"{value:.{digits}f}" if math.isfinite(value) else "∞"
 
 
 def title(comparison: Comparison) -> str:
-    """The headline: the model closest to float, and what it costs and saves."""
+    """Return the headline: the model closest to float, its cost and its savings."""
     name = comparison.float_model.name
     best = closest(comparison.models)
     if best is None or best.eps is None:
@@ -50,7 +50,7 @@ def title(comparison: Comparison) -> str:
 
 
 def summary(comparison: Comparison) -> str:
-    """One paragraph: what was done, the closest model and the smallest."""
+    """Return one paragraph: the method, the closest model and the smallest."""
     reference, models = comparison.float_model, comparison.models
     text = f"{reference.name} takes {_megabytes(reference)} MB in {reference.file_dtype or reference.bits}. "
     best = closest(models)
@@ -78,14 +78,16 @@ def summary(comparison: Comparison) -> str:
 
 
 def closest(models: Sequence[ModelRow]) -> ModelRow | None:
-    """The model with the highest SQNR of ε; the first of equals."""
+    """Return the model with the highest SQNR of ε; the first of equals."""
     measured = [row for row in models if row.eps and not math.isnan(row.eps.overall)]
     return max(measured, key=lambda row: row.eps.overall if row.eps else -math.inf, default=None)
 
 
 def cells(row: ModelRow, reference: ModelRow) -> list[str]:
-    """A row of the table, after the name: preset, bits; MB, % of the file that was quantized, of bf16 and of fp32;
-    SQNR, PSNR, FD-fashion; ms a call, times as fast as eager float32, peak MB; seconds of calibration.
+    """Return a row of the table, after the name.
+
+    The cells: preset, bits; MB, % of the file that was quantized, of bf16 and of fp32; SQNR, PSNR, FD-fashion; ms a
+    call, times as fast as eager float32, peak MB; seconds of calibration.
     """
     fp32, size, cost = reference.size_bytes, row.disk_bytes, row.cost
     return [
@@ -104,12 +106,15 @@ def cells(row: ModelRow, reference: ModelRow) -> list[str]:
 
 
 def facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Settings or environment as (label, value)."""
+    """Return settings or environment as (label, value)."""
     return [(FACTS.get(key, key.replace("_", " ")), str(value)) for key, value in values.items()]
 
 
 def site_table(models: Sequence[ModelRow]) -> list[tuple[str, list[list[tuple[str, str]]]]]:
-    """For each role that occurs: its label, and for each model (number and grid, what shares a scale)."""
+    """Return, for each role that occurs, its label and a cell for each model.
+
+    A cell is (number and grid, what shares a scale).
+    """
     rows = []
     for role, label in ROLES.items():
         columns = [_phrases(row.solution.sites if row.solution else (), role) for row in models]
@@ -134,7 +139,7 @@ def _megabytes(row: ModelRow) -> str:
 
 
 def _smaller(comparison: Comparison, row: ModelRow) -> str:
-    """How much smaller a model is than the file it was made from."""
+    """Return how much smaller a model is than the file it was made from."""
     reference = comparison.float_model
     return f"{reference.disk_bytes / row.disk_bytes:.1f}× smaller than in {reference.file_dtype or reference.bits}"
 

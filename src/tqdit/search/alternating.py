@@ -17,11 +17,12 @@ LossOf = Callable[[torch.Tensor], torch.Tensor]
 
 
 def alternate(objective: MatmulObjective, a: Operand, b: Operand, recipe: Recipe) -> tuple[Operand, Operand, float]:
-    """`rounds` of: best scale of `b` given `a`, then of `a` given `b` (the paper's order: weight, then activation).
+    """Choose the best scale of `b` given `a`, then of `a` given `b`, for up to `rounds` rounds.
 
-    Never worse than the min-max start: the current scale competes with the candidates. Ends early where another search
-    could change nothing: a choice is a function of the other operand's scale, and a tie keeps the current one. `b` has
-    one region. Returns both operands and the final loss.
+    The order is the paper's: weight, then activation. The result is never worse than the min-max start: the current
+    scale competes with the candidates. The search ends early where another round could change nothing: a choice is a
+    function of the other operand's scale, and a tie keeps the current one. `b` has one region. Returns both operands
+    and the final loss.
     """
     loss = loss_of_steps if _has_kernels(a, b) else loss_of_values
     base_a, base_b = a.scale, b.scale
@@ -37,14 +38,17 @@ def alternate(objective: MatmulObjective, a: Operand, b: Operand, recipe: Recipe
 
 
 def _has_kernels(*operands: Operand) -> bool:
-    """Whether a GPU and kernels for it compute the losses of these operands."""
+    """Say whether a GPU and kernels for it compute the losses of these operands."""
     device = operands[0].values.device
     known = all(operand.spec.grid in KERNEL_GRIDS for operand in operands)
     return device.type == "cuda" and unavailable(device) is None and known
 
 
 def loss_of_values(objective: MatmulObjective, a: Operand, b: Operand, searched: Operand) -> LossOf:
-    """The loss as a function of scales of `searched`, which is `a` or `b`; the other operand is coded once."""
+    """Return the loss as a function of scales of `searched`, which is `a` or `b`.
+
+    The other operand is coded once.
+    """
     if searched is a:
         fixed = b.fake()
         return lambda tables: torch.stack([a.reduce(objective.loss(a.fake(table), fixed)) for table in tables])
@@ -53,9 +57,10 @@ def loss_of_values(objective: MatmulObjective, a: Operand, b: Operand, searched:
 
 
 def loss_of_steps(objective: MatmulObjective, a: Operand, b: Operand, searched: Operand) -> LossOf:
-    """The same by kernels for GPUs, many tables at once: other roundings in fp32, nothing else.
+    """Return the loss as `loss_of_values` does, by kernels for GPUs that score many tables at once.
 
-    Half as many at once from where memory runs out on; near ties may then fall otherwise.
+    Only roundings in fp32 differ. Half as many tables are taken at once from where memory runs out on; near ties may
+    then fall otherwise.
     """
     from tqdit.search import fused
 
@@ -84,10 +89,10 @@ def loss_of_steps(objective: MatmulObjective, a: Operand, b: Operand, searched: 
 
 
 def _search(operand: Operand, base: torch.Tensor, recipe: Recipe, loss: LossOf) -> Operand:
-    """The operand with, for every (group, unit), its best table; regions one after the other."""
+    """Return the operand with the best table for every (group, unit); regions are searched one after the other."""
     for region in range(1 + operand.independent_regions):
         tables = torch.cat([operand.scale[None], operand.candidate_scales(base, recipe)[region]])
-        losses = loss(tables).nan_to_num(nan=torch.inf, posinf=torch.inf)  # argmin would take NaN for the least
+        losses = loss(tables).nan_to_num(nan=torch.inf, posinf=torch.inf)  # argmin would return a NaN's place
         best = losses.argmin(0, keepdim=True)  # (1, groups, units)
         index = best.reshape(*best.shape, *(1,) * (tables.ndim - 3)).expand(1, *tables.shape[1:])
         operand = operand.with_scale(tables.gather(0, index)[0])

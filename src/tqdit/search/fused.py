@@ -15,9 +15,9 @@ from tqdit.search.objectives import MatmulObjective
 from tqdit.search.operands import Operand
 from tqdit.spec import Grid, IntFormat, Role
 
-TALL, WIDE = (16, 128), (4, 512)  # rows and columns of a tile: where sums are over rows, and everywhere else, at most
+TALL, WIDE = (16, 128), (4, 512)  # the most rows and columns of a tile: TALL where sums are over rows, else WIDE
 CHUNK = 256  # rows of a program that sums over rows
-MEMORY = 512 * 2**20  # bytes of the steps of all candidates, and of their products: whichever are more
+MEMORY = 512 * 2**20  # bytes of the steps of all candidates, or of their products, whichever are more
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Steps:
     """An operand under K tables, as the sum of `parts`: whole numbers (fp32) times a scale per row.
 
     A matrix has the rows of all candidates, one candidate after the other; or their columns, where those are the
-    output's (v). So one product takes all, and the other operand is read once. A number takes 9 bits at most, over a
-    power of two, so that products in TF32 (11 bits) are exact. `scales`: of each part (K, n); where the operand has
-    more than n rows, one is of rows / n consecutive ones.
+    output's (v). So one product takes all candidates, and the other operand is read once. A number takes 9 bits at
+    most, over a power of two, so that products in TF32 (11 bits) are exact. `scales`: (K, n) for each part; where the
+    operand has more than n rows, one scale is for rows / n consecutive ones.
     """
 
     parts: list[torch.Tensor]
@@ -35,14 +35,17 @@ class Steps:
 
 
 def at_once(objective: MatmulObjective, a: Operand, searched: Operand) -> int:
-    """How many candidates of `searched` fit `MEMORY`. Shapes alone decide: sums round alike wherever they are made."""
+    """Return how many candidates of `searched` fit `MEMORY`.
+
+    Shapes alone decide, so that sums round alike on every machine.
+    """
     parts = 1 + a.independent_regions
     largest = max(objective.target.numel(), searched.values.numel())
     return max(1, MEMORY // (4 * parts * largest))
 
 
 def steps(operand: Operand, tables: torch.Tensor) -> Steps:
-    """The operand under tables (K, groups, units[, 2]); a part of each of two independent regions."""
+    """Return the operand under tables (K, groups, units[, 2]), with a part for each of two independent regions."""
     fmt, grid = IntFormat(operand.spec.bits), operand.spec.grid
     by_region = tables.unbind(-1) if grid.two_region else [tables]
     scales = [operand.by_row(table) for table in by_region]
@@ -65,10 +68,10 @@ def steps(operand: Operand, tables: torch.Tensor) -> Steps:
 
 
 def sums(objective: MatmulObjective, a: Steps, b: Steps, *, over_rows: bool, stacked: bool) -> torch.Tensor:
-    """Weighted squared errors of the output, summed over its rows: (columns, K), or over its columns: (rows, K).
+    """Return the weighted squared errors of the output, summed over its rows (columns, K) or its columns (rows, K).
 
-    One of `a` and `b` is of K candidates, the other of one. `stacked`: a matmul for each of many matrices, as in
-    attention, and so the scales of `b` are of them; else they are of the output's columns.
+    One of `a` and `b` has K candidates, the other one. `stacked`: a matmul for each of many matrices, as in attention;
+    the scales of `b` then belong to the matrices, else to the output's columns.
     """
     (right,), (right_scale,) = b.parts, b.scales
     with _tensor_cores():
@@ -93,14 +96,14 @@ def sums(objective: MatmulObjective, a: Steps, b: Steps, *, over_rows: bool, sta
 
 
 def _wide(columns: int) -> tuple[int, int]:
-    """A tile as large as `WIDE`, no wider than the matrix needs."""
+    """Return a tile as large as `WIDE`, but no wider than the matrix needs."""
     width = min(WIDE[1], triton.next_power_of_2(columns))
     return WIDE[0] * WIDE[1] // width, width
 
 
 @contextmanager
 def _tensor_cores() -> Iterator[None]:
-    """fp32 matmuls on a GPU round their operands to TF32's 11 bits and sum in fp32; on a CPU nothing changes."""
+    """Let fp32 matmuls on a GPU round their operands to TF32's 11 bits and sum in fp32; on a CPU nothing changes."""
     settings = torch.backends.cuda.matmul
     before, settings.fp32_precision = settings.fp32_precision, "tf32"
     try:

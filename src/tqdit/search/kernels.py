@@ -12,9 +12,9 @@ def steps_kernel(
     values, fine, coarse, zero, out, out_coarse, M, N, COUNT, BLOCK, SCALES, LOW, HIGH,
     TWO_REGION: tl.constexpr, SOFTMAX: tl.constexpr, MERGED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """`grids.uniform.steps`, or `grids.regions.steps` as one tensor or, region by region, as two.
+    """Write `grids.uniform.steps`, or `grids.regions.steps` as one tensor or, region by region, as two.
 
-    COUNT candidates of SCALES scales each; in `out` they take turns, BLOCK rows at a time.
+    There are COUNT candidates of SCALES scales each; in `out` they take turns, BLOCK rows at a time.
     """
     candidate = tl.program_id(0) % COUNT
     rows = tl.program_id(0) // COUNT * BM + tl.arange(0, BM)
@@ -46,9 +46,10 @@ def errors_kernel(
     MANY_SCALES: tl.constexpr, MANY_COLUMN_SCALES: tl.constexpr, TWO: tl.constexpr, BY_COLUMN: tl.constexpr,
     WEIGHED: tl.constexpr, OVER_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Sums of weights (product scale - target)^2: over CHUNK rows of BN columns, or over all columns of BM rows.
+    """Sum weights (product scale - target)^2 over CHUNK rows of BN columns, or over all columns of BM rows.
 
-    COUNT candidates, which take turns in `product`, BLOCK rows at a time. MANY: each has scales of its own.
+    There are COUNT candidates, which take turns in `product`, BLOCK rows at a time. MANY: each candidate has scales of
+    its own.
     """
     candidate, tile = tl.program_id(0) % COUNT, tl.program_id(0) // COUNT
     if OVER_ROWS:
@@ -92,12 +93,12 @@ def errors_kernel(
 
 @triton.jit
 def _among(rows, candidate, COUNT, BLOCK):
-    """Where rows of a candidate are, of COUNT that take turns, BLOCK rows at a time."""
+    """Return the rows of a candidate among COUNT candidates that take turns, BLOCK rows at a time."""
     return (rows // BLOCK * COUNT + candidate) * BLOCK + rows % BLOCK
 
 
 @triton.jit
 def _rounded(x):
-    """Half to even. What is beyond 2^22 is clipped in any case."""
+    """Return the nearest integer, half to even. A number beyond 2^22 is clipped in any case."""
     magic = 12582912.0  # 1.5 2^23
     return tl.where(tl.abs(x) < 4194304.0, (x + magic) - magic, x)

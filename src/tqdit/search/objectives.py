@@ -1,4 +1,4 @@
-"""What a choice of scales is judged by: the Fisher-weighted squared error of one matmul's output (HO)."""
+"""Judge a choice of scales by the Fisher-weighted squared error of one matmul's output (HO)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,33 +12,41 @@ Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class MatmulObjective:
-    """E = sum_j w_j (z_hat_j - z_j)^2 for z = combine(a, b). `weights` None: plain squared error (no HO)."""
+    """The error E = sum_j w_j (z_hat_j - z_j)^2 for z = combine(a, b).
+
+    `weights` None: plain squared error (no HO).
+    """
 
     combine: Combine
     target: torch.Tensor
     weights: torch.Tensor | None
 
     @classmethod
-    def of(cls, combine: Combine, a: torch.Tensor, b: torch.Tensor, fisher: torch.Tensor | None) -> "MatmulObjective":
-        """Objective around the float operands; no or all-zero Fisher weights mean plain squared error."""
+    def weighted(
+        cls, combine: Combine, a: torch.Tensor, b: torch.Tensor, fisher: torch.Tensor | None
+    ) -> "MatmulObjective":
+        """Return the objective of the float operands.
+
+        Fisher weights that are None or all zero mean plain squared error.
+        """
         return cls(combine, combine(a, b), None if fisher is None else normalized(fisher))
 
     def loss(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Elementwise loss, in the shape of the output."""
+        """Return the elementwise loss, in the shape of the output."""
         error = self.combine(a, b).sub_(self.target).square_()
         return error if self.weights is None else error.mul_(self.weights)
 
 
 def linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """x W^T."""
+    """Return x W^T."""
     return x @ w.t()
 
 
 def scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Q K^T / sqrt(d)."""
+    """Return Q K^T / sqrt(d)."""
     return (q @ k.transpose(-1, -2)).mul_(q.shape[-1] ** -0.5)
 
 
 def values(p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """P V."""
+    """Return P V."""
     return p @ v

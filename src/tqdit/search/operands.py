@@ -1,4 +1,4 @@
-"""One operand of a matmul under search: its float values, its current parameters, and how to try others."""
+"""One operand of a matmul under search: its float values, its current parameters, and the candidates to try."""
 
 from dataclasses import dataclass, replace
 
@@ -24,19 +24,20 @@ class Operand:
     unit: torch.Tensor  # (values.shape[0],) for weights, (H,) for attention, (1,) for rows
     scale: torch.Tensor  # (groups, units), or (groups, units, 2) for two regions
     zero_point: torch.Tensor  # (groups, units) int32
-    merging: bool = False  # two regions: only at scales that merge, so that one product is enough
+    merging: bool = False  # True: two regions have only scales that merge, so that one product is enough
 
     @property
     def is_weight(self) -> bool:
+        """Say whether the operand is a weight."""
         return self.spec.is_weight
 
     @property
     def independent_regions(self) -> bool:
-        """Whether two regions have scales without a common step; each is searched by itself."""
+        """Say whether two regions have scales without a common step; each region is then searched by itself."""
         return self.spec.grid.independent_regions and not self.merging
 
     def _broadcast(self, table: torch.Tensor) -> torch.Tensor:
-        """(groups, units) -> a shape that broadcasts to `values`."""
+        """Return (groups, units) in a shape that broadcasts to `values`."""
         if self.is_weight:
             return table[0, self.unit][:, None]
         if self.values.ndim == 2:
@@ -44,14 +45,14 @@ class Operand:
         return table[self.lead][:, self.unit][..., None, None]
 
     def fake(self, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """The values as they come back from their codes, under `scale` or the current one."""
+        """Return the values of the codes of `values`, under `scale` or the current one."""
         scale = self.scale if scale is None else scale
         grid = self.spec.grid
         s1, s2 = map(self._broadcast, grid.by_region(scale))
         return grid.fake_quantize(self.values, s1, s2, self._broadcast(self.zero_point), self.spec.bits)
 
     def by_row(self, tables: torch.Tensor) -> torch.Tensor:
-        """(K, groups, units) -> (K, n): what the values' rows use, or each matrix of attention, contiguous."""
+        """Return tables (K, groups, units) by row of `values`, or by matrix of attention: (K, n), contiguous."""
         if self.is_weight:
             return tables[:, 0, self.unit].contiguous()
         if self.values.ndim == 2:
@@ -60,13 +61,14 @@ class Operand:
         return of_heads.expand(-1, *self.values.shape[:2]).reshape(len(tables), -1)
 
     def reduce(self, loss: torch.Tensor) -> torch.Tensor:
-        """Sum an elementwise loss of the matmul's output into (groups, units): what each parameter is judged by."""
+        """Sum an elementwise loss of the matmul's output into (groups, units): the error that judges each parameter."""
         return self.totals(loss.sum(0 if self.is_weight else -1).flatten())
 
     def totals(self, sums: torch.Tensor) -> torch.Tensor:
-        """`reduce` of what is summed over the output's rows already (weights), or over its columns (activations).
+        """Return what `reduce` does for a loss that is summed already.
 
-        `sums`: (n, ...), the trailing dimensions of which stay: (groups, units, ...).
+        A weight's loss is summed over the output's rows, an activation's over the output's columns. `sums`: (n, ...),
+        the trailing dimensions of which stay: (groups, units, ...).
         """
         groups, units = self.scale.shape[:2]
         if self.is_weight:  # (out, ...)
@@ -77,7 +79,9 @@ class Operand:
         return by_group if units == by_group.shape[1] else by_group.sum(1, keepdim=True)
 
     def candidate_scales(self, base: torch.Tensor, recipe: Recipe) -> list[torch.Tensor]:
-        """Stacks (K, groups, units[, 2]) of tables to try, one per searched region; `base` is the min-max scale.
+        """Return stacks (K, groups, units[, 2]) of tables to try, one per searched region.
+
+        `base` is the min-max scale.
 
         Uniform and GELU: `candidates` multiples of the min-max scale from `low` to `high` (TQ-DiT's setting).
         Softmax: s1 = s2 2^-i. The tables of region 2 keep the current region 1, so ask again after each choice.
@@ -87,11 +91,12 @@ class Operand:
         return self.spec.grid.candidates(base, self.scale, steps, self.spec.bits, self.merging)
 
     def with_scale(self, scale: torch.Tensor) -> "Operand":
+        """Return the operand with another current scale."""
         return replace(self, scale=scale)
 
 
 def _summed(values: torch.Tensor, index: torch.Tensor, count: int) -> torch.Tensor:
-    """Sums of values (n, ...) over equal `index` (n,): (count, ...), the same bits every time.
+    """Return sums of values (n, ...) over equal `index` (n,): (count, ...), the same bits every time.
 
     On a GPU `index_add_` adds in any order, so a product in fp64 takes its place unless nothing shares an index.
     """
@@ -105,14 +110,15 @@ def _summed(values: torch.Tensor, index: torch.Tensor, count: int) -> torch.Tens
 def activation(
     spec: SiteSpec, values: torch.Tensor, group: torch.Tensor, ranges: RangeStats, merging: bool = False
 ) -> Operand:
-    """An operand at its min-max parameters. `group`: (values.shape[0],) time groups; `ranges` per group.
+    """Return an operand at its min-max parameters.
 
-    Raises `InputError` naming the site and the time group of a range that is not finite.
+    `group`: (values.shape[0],) time groups; `ranges` are per group. Raises `InputError` naming the site and the time
+    group of a range that is not finite.
     """
     pooled = ranges.pooled(spec.groups)
     ranges.check_finite(spec.name)
     lead = group if spec.groups > 1 else torch.zeros_like(group)
-    # Probabilities are in [0, 1] whatever was seen.
+    # Probabilities are in [0, 1] whatever range was recorded.
     low = torch.zeros_like(pooled.low) if spec.role is Role.SOFTMAX else pooled.low
     scale, zero_point = spec.grid.initial(low, pooled.high, spec.bits, spec.name, merging)
     unit = torch.arange(spec.units) if spec.units > 1 else torch.zeros(1, dtype=torch.int64)
@@ -121,7 +127,10 @@ def activation(
 
 
 def weight(specs: list[SiteSpec], weights: list[torch.Tensor]) -> Operand:
-    """Weights (out_i, in) that share an input, stacked along out, each with its own scale or scales."""
+    """Return weights (out_i, in) that share an input as one operand.
+
+    They are stacked along out, each with its own scale or scales.
+    """
     values = torch.cat(weights)
     unit, magnitudes, first = [], [], 0
     for spec, w in zip(specs, weights, strict=True):

@@ -1,4 +1,7 @@
-"""`solve`: records of the float model become a Solution. Pure and seeded: same records, same result."""
+"""`solve`: records of the float model become a Solution.
+
+It is pure and seeded: the same records give the same result.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
@@ -53,7 +56,7 @@ def solve(
     share = world.share(parts)
     solved: list[Solved] = []
     done, total = 0, sum(map(len, share))
-    with torch.no_grad():  # not in inference mode, whose tensors a caller could not train with or write to
+    with torch.no_grad():  # not in inference mode: a caller could not train with its tensors or write to them
         for part in share:
             solved.append({})
             for name, matmul in part.items():
@@ -66,7 +69,7 @@ def solve(
                     ) from None
                 done += 1
                 progress(done / total)
-    # Not as parts are finished: ranks would wait for the slowest of each, not once for the slowest of all.
+    # Exchanged once, at the end: after each part ranks would wait for the slowest rank of that part.
     for found in world.gather_named(solved, len(parts)):
         solver.take(found)
     ordered = {name: solver.params[name] for name in solver.specs}
@@ -78,7 +81,10 @@ Record = TypeVar("Record", LinearRecord, AttentionRecord, RangeStats)
 
 
 class _Solver:
-    """Solves one matmul after another; they share nothing, so any order gives the same result."""
+    """A solver of one matmul after another.
+
+    Matmuls share nothing, so any order gives the same result.
+    """
 
     def __init__(self, model: nn.Module, records: Records, recipe: Recipe, groups: int) -> None:
         self.model = model
@@ -94,7 +100,7 @@ class _Solver:
         self.codes: dict[str, torch.Tensor] = {}
 
     def parts(self) -> list[dict[str, Callable[[], Solved]]]:
-        """Matmuls by name: part i has all of block i, the last one those outside of blocks."""
+        """Return matmuls by name: part i has all of block i, the last part has the matmuls outside of blocks."""
         return [*map(self._block, self.graph.blocks), self._floating(self.graph.outside)]
 
     def _block(self, block: Block) -> dict[str, Callable[[], Solved]]:
@@ -105,7 +111,7 @@ class _Solver:
         return found | {linear.source.name: partial(self._linear, linear) for linear in block.linears}
 
     def _floating(self, modules: Iterable[str]) -> dict[str, Callable[[], Solved]]:
-        """Layers of float inputs."""
+        """Return the layers of float inputs."""
         return {f"{name}.weight": partial(self._weight_only, f"{name}.weight") for name in modules}
 
     def take(self, solved: Mapping[str, torch.Tensor]) -> None:
@@ -119,11 +125,11 @@ class _Solver:
                 self.params[name] = GridParams(spec, tensor, solved.get(f"{name}/zero_point"))
 
     def floats(self) -> dict[str, torch.Tensor]:
-        """Parameters that are not sites."""
+        """Return the parameters that are not sites."""
         return {name: t.detach().float().cpu() for name, t in self.state.items() if name not in self.specs}
 
     def _weight_only(self, name: str) -> Solved:
-        """Per-channel scale by plain squared error on the weight (the seed's Frobenius objective)."""
+        """Choose a scale per channel by plain squared error on the weight (Frobenius objective)."""
         spec, values = self.specs[name], self.state[name].float()
         operand = operands.weight([spec], [values.flatten(1)])
         if self.recipe.rounds:
@@ -139,7 +145,9 @@ class _Solver:
         ranges = self._ranges(name)
         specs = [self.specs[weight] for weight in linear.weights]
         w = operands.weight(specs, [self.state[weight].float() for weight in linear.weights])
-        objective = MatmulObjective.of(objectives.linear, record.x, w.values, self._weights(record, record.fisher))
+        objective = MatmulObjective.weighted(
+            objectives.linear, record.x, w.values, self._weights(record, record.fisher)
+        )
         site = self.plan[name]
 
         def attempt(spec: SiteSpec) -> tuple[Operand, Operand, float]:
@@ -154,7 +162,7 @@ class _Solver:
         weights = self._weights(record, record.fisher_scores)
         if weights is None and (kept := kept_keys(record.bias)) is not None:
             weights = kept[:, None, None].expand_as(record.fisher_scores).float()
-        objective = MatmulObjective.of(objectives.scores, record.q, record.k, weights)
+        objective = MatmulObjective.weighted(objectives.scores, record.q, record.k, weights)
         q = self._operand(attention.query, record.q, record)
         k = self._operand(attention.key, record.k, record)
         q, k, _ = alternate(objective, q, k, self.recipe)
@@ -164,7 +172,9 @@ class _Solver:
         record = _moved(self.records.attentions[attention.module], self.device)
         scores = objectives.scores(record.q, record.k)
         p = (scores if record.bias is None else scores + record.bias[:, None, None]).softmax(-1)
-        objective = MatmulObjective.of(objectives.values, p, record.v, self._weights(record, record.fisher_values))
+        objective = MatmulObjective.weighted(
+            objectives.values, p, record.v, self._weights(record, record.fisher_values)
+        )
         v = self._operand(attention.value, record.v, record)
         site = self.plan[attention.probabilities.name]
         ranges = self._ranges(site.spec.name).over_units()
@@ -180,7 +190,7 @@ class _Solver:
         return operands.activation(self.specs[site.name], values, record.group, self._ranges(site.name))
 
     def _weights(self, record: LinearRecord | AttentionRecord, fisher: torch.Tensor) -> torch.Tensor | None:
-        """What errors are weighed with; None for plain squared error."""
+        """Return the weights of squared errors, or None for plain squared error."""
         if self.objective is Objective.PLAIN:
             return None
         if self.objective is Objective.FISHER:
@@ -206,24 +216,27 @@ class _Solver:
 def _best_grid(
     site: SitePlan, attempt: Callable[[SiteSpec], tuple[Operand, Operand, float]]
 ) -> tuple[Operand, Operand, float]:
-    """The best of the attempts under the grids of a site; the first of equal ones."""
+    """Return the best of the attempts under the grids of a site; the first of equal ones."""
     return min(map(attempt, site.tried), key=lambda result: result[2])
 
 
 def _chosen(operand: Operand) -> Solved:
-    """What is kept of an activation operand."""
+    """Return the tensors that are kept of a searched activation operand, by "<site>/<field>", on the CPU."""
     name = operand.spec.name
     found = {f"{name}/scale": _sound(operand.scale)}
     return found if operand.spec.grid.two_region else found | {f"{name}/zero_point": operand.zero_point.cpu()}
 
 
 def _sound(scale: torch.Tensor) -> torch.Tensor:
-    """A chosen scale on the CPU: finite and no smaller than a normal number, so that its reciprocal is finite too."""
+    """Return a chosen scale on the CPU.
+
+    It is finite and no smaller than a normal number, so that its reciprocal is finite too.
+    """
     assert bool(torch.isfinite(scale).all() and (scale >= uniform.SMALLEST).all()), "a candidate that is no scale"
     return scale.cpu()
 
 
 def _moved(record: Record, device: torch.device) -> Record:
-    """A record with its tensors on another device."""
+    """Return a record with its tensors on another device."""
     held = {f.name: getattr(record, f.name) for f in fields(record)}
     return replace(record, **{name: tensor.to(device) for name, tensor in held.items() if tensor is not None})

@@ -1,4 +1,7 @@
-"""What a quantized model is timed against: float models of its shape with random weights; torchao's int8 and fp8."""
+"""Baselines of a quantized model's speed.
+
+They are float models of its shape with random weights, and torchao's int8 and fp8.
+"""
 
 import importlib.util
 import logging
@@ -19,19 +22,19 @@ from tqdit.system import trees
 from tqdit.system.capture import CudaGraphed
 from tqdit.system.extras import install_command
 
-# Family -> its contenders. The best one of a family is what a speed-up is over. All but the eager ones are compiled.
+# Family -> its contenders. A speed-up is over the best one of a family. All but the eager ones are compiled.
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "float32": ("float32-eager", "float32-compiled"),
     "bfloat16": ("bf16-eager", "bf16-compiled"),
-    "bfloat16-blocks": ("bf16-blocks",),  # compiled as torchao's on a GPU: what that costs them
+    "bfloat16-blocks": ("bf16-blocks",),  # compiled like torchao's on a GPU, to show the cost of that
     "torchao": ("torchao-int8", "torchao-fp8"),
 }
-OWN_WEIGHTS = (*FAMILIES["bfloat16-blocks"], *FAMILIES["torchao"])  # changed in place: not for another contender
+OWN_WEIGHTS = (*FAMILIES["bfloat16-blocks"], *FAMILIES["torchao"])  # changed in place, so never shared
 FP8_CAPABILITY = (8, 9)
 # torch.compile's options for the strongest baseline, by kind of device. cuda: its mode "max-autotune", but for the CUDA
 # graphs, which are ours (`CudaGraphed`).
 COMPILE_OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "cpu": {"freezing": True},  # packed weights
+    "cpu": {"freezing": True},  # weights are packed
     "cuda": {"max_autotune": True, "coordinate_descent_tuning": True},
 }
 # What torchao would set for the whole process (torchao.quantization.utils.recommended_inductor_config_setter) but for
@@ -44,7 +47,7 @@ RECOMPILE_LIMIT = 64  # every compiled contender at every batch size counts: dif
 
 
 def contenders(against: Sequence[str]) -> dict[str, str]:
-    """Contender -> family, in the order of `FAMILIES`, of families and single contenders by name.
+    """Return contender -> family for families and single contenders by name, in the order of `FAMILIES`.
 
     `InputError` naming an unknown one and the known ones.
     """
@@ -61,17 +64,17 @@ def contenders(against: Sequence[str]) -> dict[str, str]:
 
 
 def is_compiled(name: str) -> bool:
-    """Whether torch.compile runs that contender."""
+    """Say whether torch.compile runs that contender."""
     return not name.endswith("-eager")
 
 
 def weights_of(name: str) -> str:
-    """Equal for contenders that share one set of weights."""
+    """Return a key that is equal for contenders that share one set of weights."""
     return name if name in OWN_WEIGHTS else name.partition("-")[0]
 
 
 def missing(name: str, device: torch.device) -> str | None:
-    """Why a contender cannot be built here, or None."""
+    """Return why a contender cannot be built here, or None."""
     if name in FAMILIES["bfloat16-blocks"] and device.type != "cuda":
         return "models are compiled block by block on CUDA devices alone"
     if name not in FAMILIES["torchao"]:
@@ -87,7 +90,10 @@ def missing(name: str, device: torch.device) -> str | None:
 
 
 def build(names: Sequence[str], config: Mapping[str, Any], device: torch.device) -> dict[str, nn.Module]:
-    """Contenders with the same `weights_of`, on `device`. Compilation happens in their first call."""
+    """Build contenders with the same `weights_of`, on `device`.
+
+    Compilation happens in their first call.
+    """
     weights = weights_of(names[0])
     model = random_float(config, torch.float32 if weights == "float32" else torch.bfloat16)
     nn.Module.to(model, device)
@@ -107,10 +113,11 @@ def build(names: Sequence[str], config: Mapping[str, Any], device: torch.device)
 
 
 def _compiled(model: nn.Module, options: Mapping[str, Any], device: torch.device, by_blocks: bool) -> nn.Module:
-    """`model` compiled for one shape at a time: what would silently run a part of that uncompiled is an error.
+    """Return `model` compiled for one shape at a time.
 
-    Compiled whole, or `by_blocks`, in place: one block for all of them, and the embedder for the final layer, not the
-    patch embedding and the final layer. torchao's layers in 28 blocks take the compiler minutes.
+    Where the compiler would silently leave a part uncompiled, it raises an error. The model is compiled whole, or
+    `by_blocks`, in place. Then one compiled block serves all of them, the embedder for the final layer is compiled, and
+    the patch embedding and the final layer are not: torchao's layers in 28 blocks take the compiler minutes.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     if by_blocks:
@@ -124,7 +131,10 @@ def _compiled(model: nn.Module, options: Mapping[str, Any], device: torch.device
 
 
 def fuse_projections(model: nn.Module) -> None:
-    """Query, key and value of every block as one layer, in place: the same numbers out of fewer, larger products."""
+    """Fuse query, key and value of every block into one layer, in place.
+
+    The numbers are the same, out of fewer and larger products.
+    """
     from diffusers.models.attention_processor import FusedAttnProcessor2_0
 
     for block in cast(Any, model).transformer_blocks:
@@ -136,9 +146,10 @@ def fuse_projections(model: nn.Module) -> None:
 
 
 def quantize_with_torchao(model: nn.Module, name: str, only_blocks: bool = False) -> None:
-    """torchao's dynamic int8 or fp8 for every linear layer, in place; a layer that blocks share is quantized once.
+    """Quantize every linear layer in place with torchao's dynamic int8 or fp8.
 
-    `only_blocks`: the two of the final layer stay as they are, since they are not compiled and would be slower.
+    A layer that blocks share is quantized once. `only_blocks`: the two layers of the final layer stay as they are,
+    since they are not compiled and would be slower.
     """
     with quiet():
         from torchao.quantization import (
@@ -157,7 +168,7 @@ def quantize_with_torchao(model: nn.Module, name: str, only_blocks: bool = False
         done.add(id(module))
         return True
 
-    # What they set for the whole process is in TORCHAO_OPTIONS, for theirs alone.
+    # torchao would set options for the whole process; TORCHAO_OPTIONS sets them for its models alone.
     if name == "torchao-fp8":
         config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
     else:
@@ -166,7 +177,7 @@ def quantize_with_torchao(model: nn.Module, name: str, only_blocks: bool = False
 
 
 class Baseline(nn.Module):
-    """A float model that takes and gives fp32, whatever its own dtype: what the sampler calls. `run` computes it."""
+    """A float model that takes and gives fp32, whatever its own dtype, as the sampler expects. `run` computes it."""
 
     def __init__(self, model: nn.Module, run: Any) -> None:
         super().__init__()
@@ -176,12 +187,16 @@ class Baseline(nn.Module):
 
     @property
     def config(self) -> Any:
+        """Return the model's config."""
         return self.model.config
 
     def forward(
         self, hidden_states: torch.Tensor, timestep: torch.Tensor, return_dict: bool = False, **condition: Any
     ) -> tuple[torch.Tensor]:
-        """(B, C, H, W), (B,) and conditions -> ((B, C or 2C, H, W),) as diffusers' model with `return_dict=False`."""
+        """Return (output,) as diffusers' model with `return_dict=False`.
+
+        (B, C, H, W), (B,) and conditions -> (B, C or 2C, H, W).
+        """
         inputs = trees.mapped(lambda x: x.to(self.dtype) if x.is_floating_point() else x, condition)
         return (self.run(hidden_states.to(self.dtype), timestep=timestep, **inputs, return_dict=False)[0].float(),)
 
@@ -197,7 +212,7 @@ class DenoiserCall:
         condition = conditions.rows(torch.arange(half) % conditions.count)
         null = conditions.null(batch - half, torch.device("cpu"))
         inputs = trees.mapped(lambda *halves: torch.cat(halves), condition, null)
-        with torch.inference_mode():  # as the sampler's states are: torch.compile tells the two kinds apart
+        with torch.inference_mode():  # like the sampler's states: torch.compile compiles anew for other tensors
             noise = torch.randn(batch, *registry.sample(config).shape, generator=torch.Generator().manual_seed(0))
             self.x = noise.to(device).clone()
             self.inputs = trees.mapped(lambda x: x.to(device).clone(), inputs)
@@ -206,7 +221,7 @@ class DenoiserCall:
 
     @torch.inference_mode()
     def __call__(self, t: int) -> torch.Tensor:
-        """The model's output for the training timestep t, (B, C or 2C, H, W)."""
+        """Return the model's output for the training timestep t, (B, C or 2C, H, W)."""
         timestep = torch.full((len(self.x),), t, device=self.device)
         output = self.module(self.x, timestep=timestep, **self.inputs, return_dict=False)[0]
         synchronise(self.device)
@@ -215,7 +230,7 @@ class DenoiserCall:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings of other libraries about what they would like to be installed."""
+    """Silence other libraries' warnings about packages that are not installed."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

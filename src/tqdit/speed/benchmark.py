@@ -1,4 +1,7 @@
-"""Speed and memory of quantized models, with float baselines of the same shape; one frozen result, as JSON shows it."""
+"""Benchmark quantized models' speed and memory, with float baselines of the same shape.
+
+The result is one frozen object, as JSON shows it.
+"""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -34,21 +37,23 @@ class RandomModel:
 
     @property
     def title(self) -> str:
+        """Return the name by which tables and messages call the model."""
         return f"{self.name} {self.recipe.label} {self.recipe.bits}"
 
     @property
     def config(self) -> dict[str, Any]:
-        """Raises `InputError` naming what is wrong with `name`."""
+        """Return the config of the shape. Raises `InputError` naming what is wrong with `name`."""
         return shape_config(self.name)
 
 
 @dataclass(frozen=True)
 class TimedModel:
-    """One contender. Times: percentiles in ms of one denoiser call with `batch` samples. Bytes are above the imports.
+    """The figures of one contender.
 
-    `workload`: image side and batch, "256-b64". `speedup_over`: median ms of the best baseline of each family over
-    ours; `speedup_over_each`: of each baseline. `floor_ms`: the least that the model's integer products and the reading
-    of its other weights take at the machine's measured peaks; `floor_fraction` of p50. `operations` counts each integer
+    Times: percentiles in ms of one denoiser call with `batch` samples. Bytes are above the imports. `workload`: image
+    side and batch, "256-b64". `speedup_over`: median ms of the best baseline of each family over ours;
+    `speedup_over_each`: of each baseline. `floor_ms`: the least that the model's integer products and the reading of
+    its other weights take at the machine's measured peaks; `floor_fraction` of p50. `operations` counts each integer
     product once, `operations_executed` both of a two-region operand. `dtype`: of our residual stream.
     """
 
@@ -78,9 +83,9 @@ class TimedModel:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """All contenders, and the reason of every one that could not run. `failed`: quantized models among those.
+    """The figures of all contenders, and the reason of every one that could not run.
 
-    `sites`: (model, site -> kernel) of every quantized row, in order.
+    `failed`: quantized models among those. `sites`: (model, site -> kernel) of every quantized row, in order.
     """
 
     settings: Mapping[str, Any]
@@ -91,7 +96,7 @@ class Benchmark:
     failed: tuple[str, ...]
 
     def figures(self) -> dict[str, Any]:
-        """`tqdit bench --json`, as JSON values."""
+        """Return the JSON values of `tqdit bench --json`."""
         return {
             "environment": dict(self.environment),
             "settings": dict(self.settings),
@@ -140,7 +145,7 @@ def bench(
     failed = {title: error for one in contests for title, error in one.failed.items()}
     if failed and not any(one.races for one in contests):
         raise next(iter(failed.values()))
-    peaks = peaks.best(measure_peaks(device))  # a machine that was busy before may not be now
+    peaks = peaks.best(measure_peaks(device))  # measured again: the machine may have been busy before
     return _benchmark(contests, peaks, settings)
 
 
@@ -153,7 +158,7 @@ def _subject(model: str | Path) -> Subject:
 
 
 def _contests(subjects: Sequence[Subject], settings: BenchSettings, target: Target, report: Report) -> list[Contest]:
-    """One contest per shape: a baseline is compared with models of its own shape alone."""
+    """Hold one contest per shape: a baseline is compared with models of its own shape alone."""
     shapes: dict[tuple[int, ...], list[Subject]] = {}
     for subject in subjects:
         shapes.setdefault(shape_key(subject.config), []).append(subject)
@@ -207,7 +212,10 @@ def _row(result: Result, race: Sequence[Result], peaks: Peaks) -> TimedModel:
 
 
 def kernel_counts(report: Mapping[str, str]) -> dict[str, int]:
-    """Number of sites by kernel, most first, from a model's `quantization_report` (site -> kernel)."""
+    """Return the number of sites by kernel, most first.
+
+    `report` is a model's `quantization_report` (site -> kernel).
+    """
     counts: dict[str, int] = {}
     for kernel in report.values():
         counts[kernel] = counts.get(kernel, 0) + 1

@@ -1,4 +1,4 @@
-"""What models are timed under: their classes, or random prompts."""
+"""Choose the conditions under which models are timed: their classes, or random prompts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Quantized models and float baselines of one shape, timed against each other; then the memory of each."""
+"""Time quantized models and float baselines of one shape against each other; then measure the memory of each."""
 
 import gc
 import math
@@ -19,7 +19,10 @@ from tqdit.stages import Report, silent
 
 @dataclass(frozen=True)
 class Result:
-    """One contender's figures at one batch size; times in ms of a call. A baseline has a `family` and no `facts`."""
+    """The figures of one contender at one batch size; times in ms of a call.
+
+    A baseline has a `family` and no `facts`.
+    """
 
     model: str
     backend: str
@@ -29,13 +32,16 @@ class Result:
     facts: Facts | None
     times: Percentiles
     images_per_second: float | None
-    request: Mapping[str, Any]  # for its memory
+    request: Mapping[str, Any]  # the request for the model's memory
     footprint: Footprint | None = None
 
 
 @dataclass(frozen=True)
 class Contest:
-    """What became of every contender. `races`: results by batch size; `skipped`, `failed`: as those of `Maker`."""
+    """The outcome of every contender.
+
+    `races`: results by batch size; `skipped`, `failed`: as those of `Maker`.
+    """
 
     races: list[list[Result]]
     skipped: dict[str, str]
@@ -51,7 +57,7 @@ def contest(subjects: Sequence[Subject], settings: BenchSettings, target: Target
     if settings.against:
         with quiet():
             torch.compiler.reset()
-    gc.collect()  # the models are gone: the memory is measured with the machine to itself
+    gc.collect()  # frees the models, so that memory is measured with the machine to itself
     if target.device.type == "cuda":
         torch.cuda.empty_cache()
     if settings.memory:
@@ -60,12 +66,15 @@ def contest(subjects: Sequence[Subject], settings: BenchSettings, target: Target
 
 
 def best_of(results: Sequence[Result], family: str) -> float:
-    """The median ms of the fastest contender of a family; NaN if there is none."""
+    """Return the median ms of the fastest contender of a family; NaN if there is none."""
     return min((result.times.p50 for result in results if result.family == family), default=math.nan)
 
 
 def _raced(subjects: Sequence[Subject], settings: BenchSettings, target: Target, report: Report) -> Contest:
-    """Everything that needs the models; on return they are freed. Each is built once, whatever the batch sizes."""
+    """Run everything that needs the models, and free them on return.
+
+    Each model is built once, whatever the batch sizes.
+    """
     maker = Maker(settings, target, report)
     quantized = maker.quantized(subjects)
     floats: list[Contender] | None = None
@@ -73,7 +82,7 @@ def _raced(subjects: Sequence[Subject], settings: BenchSettings, target: Target,
     for batch in settings.batches:
         entrants = maker.warmed_up(quantized, batch)
         if not entrants:
-            continue  # nobody to compare a baseline with: do not compile it
+            continue  # no model is left to compare a baseline with: do not compile one
         if floats is None:
             floats = maker.baselines(subjects[0])
         entrants += maker.warmed_up(floats, batch)
@@ -84,13 +93,13 @@ def _raced(subjects: Sequence[Subject], settings: BenchSettings, target: Target,
 def _timed(
     entrants: Sequence[Entrant], batch: int, settings: BenchSettings, timesteps: int, report: Report
 ) -> list[Result]:
-    """All entrants in the same rounds; then their sampling runs, one after another."""
+    """Time all entrants in the same rounds; then run their samplings, one after another."""
     rounds = spread_timesteps(settings.repeats, timesteps)
     what = workload(entrants[0][0].config, batch)
     calls = {str(number): lambda i, call=call: call(rounds[i]) for number, (_, call) in enumerate(entrants)}
     samples = interleaved(calls, settings.repeats, lambda f: report(f"timing {what}", f))
     models = {key: contender for key, (contender, _) in zip(calls, entrants, strict=True)}
-    times = {key: Percentiles.of(values) for key, values in samples.items()}
+    times = {key: Percentiles.from_sample(values) for key, values in samples.items()}
     rates = _sampling_rates(models, times, batch, settings, report)
     return [
         Result(
@@ -115,7 +124,10 @@ def _sampling_rates(
     settings: BenchSettings,
     report: Report,
 ) -> dict[str, float]:
-    """Images per second of a full sampling run: of every quantized model, and of the fastest of each family."""
+    """Return images per second of a full sampling run.
+
+    It is run for every quantized model, and for the fastest model of each family.
+    """
     if settings.sampling is None:
         return {}
     chosen = [key for key, contender in models.items() if contender.family is None]

@@ -1,4 +1,4 @@
-"""What a model costs to run, beside its quality: time of a denoiser call and memory, measured next to eager float32."""
+"""Measure the cost of running a model: time of a denoiser call and memory, next to eager float32."""
 
 import logging
 import statistics
@@ -33,7 +33,7 @@ class Cost:
 
     @property
     def speedup(self) -> float:
-        """How many times as fast as eager float32."""
+        """Return how many times as fast as eager float32 the model is."""
         return self.float32_ms / self.ms_per_call
 
 

@@ -1,4 +1,4 @@
-"""Who takes part in a benchmark: quantized models and float baselines, built and run for the first time."""
+"""Build the models of a benchmark, quantized ones and float baselines, and run them for the first time."""
 
 import itertools
 import logging
@@ -28,18 +28,18 @@ from tqdit.speed.operations import Operations, count_operations
 from tqdit.speed.timing import spread_timesteps
 from tqdit.stages import Report, silent
 
-WARM_UP = 2  # calls: the first compiles, the second would compile again if a timestep were a constant
+WARM_UP = 2  # calls: the first compiles; the second would compile again if a timestep were a constant
 FULL_RUN = Sampling("auto", 50, 1.5)
 LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """How to time. `batches`: of one denoiser call; `against`: baselines or families of them; `sampling` None: no
-    sampling runs; `memory`: measure it, in a process per model and batch; `dtype`: what quantized models are loaded as,
-    None for the choice of `default_dtype`.
+    """The settings of a benchmark.
 
-    Raises `InputError` naming the setting that is not legal.
+    `batches`: of one denoiser call; `against`: baselines or families of them; `sampling` None: no sampling runs;
+    `memory`: measure it, in a process per model and batch; `dtype`: what quantized models are loaded as, None for the
+    choice of `default_dtype`. Raises `InputError` naming the setting that is not legal.
     """
 
     backend: str = "auto"
@@ -61,7 +61,7 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class Subject:
-    """An artifact to time. `title`: what a message calls it."""
+    """An artifact to time. `title`: its name in messages."""
 
     name: str
     title: str
@@ -72,7 +72,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a quantized model without timing it. `operations` by batch; `report`: site -> kernel."""
+    """The facts about a quantized model that need no timing.
+
+    `operations` by batch; `report`: site -> kernel.
+    """
 
     bits: str
     preset: str | None
@@ -85,7 +88,7 @@ class Facts:
 class Contender:
     """A model that was built: a baseline of a `family`, or a quantized one with `facts`.
 
-    `title`: what a message calls it; `request`: what its memory is asked for with, but for the batch.
+    `title`: its name in messages; `request`: the request for its memory, but for the batch.
     """
 
     title: str
@@ -103,22 +106,25 @@ Entrant = tuple[Contender, DenoiserCall]
 
 
 def workload(config: Mapping[str, Any], batch: int) -> str:
-    """What one call computes, by image side and batch: "256-b64". Latents of a VAE count as the images they make."""
+    """Return the size of one call by image side and batch: "256-b64".
+
+    Latents of a VAE count as the images they make.
+    """
     return f"{architecture(config).image_side(config)}-b{batch}"
 
 
 def images(batch: int) -> int:
-    """Images of one sampling run: guidance makes two denoiser samples of each."""
+    """Return the images of one sampling run: guidance makes two denoiser samples of each."""
     return max(1, batch // 2)
 
 
 def default_dtype(device: torch.device) -> str:
-    """bfloat16 on a GPU, as the baselines there compute; a CPU would only convert."""
+    """Return bfloat16 on a GPU, as the baselines there compute, else float32: a CPU would only convert."""
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
 class Maker:
-    """Builds contenders and runs them for the first time.
+    """A maker of contenders, which builds them and runs them for the first time.
 
     `timesteps`: training timesteps that all of them have. `skipped`: why a contender is missing, by its title;
     `failed`: the errors of quantized models among them.
@@ -131,10 +137,10 @@ class Maker:
         self.target = target
         self.device = target.device
         self.report = report
-        self.timesteps = 0  # of no model yet
+        self.timesteps = 0  # no model yet
 
     def quantized(self, subjects: Sequence[Subject]) -> list[Contender]:
-        """The artifacts that can be converted here."""
+        """Return the artifacts that can be converted here."""
         made = []
         for number, subject in enumerate(subjects):
             self.report("converting", number / len(subjects))
@@ -148,7 +154,7 @@ class Maker:
         return made
 
     def baselines(self, subject: Subject) -> list[Contender]:
-        """Those that can be built here, in the shape of `subject`."""
+        """Return the baselines that can be built here, in the shape of `subject`."""
         made = []
         families = contenders(self.settings.against)
         shape = shape_name(subject.config)
@@ -162,7 +168,7 @@ class Maker:
             names = list(group)
             try:
                 built = build(names, subject.config, self.device)
-            except Exception as error:  # too little memory, or a torchao of another mind
+            except Exception as error:  # for example too little memory, or another version of torchao
                 for name in names:
                     self._give_up(f"{shape} {name}", error)
                 continue
@@ -171,7 +177,7 @@ class Maker:
         return made
 
     def warmed_up(self, candidates: Sequence[Contender], batch: int) -> list[Entrant]:
-        """Those that run with that batch, after the calls that compile and allocate."""
+        """Return the contenders that run with that batch, after the calls that compile and allocate."""
         ready = []
         for number, contender in enumerate(candidates):
             self.report("warm-up", number / len(candidates))
@@ -214,7 +220,7 @@ class Maker:
         call = DenoiserCall(contender.module, contender.config, batch, self.device)
         for t in spread_timesteps(WARM_UP, self.timesteps):
             call(t)
-        if self.settings.sampling:  # has another batch where `batch` is odd
+        if self.settings.sampling:  # a sampling run has another batch where `batch` is odd
             sample_once(contender, batch, replace(self.settings.sampling, steps=1), silent)
         return call
 
@@ -222,12 +228,12 @@ class Maker:
         LOG.log(logging.ERROR if ours else logging.INFO, "%s failed", title, exc_info=error)
         self.skipped[title] = _reason(error)
         if ours:
-            traceback.clear_frames(error.__traceback__)  # they hold the model
+            traceback.clear_frames(error.__traceback__)  # the error's frames hold the model
             self.failed[title] = error
 
 
 def sample_once(contender: Contender, batch: int, sampling: Sampling, report: Report) -> None:
-    """One sampling run of `images(batch)` images, as one batch; done when the images are on the CPU."""
+    """Run one sampling of `images(batch)` images, as one batch; it is done when the images are on the CPU."""
     count = images(batch)
     stage = f"sampling {contender.backend}"
     sample_latents(
@@ -238,7 +244,7 @@ def sample_once(contender: Contender, batch: int, sampling: Sampling, report: Re
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error; two where the first only says who raised it."""
+    """Return the first line of an error; two where the first only says who raised it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

@@ -1,4 +1,4 @@
-"""What the machine can do at best, measured in the same run as the models: int8 products and moving memory."""
+"""Measure the machine's peaks, int8 products and moving memory, in the same run as the models."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-# Of square products. A CPU is at its peak from the first on, a GPU at the last.
+# Sizes of square products. A CPU reaches its peak at the first size, a GPU at the last.
 SIZES = {"cpu": (1024, 2048, 4096), "cuda": (2048, 4096, 8192)}
 READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # far more than a cache holds
 QUEUED = {"cpu": 1, "cuda": 10}  # calls timed together, so that a GPU never waits for the next launch
-SECONDS = 1.0  # for repeating one product or one read
+SECONDS = 1.0  # the time for repeating one product or one read
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """10^9 integer operations and 10^9 bytes read per second, the best of all tries.
+    """The rates of 10^9 integer operations and 10^9 bytes read per second, the best of all tries.
 
     On a GPU the bytes are those of a copy from the device to itself, read and written, as its makers count them.
     """
@@ -24,18 +24,19 @@ class Peaks:
     read_gb_per_s: float
 
     def best(self, other: "Peaks") -> "Peaks":
+        """Return the higher one of each rate."""
         return Peaks(max(self.int8_gops, other.int8_gops), max(self.read_gb_per_s, other.read_gb_per_s))
 
 
 def measure_peaks(device: torch.device) -> Peaks:
-    """The peaks of `device` with the current number of threads; takes a few seconds."""
+    """Return the peaks of `device` with the current number of threads; takes a few seconds."""
     best = 0.0
     for size in SIZES[_kind(device)]:
         for product in _int8_products(size, device):
             seconds = _fastest(product, device)
             best = max(best, 2 * size**3 / seconds / 1e9)
         if 8 * 2 * size**3 / best / 1e9 > SECONDS:
-            break  # one product of the next size
+            break  # one product of the next size would take longer
     return Peaks(best, _read_gb_per_s(device))
 
 
@@ -59,7 +60,7 @@ def _read_gb_per_s(device: torch.device) -> float:
 
 
 def _int8_products(size: int, device: torch.device) -> Iterator[Callable[[], object]]:
-    """Calls that multiply two square int8 matrices, by each kernel that torch has here."""
+    """Return calls that multiply two square int8 matrices, one for each kernel that torch has here."""
     generator = torch.Generator(device).manual_seed(0)
     a, b = torch.randint(-128, 128, (2, size, size), dtype=torch.int8, device=device, generator=generator).unbind()
     yield lambda: torch._int_mm(a, b.t())
@@ -82,7 +83,7 @@ def _int8_products(size: int, device: torch.device) -> Iterator[Callable[[], obj
 
 
 def _fastest(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call: the fastest of at least three tries within `SECONDS`."""
+    """Return the seconds of one call: the fastest of at least three tries within `SECONDS`."""
     call()
     synchronise(device)
     best, spent, tries, queued = float("inf"), 0.0, 0, QUEUED[_kind(device)]

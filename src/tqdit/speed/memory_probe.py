@@ -1,4 +1,4 @@
-"""Load time and memory of one model, in a process of its own: one process cannot tell its models apart.
+"""Measure load time and memory of one model in a process of its own: one process cannot tell its models apart.
 
 `python -m tqdit.speed.memory_probe` reads a request as JSON from standard input and prints a `Footprint` as JSON.
 """
@@ -24,9 +24,9 @@ from tqdit.speed.baselines import DenoiserCall, build, is_compiled, quiet
 from tqdit.speed.machine import synchronise
 from tqdit.system.environment import peak_memory_bytes
 
-PACKAGES = Path(__file__).resolve().parents[2]  # so that the child runs this very package
+PACKAGES = Path(__file__).resolve().parents[2]  # the child process imports the same package from here
 STATUS = Path("/proc/self/status")
-WARM_UP = 2  # calls before the one that is looked at: the first compiles, a later one may capture a graph
+WARM_UP = 2  # calls before the measured one: the first compiles, a later one may capture a graph
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Footprint:
 
 
 def footprint(request: Mapping[str, Any]) -> Footprint:
-    """Measure a model in a fresh process; `RuntimeError` with its last words if that fails.
+    """Measure a model in a fresh process. Raises `RuntimeError` with the process's last words if that fails.
 
     `request`: `config`, `batch`, `device`, `threads`; and `artifact` with `backend` and `dtype`, or `baseline`.
     """
@@ -62,7 +62,7 @@ def footprint(request: Mapping[str, Any]) -> Footprint:
 
 
 def measure(request: Mapping[str, Any]) -> Footprint:
-    """What the child does: load, look, call to warm up, call again and look."""
+    """Measure in the child process: load the model, call it to warm up, call it again, and read the memory."""
     torch.set_num_threads(request["threads"])
     device = torch.device(request["device"])
     _import_what_it_needs(request, device)
@@ -85,7 +85,7 @@ def measure(request: Mapping[str, Any]) -> Footprint:
 
 
 def _into_page_cache(folder: Path) -> None:
-    """Loading is timed without the disk."""
+    """Read the files into the page cache, so that loading is timed without the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -101,7 +101,7 @@ def _load(request: Mapping[str, Any], device: torch.device) -> nn.Module:
 
 
 def _import_what_it_needs(request: Mapping[str, Any], device: torch.device) -> None:
-    """All libraries that loading and calling would import, the compiler included; a GPU is started."""
+    """Import all libraries that loading and calling would import, the compiler included, and start a GPU."""
     with quiet():
         torch.ones(1, device=device)
         empty_model(request["config"])
@@ -128,7 +128,7 @@ def _peak(device: torch.device) -> int:
 
 
 def _idle_in_graphs(device: torch.device) -> int:
-    """Bytes that CUDA graphs keep to themselves in segments of their own, beyond the tensors that are in them."""
+    """Return the bytes that CUDA graphs reserve in segments of their own, beyond the tensors in these segments."""
     index = torch.cuda.current_device() if device.index is None else device.index
     segments = [segment for segment in torch.cuda.memory_snapshot() if segment["device"] == index]
     return sum(s["total_size"] - s["allocated_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
@@ -146,7 +146,7 @@ def _forget_peak(device: torch.device) -> None:
 
 
 def _status(key: str) -> int:
-    """A size from Linux' account of this process, in bytes."""
+    """Return a size from Linux' account of this process, in bytes."""
     try:
         lines = STATUS.read_text(encoding="ascii").splitlines()
     except OSError:

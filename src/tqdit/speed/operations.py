@@ -1,4 +1,4 @@
-"""How much arithmetic one denoiser call is: what no integer runtime of the same model can do without."""
+"""Count the arithmetic of one denoiser call, which every integer runtime of the same model has to do."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,10 +10,11 @@ from tqdit.spec import Role, Solution
 
 @dataclass(frozen=True)
 class Operations:
-    """Of one call at one batch size. A multiplication and an addition are two operations.
+    """The operations of one call at one batch size.
 
-    `integer`: int8 matmuls, each counted once. `executed`: the same with the second product of two-region sites.
-    `weight_only_bytes`: int8 codes of the layers on float inputs, read once.
+    A multiplication and an addition are two operations. `integer`: int8 matmuls, each counted once. `executed`: the
+    same with the second product of two-region sites. `weight_only_bytes`: int8 codes of the layers on float inputs,
+    read once.
     """
 
     integer: int
@@ -21,12 +22,12 @@ class Operations:
     weight_only_bytes: int
 
     def floor_ms(self, int8_gops: float, read_gb_per_s: float) -> float:
-        """The least milliseconds at a machine's measured peaks (10^9 operations/s, 10^9 bytes/s)."""
+        """Return the least milliseconds at a machine's measured peaks (10^9 operations/s, 10^9 bytes/s)."""
         return self.integer / int8_gops / 1e6 + self.weight_only_bytes / read_gb_per_s / 1e6
 
 
 def count_operations(solution: Solution, batch: int, context: int = 0) -> Operations:
-    """Operations of one call with `batch` samples, whose context has `context` tokens.
+    """Return the operations of one call with `batch` samples, whose context has `context` tokens.
 
     A linear layer is 2 B N in out; Q K^T and P V are 2 B N M C each. A two-region operand (after GELU, after softmax)
     takes two products, unless its regions merge. What does not depend on the timestep is computed once a prompt and not
@@ -51,7 +52,7 @@ def count_operations(solution: Solution, batch: int, context: int = 0) -> Operat
 
 
 def _weight_only_bytes(solution: Solution) -> int:
-    """Tensors that several sites share are counted once."""
+    """Return the bytes of weights on float inputs; tensors that several sites share are counted once."""
     sizes: Mapping[int, int] = {
         solution.codes[spec.name].data_ptr(): solution.codes[spec.name].numel()
         for spec in solution.sites

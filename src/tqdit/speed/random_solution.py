@@ -1,4 +1,7 @@
-"""A quantized model of a shape without calibration: random codes, plausible scales. For timing, never for images."""
+"""A quantized model of a shape without calibration: random codes, plausible scales.
+
+It is for timing, never for images.
+"""
 
 import math
 from collections.abc import Mapping
@@ -20,12 +23,12 @@ from tqdit.timegroups import TimeGroups
 # Extent (largest minus smallest value) of each operand in a model whose layers have unit variance: about +-4 sigma.
 EXTENTS = {Role.INPUT: 10.0, Role.QUERY: 10.0, Role.KEY: 10.0, Role.VALUE: 10.0}
 GELU_MAXIMUM = 5.0
-VARIATION = 0.03  # relative, of a scale between time groups, heads and channels
+VARIATION = 0.03  # relative variation of a scale between time groups, heads and channels
 NUM_TIMESTEPS = 1000
 
 
 def random_solution(config: Mapping[str, Any], recipe: Recipe, seed: int = 0) -> Solution:
-    """A Solution of the shape `config` under `recipe`, with codes, scales and floats for every site and parameter.
+    """Return a Solution of the shape `config` under `recipe`, with values for every site and parameter.
 
     Activations of the resulting model have unit variance and fill their grids. Where a search would choose a grid, it
     is the first one tried, which costs most, so that timing is on the safe side. No float copy of a weight is made; all
@@ -63,10 +66,13 @@ def random_solution(config: Mapping[str, Any], recipe: Recipe, seed: int = 0) ->
 
 
 class _Draw:
-    """Random codes and parameters of one model."""
+    """A source of random codes and parameters of one model."""
 
     def __init__(self, largest: int, kind: Architecture, keys: int, seed: int) -> None:
-        """`largest`: elements of the largest tensor. `keys`: tokens a softmax row spreads over."""
+        """Draw the numbers of a model.
+
+        `largest`: elements of the largest tensor. `keys`: tokens over which a softmax row spreads.
+        """
         self._pool = Pool(largest, seed)
         self._generator = torch.Generator().manual_seed(seed)
         self._keys = keys
@@ -74,7 +80,7 @@ class _Draw:
         self._codes: dict[int, torch.Tensor] = {}  # bits -> the pool as codes
 
     def codes(self, spec: SiteSpec, shape: torch.Size) -> torch.Tensor:
-        """int8 codes of N(0, 1) values on a grid that ends at `_clip`."""
+        """Return int8 codes of N(0, 1) values on a grid that ends at `_clip`."""
         if spec.bits not in self._codes:
             fmt = IntFormat(spec.bits)
             scaled = (self._pool.values * (fmt.qmax / _clip(spec.bits))).round_()
@@ -82,12 +88,12 @@ class _Draw:
         return self._pool.take(shape, self._codes[spec.bits])
 
     def weight_params(self, spec: SiteSpec, shape: torch.Size) -> GridParams:
-        """Scales that give the layer unit variance."""
+        """Return scales that give the layer unit variance."""
         step = _clip(spec.bits) / spec.format.qmax * standard_deviation(self._kind, spec.name, shape)
         return GridParams(spec, self._varied(spec, step))
 
     def activation_params(self, site: SitePlan) -> GridParams:
-        """Parameters of a site on the first of its grids."""
+        """Return parameters of a site on the first of its grids."""
         spec, fmt = site.spec, site.spec.format
         levels = fmt.qmax - fmt.qmin
         if spec.grid is Grid.MRQ_SOFTMAX:
@@ -109,6 +115,7 @@ class _Draw:
         return GridParams(spec, self._varied(spec, EXTENTS[spec.role] / levels), zero_point.to(torch.int32))
 
     def parameter(self, name: str, shape: torch.Size) -> torch.Tensor:
+        """Return a parameter that stays in float."""
         return self._pool.take(shape).mul_(standard_deviation(self._kind, name, shape))
 
     def _varied(self, spec: SiteSpec, step: float) -> torch.Tensor:
@@ -116,7 +123,10 @@ class _Draw:
         return (1 + VARIATION * noise) * step
 
     def _exponents(self, site: SitePlan) -> torch.Tensor:
-        """i of s1 = s2 2^-i: the fine region ends near the largest probabilities of a row, one to either side."""
+        """Return i of s1 = s2 2^-i.
+
+        The fine region ends near the largest probabilities of a row, one to either side.
+        """
         spec = site.spec
         legal = softmax_exponents(spec.bits, merging=site.merging)
         middle = round(math.log2(max(self._keys / 16, 1)))
@@ -125,10 +135,10 @@ class _Draw:
 
 
 def _clip(bits: int) -> float:
-    """Where a grid for N(0, 1) ends, in standard deviations: fewer levels pay for less of the tail."""
+    """Return the end of a grid for N(0, 1), in standard deviations: fewer levels pay for less of the tail."""
     return min(4.0, bits / 2)
 
 
 def _from_low(spec: SiteSpec, step: torch.Tensor, low: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point of a grid whose lowest value is about -`low`."""
+    """Return scale and zero point of a grid whose lowest value is about -`low`."""
     return step, (spec.format.qmin + torch.round(low / step)).to(torch.int32)

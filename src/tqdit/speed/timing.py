@@ -1,4 +1,4 @@
-"""Fair timing of several functions: interleaved rounds, percentiles. No model, no torch."""
+"""Time several functions fairly: interleaved rounds, percentiles. There is no model and no torch here."""
 
 import random
 import statistics
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Percentiles:
-    """20th, 50th and 80th percentile of a sample, in the unit of the sample."""
+    """The 20th, 50th and 80th percentile of a sample, in the unit of the sample."""
 
     p20: float
     p50: float
     p80: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Percentiles":
-        """Linear between order statistics. `values`: at least one."""
+    def from_sample(cls, values: Sequence[float]) -> "Percentiles":
+        """Return the percentiles of at least one value, linear between order statistics."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         deciles = statistics.quantiles(values, n=10, method="inclusive")
@@ -30,7 +30,7 @@ def interleaved(
     progress: Callable[[float], None] = lambda _: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Milliseconds of every call in each of `repeats` rounds.
+    """Return the milliseconds of every call in each of `repeats` rounds.
 
     Each round times every call once, so that a machine that slows down slows all of them; the order is shuffled
     (seeded) from one round to the next, and none follows itself, which would leave its data in the caches. A call
@@ -52,5 +52,8 @@ def interleaved(
 
 
 def spread_timesteps(count: int, total: int) -> list[int]:
-    """`count` training timesteps over [0, `total`), evenly and from high to low; different while `count` <= `total`."""
+    """Return `count` training timesteps over [0, `total`), evenly and from high to low.
+
+    They are different while `count` <= `total`.
+    """
     return [(2 * i + 1) * total // (2 * count) for i in reversed(range(count))]

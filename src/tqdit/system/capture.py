@@ -1,4 +1,4 @@
-"""CUDA graphs: a call recorded once, then replayed with other inputs by one launch."""
+"""CUDA graphs: a call is recorded, then replayed with other inputs by one launch."""
 
 import gc
 import threading
@@ -11,18 +11,19 @@ from torch import nn
 
 from tqdit.system.trees import Path, flatten, tensors, unflatten
 
-WARM_UP = 3  # calls before a capture: the first compiles, the others find every workspace and kernel in place
+WARM_UP = 3  # calls before a capture: the first compiles, the others need every workspace and kernel only
 LOCK = threading.RLock()  # one capture at a time in a process: another's allocations would end up in it
 
 
 @contextmanager
 def recording(stream: torch.cuda.Stream | None = None) -> Iterator[torch.cuda.CUDAGraph]:
-    """What is launched inside becomes a graph; on an error the current stream is what it was.
+    """Record the work that is launched inside as a graph.
 
-    thread_local: an allocation of another thread, of a progress bar or a compiler, does not break the capture.
+    On an error the current stream is put back. thread_local: an allocation of another thread, of a progress bar or a
+    compiler, does not break the capture.
     """
     graph = torch.cuda.CUDAGraph()
-    with LOCK, torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails leaves its own stream behind
+    with LOCK, torch.cuda.stream(torch.cuda.current_stream()):  # a failed capture leaves its own stream current
         own = stream or torch.cuda.Stream()  # torch's own default is of whichever device came first
         with _no_collection(), torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
             yield graph
@@ -30,7 +31,7 @@ def recording(stream: torch.cuda.Stream | None = None) -> Iterator[torch.cuda.CU
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """No cycles are freed inside: nothing may be freed while a capture is under way.
+    """Keep Python from freeing cycles inside: nothing may be freed while a capture is under way.
 
     To collect them before takes a quarter of a second: too long where hundreds of kernels are timed.
     """
@@ -44,26 +45,26 @@ def _no_collection() -> Iterator[None]:
 
 
 class Captured:
-    """A call of tensors that gives a tensor, as one graph with static inputs and output of its own."""
+    """A function from tensors to a tensor as one graph with static inputs and a static output of its own."""
 
     def __init__(self, call: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], device: torch.device) -> None:
-        """`inputs` may be on the host; they are copied to `device`."""
+        """Capture `function` with `inputs`, which may be on the host; they are copied to `device`."""
         with LOCK, torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
             # Inference tensors could not be written to later.
             self._inputs = tuple(x.to(device, copy=True) for x in inputs)
-            call(*self._inputs)  # compiles and tunes, on the stream of every other call
+            call(*self._inputs)  # this call compiles and tunes, on the stream of every other call
             current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
             stream.wait_stream(current)
             with torch.cuda.stream(stream):  # cuBLAS keeps a workspace per stream: not in the graph's memory
                 for _ in range(WARM_UP - 1):
                     call(*self._inputs)
-            gc.collect()  # the memory of models in cycles, before a graph takes some for as long as it lives
+            gc.collect()  # frees models in cycles before the graph reserves memory for as long as it lives
             with recording(stream) as self._graph:
                 self._output = call(*self._inputs)
             current.wait_stream(stream)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The output for other inputs of the same shapes; the caller's to keep."""
+        """Return the output for other inputs of the same shapes. The caller may keep it."""
         torch._foreach_copy_(self._inputs, inputs)
         self._graph.replay()
         return self._output.clone()  # the next replay writes over it
@@ -77,17 +78,18 @@ class CudaGraphed(nn.Module):
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """`module`: called with x and keyword arguments, gives a tuple of one tensor; it never synchronises."""
+        """Wrap `module`, which maps x and keyword arguments to a tuple of one tensor and never synchronises."""
         super().__init__()
         self.module = module
         self._graphs: dict[tuple[Any, ...], Captured] = {}
 
     @property
     def config(self) -> Any:
+        """Return the module's config."""
         return self.module.config
 
     def forward(self, hidden_states: torch.Tensor, return_dict: bool = False, **inputs: Any) -> tuple[torch.Tensor]:
-        """As the module's; the output is the caller's to keep.
+        """Return what the module returns, (output,). The caller may keep it.
 
         `inputs`: keyword arguments of the module, tensors or nested dictionaries of them. Other values are constants:
         each combination has a graph of its own.

@@ -1,4 +1,4 @@
-"""Options that former versions took by position: still accepted there, with a `DeprecationWarning`."""
+"""Accept options by position where former versions took them so, with a `DeprecationWarning`."""
 
 import functools
 import inspect

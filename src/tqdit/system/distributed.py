@@ -1,4 +1,4 @@
-"""Several processes on one job, started by torchrun: who does what, and how results come together.
+"""Run one job in several processes that torchrun started: who does what, and how results come together.
 
 A process that torchrun did not start, or started alone, is a world of size 1, where everything here costs nothing.
 torch is imported where it is needed: the command line asks this module before it knows whether there is work.
@@ -38,22 +38,23 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this process speaks for all: it prints and writes what the job has once."""
+        """Say whether this process speaks for all: it prints and writes the job's single output."""
         return self.rank == 0
 
     def share(self, items: Items) -> Items:
-        """This rank's part of a sequence: every `size`-th item, so that no rank has two more than another."""
+        """Return this rank's part of a sequence: every `size`-th item, so that no rank has two more than another."""
         return items[self.rank :: self.size]  # type: ignore[return-value]
 
     def owner(self, item: int) -> int:
-        """The rank whose share of a sequence has its item number `item`."""
+        """Return the rank whose share of a sequence has the item number `item`."""
         return item % self.size
 
     def gather(self, parts: "Sequence[torch.Tensor]", count: int) -> "list[torch.Tensor]":
-        """One tensor for each of `count` items, in their order, on every rank; `parts` are those of this rank's share.
+        """Return one tensor for each of `count` items, in their order, on every rank.
 
-        The tensors may differ in shape and dtype. They travel by NCCL where the world's device is a GPU, one at a
-        time, and end in the kind of memory they came from. Raises `ConnectionError` if another rank is gone.
+        `parts` are the tensors of this rank's share. The tensors may differ in shape and dtype. They travel by NCCL
+        where the world's device is a GPU, one at a time, and end in the kind of memory they came from. Raises
+        `ConnectionError` if another rank is gone.
         """
         assert len(parts) == len(self.share(range(count)))
         if self.size == 1:
@@ -78,12 +79,13 @@ class World:
     def gather_named(
         self, parts: "Iterable[Named]", count: int, reader: Callable[[str], int | None] = lambda _: None
     ) -> "list[Named]":
-        """Named CPU tensors for each of `count` items, in their order; `parts` are those of this rank's share.
+        """Return named CPU tensors for each of `count` items, in their order.
 
-        `reader`: the rank that a tensor is for, by its name; None: every rank. An item comes without those for others.
-        One part of each rank is taken and travels at a time, so `parts` may be made on the way; besides what is
-        returned, memory holds one part and what is sent and received of it. Raises `ConnectionError` if another rank
-        is gone, `ValueError` if there are not as many parts as the share has items.
+        `parts` are the tensors of this rank's share. `reader`: the rank that a tensor is for, by its name; None: every
+        rank. An item comes without those for others. One part of each rank is taken and travels at a time, so `parts`
+        may be made on the way; besides what is returned, memory holds one part and what is sent and received of it.
+        Raises `ConnectionError` if another rank is gone, `ValueError` if there are not as many parts as the share has
+        items.
         """
         if self.size == 1:
             return list(parts)
@@ -101,9 +103,9 @@ class World:
         return gathered[:count]
 
     def _exchange(self, parcels: "Sequence[Named]") -> "list[Named]":
-        """Send parcels[r] to rank r; returns what every rank has for this one, in their order.
+        """Send parcels[r] to rank r; return what every rank has for this one, in the order of the ranks.
 
-        One's own is copied too, so that it keeps nothing else of what it may be a view of.
+        A rank's parcel for itself is copied too, so that the copy does not keep what the parcel is a view of.
         """
         import torch
         from torch import distributed as dist
@@ -130,16 +132,17 @@ class World:
         return received
 
     def wait(self) -> None:
-        """Return when every rank has come here. Raises `ConnectionError` if another rank is gone."""
+        """Wait until every rank has come here. Raises `ConnectionError` if another rank is gone."""
         if self.size > 1:
             import torch
 
             self.add(torch.zeros(1))
 
     def add(self, tensor: "torch.Tensor") -> "torch.Tensor":
-        """The sum of every rank's `tensor`, on every rank. Of floats, its rounding depends on the number of ranks.
+        """Return the sum of every rank's `tensor`, on every rank.
 
-        Raises `ConnectionError` if another rank is gone.
+        A sum of floats is rounded in a way that depends on the number of ranks. Raises `ConnectionError` if another
+        rank is gone.
         """
         if self.size == 1:
             return tensor
@@ -155,12 +158,12 @@ _current = World()
 
 
 def current() -> World:
-    """The world that `joined` has opened, else this process alone."""
+    """Return the world that `joined` has opened, else this process alone."""
     return _current
 
 
 def chosen_device(device: "str | torch.device" = "auto") -> str:
-    """The name of a device. "auto" means a GPU where torch finds one, else the CPU."""
+    """Return the name of a device. "auto" means a GPU where torch finds one, else the CPU."""
     if device != "auto":
         return str(device)
     import torch
@@ -176,7 +179,7 @@ def joined(device: "str | torch.device" = "auto") -> Iterator[World]:
     tensors on GPUs travel by NCCL, those on CPUs by gloo. Every rank must leave the block: the end waits for none.
     Raises `InputError` for a device that processes would have to share, and as `launched` does.
     """
-    global _current  # noqa: PLW0603 - as torch's own process group is
+    global _current  # noqa: PLW0603 - torch's own process group is global, too
     rank, size, local_rank = launched()
     device = chosen_device(device)
     world = World(rank, size, _own_device(device, local_rank) if size > 1 else device)
@@ -187,14 +190,14 @@ def joined(device: "str | torch.device" = "auto") -> Iterator[World]:
         yield world
     finally:
         _current = World()
-    if size > 1:  # not after an error: ranks that have not heard of it would be waited for
+    if size > 1:  # not after an error: this would wait for ranks that do not know of it
         from torch import distributed as dist
 
         dist.destroy_process_group()
 
 
 def launched() -> tuple[int, int, int]:
-    """(rank, world size, local rank) that torchrun gave this process; (0, 1, 0) without torchrun.
+    """Return (rank, world size, local rank) that torchrun gave this process; (0, 1, 0) without torchrun.
 
     Raises `InputError` naming a variable of the environment that is missing, no number, or beyond what it counts.
     """
@@ -220,18 +223,18 @@ def check_alone(command: str) -> None:
 
 
 def batches(count: int, size: int) -> list[range]:
-    """The numbers below `count` in runs of `size`; a fixed division, so that it is the same for every world."""
+    """Divide the numbers below `count` into runs of `size`; every world gets the same division."""
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def speaker() -> str:
-    """'rank 1 of 2: ' in front of what one of several processes says; nothing for a process alone."""
+    """Return 'rank 1 of 2: ', to put before a message of one of several processes; "" for a process alone."""
     size = os.environ.get("WORLD_SIZE", "1")
     return "" if size == "1" else f"rank {os.environ.get('RANK', '?')} of {size}: "
 
 
 def tells(message: str) -> bool:
-    """Whether this process is the first to have `message` for the user: ranks that fail alike speak once.
+    """Say whether this process is the first to have `message` for the user: ranks that fail alike speak once.
 
     torchrun's own store keeps the count; where there is none, or it does not answer, every process speaks.
     """
@@ -250,7 +253,7 @@ def tells(message: str) -> bool:
 
 
 def leave_reason(message: str) -> None:
-    """Leave the last words of this process where torchrun looks for them: they then end what it says itself.
+    """Leave the last words of this process where torchrun looks for them; torchrun ends its own message with them.
 
     Without torchrun nothing is written.
     """
@@ -261,7 +264,7 @@ def leave_reason(message: str) -> None:
 
 
 def _own_device(device: str, local_rank: int) -> str:
-    """`device` for this process alone."""
+    """Return `device` for this process alone."""
     if device.startswith("cuda:"):
         raise InputError(f"device '{device}' is one GPU for several processes; give cuda, each takes its own")
     if device != "cuda":
@@ -279,7 +282,7 @@ def _start_group(world: World) -> None:
 
     backend = "gloo"
     if world.device.startswith("cuda"):
-        torch.cuda.set_device(world.device)  # NCCL and Triton work on the current one
+        torch.cuda.set_device(world.device)  # NCCL and Triton work on the current device
         backend = "cpu:gloo,cuda:nccl"
     with _together():
         dist.init_process_group(backend, timeout=TIMEOUT[world.device.partition(":")[0]])
@@ -287,12 +290,12 @@ def _start_group(world: World) -> None:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """What torch says when another rank is gone, as one line."""
+    """Turn torch's error that another rank is gone into a `ConnectionError` of one line."""
     import torch
 
     try:
         yield
-    except (torch.OutOfMemoryError, torch.AcceleratorError):  # of this process
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # errors of this process itself
         raise
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]

@@ -1,4 +1,7 @@
-"""What a figure was measured on: versions, processor, threads. Every result file carries one."""
+"""Describe the machine that a figure was measured on: versions, processor, threads.
+
+Every result file carries this description.
+"""
 
 import os
 import platform
@@ -14,7 +17,7 @@ from tqdit.version import VERSION
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """A JSON row of versions and hardware."""
+    """Return a JSON row of versions and hardware."""
     row: dict[str, Any] = {**versions(), "python": platform.python_version(), "cpu": _cpu_name()}
     row["threads"] = torch.get_num_threads()
     row["cores"] = cores()
@@ -23,17 +26,17 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 
 
 def cores() -> int:
-    """Those that this process may run on."""
+    """Return the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:
-    """What decides the bytes of an artifact besides its recipe and the device."""
+    """Return the versions that decide the bytes of an artifact, besides its recipe and the device."""
     return {"tqdit": VERSION, "torch": torch.__version__, "diffusers": version("diffusers")}
 
 
 def peak_memory_bytes() -> int:
-    """Largest resident size of this process so far, imports included."""
+    """Return the largest resident size of this process so far, imports included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

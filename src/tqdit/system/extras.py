@@ -1,4 +1,4 @@
-"""What to install for a part of tqdit that is optional, in words that work wherever tqdit came from."""
+"""Name the packages of an optional part of tqdit, in words that work wherever tqdit was installed from."""
 
 import importlib.util
 import re
@@ -8,13 +8,13 @@ from tqdit.errors import InputError
 
 
 def check_report() -> None:
-    """Raise `InputError` if what the report is drawn with is not installed."""
+    """Raise `InputError` if the packages that draw the report are not installed."""
     if any(importlib.util.find_spec(name) is None for name in ("jinja2", "matplotlib")):
         raise InputError(f"the report needs packages that are not installed: {install_command('report')}")
 
 
 def install_command(extra: str) -> str:
-    """The command that installs the packages of an extra by their own names, as tqdit's metadata has them."""
+    """Return the command that installs the packages of an extra by their own names, as tqdit's metadata has them."""
     try:
         found = requires("tqdit") or []
     except PackageNotFoundError:

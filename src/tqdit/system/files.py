@@ -21,20 +21,23 @@ from tqdit.system.swap import Place, partial_file, rename_new, sync
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
-TRANSFORMER = "transformer"  # the folder of a pipeline that has the model
-MANIFEST = "tqdit.json"  # what makes a folder an artifact
+INDEX = f"{WEIGHTS}.index.json"  # the index of weights in several files
+TRANSFORMER = "transformer"  # the folder of a pipeline's model
+MANIFEST = "tqdit.json"  # the seal of an artifact
 MODEL_CARD = "README.md"
-EDITABLE = (MODEL_CARD, ".gitattributes")  # what people and the Hub change in a folder that is published
+EDITABLE = (MODEL_CARD, ".gitattributes")  # people and the Hub change these files in a published folder
 PIPELINE_FILES = ("model_index.json", "id2label.json", "scheduler/scheduler_config.json", "vae/config.json")
 WEIGHT_FILE = re.compile(r"diffusion_pytorch_model(-\d{5}-of-\d{5})?\.safetensors")
-DEBRIS = re.compile(r"\.DS_Store|\._.*|\.ipynb_checkpoints|\.cache")  # of programs that look at or download a folder
-Kind = Callable[[Path], bool]  # whether a folder is of a kind
+DEBRIS = re.compile(r"\.DS_Store|\._.*|\.ipynb_checkpoints|\.cache")  # left by programs that show or download a folder
+Kind = Callable[[Path], bool]  # says whether a folder is of some kind
 QUANT_METHOD = "tqdit"  # in the `quantization_config` of an artifact's config
 
 
 def read_json(path: Path, why: str = "") -> dict[str, Any]:
-    """A JSON object from a file, or an `InputError` that names the file; `why` says what it is needed for."""
+    """Return the JSON object of a file.
+
+    Raises `InputError` that names the file; `why` says what the file is needed for.
+    """
     data = read_bytes(path, why=why)
     try:
         return parse_json(data)
@@ -43,38 +46,41 @@ def read_json(path: Path, why: str = "") -> dict[str, Any]:
 
 
 def is_there(path: Path) -> bool:
-    """Whether anything has this name: what is there and is no regular file is to be refused, not passed over."""
+    """Say whether anything has this name.
+
+    What is there and is no regular file is to be refused, not passed over.
+    """
     return os.path.lexists(path)
 
 
 def hidden(path: Path) -> bool:
-    """Whether a relative path has a part with a leading dot, as what editors, file managers and hubs leave behind."""
+    """Say whether a relative path has a part with a leading dot, as files of editors, file managers and hubs do."""
     return any(part.startswith(".") for part in path.parts)
 
 
 def is_debris(path: Path) -> bool:
-    """Whether a path, relative to a model's folder, is what programs leave there and nobody misses."""
+    """Say whether a path, relative to a model's folder, is a file that programs leave there and nobody misses."""
     return any(DEBRIS.fullmatch(part) for part in path.parts)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, or an `InputError` that names the file."""
+    """Return all tensors of a safetensors file. Raises `InputError` that names the file."""
     check_regular(path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is truncated or damaged: {error}") from None
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # a dtype or shape torch lacks
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # an unknown dtype or shape
         raise InputError(f"{path} has a tensor that cannot be read: {error}") from None
 
 
 def model_folder(root: Path) -> Path:
-    """The folder that has the model's config.json: a pipeline's `transformer`, else `root` itself."""
+    """Return the folder that has the model's config.json: a pipeline's `transformer`, else `root` itself."""
     return root / TRANSFORMER if (root / TRANSFORMER).is_dir() else root
 
 
 def is_artifact(root: Path) -> bool:
-    """Whether a folder is an artifact of ours, as the model's config in it says."""
+    """Say whether a folder is an artifact of ours, according to the model's config in it."""
     try:
         quantization = read_json(model_folder(root) / CONFIG).get("quantization_config")
     except InputError:
@@ -83,7 +89,7 @@ def is_artifact(root: Path) -> bool:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a model's folder, from one safetensors file or from shards with an index.
+    """Return all tensors of a model's folder, from one safetensors file or from shards with an index.
 
     Raises `InputError` that names the file.
     """
@@ -96,7 +102,10 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_shards(folder: Path, weight_map: Any) -> dict[str, torch.Tensor]:
-    """The tensors of every file that the index names. Which of them has which tensor is read from the files."""
+    """Return the tensors of every file that the index names.
+
+    Which file has which tensor is read from the files.
+    """
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise InputError(f"{folder / INDEX} has no weight_map of tensor names to files")
     found: dict[str, torch.Tensor] = {}
@@ -117,8 +126,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """
     try:
         save_file(dict(sorted(tensors.items())), path, metadata={"format": "pt"})
-        path.chmod(0o644)  # as every file beside it
-    except SafetensorError as error:  # a full disk, for one
+        path.chmod(0o644)  # the mode of every file beside it
+    except SafetensorError as error:  # the disk may be full
         raise OSError(f"{path} cannot be written: {error}") from None
 
 
@@ -147,7 +156,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
-    """JSON that a person can read, whole or not at all."""
+    """Write JSON that a person can read, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, sort_keys=sort_keys) + "\n")
 
 
@@ -155,10 +164,11 @@ def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
 def replacing(
     target: Path, overwrite: bool = False, replaceable: Kind = is_artifact, in_pipeline: bool = False
 ) -> Iterator[Path]:
-    """A new folder to fill that becomes `target` on success; on any error or interrupt `target` is as it was.
+    """Yield a new folder to fill, which becomes `target` on success.
 
-    Raises `InputError` as `check_target` does, and if another process is writing `target`. A symbolic link to a folder
-    stays; what it points to is replaced. `replaceable`, `in_pipeline`: as in `check_target`.
+    On any error or interrupt `target` stays as it was. Raises `InputError` as `check_target` does, and if another
+    process is writing `target`. A symbolic link to a folder stays; what it points to is replaced. `replaceable`,
+    `in_pipeline`: as in `check_target`.
     """
     with reserved(target, replaceable) as place, filled(place, overwrite, replaceable, in_pipeline) as folder:
         yield folder
@@ -166,10 +176,10 @@ def replacing(
 
 @contextmanager
 def reserved(target: Path, replaceable: Kind = is_artifact) -> Iterator[Place]:
-    """Keep other processes from writing `target` while the block runs, and repair what a killed one left of it.
+    """Keep other processes from writing `target` while the block runs.
 
-    `replaceable`: what a folder must be to be put back as `target`. Raises `InputError` if another process is writing
-    it, and if it cannot be made.
+    What a killed process left of `target` is repaired first. `replaceable`: what a folder must be to be put back as
+    `target`. Raises `InputError` if another process is writing it, and if it cannot be made.
     """
     _check_link(target)
     target = _real(target)
@@ -188,9 +198,9 @@ def repair(target: Path, replaceable: Kind = is_artifact) -> None:
 def filled(
     place: Place, overwrite: bool = False, replaceable: Kind = is_artifact, in_pipeline: bool = False
 ) -> Iterator[Path]:
-    """`replacing` of a target that is reserved already."""
+    """Do as `replacing` for a target that is reserved already."""
 
-    def check() -> None:  # again at the end: hours may have passed
+    def check() -> None:  # checked again at the end: hours may have passed
         check_target(place.target, overwrite, replaceable, in_pipeline)
 
     check()
@@ -244,7 +254,7 @@ def check_parent(path: Path) -> None:
     if not parent.is_dir():
         raise InputError(f"output {path} cannot be made: {parent} is not a folder")
     try:
-        with tempfile.TemporaryFile(dir=parent) as file:  # has no name, where the file system can do that
+        with tempfile.TemporaryFile(dir=parent) as file:  # it has no name where the file system allows that
             file.write(bytes(4096))
     except OSError as error:
         raise InputError(f"output {path} cannot be made: {parent} is not writable ({error.strerror})") from None
@@ -260,7 +270,7 @@ def check_space(target: Path, needed: int) -> None:
 
 
 def foreign_file(folder: Path) -> str | None:
-    """Find the first file in a model's folder that replacing the model would lose: it is not the model's own.
+    """Return the first file in a model's folder that replacing the model would lose: it is not the model's own.
 
     What people edit in such a folder is kept, see `model_card`.
     """
@@ -271,7 +281,7 @@ def foreign_file(folder: Path) -> str | None:
         own |= {path for path in root.glob("*") if WEIGHT_FILE.fullmatch(path.name)}
         own |= {root / name for name in _sealed(root / MANIFEST)}
     own |= set((folder / "vae").glob("*.safetensors"))
-    if not is_there(folder / MANIFEST):  # else its seal has said what is in the components
+    if not is_there(folder / MANIFEST):  # else the folder's seal lists the components
         for name in components_named(folder):
             own |= {folder / name, *(folder / name).rglob("*")}
     files = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
@@ -280,7 +290,7 @@ def foreign_file(folder: Path) -> str | None:
 
 
 def components_named(folder: Path) -> set[str]:
-    """The names of what a pipeline's model_index.json puts into its folder besides transformer and scheduler.
+    """Return the names that a pipeline's model_index.json puts into its folder besides transformer and scheduler.
 
     These are components, and a Python file of the pipeline's own class. Empty where the index cannot be read.
     """
@@ -296,7 +306,7 @@ def components_named(folder: Path) -> set[str]:
 
 
 def _sealed(manifest: Path) -> list[str]:
-    """The names that a seal lists; none where it cannot be read."""
+    """Return the names that a seal lists, and none where the seal cannot be read."""
     try:
         names = read_json(manifest).get("files")
     except InputError:
@@ -310,10 +320,10 @@ def _check_link(path: Path) -> None:
 
 
 def _real(path: Path) -> Path:
-    """Without symbolic links; `Path.resolve`, but a circle of links is no error."""
+    """Return a path without symbolic links, as `Path.resolve` does, but a circle of links is no error."""
     return Path(os.path.realpath(path))
 
 
 def _nearest(path: Path) -> Path:
-    """The nearest parent that exists."""
+    """Return the nearest parent that exists."""
     return next(p for p in path.absolute().parents if p.exists() or p.is_symlink())

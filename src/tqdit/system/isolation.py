@@ -18,7 +18,7 @@ MKLDNN: Any = torch.backends.mkldnn  # a module whose class torch replaces: its 
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Be in a fresh process's state of torch inside, and back in the caller's state at the end, after errors too.
+    """Enter a fresh process's state of torch, and return to the caller's state at the end, after errors too.
 
     Inside: float32 is the default dtype and the CPU the default device; there is no autocast and no inference mode;
     gradients are on; fp32 products are exact to fp32; deterministic algorithms are not asked for; attention may take
@@ -35,7 +35,7 @@ def isolated() -> Iterator[None]:
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """A context without autocast for one kind of device; it costs nothing where there is none already."""
+    """Return a context without autocast for one kind of device; it costs nothing where there is no autocast."""
     available = torch.amp.is_autocast_available(device_type)
     if available and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
@@ -44,7 +44,7 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 @contextmanager
 def _this_thread() -> Iterator[None]:
-    """What torch keeps per thread."""
+    """Set the state that torch keeps per thread as in a fresh process, and restore it at the end."""
     with ExitStack() as stack:
         for kind in AUTOCAST_DEVICES:
             stack.enter_context(without_autocast(kind))
@@ -59,7 +59,7 @@ def _this_thread() -> Iterator[None]:
 
 
 class _Process:
-    """What torch keeps once per process: a context that counts the threads inside.
+    """The state that torch keeps once per process: a context that counts the threads inside.
 
     Each entry sets what differs from a fresh process. What does not differ is not touched: another thread may change
     it meanwhile. The last thread that leaves restores what was found, the latest where entries found several.
@@ -68,7 +68,7 @@ class _Process:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
-        self._found: dict[Callable[[Any], Any], Any] = {}  # what to call with which value
+        self._found: dict[Callable[[Any], Any], Any] = {}  # setter -> value to restore
 
     def __enter__(self) -> None:
         with self._lock:
@@ -100,21 +100,27 @@ def _set_determinism(setting: tuple[bool, bool]) -> None:
 
 
 def _precision() -> tuple[str, str, str]:
-    """Of fp32 matrix products: by the old setting, and by the new ones of GPUs and CPUs. "none" means fp32, too."""
+    """Return the precision of fp32 matrix products by the old setting and by the new ones.
+
+    The new settings are those of GPUs and CPUs; "none" means fp32, too.
+    """
     try:
         old = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the new ones contradict it, which they can only while it has its default
+    except RuntimeError:  # the new settings contradict the old one, which can only be while the old one has its default
         old = "highest"
     return old, cuda.matmul.fp32_precision, MKLDNN.matmul.fp32_precision
 
 
 def _set_precision(setting: tuple[str, str, str]) -> None:
-    """The old setting first: it sets the new ones, and torch refuses to read it where they contradict it."""
+    """Set the precision of fp32 matrix products, the old setting first.
+
+    The old setting sets the new ones, and torch refuses to read it where they contradict it.
+    """
     torch.set_float32_matmul_precision(setting[0])
     cuda.matmul.fp32_precision, MKLDNN.matmul.fp32_precision = setting[1:]
 
 
-# How a setting is read and set, and its value in a fresh process.
+# Each row: the function that reads a setting, the one that sets it, and its value in a fresh process.
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any], Any], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
     (_determinism, _set_determinism, (False, False)),
@@ -127,13 +133,16 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any], Any], ...] = (
 
 
 def _creates_elsewhere() -> bool:
-    """Whether a new tensor would not be on the CPU."""
+    """Say whether a new tensor would not be on the CPU."""
     try:
         return torch.get_default_device().type != "cpu"
-    except (RuntimeError, AssertionError):  # on a device that does not exist here
+    except (RuntimeError, AssertionError):  # the default device does not exist here
         return True
 
 
 def _flushes_denormals() -> bool:
-    """Whether the processor takes subnormal numbers for 0 in this thread, which torch does not tell."""
+    """Say whether the processor takes subnormal numbers for 0 in this thread.
+
+    torch has no function that tells this.
+    """
     return bool(torch.tensor([1e-40], dtype=torch.float32, device="cpu").mul(1.0).eq(0).item())

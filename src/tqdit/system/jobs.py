@@ -1,4 +1,4 @@
-"""What a job of one or several processes writes: kept from other jobs, seen by all processes of its own."""
+"""Files that a job of one or several processes writes: kept from other jobs, seen by all processes of the job."""
 
 import contextlib
 import secrets
@@ -14,7 +14,10 @@ from tqdit.system.swap import Place, beside
 
 
 def work_folder(out: Path) -> Path:
-    """Where the finished work of an artifact `out` is kept, or an `InputError` if that cannot be a folder."""
+    """Return the folder of the finished work of an artifact `out`.
+
+    Raises `InputError` if that path cannot be a folder.
+    """
     work = work_of(out)
     if work.exists() and not work.is_dir():
         raise InputError(f"{work} is a file; finished work goes into a folder of this name")
@@ -31,9 +34,10 @@ def work_of(out: Path) -> Path:
 
 @contextlib.contextmanager
 def reserved(out: Path) -> Iterator[Place | None]:
-    """Keep other jobs from writing `out` and its work; of several processes the first one does, and has the place.
+    """Keep other jobs from writing `out` and its work.
 
-    Raises `InputError`, in every process, if another job is writing one of them.
+    Of several processes the first one does so, and yields the place. Raises `InputError`, in every process, if another
+    job is writing one of them.
     """
     world, paths = distributed.current(), (out, work_of(out))
     holders, place = torch.zeros(len(paths), dtype=torch.int64), None
@@ -44,7 +48,7 @@ def reserved(out: Path) -> Iterator[Place | None]:
             except BusyError as error:
                 holders[0] = error.pid
             work = paths[1].resolve()
-            if place and work.parent.is_dir():  # it may be a link to a folder that another output has too
+            if place and work.parent.is_dir():  # `work` may be a link to a folder of another output, too
                 try:
                     stack.enter_context(holding(beside(work, "lock"), paths[1]))
                 except BusyError as error:
@@ -72,5 +76,5 @@ def check_shared(work: Path) -> None:
         mark.unlink()
     if not seen:
         with contextlib.suppress(OSError):
-            work.rmdir()  # made just now, on another disk
+            work.rmdir()  # this process has made it just now, on another disk
         raise InputError(f"resumable: {work} is not on a file system that all processes share; leave it out")

@@ -1,4 +1,4 @@
-"""Locks that end with their process: a killed one leaves no lock that a later one would have to break."""
+"""Locks that end with their process: a killed process leaves no lock that a later one would have to break."""
 
 import errno
 import fcntl
@@ -10,8 +10,8 @@ from typing import IO
 
 from tqdit.errors import InputError
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # a file system without them
-UNKNOWN = -1  # the number of a process that has not said it
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # a file system without locks
+UNKNOWN = -1  # stands for the number of a process that has not written it
 
 
 class BusyError(InputError):
@@ -24,9 +24,10 @@ class BusyError(InputError):
 
 
 def locked(file: IO[bytes]) -> bool | None:
-    """Take the lock of an open file; False if another has it, None where the file system has no locks.
+    """Take the lock of an open file.
 
-    Closing the file gives the lock back, and so does the end of the process, however it ends.
+    Return False if another process has it, None where the file system has no locks. Closing the file gives the lock
+    back, and so does the end of the process, however it ends.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -40,7 +41,7 @@ def locked(file: IO[bytes]) -> bool | None:
 
 
 def is_at(file: IO[bytes], path: Path) -> bool:
-    """Whether an open file still has this path: another process may have renamed or removed it."""
+    """Say whether an open file still has this path: another process may have renamed or removed it."""
     try:
         found = path.lstat()
     except FileNotFoundError:
@@ -62,13 +63,13 @@ def holding(path: Path, what: Path) -> Iterator[bool]:
     finally:
         if file is not None:
             with suppress(OSError):
-                path.unlink()  # while the lock is held: whoever has opened the file too sees that it is gone
+                path.unlink()  # while the lock is held: another process that has opened the file sees that it is gone
             file.close()
 
 
 def _held(path: Path, what: Path) -> IO[bytes] | None:
     while True:
-        file = open(path, "a+b", opener=_opened)  # noqa: SIM115 - closed, it is no lock
+        file = open(path, "a+b", opener=_opened)  # noqa: SIM115 - a closed file holds no lock
         try:
             taken = locked(file)
             if taken is False:
@@ -77,7 +78,7 @@ def _held(path: Path, what: Path) -> IO[bytes] | None:
                 path.unlink(missing_ok=True)
                 file.close()
                 return None
-            if is_at(file, path):  # else its last holder has removed it
+            if is_at(file, path):  # else the last holder of the lock has removed the file
                 file.truncate(0)
                 file.write(str(os.getpid()).encode())
                 file.flush()
@@ -89,7 +90,7 @@ def _held(path: Path, what: Path) -> IO[bytes] | None:
 
 
 def _opened(path: str, flags: int) -> int:
-    """Others who may write in the folder may lock the same file."""
+    """Open a lock file so that others who may write in the folder may lock the same file."""
     handle = os.open(path, flags | os.O_NOFOLLOW, 0o666)
     with suppress(PermissionError):
         os.fchmod(handle, 0o666)

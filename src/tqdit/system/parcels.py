@@ -6,28 +6,29 @@ from itertools import accumulate
 import torch
 
 Named = Mapping[str, torch.Tensor]
-Form = list[tuple[str, torch.Size, torch.dtype]]  # what a `Named` looks like
+Form = list[tuple[str, torch.Size, torch.dtype]]  # name, shape and dtype of each tensor of a `Named`
 ALIGNMENT = 64  # bytes, as torch aligns its own tensors
 STAGE = 64 << 20  # bytes of pinned memory on the way from a GPU
 
 
 def form(tensors: Named) -> Form:
+    """Return the name, shape and dtype of each tensor, which `unpacked` needs."""
     return [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
 
 
 def length(form: Form) -> int:
-    """Bytes of a parcel."""
+    """Return the bytes of a parcel."""
     return _offsets(form)[-1]
 
 
 def pack(flat: torch.Tensor, tensors: Named) -> None:
-    """Write tensors into a parcel; what lies between them is left as it is."""
+    """Write tensors into a parcel; the bytes between the tensors stay as they are."""
     for place, tensor in zip(unpacked(flat, form(tensors)).values(), tensors.values(), strict=True):
         place.copy_(tensor)
 
 
 def unpacked(flat: torch.Tensor, form: Form) -> dict[str, torch.Tensor]:
-    """The tensors of a parcel, as views of it."""
+    """Return the tensors of a parcel, as views of it."""
     found = {}
     for start, (name, shape, dtype) in zip(_offsets(form), form, strict=False):  # the last offset is the end
         found[name] = flat[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
@@ -35,7 +36,7 @@ def unpacked(flat: torch.Tensor, form: Form) -> dict[str, torch.Tensor]:
 
 
 def copied(tensors: Named) -> dict[str, torch.Tensor]:
-    """Copies on the CPU that share one piece of memory, for what outlives the tensors among which it was made.
+    """Copy tensors to the CPU into one piece of memory, to outlive the tensors among which they were made.
 
     Small tensors that stay where large ones come and go are fences in the C library's heap: it neither fits the next
     large ones between them nor gives those gaps back to the system.
@@ -47,7 +48,7 @@ def copied(tensors: Named) -> dict[str, torch.Tensor]:
 
 
 def on_host(flat: torch.Tensor) -> torch.Tensor:
-    """A copy of a parcel of a GPU in ordinary memory, by way of a little that the GPU can write to itself."""
+    """Copy a parcel of a GPU into ordinary memory, by way of a small buffer that the GPU can write to."""
     found = torch.empty_like(flat, device="cpu")
     stage = torch.empty(min(STAGE, len(flat)), dtype=torch.uint8, pin_memory=flat.is_cuda)
     for part, source in zip(found.split(STAGE), flat.split(STAGE), strict=True):
@@ -56,6 +57,6 @@ def on_host(flat: torch.Tensor) -> torch.Tensor:
 
 
 def _offsets(form: Form) -> list[int]:
-    """Where each tensor of a parcel begins, and the end."""
+    """Return where each tensor of a parcel begins, and the end of the parcel."""
     sizes = [shape.numel() * dtype.itemsize for _, shape, dtype in form]
     return list(accumulate((size + -size % ALIGNMENT for size in sizes), initial=0))

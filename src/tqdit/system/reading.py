@@ -1,4 +1,4 @@
-"""Bytes and JSON that others wrote: regular files of bounded size, plain values, one clear `InputError`."""
+"""Read bytes and JSON that others wrote: regular files of bounded size, plain values, one clear `InputError`."""
 
 import json
 import math
@@ -10,13 +10,13 @@ from typing import Any, NoReturn
 
 from tqdit.errors import InputError
 
-MAX_BYTES = 64 * 2**20  # of a JSON file; those of the largest models have some 100 KiB
-MAX_DEPTH = 64  # of objects and arrays in each other
+MAX_BYTES = 64 * 2**20  # the limit of a JSON file; those of the largest models have some 100 KiB
+MAX_DEPTH = 64  # the limit of objects and arrays in each other
 MAX_INTEGER = 2**63 - 1
 
 
 def check_regular(path: Path, why: str = "") -> os.stat_result:
-    """The `stat` of a regular file, or of one that a symbolic link leads to.
+    """Return the `stat` of a regular file, or of one that a symbolic link leads to.
 
     Raises `InputError` for everything else before it is opened: a pipe would wait for ever, a device might never end.
     `why` says what the file is needed for.
@@ -25,7 +25,7 @@ def check_regular(path: Path, why: str = "") -> os.stat_result:
         found = path.stat()
     except FileNotFoundError:
         raise InputError(f"{path} is missing" + (f"; {why}" if why else "")) from None
-    except (OSError, ValueError) as error:  # a circle of links, a part of the path that is a file; a name with a NUL
+    except (OSError, ValueError) as error:  # a circle of links, a file as a part of the path, or a name with a NUL
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path} cannot be read: {reason}") from None
     if not stat.S_ISREG(found.st_mode):
@@ -34,7 +34,7 @@ def check_regular(path: Path, why: str = "") -> os.stat_result:
 
 
 def read_bytes(path: Path, most: int = MAX_BYTES, why: str = "") -> bytes:
-    """All bytes of a regular file of at most `most` bytes, or an `InputError` that names the file."""
+    """Return all bytes of a regular file of at most `most` bytes. Raises `InputError` that names the file."""
     size = check_regular(path, why).st_size
     if size > most:
         raise InputError(f"{path} has {size} bytes; a file of its kind has at most {most}")
@@ -45,11 +45,12 @@ def read_bytes(path: Path, most: int = MAX_BYTES, why: str = "") -> bytes:
 
 
 def parse_json(data: bytes, infinite: bool = True) -> dict[str, Any]:
-    """A JSON object. Raises `InputError` with the reason alone: the caller knows whose bytes these are.
+    """Return a JSON object.
 
-    Refused is what JSON allows and readers disagree about, or what would fail later: a key that is there twice,
-    integers beyond 64 bits, NaN, strings that are no Unicode text, more than `MAX_DEPTH` levels. Infinity is diffusers'
-    spelling in some schedulers; `infinite` says whether it is taken.
+    Raises `InputError` with the reason alone: the caller knows whose bytes these are. It refuses JSON about which
+    readers disagree, or which would fail later: a key that is there twice, integers beyond 64 bits, NaN, strings that
+    are no Unicode text, more than `MAX_DEPTH` levels. Infinity is diffusers' spelling in some schedulers; `infinite`
+    says whether it is allowed.
     """
 
     def constant(text: str) -> float:
@@ -99,7 +100,7 @@ def _float(text: str) -> float:
 
 
 def _check_values(value: Any) -> None:
-    """Depth and strings of a parsed value, level by level."""
+    """Check depth and strings of a parsed value, level by level."""
     level = [value]
     for _ in range(MAX_DEPTH):
         if not level:
@@ -110,7 +111,10 @@ def _check_values(value: Any) -> None:
 
 
 def _inside(value: Any) -> Iterator[Any]:
-    """What an object or array holds, keys too. A string holds nothing, and must be one that can be written."""
+    """Return the values inside an object or array, keys too.
+
+    A string holds none, and must be one that can be written.
+    """
     if isinstance(value, dict):
         yield from value
         yield from value.values()

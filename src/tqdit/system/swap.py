@@ -1,4 +1,4 @@
-"""Files and folders that are filled beside their place and put there whole; what killed processes left is removed.
+"""Fill files and folders beside their place and put them there whole; remove what killed processes left.
 
 Beside `out` there may be `.out.tqdit.lock`, `.out.tqdit.partial` and, where a file system cannot exchange two folders,
 `.out.tqdit.old`. Their names follow from that of `out`, so the next process that writes `out` finds them.
@@ -22,8 +22,8 @@ from tqdit.errors import InputError, RepairWarning
 from tqdit.system.locks import holding, is_at, locked
 
 UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # the last two differ on macOS
-AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE = -100, 1, 2  # of Linux
-RANDOM_OLD = r"\.[a-z0-9_]{8}\.old"  # where there is no lock, and of earlier versions
+AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE = -100, 1, 2  # Linux' constants
+RANDOM_OLD = r"\.[a-z0-9_]{8}\.old"  # names used where there is no lock, and by earlier versions
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def partial_file(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
                     partial.unlink()
     except OSError as error:
         if error.errno:
-            error.filename, error.filename2 = str(path), None  # it may name the partial file, or none
+            error.filename, error.filename2 = str(path), None  # the error may name the partial file, or no file
         raise
 
 
@@ -51,7 +51,7 @@ def _partial(path: Path) -> tuple[Path, IO[bytes]]:
     try:
         handle = os.open(named, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.ELOOP, errno.EISDIR):  # there is something that is not ours
+        if error.errno not in (errno.EACCES, errno.ELOOP, errno.EISDIR):  # the file at this path is not ours
             raise
     else:
         file = os.fdopen(handle, "r+b")
@@ -61,7 +61,7 @@ def _partial(path: Path) -> tuple[Path, IO[bytes]]:
             if taken and is_at(file, named):
                 file.truncate(0)
                 return named, file
-            if taken is None:  # nobody writes a file of this name where there are no locks: it was made just now
+            if taken is None:  # nobody writes a file of this name without locks: this process made it just now
                 named.unlink(missing_ok=True)
         file.close()
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
@@ -86,14 +86,14 @@ class Place:
             sync_tree(partial)
             check()
             self._put(partial)
-        except shutil.Error as error:  # of many files: the first will do
+        except shutil.Error as error:  # an error of many files; the first is enough
             _, copy, reason = error.args[0][0]
             raise OSError(f"{copy} cannot be written: {reason}") from None
         finally:
             remove(partial)
 
     def repair(self, is_ours: Callable[[Path], bool]) -> None:
-        """Put back what a killed process took away, and remove what it left.
+        """Put back what a killed process took away, and remove what that process left.
 
         `is_ours`: whether a folder is of the kind that is written to `target`; no other one is put there. Without
         locks nothing is done: a process that lives may be at work.
@@ -117,7 +117,10 @@ class Place:
         return sorted((path for path in found if any(path.iterdir())), key=lambda path: path.stat().st_mtime_ns)
 
     def _free(self, kind: str) -> Path:
-        """A path beside the target for a folder; one of a random name where another process may use the known one."""
+        """Return a path beside the target for a folder.
+
+        The path has a random name where another process may use the known one.
+        """
         path = beside(self.target, kind)
         if self.locked and not os.path.lexists(path):
             return path
@@ -134,10 +137,13 @@ class Place:
         sync(self.target.parent)
 
     def _put_in_two_steps(self, partial: Path) -> None:
-        """A process killed between the steps leaves no target; `repair` puts the old one back."""
+        """Put a folder in place by two renames.
+
+        A process killed between them leaves no target; `repair` puts the old one back.
+        """
         old = self._free("old")
         try:
-            self.target.rename(old)  # an empty folder may be there
+            self.target.rename(old)  # an empty folder may be at `old`
             rename_new(partial, self.target)
         except BaseException:
             if not os.path.lexists(self.target):
@@ -150,9 +156,8 @@ class Place:
 def reserved(target: Path, is_ours: Callable[[Path], bool]) -> Iterator[Place]:
     """Lock a path for this process, and repair what killed ones left there. Missing parents are made.
 
-    `is_ours`: as in `Place.repair`.
-
-    Raises `locks.BusyError` if another process has it. Parents that stay empty are removed again.
+    `is_ours`: as in `Place.repair`. Raises `locks.BusyError` if another process has it. Parents that stay empty are
+    removed again.
     """
     missing = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -168,13 +173,14 @@ def reserved(target: Path, is_ours: Callable[[Path], bool]) -> Iterator[Place]:
 
 
 def beside(path: Path, kind: str) -> Path:
-    """The hidden path next to `path` for what is written, kept or locked on its behalf."""
+    """Return the hidden path next to `path` for what is written, kept or locked on its behalf."""
     return path.with_name(f".{path.name}.tqdit.{kind}")
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Let two paths change places in one step, so that there is no moment without either. False if that is not
-    possible here.
+    """Let two paths change places in one step, so that there is no moment without either.
+
+    Return False if that is not possible here.
     """
     return _renameat2(a, b, RENAME_EXCHANGE)
 
@@ -200,26 +206,29 @@ def _renameat2(source: Path, target: Path, flags: int) -> bool:
 
 
 def sync_tree(folder: Path) -> None:
-    """Bring a folder, all its files and folders to the disk."""
+    """Flush a folder, all its files and all its folders to the disk."""
     for path in [*folder.rglob("*"), folder]:
         if not path.is_symlink():
             sync(path)
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """Flush a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if not (path.is_dir() and error.errno in UNSUPPORTED):  # some file systems sync no folders
+        if not (path.is_dir() and error.errno in UNSUPPORTED):  # some file systems cannot flush folders
             raise
     finally:
         os.close(handle)
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder with all that is in it, as far as possible, if it is there. An interrupt waits until it is."""
+    """Remove a folder, if it is there, with all its content, as far as possible.
+
+    An interrupt waits until it is removed.
+    """
     try:
         shutil.rmtree(folder, ignore_errors=True)
     except BaseException:

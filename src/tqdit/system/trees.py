@@ -1,4 +1,4 @@
-"""Nested dictionaries of tensors, such as the keyword arguments of a model: flat, back, and mapped over."""
+"""Handle nested dictionaries of tensors, such as a model's keyword arguments: flatten, rebuild and map them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +9,10 @@ Path = tuple[str, ...]  # the keys that lead to a leaf, outermost first
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[Path, Any]:
-    """Return every leaf by its path. What is no mapping is a leaf, and so is an empty mapping."""
+    """Return every leaf by its path.
+
+    A value that is no mapping is a leaf, and so is an empty mapping.
+    """
     flat: dict[Path, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:

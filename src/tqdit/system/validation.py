@@ -1,4 +1,4 @@
-"""pydantic's errors in the words of every other error."""
+"""Put pydantic's errors into the words of every other error."""
 
 from typing import Any
 

@@ -75,7 +75,7 @@ def compiled(epilogue: str, bm: int, bn: int, stages: int, piece: int):
 def compiled_attention(tokens: int, head_dim: int, mode: int, config: list[int], by_sample: bool, trace: bool):
     """The attention kernel, with one time group or one for each sample."""
     chosen = Config(*config)
-    sizes = AttentionSizes.of(chosen, tokens, head_dim)
+    sizes = AttentionSizes.fitting(chosen, tokens, head_dim)
     assert sizes, config
     k_rest, v_pad = sizes.padded
     blocks = {

@@ -93,17 +93,17 @@ def test_what_it_takes(four_processors, tokens: int, bits: int, two: bool, head_
 
 
 def test_tiles_it_takes() -> None:
-    assert hopper.takes(TILE, 128, 1152)
-    assert not hopper.takes(TILE, 64, 1152)
-    assert not hopper.takes(TILE, 0, 1152)
-    assert not hopper.takes(TILE, 128, 64)
-    assert hopper.takes(TILE._replace(block_n=64), 128, 64)
+    assert hopper.supports_product(TILE, 128, 1152)
+    assert not hopper.supports_product(TILE, 64, 1152)
+    assert not hopper.supports_product(TILE, 0, 1152)
+    assert not hopper.supports_product(TILE, 128, 64)
+    assert hopper.supports_product(TILE._replace(block_n=64), 128, 64)
     for changed in ({"block_m": 32}, {"block_n": 256}, {"block_k": 64}, {"piece": 8}, {"piece": 48}, {"stages": 1}):
-        assert not hopper.takes(TILE._replace(**changed), 128, 1152 * 2)
+        assert not hopper.supports_product(TILE._replace(**changed), 128, 1152 * 2)
 
 
 def test_candidates_are_whole_tiles_that_run(four_processors) -> None:
-    assert all(hopper.takes(config, 128, 1152) and config.hopper for _, config in every_candidate())
+    assert all(hopper.supports_product(config, 128, 1152) and config.hopper for _, config in every_candidate())
     assert candidates.hopper_linear("heads", 16384, 3456, 0) == []
     assert candidates.hopper_linear("plain", 16384, 1152, 128)
     for parts, name in HEADS_OF.items():

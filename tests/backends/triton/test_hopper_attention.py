@@ -76,11 +76,11 @@ def test_kernels_of_dit_xl_compile(four_processors, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_it_takes(four_processors, config: Config, tokens: int, head_dim: int, takes: bool) -> None:
     """Whole tiles and slots; a head that fits shared memory; heads of 32 or 64 channels and 8, 16 or 32 more."""
-    assert hopper.attends(config, CPU, tokens, head_dim) == takes
+    assert hopper.supports_attention(config, CPU, tokens, head_dim) == takes
 
 
 def test_no_other_device_runs_it() -> None:
-    assert not hopper.attends(ONE, CPU, 256, 72)
+    assert not hopper.supports_attention(ONE, CPU, 256, 72)
     assert candidates.hopper_attention(CPU, 256, 72, False) == []
     make = maker(1)
     params, target = make.attention(2, Grid.UNIFORM), make.params()
@@ -95,7 +95,7 @@ def test_candidates_run_and_have_a_key_of_their_own(four_processors) -> None:
         for two in (False, True):
             found = candidates.hopper_attention(CPU, tokens, 72, two)
             assert found
-            assert all(config.hopper and hopper.attends(config, CPU, tokens, 72) for config in found)
+            assert all(config.hopper and hopper.supports_attention(config, CPU, tokens, 72) for config in found)
     assert candidates.hopper_attention(CPU, 100, 72, False) == []
     assert tuning.attention_key(32, 256, 72, 0) != tuning.attention_key(32, 256, 72, 0, True)
 
@@ -151,12 +151,12 @@ def test_committed_configurations_run_what_they_are_for(four_processors) -> None
             assert bool(config.hopper) <= ("Hopper" in key), key
             if config.hopper and key.startswith("attention"):
                 _, tokens, head_dim = map(int, key.split()[1].strip(",").split("x"))
-                assert hopper.attends(config, CPU, tokens, head_dim), key
+                assert hopper.supports_attention(config, CPU, tokens, head_dim), key
                 seen += 1
             elif config.hopper:
                 epilogue, columns = key.split()[1], int(re.search(r"x(\d+)x", key)[1])
                 tile = int(key.split()[-2])
-                assert hopper.takes(config, tile, columns // 3 if epilogue == "heads" else columns), key
+                assert hopper.supports_product(config, tile, columns // 3 if epilogue == "heads" else columns), key
                 seen += 1
     assert seen > 10
 

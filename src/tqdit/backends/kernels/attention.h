@@ -5,8 +5,8 @@
 
 namespace tqdit {
 
-// `tokens` queries attend to `context` keys and values. Strides count bytes from one token to the next, so that all three
-// may lie in one buffer.
+// `tokens` queries attend to `context` keys and values. Strides count bytes from one token to the next, so that all
+// three may lie in one buffer.
 struct AttentionCall {
   const uint8_t *query, *key, *value;  // (batch, tokens or context, heads, dim)
   uint8_t* out;                        // (batch, tokens, heads, dim)
@@ -43,7 +43,7 @@ void pack_values(const uint8_t* values, int64_t stride, int64_t tokens, int64_t 
       vint four{};
       for (int64_t i = 0; i < 4 && group * 4 + i < tokens; ++i) {
         const uint8_t* from = values + (group * 4 + i) * stride + j;
-        vbyte bytes = vbyte{} + static_cast<uint8_t>(0x80);  // of a padding lane: code 0
+        vbyte bytes = vbyte{} + static_cast<uint8_t>(0x80);  // a padding lane has code 0
         if (dim - j >= LANES)
           std::memcpy(&bytes, from, LANES);
         else
@@ -54,12 +54,12 @@ void pack_values(const uint8_t* values, int64_t stride, int64_t tokens, int64_t 
     }
 }
 
-// Sums of the columns of a packed matrix; `ones`: that many ones.
+// Returns the sums of the columns of a packed matrix. `ones` points to 4 * fours ones.
 void column_sums(const uint8_t* ones, const int8_t* packed, int64_t columns, int64_t fours, int32_t* sums) {
   dot(ones, 0, 1, packed, columns, fours, sums, 0);
 }
 
-constexpr int64_t QUERY_ROWS = 16;  // per pass: scores and codes of 1024 keys stay in the second-level cache
+constexpr int64_t QUERY_ROWS = 16;  // rows of a pass: scores and codes of 1024 keys stay in the second-level cache
 
 // Buffers of one thread, for one (sample, head) at a time.
 struct Workspace {
@@ -84,7 +84,7 @@ struct Workspace {
 struct Head {
   const AttentionCall& c;
   int64_t sample, head;
-  int32_t query_zero, key_zero, value_zero, probability_zero, shift;  // of query and uniform probability: unsigned
+  int32_t query_zero, key_zero, value_zero, probability_zero, shift;  // query, uniform probability: unsigned
   float score_scale, value_scale, s1, s2, per_s1, per_s2;
   Uniform probability, target;
   Head(const AttentionCall& call, int64_t b, int64_t h)
@@ -99,9 +99,9 @@ struct Head {
         target(c.target.entry(b), c.target.bits) {}
 };
 
-struct RowSums { int32_t first, second; };  // of the codes of one row of probabilities
+struct RowSums { int32_t first, second; };  // sums of the codes of one row of probabilities
 
-// exp(score - top) of one row in place, and their sum. Padding becomes 0.
+// Replaces the scores of one row by exp(score - top) and returns their sum. Padding becomes 0.
 float exponentials(float* scores, float top, int64_t keys, vint inside) {
   vfloat total{};
   for (int64_t j = 0; j < keys; j += LANES) {
@@ -113,7 +113,8 @@ float exponentials(float* scores, float top, int64_t keys, vint inside) {
   return sum(total);
 }
 
-// Softmax of one row of scores and its codes: `first` uniform, merged or fine ones, `second` coarse ones.
+// Computes the softmax of one row of scores and its codes. `first` gets uniform, merged or fine codes, `second` coarse
+// ones.
 RowSums softmax_codes(const Head& h, float* scores, float top, const Workspace& w, uint8_t* first, uint8_t* second) {
   const int64_t keys = w.keys;
   const vint everywhere = vint{} == 0, inside = w.inside;
@@ -143,7 +144,7 @@ RowSums softmax_codes(const Head& h, float* scores, float top, const Workspace& 
   return {sum(first_total), sum(second_total)};
 }
 
-// One row of P V from its exact sums, quantized for the output projection.
+// Writes one row of P V, quantized for the output projection, from its exact sums.
 void attended_codes(const Head& h, RowSums rows, const Workspace& w, int64_t row, uint8_t* out) {
   const int32_t *firsts = w.first_sums.data() + row * w.depth, *seconds = w.second_sums.data() + row * w.depth;
   for (int64_t j = 0; j < h.c.dim; j += LANES) {
@@ -163,13 +164,13 @@ void attended_codes(const Head& h, RowSums rows, const Workspace& w, int64_t row
   }
 }
 
-// Codes as ops/reference.py has them: signed, a fine code negative.
+// Writes codes in the form of ops/reference.py: signed, a fine code negative.
 void write_trace(const Head& h, const uint8_t* first, const uint8_t* second, int8_t* trace) {
   const bool two = h.c.probability.grid == TWO_REGION;
   for (int64_t j = 0; j < h.c.context; ++j) trace[j] = two ? second[j] - first[j] : first[j] - 128;
 }
 
-// Integer scores of one row, zero points corrected, times their scale, plus the bias, in place; the largest one.
+// Turns integer scores of one row into scores: zero points corrected, scaled, the bias added. Returns the largest one.
 template <bool BIASED>
 float scale_scores(const Head& h, const uint8_t* query, const Workspace& w, int32_t* scores) {
   int32_t query_sum = 0;
@@ -188,7 +189,7 @@ float scale_scores(const Head& h, const uint8_t* query, const Workspace& w, int3
   return largest(top);
 }
 
-// The product of the coarse codes, of which many rows have none.
+// Multiplies the coarse codes, of which many rows have none.
 void second_product(const RowSums* sums, int64_t rows, Workspace& w) {
   for (int64_t r = 0; r < rows; r += 4) {
     const int64_t count = rows - r < 4 ? rows - r : 4;
@@ -202,7 +203,7 @@ void second_product(const RowSums* sums, int64_t rows, Workspace& w) {
   }
 }
 
-// Rows of queries as `dot` reads them, in whole fours; `stride` becomes that of what is returned.
+// Returns rows of queries in the form that `dot` reads, in whole fours; `stride` becomes the stride of the result.
 const uint8_t* padded_rows(const uint8_t* query, int64_t rows, int64_t dim, Workspace& w, int64_t& stride) {
   if (dim % 4 == 0) return query;
   const int64_t padded = w.key_fours * 4;
@@ -211,7 +212,7 @@ const uint8_t* padded_rows(const uint8_t* query, int64_t rows, int64_t dim, Work
   return w.query.data();
 }
 
-// Query rows [begin, end) of one head.
+// Computes the query rows [begin, end) of one head.
 void attend(const Head& h, int64_t begin, int64_t end, Workspace& w) {
   const AttentionCall& c = h.c;
   const int64_t width = c.heads * c.dim, context = h.sample * c.context * c.context_stride + h.head * c.dim;
@@ -242,7 +243,7 @@ void attend(const Head& h, int64_t begin, int64_t end, Workspace& w) {
   }
 }
 
-// Attention of all heads: exact Q K^T, fp32 softmax, exact P V, codes for the output projection.
+// Computes the attention of all heads: exact Q K^T, fp32 softmax, exact P V, codes for the output projection.
 extern "C" void tqdit_attention(const AttentionCall* call) {
   const AttentionCall& c = *call;
   const int64_t heads = c.batch * c.heads;

@@ -15,13 +15,14 @@ struct QuantizeCall {
   float eps;
 };
 
-// The codes of one row as it is. An encoder is passed by value: bytes written here could be those of one behind a reference.
+// Writes the codes of one row. The encoder is passed by value: the compiler would have to assume that bytes written
+// here change an encoder behind a reference.
 template <int GRID>
 void quantize_row(const Encoder<GRID> encoder, const float* in, int64_t width, uint8_t* first, uint8_t* second) {
   for (int64_t j = 0; j < width; j += LANES) encoder.encode(load(in + j, width - j), first + j, second + j, width - j);
 }
 
-// The codes of one row after LayerNorm without parameters and its modulation.
+// Writes the codes of one row after LayerNorm without parameters and its modulation.
 template <int GRID>
 void quantize_normal(const Encoder<GRID> encoder, const float* in, const float* shift, const float* scale, float eps,
                      int64_t width, uint8_t* first, uint8_t* second) {
@@ -59,7 +60,7 @@ extern "C" void tqdit_quantize(const QuantizeCall* call) {
   });
 }
 
-// One column of the weight times R rows of x.
+// Multiplies one column of the weight by R rows of x.
 template <int R>
 void weight_only_column(const float* x, const int8_t* w, int64_t depth, float scale, float bias, float* out,
                         int64_t out_stride) {
@@ -86,7 +87,7 @@ constexpr WeightOnlyColumn WEIGHT_ONLY[] = {
 
 constexpr int64_t NARROW = 64;
 
-// The same for a narrow x, such as the pixels of a patch: vectors along the columns, which needs no sums across lanes.
+// Multiplies a narrow x, such as the pixels of a patch, by vectors along the columns: this needs no sums across lanes.
 inline void weight_only_narrow(const float* x, const int8_t* codes, const float* scale, const float* bias, int64_t rows,
                                int64_t columns, int64_t depth, float* out, int64_t threads) {
   const int64_t padded = round_up(columns, LANES);
@@ -105,8 +106,8 @@ inline void weight_only_narrow(const float* x, const int8_t* codes, const float*
     }
 }
 
-// out = (x codes^T) * scale + bias for float x. x (rows, depth), codes (columns, depth), scale and bias (columns), out
-// (rows, columns). Up to 8 rows read the int8 weight once.
+// Computes out = (x codes^T) * scale + bias for float x. x (rows, depth), codes (columns, depth), scale and bias
+// (columns), out (rows, columns). Up to 8 rows read the int8 weight once.
 extern "C" void tqdit_weight_only(const float* x, const int8_t* codes, const float* scale, const float* bias, int64_t rows,
                        int64_t columns, int64_t depth, float* out, int64_t threads) {
   if (depth <= NARROW) return weight_only_narrow(x, codes, scale, bias, rows, columns, depth, out, threads);

@@ -1,10 +1,10 @@
-// What follows the product of a linear layer: nothing, a residual, codes of heads, or codes of an activation function.
+// The epilogues of a linear layer's product: none, a residual, codes of heads, or codes of an activation function.
 #pragma once
 #include "linear.h"
 
 namespace tqdit {
 
-// Sums of a product -> values. y = sums * (s * weight scale) + bias; of two regions
+// Turns the sums of a product into values: y = sums * (s * weight scale) + bias; with two regions
 // (second * s2 - first * s1) * weight scale + bias.
 struct Dequantizer {
   const float *weight, *bias;
@@ -21,8 +21,8 @@ struct Dequantizer {
   }
 };
 
-// Codes of heads in 1, 2 or 3 parts, such as key and value, whose grids are per head. Every column has a step, a lowest
-// and highest number of steps, and a zero point of its own.
+// Writes codes of heads in 1, 2 or 3 parts, such as key and value, whose grids are per head. Every column has a step, a
+// lowest and highest number of steps, and a zero point of its own.
 struct HeadsFinish {
   const LinearCall& c;
   uint8_t* out;
@@ -47,7 +47,7 @@ struct HeadsFinish {
 
   struct Rows {
     const HeadsFinish& f;
-    int64_t entry;  // of the sample's first column
+    int64_t entry;  // the entry of the sample's first column
     Dequantizer values;
     template <bool TWO>
     void row(int64_t index, int64_t begin, int64_t count, const float* first, const float* second) const {
@@ -64,7 +64,7 @@ struct HeadsFinish {
   Rows at(int64_t sample) const { return {*this, sample * c.columns, Dequantizer(c, sample)}; }
 };
 
-// Codes of GELU, in the planes of an `Encoder`.
+// Writes the codes of GELU in the planes of an `Encoder`.
 template <int GRID>
 struct GeluFinish {
   const LinearCall& c;
@@ -79,7 +79,7 @@ struct GeluFinish {
     void row(int64_t index, int64_t begin, int64_t count, const float* first, const float* second) const {
       uint8_t* to_first = f.first + index * f.c.columns + begin;
       uint8_t* to_second = GRID == TWO_REGION ? f.second + index * f.c.columns + begin : nullptr;
-      const Rows rows = *this;  // in registers: the bytes written below could be anything's
+      const Rows rows = *this;  // a copy in registers: the compiler must assume that bytes written below change *this
       each_vector(count, [=](int64_t j, auto n) {
         const vfloat y = rows.values.template value<TWO>(begin, first, second, j, n);
         rows.encoder.encode_near(gelu(y), to_first + j, to_second + j, n);
@@ -93,7 +93,7 @@ struct GeluFinish {
 
 enum Update { PLAIN, ADDED, GATED };
 
-// y, x + y or x + gate * y.
+// Writes y, x + y or x + gate * y.
 template <int UPDATE>
 struct FloatFinish {
   const LinearCall& c;
@@ -124,21 +124,22 @@ struct FloatFinish {
   }
 };
 
-// x W^T + bias -> codes of heads. `targets`: of the 1 to 3 parts of the columns; out (batch, tokens, columns).
+// Writes the codes of heads of x W^T + bias. `targets`: of the 1 to 3 parts of the columns; out (batch, tokens,
+// columns).
 extern "C" void tqdit_project(const LinearCall* call, const Operand* targets, int64_t parts, int64_t heads,
                               uint8_t* out) {
   linear(*call, HeadsFinish(*call, targets, parts, heads, out));
 }
 
-// GELU(x W^T + bias) -> codes; first, second (batch, tokens, columns).
+// Writes the codes of GELU(x W^T + bias); first, second (batch, tokens, columns).
 extern "C" void tqdit_linear_gelu(const LinearCall* call, const Operand* target, uint8_t* first, uint8_t* second) {
   for_grid(target->grid, [=](auto grid) {
     linear(*call, GeluFinish<decltype(grid)::value>{*call, *target, first, second});
   });
 }
 
-// out = x W^T + bias, added to a residual if there is one. residual, out (batch, tokens, columns); gate: null, or one row
-// per sample, `stride` apart.
+// Computes out = x W^T + bias, added to a residual if there is one. residual, out (batch, tokens, columns); gate: null,
+// or one row per sample, `stride` apart.
 extern "C" void tqdit_linear(const LinearCall* call, const float* gate, int64_t stride, const float* residual,
                              float* out) {
   if (!residual)

@@ -1,4 +1,4 @@
-// Linear layers on codes: the integer product, tile by tile, each tile handed to what follows (epilogues.h).
+// Linear layers on codes: the integer product, tile by tile; each tile goes to an epilogue (epilogues.h).
 #pragma once
 #include "operands.h"
 #include "products.h"
@@ -19,7 +19,7 @@ struct LinearCall {
 
 constexpr int64_t PANEL = 64;        // columns of a packed weight that lie together
 constexpr int64_t TILE_ROWS = 6;     // 6 x 4 vectors of sums leave registers for one row and one column
-constexpr int64_t TASK_ROWS = 256;   // of one task, about
+constexpr int64_t TASK_ROWS = 256;   // about the rows of one task
 constexpr int64_t LEAST_ROWS = 24;
 
 int64_t panel_width(int64_t columns, int64_t begin) {
@@ -39,8 +39,8 @@ void dot_tile_rows(int64_t rows, const uint8_t* a, int64_t lda, const int8_t* pa
   }
 }
 
-// piece(j, n) for every vector of `count` columns: n lanes from j on. A whole panel is unrolled with n a constant, which
-// lets the long chains of exp and divisions of four vectors overlap.
+// piece(j, n) for every vector of `count` columns: n lanes from j on. A whole panel is unrolled with n a constant,
+// which lets the long chains of exp and divisions of four vectors overlap.
 template <typename Piece>
 inline void each_vector(int64_t count, const Piece& piece) {
   if (count == PANEL) {
@@ -51,9 +51,9 @@ inline void each_vector(int64_t count, const Piece& piece) {
   }
 }
 
-// What an operation does with the sums of its product. `Finish::at(sample)` looks up what rows of a sample share;
-// `row<TWO>(index, begin, count, first, second)` of the result takes `count` float sums of one row, from column `begin`
-// on; TWO: of two regions.
+// An operation finishes the sums of its product. `Finish::at(sample)` looks up the constants that rows of a sample
+// share; `row<TWO>(index, begin, count, first, second)` of the result takes `count` float sums of one row, from column
+// `begin` on; TWO: there are two regions.
 template <typename Rows>
 inline void finish_row(const Rows& rows, int64_t index, int64_t begin, int64_t count, const float* first,
                        const float* second) {
@@ -124,7 +124,7 @@ extern "C" int64_t tqdit_has_openmp() {
 #endif
 }
 
-// Whether products belong here. TQDIT_FORCE_PANELS: also where they are slow, for tests on any processor.
+// Says whether products belong here. TQDIT_FORCE_PANELS: also where they are slow, for tests on any processor.
 extern "C" int64_t tqdit_has_vnni() {
 #if defined(__AVX512VNNI__) || defined(TQDIT_FORCE_PANELS)
   return 1;
@@ -133,8 +133,8 @@ extern "C" int64_t tqdit_has_vnni() {
 #endif
 }
 
-// Weight codes (columns, depth), depth a multiple of 4 -> panels of 64 columns (the last one: a multiple of 16) in the
-// layout of dot_tile, and the sums of each column. packed: (columns rounded up to 16) * depth bytes.
+// Packs weight codes (columns, depth), depth a multiple of 4, into panels of 64 columns (the last: a multiple of 16) in
+// the layout of dot_tile, and the sums of each column. packed: (columns rounded up to 16) * depth bytes.
 extern "C" void tqdit_pack_weight(const int8_t* codes, int64_t columns, int64_t depth, int8_t* packed, int32_t* sums,
                        int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -25,10 +25,10 @@ struct Operand {
 inline int32_t zero_point(const float* entry) { return static_cast<int32_t>(entry[ZERO]); }
 inline int32_t merging_shift(const float* entry) { return __builtin_ctz(static_cast<uint32_t>(entry[FACTOR])); }
 
-// x -> unsigned code of a uniform grid.
+// Turns x into the unsigned code of a uniform grid.
 struct Uniform {
-  vfloat scale, inverse, low, high;  // low, high: steps that the codes can hold, so clipping first changes nothing
-  int32_t zero;                      // of the unsigned code
+  vfloat scale, inverse, low, high;  // low, high: the steps that codes can hold, so clipping first changes nothing
+  int32_t zero;                      // the zero point of the unsigned code
   Uniform(const float* entry, int64_t bits)
       : scale(splat(entry[SCALE])), inverse(splat(entry[INVERSE])), low(splat(-(1 << (bits - 1)) - zero_point(entry))),
         high(splat((1 << (bits - 1)) - 1 - zero_point(entry))), zero(zero_point(entry) + 128) {}
@@ -37,7 +37,7 @@ struct Uniform {
   vint code_near(vfloat x) const { return nearest(clip(x * inverse, low, high)) + zero; }
 };
 
-// x -> unsigned codes in memory. Uniform: in `first`. Two regions, by the sign of x: magnitudes of negative codes in
+// Writes the unsigned codes of x. Uniform: in `first`. Two regions, by the sign of x: magnitudes of negative codes in
 // `first`, positive codes in `second`. Merged: one grid of step s1 in `first`, lowest code at 0.
 template <int GRID>
 struct Encoder {
@@ -74,7 +74,7 @@ struct Encoder {
   }
 };
 
-// run(grid) with the kind of grid as a constant.
+// Calls run(grid) with the kind of grid as a constant.
 template <typename Run>
 void for_grid(int64_t grid, const Run& run) {
   switch (grid) {

@@ -31,7 +31,7 @@ inline vint load(const int32_t* p, int64_t count) {
   std::memcpy(&v, p, count * sizeof(int32_t));
   return v;
 }
-inline vfloat load_or_one(const float* p, int64_t count) {  // for divisors
+inline vfloat load_or_one(const float* p, int64_t count) {  // used for divisors
   if (count >= LANES) return load(p);
   vfloat v = splat(1.0f);
   std::memcpy(&v, p, count * sizeof(float));
@@ -47,7 +47,7 @@ inline vfloat to_float(vint v) { return __builtin_convertvector(v, vfloat); }
 inline void store_bytes(uint8_t* p, vint v, int64_t count) {
   const vbyte bytes = __builtin_convertvector(v, vbyte);
   if (count >= LANES)
-    std::memcpy(p, &bytes, LANES);  // of known size: one instruction
+    std::memcpy(p, &bytes, LANES);  // a known size: one instruction
   else
     std::memcpy(p, &bytes, count);
 }
@@ -63,7 +63,7 @@ inline vint widen(vbyte v) {
 inline vfloat at_most(vfloat a, vfloat b) { return a < b ? a : b; }
 inline vfloat at_least(vfloat a, vfloat b) { return a > b ? a : b; }
 
-// All lanes into one, by halves.
+// Combines all lanes into one, by halves.
 template <typename Scalar, typename Vector, typename Combine>
 inline Scalar reduce(Vector v, Combine combine) {
   typedef Scalar Half __attribute__((vector_size(32)));
@@ -80,7 +80,7 @@ inline float sum(vfloat v) { return reduce<float>(v, [](auto a, auto b) { return
 inline int32_t sum(vint v) { return reduce<int32_t>(v, [](auto a, auto b) { return a + b; }); }
 inline float largest(vfloat v) { return reduce<float>(v, [](auto a, auto b) { return a > b ? a : b; }); }
 
-// a * b + c, only where results are not promised bit for bit: inside exp and GELU.
+// Returns a * b + c. Used only where results are not promised bit for bit: inside exp and GELU.
 inline vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
 #if defined(__AVX512F__)
   return reinterpret_cast<vfloat>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b),
@@ -90,7 +90,7 @@ inline vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
 #endif
 }
 
-// 1 / x within 2 ulp, x from 1 to 2^126: an estimate of 14 bits and one Newton step.
+// Returns 1 / x within 2 ulp, x from 1 to 2^126: an estimate of 14 bits and one Newton step.
 inline vfloat reciprocal(vfloat x) {
 #if defined(__AVX512F__)
   const vfloat r = reinterpret_cast<vfloat>(_mm512_rcp14_ps(reinterpret_cast<__m512>(x)));
@@ -100,8 +100,8 @@ inline vfloat reciprocal(vfloat x) {
 #endif
 }
 
-// Nearest integer, half to even, of |x| < 2^22: adding 1.5 * 2^23 leaves no room for a fraction, and the low bits of the
-// sum are the integer.
+// Returns the nearest integer, half to even, of |x| < 2^22: adding 1.5 * 2^23 leaves no room for a fraction, and the
+// low bits of the sum are the integer.
 inline vint nearest(vfloat x) {
   const vfloat shifted = x + 12582912.0f;
   vint bits;
@@ -110,7 +110,7 @@ inline vint nearest(vfloat x) {
 }
 inline vfloat clip(vfloat x, vfloat low, vfloat high) { return at_most(at_least(x, low), high); }
 
-// exp(x) within 2 ulp, x clipped to +-87: 2^n p(r), |r| <= ln(2) / 2, p the Taylor polynomial of degree 7.
+// Returns exp(x) within 2 ulp, x clipped to +-87: 2^n p(r), |r| <= ln(2) / 2, p the Taylor polynomial of degree 7.
 inline vfloat exponential(vfloat x) {
   const vfloat big = splat(12582912.0f);
   x = at_most(at_least(x, splat(-87.0f)), splat(87.0f));
@@ -127,7 +127,7 @@ inline vfloat exponential(vfloat x) {
   return p * power;
 }
 
-// tanh-GELU: x / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3).
+// Returns tanh-GELU: x / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3).
 inline vfloat gelu(vfloat x) {
   const vfloat twice = x * multiply_add(x * x, splat(-2.0f * 0.7978845608028654f * 0.044715f),
                                         splat(-2.0f * 0.7978845608028654f));

@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 
-OLDEST = (8, 0)  # compute capability: the first with int8 tensor cores that Triton uses
+OLDEST = (8, 0)  # the first compute capability with int8 tensor cores that Triton uses
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why the kernels cannot run on a device, or None. Triton's interpreter runs them on a CPU, for tests."""
+    """Return why the kernels cannot run on a device, or None.
+
+    Triton's interpreter runs them on a CPU, for tests.
+    """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton; Linux only)"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
@@ -25,6 +28,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def BACKEND() -> Any:  # noqa: N802  (a class in the other backends)
+    """Return the backend with int8 weights."""
     from tqdit.backends.triton.backend import TritonBackend
 
     return TritonBackend()

@@ -1,4 +1,4 @@
-"""The GPU backend: the verbs as Triton kernels, codes in int8 between them."""
+"""The GPU backend: its verbs are Triton kernels, with int8 codes between them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ STORED = 4, 6, 8  # bits of packed weights
 
 
 class TritonBackend:
-    """Weights are int8 on the device, whatever their bits: fastest.
+    """The backend whose weights are int8 on the device, whatever their bits: the fastest one.
 
     Rows of codes are padded to 16 bytes, what is beyond a layer's depth is never read. Codes of two regions are one
     int8 tensor, those of merged regions their integer. Projected codes are a `Projected`.
@@ -86,7 +86,7 @@ class TritonBackend:
             return operators.linear(codes, *weight, *operators.flatten(source))
         if isinstance(then, Residual):
             return operators.linear_residual(codes, *weight, *operators.flatten(source), then.x.contiguous(), then.gate)
-        if then.function != "gelu_tanh":  # no kernel has it
+        if then.function != "gelu_tanh":  # no kernel has this function
             return self.quantize(FUNCTIONS[then.function](self.linear(codes, source, layer)), then.target)
         return operators.linear_activation(codes, *weight, *operators.flatten(source, then.target))
 
@@ -96,7 +96,10 @@ class TritonBackend:
 
 
 class PackedTritonBackend(TritonBackend):
-    """The same with weights of at most 4 or 6 bits packed on the device: smaller, slower where arithmetic bounds."""
+    """The backend that packs weights of at most 4 or 6 bits on the device.
+
+    It takes less memory, and is slower where arithmetic is the bound.
+    """
 
     NAME = "triton-packed"
     PACKED = True

@@ -1,4 +1,7 @@
-"""Configurations that are worth timing, by kernel and shape: tiles that fill a GPU, warps and stages that may help."""
+"""List the configurations that are worth timing, by kernel and shape.
+
+Their tiles fill a GPU, and their warps and stages may help.
+"""
 
 import functools
 
@@ -10,11 +13,13 @@ from tqdit.backends.triton.launch import FEW_ROWS
 from tqdit.backends.triton.layouts import HEADS_OF, Config
 
 PARTS = {name: parts for parts, name in HEADS_OF.items()}
-FEW_TILES = 4096  # rows: below, large tiles leave multiprocessors without work
+FEW_TILES = 4096  # rows; with fewer, large tiles leave multiprocessors without work
 
 
 def norm(rows: int, width: int) -> list[Config]:
-    """Where there are many rows, a program takes many of one sample, whose shift and scale its registers hold: a row or
+    """Return configurations of `norm_quantize_kernel`.
+
+    Where there are many rows, a program takes many of one sample, whose shift and scale its registers hold: a row or
     two at a time, by as few warps as can hold them. Or it takes few and holds nothing, so that more programs run.
     """
     one = Config(1, 0, 0, warps=triton.next_power_of_2(triton.cdiv(width, 1536)))
@@ -31,12 +36,15 @@ def norm(rows: int, width: int) -> list[Config]:
 
 
 def quantize() -> list[Config]:
-    """Small tiles: a program does nothing but read and write."""
+    """Return configurations of `quantize_kernel`: small tiles, since a program does nothing but read and write."""
     return [Config(4, 256, 0, warps=4), Config(8, 256, 0, warps=8), Config(1, 1024, 0, warps=4)]
 
 
 def linear(rows: int, two: bool, bits: int) -> list[Config]:
-    """Tiles that fill a GPU: large ones where there are many rows, small ones where there are few."""
+    """Return configurations of `linear_kernel`.
+
+    Their tiles fill a GPU: large ones where there are many rows, small ones where there are few.
+    """
     if two:
         found = [
             Config(64, 128, 128, 8, 4, 3, 64), Config(64, 128, 128, 8, 4, 4, 64), Config(128, 128, 128, 8, 8, 3, 64),
@@ -58,10 +66,10 @@ def linear(rows: int, two: bool, bits: int) -> list[Config]:
 
 
 def hopper_linear(epilogue: str, rows: int, columns: int, tile: int) -> list[Config]:
-    """Those of `kernels.hopper` for a product; `tile`: of `hopper.rows_of_tile`, none if it is 0.
+    """Return configurations of `kernels.hopper` for a product.
 
-    As many stages as fit beside what the stores pass through shared memory, or the blocks of the residual stream: up to
-    five of those beside four stages, three beside five.
+    `tile`: of `hopper.rows_of_tile`; there are none if it is 0. A configuration has as many stages as fit beside the
+    buffers of the stores or the blocks of the residual stream: up to five blocks beside four stages, three beside five.
     """
     residual = epilogue.startswith("residual")
     large = [(4, 32), (5, 32)] if residual else [(6, 64), (6, 32)]
@@ -69,11 +77,15 @@ def hopper_linear(epilogue: str, rows: int, columns: int, tile: int) -> list[Con
     if rows <= FEW_TILES or tile < 128:
         small = [(64, 128, 8), (128, 64, 8), (64, 64, 8), (64, 64, 12)]
         found += [Config(m, n, 128, stages=stages, piece=32 if residual else 64, hopper=1) for m, n, stages in small]
-    return [config for config in found if hopper.takes(config, tile, columns // PARTS.get(epilogue, 1))]
+    return [config for config in found if hopper.supports_product(config, tile, columns // PARTS.get(epilogue, 1))]
 
 
 def attention(sequences: int, keys: int) -> list[Config]:
-    """All keys at once up to 256, by several blocks of rows where there are many sequences; or tiles of keys."""
+    """Return configurations of `attention_kernel`.
+
+    All keys are taken at once up to 256, by several blocks of rows where there are many sequences; else there are tiles
+    of keys.
+    """
     tiles = [
         Config(64, 0, 128, warps=4, stages=3), Config(64, 0, 128, warps=4, stages=2, registers=128),
         Config(64, 0, 64, warps=4, stages=3), Config(64, 0, 64, warps=4, stages=2, registers=128),
@@ -91,10 +103,11 @@ def attention(sequences: int, keys: int) -> list[Config]:
 
 @functools.cache
 def hopper_attention(device: torch.device, tokens: int, head_dim: int, two: bool) -> list[Config]:
-    """Those of `kernels.hopper_attention`: a head's rows together, or in parts where there are few heads.
+    """Return configurations of `kernels.hopper_attention`.
 
-    `two`: products of the probabilities, which take the registers of scores. Keys that fill two slots are multiplied
-    once; for more, sixteen warps hide each other's waiting and have few registers.
+    A head's rows are taken together, or in parts where there are few heads. `two`: products of the probabilities, which
+    take the registers of scores. Keys that fill two slots are multiplied once; for more, sixteen warps hide each
+    other's waiting and have few registers.
     """
     if tokens <= 256:
         found = [Config(64, rows, bk, stages=4, hopper=1) for bk in (128, 64) for rows in (0, 64)]
@@ -104,12 +117,15 @@ def hopper_attention(device: torch.device, tokens: int, head_dim: int, two: bool
         if not two:
             found[:0] = [Config(256, rows, 64, stages=16, hopper=1) for rows in (0, 256)]
         found += [c._replace(blocks=1) for c in found if c.blocks == 2 and tokens // c.block_k % 2]
-    return [config for config in found if hopper.attends(config, device, tokens, head_dim)]
+    return [config for config in found if hopper.supports_attention(config, device, tokens, head_dim)]
 
 
 def float_input(rows: int, columns: int) -> list[Config]:
-    """Tiles of rows as narrow as tensor cores take them where there are few, so that reading the weight is all there
-    is; small tiles of both where one of them is short, for more programs; for few rows also without tensor cores.
+    """Return configurations of the kernels for float inputs.
+
+    Where there are few rows, tiles of rows are as narrow as tensor cores take them, so that reading the weight is the
+    only cost. For the fewest rows there are also configurations without tensor cores. Where rows or columns are few,
+    tiles of both are small, for more programs.
     """
     if rows <= 8:
         found = [

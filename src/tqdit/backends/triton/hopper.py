@@ -1,4 +1,4 @@
-"""Calling the kernels for Hopper, which are in Gluon: where they run, what they take, their sizes and descriptors."""
+"""Call the kernels for Hopper, which are in Gluon: where they run, their operands, sizes and descriptors."""
 
 import functools
 import os
@@ -23,19 +23,21 @@ from tqdit.errors import InputError
 from tqdit.ops.schema import OperandParams
 
 GLUON = (3, 6), (3, 9)  # Triton's versions that were tried with the kernels for Hopper
-SHARED_MEMORY = 232448  # bytes of a Hopper multiprocessor, but for 1024 that each program takes of them
+SHARED_MEMORY = 232448  # bytes of a Hopper multiprocessor, without the 1024 that each program takes
 
 
 class Kernels(NamedTuple):
+    """The modules of the kernels in Gluon."""
+
     linear: Any
     attention: Any
 
 
 @functools.cache
 def kernels() -> Kernels | None:
-    """The modules of the kernels in Gluon, which changes between versions: None with a Triton that was not tried.
+    """Return the modules of the kernels in Gluon, or None with a version of Triton that was not tried.
 
-    TQDIT_HOPPER=0 in the environment does without them.
+    Gluon changes between versions. TQDIT_HOPPER=0 in the environment does without them.
     """
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version not in GLUON or os.environ.get("TQDIT_HOPPER") == "0":
@@ -49,14 +51,14 @@ def kernels() -> Kernels | None:
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU that runs the kernels for Hopper; 0 if the device does not."""
+    """Return the multiprocessors of a GPU that runs the kernels for Hopper; 0 if the device does not run them."""
     if not NATIVE or device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return 0
     return torch.cuda.get_device_properties(device).multi_processor_count if kernels() else 0
 
 
 def rows_of_tile(device: torch.device, tokens: int, bits: int, two: bool, head_dim: int = 8) -> int:
-    """Rows of the largest tile in which `kernels.hopper` takes a product, 128 or 64; 0 if it takes none.
+    """Return the rows of the largest tile in which `kernels.hopper` takes a product: 128, 64, or 0 if it takes none.
 
     `tokens`: of a sample, `bits`: of weights as stored, `two`: products. A tile is of one sample.
     """
@@ -65,8 +67,8 @@ def rows_of_tile(device: torch.device, tokens: int, bits: int, two: bool, head_d
     return next((rows for rows in (128, 64) if tokens % rows == 0), 0)
 
 
-def takes(config: Config, tile: int, width: int) -> bool:
-    """Whether the Hopper kernel has such tiles, and they are whole.
+def supports_product(config: Config, tile: int, width: int) -> bool:
+    """Say whether the Hopper kernel has tiles of this configuration, and whether they are whole.
 
     `tile`: of `rows_of_tile`; `width`: columns of the product, or of one part where they are those of heads.
     """
@@ -77,13 +79,13 @@ def takes(config: Config, tile: int, width: int) -> bool:
 
 
 def x_blocks(block_m: int, block_n: int, stages: int, columns: int) -> int:
-    """Blocks of the residual stream that fit beside the operands in shared memory, at most those of two tiles.
+    """Return how many blocks of the residual stream fit beside the operands in shared memory.
 
-    `columns`: of a block.
+    They are at most those of two tiles. `columns`: of a block.
     """
     found = kernels()
     assert found
-    others = stages * (block_m + block_n) * 128 + 2 * 4 * block_n * 4 + 512  # what belongs to columns; barriers
+    others = stages * (block_m + block_n) * 128 + 2 * 4 * block_n * 4 + 512  # constants of columns; barriers
     return max(1, min((SHARED_MEMORY - others) // (block_m * found.linear.X_ROW), 2 * block_n // columns))
 
 
@@ -92,7 +94,7 @@ def linear(
     out_stride: int, x: torch.Tensor | None, gate: torch.Tensor | None, targets: tuple[OperandParams, ...],
     layout: tuple[int, int, int],
 ) -> torch.Tensor:  # fmt: skip
-    """As `launch.linear`. `InputError` where the kernel cannot run."""
+    """Launch the kernel as `launch.linear` does. Raises `InputError` where the kernel cannot run."""
     batch, tokens = codes.shape[:2]
     rows, columns, depth = batch * tokens, len(weight.codes), weight.depth
     head_dim, head_pitch, token_pitch = layout
@@ -100,7 +102,7 @@ def linear(
     width = columns // parts
     divides = head_dim if epilogue == HEADS.value else 8
     tile = rows_of_tile(codes.device, tokens, weight.bits, source.two_products, divides)
-    if not takes(config, tile, width):
+    if not supports_product(config, tile, width):
         raise InputError(
             f"{config} cannot run here: the Hopper kernel needs a GPU of compute capability 9.0, Triton with Gluon, "
             f"8-bit weights, one product, tiles of 64 or 128 rows and columns, and {tokens} tokens, {width} columns "
@@ -113,7 +115,7 @@ def linear(
     before: Any = out
     after: Any = out
     if x is not None:
-        x = x if x.data_ptr() % 16 == 0 else x.clone()  # as bulk copies want it
+        x = x if x.data_ptr() % 16 == 0 else x.clone()  # bulk copies need this alignment
         before, after = (hopper.x_blocks_of(part, rows, width, out_stride, bm) for part in (x, out))
         piece = hopper.X_ROW // x.element_size()
     groups = groups_of(source, *targets)
@@ -134,13 +136,16 @@ def linear(
     return out
 
 
-def attends(config: Config, device: torch.device, tokens: int, head_dim: int) -> bool:
-    """Whether `kernels.hopper_attention` takes such sequences with a configuration: slots and tiles are whole."""
-    return AttentionSizes.of(config, tokens, head_dim) is not None and processors(device) > 0
+def supports_attention(config: Config, device: torch.device, tokens: int, head_dim: int) -> bool:
+    """Say whether `kernels.hopper_attention` takes such sequences with a configuration: slots and tiles are whole."""
+    return AttentionSizes.fitting(config, tokens, head_dim) is not None and processors(device) > 0
 
 
 class AttentionSizes(NamedTuple):
-    """Sizes of `kernels.hopper_attention`. A head's keys and values fill `blocks` slots of a ring of `slots`."""
+    """The sizes of `kernels.hopper_attention`.
+
+    A head's keys and values fill `blocks` slots of a ring of `slots`.
+    """
 
     warps: int
     blocks: int
@@ -153,12 +158,12 @@ class AttentionSizes(NamedTuple):
 
     @property
     def padded(self) -> tuple[int, int]:
-        """Columns after the first of q and k, of v with those of ones."""
+        """Return the columns after the first of q and k, and those of v with its columns of ones."""
         return max(32, self.rest) if self.rest else 0, triton.next_power_of_2(self.rest + 8)
 
     @classmethod
-    def of(cls, config: Config, tokens: int, head_dim: int) -> "AttentionSizes | None":
-        """None where the kernel cannot have these sizes."""
+    def fitting(cls, config: Config, tokens: int, head_dim: int) -> "AttentionSizes | None":
+        """Return the sizes for a configuration, or None where the kernel cannot have them."""
         bm, bk, rows = config.block_m, config.block_k, config.block_n or tokens
         first, rest = powers_of_two(head_dim, 32)
         whole = bm in (64, 128, 256) and bk in (64, 128) and tokens % bk == 0 and tokens % rows == 0 and rows % bm == 0
@@ -183,7 +188,7 @@ def attention(
     """Launch the kernel as `launch.attend` does for a self-attention. `InputError` where the kernel cannot run."""
     batch, tokens, head_dim = projected.batch, projected.tokens, projected.head_dim
     device = projected.codes.device
-    sizes = AttentionSizes.of(config, tokens, head_dim)
+    sizes = AttentionSizes.fitting(config, tokens, head_dim)
     if sizes is None or not processors(device):
         raise InputError(
             f"{config} cannot run here: the Hopper kernel needs a GPU of compute capability 9.0, Triton with Gluon, "

@@ -1,4 +1,4 @@
-"""Calling the kernels: grids of programs, descriptors."""
+"""Launch the kernels: grids of programs, descriptors."""
 
 import torch
 import triton
@@ -26,11 +26,11 @@ from tqdit.backends.triton.layouts import (
 from tqdit.errors import InputError
 from tqdit.ops.schema import Norm, OperandParams, Residual
 
-FEW_ROWS = 2  # of a float input: no more than these are worth multiplying without tensor cores
+FEW_ROWS = 2  # rows of a float input: only so few are worth multiplying without tensor cores
 
 
 def norm_quantize(x: torch.Tensor, norm: Norm, target: OperandParams, config: Config) -> torch.Tensor:
-    """Codes (B, N, pitch(C)) of the modulated LayerNorm of x."""
+    """Return codes (B, N, pitch(C)) of the modulated LayerNorm of x."""
     batch, tokens, width = x.shape
     rows = batch * tokens
     out = torch.empty(batch, tokens, pitch(width), dtype=torch.int8, device=x.device)
@@ -46,7 +46,7 @@ def norm_quantize(x: torch.Tensor, norm: Norm, target: OperandParams, config: Co
 
 
 def quantize(x: torch.Tensor, target: OperandParams, config: Config) -> torch.Tensor:
-    """Codes (B, N, pitch(C)) of x itself."""
+    """Return codes (B, N, pitch(C)) of x itself."""
     batch, tokens, width = x.shape
     rows, bm, bn = batch * tokens, config.block_m, config.block_n
     out = torch.empty(batch, tokens, pitch(width), dtype=torch.int8, device=x.device)
@@ -97,7 +97,7 @@ def linear(
 
 
 def plain(codes: torch.Tensor, source: OperandParams, weight: Weight, config: Config) -> torch.Tensor:
-    """The product itself, fp32 (B, N, out)."""
+    """Return the product itself, fp32 (B, N, out)."""
     out = torch.empty(*codes.shape[:2], len(weight.codes), dtype=torch.float32, device=codes.device)
     return linear(codes, source, weight, config, PLAIN.value, out, out.stride(1))
 
@@ -105,7 +105,7 @@ def plain(codes: torch.Tensor, source: OperandParams, weight: Weight, config: Co
 def residual(
     codes: torch.Tensor, source: OperandParams, weight: Weight, config: Config, then: Residual
 ) -> torch.Tensor:
-    """x + gate y, or x + y, (B, N, out) in the dtype of x."""
+    """Return x + gate y, or x + y, (B, N, out) in the dtype of x."""
     out = torch.empty_like(then.x)
     return linear(codes, source, weight, config, RESIDUAL.value, out, out.stride(1), then.x, then.gate)
 
@@ -113,7 +113,7 @@ def residual(
 def activation(
     codes: torch.Tensor, source: OperandParams, weight: Weight, config: Config, target: OperandParams
 ) -> torch.Tensor:
-    """Codes (B, N, pitch(out)) of GELU(y)."""
+    """Return codes (B, N, pitch(out)) of GELU(y)."""
     out = torch.empty(*codes.shape[:2], pitch(len(weight.codes)), dtype=torch.int8, device=codes.device)
     return linear(codes, source, weight, config, ACTIVATION.value, out, out.stride(1), targets=(target,))
 
@@ -122,7 +122,10 @@ def project(
     codes: torch.Tensor, source: OperandParams, weight: Weight, config: Config, targets: tuple[OperandParams, ...],
     heads: int,
 ) -> Projected:  # fmt: skip
-    """Codes of y as heads; the layer has a part for each of the targets: query, key and value, the last two, or one."""
+    """Return codes of y as heads.
+
+    The layer has a part for each of the targets: query, key and value; or key and value; or query.
+    """
     batch, tokens = codes.shape[:2]
     head_dim = len(weight.codes) // len(targets) // heads
     size = sum(part_sizes(len(targets), batch, tokens, heads, head_dim))
@@ -140,9 +143,10 @@ def attend(
     projected: Projected, context: Projected | None, bias: torch.Tensor | None, heads: int,
     operands: tuple[OperandParams, ...], config: Config, trace: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Codes (B, N, pitch(C)) of the result. `operands`: query, key, value, softmax, target.
+    """Return codes (B, N, pitch(C)) of an attention.
 
-    `context`: k and v, or None where `projected` has them. `trace`: (B H, N, M), to get the codes of probabilities.
+    `operands`: query, key, value, softmax, target. `context`: k and v, or None where `projected` has them. `trace`: (B
+    H, N, M), to get the codes of probabilities.
     """
     if config.hopper:
         assert context is None
@@ -178,7 +182,7 @@ def attend(
 
 
 def _blocks(part: torch.Tensor, columns: int, block: int, width: int) -> TensorDescriptor | None:
-    """Blocks of `block` rows and `width` columns of projected codes; None if either is 0."""
+    """Describe blocks of `block` rows and `width` columns of projected codes; None if either is 0."""
     if not (block and width):
         return None
     rows = part.view(-1, pitch(columns))
@@ -186,7 +190,10 @@ def _blocks(part: torch.Tensor, columns: int, block: int, width: int) -> TensorD
 
 
 def float_input(x: torch.Tensor, weight: Weight, config: Config) -> torch.Tensor:
-    """x (M, K) fp32 -> (M, N). `block_m` of 0: without tensor cores, for up to FEW_ROWS rows."""
+    """Return x W^T + bias, (M, N), of x (M, K) fp32.
+
+    `block_m` of 0: without tensor cores, for up to FEW_ROWS rows.
+    """
     m, n = len(x), len(weight.codes)
     assert x.stride(1) == 1
     out = torch.empty(m, n, dtype=torch.float32, device=x.device)

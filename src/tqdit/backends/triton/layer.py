@@ -11,7 +11,7 @@ PACK = 128  # codes along the depth that are packed together: one block of the k
 
 
 class TritonLinear(FixedDtype):
-    """Weight codes (N, K), fp32 scale and bias (N,), int32 sums of codes (N,).
+    """A linear layer's weight codes (N, K), fp32 scale and bias (N,), and int32 sums of codes (N,).
 
     8 bits: `codes` int8 (N, K rounded up to 16). Packed, K rounded up to 128, for each 128 codes along K:
     4 bits: 64 bytes `codes`, code j in the low half, code j + 64 in the high half of byte j.
@@ -26,7 +26,7 @@ class TritonLinear(FixedDtype):
     sums: torch.Tensor
 
     def __init__(self, weight: WeightParams, bias: torch.Tensor | None, bits: int = 8) -> None:
-        """`bits`: 8, 6 or 4, at least those of the codes."""
+        """Lay the codes out at `bits`, which is 8, 6 or 4 and at least the bits of the codes."""
         super().__init__()
         n, k = weight.codes.shape
         self.shape = n, k
@@ -41,7 +41,7 @@ class TritonLinear(FixedDtype):
         self.hold("sums", column_sums(weight.codes))
 
     def unpacked(self) -> torch.Tensor:
-        """The codes as they came, int8 (N, K)."""
+        """Return the codes as they came, int8 (N, K)."""
         n, k = self.shape
         if self.bits == 8:
             return self.codes[:, :k].contiguous()
@@ -57,7 +57,7 @@ class TritonLinear(FixedDtype):
 
 
 def _packed(codes: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The planes of a weight whose depth is whole blocks, each int8 (N, bytes)."""
+    """Return the planes of a weight whose depth is whole blocks, each int8 (N, bytes)."""
     quarters = codes.unflatten(1, (-1, 4, 32))
     nibble = quarters & 15
     low = (nibble[:, :, :2] | nibble[:, :, 2:] << 4).flatten(1)

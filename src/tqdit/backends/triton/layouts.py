@@ -1,4 +1,4 @@
-"""What kernels are given: modes of operands, weights, configurations, and the layouts of codes between kernels."""
+"""The arguments of kernels: modes of operands, weights, configurations, and the layouts of codes between kernels."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from tqdit.ops.schema import OperandParams
 from tqdit.spec import Grid
 
 NATIVE = not triton.knobs.runtime.interpret  # compiled for a GPU
-KINDS = {  # a constant of `kernels.rounding` -> grid, whether its regions are merged
+KINDS = {  # constant of `kernels.rounding` -> grid, and whether its regions are merged
     rounding.UNIFORM.value: (Grid.UNIFORM, False),
     rounding.GELU.value: (Grid.MRQ_GELU, False),
     rounding.GELU_MERGED.value: (Grid.MRQ_GELU, True),
@@ -33,7 +33,7 @@ def row_stride(operand: OperandParams) -> int:
 
 
 class Weight(NamedTuple):
-    """The tensors of a `TritonLinear`, and its depth and width of codes."""
+    """The tensors of a `TritonLinear`, and the depth and width of its codes."""
 
     codes: torch.Tensor
     high: torch.Tensor | None
@@ -45,17 +45,17 @@ class Weight(NamedTuple):
 
 
 class Config(NamedTuple):
-    """Blocks and schedule of one kernel."""
+    """The blocks and the schedule of one kernel."""
 
     block_m: int
     block_n: int
     block_k: int
     band: int = 8  # rows of tiles that run together
     warps: int = 4
-    stages: int = 3  # norm: blocks of rows on their way, while registers hold shift and scale; 1: neither
+    stages: int = 3  # norm: blocks of rows on their way while registers hold shift and scale; 1: neither is done
     piece: int = 0  # columns that the epilogue has in registers at a time: block_n (0), or a half or a quarter of it
-    registers: int | None = None  # a thread's, at most
-    blocks: int = 1  # of rows that a program of the attention or norm kernel takes; attention for Hopper: AT_ONCE
+    registers: int | None = None  # the most that a thread has
+    blocks: int = 1  # blocks of rows that a program of the attention or norm kernel takes; Hopper's attention: AT_ONCE
     hopper: int = 0  # 1: by `kernels.hopper` or `kernels.hopper_attention`, with their own numbers of warps, registers
 
 
@@ -71,7 +71,7 @@ class Projected(NamedTuple):
     head_dim: int
 
     def split(self, parts: int, heads: int) -> tuple[torch.Tensor, ...]:
-        """Return the parts of the buffer, each flat. RuntimeError where it has another number of them."""
+        """Return the parts of the buffer, each flat. Raises `RuntimeError` where it has another number of them."""
         return self.codes.split(part_sizes(parts, self.batch, self.tokens, heads, self.head_dim))
 
 
@@ -83,27 +83,30 @@ def part_sizes(parts: int, batch: int, tokens: int, heads: int, head_dim: int) -
 
 
 class Groups(NamedTuple):
-    """Where kernels read the time group of a sample."""
+    """The place where kernels read the time group of a sample."""
 
     tensor: torch.Tensor
     stride: int
 
 
 def groups_of(*operands: OperandParams) -> Groups:
-    """The groups of a call: all operands of one that have any share them."""
+    """Return the groups of a call: all operands that have any share them."""
     for operand in operands:
         if operand.group is not None and len(operand.table) > 1:
             return Groups(operand.group, 0 if operand.group.numel() == 1 else 1)
-    return Groups(operands[0].table, 0)  # read, and multiplied by a stride of 0
+    return Groups(operands[0].table, 0)  # a tensor that is read, but multiplied by a stride of 0
 
 
 def pitch(columns: int) -> int:
-    """Bytes of a row of codes: bulk copies want multiples of 16."""
+    """Return the bytes of a row of codes: bulk copies want multiples of 16."""
     return -(-columns // ALIGN) * ALIGN
 
 
 def powers_of_two(width: int, least: int) -> tuple[int, int]:
-    """Two powers of two, the first the largest below, that hold `width`; the second 0 if one does."""
+    """Return two powers of two that together hold `width`; the second is 0 if the first, at least `least`, is enough.
+
+    The first is the largest one that fits; the second is 0 if the first holds all.
+    """
     whole = triton.next_power_of_2(width)
     if whole in (width, least) or whole < least:
         return max(whole, least), 0
@@ -111,5 +114,5 @@ def powers_of_two(width: int, least: int) -> tuple[int, int]:
 
 
 def permutes(tokens: int) -> bool:
-    """Whether rows of v have their tokens in the order in which attention has its probabilities."""
+    """Say whether rows of v have their tokens in the order in which attention has its probabilities."""
     return tokens % 16 == 0

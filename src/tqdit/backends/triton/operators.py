@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 
 def on_device_of(function: Callable[P, R]) -> Callable[P, R]:
-    """The first argument's GPU is the current one while the operator runs: Triton launches there."""
+    """Make the first argument's GPU the current one while the operator runs: Triton launches there."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -77,6 +77,7 @@ def norm_quantize(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float,
     tables: list[Tensor], group: Tensor | None, kinds: list[int],
 ) -> Tensor:  # fmt: skip
+    """Return codes as `launch.norm_quantize` does."""
     (target,) = _operands(tables, group, kinds)
 
     def run(config: Config) -> Tensor:
@@ -95,6 +96,7 @@ def _(x, shift, scale, eps, tables, group, kinds):  # type: ignore[no-untyped-de
 @custom_op("tqdit::quantize", mutates_args=())
 @on_device_of
 def quantize(x: Tensor, tables: list[Tensor], group: Tensor | None, kinds: list[int]) -> Tensor:
+    """Return codes as `launch.quantize` does."""
     (target,) = _operands(tables, group, kinds)
 
     def run(config: Config) -> Tensor:
@@ -116,7 +118,7 @@ def project(
     codes: Tensor, weight: list[Tensor], weight_kind: list[int],
     tables: list[Tensor], group: Tensor | None, kinds: list[int], heads: int,
 ) -> Tensor:  # fmt: skip
-    """The buffer of a `Projected`."""
+    """Return the buffer of a `Projected`, as `launch.project` fills it."""
     source, *targets = _operands(tables, group, kinds)
     layer = _weight(weight, weight_kind)
 
@@ -140,7 +142,10 @@ def attend(
     codes: Tensor, context: Tensor | None, bias: Tensor | None, sizes: list[int],
     tables: list[Tensor], group: Tensor | None, kinds: list[int],
 ) -> Tensor:  # fmt: skip
-    """`codes`, `context`: buffers of `Projected`. `sizes`: batch, tokens, tokens of the context, heads, head_dim."""
+    """Return codes as `launch.attend` does.
+
+    `codes`, `context`: buffers of `Projected`. `sizes`: batch, tokens, tokens of the context, heads, head_dim.
+    """
     operands = _operands(tables, group, kinds)
     batch, tokens, keys, heads, head_dim = sizes
     projected = Projected(codes, batch, tokens, head_dim)
@@ -172,6 +177,7 @@ def linear(
     codes: Tensor, weight: list[Tensor], weight_kind: list[int],
     tables: list[Tensor], group: Tensor | None, kinds: list[int],
 ) -> Tensor:  # fmt: skip
+    """Return x W^T + bias as `launch.plain` does."""
     (source,) = _operands(tables, group, kinds)
     layer = _weight(weight, weight_kind)
 
@@ -192,6 +198,7 @@ def linear_residual(
     codes: Tensor, weight: list[Tensor], weight_kind: list[int],
     tables: list[Tensor], group: Tensor | None, kinds: list[int], x: Tensor, gate: Tensor | None,
 ) -> Tensor:  # fmt: skip
+    """Return x + gate y as `launch.residual` does."""
     (source,) = _operands(tables, group, kinds)
     layer = _weight(weight, weight_kind)
 
@@ -212,6 +219,7 @@ def linear_activation(
     codes: Tensor, weight: list[Tensor], weight_kind: list[int],
     tables: list[Tensor], group: Tensor | None, kinds: list[int],
 ) -> Tensor:  # fmt: skip
+    """Return codes as `launch.activation` does."""
     source, target = _operands(tables, group, kinds)
     layer = _weight(weight, weight_kind)
 
@@ -229,6 +237,7 @@ def _(codes, weight, weight_kind, tables, group, kinds):  # type: ignore[no-unty
 @custom_op("tqdit::float_input_linear", mutates_args=())
 @on_device_of
 def float_input_linear(x: Tensor, weight: list[Tensor], weight_kind: list[int]) -> Tensor:
+    """Return x W^T + bias as `launch.float_input` does."""
     layer = _weight(weight, weight_kind)
 
     def run(config: Config) -> Tensor:

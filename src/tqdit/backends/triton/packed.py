@@ -1,4 +1,4 @@
-"""The Triton backend with weights packed on the device, as a module of its own to be found by name."""
+"""The Triton backend with weights packed on the device, as a module of its own that is found by name."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ __all__ = ["BACKEND", "unavailable"]
 
 
 def BACKEND() -> Any:  # noqa: N802  (a class in the other backends)
+    """Return the backend with packed weights."""
     from tqdit.backends.triton.backend import PackedTritonBackend
 
     return PackedTritonBackend()

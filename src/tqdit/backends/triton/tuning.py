@@ -1,4 +1,6 @@
-"""Which blocks and schedule each kernel runs with: committed for GPUs we measured, found once and kept elsewhere.
+"""Choose the blocks and the schedule of each kernel.
+
+For GPUs that we measured the choice is committed; for others it is timed and kept.
 
 A configuration changes speed alone, but for the last bits of LayerNorm and of layers on float inputs. Where none is
 committed the first call of every kernel and shape compiles and times the candidates (seconds), and keeps the best in
@@ -34,16 +36,17 @@ INTERPRETED = {
     "norm": Config(2, 0, 0, blocks=2), "quantize": Config(32, 64, 0),
 }  # fmt: skip
 ROUNDS, ROUND_MS = 5, 4
-THREADS = 16  # that compile; each holds one output of the kernel
-OLDEST = 9  # numbers of a configuration in the oldest files that are read; what they lack has its default
+THREADS = 16  # threads that compile; each holds one output of the kernel
+OLDEST = 9  # numbers of a configuration in the oldest files; missing numbers have their defaults
 
 Run = Callable[[Config], object]
 
 
 def choose(key: str, device: torch.device, candidates: Callable[[], list[Config]], run: Run) -> Config:
-    """The configuration of a kernel and shape, timed if nobody has before. `run` launches the kernel with one.
+    """Return the configuration of a kernel and shape, timed if nobody has before.
 
-    While a CUDA graph is captured nothing can be timed: the first candidate is used and not remembered.
+    `run` launches the kernel with one. While a CUDA graph is captured nothing can be timed: the first candidate is used
+    and not remembered.
     """
     if not NATIVE:
         return INTERPRETED[key.partition(" ")[0].strip(",")]
@@ -59,32 +62,43 @@ def choose(key: str, device: torch.device, candidates: Callable[[], list[Config]
 
 
 def linear_key(epilogue: str, rows: int, columns: int, depth: int, bits: int, two: bool, tile: int = 0) -> str:
-    """`tile`: of `hopper.rows_of_tile`. What the Hopper kernel may run has candidates, and so a key, of its own."""
+    """Return the key of a linear kernel.
+
+    `tile`: of `hopper.rows_of_tile`. Products for the Hopper kernel have candidates, and so a key, of their own.
+    """
     key = f"linear {epilogue} {bucket(rows)}x{columns}x{depth}, {bits} bits, {2 if two else 1} products"
     return f"{key}, Hopper tiles of {tile} rows" if tile else key
 
 
 def attention_key(sequences: int, tokens: int, head_dim: int, mode: int, hopper: bool = False) -> str:
-    """`sequences`: samples times heads; `mode`: of the probabilities, `rounding`; `hopper`: that kernel takes them."""
+    """Return the key of a self-attention.
+
+    `sequences`: samples times heads; `mode`: of the probabilities, `rounding`; `hopper`: the Hopper kernel takes them.
+    """
     return f"attention {bucket(sequences)}x{tokens}x{head_dim}, mode {mode}{', Hopper' if hopper else ''}"
 
 
 def cross_attention_key(sequences: int, tokens: int, keys: int, head_dim: int, mode: int, biased: bool) -> str:
-    """Return the key where keys are those of a context, or scores have a bias. Prompts of similar lengths share it."""
+    """Return the key where keys are those of a context, or scores have a bias.
+
+    Prompts of similar lengths share it.
+    """
     of_keys = f"{bucket(keys)} keys{', bias' if biased else ''}"
     return f"attention {bucket(sequences)}x{tokens}x{head_dim}, mode {mode}, {of_keys}"
 
 
 def norm_key(rows: int, width: int, stream: torch.dtype) -> str:
+    """Return the key of `norm_quantize_kernel` for rows of `width` columns of a residual stream."""
     return f"norm{_suffix(stream)} {bucket(rows)}x{width}"
 
 
 def quantize_key(rows: int, width: int, stream: torch.dtype, mode: int) -> str:
+    """Return the key of `quantize_kernel` for rows of `width` columns."""
     return f"quantize{_suffix(stream)} {bucket(rows)}x{width}, mode {mode}"
 
 
 def residual(stream: torch.dtype, gated: bool = True) -> str:
-    """The name of that epilogue for a residual stream of a dtype."""
+    """Return the name of the epilogue for a residual stream of a dtype."""
     return f"residual{'' if gated else '-ungated'}{_suffix(stream)}"
 
 
@@ -93,13 +107,19 @@ def _suffix(stream: torch.dtype) -> str:
 
 
 def float_key(rows: int, columns: int, depth: int, bits: int) -> str:
-    """Few rows have a kernel of their own; tensor cores take eight at a time."""
+    """Return the key of a layer on float inputs.
+
+    Few rows have a kernel of their own; tensor cores take eight at a time.
+    """
     which = "float input, few rows," if rows <= FEW_ROWS else "float input"
     return f"{which} {triton.next_power_of_2(max(rows, 8))}x{columns}x{depth}, {bits} bits"
 
 
 def fastest(candidates: Sequence[Config], run: Run) -> list[tuple[Config, float]]:
-    """Candidates that work and their milliseconds, best first. `RuntimeError` with the last reason if none does."""
+    """Return the candidates that work and their milliseconds, best first.
+
+    Raises `RuntimeError` with the last reason if none works.
+    """
     _compile(candidates, run)
     times: dict[Config, float] = {}
     reason: Exception | None = None
@@ -107,9 +127,9 @@ def fastest(candidates: Sequence[Config], run: Run) -> list[tuple[Config, float]
         try:
             times[config] = milliseconds(functools.partial(run, config))
         except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise  # says nothing of the configuration
+            raise  # these errors are not the configuration's fault
         except (TritonError, RuntimeError) as error:
-            # Too much shared memory for this GPU, say. Its frames hold tensors, and this one, in a cycle.
+            # Perhaps too much shared memory for this GPU. The error's frames hold tensors, and the error, in a cycle.
             reason = error.with_traceback(None)
     if not times:
         raise RuntimeError(f"no configuration of the kernel runs here: {reason}") from reason
@@ -132,7 +152,10 @@ def _compile(candidates: Sequence[Config], run: Run) -> None:
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """Of one call, the median of a few rounds of a CUDA graph of many: launching from Python would hide a small one."""
+    """Return the time of one call: the median of a few rounds of a CUDA graph of many calls.
+
+    Launching from Python would hide a small kernel.
+    """
     call()
     torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -156,7 +179,7 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def bucket(rows: int) -> int:
-    """Rows that share a configuration: up to the next power of two."""
+    """Return the rows that share a configuration, up to the next power of two."""
     return triton.next_power_of_2(max(rows, 16))
 
 
@@ -171,12 +194,15 @@ def _say_once(gpu: str) -> None:
 
 @functools.cache
 def _table(gpu: str) -> dict[str, Config]:
-    """Configurations of a GPU by kernel and shape: the committed ones, and those found here."""
+    """Return the configurations of a GPU by kernel and shape: the committed ones, and those timed here."""
     return _read(_cache_file(gpu)) | _read(tuned_file(TUNED, gpu))
 
 
 def _read(path: Path) -> dict[str, Config]:
-    """The configurations in a file; one that is damaged is ignored, with a warning, and written anew in time."""
+    """Return the configurations in a file.
+
+    A damaged file is ignored, with a warning, and written anew in time.
+    """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["configurations"]
         return {str(key): _config(numbers) for key, numbers in entries.items()}
@@ -197,7 +223,10 @@ def _config(numbers: object) -> Config:
 
 
 def _keep(gpu: str, key: str, config: Config) -> None:
-    """Add one to the user's file; a folder that cannot be written to costs the next process the time again."""
+    """Add a configuration to the user's file.
+
+    Where the folder cannot be written to, the next process spends the time again.
+    """
     path = _cache_file(gpu)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -216,6 +245,7 @@ def _cache_file(gpu: str) -> Path:
 
 
 def tuned_file(folder: Path, gpu: str) -> Path:
+    """Return the file of a GPU's configurations in a folder."""
     return folder / f"{_slug(gpu)}.json"
 
 

@@ -1,1 +1,1 @@
-"""Device code: what Triton compiles."""
+"""Device code, which Triton compiles."""

@@ -35,14 +35,17 @@ LOWEST = tl.constexpr(-3.4e38)
 
 @triton.jit
 def _row_sums(codes, DEPTH: tl.constexpr):
-    """Sums of the rows of int8 (rows, DEPTH), int32: a product with a column of ones, cheaper than adding bytes."""
+    """Return the sums of the rows of int8 (rows, DEPTH), int32.
+
+    They are a product with a column of ones, cheaper than adding bytes.
+    """
     ones = tl.broadcast_to((tl.arange(0, 16) == 0).to(tl.int8)[None, :], (DEPTH, 16))
     return tl.sum(tl.dot(codes, ones, out_dtype=tl.int32), 1)
 
 
 @triton.jit
 def _permuted(codes, BM: tl.constexpr, BK: tl.constexpr):
-    """Columns of each 16 in the order 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15.
+    """Return columns, those of each 16 in the order 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15.
 
     A thread has columns 2q, 2q + 1, 2q + 8, 2q + 9 of the scores, and as an operand of the next product needs four
     adjacent ones: so they are, and nothing moves between threads. The rows of v are stored in this order.
@@ -52,7 +55,7 @@ def _permuted(codes, BM: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def _key_sums(keys, keys_rest, zero, FIRST: tl.constexpr, D_FIRST: tl.constexpr, D_REST: tl.constexpr):
-    """What sums of q k^T start from: FIRST - zero sum(k)."""
+    """Return the start of the sums of q k^T: FIRST - zero sum(k)."""
     sums = _row_sums(keys, D_FIRST)
     if D_REST:
         sums += _row_sums(keys_rest, D_REST)
@@ -61,7 +64,7 @@ def _key_sums(keys, keys_rest, zero, FIRST: tl.constexpr, D_FIRST: tl.constexpr,
 
 @triton.jit
 def _shifted(sums, keys, keys_rest, zero, D_FIRST: tl.constexpr, D_REST: tl.constexpr, BM: tl.constexpr):
-    """sums - zero sum(k) as a product with a constant matrix: tensor cores have time, and registers are few.
+    """Return sums - zero sum(k), as a product with a constant matrix: tensor cores have time, and registers are few.
 
     - zero may be 128, which int8 lacks: then once more with a matrix of ones.
     """
@@ -78,7 +81,7 @@ def _shifted(sums, keys, keys_rest, zero, D_FIRST: tl.constexpr, D_REST: tl.cons
 
 @triton.jit
 def _products(queries, queries_rest, keys, keys_rest, start, D_REST: tl.constexpr):
-    """start + q k^T, int32."""
+    """Return start + q k^T, int32."""
     sums = tl.dot(queries, keys.trans(), start, out_dtype=tl.int32)
     if D_REST:
         sums = tl.dot(queries_rest, keys_rest.trans(), sums, out_dtype=tl.int32)
@@ -87,13 +90,13 @@ def _products(queries, queries_rest, keys, keys_rest, start, D_REST: tl.constexp
 
 @triton.jit
 def _scores(sums, first_key, KEYS, centre, scale, bias, EDGE: tl.constexpr, MAGIC_SUM: tl.constexpr, BK: tl.constexpr):
-    """Scores but for their factor and a constant of the row, fp32 (BM, BK), exact; lowest beyond KEYS keys.
+    """Return scores but for their factor and a constant of the row, fp32 (BM, BK), exact; lowest beyond KEYS keys.
 
-    The constant of a row, from the zero point of the keys, changes nothing in a softmax. With MAGIC_SUM the bits of
-    the sums are floats, 1.5 2^23 more than the scores; that cancels when the maximum is subtracted.
+    The constant of a row comes from the zero point of the keys and changes nothing in a softmax. With MAGIC_SUM the
+    bits of the sums are floats, 1.5 2^23 more than the scores; that cancels when the maximum is subtracted.
 
-    With a bias both constants are taken out first, while the scores are whole numbers: what is left is small, so that
-    its product with the scale and the sum with the bias are rounded as those of the reference. Such scores are final.
+    With a bias both constants are taken out first, while the scores are whole numbers. The rest is small, so that its
+    product with the scale and the sum with the bias are rounded as those of the reference. Such scores are final.
     """
     if bias is None:
         scores = sums.to(tl.float32, bitcast=True) if MAGIC_SUM else sums.to(tl.float32)
@@ -112,7 +115,10 @@ def _scores(sums, first_key, KEYS, centre, scale, bias, EDGE: tl.constexpr, MAGI
 @triton.jit
 def _centre(queries, queries_rest, query, key, bias, D: tl.constexpr, D_FIRST: tl.constexpr, D_REST: tl.constexpr,
             BM: tl.constexpr):  # fmt: skip
-    """z_k sum(q - z_q), int32 (BM,): the constant of a row of scores. Nothing is computed where there is no bias."""
+    """Return z_k sum(q - z_q), int32 (BM,): the constant of a row of scores.
+
+    Nothing is computed where there is no bias.
+    """
     centre = tl.zeros((BM,), tl.int32)
     if bias is not None:
         centre = _row_sums(queries, D_FIRST)
@@ -128,7 +134,7 @@ def _tile_scores(
     D_FIRST: tl.constexpr, D_REST: tl.constexpr, EDGE: tl.constexpr, MAGIC_SUM: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
-    """`_scores` of a tile of keys; `first_row`: of the head's keys."""
+    """Return `_scores` of a tile of keys. `first_row`: the first row of the head's keys."""
     keys = k.load([first_row + first_key, 0])
     keys_rest = keys
     if D_REST:
@@ -141,7 +147,7 @@ def _tile_scores(
 
 @triton.jit
 def softmax_parameters(softmax):
-    """A row of the softmax's table, as `probability_codes` wants it."""
+    """Return a row of the softmax's table in the form that `probability_codes` reads."""
     return (
         tl.load(softmax), tl.load(softmax + COARSE), tl.load(softmax + ZERO), tl.load(softmax + FACTOR),
         tl.load(softmax + INVERSE), tl.load(softmax + INVERSE_COARSE),
@@ -150,7 +156,7 @@ def softmax_parameters(softmax):
 
 @triton.jit
 def probability_codes(e, total, parameters, MODE: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """Codes of e / total as int8 operands of one or two products, within 2^-16 steps before rounding.
+    """Return codes of e / total as int8 operands of one or two products, within 2^-16 steps before rounding.
 
     A single operand is the integer minus 128: probabilities are not negative and have up to 256 levels. Two regions:
     the coarse operand, then the fine one, negative as in its codes.
@@ -166,7 +172,7 @@ def probability_codes(e, total, parameters, MODE: tl.constexpr, BITS: tl.constex
     else:
         top: tl.constexpr = half - 1.0
         small = e <= (total * (scale * top))[:, None]
-        # Were the fine scale the larger one, what is beyond its region would have the top code: that of this scale too.
+        # Were the fine scale the larger one, values beyond its region would have the top code, as under its own.
         coarse_scale, inverse_coarse = tl.maximum(scale, coarse_scale), tl.minimum(inverse, inverse_coarse)
         fine, coarse = share * inverse, share * inverse_coarse
         if MODE == SOFTMAX:
@@ -186,7 +192,7 @@ def probability_codes(e, total, parameters, MODE: tl.constexpr, BITS: tl.constex
 
 @triton.jit
 def _code_sums(one, two, MODE: tl.constexpr, BK: tl.constexpr):
-    """Sums of the rows of `probability_codes`, of the integers."""
+    """Return the sums of the rows of `probability_codes`, counted as the integers they stand for."""
     sum_one = _row_sums(one, BK)
     sum_two = sum_one
     if MODE == SOFTMAX:
@@ -214,7 +220,10 @@ def _trace(trace, one, two, softmax, row, first_row, first_key, N, KEYS, MODE: t
 def _store(out, first_row, sample, head, N, out_stride, sums, fine, value_sum, sum_one, sum_two, value, softmax,
            target, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
            TARGET_BITS: tl.constexpr, ALIGNED: tl.constexpr, NATIVE: tl.constexpr, BM: tl.constexpr):  # fmt: skip
-    """Codes of head_dim columns FIRST ... FIRST + WIDTH of P V, whose scales are applied as the reference does."""
+    """Write codes of head_dim columns FIRST ...
+
+    FIRST + WIDTH of P V, whose scales are applied as the reference does.
+    """
     zero = tl.load(value + ZERO).to(tl.int32)
     if MODE == SOFTMAX:
         coarse = (sums - zero * sum_one[:, None]).to(tl.float32) * tl.load(softmax + COARSE)
@@ -243,11 +252,13 @@ def attention_kernel(
     ONE_PASS: tl.constexpr, EDGE: tl.constexpr, ALIGNED: tl.constexpr, PERMUTED: tl.constexpr, TRACE: tl.constexpr,
     NATIVE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCKS times BM query rows of one head. q: (B H N, head_dim), k: (B H KEYS, head_dim); v: (B H head_dim, KEYS),
-    its tokens in the order of `_permuted` if PERMUTED; `factor`: head_dim ** -0.5. ONE_PASS: KEYS <= BK.
+    """Attend with BLOCKS times BM query rows of one head.
 
-    CONTEXT: its number of tokens, or None for KEYS = N. `bias`: fp32, a row of KEYS numbers per sample, or None. What
-    is None costs nothing: the compiled kernel is that of a self-attention without a bias.
+    q: (B H N, head_dim), k: (B H KEYS, head_dim); v: (B H head_dim, KEYS), its tokens in the order of `_permuted` if
+    PERMUTED; `factor`: head_dim ** -0.5. ONE_PASS: KEYS <= BK.
+
+    CONTEXT: its number of tokens, or None for KEYS = N. `bias`: fp32, a row of KEYS numbers per sample, or None. An
+    argument of None costs nothing: the compiled kernel is that of a self-attention without a bias.
 
     head_dim is D_FIRST and D_REST (of v: V_REST) columns, powers of two: 72 is not padded to 128.
     """

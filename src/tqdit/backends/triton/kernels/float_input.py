@@ -64,7 +64,7 @@ FROM_6_BITS = tl.constexpr("""{
 
 @triton.jit
 def _codes(low, high, depth, inside, BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """Codes at `depth` of rows that start at the pointers `low` and `high`, packed as `TritonLinear` says."""
+    """Return codes at `depth` of rows that start at the pointers `low` and `high`, packed as `TritonLinear` says."""
     block, place = depth // 128, depth % 128
     quarter = place // 32
     if BITS == 8:
@@ -90,7 +90,7 @@ def _codes(low, high, depth, inside, BITS: tl.constexpr, NATIVE: tl.constexpr):
 
 @triton.jit
 def _floats(codes, BF16: tl.constexpr, NATIVE: tl.constexpr):
-    """Codes as bf16 or fp32."""
+    """Return codes as bf16 or fp32."""
     if not NATIVE:
         result = codes.to(tl.float32)
     elif BF16:
@@ -102,13 +102,13 @@ def _floats(codes, BF16: tl.constexpr, NATIVE: tl.constexpr):
 
 @triton.jit
 def _upper(value):
-    """The first 8 of the 24 binary digits of an fp32 number."""
+    """Return the first 8 of the 24 binary digits of an fp32 number."""
     return (value.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _bf16(value, NATIVE: tl.constexpr):
-    """A number of 8 digits as bf16: the upper half of its bits."""
+    """Return a number of 8 digits as bf16: the upper half of its bits."""
     if NATIVE:
         value = (value.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return value
@@ -120,8 +120,11 @@ def float_input_kernel(
     BITS: tl.constexpr, NATIVE: tl.constexpr, TURNED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out (M, N) = (x (M, K) codes (N, K)^T) scale + bias. TURNED: the transposed product, for few rows: tensor cores
-    take 64 rows of their first operand, and 8 of the second. Not NATIVE: interpreted, so bf16 numbers are fp32."""
+    """Compute out (M, N) = (x (M, K) codes (N, K)^T) scale + bias.
+
+    TURNED: the transposed product, for few rows: tensor cores take 64 rows of their first operand, and 8 of the second.
+    Not NATIVE: interpreted, so bf16 numbers are fp32.
+    """
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     sums = tl.zeros((BN, BM) if TURNED else (BM, BN), tl.float32)
@@ -162,8 +165,11 @@ def few_rows_kernel(
     x, codes, codes_high, weight_scale, bias, out, M, N, K, x_stride, codes_stride, high_stride,
     BITS: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The same for M <= ROWS, a few: reading the weight is all there is, so each of its rows is read in long pieces and
-    multiplied in fp32. A thread adds up its own 16 codes' products; threads' sums are added at the end."""
+    """Compute the result of `float_input_kernel` for a few rows, M <= ROWS.
+
+    Reading the weight is the only cost, so each of its rows is read in long pieces and multiplied in fp32. A thread
+    adds up its own 16 codes' products; threads' sums are added at the end.
+    """
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     row = columns.to(tl.int64)[:, None, None]
     which = tl.arange(0, ROWS)[:, None]

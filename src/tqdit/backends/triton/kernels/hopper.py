@@ -65,29 +65,32 @@ REGISTERS = 240, 24  # of a thread that multiplies, and of one that copies: at m
 
 
 def block_layout() -> gl.NVMMASharedLayout:
-    """Of a block of codes in shared memory, as copies write it and products read it."""
+    """Return the layout of a block of codes in shared memory, as copies write it and products read it."""
     return gl.NVMMASharedLayout(swizzle_byte_width=BLOCK_K, element_bitwidth=8, rank=2)
 
 
 def blocks_of(codes: torch.Tensor, rows: int, columns: int, stride: int, block: int) -> TensorDescriptor:
-    """Blocks of `block` rows and BLOCK_K columns of a matrix of codes whose rows are `stride` bytes apart."""
+    """Describe blocks of `block` rows and BLOCK_K columns of a matrix of codes whose rows are `stride` bytes apart."""
     return TensorDescriptor(codes, [rows, columns], [stride, 1], [block, BLOCK_K], block_layout())
 
 
 def x_layout(size: int) -> gl.NVMMASharedLayout:
-    """Of a block of the residual stream in shared memory; `size`: bytes of its numbers."""
+    """Return the layout of a block of the residual stream in shared memory; `size`: bytes of its numbers."""
     return gl.NVMMASharedLayout(swizzle_byte_width=X_ROW, element_bitwidth=8 * size, rank=2)
 
 
 def x_blocks_of(x: torch.Tensor, rows: int, columns: int, stride: int, block: int) -> TensorDescriptor:
-    """Blocks of `block` rows of X_ROW bytes of a matrix in fp32 or bf16 whose rows are `stride` numbers apart."""
+    """Describe blocks of `block` rows of X_ROW bytes of a matrix whose rows are `stride` numbers apart.
+
+    The numbers are fp32 or bf16.
+    """
     size = x.element_size()
     return TensorDescriptor(x, [rows, columns], [stride, 1], [block, X_ROW // size], x_layout(size))
 
 
 @gluon.jit
 def _pieces(x, BM: gl.constexpr, BN: gl.constexpr, PIECE: gl.constexpr):
-    """Columns in pieces that stay in their registers, each in the layout of a product of PIECE columns."""
+    """Divide columns into pieces that stay in their registers, each in the layout of a product of PIECE columns."""
     if PIECE == BN:
         return (x,)
     else:
@@ -103,7 +106,7 @@ def _produce(
     a, b, a_ring, b_ring, barriers, tiles_m, tiles_n, K,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Copies blocks of codes and weights into the ring, in the order in which they are multiplied."""
+    """Copy blocks of codes and weights into the ring, in the order in which they are multiplied."""
     full, empty, _ = barriers
     programs, steps = gl.num_programs(0), gl.cdiv(K, BK)
     for tile in range(gl.program_id(0), tiles_m * tiles_n, programs):
@@ -123,7 +126,7 @@ def _produce_x(
     x, x_ring, barriers, tiles_m, tiles_n, EPILOGUE: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     BAND: gl.constexpr, PIECE: gl.constexpr, X_BLOCKS: gl.constexpr, X_BYTES: gl.constexpr,
 ):  # fmt: skip
-    """Copies blocks of the residual stream into their ring, in the order in which they are added to."""
+    """Copy blocks of the residual stream into their ring, in the order in which results are added to them."""
     if EPILOGUE == RESIDUAL:
         full, empty = barriers
         PIECES: gl.constexpr = BN // PIECE
@@ -149,7 +152,10 @@ def _consume(
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
     PIECE: gl.constexpr, X_BLOCKS: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
-    """One of the two groups of four warps: multiplies and finishes every second tile of the program, from its ME-th."""
+    """Run one of the two groups of four warps.
+
+    The group multiplies and finishes every second tile of the program, from its ME-th.
+    """
     full, empty, turn = barriers
     x_full, x_empty = x_barriers
     weight_scale, weight_sums, bias, out, gate, group, source, first, second, third = pointers
@@ -166,7 +172,7 @@ def _consume(
     stored_columns: gl.constexpr = gl.SliceLayout(0, stored)
     by_token: gl.constexpr = gl.BlockedLayout([16, 1], [BM // 16, 512 // BM], [1, 4], [0, 1])
 
-    # What belongs to columns waits in shared memory while the group multiplies.
+    # The columns' scales, sums and biases wait in shared memory while the group multiplies.
     of_part: gl.constexpr = gl.SliceLayout(0, part)
     line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -182,7 +188,7 @@ def _consume(
 
     programs, steps = gl.num_programs(0), gl.cdiv(K, BK)
     for tile in range(gl.program_id(0) + ME * programs, tiles_m * tiles_n, 2 * programs):
-        # What the epilogue reads is on its way before the group waits for its turn.
+        # The epilogue's operands are on their way before the group waits for its turn.
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, BAND)
         first_row, first_column = tile_m * BM, tile_n * BN
         sample = first_row // TOKENS
@@ -311,9 +317,9 @@ def hopper_linear_kernel(
     PIECE: gl.constexpr, X_BLOCKS: gl.constexpr, X_BYTES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """All (BM, BN) tiles of a (M, K) . b (N, K)^T and the epilogue; arguments as those of `linear_kernel`.
+    """Compute all (BM, BN) tiles of a (M, K) . b (N, K)^T and the epilogue; arguments are those of `linear_kernel`.
 
-    But for the residual stream: x and out are descriptors of its blocks, X_BLOCKS of which are in shared memory, with
+    The residual stream differs: x and out are descriptors of its blocks, X_BLOCKS of which are in shared memory, with
     rows of X_BYTES.
     """
     a_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BM, BK], a.layout)

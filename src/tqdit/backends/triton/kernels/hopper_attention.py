@@ -41,27 +41,31 @@ from tqdit.backends.triton.kernels.rounding import (
 )
 
 PRIVATE = gl.constexpr(not hasattr(gl.shared_memory_descriptor, "reinterpret"))  # its name before Triton 3.7
-COPY_REGISTERS = 24  # of a thread that copies
+COPY_REGISTERS = 24  # registers of a thread that copies
 
 
 def block_layout(width: int) -> gl.NVMMASharedLayout:
-    """Of a block of `width` columns of codes in shared memory."""
+    """Return the layout of a block of `width` columns of codes in shared memory."""
     return gl.NVMMASharedLayout(swizzle_byte_width=min(width, 128), element_bitwidth=8, rank=2)
 
 
 def blocks_of(codes: torch.Tensor, shape: Sequence[int], stride: int, block: Sequence[int]) -> TensorDescriptor:
+    """Describe blocks of `block` rows and columns of a matrix of codes whose rows are `stride` bytes apart."""
     return TensorDescriptor(codes, list(shape), [stride, 1], list(block), block_layout(block[1]))
 
 
 @gluon.constexpr_function
 def _layout(columns: int, warps: int) -> gl.NVMMADistributedLayout:
-    """Of a product of 16 rows a warp and so many columns."""
+    """Return the layout of a product of 16 rows a warp and this number of columns."""
     return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, columns, 32])
 
 
 @gluon.jit
 def _byte_sums(memory, ROWS: gl.constexpr, BYTES: gl.constexpr, WARPS: gl.constexpr):
-    """Sums of the rows of int8 (ROWS, BYTES) in shared memory: where in its row a byte is does not matter."""
+    """Return the sums of the rows of int8 (ROWS, BYTES) in shared memory.
+
+    The place of a byte in its row does not matter.
+    """
     WORDS: gl.constexpr = BYTES // 4
     ACROSS: gl.constexpr = WORDS // 4
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -78,7 +82,7 @@ def _byte_sums(memory, ROWS: gl.constexpr, BYTES: gl.constexpr, WARPS: gl.conste
 
 @gluon.jit
 def _halves(x, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
-    """The left and the right half of the columns of a product, in the registers where they are."""
+    """Return the left and the right half of the columns of a product, in the registers where they are."""
     layout: gl.constexpr = _layout(COLUMNS // 2, WARPS)
     left, right = x.reshape(16 * WARPS, 2, COLUMNS // 2).permute(0, 2, 1).split()
     return gl.convert_layout(left, layout, assert_trivial=True), gl.convert_layout(right, layout, assert_trivial=True)
@@ -86,13 +90,13 @@ def _halves(x, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
 
 @gluon.jit
 def _of_rows(x, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
-    """A value per row, for use with products of so many columns."""
+    """Return a value per row in a layout for products of this number of columns."""
     return gl.convert_layout(x, gl.SliceLayout(1, _layout(COLUMNS, WARPS)), assert_trivial=True)
 
 
 @gluon.jit
 def _row_sums(x, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
-    """By halves first: additions that do not wait for each other."""
+    """Return the sums of rows, added by halves first: these additions do not wait for each other."""
     if COLUMNS > 16:
         left, right = _halves(x, COLUMNS, WARPS)
         return _row_sums(left + right, COLUMNS // 2, WARPS)
@@ -113,7 +117,7 @@ def _row_maxima(x, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
 def _start_scores(
     queries, keys, slot, starts, block, D_REST: gl.constexpr, BK: gl.constexpr, WARPS: gl.constexpr
 ):  # fmt: skip
-    """starts + q k^T of a slot of keys, int32 (16 WARPS, BK); does not wait for it."""
+    """Start computing starts + q k^T of a slot of keys, int32 (16 WARPS, BK), without waiting for the result."""
     layout: gl.constexpr = _layout(BK, WARPS)
     start = gl.full((16 * WARPS, BK), 0, gl.int32, layout)
     start += starts.index(block).load(gl.SliceLayout(0, layout))[None, :]
@@ -130,7 +134,7 @@ def _as_floats(scores):
 
 @gluon.jit
 def _powers(scores, shift, scale):
-    """2^(scores scale + shift) within 2^-20 of it, and a factor of the row that is the same in its sum.
+    """Return 2^(scores scale + shift) within 2^-20, times a factor of the row that is the same in the row's sum.
 
     The factor is within 2^(+-scale), for shift is rounded near 1.5 2^23 scale: scales of scores are far below 100.
     """
@@ -141,7 +145,10 @@ def _powers(scores, shift, scale):
 
 @gluon.jit
 def _operand(codes, BK: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
-    """Codes of probabilities as an operand of a product of COLUMNS: the same registers (`attention._permuted`)."""
+    """Return codes of probabilities as an operand of a product of COLUMNS.
+
+    They stay in their registers (`attention._permuted`).
+    """
     codes = codes.reshape(16 * WARPS, BK // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(16 * WARPS, BK)
     layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=_layout(COLUMNS, WARPS), k_width=4)
     return gl.convert_layout(codes, layout, assert_trivial=True)
@@ -152,7 +159,10 @@ def _start_values(
     codes, values, slot, sums, D_FIRST: gl.constexpr, V_PAD: gl.constexpr, MODE: gl.constexpr, BK: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
-    """sums + P V of a slot: first channels and the rest, of one operand or two. Does not wait for them."""
+    """Start computing sums + P V of a slot without waiting for the result.
+
+    The first channels and the rest are separate, of one operand or two.
+    """
     first, rest, fine, fine_rest = sums
     first_values, rest_values = values[0].index(slot).permute((1, 0)), values[1].index(slot).permute((1, 0))
     first = warpgroup_mma(_operand(codes[0], BK, D_FIRST, WARPS), first_values, first, is_async=True)
@@ -165,7 +175,7 @@ def _start_values(
 
 @gluon.jit
 def _complete(sums, MODE: gl.constexpr):
-    """Waits for `_start_values`."""
+    """Wait for the products that `_start_values` started."""
     first, rest, fine, fine_rest = sums
     if MODE == SOFTMAX:
         first, rest, fine, fine_rest = warpgroup_mma_wait(0, deps=(first, rest, fine, fine_rest))
@@ -179,7 +189,7 @@ def _total(
     queries, keys, starts, base, shift, scale, BLOCKS: gl.constexpr, D_REST: gl.constexpr, HIGHEST: gl.constexpr,
     BK: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Row sums of the powers of all keys; HIGHEST: row maxima of the scores."""
+    """Return the row sums of the powers of all keys. HIGHEST: the row maxima of the scores."""
     result = gl.full_like(shift, 0.0)
     for block in range(0, BLOCKS):
         scores = _start_scores(queries, keys, base + block, starts, block, D_REST, BK, WARPS)
@@ -194,7 +204,7 @@ def _total(
 @gluon.jit
 def _trace(trace, codes, softmax_zero, row, first_row, first_key, N, MODE: gl.constexpr, BK: gl.constexpr,
            WARPS: gl.constexpr):  # fmt: skip
-    """As `attention._trace`."""
+    """Write the codes of the probabilities as `attention._trace` does."""
     layout: gl.constexpr = _layout(BK, WARPS)
     rows = first_row + gl.arange(0, 16 * WARPS, gl.SliceLayout(1, layout))
     keys = first_key + gl.arange(0, BK, gl.SliceLayout(0, layout))
@@ -208,7 +218,10 @@ def _trace(trace, codes, softmax_zero, row, first_row, first_key, N, MODE: gl.co
 
 @gluon.jit
 def _quantized(sums, fine, sum_one, sum_two, value, softmax, target, MODE: gl.constexpr, BITS: gl.constexpr):
-    """Codes of P V, whose scales are applied as the reference does; `sum_one`, `sum_two`: of the codes of a row."""
+    """Return codes of P V, whose scales are applied as the reference does.
+
+    `sum_one`, `sum_two`: sums of the codes of a row.
+    """
     scale, zero = value
     if MODE == SOFTMAX:
         coarse = (sums - zero * sum_one[:, None]).to(gl.float32) * softmax[1]
@@ -221,7 +234,7 @@ def _quantized(sums, fine, sum_one, sum_two, value, softmax, target, MODE: gl.co
 
 @gluon.jit
 def _split(rest, V_REST: gl.constexpr, V_PAD: gl.constexpr, WARPS: gl.constexpr):
-    """The last channels of P V, and the sums of the codes, which the columns after them all have."""
+    """Return the last channels of P V, and the sums of the codes, which all columns after these channels have."""
     if V_REST == 0:
         return rest, gl.max(rest, 1)
     else:
@@ -231,7 +244,7 @@ def _split(rest, V_REST: gl.constexpr, V_PAD: gl.constexpr, WARPS: gl.constexpr)
 
 @gluon.jit
 def _store(out, codes, row, column, out_stride, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
-    """Codes (16 WARPS, COLUMNS); 8 bytes a store where that is worth a change of layout."""
+    """Write codes (16 WARPS, COLUMNS), 8 bytes a store where that is worth a change of layout."""
     ACROSS: gl.constexpr = COLUMNS // 8
     blocked: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
     layout: gl.constexpr = blocked if COLUMNS > 8 else _layout(COLUMNS, WARPS)
@@ -245,7 +258,7 @@ def _finish(
     out, sums, row, column, out_stride, value, softmax, target, D_FIRST: gl.constexpr, V_REST: gl.constexpr,
     V_PAD: gl.constexpr, MODE: gl.constexpr, BITS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Writes the codes of a tile's rows, at `column` of the output."""
+    """Write the codes of a tile's rows at `column` of the output."""
     first, rest, fine, fine_rest = sums
     last, sum_one = _split(rest, V_REST, V_PAD, WARPS)
     if MODE == SOFTMAX:
@@ -266,7 +279,7 @@ def _produce(
     D_REST: gl.constexpr, V_REST: gl.constexpr, SLOTS: gl.constexpr, Q_SLOTS: gl.constexpr, BK: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Copies for this program's parts of heads: the first queries, keys and values, the other queries."""
+    """Copy operands for this program's parts of heads: the first queries, keys and values, then the other queries."""
     q, q_rest, k, k_rest, v, v_rest = inputs
     queries, keys, values = rings
     full, empty, q_full, q_empty = barriers
@@ -311,7 +324,7 @@ def _consume(
     V_PAD: gl.constexpr, SLOTS: gl.constexpr, Q_SLOTS: gl.constexpr, BK: gl.constexpr, MODE: gl.constexpr,
     BITS: gl.constexpr, TARGET_BITS: gl.constexpr, AT_ONCE: gl.constexpr, TRACE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Computes and writes the rows of this program's parts of heads."""
+    """Compute and write the rows of this program's parts of heads."""
     query_ring, keys, values = rings
     full, empty, q_full, q_empty = barriers
     out, trace, group, query, key, value, softmax, target = pointers
@@ -474,7 +487,7 @@ def hopper_attention_kernel(
     BITS: gl.constexpr, TARGET_BITS: gl.constexpr, SLOTS: gl.constexpr, Q_SLOTS: gl.constexpr, BK: gl.constexpr,
     AT_ONCE: gl.constexpr, TRACE: gl.constexpr, WARPS: gl.constexpr, COPY_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As `attention_kernel`, for N tokens that fill slots of BK and tiles of 16 WARPS rows.
+    """Attend as `attention_kernel` does, for N tokens that fill slots of BK and tiles of 16 WARPS rows.
 
     head_dim D is D_FIRST and D_REST (of v: V_REST, 0 or half of V_PAD or less) columns. PARTS: of a head's rows, which
     programs take one by one. AT_ONCE: slots whose scores a tile has in registers together, of two passes.
@@ -502,7 +515,7 @@ def hopper_attention_kernel(
     for place in gl.static_range(Q_SLOTS):
         mbarrier.init(q_full.index(place), count=1)
         mbarrier.init(q_empty.index(place), count=1)
-    fence_async_shared()  # for copies and products, which see what was stored only then
+    fence_async_shared()  # without it copies and products would not see these stores
     rings = ((q_ring, q_rest_ring), (k_ring, k_rest_ring), (v_ring, v_rest_ring))
     barriers = (full, empty, q_full, q_empty)
     pointers = (out, trace, group, query, key, value, softmax, target)

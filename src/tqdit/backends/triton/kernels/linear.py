@@ -1,4 +1,4 @@
-"""The linear kernel: int8 codes times int8 weights, int32 sums, and what is done with them before they leave the chip.
+"""The linear kernel: int8 codes times int8 weights, int32 sums, and an epilogue before they leave the chip.
 
 Operands arrive through tensor descriptors (bulk copies on Hopper), zero beyond their edges.
 """
@@ -23,7 +23,7 @@ from tqdit.backends.triton.kernels.rounding import (
     uniform_codes,
 )
 
-# What follows the product.
+# The epilogues.
 PLAIN = tl.constexpr(0)  # y
 RESIDUAL = tl.constexpr(1)  # x + gate y, or x + y
 ACTIVATION = tl.constexpr(2)  # codes of GELU(y)
@@ -32,7 +32,7 @@ HEADS = tl.constexpr(3)  # codes of y per head: q and k by token, v transposed. 
 
 @triton.jit
 def tile_of(program, tiles_m, tiles_n, BAND: tl.constexpr):
-    """Tiles in bands of BAND rows, so that tiles that run together share operands in the L2 cache."""
+    """Return the place of a tile, in bands of BAND rows: tiles that run together share operands in the L2 cache."""
     first = program // (BAND * tiles_n) * BAND
     height = min(tiles_m - first, BAND)
     within = program % (BAND * tiles_n)
@@ -41,9 +41,10 @@ def tile_of(program, tiles_m, tiles_n, BAND: tl.constexpr):
 
 @triton.jit
 def _weights(b, b_high, row, k, BK: tl.constexpr, BITS: tl.constexpr, part: tl.constexpr):
-    """A (BK / parts, rows) operand of weight codes: as stored, or one half (4 bits) or quarter (6) of packed ones.
+    """Return a (BK / parts, rows) operand of weight codes, as stored or out of packed ones.
 
-    Packed codes are in the upper bits of a byte: 16 c or 4 c. The sums are shifted back once, at the end.
+    Of packed codes it is one half (4 bits) or one quarter (6 bits). These codes are in the upper bits of a byte, 16 c
+    or 4 c; the sums are shifted back once, at the end.
     """
     if BITS == 4:
         packed = b.load([row, k // 2])
@@ -62,7 +63,7 @@ def _sums(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BITS: tl.constexpr, TWO: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """int32 sums (BM, BN) of all codes, or of the positive and of the negative ones."""
+    """Return int32 sums (BM, BN) of all codes, or of the positive codes and of the negative ones."""
     sums = tl.zeros((BM, BN), tl.int32)
     negative = sums
     PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
@@ -84,13 +85,13 @@ def _sums(
 
 @triton.jit
 def permuted_rows(codes, BM: tl.constexpr, BN: tl.constexpr):
-    """Tokens in the order in which the attention kernel has probabilities in its registers (`attention._permuted`)."""
+    """Return tokens in the order in which attention has probabilities in its registers (`attention._permuted`)."""
     return codes.reshape(BM // 16, 2, 4, 2, BN).permute(0, 2, 1, 3, 4).reshape(BM, BN)
 
 
 @triton.jit
 def _halves(x, BM: tl.constexpr, BN: tl.constexpr):
-    """The left and the right half of the columns; they stay in their registers."""
+    """Return the left and the right half of the columns; they stay in their registers."""
     return x.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
 
 
@@ -103,7 +104,7 @@ def _finish(
     TARGET_BITS: tl.constexpr, PERMUTED: tl.constexpr, ALIGNED: tl.constexpr, NATIVE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Scale the sums of BN columns and write what the epilogue makes of them."""
+    """Scale the sums of BN columns and write the epilogue's result."""
     columns = first_column + tl.arange(0, BN)
     inside_n = columns < (which + 1) * width
     inside = (rows < M)[:, None] & inside_n[None, :]
@@ -171,7 +172,9 @@ def linear_kernel(
     ALIGNED: tl.constexpr, NATIVE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """One (BM, BN) tile of a (M, K) . b (N, K)^T and its epilogue, PIECE columns at a time; M = samples * TOKENS.
+    """Compute one (BM, BN) tile of a (M, K) . b (N, K)^T and its epilogue, PIECE columns at a time.
+
+    M = samples * TOKENS.
 
     PER_TILE: a tile's rows are of one sample. PERMUTED: v gets its tokens in the order of `permuted_rows`. ALIGNED:
     heads are whole groups of 8 columns. HEADS: N = PARTS width, and a tile has columns of one part, whose target is

@@ -15,7 +15,9 @@ def norm_quantize_kernel(
     PER_TILE: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
     FIRST: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Codes of LayerNorm(x) (1 + scale) + shift for BLOCKS times ROWS rows of x (M, C); shift, scale: a row per sample.
+    """Write codes of LayerNorm(x) (1 + scale) + shift for BLOCKS times ROWS rows of x (M, C).
+
+    `shift` and `scale` have a row per sample.
 
     A row is FIRST columns and REST more, powers of two: the lanes of one for C = 1152 would be idle for nearly half.
     PER_TILE: all rows of a program are of one sample. Then, with more than one of STAGES, its shift and scale stay in
@@ -68,13 +70,16 @@ def norm_quantize_kernel(
 
 @triton.jit
 def _columns(START: tl.constexpr, COUNT: tl.constexpr):
-    """Said to be adjacent by LANE, not all: else a lane had other columns of each dtype, and lanes exchanged them."""
+    """Return columns that the compiler takes to be adjacent by LANE only.
+
+    Were all said to be adjacent, a lane would have other columns for each dtype, and lanes would exchange them.
+    """
     return START + tl.max_contiguous(tl.arange(0, COUNT), LANE)[None, :]
 
 
 @triton.jit
 def _exist(rows, columns, M, C: tl.constexpr, PER_TILE: tl.constexpr):
-    """A mask; the compiler drops the comparison of columns where it always holds."""
+    """Return a mask; the compiler drops the comparison of columns where it always holds."""
     here = columns < C
     if not PER_TILE:
         here = (rows < M) & here
@@ -95,7 +100,7 @@ def _modulation(shift, scale, offset, columns, C: tl.constexpr):
 
 @triton.jit
 def _fp32(x, NATIVE: tl.constexpr):
-    """Of bf16 two at a time, an instruction each: Triton would take them apart first."""
+    """Return bf16 numbers as fp32, two at a time, an instruction each: Triton would take them apart first."""
     if NATIVE and x.dtype == tl.bfloat16:
         wide = tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], tl.float32, is_pure=True, pack=2

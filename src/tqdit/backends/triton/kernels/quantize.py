@@ -1,4 +1,4 @@
-"""Codes of a tensor as it is, without a LayerNorm before: the inputs of a context, say."""
+"""Quantize a tensor without a LayerNorm before, such as the inputs of a context."""
 
 import triton
 import triton.language as tl

@@ -21,22 +21,23 @@ INVERSE = tl.constexpr(4)
 INVERSE_COARSE = tl.constexpr(5)
 ROW = tl.constexpr(8)  # floats of a row
 
-MAGIC = tl.constexpr(12582912.0)  # 1.5 2^23: what is added to it is rounded to an integer, half to even
+MAGIC = tl.constexpr(12582912.0)  # 1.5 2^23: a number that is added to it is rounded to an integer, half to even
 MAGIC_BITS = tl.constexpr(0x4B400000)  # its bits; their lowest byte is 0, so an integer's low byte is the sum's
 
 
 @triton.jit
 def rounded(x):
-    """The nearest integer, half to even, in the low bits of an int32 that starts at MAGIC_BITS; |x| < 2^22.
+    """Return the nearest integer, half to even, in the low bits of an int32 that starts at MAGIC_BITS.
 
-    One addition instead of a conversion, which has a fraction of its rate.
+    The absolute value of x is below 2^22. One addition takes the place of a conversion, which has a fraction of its
+    rate.
     """
     return (x + MAGIC).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def stored_as(x, dtype: tl.constexpr, NATIVE: tl.constexpr):
-    """fp32 in the dtype of the tensor that it is stored to, rounded half to even: the interpreter cuts bf16 off."""
+    """Return fp32 in the dtype of the tensor that stores it, rounded half to even: the interpreter cuts bf16 off."""
     if not NATIVE and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
@@ -45,10 +46,10 @@ def stored_as(x, dtype: tl.constexpr, NATIVE: tl.constexpr):
 
 @triton.jit
 def divide(x, by, inverse, NATIVE: tl.constexpr):
-    """x / by, rounded as IEEE division. `inverse`: 1 / by, rounded; `by` normal.
+    """Return x / by, rounded as IEEE division.
 
-    One Newton step on the product with the inverse gives the rounded quotient (Markstein), given a fused
-    multiply-add and a quotient that does not overflow.
+    `inverse`: 1 / by, rounded; `by` is normal. One Newton step on the product with the inverse gives the rounded
+    quotient (Markstein), given a fused multiply-add and a quotient that does not overflow.
     """
     if NATIVE:
         quotient = x * inverse
@@ -59,7 +60,7 @@ def divide(x, by, inverse, NATIVE: tl.constexpr):
 
 @triton.jit
 def power_of_two(x, NATIVE: tl.constexpr):
-    """2^x within 2 ulp; results below 2^-126 are 0."""
+    """Return 2^x within 2 ulp; results below 2^-126 are 0."""
     if NATIVE:
         return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     else:
@@ -68,7 +69,7 @@ def power_of_two(x, NATIVE: tl.constexpr):
 
 @triton.jit
 def reciprocal(x, NATIVE: tl.constexpr):
-    """1 / x within 1 ulp for 1 <= x < 2^126; 0 beyond."""
+    """Return 1 / x within 1 ulp for 1 <= x < 2^126, and 0 beyond."""
     if NATIVE:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     else:
@@ -77,7 +78,10 @@ def reciprocal(x, NATIVE: tl.constexpr):
 
 @triton.jit
 def saturated(x, factor, addend, NATIVE: tl.constexpr):
-    """x factor + addend, not below 0 nor above 1 (0 for NaN); clipping costs nothing as part of a multiply-add."""
+    """Return x factor + addend, clipped to 0 and 1 (0 for NaN).
+
+    Clipping costs nothing as part of a multiply-add.
+    """
     if NATIVE:
         y = tl.inline_asm_elementwise(
             "fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, factor, addend], tl.float32, is_pure=True, pack=1
@@ -89,7 +93,7 @@ def saturated(x, factor, addend, NATIVE: tl.constexpr):
 
 @triton.jit
 def negative_part(codes, NATIVE: tl.constexpr):
-    """min(codes, 0) of int8, four at a time: each sign, repeated, is a mask."""
+    """Return min(codes, 0) of int8, four at a time: each sign, repeated, is a mask."""
     if NATIVE:
         part = tl.inline_asm_elementwise(
             "{ .reg .b32 m; prmt.b32 m, $1, $1, 0xba98; and.b32 $0, $1, m; }", "=r,r", [codes], tl.int8, is_pure=True,
@@ -102,7 +106,7 @@ def negative_part(codes, NATIVE: tl.constexpr):
 
 @triton.jit
 def positive_part(codes, NATIVE: tl.constexpr):
-    """max(codes, 0)."""
+    """Return max(codes, 0) of int8, four at a time."""
     if NATIVE:
         part = tl.inline_asm_elementwise(
             "{ .reg .b32 m; prmt.b32 m, $1, $1, 0xba98; not.b32 m, m; and.b32 $0, $1, m; }", "=r,r", [codes], tl.int8,
@@ -115,17 +119,20 @@ def positive_part(codes, NATIVE: tl.constexpr):
 
 @triton.jit
 def uniform_codes(steps, zero, BITS: tl.constexpr):
-    """clip(round(steps) + zero) as int8; `zero` a whole float. Clipping to integers commutes with rounding."""
+    """Return clip(round(steps) + zero) as int8; `zero` is a whole float.
+
+    Clipping to integers commutes with rounding.
+    """
     low, high = -(1 << (BITS - 1)) - zero, (1 << (BITS - 1)) - 1 - zero
     return (rounded(tl.minimum(tl.maximum(steps, low), high)) + zero.to(tl.int32)).to(tl.int8)
 
 
 @triton.jit
 def packed_codes(steps, offset):
-    """`uniform_codes` of 8 bits, compiled for a GPU; `offset`: zero point less MAGIC_BITS.
+    """Return `uniform_codes` of 8 bits, compiled for a GPU.
 
-    Packing clips, two codes an instruction. What is far above the range stays above it when it is rounded; what is far
-    below would turn around, and is kept from that.
+    `offset`: the zero point less MAGIC_BITS. Packing clips, two codes an instruction. A number far above the range
+    stays above it when it is rounded; a number far below would wrap around, so it is raised first.
     """
     integers = rounded(tl.maximum(steps, -4194304.0)) + offset
     return tl.inline_asm_elementwise(
@@ -136,7 +143,7 @@ def packed_codes(steps, offset):
 
 @triton.jit
 def nearest_codes(x, inverse, zero, BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """`uniform_codes` of x inverse within 2^-16 steps before rounding, for an x that is not exact anyway.
+    """Return `uniform_codes` of x inverse, within 2^-16 steps before rounding, for an x that is not exact anyway.
 
     The levels are counted from the lowest as a fraction of all, which clips for nothing.
     """
@@ -148,7 +155,10 @@ def nearest_codes(x, inverse, zero, BITS: tl.constexpr, NATIVE: tl.constexpr):
 
 @triton.jit
 def gelu_codes(x, operand, MERGED: tl.constexpr, BITS: tl.constexpr):
-    """Codes of MRQ after GELU; `operand`: a row of its table. Merged: c1, or c2 2^shift, plus the zero point."""
+    """Return the codes of MRQ after GELU; `operand`: a row of its table.
+
+    Merged: c1, or c2 2^shift, plus the zero point.
+    """
     negative = x < 0
     steps = x * tl.where(negative, tl.load(operand + INVERSE), tl.load(operand + INVERSE_COARSE))
     low: tl.constexpr = -(1 << (BITS - 1))
@@ -162,7 +172,7 @@ def gelu_codes(x, operand, MERGED: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def gelu(x, NATIVE: tl.constexpr):
-    """0.5 x (1 + tanh(u)), u = sqrt(2 / pi) (x + 0.044715 x^3), as x / (1 + exp(-2 u))."""
+    """Return 0.5 x (1 + tanh(u)), u = sqrt(2 / pi) (x + 0.044715 x^3), computed as x / (1 + exp(-2 u))."""
     # 2 sqrt(2 / pi) log2(e) = 2.302208198
     u = x * (-2.302208198 - 0.1029432396 * (x * x))
     return x * reciprocal(1.0 + power_of_two(u, NATIVE), NATIVE)
