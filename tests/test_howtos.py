@@ -6,6 +6,7 @@ import pytest
 
 from howtos import DOCS, blocks, module
 from tqdit.architectures import registry
+from tqdit.errors import InputError
 from tqdit.ops import dispatch
 
 PAGES = {"add-an-architecture.md": ("patchformer", "patchformer_int8"), "add-a-backend.md": ("exact64",)}
@@ -21,7 +22,7 @@ def _own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pages_are_short() -> None:
     for page in PAGES:
         text = (DOCS / page).read_text(encoding="utf-8")
-        assert text.count("\n") <= 200, page
+        assert text.count("\n") <= 210, page
         assert max(map(len, text.splitlines())) <= 120, page
 
 
@@ -37,3 +38,18 @@ def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.
         elif not name.startswith("test_"):  # tests/backends runs these
             made.append(module(name, code).__name__)
     assert tuple(made) == PAGES[page]
+
+
+def test_an_architecture_need_not_have_published_shapes() -> None:
+    """The page's architecture has names and keys of shapes by the interface's defaults."""
+    made = [module(name, code) for name, code in blocks("add-an-architecture.md") if name]
+    registry.register("PatchFormer", "patchformer_int8:ARCHITECTURE")
+    known, config = registry.architecture("PatchFormer"), registry.config_of(made[0].PatchFormer())
+    assert known.shape_names() == ()
+    assert known.shape_name(config) == "PatchFormer 2x16"
+    assert known.shape_key(config) == known.shape_key(dict(config))
+    assert known.shape_key(config) != known.shape_key({**config, "num_layers": 3})
+    with pytest.raises(InputError, match=r"unknown shape 'PatchFormer-B'; PatchFormer has no published shapes"):
+        known.shape_config("PatchFormer-B")
+    with pytest.raises(InputError, match=r"num_layers = 0; it must be a whole number"):
+        known.check({**config, "num_layers": 0})
