@@ -1,8 +1,14 @@
-"""The pages' figures are those of the committed result files."""
+"""What the pages say: figures of the committed result files, links, modules and floors that there are."""
 
+import pkgutil
+import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,3 +25,76 @@ def test_local_links_lead_somewhere() -> None:
         links = [part.split(")")[0] for part in text.split("](")[1:]]
         for link in links:
             assert link.startswith("http") or (page.parent / link.partition("#")[0]).exists(), f"{page.name}: {link}"
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PACKAGE = ROOT / "src" / "tqdit"
+STARTS = (ROOT, ROOT / "tests", PACKAGE, PACKAGE / "backends", PACKAGE / "backends" / "triton")  # of paths in pages
+OTHERS = {"tqdit.json"}  # a file of an artifact
+QUOTED_PATH = re.compile(r"`((?:[\w.-]+/)*(?:[\w-]+\.py)?)`")  # of a Python file or a folder
+DOTTED = re.compile(r"(?<![\w/.-])tqdit(?:\.\w+)+")
+IN_A_ROOM = re.compile(r"`([a-z_]+(?:\.\w+)+)(?:\([^`]*\))?`")
+
+
+def lacking(text: str) -> set[str]:
+    """Paths of Python files and dotted names of the package that a text has and that do not exist."""
+    paths = {path for line in text.splitlines() for path in _missing_paths(line)}
+    names = {name for name in DOTTED.findall(text) if name not in OTHERS}
+    rooms = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()}
+    inside = (name for name in IN_A_ROOM.findall(text) if not name.endswith(".py"))
+    names |= {f"tqdit.{name}" for name in inside if name.split(".")[0] in rooms}
+    return paths | {name for name in names if not _exists(name)}
+
+
+def _missing_paths(line: str) -> Iterator[str]:
+    """A name without a folder may be in the folder that the line has named before."""
+    folder = ""
+    for path in QUOTED_PATH.findall(line):
+        if "/" in path:
+            folder = path.rpartition("/")[0]
+        ways = (way for start in STARTS for way in (start / path, start / folder / path))
+        if path.endswith(".py") and not any(way.is_file() for way in ways):
+            yield path
+
+
+def _exists(name: str) -> bool:
+    """Whether a dotted name leads to a module or to an attribute of one."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modules_that_a_page_names_exist(page: Path) -> None:
+    assert not lacking(page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [
+        ("`ops/reference.py` and `tqdit.load`, beside `tqdit.json`", set()),
+        ("`layers/clock.py`", {"layers/clock.py"}),
+        ("`layers/block.py`, `params.py`, `backends/triton/`: `launch.py`", set()),
+        ("`layers/block.py`, `solver.py`\n`params.py`", {"solver.py", "params.py"}),
+        ("tqdit.ops.reference.int_matmul, tqdit.models.sites", {"tqdit.models.sites"}),
+        ("`ops.reference.product(x)`, `ops.tables`", {"tqdit.ops.reference.product"}),
+    ],
+)
+def test_names_that_are_missing(text: str, missing: set[str]) -> None:
+    assert lacking(text) == missing
+
+
+def test_the_architecture_page_has_every_room_and_floor() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    top = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert {room for room in rooms if f"`{room}/`" not in page} == set()
+    assert {name for name in top if f"`{name}`" not in page} == set()
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    floors = contract["contracts"][0]["layers"]
+    rows = [row for row in page.splitlines() if re.match(r"\| \d+ \|", row)]
+    assert len(rows) == len(floors)
+    for floor, row in zip(floors, rows, strict=True):
+        assert set(re.findall(r"tqdit\.(\w+)", floor)) == set(re.findall(r"`(\w+)(?:/|\.py)?`", row.split("|")[2]))

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tqdit.errors import InputError
-from tqdit.ops.dispatch import BACKENDS, explain, get_backend, kernel_name
+from tqdit.ops import dispatch
+from tqdit.ops.dispatch import BACKENDS, explain, get_backend, kernel_name, register
 from tqdit.ops.schema import Backend
 from tqdit.spec import Grid, GridParams, Role, SiteSpec
 
@@ -30,6 +31,24 @@ def test_every_backend_has_every_operation() -> None:
         assert operations == VERBS
         for operation in operations:
             assert callable(getattr(backend, operation))
+
+
+def test_a_backend_of_ones_own_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "BACKENDS", dict(BACKENDS))
+    register("mine", "tqdit.ops.simulated")
+    assert get_backend("mine").NAME == "simulated"
+    assert explain("cpu")["mine"] == explain("cpu")["simulated"]
+    with pytest.raises(InputError, match=r"'other'; known: auto, .*, mine"):
+        get_backend("other")
+
+
+def test_a_backend_that_cannot_be_registered_or_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "BACKENDS", dict(BACKENDS))
+    with pytest.raises(InputError, match="cannot be named 'auto'"):
+        register("auto", "tqdit.ops.simulated")
+    register("mine", "no_such_package.backend")
+    with pytest.raises(InputError, match=r"backend 'mine' cannot be loaded from 'no_such_package\.backend': No module"):
+        get_backend("mine")
 
 
 def test_unknown_backend_names_the_known_ones() -> None:

@@ -12,12 +12,11 @@ from torch import nn
 
 from tqdit.architectures import dit_config, dit_shapes, timestep
 from tqdit.architectures.dit_integer import DiTInteger
+from tqdit.architectures.from_config import QUANTIZATION, float_model
 from tqdit.architectures.interface import Block, Config, Graph
 from tqdit.architectures.patch_transformer import (
     BLOCKS,
-    QUANTIZATION,
     PatchTransformer,
-    diffusers_model,
     feed_forward,
     self_attention,
 )
@@ -46,7 +45,7 @@ class DiT(DiTInteger, PatchTransformer):
         scale * t. Published DiT has shift 0; diffusers has 1, and no key for it, so `FREQUENCY_SHIFT` is ours, as are
         scale and offset.
         """
-        model = diffusers_model(self.name, config, unknown=KEPT)
+        model = float_model(self.model_class(), config, unknown=KEPT)
         if FREQUENCY_SHIFT in config:
             for block in model.transformer_blocks:
                 block.norm1.emb.time_proj.downscale_freq_shift = config[FREQUENCY_SHIFT]

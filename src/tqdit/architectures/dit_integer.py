@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tqdit.architectures import patches
 from tqdit.architectures.interface import Block
 from tqdit.architectures.parts import Parts
-from tqdit.architectures.patch_transformer import attention_params
+from tqdit.architectures.patch_transformer import integer_block
 from tqdit.layers import inputs
 from tqdit.layers.block import IntBlock
 from tqdit.layers.call import Call
@@ -102,12 +102,8 @@ class DiTInteger:
 
 def _block(parts: Parts, block: Block, empty: Any) -> DiTBlock:
     """`empty`: diffusers' block."""
-    linears = dict(zip(("qkv", "out", "fc1", "fc2"), block.linears, strict=True))
-    (attention,) = block.attentions
-    layers = {name: parts.linear(linear) for name, linear in linears.items()}
-    made = DiTBlock(layers, attention_params(parts, attention), attention.heads, parts.backend)
+    made = cast(DiTBlock, integer_block(parts, block, DiTBlock))
     made.eps = float(empty.norm1.norm.eps), float(empty.norm3.eps)
-    parts.add_slots(made, block.prefix, linears, closed=block.float_input)
     return made
 
 

@@ -6,11 +6,13 @@ Calibration, search, packing and timing walk a `Graph`; none of them knows a mod
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
 
+from tqdit.architectures.from_config import float_model
+from tqdit.errors import InputError
 from tqdit.sampling.guidance import Conditions, Sample
 from tqdit.spec import Role
 
@@ -138,7 +140,7 @@ def _operands(matmul: Linear | Attention) -> tuple[Operand, ...]:
 
 
 class Architecture(Protocol):
-    """One class of float models. Subclasses keep the methods below that have a body, unless theirs differ.
+    """One class of float models. A subclass keeps the methods below that have a body, unless its own differ.
 
     Every `config` is a diffusers config that `check` accepts.
     """
@@ -155,23 +157,34 @@ class Architecture(Protocol):
         missing from `shapes`, or there may be others: whoever asks compares all of them later.
         """
 
+    def model_class(self) -> type[Any]:
+        """Return the class of the float models, which is diffusers' of that name; another library's has its own."""
+        import diffusers
+
+        return cast(type[Any], getattr(diffusers, self.name))
+
     def build(self, config: Config) -> nn.Module:
-        """Make the float model with diffusers' initial weights. Raise `InputError` where diffusers refuses a config."""
+        """Make the float model with initial weights. Raise `InputError` where diffusers refuses a config."""
+        return cast(nn.Module, float_model(self.model_class(), config))
 
     def graph(self, config: Config) -> Graph:
         """Return the graph of a config's model. No memory is taken for weights."""
 
     def shape_names(self) -> tuple[str, ...]:
         """The names of the published shapes, such as "DiT-XL/2"."""
+        return ()
 
     def shape_config(self, name: str) -> dict[str, Any]:
         """Return the config of a published shape. Raise `InputError` for a name that is none, naming those that are."""
+        raise InputError(f"unknown shape '{name}'; {self.name} has no published shapes")
 
     def shape_name(self, config: Config) -> str:
         """Return the published name of a config's shape, or its sizes."""
+        return f"{self.name} {len(self.graph(config).blocks)}x{self.width(config)}"
 
-    def shape_key(self, config: Config) -> tuple[int, ...]:
+    def shape_key(self, config: Config) -> tuple[Any, ...]:
         """Return what is equal for two configs exactly when their models cost the same."""
+        return (self.name, self.tokens(config), *self.graph(config).shapes.items())
 
     def tokens(self, config: Config) -> int:
         """Tokens N that a block has per sample."""

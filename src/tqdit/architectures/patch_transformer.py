@@ -5,16 +5,15 @@ from typing import Any, cast
 
 from torch import nn
 
-from tqdit.architectures.interface import Architecture, Attention, Config, Linear, Operand
+from tqdit.architectures.interface import Architecture, Attention, Block, Config, Linear, Operand
 from tqdit.architectures.parts import Parts
-from tqdit.errors import InputError
 from tqdit.layers import inputs
 from tqdit.layers.params import ActivationParams
 from tqdit.spec import Role
 
 BLOCKS = "transformer_blocks."
+SELF_ATTENTION = ("qkv", "out", "fc1", "fc2")  # layers of a block without a cross-attention
 LATENT_CHANNELS, VAE_FACTOR = 4, 8  # of the autoencoder that these models have been published with
-QUANTIZATION = "quantization_config"  # a key of a config that diffusers' classes do not take
 
 
 class PatchTransformer(Architecture):
@@ -40,20 +39,6 @@ class PatchTransformer(Architecture):
 
     def check_states(self, model: Any, x: Any) -> None:
         inputs.check_states(x, model.config.in_channels, model.config.patch_size)
-
-
-def diffusers_model(name: str, config: Config, unknown: Iterable[str] = ()) -> Any:
-    """Make the float model of a diffusers class, without the `unknown` keys of a config, which the class does not have.
-
-    Raises `InputError` with diffusers' reason for a config that diffusers refuses.
-    """
-    import diffusers
-
-    skipped = {QUANTIZATION, *unknown}
-    try:
-        return getattr(diffusers, name).from_config({k: v for k, v in config.items() if k not in skipped})
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"diffusers refuses it: {str(error).strip().partition(chr(10))[0]}") from None
 
 
 def self_attention(attn: str, heads: int, head_dim: int) -> tuple[Linear | Attention, ...]:
@@ -92,6 +77,21 @@ def attention_params(parts: Parts, attention: Attention, prefix: str = "") -> di
     names = ("query", "key", "value", "softmax")
     pairs = zip(names, attention.operands, strict=True)
     return {prefix + name: parts.operand(operand) for name, operand in pairs}
+
+
+def integer_block(parts: Parts, block: Block, kind: type[Any], layers: Iterable[str] = SELF_ATTENTION) -> Any:
+    """Return a block of the class `kind`, an `IntBlock`, with the layers, operands and places for adapters of `block`.
+
+    `layers`: the names that `IntBlock` has for the block's linear layers, in the order of the graph.
+    """
+    linears = dict(zip(layers, block.linears, strict=True))
+    operands: dict[str, ActivationParams] = {}
+    for attention in block.attentions:
+        operands |= attention_params(parts, attention, "cross_" if attention.context else "")
+    (heads,) = {attention.heads for attention in block.attentions}
+    made = kind({name: parts.linear(linear) for name, linear in linears.items()}, operands, heads, parts.backend)
+    parts.add_slots(made, block.prefix, linears, closed=block.float_input)
+    return made
 
 
 def block_modules(model: nn.Module) -> list[Any]:

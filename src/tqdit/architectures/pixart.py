@@ -18,10 +18,9 @@ from tqdit.architectures.parts import Parts
 from tqdit.architectures.patch_transformer import (
     BLOCKS,
     PatchTransformer,
-    attention_params,
     cross_attention,
-    diffusers_model,
     feed_forward,
+    integer_block,
     self_attention,
 )
 from tqdit.architectures.repeated import parameter_shapes
@@ -97,9 +96,6 @@ class PixArt(PatchTransformer):
 
     def check_sizes(self, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:
         checks.check_tensors(config, shapes)
-
-    def build(self, config: Config) -> nn.Module:
-        return cast(nn.Module, diffusers_model(self.name, config))
 
     def graph(self, config: Config) -> Graph:
         heads, head_dim = int(config["num_attention_heads"]), int(config["attention_head_dim"])
@@ -230,15 +226,10 @@ def _block(prefix: str, heads: int, head_dim: int) -> Block:
 
 def _integer_block(parts: Parts, block: Block) -> PixArtBlock:
     empty: Any = parts.model.get_submodule(block.prefix)
-    linears = dict(zip(LAYERS, block.linears, strict=True))
-    attention, cross = block.attentions
-    operands = attention_params(parts, attention) | attention_params(parts, cross, "cross_")
-    layers = {name: parts.linear(linear) for name, linear in linears.items()}
-    made = PixArtBlock(layers, operands, attention.heads, parts.backend)
+    made = cast(PixArtBlock, integer_block(parts, block, PixArtBlock, LAYERS))
     made.eps = float(empty.norm1.eps), float(empty.norm2.eps)
     table = parts.solution.floats[f"{block.prefix}.scale_shift_table"]
     made.register_parameter("scale_shift_table", nn.Parameter(table, requires_grad=False))
-    parts.add_slots(made, block.prefix, linears)
     return made
 
 

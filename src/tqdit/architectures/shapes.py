@@ -29,7 +29,7 @@ def shape_name(config: Mapping[str, Any]) -> str:
     return architecture(config).shape_name(config)
 
 
-def shape_key(config: Mapping[str, Any]) -> tuple[int, ...]:
+def shape_key(config: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what is equal for two configs exactly when their models cost the same."""
     return architecture(config).shape_key(config)
 

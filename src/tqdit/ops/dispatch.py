@@ -1,7 +1,7 @@
 """Choose the backend that runs a model, and explain why another one cannot."""
 
 import importlib
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -31,10 +31,26 @@ _OPERATIONS = {
 }
 
 
+def register(name: str, module: str) -> None:
+    """Add a backend of your own by name, or replace one.
+
+    `module` is imported when the backend is asked for first. It has `BACKEND`, a class with the verbs of
+    `schema.Backend`, and, where it cannot run everywhere, `unavailable(device)`, which returns the reason or None:
+
+        register("mine", "my_package.my_backend")
+
+    Raises `InputError` for the name "auto".
+    """
+    if name == "auto":
+        raise InputError("a backend cannot be named 'auto', which means the best one for a device")
+    BACKENDS[name] = module
+
+
 def get_backend(name: str = "auto", device: str | torch.device = "cpu") -> Backend:
     """Return the backend of that name for a device; "auto" is the best one that can run there.
 
-    Raises `InputError` for an unknown name, and for a backend asked for by name that cannot run, saying why.
+    Raises `InputError` for an unknown name, for a backend asked for by name that cannot run, saying why, and for one
+    whose module is not there.
     """
     if name == "auto":
         name = next(candidate for candidate in AUTOMATIC if _unavailable(candidate, device) is None)
@@ -42,7 +58,7 @@ def get_backend(name: str = "auto", device: str | torch.device = "cpu") -> Backe
         raise InputError(f"unknown backend '{name}'; known: auto, {', '.join(BACKENDS)}")
     if reason := _unavailable(name, device):
         raise InputError(f"backend '{name}' cannot run on {device}: {reason}")
-    return cast(Backend, importlib.import_module(BACKENDS[name]).BACKEND())
+    return cast(Backend, _module(name).BACKEND())
 
 
 def explain(device: str | torch.device = "cpu") -> dict[str, str]:
@@ -72,5 +88,13 @@ def kernel_name(params: GridParams, backend: Backend) -> str:
 
 
 def _unavailable(name: str, device: str | torch.device) -> str | None:
-    check = getattr(importlib.import_module(BACKENDS[name]), "unavailable", None) if name in BACKENDS else None
+    check = getattr(_module(name), "unavailable", None)
     return check(torch.device(device)) if check else None
+
+
+def _module(name: str) -> Any:
+    """Import the module of a backend. Raise `InputError` if there is none of that name."""
+    try:
+        return importlib.import_module(BACKENDS[name])
+    except ModuleNotFoundError as error:
+        raise InputError(f"backend '{name}' cannot be loaded from '{BACKENDS[name]}': {error}") from None

@@ -207,7 +207,7 @@ def make_integer(model: nn.Module, described: Architecture) -> IntegerModel:
     `_prepare` and `adopt` of the class work with the parts that `convert` puts into the model.
     """
     for module in model.modules():
-        ours = type(module).__module__.startswith("tqdit.")
+        ours = isinstance(module, Closed) or type(module).__module__.startswith("tqdit.")
         if not ours and (module._modules or isinstance(module, nn.ModuleList)):
             module.__class__ = _closed_class(cast(Any, type(module)))
     made = integer_class(described.name)
@@ -218,20 +218,19 @@ def make_integer(model: nn.Module, described: Architecture) -> IntegerModel:
 
 @functools.cache
 def integer_class(name: str) -> Any:
-    """Return the class of the integer models of a diffusers class.
+    """Return the class of the integer models of a class of float models.
 
     A pipeline that is saved notes the name and the module of each part, and is loaded by them. It has to find
-    diffusers' own class, whose `from_pretrained` makes this one. Pickling goes by `__qualname__`.
+    the float models' class, whose `from_pretrained` makes this one. Pickling goes by `__qualname__`.
     """
-    import diffusers
-
-    described, original = architecture(name), getattr(diffusers, name)
+    described = architecture(name)
+    original = described.model_class()
     contents = {
         "original": original,
         "forward": type(described).forward,
         "_no_split_modules": [described.block.__name__],
         "_repeated_blocks": [described.block.__name__],
-        "__doc__": f"diffusers' `{name}`, its blocks, conditioning and call in integers.",
+        "__doc__": f"`{name}`, its blocks, conditioning and call in integers.",
         "__module__": __name__,
         "__qualname__": INTEGER + name,
     }
