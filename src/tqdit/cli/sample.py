@@ -26,7 +26,7 @@ from tqdit.cli.options import (
 from tqdit.system import distributed
 
 if TYPE_CHECKING:
-    from tqdit.sources.resolve import ModelSource
+    from tqdit.sources.source import ModelSource
 
 
 def sample(

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from tqdit.artifact import folder as artifact
-from tqdit.artifact.tensors import decisive
 from tqdit.calibration import trajectories
 from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.errors import InputError
@@ -21,16 +20,17 @@ from tqdit.imaging import images
 from tqdit.imaging.images import Images
 from tqdit.imaging.request import chosen_classes
 from tqdit.quality import features, fidelity, metrics
+from tqdit.quality.artifacts import ComparedArtifact, load_artifact
 from tqdit.quality.fidelity import EpsilonFidelity
 from tqdit.recipe import Recipe
-from tqdit.runtime import fitting
 from tqdit.runtime.convert import convert
 from tqdit.runtime.target import Device, Dtype, Target
 from tqdit.sampling.guidance import Conditions, Sampling
 from tqdit.sampling.schedules import resolved
 from tqdit.sources.conditions import suitable
-from tqdit.sources.resolve import ModelSource, load_float, resolve, weights_hash
+from tqdit.sources.resolve import load_float, resolve, weights_hash
 from tqdit.sources.sizes import FloatSizes, float_sizes
+from tqdit.sources.source import ModelSource
 from tqdit.spec import Solution
 from tqdit.speed.cost import Cost, memory, timed
 from tqdit.stages import Report, silent
@@ -38,7 +38,6 @@ from tqdit.system.deprecation import formerly_positional
 from tqdit.system.distributed import current
 from tqdit.system.environment import environment
 from tqdit.system.isolation import isolated
-from tqdit.timegroups import TimeGroups
 
 HELD_OUT_SEED = 20_000  # far from calibration's: other noise, other states
 STATE_GROUPS = 10  # ranges of timesteps that held-out states are drawn from, whatever is compared
@@ -161,7 +160,7 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     wanted = Images(source, chosen_classes(source, asked), num, sampling, seed, conditions=conditions)
     model = load_float(source).to(target.device)
     digest = weights_hash(model)
-    found = [_load_artifact(path, source, digest) for path in quantized]
+    found = [load_artifact(path, source, digest) for path in quantized]
     calls = _Calls(source, sampling, num, target)
     measures = cost and current().size == 1
     groups = min(STATE_GROUPS, source.num_timesteps)
@@ -214,13 +213,6 @@ def fd_fashion(source: ModelSource, pixels: torch.Tensor) -> float | None:
     return features.fd_fashion(pixels) if fits and len(pixels) > 1 and bool(torch.isfinite(pixels).all()) else None
 
 
-@dataclass(frozen=True)
-class _Artifact:
-    folder: Path
-    name: str
-    solution: Solution
-
-
 def _pixels(wanted: Images, module: nn.Module, name: str, report: Report) -> torch.Tensor:
     """The same-seed images of one model after another."""
     report(f"images of {name}", 0.0)
@@ -228,7 +220,7 @@ def _pixels(wanted: Images, module: nn.Module, name: str, report: Report) -> tor
 
 
 def _measured(
-    model: nn.Module, found: Sequence[_Artifact], wanted: Images, data: CalibrationSet, calls: "_Calls | None",
+    model: nn.Module, found: Sequence[ComparedArtifact], wanted: Images, data: CalibrationSet, calls: "_Calls | None",
     report: Report, target: Target,
 ) -> tuple[ModelRow, list[ModelRow]]:  # fmt: skip
     """The rows of the float model and of the artifacts, one model after another; without `calls` nothing is timed."""
@@ -265,14 +257,14 @@ class _Calls:
     def config(self) -> dict[str, Any]:
         return {key: value for key, value in self.source.config.items() if key != "quantization_config"}
 
-    def timed(self, float_model: nn.Module, module: nn.Module, entry: _Artifact, report: Report) -> Cost:
+    def timed(self, float_model: nn.Module, module: nn.Module, entry: ComparedArtifact, report: Report) -> Cost:
         stage = f"timing {entry.name}"
         report(stage, 0.0)
         steps = self.source.num_timesteps
         return timed(float_model, module, self.config, self.batch, steps, lambda f: report(stage, f))
 
     def with_memory(
-        self, first: ModelRow, rows: Sequence[ModelRow], found: Sequence[_Artifact], report: Report
+        self, first: ModelRow, rows: Sequence[ModelRow], found: Sequence[ComparedArtifact], report: Report
     ) -> tuple[ModelRow, list[ModelRow]]:
         """The rows with memory; the float model's time is the median over those next to each artifact."""
         gc.collect()  # the models are gone: each is measured with the machine to itself
@@ -301,7 +293,7 @@ def _float_row(source: ModelSource, sizes: FloatSizes, pixels: torch.Tensor) -> 
 
 
 def _quantized_row(
-    entry: _Artifact, reference: ModelRow, sizes: FloatSizes, pixels: torch.Tensor, eps: EpsilonFidelity
+    entry: ComparedArtifact, reference: ModelRow, sizes: FloatSizes, pixels: torch.Tensor, eps: EpsilonFidelity
 ) -> ModelRow:
     size = artifact.size_bytes(entry.folder)
     provenance = entry.solution.provenance
@@ -319,28 +311,6 @@ def _quantized_row(
         psnr_db=metrics.psnr_db(reference.images, pixels),
         solution=entry.solution,
     )
-
-
-def _load_artifact(path: str | Path, source: ModelSource, digest: str) -> _Artifact:
-    """An artifact made from the float model whose weights have the hash `digest`, else `InputError`."""
-    other = resolve(path)
-    if not other.quantized:
-        raise InputError(f"'{path}' is not quantized; compare takes a float model, then artifacts")
-    solution = fitting.read(other.folder, other.root)
-    if solution.provenance.source_sha256 != digest:
-        made_from = solution.provenance.source or "an unknown model"
-        raise InputError(
-            f"'{path}' was not made from '{source.name}' but from other weights ('{made_from}'); compare it with those"
-        )
-    given, made = decisive(source.config), decisive(solution.model_config)
-    for key in given:
-        if key in made and given[key] != made[key]:
-            raise InputError(f"'{path}' was made of a model with {key} {made[key]}, '{source.name}' has {given[key]}")
-    low, high, closed = source.time_range
-    found, expected = solution.time_groups.interval, TimeGroups((), low, high, closed).interval
-    if found != expected:
-        raise InputError(f"'{path}' has timesteps in {found}, the scheduler of '{source.name}' has {expected}")
-    return _Artifact(other.folder, other.name, solution)
 
 
 def _finite(value: float | None) -> float | None:

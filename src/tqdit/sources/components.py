@@ -14,6 +14,7 @@ from tqdit.errors import InputError
 from tqdit.system.files import CONFIG, TRANSFORMER, is_there, read_json
 from tqdit.system.reading import check_regular
 
+PIPELINE = "model_index.json"  # the file that makes a folder a diffusers pipeline
 SCHEDULER_PART = "scheduler"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 WEIGHTS_NAME = re.compile(r"((?:diffusion_pytorch_)?model)(\.[\w-]+)?\.safetensors")  # a name, maybe with a variant
@@ -29,6 +30,12 @@ def names(index: Mapping[str, Any]) -> Iterator[str]:
             and value[:1] != [None]
         ):
             yield name
+
+
+def class_named(index: Mapping[str, Any] | None, component: str) -> Any:
+    """The class that a model_index.json names for a component, as [library, class]; None for one it does not name."""
+    entry = (index or {}).get(component)
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
 
 def check(root: Path, index: Mapping[str, Any], vae: Path | None = None) -> None:

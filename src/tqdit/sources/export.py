@@ -13,16 +13,11 @@ from tqdit.architectures.registry import architecture, config_of
 from tqdit.architectures.sit_checkpoint import SCHEDULER as FLOW
 from tqdit.artifact.model_card import keep_edited
 from tqdit.errors import InputError
-from tqdit.sources.components import check_vae
-from tqdit.sources.resolve import (
-    LABELS,
-    PIPELINE,
-    SCHEDULER,
-    ModelSource,
-    class_names,
-    load_float,
-    resolve,
-)
+from tqdit.sources.components import PIPELINE, check_vae
+from tqdit.sources.labels import LABELS, class_names
+from tqdit.sources.resolve import load_float, resolve
+from tqdit.sources.scheduler import SCHEDULER
+from tqdit.sources.source import ModelSource
 from tqdit.system.files import (
     CONFIG,
     EDITABLE,

@@ -13,7 +13,7 @@ from tqdit.architectures.registry import check_supported, config_of
 from tqdit.errors import InputError
 from tqdit.sampling.schedules import check_scheduler
 from tqdit.sources.float_weights import check_shapes, checked
-from tqdit.sources.resolve import ModelSource
+from tqdit.sources.source import ModelSource
 from tqdit.system.files import TRANSFORMER
 
 

@@ -15,8 +15,12 @@ from tqdit.artifact.model_card import LOAD_MODEL, LOAD_PIPELINE, LOAD_TRANSFORME
 from tqdit.artifact.tensors import decisive
 from tqdit.errors import InputError, RepairWarning
 from tqdit.recipe import Recipe
+from tqdit.sources.components import PIPELINE
+from tqdit.sources.labels import LABELS
 from tqdit.sources.origin import made_from
-from tqdit.sources.resolve import LABELS, PIPELINE, SCHEDULER, ModelSource, resolve, weights_hash
+from tqdit.sources.resolve import resolve, weights_hash
+from tqdit.sources.scheduler import SCHEDULER
+from tqdit.sources.source import ModelSource
 from tqdit.spec import Solution
 from tqdit.system import distributed
 from tqdit.system.files import TRANSFORMER, replacing, write_json

@@ -11,7 +11,7 @@ from torch import nn
 
 from tqdit.sources import float_weights
 from tqdit.sources.checkpoints import Checkpoint
-from tqdit.sources.resolve import ModelSource
+from tqdit.sources.source import ModelSource
 
 SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
