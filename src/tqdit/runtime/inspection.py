@@ -1,4 +1,4 @@
-"""What an artifact is, site by site, as JSON values."""
+"""Describe an artifact site by site, as JSON values."""
 
 from dataclasses import asdict
 from typing import Any

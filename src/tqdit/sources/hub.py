@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub: all that a pipeline is made of, but never a pickle."""
+"""Fetch models from the Hugging Face Hub: all that a pipeline is made of, but never a pickle."""
 
 import re
 from pathlib import Path
@@ -13,14 +13,14 @@ LEFT_OUT = tuple(f"*{suffix}" for suffix in (*PICKLES, *OF_OTHERS, *PICTURES))  
 
 
 def is_id(model: str) -> bool:
-    """Whether a string has the form owner/name."""
+    """Say whether a string has the form owner/name."""
     return ID.fullmatch(model) is not None
 
 
 def fetched(model: str) -> Path:
-    """The folder of a model's files, downloaded unless the Hub's cache has them; with HF_HUB_OFFLINE set, from there.
+    """Return the folder of a model's files, which are downloaded unless the Hub's cache has them.
 
-    Raises `InputError` naming the model.
+    With HF_HUB_OFFLINE set, only the cache is used. Raises `InputError` that names the model.
     """
     from huggingface_hub import snapshot_download
 

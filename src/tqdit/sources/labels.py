@@ -25,9 +25,9 @@ def find_labels(root: Path, index: Mapping[str, Any] | None) -> dict[int, str]:
 
 
 def class_indices(source: ModelSource, classes: Sequence[str | int], count: int | None = None) -> list[int]:
-    """Class numbers of names or numbers below `count`, by default that of the model's own classes.
+    """Return the class numbers of names or numbers; a number must be below `count`.
 
-    Raises `InputError` naming the unknown one.
+    `count`: by default the number of the model's own classes. Raises `InputError` that names the unknown class.
     """
     by_name = {label.strip().lower(): i for i, text in source.labels.items() for label in text.split(",")}
     count = conditions(source.config).count if count is None else count
@@ -46,7 +46,9 @@ def class_indices(source: ModelSource, classes: Sequence[str | int], count: int 
 
 
 def class_names(table: Any, where: str, count: int | None = None) -> dict[int, str]:
-    """Class names by number, out of JSON; `where` it is from is named in the `InputError` for anything else, and for a
+    """Return class names by number from the table of a JSON file.
+
+    `where`: the place of the table, for messages. Raises `InputError` for a value that is no such table, and for a
     number that is not below `count`.
     """
     if not isinstance(table, dict):
@@ -64,5 +66,8 @@ def class_names(table: Any, where: str, count: int | None = None) -> dict[int, s
 
 
 def _number(text: str) -> int:
-    """A class number, or -1: of more digits it is none, and Python reads at most 4300."""
+    """Return the class number that a text says, or -1 for a text that says none.
+
+    More digits than `MOST_DIGITS` are refused, since Python reads at most 4300.
+    """
     return int(text) if text.isdecimal() and len(text) <= MOST_DIGITS else -1

@@ -1,6 +1,7 @@
-"""MODEL on the command line: the bundled name, a diffusers folder or a checkpoint, on disk or the Hub, or an artifact.
+"""Find the model that a user names, and load its float weights.
 
-Safetensors, and tensors alone from a checkpoint; strict keys.
+MODEL is a bundled name, an id on the Hugging Face Hub, a diffusers folder, a checkpoint file or an artifact. Weights
+are read from safetensors, or as tensors alone from a checkpoint. Their names must be exactly the model's.
 """
 
 import hashlib
@@ -30,11 +31,13 @@ SAFETENSORS = ".safetensors"
 def resolve(model: str | Path, num_heads: int | None = None, objective: str | None = None) -> ModelSource:
     """Find a model by bundled name, folder, checkpoint file, or id on the Hugging Face Hub, which is downloaded.
 
-    A transformer's folder inside a pipeline means that pipeline with this transformer, whatever the folder is called;
-    what exists here wins over the Hub. `num_heads`: of a checkpoint whose width is not published. `objective`:
-    "flow" for a SiT checkpoint that has no training arguments; a folder's scheduler says it. Where no scheduler lies
-    beside a model, DiT's own, or a converted SiT's, is taken with an `AssumptionWarning`. Raises `InputError` saying
-    what was looked for, which file is not a DiT's, or which scheduler is not supported.
+    The folder of a transformer inside a pipeline means that pipeline with this transformer, whatever the folder is
+    called. A file or folder on disk wins over an id on the Hub. Where no scheduler lies beside a model, DiT's own, or a
+    converted SiT's, is taken with an `AssumptionWarning`.
+
+    `num_heads`: the number of heads of a checkpoint whose width is not published. `objective`: "flow" for a SiT
+    checkpoint without training arguments; the scheduler of a folder says it. Raises `InputError` that says which places
+    were searched, which file is not a DiT's, or which scheduler is not supported.
     """
     path = Path(model)
     a_folder = path.is_dir() or _means_its_folder(path)
@@ -71,7 +74,7 @@ def resolve(model: str | Path, num_heads: int | None = None, objective: str | No
 
 
 def _folder(model: str | Path) -> Path:
-    """The folder that MODEL means: of a bundled name, a folder, a file in a model's folder, or an id on the Hub."""
+    """Return the folder of a bundled name, a folder, a file in a model's folder, or an id on the Hub."""
     root = BUNDLED.get(str(model), Path(model))
     if root.is_dir():
         return root
@@ -88,9 +91,10 @@ def _folder(model: str | Path) -> Path:
 
 
 def _means_its_folder(path: Path) -> bool:
-    """Whether a path means the diffusers model that it is a file of: its config, or weights that are read with it.
+    """Say whether a path is a file of a diffusers model, its config or weights that are read with it.
 
-    Raises `InputError` for weights by diffusers' name that are not read: others of the same folder come before them.
+    Such a path means the model's folder. Raises `InputError` for weights with diffusers' name that are not read, since
+    other weights of the same folder come before them.
     """
     if not (path.is_file() and is_there(path.parent / CONFIG)):
         return False
@@ -106,7 +110,7 @@ def _means_its_folder(path: Path) -> bool:
 
 
 def _pipeline_of(folder: Path) -> Path:
-    """The pipeline that a transformer's folder is in, or the folder itself.
+    """Return the pipeline that a transformer's folder is in, or the folder itself.
 
     A trainer writes `checkpoint-500/transformer` into the folder whose scheduler it trains with.
     """
@@ -134,11 +138,11 @@ def _checkpoint(path: Path, num_heads: int | None, objective: str | None) -> Mod
 
 
 def load_float(source: ModelSource) -> nn.Module:
-    """The float `DiTTransformer2DModel`, fp32, eval mode, on the CPU.
+    """Return the float model in fp32 and eval mode, on the CPU.
 
-    Raises `InputError` naming the file or tensor for a config that diffusers refuses or that is of another size than
-    the weights, and for any tensor that is missing, of the wrong shape, left over, stored as no float, or not finite;
-    diffusers only warns.
+    Raises `InputError` that names the file or tensor, for a config that diffusers refuses or whose size is not that of
+    the weights, and for any tensor that is missing, of the wrong shape, left over, stored as no float, or not finite.
+    diffusers only warns of these.
     """
     if source.quantized:
         raise InputError(f"model '{source.name}' is already quantized; give the float model")
@@ -168,7 +172,7 @@ def _empty_model(source: ModelSource) -> nn.Module:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """sha256 over names and values of a model's parameters, and the settings that diffusers has no key for."""
+    """Return the sha256 over a model's parameters, by name and value, and over settings unknown to diffusers."""
     digest, config = hashlib.sha256(), config_of(model)
     for key, value in architecture(config).own_settings(config).items():
         # Artifacts keep this hash. A frequency shift that diffusers does not have is 0, so its key says it all.

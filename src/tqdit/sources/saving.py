@@ -1,4 +1,4 @@
-"""A solution and what belongs to its source become an artifact folder."""
+"""Write a solution, and the files that belong to its source, as an artifact folder."""
 
 import contextlib
 import warnings
@@ -29,9 +29,9 @@ from tqdit.system.isolation import isolated
 
 @isolated()
 def save(solution: Solution, source: ModelSource, out: Path, overwrite: bool = False) -> None:
-    """Write an artifact with the scheduler, class names and VAE of its source; all or nothing. A pipeline stays one.
+    """Write an artifact with the scheduler, class names and VAE of its source, as a whole or not at all.
 
-    A model card that people have edited in `out` stays as it is.
+    The artifact of a pipeline is a pipeline. A model card in `out` that people have edited stays as it is.
     """
     with replacing(out, overwrite) as folder:
         fill(folder, solution, source, out)
@@ -62,7 +62,7 @@ def fill(folder: Path, solution: Solution, source: ModelSource, former: Path) ->
 
 
 def least_bytes(source: ModelSource, module: nn.Module, recipe: Recipe) -> int:
-    """About what an artifact takes on the disk, and no more: weight codes and the decoder."""
+    """Return about as many bytes as an artifact takes on the disk, or fewer: weight codes and the decoder."""
     twin = architecture(source.config).twin  # what blocks share is stored once
     counts = {twin(name): parameter.numel() for name, parameter in module.named_parameters()}
     decoder = source.vae.rglob("*.safetensors") if source.vae else ()
@@ -70,15 +70,15 @@ def least_bytes(source: ModelSource, module: nn.Module, recipe: Recipe) -> int:
 
 
 def has_left(out: Path, work: Path) -> bool:
-    """Whether there are both an output and work for it. Of several processes the first one looks."""
+    """Say whether there are both an output and work for it. The first of several processes looks for all of them."""
     world = distributed.current()
     return bool(world.add(torch.tensor([int(world.first and work.is_dir() and out.is_dir())])))
 
 
 def is_made(out: Path, source: ModelSource, module: nn.Module, recipe: Recipe) -> bool:
-    """Whether a run that was killed at its very end has left an artifact that is whole and what we would make.
+    """Say whether the artifact of this very run is already there, left by a run that was killed at its very end.
 
-    Of several processes the first one looks. If it is, a `RepairWarning` says so.
+    The first of several processes looks for all of them. A `RepairWarning` says that the artifact is there and whole.
     """
     world, made = distributed.current(), False
     if world.first:

@@ -18,11 +18,11 @@ SCHEDULER = Path("scheduler", "scheduler_config.json")
 
 
 def find_scheduler(path: Path, index: Mapping[str, Any] | None, model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a scheduler config that is supported; with an `AssumptionWarning` DiT's or SiT's where there is none.
+    """Return the scheduler config at `path`, checked; DiT's or SiT's with an `AssumptionWarning` where there is none.
 
-    `index`: a pipeline's model_index.json, whose class counts where the config says none. `model`: the transformer's
-    config; a converted SiT embeds another time than a DiT. Raises `InputError` naming the file for a scheduler that no
-    sampler serves, and for a missing config of a flow-matching pipeline.
+    `index`: a pipeline's model_index.json, whose class counts where the config names none. `model`: the transformer's
+    config, which says whether the model is a converted SiT. Raises `InputError` that names the file, for a scheduler
+    that no sampler serves, and for a missing config of a flow-matching pipeline.
     """
     config = read_json(path) if is_there(path) else None
     named = class_named(index, "scheduler")

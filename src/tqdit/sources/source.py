@@ -14,10 +14,11 @@ from tqdit.system.files import QUANT_METHOD
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A resolved model. `folder` holds the transformer's config.json and weights; `vae` a decoder folder if any.
+    """A model that `resolve` has found.
 
-    A `checkpoint` is a file with everything; `weights` says which of its sets is used, empty if it has one. What was
-    read of the file is kept in `opened`, so that it is unpickled once.
+    `folder` holds the transformer's config.json and weights. `vae` is the folder of a decoder, if there is one.
+    `checkpoint` is a file that holds everything; `weights` says which of its sets is used, empty if it has one.
+    `opened` keeps the content of that file, so that it is unpickled only once.
     """
 
     name: str
@@ -33,16 +34,19 @@ class ModelSource:
     opened: checkpoints.Checkpoint | None = field(default=None, compare=False, repr=False)
 
     def check_components(self) -> None:
-        """Raise `InputError` for a part of the pipeline that could not be copied into an artifact of it."""
+        """Raise `InputError` for a part of the pipeline that could not be copied into an artifact."""
         components.check(self.root or self.folder, self.pipeline or {}, self.vae)
 
     def copy_components(self, folder: Path) -> None:
-        """Put the parts of the pipeline besides transformer and scheduler into the new pipeline `folder`."""
+        """Copy the parts of the pipeline besides transformer and scheduler into the new pipeline `folder`."""
         components.copy(self.root or self.folder, self.pipeline or {}, self.vae, folder)
 
     @property
     def components(self) -> dict[str, list[str]]:
-        """What a model_index.json must name so that diffusers loads scheduler and decoder, if the pipeline does not."""
+        """Return the entries for scheduler and decoder that the pipeline's model_index.json lacks.
+
+        diffusers loads these two parts only if the model_index.json names them.
+        """
         named = {"scheduler": ["diffusers", self.scheduler.get("_class_name", DIFFUSION["_class_name"])]}
         if self.vae is not None:
             named["vae"] = ["diffusers", "AutoencoderKL"]
@@ -51,15 +55,16 @@ class ModelSource:
 
     @property
     def num_timesteps(self) -> int:
-        """Training timesteps T of the schedule: the model's are in [0, T), or in [0, T] of flow matching."""
+        """Return T, the number of training timesteps: timesteps are in [0, T), or in [0, T] for flow matching."""
         return int(self.scheduler.get("num_train_timesteps", 1000))
 
     @property
     def time_range(self) -> tuple[float, float, bool]:
-        """The least timestep, the bound of all, and whether the bound is a timestep too."""
+        """Return the least timestep, the bound of all timesteps, and whether the bound is a timestep too."""
         return 0, self.num_timesteps, family(self.scheduler).closed
 
     @property
     def quantized(self) -> bool:
+        """Say whether the model is an artifact of tqdit."""
         found = self.config.get("quantization_config")
         return isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD
