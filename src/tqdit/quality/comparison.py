@@ -1,4 +1,4 @@
-"""A float model and its quantized versions side by side: one frozen result, which the JSON and the report show."""
+"""Compare a float model with its quantized versions: one frozen result, which the JSON and the report show."""
 
 import gc
 import json
@@ -48,10 +48,11 @@ FASHION = (
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One model's figures. The float model has no `eps`, `psnr_db` or `solution`; its size is its fp32 weights.
+    """The figures of one model in a comparison.
 
-    `size_ratio` is over fp32, `size_ratio_bfloat16` over bf16, `size_ratio_file` over the file that was quantized:
-    the float model's `file_bytes`, whose tensors are of `file_dtype`.
+    The float model has no `eps`, `psnr_db` or `solution`; its size is that of its fp32 weights. `size_ratio` is over
+    fp32, `size_ratio_bfloat16` over bf16, and `size_ratio_file` over the file that was quantized: the float model's
+    `file_bytes`, whose tensors are of `file_dtype`.
     """
 
     name: str
@@ -73,11 +74,11 @@ class ModelRow:
 
     @property
     def disk_bytes(self) -> int:
-        """What the model takes on disk: the artifact's weights, or the float model's file."""
+        """Return the bytes that the model takes on disk: the artifact's weights, or the float model's file."""
         return self.size_bytes if self.file_bytes is None else self.file_bytes
 
     def figures(self) -> dict[str, Any]:
-        """The row as JSON values; a figure that is not finite (of equal images, of NaN) is None."""
+        """Return the row as JSON values. A figure that is not finite (for equal images, or NaN) is None."""
         return {
             "name": self.name,
             "preset": self.preset,
@@ -102,7 +103,7 @@ class ModelRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`float_model` and the quantized `models`; `settings` say how the images and states were drawn."""
+    """The figures of `float_model` and of the quantized `models`; `settings` say how images and states were drawn."""
 
     float_model: ModelRow
     models: tuple[ModelRow, ...]
@@ -110,12 +111,15 @@ class Comparison:
     environment: dict[str, Any]
 
     def with_seconds(self, seconds: list[float]) -> "Comparison":
-        """The same, with the calibration time of every quantized model."""
+        """Return the same comparison with the calibration time of every quantized model."""
         rows = zip(self.models, seconds, strict=True)
         return replace(self, models=tuple(replace(row, calibration_seconds=s) for row, s in rows))
 
     def to_json(self) -> str:
-        """`tqdit compare --json`: `reference` and a list `models` of figures, with settings and environment."""
+        """Return the text that `tqdit compare --json` writes.
+
+        Its figures are `reference` and the list `models`, beside `settings` and `environment`.
+        """
         value = {
             "environment": self.environment,
             "settings": self.settings,
@@ -143,14 +147,17 @@ def compare(  # noqa: PLR0913 - one for each option of the command
 ) -> Comparison:
     """Compare artifacts with their float model: epsilon SQNR, PSNR of same-seed images, FD-fashion, size, time, memory.
 
-    `num` images, and `samples` held-out states in each of ten equal ranges of the timesteps: the states are the same
-    whatever is compared. `conditions`: the prompts of a model of prompts, or its own classes by default.
-    `dtype`: float32 or bfloat16, of the residual stream of the integer models. `cost`: also time
-    calls next to the float model's in eager float32, and measure memory in a process for each model; not where several
-    processes share the machine. FD-fashion is None where the bundled classifier does not fit, and biased upwards for
-    few images: compare it only within one table. Raises `InputError` for an artifact of another model, and before any
-    sampling where the images could not be decoded. Inside `distributed.joined` the ranks share images and states, and
-    each returns the whole comparison.
+    `num`: the number of images. `samples`: the number of held-out states in each of ten equal ranges of the timesteps;
+    the states are the same whatever is compared. `conditions`: the prompts of a model of prompts; by default the
+    model's own classes. `dtype`: float32 or bfloat16, the dtype of the integer models' residual stream. `cost`: also
+    time calls next to the float model's in eager float32, and measure memory in a process for each model; not where
+    several processes share the machine.
+
+    FD-fashion is None where the bundled classifier does not fit. It is biased upwards for few images: compare it only
+    within one table. Inside `distributed.joined` the ranks share images and states, and each returns the whole
+    comparison.
+
+    Raises `InputError` for an artifact of another model, and before any sampling where the images could not be decoded.
     """
     if num < 1 or samples < 1:
         raise InputError(f"num and samples must be at least 1, got {num} and {samples}")
@@ -186,9 +193,9 @@ def held_out(
     report: Report = silent,
     conditions: Conditions | None = None,
 ) -> CalibrationSet:
-    """States of the float model's own trajectories without noise: another seed than calibration's.
+    """Collect states of the float model's own noise-free trajectories, with another seed than calibration's.
 
-    The ranges of timesteps are equal, but for flow matching: a shift leaves equal ranges without a step.
+    The ranges of timesteps are equal, except for flow matching: a shift leaves equal ranges without a step.
     """
     total = source.num_timesteps
     wanted = min(total, max(50, 2 * groups))
@@ -208,13 +215,13 @@ def held_out(
 
 
 def fd_fashion(source: ModelSource, pixels: torch.Tensor) -> float | None:
-    """FD-fashion of the images where the model makes Fashion-MNIST's classes, 1 x 32 x 32, else None."""
+    """Return FD-fashion of the images where the model makes Fashion-MNIST's classes, 1 x 32 x 32, else None."""
     fits = tuple(pixels.shape[1:]) == (1, 32, 32) and dict(source.labels) == dict(enumerate(FASHION))
     return features.fd_fashion(pixels) if fits and len(pixels) > 1 and bool(torch.isfinite(pixels).all()) else None
 
 
 def _pixels(wanted: Images, module: nn.Module, name: str, report: Report) -> torch.Tensor:
-    """The same-seed images of one model after another."""
+    """Return the same-seed images of a model."""
     report(f"images of {name}", 0.0)
     return images.gathered(wanted, module, lambda f: report(f"images of {name}", f))
 
@@ -223,7 +230,10 @@ def _measured(
     model: nn.Module, found: Sequence[ComparedArtifact], wanted: Images, data: CalibrationSet, calls: "_Calls | None",
     report: Report, target: Target,
 ) -> tuple[ModelRow, list[ModelRow]]:  # fmt: skip
-    """The rows of the float model and of the artifacts, one model after another; without `calls` nothing is timed."""
+    """Return the rows of the float model and of the artifacts; without `calls` nothing is timed.
+
+    The models are measured one after another.
+    """
     source = wanted.source
     sizes = float_sizes(source, model)
     first = _float_row(source, sizes, _pixels(wanted, model, source.name, report))
@@ -242,7 +252,7 @@ def _measured(
 
 @dataclass(frozen=True)
 class _Calls:
-    """The calls that are timed, and whose memory is measured: as many samples as one batch of the images has."""
+    """The calls that are timed, and whose memory is measured, with as many samples as one batch of the images has."""
 
     source: ModelSource
     sampling: Sampling
@@ -266,7 +276,7 @@ class _Calls:
     def with_memory(
         self, first: ModelRow, rows: Sequence[ModelRow], found: Sequence[ComparedArtifact], report: Report
     ) -> tuple[ModelRow, list[ModelRow]]:
-        """The rows with memory; the float model's time is the median over those next to each artifact."""
+        """Return the rows with memory. The float model's time is the median of its times next to each artifact."""
         gc.collect()  # the models are gone: each is measured with the machine to itself
         if self.target.device.type == "cuda":
             torch.cuda.empty_cache()
