@@ -16,9 +16,9 @@ TWO_REGION = {Role.SOFTMAX: Grid.MRQ_SOFTMAX, Role.GELU: Grid.MRQ_GELU}  # the o
 class Objective(StrEnum):
     """The weight of errors in a matmul's output."""
 
-    PLAIN = "plain"  # with nothing
-    FISHER = "fisher"  # with the Fisher diagonal (HO)
-    FISHER_BY_STEP = "fisher_by_step"  # with the Fisher diagonal times the sampler's step weight
+    PLAIN = "plain"  # unweighted
+    FISHER = "fisher"  # weighted by the Fisher diagonal (HO)
+    FISHER_BY_STEP = "fisher_by_step"  # weighted by the Fisher diagonal times the sampler's step weight
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from tqdit.system.reading import read_bytes
 from tqdit.system.validation import legal
 
 MAX_RECIPE_BYTES = 2**16
-MAX_DOTS = 100  # in a line of a recipe that is not a comment
+MAX_DOTS = 100  # in a line that is no comment
 BITS_PATTERN = re.compile(r"w([2-8])a([4-8])", re.IGNORECASE)
 
 CALIBRATION_SETTINGS = (
@@ -32,7 +32,7 @@ PRODUCTS_OF = {"softmax_grid": "softmax_products", "gelu_grid": "gelu_products"}
 
 DEFAULT_PRESET, DEFAULT_BITS = "plus", "w8a8"
 PRESETS: dict[str, dict[str, Any]] = {
-    # As published: per-tensor weights, MRQ everywhere, TGQ on post-softmax only.
+    # The published method: per-tensor weights, MRQ for both roles that have it, TGQ on post-softmax only.
     "paper": {
         "weight_granularity": "per_tensor",
         "time_grouped": "softmax",
@@ -41,9 +41,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gelu_products": "two",
         "loss": "epsilon",
     },
-    # Better at little or no run-time cost: per-channel weights, time groups for all activations, errors weighed as the
-    # sampler weighs them, MRQ where it wins. After GELU a second product is a quarter of the model's arithmetic and
-    # wins nothing that lasts to the image; after softmax it is little and wins much.
+    # A better method at little or no run-time cost: per-channel weights, time groups for all activations, errors
+    # weighed as the sampler weighs them, and MRQ where it wins. A second product after GELU is a quarter of the model's
+    # arithmetic, and its gain does not last to the image. After softmax a second product costs little and gains much.
     "plus": {
         "weight_granularity": "per_channel",
         "time_grouped": "all",
@@ -75,16 +75,16 @@ class Recipe(BaseModel):
     weight_granularity: Literal["per_tensor", "per_channel"] = "per_channel"
     softmax_grid: Literal["mrq", "uniform", "best"] = "best"
     gelu_grid: Literal["mrq", "uniform", "best"] = "best"
-    softmax_products: Literal["one", "two"] = "two"  # "one": no two-region grid but those of one integer product
+    softmax_products: Literal["one", "two"] = "two"  # "one": two-region grids of one integer product only
     gelu_products: Literal["one", "two"] = "one"
     time_grouped: Literal["none", "softmax", "all"] = "all"
     hessian: bool = True
-    loss: Literal["epsilon", "sampler"] = "sampler"  # HO counts errors of epsilon alike, or as the sampler's step does
+    loss: Literal["epsilon", "sampler"] = "sampler"  # HO weighs all errors of epsilon alike, or by sampler step
 
     groups: int = Field(10, ge=1)
-    time_edges: Literal["uniform", "visited"] = "uniform"  # equal ranges of t, or equally many of the sampler's steps
+    time_edges: Literal["uniform", "visited"] = "uniform"  # equal ranges of t, or equal numbers of sampler steps
     samples: int = Field(32, ge=1, description="calibration samples per time group (n)")
-    sampler: Literal["auto", "ddim", "ddpm", "flow"] = "auto"  # "auto": ddpm of a diffusion model, else flow
+    sampler: Literal["auto", "ddim", "ddpm", "flow"] = "auto"  # "auto": ddpm for a diffusion model, else flow
     steps: int = Field(250, ge=1)
     guidance: float = Field(1.5, ge=0, allow_inf_nan=False)
     trajectories: int | None = Field(None, ge=1, description="sampling runs to draw from")
@@ -168,7 +168,7 @@ class Recipe(BaseModel):
             values = tomllib.loads(text)
         except RecursionError:
             raise InputError(f"recipe {path}: its tables and arrays are too deep; a recipe has single values") from None
-        except ValueError as error:  # not TOML, not UTF-8, a number of thousands of digits
+        except ValueError as error:  # no TOML, no UTF-8, or a number of thousands of digits
             raise InputError(f"recipe {path}: {error}") from None
         preset = values.get("preset", DEFAULT_PRESET)
         if str(preset) not in PRESETS:

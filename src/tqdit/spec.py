@@ -16,22 +16,22 @@ from tqdit.timegroups import TimeGroups
 class Role(StrEnum):
     """The operand of a matmul that a site is."""
 
-    WEIGHT = "weight"  # of a matmul whose input is quantized too
-    WEIGHT_ONLY = "weight_only"  # of a layer that runs on float activations
-    INPUT = "input"  # of a linear layer
+    WEIGHT = "weight"  # the weight of a matmul whose input is quantized too
+    WEIGHT_ONLY = "weight_only"  # the weight of a layer that runs on float activations
+    INPUT = "input"  # the input of a linear layer
     QUERY = "query"
     KEY = "key"
     VALUE = "value"
-    SOFTMAX = "softmax"  # left operand of P V
-    GELU = "gelu"  # input of the second feed-forward layer
+    SOFTMAX = "softmax"  # the left operand of P V
+    GELU = "gelu"  # the input of the second feed-forward layer
 
 
 class Granularity(StrEnum):
     """The elements of a tensor that share one scale."""
 
-    PER_TENSOR = "per_tensor"  # () beside the group axis
-    PER_CHANNEL = "per_channel"  # (out,) of a weight
-    PER_HEAD = "per_head"  # (H,) of an attention operand
+    PER_TENSOR = "per_tensor"  # shape () beside the group axis
+    PER_CHANNEL = "per_channel"  # shape (out,), for a weight
+    PER_HEAD = "per_head"  # shape (H,), for an attention operand
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from tqdit.errors import InputError
 
 MAX_EDGES = 10**4
-MAX_TIMESTEPS = 10**6  # a model of whole timesteps may have a table of all of them
+MAX_TIMESTEPS = 10**6  # bounded, since a model may have a table of all whole timesteps
 
 
 @dataclass(frozen=True)

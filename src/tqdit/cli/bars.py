@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress, Task, TaskID
 
 Report = Callable[[str, float], None]  # (stage, finished fraction)
-# Stages and their shares of the time, roughly: between those of the bundled model and of DiT-XL/2, see docs/results.md.
+# Stages and their rough shares of the time: between the bundled model's and DiT-XL/2's, see docs/results.md.
 QUANTIZE: Mapping[str, float] = {"trajectories": 0.4, "statistics": 0.2, "search": 0.4}
 TOTAL = "total"
-EVERY = 15.0  # seconds between two plain lines of a stage, at least
+EVERY = 15.0  # least seconds between two plain lines of a stage
 NO_STAGES: Mapping[str, float] = {}
 
 
@@ -56,7 +56,7 @@ class Total:
     def __init__(self, stages: Mapping[str, float]) -> None:
         self.stages = stages
         self.done = 0.0  # share of the time of all stages
-        self._rest = 0.0  # that of the stages that have not begun
+        self._rest = 0.0  # share of the stages that have not begun
         self._finished = dict.fromkeys(stages, 0.0)
 
     def tell(self, stage: str, fraction: float) -> None:

@@ -24,7 +24,7 @@ from tqdit.cli.settings import Set, parsed
 if TYPE_CHECKING:
     from tqdit.speed.benchmark import RandomModel
 
-FAILED = 1  # exit code: the figures are written, but a quantized model is missing among them
+FAILED = 1  # exit code: the figures are written, but they lack a quantized model
 
 
 def bench(

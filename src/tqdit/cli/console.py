@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from tqdit.quality.comparison import Comparison
     from tqdit.speed.benchmark import Benchmark, TimedModel
 
-WIDTH = 80  # of what is not a terminal
-FEW_IMAGES = 100  # of fewer images FD-fashion says more about their number than about the model
+WIDTH = 80  # columns of an output that is not a terminal
+FEW_IMAGES = 100  # with fewer images FD-fashion depends more on their number than on the model
 
 
 def print_comparison(result: "Comparison") -> None:
@@ -97,7 +97,7 @@ def _print_kernels(console: "Console", result: "Benchmark", every_site: bool) ->
     shown = set()
     for row, (model, sites) in zip([row for row in result.rows if row.integer], result.sites, strict=True):
         if (title := " ".join(filter(None, (model, row.preset, row.bits)))) in shown:
-            continue  # the same at another batch size
+            continue  # this model has come already, at another batch size
         shown.add(title)
         console.print(f"kernels of {title}:", markup=False)
         if every_site:

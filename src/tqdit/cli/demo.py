@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 MODEL = "fashion-dit"
 BITS = ("w8a8", "w6a6")
-# Less than the published calibration, so that the demo takes minutes; `tqdit quantize` has the published defaults.
 STAGES = {
     "trajectories": 18, "statistics": 12, "search w8a8": 33, "search w6a6": 33, "held-out states": 6,
     f"images of {MODEL}": 24, f"images of {MODEL}-w8a8": 8, f"timing {MODEL}-w8a8": 3, f"images of {MODEL}-w6a6": 8,
     f"timing {MODEL}-w6a6": 3, "memory": 25,
-}  # seconds on two cores, for the time that is left  # fmt: skip
+}  # seconds on two cores, to estimate the time that is left  # fmt: skip
+# These settings calibrate less than published, so that the demo takes minutes; `tqdit quantize` has the published ones.
 SETTINGS: dict[str, Any] = {"samples": 16, "steps": 100, "rounds": 1, "rows": 1024, "queries": 1024}
 
 

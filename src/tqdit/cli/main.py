@@ -85,7 +85,7 @@ def main() -> NoReturn:
     """
     from tqdit.errors import InputError
 
-    signal.signal(signal.SIGTERM, _terminate)  # a polite kill cleans up as Ctrl-C does
+    signal.signal(signal.SIGTERM, _terminate)  # so that clean-up runs as for Ctrl-C
     with _notes_in_one_line():
         try:
             code = app(standalone_mode=False)
@@ -97,7 +97,7 @@ def main() -> NoReturn:
             _fail(INTERRUPT_MESSAGE, TERMINATED)
         except (KeyboardInterrupt, typer.Abort):
             _fail(INTERRUPT_MESSAGE, INTERRUPTED)
-        except Exception as error:  # typer's own usage errors differ in base class between versions
+        except Exception as error:  # typer's usage errors differ in base class between versions
             if not hasattr(error, "format_message"):
                 if speaker := distributed.speaker():
                     error.add_note(f"tqdit: {speaker}this process has failed")
@@ -105,7 +105,7 @@ def main() -> NoReturn:
             _fail(_usage(error))
     if code == INTERRUPTED:
         _fail(INTERRUPT_MESSAGE, INTERRUPTED)
-    sys.exit(code or 0)  # 1: a benchmark with models that failed
+    sys.exit(code or 0)  # the code 1 means a benchmark with models that failed
 
 
 def _usage(error: Any) -> str:
@@ -131,7 +131,7 @@ def _terminate(*_: Any) -> NoReturn:
 
 def _fail(message: str, code: int = WRONG) -> NoReturn:
     line = f"tqdit: {distributed.speaker()}{message}"
-    if message and distributed.tells(message):  # a bare `tqdit` has printed its help
+    if message and distributed.tells(message):  # there is no message where `tqdit` alone has printed its help
         print(line, file=sys.stderr)
     distributed.leave_reason(line)
     sys.stdout.flush()

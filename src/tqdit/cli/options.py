@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from tqdit.sampling.guidance import Conditions
 
-STDOUT = Path("-")  # as a file: standard output
+STDOUT = Path("-")  # the file name that means standard output
 
 
 class _ToStderr(logging.StreamHandler[Any]):

@@ -61,7 +61,7 @@ def sample(
     with distributed.joined(device) as world, progress(quiet or not world.first) as report:
 
         def noted(stage: str, fraction: float) -> None:
-            begun[:] = begun or [time.perf_counter()]  # the model is loaded
+            begun[:] = begun or [time.perf_counter()]  # time only counts once the model is loaded
             report(stage, fraction)
 
         target = Target(backend, world.device, dtype)

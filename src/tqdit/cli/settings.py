@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-# Options of `quantize` that set a recipe's settings of other names.
+# Options of `quantize`, and the recipe settings that they set under other names.
 SETTINGS_OF: Mapping[str, tuple[str, ...]] = {
     "bits": ("bits", "weight_bits", "activation_bits"),
     "ho": ("hessian",),

@@ -27,7 +27,7 @@ class _Method(StrEnum):  # diffusers reads its `value`
 
 
 METHOD = _Method.TQDIT.value
-WHOLE = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that leave the choice to us
+WHOLE = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that leave the choice to the quantizer
 
 
 class TQDiTConfig(QuantizationConfigMixin):
@@ -141,7 +141,7 @@ class TQDiTQuantizer(DiffusersQuantizer):
         The arguments are the model, the value, its name, the device and the file's tensors by name.
         """
         name, state_dict = args[2], args[4]
-        self._found[name] = state_dict[name]  # `value` has been cast
+        self._found[name] = state_dict[name]  # not `value`, which diffusers has cast
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         """Give the model an empty tensor under every name of the checkpoint."""
@@ -149,7 +149,7 @@ class TQDiTQuantizer(DiffusersQuantizer):
         for key in self._keys:
             try:
                 _add_empty(model, key)
-            except (AttributeError, KeyError, NameError, TypeError):  # no name that a tensor of a module can have
+            except (AttributeError, KeyError, NameError, TypeError):  # a module cannot have a tensor of this name
                 raise InputError(f"{self._folder}: has an unexpected tensor '{key}'") from None
 
     @isolated()
@@ -176,7 +176,7 @@ class TQDiTQuantizer(DiffusersQuantizer):
     @property
     def is_serializable(self) -> bool:
         """Say that the model can be saved, which its own `save_pretrained` does."""
-        return True  # by the model's own `save_pretrained`
+        return True  # the model's own `save_pretrained` does it
 
     @property
     def is_trainable(self) -> bool:
@@ -222,7 +222,7 @@ class _KeptSetting(logging.Filter):
         frame = sys._getframe()
         while frame.f_back is not None:
             frame = frame.f_back
-            if isinstance(frame.f_locals.get("hf_quantizer"), TQDiTQuantizer):  # of diffusers' `from_pretrained`
+            if isinstance(frame.f_locals.get("hf_quantizer"), TQDiTQuantizer):  # in `from_pretrained`
                 return False
         return True
 
@@ -232,7 +232,7 @@ KEPT_SETTING = _KeptSetting()
 
 def register() -> None:
     """Add tqdit to diffusers' tables of quantization methods, without replacing any entry."""
-    logging.getLogger(configuration_utils.__name__).addFilter(KEPT_SETTING)  # once, however often it is called
+    logging.getLogger(configuration_utils.__name__).addFilter(KEPT_SETTING)  # logging adds a filter only once
     auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, TQDiTQuantizer)
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, TQDiTConfig)
 

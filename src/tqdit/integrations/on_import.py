@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-WATCHED = "diffusers.quantizers.auto"  # has diffusers' tables of quantization methods
+WATCHED = "diffusers.quantizers.auto"  # the module of diffusers' tables of quantization methods
 INTEGRATION = "tqdit.integrations.diffusers"
 
 

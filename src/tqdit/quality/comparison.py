@@ -39,8 +39,8 @@ from tqdit.system.distributed import current
 from tqdit.system.environment import environment
 from tqdit.system.isolation import isolated
 
-HELD_OUT_SEED = 20_000  # far from calibration's: other noise, other states
-STATE_GROUPS = 10  # ranges of timesteps that held-out states are drawn from, whatever is compared
+HELD_OUT_SEED = 20_000  # far from calibration's seeds, so noise and states differ
+STATE_GROUPS = 10  # ranges of timesteps that held-out states are drawn from
 FASHION = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
@@ -199,7 +199,7 @@ def held_out(
     """
     total = source.num_timesteps
     wanted = min(total, max(50, 2 * groups))
-    steps = next(n for n in range(wanted, total + 1) if total % n == 0)  # a divisor, so that the last group is visited
+    steps = next(n for n in range(wanted, total + 1) if total % n == 0)  # a divisor of T, which visits the last group
     recipe = Recipe(
         groups=groups,
         samples=samples,
@@ -277,7 +277,7 @@ class _Calls:
         self, first: ModelRow, rows: Sequence[ModelRow], found: Sequence[ComparedArtifact], report: Report
     ) -> tuple[ModelRow, list[ModelRow]]:
         """Return the rows with memory. The float model's time is the median of its times next to each artifact."""
-        gc.collect()  # the models are gone: each is measured with the machine to itself
+        gc.collect()  # free the models: each is measured with the machine to itself
         if self.target.device.type == "cuda":
             torch.cuda.empty_cache()
         costs = [row.cost for row in rows if row.cost]

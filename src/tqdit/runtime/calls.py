@@ -18,7 +18,7 @@ from tqdit.ops.modules import Watched
 from tqdit.system.capture import Captured
 from tqdit.system.isolation import without_autocast
 
-MAX_GRAPHS = 16  # of different batch sizes and shapes; the one that was not used for longest goes first
+MAX_GRAPHS = 16  # for different batch sizes and shapes; the least recently used is dropped
 
 
 def _nothing() -> None:
@@ -56,8 +56,8 @@ class Runtime(nn.Module):
     def _forget_graphs(self) -> None:
         self._captured: OrderedDict[tuple[Any, ...], Captured] = OrderedDict()
         self._lock = threading.Lock()
-        self._stream: torch.cuda.Stream | None = None  # of the last replay
-        self._seen: tuple[object, bool] = (None, False)  # what was watched, and whether a graph would be wrong
+        self._stream: torch.cuda.Stream | None = None  # the stream of the last replay
+        self._seen: tuple[object, bool] = (None, False)  # `Watched.contents`, and whether blocks have adapters
         self._prompt: tuple[Any, int, Any] = NO_PROMPT
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Runtime":
@@ -124,13 +124,13 @@ class Runtime(nn.Module):
         key = (x.device, x.shape, x.dtype, structure, fixed, *((leaf.shape, leaf.dtype) for leaf in tensors))
         with self._lock, _on(x.device):
             stream = torch.cuda.current_stream()
-            if self._stream is not None and self._stream != stream:  # its last replay has to leave the static tensors
+            if self._stream is not None and self._stream != stream:  # its replay still uses the static tensors
                 stream.wait_stream(self._stream)
             self._stream = stream
             if key not in self._captured:
                 self._captured[key] = self._capture(model, x, tensors, fixed, structure)
                 if len(self._captured) > MAX_GRAPHS:
-                    torch.cuda.synchronize()  # a replay on another stream may still read what is given back
+                    torch.cuda.synchronize()  # a replay on another stream may still read the memory that is freed
                     self._captured.popitem(last=False)
             self._captured.move_to_end(key)
             return self._captured[key](x, *tensors)

@@ -72,7 +72,7 @@ def _converted(
     model.quantization_backend = chosen.NAME
     model.quantization_report = {name: kernel_name(params, chosen) for name, params in solution.params.items()}
     model.solution = replace(solution, codes=LayerCodes(parts.places, parts.sites))
-    model.reconvert = partial(_converted, backend=backend)  # of a solution that fits
+    model.reconvert = partial(_converted, backend=backend)  # the solution was checked before
     model.io_dtype = dtype
     model.prepared_for = torch.device(device).type
     model.fingerprint = Fingerprint(_described(solution, chosen.NAME, device))

@@ -18,7 +18,7 @@ from tqdit.recipe import Recipe
 from tqdit.spec import MAX_BITS, MIN_BITS, Granularity, Grid, GridParams, Role, SiteSpec, Solution
 
 LEAST_ACTIVATION_BITS = 4
-PER_CHANNEL = Recipe("paper", groups=1, weight_granularity="per_channel")  # for the number of channels
+PER_CHANNEL = Recipe("paper", groups=1, weight_granularity="per_channel")  # its plan gives the number of channels
 FIELDS = ("role", "grid", "granularity", "groups", "units")
 
 

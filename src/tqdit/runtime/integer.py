@@ -27,8 +27,8 @@ from tqdit.system.files import replacing
 from tqdit.system.isolation import isolated
 
 CONVERTED = ("quantization_backend", "quantization_report", "solution", "reconvert", "prepared_for", "fixed")
-LOCK = threading.Lock()  # a model is converted again by one thread, however many ask
-INTEGER, CLOSED = "Integer", "Closed"  # what names of classes that are made here begin with
+LOCK = threading.Lock()  # held while a model is converted again
+INTEGER, CLOSED = "Integer", "Closed"  # first words of the names of classes that are made here
 
 
 class _SameAsDiffusers(type):
@@ -49,10 +49,10 @@ class _SameAsDiffusers(type):
 class IntegerModel(Closed, Untrainable):
     """The members that every converted model has beside those of diffusers' own class; `convert` makes the model."""
 
-    solution: Solution  # its codes are those of the layers
-    reconvert: Any  # a Solution and `device` -> a model converted in the same way
+    solution: Solution  # with the codes of the layers
+    reconvert: Any  # (Solution, device=...) -> a model that is converted in the same way
     prepared_for: str  # the kind of device that the layers are laid out for
-    fixed: frozenset[str]  # names in a state dict that are the model's own, not an adapter's
+    fixed: frozenset[str]  # names in a state dict that belong to the model, not to an adapter
     runtime: Runtime
     config: Any
     original: type[Any]  # diffusers' class
@@ -113,7 +113,7 @@ class IntegerModel(Closed, Untrainable):
         output = self.runtime.call(self, hidden_states, arguments)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
-    @torch.compiler.disable  # compile after a first call on the device, or the graph breaks here
+    @torch.compiler.disable  # the graph breaks here unless a call on the device came first
     def _prepare(self, device: torch.device) -> None:
         """Convert the model for a kind of device, only once however many threads ask.
 
@@ -211,7 +211,7 @@ class IntegerModel(Closed, Untrainable):
         """Change the dtype to fp16, as `torch.nn.Module.half` does."""
         return nn.Module.half(self)
 
-    def float(self, *_: Any) -> Self:  # below all annotations, which mean the type
+    def float(self, *_: Any) -> Self:  # defined last: annotations above mean the type
         """Change the dtype to fp32, as `torch.nn.Module.float` does."""
         return nn.Module.float(self)
 

@@ -57,7 +57,7 @@ def checked_device(device: Device = "auto") -> torch.device:
     """
     try:
         chosen = torch.device(distributed.chosen_device(device))
-        torch.empty(1, device=chosen).item()  # "meta" exists but cannot compute
+        torch.empty(1, device=chosen).item()  # the device "meta" exists but cannot compute
     except (RuntimeError, AssertionError):
         raise InputError(f"device '{device}' is not available here; try cpu") from None
     return chosen

@@ -25,7 +25,7 @@ from tqdit.system.files import read_tensors
 from tqdit.system.reading import check_regular
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
-TRAINING_KEYS = ("ema", "model")  # of a training checkpoint, the better weights first; it also has "opt" and "args"
+TRAINING_KEYS = ("ema", "model")  # keys of a training checkpoint's weights, the better first
 POSITION_TOLERANCE = 1e-5
 
 
@@ -127,7 +127,7 @@ def _unpickled(path: Path) -> Any:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the training command line; never used
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the training's command line
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a damaged file can fail in any way
         if refused := re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error)):

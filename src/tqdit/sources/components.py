@@ -17,7 +17,7 @@ from tqdit.system.reading import check_regular
 PIPELINE = "model_index.json"  # the file that makes a folder a diffusers pipeline
 SCHEDULER_PART = "scheduler"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
-WEIGHTS_NAME = re.compile(r"((?:diffusion_pytorch_)?model)(\.[\w-]+)?\.safetensors")  # a name, maybe with a variant
+WEIGHTS_NAME = re.compile(r"((?:diffusion_pytorch_)?model)(\.[\w-]+)?\.safetensors")  # a name and maybe a variant
 
 
 def names(index: Mapping[str, Any]) -> Iterator[str]:
@@ -50,7 +50,7 @@ def check(root: Path, index: Mapping[str, Any], vae: Path | None = None) -> None
             raise InputError(f"{root} names the component '{name}', but has no folder of this name")
         for path in sorted(folder.rglob("*")):
             if not path.is_dir():
-                check_regular(path)  # a copy of a pipe would wait for ever
+                check_regular(path)  # copying a named pipe would wait for ever
         _check_weights(folder)
     if (code := own_code(root, index)) is not None and not code.is_file():
         raise InputError(f"{root} names the pipeline class {index['_class_name']}, but has no file {code.name}")
@@ -119,7 +119,7 @@ def _kind_of_model(component: Path) -> str:
     """Return the class of the model in a component's config; empty for a component that needs no weights."""
     path = component / CONFIG
     config = read_json(path) if is_there(path) else {}
-    kind = config.get("_class_name") or config.get("architectures") or ""  # of diffusers, or of transformers
+    kind = config.get("_class_name") or config.get("architectures") or ""  # diffusers, or transformers
     return str(kind[0] if isinstance(kind, list) and kind else kind)[:40]
 
 

@@ -13,7 +13,7 @@ from tqdit.errors import AssumptionWarning, InputError
 from tqdit.system.files import INDEX, WEIGHTS, is_there, read_json, read_tensors, read_weights
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-PREFIXES = ("_orig_mod.", "module.", "model.")  # of a model that torch.compile, DataParallel or a trainer wrapped
+PREFIXES = ("_orig_mod.", "module.", "model.")  # what torch.compile, DataParallel and trainers add
 VARIANT = re.compile(r"diffusion_pytorch_model\.([\w-]+)\.safetensors")
 
 

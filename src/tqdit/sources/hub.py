@@ -9,7 +9,7 @@ from tqdit.sources.components import PICKLES
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 OF_OTHERS = (".onnx", ".onnx_data", ".gguf", ".ot", ".pb", ".tflite")
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp4")
-LEFT_OUT = tuple(f"*{suffix}" for suffix in (*PICKLES, *OF_OTHERS, *PICTURES))  # all else is part of the pipeline
+LEFT_OUT = tuple(f"*{suffix}" for suffix in (*PICKLES, *OF_OTHERS, *PICTURES))  # all else may be part of the pipeline
 
 
 def is_id(model: str) -> bool:
@@ -26,7 +26,7 @@ def fetched(model: str) -> Path:
 
     try:
         folder = Path(snapshot_download(model, ignore_patterns=list(LEFT_OUT)))
-    except Exception as error:  # the library's errors and those of its connections have no class in common
+    except Exception as error:  # errors of the library and of its connections share no class
         reason = str(error).strip().partition("\n")[0]
         raise InputError(
             f"unknown model '{model}': no such folder here, and not to be had from the Hugging Face Hub: {reason}"

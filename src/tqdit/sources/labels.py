@@ -10,7 +10,7 @@ from tqdit.sources.source import ModelSource
 from tqdit.system.files import is_there, read_json
 
 LABELS = "id2label.json"
-MOST_DIGITS = 9  # of a class number
+MOST_DIGITS = 9  # of a class number; a text of more digits is no class
 
 
 def find_labels(root: Path, index: Mapping[str, Any] | None) -> dict[int, str]:

@@ -124,7 +124,9 @@ def _pipeline_of(folder: Path) -> Path:
 def _name(model: str, root: Path) -> str:
     if model in BUNDLED:
         return model
-    return root.resolve().name if Path(model).is_dir() else model.rpartition("/")[2]  # a Hub folder's is a hash
+    if Path(model).is_dir():
+        return root.resolve().name
+    return model.rpartition("/")[2]  # the folder of a model of the Hub is named by a hash
 
 
 def _checkpoint(path: Path, num_heads: int | None, objective: str | None) -> ModelSource:
@@ -160,7 +162,7 @@ def load_float(source: ModelSource) -> nn.Module:
     except InputError as error:
         raise InputError(f"{source.folder}: {error}") from None
     for name, tensor in values.items():
-        set_parameter(model, name, tensor.to(torch.float32, copy=True))  # it may be part of a mapped file
+        set_parameter(model, name, tensor.to(torch.float32, copy=True))  # the tensor may be part of a mapped file
     return model.eval().requires_grad_(False)
 
 
@@ -175,7 +177,8 @@ def weights_hash(model: nn.Module) -> str:
     """Return the sha256 over a model's parameters, by name and value, and over settings unknown to diffusers."""
     digest, config = hashlib.sha256(), config_of(model)
     for key, value in architecture(config).own_settings(config).items():
-        # Artifacts keep this hash. A frequency shift that diffusers does not have is 0, so its key says it all.
+        # Artifacts keep this hash, so it cannot change. A frequency shift that diffusers lacks is always 0, so the key
+        # alone says it.
         digest.update((key if key == FREQUENCY_SHIFT else f"{key}={float(value)!r}").encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

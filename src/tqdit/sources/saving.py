@@ -46,7 +46,7 @@ def fill(folder: Path, solution: Solution, source: ModelSource, former: Path) ->
     if source.pipeline is None:
         if source.labels:
             write_json(folder / LABELS, {str(i): label for i, label in sorted(source.labels.items())})
-        artifact.write(solution, folder)  # last: it seals the folder
+        artifact.write(solution, folder)  # last, since it seals the folder
     else:
         load = LOAD_TRANSFORMER if source.vae is None else LOAD_PIPELINE
         index = {**source.pipeline, **source.components, TRANSFORMER: ["diffusers", architecture(source.config).name]}
@@ -63,7 +63,7 @@ def fill(folder: Path, solution: Solution, source: ModelSource, former: Path) ->
 
 def least_bytes(source: ModelSource, module: nn.Module, recipe: Recipe) -> int:
     """Return about as many bytes as an artifact takes on the disk, or fewer: weight codes and the decoder."""
-    twin = architecture(source.config).twin  # what blocks share is stored once
+    twin = architecture(source.config).twin  # tensors that blocks share are stored once
     counts = {twin(name): parameter.numel() for name, parameter in module.named_parameters()}
     decoder = source.vae.rglob("*.safetensors") if source.vae else ()
     return sum(counts.values()) * recipe.weight_bits // 8 + sum(file.stat().st_size for file in decoder)

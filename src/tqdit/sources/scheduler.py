@@ -31,7 +31,7 @@ def find_scheduler(path: Path, index: Mapping[str, Any] | None, model: Mapping[s
             process = family({"_class_name": named})
         except InputError as error:
             raise InputError(f"{path.parent.parent / PIPELINE}: {error}") from None
-        if process is not family(None):  # what a config without a class means is another process
+        if process is not family(None):  # a config without a class would mean another process
             if config is None:
                 raise InputError(f"{path} is missing; {PIPELINE} names a {named}, whose shift nothing else says")
             config = {"_class_name": named, **config}

@@ -53,6 +53,6 @@ def _folder(folder: Path) -> Counter[str]:
         with safe_open(folder / name, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - no mapping
                 part = file.get_slice(key)
-                kind = SAFETENSORS[part.get_dtype()]  # `load_float` has read it as floats
+                kind = SAFETENSORS[part.get_dtype()]  # the dtype is known, since `load_float` has read the file
                 counts[kind] += getattr(torch, kind).itemsize * math.prod(part.get_shape())
     return counts

@@ -53,7 +53,7 @@ class Summary:
 def summarize(name: str, recipe: Recipe, sizes: FloatSizes, seconds: float, out: Path, device: str) -> Summary:
     """Measure the artifact `out`, which was made of the float model `name`. Every process must call this."""
     world = distributed.current()
-    size = int(world.add(torch.tensor(artifact.size_bytes(out) if world.first else 0)))  # known when it is written
+    size = int(world.add(torch.tensor(artifact.size_bytes(out) if world.first else 0)))  # the first process wrote it
     return Summary(
         name=name,
         preset=recipe.label,

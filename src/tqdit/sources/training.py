@@ -12,19 +12,19 @@ from typing import Any
 from tqdit.architectures.shapes import shape_config, shape_names, width
 from tqdit.errors import InputError
 
-PLAIN = (str, int, float)  # values that arguments have; a file may hold tensors there
-CLASSES = 1000  # of the published checkpoints, which say nothing of their training
+PLAIN = (str, int, float)  # the types of arguments; a file may hold tensors among them
+CLASSES = 1000  # of the published checkpoints, which have no training arguments
 OBJECTIVES = ("diffusion", "flow")
-FLOW = ("path_type", "interpolant")  # arguments that only a training by flow matching has
-# As SiT's own trainer writes them. Others write "linear" and "v" and count time the other way (REPA): a model of
-# theirs would be run backwards, so the letters have to match.
+FLOW = ("path_type", "interpolant")  # only a training by flow matching has these arguments
+# These are the words of SiT's own trainer. Another trainer, REPA, writes "linear" and "v", and counts time the other
+# way: its models would be run backwards. So upper and lower case have to match.
 FLOW_ARGUMENTS: Mapping[str, tuple[Any, ...]] = {
     "path_type": ("Linear",),
     "interpolant": ("Linear",),
     "prediction": ("velocity",),
 }
-EPSILON = ("epsilon", "eps", "noise")  # what trainers call the prediction of DiT
-DIFFUSION_ARGUMENTS: Mapping[str, tuple[Any, ...]] = {  # the process that is taken, by the arguments that change it
+EPSILON = ("epsilon", "eps", "noise")  # names of DiT's prediction in trainers
+DIFFUSION_ARGUMENTS: Mapping[str, tuple[Any, ...]] = {  # the only process that is supported, by argument
     "prediction": EPSILON,
     "prediction_type": EPSILON,
     "predict_xstart": (False,),
