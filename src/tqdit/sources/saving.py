@@ -57,6 +57,7 @@ def fill(folder: Path, solution: Solution, source: ModelSource, former: Path) ->
         artifact.seal(folder)
     size = artifact.size_bytes(folder)
     kind = (source.pipeline or {}).get("_class_name")
+    kind = kind if isinstance(kind, str) else None  # a list names a class of the pipeline's own code
     text = model_card(solution, shape_name(solution.model_config), size, source.name, load, kind)
     write_card(folder, text, former)
 
