@@ -44,7 +44,7 @@ from tqdit.architectures.building import new_model
 from tqdit.architectures.dit_checkpoint import AS_PUBLISHED
 from tqdit.architectures.shapes import shape_config, shape_name
 from tqdit.quality import features
-from tqdit.sources.resolve import LABELS
+from tqdit.sources.labels import LABELS
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSIFIER = Path("fashion-classifier", features.CLASSIFIER_FILE.name)

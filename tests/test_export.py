@@ -15,7 +15,8 @@ from tqdit.errors import InputError
 from tqdit.provenance import Provenance
 from tqdit.search.solver import solve
 from tqdit.sources.export import convert_checkpoint
-from tqdit.sources.resolve import LABELS, class_indices, load_float, resolve, weights_hash
+from tqdit.sources.labels import LABELS, class_indices
+from tqdit.sources.resolve import load_float, resolve, weights_hash
 from tqdit.system.files import CONFIG, WEIGHTS, read_json
 from tqdit.timegroups import TimeGroups
 

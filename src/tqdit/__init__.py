@@ -96,10 +96,12 @@ register_with_diffusers()
 
 
 def __dir__() -> list[str]:
+    """List the public names."""
     return sorted(__all__)
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name from its module on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module 'tqdit' has no attribute '{name}'")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,4 +1,4 @@
-"""`python -m tqdit` is the command `tqdit`."""
+"""Run the command `tqdit` for `python -m tqdit`."""
 
 from tqdit.cli.main import main
 

@@ -1,4 +1,4 @@
-"""What the user is told: the input is wrong, and here is what was legal; or something was put right."""
+"""Define the messages to a user: the input is wrong, a default was taken, or something was put right."""
 
 import difflib
 from collections.abc import Iterable
@@ -20,21 +20,21 @@ class InputError(ValueError):
 
 
 def printable(text: str) -> str:
-    """The text with an escape such as \\x1b or \\n in place of every character that a terminal would not print."""
+    """Return the text with an escape such as \\x1b or \\n for every character that a terminal would not print."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the known name that is most like it; empty if none is."""
+    """Return the end of a message about an unknown name: the known name that is most like it; empty if none is."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
 class AssumptionWarning(UserWarning):
-    """A model does not say what is needed, and a default was taken; the message says which."""
+    """A model lacks information that is needed, and a default was taken; the message says which."""
 
 
 class RepairWarning(UserWarning):
-    """Something that an interrupted or damaged run left was put right; the message says what."""
+    """A rest of an interrupted or damaged run was put right; the message says what it was."""

@@ -1,4 +1,4 @@
-"""Which sites a model has under a recipe, and which grids the search tries: the only reader of a recipe's choices."""
+"""Plan a model's sites and the grids that the search tries. No other module reads a recipe's choices."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,19 +14,19 @@ TWO_REGION = {Role.SOFTMAX: Grid.MRQ_SOFTMAX, Role.GELU: Grid.MRQ_GELU}  # the o
 
 
 class Objective(StrEnum):
-    """What the error of a matmul's output is weighed with."""
+    """The weight of errors in a matmul's output."""
 
-    PLAIN = "plain"  # with nothing
-    FISHER = "fisher"  # with the Fisher diagonal (HO)
-    FISHER_BY_STEP = "fisher_by_step"  # with the Fisher diagonal times the sampler's step weight
+    PLAIN = "plain"  # unweighted
+    FISHER = "fisher"  # weighted by the Fisher diagonal (HO)
+    FISHER_BY_STEP = "fisher_by_step"  # weighted by the Fisher diagonal times the sampler's step weight
 
 
 @dataclass(frozen=True)
 class SitePlan:
     """One site before it is solved.
 
-    `spec` is the site with the first of its `grids`, which are tried in this order; the first of equal ones is kept.
-    With `merging`, regions of a two-region grid have scales that fit one integer product.
+    `spec` is the site with the first of its `grids`. The search tries them in this order, and keeps the first of
+    equally good ones. With `merging`, regions of a two-region grid have scales that fit one integer product.
     """
 
     spec: SiteSpec
@@ -35,15 +35,15 @@ class SitePlan:
 
     @property
     def tried(self) -> tuple[SiteSpec, ...]:
-        """The site on each of its grids."""
+        """Return the site on each of its grids."""
         return tuple(replace(self.spec, grid=grid) for grid in self.grids)
 
 
 def plan(graph: Graph, recipe: Recipe, groups: int | None = None) -> dict[str, SitePlan]:
     """Return every site of a model by name: all weights of layers on float inputs, then block by block.
 
-    `groups` is the number of time groups that were made, which visited timesteps may make fewer than the recipe's; by
-    default it is the recipe's. The order is that of an artifact's manifest.
+    `groups`: the number of time groups that were made, by default the recipe's. Visited timesteps may make fewer than
+    the recipe asks for. The order is that of an artifact's manifest.
     """
     return {site.spec.name: site for site in _sites(graph, recipe, recipe.groups if groups is None else groups)}
 
@@ -66,7 +66,8 @@ def objective(recipe: Recipe) -> Objective:
 def grids(recipe: Recipe, role: Role) -> tuple[Grid, ...]:
     """Return the grids that the search tries for an operand of a role, in order.
 
-    Two regions of `MAX_BITS` bits whose scales merge have levels of a uniform grid alone, which is tried in its place.
+    Two regions of `MAX_BITS` bits whose scales merge have only levels of a uniform grid, so a uniform grid is tried in
+    their place.
     """
     two_region = TWO_REGION.get(role)
     choice = {Role.SOFTMAX: recipe.softmax_grid, Role.GELU: recipe.gelu_grid}.get(role, "uniform")
@@ -77,7 +78,7 @@ def grids(recipe: Recipe, role: Role) -> tuple[Grid, ...]:
 
 
 def _merging(recipe: Recipe, role: Role) -> bool:
-    """Whether two regions have to fit one integer product."""
+    """Say whether two regions have to fit one integer product."""
     products = {Role.SOFTMAX: recipe.softmax_products, Role.GELU: recipe.gelu_products}
     return products.get(role) == "one"
 
@@ -111,6 +112,6 @@ def _activation(operand: Operand, recipe: Recipe, groups: int) -> SitePlan:
 
 
 def _grouped(operand: Operand, recipe: Recipe) -> bool:
-    """Whether the operand has parameters for every time group."""
+    """Say whether the operand has parameters for every time group."""
     grouped = {"all": True, "softmax": operand.role is Role.SOFTMAX, "none": False}[recipe.time_grouped]
     return grouped and operand.timed

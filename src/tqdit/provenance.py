@@ -1,4 +1,4 @@
-"""How a quantized model was made: what its artifact keeps of the recipe, the source and the versions."""
+"""Say how a quantized model was made: the part of recipe, source and versions that its artifact keeps."""
 
 import copy
 from collections.abc import Mapping
@@ -18,10 +18,11 @@ def _empty() -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a model was made from and with. None and empty tables: the artifact does not say.
+    """The origin of a quantized model: its recipe, its source and the versions of packages.
 
-    `recipe`: every setting of it, as JSON values. `versions`: of the packages, by name. `further`: what an artifact of
-    another version says beside these; it is kept. The tables cannot be changed. `InputError` for a wrong type.
+    `recipe`: every setting, as JSON values. `versions`: the versions of packages, by name. `further`: entries of an
+    artifact of another version of tqdit, which are kept. None or an empty table means that the artifact does not say.
+    The tables cannot be changed. Raises `InputError` for a wrong type.
     """
 
     preset: str | None = None
@@ -49,13 +50,13 @@ class Provenance:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Read what `to_json` made. Null is as good as absent."""
+        """Read the value that `to_json` returns. Null is as good as absent."""
         known = {entry.name for entry in fields(cls)} - {"further"}
         given = {name: inner for name, inner in value.items() if name in known and inner is not None}
         return cls(**given, further={name: inner for name, inner in value.items() if name not in known})
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values by name, without what the artifact does not say."""
+        """Return plain values by name, without those that the artifact does not say."""
         entries = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "further"}
         given = {name: value for name, value in entries.items() if value is not None and value != {}}
         plain = {name: dict(value) if name in TABLES else value for name, value in given.items()}
@@ -63,18 +64,20 @@ class Provenance:
 
     @property
     def preset_name(self) -> str | None:
-        """The preset, or the one that the recipe started from."""
+        """Return the preset, or the one that the recipe started from."""
         return self.preset if self.preset is not None else self.recipe.get("preset")
 
     @property
     def weight_bits(self) -> int | None:
+        """Return the bit-width of weights, or None."""
         return self.recipe.get("weight_bits")
 
     @property
     def activation_bits(self) -> int | None:
+        """Return the bit-width of activations, or None."""
         return self.recipe.get("activation_bits")
 
     @property
     def bits(self) -> str:
-        """Such as "w6a6"."""
+        """Return both bit-widths as text, such as "w6a6"."""
         return f"w{self.weight_bits}a{self.activation_bits}"

@@ -15,7 +15,7 @@ from tqdit.system.reading import read_bytes
 from tqdit.system.validation import legal
 
 MAX_RECIPE_BYTES = 2**16
-MAX_DOTS = 100  # in a line of a recipe that is not a comment
+MAX_DOTS = 100  # in a line that is no comment
 BITS_PATTERN = re.compile(r"w([2-8])a([4-8])", re.IGNORECASE)
 
 CALIBRATION_SETTINGS = (
@@ -32,7 +32,7 @@ PRODUCTS_OF = {"softmax_grid": "softmax_products", "gelu_grid": "gelu_products"}
 
 DEFAULT_PRESET, DEFAULT_BITS = "plus", "w8a8"
 PRESETS: dict[str, dict[str, Any]] = {
-    # As published: per-tensor weights, MRQ everywhere, TGQ on post-softmax only.
+    # The published method: per-tensor weights, MRQ for both roles that have it, TGQ on post-softmax only.
     "paper": {
         "weight_granularity": "per_tensor",
         "time_grouped": "softmax",
@@ -41,9 +41,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gelu_products": "two",
         "loss": "epsilon",
     },
-    # Better at little or no run-time cost: per-channel weights, time groups for all activations, errors weighed as the
-    # sampler weighs them, MRQ where it wins. After GELU a second product is a quarter of the model's arithmetic and
-    # wins nothing that lasts to the image; after softmax it is little and wins much.
+    # A better method at little or no run-time cost: per-channel weights, time groups for all activations, errors
+    # weighed as the sampler weighs them, and MRQ where it wins. A second product after GELU is a quarter of the model's
+    # arithmetic, and its gain does not last to the image. After softmax a second product costs little and gains much.
     "plus": {
         "weight_granularity": "per_channel",
         "time_grouped": "all",
@@ -75,16 +75,16 @@ class Recipe(BaseModel):
     weight_granularity: Literal["per_tensor", "per_channel"] = "per_channel"
     softmax_grid: Literal["mrq", "uniform", "best"] = "best"
     gelu_grid: Literal["mrq", "uniform", "best"] = "best"
-    softmax_products: Literal["one", "two"] = "two"  # "one": no two-region grid but those of one integer product
+    softmax_products: Literal["one", "two"] = "two"  # "one": two-region grids of one integer product only
     gelu_products: Literal["one", "two"] = "one"
     time_grouped: Literal["none", "softmax", "all"] = "all"
     hessian: bool = True
-    loss: Literal["epsilon", "sampler"] = "sampler"  # HO counts errors of epsilon alike, or as the sampler's step does
+    loss: Literal["epsilon", "sampler"] = "sampler"  # HO weighs all errors of epsilon alike, or by sampler step
 
     groups: int = Field(10, ge=1)
-    time_edges: Literal["uniform", "visited"] = "uniform"  # equal ranges of t, or equally many of the sampler's steps
+    time_edges: Literal["uniform", "visited"] = "uniform"  # equal ranges of t, or equal numbers of sampler steps
     samples: int = Field(32, ge=1, description="calibration samples per time group (n)")
-    sampler: Literal["auto", "ddim", "ddpm", "flow"] = "auto"  # "auto": ddpm of a diffusion model, else flow
+    sampler: Literal["auto", "ddim", "ddpm", "flow"] = "auto"  # "auto": ddpm for a diffusion model, else flow
     steps: int = Field(250, ge=1)
     guidance: float = Field(1.5, ge=0, allow_inf_nan=False)
     trajectories: int | None = Field(None, ge=1, description="sampling runs to draw from")
@@ -112,50 +112,54 @@ class Recipe(BaseModel):
         self._check_products()
 
     def records_match(self, recorded: "Recipe") -> bool:
-        """Whether records that were made under another recipe serve this one: only search settings may differ."""
+        """Say whether records made under another recipe serve this one. Only search settings may differ."""
         others = [name for name in CALIBRATION_SETTINGS if name != "sampler"]
         same = all(getattr(self, name) == getattr(recorded, name) for name in others)
         return same and _same_sampler(self.sampler, recorded.sampler) and (recorded.hessian or not self.hessian)
 
     def _uniform_at_best(self) -> list[str]:
-        """Grid settings that one product limits to levels of a uniform grid (`regions.merging_exponents`)."""
+        """Return the grid settings that one product limits to a uniform grid's levels (`regions.merging_exponents`)."""
         one = [grid for grid, products in PRODUCTS_OF.items() if getattr(self, products) == "one"]
         return one if self.activation_bits == MAX_BITS else []
 
     @property
     def label(self) -> str:
-        """The preset's name, with the parts of the method that differ from it: "paper (changed: hessian)"."""
+        """Return the preset's name with the changed parts of the method, such as "paper (changed: hessian)"."""
         original = Recipe(self.preset)
         changed = [name for name in METHOD_SETTINGS if getattr(self, name) != getattr(original, name)]
         return f"{self.preset} (changed: {', '.join(changed)})" if changed else self.preset
 
     @property
     def bits(self) -> str:
+        """Return both bit-widths as text, such as "w6a6"."""
         return f"w{self.weight_bits}a{self.activation_bits}"
 
     @property
     def granularity(self) -> Granularity:
+        """Return the granularity of the weights' scales."""
         return Granularity(self.weight_granularity)
 
     @property
     def float_input_bits(self) -> int:
-        """Weight bits of the layers that run on float inputs (adaLN, timestep, patch and final layers).
+        """Return the weight bits of the layers that run on float inputs (adaLN, timestep, patch and final layers).
 
-        The paper leaves them in float. They steer every block at once, so they keep two bits more than the rest.
+        The paper leaves these layers in float. They steer every block at once, so they keep two bits more than the
+        rest.
         """
         return min(8, self.weight_bits + 2)
 
     @classmethod
     def build(cls, preset: str = DEFAULT_PRESET, bits: str = DEFAULT_BITS, **overrides: Any) -> Self:
-        """Deprecated: call `Recipe` itself, which takes the same arguments."""
+        """Call `Recipe` itself, which takes the same arguments; this method is deprecated."""
         warnings.warn("Recipe.build(...) is now Recipe(...)", DeprecationWarning, stacklevel=2)
         return cls(preset, bits, **overrides)
 
     @classmethod
     def from_toml(cls, path: Path, **settings: Any) -> Self:
-        """Read a recipe file: the settings of its `preset`, changed by the others; unknown keys are errors.
+        """Read a recipe file: the settings of its `preset`, changed by the file's other settings, then by `settings`.
 
-        `settings` win over those of the file.
+        Raises `InputError` that names the file, for a text that is no TOML, and as `Recipe` does, also for unknown
+        keys.
         """
         data = read_bytes(path, MAX_RECIPE_BYTES)
         try:
@@ -164,7 +168,7 @@ class Recipe(BaseModel):
             values = tomllib.loads(text)
         except RecursionError:
             raise InputError(f"recipe {path}: its tables and arrays are too deep; a recipe has single values") from None
-        except ValueError as error:  # not TOML, not UTF-8, a number of thousands of digits
+        except ValueError as error:  # no TOML, no UTF-8, or a number of thousands of digits
             raise InputError(f"recipe {path}: {error}") from None
         preset = values.get("preset", DEFAULT_PRESET)
         if str(preset) not in PRESETS:
@@ -172,12 +176,12 @@ class Recipe(BaseModel):
         return cls(**values | settings)
 
     def to_toml(self) -> str:
-        """The recipe as TOML text (flat, scalars only, so JSON's scalar spelling is TOML's)."""
+        """Return the recipe as TOML text. All values are scalars, which TOML spells as JSON does."""
         values = self.model_dump(exclude_none=True)
         return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
 
     def _check_products(self) -> None:
-        """Refuse a two-region grid that its number of products leaves nothing of."""
+        """Refuse a two-region grid of which the number of products leaves nothing."""
         for name in self._uniform_at_best():
             if getattr(self, name) == "mrq":
                 raise InputError(
@@ -187,14 +191,14 @@ class Recipe(BaseModel):
 
 
 def _preset(name: Any) -> dict[str, Any]:
-    """The settings in which a preset differs from another."""
+    """Return the settings in which a preset differs from another."""
     if not isinstance(name, str) or name not in PRESETS:
         raise InputError(f"unknown preset '{name}'; known: {', '.join(PRESETS)}{suggestion(str(name), PRESETS)}")
     return PRESETS[name]
 
 
 def _bit_widths(text: Any) -> dict[str, int]:
-    """The two bit-widths of a text such as "w6a6"."""
+    """Return the two bit-widths of a text such as "w6a6"."""
     match = BITS_PATTERN.fullmatch(text) if isinstance(text, str) else None
     if not match:
         raise InputError(f"bits '{text}' must be w<2-8>a<4-8>, such as w8a8, w6a6 or w4a8")
@@ -202,7 +206,7 @@ def _bit_widths(text: Any) -> dict[str, int]:
 
 
 def _same_sampler(first: str, second: str) -> bool:
-    """Whether two settings are the same sampler of one model.
+    """Say whether two settings are the same sampler of one model.
 
     "auto" is "ddpm" for every model that "ddpm" can sample, and "flow" for every one that "flow" can.
     """
@@ -210,14 +214,14 @@ def _same_sampler(first: str, second: str) -> bool:
 
 
 def _check_keys(text: str) -> None:
-    """Refuse a key of very many parts, for which the TOML parser would take memory that grows with their square."""
+    """Refuse a key of very many parts: the TOML parser's memory for it would grow with their square."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.count(".") > MAX_DOTS and not line.lstrip().startswith("#"):
             raise InputError(f"line {number} has more than {MAX_DOTS} dots; a recipe's keys have one part")
 
 
 def _reason(error: Any) -> str:
-    """One of pydantic's errors in our own words."""
+    """Return one of pydantic's errors in our own words."""
     name, given = ".".join(str(part) for part in error["loc"]), error["input"]
     if error["type"] == "extra_forbidden":
         known = sorted(set(Recipe.model_fields) - {"schema_version"})

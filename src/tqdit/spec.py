@@ -1,4 +1,4 @@
-"""Value types that every floor shares: what a site is, which grid it has, and a solved model."""
+"""Define the value types that every other module shares: a site, the parameters of its grid, and a solved model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,31 +14,32 @@ from tqdit.timegroups import TimeGroups
 
 
 class Role(StrEnum):
-    """Which operand of which matmul a site is."""
+    """The operand of a matmul that a site is."""
 
-    WEIGHT = "weight"  # of a matmul whose input is quantized too
-    WEIGHT_ONLY = "weight_only"  # of a layer that runs on float activations
-    INPUT = "input"  # of a linear layer
+    WEIGHT = "weight"  # the weight of a matmul whose input is quantized too
+    WEIGHT_ONLY = "weight_only"  # the weight of a layer that runs on float activations
+    INPUT = "input"  # the input of a linear layer
     QUERY = "query"
     KEY = "key"
     VALUE = "value"
-    SOFTMAX = "softmax"  # left operand of P V
-    GELU = "gelu"  # input of the second feed-forward layer
+    SOFTMAX = "softmax"  # the left operand of P V
+    GELU = "gelu"  # the input of the second feed-forward layer
 
 
 class Granularity(StrEnum):
-    """What one scale is shared by."""
+    """The elements of a tensor that share one scale."""
 
-    PER_TENSOR = "per_tensor"  # () beside the group axis
-    PER_CHANNEL = "per_channel"  # (out,) of a weight
-    PER_HEAD = "per_head"  # (H,) of an attention operand
+    PER_TENSOR = "per_tensor"  # shape () beside the group axis
+    PER_CHANNEL = "per_channel"  # shape (out,), for a weight
+    PER_HEAD = "per_head"  # shape (H,), for an attention operand
 
 
 @dataclass(frozen=True)
 class SiteSpec:
-    """One quantized operand. `groups` is the number of time groups its parameters have (1: none).
+    """One quantized operand.
 
-    `units` is the length of the granularity axis: output channels, heads, or 1.
+    `groups` is the number of time groups that its parameters have (1: none). `units` is the length of the granularity
+    axis: output channels, heads, or 1.
     """
 
     name: str
@@ -51,29 +52,31 @@ class SiteSpec:
 
     @property
     def format(self) -> IntFormat:
+        """Return the integer format of the site's codes."""
         return IntFormat(self.bits)
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
-        """The shape of its scales."""
+        """Return the shape of the site's scales."""
         return self.grid.scale_shape(self.groups, self.units)
 
     @property
     def has_zero_point(self) -> bool:
-        """Whether it has zero points: an activation's, on a grid of one region."""
+        """Say whether the site has zero points: only an activation on a grid of one region has."""
         return not (self.is_weight or self.grid.two_region)
 
     @property
     def is_weight(self) -> bool:
+        """Say whether the site is a weight."""
         return self.role in (Role.WEIGHT, Role.WEIGHT_ONLY)
 
 
 @dataclass(frozen=True)
 class GridParams:
-    """Solved parameters of one site, always fp32 scales and int32 zero points.
+    """The solved parameters of one site: fp32 scales and int32 zero points.
 
-    Uniform: x = scale * (code - zero_point). `scale`, `zero_point`: (groups, units).
-    Two-region (MRQ): `scale` (groups, units, 2) = (s1, s2), `zero_point` None.
+    Uniform: x = scale * (code - zero_point); `scale` and `zero_point` are (groups, units). Two-region (MRQ): `scale` is
+    (groups, units, 2) = (s1, s2), and `zero_point` is None.
     """
 
     spec: SiteSpec
@@ -82,15 +85,15 @@ class GridParams:
 
     @property
     def merged(self) -> bool:
-        """Whether a two-region site takes one product in every time group."""
+        """Say whether a two-region site takes one product in every time group."""
         return self.spec.grid.merge_shift(self.scale, self.spec.bits) is not None
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A quantized model as data: what one artifact holds, and what every runtime is built from.
+    """A quantized model as data: an artifact holds it, and every runtime is built from it.
 
-    `codes` are int8 weight codes in the shape of the weight; `floats` the parameters left in fp32 (biases, label
+    `codes` are int8 weight codes in the shape of the weight. `floats` are the parameters left in fp32 (biases, label
     table).
     """
 
@@ -103,4 +106,5 @@ class Solution:
 
     @property
     def sites(self) -> tuple[SiteSpec, ...]:
+        """Return the sites in the order of their parameters."""
         return tuple(p.spec for p in self.params.values())

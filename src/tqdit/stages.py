@@ -35,7 +35,8 @@ from tqdit.sources import saving
 from tqdit.sources.conditions import suitable
 from tqdit.sources.in_memory import float_copy, scheduler_config, source_in_memory
 from tqdit.sources.origin import made_from
-from tqdit.sources.resolve import ModelSource, weights_hash
+from tqdit.sources.resolve import weights_hash
+from tqdit.sources.source import ModelSource
 from tqdit.spec import Solution
 from tqdit.system import jobs
 from tqdit.system.environment import environment

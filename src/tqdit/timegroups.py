@@ -1,4 +1,4 @@
-"""Time groups of TGQ: the only place that maps a timestep to a group."""
+"""Define the time groups of TGQ. No other module maps a timestep to a group."""
 
 import math
 from collections.abc import Sequence
@@ -10,16 +10,18 @@ import torch
 from tqdit.errors import InputError
 
 MAX_EDGES = 10**4
-MAX_TIMESTEPS = 10**6  # a model of whole timesteps may have a table of all of them
+MAX_TIMESTEPS = 10**6  # bounded, since a model may have a table of all whole timesteps
 
 
 @dataclass(frozen=True)
 class TimeGroups:
     """Groups of timesteps between edges: the group of t is the number of edges <= t, so groups are numbered from 0.
 
-    Timesteps are in the units of the model's own `timestep` argument and lie in [low, high), or in [low, high] if
+    Timesteps are in the units of the model's own `timestep` argument. They lie in [low, high), or in [low, high] if
     `closed`. The mapping depends on neither sampler nor step count, and samples of a batch may be in different groups.
-    No group is empty. `InputError` for edges that are not finite, do not increase, or lie outside the range.
+    No group is empty.
+
+    Raises `InputError` for edges that are not finite, do not increase, or lie outside the range.
     """
 
     edges: tuple[float, ...]
@@ -50,8 +52,8 @@ class TimeGroups:
     def uniform(cls, low: float, high: float, groups: int, closed: bool = False) -> Self:
         """Make groups of equal length, the paper's: G_i = {t : (i-1)T/G <= t < iT/G}.
 
-        `low` and `high` of type int, not closed, are a range of whole timesteps: their edges are whole, too, so a
-        fraction is in the group of its floor.
+        If `low` and `high` are of type int and the range is not closed, it is a range of whole timesteps. Its edges are
+        whole, too, so a fraction is in the group of its floor.
         """
         whole = type(low) is int and type(high) is int and not closed
         most = min(high - low, MAX_EDGES + 1) if whole else MAX_EDGES + 1
@@ -66,10 +68,10 @@ class TimeGroups:
     def visited(
         cls, timesteps: Sequence[float] | torch.Tensor, groups: int, low: float, high: float, closed: bool = False
     ) -> Self:
-        """Make groups of about equally many of the distinct `timesteps` that a pipeline passes, cut at midpoints.
+        """Make groups of about equally many of the distinct `timesteps` that a pipeline visits, cut at midpoints.
 
-        No group is without one of them: there are as many groups as distinct timesteps if that is fewer. Raises
-        `InputError` for a timestep outside the range, and if there is none.
+        Every group has at least one of the timesteps: there are as many groups as distinct timesteps if that is fewer.
+        Raises `InputError` for a timestep outside the range, and if there is none.
         """
         t = torch.as_tensor(timesteps, dtype=torch.float64).flatten()
         cls((), low, high, closed).index(t)
@@ -84,29 +86,30 @@ class TimeGroups:
 
     @property
     def num_groups(self) -> int:
+        """Return the number of groups."""
         return len(self.edges) + 1
 
     @property
     def num_timesteps(self) -> int | None:
-        """T of a discrete process, whose timesteps are 0 to T - 1; None for any other range."""
+        """Return T for a discrete process, whose timesteps are 0 to T - 1; None for any other range."""
         return int(self.high) if self.low == 0 and self.high.is_integer() and not self.closed else None
 
     @property
     def interval(self) -> str:
-        """The range as text, such as "[0, 1000)"."""
+        """Return the range as text, such as "[0, 1000)"."""
         return f"[{_text(self.low)}, {_text(self.high)}{']' if self.closed else ')'}"
 
     @property
     def summary(self) -> str:
-        """For people, such as "10 of 1000 training timesteps"."""
+        """Return text for people, such as "10 of 1000 training timesteps"."""
         total = self.num_timesteps
         return f"{self.num_groups} " + (f"of {total} training timesteps" if total else f"in {self.interval}")
 
     def index(self, t: torch.Tensor) -> torch.Tensor:
-        """Return the group of each timestep, int64, in the shape and on the device of t: any shape, any real type.
+        """Return the group of each timestep as int64, in the shape and on the device of t.
 
-        Raises `InputError` for a timestep outside the range and for NaN. It reads values, so it is for host code;
-        modules use `edges_tensor`, which waits for no device.
+        `t`: timesteps of any shape and any real type. This function reads values, so it is for host code; modules use
+        `edges_tensor`, which waits for no device. Raises `InputError` for a timestep outside the range and for NaN.
         """
         exact = t.double()
         inside = (exact >= self.low) & ((exact <= self.high) if self.closed else (exact < self.high))
@@ -115,14 +118,14 @@ class TimeGroups:
         return torch.bucketize(exact, self.edges_tensor(t.device), right=True)
 
     def edges_tensor(self, device: str | torch.device = "cpu") -> torch.Tensor:
-        """The edges, (G - 1,) fp64: `torch.bucketize(t.double(), edges, right=True)` are the groups of t.
+        """Return the edges, (G - 1,) fp64: `torch.bucketize(t.double(), edges, right=True)` are the groups of t.
 
-        Timesteps outside the range get the first or the last group there.
+        `bucketize` puts timesteps outside the range into the first or the last group.
         """
         return torch.tensor(self.edges, dtype=torch.float64, device=device)
 
     def bounds(self, group: int) -> tuple[float, float]:
-        """First timestep of a group, and the first of the next group, or `high`."""
+        """Return the first timestep of a group, and the first of the next group, or `high`."""
         ends = (self.low, *self.edges, self.high)
         return ends[group], ends[group + 1]
 
@@ -134,7 +137,7 @@ def _number(name: str, value: float) -> float:
 
 
 def _between(first: float, second: float) -> float:
-    """The midpoint, as an edge that separates the two even if no number is between them."""
+    """Return the midpoint, or the second number where no number is between the two: an edge that separates them."""
     middle = (first + second) / 2
     return middle if middle > first else second
 

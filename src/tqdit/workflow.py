@@ -21,9 +21,10 @@ from tqdit.runtime.target import Device, Dtype, Target, dtype_name
 from tqdit.sampling.guidance import Conditions, Sampling
 from tqdit.sources.conditions import suitable
 from tqdit.sources.in_memory import float_copy, source_in_memory
-from tqdit.sources.resolve import ModelSource, load_float, resolve
+from tqdit.sources.resolve import load_float, resolve
 from tqdit.sources.saving import fill, has_left, is_made, least_bytes, save
 from tqdit.sources.sizes import float_sizes
+from tqdit.sources.source import ModelSource
 from tqdit.sources.summary import Summary, summarize
 from tqdit.stages import Prepared, Report, calibrated, silent, solve_prepared
 from tqdit.system import jobs

@@ -21,7 +21,8 @@ from tqdit.architectures.timestep import OFFSET, SCALE
 from tqdit.errors import AssumptionWarning, InputError
 from tqdit.sources import checkpoints
 from tqdit.sources.export import convert_checkpoint
-from tqdit.sources.resolve import LABELS, load_float, resolve, weights_hash
+from tqdit.sources.labels import LABELS
+from tqdit.sources.resolve import load_float, resolve, weights_hash
 from tqdit.system.files import CONFIG, read_json
 
 Writer = Callable[..., Path]

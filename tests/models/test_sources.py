@@ -18,7 +18,8 @@ from tqdit.architectures.dit_checkpoint import DIFFUSION
 from tqdit.errors import AssumptionWarning, InputError
 from tqdit.sampling.diffusion import SERVED, make_scheduler
 from tqdit.sampling.guidance import Sampling
-from tqdit.sources.resolve import class_indices, load_float, resolve, weights_hash
+from tqdit.sources.labels import class_indices
+from tqdit.sources.resolve import load_float, resolve, weights_hash
 from tqdit.sources.sizes import float_sizes
 from tqdit.system.files import WEIGHTS
 

@@ -37,7 +37,8 @@ from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
 from tqdit.sampling.guidance import Sampling
 from tqdit.sampling.schedules import schedule
-from tqdit.sources.resolve import class_indices, load_float, resolve
+from tqdit.sources.labels import class_indices
+from tqdit.sources.resolve import load_float, resolve
 from tqdit.speed.random_solution import random_solution
 from tqdit.system.files import WEIGHTS, read_json, read_weights, write_json
 

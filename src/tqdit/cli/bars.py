@@ -1,4 +1,4 @@
-"""Progress on standard error: bars on a terminal, a plain line now and then elsewhere."""
+"""Show progress on standard error: bars on a terminal, elsewhere a plain line now and then."""
 
 import sys
 import time
@@ -10,19 +10,20 @@ if TYPE_CHECKING:
     from rich.progress import Progress, Task, TaskID
 
 Report = Callable[[str, float], None]  # (stage, finished fraction)
-# Stages and their shares of the time, roughly: between those of the bundled model and of DiT-XL/2, see docs/results.md.
+# Stages and their rough shares of the time: between the bundled model's and DiT-XL/2's, see docs/results.md.
 QUANTIZE: Mapping[str, float] = {"trajectories": 0.4, "statistics": 0.2, "search": 0.4}
 TOTAL = "total"
-EVERY = 15.0  # seconds between two plain lines of a stage, at least
+EVERY = 15.0  # least seconds between two plain lines of a stage
 NO_STAGES: Mapping[str, float] = {}
 
 
 @contextmanager
 def progress(quiet: bool, stages: Mapping[str, float] = NO_STAGES) -> Iterator[Report]:
-    """A function that shows how far each stage is, and the time that is left.
+    """Yield a function that shows how far each stage is, and the time that is left.
 
-    Nothing is shown before its first call: wrong input prints its one line and nothing else. `stages`: the names of all
-    stages in their order with their shares of the time, where they are known beforehand; a total is shown then.
+    Nothing is shown before the function's first call: wrong input prints its one line and nothing else. `stages`: the
+    names of all stages in their order with their shares of the time, where they are known beforehand; then a total is
+    shown too.
     """
     if quiet:
         yield lambda stage, fraction: None
@@ -36,12 +37,12 @@ def progress(quiet: bool, stages: Mapping[str, float] = NO_STAGES) -> Iterator[R
 
 
 def remaining(elapsed: float, fraction: float) -> float | None:
-    """Seconds that are left if the rest goes on as fast as what is done; None before anything is."""
+    """Return the seconds that are left if the rest goes on as fast as before; None before anything is done."""
     return elapsed * (1 - fraction) / fraction if fraction > 0 else None
 
 
 def clock(seconds: float | None) -> str:
-    """0:42, 12:07 or 3:05:00; dashes for an unknown time."""
+    """Return a time as text, such as 0:42, 12:07 or 3:05:00; dashes for an unknown time."""
     if seconds is None:
         return "-:--"
     minutes, rest = divmod(round(seconds), 60)
@@ -50,16 +51,16 @@ def clock(seconds: float | None) -> str:
 
 
 class Total:
-    """How far all stages together are. A stage that has begun ends those before it."""
+    """The progress of all stages together. A stage that has begun ends those before it."""
 
     def __init__(self, stages: Mapping[str, float]) -> None:
         self.stages = stages
         self.done = 0.0  # share of the time of all stages
-        self._rest = 0.0  # that of the stages that have not begun
+        self._rest = 0.0  # share of the stages that have not begun
         self._finished = dict.fromkeys(stages, 0.0)
 
     def tell(self, stage: str, fraction: float) -> None:
-        """`stage` is at `fraction`."""
+        """Note that `stage` has reached `fraction`."""
         if stage not in self.stages:
             return
         names, whole = list(self.stages), sum(self.stages.values())
@@ -70,14 +71,17 @@ class Total:
         self._rest = sum(self.stages[name] for name in names[at + 1 :]) / whole
 
     def left(self, elapsed: float, of_stage: float | None) -> float | None:
-        """Seconds left `elapsed` seconds after the start, with `of_stage` left of the present stage."""
+        """Return the seconds that are left; None if they cannot be known.
+
+        `elapsed`: seconds since the start. `of_stage`: seconds that are left of the present stage.
+        """
         if of_stage is None or not self.done:
             return None
         return of_stage + elapsed * self._rest / self.done
 
 
 class Lines:
-    """A plain line when a stage begins, when it ends, and every `EVERY` seconds between."""
+    """A display of progress by plain lines: when a stage begins, when it ends, and every `EVERY` seconds between."""
 
     def __init__(self, total: Total, now: Callable[[], float] = time.monotonic) -> None:
         self.total = total
@@ -88,6 +92,7 @@ class Lines:
         self.last = 0.0
 
     def report(self, stage: str, fraction: float) -> None:
+        """Print a line on how far `stage` is, if one is due."""
         now = self.now()
         self.total.tell(stage, fraction)
         new = stage not in self.begun
@@ -110,11 +115,11 @@ class Lines:
         print(line, file=sys.stderr, flush=True)
 
     def stop(self) -> None:
-        """Nothing is left on the screen."""
+        """Do nothing: plain lines leave no display to close."""
 
 
 class Bars:
-    """A bar for each stage from its beginning, and one for all of them together."""
+    """A display of progress with a bar for each stage from its beginning, and one for all stages together."""
 
     def __init__(self, total: Total) -> None:
         self.total = total
@@ -123,6 +128,7 @@ class Bars:
         self.bars = _rich_bars(self.left)
 
     def report(self, stage: str, fraction: float) -> None:
+        """Draw how far `stage` is, and how far all stages are."""
         self.bars.start()
         self.last = stage
         if self.total.stages:
@@ -131,7 +137,10 @@ class Bars:
         self._show(stage, fraction)
 
     def left(self, task: "Task") -> float | None:
-        """Seconds that a bar has left. rich's own estimate forgets a speed after 30 seconds without news."""
+        """Return the seconds that a bar has left; None if they cannot be known.
+
+        rich's own estimate is not used: it forgets a speed after 30 seconds without news.
+        """
         if task.description != TOTAL:
             return remaining(task.elapsed or 0.0, task.percentage / 100)
         stage = next((other for other in self.bars.tasks if other.description == self.last), None)
@@ -143,12 +152,13 @@ class Bars:
         self.bars.update(self.tasks[name], completed=fraction)
 
     def stop(self) -> None:
+        """Close the bars, and leave them on the screen as they are."""
         if self.tasks:
             self.bars.stop()
 
 
 def _rich_bars(left: "Callable[[Task], float | None]") -> "Progress":
-    """Columns that fit 80 characters."""
+    """Return bars whose columns fit 80 characters."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn
     from rich.text import Text

@@ -1,4 +1,4 @@
-"""The command `tqdit bench`."""
+"""Define the command `tqdit bench`."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -24,7 +24,7 @@ from tqdit.cli.settings import Set, parsed
 if TYPE_CHECKING:
     from tqdit.speed.benchmark import RandomModel
 
-FAILED = 1  # exit code: the figures are written, but a quantized model is missing among them
+FAILED = 1  # exit code: the figures are written, but they lack a quantized model
 
 
 def bench(
@@ -88,7 +88,7 @@ def bench(
 def _random_models(
     shape: str | None, bits: str | None, preset: str | None, variants: str | None, assigned: dict[str, str]
 ) -> list["RandomModel"]:
-    """What --random and its options ask for."""
+    """Return the models of random codes that --random and its options ask for."""
     from tqdit.errors import InputError
     from tqdit.recipe import Recipe
     from tqdit.speed.benchmark import RandomModel

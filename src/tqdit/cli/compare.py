@@ -1,4 +1,4 @@
-"""The command `tqdit compare`."""
+"""Define the command `tqdit compare`."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""The tables that the command line shows. All of them fit 80 columns; figures are never cut."""
+"""Print the tables of the command line. All of them fit 80 columns, and figures are never cut."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from tqdit.quality.comparison import Comparison
     from tqdit.speed.benchmark import Benchmark, TimedModel
 
-WIDTH = 80  # of what is not a terminal
-FEW_IMAGES = 100  # of fewer images FD-fashion says more about their number than about the model
+WIDTH = 80  # columns of an output that is not a terminal
+FEW_IMAGES = 100  # with fewer images FD-fashion depends more on their number than on the model
 
 
 def print_comparison(result: "Comparison") -> None:
-    """The figures of a comparison, the float model first: quality, then size and cost."""
+    """Print the figures of a comparison, the float model first: quality, then size and cost."""
     console, rows = _console(), (result.float_model, *result.models)
     seconds = any(row.calibration_seconds is not None for row in rows)
     quality = _table(("model", "preset"), ("bits", "SQNR dB", "PSNR dB", "FD-fashion", *["calib. s"] * seconds))
@@ -43,7 +43,7 @@ def print_comparison(result: "Comparison") -> None:
 
 
 def _notes(result: "Comparison") -> list[str]:
-    """What the figures of a comparison are of."""
+    """Return sentences that say what the figures of a comparison measure."""
     s, first = result.settings, result.float_model
     notes = [
         f"SQNR of epsilon: {s['states']} held-out states, {s['samples_per_group']} in each of {s['groups']} ranges of "
@@ -64,7 +64,10 @@ def _notes(result: "Comparison") -> list[str]:
 
 
 def print_benchmark(result: "Benchmark", every_site: bool = False) -> None:
-    """The figures of a benchmark, what was skipped and why, and the kernels: counted, or those of `every_site`."""
+    """Print the figures of a benchmark, the skipped models with the reasons, and the kernels.
+
+    Kernels are counted, or listed by site with `every_site`.
+    """
     console = _console()
     families = list(dict.fromkeys(family for row in result.rows for family in row.speedup_over))
     for workload in dict.fromkeys(row.workload for row in result.rows):
@@ -94,7 +97,7 @@ def _print_kernels(console: "Console", result: "Benchmark", every_site: bool) ->
     shown = set()
     for row, (model, sites) in zip([row for row in result.rows if row.integer], result.sites, strict=True):
         if (title := " ".join(filter(None, (model, row.preset, row.bits)))) in shown:
-            continue  # the same at another batch size
+            continue  # this model has come already, at another batch size
         shown.add(title)
         console.print(f"kernels of {title}:", markup=False)
         if every_site:
@@ -106,7 +109,10 @@ def _print_kernels(console: "Console", result: "Benchmark", every_site: bool) ->
 
 
 def print_inspection(result: dict[str, Any], every_site: bool = False) -> None:
-    """What an artifact is, then its sites: alike ones as one entry with their number, or by name (`every_site`)."""
+    """Print what an artifact is, then its sites.
+
+    Sites that are alike are one entry with their number; with `every_site` their names follow.
+    """
     console = _console()
     for label, text in _summary(result):
         console.print(f"{label:<12} {text}", markup=False)
@@ -126,7 +132,7 @@ def print_inspection(result: dict[str, Any], every_site: bool = False) -> None:
 
 
 def _summary(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """The first lines of an inspection; what an artifact does not say is left out."""
+    """Return the first lines of an inspection, without those that the artifact says nothing about."""
     provenance = Provenance.from_json(result["provenance"])
     recipe = provenance.recipe
     size, fp32 = result["size_bytes"], result["float32_bytes"]
@@ -145,7 +151,7 @@ def _summary(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _time_groups(result: Mapping[str, Any]) -> str:
-    """As `TimeGroups.summary`."""
+    """Return the time groups in the words of `TimeGroups.summary`."""
     total = result["num_timesteps"]
     return f"{result['time_groups']} " + (f"of {total} training timesteps" if total else f"in {result['timesteps']}")
 
@@ -161,7 +167,7 @@ def _console() -> "Console":
 
 
 def _table(text: Sequence[str], figures: Sequence[str]) -> "Table":
-    """Columns of text, which may take several lines, and of figures, which keep theirs."""
+    """Return a table with columns of text, which may wrap, and columns of figures, which never do."""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
@@ -179,12 +185,12 @@ def _add(table: "Table", text: Sequence[str], figures: Sequence[str]) -> None:
 
 
 def _contender(row: "TimedModel") -> str:
-    """A quantized model by name, preset and bits; a baseline by what it runs in."""
+    """Name a quantized model by name, preset and bits, and a baseline by name and backend."""
     return f"{row.model} {row.preset or ''} {row.bits}" if row.integer else f"{row.model} {row.backend}"
 
 
 def _short(family: str) -> str:
-    """A family's name that fits over its column."""
+    """Return a family's name in a form that fits over its column."""
     return {"float32": "fp32", "bfloat16": "bf16", "bfloat16-blocks": "bf16\nblocks"}.get(family, family)
 
 

@@ -1,4 +1,4 @@
-"""The command `tqdit convert`."""
+"""Define the command `tqdit convert`."""
 
 from pathlib import Path
 from typing import Annotated

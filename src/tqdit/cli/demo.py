@@ -1,4 +1,4 @@
-"""The command `tqdit demo`: the main job on the bundled model, in a few minutes on two cores."""
+"""Define the command `tqdit demo`: the main job on the bundled model, in a few minutes on two cores."""
 
 import json
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 MODEL = "fashion-dit"
 BITS = ("w8a8", "w6a6")
-# Less than the published calibration, so that the demo takes minutes; `tqdit quantize` has the published defaults.
 STAGES = {
     "trajectories": 18, "statistics": 12, "search w8a8": 33, "search w6a6": 33, "held-out states": 6,
     f"images of {MODEL}": 24, f"images of {MODEL}-w8a8": 8, f"timing {MODEL}-w8a8": 3, f"images of {MODEL}-w6a6": 8,
     f"timing {MODEL}-w6a6": 3, "memory": 25,
-}  # seconds on two cores, for the time that is left  # fmt: skip
+}  # seconds on two cores, to estimate the time that is left  # fmt: skip
+# These settings calibrate less than published, so that the demo takes minutes; `tqdit quantize` has the published ones.
 SETTINGS: dict[str, Any] = {"samples": 16, "steps": 100, "rounds": 1, "rows": 1024, "queries": 1024}
 
 
@@ -51,7 +51,7 @@ def demo(
 
 
 def _settings(assignments: list[str] | None) -> dict[str, Any]:
-    """The settings of both recipes, with those of `--set`; the demo's bit-widths stay."""
+    """Return the settings of both recipes, with those of `--set`. The demo's bit-widths cannot be set."""
     from tqdit.errors import InputError
 
     assigned = parsed(assignments)
@@ -70,7 +70,8 @@ def run_demo(
 ) -> "Comparison":
     """Quantize, sample, compare and report into `out`; artifacts go to `out`/fashion-dit-<bits>.
 
-    `settings`: of the calibration. `num` images of `steps` DDIM steps, `samples` held-out states per time group.
+    `settings`: the settings of the calibration. `num`: the number of images, of `steps` DDIM steps each. `samples`: the
+    number of held-out states per time group.
     """
     from tqdit import workflow
     from tqdit.quality.comparison import compare
@@ -94,7 +95,7 @@ def run_demo(
 
 
 def _write_figures(result: "Comparison", out: Path, settings: Mapping[str, Any]) -> None:
-    """Write the images side by side, and the summary. `settings`: of the calibration."""
+    """Write the images side by side, and the summary. `settings`: the settings of the calibration."""
     import torch
 
     from tqdit.imaging.generate import save_grid

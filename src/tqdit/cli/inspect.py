@@ -1,4 +1,4 @@
-"""The command `tqdit inspect`."""
+"""Define the command `tqdit inspect`."""
 
 from typing import Annotated
 

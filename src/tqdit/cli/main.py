@@ -1,6 +1,6 @@
-"""The command line: `tqdit quantize | sample | compare | bench | convert | inspect | demo`.
+"""Define the command line: `tqdit quantize | sample | compare | bench | convert | inspect | demo`.
 
-Commands import what they need.
+Each command imports what it needs when it runs.
 """
 
 import re
@@ -65,6 +65,7 @@ def options(
         bool, typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
+    """Handle a call without a command, and refuse several processes for a command of one."""
     command = context.invoked_subcommand
     if command is None:
         typer.echo(context.get_help())
@@ -78,10 +79,13 @@ for _command, _help in COMMANDS.items():
 
 
 def main() -> NoReturn:
-    """Run the command line. Wrong input or an interrupt: one line on standard error; the exit code says which."""
+    """Run the command line.
+
+    Wrong input or an interrupt prints one line on standard error. The exit code says which of the two it was.
+    """
     from tqdit.errors import InputError
 
-    signal.signal(signal.SIGTERM, _terminate)  # a polite kill cleans up as Ctrl-C does
+    signal.signal(signal.SIGTERM, _terminate)  # so that clean-up runs as for Ctrl-C
     with _notes_in_one_line():
         try:
             code = app(standalone_mode=False)
@@ -93,7 +97,7 @@ def main() -> NoReturn:
             _fail(INTERRUPT_MESSAGE, TERMINATED)
         except (KeyboardInterrupt, typer.Abort):
             _fail(INTERRUPT_MESSAGE, INTERRUPTED)
-        except Exception as error:  # typer's own usage errors differ in base class between versions
+        except Exception as error:  # typer's usage errors differ in base class between versions
             if not hasattr(error, "format_message"):
                 if speaker := distributed.speaker():
                     error.add_note(f"tqdit: {speaker}this process has failed")
@@ -101,13 +105,13 @@ def main() -> NoReturn:
             _fail(_usage(error))
     if code == INTERRUPTED:
         _fail(INTERRUPT_MESSAGE, INTERRUPTED)
-    sys.exit(code or 0)  # 1: a benchmark with models that failed
+    sys.exit(code or 0)  # the code 1 means a benchmark with models that failed
 
 
 def _usage(error: Any) -> str:
-    """A usage error of the parser; of a number, in the words of every other error.
+    """Return the message of the parser's usage error; for a wrong number, in the words of every other error.
 
-    Typer checks numbers by pydantic; before version 0.29 it did by click, whose only messages are strings.
+    Typer checks numbers by pydantic. Before version 0.29 it used click, whose only messages are strings.
     """
     text, names = str(getattr(error, "message", "")), getattr(getattr(error, "param", None), "opts", None)
     if names and hasattr(error.__cause__, "errors"):
@@ -127,7 +131,7 @@ def _terminate(*_: Any) -> NoReturn:
 
 def _fail(message: str, code: int = WRONG) -> NoReturn:
     line = f"tqdit: {distributed.speaker()}{message}"
-    if message and distributed.tells(message):  # a bare `tqdit` has printed its help
+    if message and distributed.tells(message):  # there is no message where `tqdit` alone has printed its help
         print(line, file=sys.stderr)
     distributed.leave_reason(line)
     sys.stdout.flush()
@@ -136,7 +140,7 @@ def _fail(message: str, code: int = WRONG) -> NoReturn:
 
 @contextmanager
 def _notes_in_one_line() -> Iterator[None]:
-    """tqdit's own warnings are for the user, one line each, told by one process; others look as ever."""
+    """Print tqdit's own warnings as one line each, by one process. Other warnings look as usual."""
     here = Path(__file__).parent.parent
 
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""What the commands share: options that mean the same in each, and the files they write."""
+"""Define what the commands share: options that mean the same in each, and the files that they write."""
 
 import logging
 import shlex
@@ -11,17 +11,18 @@ import typer
 if TYPE_CHECKING:
     from tqdit.sampling.guidance import Conditions
 
-STDOUT = Path("-")  # as a file: standard output
+STDOUT = Path("-")  # the file name that means standard output
 
 
 class _ToStderr(logging.StreamHandler[Any]):
-    """Writes to what standard error is at the time: progress bars put something in front of it."""
+    """A handler that writes to the standard error of the moment, which progress bars replace by their own."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write a record to the present standard error."""
         self.stream = sys.stderr
         super().emit(record)
 
@@ -63,24 +64,24 @@ Verbose = Annotated[
 
 
 def listed(text: str) -> list[str]:
-    """The different entries of a comma-separated list, in order."""
+    """Return the different entries of a comma-separated list, in order."""
     return list(dict.fromkeys(entry.strip() for entry in text.split(",") if entry.strip()))
 
 
 def read_prompts(path: Path | None) -> "Conditions | None":
-    """The prompts of a file, if one is given."""
+    """Return the prompts of a file; None without a file."""
     from tqdit.sampling.prompts import Prompts as Embeddings
 
     return None if path is None else Embeddings.read(path)
 
 
 def with_prompts(command: str, path: Path | None) -> str:
-    """A command that needs the same prompts as this one."""
+    """Return a command with the prompts of the present command, if there are any."""
     return command if path is None else f"{command} --prompts {shlex.quote(str(path))}"
 
 
 def check_outputs(*paths: Path | None) -> None:
-    """`InputError` for a file that cannot be written, before the work whose result it is for."""
+    """Raise `InputError` for a file that cannot be written, before any work for it is done."""
     from tqdit.system.files import check_file
 
     for path in paths:
@@ -89,13 +90,13 @@ def check_outputs(*paths: Path | None) -> None:
 
 
 def say(text: str, json_file: Path | None = None) -> None:
-    """A line on standard output, which JSON has for itself where it goes there."""
+    """Print a line on standard output, unless JSON goes there: then JSON has standard output for itself."""
     if json_file != STDOUT:
         typer.echo(text)
 
 
 def write_json(path: Path | None, value: Any) -> None:
-    """JSON, and a line on standard error that says where; nothing without a path."""
+    """Write a value as JSON, and say on standard error to which file; do nothing without a path."""
     import json
 
     if path:
@@ -103,7 +104,7 @@ def write_json(path: Path | None, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Text, whole or not at all, with the same line; or on standard output."""
+    """Write a text as a whole or not at all, and say on standard error where; or print it on standard output."""
     from tqdit.system import files
 
     if path == STDOUT:

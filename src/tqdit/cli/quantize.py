@@ -1,4 +1,4 @@
-"""The command `tqdit quantize`."""
+"""Define the command `tqdit quantize`."""
 
 import shlex
 from collections.abc import Iterator
@@ -111,7 +111,7 @@ def quantize(
 
 
 def _recipe(context: typer.Context, file: Path | None, assigned: dict[str, str]) -> "Recipe":
-    """The recipe of a file, or of the options; changed by `--set` in either case."""
+    """Return the recipe of a file, or of the options; `--set` changes either."""
     from tqdit.errors import InputError
     from tqdit.recipe import Recipe
 
@@ -133,7 +133,7 @@ def _recipe(context: typer.Context, file: Path | None, assigned: dict[str, str])
 
 @contextmanager
 def _work_is_mentioned(out: Path, resumable: bool) -> Iterator[None]:
-    """Who interrupts a long `quantize` is told what is kept, or how it could have been."""
+    """Tell a user who interrupts a long `quantize` which work is kept, or how it could have been."""
     try:
         yield
     except (KeyboardInterrupt, Terminated) as error:

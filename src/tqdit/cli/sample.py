@@ -1,4 +1,4 @@
-"""The command `tqdit sample`."""
+"""Define the command `tqdit sample`."""
 
 import shlex
 import time
@@ -26,7 +26,7 @@ from tqdit.cli.options import (
 from tqdit.system import distributed
 
 if TYPE_CHECKING:
-    from tqdit.sources.resolve import ModelSource
+    from tqdit.sources.source import ModelSource
 
 
 def sample(
@@ -61,7 +61,7 @@ def sample(
     with distributed.joined(device) as world, progress(quiet or not world.first) as report:
 
         def noted(stage: str, fraction: float) -> None:
-            begun[:] = begun or [time.perf_counter()]  # the model is loaded
+            begun[:] = begun or [time.perf_counter()]  # time only counts once the model is loaded
             report(stage, fraction)
 
         target = Target(backend, world.device, dtype)
@@ -92,7 +92,7 @@ def _names(classes: str | None) -> list[str]:
 
 
 def _next(model: str, source: "ModelSource", prompts: Path | None) -> str:
-    """A command that makes sense after images of `model`."""
+    """Return a command that makes sense after images of `model`."""
     if not source.quantized:
         return with_prompts(f"tqdit quantize {shlex.quote(model)} -o w8a8", prompts)
     made_from = _float_model(source)
@@ -102,7 +102,7 @@ def _next(model: str, source: "ModelSource", prompts: Path | None) -> str:
 
 
 def _float_model(source: "ModelSource") -> str | None:
-    """The MODEL that an artifact was made from, if it is found here: a bundled name, or a folder near by."""
+    """Return the MODEL that an artifact was made from, a bundled name or a folder near by; None if it is gone."""
     from tqdit.artifact.provenance import read_provenance
     from tqdit.sources.resolve import BUNDLED
 
@@ -116,7 +116,7 @@ def _float_model(source: "ModelSource") -> str | None:
 
 
 def _is_grid(out: Path) -> bool:
-    """Whether `out` is for a grid, or for a folder of images; `InputError` if it can be neither."""
+    """Say whether `out` is for a grid rather than for a folder of images. Raises `InputError` if it can be neither."""
     from tqdit.errors import InputError
 
     if out.suffix.lower() == ".png":

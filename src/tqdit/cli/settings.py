@@ -1,11 +1,11 @@
-"""`--set NAME=VALUE`: any setting of a recipe, typed by its field."""
+"""Read `--set NAME=VALUE`, which sets any setting of a recipe."""
 
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import typer
 
-# Options of `quantize` that set a recipe's settings of other names.
+# Options of `quantize`, and the recipe settings that they set under other names.
 SETTINGS_OF: Mapping[str, tuple[str, ...]] = {
     "bits": ("bits", "weight_bits", "activation_bits"),
     "ho": ("hessian",),
@@ -20,9 +20,9 @@ Set = Annotated[
 
 
 def parsed(assignments: Iterable[str] | None) -> dict[str, str]:
-    """The settings that `--set` gives, as texts: a recipe reads them as its fields have them.
+    """Return the settings that `--set` gives, as texts by name. The recipe converts a text to the type of its field.
 
-    Raises `InputError` for what is no assignment, and for a name that is given twice.
+    Raises `InputError` for a text that is no assignment, and for a name that is given twice.
     """
     from tqdit.errors import InputError
 
@@ -38,13 +38,13 @@ def parsed(assignments: Iterable[str] | None) -> dict[str, str]:
 
 
 def typed(context: typer.Context, name: str) -> bool:
-    """Whether an option was given on the command line."""
+    """Say whether an option was given on the command line."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
 
 
 def flag(context: typer.Context, name: str) -> str:
-    """An option as it was typed: "--no-ho" for `ho` that was turned off."""
+    """Return an option as it was typed, such as "--no-ho" for `ho` that was turned off."""
     return f"--no-{name}" if context.params[name] is False else f"--{name}"
 
 

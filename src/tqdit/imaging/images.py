@@ -22,7 +22,7 @@ from tqdit.imaging import generate
 from tqdit.sampling.guidance import Conditions, Sampling, conditions_sha256
 from tqdit.sampling.schedules import resolved, schedule
 from tqdit.sampling.trajectory import Progress
-from tqdit.sources.resolve import ModelSource
+from tqdit.sources.source import ModelSource
 from tqdit.system import distributed
 from tqdit.system.files import CONFIG, check_file, check_outside, read_json, write_bytes
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from tqdit.errors import InputError
 from tqdit.sampling.guidance import Conditions
-from tqdit.sources.resolve import ModelSource, class_indices
+from tqdit.sources.labels import class_indices
+from tqdit.sources.source import ModelSource
 
 
 def chosen_classes(source: ModelSource, conditions: Conditions, classes: Sequence[str | int] = ()) -> Sequence[int]:

@@ -1,0 +1,1 @@
+"""The integrations of tqdit in other libraries."""

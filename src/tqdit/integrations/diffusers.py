@@ -1,4 +1,4 @@
-"""diffusers' `from_pretrained` for artifacts: its quantizer collects the tensors, `convert` makes them a model."""
+"""Let diffusers' `from_pretrained` load artifacts: a quantizer collects the tensors, and `convert` makes the model."""
 
 import logging
 import re
@@ -27,13 +27,13 @@ class _Method(StrEnum):  # diffusers reads its `value`
 
 
 METHOD = _Method.TQDIT.value
-WHOLE = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that leave the choice to us
+WHOLE = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that leave the choice to the quantizer
 
 
 class TQDiTConfig(QuantizationConfigMixin):
     """The `quantization_config` of an artifact's config.json; see `tqdit.artifact.tensors.pack`.
 
-    A float model cannot be quantized by passing one: calibration needs a sampler. Use `tqdit quantize`.
+    A float model cannot be quantized by passing such a config: calibration needs a sampler. Use `tqdit.quantize`.
     """
 
     def __init__(
@@ -56,28 +56,34 @@ class TQDiTConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Of the part of a config.json; `InputError` for another method or format, whatever else is in it."""
+        """Make the config from the `quantization_config` of a config.json; unknown keys are ignored.
+
+        Raises `InputError` for another method or format.
+        """
         tensors.check_config({tensors.QUANTIZATION: config_dict}, CONFIG)
         config = cls(**{key: value for key, value in config_dict.items() if key in cls().to_dict()})
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON values."""
         return {**self.__dict__, "quant_method": METHOD}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What diffusers prints: all of it, it is small."""
+        """Return the settings that diffusers prints: all of them, since they are few."""
         return self.to_dict()
 
 
 class TQDiTQuantizer(DiffusersQuantizer):
-    """What `from_pretrained` does with an artifact: the empty model gives way to a list of the checkpoint's tensors,
-    diffusers hands them over one by one, and the integer model takes the empty one's place.
+    """The quantizer by which `from_pretrained` loads an artifact.
 
-    Tensors are taken as they are in the file: diffusers would cast the scales to `torch_dtype`. Whatever is missing,
-    left over or changed is an `InputError`; diffusers would warn.
+    The empty model is replaced by a list of the checkpoint's tensors. diffusers then hands the tensors over one by one.
+    At the end the integer model takes the empty model's place.
+
+    Tensors are taken as they are in the file, since diffusers would cast the scales to `torch_dtype`. A tensor that is
+    missing, left over or changed is an `InputError`, where diffusers would only warn.
 
     Overlapping calls of `from_pretrained` in several threads may leave `torch.nn.Module.register_parameter` as
-    accelerate has patched it, which accelerate does for float models too: load one model at a time.
+    accelerate has patched it. This happens with float models too: load one model at a time.
     """
 
     requires_calibration = True
@@ -95,17 +101,18 @@ class TQDiTQuantizer(DiffusersQuantizer):
         self._dtype = torch.float32
 
     def validate_environment(self, device_map: Any = None, **_: Any) -> None:
-        """`InputError` for a device map over several devices, between which codes cannot travel, or over none."""
+        """Raise `InputError` for a device map over several devices, between which codes cannot travel, or over none."""
         devices = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else {"one"}
         if len(devices) != 1 or devices & {"disk", "meta"}:
             raise InputError(f"an integer model runs on one device; device_map is {device_map}")
 
     def update_torch_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:
+        """Keep the dtype of the model's inputs and outputs, float32 by default."""
         self._dtype = torch_dtype or torch.float32
         return torch_dtype
 
     def update_device_map(self, device_map: Any) -> dict[str, Any] | None:
-        """One device for the whole model: the first GPU if diffusers leaves the choice to the model."""
+        """Put the whole model on one device: the first GPU if diffusers leaves the choice to the model."""
         if device_map is None:
             return None
         if isinstance(device_map, str) and device_map in WHOLE:
@@ -115,9 +122,9 @@ class TQDiTQuantizer(DiffusersQuantizer):
         return {"": self._device}
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        """Called with the names of all tensors, before any is taken.
+        """Keep the names of all tensors, and check the artifact's seal before any tensor is taken.
 
-        `InputError` if a file beside the weights, or in the pipeline around them, is not as its seal says.
+        Raises `InputError` if a file beside the weights, or in the pipeline around them, is not as its seal says.
         """
         self._keys = list(loaded_keys)
         self._folder = Path(checkpoint_files[0]).parent
@@ -125,24 +132,29 @@ class TQDiTQuantizer(DiffusersQuantizer):
         return loaded_keys
 
     def check_if_quantized_param(self, *_: Any, **__: Any) -> bool:
+        """Claim every tensor."""
         return True
 
     def create_quantized_param(self, *args: Any, **_: Any) -> Any:
-        """Called with the model, the value, its name, the device and the file's tensors by name."""
+        """Keep a tensor of the file.
+
+        The arguments are the model, the value, its name, the device and the file's tensors by name.
+        """
         name, state_dict = args[2], args[4]
-        self._found[name] = state_dict[name]  # `value` has been cast
+        self._found[name] = state_dict[name]  # not `value`, which diffusers has cast
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        """Give the model the checkpoint's names, of nothing yet."""
+        """Give the model an empty tensor under every name of the checkpoint."""
         _clear(model)
         for key in self._keys:
             try:
                 _add_empty(model, key)
-            except (AttributeError, KeyError, NameError, TypeError):  # no name that a tensor of a module can have
+            except (AttributeError, KeyError, NameError, TypeError):  # a module cannot have a tensor of this name
                 raise InputError(f"{self._folder}: has an unexpected tensor '{key}'") from None
 
     @isolated()
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        """Make the collected tensors an integer model, which takes the place of `model`."""
         from tqdit.runtime.convert import convert
         from tqdit.runtime.integer import make_integer
 
@@ -163,14 +175,17 @@ class TQDiTQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
-        return True  # by the model's own `save_pretrained`
+        """Say that the model can be saved, which its own `save_pretrained` does."""
+        return True  # the model's own `save_pretrained` does it
 
     @property
     def is_trainable(self) -> bool:
+        """Say that the model cannot be trained."""
         return False
 
     @property
     def is_compileable(self) -> bool:
+        """Say that the model can be compiled."""
         return True
 
 
@@ -192,18 +207,22 @@ def _add_empty(model: nn.Module, key: str) -> None:
 
 
 class _KeptSetting(logging.Filter):
-    """Drops diffusers' warning that it ignores the timestep keys of a config, while an artifact is loaded: tqdit
-    heeds them. For a float model, loaded by diffusers alone, the warning is true and stays."""
+    """A filter for diffusers' warning that it ignores the timestep keys of a config.
+
+    The warning is dropped while an artifact is loaded, since tqdit heeds these keys. The warning stays for a float
+    model that diffusers alone loads: there it is true.
+    """
 
     said = re.compile(rf"The config attributes {{(?:'(?:{'|'.join(KEPT)})': [^,}}]*(?:, )?)+}} were passed")
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Say whether a log record is kept."""
         if not self.said.match(record.getMessage()):
             return True
         frame = sys._getframe()
         while frame.f_back is not None:
             frame = frame.f_back
-            if isinstance(frame.f_locals.get("hf_quantizer"), TQDiTQuantizer):  # of diffusers' `from_pretrained`
+            if isinstance(frame.f_locals.get("hf_quantizer"), TQDiTQuantizer):  # in `from_pretrained`
                 return False
         return True
 
@@ -212,8 +231,8 @@ KEPT_SETTING = _KeptSetting()
 
 
 def register() -> None:
-    """Add to diffusers' tables, over nothing that is there."""
-    logging.getLogger(configuration_utils.__name__).addFilter(KEPT_SETTING)  # once, however often it is called
+    """Add tqdit to diffusers' tables of quantization methods, without replacing any entry."""
+    logging.getLogger(configuration_utils.__name__).addFilter(KEPT_SETTING)  # logging adds a filter only once
     auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, TQDiTQuantizer)
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, TQDiTConfig)
 

@@ -1,4 +1,7 @@
-"""Registers tqdit with diffusers as soon as diffusers is there, without importing it: that takes seconds."""
+"""Register tqdit with diffusers as soon as diffusers is imported.
+
+tqdit does not import diffusers for this, since that takes seconds.
+"""
 
 import importlib
 import importlib.abc
@@ -7,12 +10,12 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-WATCHED = "diffusers.quantizers.auto"  # has diffusers' tables of quantization methods
+WATCHED = "diffusers.quantizers.auto"  # the module of diffusers' tables of quantization methods
 INTEGRATION = "tqdit.integrations.diffusers"
 
 
 def register_with_diffusers() -> None:
-    """Register now if diffusers is imported, else when it is. Calling it again changes nothing."""
+    """Register now if diffusers is imported, else when it is. Calling this again changes nothing."""
     if hasattr(sys.modules.get(WATCHED), "AUTO_QUANTIZATION_CONFIG_MAPPING"):
         _register()
     elif not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
@@ -20,11 +23,12 @@ def register_with_diffusers() -> None:
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
-    """Finds the watched module as Python would, and registers once it has run."""
+    """A finder that finds the watched module as Python would, and registers tqdit after the module has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        """Return the watched module's spec with a loader that registers tqdit; None for any other module."""
         if fullname != WATCHED:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
@@ -42,7 +46,10 @@ class _Watcher(importlib.abc.MetaPathFinder):
 
 
 def _register() -> None:
-    """Where the integration is what imports diffusers it is only begun: it registers itself at its end."""
+    """Call the integration's `register`.
+
+    The integration may itself be importing diffusers. Then it has no `register` yet, and registers itself at its end.
+    """
     register = getattr(importlib.import_module(INTEGRATION), "register", None)
     if register is not None:
         register()

@@ -1,4 +1,4 @@
-"""A float model and its quantized versions side by side: one frozen result, which the JSON and the report show."""
+"""Compare a float model with its quantized versions: one frozen result, which the JSON and the report show."""
 
 import gc
 import json
@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from tqdit.artifact import folder as artifact
-from tqdit.artifact.tensors import decisive
 from tqdit.calibration import trajectories
 from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.errors import InputError
@@ -21,16 +20,17 @@ from tqdit.imaging import images
 from tqdit.imaging.images import Images
 from tqdit.imaging.request import chosen_classes
 from tqdit.quality import features, fidelity, metrics
+from tqdit.quality.artifacts import ComparedArtifact, load_artifact
 from tqdit.quality.fidelity import EpsilonFidelity
 from tqdit.recipe import Recipe
-from tqdit.runtime import fitting
 from tqdit.runtime.convert import convert
 from tqdit.runtime.target import Device, Dtype, Target
 from tqdit.sampling.guidance import Conditions, Sampling
 from tqdit.sampling.schedules import resolved
 from tqdit.sources.conditions import suitable
-from tqdit.sources.resolve import ModelSource, load_float, resolve, weights_hash
+from tqdit.sources.resolve import load_float, resolve, weights_hash
 from tqdit.sources.sizes import FloatSizes, float_sizes
+from tqdit.sources.source import ModelSource
 from tqdit.spec import Solution
 from tqdit.speed.cost import Cost, memory, timed
 from tqdit.stages import Report, silent
@@ -38,10 +38,9 @@ from tqdit.system.deprecation import formerly_positional
 from tqdit.system.distributed import current
 from tqdit.system.environment import environment
 from tqdit.system.isolation import isolated
-from tqdit.timegroups import TimeGroups
 
-HELD_OUT_SEED = 20_000  # far from calibration's: other noise, other states
-STATE_GROUPS = 10  # ranges of timesteps that held-out states are drawn from, whatever is compared
+HELD_OUT_SEED = 20_000  # far from calibration's seeds, so noise and states differ
+STATE_GROUPS = 10  # ranges of timesteps that held-out states are drawn from
 FASHION = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
@@ -49,10 +48,11 @@ FASHION = (
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One model's figures. The float model has no `eps`, `psnr_db` or `solution`; its size is its fp32 weights.
+    """The figures of one model in a comparison.
 
-    `size_ratio` is over fp32, `size_ratio_bfloat16` over bf16, `size_ratio_file` over the file that was quantized:
-    the float model's `file_bytes`, whose tensors are of `file_dtype`.
+    The float model has no `eps`, `psnr_db` or `solution`; its size is that of its fp32 weights. `size_ratio` is over
+    fp32, `size_ratio_bfloat16` over bf16, and `size_ratio_file` over the file that was quantized: the float model's
+    `file_bytes`, whose tensors are of `file_dtype`.
     """
 
     name: str
@@ -74,11 +74,11 @@ class ModelRow:
 
     @property
     def disk_bytes(self) -> int:
-        """What the model takes on disk: the artifact's weights, or the float model's file."""
+        """Return the bytes that the model takes on disk: the artifact's weights, or the float model's file."""
         return self.size_bytes if self.file_bytes is None else self.file_bytes
 
     def figures(self) -> dict[str, Any]:
-        """The row as JSON values; a figure that is not finite (of equal images, of NaN) is None."""
+        """Return the row as JSON values. A figure that is not finite (for equal images, or NaN) is None."""
         return {
             "name": self.name,
             "preset": self.preset,
@@ -103,7 +103,7 @@ class ModelRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`float_model` and the quantized `models`; `settings` say how the images and states were drawn."""
+    """The figures of `float_model` and of the quantized `models`; `settings` say how images and states were drawn."""
 
     float_model: ModelRow
     models: tuple[ModelRow, ...]
@@ -111,12 +111,15 @@ class Comparison:
     environment: dict[str, Any]
 
     def with_seconds(self, seconds: list[float]) -> "Comparison":
-        """The same, with the calibration time of every quantized model."""
+        """Return the same comparison with the calibration time of every quantized model."""
         rows = zip(self.models, seconds, strict=True)
         return replace(self, models=tuple(replace(row, calibration_seconds=s) for row, s in rows))
 
     def to_json(self) -> str:
-        """`tqdit compare --json`: `reference` and a list `models` of figures, with settings and environment."""
+        """Return the text that `tqdit compare --json` writes.
+
+        Its figures are `reference` and the list `models`, beside `settings` and `environment`.
+        """
         value = {
             "environment": self.environment,
             "settings": self.settings,
@@ -144,14 +147,17 @@ def compare(  # noqa: PLR0913 - one for each option of the command
 ) -> Comparison:
     """Compare artifacts with their float model: epsilon SQNR, PSNR of same-seed images, FD-fashion, size, time, memory.
 
-    `num` images, and `samples` held-out states in each of ten equal ranges of the timesteps: the states are the same
-    whatever is compared. `conditions`: the prompts of a model of prompts, or its own classes by default.
-    `dtype`: float32 or bfloat16, of the residual stream of the integer models. `cost`: also time
-    calls next to the float model's in eager float32, and measure memory in a process for each model; not where several
-    processes share the machine. FD-fashion is None where the bundled classifier does not fit, and biased upwards for
-    few images: compare it only within one table. Raises `InputError` for an artifact of another model, and before any
-    sampling where the images could not be decoded. Inside `distributed.joined` the ranks share images and states, and
-    each returns the whole comparison.
+    `num`: the number of images. `samples`: the number of held-out states in each of ten equal ranges of the timesteps;
+    the states are the same whatever is compared. `conditions`: the prompts of a model of prompts; by default the
+    model's own classes. `dtype`: float32 or bfloat16, the dtype of the integer models' residual stream. `cost`: also
+    time calls next to the float model's in eager float32, and measure memory in a process for each model; not where
+    several processes share the machine.
+
+    FD-fashion is None where the bundled classifier does not fit. It is biased upwards for few images: compare it only
+    within one table. Inside `distributed.joined` the ranks share images and states, and each returns the whole
+    comparison.
+
+    Raises `InputError` for an artifact of another model, and before any sampling where the images could not be decoded.
     """
     if num < 1 or samples < 1:
         raise InputError(f"num and samples must be at least 1, got {num} and {samples}")
@@ -161,7 +167,7 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     wanted = Images(source, chosen_classes(source, asked), num, sampling, seed, conditions=conditions)
     model = load_float(source).to(target.device)
     digest = weights_hash(model)
-    found = [_load_artifact(path, source, digest) for path in quantized]
+    found = [load_artifact(path, source, digest) for path in quantized]
     calls = _Calls(source, sampling, num, target)
     measures = cost and current().size == 1
     groups = min(STATE_GROUPS, source.num_timesteps)
@@ -187,13 +193,13 @@ def held_out(
     report: Report = silent,
     conditions: Conditions | None = None,
 ) -> CalibrationSet:
-    """States of the float model's own trajectories without noise: another seed than calibration's.
+    """Collect states of the float model's own noise-free trajectories, with another seed than calibration's.
 
-    The ranges of timesteps are equal, but for flow matching: a shift leaves equal ranges without a step.
+    The ranges of timesteps are equal, except for flow matching: a shift leaves equal ranges without a step.
     """
     total = source.num_timesteps
     wanted = min(total, max(50, 2 * groups))
-    steps = next(n for n in range(wanted, total + 1) if total % n == 0)  # a divisor, so that the last group is visited
+    steps = next(n for n in range(wanted, total + 1) if total % n == 0)  # a divisor of T, which visits the last group
     recipe = Recipe(
         groups=groups,
         samples=samples,
@@ -209,29 +215,25 @@ def held_out(
 
 
 def fd_fashion(source: ModelSource, pixels: torch.Tensor) -> float | None:
-    """FD-fashion of the images where the model makes Fashion-MNIST's classes, 1 x 32 x 32, else None."""
+    """Return FD-fashion of the images where the model makes Fashion-MNIST's classes, 1 x 32 x 32, else None."""
     fits = tuple(pixels.shape[1:]) == (1, 32, 32) and dict(source.labels) == dict(enumerate(FASHION))
     return features.fd_fashion(pixels) if fits and len(pixels) > 1 and bool(torch.isfinite(pixels).all()) else None
 
 
-@dataclass(frozen=True)
-class _Artifact:
-    folder: Path
-    name: str
-    solution: Solution
-
-
 def _pixels(wanted: Images, module: nn.Module, name: str, report: Report) -> torch.Tensor:
-    """The same-seed images of one model after another."""
+    """Return the same-seed images of a model."""
     report(f"images of {name}", 0.0)
     return images.gathered(wanted, module, lambda f: report(f"images of {name}", f))
 
 
 def _measured(
-    model: nn.Module, found: Sequence[_Artifact], wanted: Images, data: CalibrationSet, calls: "_Calls | None",
+    model: nn.Module, found: Sequence[ComparedArtifact], wanted: Images, data: CalibrationSet, calls: "_Calls | None",
     report: Report, target: Target,
 ) -> tuple[ModelRow, list[ModelRow]]:  # fmt: skip
-    """The rows of the float model and of the artifacts, one model after another; without `calls` nothing is timed."""
+    """Return the rows of the float model and of the artifacts; without `calls` nothing is timed.
+
+    The models are measured one after another.
+    """
     source = wanted.source
     sizes = float_sizes(source, model)
     first = _float_row(source, sizes, _pixels(wanted, model, source.name, report))
@@ -250,7 +252,7 @@ def _measured(
 
 @dataclass(frozen=True)
 class _Calls:
-    """The calls that are timed, and whose memory is measured: as many samples as one batch of the images has."""
+    """The calls that are timed, and whose memory is measured, with as many samples as one batch of the images has."""
 
     source: ModelSource
     sampling: Sampling
@@ -265,17 +267,17 @@ class _Calls:
     def config(self) -> dict[str, Any]:
         return {key: value for key, value in self.source.config.items() if key != "quantization_config"}
 
-    def timed(self, float_model: nn.Module, module: nn.Module, entry: _Artifact, report: Report) -> Cost:
+    def timed(self, float_model: nn.Module, module: nn.Module, entry: ComparedArtifact, report: Report) -> Cost:
         stage = f"timing {entry.name}"
         report(stage, 0.0)
         steps = self.source.num_timesteps
         return timed(float_model, module, self.config, self.batch, steps, lambda f: report(stage, f))
 
     def with_memory(
-        self, first: ModelRow, rows: Sequence[ModelRow], found: Sequence[_Artifact], report: Report
+        self, first: ModelRow, rows: Sequence[ModelRow], found: Sequence[ComparedArtifact], report: Report
     ) -> tuple[ModelRow, list[ModelRow]]:
-        """The rows with memory; the float model's time is the median over those next to each artifact."""
-        gc.collect()  # the models are gone: each is measured with the machine to itself
+        """Return the rows with memory. The float model's time is the median of its times next to each artifact."""
+        gc.collect()  # free the models: each is measured with the machine to itself
         if self.target.device.type == "cuda":
             torch.cuda.empty_cache()
         costs = [row.cost for row in rows if row.cost]
@@ -301,7 +303,7 @@ def _float_row(source: ModelSource, sizes: FloatSizes, pixels: torch.Tensor) -> 
 
 
 def _quantized_row(
-    entry: _Artifact, reference: ModelRow, sizes: FloatSizes, pixels: torch.Tensor, eps: EpsilonFidelity
+    entry: ComparedArtifact, reference: ModelRow, sizes: FloatSizes, pixels: torch.Tensor, eps: EpsilonFidelity
 ) -> ModelRow:
     size = artifact.size_bytes(entry.folder)
     provenance = entry.solution.provenance
@@ -319,28 +321,6 @@ def _quantized_row(
         psnr_db=metrics.psnr_db(reference.images, pixels),
         solution=entry.solution,
     )
-
-
-def _load_artifact(path: str | Path, source: ModelSource, digest: str) -> _Artifact:
-    """An artifact made from the float model whose weights have the hash `digest`, else `InputError`."""
-    other = resolve(path)
-    if not other.quantized:
-        raise InputError(f"'{path}' is not quantized; compare takes a float model, then artifacts")
-    solution = fitting.read(other.folder, other.root)
-    if solution.provenance.source_sha256 != digest:
-        made_from = solution.provenance.source or "an unknown model"
-        raise InputError(
-            f"'{path}' was not made from '{source.name}' but from other weights ('{made_from}'); compare it with those"
-        )
-    given, made = decisive(source.config), decisive(solution.model_config)
-    for key in given:
-        if key in made and given[key] != made[key]:
-            raise InputError(f"'{path}' was made of a model with {key} {made[key]}, '{source.name}' has {given[key]}")
-    low, high, closed = source.time_range
-    found, expected = solution.time_groups.interval, TimeGroups((), low, high, closed).interval
-    if found != expected:
-        raise InputError(f"'{path}' has timesteps in {found}, the scheduler of '{source.name}' has {expected}")
-    return _Artifact(other.folder, other.name, solution)
 
 
 def _finite(value: float | None) -> float | None:

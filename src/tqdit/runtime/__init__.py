@@ -1,0 +1,1 @@
+"""The runtime: a solution becomes a model that runs on integers."""

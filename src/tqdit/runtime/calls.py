@@ -1,4 +1,4 @@
-"""A converted model's denoiser call, on a GPU as one CUDA graph."""
+"""Run the denoiser calls of a converted model; on a GPU a call is one CUDA graph."""
 
 import threading
 import weakref
@@ -18,23 +18,23 @@ from tqdit.ops.modules import Watched
 from tqdit.system.capture import Captured
 from tqdit.system.isolation import without_autocast
 
-MAX_GRAPHS = 16  # of different batch sizes and shapes; the one that was not used for longest goes first
+MAX_GRAPHS = 16  # for different batch sizes and shapes; the least recently used is dropped
 
 
 def _nothing() -> None:
-    """Stand for a reference to a tensor that is no more."""
+    """Return None, as a weak reference does whose tensor no longer exists."""
 
 
 NO_PROMPT = (_nothing, 0, None)
 
 
 class Runtime(nn.Module):
-    """Runs the calls of the model that has it.
+    """The part of a converted model that runs the model's calls.
 
-    With `graphs`, calls on a GPU are captured once per batch size, shape and dtype, then replayed: timestep and
-    conditions are data on the device, nothing waits for the host. Forward hooks inside the model do not run in a
-    replay; set `graphs` to False to have them. Moving the model or changing its dtype drops its graphs; moving a part
-    does not.
+    With `graphs`, calls on a GPU are captured once per batch size, shape and dtype, then replayed. Timestep and
+    conditions are data on the device, so no replay waits for the host. Forward hooks inside the model do not run in a
+    replay; set `graphs` to False to have them run. Moving the model or changing its dtype drops its graphs; moving a
+    part of the model does not.
     """
 
     def __init__(self, architecture: Architecture, groups: GroupLookup, graphs: bool) -> None:
@@ -45,7 +45,7 @@ class Runtime(nn.Module):
         self._forget_graphs()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without graphs, which are of this process and these tensors."""
+        """Return the state without graphs, which belong to this process and to these tensors."""
         own = ("_captured", "_lock", "_stream", "_seen", "_prompt")
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
@@ -56,8 +56,8 @@ class Runtime(nn.Module):
     def _forget_graphs(self) -> None:
         self._captured: OrderedDict[tuple[Any, ...], Captured] = OrderedDict()
         self._lock = threading.Lock()
-        self._stream: torch.cuda.Stream | None = None  # of the last replay
-        self._seen: tuple[object, bool] = (None, False)  # what was watched, and whether a graph would be wrong
+        self._stream: torch.cuda.Stream | None = None  # the stream of the last replay
+        self._seen: tuple[object, bool] = (None, False)  # `Watched.contents`, and whether blocks have adapters
         self._prompt: tuple[Any, int, Any] = NO_PROMPT
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Runtime":
@@ -69,13 +69,13 @@ class Runtime(nn.Module):
         return super()._apply(fn, recurse)
 
     def call(self, model: nn.Module, x: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
-        """Return the model's output for x (B, C, H, W), which is checked, and the other arguments of its forward.
+        """Return the model's output for latents `x` (B, C, H, W) and the other arguments of its forward.
 
-        There is no graph while any block has adapters or is offloaded. Adapters cannot be trained: the result
-        never requires a gradient, so `backward` says that it "does not require grad".
+        No graph is used while any block has adapters or is offloaded. Gradients and autocast are off inside: neither
+        means anything for integers, and autocast would round the fp32 products that stand for them. Adapters therefore
+        cannot be trained: the result never requires a gradient, and `backward` says that it "does not require grad".
 
-        Raises `InputError` as the architecture's `inputs` does. Gradients and autocast are off inside: neither means
-        anything for integers, and autocast would round the fp32 products that stand for them.
+        Raises `InputError` as the architecture's `inputs` does.
         """
         given = self.architecture.inputs(model, x, arguments)
         run = self._replayed if self._graphable(x) and not self._changing(model) else self._eager
@@ -89,18 +89,21 @@ class Runtime(nn.Module):
             return not torch.cuda.is_current_stream_capturing()
 
     def _changing(self, model: nn.Module) -> bool:
-        """Say whether any block has adapters or is offloaded; look again when any watched module got something."""
+        """Say whether any block has adapters or is offloaded.
+
+        The blocks are looked at again only when any watched module was given an adapter or a hook.
+        """
         if self._seen[0] is not Watched.contents:
             blocks = [module for module in model.modules() if isinstance(module, IntBlock)]
             self._seen = Watched.contents, any(block.adapted or block.offloaded for block in blocks)
         return self._seen[1]
 
     def prompt(self, model: nn.Module, states: torch.Tensor, make: Callable[[], Any]) -> Any:
-        """Return what `make` makes of the states of a prompt, or what it made if the last call had the same prompt.
+        """Return `make()`, a function of a prompt's states, or its former result if the last call had the same prompt.
 
-        The same prompt is the same tensor, unchanged: pipelines give it to every step of a sampling run. Nothing is
-        kept of tensors whose changes torch does not count, under torch.compile, and while a block has adapters, whose
-        weights may change.
+        Two prompts are the same if they are the same tensor, unchanged: pipelines give one tensor to every step of a
+        sampling run. Nothing is kept in three cases: torch does not count the changes of the tensor, torch.compile is
+        at work, or a block has adapters, whose weights may change.
         """
         if torch.compiler.is_compiling() or states.is_inference() or self._changing(model):
             return make()
@@ -121,13 +124,13 @@ class Runtime(nn.Module):
         key = (x.device, x.shape, x.dtype, structure, fixed, *((leaf.shape, leaf.dtype) for leaf in tensors))
         with self._lock, _on(x.device):
             stream = torch.cuda.current_stream()
-            if self._stream is not None and self._stream != stream:  # its last replay has to leave the static tensors
+            if self._stream is not None and self._stream != stream:  # its replay still uses the static tensors
                 stream.wait_stream(self._stream)
             self._stream = stream
             if key not in self._captured:
                 self._captured[key] = self._capture(model, x, tensors, fixed, structure)
                 if len(self._captured) > MAX_GRAPHS:
-                    torch.cuda.synchronize()  # a replay on another stream may still read what is given back
+                    torch.cuda.synchronize()  # a replay on another stream may still read the memory that is freed
                     self._captured.popitem(last=False)
             self._captured.move_to_end(key)
             return self._captured[key](x, *tensors)
@@ -135,7 +138,7 @@ class Runtime(nn.Module):
     def _capture(
         self, model: nn.Module, x: torch.Tensor, tensors: list[torch.Tensor], fixed: tuple[Any, ...], structure: Any
     ) -> Captured:
-        """Capture a call as a graph. `fixed`: leaves of its inputs, `...` for a tensor."""
+        """Capture a call as a graph. `fixed`: the leaves of the call's inputs, with `...` in place of tensors."""
 
         def call(x: torch.Tensor, *static: torch.Tensor) -> torch.Tensor:
             rest = iter(static)
@@ -146,20 +149,20 @@ class Runtime(nn.Module):
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a GPU the current one, which costs as much as a launch where it is already."""
+    """Make a GPU the current one, unless it is already: switching costs as much as a launch."""
     current = device.index is None or device.index == torch.cuda.current_device()
     return nullcontext() if current else torch.cuda.device(device)
 
 
 def without_gradients() -> AbstractContextManager[Any]:
-    """torch.no_grad(), where gradients are on."""
+    """Return `torch.no_grad()` where gradients are on, else a context that does nothing."""
     return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
 
 def tell_diffusers(kind: type[IntBlock]) -> None:
-    """Tell diffusers' hooks, such as `apply_layer_skip`, what an integer block returns: hidden states alone.
+    """Tell diffusers' hooks, such as `apply_layer_skip`, that an integer block returns hidden states alone.
 
-    Not by `TransformerBlockRegistry.register`, which imports every model that diffusers has.
+    `TransformerBlockRegistry.register` would say the same, but it imports every model that diffusers has.
     """
     from diffusers.hooks import _helpers
 

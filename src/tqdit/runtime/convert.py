@@ -1,4 +1,4 @@
-"""`convert`: a Solution becomes a runnable transformer. The sole place where modules are swapped."""
+"""`convert` makes a Solution a runnable transformer. No other module swaps layers."""
 
 from dataclasses import asdict, replace
 from functools import partial
@@ -31,15 +31,18 @@ def convert(
     dtype: torch.dtype = torch.float32,
     memory: str | torch.device | None = None,
 ) -> nn.Module:
-    """A diffusers `DiTTransformer2DModel` whose sites run on the codes of `solution`, in eval mode, on `device`.
+    """Return a diffusers transformer in eval mode that runs on the codes of `solution`.
 
-    The float weights are never materialised: the structure is built empty and filled. The result has
-    `quantization_backend`, `quantization_report` (site name -> kernel) and `solution`, whose codes are those of its
-    layers. `dtype`: as `torch_dtype` of diffusers; bfloat16 is also that of the residual stream. With the backend
-    "auto" the model is converted again by a call on another kind of device. `memory`: the device that holds the
-    tensors of a model that is offloaded, whose parts are moved to `device` one at a time; `device` itself by default.
+    The float weights are never materialised: the structure is built empty, then filled. The model's class is the
+    integer one of the solution's architecture. The model has `quantization_backend`, `quantization_report` (site name
+    -> kernel) and `solution`, whose codes are those of the model's layers.
 
-    Raises `InputError` if the solution does not fit the model that its config describes (see `models.fitting`), and if
+    `backend`: a name, or "auto". A model with the backend "auto" is converted again by a call on another kind of
+    device. `device`: where the model runs. `dtype`: float32, float16 or bfloat16, of inputs and outputs as
+    `torch_dtype` of diffusers; bfloat16 is also the dtype of the residual stream. `memory`: the device that holds the
+    tensors of a model that is offloaded, whose parts are moved to `device` one at a time; by default `device` itself.
+
+    Raises `InputError` if the solution does not fit the model that its config describes (see `runtime.fitting`), and if
     the backend cannot run on the device.
     """
     if dtype not in DTYPES:
@@ -69,7 +72,7 @@ def _converted(
     model.quantization_backend = chosen.NAME
     model.quantization_report = {name: kernel_name(params, chosen) for name, params in solution.params.items()}
     model.solution = replace(solution, codes=LayerCodes(parts.places, parts.sites))
-    model.reconvert = partial(_converted, backend=backend)  # of a solution that fits
+    model.reconvert = partial(_converted, backend=backend)  # the solution was checked before
     model.io_dtype = dtype
     model.prepared_for = torch.device(device).type
     model.fingerprint = Fingerprint(_described(solution, chosen.NAME, device))
@@ -78,7 +81,7 @@ def _converted(
 
 
 def _described(solution: Solution, backend: str, device: str | torch.device) -> dict[str, Any]:
-    """What a converted model is beside its tensors: grids, time groups, provenance, and how its layers are laid out."""
+    """Describe a converted model without its tensors: grids, time groups, provenance and layout of layers."""
     return {
         "model_config": decisive(solution.model_config),
         "time_groups": asdict(solution.time_groups),

@@ -1,7 +1,7 @@
-"""Whether a Solution is one of its model: every site and parameter is there, and what the kernels take it for.
+"""Check that a Solution fits the model of its config: every site and parameter is there, as the kernels expect it.
 
-The kernels index scales by head and channel, and choose their arithmetic by grid, without looking again. Nothing is
-built or allocated before the file has been found to hold as much as its config says.
+The kernels index scales by head and channel, and choose their arithmetic by grid, without further checks. Nothing is
+built or allocated before the file is known to hold as much as its config says.
 """
 
 from collections.abc import Mapping
@@ -18,12 +18,15 @@ from tqdit.recipe import Recipe
 from tqdit.spec import MAX_BITS, MIN_BITS, Granularity, Grid, GridParams, Role, SiteSpec, Solution
 
 LEAST_ACTIVATION_BITS = 4
-PER_CHANNEL = Recipe("paper", groups=1, weight_granularity="per_channel")  # for the number of channels
+PER_CHANNEL = Recipe("paper", groups=1, weight_granularity="per_channel")  # its plan gives the number of channels
 FIELDS = ("role", "grid", "granularity", "groups", "units")
 
 
 def read(folder: Path, root: Path | None = None) -> Solution:
-    """Call `artifact.read`, and `check_solution` of what it found. Raises `InputError` that names the folder."""
+    """Read an artifact and check that its solution fits the model; see `artifact.read` and `check_solution`.
+
+    Raises `InputError` that names the folder.
+    """
     solution = artifact.read(folder, root)
     try:
         check_solution(solution)
@@ -33,10 +36,11 @@ def read(folder: Path, root: Path | None = None) -> Solution:
 
 
 def check_solution(solution: Solution) -> None:
-    """Raise `InputError` that names the site and the field, or the parameter, that a model of this config cannot have.
+    """Check that a solution has the sites and parameters of its config's model.
 
-    What a recipe may choose is free for every site: bits, time groups or none, two regions or one, one scale per weight
-    or per output channel.
+    A recipe's choices are free for every site: bits, time groups or none, two regions or one, one scale per weight or
+    per output channel. Raises `InputError` that names the site and the field, or the parameter, that the model cannot
+    have.
     """
     config = solution.model_config
     check_supported(config)
@@ -54,13 +58,13 @@ def check_solution(solution: Solution) -> None:
 
 
 def _shapes(held: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor; the codes of a model's layers need not be unpacked."""
+    """Return the shape of every tensor. The codes of a model's layers need not be unpacked for it."""
     shape_of = getattr(held, "shape_of", None)
     return {name: tuple(held[name].shape if shape_of is None else shape_of(name)) for name in held}
 
 
 def _check_site(solution: Solution, found: SiteSpec, expected: SiteSpec, timed: bool) -> None:
-    """Compare with what the model needs, field by field."""
+    """Compare a site with the site that the model needs, field by field."""
     legal: dict[str, tuple[Any, ...]] = {field: (getattr(expected, field),) for field in FIELDS}
     if expected.role in TWO_REGION:
         legal["grid"] = (TWO_REGION[expected.role], Grid.UNIFORM)
@@ -90,7 +94,7 @@ def _check_shapes_of_params(params: GridParams) -> None:
 def _check_parameters(
     solution: Solution, expected: Mapping[str, SiteSpec], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Every parameter of the model is there in its shape, as codes or in float, and nothing else is."""
+    """Check that exactly the model's parameters are there, each in its shape, as codes or in float."""
     found = {True: _shapes(solution.codes), False: _shapes(solution.floats)}
     for name, shape in shapes.items():
         held = found[name in expected]

@@ -1,4 +1,4 @@
-"""What an artifact is, site by site, as JSON values."""
+"""Describe an artifact site by site, as JSON values."""
 
 from dataclasses import asdict
 from typing import Any
@@ -9,7 +9,7 @@ from tqdit.errors import InputError
 from tqdit.ops.dispatch import kernel_name
 from tqdit.runtime import fitting
 from tqdit.runtime.target import Target
-from tqdit.sources.resolve import ModelSource
+from tqdit.sources.source import ModelSource
 
 SITE = ("name", "role", "bits", "grid", "groups", "granularity")
 

@@ -1,4 +1,4 @@
-"""The classes of converted models: one for each diffusers class, made when it is needed."""
+"""Make the classes of converted models: one for each diffusers class, when it is first needed."""
 
 import functools
 import threading
@@ -27,12 +27,15 @@ from tqdit.system.files import replacing
 from tqdit.system.isolation import isolated
 
 CONVERTED = ("quantization_backend", "quantization_report", "solution", "reconvert", "prepared_for", "fixed")
-LOCK = threading.Lock()  # a model is converted again by one thread, however many ask
-INTEGER, CLOSED = "Integer", "Closed"  # what names of classes that are made here begin with
+LOCK = threading.Lock()  # held while a model is converted again
+INTEGER, CLOSED = "Integer", "Closed"  # first words of the names of classes that are made here
 
 
 class _SameAsDiffusers(type):
-    """Makes a class equal to diffusers' own. Pipelines compare the class of a part with the one that they expect."""
+    """A metaclass that makes a class equal to diffusers' own class.
+
+    Pipelines compare the class of a part with the class that they expect.
+    """
 
     original: type
 
@@ -44,12 +47,12 @@ class _SameAsDiffusers(type):
 
 
 class IntegerModel(Closed, Untrainable):
-    """What every converted model has beside diffusers' own class: `convert` makes it."""
+    """The members that every converted model has beside those of diffusers' own class; `convert` makes the model."""
 
-    solution: Solution  # its codes are those of the layers
-    reconvert: Any  # a Solution and `device` -> a model converted in the same way
+    solution: Solution  # with the codes of the layers
+    reconvert: Any  # (Solution, device=...) -> a model that is converted in the same way
     prepared_for: str  # the kind of device that the layers are laid out for
-    fixed: frozenset[str]  # names in a state dict that are the model's own, not an adapter's
+    fixed: frozenset[str]  # names in a state dict that belong to the model, not to an adapter
     runtime: Runtime
     config: Any
     original: type[Any]  # diffusers' class
@@ -57,18 +60,23 @@ class IntegerModel(Closed, Untrainable):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What a pipeline makes its latents in: the `torch_dtype` it was loaded with. See `stream_dtype`."""
+        """Return the dtype in which a pipeline makes latents: the `torch_dtype` that the model was loaded with.
+
+        The residual stream may have another dtype; see `stream_dtype`.
+        """
         return self.io_dtype
 
     @property
     def stream_dtype(self) -> torch.dtype:
-        """Of the residual stream between the blocks: bf16 in a model of that dtype, else fp32. All else is computed as
-        ever. fp16 would not hold what real models add up.
+        """Return the dtype of the residual stream between the blocks: bf16 in a model of that dtype, else fp32.
+
+        A model of dtype fp16 has an fp32 stream, since fp16 would not hold the sums of real models. No other
+        computation depends on the model's dtype.
         """
         return torch.bfloat16 if self.io_dtype is torch.bfloat16 else torch.float32
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Another dtype is that of inputs, outputs and the residual stream alone."""
+        """Move the tensors, and change only the dtype of inputs, outputs and the residual stream."""
         self.io_dtype = fn(torch.zeros((), dtype=self.io_dtype)).dtype
 
         def moved(x: torch.Tensor) -> torch.Tensor:
@@ -79,9 +87,10 @@ class IntegerModel(Closed, Untrainable):
         return self
 
     def adopt(self, other: nn.Module) -> Self:
-        """Become what another converted model is; the model's own hooks, config and adapters stay.
+        """Take over the layers of another converted model; hooks, config and adapters of this model stay.
 
-        Whether calls are graphs is the backend's choice again: one for CPUs has none, which says nothing about a GPU's.
+        The new backend decides again whether calls are graphs. A backend for CPUs has none, which says nothing about a
+        GPU's.
         """
         mine, others = ([m for m in model.modules() if isinstance(m, IntBlock)] for model in (self, other))
         for old, new in zip(mine, others, strict=bool(mine)):
@@ -104,9 +113,9 @@ class IntegerModel(Closed, Untrainable):
         output = self.runtime.call(self, hidden_states, arguments)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
-    @torch.compiler.disable  # compile after a first call on the device, or the graph breaks here
+    @torch.compiler.disable  # the graph breaks here unless a call on the device came first
     def _prepare(self, device: torch.device) -> None:
-        """Be converted for a kind of device, once however many threads ask.
+        """Convert the model for a kind of device, only once however many threads ask.
 
         A model that accelerate offloads stays in the CPU's memory, laid out for the device that its parts visit.
         """
@@ -124,10 +133,11 @@ class IntegerModel(Closed, Untrainable):
             cpu_offload(self, device, offload_buffers=hook.offload_buffers)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        """Before any tensor is loaded: `InputError` for a state dict that is not this model's, or an adapter for it.
+        """Check a state dict before any tensor is loaded: it must be this model's, or an adapter's for this model.
 
-        Of an artifact only its own values are accepted, whose grids the model has. What neither the model nor an
-        adapter in it has a place for is refused even where torch would ignore it: peft drops it in silence.
+        The artifact's own tensors are accepted only with the values that the model has. A name that neither the model
+        nor an adapter has a place for is refused, even where torch would ignore it: peft drops such a tensor silently.
+        Raises `InputError` for all of these.
         """
         own = self.state_dict(prefix=prefix, keep_vars=True)
         fixed = {prefix + name for name in self.fixed}
@@ -145,12 +155,12 @@ class IntegerModel(Closed, Untrainable):
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
-        """Call diffusers' own: what is in the folder decides the class."""
+        """Call diffusers' own `from_pretrained`: the folder's content decides the class of the model."""
         return cls.original.from_pretrained(*arguments, **options)
 
     @classmethod
     def from_config(cls, *arguments: Any, **options: Any) -> Any:
-        """Call diffusers' own: a float model."""
+        """Call diffusers' own `from_config`, which makes a float model."""
         return cls.original.from_config(*arguments, **options)
 
     @isolated()
@@ -165,11 +175,13 @@ class IntegerModel(Closed, Untrainable):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Write an artifact that `from_pretrained` and tqdit read: whole or not at all, unlike diffusers' own.
+        """Write an artifact that `from_pretrained` and tqdit read.
 
-        A model that is there is replaced. `InputError` for a folder with anything else in it, for options that an
-        artifact does not have (pickled weights, variants), and for a model whose scales, zero points or biases are no
-        longer those of its solution. To push, call `push_to_hub`.
+        The artifact is written as a whole or not at all, unlike diffusers' own. A model that the folder has is
+        replaced. To push a model, call `push_to_hub`.
+
+        Raises `InputError` for a folder with anything else in it, for options that an artifact does not have (pickled
+        weights, variants), and for a model whose scales, zero points or biases are no longer those of its solution.
         """
         refused = {"safe_serialization=False": not safe_serialization, f"variant='{variant}'": variant is not None,
                    "push_to_hub=True": push_to_hub}  # fmt: skip
@@ -189,20 +201,23 @@ class IntegerModel(Closed, Untrainable):
             artifact.unseal_pipeline(target)
 
     def to(self, *arguments: Any, **options: Any) -> Self:
-        """As torch's: `_apply` knows what another dtype changes. diffusers would refuse to cast a quantized model."""
+        """Move the model, or change its dtype, as `torch.nn.Module.to` does.
+
+        `_apply` limits the change of dtype. diffusers' own `to` would refuse to cast a quantized model.
+        """
         return nn.Module.to(self, *arguments, **options)
 
     def half(self, *_: Any) -> Self:
-        """As torch's."""
+        """Change the dtype to fp16, as `torch.nn.Module.half` does."""
         return nn.Module.half(self)
 
-    def float(self, *_: Any) -> Self:  # below all annotations, which mean the type
-        """As torch's."""
+    def float(self, *_: Any) -> Self:  # defined last: annotations above mean the type
+        """Change the dtype to fp32, as `torch.nn.Module.float` does."""
         return nn.Module.float(self)
 
 
 def make_integer(model: nn.Module, described: Architecture) -> IntegerModel:
-    """Give a diffusers transformer the class of its architecture, and parts of it one that adapters cannot reach into.
+    """Give a diffusers transformer the integer class of its architecture, and close its parts to adapters.
 
     `_prepare` and `adopt` of the class work with the parts that `convert` puts into the model.
     """
@@ -220,8 +235,8 @@ def make_integer(model: nn.Module, described: Architecture) -> IntegerModel:
 def integer_class(name: str) -> Any:
     """Return the class of the integer models of a class of float models.
 
-    A pipeline that is saved notes the name and the module of each part, and is loaded by them. It has to find
-    the float models' class, whose `from_pretrained` makes this one. Pickling goes by `__qualname__`.
+    A saved pipeline notes the name and the module of each part's class, and is loaded by them. Both must therefore lead
+    to the float models' own class, whose `from_pretrained` makes the integer class. Pickle goes by `__qualname__`.
     """
     described = architecture(name)
     original = described.model_class()
@@ -246,7 +261,7 @@ def _closed_class(kind: type[Any]) -> type[Any]:
 
 
 def __getattr__(name: str) -> Any:
-    """Make the classes above again by their names, for pickle."""
+    """Make an integer or closed class again by its name, for pickle."""
     if name.startswith(f"{CLOSED}__"):
         *path, kind = name.split("__")[1:]
         return _closed_class(getattr(import_module(".".join(path)), kind))
@@ -259,7 +274,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _offloading(model: nn.Module) -> AlignDevicesHook | None:
-    """The first of accelerate's hooks that sends tensors away."""
+    """Return the first of accelerate's hooks that sends tensors away, or None."""
     for module in model.modules():
         hook = module.__dict__.get(HOOK)
         for part in getattr(hook, "hooks", (hook,)):

@@ -1,4 +1,4 @@
-"""`Target`: where a model runs: by which backend, on which device, and with which dtype between its blocks."""
+"""`Target` says where a model runs: by which backend, on which device, and with which dtype between its blocks."""
 
 from dataclasses import dataclass
 
@@ -16,14 +16,15 @@ Dtype = str | torch.dtype
 
 @dataclass(frozen=True, init=False)
 class Target:
-    """A backend, a device and a dtype that exist here.
+    """A backend, a device and a dtype that this machine has.
 
         Target()    # the best backend of a GPU where there is one, else of the CPU
         Target("triton", torch.device("cuda:1"), "bfloat16")
 
     `backend`: a name; "auto" is the best one for the device. `device`: torch's own or a name; "auto" is a GPU where
-    there is one, else the CPU. `dtype`: float32 or bfloat16, torch's own or a name, of an integer model's residual
-    stream.
+    there is one, else the CPU. `dtype`: float32 or bfloat16, torch's own or a name; it is the dtype of an integer
+    model's residual stream.
+
     Raises `InputError` that names the one that is unknown or not available.
     """
 
@@ -40,27 +41,33 @@ class Target:
 
     @property
     def kernels(self) -> Backend:
-        """The backend itself; of "auto", the one that is best now."""
+        """Return the backend itself; for "auto", the one that is best now."""
         return get_backend(self.backend, self.device)
 
     @property
     def dtype_name(self) -> str:
-        """The dtype as "float32" or "bfloat16"."""
+        """Return the dtype as "float32" or "bfloat16"."""
         return dtype_name(self.dtype)
 
 
 def checked_device(device: Device = "auto") -> torch.device:
-    """A device that exists here, or an `InputError`; "auto" is a GPU where there is one, else the CPU."""
+    """Return a device of this machine; "auto" is a GPU where there is one, else the CPU.
+
+    Raises `InputError` for a device that is unknown or not available.
+    """
     try:
         chosen = torch.device(distributed.chosen_device(device))
-        torch.empty(1, device=chosen).item()  # "meta" exists but cannot compute
+        torch.empty(1, device=chosen).item()  # the device "meta" exists but cannot compute
     except (RuntimeError, AssertionError):
         raise InputError(f"device '{device}' is not available here; try cpu") from None
     return chosen
 
 
 def checked_dtype(dtype: Dtype) -> torch.dtype:
-    """A dtype for the residual stream of an integer model, by its name or torch's own; or an `InputError`."""
+    """Return the dtype of an integer model's residual stream, given by its name or torch's own.
+
+    Raises `InputError` for any other than float32 and bfloat16.
+    """
     name = dtype_name(dtype)
     if name not in DTYPES:
         raise InputError(f"dtype '{name}' is not one of {', '.join(DTYPES)}")

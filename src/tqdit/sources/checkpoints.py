@@ -1,6 +1,7 @@
-"""Official DiT and SiT checkpoints: a file with the published names becomes a diffusers model that runs as published.
+"""Read official DiT and SiT checkpoints, and make of a file with the published names a diffusers model.
 
-Of a `.pt` file tensors and the training's own arguments are read; other Python objects in it are never unpickled.
+The model runs as published. Only tensors and the arguments of the training are read from a `.pt` file; other Python
+objects in the file are never unpickled.
 """
 
 import argparse
@@ -24,16 +25,16 @@ from tqdit.system.files import read_tensors
 from tqdit.system.reading import check_regular
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
-TRAINING_KEYS = ("ema", "model")  # of a training checkpoint, the better weights first; it also has "opt" and "args"
+TRAINING_KEYS = ("ema", "model")  # keys of a training checkpoint's weights, the better first
 POSITION_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint file: its weights by published name, still in the file, and the config they imply.
+    """A checkpoint file: its weights by published name, still in the file, and the config that they imply.
 
-    `weights` says which of a training checkpoint's they are, "ema" or "model"; empty for a file with one set.
-    `assumed` is a sentence that says which defaults were taken because the file does not say; empty if none were.
+    `weights`: which weights of a training checkpoint these are, "ema" or "model"; empty for a file with one set.
+    `assumed`: a sentence that says which defaults were taken because the file does not say; empty if none were.
     `objective`: "diffusion", or "flow" for a SiT, whose config is that of the model in diffusers' conventions.
     """
 
@@ -46,11 +47,14 @@ class Checkpoint:
 
 
 def read(path: Path, num_heads: int | None = None, objective: str | None = None) -> Checkpoint:
-    """Names, shapes and config of a checkpoint. `num_heads` overrides the published number for the width.
+    """Read the names, shapes and config of a checkpoint.
 
-    `objective`: how a file whose training arguments do not say it was trained, "diffusion" (the default) or "flow".
-    What its training's own arguments say is compared with the tensors. Raises `InputError` naming the file, and the
-    tensor, size or argument that is not a DiT's or SiT's, or that another contradicts.
+    `num_heads`: overrides the number that is published for the width. `objective`: how the model was trained,
+    "diffusion" (the default) or "flow", for a file without training arguments that say so. The arguments of the
+    training are compared with the tensors.
+
+    Raises `InputError` that names the file, and the tensor, size or argument that is not a DiT's or SiT's, or that
+    another contradicts.
     """
     size = check_regular(path).st_size
     if path.suffix == ".safetensors":
@@ -91,11 +95,12 @@ def _check_memory(tensors: Mapping[str, torch.Tensor], size: int) -> None:
 
 
 def load(checkpoint: Checkpoint) -> nn.Module:
-    """The float `DiTTransformer2DModel`, fp32, eval mode, on the CPU; all blocks share one embedder.
+    """Return the float `DiTTransformer2DModel` in fp32 and eval mode, on the CPU; all blocks share one embedder.
 
-    A SiT's answers as diffusers' flow matching wants: its velocity, negated, at the time 1 - timestep / 1000.
+    The model of a SiT follows diffusers' conventions of flow matching: it returns the negated velocity of the SiT at
+    time 1 - timestep / 1000.
 
-    Raises `InputError` naming the file and the tensor for anything missing, of the wrong shape, left over or not
+    Raises `InputError` that names the file and the tensor, for anything missing, of the wrong shape, left over or not
     finite, and for a position table that is not the published one.
     """
     try:
@@ -115,14 +120,14 @@ def load(checkpoint: Checkpoint) -> nn.Module:
 
 
 def _unpickled(path: Path) -> Any:
-    """What a file holds, tensors mapped from it where its format allows."""
+    """Return the content of a file; its tensors are mapped from the file where the format allows."""
     try:
         with path.open("rb") as file:
             zipped = zipfile.is_zipfile(file)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the training command line; never used
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the training's command line
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a damaged file can fail in any way
         if refused := re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error)):
@@ -131,7 +136,7 @@ def _unpickled(path: Path) -> Any:
 
 
 def _tensors(path: Path, loaded: Any) -> tuple[str, dict[str, torch.Tensor]]:
-    """Which weights of the file are used, and these."""
+    """Return the name of the weights that are used, and their tensors by name."""
     if not isinstance(loaded, dict):
         raise InputError(f"{path} holds no table of tensors but a {type(loaded).__name__}")
     weights = next((key for key in TRAINING_KEYS if isinstance(loaded.get(key), dict) and loaded[key]), "")
@@ -152,7 +157,7 @@ def _taken(left: dict[str, torch.Tensor], name: str) -> torch.Tensor:
 
 
 def _fill(model: nn.Module, name: str, tensor: torch.Tensor, targets: tuple[str, ...]) -> None:
-    """Rows of a published tensor into the parameters they belong to, in memory of their own."""
+    """Copy the rows of a published tensor into the parameters that they belong to."""
     shapes = [model.get_parameter(target).shape for target in targets]
     expected = (sum(shape[0] for shape in shapes), *shapes[0][1:])
     if tuple(tensor.shape) != expected:
@@ -163,7 +168,10 @@ def _fill(model: nn.Module, name: str, tensor: torch.Tensor, targets: tuple[str,
 
 
 def _check_positions(stored: torch.Tensor, computed: torch.Tensor) -> None:
-    """diffusers computes the table; a checkpoint stores it, in its own dtype. They must be the same, (1, N, C)."""
+    """Compare the stored position table with the one that diffusers computes; both are (1, N, C).
+
+    A checkpoint stores the table in a dtype of its own, so a difference of that dtype's rounding is allowed.
+    """
     if stored.shape != computed.shape:
         raise InputError(f"tensor '{POSITIONS}' has shape {tuple(stored.shape)}, expected {tuple(computed.shape)}")
     tolerance = max(POSITION_TOLERANCE, torch.finfo(stored.dtype).eps if stored.dtype.itemsize < 4 else 0.0)

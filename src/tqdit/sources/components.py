@@ -1,7 +1,7 @@
-"""The parts of a pipeline beside its transformer and scheduler: checked before any work, then copied into an artifact.
+"""Check the parts of a pipeline beside its transformer and scheduler, then copy them into an artifact.
 
 A pipeline that is quantized stays one that diffusers loads. Its other parts (a VAE, text encoders, code of its own) are
-copied as they are, but never pickled weights, which nobody should load.
+copied as they are. Pickled weights are never copied, since nobody should load them.
 """
 
 import re
@@ -14,13 +14,14 @@ from tqdit.errors import InputError
 from tqdit.system.files import CONFIG, TRANSFORMER, is_there, read_json
 from tqdit.system.reading import check_regular
 
+PIPELINE = "model_index.json"  # the file that makes a folder a diffusers pipeline
 SCHEDULER_PART = "scheduler"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
-WEIGHTS_NAME = re.compile(r"((?:diffusion_pytorch_)?model)(\.[\w-]+)?\.safetensors")  # a name, maybe with a variant
+WEIGHTS_NAME = re.compile(r"((?:diffusion_pytorch_)?model)(\.[\w-]+)?\.safetensors")  # a name and maybe a variant
 
 
 def names(index: Mapping[str, Any]) -> Iterator[str]:
-    """The components that a model_index.json names besides transformer and scheduler, without those that are null."""
+    """Yield the components that a model_index.json names besides transformer and scheduler, but none that is null."""
     for name, value in index.items():
         if (
             isinstance(value, list)
@@ -31,8 +32,17 @@ def names(index: Mapping[str, Any]) -> Iterator[str]:
             yield name
 
 
+def class_named(index: Mapping[str, Any] | None, component: str) -> Any:
+    """Return the class that a model_index.json names for a component as [library, class]; None if it names none."""
+    entry = (index or {}).get(component)
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+
+
 def check(root: Path, index: Mapping[str, Any], vae: Path | None = None) -> None:
-    """Raise `InputError` for a component that could not be copied; `index` is model_index.json, `vae` as in `copy`."""
+    """Raise `InputError` for a component that could not be copied.
+
+    `index`: the content of model_index.json. `vae`: as in `copy`.
+    """
     for name, folder in _sources(root, index, vae).items():
         if Path(name).name != name:
             raise InputError(f"{root} names the component {name!r}, which is no folder of it")
@@ -40,14 +50,14 @@ def check(root: Path, index: Mapping[str, Any], vae: Path | None = None) -> None
             raise InputError(f"{root} names the component '{name}', but has no folder of this name")
         for path in sorted(folder.rglob("*")):
             if not path.is_dir():
-                check_regular(path)  # a copy of a pipe would wait for ever
+                check_regular(path)  # copying a named pipe would wait for ever
         _check_weights(folder)
     if (code := own_code(root, index)) is not None and not code.is_file():
         raise InputError(f"{root} names the pipeline class {index['_class_name']}, but has no file {code.name}")
 
 
 def own_code(root: Path, index: Mapping[str, Any]) -> Path | None:
-    """The Python file of a pipeline whose class is not diffusers' own; None for one of diffusers."""
+    """Return the Python file of a pipeline whose class is not diffusers' own; None for a class of diffusers."""
     kind = index.get("_class_name")
     if not isinstance(kind, list):
         return None
@@ -60,7 +70,7 @@ def own_code(root: Path, index: Mapping[str, Any]) -> Path | None:
 def copy(root: Path, index: Mapping[str, Any], vae: Path | None, folder: Path) -> None:
     """Copy the components of the pipeline `root`, and code of its own, into the new pipeline `folder`.
 
-    `vae`: the decoder that the copy has, whatever the pipeline's own.
+    `vae`: the decoder of the copy, which replaces the pipeline's own.
     """
     for name, source in _sources(root, index, vae).items():
         copy_folder(source, folder / name)
@@ -69,14 +79,14 @@ def copy(root: Path, index: Mapping[str, Any], vae: Path | None, folder: Path) -
 
 
 def _sources(root: Path, index: Mapping[str, Any], vae: Path | None) -> dict[str, Path]:
-    """The folder of every component that is copied, by the component's name."""
+    """Return the folder of every component that is copied, by the component's name."""
     return {name: root / name for name in names(index)} | ({} if vae is None else {"vae": vae})
 
 
 def copy_folder(source: Path, target: Path) -> None:
     """Copy a component's folder without pickled weights, and without hidden files such as a repository's history.
 
-    A variant that stands alone gets the name that is loaded.
+    A single file of weights that exists as a variant only gets the name that diffusers loads.
     """
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*", *(f"*{suffix}" for suffix in PICKLES)))
     if (alone := _variant_alone(source)) is not None:
@@ -106,10 +116,10 @@ def _check_weights(component: Path) -> None:
 
 
 def _kind_of_model(component: Path) -> str:
-    """The class of the model that a component's config is of; empty for a component that needs no weights."""
+    """Return the class of the model in a component's config; empty for a component that needs no weights."""
     path = component / CONFIG
     config = read_json(path) if is_there(path) else {}
-    kind = config.get("_class_name") or config.get("architectures") or ""  # of diffusers, or of transformers
+    kind = config.get("_class_name") or config.get("architectures") or ""  # diffusers, or transformers
     return str(kind[0] if isinstance(kind, list) and kind else kind)[:40]
 
 
@@ -119,7 +129,7 @@ def _loads_without_variant(component: Path) -> bool:
 
 
 def _variant_alone(component: Path) -> Path | None:
-    """The one file of weights of a component that has them as a variant only."""
+    """Return the one file of weights of a component that has weights as a variant only, else None."""
     if _loads_without_variant(component):
         return None
     found = [path for path in component.glob("*.safetensors") if WEIGHTS_NAME.fullmatch(path.name)]
@@ -127,7 +137,10 @@ def _variant_alone(component: Path) -> Path | None:
 
 
 def check_vae(folder: Path, channels: int) -> None:
-    """`InputError` unless `folder` has a diffusers `AutoencoderKL` for latents of `channels`, in safetensors."""
+    """Check that `folder` has a diffusers `AutoencoderKL` for latents of `channels`, in safetensors.
+
+    Raises `InputError` for any other folder.
+    """
     config = read_json(folder / CONFIG, "a diffusers autoencoder has one")
     if (kind := config.get("_class_name")) != "AutoencoderKL":
         raise InputError(f"{folder} has the class {kind}, a decoder is an AutoencoderKL")

@@ -1,4 +1,4 @@
-"""Whether the conditions that a user gives suit the model: classes of its own, or prompts."""
+"""Check that the conditions that a user gives suit the model: classes of its own, or prompts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,9 +18,9 @@ def is_prompted(config: Mapping[str, Any]) -> bool:
 
 
 def suitable(config: Mapping[str, Any], given: Conditions | None = None) -> Conditions:
-    """Return the conditions to sample a config's model under: those given, or its own classes.
+    """Return the conditions under which a config's model is sampled: the given ones, or the model's own classes.
 
-    Raises `InputError` for a model of prompts without any, for prompts that a model has no use for, and for those of
+    Raises `InputError` for a model of prompts without any, for prompts that a model has no use for, and for prompts of
     another width.
     """
     name, prompted = config[CLASS_NAME], is_prompted(config)
@@ -34,7 +34,7 @@ def suitable(config: Mapping[str, Any], given: Conditions | None = None) -> Cond
 
 
 def _check_fit(config: Mapping[str, Any], given: Prompts) -> None:
-    """Raise `InputError` naming the argument of the model that the prompts lack, have too much, or in another width."""
+    """Raise `InputError` for prompts with a tensor too few or too many, or of another width than the model's."""
     expected = trees.tensors(trees.flatten(architecture(config).example(config, 2)))
     found = trees.tensors(trees.flatten(given.rows(torch.zeros(1, dtype=torch.int64))))
     for path in sorted(expected.keys() ^ found.keys()):

@@ -1,4 +1,4 @@
-"""A float model written as a diffusers folder: what `tqdit convert` does."""
+"""Write a float model as a diffusers folder, which is what `tqdit convert` does."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,16 +13,11 @@ from tqdit.architectures.registry import architecture, config_of
 from tqdit.architectures.sit_checkpoint import SCHEDULER as FLOW
 from tqdit.artifact.model_card import keep_edited
 from tqdit.errors import InputError
-from tqdit.sources.components import check_vae
-from tqdit.sources.resolve import (
-    LABELS,
-    PIPELINE,
-    SCHEDULER,
-    ModelSource,
-    class_names,
-    load_float,
-    resolve,
-)
+from tqdit.sources.components import PIPELINE, check_vae
+from tqdit.sources.labels import LABELS, class_names
+from tqdit.sources.resolve import load_float, resolve
+from tqdit.sources.scheduler import SCHEDULER
+from tqdit.sources.source import ModelSource
 from tqdit.system.files import (
     CONFIG,
     EDITABLE,
@@ -56,15 +51,17 @@ def convert_checkpoint(
 ) -> dict[str, Any]:
     """Write an official DiT or SiT checkpoint as the new folder `out`: transformer, scheduler, and a VAE where given.
 
-    A DiT with a VAE is a whole pipeline. `objective`: how a checkpoint without training arguments was trained, "flow"
-    for a SiT, "diffusion" for a DiT (the default); a SiT is written in diffusers' conventions of flow matching.
+    A DiT with a VAE is a whole pipeline. A SiT is written in diffusers' conventions of flow matching.
 
     `num_heads`: needed where the checkpoint's width is not published. `vae`: a diffusers autoencoder's folder, which is
-    copied. `labels`: a JSON file of class numbers to names. `official` lets MODEL be a diffusers folder: it is marked
-    as made from an official checkpoint, so that it runs with the published frequencies. `overwrite`: replace the folder
-    of a float model, if it has nothing else. Returns the name, the set of weights used, the config and the bytes
-    written. Raises `InputError` for what `resolve` and `load_float` refuse, for `out` that exists (or, with
-    `overwrite`, has anything else), a folder that is no VAE, and a file without class names or with one too many.
+    copied. `labels`: a JSON file of class numbers to names. `official`: lets MODEL be a diffusers folder, which is
+    marked as made from an official checkpoint, so that it runs with the published frequencies. `objective`: how a
+    checkpoint without training arguments was trained, "flow" for a SiT, "diffusion" for a DiT (the default).
+    `overwrite`: replace the folder of a float model, if the folder has nothing else.
+
+    Returns the name, the set of weights used, the config and the bytes written. Raises `InputError` for whatever
+    `resolve` and `load_float` refuse, for `out` that exists (or, with `overwrite`, has anything else), for a folder
+    that is no VAE, and for a file without class names or with one too many.
     """
     out = Path(out)
     repair(out, _is_float_model)
@@ -104,9 +101,9 @@ def convert_checkpoint(
 
 
 def _is_float_model(folder: Path) -> bool:
-    """Whether a folder has a float model as `convert_checkpoint` writes it, and nothing else.
+    """Say whether a folder has a float model as `convert_checkpoint` writes it, and nothing else.
 
-    What people edit in it is kept, and what programs leave in it is not missed.
+    A replacement of the folder keeps the files that people edit there, and drops those that programs leave there.
     """
     entries = {entry.name for entry in folder.iterdir() if not is_debris(Path(entry.name))} - set(EDITABLE)
     written = {TRANSFORMER, SCHEDULER.parts[0], "vae", PIPELINE, LABELS, *components_named(folder)}
@@ -133,7 +130,7 @@ def _by_flow(source: ModelSource) -> bool:
 
 
 def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors none of which share memory: diffusers' own loader wants every block's copy of the embedder."""
+    """Return tensors that share no memory: diffusers' own loader wants every block's copy of the embedder."""
     seen: set[int] = set()
     found = {}
     for name, tensor in tensors.items():
@@ -143,7 +140,7 @@ def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _index(source: ModelSource) -> dict[str, Any]:
-    """The model_index.json of a pipeline, by which diffusers' `DiTPipeline` loads the folder."""
+    """Return the model_index.json of a pipeline, by which diffusers' `DiTPipeline` loads the folder."""
     index = {"_class_name": "DiTPipeline", **(source.pipeline or {})}
     index["scheduler"] = ["diffusers", source.scheduler.get("_class_name", DIFFUSION["_class_name"])]
     index[TRANSFORMER] = ["diffusers", architecture(source.config).name]

@@ -1,4 +1,4 @@
-"""The float weights of a diffusers folder: found, and checked against the config before a model is built."""
+"""Find the float weights of a diffusers folder, and check them against the config before a model is built."""
 
 import re
 import warnings
@@ -13,12 +13,12 @@ from tqdit.errors import AssumptionWarning, InputError
 from tqdit.system.files import INDEX, WEIGHTS, is_there, read_json, read_tensors, read_weights
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-PREFIXES = ("_orig_mod.", "module.", "model.")  # of a model that torch.compile, DataParallel or a trainer wrapped
+PREFIXES = ("_orig_mod.", "module.", "model.")  # what torch.compile, DataParallel and trainers add
 VARIANT = re.compile(r"diffusion_pytorch_model\.([\w-]+)\.safetensors")
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a float model's folder by diffusers' names, in the dtype of the file.
+    """Return all tensors of a float model's folder by diffusers' names, in the dtype of the file.
 
     Weights that exist as one variant only, such as fp16, are taken with an `AssumptionWarning`. Raises `InputError`
     that names the folder or file.
@@ -27,14 +27,14 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def variants_alone(folder: Path) -> dict[str, Path]:
-    """The files of a folder's variants, such as fp16, where weights without a variant are not there."""
+    """Return the files of a folder's variants, such as fp16, by variant; empty if weights have no variant."""
     if is_there(folder / INDEX) or is_there(folder / WEIGHTS):
         return {}
     return {found[1]: path for path in sorted(folder.glob("*.safetensors")) if (found := VARIANT.fullmatch(path.name))}
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The names of the files whose tensors `read` returns, whether they are there or not."""
+    """Return the names of the files whose tensors `read` returns, including files that are missing."""
     if is_there(folder / INDEX):
         weight_map = read_json(folder / INDEX).get("weight_map")
         shards = weight_map.values() if isinstance(weight_map, dict) else ()
@@ -60,7 +60,7 @@ def _read(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def unwrapped(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors without a prefix that all names have because the model was wrapped when it was saved."""
+    """Return the tensors without the prefix that all their names have if the model was wrapped when it was saved."""
     found = dict(tensors)
     while prefix := next((p for p in PREFIXES if found and all(name.startswith(p) for name in found)), None):
         found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
@@ -70,7 +70,7 @@ def unwrapped(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def check_sizes(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
     """Raise `InputError` if the config's sizes are not those of the tensors.
 
-    A model of these sizes is then built without weights; its tables and its number of modules are bounded by the file.
+    A model of these sizes can then be built without weights: the file bounds its tables and its number of modules.
     """
     architecture(config).check_sizes(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
 
@@ -88,7 +88,10 @@ def check_shapes(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, tor
 
 
 def checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in fp32. Raises `InputError` that names it, its dtype, or the first value that is not finite."""
+    """Return the tensor in fp32.
+
+    Raises `InputError` that names the tensor and its dtype, or the first value that is not finite.
+    """
     if tensor.dtype not in FLOATS:
         legal = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
         raise InputError(

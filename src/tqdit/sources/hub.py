@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub: all that a pipeline is made of, but never a pickle."""
+"""Fetch models from the Hugging Face Hub: all that a pipeline is made of, but never a pickle."""
 
 import re
 from pathlib import Path
@@ -9,24 +9,24 @@ from tqdit.sources.components import PICKLES
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 OF_OTHERS = (".onnx", ".onnx_data", ".gguf", ".ot", ".pb", ".tflite")
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp4")
-LEFT_OUT = tuple(f"*{suffix}" for suffix in (*PICKLES, *OF_OTHERS, *PICTURES))  # all else is part of the pipeline
+LEFT_OUT = tuple(f"*{suffix}" for suffix in (*PICKLES, *OF_OTHERS, *PICTURES))  # all else may be part of the pipeline
 
 
 def is_id(model: str) -> bool:
-    """Whether a string has the form owner/name."""
+    """Say whether a string has the form owner/name."""
     return ID.fullmatch(model) is not None
 
 
 def fetched(model: str) -> Path:
-    """The folder of a model's files, downloaded unless the Hub's cache has them; with HF_HUB_OFFLINE set, from there.
+    """Return the folder of a model's files, which are downloaded unless the Hub's cache has them.
 
-    Raises `InputError` naming the model.
+    With HF_HUB_OFFLINE set, only the cache is used. Raises `InputError` that names the model.
     """
     from huggingface_hub import snapshot_download
 
     try:
         folder = Path(snapshot_download(model, ignore_patterns=list(LEFT_OUT)))
-    except Exception as error:  # the library's errors and those of its connections have no class in common
+    except Exception as error:  # errors of the library and of its connections share no class
         reason = str(error).strip().partition("\n")[0]
         raise InputError(
             f"unknown model '{model}': no such folder here, and not to be had from the Hugging Face Hub: {reason}"

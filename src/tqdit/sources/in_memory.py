@@ -1,4 +1,4 @@
-"""A float model that is in memory already, with a scheduler: the same as one that was found by its path."""
+"""Describe a float model that is in memory already, with a scheduler, like one that is found by its path."""
 
 import json
 from collections.abc import Mapping
@@ -13,26 +13,27 @@ from tqdit.architectures.registry import check_supported, config_of
 from tqdit.errors import InputError
 from tqdit.sampling.schedules import check_scheduler
 from tqdit.sources.float_weights import check_shapes, checked
-from tqdit.sources.resolve import ModelSource
+from tqdit.sources.source import ModelSource
 from tqdit.system.files import TRANSFORMER
 
 
 def source_in_memory(
     transformer: nn.Module, scheduler: Any = None, labels: Mapping[int, str] | None = None
 ) -> ModelSource:
-    """Describe a diffusers transformer, named after what it was loaded from. `scheduler` as in `scheduler_config`.
+    """Describe a diffusers transformer as a source, named after the folder or id that it was loaded from.
 
-    Raises `InputError` for a model of another architecture, and for one that is quantized already.
+    `scheduler`: as in `scheduler_config`. Raises `InputError` for a model of another architecture, and for one that is
+    quantized already.
     """
     schedule = {} if scheduler is None else scheduler_config(scheduler)
     return ModelSource(_name(transformer), Path(), _checked_config(transformer), schedule, dict(labels or {}))
 
 
 def float_copy(transformer: nn.Module, device: torch.device | None = None) -> nn.Module:
-    """A float model in fp32 and eval mode, on `device`, that shares the tensors which have that form already.
+    """Return a float model in fp32 and eval mode that shares with `transformer` the tensors in that form.
 
-    The transformer itself, its hooks and its mode are left as they are. `device`: where the transformer is, by default.
-    Raises `InputError` naming a tensor that is missing, left over, not finite or offloaded.
+    The transformer itself, its hooks and its mode are left as they are. `device`: where the copy is; by default where
+    the transformer is. Raises `InputError` that names a tensor that is missing, left over, not finite or offloaded.
     """
     model = empty_model(_checked_config(transformer))
     state = transformer.state_dict()
@@ -47,8 +48,9 @@ def float_copy(transformer: nn.Module, device: torch.device | None = None) -> nn
 
 
 def scheduler_config(scheduler: Any) -> dict[str, Any]:
-    """The config of a diffusers scheduler, or a config itself, as JSON values. Raises `InputError` if it is neither,
-    or not supported.
+    """Return the config of a diffusers scheduler, or a config itself, as JSON values.
+
+    Raises `InputError` for anything else, and for a scheduler that is not supported.
     """
     if hasattr(scheduler, "to_json_string"):
         config = json.loads(scheduler.to_json_string())
@@ -72,7 +74,7 @@ def _checked_config(transformer: nn.Module) -> Mapping[str, Any]:
 
 
 def _name(transformer: Any) -> str:
-    """The folder or the id on the Hub that a model was loaded from, or its class."""
+    """Return the name of the folder, or the id on the Hub, that a model was loaded from; else the name of its class."""
     given = str(transformer.config.get("_name_or_path") or type(transformer).__name__)
     if not Path(given).is_dir():
         return given

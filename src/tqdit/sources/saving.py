@@ -1,4 +1,4 @@
-"""A solution and what belongs to its source become an artifact folder."""
+"""Write a solution, and the files that belong to its source, as an artifact folder."""
 
 import contextlib
 import warnings
@@ -15,8 +15,12 @@ from tqdit.artifact.model_card import LOAD_MODEL, LOAD_PIPELINE, LOAD_TRANSFORME
 from tqdit.artifact.tensors import decisive
 from tqdit.errors import InputError, RepairWarning
 from tqdit.recipe import Recipe
+from tqdit.sources.components import PIPELINE
+from tqdit.sources.labels import LABELS
 from tqdit.sources.origin import made_from
-from tqdit.sources.resolve import LABELS, PIPELINE, SCHEDULER, ModelSource, resolve, weights_hash
+from tqdit.sources.resolve import resolve, weights_hash
+from tqdit.sources.scheduler import SCHEDULER
+from tqdit.sources.source import ModelSource
 from tqdit.spec import Solution
 from tqdit.system import distributed
 from tqdit.system.files import TRANSFORMER, replacing, write_json
@@ -25,9 +29,9 @@ from tqdit.system.isolation import isolated
 
 @isolated()
 def save(solution: Solution, source: ModelSource, out: Path, overwrite: bool = False) -> None:
-    """Write an artifact with the scheduler, class names and VAE of its source; all or nothing. A pipeline stays one.
+    """Write an artifact with the scheduler, class names and VAE of its source, as a whole or not at all.
 
-    A model card that people have edited in `out` stays as it is.
+    The artifact of a pipeline is a pipeline. A model card in `out` that people have edited stays as it is.
     """
     with replacing(out, overwrite) as folder:
         fill(folder, solution, source, out)
@@ -42,7 +46,7 @@ def fill(folder: Path, solution: Solution, source: ModelSource, former: Path) ->
     if source.pipeline is None:
         if source.labels:
             write_json(folder / LABELS, {str(i): label for i, label in sorted(source.labels.items())})
-        artifact.write(solution, folder)  # last: it seals the folder
+        artifact.write(solution, folder)  # last, since it seals the folder
     else:
         load = LOAD_TRANSFORMER if source.vae is None else LOAD_PIPELINE
         index = {**source.pipeline, **source.components, TRANSFORMER: ["diffusers", architecture(source.config).name]}
@@ -53,28 +57,29 @@ def fill(folder: Path, solution: Solution, source: ModelSource, former: Path) ->
         artifact.seal(folder)
     size = artifact.size_bytes(folder)
     kind = (source.pipeline or {}).get("_class_name")
+    kind = kind if isinstance(kind, str) else None  # a list names a class of the pipeline's own code
     text = model_card(solution, shape_name(solution.model_config), size, source.name, load, kind)
     write_card(folder, text, former)
 
 
 def least_bytes(source: ModelSource, module: nn.Module, recipe: Recipe) -> int:
-    """About what an artifact takes on the disk, and no more: weight codes and the decoder."""
-    twin = architecture(source.config).twin  # what blocks share is stored once
+    """Return about as many bytes as an artifact takes on the disk, or fewer: weight codes and the decoder."""
+    twin = architecture(source.config).twin  # tensors that blocks share are stored once
     counts = {twin(name): parameter.numel() for name, parameter in module.named_parameters()}
     decoder = source.vae.rglob("*.safetensors") if source.vae else ()
     return sum(counts.values()) * recipe.weight_bits // 8 + sum(file.stat().st_size for file in decoder)
 
 
 def has_left(out: Path, work: Path) -> bool:
-    """Whether there are both an output and work for it. Of several processes the first one looks."""
+    """Say whether there are both an output and work for it. The first of several processes looks for all of them."""
     world = distributed.current()
     return bool(world.add(torch.tensor([int(world.first and work.is_dir() and out.is_dir())])))
 
 
 def is_made(out: Path, source: ModelSource, module: nn.Module, recipe: Recipe) -> bool:
-    """Whether a run that was killed at its very end has left an artifact that is whole and what we would make.
+    """Say whether the artifact of this very run is already there, left by a run that was killed at its very end.
 
-    Of several processes the first one looks. If it is, a `RepairWarning` says so.
+    The first of several processes looks for all of them. A `RepairWarning` says that the artifact is there and whole.
     """
     world, made = distributed.current(), False
     if world.first:

@@ -1,4 +1,4 @@
-"""What a float model takes on disk as it is, and would take in fp32 and in bf16."""
+"""Measure the bytes of a float model: as stored, in fp32 and in bf16."""
 
 import math
 from collections import Counter
@@ -11,14 +11,14 @@ from torch import nn
 
 from tqdit.sources import float_weights
 from tqdit.sources.checkpoints import Checkpoint
-from tqdit.sources.resolve import ModelSource
+from tqdit.sources.source import ModelSource
 
 SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
 class FloatSizes:
-    """Bytes of a float model: its weights as they were given, in their `file_dtype`, and in fp32 and bf16."""
+    """The bytes of a float model: its weights as they were given, in their `file_dtype`, and in fp32 and bf16."""
 
     file_bytes: int
     file_dtype: str
@@ -27,10 +27,10 @@ class FloatSizes:
 
 
 def float_sizes(source: ModelSource, model: nn.Module) -> FloatSizes:
-    """Sizes of `model`, which was loaded from `source`.
+    """Return the sizes of `model`, which was loaded from `source`.
 
-    Every tensor counts once per place it is stored. Of a training checkpoint only the weights that are used count, not
-    what else the file holds.
+    A tensor that is stored in several places counts once for each. Only those weights of a training checkpoint count
+    that are used, not the rest of the file.
     """
     count = sum(parameter.numel() for parameter in model.parameters())
     by_dtype = _folder(source.folder) if source.opened is None else _checkpoint(source.opened)
@@ -39,7 +39,7 @@ def float_sizes(source: ModelSource, model: nn.Module) -> FloatSizes:
 
 
 def _checkpoint(found: Checkpoint) -> Counter[str]:
-    """Bytes of a checkpoint's tensors, by the name of their dtype."""
+    """Return the bytes of a checkpoint's tensors, by the name of their dtype."""
     counts: Counter[str] = Counter()
     for tensor in found.tensors.values():
         counts[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
@@ -47,12 +47,12 @@ def _checkpoint(found: Checkpoint) -> Counter[str]:
 
 
 def _folder(folder: Path) -> Counter[str]:
-    """Bytes of the tensors in the files that `float_weights.read` reads, by the name of their dtype."""
+    """Return the bytes of the tensors in the files that `float_weights.read` reads, by the name of their dtype."""
     counts: Counter[str] = Counter()
     for name in float_weights.weight_files(folder):
         with safe_open(folder / name, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - no mapping
                 part = file.get_slice(key)
-                kind = SAFETENSORS[part.get_dtype()]  # `load_float` has read it as floats
+                kind = SAFETENSORS[part.get_dtype()]  # the dtype is known, since `load_float` has read the file
                 counts[kind] += getattr(torch, kind).itemsize * math.prod(part.get_shape())
     return counts

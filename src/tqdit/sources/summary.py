@@ -1,4 +1,4 @@
-"""`Summary`: what `quantize` made, and what that took."""
+"""`Summary` says which artifact `quantize` made, and how much time and memory that took."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +15,11 @@ from tqdit.system.environment import environment, peak_memory_bytes
 
 @dataclass(frozen=True)
 class Summary:
-    """The artifact that `quantize` wrote, and what that took. `summary["bits"]` is `summary.bits`, as formerly.
+    """The artifact that `quantize` wrote, and the time and memory that it took.
 
-    `calibration_seconds` are those of this run, with the search. `size_ratio` is over fp32, `size_ratio_bfloat16` over
-    bf16, `size_ratio_file` over the file that was quantized, whose tensors are of `file_dtype`.
+    `calibration_seconds` are those of this run, including the search. `size_ratio` is over fp32, `size_ratio_bfloat16`
+    over bf16, and `size_ratio_file` over the file that was quantized, whose tensors are of `file_dtype`. A field can
+    also be read by its name, as `summary["bits"]`.
     """
 
     name: str
@@ -38,21 +39,21 @@ class Summary:
     environment: dict[str, Any]
 
     def __getitem__(self, name: str) -> Any:
-        """A field by its name."""
+        """Return a field by its name."""
         try:
             return getattr(self, name)
         except AttributeError:
             raise KeyError(name) from None
 
     def figures(self) -> dict[str, Any]:
-        """Return `tqdit quantize --json`, as JSON values."""
+        """Return the fields as JSON values, which `tqdit quantize --json` writes."""
         return asdict(self)
 
 
 def summarize(name: str, recipe: Recipe, sizes: FloatSizes, seconds: float, out: Path, device: str) -> Summary:
     """Measure the artifact `out`, which was made of the float model `name`. Every process must call this."""
     world = distributed.current()
-    size = int(world.add(torch.tensor(artifact.size_bytes(out) if world.first else 0)))  # known when it is written
+    size = int(world.add(torch.tensor(artifact.size_bytes(out) if world.first else 0)))  # the first process wrote it
     return Summary(
         name=name,
         preset=recipe.label,

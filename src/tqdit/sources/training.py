@@ -1,7 +1,7 @@
-"""What the arguments of a training say of its checkpoint, compared with the checkpoint's tensors.
+"""Compare the training arguments of a checkpoint with the checkpoint's tensors.
 
-A training checkpoint of DiT or SiT keeps the command line of its trainer. Most files have none: then the sizes speak
-alone, and whoever converts a SiT's weights has to say that they are.
+A training checkpoint of DiT or SiT keeps the command line of its trainer. Most files have none: then only the sizes
+speak, and a user who converts a SiT's weights has to say so.
 """
 
 import argparse
@@ -12,19 +12,19 @@ from typing import Any
 from tqdit.architectures.shapes import shape_config, shape_names, width
 from tqdit.errors import InputError
 
-PLAIN = (str, int, float)  # values that arguments have; a file may hold tensors there
-CLASSES = 1000  # of the published checkpoints, which say nothing of their training
+PLAIN = (str, int, float)  # the types of arguments; a file may hold tensors among them
+CLASSES = 1000  # of the published checkpoints, which have no training arguments
 OBJECTIVES = ("diffusion", "flow")
-FLOW = ("path_type", "interpolant")  # arguments that only a training by flow matching has
-# As SiT's own trainer writes them. Others write "linear" and "v" and count time the other way (REPA): a model of
-# theirs would be run backwards, so the letters have to match.
+FLOW = ("path_type", "interpolant")  # only a training by flow matching has these arguments
+# These are the words of SiT's own trainer. Another trainer, REPA, writes "linear" and "v", and counts time the other
+# way: its models would be run backwards. So upper and lower case have to match.
 FLOW_ARGUMENTS: Mapping[str, tuple[Any, ...]] = {
     "path_type": ("Linear",),
     "interpolant": ("Linear",),
     "prediction": ("velocity",),
 }
-EPSILON = ("epsilon", "eps", "noise")  # what trainers call the prediction of DiT
-DIFFUSION_ARGUMENTS: Mapping[str, tuple[Any, ...]] = {  # the process that is taken, by the arguments that change it
+EPSILON = ("epsilon", "eps", "noise")  # names of DiT's prediction in trainers
+DIFFUSION_ARGUMENTS: Mapping[str, tuple[Any, ...]] = {  # the only process that is supported, by argument
     "prediction": EPSILON,
     "prediction_type": EPSILON,
     "predict_xstart": (False,),
@@ -38,7 +38,7 @@ SIT = re.compile(r"sit(?![a-z])", re.IGNORECASE)
 
 
 def arguments_of(loaded: Any) -> dict[str, Any]:
-    """The arguments of the training that a checkpoint is of; none in a file of weights alone."""
+    """Return the training arguments that a checkpoint keeps; empty for a file of weights alone."""
     found = loaded.get("args") if isinstance(loaded, dict) else None
     if isinstance(found, argparse.Namespace):
         found = vars(found)
@@ -48,10 +48,11 @@ def arguments_of(loaded: Any) -> dict[str, Any]:
 
 
 def objective_of(arguments: Mapping[str, Any], name: str, given: str | None) -> str:
-    """How a checkpoint was trained, "diffusion" or "flow": as its arguments say, else as `given`, else by diffusion.
+    """Return how a checkpoint was trained, "diffusion" or "flow".
 
-    Raises `InputError` for a `given` objective that is unknown or that the arguments contradict, and, where neither
-    says anything, for a file whose `name` is a SiT's: SiT and DiT have the same tensors.
+    The training arguments decide; where they say nothing, `given` does; "diffusion" is the default. Raises `InputError`
+    for a `given` objective that is unknown or that the arguments contradict. Raises it also where neither says anything
+    and the file's `name` is a SiT's: SiT and DiT have the same tensors.
     """
     if given not in (None, *OBJECTIVES):
         raise InputError(f"unknown objective '{given}'; known: {', '.join(OBJECTIVES)}")
@@ -85,9 +86,10 @@ def check_process(arguments: Mapping[str, Any], objective: str) -> None:
 
 
 def check_classes(arguments: Mapping[str, Any], rows: int, objective: str) -> str:
-    """Raise `InputError` unless the label table of so many rows has a null class, the last.
+    """Raise `InputError` unless the label table of `rows` rows has a null class as its last row.
 
-    Returns the assumption that was made, as a sentence; empty if the arguments say it, or the size is the published.
+    Returns the assumption that was made, as a sentence; empty if the arguments say it, or if the size is the published
+    one.
     """
     classes, dropout = arguments.get("num_classes"), arguments.get("class_dropout_prob")
     if classes is not None and type(classes) is not int:

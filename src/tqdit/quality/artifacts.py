@@ -1,0 +1,47 @@
+"""The artifacts of a comparison: load them, and check that they were made from the float model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdit.artifact.tensors import decisive
+from tqdit.errors import InputError
+from tqdit.runtime import fitting
+from tqdit.sources.resolve import resolve
+from tqdit.sources.source import ModelSource
+from tqdit.spec import Solution
+from tqdit.timegroups import TimeGroups
+
+
+@dataclass(frozen=True)
+class ComparedArtifact:
+    """An artifact that was made from the float model of a comparison."""
+
+    folder: Path
+    name: str
+    solution: Solution
+
+
+def load_artifact(path: str | Path, source: ModelSource, digest: str) -> ComparedArtifact:
+    """Load an artifact that was made from the float model `source`, whose weights have the hash `digest`.
+
+    Raises `InputError` for a folder that is not quantized, and for an artifact of other weights, of a model with other
+    settings, or with other timesteps than the scheduler of `source` has.
+    """
+    other = resolve(path)
+    if not other.quantized:
+        raise InputError(f"'{path}' is not quantized; compare takes a float model, then artifacts")
+    solution = fitting.read(other.folder, other.root)
+    if solution.provenance.source_sha256 != digest:
+        made_from = solution.provenance.source or "an unknown model"
+        raise InputError(
+            f"'{path}' was not made from '{source.name}' but from other weights ('{made_from}'); compare it with those"
+        )
+    given, made = decisive(source.config), decisive(solution.model_config)
+    for key in given:
+        if key in made and given[key] != made[key]:
+            raise InputError(f"'{path}' was made of a model with {key} {made[key]}, '{source.name}' has {given[key]}")
+    low, high, closed = source.time_range
+    found, expected = solution.time_groups.interval, TimeGroups((), low, high, closed).interval
+    if found != expected:
+        raise InputError(f"'{path}' has timesteps in {found}, the scheduler of '{source.name}' has {expected}")
+    return ComparedArtifact(other.folder, other.name, solution)
