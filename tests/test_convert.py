@@ -325,6 +325,10 @@ def test_blocks_are_integer(solved) -> None:
     assert all(block.backend.INTEGER for block in converted.transformer_blocks)
 
 
+def test_the_null_class_is_one_of_the_classes(model, solved) -> None:
+    assert convert(solved("plus")).conditioning.classes == model.config.num_embeds_ada_norm + 1
+
+
 def test_equal_embedders_are_held_once(solved) -> None:
     """diffusers copies one embedder into every block; equal copies become one, their adaLN layers too."""
     solution = solved()

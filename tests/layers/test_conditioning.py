@@ -105,12 +105,3 @@ def test_whole_timesteps_are_looked_up_and_others_computed(dtype: torch.dtype) -
     assert torch.equal(table(t), torch.sin(t.float())[:, None].expand(3, 4))
     assert projection.calls == (2 if dtype.is_floating_point else 1)
     assert not table.state_dict()
-
-
-def test_the_classes_are_the_rows_of_the_table() -> None:
-    module = nn.Module()
-    module.class_embedder = nn.Module()
-    module.class_embedder.embedding_table = nn.Embedding(11, WIDTH)
-    conditioning = Conditioning()
-    conditioning.add(module, nn.Linear(WIDTH, 6 * WIDTH))
-    assert conditioning.classes == 11

@@ -123,6 +123,8 @@ def _conditioning(parts: Parts, embedders: Mapping[str, nn.Module]) -> Condition
         if total is not None:  # whole timesteps
             embedder.time_proj = TimestepTable(embedder.get_submodule("time_proj"), total)
         made.add(embedder, parts.stacked_float_input([f"{name}.{ADALN}" for name in members]))
+    first: Any = groups[0][0]
+    made.classes = int(first.class_embedder.embedding_table.num_embeddings)
     made.places = list(places.values())
     return made
 

@@ -1,7 +1,6 @@
 """Compute what all blocks share in a denoiser call: timestep and class embeddings, and their adaLN modulation."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -57,6 +56,8 @@ class Conditioning(nn.Module):
     are one. On the CPU equal (t, class) rows of the batch, such as the null class under guidance, are computed once.
     """
 
+    classes = 0  # rows of the class embedding, the null class among them
+
     def __init__(self) -> None:
         super().__init__()
         self.embedders = nn.ModuleList()
@@ -71,12 +72,6 @@ class Conditioning(nn.Module):
         self.embedders.append(embedder)
         self.linears.append(linear)
         return len(self.linears) - 1
-
-    @property
-    def classes(self) -> int:
-        """Return the number of rows of the class embedding, the null class among them."""
-        embedder: Any = self.embedders[0]
-        return int(embedder.class_embedder.embedding_table.num_embeddings)
 
     def forward(self, timestep: torch.Tensor, labels: torch.Tensor) -> Modulation:
         """Return the modulation of a timestep (1,) or (B,), any number type, and labels (B,), on one device."""

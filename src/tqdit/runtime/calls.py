@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -118,34 +118,52 @@ class Runtime(nn.Module):
 
     def _replayed(self, model: nn.Module, x: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
         given["timestep"] = given["timestep"].expand(len(x))
-        leaves, structure = pytree.tree_flatten(given)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        fixed = tuple(... if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
-        key = (x.device, x.shape, x.dtype, structure, fixed, *((leaf.shape, leaf.dtype) for leaf in tensors))
+        tensors, rest = _flattened(given)
+        key = (x.device, x.shape, x.dtype, rest, *((leaf.shape, leaf.dtype) for leaf in tensors))
         with self._lock, _on(x.device):
             stream = torch.cuda.current_stream()
             if self._stream is not None and self._stream != stream:  # its replay still uses the static tensors
                 stream.wait_stream(self._stream)
             self._stream = stream
             if key not in self._captured:
-                self._captured[key] = self._capture(model, x, tensors, fixed, structure)
+                self._captured[key] = self._capture(model, x, tensors, rest)
                 if len(self._captured) > MAX_GRAPHS:
                     torch.cuda.synchronize()  # a replay on another stream may still read the memory that is freed
                     self._captured.popitem(last=False)
             self._captured.move_to_end(key)
             return self._captured[key](x, *tensors)
 
-    def _capture(
-        self, model: nn.Module, x: torch.Tensor, tensors: list[torch.Tensor], fixed: tuple[Any, ...], structure: Any
-    ) -> Captured:
-        """Capture a call as a graph. `fixed`: the leaves of the call's inputs, with `...` in place of tensors."""
+    def _capture(self, model: nn.Module, x: torch.Tensor, tensors: list[torch.Tensor], rest: Any) -> Captured:
+        """Capture a call as a graph. `tensors` and `rest`: the call's inputs, of `_flattened`."""
 
         def call(x: torch.Tensor, *static: torch.Tensor) -> torch.Tensor:
-            rest = iter(static)
-            leaves = [next(rest) if leaf is ... else leaf for leaf in fixed]
-            return self._eager(model, x, pytree.tree_unflatten(leaves, structure))
+            return self._eager(model, x, _restored(static, rest))
 
         return Captured(call, (x, *tensors), x.device)
+
+
+def _flattened(given: Mapping[str, Any]) -> tuple[list[torch.Tensor], Any]:
+    """Split the inputs of a call into tensors and the rest, which can be hashed: names, numbers and structure.
+
+    Inputs without structure of their own take a short way: this runs at every call.
+    """
+    values = list(given.values())
+    if all(type(value) is torch.Tensor for value in values):
+        return values, tuple(given)
+    leaves, structure = pytree.tree_flatten(given)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return tensors, (structure, tuple(... if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves))
+
+
+def _restored(tensors: Iterable[torch.Tensor], rest: Any) -> dict[str, Any]:
+    """Put inputs together again that `_flattened` has split."""
+    if all(isinstance(name, str) for name in rest):
+        return dict(zip(rest, tensors, strict=True))
+    structure, fixed = rest
+    following = iter(tensors)
+    leaves = [next(following) if leaf is ... else leaf for leaf in fixed]
+    restored: dict[str, Any] = pytree.tree_unflatten(leaves, structure)
+    return restored
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
