@@ -25,7 +25,9 @@ WAYS: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
     "dispatched": lambda model, folder: accelerate.dispatch_model(
         model, {name: "disk" for name, _ in model.named_children()}, "cpu", offload_dir=folder
     ),
-    "whole blocks": lambda model, _: accelerate.cpu_offload(model, **CPU, preload_module_classes=["IntBlock"]),
+    "whole blocks": lambda model, _: accelerate.cpu_offload(
+        model, **CPU, preload_module_classes=model._no_split_modules
+    ),
 }
 
 

@@ -83,7 +83,7 @@ def test_other_layouts_are_refused(solved, tiny_dit, name: str, message: str) ->
 def test_a_part_of_another_artifact_is_refused(solved, model_inputs) -> None:
     model, other = convert(solved("plus")), convert(OTHERS["other scales"](solved("plus")))
     expected = run(model, model_inputs)
-    with pytest.raises(InputError, match=r"has another 'qkv\.source\.scale'"):
+    with pytest.raises(InputError, match=r"has another 'qkv\.source\.table'"):
         model.transformer_blocks[0].load_state_dict(other.transformer_blocks[0].state_dict())
     with pytest.raises(InputError, match=r"has another 'proj_out_2\.layer\.bias'"):
         model.load_state_dict({"proj_out_2.layer.bias": other.state_dict()["proj_out_2.layer.bias"] + 1}, strict=False)
@@ -93,7 +93,7 @@ def test_a_part_of_another_artifact_is_refused(solved, model_inputs) -> None:
 @pytest.mark.skipif(onednn.reason() is not None, reason="oneDNN packs nothing here")
 def test_codes_that_onednn_has_packed_are_in_no_tensor_but_count() -> None:
     codes = torch.arange(128, dtype=torch.int8).reshape(8, 16)
-    layer, same, other = (PackedLinear(WeightParams(c, torch.ones(8)), None) for c in (codes, codes, codes ^ 1))
+    layer, same, other = (PackedLinear(WeightParams(c, torch.ones(8), 8), None) for c in (codes, codes, codes ^ 1))
     layer.load_state_dict(same.state_dict())
     with pytest.raises(InputError, match="is not this integer model's"):
         layer.load_state_dict(other.state_dict())
@@ -111,7 +111,7 @@ def test_converting_names_the_state_without_hashing_codes(solved, monkeypatch, b
     assert model.fixed == set(model.state_dict())
 
 
-TAMPERED = ["proj_out_2.layer.scale", "transformer_blocks.1.qkv.layer.bias", "transformer_blocks.0.operands.key.scale"]
+TAMPERED = ["proj_out_2.layer.scale", "transformer_blocks.1.qkv.layer.bias", "transformer_blocks.0.operands.key.table"]
 
 
 @pytest.mark.parametrize("name", TAMPERED)
@@ -128,13 +128,13 @@ def test_a_model_changed_by_hand_is_not_saved(solved, tmp_path, name: str) -> No
     assert not (tmp_path / "after").exists()
 
 
-IN_PLACE = [*TAMPERED, "transformer_blocks.0.operands.key.zero_point", "transformer_blocks.0.operands.softmax.coarse"]
+IN_PLACE = [*TAMPERED, "transformer_blocks.0.operands.softmax.table"]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_a_model_changed_in_place_is_not_saved_and_changes_no_other(solved, tmp_path, name: str, backend: str) -> None:
-    """A model shares no scale, zero point or bias with its solution, of which other models are converted."""
+    """A model shares no table, scale or bias with its solution, of which other models are converted."""
     solution = solved("plus")
     model, other = convert(solution, backend), convert(solution, backend)
     path, _, leaf = name.rpartition(".")

@@ -339,16 +339,6 @@ def test_each_group_has_its_own_exponent(model, records, tiny_recipe) -> None:
     assert (shift[1:] < 2).all()
 
 
-@pytest.mark.parametrize("bits", ["w6a6", "w4a4"])
-def test_merged_models_run_as_their_simulated_twins(model_inputs, solved, bits: str) -> None:
-    solution = solved("plus", bits, **MRQ, **ONE)
-    with torch.inference_mode():
-        integer, simulated = (
-            convert(solution, backend)(**model_inputs).sample for backend in ("reference", "simulated")
-        )  # fmt: skip
-    assert sqnr_db(simulated, integer) > 40  # a value on the border of two codes may fall to either side
-
-
 # Determinism, errors -----------------------------------------------------------------------------------------------
 
 
