@@ -238,7 +238,10 @@ def test_arguments_of_another_kind(model, recipe, scheduler_config, states, tmp_
         (lambda: tqdit.quantize("fashion-dit", tmp_path / "out", "plus"), r"a recipe is a tqdit\.Recipe.*, got str"),
         (lambda: tqdit.quantize("fashion-dit", recipe), "needs the folder to write before the recipe"),
         (lambda: tqdit.quantize(object(), recipe), "a path, a name or a diffusers transformer, got object"),
-        (lambda: tqdit.quantize("fashion-dit", tmp_path / "out", conditions="a cat"), "conditions are Prompts.*got str"),
+        (
+            lambda: tqdit.quantize("fashion-dit", tmp_path / "out", conditions="a cat"),
+            "conditions are Prompts.*got str",
+        ),
         (lambda: tqdit.calibrate(model, [states], recipe), "states are a CalibrationSet, got list"),
         (lambda: tqdit.calibrate(model, wide, recipe), "the states have 3 channels, the model takes 1"),
         (lambda: tqdit.solve(model, states, recipe), "records are what calibrate returns, got CalibrationSet"),
