@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 
 import tqdit
 
-RECIPE = tqdit.Recipe("plus", "w8a8", samples=8, steps=50)  # quick; tqdit.Recipe() has the published settings
+RECIPE = tqdit.Recipe("plus", "w8a8", samples=8, steps=50, rounds=1)  # quick; Recipe() is better
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -29,8 +29,9 @@ class CalibrationSet:
     step_weight (S,): how much an error of the output at t moves the sampler's next state (see `Schedule.weights`);
     without a scheduler all weigh the same. A scheduler whose shift depends on the size of the model's images needs the
     float `model`.
-    The tensors may be of other dtypes and on any device: they are copied to the CPU. Raises `InputError` for shapes that do not fit, for a timestep outside the range, and
-    for labels that are no conditions.
+    The tensors may be of other dtypes and on any device: they are copied to the CPU.
+    Raises `InputError` for shapes that do not fit, for a timestep outside the range, and for labels that are no
+    conditions.
     """
 
     x: torch.Tensor
