@@ -1,10 +1,12 @@
-"""The training example runs from raw files to a model that the product loads; sizes and steps are tiny."""
+"""Every example runs to a model that the product loads; sizes and steps are tiny."""
 
 import gzip
 import importlib.util
 import json
+import re
 import struct
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,23 +14,82 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from torch import Tensor
 
+import tqdit
+from tiny_pipelines import write_pixart, write_prompts
 from tqdit.quality import features
 from tqdit.sources.resolve import load_float, resolve
 
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "train_fashion_dit.py"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+TINY = {"groups": 2, "samples": 2, "steps": 6, "rounds": 1, "candidates": 12, "rows": 64, "queries": 64}
 
 
-@pytest.fixture
-def script() -> ModuleType:
-    """The example as a module of its own."""
-    spec = importlib.util.spec_from_file_location("train_fashion_dit", SCRIPT)
+def imported(name: str) -> ModuleType:
+    """An example as a module of its own."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    """The training example."""
+    return imported("train_fashion_dit")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run an example as a user does, but with a tiny recipe and on the CPU; returns its standard output."""
+
+    def call(name: str, *arguments: str | Path, **constants: object) -> str:
+        module = imported(name)
+        constants = {"RECIPE": tqdit.Recipe("plus", "w8a8", **TINY), "DEVICE": "cpu", **constants}
+        for constant in constants.keys() & vars(module).keys():
+            monkeypatch.setattr(module, constant, constants[constant])
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        module.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_quantizing_in_memory(run: Callable[..., str], pipeline: Path, tmp_path: Path) -> None:
+    said = run("quantize_in_memory", pipeline, tmp_path / "w8a8")
+    (error,) = re.findall(r"relative error of the output: (\S+)", said)
+    assert 0 < float(error) < 0.1
+    assert "loaded by diffusers, the same output" in said
+    assert tqdit.inspect(tmp_path / "w8a8")["bits"] == "w8a8"
+    assert resolve(tmp_path / "w8a8").scheduler["_class_name"] == "DDIMScheduler"
+
+
+def test_calibrating_on_own_states(run: Callable[..., str], pipeline: Path, tmp_path: Path) -> None:
+    said = run("own_calibration_states", pipeline, tmp_path / "own", IMAGES=4, STEPS=4)
+    assert said.count("DiTTransformer2DModel") == 2
+    for bits in ("w8a8", "w6a6"):
+        assert tqdit.inspect(tmp_path / f"own-{bits}")["bits"] == bits
+        assert resolve(tmp_path / f"own-{bits}").scheduler["_class_name"] == "DPMSolverMultistepScheduler"
+
+
+def test_quantizing_a_whole_pipeline(run: Callable[..., str], tmp_path: Path) -> None:
+    model, prompts = write_pixart(tmp_path / "tiny-pixart"), write_prompts(tmp_path / "prompts.safetensors")
+    said = run("whole_pipeline", model, prompts, tmp_path / "w8a8", STEPS=2)
+    assert "2 images" in said
+    assert [Image.open(tmp_path / f"w8a8-{i}.png").size for i in range(2)] == [(16, 16)] * 2
+
+
+def test_examples_are_short_and_use_the_public_interface() -> None:
+    names = [path for path in EXAMPLES.glob("*.py") if path.name != "train_fashion_dit.py"]
+    assert len(names) == 3
+    for path in names:
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 60
+        assert "from tqdit" not in text
+        assert "import tqdit." not in text
 
 
 def write_split(folder: Path, split: str, count: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 import tqdit
@@ -172,13 +172,32 @@ def test_states_of_ones_own(model, states, recipe, scheduler_config, solution) -
         ({"x": torch.zeros(0, 1, 8, 8)}, r"got \(0, 1, 8, 8\)"),
         ({"labels": torch.zeros(3)}, r"labels must have the shape \(4,\), got \(3,\)"),
         ({"t": torch.tensor([0, 1, 2, 1000])}, r"timestep 1000 is outside \[0, 1000\)"),
+        ({"t": [0, 1, 2, 3]}, "t must be a tensor, got list"),
+        ({"labels": torch.zeros(4)}, "labels must be integers, got torch.float32"),
         ({"groups": 0}, "groups must be between 1 and 1000"),
+        ({"scheduler": "ddim"}, "a scheduler is one of diffusers or its config, got str"),
     ],
 )
 def test_states_that_do_not_fit(change: dict, message: str) -> None:
     given = {"x": torch.zeros(4, 1, 8, 8), "t": torch.arange(4), "labels": torch.zeros(4, dtype=torch.int64)}
     with pytest.raises(InputError, match=message):
         tqdit.CalibrationSet(**given | change)
+
+
+def test_states_of_other_dtypes_are_copied(states, scheduler_config) -> None:
+    given = states.x.double(), states.t.int(), states.labels.int()
+    found = tqdit.CalibrationSet(*given, scheduler=scheduler_config, groups=2)
+    assert torch.equal(found.x, states.x)
+    assert (found.x.dtype, found.labels.dtype) == (torch.float32, torch.int64)
+
+
+def test_states_of_a_scheduler_itself() -> None:
+    """Its class decides the range of the timesteps, and a `config` of diffusers may lack the class."""
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=500)
+    given = torch.zeros(2, 1, 8, 8), torch.tensor([0.5, 500.0]), torch.zeros(2, dtype=torch.int64)
+    found = tqdit.CalibrationSet(*given, scheduler=scheduler, groups=2)
+    assert found.time_groups == TimeGroups.uniform(0, 500, 2, closed=True)
+    assert found.group.tolist() == [0, 1]
 
 
 def test_states_that_do_not_fit_the_recipe(model, states, tiny_recipe) -> None:
@@ -210,6 +229,27 @@ def test_models_that_cannot_be_quantized(model, recipe, scheduler_config, soluti
         tqdit.calibration_states(model, recipe, scheduler="ddim")
     with pytest.raises(InputError, match="save takes a solution or an integer model, got a DiTTransformer2DModel"):
         tqdit.save(model, "out")
+
+
+def test_arguments_of_another_kind(model, recipe, scheduler_config, states, tmp_path) -> None:
+    wide = tqdit.CalibrationSet(states.x.expand(-1, 3, -1, -1), states.t, states.labels, groups=2)
+    for call, message in (
+        (lambda: tqdit.quantize(model, "w8a8", scheduler=scheduler_config), r"a recipe is a tqdit\.Recipe.*, got str"),
+        (lambda: tqdit.quantize("fashion-dit", tmp_path / "out", "plus"), r"a recipe is a tqdit\.Recipe.*, got str"),
+        (lambda: tqdit.quantize("fashion-dit", recipe), "needs the folder to write before the recipe"),
+        (lambda: tqdit.quantize(object(), recipe), "a path, a name or a diffusers transformer, got object"),
+        (
+            lambda: tqdit.quantize("fashion-dit", tmp_path / "out", conditions="a cat"),
+            "conditions are Prompts.*got str",
+        ),
+        (lambda: tqdit.calibrate(model, [states], recipe), "states are a CalibrationSet, got list"),
+        (lambda: tqdit.calibrate(model, wide, recipe), "the states have 3 channels, the model takes 1"),
+        (lambda: tqdit.solve(model, states, recipe), "records are what calibrate returns, got CalibrationSet"),
+        (lambda: tqdit.convert(model), "a solution is what solve returns, got DiTTransformer2DModel"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tensor_that_is_not_finite_or_not_here(tiny_dit, recipe, scheduler_config) -> None:

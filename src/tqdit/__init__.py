@@ -8,7 +8,7 @@
     transformer = tqdit.quantize(pipe.transformer, tqdit.Recipe(), scheduler=pipe.scheduler)    # nothing on disk
 
 Importing tqdit lets diffusers' `from_pretrained` load artifacts. The names below are the whole public interface; they
-load on first use, so `import tqdit` is quick.
+load on first use, so `import tqdit` is quick. examples/ has scripts that use them.
 """
 
 import importlib
@@ -26,18 +26,21 @@ if TYPE_CHECKING:
     from tqdit.quality.comparison import Comparison, compare
     from tqdit.recipe import Recipe
     from tqdit.runtime.target import Target
-    from tqdit.sampling.guidance import Sampling
+    from tqdit.sampling.guidance import ClassLabels, Conditions, Sampling
     from tqdit.sampling.prompts import Prompts
     from tqdit.sources.export import convert_checkpoint
     from tqdit.sources.summary import Summary
     from tqdit.spec import Solution
     from tqdit.stages import calibrate, calibration_states, convert, save, solve
+    from tqdit.timegroups import TimeGroups
     from tqdit.workflow import inspect, load, quantize, sample
 
 _HOMES = {
     "AssumptionWarning": "tqdit.errors",
     "CalibrationSet": "tqdit.calibration.states",
+    "ClassLabels": "tqdit.sampling.guidance",
     "Comparison": "tqdit.quality.comparison",
+    "Conditions": "tqdit.sampling.guidance",
     "InputError": "tqdit.errors",
     "Prompts": "tqdit.sampling.prompts",
     "Recipe": "tqdit.recipe",
@@ -47,6 +50,7 @@ _HOMES = {
     "Summary": "tqdit.sources.summary",
     "TQDiTConfig": "tqdit.integrations.diffusers",
     "Target": "tqdit.runtime.target",
+    "TimeGroups": "tqdit.timegroups",
     "calibrate": "tqdit.stages",
     "calibration_states": "tqdit.stages",
     "compare": "tqdit.quality.comparison",
@@ -64,7 +68,9 @@ _HOMES = {
 __all__ = [
     "AssumptionWarning",
     "CalibrationSet",
+    "ClassLabels",
     "Comparison",
+    "Conditions",
     "InputError",
     "Prompts",
     "Recipe",
@@ -74,6 +80,7 @@ __all__ = [
     "Summary",
     "TQDiTConfig",
     "Target",
+    "TimeGroups",
     "calibrate",
     "calibration_states",
     "compare",

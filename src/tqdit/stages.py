@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tqdit.architectures.registry import config_of
+from tqdit.architectures.registry import config_of, sample
 from tqdit.artifact.tensors import decisive
 from tqdit.calibration import recorder, trajectories
 from tqdit.calibration.records import Records
@@ -30,10 +30,11 @@ from tqdit.recipe import Recipe
 from tqdit.runtime import convert as runtime
 from tqdit.runtime.target import Device, Dtype, Target
 from tqdit.sampling.guidance import Conditions, conditions_sha256
+from tqdit.sampling.schedules import scheduler_config
 from tqdit.search import solver
 from tqdit.sources import saving
 from tqdit.sources.conditions import suitable
-from tqdit.sources.in_memory import float_copy, scheduler_config, source_in_memory
+from tqdit.sources.in_memory import float_copy, source_in_memory
 from tqdit.sources.origin import made_from
 from tqdit.sources.resolve import weights_hash
 from tqdit.sources.source import ModelSource
@@ -148,6 +149,7 @@ def calibration_states(
     `scheduler`: one of diffusers, or its config. `conditions`: the prompts of a model of prompts (`Prompts`), or the
     model's own classes by default. `device`: where the transformer is, by default.
     """
+    check_recipe(recipe)
     module = float_copy(transformer, _device(device))
     asked, process = suitable(config_of(module), conditions), scheduler_config(scheduler)
     return trajectories.collect(module, process, recipe, partial(report, "trajectories"), conditions=asked)
@@ -166,10 +168,14 @@ def calibrate(
 
     Raises `InputError` for states of other time groups than the recipe's, or of too few for its `samples`.
     """
+    check_recipe(recipe)
+    if not isinstance(states, CalibrationSet):
+        raise InputError(f"states are a CalibrationSet, got {type(states).__name__}")
     _check_groups(states, recipe)
     module = float_copy(transformer, _device(device))
     asked = suitable(config_of(module), states.conditions)
     check_labels(states.labels, asked)
+    _check_shape(states, module)
     states = replace(states, conditions=asked)
     records = recorder.record(module, states, recipe, partial(report, "statistics"))
     return replace(records, recipe=recipe, time_groups=states.time_groups, states_sha256=states_sha256(states))
@@ -188,6 +194,9 @@ def solve(
 
     Records serve several recipes, whose calibration settings must be those of `calibrate`.
     """
+    check_recipe(recipe)
+    if not isinstance(records, Records):
+        raise InputError(f"records are what calibrate returns, got {type(records).__name__}")
     if records.recipe is None or records.time_groups is None or not recipe.records_match(records.recipe):
         raise InputError(OTHER_SETTINGS)
     source, module = source_in_memory(transformer), float_copy(transformer, _device(device))
@@ -201,6 +210,8 @@ def convert(
     solution: Solution, *, backend: str = "auto", device: Device = "auto", dtype: Dtype = "float32"
 ) -> nn.Module:
     """Make a diffusers transformer that runs on the codes of a solution. The options are those of `load`."""
+    if not isinstance(solution, Solution):
+        raise InputError(f"a solution is what solve returns, got {type(solution).__name__}")
     target = Target(backend, device, dtype)
     return runtime.convert(solution, target.backend, target.device, target.dtype)
 
@@ -231,6 +242,19 @@ def save(
 
 def _device(device: Device | None) -> torch.device | None:
     return None if device is None else Target(device=device).device
+
+
+def check_recipe(recipe: Any) -> None:
+    """Raise `InputError` for what is no recipe, such as the name of a preset."""
+    if not isinstance(recipe, Recipe):
+        raise InputError(f'a recipe is a tqdit.Recipe, such as Recipe("plus", "w8a8"), got {type(recipe).__name__}')
+
+
+def _check_shape(states: CalibrationSet, module: nn.Module) -> None:
+    """Raise `InputError` for states of another number of channels than the model's."""
+    expected, found = sample(config_of(module)).shape[0], states.x.shape[1]
+    if found != expected:
+        raise InputError(f"the states have {found} channels, the model takes {expected}")
 
 
 def _check_groups(states: CalibrationSet, recipe: Recipe) -> None:

@@ -26,7 +26,7 @@ from tqdit.sources.saving import fill, has_left, is_made, least_bytes, save
 from tqdit.sources.sizes import float_sizes
 from tqdit.sources.source import ModelSource
 from tqdit.sources.summary import Summary, summarize
-from tqdit.stages import Prepared, Report, calibrated, silent, solve_prepared
+from tqdit.stages import Prepared, Report, calibrated, check_recipe, silent, solve_prepared
 from tqdit.system import jobs
 from tqdit.system.deprecation import formerly_positional
 from tqdit.system.distributed import chosen_device
@@ -129,6 +129,10 @@ def quantize(model: str | Path | nn.Module, *arguments: Any, **options: Any) -> 
     """
     if isinstance(model, nn.Module):
         return quantize_module(model, *arguments, **options)
+    if not isinstance(model, str | Path):
+        raise InputError(f"a model is a path, a name or a diffusers transformer, got {type(model).__name__}")
+    if arguments and isinstance(arguments[0], Recipe):
+        raise InputError("a model that is found by its path needs the folder to write before the recipe")
     return quantize_source(model, *arguments, **options)
 
 
@@ -153,6 +157,7 @@ def quantize_source(
     `conditions`: the prompts of a model of prompts (`Prompts`), or the model's own classes by default.
     Raises `InputError`, before any work, if another process is writing `out`, and for an `out` that cannot be written.
     """
+    check_recipe(recipe)
     out = Path(out)
     work = jobs.work_folder(out) if resumable else None
     with jobs.reserved(out) as place:
@@ -204,6 +209,7 @@ def quantize_module(  # noqa: PLR0913 - options
     `out`: an artifact folder that is written too, with class names `labels`.
     Raises `InputError` as `quantize_source` does.
     """
+    check_recipe(recipe)
     device = next(model.parameters()).device if device is None else device
     target, source = Target(backend, device, dtype), source_in_memory(model, scheduler, labels)
     if out is not None:

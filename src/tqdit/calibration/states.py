@@ -11,7 +11,7 @@ from torch import nn
 from tqdit.architectures import registry
 from tqdit.errors import InputError
 from tqdit.sampling.guidance import AUTO, ClassLabels, Conditions, Sample, Sampling, conditions_sha256
-from tqdit.sampling.schedules import Schedule, schedule
+from tqdit.sampling.schedules import Schedule, schedule, scheduler_config
 from tqdit.timegroups import TimeGroups
 
 
@@ -19,17 +19,19 @@ from tqdit.timegroups import TimeGroups
 class CalibrationSet:
     """States x_t of a denoiser's inputs, ordered by time group.
 
-        CalibrationSet(latents, timesteps, classes, scheduler=pipe.scheduler.config, groups=10)
+        CalibrationSet(latents, timesteps, classes, scheduler=pipe.scheduler, groups=recipe.groups)
 
     x: (S, C, H, W) fp32; t (S,): timesteps in the units of the model's `timestep`, int64 or fp32; labels (S,) int64:
     indices into `conditions`, which are the model's own classes if not given. What is not given is made:
-    group (S,): the time group of each state, by `time_groups`, which are `groups` ranges of the timesteps of
-    `scheduler` (a diffusers config), or of 1000: equal ones, or those of about equally many of the timesteps in t where
-    `time_edges` is "visited". step_weight (S,): how much an error of the output at t moves the sampler's next state
-    (see `Schedule.weights`); without a scheduler all weigh the same. A scheduler whose shift depends on the size of the
-    model's images needs the float `model`.
-    All tensors are on the CPU. Raises `InputError` for shapes that do not fit, for a timestep outside the range, and
-    for labels that are no conditions.
+    group (S,): the time group of each state, by `time_groups`. These are `groups` ranges of the timesteps of
+    `scheduler` (one of diffusers, or its config), or of 1000 timesteps without one. The ranges are equal, or have about
+    equally many of the timesteps in t where `time_edges` is "visited".
+    step_weight (S,): how much an error of the output at t moves the sampler's next state (see `Schedule.weights`);
+    without a scheduler all weigh the same. A scheduler whose shift depends on the size of the model's images needs the
+    float `model`.
+    The tensors may be of other dtypes and on any device: they are copied to the CPU.
+    Raises `InputError` for shapes that do not fit, for a timestep outside the range, and for labels that are no
+    conditions.
     """
 
     x: torch.Tensor
@@ -50,15 +52,16 @@ class CalibrationSet:
         conditions: Conditions | None = None,
         *,
         time_groups: TimeGroups | None = None,
-        scheduler: Mapping[str, Any] | None = None,
+        scheduler: Any = None,
         model: nn.Module | None = None,
         groups: int = 10,
         time_edges: str = "uniform",
     ) -> None:
-        _check_lengths(x, t, labels, group, step_weight)
+        _check_tensors(x=x, t=t, labels=labels, group=group, step_weight=step_weight)
+        x, t, labels = x.detach().float().cpu(), t.detach().cpu(), labels.cpu().long()
         if conditions is not None:
             check_labels(labels, conditions)
-        steps = None if scheduler is None else _one_step(scheduler, model, x)
+        steps = None if scheduler is None else _one_step(scheduler_config(scheduler), model, x)
         if time_groups is None:
             time_groups = groups_over(steps.time_range if steps else (0, 1000, False), t, groups, time_edges)
         group = time_groups.index(t) if group is None else group
@@ -104,12 +107,19 @@ def states_sha256(states: CalibrationSet) -> str:
     return digest.hexdigest()
 
 
-def _check_lengths(x: torch.Tensor, *others: torch.Tensor | None) -> None:
+def _check_tensors(x: Any, **others: Any) -> None:
+    """Raise `InputError` naming the first tensor that is of another type or shape than `CalibrationSet` says."""
+    given = {name: tensor for name, tensor in others.items() if tensor is not None or name in ("t", "labels")}
+    for name, tensor in {"x": x, **given}.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise InputError(f"calibration states: {name} must be a tensor, got {type(tensor).__name__}")
     if x.ndim != 4 or not len(x):
         raise InputError(f"calibration states x must have the shape (S, C, H, W), got {tuple(x.shape)}")
-    for name, tensor in zip(("t", "labels", "group", "step_weight"), others, strict=True):
-        if tensor is not None and tuple(tensor.shape) != (len(x),):
+    for name, tensor in given.items():
+        if tuple(tensor.shape) != (len(x),):
             raise InputError(f"calibration states: {name} must have the shape ({len(x)},), got {tuple(tensor.shape)}")
+    if given["labels"].is_floating_point():
+        raise InputError(f"calibration states: labels must be integers, got {given['labels'].dtype}")
 
 
 def _one_step(scheduler: Mapping[str, Any], model: nn.Module | None, x: torch.Tensor) -> Schedule:

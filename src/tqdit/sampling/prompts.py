@@ -26,7 +26,7 @@ class Prompts:
     1 at the tokens that count. `sizes` has "resolution" (1, 2) and "aspect_ratio" (1, 1), fp32, or None for a model
     that is told neither.
 
-    Example: `Prompts.read(Path("prompts.safetensors"))`.
+    Example: `Prompts.read("prompts.safetensors")`.
     """
 
     embeds: torch.Tensor
@@ -36,7 +36,7 @@ class Prompts:
     sizes: Mapping[str, torch.Tensor | None]
 
     @classmethod
-    def read(cls, path: Path) -> "Prompts":
+    def read(cls, path: str | Path) -> "Prompts":
         """Return the prompts of a safetensors file whose tensors are named as diffusers' pipeline arguments.
 
         The names are prompt_embeds (P, L, D), prompt_attention_mask (P, L), negative_prompt_embeds (1 or P, L, D),
@@ -45,7 +45,7 @@ class Prompts:
         tensor that is missing, unknown, of another shape or dtype, or not finite.
         """
         try:
-            return cls.checked(read_tensors(path))
+            return cls.checked(read_tensors(Path(path)))
         except InputError as error:
             text = str(error)
             raise InputError(text if text.startswith(str(path)) else f"{path}: {text}") from None

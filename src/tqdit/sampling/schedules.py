@@ -1,5 +1,6 @@
 """The schedule of a sampling run, chosen by the class of the model's own scheduler."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -69,6 +70,22 @@ def family(config: Mapping[str, Any] | None) -> Family:
 def check_scheduler(config: Mapping[str, Any]) -> None:
     """Raise `InputError` unless a scheduler config is of a class and of settings that a sampler serves."""
     family(config).check(config)
+
+
+def scheduler_config(scheduler: Any) -> dict[str, Any]:
+    """Return the config of a diffusers scheduler, or a config itself, as JSON values.
+
+    The scheduler's own `config` may lack its class. Raises `InputError` for what is neither, and for a scheduler that
+    no sampler serves.
+    """
+    if hasattr(scheduler, "to_json_string"):
+        config = json.loads(scheduler.to_json_string())
+    elif isinstance(scheduler, Mapping):
+        config = dict(scheduler)
+    else:
+        raise InputError(f"a scheduler is one of diffusers or its config, got {type(scheduler).__name__}")
+    check_scheduler(config)
+    return config
 
 
 def resolved(sampling: Sampling, config: Mapping[str, Any] | None, calibration: bool = False) -> Sampling:

@@ -1,6 +1,5 @@
 """Describe a float model that is in memory already, with a scheduler, like one that is found by its path."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import nn
 from tqdit.architectures.building import empty_model, set_parameter
 from tqdit.architectures.registry import check_supported, config_of
 from tqdit.errors import InputError
-from tqdit.sampling.schedules import check_scheduler
+from tqdit.sampling.schedules import scheduler_config
 from tqdit.sources.float_weights import check_shapes, checked
 from tqdit.sources.source import ModelSource
 from tqdit.system.files import TRANSFORMER
@@ -45,21 +44,6 @@ def float_copy(transformer: nn.Module, device: torch.device | None = None) -> nn
     for name, tensor in state.items():
         set_parameter(model, name, checked(name, tensor.detach()).to(target))
     return model.eval().requires_grad_(False).to(target)
-
-
-def scheduler_config(scheduler: Any) -> dict[str, Any]:
-    """Return the config of a diffusers scheduler, or a config itself, as JSON values.
-
-    Raises `InputError` for anything else, and for a scheduler that is not supported.
-    """
-    if hasattr(scheduler, "to_json_string"):
-        config = json.loads(scheduler.to_json_string())
-    elif isinstance(scheduler, Mapping):
-        config = dict(scheduler)
-    else:
-        raise InputError(f"a scheduler is one of diffusers or its config, got {type(scheduler).__name__}")
-    check_scheduler(config)
-    return config
 
 
 def _checked_config(transformer: nn.Module) -> Mapping[str, Any]:
