@@ -100,6 +100,10 @@ class DiT(DiTInteger, PatchTransformer):
         for block in others:
             block.norm1.emb = first.norm1.emb
 
+    def called_apart(self, model: nn.Module) -> list[nn.Module]:
+        blocks: Any = model.transformer_blocks
+        return [blocks[0].norm1.emb]
+
     def is_table(self, name: str) -> bool:
         return name.endswith("embedding_table.weight")
 

@@ -232,6 +232,10 @@ class Architecture(Protocol):
         """Let all blocks of a float model use one instance of what diffusers copies into every block."""
         return None
 
+    def called_apart(self, model: nn.Module) -> list[nn.Module]:
+        """Return the modules inside blocks of a float model that its forward also calls outside of them."""
+        return []
+
     def is_table(self, name: str) -> bool:
         """Say whether a parameter is a table whose rows are looked up, and not a factor of a product."""
         return False

@@ -28,6 +28,7 @@ def convert(
     verbose: Verbose = False,
 ) -> None:
     """Turn an official DiT or SiT checkpoint (.pt) into a diffusers folder with safetensors."""
+    from tqdit.architectures.registry import conditions, graph
     from tqdit.architectures.shapes import shape_name
     from tqdit.sources.export import convert_checkpoint
 
@@ -35,6 +36,6 @@ def convert(
     used = f", its {result['weights']} weights" if result["weights"] else ""
     config = result["config"]
     typer.echo(
-        f"{out}: {result['name']}{used}, {shape_name(config)}, {config['num_attention_heads']} heads, "
-        f"{config['num_embeds_ada_norm']} classes, {result['bytes'] / 1e6:.2f} MB"
+        f"{out}: {result['name']}{used}, {shape_name(config)}, {graph(config).blocks[0].attentions[0].heads} heads, "
+        f"{conditions(config).count} classes, {result['bytes'] / 1e6:.2f} MB"
     )

@@ -15,11 +15,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from tqdit.architectures import dit_training as training
 from tqdit.architectures.building import empty_model, set_parameter, share_embedder
 from tqdit.architectures.dit_checkpoint import CLASS_TABLE, POSITIONS, implied_config, published_names
 from tqdit.architectures.sit_checkpoint import flow_config, flow_tensor
 from tqdit.errors import InputError
-from tqdit.sources import training
 from tqdit.sources.float_weights import FLOATS, checked, unwrapped
 from tqdit.system.files import read_tensors
 from tqdit.system.reading import check_regular
@@ -95,7 +95,7 @@ def _check_memory(tensors: Mapping[str, torch.Tensor], size: int) -> None:
 
 
 def load(checkpoint: Checkpoint) -> nn.Module:
-    """Return the float `DiTTransformer2DModel` in fp32 and eval mode, on the CPU; all blocks share one embedder.
+    """Return the float model in fp32 and eval mode, on the CPU; all blocks share one embedder.
 
     The model of a SiT follows diffusers' conventions of flow matching: it returns the negated velocity of the SiT at
     time 1 - timestep / 1000.

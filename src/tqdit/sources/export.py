@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tqdit.architectures.dit_checkpoint import AS_PUBLISHED, DIFFUSION
-from tqdit.architectures.registry import architecture, config_of
+from tqdit.architectures.registry import architecture, conditions, config_of
 from tqdit.architectures.sit_checkpoint import SCHEDULER as FLOW
 from tqdit.artifact.model_card import keep_edited
 from tqdit.errors import InputError
@@ -74,7 +74,7 @@ def convert_checkpoint(
             f"'{model}' is in diffusers' format already; call it official if it was made from an official checkpoint "
             "and is to run as published"
         )
-    classes = int(source.config["num_embeds_ada_norm"])
+    classes = conditions(source.config).count
     source = replace(
         source,
         config={**source.config, **AS_PUBLISHED},

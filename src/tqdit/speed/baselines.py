@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -121,8 +121,9 @@ def _compiled(model: nn.Module, options: Mapping[str, Any], device: torch.device
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     if by_blocks:
-        blocks = cast(Any, model).transformer_blocks
-        for part in (*blocks, blocks[0].norm1.emb):
+        config = registry.config_of(model)
+        blocks = [model.get_submodule(block.prefix) for block in registry.graph(config).blocks]
+        for part in (*blocks, *registry.architecture(config).called_apart(model)):
             part.compile(dynamic=False, fullgraph=True, options=dict(options))
         baseline = Baseline(model, model)
     else:
@@ -131,14 +132,15 @@ def _compiled(model: nn.Module, options: Mapping[str, Any], device: torch.device
 
 
 def fuse_projections(model: nn.Module) -> None:
-    """Fuse query, key and value of every block into one layer, in place.
+    """Fuse query, key and value of every self-attention into one layer, in place.
 
     The numbers are the same, out of fewer and larger products.
     """
     from diffusers.models.attention_processor import FusedAttnProcessor2_0
 
-    for block in cast(Any, model).transformer_blocks:
-        attention = block.attn1
+    blocks = registry.graph(registry.config_of(model)).blocks
+    for found in (attention for block in blocks for attention in block.attentions if not attention.context):
+        attention: Any = model.get_submodule(found.module)
         attention.fuse_projections()
         attention.set_processor(FusedAttnProcessor2_0())
         del attention.to_q, attention.to_k, attention.to_v
@@ -160,9 +162,10 @@ def quantize_with_torchao(model: nn.Module, name: str, only_blocks: bool = False
         )
 
     done: set[int] = set()
+    blocks = tuple(f"{block.prefix}." for block in registry.graph(registry.config_of(model)).blocks)
 
     def is_new_linear(module: nn.Module, path: str) -> bool:
-        outside = only_blocks and not path.startswith("transformer_blocks.")
+        outside = only_blocks and not path.startswith(blocks)
         if outside or not isinstance(module, nn.Linear) or id(module) in done:
             return False
         done.add(id(module))
