@@ -43,8 +43,9 @@ TESTS: dict[str, tuple[str, ...]] = {
     "search/objectives": SEARCH,
     "search/alternating": SEARCH,
     "search/solver": ("tests/search/test_solver.py",),
-    "tensors": ("tests/test_artifact.py", "tests/test_artifact_forged.py"),
-    "models/sampler": ("tests/models/test_sampler.py", "tests/models/test_sources.py"),
+    "artifact/tensors": ("tests/test_artifact.py", "tests/test_artifact_forged.py"),
+    "sampling/diffusion": ("tests/sampling/test_diffusion.py",),
+    "sampling/trajectory": ("tests/sampling/test_diffusion.py", "tests/sampling/test_schedules.py"),
     "ops/reference": ("tests/ops/test_reference.py",),
 }
 SKIPPED = {"search/alternating": ("loss_of_steps",)}  # its kernels are for GPUs

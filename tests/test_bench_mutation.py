@@ -146,3 +146,12 @@ def test_equal_faults_of_other_lines_are_not_equivalent(script, monkeypatch) -> 
     found = [equivalent.reason("toy", source, mutant) for mutant in script.mutants(source)]
     assert found == [None, None, None, "why"]
     assert equivalent.reason("other", source, script.mutants(source)[1]) is None
+
+
+def test_modules_and_their_tests_exist(script) -> None:
+    from equivalent_mutants import EQUIVALENT
+
+    assert {entry[0] for entry in EQUIVALENT} <= set(script.TESTS)
+    assert all((script.PACKAGE / f"{module}.py").is_file() for module in script.TESTS)
+    paths = [*sum(script.TESTS.values(), ()), *(name.partition("::")[0] for name in script.DESELECTED)]
+    assert all((script.ROOT / path).is_file() for path in paths)
