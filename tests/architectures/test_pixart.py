@@ -4,11 +4,13 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from torch import nn
 
+from tqdit.architectures import registry
 from tqdit.architectures.registry import config_of, graph
 from tqdit.architectures.shapes import shape_config, shape_names
 from tqdit.calibration.recorder import record
@@ -18,7 +20,9 @@ from tqdit.provenance import Provenance
 from tqdit.quality.metrics import sqnr_db
 from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
+from tqdit.sampling.guidance import Sampling
 from tqdit.sampling.prompts import Prompts
+from tqdit.sampling.trajectory import noise_generators, trajectory
 from tqdit.search.solver import solve
 from tqdit.spec import Role, Solution
 from tqdit.timegroups import TimeGroups
@@ -166,6 +170,40 @@ def test_a_sample_does_not_depend_on_its_batch(solution) -> None:
         assert torch.allclose(run(converted, part)[0], together[i], atol=1e-5)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["encoder_hidden_states", "encoder_attention_mask"])
+def test_a_prompt_that_is_not_finite_gives_no_image(solution, bad: float, name: str) -> None:
+    converted, given = convert(solution, "cpu"), inputs(prompts())
+    if name == "encoder_attention_mask":
+        given[name] = (1 - given[name].float())[:, None] * -10000.0
+    given[name] = given[name].clone()
+    given[name][1, 0, 0] = bad
+    drawn = run(converted, given)
+    assert drawn[1].isnan().all()
+    assert drawn[[0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+def test_parts_may_be_sent_away(solution, buffers: bool) -> None:
+    given = inputs(prompts())
+    expected = run(convert(solution, "cpu"), given)
+    away = accelerate.cpu_offload(convert(solution, "cpu"), "cpu", offload_buffers=buffers)
+    assert torch.equal(run(away, given), expected)
+
+
+def test_a_sampling_run_projects_its_prompts_once(solution, monkeypatch) -> None:
+    converted: Any = convert(solution, "cpu")
+    block, made = converted.transformer_blocks[0], []
+    monkeypatch.setattr(type(block), "context", _counted(type(block).context, made))
+    labels, sample = torch.tensor([0, 1]), registry.sample(config_of(converted))
+    list(
+        trajectory(
+            converted, SCHEDULER, Sampling("ddim", 5, 4.5), labels, noise_generators(0, [0, 1]), prompts(), sample
+        )
+    )
+    assert len(made) == 2, "two blocks"
+
+
 def test_sizes_of_images_are_conditions() -> None:
     sizes = {"resolution": torch.tensor([[64.0, 48.0]]), "aspect_ratio": torch.tensor([[0.75]])}
     model = float_model(use_additional_conditions=True, num_layers=1)
@@ -181,6 +219,7 @@ def test_sizes_of_images_are_conditions() -> None:
     ("encoder_hidden_states", torch.zeros(4, TOKENS, 3), r"have shape \(4, 7, 3\), the batch needs \(4, tokens, 20\)"),
     ("encoder_attention_mask", torch.ones(4, 2), r"has shape \(4, 2\)"),
     ("attention_mask", torch.ones(4, 16), "attention_mask is not supported"),
+    ("cross_attention_kwargs", {"scale": 0.1}, "cross_attention_kwargs is not supported"),
     ("timestep", None, "needs `timestep`"),
     ("timestep", torch.full((4,), 1000), "outside"),
 ])  # fmt: skip

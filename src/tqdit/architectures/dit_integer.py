@@ -63,12 +63,14 @@ class DiTInteger:
 
         `InputError` for what does not fit the model. The result never requires a gradient.
         """
-        return self.denoise(hidden_states, {"timestep": timestep, "class_labels": class_labels}, return_dict)
+        arguments = {"timestep": timestep, "labels": class_labels, "cross_attention_kwargs": cross_attention_kwargs}
+        return self.denoise(hidden_states, arguments, return_dict)
 
     def inputs(self, model: Any, x: torch.Tensor, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the timestep (1,) or (B,) and the class labels (B,), checked, on the device of x."""
+        inputs.refuse("cross_attention_kwargs", arguments["cross_attention_kwargs"])
         t = inputs.timesteps(x, arguments["timestep"], model.runtime.groups.time_groups)
-        return {"timestep": t, "labels": inputs.class_labels(x, arguments["class_labels"], model.conditioning.classes)}
+        return {"timestep": t, "labels": inputs.class_labels(x, arguments["labels"], model.conditioning.classes)}
 
     def begin(self, model: Any, x: torch.Tensor, given: Mapping[str, Any]) -> DiTCall:
         """Return what all blocks share in a call."""

@@ -169,11 +169,13 @@ class PixArt(PatchTransformer):
         requires a gradient.
         """
         arguments = {"timestep": timestep, "states": encoder_hidden_states, "mask": encoder_attention_mask,
-                     "added": added_cond_kwargs, "attention_mask": attention_mask}  # fmt: skip
+                     "added": added_cond_kwargs, "attention_mask": attention_mask,
+                     "cross_attention_kwargs": cross_attention_kwargs}  # fmt: skip
         return self.denoise(hidden_states, arguments, return_dict)
 
     def inputs(self, model: Any, x: torch.Tensor, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        inputs.refuse("attention_mask", arguments["attention_mask"])
+        for name in ("attention_mask", "cross_attention_kwargs"):
+            inputs.refuse(name, arguments[name])
         depth = model.config.caption_channels or model.config.cross_attention_dim
         states = inputs.prompt(x, arguments["states"], depth)
         return {
@@ -185,15 +187,21 @@ class PixArt(PatchTransformer):
 
     def prepare(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
         states = given.pop("prompt")
-        return {**given, "contexts": model.runtime.prompt(model, states, lambda: _contexts(model, states))}
+        finite, contexts = model.runtime.prompt(model, states, lambda: _contexts(model, states))
+        return {**given, "finite": finite, "contexts": contexts}
 
     def begin(self, model: Any, x: torch.Tensor, given: Mapping[str, Any]) -> PixArtCall:
         t, batch = given["timestep"], len(x)
         embed, sizes = model.adaln_single, given["sizes"]
         modulation, embedding = embed(t.expand(batch), sizes, batch_size=batch, hidden_dtype=torch.float32)
         modulation = modulation.unflatten(1, (6, -1))
+        sound, bias = given["finite"], given["bias"]
+        if bias is not None:
+            sound = sound & bias.isfinite().all(1)
+        # Codes hold no NaN and no Inf: a sample whose prompt has some gets them by its last layer, as in a float model.
+        embedding = embedding.where(sound[:, None], torch.nan)
         group, shared = model.runtime.groups(t)
-        return PixArtCall(group, shared, modulation, embedding, given["contexts"], given["bias"])
+        return PixArtCall(group, shared, modulation, embedding, given["contexts"], bias)
 
     def run(self, model: Any, x: torch.Tensor, call: PixArtCall) -> torch.Tensor:
         side, dtype = model.config.patch_size, model.stream_dtype
@@ -233,12 +241,13 @@ def _integer_block(parts: Parts, block: Block) -> PixArtBlock:
     return made
 
 
-def _contexts(model: Any, states: torch.Tensor) -> list[Any]:
-    """Return the codes of key and value of a prompt (B, M, D) for every block."""
+def _contexts(model: Any, states: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
+    """Return which prompts (B, M, D) have neither NaN nor Inf, and the codes of key and value for every block."""
     states = states.float()
     if model.caption_projection is not None:
         states = model.caption_projection(states)
-    return [block.context(states) for block in model.transformer_blocks]
+    finite = states.isfinite().flatten(1).all(1)
+    return finite, [block.context(states) for block in model.transformer_blocks]
 
 
 PIXART = PixArt()

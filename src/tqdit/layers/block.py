@@ -124,6 +124,12 @@ class IntBlock(Closed, Untrainable):
 
         The layer is "cross_kv". `call` is for an architecture whose operands of a prompt have time groups.
         """
+        if torch.compiler.is_compiling() or not self.offloaded:
+            return self._context(states, call)
+        with present(self._parts):
+            return self._context(states, call)
+
+    def _context(self, states: torch.Tensor, call: Call | None) -> Any:
         source = self.source("cross_kv", call)
         targets = [self.operands[f"cross_{name}"].operand(call) for name in ("key", "value")]
         codes = self.verbs.quantize(states, source)

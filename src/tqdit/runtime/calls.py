@@ -25,7 +25,7 @@ def _nothing() -> None:
     """Return None, as a weak reference does whose tensor no longer exists."""
 
 
-NO_PROMPT = (_nothing, 0, None)
+NO_PROMPT = (_nothing, 0, None, None)
 
 
 class Runtime(nn.Module):
@@ -58,7 +58,7 @@ class Runtime(nn.Module):
         self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None  # the stream of the last replay
         self._seen: tuple[object, bool] = (None, False)  # `Watched.contents`, and whether blocks have adapters
-        self._prompt: tuple[Any, int, Any] = NO_PROMPT
+        self._prompt: tuple[Any, int, Any, Any] = NO_PROMPT
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Runtime":
         with self._lock:
@@ -102,16 +102,23 @@ class Runtime(nn.Module):
         """Return `make()`, a function of a prompt's states, or its former result if the last call had the same prompt.
 
         Two prompts are the same if they are the same tensor, unchanged: pipelines give one tensor to every step of a
-        sampling run. Nothing is kept in three cases: torch does not count the changes of the tensor, torch.compile is
-        at work, or a block has adapters, whose weights may change.
+        sampling run. Nothing is kept where torch does not count the changes of the tensor, under torch.compile, while a
+        CUDA graph is captured, for a call on another stream, and while a block has adapters, whose weights may change.
+        torch counts no changes that are made through `data` or numpy: give a new tensor then.
         """
-        if torch.compiler.is_compiling() or states.is_inference() or self._changing(model):
+        stream = torch.cuda.current_stream(states.device) if states.is_cuda else None
+        capturing = states.is_cuda and torch.cuda.is_current_stream_capturing()
+        if torch.compiler.is_compiling() or capturing or states.is_inference() or self._changing(model):
             return make()
-        made_from, version, made = self._prompt
-        if made_from() is not states or version != states._version:
+        made_from, version, made_on, made = self._prompt
+        if made_from() is not states or version != states._version or made_on != stream:
             made = make()
-            self._prompt = weakref.ref(states), states._version, made
+            self._prompt = weakref.ref(states, self._forget_prompt), states._version, stream, made
         return made
+
+    def _forget_prompt(self, _: Any) -> None:
+        """Free what was kept of a prompt that is no more."""
+        self._prompt = NO_PROMPT
 
     def _eager(self, model: nn.Module, x: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
         return self.architecture.run(model, x, self.architecture.begin(model, x, given))

@@ -124,11 +124,25 @@ def predict(
     the conditional half. x: (B, C, H, W); t: (B,). `condition` and `null`: keyword arguments of the model with B rows;
     a guidance of 1 needs no `null` and runs the conditional half alone.
     """
+    return predict_joined(model, x, t, joined(condition, null, guidance), guidance)
+
+
+def joined(condition: Mapping[str, Any], null: Mapping[str, Any] | None, guidance: float) -> Mapping[str, Any]:
+    """Return the arguments of one call of a model: those of `condition`, then, with guidance, those of `null`."""
     if guidance == 1.0:
-        return model(x, timestep=t, **condition, return_dict=False)[0]
+        return condition
     if null is None:
         raise ValueError(f"a guidance of {guidance} needs the unconditional arguments")
-    both = trees.mapped(lambda *halves: torch.cat(halves), condition, null)
+    both: Mapping[str, Any] = trees.mapped(lambda *halves: torch.cat(halves), condition, null)
+    return both
+
+
+def predict_joined(
+    model: nn.Module, x: torch.Tensor, t: torch.Tensor, both: Mapping[str, Any], guidance: float
+) -> torch.Tensor:
+    """Return what `predict` does, for arguments that are `joined` once for all steps of a sampling run."""
+    if guidance == 1.0:
+        return model(x, timestep=t, **both, return_dict=False)[0]
     out = model(torch.cat([x, x]), timestep=torch.cat([t, t]), **both, return_dict=False)[0]
     cond, uncond = out.chunk(2)
     channels = x.shape[1]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tqdit.sampling.guidance import Conditions, Sample, Sampling, arguments, predict
+from tqdit.sampling.guidance import Conditions, Sample, Sampling, arguments, joined, predict_joined
 from tqdit.sampling.schedules import schedule
 
 Progress = Callable[[float], None]  # called with the finished fraction of a stage
@@ -35,9 +35,11 @@ def trajectory(
     steps = schedule(scheduler_config, sampling, sample)
     noise = [torch.randn((1, *sample.shape), generator=generator) for generator in generators]
     x = torch.cat(noise).to(labels.device)
-    condition, null = arguments(conditions, labels, sampling.guidance)
+    with torch.inference_mode(False), torch.no_grad():  # an integer model knows the same prompt by its version
+        guidance = sampling.guidance
+        inputs = joined(*arguments(conditions, labels.clone(), guidance), guidance)
     for i, t in enumerate(steps.timesteps.tolist()):
         yield t, x
         time = torch.full((len(x),), t, device=x.device)
-        x = steps.step(predict(model, x, time, condition, null, sampling.guidance), i, x, generators)
+        x = steps.step(predict_joined(model, x, time, inputs, guidance), i, x, generators)
     yield None, x
