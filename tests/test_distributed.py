@@ -81,7 +81,9 @@ def alone(pipeline: Path, recipe: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "option"), [(2, "--overwrite"), (3, "--resumable")])
+@pytest.mark.parametrize(
+    ("processes", "option"), [(2, "--overwrite"), pytest.param(3, "--resumable", marks=pytest.mark.long)]
+)
 def test_same_artifact_for_every_world(pipeline, recipe, alone, tmp_path: Path, processes: int, option: str) -> None:
     command = ["quantize", pipeline, "-o", tmp_path / "out", "--recipe", recipe, option]
     done = torchrun("-m", "tqdit", *command, "--json", tmp_path / "out.json", processes=processes)
@@ -93,7 +95,7 @@ def test_same_artifact_for_every_world(pipeline, recipe, alone, tmp_path: Path, 
     assert json.loads((tmp_path / "out.json").read_text())["processes"] == processes
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_that_dies_leaves_its_work_to_another_world(
     pipeline: Path, recipe: Path, alone, tmp_path: Path, monkeypatch
 ) -> None:
@@ -153,8 +155,8 @@ def test_command_line_under_torchrun(tmp_path: Path, run_cli) -> None:
     ("command", "message"),
     [
         (["sample", "fashion-dit", "--classes", "zebra"], "unknown class 'zebra'"),
-        (["quantize", "no-such-model"], "no-such-model"),
-        (["quantize", "fashion-dit", "--steps", "3"], "3 steps visit no timestep"),
+        pytest.param(["quantize", "no-such-model"], "no-such-model", marks=pytest.mark.long),
+        pytest.param(["quantize", "fashion-dit", "--steps", "3"], "3 steps visit no timestep", marks=pytest.mark.long),
     ],
 )
 def test_bad_input_is_told_once(tmp_path: Path, command: list[str], message: str) -> None:
@@ -166,7 +168,7 @@ def test_bad_input_is_told_once(tmp_path: Path, command: list[str], message: str
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_output_that_another_job_is_writing_is_told_once(pipeline: Path, tmp_path: Path) -> None:
     """The first process finds the lock, and all hear of it."""
     out = tmp_path / "out"
