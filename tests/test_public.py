@@ -287,13 +287,30 @@ def test_options_are_still_taken_by_position(by_path) -> None:
     assert caught[0].filename == __file__
     with pytest.warns(DeprecationWarning, match=r"inspect: give backend"):
         assert tqdit.inspect(by_path, "reference")["backend"] == "reference"
-    with pytest.warns(DeprecationWarning, match=r"give overwrite=\.\.\.") as caught, pytest.raises(InputError):
+    with pytest.warns(DeprecationWarning, match=r"^quantize: give overwrite=\.\.\.") as caught, pytest.raises(InputError):
         tqdit.quantize("no-such-model", by_path.with_name("new"), tqdit.Recipe(), True)
     assert caught[0].filename == __file__
     with pytest.raises(TypeError, match="positional"):
         tqdit.load(by_path, "auto", "cpu", "float32", "more")
     with pytest.warns(DeprecationWarning, match="by name"), pytest.raises(TypeError, match="multiple values"):
         tqdit.load(by_path, "reference", backend="cpu")
+
+
+def test_a_flag_is_true_or_false(model, recipe, scheduler_config, solution, tmp_path) -> None:
+    """A device at the former place of `overwrite` would else be taken for yes."""
+    message = "^overwrite must be True or False, got 'cpu'$"
+    with pytest.warns(DeprecationWarning, match="^quantize: give overwrite"), pytest.raises(InputError, match=message):
+        tqdit.quantize("fashion-dit", tmp_path / "out", recipe, "cpu")
+    for call in (
+        lambda: tqdit.quantize("fashion-dit", tmp_path / "out", recipe, overwrite="cpu"),
+        lambda: tqdit.quantize(model, recipe, scheduler=scheduler_config, out=tmp_path / "out", overwrite="cpu"),
+        lambda: tqdit.save(solution, tmp_path / "out", overwrite="cpu"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+    with pytest.raises(InputError, match="^resumable must be True or False, got 1$"):
+        tqdit.quantize("fashion-dit", tmp_path / "out", recipe, resumable=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_options_are_named_in_the_signature() -> None:

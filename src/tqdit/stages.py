@@ -42,6 +42,7 @@ from tqdit.spec import Solution
 from tqdit.system import jobs
 from tqdit.system.environment import environment
 from tqdit.system.isolation import isolated
+from tqdit.system.validation import check_flags
 from tqdit.timegroups import TimeGroups
 
 Report = Callable[[str, float], None]  # (stage, finished fraction)
@@ -230,6 +231,7 @@ def save(
     `scheduler`: one of diffusers, or its config, for `sample` to find; `labels`: class names by number.
     Raises `InputError` for a model whose scales or biases are no longer those it was converted from.
     """
+    check_flags(overwrite=overwrite)
     found = getattr(solution, "solution", solution)
     if not isinstance(found, Solution):
         raise InputError(f"save takes a solution or an integer model, got a {type(solution).__name__}")

@@ -32,6 +32,7 @@ from tqdit.system.deprecation import formerly_positional
 from tqdit.system.distributed import chosen_device
 from tqdit.system.files import check_space, check_target, filled
 from tqdit.system.isolation import isolated
+from tqdit.system.validation import check_flags
 
 __all__ = [
     "Prepared", "Report", "images_of", "inspect", "load", "load_source", "prepare", "quantize", "sample",
@@ -136,7 +137,7 @@ def quantize(model: str | Path | nn.Module, *arguments: Any, **options: Any) -> 
     return quantize_source(model, *arguments, **options)
 
 
-@formerly_positional("overwrite", "report", "device", "resumable", stacklevel=3)  # called by `quantize`
+@formerly_positional("overwrite", "report", "device", "resumable", stacklevel=3, public="quantize")
 @isolated()
 def quantize_source(
     model: str | Path,
@@ -158,6 +159,7 @@ def quantize_source(
     Raises `InputError`, before any work, if another process is writing `out`, and for an `out` that cannot be written.
     """
     check_recipe(recipe)
+    check_flags(overwrite=overwrite, resumable=resumable)
     out = Path(out)
     work = jobs.work_folder(out) if resumable else None
     with jobs.reserved(out) as place:
@@ -210,6 +212,7 @@ def quantize_module(  # noqa: PLR0913 - options
     Raises `InputError` as `quantize_source` does.
     """
     check_recipe(recipe)
+    check_flags(overwrite=overwrite)
     device = next(model.parameters()).device if device is None else device
     target, source = Target(backend, device, dtype), source_in_memory(model, scheduler, labels)
     if out is not None:
