@@ -287,7 +287,10 @@ def test_options_are_still_taken_by_position(by_path) -> None:
     assert caught[0].filename == __file__
     with pytest.warns(DeprecationWarning, match=r"inspect: give backend"):
         assert tqdit.inspect(by_path, "reference")["backend"] == "reference"
-    with pytest.warns(DeprecationWarning, match=r"^quantize: give overwrite=\.\.\.") as caught, pytest.raises(InputError):
+    with (
+        pytest.warns(DeprecationWarning, match=r"^quantize: give overwrite=\.\.\.") as caught,
+        pytest.raises(InputError),
+    ):
         tqdit.quantize("no-such-model", by_path.with_name("new"), tqdit.Recipe(), True)
     assert caught[0].filename == __file__
     with pytest.raises(TypeError, match="positional"):

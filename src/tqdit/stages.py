@@ -30,6 +30,7 @@ from tqdit.recipe import Recipe
 from tqdit.runtime import convert as runtime
 from tqdit.runtime.target import Device, Dtype, Target
 from tqdit.sampling.guidance import Conditions, conditions_sha256
+from tqdit.sampling.prompts import read_conditions
 from tqdit.sampling.schedules import scheduler_config
 from tqdit.search import solver
 from tqdit.sources import saving
@@ -141,7 +142,7 @@ def calibration_states(
     recipe: Recipe = Recipe(),
     *,
     scheduler: Any,
-    conditions: Conditions | None = None,
+    conditions: Conditions | str | Path | None = None,
     device: Device | None = None,
     report: Report = silent,
 ) -> CalibrationSet:
@@ -152,7 +153,8 @@ def calibration_states(
     """
     check_recipe(recipe)
     module = float_copy(transformer, _device(device))
-    asked, process = suitable(config_of(module), conditions), scheduler_config(scheduler)
+    process = scheduler_config(scheduler)
+    asked = suitable(config_of(module), read_conditions(conditions))
     return trajectories.collect(module, process, recipe, partial(report, "trajectories"), conditions=asked)
 
 
@@ -229,7 +231,8 @@ def save(
     """Write a solution, or the integer model of one, as an artifact folder; all or nothing.
 
     `scheduler`: one of diffusers, or its config, for `sample` to find; `labels`: class names by number.
-    Raises `InputError` for a model whose scales or biases are no longer those it was converted from.
+    Raises `InputError` for a model whose scales or biases are no longer those it was converted from, for a scheduler of
+    other timesteps than the solution's, and where the solution needs a scheduler and none is given.
     """
     check_flags(overwrite=overwrite)
     found = getattr(solution, "solution", solution)

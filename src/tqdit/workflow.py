@@ -19,10 +19,12 @@ from tqdit.runtime.convert import convert
 from tqdit.runtime.inspection import inspection
 from tqdit.runtime.target import Device, Dtype, Target, dtype_name
 from tqdit.sampling.guidance import Conditions, Sampling
+from tqdit.sampling.prompts import read_conditions
 from tqdit.sources.conditions import suitable
 from tqdit.sources.in_memory import float_copy, source_in_memory
 from tqdit.sources.resolve import load_float, resolve
 from tqdit.sources.saving import fill, has_left, is_made, least_bytes, save
+from tqdit.sources.scheduler import check_timesteps
 from tqdit.sources.sizes import float_sizes
 from tqdit.sources.source import ModelSource
 from tqdit.sources.summary import Summary, summarize
@@ -74,7 +76,7 @@ def prepare(
     report: Report = silent,
     device: Device = "auto",
     work: Path | None = None,
-    conditions: Conditions | None = None,
+    conditions: Conditions | str | Path | None = None,
 ) -> Prepared:
     """Calibration: trajectories of the float model, then its activations and Fisher weights.
 
@@ -82,7 +84,7 @@ def prepare(
     model put it there before; the records then take memory only while they are in use. Inside `distributed.joined`
     the ranks share the work; they must see the same `work` folder, or an `InputError` says so.
     """
-    source = resolve(model)
+    source, conditions = resolve(model), read_conditions(conditions)
     suitable(source.config, conditions)
     return calibrated(
         source, load_float(source), recipe, report=report, device=device, work=work, conditions=conditions
@@ -99,7 +101,7 @@ def quantize(
     report: Report = silent,
     device: Device = "auto",
     resumable: bool = False,
-    conditions: Conditions | None = None,
+    conditions: Conditions | str | Path | None = None,
 ) -> Summary: ...
 
 
@@ -109,7 +111,7 @@ def quantize(
     recipe: Recipe = Recipe(),
     *,
     scheduler: Any,
-    conditions: Conditions | None = None,
+    conditions: Conditions | str | Path | None = None,
     backend: str = "auto",
     device: Device | None = None,
     dtype: Dtype = "float32",
@@ -148,19 +150,20 @@ def quantize_source(
     report: Report = silent,
     device: Device = "auto",
     resumable: bool = False,
-    conditions: Conditions | None = None,
+    conditions: Conditions | str | Path | None = None,
 ) -> Summary:
     """Quantize MODEL into the artifact folder `out`. Returns seconds (of this run), peak memory and sizes.
 
     `resumable`: finished work is kept in the folder `out`.work until the artifact is written. The same call continues
     from there after an interruption and gives the same bytes; another model or recipe starts anew. Inside
     `distributed.joined` the ranks share the work, the first one writes, and the bytes are those of one process.
-    `conditions`: the prompts of a model of prompts (`Prompts`), or the model's own classes by default.
+    `conditions`: the prompts of a model of prompts (`Prompts`, or the path of their file), or the model's own classes
+    by default.
     Raises `InputError`, before any work, if another process is writing `out`, and for an `out` that cannot be written.
     """
     check_recipe(recipe)
     check_flags(overwrite=overwrite, resumable=resumable)
-    out = Path(out)
+    out, conditions = Path(out), read_conditions(conditions)
     work = jobs.work_folder(out) if resumable else None
     with jobs.reserved(out) as place:
         # An artifact does not say which prompts it was calibrated under.
@@ -195,7 +198,7 @@ def quantize_module(  # noqa: PLR0913 - options
     recipe: Recipe = Recipe(),
     *,
     scheduler: Any,
-    conditions: Conditions | None = None,
+    conditions: Conditions | str | Path | None = None,
     backend: str = "auto",
     device: Device | None = None,
     dtype: Dtype = "float32",
@@ -215,6 +218,7 @@ def quantize_module(  # noqa: PLR0913 - options
     check_flags(overwrite=overwrite)
     device = next(model.parameters()).device if device is None else device
     target, source = Target(backend, device, dtype), source_in_memory(model, scheduler, labels)
+    conditions = read_conditions(conditions)
     if out is not None:
         check_target(Path(out), overwrite)
     module = float_copy(model, target.device)
@@ -238,7 +242,7 @@ def sample(  # noqa: PLR0913 - one for each option of the command
     backend: str = "auto",
     device: Device = "auto",
     dtype: Dtype = "float32",
-    conditions: Conditions | None = None,
+    conditions: Conditions | str | Path | None = None,
 ) -> torch.Tensor:
     """`num` images (num, C, H, W) in [-1, 1], cycling through `classes`; all classes if none are named.
 
@@ -259,18 +263,27 @@ def images_of(
     sampling: Sampling = Sampling(),
     seed: int = 0,
     batch: int = BATCH,
-    conditions: Conditions | None = None,
+    conditions: Conditions | str | Path | None = None,
 ) -> Images:
     """The images that `sample` draws, `batch` at a time; all of it checked but the weights. Raises `InputError`."""
-    source = resolve(model)
+    source, conditions = resolve(model), read_conditions(conditions)
     asked = suitable(source.config, conditions)
     return Images(source, chosen_classes(source, asked, classes), num, sampling, seed, batch, conditions)
+
+
+def _load_to_sample(wanted: Images, target: Target) -> nn.Module:
+    """Load the model of images. Raises `InputError` for an artifact of other timesteps than its scheduler's."""
+    model = load_source(wanted.source, target)
+    solution = getattr(model, "solution", None)
+    if solution is not None:
+        check_timesteps(solution.time_groups, wanted.source, f"'{wanted.source.name}'")
+    return model
 
 
 @isolated()
 def sample_images(wanted: Images, target: Target | None = None, report: Report = silent) -> torch.Tensor:
     """The pixels of `wanted`, (num, C, H, W) in [-1, 1]; several processes share the work."""
-    model = load_source(wanted.source, target or Target())
+    model = _load_to_sample(wanted, target or Target())
     report("sampling", 0.0)
     return images.gathered(wanted, model, lambda f: report("sampling", f))
 
@@ -284,7 +297,7 @@ def sample_folder(wanted: Images, folder: str | Path, target: Target | None = No
     classes, seed, sampling, batch, kernels, kind of device or dtype.
     """
     folder, target = Path(folder), target or Target()
-    model = load_source(wanted.source, target)
+    model = _load_to_sample(wanted, target)
     kernels = getattr(model, "quantization_report", {"": "float"}).values()
     run = {
         **wanted.run,

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from tqdit.architectures import registry
 from tqdit.errors import InputError
 from tqdit.sampling.guidance import AUTO, ClassLabels, Conditions, Sample, Sampling, conditions_sha256
+from tqdit.sampling.prompts import read_conditions
 from tqdit.sampling.schedules import Schedule, schedule, scheduler_config
 from tqdit.timegroups import TimeGroups
 
@@ -49,7 +51,7 @@ class CalibrationSet:
         labels: torch.Tensor,
         group: torch.Tensor | None = None,
         step_weight: torch.Tensor | None = None,
-        conditions: Conditions | None = None,
+        conditions: Conditions | str | Path | None = None,
         *,
         time_groups: TimeGroups | None = None,
         scheduler: Any = None,
@@ -59,6 +61,7 @@ class CalibrationSet:
     ) -> None:
         _check_tensors(x=x, t=t, labels=labels, group=group, step_weight=step_weight)
         x, t, labels = x.detach().float().cpu(), t.detach().cpu(), labels.cpu().long()
+        conditions = read_conditions(conditions)
         if conditions is not None:
             check_labels(labels, conditions)
         steps = None if scheduler is None else _one_step(scheduler_config(scheduler), model, x)

@@ -26,6 +26,7 @@ from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
 from tqdit.runtime.target import Device, Dtype, Target
 from tqdit.sampling.guidance import Conditions, Sampling
+from tqdit.sampling.prompts import read_conditions
 from tqdit.sampling.schedules import resolved
 from tqdit.sources.conditions import suitable
 from tqdit.sources.resolve import load_float, resolve, weights_hash
@@ -143,7 +144,7 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     device: Device = "auto",
     dtype: Dtype = "float32",
     cost: bool = True,
-    conditions: Conditions | None = None,
+    conditions: Conditions | str | Path | None = None,
 ) -> Comparison:
     """Compare artifacts with their float model: epsilon SQNR, PSNR of same-seed images, FD-fashion, size, time, memory.
 
@@ -162,7 +163,7 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     if num < 1 or samples < 1:
         raise InputError(f"num and samples must be at least 1, got {num} and {samples}")
     target = Target(device=device, dtype=dtype)
-    source = resolve(reference)
+    source, conditions = resolve(reference), read_conditions(conditions)
     asked = suitable(source.config, conditions)
     wanted = Images(source, chosen_classes(source, asked), num, sampling, seed, conditions=conditions)
     model = load_float(source).to(target.device)
