@@ -137,6 +137,26 @@ def test_an_artifact_of_what_is_in_memory(solution, scheduler_config, tmp_path, 
         tqdit.load(tmp_path / "out")
 
 
+def test_an_artifact_has_the_timesteps_of_its_scheduler(tiny_dit, recipe, solution, tmp_path) -> None:
+    flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    with pytest.raises(InputError, match=r"in \[0, 1000\), the FlowMatchEulerDiscreteScheduler of .* has \[0, 1000\]"):
+        tqdit.save(solution, tmp_path / "out", scheduler=flow)
+    with pytest.raises(InputError, match=r"in \[0, 1000\), the DDIMScheduler of .* has \[0, 500\)"):
+        tqdit.save(tqdit.convert(solution), tmp_path / "out", scheduler=DDIMScheduler(500))
+    model = tqdit.quantize(tiny_dit(out_channels=1), recipe, scheduler=flow)
+    with pytest.raises(InputError, match=r"has timesteps in \[0, 1000\]; give its scheduler, since \[0, 1000\) would"):
+        tqdit.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    tqdit.save(model, tmp_path / "out", scheduler=flow)
+    assert tqdit.sample(tmp_path / "out", [0], 1, Sampling(steps=2)).shape == (1, 1, 8, 8)
+    model.save_pretrained(tmp_path / "bare")  # diffusers saves a model without a scheduler
+    with (
+        pytest.warns(tqdit.AssumptionWarning, match="has no scheduler"),
+        pytest.raises(InputError, match=r"^'bare' has timesteps in \[0, 1000\], the DDIMScheduler"),
+    ):
+        tqdit.sample(tmp_path / "bare", [0], 1, Sampling(steps=2))
+
+
 def test_quantize_writes_an_artifact_too(model, recipe, scheduler_config, solution, tmp_path) -> None:
     integer = tqdit.quantize(
         model, recipe, scheduler=scheduler_config, out=tmp_path / "out", labels={3: "three"}, backend="reference"
@@ -239,8 +259,8 @@ def test_arguments_of_another_kind(model, recipe, scheduler_config, states, tmp_
         (lambda: tqdit.quantize("fashion-dit", recipe), "needs the folder to write before the recipe"),
         (lambda: tqdit.quantize(object(), recipe), "a path, a name or a diffusers transformer, got object"),
         (
-            lambda: tqdit.quantize("fashion-dit", tmp_path / "out", conditions="a cat"),
-            "conditions are Prompts.*got str",
+            lambda: tqdit.quantize("fashion-dit", tmp_path / "out", conditions=["a cat"]),
+            "conditions are Prompts, the path of their file.*got list",
         ),
         (lambda: tqdit.calibrate(model, [states], recipe), "states are a CalibrationSet, got list"),
         (lambda: tqdit.calibrate(model, wide, recipe), "the states have 3 channels, the model takes 1"),
@@ -311,7 +331,7 @@ def test_a_flag_is_true_or_false(model, recipe, scheduler_config, solution, tmp_
     ):
         with pytest.raises(InputError, match=message):
             call()
-    with pytest.raises(InputError, match="^resumable must be True or False, got 1$"):
+    with pytest.raises(InputError, match=r"^resumable must be True or False, got 1$"):
         tqdit.quantize("fashion-dit", tmp_path / "out", recipe, resumable=1)
     assert not (tmp_path / "out").exists()
 

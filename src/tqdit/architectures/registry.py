@@ -75,9 +75,8 @@ def conditions(config: Mapping[str, Any]) -> Conditions:
     made = architecture(config).conditions(config)
     if made is None:
         name = config[CLASS_NAME]
-        raise PromptsNeededError(
-            f"a {name} is sampled under prompts; give conditions, such as tqdit.Prompts.read(FILE)"
-        )
+        hint = "give conditions, such as tqdit.Prompts.read(FILE)"
+        raise PromptsNeededError(f"a {name} is sampled under prompts; {hint}")
     return made
 
 

@@ -67,8 +67,6 @@ def check_timesteps(groups: TimeGroups, source: ModelSource, artifact: str) -> N
     if found == expected:
         return
     if not source.scheduler:
-        raise InputError(
-            f"{artifact} has timesteps in {found}; without its scheduler it would be sampled in {expected}"
-        )
+        raise InputError(f"{artifact} has timesteps in {found}; give its scheduler, since {expected} would be assumed")
     name = source.scheduler.get("_class_name", DIFFUSION["_class_name"])
     raise InputError(f"{artifact} has timesteps in {found}, the {name} of '{source.name}' has {expected}")
