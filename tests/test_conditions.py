@@ -116,9 +116,7 @@ def test_every_verb_in_python(text_pipeline, text_model, scheduler_config, promp
 
 def test_conditions_that_do_not_suit(text_pipeline, text_model, pipeline, model, scheduler_config, prompts, recipe):
     wide = tqdit.Prompts.checked(embeddings(width=8))
-    without = (
-        r"a PixArtTransformer2DModel is sampled under prompts; give conditions, such as tqdit\.Prompts\.read\(FILE\)$"
-    )
+    without = r"a PixArtTransformer2DModel is sampled under prompts; give conditions, such as tqdit"
     with pytest.raises(tqdit.InputError, match=without):
         tqdit.sample(text_pipeline, num=1)
     with pytest.raises(tqdit.InputError, match=without):
@@ -160,7 +158,7 @@ def test_conditions_that_are_none(text_pipeline, text_model, scheduler_config, t
         lambda: tqdit.calibration_states(text_model, scheduler=scheduler_config, conditions=wrong),
         lambda: tqdit.CalibrationSet(*states, conditions=wrong),
     ):
-        with pytest.raises(tqdit.InputError, match="^conditions are Prompts, the path of their file, ClassLabels or"):
+        with pytest.raises(tqdit.InputError, match=r"^conditions are Prompts, the path of their file, ClassLabels or"):
             call()
 
 

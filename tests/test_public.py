@@ -58,6 +58,13 @@ def by_path(pipeline, recipe, tmp_path_factory) -> Path:
     return out
 
 
+class Pipeline:
+    """What the objects of diffusers' pipelines have in common."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self.transformer, self.config = transformer, {}
+
+
 def same_codes(a: tqdit.Solution, b: tqdit.Solution) -> bool:
     same = [torch.equal(codes, b.codes[name]) for name, codes in a.codes.items()]
     same += [torch.equal(params.scale, b.params[name].scale) for name, params in a.params.items()]
@@ -194,6 +201,11 @@ def test_states_of_ones_own(model, states, recipe, scheduler_config, solution) -
         ({"t": torch.tensor([0, 1, 2, 1000])}, r"timestep 1000 is outside \[0, 1000\)"),
         ({"t": [0, 1, 2, 3]}, "t must be a tensor, got list"),
         ({"labels": torch.zeros(4)}, "labels must be integers, got torch.float32"),
+        ({"time_edges": "visted"}, "time_edges must be one of uniform, visited, got 'visted'"),
+        (
+            {"t": torch.tensor([0, 200, 400, 900]), "group": torch.tensor([0, 2, 4, 8])},
+            "state 3 is in time group 8, its timestep 900 is in group 9",
+        ),
         ({"groups": 0}, "groups must be between 1 and 1000"),
         ({"scheduler": "ddim"}, "a scheduler is one of diffusers or its config, got str"),
     ],
@@ -257,6 +269,20 @@ def test_arguments_of_another_kind(model, recipe, scheduler_config, states, tmp_
         (lambda: tqdit.quantize(model, "w8a8", scheduler=scheduler_config), r"a recipe is a tqdit\.Recipe.*, got str"),
         (lambda: tqdit.quantize("fashion-dit", tmp_path / "out", "plus"), r"a recipe is a tqdit\.Recipe.*, got str"),
         (lambda: tqdit.quantize("fashion-dit", recipe), "needs the folder to write before the recipe"),
+        (lambda: tqdit.quantize("fashion-dit", recipe=recipe), "needs the folder to write before the recipe"),
+        (lambda: tqdit.quantize(model, recipe), r"needs scheduler=\.\.\., such as pipe\.scheduler"),
+        (lambda: tqdit.quantize(model, tmp_path / "out", recipe, scheduler=scheduler_config), "the rest by name"),
+        (lambda: tqdit.quantize(nn.Linear(2, 2), recipe), "a Linear has no diffusers config; give a transformer"),
+        (lambda: tqdit.quantize(Pipeline(model), recipe), r"got Pipeline; give pipe\.transformer"),
+        (
+            lambda: tqdit.calibration_states(Pipeline(model), recipe, scheduler=scheduler_config),
+            r"a Pipeline is no model; give pipe\.transformer",
+        ),
+        (lambda: tqdit.calibrate(states, model, recipe), "states are a CalibrationSet, got DiTTransformer2DModel"),
+        (lambda: tqdit.calibrate("fashion-dit", states, recipe), "a str is no model; give a transformer of diffusers"),
+        (lambda: tqdit.sample(model), "a model is given by its path or name, got DiTTransformer2DModel"),
+        (lambda: tqdit.compare(model, []), "a model is given by its path or name, got DiTTransformer2DModel"),
+        (lambda: tqdit.compare("fashion-dit", "no-such-artifact"), "unknown model 'no-such-artifact'"),
         (lambda: tqdit.quantize(object(), recipe), "a path, a name or a diffusers transformer, got object"),
         (
             lambda: tqdit.quantize("fashion-dit", tmp_path / "out", conditions=["a cat"]),
@@ -270,6 +296,37 @@ def test_arguments_of_another_kind(model, recipe, scheduler_config, states, tmp_
         with pytest.raises(InputError, match=message):
             call()
     assert not (tmp_path / "out").exists()
+
+
+def test_records_of_another_model(model, tiny_dit, states, recipe) -> None:
+    records, other = tqdit.calibrate(model, states, recipe), copy.deepcopy(model)
+    with torch.no_grad():
+        other.proj_out_2.bias += 1
+    with pytest.raises(InputError, match="the records are of other weights than the transformer's"):
+        tqdit.solve(other, records, recipe)
+    with pytest.raises(InputError, match="records are what calibrate returns, got DiTTransformer2DModel"):
+        tqdit.solve(records, model, recipe)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["shirt"], "labels are class names by number, .* got list"),
+        ({"0": "shirt"}, "labels have the key '0', keys are class numbers"),
+        ({-1: "shirt"}, "labels have the key -1, keys are class numbers"),
+        ({0: 3}, "labels has a int for class 0, names are strings"),
+        ({10: "coat"}, "labels names class 10, the model has classes 0 to 9"),
+    ],
+)
+def test_labels_are_checked_before_any_work(model, recipe, scheduler_config, solution, tmp_path, labels, message):
+    out, options = tmp_path / "out", {"scheduler": scheduler_config, "labels": labels}
+    with pytest.raises(InputError, match=message):
+        tqdit.save(solution, out, **options)
+    started: list[str] = []
+    with pytest.raises(InputError, match=message):
+        tqdit.quantize(model, recipe, out=out, report=lambda stage, _: started.append(stage), **options)
+    assert not started
+    assert not out.exists()
 
 
 def test_a_tensor_that_is_not_finite_or_not_here(tiny_dit, recipe, scheduler_config) -> None:

@@ -36,6 +36,7 @@ from tqdit.search import solver
 from tqdit.sources import saving
 from tqdit.sources.conditions import suitable
 from tqdit.sources.in_memory import float_copy, source_in_memory
+from tqdit.sources.labels import checked_labels
 from tqdit.sources.origin import made_from
 from tqdit.sources.resolve import weights_hash
 from tqdit.sources.source import ModelSource
@@ -181,7 +182,13 @@ def calibrate(
     _check_shape(states, module)
     states = replace(states, conditions=asked)
     records = recorder.record(module, states, recipe, partial(report, "statistics"))
-    return replace(records, recipe=recipe, time_groups=states.time_groups, states_sha256=states_sha256(states))
+    return replace(
+        records,
+        recipe=recipe,
+        time_groups=states.time_groups,
+        states_sha256=states_sha256(states),
+        source_sha256=weights_hash(module),
+    )
 
 
 @isolated()
@@ -195,7 +202,8 @@ def solve(
 ) -> Solution:
     """Choose the grid and scales of every operand, and the codes of every weight.
 
-    Records serve several recipes, whose calibration settings must be those of `calibrate`.
+    Records serve several recipes, whose calibration settings must be those of `calibrate`. Raises `InputError` for
+    records of other settings or of another model.
     """
     check_recipe(recipe)
     if not isinstance(records, Records):
@@ -203,7 +211,10 @@ def solve(
     if records.recipe is None or records.time_groups is None or not recipe.records_match(records.recipe):
         raise InputError(OTHER_SETTINGS)
     source, module = source_in_memory(transformer), float_copy(transformer, _device(device))
-    made = made_from(source.name, weights_hash(module), recipe)
+    source_hash = weights_hash(module)
+    if source_hash != records.source_sha256:
+        raise InputError("the records are of other weights than the transformer's; give the model that calibrate had")
+    made = made_from(source.name, source_hash, recipe)
     provenance = replace(made, calibration_sha256=records.states_sha256)
     return solver.solve(module, records, recipe, records.time_groups, provenance, partial(report, "search"))
 
@@ -241,7 +252,7 @@ def save(
     if isinstance(solution, nn.Module):
         cast(Any, found.codes).check_unchanged(found)
     name, config = found.provenance.source or "", {} if scheduler is None else scheduler_config(scheduler)
-    source = ModelSource(name, Path(), found.model_config, config, dict(labels or {}))
+    source = ModelSource(name, Path(), found.model_config, config, checked_labels(labels, found.model_config))
     saving.save(found, source, Path(out), overwrite)
 
 

@@ -21,7 +21,7 @@ from tqdit.runtime.target import Device, Dtype, Target, dtype_name
 from tqdit.sampling.guidance import Conditions, Sampling
 from tqdit.sampling.prompts import read_conditions
 from tqdit.sources.conditions import suitable
-from tqdit.sources.in_memory import float_copy, source_in_memory
+from tqdit.sources.in_memory import check_transformer, float_copy, pipeline_hint, source_in_memory
 from tqdit.sources.resolve import load_float, resolve
 from tqdit.sources.saving import fill, has_left, is_made, least_bytes, save
 from tqdit.sources.scheduler import check_timesteps
@@ -131,10 +131,19 @@ def quantize(model: str | Path | nn.Module, *arguments: Any, **options: Any) -> 
     The first form is `quantize_source`, the second `quantize_module`, which say what they take.
     """
     if isinstance(model, nn.Module):
+        check_transformer(model)
+        if len(arguments) > 1:
+            raise InputError(
+                "a transformer in memory is followed by the recipe alone; give the rest by name, as out=..."
+            )
+        if "scheduler" not in options:
+            raise InputError("a transformer in memory needs scheduler=..., such as pipe.scheduler")
         return quantize_module(model, *arguments, **options)
     if not isinstance(model, str | Path):
-        raise InputError(f"a model is a path, a name or a diffusers transformer, got {type(model).__name__}")
-    if arguments and isinstance(arguments[0], Recipe):
+        raise InputError(
+            f"a model is a path, a name or a diffusers transformer, got {type(model).__name__}{pipeline_hint(model)}"
+        )
+    if not isinstance(arguments[0] if arguments else options.get("out"), str | Path):
         raise InputError("a model that is found by its path needs the folder to write before the recipe")
     return quantize_source(model, *arguments, **options)
 

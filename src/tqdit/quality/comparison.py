@@ -134,7 +134,7 @@ class Comparison:
 @isolated()
 def compare(  # noqa: PLR0913 - one for each option of the command
     reference: str | Path,
-    quantized: Sequence[str | Path],
+    quantized: str | Path | Sequence[str | Path],
     num: int = 16,
     sampling: Sampling = Sampling(),
     samples: int = 8,
@@ -148,7 +148,7 @@ def compare(  # noqa: PLR0913 - one for each option of the command
 ) -> Comparison:
     """Compare artifacts with their float model: epsilon SQNR, PSNR of same-seed images, FD-fashion, size, time, memory.
 
-    `num`: the number of images. `samples`: the number of held-out states in each of ten equal ranges of the timesteps;
+    `quantized`: a list of artifacts, or one. `num`: the number of images. `samples`: the number of held-out states in each of ten equal ranges of the timesteps;
     the states are the same whatever is compared. `conditions`: the prompts of a model of prompts; by default the
     model's own classes. `dtype`: float32 or bfloat16, the dtype of the integer models' residual stream. `cost`: also
     time calls next to the float model's in eager float32, and measure memory in a process for each model; not where
@@ -168,7 +168,8 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     wanted = Images(source, chosen_classes(source, asked), num, sampling, seed, conditions=conditions)
     model = load_float(source).to(target.device)
     digest = weights_hash(model)
-    found = [load_artifact(path, source, digest) for path in quantized]
+    paths = [quantized] if isinstance(quantized, str | Path) else quantized
+    found = [load_artifact(path, source, digest) for path in paths]
     calls = _Calls(source, sampling, num, target)
     measures = cost and current().size == 1
     groups = min(STATE_GROUPS, source.num_timesteps)
