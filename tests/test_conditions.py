@@ -116,7 +116,7 @@ def test_every_verb_in_python(text_pipeline, text_model, scheduler_config, promp
 
 def test_conditions_that_do_not_suit(text_pipeline, text_model, pipeline, model, scheduler_config, prompts, recipe):
     wide = tqdit.Prompts.checked(embeddings(width=8))
-    without = "a PixArtTransformer2DModel is sampled under prompts; give a safetensors file of their embeddings"
+    without = r"a PixArtTransformer2DModel is sampled under prompts; give conditions, such as tqdit"
     with pytest.raises(tqdit.InputError, match=without):
         tqdit.sample(text_pipeline, num=1)
     with pytest.raises(tqdit.InputError, match=without):
@@ -131,6 +131,35 @@ def test_conditions_that_do_not_suit(text_pipeline, text_model, pipeline, model,
         tqdit.sample(text_pipeline, [3], num=1, conditions=prompts)
     with pytest.raises(tqdit.InputError, match="label 3 is none of the 3 conditions"):
         tqdit.CalibrationSet(torch.zeros(1, 1, 4, 4), torch.tensor([5]), torch.tensor([3]), conditions=prompts)
+
+
+def test_conditions_by_the_path_of_their_file(text_pipeline, text_model, scheduler_config, prompts_file, prompts):
+    sampling = tqdit.Sampling(steps=2)
+    expected = tqdit.sample(text_pipeline, [1], 1, sampling, conditions=prompts)
+    assert torch.equal(tqdit.sample(text_pipeline, [1], 1, sampling, conditions=str(prompts_file)), expected)
+    recipe = Recipe(groups=2, samples=2, steps=8, rounds=0)
+    states = tqdit.calibration_states(text_model, recipe, scheduler=scheduler_config, conditions=prompts_file)
+    assert isinstance(states.conditions, tqdit.Prompts)
+    given = states.x, states.t, states.labels
+    mine = tqdit.CalibrationSet(*given, conditions=prompts_file)
+    assert states_sha256(mine) == states_sha256(tqdit.CalibrationSet(*given, conditions=prompts))
+    compared = tqdit.compare(text_pipeline, [], 1, sampling, 1, conditions=prompts_file, cost=False)
+    assert torch.isfinite(compared.float_model.images).all()
+
+
+@pytest.mark.parametrize("wrong", [["a cat"], {"prompt_embeds": 1}, 3, tqdit.Prompts, object()])
+def test_conditions_that_are_none(text_pipeline, text_model, scheduler_config, tmp_path, wrong: object) -> None:
+    states = torch.zeros(1, 1, 4, 4), torch.tensor([5]), torch.tensor([0])
+    for call in (
+        lambda: tqdit.sample(text_pipeline, num=1, conditions=wrong),
+        lambda: tqdit.compare(text_pipeline, [], conditions=wrong),
+        lambda: tqdit.quantize(text_pipeline, tmp_path / "out", conditions=wrong),
+        lambda: tqdit.quantize(text_model, scheduler=scheduler_config, conditions=wrong),
+        lambda: tqdit.calibration_states(text_model, scheduler=scheduler_config, conditions=wrong),
+        lambda: tqdit.CalibrationSet(*states, conditions=wrong),
+    ):
+        with pytest.raises(tqdit.InputError, match=r"^conditions are Prompts, the path of their file, ClassLabels or"):
+            call()
 
 
 def test_every_command(text_pipeline, prompts_file, pipeline, tmp_path, monkeypatch, capsys) -> None:
@@ -157,6 +186,7 @@ def test_every_command(text_pipeline, prompts_file, pipeline, tmp_path, monkeypa
         assert code == 2
         assert "prompts" in error or "missing.safetensors" in error
         assert len([line for line in error.splitlines() if line.startswith("tqdit:")]) == 1
+        assert ("(--prompts FILE on the command line)" in error) is ("--prompts" not in command)
 
 
 # Flow matching and visited time groups -------------------------------------------------------------------------------

@@ -58,6 +58,13 @@ def by_path(pipeline, recipe, tmp_path_factory) -> Path:
     return out
 
 
+class Pipeline:
+    """What the objects of diffusers' pipelines have in common."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self.transformer, self.config = transformer, {}
+
+
 def same_codes(a: tqdit.Solution, b: tqdit.Solution) -> bool:
     same = [torch.equal(codes, b.codes[name]) for name, codes in a.codes.items()]
     same += [torch.equal(params.scale, b.params[name].scale) for name, params in a.params.items()]
@@ -137,6 +144,26 @@ def test_an_artifact_of_what_is_in_memory(solution, scheduler_config, tmp_path, 
         tqdit.load(tmp_path / "out")
 
 
+def test_an_artifact_has_the_timesteps_of_its_scheduler(tiny_dit, recipe, solution, tmp_path) -> None:
+    flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    with pytest.raises(InputError, match=r"in \[0, 1000\), the FlowMatchEulerDiscreteScheduler of .* has \[0, 1000\]"):
+        tqdit.save(solution, tmp_path / "out", scheduler=flow)
+    with pytest.raises(InputError, match=r"in \[0, 1000\), the DDIMScheduler of .* has \[0, 500\)"):
+        tqdit.save(tqdit.convert(solution), tmp_path / "out", scheduler=DDIMScheduler(500))
+    model = tqdit.quantize(tiny_dit(out_channels=1), recipe, scheduler=flow)
+    with pytest.raises(InputError, match=r"has timesteps in \[0, 1000\]; give its scheduler, since \[0, 1000\) would"):
+        tqdit.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    tqdit.save(model, tmp_path / "out", scheduler=flow)
+    assert tqdit.sample(tmp_path / "out", [0], 1, Sampling(steps=2)).shape == (1, 1, 8, 8)
+    model.save_pretrained(tmp_path / "bare")  # diffusers saves a model without a scheduler
+    with (
+        pytest.warns(tqdit.AssumptionWarning, match="has no scheduler"),
+        pytest.raises(InputError, match=r"^'bare' has timesteps in \[0, 1000\], the DDIMScheduler"),
+    ):
+        tqdit.sample(tmp_path / "bare", [0], 1, Sampling(steps=2))
+
+
 def test_quantize_writes_an_artifact_too(model, recipe, scheduler_config, solution, tmp_path) -> None:
     integer = tqdit.quantize(
         model, recipe, scheduler=scheduler_config, out=tmp_path / "out", labels={3: "three"}, backend="reference"
@@ -174,6 +201,11 @@ def test_states_of_ones_own(model, states, recipe, scheduler_config, solution) -
         ({"t": torch.tensor([0, 1, 2, 1000])}, r"timestep 1000 is outside \[0, 1000\)"),
         ({"t": [0, 1, 2, 3]}, "t must be a tensor, got list"),
         ({"labels": torch.zeros(4)}, "labels must be integers, got torch.float32"),
+        ({"time_edges": "visted"}, "time_edges must be one of uniform, visited, got 'visted'"),
+        (
+            {"t": torch.tensor([0, 200, 400, 900]), "group": torch.tensor([0, 2, 4, 8])},
+            "state 3 is in time group 8, its timestep 900 is in group 9",
+        ),
         ({"groups": 0}, "groups must be between 1 and 1000"),
         ({"scheduler": "ddim"}, "a scheduler is one of diffusers or its config, got str"),
     ],
@@ -237,10 +269,24 @@ def test_arguments_of_another_kind(model, recipe, scheduler_config, states, tmp_
         (lambda: tqdit.quantize(model, "w8a8", scheduler=scheduler_config), r"a recipe is a tqdit\.Recipe.*, got str"),
         (lambda: tqdit.quantize("fashion-dit", tmp_path / "out", "plus"), r"a recipe is a tqdit\.Recipe.*, got str"),
         (lambda: tqdit.quantize("fashion-dit", recipe), "needs the folder to write before the recipe"),
+        (lambda: tqdit.quantize("fashion-dit", recipe=recipe), "needs the folder to write before the recipe"),
+        (lambda: tqdit.quantize(model, recipe), r"needs scheduler=\.\.\., such as pipe\.scheduler"),
+        (lambda: tqdit.quantize(model, tmp_path / "out", recipe, scheduler=scheduler_config), "the rest by name"),
+        (lambda: tqdit.quantize(nn.Linear(2, 2), recipe), "a Linear has no diffusers config; give a transformer"),
+        (lambda: tqdit.quantize(Pipeline(model), recipe), r"got Pipeline; give pipe\.transformer"),
+        (
+            lambda: tqdit.calibration_states(Pipeline(model), recipe, scheduler=scheduler_config),
+            r"a Pipeline is no model; give pipe\.transformer",
+        ),
+        (lambda: tqdit.calibrate(states, model, recipe), "states are a CalibrationSet, got DiTTransformer2DModel"),
+        (lambda: tqdit.calibrate("fashion-dit", states, recipe), "a str is no model; give a transformer of diffusers"),
+        (lambda: tqdit.sample(model), "a model is given by its path or name, got DiTTransformer2DModel"),
+        (lambda: tqdit.compare(model, []), "a model is given by its path or name, got DiTTransformer2DModel"),
+        (lambda: tqdit.compare("fashion-dit", "no-such-artifact"), "unknown model 'no-such-artifact'"),
         (lambda: tqdit.quantize(object(), recipe), "a path, a name or a diffusers transformer, got object"),
         (
-            lambda: tqdit.quantize("fashion-dit", tmp_path / "out", conditions="a cat"),
-            "conditions are Prompts.*got str",
+            lambda: tqdit.quantize("fashion-dit", tmp_path / "out", conditions=["a cat"]),
+            "conditions are Prompts, the path of their file.*got list",
         ),
         (lambda: tqdit.calibrate(model, [states], recipe), "states are a CalibrationSet, got list"),
         (lambda: tqdit.calibrate(model, wide, recipe), "the states have 3 channels, the model takes 1"),
@@ -250,6 +296,37 @@ def test_arguments_of_another_kind(model, recipe, scheduler_config, states, tmp_
         with pytest.raises(InputError, match=message):
             call()
     assert not (tmp_path / "out").exists()
+
+
+def test_records_of_another_model(model, tiny_dit, states, recipe) -> None:
+    records, other = tqdit.calibrate(model, states, recipe), copy.deepcopy(model)
+    with torch.no_grad():
+        other.proj_out_2.bias += 1
+    with pytest.raises(InputError, match="the records are of other weights than the transformer's"):
+        tqdit.solve(other, records, recipe)
+    with pytest.raises(InputError, match="records are what calibrate returns, got DiTTransformer2DModel"):
+        tqdit.solve(records, model, recipe)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["shirt"], "labels are class names by number, .* got list"),
+        ({"0": "shirt"}, "labels have the key '0', keys are class numbers"),
+        ({-1: "shirt"}, "labels have the key -1, keys are class numbers"),
+        ({0: 3}, "labels has a int for class 0, names are strings"),
+        ({10: "coat"}, "labels names class 10, the model has classes 0 to 9"),
+    ],
+)
+def test_labels_are_checked_before_any_work(model, recipe, scheduler_config, solution, tmp_path, labels, message):
+    out, options = tmp_path / "out", {"scheduler": scheduler_config, "labels": labels}
+    with pytest.raises(InputError, match=message):
+        tqdit.save(solution, out, **options)
+    started: list[str] = []
+    with pytest.raises(InputError, match=message):
+        tqdit.quantize(model, recipe, out=out, report=lambda stage, _: started.append(stage), **options)
+    assert not started
+    assert not out.exists()
 
 
 def test_a_tensor_that_is_not_finite_or_not_here(tiny_dit, recipe, scheduler_config) -> None:
@@ -287,13 +364,33 @@ def test_options_are_still_taken_by_position(by_path) -> None:
     assert caught[0].filename == __file__
     with pytest.warns(DeprecationWarning, match=r"inspect: give backend"):
         assert tqdit.inspect(by_path, "reference")["backend"] == "reference"
-    with pytest.warns(DeprecationWarning, match=r"give overwrite=\.\.\.") as caught, pytest.raises(InputError):
+    with (
+        pytest.warns(DeprecationWarning, match=r"^quantize: give overwrite=\.\.\.") as caught,
+        pytest.raises(InputError),
+    ):
         tqdit.quantize("no-such-model", by_path.with_name("new"), tqdit.Recipe(), True)
     assert caught[0].filename == __file__
     with pytest.raises(TypeError, match="positional"):
         tqdit.load(by_path, "auto", "cpu", "float32", "more")
     with pytest.warns(DeprecationWarning, match="by name"), pytest.raises(TypeError, match="multiple values"):
         tqdit.load(by_path, "reference", backend="cpu")
+
+
+def test_a_flag_is_true_or_false(model, recipe, scheduler_config, solution, tmp_path) -> None:
+    """A device at the former place of `overwrite` would else be taken for yes."""
+    message = "^overwrite must be True or False, got 'cpu'$"
+    with pytest.warns(DeprecationWarning, match="^quantize: give overwrite"), pytest.raises(InputError, match=message):
+        tqdit.quantize("fashion-dit", tmp_path / "out", recipe, "cpu")
+    for call in (
+        lambda: tqdit.quantize("fashion-dit", tmp_path / "out", recipe, overwrite="cpu"),
+        lambda: tqdit.quantize(model, recipe, scheduler=scheduler_config, out=tmp_path / "out", overwrite="cpu"),
+        lambda: tqdit.save(solution, tmp_path / "out", overwrite="cpu"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+    with pytest.raises(InputError, match=r"^resumable must be True or False, got 1$"):
+        tqdit.quantize("fashion-dit", tmp_path / "out", recipe, resumable=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_options_are_named_in_the_signature() -> None:

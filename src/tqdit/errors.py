@@ -19,6 +19,10 @@ class InputError(ValueError):
         super().__init__(text)
 
 
+class PromptsNeededError(InputError):
+    """A model of prompts is to be sampled without any."""
+
+
 def printable(text: str) -> str:
     """Return the text with an escape such as \\x1b or \\n for every character that a terminal would not print."""
     if text.isprintable():

@@ -30,11 +30,13 @@ from tqdit.recipe import Recipe
 from tqdit.runtime import convert as runtime
 from tqdit.runtime.target import Device, Dtype, Target
 from tqdit.sampling.guidance import Conditions, conditions_sha256
+from tqdit.sampling.prompts import read_conditions
 from tqdit.sampling.schedules import scheduler_config
 from tqdit.search import solver
 from tqdit.sources import saving
 from tqdit.sources.conditions import suitable
 from tqdit.sources.in_memory import float_copy, source_in_memory
+from tqdit.sources.labels import checked_labels
 from tqdit.sources.origin import made_from
 from tqdit.sources.resolve import weights_hash
 from tqdit.sources.source import ModelSource
@@ -42,6 +44,7 @@ from tqdit.spec import Solution
 from tqdit.system import jobs
 from tqdit.system.environment import environment
 from tqdit.system.isolation import isolated
+from tqdit.system.validation import check_flags
 from tqdit.timegroups import TimeGroups
 
 Report = Callable[[str, float], None]  # (stage, finished fraction)
@@ -140,7 +143,7 @@ def calibration_states(
     recipe: Recipe = Recipe(),
     *,
     scheduler: Any,
-    conditions: Conditions | None = None,
+    conditions: Conditions | str | Path | None = None,
     device: Device | None = None,
     report: Report = silent,
 ) -> CalibrationSet:
@@ -151,7 +154,8 @@ def calibration_states(
     """
     check_recipe(recipe)
     module = float_copy(transformer, _device(device))
-    asked, process = suitable(config_of(module), conditions), scheduler_config(scheduler)
+    process = scheduler_config(scheduler)
+    asked = suitable(config_of(module), read_conditions(conditions))
     return trajectories.collect(module, process, recipe, partial(report, "trajectories"), conditions=asked)
 
 
@@ -178,7 +182,13 @@ def calibrate(
     _check_shape(states, module)
     states = replace(states, conditions=asked)
     records = recorder.record(module, states, recipe, partial(report, "statistics"))
-    return replace(records, recipe=recipe, time_groups=states.time_groups, states_sha256=states_sha256(states))
+    return replace(
+        records,
+        recipe=recipe,
+        time_groups=states.time_groups,
+        states_sha256=states_sha256(states),
+        source_sha256=weights_hash(module),
+    )
 
 
 @isolated()
@@ -192,7 +202,8 @@ def solve(
 ) -> Solution:
     """Choose the grid and scales of every operand, and the codes of every weight.
 
-    Records serve several recipes, whose calibration settings must be those of `calibrate`.
+    Records serve several recipes, whose calibration settings must be those of `calibrate`. Raises `InputError` for
+    records of other settings or of another model.
     """
     check_recipe(recipe)
     if not isinstance(records, Records):
@@ -200,7 +211,10 @@ def solve(
     if records.recipe is None or records.time_groups is None or not recipe.records_match(records.recipe):
         raise InputError(OTHER_SETTINGS)
     source, module = source_in_memory(transformer), float_copy(transformer, _device(device))
-    made = made_from(source.name, weights_hash(module), recipe)
+    source_hash = weights_hash(module)
+    if source_hash != records.source_sha256:
+        raise InputError("the records are of other weights than the transformer's; give the model that calibrate had")
+    made = made_from(source.name, source_hash, recipe)
     provenance = replace(made, calibration_sha256=records.states_sha256)
     return solver.solve(module, records, recipe, records.time_groups, provenance, partial(report, "search"))
 
@@ -228,15 +242,17 @@ def save(
     """Write a solution, or the integer model of one, as an artifact folder; all or nothing.
 
     `scheduler`: one of diffusers, or its config, for `sample` to find; `labels`: class names by number.
-    Raises `InputError` for a model whose scales or biases are no longer those it was converted from.
+    Raises `InputError` for a model whose scales or biases are no longer those it was converted from, for a scheduler of
+    other timesteps than the solution's, and where the solution needs a scheduler and none is given.
     """
+    check_flags(overwrite=overwrite)
     found = getattr(solution, "solution", solution)
     if not isinstance(found, Solution):
         raise InputError(f"save takes a solution or an integer model, got a {type(solution).__name__}")
     if isinstance(solution, nn.Module):
         cast(Any, found.codes).check_unchanged(found)
     name, config = found.provenance.source or "", {} if scheduler is None else scheduler_config(scheduler)
-    source = ModelSource(name, Path(), found.model_config, config, dict(labels or {}))
+    source = ModelSource(name, Path(), found.model_config, config, checked_labels(labels, found.model_config))
     saving.save(found, source, Path(out), overwrite)
 
 

@@ -19,10 +19,12 @@ from tqdit.runtime.convert import convert
 from tqdit.runtime.inspection import inspection
 from tqdit.runtime.target import Device, Dtype, Target, dtype_name
 from tqdit.sampling.guidance import Conditions, Sampling
+from tqdit.sampling.prompts import read_conditions
 from tqdit.sources.conditions import suitable
-from tqdit.sources.in_memory import float_copy, source_in_memory
+from tqdit.sources.in_memory import check_transformer, float_copy, pipeline_hint, source_in_memory
 from tqdit.sources.resolve import load_float, resolve
 from tqdit.sources.saving import fill, has_left, is_made, least_bytes, save
+from tqdit.sources.scheduler import check_timesteps
 from tqdit.sources.sizes import float_sizes
 from tqdit.sources.source import ModelSource
 from tqdit.sources.summary import Summary, summarize
@@ -32,6 +34,7 @@ from tqdit.system.deprecation import formerly_positional
 from tqdit.system.distributed import chosen_device
 from tqdit.system.files import check_space, check_target, filled
 from tqdit.system.isolation import isolated
+from tqdit.system.validation import check_flags
 
 __all__ = [
     "Prepared", "Report", "images_of", "inspect", "load", "load_source", "prepare", "quantize", "sample",
@@ -73,7 +76,7 @@ def prepare(
     report: Report = silent,
     device: Device = "auto",
     work: Path | None = None,
-    conditions: Conditions | None = None,
+    conditions: Conditions | str | Path | None = None,
 ) -> Prepared:
     """Calibration: trajectories of the float model, then its activations and Fisher weights.
 
@@ -81,7 +84,7 @@ def prepare(
     model put it there before; the records then take memory only while they are in use. Inside `distributed.joined`
     the ranks share the work; they must see the same `work` folder, or an `InputError` says so.
     """
-    source = resolve(model)
+    source, conditions = resolve(model), read_conditions(conditions)
     suitable(source.config, conditions)
     return calibrated(
         source, load_float(source), recipe, report=report, device=device, work=work, conditions=conditions
@@ -98,7 +101,7 @@ def quantize(
     report: Report = silent,
     device: Device = "auto",
     resumable: bool = False,
-    conditions: Conditions | None = None,
+    conditions: Conditions | str | Path | None = None,
 ) -> Summary: ...
 
 
@@ -108,7 +111,7 @@ def quantize(
     recipe: Recipe = Recipe(),
     *,
     scheduler: Any,
-    conditions: Conditions | None = None,
+    conditions: Conditions | str | Path | None = None,
     backend: str = "auto",
     device: Device | None = None,
     dtype: Dtype = "float32",
@@ -128,15 +131,24 @@ def quantize(model: str | Path | nn.Module, *arguments: Any, **options: Any) -> 
     The first form is `quantize_source`, the second `quantize_module`, which say what they take.
     """
     if isinstance(model, nn.Module):
+        check_transformer(model)
+        if len(arguments) > 1:
+            raise InputError(
+                "a transformer in memory is followed by the recipe alone; give the rest by name, as out=..."
+            )
+        if "scheduler" not in options:
+            raise InputError("a transformer in memory needs scheduler=..., such as pipe.scheduler")
         return quantize_module(model, *arguments, **options)
     if not isinstance(model, str | Path):
-        raise InputError(f"a model is a path, a name or a diffusers transformer, got {type(model).__name__}")
-    if arguments and isinstance(arguments[0], Recipe):
+        raise InputError(
+            f"a model is a path, a name or a diffusers transformer, got {type(model).__name__}{pipeline_hint(model)}"
+        )
+    if not isinstance(arguments[0] if arguments else options.get("out"), str | Path):
         raise InputError("a model that is found by its path needs the folder to write before the recipe")
     return quantize_source(model, *arguments, **options)
 
 
-@formerly_positional("overwrite", "report", "device", "resumable", stacklevel=3)  # called by `quantize`
+@formerly_positional("overwrite", "report", "device", "resumable", stacklevel=3, public="quantize")
 @isolated()
 def quantize_source(
     model: str | Path,
@@ -147,18 +159,20 @@ def quantize_source(
     report: Report = silent,
     device: Device = "auto",
     resumable: bool = False,
-    conditions: Conditions | None = None,
+    conditions: Conditions | str | Path | None = None,
 ) -> Summary:
     """Quantize MODEL into the artifact folder `out`. Returns seconds (of this run), peak memory and sizes.
 
     `resumable`: finished work is kept in the folder `out`.work until the artifact is written. The same call continues
     from there after an interruption and gives the same bytes; another model or recipe starts anew. Inside
     `distributed.joined` the ranks share the work, the first one writes, and the bytes are those of one process.
-    `conditions`: the prompts of a model of prompts (`Prompts`), or the model's own classes by default.
+    `conditions`: the prompts of a model of prompts (`Prompts`, or the path of their file), or the model's own classes
+    by default.
     Raises `InputError`, before any work, if another process is writing `out`, and for an `out` that cannot be written.
     """
     check_recipe(recipe)
-    out = Path(out)
+    check_flags(overwrite=overwrite, resumable=resumable)
+    out, conditions = Path(out), read_conditions(conditions)
     work = jobs.work_folder(out) if resumable else None
     with jobs.reserved(out) as place:
         # An artifact does not say which prompts it was calibrated under.
@@ -193,7 +207,7 @@ def quantize_module(  # noqa: PLR0913 - options
     recipe: Recipe = Recipe(),
     *,
     scheduler: Any,
-    conditions: Conditions | None = None,
+    conditions: Conditions | str | Path | None = None,
     backend: str = "auto",
     device: Device | None = None,
     dtype: Dtype = "float32",
@@ -210,8 +224,10 @@ def quantize_module(  # noqa: PLR0913 - options
     Raises `InputError` as `quantize_source` does.
     """
     check_recipe(recipe)
+    check_flags(overwrite=overwrite)
     device = next(model.parameters()).device if device is None else device
     target, source = Target(backend, device, dtype), source_in_memory(model, scheduler, labels)
+    conditions = read_conditions(conditions)
     if out is not None:
         check_target(Path(out), overwrite)
     module = float_copy(model, target.device)
@@ -235,7 +251,7 @@ def sample(  # noqa: PLR0913 - one for each option of the command
     backend: str = "auto",
     device: Device = "auto",
     dtype: Dtype = "float32",
-    conditions: Conditions | None = None,
+    conditions: Conditions | str | Path | None = None,
 ) -> torch.Tensor:
     """`num` images (num, C, H, W) in [-1, 1], cycling through `classes`; all classes if none are named.
 
@@ -256,18 +272,27 @@ def images_of(
     sampling: Sampling = Sampling(),
     seed: int = 0,
     batch: int = BATCH,
-    conditions: Conditions | None = None,
+    conditions: Conditions | str | Path | None = None,
 ) -> Images:
     """The images that `sample` draws, `batch` at a time; all of it checked but the weights. Raises `InputError`."""
-    source = resolve(model)
+    source, conditions = resolve(model), read_conditions(conditions)
     asked = suitable(source.config, conditions)
     return Images(source, chosen_classes(source, asked, classes), num, sampling, seed, batch, conditions)
+
+
+def _load_to_sample(wanted: Images, target: Target) -> nn.Module:
+    """Load the model of images. Raises `InputError` for an artifact of other timesteps than its scheduler's."""
+    model = load_source(wanted.source, target)
+    solution = getattr(model, "solution", None)
+    if solution is not None:
+        check_timesteps(solution.time_groups, wanted.source, f"'{wanted.source.name}'")
+    return model
 
 
 @isolated()
 def sample_images(wanted: Images, target: Target | None = None, report: Report = silent) -> torch.Tensor:
     """The pixels of `wanted`, (num, C, H, W) in [-1, 1]; several processes share the work."""
-    model = load_source(wanted.source, target or Target())
+    model = _load_to_sample(wanted, target or Target())
     report("sampling", 0.0)
     return images.gathered(wanted, model, lambda f: report("sampling", f))
 
@@ -281,7 +306,7 @@ def sample_folder(wanted: Images, folder: str | Path, target: Target | None = No
     classes, seed, sampling, batch, kernels, kind of device or dtype.
     """
     folder, target = Path(folder), target or Target()
-    model = load_source(wanted.source, target)
+    model = _load_to_sample(wanted, target)
     kernels = getattr(model, "quantization_report", {"": "float"}).values()
     run = {
         **wanted.run,

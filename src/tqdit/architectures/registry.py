@@ -8,7 +8,7 @@ from torch import nn
 
 from tqdit.architectures import timestep
 from tqdit.architectures.interface import Architecture, Graph
-from tqdit.errors import InputError
+from tqdit.errors import InputError, PromptsNeededError
 from tqdit.sampling.guidance import Conditions, Sample
 
 CLASS_NAME = "_class_name"  # of a diffusers config
@@ -75,7 +75,8 @@ def conditions(config: Mapping[str, Any]) -> Conditions:
     made = architecture(config).conditions(config)
     if made is None:
         name = config[CLASS_NAME]
-        raise InputError(f"a {name} is sampled under prompts; give a safetensors file of their embeddings")
+        hint = "give conditions, such as tqdit.Prompts.read(FILE)"
+        raise PromptsNeededError(f"a {name} is sampled under prompts; {hint}")
     return made
 
 

@@ -81,8 +81,9 @@ class Records:
     """All records of the blocks that this process solves, which are all blocks if it is alone.
 
     `linears` and `attentions` come on the device of the model they were recorded of, all else on the CPU. `maxima`:
-    largest post-softmax values of all blocks, (S, blocks, heads * k), for the report. `recipe`, `time_groups` and
-    `states_sha256` say which calibration they are of, where a search is to check it.
+    largest post-softmax values of all blocks, (S, blocks, heads * k), for the report. `recipe`, `time_groups`,
+    `states_sha256` and `source_sha256`, of the model's weights, say which calibration they are of, where a search is to
+    check it.
     """
 
     linears: Mapping[str, LinearRecord]
@@ -93,6 +94,7 @@ class Records:
     recipe: Recipe | None = None
     time_groups: TimeGroups | None = None
     states_sha256: str = ""
+    source_sha256: str = ""
 
     @classmethod
     def from_parts(

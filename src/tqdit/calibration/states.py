@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from torch import nn
 from tqdit.architectures import registry
 from tqdit.errors import InputError
 from tqdit.sampling.guidance import AUTO, ClassLabels, Conditions, Sample, Sampling, conditions_sha256
+from tqdit.sampling.prompts import read_conditions
 from tqdit.sampling.schedules import Schedule, schedule, scheduler_config
 from tqdit.timegroups import TimeGroups
+
+TIME_EDGES = ("uniform", "visited")
 
 
 @dataclass(frozen=True, init=False)
@@ -30,8 +34,8 @@ class CalibrationSet:
     without a scheduler all weigh the same. A scheduler whose shift depends on the size of the model's images needs the
     float `model`.
     The tensors may be of other dtypes and on any device: they are copied to the CPU.
-    Raises `InputError` for shapes that do not fit, for a timestep outside the range, and for labels that are no
-    conditions.
+    Raises `InputError` for shapes that do not fit, for a timestep outside the range, for a `group` that is not that of
+    the timestep, and for labels that are no conditions.
     """
 
     x: torch.Tensor
@@ -49,7 +53,7 @@ class CalibrationSet:
         labels: torch.Tensor,
         group: torch.Tensor | None = None,
         step_weight: torch.Tensor | None = None,
-        conditions: Conditions | None = None,
+        conditions: Conditions | str | Path | None = None,
         *,
         time_groups: TimeGroups | None = None,
         scheduler: Any = None,
@@ -59,12 +63,20 @@ class CalibrationSet:
     ) -> None:
         _check_tensors(x=x, t=t, labels=labels, group=group, step_weight=step_weight)
         x, t, labels = x.detach().float().cpu(), t.detach().cpu(), labels.cpu().long()
+        conditions = read_conditions(conditions)
         if conditions is not None:
             check_labels(labels, conditions)
         steps = None if scheduler is None else _one_step(scheduler_config(scheduler), model, x)
         if time_groups is None:
             time_groups = groups_over(steps.time_range if steps else (0, 1000, False), t, groups, time_edges)
-        group = time_groups.index(t) if group is None else group
+        expected = time_groups.index(t)
+        group = expected if group is None else group.detach().cpu().long()
+        if bool((wrong := group != expected).any()):
+            i = int(wrong.nonzero()[0])
+            raise InputError(
+                f"calibration states: state {i} is in time group {group[i].item()}, its timestep {t[i].item()} is in "
+                f"group {expected[i].item()}"
+            )
         if step_weight is None:
             step_weight = steps.weights(t) if steps else torch.ones(len(t))
         tensors = {"x": x, "t": t, "labels": labels, "group": group, "step_weight": step_weight}
@@ -84,6 +96,8 @@ def groups_over(time_range: tuple[float, float, bool], visited: torch.Tensor, gr
     `time_range`: that of a `Schedule`.
     """
     low, high, closed = time_range
+    if edges not in TIME_EDGES:
+        raise InputError(f"time_edges must be one of {', '.join(TIME_EDGES)}, got {edges!r:.80}")
     if edges == "visited":
         return TimeGroups.visited(visited, groups, low, high, closed)
     return TimeGroups.uniform(low, high, groups, closed)

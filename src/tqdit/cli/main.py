@@ -83,12 +83,14 @@ def main() -> NoReturn:
 
     Wrong input or an interrupt prints one line on standard error. The exit code says which of the two it was.
     """
-    from tqdit.errors import InputError
+    from tqdit.errors import InputError, PromptsNeededError
 
     signal.signal(signal.SIGTERM, _terminate)  # so that clean-up runs as for Ctrl-C
     with _notes_in_one_line():
         try:
             code = app(standalone_mode=False)
+        except PromptsNeededError as error:
+            _fail(f"{error} (--prompts FILE on the command line)")
         except (InputError, OSError) as error:
             _fail(str(error))
         except StoppedError as stopped:

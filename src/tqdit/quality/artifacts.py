@@ -7,9 +7,9 @@ from tqdit.artifact.tensors import decisive
 from tqdit.errors import InputError
 from tqdit.runtime import fitting
 from tqdit.sources.resolve import resolve
+from tqdit.sources.scheduler import check_timesteps
 from tqdit.sources.source import ModelSource
 from tqdit.spec import Solution
-from tqdit.timegroups import TimeGroups
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,5 @@ def load_artifact(path: str | Path, source: ModelSource, digest: str) -> Compare
     for key in given:
         if key in made and given[key] != made[key]:
             raise InputError(f"'{path}' was made of a model with {key} {made[key]}, '{source.name}' has {given[key]}")
-    low, high, closed = source.time_range
-    found, expected = solution.time_groups.interval, TimeGroups((), low, high, closed).interval
-    if found != expected:
-        raise InputError(f"'{path}' has timesteps in {found}, the scheduler of '{source.name}' has {expected}")
+    check_timesteps(solution.time_groups, source, f"'{path}'")
     return ComparedArtifact(other.folder, other.name, solution)

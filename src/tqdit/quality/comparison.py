@@ -26,6 +26,7 @@ from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
 from tqdit.runtime.target import Device, Dtype, Target
 from tqdit.sampling.guidance import Conditions, Sampling
+from tqdit.sampling.prompts import read_conditions
 from tqdit.sampling.schedules import resolved
 from tqdit.sources.conditions import suitable
 from tqdit.sources.resolve import load_float, resolve, weights_hash
@@ -133,7 +134,7 @@ class Comparison:
 @isolated()
 def compare(  # noqa: PLR0913 - one for each option of the command
     reference: str | Path,
-    quantized: Sequence[str | Path],
+    quantized: str | Path | Sequence[str | Path],
     num: int = 16,
     sampling: Sampling = Sampling(),
     samples: int = 8,
@@ -143,11 +144,11 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     device: Device = "auto",
     dtype: Dtype = "float32",
     cost: bool = True,
-    conditions: Conditions | None = None,
+    conditions: Conditions | str | Path | None = None,
 ) -> Comparison:
     """Compare artifacts with their float model: epsilon SQNR, PSNR of same-seed images, FD-fashion, size, time, memory.
 
-    `num`: the number of images. `samples`: the number of held-out states in each of ten equal ranges of the timesteps;
+    `quantized`: a list of artifacts, or one. `num`: the number of images. `samples`: the number of held-out states in each of ten equal ranges of the timesteps;
     the states are the same whatever is compared. `conditions`: the prompts of a model of prompts; by default the
     model's own classes. `dtype`: float32 or bfloat16, the dtype of the integer models' residual stream. `cost`: also
     time calls next to the float model's in eager float32, and measure memory in a process for each model; not where
@@ -162,12 +163,13 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     if num < 1 or samples < 1:
         raise InputError(f"num and samples must be at least 1, got {num} and {samples}")
     target = Target(device=device, dtype=dtype)
-    source = resolve(reference)
+    source, conditions = resolve(reference), read_conditions(conditions)
     asked = suitable(source.config, conditions)
     wanted = Images(source, chosen_classes(source, asked), num, sampling, seed, conditions=conditions)
     model = load_float(source).to(target.device)
     digest = weights_hash(model)
-    found = [load_artifact(path, source, digest) for path in quantized]
+    paths = [quantized] if isinstance(quantized, str | Path) else quantized
+    found = [load_artifact(path, source, digest) for path in paths]
     calls = _Calls(source, sampling, num, target)
     measures = cost and current().size == 1
     groups = min(STATE_GROUPS, source.num_timesteps)

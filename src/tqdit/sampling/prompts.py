@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tqdit.errors import InputError
+from tqdit.sampling.guidance import Conditions
 from tqdit.system.files import read_tensors
 
 EMBEDS, MASK = "prompt_embeds", "prompt_attention_mask"  # named as the arguments of diffusers' pipelines
@@ -91,6 +92,20 @@ class Prompts:
             "encoder_attention_mask": mask.to(device),
             "added_cond_kwargs": sizes,
         }
+
+
+def read_conditions(given: Any) -> Conditions | None:
+    """Return the conditions that a user gives: `Prompts` or the like as they are, a path as the prompts of its file.
+
+    None stays None. Raises `InputError` for anything else, and as `Prompts.read` does.
+    """
+    if isinstance(given, str | Path):
+        return Prompts.read(given)
+    methods = all(callable(getattr(given, name, None)) for name in ("rows", "null"))
+    if isinstance(given, type) or not (given is None or (methods and type(getattr(given, "count", None)) is int)):
+        kind = given.__name__ if isinstance(given, type) else type(given).__name__
+        raise InputError(f"conditions are Prompts, the path of their file, ClassLabels or like them, got {kind}")
+    return given
 
 
 def _check_names(tensors: Mapping[str, torch.Tensor]) -> None:

@@ -26,8 +26,6 @@ def suitable(config: Mapping[str, Any], given: Conditions | None = None) -> Cond
     name, prompted = config[CLASS_NAME], is_prompted(config)
     if given is None:
         return conditions(config)
-    if not callable(getattr(given, "rows", None)):
-        raise InputError(f"conditions are Prompts, ClassLabels or of a class like them, got {type(given).__name__}")
     if isinstance(given, Prompts) and not prompted:
         raise InputError(f"a {name} is sampled under classes; it has no use for prompts")
     if isinstance(given, Prompts):

@@ -12,6 +12,7 @@ from tqdit.architectures.registry import check_supported, config_of
 from tqdit.errors import InputError
 from tqdit.sampling.schedules import scheduler_config
 from tqdit.sources.float_weights import check_shapes, checked
+from tqdit.sources.labels import checked_labels
 from tqdit.sources.source import ModelSource
 from tqdit.system.files import TRANSFORMER
 
@@ -24,8 +25,8 @@ def source_in_memory(
     `scheduler`: as in `scheduler_config`. Raises `InputError` for a model of another architecture, and for one that is
     quantized already.
     """
-    schedule = {} if scheduler is None else scheduler_config(scheduler)
-    return ModelSource(_name(transformer), Path(), _checked_config(transformer), schedule, dict(labels or {}))
+    config, schedule = _checked_config(transformer), {} if scheduler is None else scheduler_config(scheduler)
+    return ModelSource(_name(transformer), Path(), config, schedule, checked_labels(labels, config))
 
 
 def float_copy(transformer: nn.Module, device: torch.device | None = None) -> nn.Module:
@@ -46,10 +47,22 @@ def float_copy(transformer: nn.Module, device: torch.device | None = None) -> nn
     return model.eval().requires_grad_(False).to(target)
 
 
+def check_transformer(given: Any) -> None:
+    """Raise `InputError` for an object that is no model with a diffusers config."""
+    if not isinstance(given, nn.Module) or not isinstance(getattr(given, "config", None), Mapping):
+        what = "has no diffusers config" if isinstance(given, nn.Module) else "is no model"
+        hint = pipeline_hint(given) or "; give a transformer of diffusers"
+        raise InputError(f"a {type(given).__name__} {what}{hint}")
+
+
+def pipeline_hint(given: Any) -> str:
+    """Return the end of a message about an object that is no transformer: what to give if it is a pipeline."""
+    return "; give pipe.transformer" if isinstance(getattr(given, "transformer", None), nn.Module) else ""
+
+
 def _checked_config(transformer: nn.Module) -> Mapping[str, Any]:
+    check_transformer(transformer)
     name = type(transformer).__name__
-    if not isinstance(getattr(transformer, "config", None), Mapping):
-        raise InputError(f"a {name} has no diffusers config; give a transformer of diffusers")
     config = {**config_of(transformer), "_class_name": name}
     if hasattr(transformer, "solution") or config.pop("quantization_config", None) is not None:
         raise InputError("the model is already quantized; give the float model")

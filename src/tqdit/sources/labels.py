@@ -65,6 +65,22 @@ def class_names(table: Any, where: str, count: int | None = None) -> dict[int, s
     return names
 
 
+def checked_labels(labels: Any, config: Mapping[str, Any]) -> dict[int, str]:
+    """Return the class names that a user gives by number; empty for None.
+
+    Raises `InputError` for what is no such mapping, for a number that is no class of a config's model, and for a model
+    of prompts.
+    """
+    if labels is None:
+        return {}
+    if not isinstance(labels, Mapping):
+        raise InputError(f"labels are class names by number, such as {{0: 'shirt'}}, got {type(labels).__name__}")
+    if wrong := [number for number in labels if type(number) is not int or number < 0]:
+        raise InputError(f"labels have the key {wrong[0]!r:.80}, keys are class numbers")
+    count = conditions(config).count if labels else 0
+    return class_names({str(number): name for number, name in labels.items()}, "labels", count)
+
+
 def _number(text: str) -> int:
     """Return the class number that a text says, or -1 for a text that says none.
 

@@ -39,6 +39,8 @@ def resolve(model: str | Path, num_heads: int | None = None, objective: str | No
     checkpoint without training arguments; the scheduler of a folder says it. Raises `InputError` that says which places
     were searched, which file is not a DiT's, or which scheduler is not supported.
     """
+    if not isinstance(model, str | Path):
+        raise InputError(f"a model is given by its path or name, got {type(model).__name__}")
     path = Path(model)
     a_folder = path.is_dir() or _means_its_folder(path)
     if str(model) not in BUNDLED and path.suffix in checkpoints.SUFFIXES and not a_folder:

@@ -19,7 +19,7 @@ from tqdit.sources.components import PIPELINE
 from tqdit.sources.labels import LABELS
 from tqdit.sources.origin import made_from
 from tqdit.sources.resolve import resolve, weights_hash
-from tqdit.sources.scheduler import SCHEDULER
+from tqdit.sources.scheduler import SCHEDULER, check_timesteps
 from tqdit.sources.source import ModelSource
 from tqdit.spec import Solution
 from tqdit.system import distributed
@@ -32,7 +32,9 @@ def save(solution: Solution, source: ModelSource, out: Path, overwrite: bool = F
     """Write an artifact with the scheduler, class names and VAE of its source, as a whole or not at all.
 
     The artifact of a pipeline is a pipeline. A model card in `out` that people have edited stays as it is.
+    Raises `InputError` for a scheduler of other timesteps than the solution's.
     """
+    check_timesteps(solution.time_groups, source, "the solution")
     with replacing(out, overwrite) as folder:
         fill(folder, solution, source, out)
 

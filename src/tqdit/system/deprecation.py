@@ -13,17 +13,18 @@ POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR
 
 
 def formerly_positional(
-    *names: str, stacklevel: int = 2
+    *names: str, stacklevel: int = 2, public: str = ""
 ) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
     """Let a function take the keyword-only options `names`, in this order, behind its positional arguments too.
 
-    `stacklevel`: 2 where users call the function itself, one more for each function between.
+    `stacklevel`: 2 where users call the function itself, one more for each function between. `public`: the name that
+    users call, if it is not the function's own.
     """
 
     def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         parameters = inspect.signature(function).parameters.values()
         count = sum(parameter.kind in POSITIONAL for parameter in parameters)
-        function_name = getattr(function, "__name__", "a function")
+        function_name = public or getattr(function, "__name__", "a function")
 
         @functools.wraps(function)
         def call(*arguments: Any, **options: Any) -> Any:

@@ -1,6 +1,8 @@
-"""Put pydantic's errors into the words of every other error."""
+"""Check flags, and put pydantic's errors into the words of every other error."""
 
 from typing import Any
+
+from tqdit.errors import InputError
 
 
 def legal(error: Any) -> str | None:
@@ -19,3 +21,10 @@ def legal(error: Any) -> str | None:
         "bool_parsing": truth, "bool_type": truth,
         "string_type": "a text",
     }.get(error["type"])  # fmt: skip
+
+
+def check_flags(**given: Any) -> None:
+    """Raise `InputError` naming the first of the options that is neither True nor False."""
+    for name, value in given.items():
+        if type(value) is not bool:
+            raise InputError(f"{name} must be True or False, got {value!r:.80}")
