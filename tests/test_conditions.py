@@ -133,6 +133,24 @@ def test_conditions_that_do_not_suit(text_pipeline, text_model, pipeline, model,
         tqdit.CalibrationSet(torch.zeros(1, 1, 4, 4), torch.tensor([5]), torch.tensor([3]), conditions=prompts)
 
 
+@pytest.mark.parametrize("saved", ["by tqdit", "by diffusers"])
+def test_a_model_card_draws_under_prompts(text_model, scheduler_config, prompts_file, recipe, tmp_path, saved) -> None:
+    out = tmp_path / "out"
+    model = tqdit.quantize(text_model, recipe, scheduler=scheduler_config, conditions=prompts_file)
+    if saved == "by tqdit":
+        tqdit.save(model, out, scheduler=scheduler_config)
+    else:
+        model.save_pretrained(out)
+        (out / "scheduler").mkdir()
+        (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler_config))
+        (out / "tqdit.json").unlink()
+    block = (out / "README.md").read_text().split("```python\n")[2].partition("```")[0].partition("tqdit.save_grid")[0]
+    block = block.replace("FOLDER", str(out)).replace("prompts.safetensors", str(prompts_file))
+    names: dict = {}
+    exec(block.replace("num=16", "num=1, sampling=tqdit.Sampling(steps=2)"), names)
+    assert names["images"].shape == (1, 1, 4, 4)
+
+
 def test_conditions_by_the_path_of_their_file(text_pipeline, text_model, scheduler_config, prompts_file, prompts):
     sampling = tqdit.Sampling(steps=2)
     expected = tqdit.sample(text_pipeline, [1], 1, sampling, conditions=prompts)

@@ -133,9 +133,7 @@ def quantize(model: str | Path | nn.Module, *arguments: Any, **options: Any) -> 
     if isinstance(model, nn.Module):
         check_transformer(model)
         if len(arguments) > 1:
-            raise InputError(
-                "a transformer in memory is followed by the recipe alone; give the rest by name, as out=..."
-            )
+            raise InputError("a transformer in memory is followed by the recipe; give the rest by name, as out=...")
         if "scheduler" not in options:
             raise InputError("a transformer in memory needs scheduler=..., such as pipe.scheduler")
         return quantize_module(model, *arguments, **options)

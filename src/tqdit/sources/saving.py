@@ -16,6 +16,7 @@ from tqdit.artifact.tensors import decisive
 from tqdit.errors import InputError, RepairWarning
 from tqdit.recipe import Recipe
 from tqdit.sources.components import PIPELINE
+from tqdit.sources.conditions import is_prompted
 from tqdit.sources.labels import LABELS
 from tqdit.sources.origin import made_from
 from tqdit.sources.resolve import resolve, weights_hash
@@ -60,7 +61,8 @@ def fill(folder: Path, solution: Solution, source: ModelSource, former: Path) ->
     size = artifact.size_bytes(folder)
     kind = (source.pipeline or {}).get("_class_name")
     kind = kind if isinstance(kind, str) else None  # a list names a class of the pipeline's own code
-    text = model_card(solution, shape_name(solution.model_config), size, source.name, load, kind)
+    prompted = is_prompted(solution.model_config)
+    text = model_card(solution, shape_name(solution.model_config), size, source.name, load, kind, prompted=prompted)
     write_card(folder, text, former)
 
 
