@@ -12,6 +12,7 @@ from torch import nn
 
 import tqdit
 from tqdit.cli.main import main
+from tqdit.errors import RepairWarning
 from tqdit.plan import plan
 from tqdit.recipe import Recipe
 from tqdit.sources.conditions import is_prompted
@@ -149,6 +150,18 @@ def test_a_model_card_draws_under_prompts(text_model, scheduler_config, prompts_
     names: dict = {}
     exec(block.replace("num=16", "num=1, sampling=tqdit.Sampling(steps=2)"), names)
     assert names["images"].shape == (1, 1, 4, 4)
+
+
+def test_a_finished_artifact_of_other_prompts_is_not_this_run(text_pipeline, prompts, recipe, tmp_path) -> None:
+    out, work = tmp_path / "out", tmp_path / "out.work"
+    tqdit.quantize(text_pipeline, out, recipe, conditions=prompts)
+    work.mkdir()  # as of a run that was killed before its work was discarded
+    with pytest.warns(RepairWarning, match="was finished by a run that was interrupted"):
+        tqdit.quantize(text_pipeline, out, recipe, conditions=prompts, resumable=True)
+    work.mkdir(exist_ok=True)
+    other = tqdit.Prompts.checked(embeddings(seed=1))
+    with pytest.raises(tqdit.InputError, match="exists; choose another folder"):
+        tqdit.quantize(text_pipeline, out, recipe, conditions=other, resumable=True)
 
 
 def test_conditions_by_the_path_of_their_file(text_pipeline, text_model, scheduler_config, prompts_file, prompts):

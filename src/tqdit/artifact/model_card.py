@@ -63,7 +63,8 @@ def model_card(
 
     `shape`: the model's, by name. `size_bytes`: of its weight files. `name`: what the model was made from, by default
     as the artifact says. `load`: one of the `LOAD_`s. `pipeline`: diffusers' class of the pipeline, for
-    `LOAD_PIPELINE`. `prompted`: whether the model is sampled under prompts. The last line says whether people have edited the card since.
+    `LOAD_PIPELINE`. `prompted`: whether the model is sampled under prompts. The last line says
+    whether people have edited the card since.
     """
     name = name or solution.provenance.source or "DiT"
     of_model = str(solution.model_config["_class_name"])
