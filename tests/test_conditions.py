@@ -12,6 +12,7 @@ from torch import nn
 
 import tqdit
 from tqdit.cli.main import main
+from tqdit.errors import RepairWarning
 from tqdit.plan import plan
 from tqdit.recipe import Recipe
 from tqdit.sources.conditions import is_prompted
@@ -131,6 +132,36 @@ def test_conditions_that_do_not_suit(text_pipeline, text_model, pipeline, model,
         tqdit.sample(text_pipeline, [3], num=1, conditions=prompts)
     with pytest.raises(tqdit.InputError, match="label 3 is none of the 3 conditions"):
         tqdit.CalibrationSet(torch.zeros(1, 1, 4, 4), torch.tensor([5]), torch.tensor([3]), conditions=prompts)
+
+
+@pytest.mark.parametrize("saved", ["by tqdit", "by diffusers"])
+def test_a_model_card_draws_under_prompts(text_model, scheduler_config, prompts_file, recipe, tmp_path, saved) -> None:
+    out = tmp_path / "out"
+    model = tqdit.quantize(text_model, recipe, scheduler=scheduler_config, conditions=prompts_file)
+    if saved == "by tqdit":
+        tqdit.save(model, out, scheduler=scheduler_config)
+    else:
+        model.save_pretrained(out)
+        (out / "scheduler").mkdir()
+        (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler_config))
+        (out / "tqdit.json").unlink()
+    block = (out / "README.md").read_text().split("```python\n")[2].partition("```")[0].partition("tqdit.save_grid")[0]
+    block = block.replace("FOLDER", str(out)).replace("prompts.safetensors", str(prompts_file))
+    names: dict = {}
+    exec(block.replace("num=16", "num=1, sampling=tqdit.Sampling(steps=2)"), names)
+    assert names["images"].shape == (1, 1, 4, 4)
+
+
+def test_a_finished_artifact_of_other_prompts_is_not_this_run(text_pipeline, prompts, recipe, tmp_path) -> None:
+    out, work = tmp_path / "out", tmp_path / "out.work"
+    tqdit.quantize(text_pipeline, out, recipe, conditions=prompts)
+    work.mkdir()  # as of a run that was killed before its work was discarded
+    with pytest.warns(RepairWarning, match="was finished by a run that was interrupted"):
+        tqdit.quantize(text_pipeline, out, recipe, conditions=prompts, resumable=True)
+    work.mkdir(exist_ok=True)
+    other = tqdit.Prompts.checked(embeddings(seed=1))
+    with pytest.raises(tqdit.InputError, match="exists; choose another folder"):
+        tqdit.quantize(text_pipeline, out, recipe, conditions=other, resumable=True)
 
 
 def test_conditions_by_the_path_of_their_file(text_pipeline, text_model, scheduler_config, prompts_file, prompts):

@@ -34,7 +34,7 @@ from tqdit.sampling.prompts import read_conditions
 from tqdit.sampling.schedules import scheduler_config
 from tqdit.search import solver
 from tqdit.sources import saving
-from tqdit.sources.conditions import suitable
+from tqdit.sources.conditions import hash_of, suitable
 from tqdit.sources.in_memory import float_copy, source_in_memory
 from tqdit.sources.labels import checked_labels
 from tqdit.sources.origin import made_from
@@ -60,7 +60,7 @@ class Prepared:
     """A float model with its calibration records: what several bit-widths can be solved from.
 
     `work`: the folder that keeps finished pieces for another run, if there is one. Of several processes each has the
-    records of its share of the blocks.
+    records of its share of the blocks. `conditions_sha256`: None for the model's own classes.
     """
 
     source: ModelSource
@@ -72,6 +72,7 @@ class Prepared:
     source_hash: str
     seconds: float
     work: Path | None = None
+    conditions_sha256: str | None = None
 
 
 def calibrated(
@@ -106,7 +107,11 @@ def calibrated(
     report("statistics", 0.0)
     records = recorder.record(module, data, recipe, partial(report, "statistics"), store=store)
     seconds = time.perf_counter() - start
-    return Prepared(source, module, recipe, data.time_groups, records, states_sha256(data), source_hash, seconds, work)
+    conditions_hash = hash_of(source.config, conditions)
+    return Prepared(
+        source, module, recipe, data.time_groups, records, states_sha256(data), source_hash, seconds, work,
+        conditions_hash,
+    )  # fmt: skip
 
 
 @isolated()
@@ -118,7 +123,7 @@ def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) 
     if not recipe.records_match(prepared.recipe):
         raise InputError(OTHER_SETTINGS)
     start = time.perf_counter()
-    made = made_from(prepared.source.name, prepared.source_hash, recipe)
+    made = made_from(prepared.source.name, prepared.source_hash, recipe, prepared.conditions_sha256)
     provenance = replace(made, calibration_sha256=prepared.data_hash)
     # The calibration set's hash and the hardware that made it stand for the records.
     where = next(prepared.model.parameters()).device
@@ -188,6 +193,7 @@ def calibrate(
         time_groups=states.time_groups,
         states_sha256=states_sha256(states),
         source_sha256=weights_hash(module),
+        conditions_sha256=hash_of(config_of(module), asked),
     )
 
 
@@ -214,7 +220,7 @@ def solve(
     source_hash = weights_hash(module)
     if source_hash != records.source_sha256:
         raise InputError("the records are of other weights than the transformer's; give the model that calibrate had")
-    made = made_from(source.name, source_hash, recipe)
+    made = made_from(source.name, source_hash, recipe, records.conditions_sha256)
     provenance = replace(made, calibration_sha256=records.states_sha256)
     return solver.solve(module, records, recipe, records.time_groups, provenance, partial(report, "search"))
 

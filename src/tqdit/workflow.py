@@ -133,9 +133,7 @@ def quantize(model: str | Path | nn.Module, *arguments: Any, **options: Any) -> 
     if isinstance(model, nn.Module):
         check_transformer(model)
         if len(arguments) > 1:
-            raise InputError(
-                "a transformer in memory is followed by the recipe alone; give the rest by name, as out=..."
-            )
+            raise InputError("a transformer in memory is followed by the recipe; give the rest by name, as out=...")
         if "scheduler" not in options:
             raise InputError("a transformer in memory needs scheduler=..., such as pipe.scheduler")
         return quantize_module(model, *arguments, **options)
@@ -175,8 +173,7 @@ def quantize_source(
     out, conditions = Path(out), read_conditions(conditions)
     work = jobs.work_folder(out) if resumable else None
     with jobs.reserved(out) as place:
-        # An artifact does not say which prompts it was calibrated under.
-        perhaps_made = work is not None and not overwrite and conditions is None and has_left(out, work)
+        perhaps_made = work is not None and not overwrite and has_left(out, work)
         if not perhaps_made:
             check_target(out, overwrite)
         source = resolve(model)
@@ -184,7 +181,7 @@ def quantize_source(
         module = load_float(source)
         sizes = float_sizes(source, module)  # hours later the source may be gone
         seconds = 0.0
-        if not (perhaps_made and is_made(out, source, module, recipe)):
+        if not (perhaps_made and is_made(out, source, module, recipe, conditions)):
             check_target(out, overwrite)
             if place:
                 check_space(out, least_bytes(source, module, recipe))

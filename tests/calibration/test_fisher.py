@@ -79,7 +79,7 @@ def test_recorded_weights_converge_to_those_of_the_guided_output(
     model, data, tiny_recipe, source: str, modules: list[str]
 ) -> None:
     chosen = (data.x[5:6], data.t[5:6], data.labels[5:6])
-    one = CalibrationSet(*chosen, torch.zeros(1, dtype=torch.int64), torch.ones(1), data.conditions)
+    one = CalibrationSet(*chosen, torch.zeros(1, dtype=torch.int64), torch.ones(1), data.conditions, groups=1)
     records = record(model, one, tiny_recipe(groups=1, samples=1, probes=300, rows=10**6, guidance=1.5))
     found = records.linears[source].fisher.unflatten(0, (2, 16)).sum(1)  # (halves, out), over all tokens
     sample = (one.x, one.t, one.labels)

@@ -30,7 +30,9 @@ def test_psnr_of_equal_images_is_finite() -> None:
 
 def test_fidelity_by_group_and_timestep() -> None:
     t = torch.tensor([10, 20, 900, 800])
-    data = CalibrationSet(torch.zeros(4, 1, 2, 2), t, t, torch.tensor([0, 0, 1, 1]), torch.ones(4), ClassLabels(1000))
+    data = CalibrationSet(
+        torch.zeros(4, 1, 2, 2), t, t, torch.tensor([0, 0, 1, 1]), torch.ones(4), ClassLabels(1000), groups=2
+    )
     reference = torch.full((4, 1, 2, 2), 10.0)
     actual = reference + torch.tensor([1.0, 1.0, 0.1, 0.1])[:, None, None, None]
     found = compare_epsilon(reference, actual, data)

@@ -15,6 +15,10 @@ LOAD_PIPELINE = f'from diffusers import {KIND}\n\npipe = {KIND}.from_pretrained(
 _LOAD = f"from diffusers import {KIND}\n\ntransformer = {KIND}.from_pretrained"
 LOAD_TRANSFORMER = f'{_LOAD}("{FOLDER}", subfolder="transformer")'
 LOAD_MODEL = f'{_LOAD}("{FOLDER}")'
+# The lines that draw images without diffusers' own loading.
+OF_CLASSES = f'images = tqdit.sample("{FOLDER}", num=16)'
+PROMPTED = f"""prompts = tqdit.Prompts.read("prompts.safetensors")  # prompt_embeds and the like, of a text encoder
+images = tqdit.sample("{FOLDER}", num=16, conditions=prompts)"""
 MARK = "<!-- Written by tqdit, sha256 {}. An edited file is kept when the model is replaced. -->\n"
 MARKED = re.compile("(.*)" + re.escape(MARK).replace(r"\{\}", "([0-9a-f]{64})"), re.DOTALL)
 
@@ -46,22 +50,32 @@ def _digest(text: str) -> str:
 
 
 def model_card(
-    solution: Solution, shape: str, size_bytes: int, name: str = "", load: str = LOAD_MODEL, pipeline: str | None = None
+    solution: Solution,
+    shape: str,
+    size_bytes: int,
+    name: str = "",
+    load: str = LOAD_MODEL,
+    pipeline: str | None = None,
+    *,
+    prompted: bool = False,
 ) -> str:
     """Return Markdown with the Hub's front matter; it is the same for the same artifact.
 
     `shape`: the model's, by name. `size_bytes`: of its weight files. `name`: what the model was made from, by default
     as the artifact says. `load`: one of the `LOAD_`s. `pipeline`: diffusers' class of the pipeline, for
-    `LOAD_PIPELINE`. The last line says whether people have edited the card since.
+    `LOAD_PIPELINE`. `prompted`: whether the model is sampled under prompts. The last line says
+    whether people have edited the card since.
     """
     name = name or solution.provenance.source or "DiT"
     of_model = str(solution.model_config["_class_name"])
     kind = pipeline or "DiffusionPipeline" if load == LOAD_PIPELINE else of_model
-    text = _text(solution, shape, size_bytes, name, load.replace(KIND, kind))
+    text = _text(solution, shape, size_bytes, name, (load.replace(KIND, kind), PROMPTED if prompted else OF_CLASSES))
     return text + MARK.format(_digest(text))
 
 
-def _text(solution: Solution, shape: str, size_bytes: int, name: str, load: str) -> str:
+def _text(solution: Solution, shape: str, size_bytes: int, name: str, use: tuple[str, str]) -> str:
+    """Return the card without its last line; `use`: the lines that load a model, and those that draw images."""
+    load, draw = use
     bits = solution.provenance.bits
     header = ["---", "library_name: diffusers"]
     if "/" in name:
@@ -89,7 +103,7 @@ Without diffusers' own loading:
 ```python
 import tqdit
 
-images = tqdit.sample("{FOLDER}", num=16)
+{draw}
 tqdit.save_grid(images, "grid.png")
 ```
 

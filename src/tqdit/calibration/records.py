@@ -95,6 +95,7 @@ class Records:
     time_groups: TimeGroups | None = None
     states_sha256: str = ""
     source_sha256: str = ""
+    conditions_sha256: str | None = None  # None for the model's own classes
 
     @classmethod
     def from_parts(

@@ -148,8 +148,9 @@ def compare(  # noqa: PLR0913 - one for each option of the command
 ) -> Comparison:
     """Compare artifacts with their float model: epsilon SQNR, PSNR of same-seed images, FD-fashion, size, time, memory.
 
-    `quantized`: a list of artifacts, or one. `num`: the number of images. `samples`: the number of held-out states in
-    each of ten equal ranges of the timesteps; the states are the same whatever is compared. `conditions`: the prompts of a model of prompts; by default the
+    `quantized`: a list of artifacts, or one. `num`: the number of images.
+    `samples`: the number of held-out states in each of ten equal ranges of the timesteps;
+    the states are the same whatever is compared. `conditions`: the prompts of a model of prompts; by default the
     model's own classes. `dtype`: float32 or bfloat16, the dtype of the integer models' residual stream. `cost`: also
     time calls next to the float model's in eager float32, and measure memory in a process for each model; not where
     several processes share the machine.

@@ -22,6 +22,7 @@ from tqdit.errors import InputError
 from tqdit.layers.block import IntBlock
 from tqdit.ops.modules import HOOK, Closed, Untrainable, check_same
 from tqdit.runtime.calls import Runtime, tell_diffusers
+from tqdit.sources.conditions import is_prompted
 from tqdit.spec import Solution
 from tqdit.system.files import replacing
 from tqdit.system.isolation import isolated
@@ -196,7 +197,8 @@ class IntegerModel(Closed, Untrainable):
             most = None if max_shard_size is None else convert_file_size_to_int(max_shard_size)
             with replacing(target, overwrite=True, in_pipeline=True) as folder:
                 artifact.write(self.solution, folder, most)
-                text = model_card(self.solution, shape, artifact.size_bytes(folder))
+                prompted = is_prompted(self.solution.model_config)
+                text = model_card(self.solution, shape, artifact.size_bytes(folder), prompted=prompted)
                 write_card(folder, text, target)
             artifact.unseal_pipeline(target)
 

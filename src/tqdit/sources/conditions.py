@@ -7,7 +7,7 @@ import torch
 
 from tqdit.architectures.registry import CLASS_NAME, architecture, conditions, graph
 from tqdit.errors import InputError
-from tqdit.sampling.guidance import Conditions
+from tqdit.sampling.guidance import ClassLabels, Conditions, conditions_sha256
 from tqdit.sampling.prompts import Prompts
 from tqdit.system import trees
 
@@ -31,6 +31,13 @@ def suitable(config: Mapping[str, Any], given: Conditions | None = None) -> Cond
     if isinstance(given, Prompts):
         _check_fit(config, given)
     return given
+
+
+def hash_of(config: Mapping[str, Any], given: Conditions | None) -> str | None:
+    """Return the sha256 of the conditions of a calibration, or None if they are the classes of a config's model."""
+    if given is None or (isinstance(given, ClassLabels) and given == architecture(config).conditions(config)):
+        return None
+    return conditions_sha256(given)
 
 
 def _check_fit(config: Mapping[str, Any], given: Prompts) -> None:

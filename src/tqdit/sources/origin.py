@@ -4,11 +4,14 @@ from tqdit.provenance import Provenance
 from tqdit.recipe import Recipe
 from tqdit.system.environment import versions
 
+CONDITIONS = "conditions_sha256"  # an entry of provenance beside those that every artifact has
 
-def made_from(source: str, source_sha256: str, recipe: Recipe) -> Provenance:
+
+def made_from(source: str, source_sha256: str, recipe: Recipe, conditions_sha256: str | None = None) -> Provenance:
     """Return the part of an artifact's provenance that is known before the calibration.
 
-    `source`: the model's name. `source_sha256`: the hash of its weights.
+    `source`: the model's name. `source_sha256`: the hash of its weights. `conditions_sha256`: the hash of the
+    calibration's conditions, or None if they are the model's own classes.
     """
     return Provenance(
         preset=recipe.label,
@@ -16,4 +19,5 @@ def made_from(source: str, source_sha256: str, recipe: Recipe) -> Provenance:
         source=source,
         source_sha256=source_sha256,
         versions=versions(),
+        further={} if conditions_sha256 is None else {CONDITIONS: conditions_sha256},
     )

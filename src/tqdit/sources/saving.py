@@ -15,7 +15,9 @@ from tqdit.artifact.model_card import LOAD_MODEL, LOAD_PIPELINE, LOAD_TRANSFORME
 from tqdit.artifact.tensors import decisive
 from tqdit.errors import InputError, RepairWarning
 from tqdit.recipe import Recipe
+from tqdit.sampling.guidance import Conditions
 from tqdit.sources.components import PIPELINE
+from tqdit.sources.conditions import hash_of, is_prompted
 from tqdit.sources.labels import LABELS
 from tqdit.sources.origin import made_from
 from tqdit.sources.resolve import resolve, weights_hash
@@ -60,7 +62,8 @@ def fill(folder: Path, solution: Solution, source: ModelSource, former: Path) ->
     size = artifact.size_bytes(folder)
     kind = (source.pipeline or {}).get("_class_name")
     kind = kind if isinstance(kind, str) else None  # a list names a class of the pipeline's own code
-    text = model_card(solution, shape_name(solution.model_config), size, source.name, load, kind)
+    prompted = is_prompted(solution.model_config)
+    text = model_card(solution, shape_name(solution.model_config), size, source.name, load, kind, prompted=prompted)
     write_card(folder, text, former)
 
 
@@ -78,14 +81,16 @@ def has_left(out: Path, work: Path) -> bool:
     return bool(world.add(torch.tensor([int(world.first and work.is_dir() and out.is_dir())])))
 
 
-def is_made(out: Path, source: ModelSource, module: nn.Module, recipe: Recipe) -> bool:
+def is_made(
+    out: Path, source: ModelSource, module: nn.Module, recipe: Recipe, conditions: Conditions | None = None
+) -> bool:
     """Say whether the artifact of this very run is already there, left by a run that was killed at its very end.
 
     The first of several processes looks for all of them. A `RepairWarning` says that the artifact is there and whole.
     """
     world, made = distributed.current(), False
     if world.first:
-        expected = made_from(source.name, weights_hash(module), recipe)
+        expected = made_from(source.name, weights_hash(module), recipe, hash_of(source.config, conditions))
         with contextlib.suppress(InputError):
             found = resolve(out)
             solution = artifact.read(found.folder, found.root)
