@@ -17,7 +17,7 @@ SIZES: dict[str, Any] = {
     "use_additional_conditions": False,
 }  # fmt: skip
 PIXART = "PixArtTransformer2DModel"
-# With few steps of much noise, sampling from random weights would go far from the inputs of `inputs`.
+# With DiT's betas a sampling run of random weights would leave the range of the inputs that are compared.
 SCHEDULE: dict[str, Any] = {"clip_sample": False, "beta_start": 1e-4, "beta_end": 4e-3}
 
 
@@ -34,8 +34,8 @@ def tensors(width: int = WIDTH) -> dict[str, torch.Tensor]:
     mask = (torch.arange(TOKENS) < torch.tensor([[3], [TOKENS]])).long()
     embeds = torch.randn(3, TOKENS, width, generator=generator)
     return {
-        "prompt_embeds": embeds[:2].clone(), "prompt_attention_mask": mask, "negative_prompt_embeds": embeds[2:].clone(),
-        "negative_prompt_attention_mask": mask[1:].clone(),
+        "prompt_embeds": embeds[:2].clone(), "prompt_attention_mask": mask,
+        "negative_prompt_embeds": embeds[2:].clone(), "negative_prompt_attention_mask": mask[1:].clone(),
     }  # fmt: skip
 
 

@@ -71,7 +71,7 @@ def artifact(work: Path, vae: bool = False) -> Path:
 
 
 def load(path: Path, backend: str = "auto") -> Any:
-    return tqdit.load(path, backend, device="cpu")
+    return tqdit.load(path, backend=backend, device="cpu")
 
 
 def load_float(path: Path) -> Any:
