@@ -31,10 +31,10 @@ def sit(run: Mapping[str, Any]) -> list[str]:
         "## A SiT",
         "",
         f"`bench/sit.py` on {environment(run['environment'])}. The example `examples/train_fashion_dit.py --objective "
-        f"flow` trained a {training['shape']} by flow matching: {training['steps']} steps of {training['batch']} images "
-        f"in {training['seconds']:.0f} s. The model was then quantized and "
-        f"compared: {settings['num']} images, {settings['steps']} Euler steps, guidance {settings['guidance']}. SQNR is "
-        f"that of the model's output over {settings['states']} held-out states; seconds are those of the whole process.",
+        f"flow` trained a {training['shape']} by flow matching, with {training['steps']} steps of {training['batch']} "
+        f"images in {training['seconds']:.0f} s. The model was then quantized and compared: {settings['num']} images, "
+        f"{settings['steps']} Euler steps, guidance {settings['guidance']}. SQNR is that of the model's output over "
+        f"{settings['states']} held-out states; seconds are those of the whole process.",
         "",
         table(header, rows),
         "",
