@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from architecture_pages import architectures
 from full_size_pages import full_size
 from gpu_pages import gpu_speed, readme_gpu_speed
 from pages import ROOT, environment, read, table
@@ -89,6 +90,7 @@ def _results(training: dict[str, Any], methods: dict[str, Any], cost: dict[str, 
             *_states(read("ablation-plus-cpu"), read("states-bfloat16-cpu")),
             *calibration_scale(),
             *full_size(),
+            *architectures(),
             *cpu_speed(),
             *gpu_speed(),
         ]

@@ -20,6 +20,7 @@ from typing import Any
 
 import adapters
 import pipelines
+import prompts
 import ranges
 import state
 import torch
@@ -31,7 +32,7 @@ import models
 from tqdit.system.environment import environment
 
 SECONDS = 240  # that a situation may take
-MODULES = (tracing, models, ranges, worlds, adapters, pipelines, state)
+MODULES = (tracing, models, prompts, ranges, worlds, adapters, pipelines, state)
 WIDTH = 100
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from tiny import WrongError, artifact, dit, folder, load, normal, output, quantized, refusal, refused
 
 import tqdit
@@ -44,7 +44,7 @@ def official(rows: int, classes: int) -> dict[str, torch.Tensor]:
     """Tensors of a checkpoint by their published names; `rows` of the label table."""
     model = dit(num_attention_heads=6, attention_head_dim=64, num_layers=1, num_embeds_ada_norm=classes, norm_eps=1e-6)
     state = model.state_dict()
-    names = published_names({**model.config, "num_layers": 1})
+    names = published_names({**model.config, "_class_name": type(model).__name__})
     tensors = {name: torch.cat([state[part] for part in parts]).clone() for name, parts in names}
     tensors[POSITIONS] = model.pos_embed.pos_embed.clone()
     table = "y_embedder.embedding_table.weight"
@@ -56,10 +56,26 @@ def checkpoint(path: Path, tensors: dict[str, torch.Tensor], **arguments: Any) -
     return path
 
 
+def unserved_scheduler(work: Path) -> str:
+    source = folder(work / "float", scheduler=EDMEulerScheduler())
+    return refused(lambda: quantized(work / "q", source), "EDMEulerScheduler")
+
+
 def sit(work: Path) -> str:
-    path = checkpoint(work / "sit.pt", official(11, 10), model="SiT-S/2", path_type="Linear", prediction="velocity",
-                      num_classes=10)  # fmt: skip
-    return refused(lambda: tqdit.convert_checkpoint(path, work / "sit"), "SiT")
+    """A SiT is served as it is; its calibration states are those of flow matching."""
+    path = checkpoint(work / "sit.pt", official(11, 10), path_type="Linear", prediction="velocity", num_classes=10)
+    found = load(quantized(work / "q", path, sampler="auto"))
+    if not found.solution.time_groups.closed:
+        raise WrongError("its time groups are those of diffusion")
+    given = {"timestep": torch.full((2,), 500.5)}
+    return normal(output(load_float(resolve(path)), **given), output(found, **given))
+
+
+def doubtful_sit(work: Path) -> str:
+    """Weights alone do not say that they are a SiT's."""
+    path = work / "SiT-S-2.pt"
+    torch.save(official(11, 10), path)
+    return refused(lambda: tqdit.convert_checkpoint(path, work / "sit"), "SiT", "objective")
 
 
 def no_null_class(work: Path) -> str:
@@ -192,8 +208,10 @@ def scheduler_was_edited(work: Path) -> str:
 
 
 CASES: dict[str, Callable[[Path], str]] = {
-    "a flow-matching pipeline": flow_matching,
+    "a DiT in a flow-matching pipeline": flow_matching,
     "a SiT checkpoint": sit,
+    "weights alone that are called a SiT's": doubtful_sit,
+    "a pipeline with an unserved scheduler": unserved_scheduler,
     "a checkpoint without a null class": no_null_class,
     "a checkpoint with names of a compiled model": compiled_names,
     **{f"the folder {name} of a v-prediction pipeline": beside_its_pipeline(name)

@@ -27,9 +27,13 @@ class WrongError(Exception):
 
 
 def dit(**config: Any) -> Any:
-    """A float model with random weights, without the zeros that DiT starts training from."""
+    return filled(DiTTransformer2DModel, SIZES | config)
+
+
+def filled(kind: Any, config: dict[str, Any]) -> Any:
+    """A float model with random weights, without the zeros that training starts from."""
     torch.manual_seed(0)
-    model = DiTTransformer2DModel(**SIZES | config).eval()
+    model = kind(**config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -54,10 +58,10 @@ def recipe(preset: str = "plus", bits: str = "w8a8", **settings: Any) -> tqdit.R
     return tqdit.Recipe(preset, bits, **FAST | settings)
 
 
-def quantized(path: Path, source: Path, preset: str = "plus", **settings: Any) -> Path:
+def quantized(path: Path, source: Path, preset: str = "plus", conditions: Any = None, **settings: Any) -> Path:
     """The artifact `path` of the model `source`, made anew."""
     shutil.rmtree(path, ignore_errors=True)
-    tqdit.quantize(source, path, recipe(preset, **settings), device="cpu")
+    tqdit.quantize(source, path, recipe(preset, **settings), device="cpu", conditions=conditions)
     return path
 
 
@@ -67,7 +71,7 @@ def artifact(work: Path, vae: bool = False) -> Path:
 
 
 def load(path: Path, backend: str = "auto") -> Any:
-    return tqdit.load(path, backend, device="cpu")
+    return tqdit.load(path, backend=backend, device="cpu")
 
 
 def load_float(path: Path) -> Any:

@@ -81,7 +81,7 @@ def read(folder: Path, root: Path | None = None) -> Solution:
 
     `root`: the pipeline that the model is read with, if its folder has another name than `transformer`.
     Raises `InputError` naming the file or tensor for anything missing or changed, as `check_seal` and `tensors.unpack`
-    do. Whether the sites are those of the model is another question: see `models.fitting`.
+    do. Whether the sites are those of the model is another question: see `runtime.fitting`.
     """
     model = model_folder(folder)
     config = read_json(model / CONFIG)

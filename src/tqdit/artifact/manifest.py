@@ -126,7 +126,7 @@ class Manifest:
         """Read the manifest of an artifact of format `version`, a key of `FORMATS`.
 
         Raises `InputError` that names the entry for anything that is not exactly of its type or range.
-        Whether the sites are those of a model is another question: `models.fitting` answers it.
+        Whether the sites are those of a model is another question: `runtime.fitting` answers it.
         """
         try:
             value = FORMATS[version].model_validate(parse_json(data, infinite=False))

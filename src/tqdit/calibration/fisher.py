@@ -1,7 +1,7 @@
 """HO's weights: the diagonal of the Gauss-Newton/Fisher matrix at every matmul output, by random probes.
 
 The diffusion loss is a squared error on the model output, so the Fisher diagonal at an intermediate z is
-diag(J^T J) with J = d output / d z. For v ~ N(0, I), E[(J^T v)_j^2] = (J^T J)_jj (METHOD, section 5).
+diag(J^T J) with J = d output / d z. For v ~ N(0, I), E[(J^T v)_j^2] = (J^T J)_jj.
 """
 
 from collections.abc import Callable

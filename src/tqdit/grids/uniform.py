@@ -1,4 +1,4 @@
-"""The uniform quantizer (METHOD eqs. for Q_k^u), the project's rounding rule, and the scale of a unit without a range.
+"""The paper's uniform quantizer Q_k^u, the project's rounding rule, and the scale of a unit without a range.
 
 Codes are signed (see `formats.IntFormat`); one rounding rule everywhere: half to even, as torch.
 """
