@@ -160,7 +160,7 @@ def train_sit(script: ModuleType, monkeypatch: pytest.MonkeyPatch, out: Path, *a
 def test_training_by_flow_matching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: ModuleType) -> None:
     sizes = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "patch_size": 8}
     monkeypatch.setattr(script, "MODEL", {**script.MODEL, **sizes})
-    monkeypatch.setattr(script, "BUNDLED", replace(script.BUNDLED, batch=4))
+    monkeypatch.setattr(script, "FLOW", replace(script.FLOW, batch=4))
     out = train_sit(script, monkeypatch, tmp_path / "out", "--objective", "flow")
 
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(out / "scheduler")
