@@ -91,7 +91,7 @@ def record(work: Path, name: str) -> Path:
 
 
 def finished(work: Path, name: str, part: Part) -> bool:
-    """Whether the same command has run to its end, and what it wrote is there."""
+    """Say whether the same command has run to its end and its output is there."""
     path = record(work, name)
     found = read_json(path) if path.is_file() else {}
     return found.get("command") == shown(part) and found.get("exit_code") == 0 and (work / part.output).exists()

@@ -78,7 +78,7 @@ def prepare(
     work: Path | None = None,
     conditions: Conditions | str | Path | None = None,
 ) -> Prepared:
-    """Calibration: trajectories of the float model, then its activations and Fisher weights.
+    """Calibrate a float model: draw its trajectories, then record its activations and Fisher weights.
 
     With a `work` folder every finished piece goes there, and is not computed again if the same calibration of the same
     model put it there before; the records then take memory only while they are in use. Inside `distributed.joined`

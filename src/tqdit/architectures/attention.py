@@ -9,7 +9,7 @@ from tqdit.errors import InputError
 
 
 class Computed(NamedTuple):
-    """What one attention computed: B samples, H heads, N queries, M keys, d channels per head.
+    """The tensors that one attention computed: B samples, H heads, N queries, M keys, d channels per head.
 
     `scores` are scaled, without the bias. `bias` (B, M) was added to them before the softmax, if there was a mask:
     0 for a key that counts, -10000 for one that does not.

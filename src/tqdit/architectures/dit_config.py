@@ -1,4 +1,4 @@
-"""Which configs of diffusers' `DiTTransformer2DModel` are supported, and which sizes fit the tensors of a file."""
+"""Checks of a `DiTTransformer2DModel` config: supported settings, and sizes that fit the tensors of a file."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What an architecture says of itself: the graph of its quantized matmuls, and how its float model is made.
+"""The interface of an architecture: the graph of its matmuls, its float model, and its integer model.
 
 Calibration, search, packing and timing walk a `Graph`; none of them knows a module's name. A new architecture is one
 `Architecture`, added to the registry by the name of its diffusers class.

@@ -1,9 +1,7 @@
-"""What architectures share that denoise square latents of patches with blocks of attention and feed-forward."""
+"""The parts that architectures on patches share: sizes, checks, matmuls of their blocks, and assembling a block."""
 
 from collections.abc import Iterable
-from typing import Any, cast
-
-from torch import nn
+from typing import Any
 
 from tqdit.architectures.interface import Architecture, Attention, Block, Config, Linear, Operand
 from tqdit.architectures.parts import Parts
@@ -92,8 +90,3 @@ def integer_block(parts: Parts, block: Block, kind: type[Any], layers: Iterable[
     made = kind({name: parts.linear(linear) for name, linear in linears.items()}, operands, heads, parts.backend)
     parts.add_slots(made, block.prefix, linears, closed=block.float_input)
     return made
-
-
-def block_modules(model: nn.Module) -> list[Any]:
-    """Return the blocks of a model."""
-    return list(cast(Iterable[Any], model.transformer_blocks))

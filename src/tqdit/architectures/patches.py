@@ -1,4 +1,4 @@
-"""What is around the blocks of a transformer on patches: their embedding, and the last layer."""
+"""The first and the last layer of a transformer on patches: latents to tokens, and tokens to latents."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which architectures there are: the name of a diffusers class leads to an `Architecture`, loaded when it is needed."""
+"""The registry of architectures: it maps the name of a diffusers class to an `Architecture`, which is loaded on demand."""
 
 import importlib
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Where the published SiT differs from the published DiT (Ma et al. 2024): time, velocity and scheduler.
+"""The differences of a published SiT from a DiT (Ma et al. 2024): time, velocity and scheduler.
 
 The module and the tensors' names are DiT's. SiT counts time from 0 at the noise to 1 at the data and predicts
 v = data - noise. diffusers counts 1000 sigma, with sigma from 1 at the noise to 0 at the data, and its Euler step wants

@@ -36,7 +36,7 @@ class GroupLookup(FixedDtype):
 
     There is no host synchronisation and no recompilation over timesteps. On the CPU a timestep outside the range of the
     time groups is an `InputError`. On a GPU and under torch.compile no value is read, and such a timestep is in the
-    first or the last group.
+    first or the last group; a model with a table of whole timesteps fails when it looks it up there.
     """
 
     edges: torch.Tensor  # fp64
