@@ -1,4 +1,4 @@
-"""The registry of architectures: it maps the name of a diffusers class to an `Architecture`, which is loaded on demand."""
+"""The registry of architectures: the name of a diffusers class leads to an `Architecture`, loaded on demand."""
 
 import importlib
 from collections.abc import Mapping
