@@ -11,6 +11,7 @@ from tqdit.recipe import Recipe
 from tqdit.spec import MAX_BITS, Granularity, Grid, Role, SiteSpec
 
 TWO_REGION = {Role.SOFTMAX: Grid.MRQ_SOFTMAX, Role.GELU: Grid.MRQ_GELU}  # the other roles have one region
+BY_ROW = {Role.INPUT: Grid.ROW, Role.SOFTMAX: Grid.SOFTMAX_ROW, Role.GELU: Grid.ROW}
 
 
 class Objective(StrEnum):
@@ -19,6 +20,7 @@ class Objective(StrEnum):
     PLAIN = "plain"  # unweighted
     FISHER = "fisher"  # weighted by the Fisher diagonal (HO)
     FISHER_BY_STEP = "fisher_by_step"  # weighted by the Fisher diagonal times the sampler's step weight
+    IMAGE = "image"  # between time groups by what errors do to the image, inside of one by the Fisher diagonal
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,14 @@ class SitePlan:
     """One site before it is solved.
 
     `spec` is the site with the first of its `grids`. The search tries them in this order, and keeps the first of
-    equally good ones. With `merging`, regions of a two-region grid have scales that fit one integer product.
+    equally good ones. With `merging`, regions of a two-region grid have scales that fit one integer product. With
+    `channels`, the search also tries factors for the channels of the operand.
     """
 
     spec: SiteSpec
     grids: tuple[Grid, ...]
     merging: bool = False
+    channels: bool = False
 
     @property
     def tried(self) -> tuple[SiteSpec, ...]:
@@ -58,19 +62,25 @@ def sites(config: Mapping[str, Any], recipe: Recipe) -> tuple[SiteSpec, ...]:
 
 def objective(recipe: Recipe) -> Objective:
     """Return what the search weighs errors with."""
-    if not recipe.hessian:
+    if recipe.hessian == "none":
         return Objective.PLAIN
+    if recipe.hessian == "image":
+        return Objective.IMAGE
     return Objective.FISHER if recipe.loss == "epsilon" else Objective.FISHER_BY_STEP
 
 
-def grids(recipe: Recipe, role: Role) -> tuple[Grid, ...]:
+def grids(recipe: Recipe, role: Role, at_hand: bool = False) -> tuple[Grid, ...]:
     """Return the grids that the search tries for an operand of a role, in order.
 
-    Two regions of `MAX_BITS` bits whose scales merge have only levels of a uniform grid, so a uniform grid is tried in
+    `at_hand`: the operand is quantized with its row at hand. Two regions of `MAX_BITS` bits whose scales merge have only levels of a uniform grid, so a uniform grid is tried in
     their place.
     """
     two_region = TWO_REGION.get(role)
-    choice = {Role.SOFTMAX: recipe.softmax_grid, Role.GELU: recipe.gelu_grid}.get(role, "uniform")
+    inputs = recipe.input_grid if at_hand else recipe.attended_grid
+    choices = {Role.SOFTMAX: recipe.softmax_grid, Role.GELU: recipe.gelu_grid, Role.INPUT: inputs}
+    choice = choices.get(role, "uniform")
+    if choice == "row":
+        return (BY_ROW[role],)
     idle = _merging(recipe, role) and recipe.activation_bits == MAX_BITS
     if two_region is None or choice == "uniform" or (choice == "best" and idle):
         return (Grid.UNIFORM,)
@@ -85,6 +95,8 @@ def _merging(recipe: Recipe, role: Role) -> bool:
 
 def _sites(graph: Graph, recipe: Recipe, groups: int) -> Iterator[SitePlan]:
     for name in graph.float_input:
+        if recipe.ends == "float" and name in graph.ends:
+            continue
         yield _weight(graph, f"{name}.weight", Role.WEIGHT_ONLY, recipe.float_input_bits, Granularity.PER_CHANNEL)
     for block in graph.blocks:
         for matmul in block.matmuls:
@@ -105,10 +117,11 @@ def _weight(graph: Graph, name: str, role: Role, bits: int, granularity: Granula
 def _activation(operand: Operand, recipe: Recipe, groups: int) -> SitePlan:
     role = operand.role
     granularity = Granularity.PER_HEAD if role in (Role.QUERY, Role.KEY, Role.VALUE) else Granularity.PER_TENSOR
-    tried = grids(recipe, role)
-    rows = groups if _grouped(operand, recipe) else 1
+    tried = grids(recipe, role, operand.quantized_by_row)
+    rows = groups if _grouped(operand, recipe) and not tried[0].per_row else 1
     spec = SiteSpec(operand.name, role, recipe.activation_bits, tried[0], granularity, rows, operand.units)
-    return SitePlan(spec, tried, _merging(recipe, role))
+    channels = role is Role.GELU and recipe.gelu_channels == "best" and tried != (Grid.ROW,)
+    return SitePlan(spec, tried, _merging(recipe, role), channels)
 
 
 def _grouped(operand: Operand, recipe: Recipe) -> bool:

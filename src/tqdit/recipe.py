@@ -5,9 +5,9 @@ import re
 import tomllib
 import warnings
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from tqdit.errors import InputError, suggestion
 from tqdit.spec import MAX_BITS, Granularity
@@ -24,8 +24,8 @@ CALIBRATION_SETTINGS = (
 )  # fmt: skip
 
 METHOD_SETTINGS = (
-    "weight_granularity", "softmax_grid", "gelu_grid", "softmax_products", "gelu_products", "time_grouped", "hessian",
-    "loss",
+    "weight_granularity", "input_grid", "softmax_grid", "attended_grid", "gelu_grid", "softmax_products",
+    "gelu_products", "gelu_channels", "time_grouped", "ends", "hessian", "loss", "rounding",
 )  # fmt: skip
 
 PRODUCTS_OF = {"softmax_grid": "softmax_products", "gelu_grid": "gelu_products"}
@@ -36,23 +36,42 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "weight_granularity": "per_tensor",
         "time_grouped": "softmax",
+        "input_grid": "uniform",
         "softmax_grid": "mrq",
+        "attended_grid": "uniform",
         "gelu_grid": "mrq",
         "gelu_products": "two",
+        "gelu_channels": "one",
+        "ends": "codes",
+        "hessian": "published",
         "loss": "epsilon",
+        "rounding": "nearest",
     },
-    # A better method at little or no run-time cost: per-channel weights, time groups for all activations, errors
-    # weighed as the sampler weighs them, and MRQ where it wins. A second product after GELU is a quarter of the model's
-    # arithmetic, and its gain does not last to the image. After softmax a second product costs little and gains much.
+    # A better method at little or no run-time cost: per-channel weights, rounded by second order; a step for each row
+    # where the row is at hand; time groups for all other activations, and a factor for each channel after GELU; the
+    # first and the last layer in float; errors weighed by what they do to the image (docs/quality.md).
     "plus": {
         "weight_granularity": "per_channel",
         "time_grouped": "all",
-        "softmax_grid": "best",
+        "input_grid": "row",
+        "softmax_grid": "row",
+        "attended_grid": "uniform",
         "gelu_grid": "best",
         "gelu_products": "one",
+        "gelu_channels": "best",
+        "ends": "float",
+        "hessian": "image",
         "loss": "sampler",
+        "rounding": "second_order",
     },
 }
+
+
+def _hessian(value: Any) -> Any:
+    """Return the setting that a recipe of earlier versions means by true or false."""
+    if isinstance(value, bool):
+        return "published" if value else "none"
+    return {"true": "published", "false": "none"}.get(value, value) if isinstance(value, str) else value
 
 
 class Recipe(BaseModel):
@@ -73,13 +92,19 @@ class Recipe(BaseModel):
     weight_bits: int = Field(8, ge=2, le=8)
     activation_bits: int = Field(8, ge=4, le=8)
     weight_granularity: Literal["per_tensor", "per_channel"] = "per_channel"
-    softmax_grid: Literal["mrq", "uniform", "best"] = "best"
-    gelu_grid: Literal["mrq", "uniform", "best"] = "best"
+    input_grid: Literal["uniform", "row"] = "row"  # of inputs that are quantized with their row at hand
+    softmax_grid: Literal["mrq", "uniform", "best", "row"] = "row"
+    attended_grid: Literal["uniform", "row"] = "uniform"  # of the attention's output
+    gelu_grid: Literal["mrq", "uniform", "best", "row"] = "best"
     softmax_products: Literal["one", "two"] = "two"  # "one": two-region grids of one integer product only
     gelu_products: Literal["one", "two"] = "one"
+    gelu_channels: Literal["one", "best"] = "best"  # a factor for each channel after GELU: 1, or what is best
     time_grouped: Literal["none", "softmax", "all"] = "all"
-    hessian: bool = True
-    loss: Literal["epsilon", "sampler"] = "sampler"  # HO weighs all errors of epsilon alike, or by sampler step
+    ends: Literal["codes", "float"] = "float"  # the weights of the first and the last layer
+    hessian: Annotated[Literal["none", "published", "image"], BeforeValidator(_hessian)] = "image"
+    loss: Literal["epsilon", "sampler"] = "sampler"  # published HO weighs all errors of epsilon alike, or by step
+    rounding: Literal["nearest", "second_order"] = "second_order"  # of weights: GPTQ
+    mix: float = Field(0.5, ge=0, le=1, description="share of the weighed rows in second-order rounding's Hessian")
 
     groups: int = Field(10, ge=1)
     time_edges: Literal["uniform", "visited"] = "uniform"  # equal ranges of t, or equal numbers of sampler steps
@@ -115,7 +140,8 @@ class Recipe(BaseModel):
         """Say whether records made under another recipe serve this one. Only search settings may differ."""
         others = [name for name in CALIBRATION_SETTINGS if name != "sampler"]
         same = all(getattr(self, name) == getattr(recorded, name) for name in others)
-        return same and _same_sampler(self.sampler, recorded.sampler) and (recorded.hessian or not self.hessian)
+        known = self.hessian == "none" or recorded.hessian in (self.hessian, "image")  # what "published" needs as well
+        return same and _same_sampler(self.sampler, recorded.sampler) and known
 
     def _uniform_at_best(self) -> list[str]:
         """Return the grid settings that one product limits to a uniform grid's levels (`regions.merging_exponents`)."""
@@ -128,6 +154,11 @@ class Recipe(BaseModel):
         original = Recipe(self.preset)
         changed = [name for name in METHOD_SETTINGS if getattr(self, name) != getattr(original, name)]
         return f"{self.preset} (changed: {', '.join(changed)})" if changed else self.preset
+
+    @property
+    def probed(self) -> bool:
+        """Say whether calibration probes the Fisher diagonal."""
+        return self.hessian != "none"
 
     @property
     def bits(self) -> str:

@@ -62,8 +62,8 @@ class SiteSpec:
 
     @property
     def has_zero_point(self) -> bool:
-        """Say whether the site has zero points: only an activation on a grid of one region has."""
-        return not (self.is_weight or self.grid.two_region)
+        """Say whether the site has zero points: only an activation on a grid with a static step and one region has."""
+        return not self.is_weight and self.grid.zero_points
 
     @property
     def is_weight(self) -> bool:
@@ -76,12 +76,17 @@ class GridParams:
     """The solved parameters of one site: fp32 scales and int32 zero points.
 
     Uniform: x = scale * (code - zero_point); `scale` and `zero_point` are (groups, units). Two-region (MRQ): `scale` is
-    (groups, units, 2) = (s1, s2), and `zero_point` is None.
+    (groups, units, 2) = (s1, s2), and `zero_point` is None. Row: `scale` is the fraction of a row's largest magnitude
+    that one step is, and `zero_point` is None.
+
+    `channels` fp32 (C,): factors by which the channels of x are multiplied before x is coded; None is 1 for all. The
+    weight that reads x has their inverses in its codes: W x = (W / channels) (channels x).
     """
 
     spec: SiteSpec
     scale: torch.Tensor
     zero_point: torch.Tensor | None = None
+    channels: torch.Tensor | None = None
 
     @property
     def merged(self) -> bool:

@@ -63,7 +63,8 @@ class DiT(DiTInteger, PatchTransformer):
         small = {key: value for key, value in config.items() if key not in (*KEPT, QUANTIZATION)}
         small |= {"_class_name": self.name, "num_layers": 1, "sample_size": config["patch_size"]}
         shapes = parameter_shapes(small, BLOCKS, layers)
-        return Graph(blocks, ("pos_embed.proj", "proj_out_1", "proj_out_2"), shapes)
+        outside = ("pos_embed.proj", "proj_out_1", "proj_out_2")
+        return Graph(blocks, outside, shapes, ends=("pos_embed.proj", "proj_out_2"))
 
     def shape_names(self) -> tuple[str, ...]:
         return dit_shapes.shape_names()

@@ -91,7 +91,7 @@ class DiTInteger:
     def assemble(self, parts: Parts) -> None:
         """Put integer modules into diffusers' empty model."""
         model: Any = parts.model
-        for name in parts.graph.float_input:
+        for name in parts.quantized(parts.graph.float_input):
             if not name.endswith(ADALN):
                 parts.replace(name, parts.float_input(name))
         embedders: dict[str, nn.Module] = {}

@@ -41,6 +41,10 @@ class Parts:
         self._place(linear.modules, layer)
         return IntLinear(self.operand(linear.source), layer)
 
+    def quantized(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Return the layers of `names` whose weights are codes; the others stay as they are in the float model."""
+        return tuple(name for name in names if f"{name}.weight" in self.solution.params)
+
     def float_input(self, name: str) -> nn.Module:
         """Return a layer on float inputs, for the linear layer or patch convolution of that name."""
         weight, bias = self._weight(name), self._bias(name)

@@ -41,7 +41,10 @@ class PatchTransformer(Architecture):
 
 def self_attention(attn: str, heads: int, head_dim: int) -> tuple[Linear | Attention, ...]:
     """Return the matmuls of an attention of tokens to each other; `attn`: the path of diffusers' `Attention`."""
-    qkv = Linear(Operand(f"{attn}.qkv_input", Role.INPUT), (f"{attn}.to_q", f"{attn}.to_k", f"{attn}.to_v"))
+    qkv = Linear(
+        Operand(f"{attn}.qkv_input", Role.INPUT, quantized_by_row=True),
+        (f"{attn}.to_q", f"{attn}.to_k", f"{attn}.to_v"),
+    )
     query, key, value = (Operand(f"{attn}.{role.value}", role, heads) for role in (Role.QUERY, Role.KEY, Role.VALUE))
     return (
         qkv,
@@ -54,9 +57,10 @@ def cross_attention(attn: str, heads: int, head_dim: int) -> tuple[Linear | Atte
     """Return the matmuls of an attention to the tokens of a prompt, whose key and value no timestep changes."""
     query, softmax = Operand(f"{attn}.query", Role.QUERY, heads), Operand(f"{attn}.softmax", Role.SOFTMAX)
     key, value = (Operand(f"{attn}.{role.value}", role, heads, timed=False) for role in (Role.KEY, Role.VALUE))
+    prompt = Operand(f"{attn}.kv_input", Role.INPUT, timed=False, quantized_by_row=True)
     return (
-        Linear(Operand(f"{attn}.q_input", Role.INPUT), (f"{attn}.to_q",)),
-        Linear(Operand(f"{attn}.kv_input", Role.INPUT, timed=False), (f"{attn}.to_k", f"{attn}.to_v")),
+        Linear(Operand(f"{attn}.q_input", Role.INPUT, quantized_by_row=True), (f"{attn}.to_q",)),
+        Linear(prompt, (f"{attn}.to_k", f"{attn}.to_v")),
         Attention(attn, query, key, value, softmax, heads, head_dim, context=True),
         Linear(Operand(f"{attn}.out_input", Role.INPUT), (f"{attn}.to_out.0",)),
     )
@@ -65,7 +69,7 @@ def cross_attention(attn: str, heads: int, head_dim: int) -> tuple[Linear | Atte
 def feed_forward(ff: str) -> tuple[Linear, Linear]:
     """Return the two layers of diffusers' `FeedForward` with GELU between them; `ff`: its path."""
     return (
-        Linear(Operand(f"{ff}.fc1_input", Role.INPUT), (f"{ff}.net.0.proj",)),
+        Linear(Operand(f"{ff}.fc1_input", Role.INPUT, quantized_by_row=True), (f"{ff}.net.0.proj",)),
         Linear(Operand(f"{ff}.fc2_input", Role.GELU), (f"{ff}.net.2",)),
     )
 

@@ -105,7 +105,8 @@ class PixArt(PatchTransformer):
         shapes = parameter_shapes(small, BLOCKS, len(prefixes))
         outside = [name.removesuffix(".weight") for name in shapes if name.endswith(".weight")]
         outside = [name for name in outside if not name.startswith(BLOCKS)]
-        return Graph(tuple(_block(prefix, heads, head_dim) for prefix in prefixes), tuple(outside), shapes)
+        blocks = tuple(_block(prefix, heads, head_dim) for prefix in prefixes)
+        return Graph(blocks, tuple(outside), shapes, ends=("pos_embed.proj", "proj_out"))
 
     def shape_names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name.partition("@")[0] for name in PUBLISHED))
@@ -213,7 +214,7 @@ class PixArt(PatchTransformer):
         return patches.output(model, model.proj_out, stream, shift_scale, x)
 
     def assemble(self, parts: Parts) -> None:
-        for name in parts.graph.float_input:
+        for name in parts.quantized(parts.graph.float_input):
             parts.replace(name, parts.float_input(name))
         for block in parts.graph.blocks:
             parts.replace(block.prefix, _integer_block(parts, block))

@@ -103,7 +103,8 @@ class _Manifest3(_Manifest):
     time_groups: _TimeGroups
 
 
-FORMATS: dict[int, type[_Manifest2] | type[_Manifest3]] = {2: _Manifest2, 3: _Manifest3}
+# Format 4 is format 3 with the grids of rows, channel factors, and layers outside of blocks that stay in float.
+FORMATS: dict[int, type[_Manifest2] | type[_Manifest3]] = {2: _Manifest2, 3: _Manifest3, 4: _Manifest3}
 
 
 @dataclass(frozen=True)

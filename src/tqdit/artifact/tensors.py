@@ -2,6 +2,7 @@
 
     <weight>.codes                 uint8, packed
     <site>.scale, <site>.zero_point    float32, int32
+    <site>.channels                float32, channel factors of an activation
     <parameter>                    float32, parameters that stay in float
     tqdit.manifest                 uint8, JSON: sites, shapes, sha256 of every tensor, aliases, provenance
 
@@ -116,6 +117,8 @@ def _tensors_of(solution: Solution) -> tuple[dict[str, torch.Tensor], dict[str, 
         tensors[f"{name}.scale"] = params.scale.float().contiguous()
         if params.zero_point is not None:
             tensors[f"{name}.zero_point"] = params.zero_point.to(torch.int32).contiguous()
+        if params.channels is not None:
+            tensors[f"{name}.channels"] = params.channels.float().contiguous()
         if params.spec.is_weight:
             codes = solution.codes[name]
             tensors[f"{name}.codes"] = packing.pack(codes, params.spec.bits)
@@ -226,8 +229,9 @@ def _take_params(spec: SiteSpec, tensors: dict[str, torch.Tensor]) -> GridParams
         raise InputError(f"tensor '{name}' is {scale.dtype} {tuple(scale.shape)}, expected torch.float32 {shape}")
     if not (torch.isfinite(scale).all() and (scale >= SMALLEST_SCALE).all()):
         raise InputError(f"tensor '{name}' has a scale that is not finite and positive, or is subnormal")
+    channels = None if spec.is_weight else _take_channels(spec.name, tensors)
     if not spec.has_zero_point:
-        return GridParams(spec, scale)
+        return GridParams(spec, scale, channels=channels)
     name = f"{spec.name}.zero_point"
     zero_point = _take(tensors, name)
     if zero_point.dtype != torch.int32 or zero_point.shape != scale.shape:
@@ -235,7 +239,20 @@ def _take_params(spec: SiteSpec, tensors: dict[str, torch.Tensor]) -> GridParams
     fmt = spec.format
     if ((zero_point < fmt.qmin) | (zero_point > fmt.qmax)).any():
         raise InputError(f"tensor '{name}' has a zero point outside the codes of {spec.bits} bits")
-    return GridParams(spec, scale, zero_point)
+    return GridParams(spec, scale, zero_point, channels)
+
+
+def _take_channels(site: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """Return the channel factors of an activation, or None where the site has none; their number is checked later."""
+    name = f"{site}.channels"
+    if name not in tensors:
+        return None
+    channels = tensors.pop(name)
+    if channels.dtype != torch.float32 or channels.ndim != 1:
+        raise InputError(f"tensor '{name}' is {channels.dtype} {tuple(channels.shape)}, expected torch.float32 (C,)")
+    if not (torch.isfinite(channels).all() and (channels >= SMALLEST_SCALE).all()):
+        raise InputError(f"tensor '{name}' has a factor that is not finite and positive, or is subnormal")
+    return channels
 
 
 def _take_codes(manifest: Manifest, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

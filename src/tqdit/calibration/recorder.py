@@ -18,7 +18,7 @@ from tqdit.architectures.registry import architecture, config_of, graph
 from tqdit.calibration.batches import Batches
 from tqdit.calibration.fisher import Pick, Probes
 from tqdit.calibration.picker import Picker
-from tqdit.calibration.records import MAXIMA, Records, join, recorded
+from tqdit.calibration.records import MAXIMA, Records, channels_of, join, recorded
 from tqdit.calibration.statistics import RangeStats, extremes, kept_keys
 from tqdit.calibration.store import Forgetful, Store, Tensors
 from tqdit.calibration.taps import Taps
@@ -27,6 +27,7 @@ from tqdit.errors import InputError
 from tqdit.recipe import Recipe
 from tqdit.sampling.guidance import arguments, predict
 from tqdit.sampling.trajectory import Progress, noise_generators
+from tqdit.spec import Role
 from tqdit.system import distributed
 from tqdit.system.parcels import copied
 
@@ -78,7 +79,7 @@ def record(
 
     owners = enumerate(structure.blocks)
     solvers = {name: world.owner(index) for index, block in owners for name in recorded(block)}
-    with taps.attached(model, structure.blocks), torch.set_grad_enabled(recipe.hessian):
+    with taps.attached(model, structure.blocks), torch.set_grad_enabled(recipe.probed):
         parts = keep.together(finished(), names, lambda key: solvers.get(key.rpartition("/")[0]))
     return Records.from_parts(world.share(structure.blocks), parts, data.t, device)
 
@@ -180,14 +181,14 @@ class _Pass:
     def run(self, model: nn.Module, taps: Taps) -> dict[str, torch.Tensor]:
         """Return the values that `Records` joins, by "<site or attention>/<field>", on the CPU; and the maxima."""
         x = self.data.x[self.slice].to(self.device)
-        x.requires_grad_(self.recipe.hessian)
+        x.requires_grad_(self.recipe.probed)
         with taps.sending_to(self):
             conditions = self.data.conditions or registry.conditions(config_of(model))
             inputs = arguments(conditions, self.data.labels[self.slice].to(self.device), self.recipe.guidance)
             eps = predict(model, x, self.data.t[self.slice].to(self.device), *inputs, self.recipe.guidance)
             eps = eps[:, : x.shape[1]]
         self._check_finite()
-        if self.recipe.hessian:
+        if self.recipe.probed:
             self.probes.run(eps, x, self._noise(eps))
         for key, names in self.outputs.items():
             self.found[key] = torch.cat([self.probes.means[name] for name in names], dim=-1)
@@ -204,6 +205,8 @@ class _Pass:
     def linear_input(self, linear: Linear, x: torch.Tensor, bias: torch.Tensor | None) -> None:
         name, timed = linear.source.name, linear.source.timed
         group = self._add_range(linear.source, x, kept_keys(bias))
+        if linear.source.role is Role.GELU:
+            self._add_channel_range(name, x)
         each = self.rows[timed].shape[1]
         self.found[f"{name}/x"] = self._at_rows(x, timed)
         self.found[f"{name}/group"] = group.repeat_interleave(each)
@@ -231,7 +234,7 @@ class _Pass:
 
     def _watch(self, key: str, name: str, z: torch.Tensor, pick: Pick) -> None:
         self.outputs.setdefault(key, []).append(name)
-        if self.recipe.hessian:
+        if self.recipe.probed:
             self.probes.watch(name, z, pick)
         else:
             self.probes.means[name] = torch.ones_like(pick(z))
@@ -247,6 +250,11 @@ class _Pass:
         self.found[f"{operand.name}/low"], self.found[f"{operand.name}/high"] = stats.low, stats.high
         self.finite[operand.name] = (torch.isfinite(low) & torch.isfinite(high)).all(1)
         return group
+
+    def _add_channel_range(self, name: str, x: torch.Tensor) -> None:
+        """Include the range of every channel of x (B, N, C)."""
+        stats = RangeStats.empty(self.groups, x.shape[2], self.device).include(x.amin(1), x.amax(1), self.group)
+        self.found[f"{channels_of(name)}/low"], self.found[f"{channels_of(name)}/high"] = stats.low, stats.high
 
     def _check_finite(self) -> None:
         """Raise `InputError` naming the first site, in the order of the forward pass, that had NaN or Inf, and when.

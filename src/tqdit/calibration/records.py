@@ -10,6 +10,7 @@ from tqdit.architectures.interface import Block
 from tqdit.calibration.statistics import RangeStats
 from tqdit.calibration.store import Tensors
 from tqdit.recipe import Recipe
+from tqdit.spec import Role
 from tqdit.timegroups import TimeGroups
 
 MAXIMA = "maxima"
@@ -80,6 +81,7 @@ class Joined(Mapping[str, Kind], Generic[Kind]):
 class Records:
     """All records of the blocks that this process solves, which are all blocks if it is alone.
 
+    `ranges` has every activation site, and the channels of values after GELU (`channels_of`).
     `linears` and `attentions` come on the device of the model they were recorded of, all else on the CPU. `maxima`:
     largest post-softmax values of all blocks, (S, blocks, heads * k), for the report. `recipe`, `time_groups`,
     `states_sha256` and `source_sha256`, of the model's weights, say which calibration they are of, where a search is to
@@ -103,6 +105,7 @@ class Records:
     ) -> "Records":
         """Join the records of `blocks` from the parts of all batches, in order."""
         ranged = [operand.name for block in blocks for operand in block.operands]
+        ranged += [channels_of(o.name) for block in blocks for o in block.operands if o.role is Role.GELU]
         keys = [f"{site}/{end}" for site in ranged for end in ("low", "high")]
         small = [part.read([*keys, MAXIMA]) for part in parts]
         ranges = {site: RangeStats(*(join(f"{site}/{end}", small) for end in ("low", "high"))) for site in ranged}
@@ -111,6 +114,11 @@ class Records:
             Joined(AttentionRecord, [found.module for block in blocks for found in block.attentions], parts, device),
             ranges, join(MAXIMA, small), t,
         )  # fmt: skip
+
+
+def channels_of(site: str) -> str:
+    """Return the name under which the ranges of a site's channels are recorded."""
+    return f"{site}/channels"
 
 
 def recorded(block: Block) -> tuple[str, ...]:

@@ -80,6 +80,10 @@ class RangeStats:
                 "can represent them"
             )
 
+    def scaled(self, factors: torch.Tensor) -> "RangeStats":
+        """Return the range of values times positive factors, one for each unit."""
+        return RangeStats(self.low * factors, self.high * factors)
+
     def over_units(self) -> "RangeStats":
         """Return the range with the units as one, for a site whose scale they share."""
         return RangeStats(self.low.amin(1, keepdim=True), self.high.amax(1, keepdim=True))

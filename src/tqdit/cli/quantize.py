@@ -123,9 +123,11 @@ def _recipe(context: typer.Context, file: Path | None, assigned: dict[str, str])
                 raise InputError(f"{flag(context, name)} and --recipe exclude each other; set it in {file}")
         return Recipe.from_toml(file, **assigned)
     settings: dict[str, Any] = {name: given[name] for name in IN_RECIPE if name not in ("ho", "mrq", "tgq")}
-    settings["hessian"] = given["ho"]
+    if not given["ho"]:
+        settings["hessian"] = "none"
     if not given["mrq"]:
-        settings |= {"softmax_grid": "uniform", "gelu_grid": "uniform"}
+        preset = Recipe(given["preset"])
+        settings |= {name: "uniform" for name in ("softmax_grid", "gelu_grid") if getattr(preset, name) != "row"}
     if not given["tgq"]:
         settings |= {"time_grouped": "none"}
     return Recipe(**settings | assigned)

@@ -34,10 +34,14 @@ class Grid(str):
     """
 
     UNIFORM: ClassVar["Grid"]
+    ROW: ClassVar["Grid"]
+    SOFTMAX_ROW: ClassVar["Grid"]
     MRQ_SOFTMAX: ClassVar["Grid"]
     MRQ_GELU: ClassVar["Grid"]
 
     label: ClassVar[str]  # the name in reports
+    per_row: ClassVar[bool] = False  # True: the step of each row follows from its values, at run time
+    zero_points: ClassVar[bool] = True  # whether a site of activations has zero points to choose
     two_region: ClassVar[bool] = False  # True: the sign of a code is its region, and there are no zero points
     sign: ClassVar[int] = 1  # the sign of the values of negative codes, with two regions
     independent_regions: ClassVar[bool] = False  # whether a search chooses s1 and s2 one by one, unless they merge

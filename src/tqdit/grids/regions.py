@@ -114,6 +114,7 @@ class TwoRegions(Grid):
 
     label = "MRQ"
     two_region = True
+    zero_points = False
 
     def quantize(
         self, x: torch.Tensor, scale: torch.Tensor, coarse: torch.Tensor, zero_point: torch.Tensor, bits: int

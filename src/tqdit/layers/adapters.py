@@ -12,7 +12,7 @@ from tqdit.ops import reference
 from tqdit.ops.holders import LinearCodes
 from tqdit.ops.modules import Watched, offloaded
 from tqdit.ops.quantizer import dequantize
-from tqdit.ops.schema import OperandParams, WeightParams
+from tqdit.ops.schema import Codes, OperandParams, WeightParams
 from tqdit.spec import MAX_BITS
 
 
@@ -184,7 +184,9 @@ class Adapted(reference.Reference):
     An adapter reads what the integer layer reads: the values of the codes.
     """
 
-    def product(self, codes: torch.Tensor, source: OperandParams, layer: Any) -> torch.Tensor:
+    def product(self, codes: Codes, source: OperandParams, layer: Any) -> torch.Tensor:
         x = dequantize(codes, source)
+        if source.channels is not None:  # the adapter knows the layer's own input
+            x = x / source.channels
         added = [slot(x) for slot in layer.slots]
         return super().product(codes, source, layer.codes) + torch.cat(added, dim=-1)

@@ -62,7 +62,11 @@ class LayerCodes(Mapping[str, torch.Tensor]):
                 _check_equal(site, pairs)
         for name, module in self._sites.items():
             with _readable(name, module):
-                _check_equal(name, [(module.table, operand(solution.params[name]).table)])
+                expected = operand(solution.params[name])
+                pairs = [(module.table, expected.table)]
+                if module.channels is not None and expected.channels is not None:
+                    pairs.append((module.channels, expected.channels))
+                _check_equal(name, pairs)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from tqdit.ops.holders import LinearCodes
 from tqdit.ops.quantizer import quantize
-from tqdit.ops.schema import Activation, AttentionParams, Norm, OperandParams, Residual, WeightParams
+from tqdit.ops.schema import Activation, AttentionParams, Codes, Norm, OperandParams, Residual, WeightParams
+from tqdit.spec import Grid
 
 FUNCTIONS = {"gelu_tanh": partial(F.gelu, approximate="tanh")}
 
@@ -28,7 +29,7 @@ class Composed:
     INTEGER: bool
     GRAPHS = False
 
-    def product(self, codes: torch.Tensor, source: OperandParams, layer: Any) -> torch.Tensor:
+    def product(self, codes: Codes, source: OperandParams, layer: Any) -> torch.Tensor:
         """Return x W^T + bias in fp32: (B, N, in) -> (B, N, out)."""
         raise NotImplementedError
 
@@ -54,15 +55,15 @@ class Composed:
     def prepare_float_input(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:
         return LinearCodes(weight, bias)
 
-    def quantize(self, x: torch.Tensor, target: OperandParams, norm: Norm | None = None) -> torch.Tensor:
+    def quantize(self, x: torch.Tensor, target: OperandParams, norm: Norm | None = None) -> Codes:
         if norm is None:
             return quantize(x, target)
         normal = F.layer_norm(x.float(), x.shape[-1:], eps=norm.eps)
         return quantize(normal * (1 + norm.scale[:, None]) + norm.shift[:, None], target)
 
     def project(
-        self, codes: torch.Tensor, source: OperandParams, layer: Any, targets: Sequence[OperandParams], heads: int
-    ) -> torch.Tensor:
+        self, codes: Codes, source: OperandParams, layer: Any, targets: Sequence[OperandParams], heads: int
+    ) -> Any:
         parts = split_heads(self.product(codes, source, layer), len(targets), heads)
         return join_heads([quantize(y, target) for y, target in zip(parts, targets, strict=True)])
 
@@ -73,7 +74,7 @@ class Composed:
         target: OperandParams,
         context: Any = None,
         bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> Codes:
         heads = attention.heads
         if context is None:
             q, k, v = split_heads(projected, 3, heads)
@@ -82,12 +83,12 @@ class Composed:
         scores = self.scores(q, attention.query, k, attention.key, q.shape[-1] ** -0.5)
         if bias is not None:
             scores = scores + bias[:, None, None, :]
-        p = quantize(scores.softmax(dim=-1), attention.softmax)
+        p = quantize(probabilities(scores, attention.softmax), attention.softmax)
         return quantize(self.values(p, attention.softmax, v, attention.value).transpose(1, 2).flatten(2), target)
 
     def linear(
-        self, codes: torch.Tensor, source: OperandParams, layer: Any, then: Activation | Residual | None = None
-    ) -> torch.Tensor:
+        self, codes: Codes, source: OperandParams, layer: Any, then: Activation | Residual | None = None
+    ) -> Codes:
         y = self.product(codes, source, layer)
         if then is None:
             return y
@@ -95,6 +96,13 @@ class Composed:
             return quantize(FUNCTIONS[then.function](y), then.target)
         added = y if then.gate is None else then.gate[:, None] * y
         return (then.x.float() + added).to(then.x.dtype)
+
+
+def probabilities(scores: torch.Tensor, params: OperandParams) -> torch.Tensor:
+    """Return what the grid of the probabilities codes: exp(s - max s) on the grid of softmax rows, else the softmax."""
+    if params.grid is Grid.SOFTMAX_ROW:
+        return (scores - scores.amax(dim=-1, keepdim=True)).exp()
+    return scores.softmax(dim=-1)
 
 
 def split_heads(x: torch.Tensor, parts: int, heads: int) -> tuple[torch.Tensor, ...]:

@@ -11,8 +11,9 @@ from torch.library import custom_op
 
 from tqdit.ops.composed import Composed
 from tqdit.ops.holders import LinearCodes
-from tqdit.ops.schema import OperandParams, WeightParams
+from tqdit.ops.schema import Codes, OperandParams, RowCodes, WeightParams
 from tqdit.ops.tables import Parameters, parameters
+from tqdit.spec import Grid
 from tqdit.system.isolation import without_autocast
 
 MAX_PRODUCT = 128 * 128  # largest product of two int8 codes
@@ -91,13 +92,17 @@ def split_regions(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes.clamp(max=0), codes.clamp(min=0)
 
 
-def linear(codes: torch.Tensor, params: OperandParams, weight: WeightParams, bias: torch.Tensor | None) -> torch.Tensor:
+def linear(codes: Codes, params: OperandParams, weight: WeightParams, bias: torch.Tensor | None) -> torch.Tensor:
     """Return x W^T + bias of codes, fp32 (..., out).
 
-    Uniform: s_x s_w (acc - z_x colsum(W)) + bias. MRQ: (s2 (C2 W) +- s1 (C1 W)) s_w + bias. MRQ whose regions merge (s2
+    Uniform: s_x s_w (acc - z_x colsum(W)) + bias. Rows: (acc s_row) s_w + bias. MRQ: (s2 (C2 W) +- s1 (C1 W)) s_w + bias. MRQ whose regions merge (s2
     = s1 2^i): s1 s_w acc + bias with acc = 2^i (C2 W) +- C1 W, still an integer.
     """
-    w, p = weight.codes.t(), parameters(params, codes.ndim)
+    w = weight.codes.t()
+    if isinstance(codes, RowCodes):
+        out = int_matmul(codes.codes, w).float().mul_(codes.scale[..., None]).mul_(weight.scale)
+        return out if bias is None else out.add_(bias)
+    p = parameters(params, codes.ndim)
     assert weight.colsum is not None
     if params.grid.two_region:
         negative, positive = (int_matmul(c, w) for c in split_regions(codes))
@@ -133,14 +138,18 @@ def scores(
 
 
 def values(p: torch.Tensor, p_params: OperandParams, v: torch.Tensor, v_params: OperandParams) -> torch.Tensor:
-    """Return P V, fp32: s_v (+-s1 (C1 V) + s2 (C2 V)) for MRQ probabilities, one product for uniform ones."""
+    """Return P V, fp32: s_v (+-s1 (C1 V) + s2 (C2 V)) for MRQ probabilities, one product for uniform ones.
+
+    Softmax rows: (C V) (s_v / sum(C)) with codes C counted from 0.
+    """
     of_p, of_v = parameters(p_params, p.ndim), parameters(v_params, v.ndim)
+    if p_params.grid is Grid.SOFTMAX_ROW:
+        total = _code_sum(p) - of_p.zero_point * p.shape[-1]
+        return _centred(p, v, of_p, of_v).float().mul_(of_v.scale / total.float())
     if p_params.grid.two_region:
         negative, positive = (_times_value(c, v, of_v) for c in split_regions(p))
         return _two_regions(negative, positive, p_params, of_p, of_v.scale)
-    centred_sum = _code_sum(v.transpose(-1, -2)).transpose(-1, -2) - of_v.zero_point * v.shape[-2]
-    acc = _times_value(p, v, of_v) - of_p.zero_point * centred_sum
-    return acc.float().mul_(of_p.scale * of_v.scale)
+    return _centred(p, v, of_p, of_v).float().mul_(of_p.scale * of_v.scale)
 
 
 def weight_only_linear(x: torch.Tensor, weight: WeightParams, bias: torch.Tensor | None) -> torch.Tensor:
@@ -148,6 +157,12 @@ def weight_only_linear(x: torch.Tensor, weight: WeightParams, bias: torch.Tensor
     with without_autocast(x.device.type):
         out = torch.matmul(x.float(), weight.codes.float().t()) * weight.scale
     return out if bias is None else out + bias
+
+
+def _centred(p: torch.Tensor, v: torch.Tensor, of_p: Parameters, of_v: Parameters) -> torch.Tensor:
+    """Return (P - z_p) (V - z_v), int32."""
+    centred_sum = _code_sum(v.transpose(-1, -2)).transpose(-1, -2) - of_v.zero_point * v.shape[-2]
+    return _times_value(p, v, of_v) - of_p.zero_point * centred_sum
 
 
 def _times_value(c: torch.Tensor, v: torch.Tensor, of_v: Parameters) -> torch.Tensor:
@@ -174,7 +189,7 @@ class Reference(Composed):
     def kernel(self, operation: str) -> str:
         return "float32 x int8" if operation == "float_input_linear" else "int8"
 
-    def product(self, codes: torch.Tensor, source: OperandParams, layer: LinearCodes) -> torch.Tensor:
+    def product(self, codes: Codes, source: OperandParams, layer: LinearCodes) -> torch.Tensor:
         return linear(codes, source, layer.weight, layer.bias)
 
     def float_input_linear(self, x: torch.Tensor, layer: LinearCodes) -> torch.Tensor:

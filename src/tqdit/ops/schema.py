@@ -20,6 +20,7 @@ class OperandParams(NamedTuple):
     `table`: fp32 (time groups, units, `ops.tables.COLUMNS`); units are heads, or 1. `group`: int64 (1,) or (B,), the
     row of each sample; None if the table has one row. `shared`: the row of the whole batch where the host knows it.
     `merged`: both regions of a two-region grid fit one 8-bit operand, so that one integer product is enough.
+    `channels`: fp32 (C,), by which the channels of an activation are multiplied before it is coded, or None.
     """
 
     grid: Grid
@@ -28,6 +29,7 @@ class OperandParams(NamedTuple):
     merged: bool = False
     group: torch.Tensor | None = None
     shared: int | None = None
+    channels: torch.Tensor | None = None
 
     @property
     def two_products(self) -> bool:
@@ -41,6 +43,19 @@ class OperandParams(NamedTuple):
         if self.shared is not None:
             return self.table[self.shared : self.shared + 1]
         return self.table.index_select(0, self.group)
+
+
+class RowCodes(NamedTuple):
+    """Codes on the grid of rows, with the step of each row: `scale` fp32 (B, N).
+
+    A backend may keep the steps elsewhere; the verbs take what `quantize` returned.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+
+Codes = torch.Tensor | RowCodes
 
 
 class WeightParams(NamedTuple):
@@ -120,11 +135,11 @@ class Backend(Protocol):
     def prepare_float_input(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:
         """Return a linear layer whose input stays in float."""
 
-    def quantize(self, x: torch.Tensor, target: OperandParams, norm: Norm | None = None) -> torch.Tensor:
-        """Return the codes (B, N, C) of x, or of its modulated LayerNorm."""
+    def quantize(self, x: torch.Tensor, target: OperandParams, norm: Norm | None = None) -> Any:
+        """Return the codes (B, N, C) of x, or of its modulated LayerNorm: a tensor, or `RowCodes` on the grid of rows."""
 
     def project(
-        self, codes: torch.Tensor, source: OperandParams, layer: Any, targets: Sequence[OperandParams], heads: int
+        self, codes: Any, source: OperandParams, layer: Any, targets: Sequence[OperandParams], heads: int
     ) -> Any:
         """Return the codes of a layer's outputs as heads, for `attend`: a tensor, or a named tuple of tensors and ints.
 
@@ -139,18 +154,16 @@ class Backend(Protocol):
         target: OperandParams,
         context: Any = None,
         bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> Any:
         """Return the codes (B, N, C) of softmax(Q K^T / sqrt(head_dim) + bias) V, with quantized probabilities.
 
         `context`: key and value of M tokens; None: `projected` has them. `bias`: fp32 (B, M), such as 0 and -10000.
         """
 
-    def linear(
-        self, codes: torch.Tensor, source: OperandParams, layer: Any, then: Activation | Residual | None = None
-    ) -> torch.Tensor:
+    def linear(self, codes: Any, source: OperandParams, layer: Any, then: Activation | Residual | None = None) -> Any:
         """Return what `then` makes of y = x W^T + bias for the codes of x.
 
-        Without `then` the result is y itself, fp32 (B, N, out).
+        Without `then` the result is y itself, fp32 (B, N, out). With an `Activation` it is what `quantize` returns.
         """
 
     def float_input_linear(self, x: torch.Tensor, layer: Any) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from tqdit.ops.composed import Composed
 from tqdit.ops.holders import LinearCodes
 from tqdit.ops.quantizer import dequantize
-from tqdit.ops.schema import OperandParams, WeightParams
+from tqdit.ops.schema import Codes, OperandParams, WeightParams
 from tqdit.system.isolation import without_autocast
 
 
@@ -18,9 +18,9 @@ def _weight(weight: WeightParams) -> torch.Tensor:
     return weight.codes.float() * weight.scale[:, None]
 
 
-def linear(codes: torch.Tensor, params: OperandParams, weight: WeightParams, bias: torch.Tensor | None) -> torch.Tensor:
+def linear(codes: Codes, params: OperandParams, weight: WeightParams, bias: torch.Tensor | None) -> torch.Tensor:
     """Return x W^T + bias on dequantized operands, fp32."""
-    with without_autocast(codes.device.type):
+    with without_autocast(weight.codes.device.type):
         return F.linear(dequantize(codes, params), _weight(weight), bias)
 
 
@@ -55,7 +55,7 @@ class Simulated(Composed):
     def kernel(self, operation: str) -> str:
         return "float32"
 
-    def product(self, codes: torch.Tensor, source: OperandParams, layer: LinearCodes) -> torch.Tensor:
+    def product(self, codes: Codes, source: OperandParams, layer: LinearCodes) -> torch.Tensor:
         return linear(codes, source, layer.weight, layer.bias)
 
     def float_input_linear(self, x: torch.Tensor, layer: LinearCodes) -> torch.Tensor:

@@ -35,7 +35,8 @@ def operand(params: GridParams) -> OperandParams:
     nothing = torch.zeros_like(scale)
     factor = nothing if ratio is None else ratio.to(scale.dtype)
     columns = [scale, coarse, zero, factor, 1 / scale, 1 / coarse, nothing, nothing]
-    return OperandParams(spec.grid, spec.bits, torch.stack(columns, dim=-1).contiguous(), ratio is not None)
+    table = torch.stack(columns, dim=-1).contiguous()
+    return OperandParams(spec.grid, spec.bits, table, ratio is not None, channels=params.channels)
 
 
 def parameters(params: OperandParams, ndim: int) -> Parameters:

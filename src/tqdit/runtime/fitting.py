@@ -13,7 +13,7 @@ import torch
 from tqdit.architectures.registry import architecture, check_supported
 from tqdit.artifact import folder as artifact
 from tqdit.errors import InputError
-from tqdit.plan import TWO_REGION, plan
+from tqdit.plan import BY_ROW, TWO_REGION, plan
 from tqdit.recipe import Recipe
 from tqdit.spec import MAX_BITS, MIN_BITS, Granularity, Grid, GridParams, Role, SiteSpec, Solution
 
@@ -38,8 +38,8 @@ def read(folder: Path, root: Path | None = None) -> Solution:
 def check_solution(solution: Solution) -> None:
     """Check that a solution has the sites and parameters of its config's model.
 
-    A recipe's choices are free for every site: bits, time groups or none, two regions or one, one scale per weight or
-    per output channel. Raises `InputError` that names the site and the field, or the parameter, that the model cannot
+    A recipe's choices are free for every site: bits, time groups or none, two regions or one or the grid of rows, one
+    scale per weight or per output channel, channel factors of a linear layer's input, codes or floats at both ends. Raises `InputError` that names the site and the field, or the parameter, that the model cannot
     have.
     """
     config = solution.model_config
@@ -48,12 +48,19 @@ def check_solution(solution: Solution) -> None:
     found.check_sizes(config, _shapes(solution.codes) | _shapes(solution.floats))
     graph = found.graph(config)
     timed = {operand.name for operand in graph.operands if operand.timed}
-    expected = {name: site.spec for name, site in plan(graph, PER_CHANNEL).items()}
+    optional = {f"{name}.weight" for name in graph.ends}  # codes or float
+    expected = {
+        name: site.spec
+        for name, site in plan(graph, PER_CHANNEL).items()
+        if name in solution.params or name not in optional
+    }
     for name, spec in expected.items():
         if name not in solution.params:
             kind = "codes for weight" if spec.is_weight else "parameters for activation"
             raise InputError(f"the solution has no {kind} site '{name}'")
         _check_site(solution, solution.params[name].spec, spec, name in timed)
+    for linear in (linear for block in graph.blocks for linear in block.linears):
+        _check_channels(solution.params[linear.source.name], graph.features(linear)[0])
     _check_parameters(solution, expected, graph.shapes)
 
 
@@ -66,8 +73,9 @@ def _shapes(held: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
 def _check_site(solution: Solution, found: SiteSpec, expected: SiteSpec, timed: bool) -> None:
     """Compare a site with the site that the model needs, field by field."""
     legal: dict[str, tuple[Any, ...]] = {field: (getattr(expected, field),) for field in FIELDS}
-    if expected.role in TWO_REGION:
-        legal["grid"] = (TWO_REGION[expected.role], Grid.UNIFORM)
+    if not expected.is_weight:
+        other = (choice[expected.role] for choice in (TWO_REGION, BY_ROW) if expected.role in choice)
+        legal["grid"] = (*other, Grid.UNIFORM)
     if timed:
         legal["groups"] = (1, solution.time_groups.num_groups)
     if expected.role is Role.WEIGHT:
@@ -89,6 +97,13 @@ def _check_shapes_of_params(params: GridParams) -> None:
     for what, tensor in (("scale", params.scale), ("zero_point", params.zero_point)):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise InputError(f"site '{found.name}' has a {what} of shape {tuple(tensor.shape)}, not {shape}")
+
+
+def _check_channels(params: GridParams, width: int) -> None:
+    """Check that channel factors are as many as the channels of a linear layer's input."""
+    if params.channels is not None and tuple(params.channels.shape) != (width,):
+        given = tuple(params.channels.shape)
+        raise InputError(f"site '{params.spec.name}' has channels of shape {given}, not {(width,)}")
 
 
 def _check_parameters(

@@ -37,6 +37,14 @@ def alternate(objective: MatmulObjective, a: Operand, b: Operand, recipe: Recipe
     return a, b, float(loss(objective, a, b, a)(a.scale[None]).sum())
 
 
+def best_first(objective: MatmulObjective, a: Operand, b: Operand, recipe: Recipe) -> Operand:
+    """Return `a` with the best of its scales beside `b` as it is; without rounds its min-max scale."""
+    if not recipe.rounds:
+        return a
+    loss = loss_of_steps if _has_kernels(a, b) else loss_of_values
+    return _search(a, a.scale, recipe, loss(objective, a, b, a))
+
+
 def _has_kernels(*operands: Operand) -> bool:
     """Say whether a GPU and kernels for it compute the losses of these operands."""
     device = operands[0].values.device

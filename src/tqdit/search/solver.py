@@ -14,7 +14,7 @@ from torch import nn
 from tqdit.architectures.interface import Attention, Block, Linear
 from tqdit.architectures.interface import Operand as Site
 from tqdit.architectures.registry import config_of, graph
-from tqdit.calibration.records import AttentionRecord, LinearRecord, Records
+from tqdit.calibration.records import AttentionRecord, LinearRecord, Records, channels_of
 from tqdit.calibration.statistics import RangeStats, kept_keys
 from tqdit.calibration.store import Forgetful, Store
 from tqdit.errors import InputError
@@ -24,8 +24,9 @@ from tqdit.plan import objective as planned_objective
 from tqdit.provenance import Provenance
 from tqdit.recipe import Recipe
 from tqdit.sampling.trajectory import Progress
-from tqdit.search import objectives, operands
+from tqdit.search import linears, objectives, operands
 from tqdit.search.alternating import alternate
+from tqdit.search.linears import LinearProblem
 from tqdit.search.objectives import MatmulObjective
 from tqdit.search.operands import Operand
 from tqdit.spec import Grid, GridParams, SiteSpec, Solution
@@ -112,7 +113,8 @@ class _Solver:
 
     def _floating(self, modules: Iterable[str]) -> dict[str, Callable[[], Solved]]:
         """Return the layers of float inputs."""
-        return {f"{name}.weight": partial(self._weight_only, f"{name}.weight") for name in modules}
+        names = [f"{name}.weight" for name in modules]
+        return {name: partial(self._weight_only, name) for name in names if name in self.plan}
 
     def take(self, solved: Mapping[str, torch.Tensor]) -> None:
         """Add parameters and codes. A scale's shape says which grid was chosen."""
@@ -121,8 +123,11 @@ class _Solver:
             if field == "codes":
                 self.codes[name] = tensor
             elif field == "scale":
-                spec = self.specs[name] if tensor.ndim == 3 else replace(self.specs[name], grid=Grid.UNIFORM)
-                self.params[name] = GridParams(spec, tensor, solved.get(f"{name}/zero_point"))
+                spec = self.specs[name]
+                if tensor.ndim != 3 and not spec.grid.per_row:
+                    spec = replace(spec, grid=Grid.UNIFORM)
+                further = (solved.get(f"{name}/{field}") for field in ("zero_point", "channels"))
+                self.params[name] = GridParams(spec, tensor, *further)
 
     def floats(self) -> dict[str, torch.Tensor]:
         """Return the parameters that are not sites."""
@@ -137,25 +142,21 @@ class _Solver:
             tables = torch.stack([operand.scale, *(uniform.multiples(operand.scale, c) for c in steps)])
             errors = torch.stack([(operand.fake(t) - operand.values).square().sum(1) for t in tables])
             operand = operand.with_scale(tables.gather(0, errors.argmin(0)[None, None])[0])
-        return self._coded([spec], operand)
+        return self._coded(spec, operand)
 
     def _linear(self, linear: Linear) -> Solved:
         name = linear.source.name
         record = _moved(self.records.linears[name], self.device)
-        ranges = self._ranges(name)
         specs = [self.specs[weight] for weight in linear.weights]
-        w = operands.weight(specs, [self.state[weight].float() for weight in linear.weights])
-        objective = MatmulObjective.weighted(
-            objectives.linear, record.x, w.values, self._weights(record, record.fisher)
-        )
         site = self.plan[name]
-
-        def attempt(spec: SiteSpec) -> tuple[Operand, Operand, float]:
-            x = operands.activation(spec, record.x, record.group, ranges, site.merging)
-            return alternate(objective, x, w, self.recipe)
-
-        x, w, _ = _best_grid(site, attempt)
-        return _chosen(x) | self._coded(specs, w)
+        channel_ranges = self._ranges(channels_of(name)) if site.channels else None
+        weights = [self.state[weight].float() for weight in linear.weights]
+        error_weights = self._weights(record, record.fisher)
+        solved = linears.solve(
+            LinearProblem(site, record, self._ranges(name), channel_ranges, specs, weights, error_weights, self.recipe)
+        )
+        made = _chosen(solved.activation) | self._split(specs, solved.weight_scale, solved.codes)
+        return made if solved.channels is None else made | {f"{name}/channels": solved.channels.cpu()}
 
     def _scores(self, attention: Attention) -> Solved:
         record = _moved(self.records.attentions[attention.module], self.device)
@@ -195,21 +196,27 @@ class _Solver:
             return None
         if self.objective is Objective.FISHER:
             return fisher
-        return fisher * record.step_weight.reshape(-1, *(1,) * (fisher.ndim - 1))
+        shape = (-1, *(1,) * (fisher.ndim - 1))
+        if self.objective is Objective.FISHER_BY_STEP:
+            return fisher * record.step_weight.reshape(shape)
+        return objectives.within_groups(fisher, record.group) * record.image_weight.reshape(shape)
 
     def _ranges(self, site: str) -> RangeStats:
         return _moved(self.records.ranges[site], self.device)
 
-    def _coded(self, specs: list[SiteSpec], operand: Operand) -> Solved:
+    def _coded(self, spec: SiteSpec, operand: Operand) -> Solved:
+        """Return the scale and the codes of a weight, rounded to nearest."""
+        codes = uniform.quantize(operand.values, operand.scale[0][:, None], 0, spec.bits)
+        return self._split([spec], operand.scale[0], codes)
+
+    def _split(self, specs: list[SiteSpec], scale: torch.Tensor, codes: torch.Tensor) -> Solved:
+        """Return scales and codes of stacked weights by site."""
         found: Solved = {}
-        first = 0
-        scales = operand.scale[0].split([spec.units for spec in specs])
-        for spec, scale in zip(specs, scales, strict=True):
+        scales = scale.split([spec.units for spec in specs])
+        parts = codes.split([self.state[spec.name].shape[0] for spec in specs])
+        for spec, own, part in zip(specs, scales, parts, strict=True):
             shape = self.state[spec.name].shape
-            values = operand.values[first : first + shape[0]]
-            codes = uniform.quantize(values, scale[:, None], 0, spec.bits)
-            found |= {f"{spec.name}/scale": _sound(scale[None]), f"{spec.name}/codes": codes.reshape(shape).cpu()}
-            first += shape[0]
+            found |= {f"{spec.name}/scale": _sound(own[None]), f"{spec.name}/codes": part.reshape(shape).cpu()}
         return found
 
 
@@ -224,7 +231,7 @@ def _chosen(operand: Operand) -> Solved:
     """Return the tensors that are kept of a searched activation operand, by "<site>/<field>", on the CPU."""
     name = operand.spec.name
     found = {f"{name}/scale": _sound(operand.scale)}
-    return found if operand.spec.grid.two_region else found | {f"{name}/zero_point": operand.zero_point.cpu()}
+    return found | {f"{name}/zero_point": operand.zero_point.cpu()} if operand.spec.has_zero_point else found
 
 
 def _sound(scale: torch.Tensor) -> torch.Tensor:

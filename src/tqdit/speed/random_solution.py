@@ -5,6 +5,7 @@ It is for timing, never for images.
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ def random_solution(config: Mapping[str, Any], recipe: Recipe, seed: int = 0) ->
     structure, kind = graph(config), architecture(config)
     shapes = structure.shapes
     draw = _Draw(max(shape.numel() for shape in shapes.values()), kind, kind.tokens(config), seed)
+    linears = [linear for block in structure.blocks for linear in block.linears]
+    widths = {linear.source.name: structure.features(linear)[0] for linear in linears}
     params: dict[str, GridParams] = {}
     codes: dict[str, torch.Tensor] = {}
     for site in plan(structure, recipe).values():
@@ -49,7 +52,7 @@ def random_solution(config: Mapping[str, Any], recipe: Recipe, seed: int = 0) ->
             params[spec.name] = draw.weight_params(spec, shapes[spec.name])
             codes[spec.name] = draw.codes(spec, shapes[spec.name])
         else:
-            params[spec.name] = draw.activation_params(site)
+            params[spec.name] = draw.activation_params(site, widths.get(spec.name, 0))
     floats: dict[str, torch.Tensor] = {}
     for name, shape in shapes.items():
         if name not in codes:
@@ -92,10 +95,17 @@ class _Draw:
         step = _clip(spec.bits) / spec.format.qmax * standard_deviation(self._kind, spec.name, shape)
         return GridParams(spec, self._varied(spec, step))
 
-    def activation_params(self, site: SitePlan) -> GridParams:
-        """Return parameters of a site on the first of its grids."""
+    def activation_params(self, site: SitePlan, width: int) -> GridParams:
+        """Return parameters of a site on the first of its grids. `width`: channels of a linear layer's input."""
+        channels = torch.ones(width) if site.channels else None  # a factor costs the same whatever it is
+        return replace(self._grid_params(site), channels=channels)
+
+    def _grid_params(self, site: SitePlan) -> GridParams:
         spec, fmt = site.spec, site.spec.format
         levels = fmt.qmax - fmt.qmin
+        if spec.grid.per_row:
+            nothing = torch.zeros(spec.scale_shape)
+            return GridParams(spec, spec.grid.initial(nothing, nothing, spec.bits, spec.name)[0])
         if spec.grid is Grid.MRQ_SOFTMAX:
             coarse = torch.full((spec.groups, spec.units), coarse_softmax_scale(spec.bits))
             return GridParams(spec, torch.stack([coarse * 2.0 ** -self._exponents(site), coarse], -1))

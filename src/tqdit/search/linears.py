@@ -1,0 +1,126 @@
+"""Solve the linear layers that read one activation: its grid, scale and channel factors, and the codes of the weights.
+
+With nearest rounding the scales of both operands are searched in turn (`alternating`). With second-order rounding the
+activation's scale is chosen beside weights of 8 bits, then the weights are rounded for the inputs as they will arrive.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from tqdit.calibration.records import LinearRecord
+from tqdit.calibration.statistics import RangeStats
+from tqdit.grids import uniform
+from tqdit.plan import SitePlan
+from tqdit.recipe import Recipe
+from tqdit.search import objectives, operands, second_order
+from tqdit.search.alternating import alternate, best_first
+from tqdit.search.objectives import MatmulObjective
+from tqdit.search.operands import Operand
+from tqdit.spec import MAX_BITS, SiteSpec
+
+BALANCING = (0.0, 0.25, 0.5, 0.75, 1.0)  # powers of the channels' largest magnitudes that are tried as factors
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # of a channel's largest weight, as its largest code
+
+
+@dataclass(frozen=True)
+class LinearProblem:
+    """The layers that read one site.
+
+    `weights` (out_i, in) with their sites `specs`, in float. `error_weights` (R, out) weigh squared errors of the
+    outputs; None: all alike. `channel_ranges`: of every input channel, if channel factors are to be tried.
+    """
+
+    site: SitePlan
+    record: LinearRecord
+    ranges: RangeStats
+    channel_ranges: RangeStats | None
+    specs: Sequence[SiteSpec]
+    weights: Sequence[torch.Tensor]
+    error_weights: torch.Tensor | None
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class LinearSolution:
+    """The activation with its chosen scale; weight scales (out,) or one for each weight, and codes (out, in)."""
+
+    activation: Operand
+    channels: torch.Tensor | None
+    weight_scale: torch.Tensor
+    codes: torch.Tensor
+
+
+def solve(problem: LinearProblem) -> LinearSolution:
+    """Return the best of all grids and channel factors of a problem; the first of equally good ones."""
+    tries = [(spec, channels) for channels in _factors(problem) for spec in problem.site.tried]
+    attempts = [_Attempt(problem, spec, channels) for spec, channels in tries]
+    best = attempts[0] if len(attempts) == 1 else min(attempts, key=lambda attempt: attempt.loss)
+    return best.solution()
+
+
+class _Attempt:
+    """A problem on one grid, with channel factors or without."""
+
+    def __init__(self, problem: LinearProblem, spec: SiteSpec, channels: torch.Tensor | None) -> None:
+        self.problem, self.channels, self.recipe = problem, channels, problem.recipe
+        record, ranges = problem.record, problem.ranges
+        x, weights = record.x, list(problem.weights)
+        if channels is not None:
+            assert problem.channel_ranges is not None
+            ranges = problem.channel_ranges.scaled(channels).over_units()
+            x, weights = x * channels, [weight / channels for weight in weights]
+        self.x = operands.activation(spec, x, record.group, ranges, problem.site.merging)
+        self.w = operands.weight(list(problem.specs), weights)
+        self.objective = MatmulObjective.weighted(objectives.linear, x, self.w.values, problem.error_weights)
+        if self.recipe.rounding == "nearest":
+            self.x, self.w, self.loss = alternate(self.objective, self.x, self.w, self.recipe)
+        else:
+            self.loss = self._choose_activation()
+
+    def _choose_activation(self) -> float:
+        """Choose the activation's scale beside weights of 8 bits; return the loss with weights of their own bits."""
+        specs = [replace(spec, bits=MAX_BITS) for spec in self.problem.specs]
+        fine = operands.weight(specs, list(self.w.values.split([len(w) for w in self.problem.weights])))
+        self.x = best_first(self.objective, self.x, fine, self.recipe)
+        scale = second_order.best_scale(self.w.values, self.hessian, self.w.spec.bits, SHARES)
+        codes = uniform.quantize(self.w.values, scale[:, None], 0, self.w.spec.bits)
+        return float(self.objective.loss(self.x.fake(), codes.float() * scale[:, None]).sum())
+
+    @property
+    def hessian(self) -> torch.Tensor:
+        """Return the mixed Hessian of the inputs as the layers read them, fp64 (in, in)."""
+        weights = self.problem.error_weights
+        rows = None if weights is None else weights.mean(1)
+        return second_order.hessian(self.x.fake(), rows, self.recipe.mix)
+
+    def solution(self) -> LinearSolution:
+        """Return the chosen parameters, and the codes of the weights."""
+        bits, values = self.w.spec.bits, self.w.values
+        if self.recipe.rounding == "nearest":
+            by_row = self.w.scale[0, self.w.unit]
+            return LinearSolution(
+                self.x, self.channels, self.w.scale[0], uniform.quantize(values, by_row[:, None], 0, bits)
+            )
+        hessian = self.hessian
+        scale = self.w.scale[0]
+        if len(scale) == len(values):
+            scale = second_order.best_scale(values, hessian, bits, SHARES)
+        codes = second_order.round_weights(values, scale[self.w.unit], hessian, bits)
+        return LinearSolution(self.x, self.channels, scale, codes)
+
+
+def _factors(problem: LinearProblem) -> list[torch.Tensor | None]:
+    """Return the channel factors to try, none first: powers of the largest magnitudes, of which the largest is 1."""
+    ranges = problem.channel_ranges
+    if ranges is None:
+        return [None]
+    magnitude = torch.maximum(ranges.low.abs(), ranges.high.abs()).amax(0)
+    middle = magnitude.median().clamp(min=uniform.SMALLEST)
+    relative = (magnitude / middle).clamp(2.0**-4, 2.0**8)
+    tried: list[torch.Tensor | None] = [None]
+    for power in BALANCING[1:]:
+        factors = relative**-power
+        tried.append(factors / factors.amax())
+    return tried
