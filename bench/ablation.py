@@ -34,16 +34,44 @@ from tqdit.system.files import write_text
 HELD_OUT = 16  # states per time group
 SHOWN = ("bits", "variant", "eps_sqnr_db", "psnr_db", "fd_fashion", "calibration_seconds")
 UNIFORM = {"softmax_grid": "uniform", "gelu_grid": "uniform"}
+# The preset plus as it was before it had steps of rows; the next variants add its parts one by one, in this order.
+FORMER = {
+    "preset": "plus", "input_grid": "uniform", "softmax_grid": "best", "gelu_channels": "one", "ends": "codes",
+    "hessian": "published", "rounding": "nearest",
+}  # fmt: skip
+PARTS: dict[str, str] = {
+    "image objective": "hessian",
+    "rows of inputs": "input_grid",
+    "rows of softmax": "softmax_grid",
+    "float ends": "ends",
+    "second-order rounding": "rounding",
+    "channels after GELU": "gelu_channels",
+}
+
+
+def _added(count: int) -> dict[str, Any]:
+    """Return the former plus with the first `count` parts of today's."""
+    return {key: value for key, value in FORMER.items() if key not in list(PARTS.values())[:count]}
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
-    "round-to-nearest (min-max)": {"rounds": 0, "hessian": False, "time_grouped": "none", **UNIFORM},
-    "search, squared error": {"hessian": False, "time_grouped": "none", **UNIFORM},
+    "round-to-nearest (min-max)": {"rounds": 0, "hessian": "none", "time_grouped": "none", **UNIFORM},
+    "search, squared error": {"hessian": "none", "time_grouped": "none", **UNIFORM},
     "search + HO": {"time_grouped": "none", **UNIFORM},
-    "search + MRQ": {"hessian": False, "time_grouped": "none"},
-    "search + TGQ": {"hessian": False, **UNIFORM},
+    "search + MRQ": {"hessian": "none", "time_grouped": "none"},
+    "search + TGQ": {"hessian": "none", **UNIFORM},
     "paper (HO + MRQ + TGQ)": {},
+    "former plus": FORMER,
+    **{f"... + {name}": _added(count + 1) for count, name in enumerate(list(PARTS)[:-1])},
     "plus": {"preset": "plus"},
+    **{f"plus without {name}": {"preset": "plus", field: FORMER[field]} for name, field in PARTS.items()},
+    "plus, squared error alone": {"preset": "plus", "hessian": "none"},
+    "plus, all rows weighed": {"preset": "plus", "mix": 1.0},
+    "plus, no row weighed": {"preset": "plus", "mix": 0.0},
+    "plus, rows after attention": {"preset": "plus", "attended_grid": "row"},
+    "plus, rows after attention and GELU": {"preset": "plus", "attended_grid": "row", "gelu_grid": "row"},
     "plus, two products after GELU": {"preset": "plus", "gelu_products": "two"},
-    "plus, one product after softmax": {"preset": "plus", "softmax_products": "one"},
+    "plus, uniform after GELU": {"preset": "plus", "gelu_grid": "uniform"},
 }
 
 
@@ -59,6 +87,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=640)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backend", default="auto", help="the backend that runs the variants")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     ablate(args)
@@ -85,7 +114,7 @@ class Bench:
 
 def ablate(args: argparse.Namespace) -> None:
     _reset_peak(args.device)
-    prepared = workflow.prepare(args.model, Recipe("paper", samples=args.samples), device=args.device)
+    prepared = workflow.prepare(args.model, Recipe("plus", samples=args.samples), device=args.device)
     records_peak = _peak(args.device)
     source, model = prepared.source, prepared.model
     data = held_out(source, model, 10, HELD_OUT, HELD_OUT_SEED)
@@ -127,7 +156,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         artifact.write(solution, Path(folder))
         size = artifact.size_bytes(Path(folder))
-    module = convert(solution, device=device)
+    module = convert(solution, bench.args.backend, device=device)
     eps = fidelity.compare_epsilon(float_epsilon, bench.epsilon(module), bench.data)
     pixels = bench.images(module, 0)
     return {
