@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tqdit.architectures import registry
 from tqdit.artifact import folder as artifact
 from tqdit.calibration import trajectories
 from tqdit.calibration.trajectories import CalibrationSet
@@ -19,9 +20,11 @@ from tqdit.errors import InputError
 from tqdit.imaging import images
 from tqdit.imaging.images import Images
 from tqdit.imaging.request import chosen_classes
-from tqdit.quality import features, fidelity, metrics
+from tqdit.quality import fashion, features, fidelity, metrics
 from tqdit.quality.artifacts import ComparedArtifact, load_artifact
+from tqdit.quality.equivalence import Verdict
 from tqdit.quality.fidelity import EpsilonFidelity
+from tqdit.quality.trial import Trial
 from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
 from tqdit.runtime.target import Device, Dtype, Target
@@ -72,6 +75,7 @@ class ModelRow:
     file_bytes: int | None = None
     file_dtype: str | None = None
     cost: Cost | None = None
+    verdict: Verdict | None = None
 
     @property
     def disk_bytes(self) -> int:
@@ -99,6 +103,7 @@ class ModelRow:
             "speedup_over_float32_eager": self.cost.speedup if self.cost else None,
             "peak_bytes": self.cost.peak_bytes if self.cost else None,
             "resident_bytes": self.cost.resident_bytes if self.cost else None,
+            "verdict": self.verdict.figures() if self.verdict else None,
         }
 
 
@@ -145,6 +150,7 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     dtype: Dtype = "float32",
     cost: bool = True,
     conditions: Conditions | str | Path | None = None,
+    equivalence: bool = False,
 ) -> Comparison:
     """Compare artifacts with their float model: epsilon SQNR, PSNR of same-seed images, FD-fashion, size, time, memory.
 
@@ -153,7 +159,9 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     the states are the same whatever is compared. `conditions`: the prompts of a model of prompts; by default the
     model's own classes. `dtype`: float32 or bfloat16, the dtype of the integer models' residual stream. `cost`: also
     time calls next to the float model's in eager float32, and measure memory in a process for each model; not where
-    several processes share the machine.
+    several processes share the machine. `equivalence`: also give every artifact a `Verdict`, for a model of
+    Fashion-MNIST; `num` must then be a multiple of 20, and the float model is drawn twice more, in bf16 and with the
+    next seed.
 
     FD-fashion is None where the bundled classifier does not fit. It is biased upwards for few images: compare it only
     within one table. Inside `distributed.joined` the ranks share images and states, and each returns the whole
@@ -167,6 +175,7 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     source, conditions = resolve(reference), read_conditions(conditions)
     asked = suitable(source.config, conditions)
     wanted = Images(source, chosen_classes(source, asked), num, sampling, seed, conditions=conditions)
+    trial = _trial(wanted, target) if equivalence else None
     model = load_float(source).to(target.device)
     digest = weights_hash(model)
     paths = [quantized] if isinstance(quantized, str | Path) else quantized
@@ -177,6 +186,8 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     data = held_out(source, model, groups, samples, (HELD_OUT_SEED + seed) % 2**31, report, asked)
     groups = data.time_groups.num_groups
     first, rows = _measured(model, found, wanted, data, calls if measures else None, report, target)
+    if trial:
+        rows = _with_verdicts(trial, model, first, rows, report)
     del model
     if measures:
         first, rows = calls.with_memory(first, rows, found, report)
@@ -219,8 +230,35 @@ def held_out(
 
 def fd_fashion(source: ModelSource, pixels: torch.Tensor) -> float | None:
     """Return FD-fashion of the images where the model makes Fashion-MNIST's classes, 1 x 32 x 32, else None."""
-    fits = tuple(pixels.shape[1:]) == (1, 32, 32) and dict(source.labels) == dict(enumerate(FASHION))
+    fits = _is_fashion(source, tuple(pixels.shape[1:]))
     return features.fd_fashion(pixels) if fits and len(pixels) > 1 and bool(torch.isfinite(pixels).all()) else None
+
+
+def _is_fashion(source: ModelSource, shape: tuple[int, ...]) -> bool:
+    return shape == (1, 32, 32) and dict(source.labels) == dict(enumerate(FASHION))
+
+
+def _trial(wanted: Images, target: Target) -> Trial:
+    """Return the equivalence test of these images with the bundled classifier's features.
+
+    Raises `InputError` for a model that does not make Fashion-MNIST's classes, and as `Trial` does.
+    """
+    if not _is_fashion(wanted.source, registry.sample(wanted.source.config).shape):
+        raise InputError(f"the equivalence test needs a model of Fashion-MNIST, '{wanted.source.name}' is none")
+    device = target.device if target.device.type == "cuda" else torch.device("cpu")  # others may have no float64
+    classifier = features.load_fashion_classifier(device)
+    real = fashion.load_real_features().to(device)
+    other = (wanted.seed + 1) % 2**31
+    return Trial(wanted, other, lambda pixels: features.image_features(pixels, classifier), real)
+
+
+def _with_verdicts(
+    trial: Trial, model: nn.Module, first: ModelRow, rows: Sequence[ModelRow], report: Report
+) -> list[ModelRow]:
+    """Return the rows with the verdict of each; two artifacts may have the same name."""
+    drawn = {f"{number}: {row.name}": row.images for number, row in enumerate(rows)}
+    found = trial.judge(model, first.images, drawn, report)
+    return [replace(row, verdict=verdict) for row, verdict in zip(rows, found.values(), strict=True)]
 
 
 def _pixels(wanted: Images, module: nn.Module, name: str, report: Report) -> torch.Tensor:
