@@ -84,14 +84,13 @@ def test_settings_that_no_trial_can_have(wanted, real) -> None:
 def test_a_comparison_has_verdicts_of_its_own_images(
     pipeline, wanted, real, tiny_recipe, tmp_path, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr(comparison, "_is_fashion", lambda source, shape: False)
     with pytest.raises(InputError, match="'tiny-dit' is none"):
         comparison.compare(pipeline, [], NUM, equivalence=True)
     prepared = workflow.prepare(pipeline, tiny_recipe())
     solution, _ = workflow.solve_prepared(prepared, tiny_recipe(rounds=0))
     workflow.save(solution, prepared.source, tmp_path / "w8a8")
     made = trial.Trial(replace(wanted, batch=16), 4, some_features, real)
-    monkeypatch.setattr(comparison, "_trial", lambda images, target: made)
+    monkeypatch.setattr(comparison, "fashion_trial", lambda images, device: made)
     paths = [tmp_path / "w8a8"] * 2
     found = comparison.compare(pipeline, paths, NUM, FAST, 1, seed=3, cost=False, equivalence=True)
     row, again = found.models
@@ -109,7 +108,7 @@ def test_the_trial_of_the_bundled_model(monkeypatch) -> None:
     features = torch.zeros(10_000, FEATURES)
     monkeypatch.setattr(fashion, "load_real_features", lambda: features)
     images = Images(resolve("fashion-dit"), range(10), NUM, FAST, seed=2**31 - 1)
-    made = comparison._trial(images, comparison.Target())
+    made = trial.fashion_trial(images, torch.device("cpu"))
     assert (made.other_seed, len(made.real)) == (0, 10_000)
     assert made.with_features(torch.zeros(2, 1, 32, 32)).features.shape == (2, FEATURES)
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from tqdit.architectures import registry
 from tqdit.artifact import folder as artifact
 from tqdit.calibration import trajectories
 from tqdit.calibration.trajectories import CalibrationSet
@@ -24,7 +23,7 @@ from tqdit.quality import fashion, features, fidelity, metrics
 from tqdit.quality.artifacts import ComparedArtifact, load_artifact
 from tqdit.quality.equivalence import Verdict
 from tqdit.quality.fidelity import EpsilonFidelity
-from tqdit.quality.trial import Trial
+from tqdit.quality.trial import Trial, fashion_trial
 from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
 from tqdit.runtime.target import Device, Dtype, Target
@@ -45,9 +44,6 @@ from tqdit.system.isolation import isolated
 
 HELD_OUT_SEED = 20_000  # far from calibration's seeds, so noise and states differ
 STATE_GROUPS = 10  # ranges of timesteps that held-out states are drawn from
-FASHION = (
-    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -175,7 +171,7 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     source, conditions = resolve(reference), read_conditions(conditions)
     asked = suitable(source.config, conditions)
     wanted = Images(source, chosen_classes(source, asked), num, sampling, seed, conditions=conditions)
-    trial = _trial(wanted, target) if equivalence else None
+    trial = fashion_trial(wanted, target.device) if equivalence else None
     model = load_float(source).to(target.device)
     digest = weights_hash(model)
     paths = [quantized] if isinstance(quantized, str | Path) else quantized
@@ -230,26 +226,8 @@ def held_out(
 
 def fd_fashion(source: ModelSource, pixels: torch.Tensor) -> float | None:
     """Return FD-fashion of the images where the model makes Fashion-MNIST's classes, 1 x 32 x 32, else None."""
-    fits = _is_fashion(source, tuple(pixels.shape[1:]))
+    fits = fashion.is_fashion(source.labels, pixels.shape[1:])
     return features.fd_fashion(pixels) if fits and len(pixels) > 1 and bool(torch.isfinite(pixels).all()) else None
-
-
-def _is_fashion(source: ModelSource, shape: tuple[int, ...]) -> bool:
-    return shape == (1, 32, 32) and dict(source.labels) == dict(enumerate(FASHION))
-
-
-def _trial(wanted: Images, target: Target) -> Trial:
-    """Return the equivalence test of these images with the bundled classifier's features.
-
-    Raises `InputError` for a model that does not make Fashion-MNIST's classes, and as `Trial` does.
-    """
-    if not _is_fashion(wanted.source, registry.sample(wanted.source.config).shape):
-        raise InputError(f"the equivalence test needs a model of Fashion-MNIST, '{wanted.source.name}' is none")
-    device = target.device if target.device.type == "cuda" else torch.device("cpu")  # others may have no float64
-    classifier = features.load_fashion_classifier(device)
-    real = fashion.load_real_features().to(device)
-    other = (wanted.seed + 1) % 2**31
-    return Trial(wanted, other, lambda pixels: features.image_features(pixels, classifier), real)
 
 
 def _with_verdicts(

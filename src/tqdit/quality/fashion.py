@@ -6,6 +6,7 @@ bundled: 10,000 rows of 128 half-precision numbers are 2.56 MB.
 
 import gzip
 import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +25,14 @@ IMAGES_FILE = "t10k-images-idx3-ubyte"
 SIDE, BORDER = 28, 2  # pixels of an image in the file, and of its margin as the models see it
 MAGIC = 2051  # first number of an IDX file of unsigned bytes with three dimensions
 HEADER = 16  # bytes: the magic number, and the number of images, rows and columns
+FASHION = (
+    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
+
+
+def is_fashion(labels: Mapping[int, str], shape: Sequence[int]) -> bool:
+    """Say whether a model with these class names makes Fashion-MNIST's images; `shape` is (C, H, W) of one image."""
+    return tuple(shape) == (1, 32, 32) and dict(labels) == dict(enumerate(FASHION))
 
 
 def read_test_images(path: Path) -> Tensor:

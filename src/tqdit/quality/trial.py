@@ -3,12 +3,15 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
+from tqdit.architectures import registry
 from tqdit.calibration.trajectories import InBfloat16
 from tqdit.errors import InputError
 from tqdit.imaging import images
 from tqdit.imaging.images import Images
+from tqdit.quality import fashion, features
 from tqdit.quality.equivalence import BLOCKS, Drawn, Verdict, Yardstick, verdicts
 from tqdit.stages import Report, silent
 
@@ -67,3 +70,17 @@ class Trial:
         """
         drawn = {name: self.with_features(found) for name, found in quantized.items()}
         return verdicts(drawn, self.yardstick(model, pixels, report))
+
+
+def fashion_trial(wanted: Images, device: torch.device) -> Trial:
+    """Return the test of these images with the bundled classifier's features; the other seed is the next one.
+
+    Raises `InputError` for a model that does not make Fashion-MNIST's classes, and as `Trial` does.
+    """
+    source = wanted.source
+    if not fashion.is_fashion(source.labels, registry.sample(source.config).shape):
+        raise InputError(f"the equivalence test needs a model of Fashion-MNIST, '{source.name}' is none")
+    device = device if device.type == "cuda" else torch.device("cpu")  # others may have no float64
+    classifier = features.load_fashion_classifier(device)
+    real, other = fashion.load_real_features().to(device), (wanted.seed + 1) % 2**31
+    return Trial(wanted, other, lambda pixels: features.image_features(pixels, classifier), real)
