@@ -36,6 +36,10 @@ def compare(
     seed: Seed = 0,
     dtype: Dtype = "float32",
     cost: Annotated[bool, typer.Option("--cost/--no-cost", help="also time calls and measure memory")] = True,
+    equivalence: Annotated[
+        bool,
+        typer.Option("--equivalence", help="also test whether images can be told from float ones (-n 20, 40, ...)"),
+    ] = False,
     json_file: JsonFile = None,
     device: Device = "auto",
     quiet: Quiet = False,
@@ -53,7 +57,7 @@ def compare(
     with distributed.joined(device) as world, progress(quiet or not world.first) as report:
         result = comparison.compare(
             reference, list(quantized), num, sampling, samples, seed,
-            report=report, device=world.device, dtype=dtype, cost=cost, conditions=conditions,
+            report=report, device=world.device, dtype=dtype, cost=cost, conditions=conditions, equivalence=equivalence,
         )  # fmt: skip
     if not world.first:
         return

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from tqdit.quality.comparison import Comparison
+    from tqdit.quality.equivalence import Verdict
     from tqdit.speed.benchmark import Benchmark, TimedModel
 
 WIDTH = 80  # columns of an output that is not a terminal
@@ -54,6 +55,7 @@ def _notes(result: "Comparison") -> list[str]:
             f"FD-fashion of {s['num']} images is biased upwards: read it against the float model's own "
             f"{_cell(first.fd_fashion, 1)}, or draw more (-n 2000)."
         )
+    notes += [_verdict(row.name, row.verdict) for row in result.models if row.verdict]
     notes.append(f"of file: the {first.file_dtype} weights that were quantized.")
     if "call_batch" in s:
         notes.append(
@@ -61,6 +63,17 @@ def _notes(result: "Comparison") -> list[str]:
             "float32; `tqdit bench` has compiled baselines. peak MB: memory during a call, in a process of its own."
         )
     return notes
+
+
+def _verdict(name: str, verdict: "Verdict") -> str:
+    """Return a sentence that says how the equivalence test of a model ended."""
+    kid, error = verdict.kid, verdict.log_error
+    return (
+        f"{name}: {'equivalent' if verdict.equivalent else 'equivalence not shown'} (KID {kid.lower:+.2g} to "
+        f"{kid.upper:+.2g} of the float model's, margin {verdict.margin:.2g}); closer to float32 than bfloat16: "
+        f"{'yes' if verdict.closer_than_bf16 else 'not shown'} (log squared error {error.lower:+.2f} to "
+        f"{error.upper:+.2f} of bfloat16's)."
+    )
 
 
 def print_benchmark(result: "Benchmark", every_site: bool = False) -> None:

@@ -19,9 +19,11 @@ from tqdit.errors import InputError
 from tqdit.imaging import images
 from tqdit.imaging.images import Images
 from tqdit.imaging.request import chosen_classes
-from tqdit.quality import features, fidelity, metrics
+from tqdit.quality import fashion, features, fidelity, metrics
 from tqdit.quality.artifacts import ComparedArtifact, load_artifact
+from tqdit.quality.equivalence import Verdict
 from tqdit.quality.fidelity import EpsilonFidelity
+from tqdit.quality.trial import Trial, fashion_trial
 from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
 from tqdit.runtime.target import Device, Dtype, Target
@@ -42,9 +44,6 @@ from tqdit.system.isolation import isolated
 
 HELD_OUT_SEED = 20_000  # far from calibration's seeds, so noise and states differ
 STATE_GROUPS = 10  # ranges of timesteps that held-out states are drawn from
-FASHION = (
-    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,7 @@ class ModelRow:
     file_bytes: int | None = None
     file_dtype: str | None = None
     cost: Cost | None = None
+    verdict: Verdict | None = None
 
     @property
     def disk_bytes(self) -> int:
@@ -99,6 +99,7 @@ class ModelRow:
             "speedup_over_float32_eager": self.cost.speedup if self.cost else None,
             "peak_bytes": self.cost.peak_bytes if self.cost else None,
             "resident_bytes": self.cost.resident_bytes if self.cost else None,
+            "verdict": self.verdict.figures() if self.verdict else None,
         }
 
 
@@ -145,6 +146,7 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     dtype: Dtype = "float32",
     cost: bool = True,
     conditions: Conditions | str | Path | None = None,
+    equivalence: bool = False,
 ) -> Comparison:
     """Compare artifacts with their float model: epsilon SQNR, PSNR of same-seed images, FD-fashion, size, time, memory.
 
@@ -153,7 +155,9 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     the states are the same whatever is compared. `conditions`: the prompts of a model of prompts; by default the
     model's own classes. `dtype`: float32 or bfloat16, the dtype of the integer models' residual stream. `cost`: also
     time calls next to the float model's in eager float32, and measure memory in a process for each model; not where
-    several processes share the machine.
+    several processes share the machine. `equivalence`: also give every artifact a `Verdict`, for a model of
+    Fashion-MNIST; `num` must then be a multiple of 20, and the float model is drawn twice more, in bf16 and with the
+    next seed.
 
     FD-fashion is None where the bundled classifier does not fit. It is biased upwards for few images: compare it only
     within one table. Inside `distributed.joined` the ranks share images and states, and each returns the whole
@@ -167,6 +171,7 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     source, conditions = resolve(reference), read_conditions(conditions)
     asked = suitable(source.config, conditions)
     wanted = Images(source, chosen_classes(source, asked), num, sampling, seed, conditions=conditions)
+    trial = fashion_trial(wanted, target.device) if equivalence else None
     model = load_float(source).to(target.device)
     digest = weights_hash(model)
     paths = [quantized] if isinstance(quantized, str | Path) else quantized
@@ -177,6 +182,8 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     data = held_out(source, model, groups, samples, (HELD_OUT_SEED + seed) % 2**31, report, asked)
     groups = data.time_groups.num_groups
     first, rows = _measured(model, found, wanted, data, calls if measures else None, report, target)
+    if trial:
+        rows = _with_verdicts(trial, model, first, rows, report)
     del model
     if measures:
         first, rows = calls.with_memory(first, rows, found, report)
@@ -219,8 +226,17 @@ def held_out(
 
 def fd_fashion(source: ModelSource, pixels: torch.Tensor) -> float | None:
     """Return FD-fashion of the images where the model makes Fashion-MNIST's classes, 1 x 32 x 32, else None."""
-    fits = tuple(pixels.shape[1:]) == (1, 32, 32) and dict(source.labels) == dict(enumerate(FASHION))
+    fits = fashion.is_fashion(source.labels, pixels.shape[1:])
     return features.fd_fashion(pixels) if fits and len(pixels) > 1 and bool(torch.isfinite(pixels).all()) else None
+
+
+def _with_verdicts(
+    trial: Trial, model: nn.Module, first: ModelRow, rows: Sequence[ModelRow], report: Report
+) -> list[ModelRow]:
+    """Return the rows with the verdict of each; two artifacts may have the same name."""
+    drawn = {f"{number}: {row.name}": row.images for number, row in enumerate(rows)}
+    found = trial.judge(model, first.images, drawn, report)
+    return [replace(row, verdict=verdict) for row, verdict in zip(rows, found.values(), strict=True)]
 
 
 def _pixels(wanted: Images, module: nn.Module, name: str, report: Report) -> torch.Tensor:

@@ -99,6 +99,11 @@ def _classify(images: Tensor, classifier: FashionClassifier, batch: int) -> tupl
         return features, classifier.head(features)
 
 
+def image_features(images: Tensor, classifier: FashionClassifier, batch: int = 500) -> Tensor:
+    """Return the classifier's features [N, 128] of images [N, 1, 32, 32], on the classifier's device."""
+    return _classify(images, classifier, batch)[0]
+
+
 def feature_statistics(images: Tensor, classifier: FashionClassifier, batch: int = 500) -> tuple[Tensor, Tensor]:
     """Return the float64 mean [128] and unbiased covariance [128, 128] of the images' features, on the CPU."""
     if len(images) < 2:
