@@ -73,6 +73,7 @@ class Bench:
 def main() -> None:
     """Run the command line."""
     args = arguments()
+    torch.backends.cudnn.allow_tf32 = False  # features as on a CPU
     quick = QUICK if args.quick else {}
     prepared = workflow.prepare(args.model / "dit", Recipe("plus", **quick), device=args.device)
     bench, training = made(args, prepared), read_json(args.model / "training.json")
@@ -109,9 +110,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=Path("build/colour"), help="what train_colour_dit.py wrote")
     parser.add_argument("--presets", nargs="+", default=PRESETS)
     parser.add_argument("--bits", nargs="+", default=BITS)
-    parser.add_argument("--num", type=int, default=1000, help="images of every model")
+    parser.add_argument("--num", type=int, default=512, help="images of every model")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps of an image")
-    parser.add_argument("--batch", type=int, default=125)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="a small calibration without a search: a rehearsal")
     return parser.parse_args()
