@@ -177,7 +177,7 @@ def main() -> None:
     if args.steps != 0:
         loss, data = loss_of("diffusion", NULL_CLASS, train.device), (train, train_labels)
         model, taken = train_dit(MODEL, BUNDLED, loss, data, args.steps, 60 * args.minutes)
-        report["training"] = {"batch": BUNDLED.batch, **taken}
+        report["training"] = {"batch": BUNDLED.batch, "steps": taken["steps"], "seconds": taken["seconds"]}
         save_dit(model, folder, NAMES)
     # What is measured is the model as saved, in float32 with TF32 products where the GPU has them.
     torch.set_float32_matmul_precision("high")

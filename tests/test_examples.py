@@ -40,7 +40,7 @@ def imported(name: str) -> ModuleType:
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The training example."""
-    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
     return imported("train_fashion_dit")
 
 
