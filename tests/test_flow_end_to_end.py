@@ -24,6 +24,7 @@ STEPS = Sampling(steps=4)
 
 def train(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model that the training example makes of a few random images."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))  # its neighbours
     spec = importlib.util.spec_from_file_location("train_fashion_dit", SCRIPT)
     assert spec is not None
     assert spec.loader is not None

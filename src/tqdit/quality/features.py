@@ -37,20 +37,21 @@ class ResidualBlock(nn.Module):
 
 
 class FashionClassifier(nn.Module):
-    """A classifier of images [N, 1, 32, 32] in [-1, 1] into Fashion-MNIST's ten classes."""
+    """A classifier of images [N, channels, 32, 32] in [-1, 1]; by default into Fashion-MNIST's ten classes."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 1, classes: int = 10) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+        self.channels = channels
+        self.stem = nn.Sequential(nn.Conv2d(channels, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
         self.blocks = nn.Sequential(ResidualBlock(32, 32, 1), ResidualBlock(32, 64, 2), ResidualBlock(64, FEATURES, 2))
-        self.head = nn.Linear(FEATURES, 10)
+        self.head = nn.Linear(FEATURES, classes)
 
     def features(self, x: Tensor) -> Tensor:
         """Return the penultimate features [N, 128]: the last block's channels averaged over the image."""
         return self.blocks(self.stem(x)).mean(dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits [N, 10]."""
+        """Return the logits [N, classes]."""
         return self.head(self.features(x))
 
 
@@ -65,13 +66,16 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def load_fashion_classifier(device: torch.device | str = "cpu", path: Path = CLASSIFIER_FILE) -> FashionClassifier:
-    """Return the shipped classifier in float32 and evaluation mode.
+    """Return the shipped classifier, or that of `path`, in float32 and evaluation mode.
 
-    Raises `ValueError` when the file does not hold one.
+    The file's tensors say how many channels and classes there are. Raises `ValueError` when the file does not hold one.
     """
-    model = FashionClassifier()
+    tensors = _read(path)
+    shapes = tensors.get("stem.0.weight", torch.empty(32, 1)).shape, tensors.get("head.bias", torch.empty(10)).shape
+    sizes = {"channels": shapes[0][1], "classes": shapes[1][0]} if len(shapes[0]) == 4 and len(shapes[1]) == 1 else {}
+    model = FashionClassifier(**sizes)
     try:
-        model.load_state_dict(_read(path))
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(f"{path} does not hold a fashion classifier: {error}") from error
     if not all(value.isfinite().all() for value in model.state_dict().values()):
@@ -90,9 +94,9 @@ def load_real_statistics(path: Path = STATISTICS_FILE) -> tuple[Tensor, Tensor]:
 
 
 def _classify(images: Tensor, classifier: FashionClassifier, batch: int) -> tuple[Tensor, Tensor]:
-    """Return features [N, 128] and logits [N, 10]."""
-    if images.ndim != 4 or images.shape[1:] != (1, 32, 32):
-        raise ValueError(f"images must have shape [N, 1, 32, 32], not {list(images.shape)}")
+    """Return features [N, 128] and logits [N, classes]."""
+    if images.ndim != 4 or images.shape[1:] != (classifier.channels, 32, 32):
+        raise ValueError(f"images must have shape [N, {classifier.channels}, 32, 32], not {list(images.shape)}")
     device = classifier.head.weight.device
     with torch.inference_mode():
         features = torch.cat([classifier.features(part.to(device).float()) for part in images.split(batch)])
@@ -135,7 +139,7 @@ def fd_fashion(images: Tensor) -> float:
 
 
 def class_agreement(images: Tensor, labels: Tensor, classifier: FashionClassifier | None = None) -> float:
-    """Return the fraction of images that the classifier assigns to `labels` [N], 0 to 9.
+    """Return the fraction of images that the classifier assigns to `labels` [N].
 
     The default is the shipped classifier.
     """
