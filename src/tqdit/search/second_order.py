@@ -104,22 +104,22 @@ def scaled_codes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a scale per row (out,), among multiples of the min-max scale max|w| / qmax, and codes as `round_weights`.
 
-    `factors` (K,) are the multiples; the min-max scale competes with them. Three measures of the errors of rounding to
-    nearest propose one multiple each: plain squared error; weighted by the diagonal of H; weighted by R_jj^2, which is
-    what an error of column j costs when later columns make up for it. The proposal with the least e H e^T after
-    second-order rounding is chosen, for each row. The error e H e^T of the nearest codes is not a measure, because it
-    pays for products of columns that second-order rounding removes: on the bundled model's weights of 4 bits its
-    choices are worse after that rounding than those of plain squared error. Raises `InputError` as `round_weights`.
+    `factors` (K,) are the multiples; the min-max scale competes with them. Two measures of the errors of rounding to
+    nearest propose one multiple each: plain squared error, and squared error weighted by the diagonal of H. The
+    proposal with the smaller e H e^T after second-order rounding is chosen, for each row. The error e H e^T of the
+    nearest codes is not a measure, because it pays for products of columns that second-order rounding removes. A
+    choice among all multiples fits the recorded inputs better, but predicts the bundled model's held-out states no
+    better. Raises `InputError` as `round_weights`.
     """
     _check_finite(weight, site)
     factor = _Factor.of(hessian, act_order, damping, site)
     base = uniform.minmax_symmetric(weight.abs().amax(1), bits, site)
     tables = torch.stack([base, *(uniform.multiples(base, multiple) for multiple in factors.to(base))])
     diagonal = hessian.diagonal()
-    measures = torch.stack([torch.ones_like(diagonal), diagonal, factor.conditional], 1)
+    measures = torch.stack([torch.ones_like(diagonal), diagonal], 1)
     errors = [_error(weight, table, _nearest(weight, table, bits)).square_() @ measures for table in tables]
-    proposals = tables.gather(0, torch.stack(errors).argmin(0).t())  # (3, out)
-    # All proposals in one pass: the number of steps is that of the columns.
+    proposals = tables.gather(0, torch.stack(errors).argmin(0).t())  # (2, out)
+    # Both proposals in one pass: the number of steps is that of the columns.
     codes, losses = factor.codes(weight.repeat(len(proposals), 1), proposals.flatten(), bits)
     best = losses.reshape(proposals.shape).argmin(0)
     row = torch.arange(len(weight), device=weight.device)
@@ -145,13 +145,11 @@ class _Factor:
     """A Hessian H with its factor R: the damped H, in the order of rounding, is R R^T with R upper triangular.
 
     order (in,): the columns, first to last. feedback (in, in): R_ij / R_jj for i < j, else 0, in that order.
-    conditional (in,): R_jj^2 of each column of the layer.
     """
 
     hessian: torch.Tensor
     order: torch.Tensor
     feedback: torch.Tensor
-    conditional: torch.Tensor
 
     @classmethod
     def of(cls, hessian: torch.Tensor, act_order: bool, damping: float, site: str) -> "_Factor":
@@ -168,9 +166,7 @@ class _Factor:
         if int(failed):
             raise InputError(f"site '{site}': the Hessian of the inputs is singular, damping must exceed {damping:g}")
         upper = lower.flip(0, 1)
-        conditional = torch.empty_like(diagonal)
-        conditional[order] = upper.diagonal().square()
-        return cls(hessian, order, (upper / upper.diagonal()).triu_(1), conditional)
+        return cls(hessian, order, (upper / upper.diagonal()).triu_(1))
 
     def codes(
         self, weight: torch.Tensor, scale: torch.Tensor, bits: int, block: int = 128
