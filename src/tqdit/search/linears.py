@@ -21,7 +21,7 @@ from tqdit.search.operands import Operand
 from tqdit.spec import MAX_BITS, SiteSpec
 
 BALANCING = (0.0, 0.25, 0.5, 0.75, 1.0)  # powers of the channels' largest magnitudes that are tried as factors
-SHARES = torch.linspace(1.0, 0.4, 25)  # of a channel's largest weight, as its largest code
+SHARES = torch.linspace(1.0, 0.4, 13)  # of a channel's largest weight, as its largest code
 
 
 @dataclass(frozen=True)
@@ -84,16 +84,16 @@ class _Attempt:
         specs = [replace(spec, bits=MAX_BITS) for spec in self.problem.specs]
         fine = operands.weight(specs, list(self.w.values.split([len(w) for w in self.problem.weights])))
         self.x = best_first(self.objective, self.x, fine, self.recipe)
-        scale = second_order.best_scale(self.w.values, self.hessian, self.w.spec.bits, SHARES)
-        codes = uniform.quantize(self.w.values, scale[:, None], 0, self.w.spec.bits)
-        return float(self.objective.loss(self.x.fake(), codes.float() * scale[:, None]).sum())
+        codes = uniform.quantize(self.w.values, self.w.scale[0, self.w.unit][:, None], 0, self.w.spec.bits)
+        nearest = codes.float() * self.w.scale[0, self.w.unit][:, None]
+        return float(self.objective.loss(self.x.fake(), nearest).sum())
 
     @property
     def hessian(self) -> torch.Tensor:
         """Return the mixed Hessian of the inputs as the layers read them, fp64 (in, in)."""
         weights = self.problem.error_weights
         rows = None if weights is None else weights.mean(1)
-        return second_order.hessian(self.x.fake(), rows, self.recipe.mix)
+        return second_order.hessian(self.x.fake(), rows, self.recipe.mix, site=self.x.spec.name)
 
     def solution(self) -> LinearSolution:
         """Return the chosen parameters, and the codes of the weights."""
@@ -103,11 +103,12 @@ class _Attempt:
             return LinearSolution(
                 self.x, self.channels, self.w.scale[0], uniform.quantize(values, by_row[:, None], 0, bits)
             )
-        hessian = self.hessian
-        scale = self.w.scale[0]
-        if len(scale) == len(values):
-            scale = second_order.best_scale(values, hessian, bits, SHARES)
-        codes = second_order.round_weights(values, scale[self.w.unit], hessian, bits)
+        site = self.problem.specs[0].name
+        if len(self.w.scale[0]) == len(values):
+            scale, codes = second_order.scaled_codes(values, self.hessian, bits, SHARES, site=site)
+        else:
+            scale = self.w.scale[0]
+            codes = second_order.round_weights(values, scale[self.w.unit], self.hessian, bits, site=site)
         return LinearSolution(self.x, self.channels, scale, codes)
 
 

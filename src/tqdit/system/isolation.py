@@ -13,6 +13,7 @@ import torch
 from torch.backends import cuda
 
 AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")
+CUDNN: Any = torch.backends.cudnn
 MKLDNN: Any = torch.backends.mkldnn  # a module whose class torch replaces: its attributes have no types
 
 
@@ -21,7 +22,7 @@ def isolated() -> Iterator[None]:
     """Enter a fresh process's state of torch, and return to the caller's state at the end, after errors too.
 
     Inside: float32 is the default dtype and the CPU the default device; there is no autocast and no inference mode;
-    gradients are on; fp32 products are exact to fp32; deterministic algorithms are not asked for; attention may take
+    gradients are on; fp32 products and convolutions are exact to fp32; deterministic algorithms are not asked for; attention may take
     any kernel. The number of threads stays. The global random generators are left alone: nothing in tqdit draws from
     them, and other threads may draw meanwhile.
 
@@ -120,11 +121,32 @@ def _set_precision(setting: tuple[str, str, str]) -> None:
     cuda.matmul.fp32_precision, MKLDNN.matmul.fp32_precision = setting[1:]
 
 
-# Each row: the function that reads a setting, the one that sets it, and its value in a fresh process.
+def _convolutions() -> tuple[bool | None, str, str]:
+    """Return whether cuDNN may take TF32 for fp32 by the old setting, and its precisions by the new ones.
+
+    The old setting is None where the new ones contradict it.
+    """
+    try:
+        old = CUDNN.allow_tf32
+    except RuntimeError:
+        old = None
+    return old, CUDNN.conv.fp32_precision, CUDNN.rnn.fp32_precision
+
+
+def _set_convolutions(setting: tuple[bool | None, str, str]) -> None:
+    """Set the precision of cuDNN's convolutions; the old setting, where there is one, sets the new ones too."""
+    if setting[0] is None:
+        CUDNN.conv.fp32_precision, CUDNN.rnn.fp32_precision = setting[1:]
+    else:
+        CUDNN.allow_tf32 = setting[0]
+
+
+# Each row: the function that reads a setting, the one that sets it, and its value inside: a fresh process's, but for convolutions.
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any], Any], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
     (_determinism, _set_determinism, (False, False)),
     (_precision, _set_precision, ("highest", "none", "none")),
+    (_convolutions, _set_convolutions, (False, "none", "none")),
     (cuda.flash_sdp_enabled, cuda.enable_flash_sdp, True),
     (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp, True),
     (cuda.math_sdp_enabled, cuda.enable_math_sdp, True),
