@@ -22,9 +22,9 @@ def isolated() -> Iterator[None]:
     """Enter a fresh process's state of torch, and return to the caller's state at the end, after errors too.
 
     Inside: float32 is the default dtype and the CPU the default device; there is no autocast and no inference mode;
-    gradients are on; fp32 products and convolutions are exact to fp32; deterministic algorithms are not asked for; attention may take
-    any kernel. The number of threads stays. The global random generators are left alone: nothing in tqdit draws from
-    them, and other threads may draw meanwhile.
+    gradients are on; fp32 products and convolutions are exact to fp32; deterministic algorithms are not asked for;
+    attention may take any kernel. The number of threads stays. The global random generators are left alone: nothing in
+    tqdit draws from them, and other threads may draw meanwhile.
 
     Use it as `with isolated():` or as the decorator `@isolated()` of a function, but not of a generator, whose body
     would run outside. Several threads may be inside at a time: each entry sets what a process has once, and the last
@@ -141,7 +141,8 @@ def _set_convolutions(setting: tuple[bool | None, str, str]) -> None:
         CUDNN.allow_tf32 = setting[0]
 
 
-# Each row: the function that reads a setting, the one that sets it, and its value inside: a fresh process's, but for convolutions.
+# Each row: the function that reads a setting, the one that sets it, and its value inside. That is a fresh process's, but
+# for convolutions, which a fresh process computes in TF32.
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any], Any], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
     (_determinism, _set_determinism, (False, False)),
