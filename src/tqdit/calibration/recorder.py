@@ -33,6 +33,7 @@ from tqdit.system.parcels import copied
 PROBE_STREAM = 500_000  # first noise stream of the probes, far from the streams of images and of trajectories
 MAXIMA_PER_HEAD = 16
 LARGEST_BATCH = 8
+PER_STATE = ("group", "step_weight", "image_weight")  # what a record says of the state of each row
 # What the activations that one backward pass needs, and what is picked of it, may take. On a GPU few samples wait for
 # launches.
 PASS_BYTES = {"cuda": 8 << 30, "cpu": 4 << 30}
@@ -78,9 +79,14 @@ def record(
 
     owners = enumerate(structure.blocks)
     solvers = {name: world.owner(index) for index, block in owners for name in recorded(block)}
-    with taps.attached(model, structure.blocks), torch.set_grad_enabled(recipe.hessian):
+    with taps.attached(model, structure.blocks), torch.set_grad_enabled(differentiates(recipe)):
         parts = keep.together(finished(), names, lambda key: solvers.get(key.rpartition("/")[0]))
     return Records.from_parts(world.share(structure.blocks), parts, data.t, device)
+
+
+def differentiates(recipe: Recipe) -> bool:
+    """Say whether the records of a recipe have Fisher weights, which take a backward pass; else all weights are 1."""
+    return recipe.hessian not in (False, "none")
 
 
 def batch_size(structure: Graph, picker: Picker, device: torch.device) -> int:
@@ -163,15 +169,16 @@ class _Pass:
         self.data, self.recipe, self.members, self.device = data, recipe, members, device
         self.groups = data.time_groups.num_groups
         self.slice = slice(members.start, members.stop)
-        self.group, self.step_weight = (
-            x[self.slice].repeat(picker.halves).to(device) for x in (data.group, data.step_weight)
-        )
+        self.per_state = {
+            field: getattr(data, field)[self.slice].repeat(picker.halves).to(device) for field in PER_STATE
+        }
+        self.group = self.per_state["group"]
         tables = {True: picker.rows, False: picker.context_rows}
         self.rows = {timed: picker.flat(table, self.slice).to(device) for timed, table in tables.items()}
         self.first = torch.arange(len(self.group), device=device)[:, None]
         self.kept = picker.flat(picker.attention, self.slice).nonzero()[:, 0].to(device)
         self.queries = picker.flat(picker.queries, self.slice).to(device)[self.kept][:, None, :, None]
-        self.probes = Probes(recipe.probes)
+        self.probes, self.differentiates = Probes(recipe.probes), differentiates(recipe)
         self.found: dict[str, torch.Tensor] = {}
         self.maxima: list[torch.Tensor] = []
         self.finite: dict[str, torch.Tensor] = {}  # site -> which samples had only finite values
@@ -180,14 +187,14 @@ class _Pass:
     def run(self, model: nn.Module, taps: Taps) -> dict[str, torch.Tensor]:
         """Return the values that `Records` joins, by "<site or attention>/<field>", on the CPU; and the maxima."""
         x = self.data.x[self.slice].to(self.device)
-        x.requires_grad_(self.recipe.hessian)
+        x.requires_grad_(self.differentiates)
         with taps.sending_to(self):
             conditions = self.data.conditions or registry.conditions(config_of(model))
             inputs = arguments(conditions, self.data.labels[self.slice].to(self.device), self.recipe.guidance)
             eps = predict(model, x, self.data.t[self.slice].to(self.device), *inputs, self.recipe.guidance)
             eps = eps[:, : x.shape[1]]
         self._check_finite()
-        if self.recipe.hessian:
+        if self.differentiates:
             self.probes.run(eps, x, self._noise(eps))
         for key, names in self.outputs.items():
             self.found[key] = torch.cat([self.probes.means[name] for name in names], dim=-1)
@@ -206,8 +213,8 @@ class _Pass:
         group = self._add_range(linear.source, x, kept_keys(bias))
         each = self.rows[timed].shape[1]
         self.found[f"{name}/x"] = self._at_rows(x, timed)
-        self.found[f"{name}/group"] = group.repeat_interleave(each)
-        self.found[f"{name}/step_weight"] = self.step_weight.repeat_interleave(each)
+        for field, value in {**self.per_state, "group": group}.items():
+            self.found[f"{name}/{field}"] = value.repeat_interleave(each)
 
     def linear_output(self, linear: Linear, module: str, z: torch.Tensor) -> None:
         self._watch(f"{linear.source.name}/fisher", module, z, partial(self._at_rows, timed=linear.source.timed))
@@ -223,7 +230,7 @@ class _Pass:
             return
         name = attention.module
         self.found[f"{name}/q"] = self._at_queries(computed.query)
-        fields = {"k": computed.key, "v": computed.value, "group": self.group, "step_weight": self.step_weight}
+        fields = {"k": computed.key, "v": computed.value, **self.per_state}
         for field, x in (fields if computed.bias is None else {**fields, "bias": computed.bias}).items():
             self.found[f"{name}/{field}"] = x[self.kept]
         self._watch(f"{name}/fisher_scores", f"{name}.scores", computed.scores, self._at_queries)
@@ -231,7 +238,7 @@ class _Pass:
 
     def _watch(self, key: str, name: str, z: torch.Tensor, pick: Pick) -> None:
         self.outputs.setdefault(key, []).append(name)
-        if self.recipe.hessian:
+        if self.differentiates:
             self.probes.watch(name, z, pick)
         else:
             self.probes.means[name] = torch.ones_like(pick(z))
