@@ -10,10 +10,11 @@ squared error, times a weight:
 
     plain    all states alike
     sampler  how far the error moves the sampler's next state
-    image    how far the error moves the image, by `tqdit.calibration.sensitivity`
+    white    how far white errors of the output at t move the image, by `tqdit.calibration.sensitivity`
+    image    the same of errors that arise in the model's layers
 
 Figures: Spearman's rank correlation of each loss, negated, with the PSNR: 1 is the same order. `predicted_psnr_db` is
-the PSNR that the image's sensitivity gives if errors are white, independent from step to step, and small.
+the PSNR by the loss `image`, for errors that are small and independent from step to step.
 """
 
 import argparse
@@ -48,7 +49,7 @@ from tqdit.system.files import write_text
 GROUPS = 10
 BATCH = 8
 RANGES = ((0.0, 1.0), (0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))  # of the timesteps, 1 being noise
-LOSSES = ("plain", "sampler", "image")
+LOSSES = ("plain", "sampler", "white", "image")
 
 
 def main() -> None:
@@ -76,12 +77,15 @@ def compared(args: argparse.Namespace) -> dict[str, Any]:
     model = load_float(source).requires_grad_(False).to(args.device)
     sampling = resolved(Sampling(steps=args.steps, guidance=args.guidance), source.scheduler)
     start = time.perf_counter()
-    measured = measure(model, source.scheduler, sampling, samples=args.probes, seed=HELD_OUT_SEED)
+    given: dict[str, Any] = {"samples": args.probes, "seed": HELD_OUT_SEED}
+    measured = measure(model, source.scheduler, sampling, **given)
     seconds = {"sensitivity": time.perf_counter() - start}
+    white = measure(model, source.scheduler, sampling, white=True, **given)
     data = held_out(source, model, GROUPS, args.states, HELD_OUT_SEED)
-    bench = Bench(source, model, data, measured, sampling, args.images)
-    by_group = {group: float(squared.mean()) for group, squared in bench.by_group().items()}
-    print("mean sensitivity by time group:", *(f"{mean:.3g}" for mean in by_group.values()), flush=True)
+    curves = {"white": white, "image": measured}
+    bench = Bench(source, model, data, curves, sampling, args.images)
+    for name, curve in curves.items():
+        print(f"{name}: mean sensitivity by time group:", *(f"{x:.3g}" for x in by_group(curve, data)), flush=True)
     rows: list[dict[str, Any]] = []
     variants = (rounded_variants(source, model, args.bits), artifact_variants(bench, args.artifacts))
     for name, module in itertools.chain(*variants):
@@ -94,7 +98,10 @@ def compared(args: argparse.Namespace) -> dict[str, Any]:
         "environment": environment(args.device),
         "settings": {"sampler": sampling.sampler} | {name: getattr(args, name) for name in shown},
         "seconds": seconds,
-        "sensitivity": {"t": measured.t.tolist(), "squared": measured.squared.tolist(), "by_group": by_group},
+        "sensitivity": {
+            name: {"t": curve.t.tolist(), "squared": curve.squared.tolist(), "by_group": by_group(curve, data)}
+            for name, curve in curves.items()
+        },
         "spearman": {loss: spearman([-row[loss] for row in rows], psnr) for loss in LOSSES},
         "variants": rows,
     }  # fmt: skip
@@ -104,32 +111,28 @@ class Bench:
     """A float model, its outputs and images, and what its variants are measured with."""
 
     def __init__(
-        self, source: ModelSource, model: nn.Module, data: CalibrationSet, measured: Sensitivity, sampling: Sampling,
+        self,
+        source: ModelSource,
+        model: nn.Module,
+        data: CalibrationSet,
+        curves: dict[str, Sensitivity],
+        sampling: Sampling,
         num: int,
-    ) -> None:  # fmt: skip
-        """`num`: images of each model; `measured`: the sensitivity for the steps of `sampling`."""
-        self.source, self.model, self.data, self.measured, self.sampling = source, model, data, measured, sampling
+    ) -> None:
+        """`num`: images of each model; `curves`: sensitivities for the steps of `sampling`, by the name of a loss."""
+        self.source, self.model, self.data, self.sampling = source, model, data, sampling
         self.conditions, self.num = conditions(config_of(model)), num
-        image = measured.weights(data.t, data.time_groups)
-        self.weights = {"plain": torch.ones(len(data)), "sampler": data.step_weight, "image": image}
+        measured = {name: curve.contributions(data.t, data.time_groups) for name, curve in curves.items()}
+        self.weights = {"plain": torch.ones(len(data)), "sampler": data.step_weight, **measured}
         self.output, self.pixels = self._output(model), self._pixels(model)
 
     def figures(self, module: nn.Module) -> dict[str, float]:
         """Return the PSNR of a variant, what the sensitivity predicts of it, and each loss."""
         error = (self._output(module) - self.output).double().square().flatten(1).mean(1)
-        predicted = sum(
-            float(error[self.data.group == g].mean() * squared.sum()) for g, squared in self.by_group().items()
-        )
-        return {
-            "psnr_db": metrics.psnr_db(self.pixels, self._pixels(module)),
-            "predicted_psnr_db": 10 * math.log10(4 / max(predicted, 1e-20)),
-            **{name: float((error * weight).mean()) for name, weight in self.weights.items()},
-        }
-
-    def by_group(self) -> dict[int, torch.Tensor]:
-        """Return the squared sensitivity of the steps in each time group that the sampler visits."""
-        group = self.data.time_groups.index(self.measured.t)
-        return {g: self.measured.squared[group == g] for g in sorted(set(group.tolist()))}
+        losses = {name: float((error * weight).mean()) for name, weight in self.weights.items()}
+        predicted = max(losses["image"] * len(error), 1e-20)
+        psnr = metrics.psnr_db(self.pixels, self._pixels(module))
+        return {"psnr_db": psnr, "predicted_psnr_db": 10 * math.log10(4 / predicted), **losses}
 
     def _output(self, module: nn.Module) -> torch.Tensor:
         """Return the guided output at every state, (S, C, H, W) on the CPU."""
@@ -214,6 +217,12 @@ def artifact_variants(bench: Bench, artifacts: list[str]) -> Iterator[tuple[str,
     for path in artifacts:
         entry = load_artifact(path, bench.source, digest)
         yield entry.name, convert(entry.solution, device=_device(bench.model))
+
+
+def by_group(curve: Sensitivity, data: CalibrationSet) -> list[float]:
+    """Return the mean squared sensitivity of the steps in each time group that the sampler visits."""
+    group = data.time_groups.index(curve.t)
+    return [float(curve.squared[group == g].mean()) for g in sorted(set(group.tolist()))]
 
 
 def spearman(first: list[float], second: list[float]) -> float | None:

@@ -66,11 +66,11 @@ def test_a_run_writes_correlations_and_what_they_are_of(script, pipeline, monkey
     result = json.loads(out.read_text())
     rows = {row["variant"]: row for row in result["variants"]}
     assert len(rows) == len(result["variants"]) == 20
-    assert set(result["spearman"]) == {"plain", "sampler", "image"}
+    assert set(result["spearman"]) == {"plain", "sampler", "white", "image"}
     for loss, value in result["spearman"].items():
         assert -1 <= value <= 1
         assert rows["rounded_weights 3 bits t 0-1000"][loss] > rows["rounded_weights 5 bits t 0-1000"][loss] > 0
     assert rows["rounded_inputs 3 bits t 0-1000"]["psnr_db"] < rows["rounded_inputs 5 bits t 0-1000"]["psnr_db"]
-    assert len(result["sensitivity"]["by_group"]) == 10
+    assert len(result["sensitivity"]["image"]["by_group"]) == 10
     assert result["environment"]["torch"] == torch.__version__
     assert "mean sensitivity by time group" in capsys.readouterr().out

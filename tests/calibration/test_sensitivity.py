@@ -12,7 +12,7 @@ from torch import nn
 import tqdit
 from tqdit.calibration import sensitivity, trajectories
 from tqdit.calibration.recorder import record
-from tqdit.calibration.sensitivity import LEAST, Sensitivity, image_sampling, measure, squared_jacobians
+from tqdit.calibration.sensitivity import LEAST, Sensitivity, image_sampling, measure, moves
 from tqdit.calibration.store import WorkFolder
 from tqdit.calibration.trajectories import collect
 from tqdit.errors import InputError
@@ -79,7 +79,9 @@ def measured(model: nn.Module, process: Any, seeds: Sequence[int]) -> torch.Tens
     scheduler, sampling, _ = process
     labels = torch.full((len(seeds),), 1)
     given = (model, scheduler, sampling, labels, noise_generators(0, seeds), CLASSES, sample_of(process))
-    return squared_jacobians(*given)
+    image, output = moves(*given)
+    assert (output == 1).all()
+    return image
 
 
 def jacobian(model: nn.Module, process: Any, seed: int) -> torch.Tensor:
@@ -120,16 +122,79 @@ def test_finite_differences_agree(process: Any) -> None:
     assert torch.allclose(measured(model, process, seeds).mean(0), torch.stack(moves), rtol=0.15)
 
 
+@pytest.mark.parametrize("name", ["ddim", "ddpm, learned variance", "ddim, no guidance", "flow"])
+def test_noise_in_layers_moves_image_and_output_as_measured(name: str) -> None:
+    """Noise at the hidden layer and at the output of one step, the sampling continued without noise."""
+    process = PROCESSES[name]
+    model, seeds = Layers(process[2]), range(3000)
+    scheduler, sampling, _ = process
+    given = (torch.full((len(seeds),), 1), noise_generators(0, seeds), CLASSES, sample_of(process))
+    image, output = moves(model, scheduler, sampling, *given, layers=[model.first, model.last])
+    no_error, found = torch.zeros(len(seeds), sampling.steps, 1, 2, 2), []
+    model.outputs.clear()
+    exact = images(model, process, seeds, no_error)
+    for i in range(sampling.steps):
+        model.noisy, model.calls = i, -1
+        moved = (images(model, process, seeds, no_error) - exact).square().mean()
+        found.append(moved / own_error(model, process, seeds, i))
+        model.noisy = None
+    assert torch.allclose(image.mean(0) / output.mean(0), torch.stack(found), rtol=0.15)
+
+
+def own_error(model: nn.Module, process: Any, seeds: Sequence[int], step: int) -> torch.Tensor:
+    """The mean square by which noise at one step moves the guided output."""
+    clean, noisy = model.outputs[step], model.outputs[-process[1].steps + step]
+    halves = [x[:, :1] for x in (noisy - clean).split(len(seeds))]
+    guidance = process[1].guidance
+    error = halves[0] if len(halves) == 1 else halves[1] + guidance * (halves[0] - halves[1])
+    return error.square().mean()
+
+
+class Layers(nn.Module):
+    """A model of two linear layers that adds noise to their outputs at the step `noisy`, and keeps its outputs."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 4 * channels)
+        self.classes = nn.Parameter(torch.randn(4, 8))
+        self.noisy: int | None = None
+        self.calls, self.outputs = -1, list[torch.Tensor]()
+        self.requires_grad_(False)
+
+    def forward(
+        self, x: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor, return_dict: bool = False
+    ) -> tuple[torch.Tensor]:
+        self.calls += 1
+        hidden = self.noise(self.first(x.flatten(1) * (1 - timestep[:, None] / 2000)))
+        output = self.noise(self.last((hidden + self.classes[class_labels]).tanh())).reshape(len(x), -1, 2, 2)
+        self.outputs.append(output.detach())
+        return (output,)
+
+    def noise(self, z: torch.Tensor) -> torch.Tensor:
+        if self.noisy is None or self.calls != self.noisy:
+            return z
+        return z + 1e-2 * z.square().mean(1, keepdim=True).sqrt() * torch.randn_like(z)
+
+
 # The whole measurement ---------------------------------------------------------------------------------------------
 
 
 def test_few_runs_are_those_of_the_classes_with_their_own_noise(model, scheduler_config) -> None:
     found = measure(model, scheduler_config, Sampling("ddim", 5, 1.5), samples=3, seed=7)
     order = torch.randperm(10, generator=torch.Generator().manual_seed(7))[:3]
-    generators = noise_generators(7, range(sensitivity.SENSITIVITY_STREAM, sensitivity.SENSITIVITY_STREAM + 3))
-    given = (order, generators, ClassLabels(10), Sample((1, 8, 8), 2, 16))
-    expected = squared_jacobians(model, scheduler_config, Sampling("ddim", 5, 1.5), *given).mean(0)
-    assert torch.equal(found.squared, expected)
+    sampling, layers = Sampling("ddim", 5, 1.5), sensitivity._layers(model)
+    assert len(layers) == 2 * 6
+
+    def moved(**options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        generators = noise_generators(7, range(sensitivity.SENSITIVITY_STREAM, sensitivity.SENSITIVITY_STREAM + 3))
+        given = (order, generators, ClassLabels(10), Sample((1, 8, 8), 2, 16))
+        return moves(model, scheduler_config, sampling, *given, **options)
+
+    image, output = moved(layers=layers)
+    assert torch.equal(found.squared, image.mean(0) / output.mean(0))
+    white = measure(model, scheduler_config, sampling, samples=3, seed=7, white=True)
+    assert torch.equal(white.squared, moved()[0].mean(0))
     assert found.t.tolist() == [800, 600, 400, 200, 0]
     assert found.squared.dtype is torch.float32
 
@@ -144,16 +209,16 @@ def test_seed_decides_and_batch_changes_rounding_alone(model, scheduler_config, 
 
 
 def test_a_device_without_memory_for_a_batch_takes_smaller_ones(model, scheduler_config, monkeypatch) -> None:
-    given, original, sizes = (model, scheduler_config, Sampling("ddim", 4, 1.5)), squared_jacobians, []
+    given, original, sizes = (model, scheduler_config, Sampling("ddim", 4, 1.5)), moves, []
 
-    def small(*args: Any, **rest: Any) -> torch.Tensor:
+    def small(*args: Any, **rest: Any) -> Any:
         sizes.append(len(args[3]))
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError
         return original(*args, **rest)
 
     whole = measure(*given, samples=4).squared
-    monkeypatch.setattr(sensitivity, "squared_jacobians", small)
+    monkeypatch.setattr(sensitivity, "moves", small)
     assert torch.allclose(measure(*given, samples=4).squared, whole, rtol=1e-4)
     assert sizes == [4, 2, 2]
 
@@ -186,7 +251,7 @@ def test_finished_batches_are_not_measured_again(model, scheduler_config, tmp_pa
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
         "sensitivity-000000-000004.safetensors", "sensitivity-000004-000006.safetensors"
     ]  # fmt: skip
-    monkeypatch.setattr(sensitivity, "squared_jacobians", None)
+    monkeypatch.setattr(sensitivity, "moves", None)
     assert torch.equal(measure(*given, store=store).squared, first.squared)
 
 
@@ -247,6 +312,9 @@ def test_a_weighted_sum_over_states_is_the_sum_over_the_steps() -> None:
     expected = KNOWN.by_timestep(t) * torch.tensor([2, 1, 1 / 3, 1 / 3, 1 / 3, 1])
     assert torch.allclose(weights, expected / expected.max())
     assert weights.max() == 1.0
+    assert torch.allclose(KNOWN.contributions(t, groups), expected.double())
+    nothing = Sensitivity(KNOWN.t, torch.zeros(4)).weights(t, groups)
+    assert torch.allclose(nothing, torch.tensor([1, 1 / 2, 1 / 6, 1 / 6, 1 / 6, 1 / 2]))
 
 
 @pytest.mark.parametrize(("config", "total"), [(DIFFUSION, 50), ({**DIFFUSION, "num_train_timesteps": 20}, 20)])
