@@ -262,7 +262,7 @@ def test_a_pass_takes_what_its_budget_allows(device: str, shape: str, samples: i
 
 def test_picked_bytes_are_those_of_the_records(model, data, records, tiny_recipe) -> None:
     parts = [*records.linears.values(), *records.attentions.values()]
-    labels = ("group", "step_weight")
+    labels = ("group", "step_weight", "image_weight")
     held = sum(t.nbytes for part in parts for name, t in vars(part).items() if t is not None and name not in labels)
     assert picked_bytes(graph(config_of(model)), Picker(tiny_recipe(), len(data), 2, 16)) * len(data) == held
 

@@ -94,8 +94,8 @@ def toy_data(samples: int = 8) -> Any:
     x = torch.randn(samples, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     group = t * 4 // 1000
     labels, weight, groups = torch.arange(samples) % 2, torch.ones(samples), TimeGroups.uniform(0, 1000, 4)
-    fields = {"group": group, "step_weight": weight, "conditions": ClassLabels(2), "time_groups": groups}
-    return _Data(x=x, t=t, labels=labels, **fields)
+    weights = {"step_weight": weight, "image_weight": weight / 2}
+    return _Data(x=x, t=t, labels=labels, group=group, **weights, conditions=ClassLabels(2), time_groups=groups)
 
 
 class _Data(SimpleNamespace):

@@ -34,6 +34,7 @@ from tqdit.system.parcels import copied
 PROBE_STREAM = 500_000  # first noise stream of the probes, far from the streams of images and of trajectories
 MAXIMA_PER_HEAD = 16
 LARGEST_BATCH = 8
+PER_STATE = ("group", "step_weight", "image_weight")  # what a record says of the state of each row
 # What the activations that one backward pass needs, and what is picked of it, may take. On a GPU few samples wait for
 # launches.
 PASS_BYTES = {"cuda": 8 << 30, "cpu": 4 << 30}
@@ -164,9 +165,10 @@ class _Pass:
         self.data, self.recipe, self.members, self.device = data, recipe, members, device
         self.groups = data.time_groups.num_groups
         self.slice = slice(members.start, members.stop)
-        self.group, self.step_weight = (
-            x[self.slice].repeat(picker.halves).to(device) for x in (data.group, data.step_weight)
-        )
+        self.per_state = {
+            field: getattr(data, field)[self.slice].repeat(picker.halves).to(device) for field in PER_STATE
+        }
+        self.group = self.per_state["group"]
         tables = {True: picker.rows, False: picker.context_rows}
         self.rows = {timed: picker.flat(table, self.slice).to(device) for timed, table in tables.items()}
         self.first = torch.arange(len(self.group), device=device)[:, None]
@@ -209,8 +211,8 @@ class _Pass:
             self._add_channel_range(name, x)
         each = self.rows[timed].shape[1]
         self.found[f"{name}/x"] = self._at_rows(x, timed)
-        self.found[f"{name}/group"] = group.repeat_interleave(each)
-        self.found[f"{name}/step_weight"] = self.step_weight.repeat_interleave(each)
+        for field, value in {**self.per_state, "group": group}.items():
+            self.found[f"{name}/{field}"] = value.repeat_interleave(each)
 
     def linear_output(self, linear: Linear, module: str, z: torch.Tensor) -> None:
         self._watch(f"{linear.source.name}/fisher", module, z, partial(self._at_rows, timed=linear.source.timed))
@@ -226,7 +228,7 @@ class _Pass:
             return
         name = attention.module
         self.found[f"{name}/q"] = self._at_queries(computed.query)
-        fields = {"k": computed.key, "v": computed.value, "group": self.group, "step_weight": self.step_weight}
+        fields = {"k": computed.key, "v": computed.value, **self.per_state}
         for field, x in (fields if computed.bias is None else {**fields, "bias": computed.bias}).items():
             self.found[f"{name}/{field}"] = x[self.kept]
         self._watch(f"{name}/fisher_scores", f"{name}.scores", computed.scores, self._at_queries)

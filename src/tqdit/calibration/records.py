@@ -20,12 +20,13 @@ MAXIMA = "maxima"
 class LinearRecord:
     """The sampled rows of one linear input.
 
-    x (R, in), group and step_weight (R,), fisher (R, out) of its layers.
+    x (R, in), group, step_weight and image_weight (R,), fisher (R, out) of its layers.
     """
 
     x: torch.Tensor
     group: torch.Tensor
     step_weight: torch.Tensor
+    image_weight: torch.Tensor
     fisher: torch.Tensor
 
 
@@ -33,9 +34,9 @@ class LinearRecord:
 class AttentionRecord:
     """The sampled queries of one attention.
 
-    q (S, H, Q, d); k, v (S, H, M, d); group, step_weight (S,). Fisher weights at the scaled scores (S, H, Q, M) and at
-    the attended values (S, H, Q, d). `bias` (S, M) is added to the scaled scores before the softmax, if some keys are
-    masked: nothing is weighed at those.
+    q (S, H, Q, d); k, v (S, H, M, d); group, step_weight, image_weight (S,). Fisher weights at the scaled scores
+    (S, H, Q, M) and at the attended values (S, H, Q, d). `bias` (S, M) is added to the scaled scores before the
+    softmax, if some keys are masked: nothing is weighed at those.
     """
 
     q: torch.Tensor
@@ -43,6 +44,7 @@ class AttentionRecord:
     v: torch.Tensor
     group: torch.Tensor
     step_weight: torch.Tensor
+    image_weight: torch.Tensor
     fisher_scores: torch.Tensor
     fisher_values: torch.Tensor
     bias: torch.Tensor | None = None

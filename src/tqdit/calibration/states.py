@@ -33,6 +33,8 @@ class CalibrationSet:
     step_weight (S,): how much an error of the output at t moves the sampler's next state (see `Schedule.weights`);
     without a scheduler all weigh the same. A scheduler whose shift depends on the size of the model's images needs the
     float `model`.
+    image_weight (S,): how much an error of the output at t moves the image at the end of the sampling, fp32 (see
+    `sensitivity.Sensitivity.weights`). It is measured where the recipe asks for it; by default it is `step_weight`.
     The tensors may be of other dtypes and on any device: they are copied to the CPU.
     Raises `InputError` for shapes that do not fit, for a timestep outside the range, for a `group` that is not that of
     the timestep, and for labels that are no conditions.
@@ -43,6 +45,7 @@ class CalibrationSet:
     labels: torch.Tensor
     group: torch.Tensor
     step_weight: torch.Tensor
+    image_weight: torch.Tensor
     conditions: Conditions | None
     time_groups: TimeGroups
 
@@ -60,8 +63,9 @@ class CalibrationSet:
         model: nn.Module | None = None,
         groups: int = 10,
         time_edges: str = "uniform",
+        image_weight: torch.Tensor | None = None,
     ) -> None:
-        _check_tensors(x=x, t=t, labels=labels, group=group, step_weight=step_weight)
+        _check_tensors(x=x, t=t, labels=labels, group=group, step_weight=step_weight, image_weight=image_weight)
         x, t, labels = x.detach().float().cpu(), t.detach().cpu(), labels.cpu().long()
         conditions = read_conditions(conditions)
         if conditions is not None:
@@ -79,7 +83,9 @@ class CalibrationSet:
             )
         if step_weight is None:
             step_weight = steps.weights(t) if steps else torch.ones(len(t))
-        tensors = {"x": x, "t": t, "labels": labels, "group": group, "step_weight": step_weight}
+        image_weight = step_weight.clone() if image_weight is None else image_weight.detach().float().cpu()
+        weights = {"step_weight": step_weight, "image_weight": image_weight}
+        tensors = {"x": x, "t": t, "labels": labels, "group": group, **weights}
         if bool((group.diff() < 0).any()):
             order = group.argsort(stable=True)
             tensors = {name: tensor[order] for name, tensor in tensors.items()}

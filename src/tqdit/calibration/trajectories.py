@@ -13,6 +13,7 @@ from tqdit.architectures import registry
 from tqdit.architectures.registry import config_of
 from tqdit.calibration.batches import Batches
 from tqdit.calibration.records import join
+from tqdit.calibration.sensitivity import Sensitivity, image_sampling, measure, work
 from tqdit.calibration.states import CalibrationSet, groups_over
 from tqdit.calibration.store import Forgetful, Store
 from tqdit.errors import InputError
@@ -44,8 +45,9 @@ def collect(
     Each trajectory has one of `conditions`, which are the model's classes if not given. Seeded by the recipe: each
     trajectory has a generator of its own, so `batch` changes speed and float rounding alone. Each batch is one piece of
     `store`. The model computes in bf16 where `draws_in_bf16` says so, and on a GPU as a CUDA graph: few samples would
-    wait for launches. Inside `distributed.joined` the ranks share the batches, and each returns all samples. Raises
-    `InputError` if the sampler visits too few timesteps of a group, and as `schedule` does.
+    wait for launches. Inside `distributed.joined` the ranks share the batches, and each returns all samples. Where the
+    recipe weighs errors by the image, the sensitivity of the image is measured, too, for `image_weight`. Raises
+    `InputError` if the sampler visits too few timesteps of a group, and as `schedule` and `measure` do.
     """
     config = config_of(model)
     conditions, sample = conditions or registry.conditions(config), registry.sample(config)
@@ -62,6 +64,7 @@ def collect(
     size = math.ceil(count / math.ceil(count / most))  # as even as they get, for even shares
     division, world = distributed.batches(count, size), distributed.current()
     share = world.share(division)
+    part = _drawing_share(recipe, scheduler_config, count)
     place = {i: n for n, i in enumerate(i for members in share for i in members)}  # among this process's own
 
     def run(members: range) -> dict[str, torch.Tensor]:
@@ -70,14 +73,11 @@ def collect(
         chosen = labels[members.start : members.stop].to(device)
         found: list[tuple[float, int, torch.Tensor]] = []  # (t, trajectory, x_t)
         # Of this batch alone: where memory runs out, nothing of a larger one is left when a smaller one is tried.
-        denoiser = InBfloat16(model) if draws_in_bf16(device) else model
-        if device.type == "cuda":
-            denoiser = CudaGraphed(denoiser)
-        states = trajectory(denoiser, scheduler_config, sampling, chosen, generators, conditions, sample)
+        states = trajectory(_drawing(model), scheduler_config, sampling, chosen, generators, conditions, sample)
         for step, (t, x) in enumerate(states):
             if t is not None:  # the last state is an image, which no timestep sees
                 found += [(t, i, x[i - members.start].cpu()) for i in members if t in picks[i]]
-                progress((place[members.start] + len(members) * (step + 1) / recipe.steps) / len(place))
+                progress(part * (place[members.start] + len(members) * (step + 1) / recipe.steps) / len(place))
         ts, indices, kept = zip(*found, strict=True)
         return {"t": torch.tensor(ts), "trajectory": torch.tensor(indices), "x": torch.stack(kept)}
 
@@ -94,7 +94,33 @@ def collect(
     pieces = world.gather_named(finished(), len(division))
     states = {key: join(key, pieces) for key in pieces[0]}
     _check_finite(states["x"], states["t"])
-    return _ordered(states, labels, groups, steps, conditions)
+    if not weighs_the_image(recipe):
+        return _ordered(states, labels, groups, steps, conditions)
+    sampling = image_sampling(scheduler_config, recipe.guidance)
+    told = lambda fraction: progress(part + (1 - part) * fraction)  # noqa: E731
+    given = (model, scheduler_config, sampling, conditions)
+    measured = measure(*given, seed=recipe.seed, progress=told, drawing=_drawing(model), store=keep)
+    return _ordered(states, labels, groups, steps, conditions, measured)
+
+
+def weighs_the_image(recipe: Recipe) -> bool:
+    """Say whether a recipe weighs errors by how much they move the image."""
+    return bool(recipe.hessian == "image")
+
+
+def _drawing_share(recipe: Recipe, scheduler_config: Mapping[str, Any] | None, count: int) -> float:
+    """Return the share of the work that `count` trajectories are; the sensitivity of the image is the rest."""
+    if not weighs_the_image(recipe):
+        return 1.0
+    drawn = count * recipe.steps
+    return drawn / (drawn + work(image_sampling(scheduler_config, recipe.guidance)))
+
+
+def _drawing(model: nn.Module) -> nn.Module:
+    """Return the model as it draws states: in bf16 where that is faster, and on a GPU as a CUDA graph."""
+    device = next(model.parameters()).device
+    denoiser = InBfloat16(model) if draws_in_bf16(device) else model
+    return CudaGraphed(denoiser) if device.type == "cuda" else denoiser
 
 
 def calibration_sampling(recipe: Recipe, scheduler_config: Mapping[str, Any] | None) -> Sampling:
@@ -151,15 +177,23 @@ class InBfloat16(nn.Module):
 
 
 def _ordered(
-    found: dict[str, torch.Tensor], labels: torch.Tensor, groups: TimeGroups, steps: Schedule, conditions: Conditions
+    found: dict[str, torch.Tensor],
+    labels: torch.Tensor,
+    groups: TimeGroups,
+    steps: Schedule,
+    conditions: Conditions,
+    measured: Sensitivity | None = None,
 ) -> CalibrationSet:
     """The states of all trajectories by (timestep, trajectory)."""
     pairs = list(zip(found["t"].tolist(), found["trajectory"].tolist(), strict=True))
     order = torch.tensor(sorted(range(len(pairs)), key=pairs.__getitem__))
     t = found["t"][order]
     chosen = labels[found["trajectory"][order]]
-    weights = steps.weights(t)
-    return CalibrationSet(found["x"][order], t, chosen, groups.index(t), weights, conditions, time_groups=groups)
+    image = None if measured is None else measured.weights(t, groups)
+    return CalibrationSet(
+        found["x"][order], t, chosen, groups.index(t), steps.weights(t), conditions,
+        time_groups=groups, image_weight=image,
+    )  # fmt: skip
 
 
 def _num_trajectories(recipe: Recipe, groups: TimeGroups, visited: torch.Tensor, conditions: int) -> int:

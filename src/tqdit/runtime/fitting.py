@@ -39,8 +39,8 @@ def check_solution(solution: Solution) -> None:
     """Check that a solution has the sites and parameters of its config's model.
 
     A recipe's choices are free for every site: bits, time groups or none, two regions or one or the grid of rows, one
-    scale per weight or per output channel, channel factors of a linear layer's input, codes or floats at both ends. Raises `InputError` that names the site and the field, or the parameter, that the model cannot
-    have.
+    scale per weight or per output channel, channel factors of a linear layer's input, codes or floats at both ends.
+    Raises `InputError` that names the site and the field, or the parameter, that the model cannot have.
     """
     config = solution.model_config
     check_supported(config)

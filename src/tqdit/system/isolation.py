@@ -141,8 +141,8 @@ def _set_convolutions(setting: tuple[bool | None, str, str]) -> None:
         CUDNN.allow_tf32 = setting[0]
 
 
-# Each row: the function that reads a setting, the one that sets it, and its value inside. That is a fresh process's, but
-# for convolutions, which a fresh process computes in TF32.
+# Each row: the function that reads a setting, the one that sets it, and its value inside. That is a fresh process's,
+# but for convolutions, which a fresh process computes in TF32.
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any], Any], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
     (_determinism, _set_determinism, (False, False)),
