@@ -11,8 +11,9 @@ from torch import nn
 
 import tqdit
 from tqdit.calibration import sensitivity, trajectories
+from tqdit.calibration.adjoint import moves
 from tqdit.calibration.recorder import record
-from tqdit.calibration.sensitivity import LEAST, Sensitivity, image_sampling, measure, moves
+from tqdit.calibration.sensitivity import LEAST, Sensitivity, image_sampling, measure
 from tqdit.calibration.store import WorkFolder
 from tqdit.calibration.trajectories import collect
 from tqdit.errors import InputError
