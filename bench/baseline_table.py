@@ -48,10 +48,10 @@ from tqdit.system.files import read_json, write_json
 BITS = ("w8a8", "w6a6", "w4a8")
 OTHERS = ("bf16", "fp16", "torchao int8", "OpenVINO int8")
 SCOPE = (
-    "Simulated methods, torchao and OpenVINO quantize the linear layers of attention and feed-forward; simulated "
-    "methods and OpenVINO also quantize the products of attention. Patch embedding, timestep and class embedding, "
-    "modulation and the final layer stay in float there. bf16 and fp16 convert the whole model. Artifacts quantize the "
-    "weights of all layers."
+    "Simulated methods, torchao and OpenVINO quantize the linear layers of attention and feed-forward; the simulated "
+    "methods also quantize the products of attention, which the two libraries compute in float. Patch embedding, "
+    "timestep and class embedding, modulation and the final layer stay in float there. bf16 and fp16 convert the whole "
+    "model. Artifacts quantize the weights of all layers."
 )
 Made = AbstractContextManager[tuple[nn.Module, dict[str, Any]]]
 
@@ -211,18 +211,19 @@ def _ready(module: nn.Module, notes: dict[str, Any] | None = None) -> Iterator[t
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raise `TimeLimitError` if the block takes longer than `seconds`; in the main thread, on POSIX."""
+    """Raise `TimeLimitError` in a block that takes longer than `seconds`; in the main thread, on POSIX."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise TimeLimitError
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *timer)  # whoever had set a limit keeps it
 
 
 def _line(row: dict[str, Any]) -> str:
