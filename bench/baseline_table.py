@@ -73,16 +73,15 @@ class Row:
 def main() -> None:
     args = arguments()
     bench = Bench(args)
-    rows = [row for row in bench.rows() if row.method in args.methods and row.bits in (*args.bits, "bf16", "fp16")]
-    kept = _kept(args.json, bench.result) if args.missing else []
-    for row in rows:
-        if any((old["method"], old["bits"]) == (row.method, row.bits) and "failed" not in old for old in kept):
+    rows = {(row.method, row.bits): row for row in bench.rows()}
+    measured = {(old["method"], old["bits"]): old for old in _kept(args.json, bench.result)} if args.missing else {}
+    for key, row in rows.items():
+        if row.method not in args.methods or (key in measured and "failed" not in measured[key]):
             continue
-        kept = [old for old in kept if (old["method"], old["bits"]) != (row.method, row.bits)]
-        kept.append(bench.measure(row))
-        bench.result["rows"] = kept
+        measured[key] = bench.measure(row)
+        bench.result["rows"] = [measured[name] for name in dict.fromkeys([*rows, *measured]) if name in measured]
         write_json(args.json, bench.result)
-        print(_line(kept[-1]), flush=True)
+        print(_line(measured[key]), flush=True)
 
 
 def arguments() -> argparse.Namespace:
