@@ -16,11 +16,11 @@ def nearest(context: Context) -> Plan:
 
 
 def gptq(context: Context) -> Plan:
-    """Quantize weights by GPTQ, with the scales of least squared error."""
+    """Quantize weights by GPTQ, with scales of least error."""
     weights = {}
     for linear in context.linears:
         weight, rows = context.weight(linear), context.observed.inputs[linear.source.name].rows
-        grid = fake.per_channel_clipped(weight, context.weight_bits)
+        grid = fake.per_channel_clipped(weight, context.weight_bits, rows)
         weights |= context.split(linear, solve(weight, rows, grid))
     return Plan(weights, inputs(context), context.dynamic_operands())
 

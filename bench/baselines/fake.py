@@ -79,15 +79,17 @@ def per_channel(weight: torch.Tensor, bits: int) -> Grid:
     return symmetric(weight.abs().amax(1, keepdim=True), bits)
 
 
-def per_channel_clipped(weight: torch.Tensor, bits: int) -> Grid:
+def per_channel_clipped(weight: torch.Tensor, bits: int, rows: torch.Tensor) -> Grid:
     """Return the symmetric grid of each output channel whose range, a part of the min-max range, has the least error.
 
-    The error is the sum of squared differences of the weights. Ranges from the whole one to half of it are tried.
+    The error is the sum of squared differences of the weights, each times the mean square of its input over `rows`
+    (R, in): the error of the output if inputs were independent. Ranges from the whole one to half of it are tried.
     """
+    importance = rows.square().mean(0)
     whole = weight.abs().amax(1, keepdim=True)
     best, least = whole, torch.full_like(whole, float("inf"))
     for shrink in SHRINKS:
-        error = (symmetric(whole * shrink, bits)(weight) - weight).square().sum(1, keepdim=True)
+        error = (symmetric(whole * shrink, bits)(weight) - weight).square() @ importance[:, None]
         best, least = torch.where(error < least, whole * shrink, best), torch.minimum(error, least)
     return symmetric(best, bits)
 

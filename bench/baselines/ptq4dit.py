@@ -13,9 +13,9 @@ As in the paper, weights have a scale for each output channel and activations on
 query, key and value projections, of the output projection and of the first feed-forward layer are balanced: there the
 factors fold into adaLN's modulation or the values. Choices where the paper is silent: the timesteps are the calibration
 set's time groups; static ranges are those of least output error on calibration rows, among parts of the min-max range
-from 30 % to all of it; weights have the clipped scales of least squared error. The authors learn the rounding of
-weights by reconstructing blocks (AdaRound, tens of thousands of iterations). `nearest` has no such step, and in `gptq`
-GPTQ stands for it.
+from 30 % to all of it; weights have the scales of least error, each weight's error times the mean square of its input.
+The authors learn the rounding of weights by reconstructing blocks (AdaRound, tens of thousands of iterations).
+`nearest` has no such step, and in `gptq` GPTQ stands for it.
 """
 
 import torch
@@ -80,8 +80,9 @@ def _plan(context: Context, by_gptq: bool) -> Plan:
         balanced = foldable(linear) or follows_attention(linear)
         factor = factors(seen.peaks, weight) if balanced else torch.ones_like(weight[0])
         scaled = weight * factor
-        grid = fake.per_channel_clipped(scaled, context.weight_bits)
-        rounded = solve(scaled, seen.rows / factor, grid) if by_gptq else grid(scaled)
+        rows = seen.rows / factor
+        grid = fake.per_channel_clipped(scaled, context.weight_bits, rows)
+        rounded = solve(scaled, rows, grid) if by_gptq else grid(scaled)
         plan.weights |= context.split(linear, rounded)
         plan.inputs[name] = smoothed(_fitted(context, linear, factor, scaled), factor)
     return plan
