@@ -74,9 +74,10 @@ def main() -> None:
     args = arguments()
     bench = Bench(args)
     rows = {(row.method, row.bits): row for row in bench.rows()}
+    wanted = {*args.methods, *(artifact.name for artifact in bench.artifacts)}
     measured = {(old["method"], old["bits"]): old for old in _kept(args.json, bench.result)} if args.missing else {}
     for key, row in rows.items():
-        if row.method not in args.methods or (key in measured and "failed" not in measured[key]):
+        if row.method not in wanted or (key in measured and "failed" not in measured[key]):
             continue
         measured[key] = bench.measure(row)
         bench.result["rows"] = [measured[name] for name in dict.fromkeys([*rows, *measured]) if name in measured]
@@ -102,9 +103,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=60, help="seconds that a row may take")
     parser.add_argument("--missing", action="store_true", help="measure only rows that the result file lacks")
     parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    args.methods = [*args.methods, *(Path(path).name for path in args.artifacts)]
-    return args
+    return parser.parse_args()
 
 
 class Bench:
@@ -114,6 +113,8 @@ class Bench:
         self.args = args
         self.source: ModelSource = resolve(args.model)
         self.model = load_float(self.source).to(args.device)
+        digest = weights_hash(self.model)
+        self.artifacts = [load_artifact(path, self.source, digest) for path in args.artifacts]
         recipe = Recipe("plus", samples=args.calibration_samples, steps=args.calibration_steps)
         start = time.perf_counter()
         self.states = trajectories.collect(self.model, self.source.scheduler, recipe)
@@ -146,11 +147,9 @@ class Bench:
                 yield Row("torchao int8", bits, self._torchao, dtypes.torchao_missing())
                 on_cpu = None if self.args.device == "cpu" else "it runs on a CPU"
                 yield Row("OpenVINO int8", bits, self._openvino, on_cpu or openvino_int8.missing())
-        for path in self.args.artifacts:
-            artifact = load_artifact(path, self.source, weights_hash(self.model))
-            bits = artifact.solution.provenance.bits
-            made = artifact.solution
-            yield Row(Path(path).name, bits, lambda made=made: _ready(convert(made, device=self.args.device)))
+        for artifact in self.artifacts:
+            made, bits = artifact.solution, artifact.solution.provenance.bits
+            yield Row(artifact.name, bits, lambda made=made: _ready(convert(made, device=self.args.device)))
 
     def measure(self, row: Row) -> dict[str, Any]:
         """Return the figures of a row, or under "failed" why there are none."""

@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import torch
 
+from tqdit import workflow
 from tqdit.architectures import registry
+from tqdit.errors import InputError
 from tqdit.quality.fidelity import compare_epsilon, predict_epsilon
 from tqdit.quality.metrics import sqnr_db
 
@@ -290,3 +292,19 @@ def test_rows_are_written_and_kept(bench, pipeline, tmp_path, monkeypatch):
     second = {row["method"]: row for row in rows}
     assert second["fp16"] == first["fp16"]
     assert second["dynamic per token"]["psnr_db"] > 20
+
+
+def test_artifacts_have_rows(bench, pipeline, tiny_recipe, tmp_path, monkeypatch):
+    """The row of an artifact has the artifact's bits; other weights than the model's are refused."""
+    folder, out = tmp_path / "mine", tmp_path / "table.json"
+    workflow.quantize(pipeline, folder, tiny_recipe("plus", "w6a6", groups=2, samples=2, steps=8, rounds=0))
+    small = "--num 2 --steps 2 --samples 1 --calibration-samples 1 --calibration-steps 10 --methods"
+    command = ["baseline_table.py", str(out), "--model", str(pipeline), "--artifacts", str(folder), *small.split()]
+    monkeypatch.setattr(sys, "argv", command)
+    bench.table.main()
+    (row,) = json.loads(out.read_text())["rows"]
+    assert (row["method"], row["bits"]) == ("mine", "w6a6")
+    assert 5 < row["eps_sqnr_db"] < 60
+    command[3] = "fashion-dit"
+    with pytest.raises(InputError, match="not made from 'fashion-dit'"):
+        bench.table.main()
