@@ -91,6 +91,7 @@ class DiTInteger:
     def assemble(self, parts: Parts) -> None:
         """Put integer modules into diffusers' empty model."""
         model: Any = parts.model
+        parts.keep_float_ends()
         for name in parts.quantized(parts.graph.float_input):
             if not name.endswith(ADALN):
                 parts.replace(name, parts.float_input(name))

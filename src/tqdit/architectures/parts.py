@@ -9,7 +9,7 @@ from torch import nn
 from tqdit.architectures.interface import Graph, Linear, Operand
 from tqdit.layers.block import IntBlock
 from tqdit.layers.codes import Place
-from tqdit.layers.linear import IntLinear, WeightOnlyLinear, WeightOnlyPatchEmbed
+from tqdit.layers.linear import FloatPatchEmbed, IntLinear, WeightOnlyLinear, WeightOnlyPatchEmbed
 from tqdit.layers.params import ActivationParams
 from tqdit.ops.schema import Backend, WeightParams
 from tqdit.spec import Solution
@@ -42,8 +42,16 @@ class Parts:
         return IntLinear(self.operand(linear.source), layer)
 
     def quantized(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Return the layers of `names` whose weights are codes; the others stay as they are in the float model."""
+        """Return the layers of `names` whose weights are codes. The others keep their float weights."""
         return tuple(name for name in names if f"{name}.weight" in self.solution.params)
+
+    def keep_float_ends(self) -> None:
+        """Compute a patch embedding whose weight stays in float as a linear layer."""
+        for name in set(self.graph.ends) - set(self.quantized(self.graph.ends)):
+            module = self.model.get_submodule(name)
+            if isinstance(module, nn.Conv2d):
+                sizes: Any = module.in_channels, module.out_channels, module.kernel_size, module.stride
+                self.replace(name, FloatPatchEmbed(*sizes, bias=module.bias is not None, device="meta"))
 
     def float_input(self, name: str) -> nn.Module:
         """Return a layer on float inputs, for the linear layer or patch convolution of that name."""

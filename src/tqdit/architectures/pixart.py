@@ -214,6 +214,7 @@ class PixArt(PatchTransformer):
         return patches.output(model, model.proj_out, stream, shift_scale, x)
 
     def assemble(self, parts: Parts) -> None:
+        parts.keep_float_ends()
         for name in parts.quantized(parts.graph.float_input):
             parts.replace(name, parts.float_input(name))
         for block in parts.graph.blocks:

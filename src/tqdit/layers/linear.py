@@ -51,3 +51,14 @@ class WeightOnlyPatchEmbed(Untrainable):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         patches = F.pixel_unshuffle(x, self.patch_size)  # (B, C p p, H/p, W/p), rows ordered as conv weights
         return self.linear(patches.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class FloatPatchEmbed(nn.Conv2d):
+    """The patch embedding's convolution (kernel = stride = patch) with its float weight, as a linear layer on patches.
+
+    (B, C, H, W) -> (B, D, H/p, W/p). As a convolution it would be computed in TF32 on a GPU, by torch's default.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        patches = F.pixel_unshuffle(x, self.stride[0]).permute(0, 2, 3, 1)
+        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
