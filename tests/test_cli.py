@@ -97,7 +97,7 @@ def test_quantize_sample_compare_inspect(run: Callable, pipeline: Path, artifact
     code, out, _ = run("inspect", artifact, "--sites", "--json", tmp_path / "i.json")
     assert code == 0
     sites = json.loads((tmp_path / "i.json").read_text())["sites"]
-    assert set(sites[0]) == {"name", "role", "bits", "grid", "groups", "granularity", "kernel"}
+    assert set(sites[0]) == {"name", "role", "bits", "grid", "groups", "granularity", "channels", "kernel"}
     softmax = [site for site in sites if site["role"] == "softmax"]
     assert [(s["grid"], s["groups"]) for s in softmax] == [("mrq_softmax", 4)] * 2
     assert all(site["name"] in out for site in sites)

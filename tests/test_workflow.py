@@ -129,7 +129,7 @@ def test_inspect_lists_every_site(quantized, model, tiny_recipe) -> None:
     assert found["backend"] == "cpu"
     assert [row["name"] for row in found["sites"]] == [site.name for site in expected]
     for row, site in zip(found["sites"], expected, strict=True):
-        assert set(row) == {"name", "role", "bits", "grid", "groups", "granularity", "kernel"}
+        assert set(row) == {"name", "role", "bits", "grid", "groups", "granularity", "channels", "kernel"}
         assert (row["role"], row["bits"], row["groups"]) == (site.role, site.bits, site.groups)
         assert row["granularity"] == site.granularity
         assert row["kernel"].startswith("cpu.")

@@ -72,8 +72,8 @@ def objective(recipe: Recipe) -> Objective:
 def grids(recipe: Recipe, role: Role, at_hand: bool = False) -> tuple[Grid, ...]:
     """Return the grids that the search tries for an operand of a role, in order.
 
-    `at_hand`: the operand is quantized with its row at hand. Two regions of `MAX_BITS` bits whose scales merge have only levels of a uniform grid, so a uniform grid is tried in
-    their place.
+    `at_hand`: the operand is quantized with its row at hand. Two regions of `MAX_BITS` bits whose scales merge have
+    only levels of a uniform grid, so a uniform grid is tried in their place.
     """
     two_region = TWO_REGION.get(role)
     inputs = recipe.input_grid if at_hand else recipe.attended_grid

@@ -95,8 +95,8 @@ def split_regions(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def linear(codes: Codes, params: OperandParams, weight: WeightParams, bias: torch.Tensor | None) -> torch.Tensor:
     """Return x W^T + bias of codes, fp32 (..., out).
 
-    Uniform: s_x s_w (acc - z_x colsum(W)) + bias. Rows: (acc s_row) s_w + bias. MRQ: (s2 (C2 W) +- s1 (C1 W)) s_w + bias. MRQ whose regions merge (s2
-    = s1 2^i): s1 s_w acc + bias with acc = 2^i (C2 W) +- C1 W, still an integer.
+    Uniform: s_x s_w (acc - z_x colsum(W)) + bias. Rows: (acc s_row) s_w + bias. MRQ: (s2 (C2 W) +- s1 (C1 W)) s_w +
+    bias. MRQ whose regions merge (s2 = s1 2^i): s1 s_w acc + bias with acc = 2^i (C2 W) +- C1 W, still an integer.
     """
     w = weight.codes.t()
     if isinstance(codes, RowCodes):

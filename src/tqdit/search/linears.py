@@ -21,7 +21,8 @@ from tqdit.search.operands import Operand
 from tqdit.spec import MAX_BITS, SiteSpec
 
 BALANCING = (0.0, 0.25, 0.5, 0.75, 1.0)  # powers of the channels' largest magnitudes that are tried as factors
-SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # of a channel's largest weight, as its largest code
+# Shares of a channel's largest weight that are tried as its largest code.
+SHARES = torch.tensor([1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6])
 
 
 @dataclass(frozen=True)
