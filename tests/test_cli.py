@@ -438,7 +438,7 @@ def test_set_reaches_every_setting(run: Callable, pipeline: Path, tmp_path: Path
 
     small = ["--set", "samples=2", "--set", "steps=8", "--set", "rounds=0"]
     made = recipe("--groups", "4", *small, "--set", "hessian=no", "--set", "low = 0.5", "--set", "bits=w6a8")
-    assert (made["groups"], made["samples"], made["hessian"], made["low"]) == (4, 2, False, 0.5)
+    assert (made["groups"], made["samples"], made["hessian"], made["low"]) == (4, 2, "none", 0.5)
     assert (made["weight_bits"], made["activation_bits"], made["preset"]) == (6, 8, "plus")
     (tmp_path / "r.toml").write_text("groups = 3\nsamples = 9\nseed = 5\n")
     made = recipe("--recipe", str(tmp_path / "r.toml"), *small, "--set", "preset=paper")

@@ -151,13 +151,18 @@ def test_label_says_what_was_changed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("former", "setting"), [("true", "published"), ("false", "none"), ("'true'", "published"), ("'false'", "none")]
-)
+    ("former", "setting"),
+    [
+        ("true", "published"), ("'true'", "published"), ("'yes'", "published"), ("'On'", "published"),
+        ("1", "published"),
+        ("false", "none"), ("'false'", "none"), ("'no'", "none"), ("'OFF'", "none"), ("0", "none"),
+    ],
+)  # fmt: skip
 def test_recipes_of_earlier_versions_say_hessian_as_true_or_false(tmp_path, former: str, setting: str) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(f"preset = 'paper'\nhessian = {former}\n", encoding="utf-8")
     recipe = Recipe.from_toml(path)
-    assert recipe == Recipe("paper", hessian=setting) == Recipe("paper", hessian=former.strip("'") == "true")
+    assert recipe == Recipe("paper", hessian=setting) == Recipe("paper", hessian=setting == "published")
     assert recipe.hessian == setting
     assert recipe.probed == (setting == "published")
     assert f'hessian = "{setting}"' in recipe.to_toml()

@@ -132,11 +132,10 @@ def _scales(site: Mapping[str, Any]) -> str:
     from tqdit.spec import Grid
 
     parts = [f"{site['bits']} bits", site["grid"]]
-    parts.append("a step for each row" if Grid(site["grid"]).per_row else site["granularity"])
+    shared = "a step for each row" if Grid(site["grid"]).per_row else site["granularity"]
+    parts.append(f"{shared} and channel" if site.get("channels") else shared)
     if site["groups"] > 1:
         parts.append(f"{site['groups']} time groups")
-    if site.get("channels"):
-        parts.append("a factor for each channel")
     return ", ".join(parts)
 
 
