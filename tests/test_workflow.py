@@ -104,7 +104,7 @@ def test_twice_the_same_bytes(quantized, pipeline, tiny_recipe, tmp_path) -> Non
 
 
 def test_one_calibration_serves_several_bit_widths(quantized, pipeline, tiny_recipe) -> None:
-    prepared = workflow.prepare(pipeline, tiny_recipe())
+    prepared = workflow.prepare(pipeline, tiny_recipe("plus"))
     for bits in ("w8a8", "w6a6"):
         solution, seconds = workflow.solve_prepared(prepared, tiny_recipe("plus", bits))
         assert seconds > 0
