@@ -16,7 +16,9 @@ from tqdit.artifact import tensors
 from tqdit.artifact.tensors import MANIFEST_TENSOR
 from tqdit.errors import InputError
 from tqdit.provenance import Provenance
+from tqdit.runtime import fitting
 from tqdit.runtime.convert import convert
+from tqdit.spec import Grid, Role
 from tqdit.system import files
 from tqdit.system.files import CONFIG, INDEX, MANIFEST, TRANSFORMER, WEIGHTS
 
@@ -58,7 +60,29 @@ def forge(folder, change_manifest=lambda _: None, change_tensors=lambda _: None)
 
 @pytest.mark.parametrize(("preset", "bits"), RECIPES)
 def test_round_trip_is_bit_exact(tmp_path, solved, preset: str, bits: str) -> None:
-    solution = solved(preset, bits)
+    assert_round_trip(solved(preset, bits), tmp_path)
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a6"])
+def test_round_trip_of_rows_factors_and_float_ends(tmp_path, solved, bits: str) -> None:
+    solution = factored(solved("plus", bits, attended_grid="row"))
+    grids = {params.spec.grid for params in solution.params.values()}
+    assert {Grid.ROW, Grid.SOFTMAX_ROW} <= grids
+    assert "proj_out_2.weight" in solution.floats
+    assert_round_trip(solution, tmp_path)
+
+
+def factored(solution):
+    """A solution with factors for each channel after GELU, whatever the search chose."""
+    factors = torch.rand(128, generator=torch.Generator().manual_seed(0)) + 0.01
+    params = {
+        name: replace(p, channels=factors * (i + 1)) if p.spec.role is Role.GELU else p
+        for i, (name, p) in enumerate(solution.params.items())
+    }
+    return replace(solution, params=params)
+
+
+def assert_round_trip(solution, tmp_path) -> None:
     artifact.write(solution, tmp_path)
     loaded = artifact.read(tmp_path)
     assert list(loaded.params) == list(solution.params)
@@ -71,6 +95,10 @@ def test_round_trip_is_bit_exact(tmp_path, solved, preset: str, bits: str) -> No
         if params.zero_point is not None:
             assert torch.equal(other.zero_point, params.zero_point)
             assert other.zero_point.dtype is torch.int32
+        assert (other.channels is None) == (params.channels is None)
+        if params.channels is not None:
+            assert torch.equal(other.channels, params.channels)
+            assert other.channels.dtype is torch.float32
     for ours, theirs in ((solution.codes, loaded.codes), (solution.floats, loaded.floats)):
         assert ours.keys() == theirs.keys()
         for name, tensor in ours.items():
@@ -238,6 +266,59 @@ def test_values_are_checked_even_if_all_hashes_are_right(folder, change, message
         artifact.read(folder)
 
 
+GELU = "transformer_blocks.0.ff.fc2_input"
+CHANNELS = f"{GELU}.channels"
+BAD_CHANNELS = {
+    "type": lambda x: x.double(),
+    "integers": lambda x: x.int(),
+    "axes": lambda x: x[None],
+    "nan": lambda x: x.index_fill(0, torch.tensor(3), torch.nan),
+    "infinite": lambda x: x.index_fill(0, torch.tensor(3), torch.inf),
+    "negative": lambda x: x.index_fill(0, torch.tensor(3), -1.0),
+    "zero": lambda x: x.index_fill(0, torch.tensor(3), 0.0),
+    "subnormal": lambda x: x.index_fill(0, torch.tensor(3), 1e-40),
+}
+
+
+@pytest.mark.parametrize("damage", BAD_CHANNELS)
+def test_factors_are_checked_even_if_all_hashes_are_right(tmp_path, solved, damage: str) -> None:
+    artifact.write(factored(solved("plus")), tmp_path)
+    forge(tmp_path, change_tensors=lambda t: t.update({CHANNELS: BAD_CHANNELS[damage](t[CHANNELS])}))
+    with pytest.raises(InputError, match=f"tensor '{re.escape(CHANNELS)}'"):
+        artifact.read(tmp_path)
+
+
+def test_factors_of_another_number_are_found_by_the_model(tmp_path, solved) -> None:
+    artifact.write(factored(solved("plus")), tmp_path)
+    forge(tmp_path, change_tensors=lambda t: t.update({CHANNELS: t[CHANNELS][:-1].clone()}))
+    with pytest.raises(InputError, match=rf"'{re.escape(GELU)}' has channels of shape \(127,\), not \(128,\)"):
+        fitting.read(tmp_path)
+
+
+def test_factors_that_are_missing_are_named(tmp_path, solved) -> None:
+    artifact.write(factored(solved("plus")), tmp_path)
+    stored = load_file(tmp_path / WEIGHTS)
+    del stored[CHANNELS]
+    save_file(stored, tmp_path / WEIGHTS)
+    (tmp_path / MANIFEST).unlink()
+    with pytest.raises(InputError, match=f"lacks tensor '{re.escape(CHANNELS)}'"):
+        artifact.read(tmp_path)
+
+
+def test_equal_factors_are_stored_once(tmp_path, solved) -> None:
+    """Of at least 256 channels; an alias to nowhere is named."""
+    solution, other = solved("plus"), GELU.replace("blocks.0", "blocks.1")
+    factors = torch.rand(256) + 0.5
+    params = {name: replace(solution.params[name], channels=factors.clone()) for name in (GELU, other)}
+    artifact.write(replace(solution, params={**solution.params, **params}), tmp_path)
+    assert manifest_of(tmp_path)["aliases"][f"{other}.channels"] == CHANNELS
+    loaded = artifact.read(tmp_path)
+    assert all(torch.equal(loaded.params[name].channels, factors) for name in (GELU, other))
+    forge(tmp_path, lambda manifest: manifest["aliases"].update({f"{other}.channels": "nowhere"}))
+    with pytest.raises(InputError, match=f"'{re.escape(other)}.channels' refers to 'nowhere'"):
+        artifact.read(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -279,10 +360,10 @@ def test_edited_manifest(folder) -> None:
         artifact.read(folder)
 
 
-@pytest.mark.parametrize("version", [0, 1, 4, None, "2"])
+@pytest.mark.parametrize("version", [0, 1, 5, None, "2"])
 def test_other_format_version(folder, version: object) -> None:
     edit_json(folder / CONFIG, lambda c: c["quantization_config"].update(format_version=version))
-    with pytest.raises(InputError, match=f"format {version} is not supported; this tqdit reads 2 and 3"):
+    with pytest.raises(InputError, match=f"format {version} is not supported; this tqdit reads 2, 3, 4"):
         artifact.read(folder)
 
 
@@ -386,7 +467,7 @@ def test_what_the_config_says_of_the_quantization(solved) -> None:
     assert config == {
         **solution.model_config,
         "quantization_config": {
-            "quant_method": "tqdit", "format_version": 3, "preset": "plus", "weight_bits": 6, "activation_bits": 6,
+            "quant_method": "tqdit", "format_version": 4, "preset": "plus", "weight_bits": 6, "activation_bits": 6,
             "manifest_sha256": digest,
         },
     }  # fmt: skip

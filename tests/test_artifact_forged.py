@@ -108,7 +108,7 @@ def as_format_2(folder: Path, num_timesteps: object = 1000, num_groups: object =
     edit_json(folder / MANIFEST, lambda seal: seal.update(format_version=2))
 
 
-def test_an_artifact_and_a_seal_of_format_2_are_read_and_written_as_format_3(folder, tmp_path) -> None:
+def test_an_artifact_and_a_seal_of_format_2_are_read_and_written_as_format_4(folder, tmp_path) -> None:
     newer = artifact.read(folder)
     as_format_2(folder)
     older = artifact.read(folder)
@@ -118,8 +118,8 @@ def test_an_artifact_and_a_seal_of_format_2_are_read_and_written_as_format_3(fol
     again.mkdir()
     artifact.write(older, again)
     assert artifact.read(again).time_groups == newer.time_groups
-    assert read_json(again / MANIFEST)["format_version"] == 3
-    assert read_json(again / CONFIG)["quantization_config"]["format_version"] == 3
+    assert read_json(again / MANIFEST)["format_version"] == 4
+    assert read_json(again / CONFIG)["quantization_config"]["format_version"] == 4
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_a_setting_that_diffusers_has_got_since(folder) -> None:
 @pytest.mark.parametrize("version", [2.0, 3.0, True, [2], {}])
 def test_format_versions_that_are_no_number(folder, version: object) -> None:
     edit_json(folder / CONFIG, lambda config: config["quantization_config"].update(format_version=version))
-    refused(folder, "is not supported; this tqdit reads 2 and 3")
+    refused(folder, "is not supported; this tqdit reads 2, 3, 4")
 
 
 def test_a_tensor_in_two_shards(tmp_path, solved) -> None:

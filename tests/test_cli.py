@@ -97,7 +97,7 @@ def test_quantize_sample_compare_inspect(run: Callable, pipeline: Path, artifact
     code, out, _ = run("inspect", artifact, "--sites", "--json", tmp_path / "i.json")
     assert code == 0
     sites = json.loads((tmp_path / "i.json").read_text())["sites"]
-    assert set(sites[0]) == {"name", "role", "bits", "grid", "groups", "granularity", "kernel"}
+    assert set(sites[0]) == {"name", "role", "bits", "grid", "groups", "granularity", "channels", "kernel"}
     softmax = [site for site in sites if site["role"] == "softmax"]
     assert [(s["grid"], s["groups"]) for s in softmax] == [("mrq_softmax", 4)] * 2
     assert all(site["name"] in out for site in sites)
@@ -438,7 +438,7 @@ def test_set_reaches_every_setting(run: Callable, pipeline: Path, tmp_path: Path
 
     small = ["--set", "samples=2", "--set", "steps=8", "--set", "rounds=0"]
     made = recipe("--groups", "4", *small, "--set", "hessian=no", "--set", "low = 0.5", "--set", "bits=w6a8")
-    assert (made["groups"], made["samples"], made["hessian"], made["low"]) == (4, 2, False, 0.5)
+    assert (made["groups"], made["samples"], made["hessian"], made["low"]) == (4, 2, "none", 0.5)
     assert (made["weight_bits"], made["activation_bits"], made["preset"]) == (6, 8, "plus")
     (tmp_path / "r.toml").write_text("groups = 3\nsamples = 9\nseed = 5\n")
     made = recipe("--recipe", str(tmp_path / "r.toml"), *small, "--set", "preset=paper")

@@ -126,6 +126,31 @@ def test_inspection(capsys: pytest.CaptureFixture[str], model, every_site: bool)
     shown(capsys, lambda: console.print_inspection({**result, "provenance": {}}))
 
 
+def test_an_inspection_says_what_shares_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    common = {"bits": 8, "groups": 1, "granularity": "per_tensor", "kernel": "reference.linear[int8]"}
+    rows = [
+        {**common, "name": "a", "role": "input", "grid": "row", "channels": False},
+        {**common, "name": "b", "role": "input", "grid": "row", "channels": False},
+        {**common, "name": "c", "role": "softmax", "grid": "softmax_row", "channels": False},
+        {**common, "name": "d", "role": "gelu", "grid": "uniform", "groups": 4, "channels": True},
+        {**common, "name": "e", "role": "gelu", "grid": "uniform", "groups": 4, "channels": False},
+        {**common, "name": "f", "role": "query", "grid": "uniform", "granularity": "per_head", "channels": False},
+    ]
+    result = {
+        "name": "w8a8", "shape": "DiT-2x32/2@8", "preset": "plus", "bits": "w8a8", "size_bytes": 1, "float32_bytes": 4,
+        "time_groups": 4, "num_timesteps": 1000, "backend": "reference", "device": "cpu", "sites": rows,
+        "provenance": {},
+    }  # fmt: skip
+    lines = shown(capsys, lambda: console.print_inspection(result)).partition("\n\n")[2].splitlines()
+    assert [" ".join(line.split()) for line in lines[::2]] == [
+        "2 x input 8 bits, row, a step for each row",
+        "1 x softmax 8 bits, softmax_row, a step for each row",
+        "1 x gelu 8 bits, uniform, per_tensor and channel, 4 time groups",
+        "1 x gelu 8 bits, uniform, per_tensor, 4 time groups",
+        "1 x query 8 bits, uniform, per_head",
+    ]
+
+
 # Progress ------------------------------------------------------------------------------------------------------------
 
 

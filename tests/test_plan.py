@@ -43,8 +43,11 @@ def test_merging_is_what_one_product_asks_for(model, products: str) -> None:
     ("settings", "expected"),
     [
         ({"hessian": False}, Objective.PLAIN),
-        ({"loss": "epsilon"}, Objective.FISHER),
-        ({"loss": "sampler"}, Objective.FISHER_BY_STEP),
+        ({"hessian": "none", "loss": "epsilon"}, Objective.PLAIN),
+        ({"hessian": "published", "loss": "epsilon"}, Objective.FISHER),
+        ({"hessian": "published", "loss": "sampler"}, Objective.FISHER_BY_STEP),
+        ({"hessian": "image", "loss": "epsilon"}, Objective.IMAGE),
+        ({}, Objective.IMAGE),
     ],
 )
 def test_objective(settings: dict, expected: Objective) -> None:
@@ -52,10 +55,50 @@ def test_objective(settings: dict, expected: Objective) -> None:
 
 
 def test_layers_on_float_inputs_come_first_in_the_order_of_the_model(model) -> None:
-    names = list(plan(graph(config_of(model)), Recipe("plus")))
+    names = list(plan(graph(config_of(model)), Recipe("plus", ends="codes")))
     assert names[0] == "pos_embed.proj.weight"
     assert names[7:9] == ["proj_out_1.weight", "proj_out_2.weight"]
     assert names[9:11] == ["transformer_blocks.0.attn1.qkv_input", "transformer_blocks.0.attn1.to_q.weight"]
+
+
+def test_ends_in_float_are_no_sites(model) -> None:
+    structure = graph(config_of(model))
+    codes, floats = (list(plan(structure, Recipe("plus", ends=ends))) for ends in ("codes", "float"))
+    assert structure.ends == ("pos_embed.proj", "proj_out_2")
+    assert [name for name in codes if name not in floats] == ["pos_embed.proj.weight", "proj_out_2.weight"]
+    assert [name for name in codes if name in floats] == floats
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"input_grid": "row", "attended_grid": "uniform"}, (Grid.ROW, Grid.UNIFORM)),
+        ({"input_grid": "uniform", "attended_grid": "row"}, (Grid.UNIFORM, Grid.ROW)),
+    ],
+)
+def test_inputs_that_verbs_quantize_by_row_and_the_attentions_output(model, settings: dict, expected: tuple) -> None:
+    sites = plan(graph(config_of(model)), Recipe("plus", **settings))
+    for block in ("transformer_blocks.0", "transformer_blocks.1"):
+        at_hand = {sites[f"{block}.{name}"].spec.grid for name in ("attn1.qkv_input", "ff.fc1_input")}
+        assert (*at_hand, sites[f"{block}.attn1.out_input"].spec.grid) == expected
+
+
+@pytest.mark.parametrize(
+    ("role", "setting", "grid"),
+    [(Role.SOFTMAX, "softmax_grid", Grid.SOFTMAX_ROW), (Role.GELU, "gelu_grid", Grid.ROW)],
+)
+@pytest.mark.parametrize("bits", ["w8a8", "w4a6"])
+def test_rows_are_the_only_grid_and_have_no_time_groups(model, role: Role, setting: str, grid: Grid, bits: str) -> None:
+    recipe = Recipe("plus", bits, **{setting: "row"})
+    assert grids(recipe, role) == (grid,)
+    found = [site for site in plan(graph(config_of(model)), recipe).values() if site.spec.role is role]
+    assert {(site.grids, site.spec.groups, site.channels) for site in found} == {((grid,), 1, False)}
+
+
+@pytest.mark.parametrize("choice", ["one", "best"])
+def test_channel_factors_are_tried_after_gelu_alone(model, choice: str) -> None:
+    sites = plan(graph(config_of(model)), Recipe("plus", gelu_channels=choice)).values()
+    assert {site.spec.role for site in sites if site.channels} == ({Role.GELU} if choice == "best" else set())
 
 
 @pytest.mark.parametrize("time_grouped", ["none", "softmax", "all"])
@@ -64,7 +107,7 @@ def test_what_does_not_depend_on_the_timestep_has_one_time_group(time_grouped: s
     key, value = (Operand(role.value, role, 2, timed=False) for role in (Role.KEY, Role.VALUE))
     source = Operand("context", Role.INPUT, timed=False)
     matmuls = (Linear(source, ()), Attention("attn", query, key, value, softmax, 2, 8, context=True))
-    recipe = Recipe("plus", groups=6, time_grouped=time_grouped)
+    recipe = Recipe("plus", groups=6, time_grouped=time_grouped, softmax_grid="mrq", input_grid="uniform")
     groups = {name: site.spec.groups for name, site in plan(Graph((Block("b", matmuls),), (), {}), recipe).items()}
     assert groups == {
         "context": 1, "key": 1, "value": 1,

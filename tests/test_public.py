@@ -177,8 +177,10 @@ def test_quantize_writes_an_artifact_too(model, recipe, scheduler_config, soluti
 # States of a user's own ----------------------------------------------------------------------------------------------
 
 
-def test_states_of_ones_own(model, states, recipe, scheduler_config, solution) -> None:
+def test_states_of_ones_own(model, states, recipe, scheduler_config) -> None:
     """Their groups and step weights are made; the order does not matter."""
+    recipe = recipe.model_copy(update={"hessian": "published"})  # no image was drawn to weigh their errors by
+    solution = tqdit.solve(model, tqdit.calibrate(model, states, recipe), recipe)
     shuffled = torch.tensor([2, 0, 3, 1])
     mine = tqdit.CalibrationSet(
         states.x[shuffled], states.t[shuffled], states.labels[shuffled], scheduler=scheduler_config, groups=2

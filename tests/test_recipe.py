@@ -19,13 +19,17 @@ def test_paper_is_the_published_setting() -> None:
     assert (recipe.softmax_products, recipe.gelu_products) == ("two", "two")
     assert (recipe.groups, recipe.samples, recipe.steps, recipe.guidance) == (10, 32, 250, 1.5)
     assert (recipe.rounds, recipe.candidates, recipe.low, recipe.high) == (3, 100, 0.01, 1.2)
-    assert recipe.hessian
+    assert (recipe.input_grid, recipe.attended_grid, recipe.gelu_channels) == ("uniform", "uniform", "one")
+    assert (recipe.ends, recipe.hessian, recipe.rounding) == ("codes", "published", "nearest")
+    assert recipe.probed
 
 
 def test_plus_changes_only_what_it_says() -> None:
     paper, plus = (Recipe(name).model_dump() for name in ("paper", "plus"))
     changed = {key for key in paper if paper[key] != plus[key]}
-    assert changed == {"preset", *PRESETS["plus"]}
+    same = {name for name, value in PRESETS["plus"].items() if value == PRESETS["paper"][name]}
+    assert same == {"attended_grid"}
+    assert changed == {"preset", *PRESETS["plus"]} - same
 
 
 @pytest.mark.parametrize(("text", "bits"), [("w8a8", (8, 8)), ("W4A8", (4, 8)), ("w2a4", (2, 4))])
@@ -72,6 +76,15 @@ def test_layers_on_float_inputs_keep_two_more_bits(weight_bits: int, expected: i
         ("seed", -1),
         ("groups", 0),
         ("probes", 0),
+        ("mix", 1.1),
+        ("mix", -0.1),
+        ("input_grid", "mrq"),
+        ("attended_grid", "best"),
+        ("gelu_channels", "two"),
+        ("rounding", "up"),
+        ("ends", "int"),
+        ("hessian", "gauss"),
+        ("hessian", 2),
         ("colour", "red"),
     ],
 )
@@ -87,7 +100,9 @@ def test_illegal_value_names_the_setting(setting: str, value: object) -> None:
     guidance=st.floats(0, 1e6),
     low=st.floats(1e-6, 1),
     trajectories=st.none() | st.integers(1, 99),
-    hessian=st.booleans(),
+    hessian=st.sampled_from([True, False, "none", "published", "image"]),
+    mix=st.floats(0, 1),
+    ends=st.sampled_from(["codes", "float"]),
     gelu_products=st.sampled_from(["one", "two"]),
     gelu_grid=st.sampled_from(["best", "uniform"]),
     softmax_grid=st.just("best"),
@@ -135,6 +150,47 @@ def test_label_says_what_was_changed() -> None:
     assert Recipe("plus", loss="epsilon", gelu_grid="uniform").label == "plus (changed: gelu_grid, loss)"
 
 
+@pytest.mark.parametrize(
+    ("former", "setting"),
+    [
+        ("true", "published"), ("'true'", "published"), ("'yes'", "published"), ("'On'", "published"),
+        ("1", "published"),
+        ("false", "none"), ("'false'", "none"), ("'no'", "none"), ("'OFF'", "none"), ("0", "none"),
+    ],
+)  # fmt: skip
+def test_recipes_of_earlier_versions_say_hessian_as_true_or_false(tmp_path, former: str, setting: str) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(f"preset = 'paper'\nhessian = {former}\n", encoding="utf-8")
+    recipe = Recipe.from_toml(path)
+    assert recipe == Recipe("paper", hessian=setting) == Recipe("paper", hessian=setting == "published")
+    assert recipe.hessian == setting
+    assert recipe.probed == (setting == "published")
+    assert f'hessian = "{setting}"' in recipe.to_toml()
+
+
+def test_a_recipe_file_of_an_earlier_version_keeps_what_it_meant() -> None:
+    """The settings that it does not have are those of its preset."""
+    former = {
+        "schema_version": 1, "preset": "paper", "weight_bits": 8, "activation_bits": 8,
+        "weight_granularity": "per_tensor", "softmax_grid": "mrq", "gelu_grid": "mrq", "softmax_products": "two",
+        "gelu_products": "two", "time_grouped": "softmax", "hessian": True, "loss": "epsilon", "seed": 3,
+    }  # fmt: skip
+    assert Recipe(**former) == Recipe("paper", seed=3)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "recorded", "serves"),
+    [
+        ("none", "none", True), ("none", "published", True), ("none", "image", True),
+        ("published", "none", False), ("published", "published", True), ("published", "image", True),
+        ("image", "none", False), ("image", "published", False), ("image", "image", True),
+    ],
+)  # fmt: skip
+def test_records_with_more_serve_a_recipe_that_needs_less(wanted: str, recorded: str, serves: bool) -> None:
+    made, other = Recipe("plus", hessian=wanted), Recipe("plus", hessian=recorded, rounding="nearest", ends="codes")
+    assert made.records_match(other) is serves
+
+
 # Integer products of a matmul --------------------------------------------------------------------------------------
 
 
@@ -177,8 +233,8 @@ def test_label_names_the_products(operand: str) -> None:
         ({"low": 0.0}, "recipe setting 'low' must be greater than 0, got 0.0"),
         ({"low": 1.5}, "recipe setting 'low' must be at most 1, got 1.5"),
         ({"seed": 2**31}, f"recipe setting 'seed' must be less than {2**31}, got {2**31}"),
-        ({"hessian": "perhaps"}, "recipe setting 'hessian' must be true or false, got 'perhaps'"),
-        ({"gelu_grid": "log"}, "recipe setting 'gelu_grid' must be mrq, uniform or best, got 'log'"),
+        ({"hessian": "perhaps"}, "recipe setting 'hessian' must be none, published or image, got 'perhaps'"),
+        ({"gelu_grid": "log"}, "recipe setting 'gelu_grid' must be mrq, uniform, best or row, got 'log'"),
     ],
 )
 def test_messages_say_what_is_legal(settings: dict, message: str) -> None:
@@ -244,12 +300,14 @@ def test_settings_win_over_those_of_a_file(tmp_path) -> None:
     assert Recipe.from_toml(path, preset="plus") == Recipe("plus", seed=3, samples=4)
 
 
-def test_the_json_of_a_recipe_is_as_ever() -> None:
+def test_the_json_of_a_recipe() -> None:
     """Artifacts and recipe files have it."""
     assert json.loads(Recipe("paper", "w4a6", samples=8).model_dump_json()) == {
         "schema_version": 1, "preset": "paper", "weight_bits": 4, "activation_bits": 6,
-        "weight_granularity": "per_tensor", "softmax_grid": "mrq", "gelu_grid": "mrq", "softmax_products": "two",
-        "gelu_products": "two", "time_grouped": "softmax", "hessian": True, "loss": "epsilon", "groups": 10,
+        "weight_granularity": "per_tensor", "input_grid": "uniform", "softmax_grid": "mrq", "attended_grid": "uniform",
+        "gelu_grid": "mrq", "softmax_products": "two", "gelu_products": "two", "gelu_channels": "one",
+        "time_grouped": "softmax", "ends": "codes", "hessian": "published", "loss": "epsilon", "rounding": "nearest",
+        "mix": 0.5, "groups": 10,
         "time_edges": "uniform",
         "samples": 8, "sampler": "auto", "steps": 250, "guidance": 1.5, "trajectories": None, "probes": 1, "rounds": 3,
         "candidates": 100, "low": 0.01, "high": 1.2, "rows": 2048, "queries": 2048, "seed": 0,

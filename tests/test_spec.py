@@ -13,10 +13,10 @@ def test_codes_of_every_width_have_2_to_the_k_values_and_fit_int8(bits: int) -> 
     assert -128 <= fmt.qmin < 0 < fmt.qmax <= 127
 
 
-def test_only_weights_and_mrq_sites_have_no_zero_point(solved) -> None:
+def test_only_weights_rows_and_mrq_sites_have_no_zero_point(solved) -> None:
     assert {role for role in Role if SiteSpec("s", role, 8).is_weight} == {Role.WEIGHT, Role.WEIGHT_ONLY}
     for params in solved("plus").params.values():
-        free = params.spec.is_weight or params.spec.grid.two_region
+        free = params.spec.is_weight or params.spec.grid.two_region or params.spec.grid.per_row
         assert (params.zero_point is None) == free, params.spec.name
 
 

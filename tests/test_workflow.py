@@ -104,7 +104,7 @@ def test_twice_the_same_bytes(quantized, pipeline, tiny_recipe, tmp_path) -> Non
 
 
 def test_one_calibration_serves_several_bit_widths(quantized, pipeline, tiny_recipe) -> None:
-    prepared = workflow.prepare(pipeline, tiny_recipe())
+    prepared = workflow.prepare(pipeline, tiny_recipe("plus"))
     for bits in ("w8a8", "w6a6"):
         solution, seconds = workflow.solve_prepared(prepared, tiny_recipe("plus", bits))
         assert seconds > 0
@@ -129,7 +129,7 @@ def test_inspect_lists_every_site(quantized, model, tiny_recipe) -> None:
     assert found["backend"] == "cpu"
     assert [row["name"] for row in found["sites"]] == [site.name for site in expected]
     for row, site in zip(found["sites"], expected, strict=True):
-        assert set(row) == {"name", "role", "bits", "grid", "groups", "granularity", "kernel"}
+        assert set(row) == {"name", "role", "bits", "grid", "groups", "granularity", "channels", "kernel"}
         assert (row["role"], row["bits"], row["groups"]) == (site.role, site.bits, site.groups)
         assert row["granularity"] == site.granularity
         assert row["kernel"].startswith("cpu.")

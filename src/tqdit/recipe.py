@@ -68,10 +68,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def _hessian(value: Any) -> Any:
-    """Return the setting that a recipe of earlier versions means by true or false."""
-    if isinstance(value, bool):
-        return "published" if value else "none"
-    return {"true": "published", "false": "none"}.get(value, value) if isinstance(value, str) else value
+    """Return the setting that a recipe of earlier versions means by true or false, in any of their spellings."""
+    word = str(value).lower()
+    if word in ("true", "t", "yes", "y", "on", "1"):
+        return "published"
+    return "none" if word in ("false", "f", "no", "n", "off", "0") else value
 
 
 class Recipe(BaseModel):

@@ -319,6 +319,7 @@ def sample_folder(wanted: Images, folder: str | Path, target: Target | None = No
 def inspect(folder: str | Path, *, backend: str = "auto", device: Device = "auto") -> dict[str, Any]:
     """What an artifact is, and every site of it: role, bits, grid, groups, granularity, the kernel that will run it.
 
+    `channels` of a site says whether its channels have factors of their own.
     `backend` and `device` decide the kernels. `float32_bytes`: what the same tensors take in fp32.
     """
     return inspection(resolve(folder), Target(backend, device))

@@ -66,7 +66,7 @@ def test_keys_that_count() -> None:
 
 @pytest.mark.parametrize("hessian", [True, False])
 def test_a_context_has_one_time_group(tiny_recipe, hessian: bool) -> None:
-    model, data, recipe = toy_model(), toy_data(), tiny_recipe("plus", hessian=hessian)
+    model, data, recipe = toy_model(), toy_data(), tiny_recipe("plus", hessian=hessian, softmax_grid="mrq")
     solution = solve(model, record(model, data, recipe), recipe, TimeGroups.uniform(0, 1000, 4), {})
     groups = {name: params.spec.groups for name, params in solution.params.items()}
     assert groups["cross.context"] == groups["cross.key"] == groups["cross.value"] == 1

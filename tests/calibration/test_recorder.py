@@ -11,7 +11,7 @@ from tqdit.architectures.registry import config_of, graph
 from tqdit.architectures.shapes import shape_config
 from tqdit.calibration.picker import Picker
 from tqdit.calibration.recorder import batch_size, picked_bytes, record
-from tqdit.calibration.records import Joined, LinearRecord
+from tqdit.calibration.records import Joined, LinearRecord, channels_of
 from tqdit.calibration.store import InMemory
 from tqdit.errors import InputError
 from tqdit.plan import sites
@@ -68,10 +68,17 @@ def test_ranges_are_those_of_every_value(model, data, records, tiny_recipe) -> N
 
 
 def test_every_activation_site_has_ranges(model, records, tiny_recipe) -> None:
-    assert set(records.ranges) == {s.name for s in sites(config_of(model), tiny_recipe()) if not s.is_weight}
+    """And every channel of the values after GELU."""
+    found = [site for site in sites(config_of(model), tiny_recipe()) if not site.is_weight]
+    channels = {channels_of(site.name): site.name for site in found if site.role is Role.GELU}
+    assert set(records.ranges) == {*channels, *(site.name for site in found)}
     for stats in records.ranges.values():
         assert torch.isfinite(stats.low).all()
         assert (stats.high > stats.low).all()
+    for name, whole in channels.items():
+        assert records.ranges[name].low.shape == (4, 128)
+        assert torch.equal(records.ranges[name].over_units().low, records.ranges[whole].low)
+        assert torch.equal(records.ranges[name].over_units().high, records.ranges[whole].high)
 
 
 def test_rows_are_rows_of_the_input_in_their_group(model, data, records) -> None:

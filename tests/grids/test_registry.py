@@ -14,12 +14,12 @@ from tqdit.ops import quantizer, reference, tables
 from tqdit.ops.schema import Activation, OperandParams, WeightParams
 from tqdit.spec import GridParams, Role, SiteSpec
 
-NAMES = ["uniform", "mrq_softmax", "mrq_gelu"]
+NAMES = ["uniform", "row", "softmax_row", "mrq_softmax", "mrq_gelu"]
 
 
 def test_there_is_one_object_for_each_name() -> None:
     assert [str(grid) for grid in known()] == NAMES
-    assert list(known()) == [Grid.UNIFORM, Grid.MRQ_SOFTMAX, Grid.MRQ_GELU]
+    assert list(known()) == [Grid.UNIFORM, Grid.ROW, Grid.SOFTMAX_ROW, Grid.MRQ_SOFTMAX, Grid.MRQ_GELU]
     for grid in known():
         assert Grid(str(grid)) is grid
         assert Grid(grid) is grid
@@ -41,7 +41,7 @@ def test_a_grid_is_written_as_its_name() -> None:
 
 @pytest.mark.parametrize("name", ["", "Uniform", "log2", "mrq"])
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones(name: str) -> None:
-    with pytest.raises(ValueError, match=f"unknown grid '{name}'; known: uniform, mrq_softmax, mrq_gelu"):
+    with pytest.raises(ValueError, match=f"unknown grid '{name}'; known: {', '.join(NAMES)}"):
         Grid(name)
 
 
@@ -54,9 +54,8 @@ def test_a_name_is_taken_once() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_shape_of_scales(name: str) -> None:
     spec = SiteSpec("s", Role.GELU, 8, Grid(name), groups=3, units=2)
-    two = name != "uniform"
-    assert spec.scale_shape == ((3, 2, 2) if two else (3, 2))
-    assert spec.has_zero_point is not two
+    assert spec.scale_shape == ((3, 2, 2) if name.startswith("mrq") else (3, 2))
+    assert spec.has_zero_point is (name == "uniform")
     assert not SiteSpec("w", Role.WEIGHT, 8).has_zero_point
 
 

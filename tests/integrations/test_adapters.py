@@ -1,6 +1,7 @@
 """LoRA through peft on integer models: an adapter trained on the float model serves the quantized one."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tqdit.errors import InputError
 from tqdit.layers.adapters import AdapterSlot
 from tqdit.quality.metrics import sqnr_db
 from tqdit.runtime.convert import convert
+from tqdit.spec import Grid, Solution
 
 peft = pytest.importorskip("peft")
 
@@ -52,6 +54,35 @@ def test_an_adapter_of_the_float_model_serves(solved, model_inputs, adapter, ada
     model = converted(solved("plus"), backend)
     alone = sqnr_db(expected, run(model, model_inputs))
     found = sqnr_db(expected, run(peft.PeftModel.from_pretrained(model, adapter), model_inputs))
+    assert found > alone + 15, (alone, found)
+
+
+FACTORS = torch.linspace(-2, 2, 128).exp2()
+
+
+def with_factors(model: nn.Module, solution: Solution) -> Solution:
+    """A solution whose layers after GELU have factors: W / channels in 8 bits, beside a step for each row."""
+    params, codes = dict(solution.params), dict(solution.codes)
+    for i in range(2):
+        source, weight = f"transformer_blocks.{i}.ff.fc2_input", f"transformer_blocks.{i}.ff.net.2.weight"
+        assert params[source].spec.grid is Grid.ROW
+        params[source] = replace(params[source], channels=FACTORS)
+        values = model.state_dict()[weight] / FACTORS
+        scale = values.abs().amax(1) / 127
+        params[weight] = replace(params[weight], scale=scale[None])
+        codes[weight] = (values / scale[:, None]).round().to(torch.int8)
+    return replace(solution, params=params, codes=codes)
+
+
+def test_an_adapter_reads_a_layers_own_input_where_channels_have_factors(
+    model, solved, model_inputs, adapter, adapted_float
+) -> None:
+    """x, not channels x, which only the layer's weight is made for."""
+    expected = run(adapted_float, model_inputs)
+    integer = convert(with_factors(model, solved("plus", gelu_grid="row")), "reference")
+    assert sqnr_db(run(model, model_inputs), run(integer, model_inputs)) > 30
+    alone = sqnr_db(expected, run(integer, model_inputs))
+    found = sqnr_db(expected, run(peft.PeftModel.from_pretrained(integer, adapter), model_inputs))
     assert found > alone + 15, (alone, found)
 
 
@@ -178,7 +209,7 @@ def test_what_an_adapter_has_beside_plain_lora_is_refused_by_name(
     """peft itself would drop it in silence, or fail with a KeyError."""
     cls, options, message = REFUSED[case]
     folder = trained(tmp_path, tiny_dit(), getattr(peft, cls)(**TARGET | options))
-    model = convert(solved("plus"))
+    model = convert(solved("plus", ends="codes"))
     with pytest.raises(InputError, match=message) as caught:
         peft.PeftModel.from_pretrained(model, folder)
     assert "\n" not in str(caught.value)
@@ -200,7 +231,7 @@ def test_a_second_adapter_of_another_kind(solved, model_inputs, adapter) -> None
 
 def test_integers_are_not_trained(solved) -> None:
     """peft leaves all but the adapter without gradients, and integers could not have any."""
-    model = convert(solved("plus"))
+    model = convert(solved("plus", ends="codes"))
     adapted = peft.get_peft_model(model, peft.LoraConfig(**TARGET))
     assert {name.split(".")[-3] for name, p in adapted.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
     for part in (model, model.transformer_blocks[0], model.proj_out_2, model.proj_out_2.layer):
@@ -211,8 +242,17 @@ def test_integers_are_not_trained(solved) -> None:
 
 @pytest.mark.parametrize("target", ["norm1.linear", "linear_1", "proj_out_2"])
 def test_layers_without_a_slot_are_refused_by_peft(solved, target: str) -> None:
+    model = convert(solved("plus", ends="codes"))
     with pytest.raises(ValueError, match="not supported"):
-        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["to_q", target]), convert(solved("plus")))
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["to_q", target]), model)
+
+
+@pytest.mark.parametrize("target", ["proj_out_2", "pos_embed.proj"])
+def test_an_adapter_of_an_end_in_float_is_refused_by_name(solved, target: str) -> None:
+    """peft would wrap it, as every layer in float; nothing would run the adapter."""
+    model = convert(solved("plus"), "reference")
+    with pytest.raises(InputError, match=f"for '{target.rpartition('.')[2]}'; on an integer model only plain LoRA"):
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["to_q", target]), model)
 
 
 def test_a_slot_is_no_weight(solved) -> None:

@@ -1,5 +1,7 @@
 """Codes and scales keep their dtypes (trap 7), and a site picks the parameters of each sample's group."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -46,6 +48,19 @@ def test_a_site_has_the_table_of_its_solved_parameters(grid: Grid) -> None:
     module.table.zero_()
     assert made.table.any()
     assert torch.equal(params.scale, scale)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_channel_factors_come_with_every_call(groups: int) -> None:
+    """In fp32 and on the module's device, whatever the model is cast to; none where the site has none."""
+    factors = torch.rand(5) + 0.1
+    spec = SiteSpec("a", Role.GELU, 8, Grid.UNIFORM, groups=groups)
+    params = GridParams(spec, torch.full((groups, 1), 0.1), torch.zeros(groups, 1, dtype=torch.int32), factors)
+    module = ActivationParams(params).half()
+    call = Call(torch.tensor([0, groups - 1]), None)
+    assert torch.equal(module.operand(call).channels, factors)
+    assert module.operand(call).channels.dtype is torch.float32
+    assert ActivationParams(replace(params, channels=None)).operand(call).channels is None
 
 
 def test_merged_regions_are_one_operand() -> None:

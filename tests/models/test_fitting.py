@@ -82,6 +82,93 @@ def test_a_site_that_the_model_does_not_have_is_named_with_its_field(solved, sit
     refused(with_site(solved("plus"), site, **fields), f"site '{site}'", f" {next(iter(fields))} ")
 
 
+NEW_CHOICES = {
+    "rows": {"input_grid": "row", "attended_grid": "row", "softmax_grid": "row", "gelu_grid": "row"},
+    "factors": {"gelu_channels": "best", "gelu_grid": "mrq", "gelu_products": "two"},
+    "ends in codes": {"ends": "codes", "rounding": "nearest"},
+    "ends in float": {"ends": "float", "hessian": "none"},
+}
+
+
+@pytest.mark.parametrize("choice", NEW_CHOICES)
+def test_rows_factors_and_float_ends_fit(solved, choice: str) -> None:
+    solution = solved("plus", "w6a6", **NEW_CHOICES[choice])
+    check_solution(solution)
+    grids = {role: {p.spec.grid for p in solution.params.values() if p.spec.role is role} for role in Role}
+    if choice == "rows":
+        assert grids[Role.INPUT] == grids[Role.GELU] == {Grid.ROW}
+        assert grids[Role.SOFTMAX] == {Grid.SOFTMAX_ROW}
+    assert ("proj_out_2.weight" in solution.codes) == ("pos_embed.proj.weight" in solution.codes)
+    assert ("proj_out_2.weight" in solution.codes) == (choice == "ends in codes")
+
+
+def test_rows_belong_to_inputs_and_softmax(solved) -> None:
+    """A query's verb has no whole rows, and each of the two grids of rows has its own operands."""
+    solution = solved("plus")
+    bare = {"scale": torch.ones(1, 1), "zero_point": None}
+    for site, grid in [
+        (QUERY, Grid.ROW), (QUERY, Grid.SOFTMAX_ROW), (SOFTMAX, Grid.ROW), (FC2, Grid.SOFTMAX_ROW),
+        (QUERY.replace("query", "value"), Grid.ROW), (FC1, Grid.ROW),
+    ]:  # fmt: skip
+        params = solution.params[site]
+        spec = replace(params.spec, grid=grid)
+        changed = replace(params, spec=spec, **bare)
+        refused(replace(solution, params={**solution.params, site: changed}), f"site '{site}' has grid {grid}")
+
+
+def test_a_site_of_rows_has_no_zero_point(solved) -> None:
+    solution = solved("plus")
+    name = "transformer_blocks.0.attn1.qkv_input"
+    params = solution.params[name]
+    assert params.spec.grid is Grid.ROW
+    zero = torch.zeros(1, 1, dtype=torch.int32)
+    changed = replace(solution, params={**solution.params, name: replace(params, zero_point=zero)})
+    refused(changed, f"site '{name}' has a zero_point")
+
+
+def with_channels(solution: Solution, name: str, channels: torch.Tensor) -> Solution:
+    params = replace(solution.params[name], channels=channels)
+    return replace(solution, params={**solution.params, name: params})
+
+
+@pytest.mark.parametrize("shape", [(127,), (32,), (1,), (128, 1)])
+def test_factors_that_are_not_as_many_as_the_channels(solved, shape: tuple[int, ...]) -> None:
+    refused(
+        with_channels(solved("plus"), FC2, torch.ones(shape)), f"site '{FC2}' has channels of shape {shape}", "(128,)"
+    )
+
+
+@pytest.mark.parametrize("site", [QUERY, SOFTMAX, FC1, ADALN])
+def test_factors_at_a_site_that_is_no_input_of_a_linear_layer(solved, site: str) -> None:
+    """No weight takes them back there."""
+    message = f"site '{site}' has channels; only inputs of linear layers can have factors"
+    refused(with_channels(solved("plus"), site, torch.ones(16)), message)
+
+
+@pytest.mark.parametrize("name", ["pos_embed.proj.weight", "proj_out_2.weight"])
+def test_each_end_may_be_codes_or_float(solved, name: str) -> None:
+    """But one of them: neither is a parameter that is missing, both are one too many."""
+    floats, codes = solved("plus"), solved("plus", ends="codes")
+    mixed = replace(
+        floats,
+        params={**floats.params, name: codes.params[name]},
+        codes={**floats.codes, name: codes.codes[name]},
+        floats={key: value for key, value in floats.floats.items() if key != name},
+    )
+    check_solution(mixed)
+    without = {key: value for key, value in floats.floats.items() if key != name}
+    refused(replace(floats, floats=without), f"'{name}'")
+    refused(replace(mixed, codes=floats.codes), f"'{name}'")
+    refused(replace(floats, codes=mixed.codes), f"'{name}', which this model has no place for")
+
+
+def test_other_layers_may_not_be_float(solved, model) -> None:
+    solution, name = solved("plus"), "proj_out_1.weight"
+    params = {key: value for key, value in solution.params.items() if key != name}
+    floats = {**solution.floats, name: model.state_dict()[name]}
+    refused(replace(solution, params=params, floats=floats), f"no codes for weight site '{name}'")
+
+
 def test_scales_that_are_not_what_the_site_says(solved) -> None:
     solution = solved("plus")
     params = solution.params[QUERY]

@@ -15,6 +15,8 @@ from tqdit.spec import Grid, Role, Solution
 from tqdit.speed.random_solution import random_solution
 from tqdit.speed.random_weights import Pool
 
+# Scales of which each is drawn; the plans of `plus` have rows instead.
+STATIC = {"input_grid": "uniform", "softmax_grid": "best", "gelu_channels": "one", "ends": "codes"}
 SETTINGS = [("paper", "w8a8"), ("plus", "w8a8"), ("paper", "w6a6"), ("plus", "w4a4"), ("plus", "w2a4")]
 
 
@@ -71,7 +73,7 @@ def operands(model: torch.nn.Module, block: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("preset", "bits"), SETTINGS)
 def test_activations_fill_their_grids(config, preset: str, bits: str) -> None:
     """The highest and lowest code are rare, and many are used. After GELU the lowest is the function's own minimum."""
-    solution = random_solution(config, Recipe(preset, bits))
+    solution = random_solution(config, Recipe(preset, bits, **STATIC if preset == "plus" else {}))
     found = operands(float_twin(solution), 1)
     assert len(found) == 7
     for name, x in found.items():
@@ -105,7 +107,8 @@ def test_output_is_not_degenerate(config, preset: str, bits: str) -> None:
     ],
 )
 def test_grids(config, preset: str, bits: str, gelu: Grid, softmax: Grid) -> None:
-    recipe = Recipe(preset, bits, **products("two"))
+    grids = {"gelu_grid": "best", "softmax_grid": "best"} if preset == "plus" else {}
+    recipe = Recipe(preset, bits, **products("two"), **grids)
     solution = random_solution(config, recipe)
     assert {site.grid for site in solution.sites if site.role is Role.GELU} == {gelu}
     assert {site.grid for site in solution.sites if site.role is Role.SOFTMAX} == {softmax}
@@ -116,7 +119,7 @@ def test_grids(config, preset: str, bits: str, gelu: Grid, softmax: Grid) -> Non
 @pytest.mark.parametrize("number", ["one", "two"])
 def test_products(config, bits: str, number: str) -> None:
     """What costs most of what the recipe allows: two products, one of merged regions, or a uniform grid at 8 bits."""
-    solution = random_solution(config, Recipe("plus", bits, **products(number)))
+    solution = random_solution(config, Recipe("plus", bits, **products(number), softmax_grid="best"))
     sites = [params for params in solution.params.values() if params.spec.role in (Role.GELU, Role.SOFTMAX)]
     assert len(sites) == 4
     if number == "one":
@@ -160,8 +163,48 @@ def run_seeded(solution) -> torch.Tensor:
     return run(convert(solution))
 
 
+ROWS = {"input_grid": "row", "attended_grid": "row", "softmax_grid": "row", "gelu_grid": "row"}
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w6a6", "w4a4"])
+def test_rows_are_as_a_search_starts_them(config, bits: str) -> None:
+    """One scale without time groups, of all inputs of linear layers and of softmax."""
+    solution, top = random_solution(config, Recipe("plus", bits, **ROWS)), 2 ** (int(bits[-1]) - 1) - 1
+    for params in solution.params.values():
+        if params.spec.role in (Role.INPUT, Role.GELU):
+            assert params.spec.grid is Grid.ROW
+            assert params.scale.tolist() == [[pytest.approx(1 / top)]]
+        elif params.spec.role is Role.SOFTMAX:
+            assert params.spec.grid is Grid.SOFTMAX_ROW
+            assert params.scale.tolist() == [[pytest.approx(1 / (2 * top + 1))]]
+    y = run(convert(solution, "reference"))
+    assert torch.isfinite(y).all()
+    assert 0.3 < y.std() < 4
+
+
+@pytest.mark.parametrize(("choice", "gelu"), [("one", "best"), ("best", "best"), ("best", "mrq"), ("best", "row")])
+def test_factors_of_channels_where_the_search_tries_some(config, choice: str, gelu: str) -> None:
+    recipe = Recipe("plus", gelu_channels=choice, gelu_grid=gelu, gelu_products="two")
+    solution = random_solution(config, recipe)
+    found = {name: params.channels for name, params in solution.params.items() if params.channels is not None}
+    after = {name for name, params in solution.params.items() if params.spec.role is Role.GELU}
+    assert set(found) == (after if choice == "best" and gelu != "row" else set())
+    assert all(channels.shape == (256,) for channels in found.values())
+
+
+@pytest.mark.parametrize("ends", ["codes", "float"])
+def test_ends_are_drawn_as_codes_or_in_float(config, tmp_path: Path, ends: str) -> None:
+    solution = random_solution(config, Recipe("plus", ends=ends))
+    for name in ("pos_embed.proj.weight", "proj_out_2.weight"):
+        assert (name in solution.floats, name in solution.codes) == (ends == "float", ends == "codes")
+        assert (name in solution.params) == (ends == "codes")
+    artifact.write(solution, tmp_path)
+    assert artifact.read(tmp_path).sites == solution.sites
+    assert 0.3 < run(convert(solution, "reference")).std() < 4
+
+
 def test_time_groups_differ_a_little(config) -> None:
-    for params in random_solution(config, Recipe("plus")).params.values():
+    for params in random_solution(config, Recipe("plus", **STATIC)).params.values():
         if params.spec.role in (Role.INPUT, Role.QUERY, Role.GELU):
             scale = params.scale[:, 0].reshape(10, -1)[:, -1]
             assert 1.01 < scale.max() / scale.min() < 1.25

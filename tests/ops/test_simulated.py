@@ -43,7 +43,7 @@ def test_each_head_is_quantized_with_its_own_parameters(operand) -> None:
         assert torch.equal(values[:, head], quantizer.dequantize(codes[:, head], alone))
 
 
-@pytest.mark.parametrize("grid", known())
+@pytest.mark.parametrize("grid", [grid for grid in known() if not grid.per_row])
 @pytest.mark.parametrize("lead", [1, 3])
 def test_linear(operand, weight, exact, grid: Grid, lead: int) -> None:
     codes, params = operand((3, 5, 70), grid, lead)

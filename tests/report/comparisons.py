@@ -1,5 +1,6 @@
 """A small synthetic comparison: no model is run."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 def softmax_site(block: int, grid: Grid, groups: int) -> GridParams:
     spec = SiteSpec(f"transformer_blocks.{block}.attn1.softmax", Role.SOFTMAX, 8, grid, groups=groups)
     s1 = 2.0 ** -(7 + torch.arange(groups) % 4 + block).float().reshape(groups, 1)
+    if grid is Grid.SOFTMAX_ROW:
+        return GridParams(replace(spec, groups=1), torch.full((1, 1), 1 / 255))
     if grid is Grid.UNIFORM:
         return GridParams(spec, s1, torch.zeros(groups, 1, dtype=torch.int32))
     return GridParams(spec, torch.stack([s1, torch.full_like(s1, 1 / 127)], -1))

@@ -74,7 +74,7 @@ def check_config(config: Mapping[str, Any], where: object) -> Mapping[str, Any]:
         raise InputError(f"{where} has no {QUANTIZATION} of method '{QUANT_METHOD}'")
     version = quantization.get("format_version")
     if not readable(version):
-        known = " and ".join(map(str, FORMATS))
+        known = ", ".join(map(str, FORMATS))
         raise InputError(f"{where}: artifact format {version} is not supported; this tqdit reads {known}")
     return quantization
 

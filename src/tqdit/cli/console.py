@@ -132,16 +132,24 @@ def print_inspection(result: dict[str, Any], every_site: bool = False) -> None:
     console.print()
     groups: dict[tuple[Any, ...], list[str]] = {}
     for site in result["sites"]:
-        kind = tuple(site[key] for key in ("role", "bits", "grid", "granularity", "groups", "kernel"))
+        kind = site["role"], _scales(site), site["kernel"]
         groups.setdefault(kind, []).append(site["name"])
-    for (role, bits, grid, granularity, time_groups, kernel), names in groups.items():
-        times = f", {time_groups} time groups" if time_groups > 1 else ""
-        console.print(
-            f"{len(names):>4} x {role:<12} {bits} bits, {grid}, {granularity}{times}\n{'':7}{kernel}",
-            markup=False, soft_wrap=True,
-        )  # fmt: skip
+    for (role, scales, kernel), names in groups.items():
+        console.print(f"{len(names):>4} x {role:<12} {scales}\n{'':7}{kernel}", markup=False, soft_wrap=True)
         for name in names if every_site else ():
             console.print(f"{'':9}{name}", markup=False, soft_wrap=True)
+
+
+def _scales(site: Mapping[str, Any]) -> str:
+    """Return a site's bits and grid, and what its scales are for."""
+    from tqdit.spec import Grid
+
+    parts = [f"{site['bits']} bits", site["grid"]]
+    shared = "a step for each row" if Grid(site["grid"]).per_row else site["granularity"]
+    parts.append(f"{shared} and channel" if site.get("channels") else shared)
+    if site["groups"] > 1:
+        parts.append(f"{site['groups']} time groups")
+    return ", ".join(parts)
 
 
 def _summary(result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -63,10 +63,13 @@ class LayerCodes(Mapping[str, torch.Tensor]):
         for name, module in self._sites.items():
             with _readable(name, module):
                 expected = operand(solution.params[name])
-                pairs = [(module.table, expected.table)]
-                if module.channels is not None and expected.channels is not None:
-                    pairs.append((module.channels, expected.channels))
-                _check_equal(name, pairs)
+                _check_equal(name, [(module.table, expected.table), _factors(module.channels, expected.channels)])
+
+
+def _factors(mine: torch.Tensor | None, given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return two sites' channel factors in one shape; no factors are factors of 1."""
+    first, second = (torch.ones(1) if factors is None else factors.cpu() for factors in (mine, given))
+    return first.expand_as(second) if len(first) == 1 else first, second
 
 
 @contextmanager

@@ -5,14 +5,14 @@ Another backend must equal the result, and may fall back to it.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from tqdit.ops.holders import LinearCodes
-from tqdit.ops.quantizer import quantize
+from tqdit.ops.quantizer import plain_codes, quantize
 from tqdit.ops.schema import Activation, AttentionParams, Codes, Norm, OperandParams, Residual, WeightParams
 from tqdit.spec import Grid
 
@@ -65,7 +65,7 @@ class Composed:
         self, codes: Codes, source: OperandParams, layer: Any, targets: Sequence[OperandParams], heads: int
     ) -> Any:
         parts = split_heads(self.product(codes, source, layer), len(targets), heads)
-        return join_heads([_static(y, target) for y, target in zip(parts, targets, strict=True)])
+        return join_heads([plain_codes(y, target) for y, target in zip(parts, targets, strict=True)])
 
     def attend(
         self,
@@ -83,7 +83,7 @@ class Composed:
         scores = self.scores(q, attention.query, k, attention.key, q.shape[-1] ** -0.5)
         if bias is not None:
             scores = scores + bias[:, None, None, :]
-        p = _static(probabilities(scores, attention.softmax), attention.softmax)
+        p = plain_codes(probabilities(scores, attention.softmax), attention.softmax)
         return quantize(self.values(p, attention.softmax, v, attention.value).transpose(1, 2).flatten(2), target)
 
     def linear(
@@ -96,11 +96,6 @@ class Composed:
             return quantize(FUNCTIONS[then.function](y), then.target)
         added = y if then.gate is None else then.gate[:, None] * y
         return (then.x.float() + added).to(then.x.dtype)
-
-
-def _static(x: torch.Tensor, target: OperandParams) -> torch.Tensor:
-    """Return the codes of an operand of attention, which is never on the grid of rows."""
-    return cast(torch.Tensor, quantize(x, target))
 
 
 def probabilities(scores: torch.Tensor, params: OperandParams) -> torch.Tensor:

@@ -14,12 +14,17 @@ def quantize(x: torch.Tensor, params: OperandParams) -> Codes:
 
     On the grid of rows they are `RowCodes`. Channel factors belong to an x of three axes.
     """
-    p = parameters(params, x.ndim)
     if params.channels is not None:
         x = x.float() * params.channels
-    if params.grid is Grid.ROW:
-        scale = row_scales(x, p.scale)
-        return RowCodes(uniform_codes(x, scale, 0, params.bits), scale.squeeze(-1))
+    if params.grid is not Grid.ROW:
+        return plain_codes(x, params)
+    scale = row_scales(x, parameters(params, x.ndim).scale)
+    return RowCodes(uniform_codes(x, scale, 0, params.bits), scale.squeeze(-1))
+
+
+def plain_codes(x: torch.Tensor, params: OperandParams) -> torch.Tensor:
+    """Return the codes of x, int8, on any grid but that of rows; channel factors are in x already."""
+    p = parameters(params, x.ndim)
     return params.grid.quantize(x, p.scale, p.coarse, p.zero_point, params.bits)
 
 

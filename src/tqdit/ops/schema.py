@@ -136,7 +136,10 @@ class Backend(Protocol):
         """Return a linear layer whose input stays in float."""
 
     def quantize(self, x: torch.Tensor, target: OperandParams, norm: Norm | None = None) -> Any:
-        """Return the codes (B, N, C) of x, or of its modulated LayerNorm: a tensor, or `RowCodes` on a grid of rows."""
+        """Return the codes (B, N, C) of x, or of its modulated LayerNorm.
+
+        They are a tensor, or `RowCodes` on the grid of rows.
+        """
 
     def project(
         self, codes: Any, source: OperandParams, layer: Any, targets: Sequence[OperandParams], heads: int

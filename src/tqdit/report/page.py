@@ -26,7 +26,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class ScaleChart:
-    """A chart of a model's post-softmax scales, or None where one scale serves all timesteps."""
+    """A chart of a model's post-softmax scales, or None where no scale changes over time."""
 
     name: str
     note: str
@@ -110,15 +110,13 @@ def _pictures(comparison: Comparison) -> list[Picture]:
 
 def _scale_charts(models: tuple[ModelRow, ...]) -> Iterator[ScaleChart]:
     """Return one chart per solved model, all on one colour scale."""
-    solved = [
-        (row.name, row.solution.time_groups, softmax.grouped_sites(row.solution)) for row in models if row.solution
-    ]
+    solved = [(row.name, row.solution, softmax.grouped_sites(row.solution)) for row in models if row.solution]
     grouped = [sites for _, _, sites in solved if sites]
     steps = torch.cat([softmax.finest_steps(sites).flatten() for sites in grouped]) if grouped else torch.zeros(1)
     limits = (float(steps.min()), float(steps.max()))
-    for i, (name, groups, sites) in enumerate(solved):
+    for i, (name, solution, sites) in enumerate(solved):
         if not sites:
-            yield ScaleChart(name, "one scale for all timesteps", None)
+            yield ScaleChart(name, softmax.fixed_note(solution), None)
             continue
-        chart = softmax.scale_heatmap(f"scales{i}", sites, groups, limits)
+        chart = softmax.scale_heatmap(f"scales{i}", sites, solution.time_groups, limits)
         yield ScaleChart(name, softmax.grid_note(sites), chart)

@@ -73,8 +73,9 @@ def median_change(maxima: torch.Tensor, t: torch.Tensor, groups: TimeGroups) -> 
 
 
 def grouped_sites(solution: Solution) -> list[GridParams]:
-    """Return the post-softmax sites that have time groups, in the order of the blocks."""
-    return [p for p in solution.params.values() if p.spec.role is Role.SOFTMAX and p.spec.groups > 1]
+    """Return the post-softmax sites whose scale changes over time, in the order of the blocks."""
+    found = [p for p in solution.params.values() if p.spec.role is Role.SOFTMAX and p.spec.groups > 1]
+    return [p for p in found if not p.spec.grid.per_row]
 
 
 def finest_steps(sites: Sequence[GridParams]) -> torch.Tensor:
@@ -106,6 +107,14 @@ def scale_heatmap(key: str, sites: Sequence[GridParams], groups: TimeGroups, lim
 
     alt = f"Heatmap of log2 step sizes, {len(sites)} blocks by {groups.num_groups} time groups: "
     return draw(key, f"{alt}{float(steps.min()):.1f} to {float(steps.max()):.1f}.", paint, (SMALL, _height(len(sites))))
+
+
+def fixed_note(solution: Solution) -> str:
+    """Return a note for a model whose post-softmax scales do not change over time."""
+    rows = [p.spec.grid.per_row for p in solution.params.values() if p.spec.role is Role.SOFTMAX]
+    if any(rows):
+        return "a step for each row" if all(rows) else "a step for each row, or one scale for all timesteps"
+    return "one scale for all timesteps"
 
 
 def grid_note(sites: Sequence[GridParams]) -> str:

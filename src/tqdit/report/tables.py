@@ -2,11 +2,11 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tqdit.quality.comparison import Comparison, ModelRow
-from tqdit.spec import Granularity, Role, SiteSpec
+from tqdit.spec import Granularity, GridParams, Role
 
 NOTHING = "–"
 ROLES = {
@@ -117,21 +117,23 @@ def site_table(models: Sequence[ModelRow]) -> list[tuple[str, list[list[tuple[st
     """
     rows = []
     for role, label in ROLES.items():
-        columns = [_phrases(row.solution.sites if row.solution else (), role) for row in models]
+        columns = [_phrases(row.solution.params.values() if row.solution else (), role) for row in models]
         if any(columns):
             rows.append((label, columns))
     return rows
 
 
-def _phrases(sites: Sequence[SiteSpec], role: Role) -> list[tuple[str, str]]:
-    counts = Counter((s.bits, s.grid, s.granularity, s.groups) for s in sites if s.role is role)
-    return [
-        (
-            f"{count} × {bits}-bit {grid.label}",
-            SHARED[granularity] + (f", {groups} time groups" if groups > 1 else ""),
-        )
-        for (bits, grid, granularity, groups), count in counts.items()
-    ]
+def _phrases(sites: Iterable[GridParams], role: Role) -> list[tuple[str, str]]:
+    counts = Counter((f"{p.spec.bits}-bit {p.spec.grid.label}", _shared(p)) for p in sites if p.spec.role is role)
+    return [(f"{count} × {codes}", shared) for (codes, shared), count in counts.items()]
+
+
+def _shared(params: GridParams) -> str:
+    """Return what shares one scale of a site."""
+    spec = params.spec
+    shared = "a step for each row" if spec.grid.per_row else SHARED[spec.granularity]
+    shared += f", {spec.groups} time groups" if spec.groups > 1 else ""
+    return shared if params.channels is None else f"{shared}, a factor for each channel"
 
 
 def _megabytes(row: ModelRow) -> str:

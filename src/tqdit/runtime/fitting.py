@@ -59,8 +59,9 @@ def check_solution(solution: Solution) -> None:
             kind = "codes for weight" if spec.is_weight else "parameters for activation"
             raise InputError(f"the solution has no {kind} site '{name}'")
         _check_site(solution, solution.params[name].spec, spec, name in timed)
-    for linear in (linear for block in graph.blocks for linear in block.linears):
-        _check_channels(solution.params[linear.source.name], graph.features(linear)[0])
+    widths = {linear.source.name: graph.features(linear)[0] for block in graph.blocks for linear in block.linears}
+    for name in expected:
+        _check_channels(solution.params[name], widths.get(name))
     _check_parameters(solution, expected, graph.shapes)
 
 
@@ -99,9 +100,16 @@ def _check_shapes_of_params(params: GridParams) -> None:
             raise InputError(f"site '{found.name}' has a {what} of shape {tuple(tensor.shape)}, not {shape}")
 
 
-def _check_channels(params: GridParams, width: int) -> None:
-    """Check that channel factors are as many as the channels of a linear layer's input."""
-    if params.channels is not None and tuple(params.channels.shape) != (width,):
+def _check_channels(params: GridParams, width: int | None) -> None:
+    """Check that channel factors are as many as the channels of a linear layer's input.
+
+    `width`: the number of those, or None for a site that is no such input: its channels have no factors.
+    """
+    if params.channels is None:
+        return
+    if width is None:
+        raise InputError(f"site '{params.spec.name}' has channels; only inputs of linear layers can have factors")
+    if tuple(params.channels.shape) != (width,):
         given = tuple(params.channels.shape)
         raise InputError(f"site '{params.spec.name}' has channels of shape {given}, not {(width,)}")
 

@@ -26,7 +26,8 @@ def inspection(source: ModelSource, target: Target) -> dict[str, Any]:
     sites = []
     for spec in solution.sites:
         row = {key: asdict(spec)[key] for key in SITE}
-        sites.append({**row, "kernel": kernel_name(solution.params[spec.name], kernels)})
+        params = solution.params[spec.name]
+        sites.append({**row, "channels": params.channels is not None, "kernel": kernel_name(params, kernels)})
     return {
         "name": source.name,
         "shape": shape_name(solution.model_config),

@@ -21,7 +21,7 @@ from tqdit.search.operands import Operand
 from tqdit.spec import MAX_BITS, SiteSpec
 
 BALANCING = (0.0, 0.25, 0.5, 0.75, 1.0)  # powers of the channels' largest magnitudes that are tried as factors
-SHARES = torch.linspace(1.0, 0.4, 13)  # of a channel's largest weight, as its largest code
+SHARES = torch.linspace(1.0, 0.4, 13)  # of a channel's largest weight that are tried as its largest code
 
 
 @dataclass(frozen=True)
