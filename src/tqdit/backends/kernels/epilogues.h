@@ -5,18 +5,28 @@
 namespace tqdit {
 
 // Turns the sums of a product into values: y = sums * (s * weight scale) + bias; with two regions
-// (second * s2 - first * s1) * weight scale + bias.
+// (second * s2 - first * s1) * weight scale + bias; of rows (sums * step of the row) * weight scale + bias.
 struct Dequantizer {
-  const float *weight, *bias;
+  const float *weight, *bias, *steps;
   float s1, s2;
   Dequantizer(const LinearCall& c, int64_t sample)
-      : weight(c.weight), bias(c.bias), s1(c.source.entry(sample)[SCALE]), s2(c.source.entry(sample)[COARSE]) {}
+      : weight(c.weight), bias(c.bias), steps(c.steps), s1(c.source.entry(sample)[SCALE]),
+        s2(c.source.entry(sample)[COARSE]) {}
+
+  // Returns the dequantizer of one row of the result; s1 is the step of that row.
+  template <int SOURCE>
+  Dequantizer of(int64_t index) const {
+    Dequantizer row = *this;
+    if (SOURCE == ROW) row.s1 = steps[index];
+    return row;
+  }
 
   // `first`, `second`: the sums from column `begin` on.
-  template <bool TWO, typename Count>
+  template <int SOURCE, typename Count>
   vfloat value(int64_t begin, const float* first, const float* second, int64_t j, Count n) const {
     const vfloat scale = load(weight + begin + j, n), offset = load(bias + begin + j, n);
-    if (TWO) return (load(second + j, n) * s2 + load(first + j, n) * -s1) * scale + offset;
+    if (SOURCE == TWO_REGION) return (load(second + j, n) * s2 + load(first + j, n) * -s1) * scale + offset;
+    if (SOURCE == ROW) return load(first + j, n) * s1 * scale + offset;
     return load(first + j, n) * (s1 * scale) + offset;
   }
 };
@@ -49,13 +59,13 @@ struct HeadsFinish {
     const HeadsFinish& f;
     int64_t entry;  // the entry of the sample's first column
     Dequantizer values;
-    template <bool TWO>
+    template <int SOURCE>
     void row(int64_t index, int64_t begin, int64_t count, const float* first, const float* second) const {
       const float *table = f.tables.data() + entry + begin, *lows = table + f.size, *highs = lows + f.size;
       const int32_t* zeros = f.zeros.data() + entry + begin;
       uint8_t* out = f.out + index * f.c.columns + begin;
-      each_vector(count, [=, values = values](int64_t j, auto n) {
-        const vfloat y = values.template value<TWO>(begin, first, second, j, n);
+      each_vector(count, [=, values = values.of<SOURCE>(index)](int64_t j, auto n) {
+        const vfloat y = values.template value<SOURCE>(begin, first, second, j, n);
         const vfloat steps = clip(y / load_or_one(table + j, n), load(lows + j, n), load(highs + j, n));
         store_bytes(out + j, nearest(steps) + load(zeros + j, n), n);
       });
@@ -64,8 +74,8 @@ struct HeadsFinish {
   Rows at(int64_t sample) const { return {*this, sample * c.columns, Dequantizer(c, sample)}; }
 };
 
-// Writes the codes of GELU in the planes of an `Encoder`.
-template <int GRID>
+// Writes the codes of GELU in the planes of an `Encoder`. FACTORED: GELU times the channel factors of the target.
+template <int GRID, bool FACTORED>
 struct GeluFinish {
   const LinearCall& c;
   const Operand& target;
@@ -75,14 +85,16 @@ struct GeluFinish {
     const GeluFinish& f;
     Dequantizer values;
     Encoder<GRID> encoder;
-    template <bool TWO>
+    template <int SOURCE>
     void row(int64_t index, int64_t begin, int64_t count, const float* first, const float* second) const {
       uint8_t* to_first = f.first + index * f.c.columns + begin;
       uint8_t* to_second = GRID == TWO_REGION ? f.second + index * f.c.columns + begin : nullptr;
-      const Rows rows = *this;  // a copy in registers: the compiler must assume that bytes written below change *this
-      each_vector(count, [=](int64_t j, auto n) {
-        const vfloat y = rows.values.template value<TWO>(begin, first, second, j, n);
-        rows.encoder.encode_near(gelu(y), to_first + j, to_second + j, n);
+      const float* factors = FACTORED ? f.target.channels + begin : nullptr;
+      // Copies in registers: the compiler must assume that bytes written below change *this.
+      each_vector(count, [=, values = values.of<SOURCE>(index), encoder = encoder](int64_t j, auto n) {
+        vfloat x = gelu(values.template value<SOURCE>(begin, first, second, j, n));
+        if (FACTORED) x *= load(factors + j, n);
+        encoder.encode_near(x, to_first + j, to_second + j, n);
       });
     }
   };
@@ -106,13 +118,13 @@ struct FloatFinish {
     const FloatFinish& f;
     const float* gate;
     Dequantizer values;
-    template <bool TWO>
+    template <int SOURCE>
     void row(int64_t index, int64_t begin, int64_t count, const float* first, const float* second) const {
       const float* gates = UPDATE == GATED ? gate + begin : nullptr;
       const float* x = UPDATE == PLAIN ? nullptr : f.x + index * f.c.columns + begin;
       float* out = f.out + index * f.c.columns + begin;
-      each_vector(count, [=, values = values](int64_t j, auto n) {
-        const vfloat y = values.template value<TWO>(begin, first, second, j, n);
+      each_vector(count, [=, values = values.of<SOURCE>(index)](int64_t j, auto n) {
+        const vfloat y = values.template value<SOURCE>(begin, first, second, j, n);
         if (UPDATE == PLAIN) store(out + j, y, n);
         if (UPDATE == ADDED) store(out + j, load(x + j, n) + y, n);
         if (UPDATE == GATED) store(out + j, load(x + j, n) + load(gates + j, n) * y, n);
@@ -134,7 +146,12 @@ extern "C" void tqdit_project(const LinearCall* call, const Operand* targets, in
 // Writes the codes of GELU(x W^T + bias); first, second (batch, tokens, columns).
 extern "C" void tqdit_linear_gelu(const LinearCall* call, const Operand* target, uint8_t* first, uint8_t* second) {
   for_grid(target->grid, [=](auto grid) {
-    linear(*call, GeluFinish<decltype(grid)::value>{*call, *target, first, second});
+    if constexpr (grid != ROW) {
+      if (target->channels)
+        linear(*call, GeluFinish<grid, true>{*call, *target, first, second});
+      else
+        linear(*call, GeluFinish<grid, false>{*call, *target, first, second});
+    }
   });
 }
 
