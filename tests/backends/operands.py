@@ -118,7 +118,7 @@ def meant(codes: torch.Tensor, params: OperandParams) -> torch.Tensor:
 
 
 def signed_codes(codes: torch.Tensor, params: OperandParams) -> Codes:
-    """Return the reference's codes of the values that are `meant`: the same, or on the grid of rows others and steps."""
+    """Return the reference's codes of the values that are `meant`: the same, or on the grid of rows `RowCodes`."""
     return quantize(meant(codes, params), params) if params.grid is Grid.ROW else codes
 
 
