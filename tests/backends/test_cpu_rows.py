@@ -260,6 +260,27 @@ def test_neither_threads_nor_batches_change_rows(fast) -> None:
         assert torch.equal(whole, torch.cat([part[index] for part in parts]))
 
 
+@pytest.mark.parametrize("tokens", [64, 200])
+def test_samples_that_fill_a_cache_are_coded_one_after_the_other(fast, tokens: int) -> None:
+    """Two of three samples together, or each alone, as all floats first and then all codes."""
+    make, width = maker(15), 1600
+    attention, row = make.attention(20, Grid.SOFTMAX_ROW, 3), make.params(Grid.ROW, 3)
+    target, source = make.params(Grid.ROW, 3, channels=width), make.params(lead=3)
+    projected = given_codes(fast, make.codes(3, tokens, 3 * width), source)
+    layer, codes = fast.prepare(make.weight(width, 32), make.values(width)), make.codes(3, tokens, 32)
+    hidden = inject(fast, codes, row)
+    pairs = [
+        (fast.attend(projected, attention, target), fast.quantize(fused.attend(projected, attention, None), target)),
+        (
+            fast.linear(hidden, row, layer, Activation(target)),
+            fused.quantize(fast.linear(hidden, row, layer), target, gelu=True),
+        ),
+    ]
+    for together, apart in pairs:
+        assert torch.equal(together.scale, apart.scale)
+        assert torch.equal(together.codes, apart.codes)
+
+
 def test_a_block_of_rows_is_near_to_its_float_values(run) -> None:
     """Against the reference's block, whose codes differ at ties only."""
     actual, expected = block(run, maker(13), 2)[-1], block(REFERENCE, maker(13), 2)[-1]

@@ -78,7 +78,8 @@ class NativeCpu(TorchCpu):
     """The backend of compiled kernels.
 
     Codes are uint8, signed code + 128; those of two regions are two planes. A step of a row needs the row as a whole:
-    where a target after attention or GELU is on the grid of rows, floats are written and quantized in a second call.
+    where a target after attention or GELU is on the grid of rows, floats are written and then coded. The compiled
+    verbs do so while the floats are in the cache; in a graph of torch they are two operators.
     """
 
     def kernel(self, operation: str) -> str:
@@ -116,9 +117,14 @@ class NativeCpu(TorchCpu):
         context: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
     ) -> Codes:
-        if target.grid is Grid.ROW or target.channels is not None:
-            return _quantize(self._attended(projected, attention, None, context, bias), target)
-        return self._attended(projected, attention, target, context, bias)
+        by_row, compiling = target.grid is Grid.ROW, torch.compiler.is_compiling()
+        separate = compiling if by_row else target.channels is not None
+        operands = (*attention.projections, attention.softmax, *(() if separate else (target,)))
+        if compiling:
+            out = operators.attend(projected, context, bias, attention.heads, *operators.flatten(*operands))
+        else:
+            out = fused.attend(projected, attention, None if separate else target, context, bias)
+        return _quantize(out, target) if separate else out
 
     def linear(
         self, codes: Codes, source: OperandParams, layer: Layer, then: Activation | Residual | None = None
@@ -127,27 +133,12 @@ class NativeCpu(TorchCpu):
             return self._float(codes, source, layer, then)
         if then.function != "gelu_tanh":
             return self.quantize(FUNCTIONS[then.function](self._float(codes, source, layer, None)), then.target)
-        if then.target.grid is Grid.ROW:
-            return _quantize(self._float(codes, source, layer, None), then.target, gelu=True)
         if torch.compiler.is_compiling():
+            if then.target.grid is Grid.ROW:
+                return _quantize(self._float(codes, source, layer, None), then.target, gelu=True)
             weight, operands = operators.flat_weight(layer.weight), operators.flatten(source, then.target)
             return operators.linear_gelu(*operators.flat_codes(codes), *weight, *operands)
         return fused.linear_gelu(codes, source, layer.weight, then.target)
-
-    def _attended(
-        self,
-        projected: torch.Tensor,
-        attention: AttentionParams,
-        target: OperandParams | None,
-        context: torch.Tensor | None,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Return the codes of attention, or without a target its values, fp32."""
-        if torch.compiler.is_compiling():
-            targets = () if target is None else (target,)
-            operands = operators.flatten(*attention.projections, attention.softmax, *targets)
-            return operators.attend(projected, context, bias, attention.heads, *operands)
-        return fused.attend(projected, attention, target, context, bias)
 
     def _float(self, codes: Codes, source: OperandParams, layer: Layer, then: Residual | None) -> torch.Tensor:
         if torch.compiler.is_compiling():

@@ -51,9 +51,7 @@ def quantize(x: Tensor, target: OperandParams, norm: Norm | None = None, gelu: b
         x=address(x, torch.float32), first=first, second=second, batch=batch, tokens=tokens, width=width,
         gelu=int(gelu), threads=torch.get_num_threads(), target=to,
     )  # fmt: skip
-    steps = torch.empty(batch, tokens) if target.grid is Grid.ROW else None
-    if steps is not None:
-        call.steps = address(steps, torch.float32)
+    steps, call.steps = _steps(batch, tokens, target)
     if norm is not None:
         shift, scale = (_rows(rows, batch, width, "modulation") for rows in (norm.shift, norm.scale))
         if shift.stride(0) != scale.stride(0):
@@ -89,8 +87,10 @@ def attend(
     context: Tensor | None = None,
     bias: Tensor | None = None,
     trace: Tensor | None = None,
-) -> Tensor:
+) -> Codes:
     """Return codes as `Backend.attend` does, or without a target the attended values, fp32 (B, N, C).
+
+    Channel factors are for a target on the grid of rows only.
 
     `trace`: int8 (B, H, N, M), filled with the codes of the probabilities; for tests.
     """
@@ -110,22 +110,24 @@ def attend(
     if target is None:
         call.attended = address(out, torch.float32)
     else:
-        _check_uniform([target], "a result of attention")
-        operands.append(operand(target, batch))
+        if target.grid is not Grid.ROW:
+            _check_uniform([target], "a result of attention")
+        operands.append(operand(target, batch, channels=width))
         call.target, call.out = operands[-1], address(out, torch.uint8)
+    steps, call.steps = _steps(batch, tokens, target)
     call.factor, call.threads = call.dim**-0.5, torch.get_num_threads()
     native.call("attention", call)
-    return out
+    return out if steps is None else RowCodes(out, steps)
 
 
-def linear_gelu(codes: Codes, source: OperandParams, weight: Weight, target: OperandParams) -> Tensor:
-    """Return codes as `Backend.linear` does with `Activation(target)`: (B, N, out), or two planes of that shape."""
+def linear_gelu(codes: Codes, source: OperandParams, weight: Weight, target: OperandParams) -> Codes:
+    """Return codes as `Backend.linear` does with `Activation(target)`: as `quantize` those of (B, N, out)."""
     call = _Linear(codes, source, weight)
-    need(target.grid is not Grid.ROW, "rows that are not there as a whole")
     out, first, second = _planes(call.shape, target)
+    steps, steps_address = _steps(*call.shape[:2], target)
     to = operand(target, call.shape[0], channels=call.shape[2])
-    native.call("linear_gelu", call.struct, to, first, second)
-    return out
+    native.call("linear_gelu", call.struct, to, first, second, steps_address)
+    return out if steps is None else RowCodes(out, steps)
 
 
 def linear(codes: Codes, source: OperandParams, weight: Weight, then: Residual | None = None) -> Tensor:
@@ -247,6 +249,14 @@ def _planes(shape: tuple[int, ...], target: OperandParams) -> tuple[Tensor, int,
     if not target.two_products:
         return out, address(out, torch.uint8), None
     return out, address(out[0], torch.uint8), address(out[1], torch.uint8)
+
+
+def _steps(batch: int, tokens: int, target: OperandParams | None) -> tuple[Tensor | None, int | None]:
+    """Return new steps of rows and their address, or None twice unless the target is on the grid of rows."""
+    if target is None or target.grid is not Grid.ROW:
+        return None, None
+    steps = torch.empty(batch, tokens, dtype=torch.float32)
+    return steps, address(steps, torch.float32)
 
 
 def _rows(rows: Tensor, batch: int, width: int, name: str) -> Tensor:

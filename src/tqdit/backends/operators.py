@@ -139,7 +139,9 @@ def attend(
     """Return codes as `fused.attend` does, or values where the fifth operand, the target, is missing."""
     query, key, value, softmax, *rest = _operands(operands, kinds)
     target = rest[0] if rest else None
-    return fused.attend(projected, AttentionParams(query, key, value, softmax, heads), target, context, bias)
+    out = fused.attend(projected, AttentionParams(query, key, value, softmax, heads), target, context, bias)
+    assert isinstance(out, Tensor)
+    return out
 
 
 @attend.register_fake
@@ -156,7 +158,9 @@ def linear_gelu(
 ) -> Tensor:  # fmt: skip
     """Return codes as `fused.linear_gelu` does."""
     source, target = _operands(operands, kinds)
-    return fused.linear_gelu(_codes(codes, steps), source, _weight(weight, kind), target)
+    out = fused.linear_gelu(_codes(codes, steps), source, _weight(weight, kind), target)
+    assert isinstance(out, Tensor)
+    return out
 
 
 @linear_gelu.register_fake

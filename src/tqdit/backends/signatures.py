@@ -49,7 +49,7 @@ class AttentionCall(ctypes.Structure):
     """The structure `AttentionCall` of attention.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("query", "key", "value", "out", "attended", "trace", "bias")),
+        *((name, c_void_p) for name in ("query", "key", "value", "out", "attended", "steps", "trace", "bias")),
         *((name, c_int64) for name in ("query_stride", "context_stride", "bias_stride")),
         *((name, c_int64) for name in ("batch", "tokens", "context", "heads", "dim", "threads")),
         *((name, Operand) for name in ("queries", "keys", "values", "probability", "target")),
@@ -80,7 +80,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
         c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64,
     ),
     "project": (_linear, _operand, c_int64, c_int64, c_void_p),
-    "linear_gelu": (_linear, _operand, c_void_p, c_void_p),
+    "linear_gelu": (_linear, _operand, c_void_p, c_void_p, c_void_p),
     "linear": (_linear, c_void_p, c_int64, c_void_p, c_void_p),
     "attention": (POINTER(AttentionCall),),
 }  # fmt: skip

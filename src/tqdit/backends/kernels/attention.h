@@ -1,5 +1,6 @@
 // Fused attention: exact Q K^T, fp32 softmax, exact P V, a few query rows of one head at a time.
 #pragma once
+#include "elementwise.h"
 #include "operands.h"
 #include "products.h"
 
@@ -10,7 +11,8 @@ namespace tqdit {
 struct AttentionCall {
   const uint8_t *query, *key, *value;  // (batch, tokens or context, heads, dim)
   uint8_t* out;                        // (batch, tokens, heads, dim) codes for the target, or null
-  float* attended;                     // the same as float values, or null
+  float* attended;                     // null, or the same as values: then there are no codes
+  float* steps;                        // (batch, tokens) of a target on the grid of rows, or null
   int8_t* trace;                       // null, or (batch, heads, tokens, context) codes of probabilities, for tests
   const float* bias;                   // null, or (context) per sample: added to the scaled scores
   int64_t query_stride, context_stride, bias_stride;
@@ -68,13 +70,14 @@ struct Workspace {
   Buffer<int8_t> key, value;
   Buffer<int32_t> key_sums, value_sums, scores, first_sums, second_sums;
   Buffer<uint8_t> first, second, ones, query;
+  Buffer<float> row;
   vint inside;  // which lanes of the last vector of keys are keys
   explicit Workspace(const AttentionCall& c)
       : keys(round_up(c.context, LANES)), depth(round_up(c.dim, LANES)), key_fours(round_up(c.dim, 4) / 4),
         value_fours(keys / 4), key(keys * key_fours * 4), value(depth * keys), key_sums(keys), value_sums(depth),
         scores(QUERY_ROWS * keys), first_sums(QUERY_ROWS * depth), second_sums(QUERY_ROWS * depth),
         first(QUERY_ROWS * keys), second(QUERY_ROWS * keys), ones(keys + round_up(c.dim, 4)),
-        query(QUERY_ROWS * key_fours * 4) {
+        query(QUERY_ROWS * key_fours * 4), row(round_up(c.heads * c.dim, LANES)) {
     std::memset(ones.data(), 1, keys + round_up(c.dim, 4));
     std::memset(query.data(), 0, QUERY_ROWS * key_fours * 4);
     for (int i = 0; i < LANES; ++i) inside[i] = keys - LANES + i < c.context ? -1 : 0;
@@ -275,27 +278,49 @@ void attend(const Head& h, const Result& result, int64_t begin, int64_t end, Wor
   }
 }
 
+// Computes one part of the query rows of one head. `values`: where float results go, or null for codes.
+void attend_part(const AttentionCall& c, int64_t unit, int64_t first, int64_t rows, float* values, Workspace& w) {
+  const int64_t last = first + rows < c.tokens ? first + rows : c.tokens;
+  if (first >= last) return;
+  const Head head(c, unit / c.heads, unit % c.heads);
+  if (values)
+    attend(head, AttendedValues{values}, first, last, w);
+  else
+    attend(head, AttendedCodes{Uniform(c.target.entry(head.sample), c.target.bits), c.out}, first, last, w);
+}
+
 // Computes the attention of all heads: exact Q K^T, fp32 softmax, exact P V, codes for the output projection or values.
+// On the grid of rows a few samples are finished at a time, so that their values are still in the cache when all heads
+// of a row are there and it can be coded.
 extern "C" void tqdit_attention(const AttentionCall* call) {
   const AttentionCall& c = *call;
-  const int64_t heads = c.batch * c.heads;
+  const bool by_row = c.steps;
+  const int64_t width = c.heads * c.dim, items = c.tokens * width;
+  const int64_t together = by_row ? samples_in_cache(items, c.batch) : c.batch, heads = together * c.heads;
   const int64_t most = (c.tokens + QUERY_ROWS - 1) / QUERY_ROWS;
   int64_t parts = heads >= c.threads ? 1 : (c.threads + heads - 1) / heads;
   if (parts > most) parts = most;
   const int64_t rows = round_up((c.tokens + parts - 1) / parts, QUERY_ROWS);
+  const Buffer<float> kept(by_row ? together * items : LANES);
 #pragma omp parallel num_threads(c.threads)
   {
     Workspace w(c);
+    for (int64_t sample = 0; sample < c.batch; sample += together) {
+      const int64_t end = sample + together < c.batch ? sample + together : c.batch;
+      float* const values = by_row ? kept.data() - sample * items : c.attended;
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < heads * parts; ++task) {
-      const int64_t unit = task / parts, first = task % parts * rows;
-      const int64_t last = first + rows < c.tokens ? first + rows : c.tokens;
-      if (first >= last) continue;
-      const Head head(c, unit / c.heads, unit % c.heads);
-      if (c.attended)
-        attend(head, AttendedValues{c.attended}, first, last, w);
-      else
-        attend(head, AttendedCodes{Uniform(c.target.entry(head.sample), c.target.bits), c.out}, first, last, w);
+      for (int64_t task = sample * c.heads * parts; task < end * c.heads * parts; ++task)
+        attend_part(c, task / parts, task % parts * rows, rows, values, w);
+      if (!by_row) continue;
+#pragma omp for schedule(static)
+      for (int64_t row = sample * c.tokens; row < end * c.tokens; ++row) {
+        const RowGrid grid(c.target.entry(row / c.tokens), c.target.bits);
+        const float* in = values + row * width;
+        uint8_t* const out = c.out + row * width;
+        c.steps[row] = c.target.channels
+            ? code_row_by_magnitude(grid, Factored<Plain>{{in}, c.target.channels}, width, out, w.row.data())
+            : code_row_by_magnitude(grid, Plain{in}, width, out, w.row.data());
+      }
     }
   }
 }

@@ -1,5 +1,6 @@
 // The epilogues of a linear layer's product: none, a residual, codes of heads, or codes of an activation function.
 #pragma once
+#include "elementwise.h"
 #include "linear.h"
 
 namespace tqdit {
@@ -143,10 +144,47 @@ extern "C" void tqdit_project(const LinearCall* call, const Operand* targets, in
   linear(*call, HeadsFinish(*call, targets, parts, heads, out));
 }
 
-// Writes the codes of GELU(x W^T + bias); first, second (batch, tokens, columns).
-extern "C" void tqdit_linear_gelu(const LinearCall* call, const Operand* target, uint8_t* first, uint8_t* second) {
+// Returns the call of `count` samples from `sample` on.
+LinearCall samples_of(LinearCall c, int64_t sample, int64_t count) {
+  const int64_t row = sample * c.tokens;
+  if (c.first) c.first += row * c.depth;
+  if (c.second) c.second += row * c.depth;
+  if (c.first_sums) c.first_sums += row * c.columns;
+  if (c.second_sums) c.second_sums += row * c.columns;
+  if (c.steps) c.steps += row;
+  c.source.table += sample * c.source.sample_stride;
+  c.batch = count;
+  return c;
+}
+
+// Writes the codes of GELU(x W^T + bias) on the grid of rows, and their steps. A row is coded when all of its columns
+// are there; a few samples at a time, so that their values are still in the cache.
+void linear_gelu_rows(const LinearCall& c, const Operand& target, uint8_t* codes, float* steps) {
+  const int64_t items = c.tokens * c.columns, together = samples_in_cache(items, c.batch);
+  const Buffer<float> values(together * items);
+  for (int64_t sample = 0; sample < c.batch; sample += together) {
+    const int64_t count = sample + together < c.batch ? together : c.batch - sample;
+    const LinearCall part = samples_of(c, sample, count);
+    linear(part, FloatFinish<PLAIN>{part, nullptr, 0, nullptr, values.data()});
+    QuantizeCall rows{};
+    rows.x = values.data();
+    rows.first = codes + sample * items;
+    rows.steps = steps + sample * c.tokens;
+    rows.batch = count, rows.tokens = c.tokens, rows.width = c.columns, rows.gelu = 1, rows.threads = c.threads;
+    rows.target = target;
+    rows.target.table += sample * target.sample_stride;
+    tqdit_quantize(&rows);
+  }
+}
+
+// Writes the codes of GELU(x W^T + bias); first, second (batch, tokens, columns). `steps`: (batch, tokens) of a target on
+// the grid of rows, or null.
+extern "C" void tqdit_linear_gelu(const LinearCall* call, const Operand* target, uint8_t* first, uint8_t* second,
+                                  float* steps) {
   for_grid(target->grid, [=](auto grid) {
-    if constexpr (grid != ROW) {
+    if constexpr (grid == ROW) {
+      linear_gelu_rows(*call, *target, first, steps);
+    } else {
       if (target->channels)
         linear(*call, GeluFinish<grid, true>{*call, *target, first, second});
       else
