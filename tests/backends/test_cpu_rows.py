@@ -28,8 +28,8 @@ def assert_rows_up_to_ties(run: Composed, actual: object, value: torch.Tensor, p
     factors = 1 if params.channels is None else params.channels.double()
     plain = params._replace(channels=None)
     expected = REFERENCE.quantize((value * factors).float(), plain)
-    torch.testing.assert_close(actual.scale, expected.scale, rtol=1e-5, atol=0)
-    assert_equal_up_to_ties(found_codes(run, actual), value * factors, plain, tie=4e-3)
+    torch.testing.assert_close(actual.scale, expected.scale, rtol=4e-6, atol=0)
+    assert_equal_up_to_ties(found_codes(run, actual), value * factors, plain)
 
 
 # Codes of float rows -------------------------------------------------------------------------------------------------
