@@ -6,15 +6,17 @@ import torch
 
 from tqdit.backends.cpu import NativeCpu
 from tqdit.backends.onednn import SIGN
-from tqdit.ops.schema import OperandParams
+from tqdit.ops.schema import Codes, OperandParams, RowCodes
 from tqdit.ops.tables import parameters
 from tqdit.spec import Grid
 
 
-def given_codes(run: Any, codes: torch.Tensor, params: OperandParams) -> torch.Tensor:
+def given_codes(run: Any, codes: Codes, params: OperandParams) -> Any:
     """Signed codes in the layout of a backend."""
     if not isinstance(run, NativeCpu):
         return codes
+    if isinstance(codes, RowCodes):
+        return codes._replace(codes=codes.codes.view(torch.uint8) ^ SIGN)
     if params.grid is Grid.UNIFORM:
         return codes.view(torch.uint8) ^ SIGN
     if params.merged:
@@ -23,8 +25,10 @@ def given_codes(run: Any, codes: torch.Tensor, params: OperandParams) -> torch.T
     return torch.stack([(-codes.int().clamp(max=0)).to(torch.uint8), codes.clamp(min=0).to(torch.uint8)])
 
 
-def found_codes(run: Any, codes: torch.Tensor, params: OperandParams | None = None) -> torch.Tensor:
-    """The inverse."""
+def found_codes(run: Any, codes: Codes, params: OperandParams | None = None) -> torch.Tensor:
+    """The inverse; of codes of rows, without their steps."""
+    if isinstance(codes, RowCodes):
+        return found_codes(run, codes.codes)
     if not isinstance(run, NativeCpu):
         return codes.int()
     if params is None or params.grid is Grid.UNIFORM:

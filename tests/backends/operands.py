@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from tqdit.ops.quantizer import dequantize
-from tqdit.ops.schema import AttentionParams, Backend, OperandParams, WeightParams
+from tqdit.grids.softmax_row import levels
+from tqdit.ops.quantizer import dequantize, quantize
+from tqdit.ops.schema import AttentionParams, Backend, Codes, OperandParams, WeightParams
 from tqdit.ops.tables import operand, parameters
 from tqdit.spec import Granularity, Grid, GridParams, Role, SiteSpec
 
@@ -25,7 +26,10 @@ def integers(low: int, high: int, shape: tuple[int, ...], generator: torch.Gener
 
 
 def as_operand(grid: Grid, bits: int, scale: torch.Tensor, zero: torch.Tensor | None) -> OperandParams:
-    """An operand of these parameters, (groups, units) or, of two regions, (groups, units, 2) with no zero point."""
+    """An operand of these parameters, (groups, units) or, of two regions, (groups, units, 2).
+
+    Only a uniform grid has a zero point.
+    """
     groups, units = scale.shape[:2]
     granularity = Granularity.PER_TENSOR if units == 1 else Granularity.PER_HEAD
     spec = SiteSpec("site", Role.INPUT, bits, grid, granularity, groups, units)
@@ -53,11 +57,17 @@ class Maker:
         units: int | None = None,
         reach: float = 4.0,
         merged: bool = False,
+        channels: int = 0,
     ) -> OperandParams:
         """Return a grid that reaches to about +-`reach`, with `units` entries a row (None: one).
 
-        `lead` > 1: every one of `lead` samples is in a time group of its own; there are more groups than samples.
+        `lead` > 1: every one of `lead` samples is in a time group of its own; there are more groups than samples. The
+        grids of rows have fractions of 1 / qmax and somewhat below or above. `channels`: the number of channel factors.
         """
+        made = self._without_factors(grid, lead, units, reach, merged)
+        return made._replace(channels=draw((channels,), self.generator)) if channels else made
+
+    def _without_factors(self, grid: Grid, lead: int, units: int | None, reach: float, merged: bool) -> OperandParams:
         rows = lead if lead == 1 else lead + 1
         shape = (rows, units or 1)
         half = 1 << (self.bits - 1)
@@ -66,6 +76,11 @@ class Maker:
         group = None if lead == 1 else torch.arange(lead, 0, -1)  # that of a call: the same for all of its operands
         if grid is Grid.UNIFORM:
             return as_operand(grid, self.bits, scale, zero)._replace(group=group)
+        if grid is Grid.ROW:
+            fraction = draw(shape, self.generator, 0.8) / (half - 1)
+            return as_operand(grid, self.bits, fraction, None)._replace(group=group)
+        if grid is Grid.SOFTMAX_ROW:
+            return as_operand(grid, self.bits, torch.full(shape, 1 / levels(self.bits)), None)._replace(group=group)
         if grid is Grid.MRQ_SOFTMAX:
             coarse = torch.full(shape, 1 / (half - 1))
             scale = coarse * (0.5 if merged else 2.0**-5)
@@ -91,9 +106,25 @@ def maker(seed: int, bits: int = 8) -> Maker:
     return Maker(torch.Generator().manual_seed(seed), bits)
 
 
-def inject(backend: Backend, codes: torch.Tensor, params: OperandParams) -> torch.Tensor:
+def meant(codes: torch.Tensor, params: OperandParams) -> torch.Tensor:
+    """Return values, fp32 (B, N, C), that have signed codes under an operand without channel factors.
+
+    On the grid of rows, where a step follows from the values, the codes are only drawn values; each row has a size of
+    its own.
+    """
+    if params.grid is Grid.ROW:
+        return codes.float() * (0.01 + 0.1 * torch.arange(codes.shape[1]))[:, None]
+    return dequantize(codes, params)
+
+
+def signed_codes(codes: torch.Tensor, params: OperandParams) -> Codes:
+    """Return the reference's codes of the values that are `meant`: the same, or on the grid of rows `RowCodes`."""
+    return quantize(meant(codes, params), params) if params.grid is Grid.ROW else codes
+
+
+def inject(backend: Backend, codes: torch.Tensor, params: OperandParams) -> Codes:
     """Return signed codes, int8 (B, N, C), as this backend's codes: those of the values that the codes mean."""
-    return backend.quantize(dequantize(codes, params), params)
+    return backend.quantize(meant(codes, params), params)
 
 
 def decode(backend: Backend, codes: torch.Tensor, params: OperandParams, width: int) -> torch.Tensor:

@@ -1,38 +1,42 @@
 """Every verb of every backend against `ops.reference`, by verbs alone: no layout of codes is known here.
 
-A new backend is one more name in NAMES. Signed codes become a backend's own by `quantize` of the values that they mean,
-and are read back through a linear layer whose weight is 1. `linear` without and with a residual, and projections, are
-equal bit for bit. After LayerNorm, GELU and exp, which are rounded differently, a code may be the next one where the
-value is within `ties.TIE` steps of a boundary; an attended code, behind codes of probabilities, may then differ by one
-step, which few do.
+A new backend is one more name in NAMES, and in WITHOUT_ROWS if it has no grids of rows yet. Signed codes become a
+backend's own by `quantize` of the values that they mean, and are read back through a linear layer whose weight is 1.
+`linear` without and with a residual, and projections, are equal bit for bit. After LayerNorm, GELU and exp, which are
+rounded differently, a code may be the next one where the value is within `ties.TIE` steps of a boundary; an attended
+code, behind codes of probabilities, may then differ by one step, which few do.
 """
 
 from typing import Any
 
 import pytest
 import torch
-from operands import Maker, as_operand, maker
+from operands import Maker, as_operand, maker, meant, signed_codes
 from ties import assert_equal_up_to_ties
 from torch.nn.functional import gelu
 
 from tqdit.errors import InputError
+from tqdit.grids.row import row_scales
 from tqdit.ops.dispatch import get_backend
 from tqdit.ops.quantizer import dequantize, quantize
 from tqdit.ops.reference import Reference
-from tqdit.ops.schema import Activation, AttentionParams, Norm, OperandParams, Residual, WeightParams
+from tqdit.ops.schema import Activation, AttentionParams, Norm, OperandParams, Residual, RowCodes, WeightParams
 from tqdit.ops.tables import parameters
 from tqdit.spec import Grid
 
 NAMES = ("reference", "cpu", "triton", "triton-packed")
+WITHOUT_ROWS = ("triton", "triton-packed")  # backends without the grids of rows and without channel factors
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 REFERENCE = Reference()
 BATCH, TOKENS, HEADS, HEAD_DIM = 2, 5, 3, 6
 WIDTH = HEADS * HEAD_DIM
 GRIDS = [
     (Grid.UNIFORM, 8, False), (Grid.UNIFORM, 4, False), (Grid.MRQ_GELU, 8, False), (Grid.MRQ_GELU, 6, True),
+    (Grid.ROW, 8, False), (Grid.ROW, 4, False),
 ]  # fmt: skip
 PROBABILITIES = [
     (Grid.UNIFORM, 8, False), (Grid.UNIFORM, 4, False), (Grid.MRQ_SOFTMAX, 8, False), (Grid.MRQ_SOFTMAX, 6, True),
+    (Grid.SOFTMAX_ROW, 8, False), (Grid.SOFTMAX_ROW, 4, False),
 ]  # fmt: skip
 each_grid = pytest.mark.parametrize(("grid", "bits", "merged"), GRIDS)
 each_probability = pytest.mark.parametrize(("grid", "bits", "merged"), PROBABILITIES)
@@ -52,9 +56,11 @@ class Run:
     """A backend on a device, called with tensors of the CPU; codes stay where and as they are."""
 
     def __init__(self, name: str, device: torch.device) -> None:
-        self.backend, self.device = get_backend(name, device), device
+        self.name, self.backend, self.device = name, get_backend(name, device), device
 
     def __call__(self, verb: str, *given: Any) -> Any:
+        if self.name in WITHOUT_ROWS and any(needs_rows(x) for x in given):
+            pytest.skip(f"{self.name} has no grids of rows and no channel factors")
         return getattr(self.backend, verb)(*(moved(x, self.device) for x in given))
 
     def layer(self, weight: WeightParams, bias: torch.Tensor | None = None, prepare: str = "prepare") -> Any:
@@ -62,12 +68,21 @@ class Run:
 
     def own(self, codes: torch.Tensor, params: OperandParams) -> Any:
         """Signed codes as the backend's."""
-        return self("quantize", dequantize(codes, params), params)
+        return self("quantize", meant(codes, params), params)
 
-    def signed(self, codes: Any, params: OperandParams, width: int) -> torch.Tensor:
-        """The inverse, int8."""
+    def values(self, codes: Any, params: OperandParams, width: int) -> torch.Tensor:
+        """The values of a backend's codes, fp32: through a layer that is 1."""
         layer = self.layer(WeightParams(torch.eye(width, dtype=torch.int8), torch.ones(1), 8))
-        value, p = self("linear", codes, params, layer).cpu(), parameters(params, 3)
+        return self("linear", codes, params, layer).cpu()
+
+    def signed(self, codes: Any, params: OperandParams, width: int, coded: torch.Tensor | None = None) -> torch.Tensor:
+        """The inverse of `own`, int8. `coded`: on the grid of rows, the values that were coded; steps are theirs."""
+        value, p = self.values(codes, params, width), parameters(params, 3)
+        if params.grid is Grid.ROW:
+            assert coded is not None
+            steps = value / row_scales(coded, p.scale)
+            assert (steps - torch.round(steps)).abs().max() < 0.01
+            return torch.round(steps).to(torch.int8)
         if params.grid is Grid.UNIFORM:
             return (torch.round(value / p.scale) + p.zero_point).to(torch.int8)
         return torch.round(value / torch.where(value < 0, p.scale, p.coarse)).to(torch.int8)
@@ -102,6 +117,13 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Run:
     return found
 
 
+def needs_rows(value: Any) -> bool:
+    """Say whether an argument has an operand with rows or channel factors."""
+    if isinstance(value, OperandParams):
+        return value.grid.per_row or value.channels is not None
+    return isinstance(value, tuple | list) and any(needs_rows(part) for part in value)
+
+
 def weight_of(make: Maker, out: int, inner: int, bits: int = 8) -> WeightParams:
     weight = make.weight(out, inner)
     return WeightParams(weight.codes >> (8 - bits), weight.scale * 2 ** (8 - bits), bits)
@@ -116,7 +138,11 @@ def test_quantize(run: Run, grid: Grid, bits: int, merged: bool, stream: torch.d
     """Without a norm; samples in different time groups, values beyond the grid."""
     make = maker(0, bits)
     x, target = (make.values(BATCH, TOKENS, WIDTH) * 3).to(stream), make.params(grid, BATCH, merged=merged)
-    found = run.signed(run("quantize", x, target), target, WIDTH)
+    codes = run("quantize", x, target)
+    if grid is Grid.ROW:  # codes and steps
+        assert torch.equal(run.values(codes, target, WIDTH), dequantize(quantize(x, target), target))
+        return
+    found = run.signed(codes, target, WIDTH)
     if grid is Grid.UNIFORM:
         assert torch.equal(found, quantize(x.float(), target))
     assert_equal_up_to_ties(found.int(), x.double(), target)
@@ -124,16 +150,34 @@ def test_quantize(run: Run, grid: Grid, bits: int, merged: bool, stream: torch.d
 
 @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("batch", "bits"), [(1, 4), (BATCH, 8)])
-def test_quantize_after_a_norm(run: Run, stream: torch.dtype, batch: int, bits: int) -> None:
+@pytest.mark.parametrize("grid", [Grid.UNIFORM, Grid.ROW])
+def test_quantize_after_a_norm(run: Run, stream: torch.dtype, batch: int, bits: int, grid: Grid) -> None:
     make = maker(1, bits)
     x = (make.values(batch, TOKENS, WIDTH) * 3 + 1).to(stream)
     shift, scale, *_ = make.values(batch, 6 * WIDTH).chunk(6, dim=1)  # rows of a wider tensor
-    target = make.params(lead=batch)
+    target = make.params(grid, batch)
     wide = x.double() - x.double().mean(-1, keepdim=True)
     normal = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     value = normal * (1 + scale.double()[:, None]) + shift.double()[:, None]
     codes = run("quantize", x, target, Norm(shift, scale, 1e-6))
-    assert_equal_up_to_ties(run.signed(codes, target, WIDTH).int(), value, target)
+    assert_equal_up_to_ties(run.signed(codes, target, WIDTH, value).int(), value, target)
+
+
+@each_grid
+def test_channel_factors(run: Run, grid: Grid, bits: int, merged: bool) -> None:
+    """They multiply the values that are coded, with and without GELU before."""
+    make, eight = maker(13, bits), maker(14)
+    x, target = make.values(BATCH, TOKENS, WIDTH) * 2, make.params(grid, BATCH, merged=merged, channels=WIDTH)
+    plain = target._replace(channels=None)
+    coded = x * target.channels
+    found = run.signed(run("quantize", x, target), plain, WIDTH, coded)
+    assert_equal_up_to_ties(found.int(), coded.double(), plain)
+    source, codes = eight.params(lead=BATCH), eight.codes(BATCH, TOKENS, WIDTH)
+    weight = weight_of(eight, WIDTH, WIDTH, bits)
+    hidden = REFERENCE.linear(codes, source, REFERENCE.prepare(weight, None)).double()
+    coded = gelu(hidden, approximate="tanh") * target.channels
+    given = run("linear", run.own(codes, source), source, run.layer(weight), Activation(target))
+    assert_equal_up_to_ties(run.signed(given, plain, WIDTH, coded).int(), coded, plain)
 
 
 # Linear layers ------------------------------------------------------------------------------------------------------
@@ -160,9 +204,9 @@ def test_linear_is_equal(run: Run, grid: Grid, bits: int, merged: bool) -> None:
     weight, bias = weight_of(make, WIDTH, depth, bits), make.values(WIDTH)
     x, gate = make.values(BATCH, TOKENS, WIDTH), make.values(BATCH, 6 * WIDTH).chunk(6, dim=1)[2]
     short = x.bfloat16()
-    given, layer = run.own(codes, source), run.layer(weight, bias)
+    given, layer, known = run.own(codes, source), run.layer(weight, bias), signed_codes(codes, source)
     for then in (None, Residual(x, gate), Residual(x, None), Residual(short, gate), Residual(short, None)):
-        expected = REFERENCE.linear(codes, source, REFERENCE.prepare(weight, bias), then)
+        expected = REFERENCE.linear(known, source, REFERENCE.prepare(weight, bias), then)
         found = run("linear", given, source, layer, then)
         assert found.dtype is expected.dtype
         assert torch.equal(found.cpu(), expected)
@@ -178,10 +222,16 @@ def test_linear_with_an_activation(run: Run, grid: Grid, bits: int, merged: bool
     bias = eight.values(2 * WIDTH)
     hidden = REFERENCE.linear(codes, source, REFERENCE.prepare(first, bias)).double()
     given = run("linear", run.own(codes, source), source, run.layer(first, bias), Activation(target))
-    found = run.signed(given, target, 2 * WIDTH)
-    assert_equal_up_to_ties(found.int(), gelu(hidden, approximate="tanh"), target)
-    expected = REFERENCE.linear(found, target, REFERENCE.prepare(second, None))
-    assert torch.equal(run("linear", given, target, run.layer(second)).cpu(), expected)
+    activated = gelu(hidden, approximate="tanh")
+    found = run.signed(given, target, 2 * WIDTH, activated)
+    assert_equal_up_to_ties(found.int(), activated, target)
+    after = run("linear", given, target, run.layer(second)).cpu()
+    if grid is Grid.ROW:
+        steps = row_scales(activated.float(), parameters(target, 3).scale).squeeze(-1)
+        expected = REFERENCE.linear(RowCodes(found, steps), target, REFERENCE.prepare(second, None))
+        torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-5)
+        return
+    assert torch.equal(after, REFERENCE.linear(found, target, REFERENCE.prepare(second, None)))
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
@@ -210,12 +260,20 @@ def attention_of(make: Maker, grid: Grid, merged: bool, lead: int = BATCH) -> tu
     return make.attention(HEADS, grid, lead, merged), make.params(lead=lead, reach=2.0)
 
 
-def both(run: Run, make: Maker, tokens: int, targets: tuple[OperandParams, ...], lead: int = BATCH) -> tuple:
-    """Codes of random inputs projected by the backend and by the reference."""
-    codes, source = make.codes(BATCH, tokens, 20), make.params(lead=lead)
+def both(
+    run: Run,
+    make: Maker,
+    tokens: int,
+    targets: tuple[OperandParams, ...],
+    lead: int = BATCH,
+    grid: Grid = Grid.UNIFORM,
+) -> tuple:
+    """Codes of random inputs projected by the backend and by the reference. `grid`: of the inputs."""
+    codes, source = make.codes(BATCH, tokens, 20), make.params(grid, lead)
     weight, bias = weight_of(make, len(targets) * WIDTH, 20, 6), make.values(len(targets) * WIDTH)
     found = run("project", run.own(codes, source), source, run.layer(weight, bias), targets, HEADS)
-    return found, REFERENCE.project(codes, source, REFERENCE.prepare(weight, bias), targets, HEADS)
+    known = signed_codes(codes, source)
+    return found, REFERENCE.project(known, source, REFERENCE.prepare(weight, bias), targets, HEADS)
 
 
 @each_probability
@@ -229,11 +287,24 @@ def test_self_attention(run: Run, grid: Grid, bits: int, merged: bool) -> None:
         close(run.signed(found, target, WIDTH), REFERENCE.attend(expected, attention, target, None, bias))
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_attention_among_rows(run: Run, bits: int) -> None:
+    """The input and the result are rows, whose steps follow from values that differ where codes do."""
+    make = maker(15, bits)
+    attention, target = attention_of(make, Grid.SOFTMAX_ROW, False)
+    target = make.params(Grid.ROW, BATCH)
+    projected, expected = both(run, make, TOKENS, attention.projections, grid=Grid.ROW)
+    known = REFERENCE.attend(expected, attention, target)
+    value = run.values(run("attend", projected, attention, target), target, WIDTH)
+    close(torch.round(value / known.scale[..., None]), known.codes)
+
+
 @pytest.mark.parametrize(
     ("grid", "bits", "merged", "keys", "biased"),
     [
         (*PROBABILITIES[0], 3, False), (*PROBABILITIES[0], 70, True), (*PROBABILITIES[1], 3, True),
         (*PROBABILITIES[2], 3, True), (*PROBABILITIES[2], 16, False), (*PROBABILITIES[3], 70, True),
+        (*PROBABILITIES[4], 3, True), (*PROBABILITIES[4], 70, True), (*PROBABILITIES[5], 16, False),
     ],
 )  # fmt: skip
 def test_attention_to_a_context(run: Run, grid: Grid, bits: int, merged: bool, keys: int, biased: bool) -> None:

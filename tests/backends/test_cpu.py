@@ -232,7 +232,7 @@ def test_heads_that_do_not_fit_are_refused(fast, heads: object) -> None:
         ("bias", torch.zeros(2, 8), r"a bias \(2, 8\) for 2 samples of width 7"),
         ("bias", torch.zeros(1, 7), r"a bias \(1, 7\) for 2 samples of width 7"),
         ("bias", torch.zeros(2, 7).bfloat16(), "need torch.float32 on the CPU"),
-        ("target", maker(0).params(Grid.MRQ_GELU, 2), "a grid of two regions"),
+        ("target", maker(0).params(Grid.MRQ_GELU, 2), "a result of attention on the grid 'mrq_gelu'"),
         ("projected", torch.zeros(2, 4, 25, dtype=torch.uint8), "25 columns for 1 x 2 heads"),
     ],
 )
@@ -255,7 +255,9 @@ def test_projections_that_do_not_fit_are_refused(fast) -> None:
         ([head] * 4, "4 parts"),
         ([head] * 5, "5 parts"),
         ([make.params(units=3)], "parameters of 1 samples of 3 for 1 samples of 2"),
-        ([make.params(Grid.MRQ_GELU)], "heads on a grid of two regions"),
+        ([make.params(Grid.MRQ_GELU)], "heads on the grid 'mrq_gelu'"),
+        ([make.params(Grid.ROW)], "heads on the grid 'row'"),
+        ([head._replace(channels=torch.ones(24))], "heads on the grid 'uniform', or with channel factors"),
     ):
         with pytest.raises(InputError, match=message):
             fast.project(codes, source, layer, targets, 2)

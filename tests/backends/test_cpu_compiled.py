@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 from tqdit.backends import operators
 from tqdit.ops.composed import Composed
-from tqdit.ops.schema import Activation, AttentionParams, Norm, OperandParams, Residual
+from tqdit.ops.schema import Activation, AttentionParams, Codes, Norm, OperandParams, Residual
 from tqdit.spec import Grid
 
 BATCH, TOKENS, LENGTH, WIDTH, HEADS = 2, 5, 7, 24, 2
@@ -24,6 +24,10 @@ class Case:
         self.source, self.text, self.target = (make.params(lead=BATCH), make.params(), make.params(lead=BATCH))
         self.gelu = make.params(Grid.MRQ_GELU, BATCH)
         self.attention: AttentionParams = make.attention(HEADS, Grid.MRQ_SOFTMAX, BATCH)
+        self.row, self.wide_row = make.params(Grid.ROW, BATCH), make.params(Grid.ROW, BATCH, channels=WIDTH)
+        self.balanced = make.params(Grid.MRQ_GELU, BATCH, channels=WIDTH)
+        self.rows = make.attention(HEADS, Grid.SOFTMAX_ROW, BATCH)
+        self.row_codes = inject(run, make.codes(BATCH, TOKENS, WIDTH), self.row)
         self.prompt = inject(run, make.codes(BATCH, LENGTH, WIDTH), self.text)
         self.codes = inject(run, make.codes(BATCH, TOKENS, WIDTH), self.source)
         self.wide = inject(run, make.codes(BATCH, TOKENS, WIDTH), self.gelu)
@@ -46,11 +50,15 @@ class Case:
         qkv = self.run.project(self.codes, self.source, self.qkv, self.attention.projections, HEADS)
         return self.run.attend(qkv, self.attention, self.target)
 
-    def linear(self, codes: torch.Tensor, source: OperandParams, then: Activation | Residual | None) -> torch.Tensor:
+    def own_rows(self, target: OperandParams) -> Codes:
+        qkv = self.run.project(self.row_codes, self.row, self.qkv, self.rows.projections, HEADS)
+        return self.run.attend(qkv, self.rows, target)
+
+    def linear(self, codes: Codes, source: OperandParams, then: Activation | Residual | None) -> Codes:
         return self.run.linear(codes, source, self.out, then)
 
 
-VERBS: dict[str, Callable[[Case], torch.Tensor]] = {
+VERBS: dict[str, Callable[[Case], Codes]] = {
     "quantize": lambda c: c.run.quantize(c.x, c.source),
     "quantize, two regions": lambda c: c.run.quantize(c.x, c.gelu),
     "quantize, norm": lambda c: c.run.quantize(c.x, c.source, c.norm),
@@ -63,8 +71,27 @@ VERBS: dict[str, Callable[[Case], torch.Tensor]] = {
     "linear, residual": lambda c: c.linear(c.codes, c.source, Residual(c.x)),
     "linear, bf16 residual": lambda c: c.linear(c.wide, c.gelu, Residual(c.x.bfloat16())),
     "linear, gated residual": lambda c: c.linear(c.codes, c.source, Residual(c.x, c.modulation[:, 2 * WIDTH :])),
+    "quantize rows": lambda c: c.run.quantize(c.x, c.wide_row),
+    "quantize rows, norm": lambda c: c.run.quantize(c.x, c.row, c.norm),
+    "attend, softmax rows": lambda c: c.own_rows(c.target),
+    "attend, rows": lambda c: c.own_rows(c.wide_row),
+    "linear, rows": lambda c: c.linear(c.row_codes, c.row, None),
+    "linear, activation from rows to rows": lambda c: c.linear(c.row_codes, c.row, Activation(c.wide_row)),
+    "linear, activation from rows, channel factors": lambda c: c.linear(c.row_codes, c.row, Activation(c.balanced)),
+    "linear, gated residual of rows": lambda c: c.linear(
+        c.row_codes, c.row, Residual(c.x, c.modulation[:, 2 * WIDTH :])
+    ),
     "float_input_linear": lambda c: c.run.float_input_linear(c.x, c.float_input),
 }
+
+
+def assert_same(actual: Codes, expected: Codes, verb: str) -> None:
+    """Tensors, or codes of rows with their steps, of the same types and equal."""
+    assert type(actual) is type(expected), verb
+    tensors = ((actual,), (expected,)) if isinstance(actual, torch.Tensor) else (actual, expected)
+    for a, b in zip(*tensors, strict=True):
+        assert a.dtype is b.dtype, verb
+        assert torch.equal(a, b), verb
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -72,15 +99,13 @@ def test_a_compiled_verb_gives_the_same(fast: Composed, verb: str) -> None:
     case = Case(fast, maker(0))
     expected = VERBS[verb](case)
     compiled = torch.compile(VERBS[verb], fullgraph=True, backend="aot_eager")
-    actual = compiled(case)
-    assert actual.dtype is expected.dtype
-    assert torch.equal(actual, expected)
+    assert_same(compiled(case), expected, verb)
 
 
 def test_all_verbs_compile_into_one_graph(run: Composed) -> None:
     """Whatever the backend runs on: compiled kernels, oneDNN, or torch alone."""
 
-    def every(case: Case) -> list[torch.Tensor]:
+    def every(case: Case) -> list[Codes]:
         return [verb(case) for verb in VERBS.values()]
 
     case = Case(run, maker(1))
@@ -89,7 +114,7 @@ def test_all_verbs_compile_into_one_graph(run: Composed) -> None:
         if "float_input" in name:
             torch.testing.assert_close(a, b)
         else:
-            assert torch.equal(a, b), name
+            assert_same(b, a, name)
 
 
 def test_the_compiler_of_torch_takes_them(fast: Composed) -> None:
@@ -110,16 +135,22 @@ def test_operators_keep_what_they_promise_to_torch(fast: Composed) -> None:
     query = fast.project(case.codes, case.source, case.q, [case.attention.query], HEADS)
     context = fast.project(case.prompt, case.text, case.kv, case.attention.projections[1:], HEADS)
     qkv = fast.project(case.codes, case.source, case.qkv, case.attention.projections, HEADS)
+    values = flat(*case.rows.projections, case.rows.softmax)
     calls = [
         (operators.quantize, (case.x, None, None, 0.0, *flat(case.gelu))),
         (operators.quantize, (case.x, shift, scale, eps, *flat(case.source))),
-        (operators.project, (case.codes, *weight, HEADS, *flat(case.source, case.attention.query))),
+        (operators.quantize_rows, (case.x, None, None, 0.0, *flat(case.wide_row), True)),
+        (operators.quantize_rows, (case.x, shift, scale, eps, *flat(case.row), False)),
+        (operators.project, (case.codes, None, *weight, HEADS, *flat(case.source, case.attention.query))),
+        (operators.project, (*case.row_codes, *weight, HEADS, *flat(case.row, case.attention.query))),
         (operators.attend, (qkv, None, None, HEADS, *attention)),
+        (operators.attend, (qkv, None, None, HEADS, *values)),
         (operators.attend, (query, context, case.bias, HEADS, *attention)),
-        (operators.linear_gelu, (case.codes, *weight, *flat(case.source, case.gelu))),
-        (operators.linear, (case.codes, *weight, *flat(case.source), None, None)),
-        (operators.linear, (case.wide, *weight, *flat(case.gelu), None, case.x.bfloat16())),
-        (operators.linear, (case.codes, *weight, *flat(case.source), shift, case.x)),
+        (operators.linear_gelu, (case.codes, None, *weight, *flat(case.source, case.gelu))),
+        (operators.linear_gelu, (*case.row_codes, *weight, *flat(case.row, case.balanced))),
+        (operators.linear, (case.codes, None, *weight, *flat(case.source), None, None)),
+        (operators.linear, (case.wide, None, *weight, *flat(case.gelu), None, case.x.bfloat16())),
+        (operators.linear, (*case.row_codes, *weight, *flat(case.row), shift, case.x)),
     ]
     for operator, arguments in calls:
         found = opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

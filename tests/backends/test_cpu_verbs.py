@@ -13,7 +13,7 @@ from torch.nn.functional import gelu
 
 from tqdit.backends import fused
 from tqdit.backends.cpu import NativeCpu
-from tqdit.ops.composed import FUNCTIONS, split_heads
+from tqdit.ops.composed import FUNCTIONS, probabilities, split_heads
 from tqdit.ops.quantizer import dequantize, quantize
 from tqdit.ops.reference import Reference
 from tqdit.ops.schema import Activation, Norm, Residual
@@ -116,7 +116,7 @@ def check_attention(run, projected, context, attention, target, bias=None) -> No
     exact = dequantize(q, attention.query).double() @ dequantize(k, attention.key).double().transpose(-1, -2)
     torch.testing.assert_close(scores.double(), exact * q.shape[-1] ** -0.5, rtol=1e-5, atol=1e-5)
     biased = scores if bias is None else scores + bias[:, None, None, :]
-    assert_equal_up_to_ties(codes.int(), biased.double().softmax(-1), attention.softmax)
+    assert_equal_up_to_ties(codes.int(), probabilities(biased.double(), attention.softmax), attention.softmax)
     attended = REFERENCE.values(codes, attention.softmax, v, attention.value).transpose(1, 2).flatten(2)
     assert torch.equal(actual, quantize(attended, target).int())  # P V is exact
     assert (actual != expected).float().mean() < 0.01

@@ -7,6 +7,7 @@ the value before rounding is nearer to a boundary than that rounding reaches; ev
 import pytest
 import torch
 
+from tqdit.grids.row import row_scales
 from tqdit.ops.schema import OperandParams
 from tqdit.ops.tables import parameters
 from tqdit.spec import Grid
@@ -25,6 +26,7 @@ each_softmax = pytest.mark.parametrize(
     [
         (Grid.UNIFORM, 8, False), (Grid.UNIFORM, 4, False), (Grid.MRQ_SOFTMAX, 8, False),
         (Grid.MRQ_SOFTMAX, 8, True), (Grid.MRQ_SOFTMAX, 6, False), (Grid.MRQ_SOFTMAX, 6, True),
+        (Grid.SOFTMAX_ROW, 8, False), (Grid.SOFTMAX_ROW, 4, False),
     ],
 )  # fmt: skip
 
@@ -40,7 +42,9 @@ def exact_codes(value: torch.Tensor, params: OperandParams, offset: float = 0.0)
     half = 1 << (params.bits - 1)
     p = parameters(params, value.ndim)
     scale, coarse = p.scale.double(), p.coarse.double()
-    if params.grid is Grid.UNIFORM:
+    if params.grid is Grid.ROW:
+        return torch.round(value / row_scales(value.float(), p.scale) + offset).clamp(-half, half - 1)
+    if not params.grid.two_region:
         return (torch.round(value / scale + offset) + p.zero_point).clamp(-half, half - 1)
     if params.grid is Grid.MRQ_SOFTMAX:
         top = half - 1

@@ -18,8 +18,18 @@ from tqdit.backends.panels import PanelLinear
 from tqdit.ops import reference
 from tqdit.ops.composed import FUNCTIONS, Composed
 from tqdit.ops.holders import LinearCodes
-from tqdit.ops.schema import Activation, AttentionParams, Norm, OperandParams, Residual, WeightParams
+from tqdit.ops.schema import (
+    Activation,
+    AttentionParams,
+    Codes,
+    Norm,
+    OperandParams,
+    Residual,
+    RowCodes,
+    WeightParams,
+)
 from tqdit.ops.tables import parameters
+from tqdit.spec import Grid
 from tqdit.system.isolation import without_autocast
 
 Layer = PackedLinear | PanelLinear
@@ -46,7 +56,10 @@ class TorchCpu(Composed):
     def prepare(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:
         return PackedLinear(weight, bias)
 
-    def product(self, codes: torch.Tensor, source: OperandParams, layer: PackedLinear) -> torch.Tensor:
+    def product(self, codes: Codes, source: OperandParams, layer: PackedLinear) -> torch.Tensor:
+        if isinstance(codes, RowCodes):
+            (total,) = _sums(_planes(codes.codes, source), source, layer.weight)
+            return total.mul_(codes.scale[..., None]).mul_(layer.scale).add_(layer.bias)
         p = parameters(source, codes.ndim)
         sums = _sums(_planes(codes, source), source, layer.weight)
         if len(sums) == 1:
@@ -64,7 +77,9 @@ class TorchCpu(Composed):
 class NativeCpu(TorchCpu):
     """The backend of compiled kernels.
 
-    Codes are uint8, signed code + 128; those of two regions are two planes.
+    Codes are uint8, signed code + 128; those of two regions are two planes. A step of a row needs the row as a whole:
+    where a target after attention or GELU is on the grid of rows, floats are written and then coded. The compiled
+    verbs do so while the floats are in the cache; in a graph of torch they are two operators.
     """
 
     def kernel(self, operation: str) -> str:
@@ -83,18 +98,15 @@ class NativeCpu(TorchCpu):
         bias = torch.zeros_like(scale) if bias is None else bias.float().contiguous()
         return LinearCodes(weight._replace(codes=weight.codes.contiguous(), scale=scale), bias)
 
-    def quantize(self, x: torch.Tensor, target: OperandParams, norm: Norm | None = None) -> torch.Tensor:
-        if torch.compiler.is_compiling():
-            shift, scale, eps = (None, None, 0.0) if norm is None else norm
-            return operators.quantize(x, shift, scale, float(eps), *operators.flatten(target))
-        return fused.quantize(x, target, norm)
+    def quantize(self, x: torch.Tensor, target: OperandParams, norm: Norm | None = None) -> Codes:
+        return _quantize(x, target, norm)
 
     def project(
-        self, codes: torch.Tensor, source: OperandParams, layer: Layer, targets: Sequence[OperandParams], heads: int
+        self, codes: Codes, source: OperandParams, layer: Layer, targets: Sequence[OperandParams], heads: int
     ) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            weight = operators.flat_weight(layer.weight)
-            return operators.project(codes, *weight, heads, *operators.flatten(source, *targets))
+            weight, flat = operators.flat_weight(layer.weight), operators.flat_codes(codes)
+            return operators.project(*flat, *weight, heads, *operators.flatten(source, *targets))
         return fused.project(codes, source, layer.weight, targets, heads)
 
     def attend(
@@ -104,29 +116,35 @@ class NativeCpu(TorchCpu):
         target: OperandParams,
         context: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if torch.compiler.is_compiling():
-            operands = operators.flatten(*attention.projections, attention.softmax, target)
-            return operators.attend(projected, context, bias, attention.heads, *operands)
-        return fused.attend(projected, attention, target, context, bias)
+    ) -> Codes:
+        by_row, compiling = target.grid is Grid.ROW, torch.compiler.is_compiling()
+        separate = compiling if by_row else target.channels is not None
+        operands = (*attention.projections, attention.softmax, *(() if separate else (target,)))
+        if compiling:
+            out = operators.attend(projected, context, bias, attention.heads, *operators.flatten(*operands))
+        else:
+            out = fused.attend(projected, attention, None if separate else target, context, bias)
+        return _quantize(out, target) if separate else out
 
     def linear(
-        self, codes: torch.Tensor, source: OperandParams, layer: Layer, then: Activation | Residual | None = None
-    ) -> torch.Tensor:
+        self, codes: Codes, source: OperandParams, layer: Layer, then: Activation | Residual | None = None
+    ) -> Codes:
         if not isinstance(then, Activation):
             return self._float(codes, source, layer, then)
         if then.function != "gelu_tanh":
             return self.quantize(FUNCTIONS[then.function](self._float(codes, source, layer, None)), then.target)
         if torch.compiler.is_compiling():
+            if then.target.grid is Grid.ROW:
+                return _quantize(self._float(codes, source, layer, None), then.target, gelu=True)
             weight, operands = operators.flat_weight(layer.weight), operators.flatten(source, then.target)
-            return operators.linear_gelu(codes, *weight, *operands)
+            return operators.linear_gelu(*operators.flat_codes(codes), *weight, *operands)
         return fused.linear_gelu(codes, source, layer.weight, then.target)
 
-    def _float(self, codes: torch.Tensor, source: OperandParams, layer: Layer, then: Residual | None) -> torch.Tensor:
+    def _float(self, codes: Codes, source: OperandParams, layer: Layer, then: Residual | None) -> torch.Tensor:
         if torch.compiler.is_compiling():
             weight, operands = operators.flat_weight(layer.weight), operators.flatten(source)
             gate, x = (None, None) if then is None else (then.gate, then.x)
-            return operators.linear(codes, *weight, *operands, gate, x)
+            return operators.linear(*operators.flat_codes(codes), *weight, *operands, gate, x)
         return fused.linear(codes, source, layer.weight, then)
 
     def float_input_linear(self, x: torch.Tensor, layer: LinearCodes) -> torch.Tensor:
@@ -151,6 +169,17 @@ def BACKEND() -> TorchCpu:  # noqa: N802  (a class in the other backends)
     if not native.has_openmp():
         warnings.warn("the CPU kernels were compiled without OpenMP and use one thread", stacklevel=3)
     return NativeCpu()
+
+
+def _quantize(x: torch.Tensor, target: OperandParams, norm: Norm | None = None, gelu: bool = False) -> Codes:
+    """Return codes as `fused.quantize` does; `gelu` is for targets on the grid of rows."""
+    if not torch.compiler.is_compiling():
+        return fused.quantize(x, target, norm, gelu)
+    shift, scale, eps = (None, None, 0.0) if norm is None else norm
+    tensors, kinds = operators.flatten(target)
+    if target.grid is Grid.ROW:
+        return RowCodes(*operators.quantize_rows(x, shift, scale, float(eps), tensors, kinds, gelu))
+    return operators.quantize(x, shift, scale, float(eps), tensors, kinds)
 
 
 def _planes(codes: torch.Tensor, source: OperandParams) -> list[torch.Tensor]:

@@ -1,10 +1,10 @@
 """The compiled verbs of the CPU backend on plain tensors: shapes are checked, results allocated, kernels called.
 
-Codes are uint8, signed code + 128; those of two regions are two planes, unless the regions merge. torch cannot trace
-anything here: see `operators`.
+Codes are uint8, signed code + 128; those of two regions are two planes, unless the regions merge; those of rows come
+with their steps, as `RowCodes`. torch cannot trace anything here: see `operators`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,25 +23,35 @@ from tqdit.backends.signatures import (
     refusal,
     size,
 )
-from tqdit.ops.schema import AttentionParams, Norm, OperandParams, Residual
+from tqdit.ops.schema import AttentionParams, Codes, Norm, OperandParams, Residual, RowCodes
 from tqdit.spec import Grid
 
 Weight = PanelWeight | PackedWeight
 PARTS = (1, 2, 3)  # the numbers of parts that a projection may have
+PROBABILITIES = (
+    Grid.UNIFORM,
+    Grid.MRQ_SOFTMAX,
+    Grid.SOFTMAX_ROW,
+)  # grids of probabilities; the last two are of no else
 
 
-def quantize(x: Tensor, target: OperandParams, norm: Norm | None = None) -> Tensor:
-    """Return codes as `Backend.quantize` does: (B, N, C), or two planes of that shape."""
+def quantize(x: Tensor, target: OperandParams, norm: Norm | None = None, gelu: bool = False) -> Codes:
+    """Return codes as `Backend.quantize` does: (B, N, C), or two planes of that shape, or `RowCodes`.
+
+    `gelu`: quantize tanh-GELU of x. So a row of a linear layer's outputs is at hand as a whole.
+    """
+    need(norm is None or not gelu, "GELU of a norm")
     if x.ndim != 3:
         raise refusal(f"hidden states {tuple(x.shape)}")
     x = x.float().contiguous()
     batch, tokens, width = x.shape
     out, first, second = _planes(tuple(x.shape), target)
-    to = operand(target, batch)
+    to = operand(target, batch, channels=width)
     call = QuantizeCall(
         x=address(x, torch.float32), first=first, second=second, batch=batch, tokens=tokens, width=width,
-        threads=torch.get_num_threads(), target=to,
+        gelu=int(gelu), threads=torch.get_num_threads(), target=to,
     )  # fmt: skip
+    steps, call.steps = _steps(batch, tokens, target)
     if norm is not None:
         shift, scale = (_rows(rows, batch, width, "modulation") for rows in (norm.shift, norm.scale))
         if shift.stride(0) != scale.stride(0):
@@ -49,11 +59,11 @@ def quantize(x: Tensor, target: OperandParams, norm: Norm | None = None) -> Tens
         call.shift, call.scale = (address(rows, torch.float32, adjacent=False) for rows in (shift, scale))
         call.stride, call.eps = size(shift.stride(0)), float(norm.eps)
     native.call("quantize", call)
-    return out
+    return out if steps is None else RowCodes(out, steps)
 
 
 def project(
-    codes: Tensor, source: OperandParams, weight: Weight, targets: Sequence[OperandParams], heads: int
+    codes: Codes, source: OperandParams, weight: Weight, targets: Sequence[OperandParams], heads: int
 ) -> Tensor:
     """Return codes as `Backend.project` does: (B, N, parts C)."""
     call = _Linear(codes, source, weight)
@@ -62,7 +72,7 @@ def project(
     if parts not in PARTS:
         raise refusal(f"{parts} parts of a projection")
     _check_heads(columns, parts, heads)
-    need(all(target.grid is Grid.UNIFORM for target in targets), "heads on a grid of two regions")
+    _check_uniform(targets, "heads")
     out = torch.empty(call.shape, dtype=torch.uint8)
     operands = [operand(target, batch, heads) for target in targets]
     array = (Operand * parts)(*operands)
@@ -73,41 +83,54 @@ def project(
 def attend(
     projected: Tensor,
     attention: AttentionParams,
-    target: OperandParams,
+    target: OperandParams | None,
     context: Tensor | None = None,
     bias: Tensor | None = None,
     trace: Tensor | None = None,
-) -> Tensor:
-    """Return codes as `Backend.attend` does.
+) -> Codes:
+    """Return codes as `Backend.attend` does, or without a target the attended values, fp32 (B, N, C).
+
+    Channel factors are for a target on the grid of rows only.
 
     `trace`: int8 (B, H, N, M), filled with the codes of the probabilities; for tests.
     """
     heads, call = attention.heads, AttentionCall()
     batch, tokens, width = _attention_buffers(call, projected, context, heads)
     operands = [operand(params, batch, heads) for params in (*attention.projections, attention.softmax)]
-    operands.append(operand(target, batch))
-    call.queries, call.keys, call.values, call.probability, call.target = operands
-    _check_attention_grids(attention, target)
+    call.queries, call.keys, call.values, call.probability = operands
+    _check_uniform(attention.projections, "query, key or value")
+    if attention.softmax.grid not in PROBABILITIES:
+        raise refusal(f"probabilities on the grid '{attention.softmax.grid}'")
     if bias is not None:
         bias = _rows(bias, batch, call.context, "a bias")
         call.bias, call.bias_stride = address(bias, torch.float32, adjacent=False), size(bias.stride(0))
     if trace is not None:
         call.trace = address(trace, torch.int8, batch * heads * tokens * call.context)
-    out = torch.empty(batch, tokens, width, dtype=torch.uint8)
-    call.out, call.factor, call.threads = address(out, torch.uint8), call.dim**-0.5, torch.get_num_threads()
+    out = torch.empty(batch, tokens, width, dtype=torch.float32 if target is None else torch.uint8)
+    if target is None:
+        call.attended = address(out, torch.float32)
+    else:
+        if target.grid is not Grid.ROW:
+            _check_uniform([target], "a result of attention")
+        operands.append(operand(target, batch, channels=width))
+        call.target, call.out = operands[-1], address(out, torch.uint8)
+    steps, call.steps = _steps(batch, tokens, target)
+    call.factor, call.threads = call.dim**-0.5, torch.get_num_threads()
     native.call("attention", call)
-    return out
+    return out if steps is None else RowCodes(out, steps)
 
 
-def linear_gelu(codes: Tensor, source: OperandParams, weight: Weight, target: OperandParams) -> Tensor:
-    """Return codes as `Backend.linear` does with `Activation(target)`: (B, N, out), or two planes of that shape."""
+def linear_gelu(codes: Codes, source: OperandParams, weight: Weight, target: OperandParams) -> Codes:
+    """Return codes as `Backend.linear` does with `Activation(target)`: as `quantize` those of (B, N, out)."""
     call = _Linear(codes, source, weight)
     out, first, second = _planes(call.shape, target)
-    native.call("linear_gelu", call.struct, operand(target, call.shape[0]), first, second)
-    return out
+    steps, steps_address = _steps(*call.shape[:2], target)
+    to = operand(target, call.shape[0], channels=call.shape[2])
+    native.call("linear_gelu", call.struct, to, first, second, steps_address)
+    return out if steps is None else RowCodes(out, steps)
 
 
-def linear(codes: Tensor, source: OperandParams, weight: Weight, then: Residual | None = None) -> Tensor:
+def linear(codes: Codes, source: OperandParams, weight: Weight, then: Residual | None = None) -> Tensor:
     """Return x W^T + bias as `Backend.linear` does, with a residual or without."""
     call = _Linear(codes, source, weight)
     if then is None:
@@ -147,13 +170,16 @@ class _Linear:
     `shape`: of the result, (B, N, out).
     """
 
-    def __init__(self, codes: Tensor, source: OperandParams, weight: Weight) -> None:
-        planes = list(codes) if codes.ndim == 4 else [codes]
+    def __init__(self, codes: Codes, source: OperandParams, weight: Weight) -> None:
+        steps = codes.scale if isinstance(codes, RowCodes) else None
+        plain = codes.codes if isinstance(codes, RowCodes) else codes
+        need((steps is not None) == (source.grid is Grid.ROW), "codes without their rows' steps, or steps without rows")
+        planes = list(plain) if plain.ndim == 4 else [plain]
         batch, tokens, depth = planes[0].shape
         columns, expected = weight.shape
         if depth != expected:
             raise refusal(f"codes of depth {depth} for a layer of depth {expected}")
-        need(source.grid is not Grid.MRQ_SOFTMAX, "a linear layer on probabilities")
+        need(source.grid not in PROBABILITIES[1:], "a linear layer on probabilities")
         if len(planes) != 1 + source.two_products:
             raise refusal(f"{len(planes)} planes of codes for a grid of {source.grid}")
         self.shape = batch, tokens, columns
@@ -163,6 +189,9 @@ class _Linear:
             batch=batch, tokens=tokens, depth=depth, columns=columns, threads=torch.get_num_threads(),
             source=self.source,
         )  # fmt: skip
+        self.steps = None if steps is None else steps.contiguous()
+        if self.steps is not None:
+            self.struct.steps = address(self.steps, torch.float32, batch * tokens)
         self.alive = [plane.contiguous() for plane in planes]
         if isinstance(weight, PanelWeight):
             self.struct.packed = address(weight.packed, torch.int8)
@@ -203,10 +232,11 @@ def _check_heads(columns: int, parts: int, heads: int) -> None:
         raise refusal(f"{columns} columns for {parts} x {heads} heads")
 
 
-def _check_attention_grids(attention: AttentionParams, target: OperandParams) -> None:
-    uniform = all(params.grid is Grid.UNIFORM for params in (*attention.projections, target))
-    need(uniform, "query, key, value or a result of attention on a grid of two regions")
-    need(attention.softmax.grid is not Grid.MRQ_GELU, "probabilities on a grid of GELU")
+def _check_uniform(operands: Iterable[OperandParams], name: str) -> None:
+    """Refuse operands whose codes a kernel cannot write: they must be uniform, without channel factors."""
+    for params in operands:
+        if params.grid is not Grid.UNIFORM or params.channels is not None:
+            raise refusal(f"{name} on the grid '{params.grid}', or with channel factors")
 
 
 def _planes(shape: tuple[int, ...], target: OperandParams) -> tuple[Tensor, int, int | None]:
@@ -214,11 +244,19 @@ def _planes(shape: tuple[int, ...], target: OperandParams) -> tuple[Tensor, int,
 
     There are two planes of that shape where the target has two products.
     """
-    need(target.grid is not Grid.MRQ_SOFTMAX, "codes of probabilities outside of attention")
+    need(target.grid not in PROBABILITIES[1:], "codes of probabilities outside of attention")
     out = torch.empty(*((2,) if target.two_products else ()), *shape, dtype=torch.uint8)
     if not target.two_products:
         return out, address(out, torch.uint8), None
     return out, address(out[0], torch.uint8), address(out[1], torch.uint8)
+
+
+def _steps(batch: int, tokens: int, target: OperandParams | None) -> tuple[Tensor | None, int | None]:
+    """Return new steps of rows and their address, or None twice unless the target is on the grid of rows."""
+    if target is None or target.grid is not Grid.ROW:
+        return None, None
+    steps = torch.empty(batch, tokens, dtype=torch.float32)
+    return steps, address(steps, torch.float32)
 
 
 def _rows(rows: Tensor, batch: int, width: int, name: str) -> Tensor:

@@ -112,6 +112,8 @@ class PackedLinear(FixedDtype):
 
 def zero_points(source: OperandParams) -> torch.Tensor:
     """Return the zero points of an operand's unsigned codes, or of each of its planes: int32 (1,) or (B,)."""
+    if source.grid.per_row:
+        return torch.full((1,), SIGN, dtype=torch.int32)
     if not source.grid.two_region:
         return source.selected()[:, 0, ZERO].to(torch.int32) + SIGN
     half = 1 << (source.bits - 1) if source.merged else 0

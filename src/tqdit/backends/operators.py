@@ -1,7 +1,8 @@
 """The CPU backend's operations as `torch.library` operators, so that torch.compile and torch.export take a whole model.
 
 Plain calls do not go through these: torch's dispatcher would cost them time. Operands travel flat: the table of each,
-and three integers (grid, bits, whether its regions merge); a weight as its tensors and three (kind, out, in).
+then its channel factors if it has some, and four integers (grid, bits, whether its regions merge, whether it has
+factors); a weight as its tensors and three (kind, out, in); codes of rows as codes and the rows' steps.
 An exported program that was saved needs these operators again: `import tqdit.backends.cpu` before it is loaded.
 """
 
@@ -12,29 +13,47 @@ from torch.library import custom_op
 from tqdit.backends import fused, onednn
 from tqdit.backends.onednn import PackedWeight
 from tqdit.backends.panels import PanelWeight
-from tqdit.ops.schema import AttentionParams, Norm, OperandParams, Residual
+from tqdit.ops.schema import AttentionParams, Codes, Norm, OperandParams, Residual, RowCodes
 from tqdit.spec import Grid
 
-GRIDS = (Grid.UNIFORM, Grid.MRQ_SOFTMAX, Grid.MRQ_GELU)
+GRIDS = (Grid.UNIFORM, Grid.MRQ_SOFTMAX, Grid.MRQ_GELU, Grid.ROW, Grid.SOFTMAX_ROW)
+NUMBERS = 4  # integers of an operand
 PANELS, ONEDNN, CODES = range(3)
 
 Flat = tuple[list[Tensor], list[int]]
 
 
 def flatten(*operands: OperandParams) -> Flat:
-    """Return the flat form of operands: their tables, rows of the batch selected, and three integers for each."""
-    kinds = [number for o in operands for number in (GRIDS.index(o.grid), o.bits, int(o.merged))]
-    return [o.selected() for o in operands], kinds
+    """Return the flat form of operands: their tables, rows of the batch selected, their factors, and their integers."""
+    tensors: list[Tensor] = []
+    kinds: list[int] = []
+    for o in operands:
+        tensors += [o.selected()] if o.channels is None else [o.selected(), o.channels]
+        kinds += [GRIDS.index(o.grid), o.bits, int(o.merged), int(o.channels is not None)]
+    return tensors, kinds
 
 
-def _operands(tables: list[Tensor], kinds: list[int]) -> list[OperandParams]:
-    each = zip(tables, kinds[::3], kinds[1::3], kinds[2::3], strict=True)
-    return [OperandParams(GRIDS[grid], bits, table, bool(merged)) for table, grid, bits, merged in each]
+def flat_codes(codes: Codes) -> tuple[Tensor, Tensor | None]:
+    """Return the flat form of codes: themselves, and the steps of their rows or None."""
+    return codes if isinstance(codes, RowCodes) else (codes, None)
+
+
+def _codes(codes: Tensor, steps: Tensor | None) -> Codes:
+    return codes if steps is None else RowCodes(codes, steps)
+
+
+def _operands(tensors: list[Tensor], kinds: list[int]) -> list[OperandParams]:
+    rest, made = iter(tensors), []
+    for at in range(0, len(kinds), NUMBERS):
+        grid, bits, merged, factored = kinds[at : at + NUMBERS]
+        table = next(rest)
+        made.append(OperandParams(GRIDS[grid], bits, table, bool(merged), channels=next(rest) if factored else None))
+    return made
 
 
 def _two_planes(kind: list[int]) -> bool:
-    """Say whether codes of an operand, given by three integers, are two planes."""
-    grid, _, merged = kind
+    """Say whether codes of an operand, given by its integers, are two planes."""
+    grid, _, merged, _ = kind
     return GRIDS[grid].two_region and not merged
 
 
@@ -64,9 +83,11 @@ def _weight(tensors: list[Tensor], kind: list[int]) -> fused.Weight:
 def quantize(
     x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float, operands: list[Tensor], kinds: list[int]
 ) -> Tensor:
-    """Return codes as `fused.quantize` does."""
+    """Return codes as `fused.quantize` does, for a target with a static step."""
     (target,) = _operands(operands, kinds)
-    return fused.quantize(x, target, None if shift is None or scale is None else Norm(shift, scale, eps))
+    codes = fused.quantize(x, target, _norm(shift, scale, eps))
+    assert isinstance(codes, Tensor)
+    return codes
 
 
 @quantize.register_fake
@@ -74,17 +95,39 @@ def _(x, shift, scale, eps, operands, kinds):  # type: ignore[no-untyped-def]
     return x.new_empty(*((2,) if _two_planes(kinds) else ()), *x.shape, dtype=torch.uint8)
 
 
+def _norm(shift: Tensor | None, scale: Tensor | None, eps: float) -> Norm | None:
+    return None if shift is None or scale is None else Norm(shift, scale, eps)
+
+
+@custom_op("tqdit_cpu::quantize_rows", mutates_args=())
+def quantize_rows(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float, operands: list[Tensor], kinds: list[int],
+    gelu: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return codes and steps as `fused.quantize` does, for a target on the grid of rows."""
+    (target,) = _operands(operands, kinds)
+    codes = fused.quantize(x, target, _norm(shift, scale, eps), gelu)
+    assert isinstance(codes, RowCodes)
+    return codes.codes, codes.scale
+
+
+@quantize_rows.register_fake
+def _(x, shift, scale, eps, operands, kinds, gelu):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
 @custom_op("tqdit_cpu::project", mutates_args=())
 def project(
-    codes: Tensor, weight: list[Tensor], kind: list[int], heads: int, operands: list[Tensor], kinds: list[int]
-) -> Tensor:
+    codes: Tensor, steps: Tensor | None, weight: list[Tensor], kind: list[int], heads: int, operands: list[Tensor],
+    kinds: list[int],
+) -> Tensor:  # fmt: skip
     """Return codes as `fused.project` does."""
     source, *targets = _operands(operands, kinds)
-    return fused.project(codes, source, _weight(weight, kind), targets, heads)
+    return fused.project(_codes(codes, steps), source, _weight(weight, kind), targets, heads)
 
 
 @project.register_fake
-def _(codes, weight, kind, heads, operands, kinds):  # type: ignore[no-untyped-def]
+def _(codes, steps, weight, kind, heads, operands, kinds):  # type: ignore[no-untyped-def]
     return codes.new_empty(*codes.shape[-3:-1], kind[1])
 
 
@@ -93,42 +136,51 @@ def attend(
     projected: Tensor, context: Tensor | None, bias: Tensor | None, heads: int, operands: list[Tensor],
     kinds: list[int],
 ) -> Tensor:  # fmt: skip
-    """Return codes as `fused.attend` does."""
-    query, key, value, softmax, target = _operands(operands, kinds)
-    return fused.attend(projected, AttentionParams(query, key, value, softmax, heads), target, context, bias)
+    """Return codes as `fused.attend` does, or values where the fifth operand, the target, is missing."""
+    query, key, value, softmax, *rest = _operands(operands, kinds)
+    target = rest[0] if rest else None
+    out = fused.attend(projected, AttentionParams(query, key, value, softmax, heads), target, context, bias)
+    assert isinstance(out, Tensor)
+    return out
 
 
 @attend.register_fake
 def _(projected, context, bias, heads, operands, kinds):  # type: ignore[no-untyped-def]
-    return projected.new_empty(*projected.shape[:2], projected.shape[2] // (3 if context is None else 1))
+    width = projected.shape[2] // (3 if context is None else 1)
+    dtype = torch.uint8 if len(kinds) == 5 * NUMBERS else torch.float32
+    return projected.new_empty(*projected.shape[:2], width, dtype=dtype)
 
 
 @custom_op("tqdit_cpu::linear_gelu", mutates_args=())
 def linear_gelu(
-    codes: Tensor, weight: list[Tensor], kind: list[int], operands: list[Tensor], kinds: list[int]
-) -> Tensor:
+    codes: Tensor, steps: Tensor | None, weight: list[Tensor], kind: list[int], operands: list[Tensor],
+    kinds: list[int],
+) -> Tensor:  # fmt: skip
     """Return codes as `fused.linear_gelu` does."""
     source, target = _operands(operands, kinds)
-    return fused.linear_gelu(codes, source, _weight(weight, kind), target)
+    out = fused.linear_gelu(_codes(codes, steps), source, _weight(weight, kind), target)
+    assert isinstance(out, Tensor)
+    return out
 
 
 @linear_gelu.register_fake
-def _(codes, weight, kind, operands, kinds):  # type: ignore[no-untyped-def]
-    return codes.new_empty(*((2,) if _two_planes(kinds[3:]) else ()), *codes.shape[-3:-1], kind[1])
+def _(codes, steps, weight, kind, operands, kinds):  # type: ignore[no-untyped-def]
+    return codes.new_empty(*((2,) if _two_planes(kinds[NUMBERS:]) else ()), *codes.shape[-3:-1], kind[1])
 
 
 @custom_op("tqdit_cpu::linear", mutates_args=())
 def linear(
-    codes: Tensor, weight: list[Tensor], kind: list[int], operands: list[Tensor], kinds: list[int],
-    gate: Tensor | None, x: Tensor | None,
+    codes: Tensor, steps: Tensor | None, weight: list[Tensor], kind: list[int], operands: list[Tensor],
+    kinds: list[int], gate: Tensor | None, x: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Return x W^T + bias as `fused.linear` does."""
     (source,) = _operands(operands, kinds)
-    return fused.linear(codes, source, _weight(weight, kind), None if x is None else Residual(x, gate))
+    then = None if x is None else Residual(x, gate)
+    return fused.linear(_codes(codes, steps), source, _weight(weight, kind), then)
 
 
 @linear.register_fake
-def _(codes, weight, kind, operands, kinds, gate, x):  # type: ignore[no-untyped-def]
+def _(codes, steps, weight, kind, operands, kinds, gate, x):  # type: ignore[no-untyped-def]
     if x is None:
         return codes.new_empty(*codes.shape[-3:-1], kind[1], dtype=torch.float32)
     return x.new_empty(x.shape)

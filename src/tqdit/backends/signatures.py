@@ -15,18 +15,21 @@ from tqdit.ops.schema import OperandParams
 from tqdit.ops.tables import COLUMNS
 from tqdit.spec import MAX_BITS, MIN_BITS, Grid
 
+# Numbers of the enumeration `Grid` of operands.h; regions that merge are a grid of their own there.
+GRIDS = {Grid.UNIFORM: 0, Grid.MRQ_SOFTMAX: 1, Grid.MRQ_GELU: 1, Grid.ROW: 3, Grid.SOFTMAX_ROW: 4}
+MERGED = 2
 MAX_SIZE = 2**48  # items, bytes, rows: more than any memory has, so that no product of C overflows by mistake
 
 
 class Operand(ctypes.Structure):
     """The structure `Operand` of operands.h.
 
-    `alive`: the tensor it points into. A copy of the structure does not keep that tensor alive.
+    `alive`: the tensors it points into. A copy of the structure does not keep them alive.
     """
 
-    alive: torch.Tensor
+    alive: tuple[torch.Tensor, torch.Tensor | None]
     _fields_ = (
-        ("table", c_void_p),
+        *((name, c_void_p) for name in ("table", "channels")),
         *((name, c_int64) for name in ("sample_stride", "unit_stride", "grid", "bits")),
     )
 
@@ -35,8 +38,8 @@ class QuantizeCall(ctypes.Structure):
     """The structure `QuantizeCall` of elementwise.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("x", "shift", "scale", "first", "second")),
-        *((name, c_int64) for name in ("stride", "batch", "tokens", "width", "threads")),
+        *((name, c_void_p) for name in ("x", "shift", "scale", "first", "second", "steps")),
+        *((name, c_int64) for name in ("stride", "batch", "tokens", "width", "gelu", "threads")),
         ("target", Operand),
         ("eps", c_float),
     )
@@ -46,7 +49,7 @@ class AttentionCall(ctypes.Structure):
     """The structure `AttentionCall` of attention.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("query", "key", "value", "out", "trace", "bias")),
+        *((name, c_void_p) for name in ("query", "key", "value", "out", "attended", "steps", "trace", "bias")),
         *((name, c_int64) for name in ("query_stride", "context_stride", "bias_stride")),
         *((name, c_int64) for name in ("batch", "tokens", "context", "heads", "dim", "threads")),
         *((name, Operand) for name in ("queries", "keys", "values", "probability", "target")),
@@ -58,10 +61,8 @@ class LinearCall(ctypes.Structure):
     """The structure `LinearCall` of linear.h."""
 
     _fields_ = (
-        *(
-            (name, c_void_p)
-            for name in ("first", "second", "packed", "column_sums", "first_sums", "second_sums", "weight", "bias")
-        ),
+        *((name, c_void_p) for name in ("first", "second", "packed", "column_sums", "first_sums", "second_sums")),
+        *((name, c_void_p) for name in ("weight", "bias", "steps")),
         *((name, c_int64) for name in ("batch", "tokens", "depth", "columns", "threads")),
         ("source", Operand),
     )
@@ -79,7 +80,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
         c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64,
     ),
     "project": (_linear, _operand, c_int64, c_int64, c_void_p),
-    "linear_gelu": (_linear, _operand, c_void_p, c_void_p),
+    "linear_gelu": (_linear, _operand, c_void_p, c_void_p, c_void_p),
     "linear": (_linear, c_void_p, c_int64, c_void_p, c_void_p),
     "attention": (POINTER(AttentionCall),),
 }  # fmt: skip
@@ -139,11 +140,11 @@ def size(value: int) -> int:
     return value
 
 
-def operand(params: OperandParams, batch: int, units: int = 1) -> Operand:
+def operand(params: OperandParams, batch: int, units: int = 1, channels: int | None = None) -> Operand:
     """Return a pointer into the table of an operand. The result must outlive the call of C.
 
     `batch`: samples of the call; the table has a row for each, or one for all. `units`: entries of a row, or one for
-    all.
+    all. `channels`: the number of channels that the operand's factors multiply; None: the factors are not used.
     """
     table = params.selected()
     rows, entries, columns = table.shape
@@ -153,9 +154,11 @@ def operand(params: OperandParams, batch: int, units: int = 1) -> Operand:
         raise refusal(f"parameters of {rows} samples of {entries} for {batch} samples of {units}")
     if not MIN_BITS <= params.bits <= MAX_BITS:
         raise refusal(f"codes of {params.bits} bits")
-    need(params.grid in (Grid.UNIFORM, Grid.MRQ_SOFTMAX, Grid.MRQ_GELU), f"codes on the grid '{params.grid}'")
-    grid = 0 if params.grid is Grid.UNIFORM else 2 if params.merged else 1
+    need(params.grid in GRIDS, f"codes on the grid '{params.grid}'")
     strides = 0 if rows == 1 else entries * COLUMNS, 0 if entries == 1 else COLUMNS
-    found = Operand(address(table, torch.float32), *strides, grid, params.bits)
-    found.alive = table
-    return found
+    factors = None if params.channels is None or channels is None else params.channels.contiguous()
+    factor_address = None if factors is None else address(factors, torch.float32, channels)
+    grid = MERGED if params.merged else GRIDS[params.grid]
+    made = Operand(address(table, torch.float32), factor_address, *strides, grid, params.bits)
+    made.alive = table, factors
+    return made

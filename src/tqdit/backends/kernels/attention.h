@@ -1,5 +1,6 @@
 // Fused attention: exact Q K^T, fp32 softmax, exact P V, a few query rows of one head at a time.
 #pragma once
+#include "elementwise.h"
 #include "operands.h"
 #include "products.h"
 
@@ -9,7 +10,9 @@ namespace tqdit {
 // three may lie in one buffer.
 struct AttentionCall {
   const uint8_t *query, *key, *value;  // (batch, tokens or context, heads, dim)
-  uint8_t* out;                        // (batch, tokens, heads, dim)
+  uint8_t* out;                        // (batch, tokens, heads, dim) codes for the target, or null
+  float* attended;                     // null, or the same as values: then there are no codes
+  float* steps;                        // (batch, tokens) of a target on the grid of rows, or null
   int8_t* trace;                       // null, or (batch, heads, tokens, context) codes of probabilities, for tests
   const float* bias;                   // null, or (context) per sample: added to the scaled scores
   int64_t query_stride, context_stride, bias_stride;
@@ -67,13 +70,14 @@ struct Workspace {
   Buffer<int8_t> key, value;
   Buffer<int32_t> key_sums, value_sums, scores, first_sums, second_sums;
   Buffer<uint8_t> first, second, ones, query;
+  Buffer<float> row;
   vint inside;  // which lanes of the last vector of keys are keys
   explicit Workspace(const AttentionCall& c)
       : keys(round_up(c.context, LANES)), depth(round_up(c.dim, LANES)), key_fours(round_up(c.dim, 4) / 4),
         value_fours(keys / 4), key(keys * key_fours * 4), value(depth * keys), key_sums(keys), value_sums(depth),
         scores(QUERY_ROWS * keys), first_sums(QUERY_ROWS * depth), second_sums(QUERY_ROWS * depth),
         first(QUERY_ROWS * keys), second(QUERY_ROWS * keys), ones(keys + round_up(c.dim, 4)),
-        query(QUERY_ROWS * key_fours * 4) {
+        query(QUERY_ROWS * key_fours * 4), row(round_up(c.heads * c.dim, LANES)) {
     std::memset(ones.data(), 1, keys + round_up(c.dim, 4));
     std::memset(query.data(), 0, QUERY_ROWS * key_fours * 4);
     for (int i = 0; i < LANES; ++i) inside[i] = keys - LANES + i < c.context ? -1 : 0;
@@ -86,7 +90,7 @@ struct Head {
   int64_t sample, head;
   int32_t query_zero, key_zero, value_zero, probability_zero, shift;  // query, uniform probability: unsigned
   float score_scale, value_scale, s1, s2, per_s1, per_s2;
-  Uniform probability, target;
+  Uniform probability;
   Head(const AttentionCall& call, int64_t b, int64_t h)
       : c(call), sample(b), head(h), query_zero(zero_point(c.queries.entry(b, h)) + 128),
         key_zero(zero_point(c.keys.entry(b, h))), value_zero(zero_point(c.values.entry(b, h))),
@@ -95,8 +99,7 @@ struct Head {
         score_scale(c.queries.entry(b, h)[SCALE] * c.keys.entry(b, h)[SCALE] * c.factor),
         value_scale(c.values.entry(b, h)[SCALE]), s1(c.probability.entry(b, h)[SCALE]),
         s2(c.probability.entry(b, h)[COARSE]), per_s1(c.probability.entry(b, h)[INVERSE]),
-        per_s2(c.probability.entry(b, h)[COARSE_INVERSE]), probability(c.probability.entry(b, h), c.probability.bits),
-        target(c.target.entry(b), c.target.bits) {}
+        per_s2(c.probability.entry(b, h)[COARSE_INVERSE]), probability(c.probability.entry(b, h), c.probability.bits) {}
 };
 
 struct RowSums { int32_t first, second; };  // sums of the codes of one row of probabilities
@@ -144,9 +147,37 @@ RowSums softmax_codes(const Head& h, float* scores, float top, const Workspace& 
   return {sum(first_total), sum(second_total)};
 }
 
-// Writes one row of P V, quantized for the output projection, from its exact sums.
-void attended_codes(const Head& h, RowSums rows, const Workspace& w, int64_t row, uint8_t* out) {
+// Codes exp(score - top) of one row as unsigned steps of 1 / (2^bits - 1); the other factor of the softmax is left to the
+// sum of the codes.
+RowSums softmax_row_codes(const Head& h, const float* scores, float top, const Workspace& w, uint8_t* codes) {
+  const vfloat levels = splat((1 << h.c.probability.bits) - 1);
+  const vint everywhere = vint{} == 0, inside = w.inside;
+  vint total{};
+  for (int64_t j = 0; j < w.keys; j += LANES) {
+    const vint code = nearest(exponential(load(scores + j) - top) * levels) & (j + LANES >= w.keys ? inside : everywhere);
+    total += code;
+    store_bytes(codes + j, code, LANES);
+  }
+  return {sum(total), 0};
+}
+
+// The result of attention as codes for the output projection, or as values. write(at, x, n): n of its items from `at` on.
+struct AttendedCodes {
+  Uniform target;
+  uint8_t* out;
+  void write(int64_t at, vfloat x, int64_t n) const { store_bytes(out + at, target.code(x), n); }
+};
+struct AttendedValues {
+  float* out;
+  void write(int64_t at, vfloat x, int64_t n) const { store(out + at, x, n); }
+};
+
+// Writes one row of P V from its exact sums; its first item is the item `at` of the result.
+template <typename Result>
+void write_attended(const Head& h, const Result result, RowSums rows, const Workspace& w, int64_t row, int64_t at) {
   const int32_t *firsts = w.first_sums.data() + row * w.depth, *seconds = w.second_sums.data() + row * w.depth;
+  const float scale = h.c.probability.grid == SOFTMAX_ROW ? h.value_scale / static_cast<float>(rows.first)
+                                                          : h.s1 * h.value_scale;
   for (int64_t j = 0; j < h.c.dim; j += LANES) {
     vint acc = load(firsts + j) - h.value_zero * rows.first;
     vfloat x;
@@ -158,16 +189,17 @@ void attended_codes(const Head& h, RowSums rows, const Workspace& w, int64_t row
         const vint centred = load(w.value_sums.data() + j) - static_cast<int32_t>(h.c.context) * h.value_zero;
         acc -= h.probability_zero * centred;
       }
-      x = to_float(acc) * (h.s1 * h.value_scale);
+      x = to_float(acc) * scale;
     }
-    store_bytes(out + j, h.target.code(x), h.c.dim - j);
+    result.write(at + j, x, h.c.dim - j);
   }
 }
 
 // Writes codes in the form of ops/reference.py: signed, a fine code negative.
 void write_trace(const Head& h, const uint8_t* first, const uint8_t* second, int8_t* trace) {
   const bool two = h.c.probability.grid == TWO_REGION;
-  for (int64_t j = 0; j < h.c.context; ++j) trace[j] = two ? second[j] - first[j] : first[j] - 128;
+  const int half = h.c.probability.grid == SOFTMAX_ROW ? 1 << (h.c.probability.bits - 1) : 128;
+  for (int64_t j = 0; j < h.c.context; ++j) trace[j] = two ? second[j] - first[j] : first[j] - half;
 }
 
 // Turns integer scores of one row into scores: zero points corrected, scaled, the bias added. Returns the largest one.
@@ -213,7 +245,8 @@ const uint8_t* padded_rows(const uint8_t* query, int64_t rows, int64_t dim, Work
 }
 
 // Computes the query rows [begin, end) of one head.
-void attend(const Head& h, int64_t begin, int64_t end, Workspace& w) {
+template <typename Result>
+void attend(const Head& h, const Result& result, int64_t begin, int64_t end, Workspace& w) {
   const AttentionCall& c = h.c;
   const int64_t width = c.heads * c.dim, context = h.sample * c.context * c.context_stride + h.head * c.dim;
   const uint8_t* queries = c.query + h.sample * c.tokens * c.query_stride + h.head * c.dim;
@@ -232,33 +265,62 @@ void attend(const Head& h, int64_t begin, int64_t end, Workspace& w) {
       uint8_t *first = w.first.data() + r * w.keys, *second = w.second.data() + r * w.keys;
       const uint8_t* codes = query + r * stride;
       const float top = c.bias ? scale_scores<true>(h, codes, w, scores) : scale_scores<false>(h, codes, w, scores);
-      sums[r] = softmax_codes(h, reinterpret_cast<float*>(scores), top, w, first, second);
+      float* const scaled = reinterpret_cast<float*>(scores);
+      sums[r] = c.probability.grid == SOFTMAX_ROW ? softmax_row_codes(h, scaled, top, w, first)
+                                                  : softmax_codes(h, scaled, top, w, first, second);
       if (c.trace)
         write_trace(h, first, second, c.trace + ((h.sample * c.heads + h.head) * c.tokens + i + r) * c.context);
     }
     dot(w.first.data(), w.keys, rows, w.value.data(), w.depth, w.value_fours, w.first_sums.data(), w.depth);
     if (c.probability.grid == TWO_REGION) second_product(sums, rows, w);
     for (int64_t r = 0; r < rows; ++r)
-      attended_codes(h, sums[r], w, r, c.out + (h.sample * c.tokens + i + r) * width + h.head * c.dim);
+      write_attended(h, result, sums[r], w, r, (h.sample * c.tokens + i + r) * width + h.head * c.dim);
   }
 }
 
-// Computes the attention of all heads: exact Q K^T, fp32 softmax, exact P V, codes for the output projection.
+// Computes one part of the query rows of one head. `values`: where float results go, or null for codes.
+void attend_part(const AttentionCall& c, int64_t unit, int64_t first, int64_t rows, float* values, Workspace& w) {
+  const int64_t last = first + rows < c.tokens ? first + rows : c.tokens;
+  if (first >= last) return;
+  const Head head(c, unit / c.heads, unit % c.heads);
+  if (values)
+    attend(head, AttendedValues{values}, first, last, w);
+  else
+    attend(head, AttendedCodes{Uniform(c.target.entry(head.sample), c.target.bits), c.out}, first, last, w);
+}
+
+// Computes the attention of all heads: exact Q K^T, fp32 softmax, exact P V, codes for the output projection or values.
+// On the grid of rows a few samples are finished at a time, so that their values are still in the cache when all heads
+// of a row are there and it can be coded.
 extern "C" void tqdit_attention(const AttentionCall* call) {
   const AttentionCall& c = *call;
-  const int64_t heads = c.batch * c.heads;
+  const bool by_row = c.steps;
+  const int64_t width = c.heads * c.dim, items = c.tokens * width;
+  const int64_t together = by_row ? samples_in_cache(items, c.batch) : c.batch, heads = together * c.heads;
   const int64_t most = (c.tokens + QUERY_ROWS - 1) / QUERY_ROWS;
   int64_t parts = heads >= c.threads ? 1 : (c.threads + heads - 1) / heads;
   if (parts > most) parts = most;
   const int64_t rows = round_up((c.tokens + parts - 1) / parts, QUERY_ROWS);
+  const Buffer<float> kept(by_row ? together * items : LANES);
 #pragma omp parallel num_threads(c.threads)
   {
     Workspace w(c);
+    for (int64_t sample = 0; sample < c.batch; sample += together) {
+      const int64_t end = sample + together < c.batch ? sample + together : c.batch;
+      float* const values = by_row ? kept.data() - sample * items : c.attended;
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < heads * parts; ++task) {
-      const int64_t unit = task / parts, first = task % parts * rows;
-      const int64_t last = first + rows < c.tokens ? first + rows : c.tokens;
-      if (first < last) attend(Head(c, unit / c.heads, unit % c.heads), first, last, w);
+      for (int64_t task = sample * c.heads * parts; task < end * c.heads * parts; ++task)
+        attend_part(c, task / parts, task % parts * rows, rows, values, w);
+      if (!by_row) continue;
+#pragma omp for schedule(static)
+      for (int64_t row = sample * c.tokens; row < end * c.tokens; ++row) {
+        const RowGrid grid(c.target.entry(row / c.tokens), c.target.bits);
+        const float* in = values + row * width;
+        uint8_t* const out = c.out + row * width;
+        c.steps[row] = c.target.channels
+            ? code_row_by_magnitude(grid, Factored<Plain>{{in}, c.target.channels}, width, out, w.row.data())
+            : code_row_by_magnitude(grid, Plain{in}, width, out, w.row.data());
+      }
     }
   }
 }

@@ -5,58 +5,127 @@
 
 namespace tqdit {
 
-// Quantization of float rows, after LayerNorm and modulation if there is a norm: x (1 + scale) + shift.
+// Quantization of float rows: of x, of x (1 + scale) + shift after LayerNorm, or of GELU(x); times the target's channel
+// factors, if it has some.
 struct QuantizeCall {
   const float *x;              // (batch, tokens, width)
   const float *shift, *scale;  // null: no norm; else one row per sample, `stride` apart
   uint8_t *first, *second;     // (batch, tokens, width); the second plane of two regions, or null
-  int64_t stride, batch, tokens, width, threads;
+  float* steps;                // (batch, tokens) on the grid of rows, or null
+  int64_t stride, batch, tokens, width, gelu, threads;
   Operand target;
   float eps;
 };
 
+// The values of one row that are coded, a vector at a time: values(j, n) are the n from column j on.
+struct Plain {
+  const float* x;
+  template <typename Count>
+  vfloat operator()(int64_t j, Count n) const { return load(x + j, n); }
+};
+
+struct Gelu {
+  const float* x;
+  template <typename Count>
+  vfloat operator()(int64_t j, Count n) const { return gelu(load(x + j, n)); }
+};
+
+// LayerNorm without parameters and its modulation.
+struct Normal {
+  const float *x, *shift, *scale;
+  float mean, inverse;
+  Normal(const float* in, const float* shift, const float* scale, float eps, int64_t width)
+      : x(in), shift(shift), scale(scale) {
+    vfloat total{}, squares{};
+    along(width, [&](int64_t j, auto n) { total += load(in + j, n); });
+    const float centre = sum(total) / width;
+    along(width, [&](int64_t j, auto n) {
+      const vfloat d = first_lanes(load(in + j, n) - centre, n);
+      squares += d * d;
+    });
+    mean = centre;
+    inverse = 1.0f / __builtin_sqrtf(sum(squares) / width + eps);
+  }
+  template <typename Count>
+  vfloat operator()(int64_t j, Count n) const {
+    return (load(x + j, n) - mean) * inverse * (1.0f + load(scale + j, n)) + load(shift + j, n);
+  }
+};
+
+// Values times the factors of their channels.
+template <typename Values>
+struct Factored {
+  Values values;
+  const float* factors;
+  template <typename Count>
+  vfloat operator()(int64_t j, Count n) const { return values(j, n) * load(factors + j, n); }
+};
+
 // Writes the codes of one row. The encoder is passed by value: the compiler would have to assume that bytes written
 // here change an encoder behind a reference.
-template <int GRID>
-void quantize_row(const Encoder<GRID> encoder, const float* in, int64_t width, uint8_t* first, uint8_t* second) {
-  for (int64_t j = 0; j < width; j += LANES) encoder.encode(load(in + j, width - j), first + j, second + j, width - j);
+template <int GRID, typename Values>
+void code_row(const Encoder<GRID> encoder, const Values values, int64_t width, uint8_t* first, uint8_t* second) {
+  along(width, [=](int64_t j, auto n) { encoder.encode(values(j, n), first + j, second + j, n); });
 }
 
-// Writes the codes of one row after LayerNorm without parameters and its modulation.
-template <int GRID>
-void quantize_normal(const Encoder<GRID> encoder, const float* in, const float* shift, const float* scale, float eps,
-                     int64_t width, uint8_t* first, uint8_t* second) {
-  vfloat total{};
-  for (int64_t j = 0; j < width; j += LANES) total += load(in + j, width - j);
-  const float mean = sum(total) / width;
-  vfloat squares{};
-  for (int64_t j = 0; j < width; j += LANES) {
-    vfloat d = load(in + j, width - j) - mean;
-    for (int64_t i = width - j; i < LANES; ++i) d[i] = 0;
-    squares += d * d;
+// Writes the codes of one row on the grid of rows, and returns their step. `row`: memory for the row in whole vectors.
+template <typename Values>
+float code_row_by_magnitude(const RowGrid grid, const Values values, int64_t width, uint8_t* out, float* row) {
+  vint largest_bits{};
+  along(width, [&](int64_t j, auto n) {
+    const vfloat x = first_lanes(values(j, n), n);
+    largest_bits = at_least(largest_bits, magnitude(x));
+    store(row + j, x);
+  });
+  const float step = grid.step(largest(largest_bits));
+  const vfloat low = splat(-(1 << (grid.bits - 1))), high = splat((1 << (grid.bits - 1)) - 1);
+  along(width, [=](int64_t j, auto n) { store_bytes(out + j, nearest(clip(load(row + j) / step, low, high)) + 128, n); });
+  return step;
+}
+
+// Writes the codes of all rows. values_of(row) are the values of one.
+template <int GRID, typename ValuesOf>
+void code_rows(const QuantizeCall& c, const ValuesOf& values_of) {
+#pragma omp parallel num_threads(c.threads)
+  {
+    const Buffer<float> scratch(GRID == ROW ? round_up(c.width, LANES) : LANES);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < c.batch * c.tokens; ++row) {
+      const int64_t at = row * c.width;
+      const float* entry = c.target.entry(row / c.tokens);
+      if constexpr (GRID == ROW)
+        c.steps[row] = code_row_by_magnitude(RowGrid(entry, c.target.bits), values_of(row), c.width, c.first + at,
+                                             scratch.data());
+      else
+        code_row(Encoder<GRID>(entry, c.target.bits), values_of(row), c.width, c.first + at,
+                 c.second ? c.second + at : nullptr);
+    }
   }
-  const float inverse = 1.0f / __builtin_sqrtf(sum(squares) / width + eps);
-  for (int64_t j = 0; j < width; j += LANES) {
-    const int64_t n = width - j;
-    const vfloat normal = (load(in + j, n) - mean) * inverse;
-    encoder.encode(normal * (1.0f + load(scale + j, n)) + load(shift + j, n), first + j, second + j, n);
-  }
+}
+
+// Calls run(values_of) with what the values of a call are.
+template <typename Run>
+void for_values(const QuantizeCall& c, const Run& run) {
+  const auto factored = [&](auto values_of) {
+    if (const float* factors = c.target.channels)
+      run([=](int64_t row) { return Factored<decltype(values_of(row))>{values_of(row), factors}; });
+    else
+      run(values_of);
+  };
+  if (c.gelu)
+    factored([&c](int64_t row) { return Gelu{c.x + row * c.width}; });
+  else if (c.shift)
+    factored([&c](int64_t row) {
+      const int64_t modulation = row / c.tokens * c.stride;
+      return Normal(c.x + row * c.width, c.shift + modulation, c.scale + modulation, c.eps, c.width);
+    });
+  else
+    factored([&c](int64_t row) { return Plain{c.x + row * c.width}; });
 }
 
 extern "C" void tqdit_quantize(const QuantizeCall* call) {
-  const QuantizeCall& c = *call;
-  for_grid(c.target.grid, [&](auto grid) {
-#pragma omp parallel for num_threads(c.threads) schedule(static)
-    for (int64_t row = 0; row < c.batch * c.tokens; ++row) {
-      const int64_t sample = row / c.tokens, at = row * c.width, modulation = sample * c.stride;
-      const Encoder<decltype(grid)::value> encoder(c.target.entry(sample), c.target.bits);
-      uint8_t* second = c.second ? c.second + at : nullptr;
-      if (c.shift)
-        quantize_normal(encoder, c.x + at, c.shift + modulation, c.scale + modulation, c.eps, c.width, c.first + at,
-                        second);
-      else
-        quantize_row(encoder, c.x + at, c.width, c.first + at, second);
-    }
+  for_grid(call->target.grid, [=](auto grid) {
+    for_values(*call, [=](const auto& values_of) { code_rows<decltype(grid)::value>(*call, values_of); });
   });
 }
 

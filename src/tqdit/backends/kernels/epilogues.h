@@ -1,22 +1,33 @@
 // The epilogues of a linear layer's product: none, a residual, codes of heads, or codes of an activation function.
 #pragma once
+#include "elementwise.h"
 #include "linear.h"
 
 namespace tqdit {
 
 // Turns the sums of a product into values: y = sums * (s * weight scale) + bias; with two regions
-// (second * s2 - first * s1) * weight scale + bias.
+// (second * s2 - first * s1) * weight scale + bias; of rows (sums * step of the row) * weight scale + bias.
 struct Dequantizer {
-  const float *weight, *bias;
+  const float *weight, *bias, *steps;
   float s1, s2;
   Dequantizer(const LinearCall& c, int64_t sample)
-      : weight(c.weight), bias(c.bias), s1(c.source.entry(sample)[SCALE]), s2(c.source.entry(sample)[COARSE]) {}
+      : weight(c.weight), bias(c.bias), steps(c.steps), s1(c.source.entry(sample)[SCALE]),
+        s2(c.source.entry(sample)[COARSE]) {}
+
+  // Returns the dequantizer of one row of the result; s1 is the step of that row.
+  template <int SOURCE>
+  Dequantizer of(int64_t index) const {
+    Dequantizer row = *this;
+    if (SOURCE == ROW) row.s1 = steps[index];
+    return row;
+  }
 
   // `first`, `second`: the sums from column `begin` on.
-  template <bool TWO, typename Count>
+  template <int SOURCE, typename Count>
   vfloat value(int64_t begin, const float* first, const float* second, int64_t j, Count n) const {
     const vfloat scale = load(weight + begin + j, n), offset = load(bias + begin + j, n);
-    if (TWO) return (load(second + j, n) * s2 + load(first + j, n) * -s1) * scale + offset;
+    if (SOURCE == TWO_REGION) return (load(second + j, n) * s2 + load(first + j, n) * -s1) * scale + offset;
+    if (SOURCE == ROW) return load(first + j, n) * s1 * scale + offset;
     return load(first + j, n) * (s1 * scale) + offset;
   }
 };
@@ -49,13 +60,13 @@ struct HeadsFinish {
     const HeadsFinish& f;
     int64_t entry;  // the entry of the sample's first column
     Dequantizer values;
-    template <bool TWO>
+    template <int SOURCE>
     void row(int64_t index, int64_t begin, int64_t count, const float* first, const float* second) const {
       const float *table = f.tables.data() + entry + begin, *lows = table + f.size, *highs = lows + f.size;
       const int32_t* zeros = f.zeros.data() + entry + begin;
       uint8_t* out = f.out + index * f.c.columns + begin;
-      each_vector(count, [=, values = values](int64_t j, auto n) {
-        const vfloat y = values.template value<TWO>(begin, first, second, j, n);
+      each_vector(count, [=, values = values.of<SOURCE>(index)](int64_t j, auto n) {
+        const vfloat y = values.template value<SOURCE>(begin, first, second, j, n);
         const vfloat steps = clip(y / load_or_one(table + j, n), load(lows + j, n), load(highs + j, n));
         store_bytes(out + j, nearest(steps) + load(zeros + j, n), n);
       });
@@ -64,8 +75,8 @@ struct HeadsFinish {
   Rows at(int64_t sample) const { return {*this, sample * c.columns, Dequantizer(c, sample)}; }
 };
 
-// Writes the codes of GELU in the planes of an `Encoder`.
-template <int GRID>
+// Writes the codes of GELU in the planes of an `Encoder`. FACTORED: GELU times the channel factors of the target.
+template <int GRID, bool FACTORED>
 struct GeluFinish {
   const LinearCall& c;
   const Operand& target;
@@ -75,14 +86,16 @@ struct GeluFinish {
     const GeluFinish& f;
     Dequantizer values;
     Encoder<GRID> encoder;
-    template <bool TWO>
+    template <int SOURCE>
     void row(int64_t index, int64_t begin, int64_t count, const float* first, const float* second) const {
       uint8_t* to_first = f.first + index * f.c.columns + begin;
       uint8_t* to_second = GRID == TWO_REGION ? f.second + index * f.c.columns + begin : nullptr;
-      const Rows rows = *this;  // a copy in registers: the compiler must assume that bytes written below change *this
-      each_vector(count, [=](int64_t j, auto n) {
-        const vfloat y = rows.values.template value<TWO>(begin, first, second, j, n);
-        rows.encoder.encode_near(gelu(y), to_first + j, to_second + j, n);
+      const float* factors = FACTORED ? f.target.channels + begin : nullptr;
+      // Copies in registers: the compiler must assume that bytes written below change *this.
+      each_vector(count, [=, values = values.of<SOURCE>(index), encoder = encoder](int64_t j, auto n) {
+        vfloat x = gelu(values.template value<SOURCE>(begin, first, second, j, n));
+        if (FACTORED) x *= load(factors + j, n);
+        encoder.encode_near(x, to_first + j, to_second + j, n);
       });
     }
   };
@@ -106,13 +119,13 @@ struct FloatFinish {
     const FloatFinish& f;
     const float* gate;
     Dequantizer values;
-    template <bool TWO>
+    template <int SOURCE>
     void row(int64_t index, int64_t begin, int64_t count, const float* first, const float* second) const {
       const float* gates = UPDATE == GATED ? gate + begin : nullptr;
       const float* x = UPDATE == PLAIN ? nullptr : f.x + index * f.c.columns + begin;
       float* out = f.out + index * f.c.columns + begin;
-      each_vector(count, [=, values = values](int64_t j, auto n) {
-        const vfloat y = values.template value<TWO>(begin, first, second, j, n);
+      each_vector(count, [=, values = values.of<SOURCE>(index)](int64_t j, auto n) {
+        const vfloat y = values.template value<SOURCE>(begin, first, second, j, n);
         if (UPDATE == PLAIN) store(out + j, y, n);
         if (UPDATE == ADDED) store(out + j, load(x + j, n) + y, n);
         if (UPDATE == GATED) store(out + j, load(x + j, n) + load(gates + j, n) * y, n);
@@ -131,10 +144,52 @@ extern "C" void tqdit_project(const LinearCall* call, const Operand* targets, in
   linear(*call, HeadsFinish(*call, targets, parts, heads, out));
 }
 
-// Writes the codes of GELU(x W^T + bias); first, second (batch, tokens, columns).
-extern "C" void tqdit_linear_gelu(const LinearCall* call, const Operand* target, uint8_t* first, uint8_t* second) {
+// Returns the call of `count` samples from `sample` on.
+LinearCall samples_of(LinearCall c, int64_t sample, int64_t count) {
+  const int64_t row = sample * c.tokens;
+  if (c.first) c.first += row * c.depth;
+  if (c.second) c.second += row * c.depth;
+  if (c.first_sums) c.first_sums += row * c.columns;
+  if (c.second_sums) c.second_sums += row * c.columns;
+  if (c.steps) c.steps += row;
+  c.source.table += sample * c.source.sample_stride;
+  c.batch = count;
+  return c;
+}
+
+// Writes the codes of GELU(x W^T + bias) on the grid of rows, and their steps. A row is coded when all of its columns
+// are there; a few samples at a time, so that their values are still in the cache.
+void linear_gelu_rows(const LinearCall& c, const Operand& target, uint8_t* codes, float* steps) {
+  const int64_t items = c.tokens * c.columns, together = samples_in_cache(items, c.batch);
+  const Buffer<float> values(together * items);
+  for (int64_t sample = 0; sample < c.batch; sample += together) {
+    const int64_t count = sample + together < c.batch ? together : c.batch - sample;
+    const LinearCall part = samples_of(c, sample, count);
+    linear(part, FloatFinish<PLAIN>{part, nullptr, 0, nullptr, values.data()});
+    QuantizeCall rows{};
+    rows.x = values.data();
+    rows.first = codes + sample * items;
+    rows.steps = steps + sample * c.tokens;
+    rows.batch = count, rows.tokens = c.tokens, rows.width = c.columns, rows.gelu = 1, rows.threads = c.threads;
+    rows.target = target;
+    rows.target.table += sample * target.sample_stride;
+    tqdit_quantize(&rows);
+  }
+}
+
+// Writes the codes of GELU(x W^T + bias); first, second (batch, tokens, columns). `steps`: (batch, tokens) of a target on
+// the grid of rows, or null.
+extern "C" void tqdit_linear_gelu(const LinearCall* call, const Operand* target, uint8_t* first, uint8_t* second,
+                                  float* steps) {
   for_grid(target->grid, [=](auto grid) {
-    linear(*call, GeluFinish<decltype(grid)::value>{*call, *target, first, second});
+    if constexpr (grid == ROW) {
+      linear_gelu_rows(*call, *target, first, steps);
+    } else {
+      if (target->channels)
+        linear(*call, GeluFinish<grid, true>{*call, *target, first, second});
+      else
+        linear(*call, GeluFinish<grid, false>{*call, *target, first, second});
+    }
   });
 }
 

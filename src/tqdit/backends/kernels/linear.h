@@ -13,6 +13,7 @@ struct LinearCall {
   const int32_t* column_sums;            // (columns) of the packed weight
   const float *first_sums, *second_sums;  // (batch, tokens, columns)
   const float *weight, *bias;            // (columns): weight scale, bias
+  const float* steps;                    // (batch, tokens) of a source on the grid of rows, or null
   int64_t batch, tokens, depth, columns, threads;
   Operand source;
 };
@@ -52,56 +53,53 @@ inline void each_vector(int64_t count, const Piece& piece) {
 }
 
 // An operation finishes the sums of its product. `Finish::at(sample)` looks up the constants that rows of a sample
-// share; `row<TWO>(index, begin, count, first, second)` of the result takes `count` float sums of one row, from column
-// `begin` on; TWO: there are two regions.
-template <typename Rows>
-inline void finish_row(const Rows& rows, int64_t index, int64_t begin, int64_t count, const float* first,
-                       const float* second) {
-  if (second)
-    rows.template row<true>(index, begin, count, first, second);
-  else
-    rows.template row<false>(index, begin, count, first, nullptr);
+// share; `row<SOURCE>(index, begin, count, first, second)` of the result takes `count` float sums of one row, from column
+// `begin` on. SOURCE: TWO_REGION if there are two sums, ROW, or UNIFORM for every other grid of the source.
+
+// Returns the zero point of a source's unsigned codes; those of two regions count from 0.
+inline int32_t code_zero(const Operand& source, int64_t sample) {
+  if (source.grid == TWO_REGION) return 0;
+  return source.grid == MERGED ? 1 << (source.bits - 1) : zero_point(source.entry(sample)) + 128;
 }
 
-template <typename Finish>
+template <int SOURCE, typename Finish>
 void run_task(const LinearCall& c, int64_t row, int64_t end, int64_t begin, const Finish& finish) {
   alignas(64) int32_t first[TILE_ROWS * PANEL], second[TILE_ROWS * PANEL];
   alignas(64) float sums[2][PANEL];
   const int64_t width = panel_width(c.columns, begin), fours = c.depth / 4;
   const int64_t count = c.columns - begin < width ? c.columns - begin : width;
   const int8_t* panel = c.packed + begin * c.depth;
+  constexpr bool TWO = SOURCE == TWO_REGION;
   while (row < end) {
     const int64_t sample = row / c.tokens;
     const int64_t last = (sample + 1) * c.tokens < end ? (sample + 1) * c.tokens : end;
-    const int32_t zero = c.source.grid == UNIFORM  ? zero_point(c.source.entry(sample)) + 128
-                         : c.source.grid == MERGED ? 1 << (c.source.bits - 1)
-                                                   : 0;
+    const int32_t zero = code_zero(c.source, sample);
     const auto rows_of_sample = finish.at(sample);
     for (; row < last; row += TILE_ROWS) {
       const int64_t rows = last - row < TILE_ROWS ? last - row : TILE_ROWS;
       dot_tile_rows(rows, c.first + row * c.depth, c.depth, panel, width, fours, first);
-      if (c.second) dot_tile_rows(rows, c.second + row * c.depth, c.depth, panel, width, fours, second);
+      if (TWO) dot_tile_rows(rows, c.second + row * c.depth, c.depth, panel, width, fours, second);
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t j = 0; j < width; j += LANES) {
           const vint centre = zero * load(c.column_sums + begin + j, c.columns - begin - j);
           store(sums[0] + j, to_float(load(first + r * PANEL + j) - centre));
-          if (c.second) store(sums[1] + j, to_float(load(second + r * PANEL + j)));
+          if (TWO) store(sums[1] + j, to_float(load(second + r * PANEL + j)));
         }
-        finish_row(rows_of_sample, row + r, begin, count, sums[0], c.second ? sums[1] : nullptr);
+        rows_of_sample.template row<SOURCE>(row + r, begin, count, sums[0], sums[1]);
       }
     }
     row = last;
   }
 }
 
-template <typename Finish>
-void linear(const LinearCall& c, const Finish& finish) {
+template <int SOURCE, typename Finish>
+void linear_from(const LinearCall& c, const Finish& finish) {
   const int64_t rows = c.batch * c.tokens;
   if (!c.packed) {
 #pragma omp parallel for num_threads(c.threads) schedule(static)
     for (int64_t row = 0; row < rows; ++row)
-      finish_row(finish.at(row / c.tokens), row, 0, c.columns, c.first_sums + row * c.columns,
-                 c.second_sums ? c.second_sums + row * c.columns : nullptr);
+      finish.at(row / c.tokens).template row<SOURCE>(row, 0, c.columns, c.first_sums + row * c.columns,
+                                                     c.second_sums ? c.second_sums + row * c.columns : nullptr);
     return;
   }
   // Long tasks reuse a panel; with many threads they are shorter, so that all have work to the end.
@@ -113,7 +111,16 @@ void linear(const LinearCall& c, const Finish& finish) {
 #pragma omp parallel for num_threads(c.threads) schedule(dynamic) collapse(2)
   for (int64_t row = 0; row < rows; row += task)
     for (int64_t begin = 0; begin < c.columns; begin += PANEL)
-      run_task(c, row, rows - row < task ? rows : row + task, begin, finish);
+      run_task<SOURCE>(c, row, rows - row < task ? rows : row + task, begin, finish);
+}
+
+template <typename Finish>
+void linear(const LinearCall& c, const Finish& finish) {
+  switch (c.source.grid) {
+    case TWO_REGION: return linear_from<TWO_REGION>(c, finish);
+    case ROW: return linear_from<ROW>(c, finish);
+    default: return linear_from<UNIFORM>(c, finish);
+  }
 }
 
 extern "C" int64_t tqdit_has_openmp() {

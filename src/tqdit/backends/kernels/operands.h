@@ -1,21 +1,23 @@
 // The parameters of an activation, and its codes: unsigned bytes u = code + 128, as VNNI wants them.
 #pragma once
-#include <type_traits>
+#include <cfloat>
 
 #include "vector.h"
 
 namespace tqdit {
 
-enum Grid { UNIFORM = 0, TWO_REGION = 1, MERGED = 2 };
+enum Grid { UNIFORM = 0, TWO_REGION = 1, MERGED = 2, ROW = 3, SOFTMAX_ROW = 4 };
 
 // Columns of a table of ../../ops/tables.py. ZERO is of signed codes; FACTOR is 2^shift of merged regions, where
-// COARSE = SCALE * FACTOR, so that both regions share one grid of step SCALE.
+// COARSE = SCALE * FACTOR, so that both regions share one grid of step SCALE. On the grid of rows SCALE is the fraction of
+// a row's largest magnitude that one step is.
 enum Column { SCALE, COARSE, ZERO, FACTOR, INVERSE, COARSE_INVERSE, TABLE_COLUMNS = 8 };
 
 // One activation: its table (samples, units, TABLE_COLUMNS). A stride counts floats; it is 0 where all samples, or all
-// units, share an entry.
+// units, share an entry. `channels`: null, or a factor of every channel, by which values are multiplied before they are
+// coded.
 struct Operand {
-  const float* table;
+  const float *table, *channels;
   int64_t sample_stride, unit_stride, grid, bits;
   const float* entry(int64_t sample, int64_t unit = 0) const {
     return table + sample * sample_stride + unit * unit_stride;
@@ -74,6 +76,22 @@ struct Encoder {
   }
 };
 
+// Codes on the grid of rows. The magnitude of a row with NaN is NaN, and that of one with Inf is Inf or NaN; so is then
+// the step, and with it every product of the row.
+struct RowGrid {
+  float fraction;
+  int64_t bits;
+  RowGrid(const float* entry, int64_t bits) : fraction(entry[SCALE]), bits(bits) {}
+
+  // Returns the step of a row, from the bits of its largest magnitude.
+  float step(int32_t magnitude) const {
+    float largest;
+    std::memcpy(&largest, &magnitude, sizeof largest);
+    const float step = largest * fraction;
+    return step < FLT_MIN ? FLT_MIN : step;
+  }
+};
+
 // Calls run(grid) with the kind of grid as a constant.
 template <typename Run>
 void for_grid(int64_t grid, const Run& run) {
@@ -81,6 +99,7 @@ void for_grid(int64_t grid, const Run& run) {
     case UNIFORM: return run(std::integral_constant<int, UNIFORM>{});
     case TWO_REGION: return run(std::integral_constant<int, TWO_REGION>{});
     case MERGED: return run(std::integral_constant<int, MERGED>{});
+    case ROW: return run(std::integral_constant<int, ROW>{});
   }
 }
 

@@ -74,6 +74,14 @@ void dot(const uint8_t* a, int64_t lda, int64_t rows, const int8_t* b, int64_t c
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+constexpr int64_t CACHED = 1 << 20;  // bytes of values that are certainly in a cache when they are read soon again
+
+// Returns how many samples of `items` floats are computed together, where their values are read soon again.
+inline int64_t samples_in_cache(int64_t items, int64_t batch) {
+  const int64_t samples = CACHED / (items * static_cast<int64_t>(sizeof(float)));
+  return samples < 1 ? 1 : samples < batch ? samples : batch;
+}
+
 // Scratch memory on a cache line boundary.
 template <typename T>
 class Buffer {

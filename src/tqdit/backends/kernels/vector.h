@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <type_traits>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -62,6 +63,20 @@ inline vint widen(vbyte v) {
 }
 inline vfloat at_most(vfloat a, vfloat b) { return a < b ? a : b; }
 inline vfloat at_least(vfloat a, vfloat b) { return a > b ? a : b; }
+inline vint at_least(vint a, vint b) { return a > b ? a : b; }
+// The bits of |x|. As integers they are in the order of the magnitudes, and those of NaN are the largest: a maximum of
+// them keeps a NaN, which a maximum of floats drops.
+inline vint magnitude(vfloat x) {
+  vint bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits & 0x7FFFFFFF;
+}
+// Returns the first n lanes of x; the others are 0.
+template <typename Count>
+inline vfloat first_lanes(vfloat x, Count n) {
+  for (int64_t i = n; i < LANES; ++i) x[i] = 0;
+  return x;
+}
 
 // Combines all lanes into one, by halves.
 template <typename Scalar, typename Vector, typename Combine>
@@ -79,6 +94,15 @@ inline Scalar reduce(Vector v, Combine combine) {
 inline float sum(vfloat v) { return reduce<float>(v, [](auto a, auto b) { return a + b; }); }
 inline int32_t sum(vint v) { return reduce<int32_t>(v, [](auto a, auto b) { return a + b; }); }
 inline float largest(vfloat v) { return reduce<float>(v, [](auto a, auto b) { return a > b ? a : b; }); }
+inline int32_t largest(vint v) { return reduce<int32_t>(v, [](auto a, auto b) { return a > b ? a : b; }); }
+
+// Calls piece(j, n) for every vector of a row of `width`: n items from j on, n a constant for whole vectors.
+template <typename Piece>
+inline void along(int64_t width, const Piece& piece) {
+  const int64_t whole = width / LANES * LANES;
+  for (int64_t j = 0; j < whole; j += LANES) piece(j, std::integral_constant<int64_t, LANES>{});
+  if (whole < width) piece(whole, width - whole);
+}
 
 // Returns a * b + c. Used only where results are not promised bit for bit: inside exp and GELU.
 inline vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
