@@ -304,11 +304,11 @@ def _split(rest, V_REST: gl.constexpr, V_PAD: gl.constexpr, WARPS: gl.constexpr)
 
 
 @gluon.jit
-def _store(out, codes, row, column, out_stride, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
-    """Write codes (16 WARPS, COLUMNS), 8 of a row a store where that is worth a change of layout."""
+def _store(out, codes, row, column, out_stride, COLUMNS: gl.constexpr, BITS: gl.constexpr, WARPS: gl.constexpr):
+    """Write codes (16 WARPS, COLUMNS), 8 bytes a store where that is worth a change of layout; fp32 as it is."""
     ACROSS: gl.constexpr = COLUMNS // 8
     blocked: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
-    layout: gl.constexpr = blocked if COLUMNS > 8 else _layout(COLUMNS, WARPS)
+    layout: gl.constexpr = blocked if COLUMNS > 8 and BITS else _layout(COLUMNS, WARPS)
     down = (row + gl.arange(0, 16 * WARPS, gl.SliceLayout(1, layout))).to(gl.int64) * out_stride
     across = gl.max_contiguous(gl.multiple_of(column + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout)), 8), 8)
     gl.store(out + (down[:, None] + across[None, :]), gl.convert_layout(codes, layout))
@@ -328,10 +328,10 @@ def _finish(
         fine_last, sum_two = last, sum_one
     if V_REST:
         codes = _quantized(last, fine_last, sum_one, sum_two, value, softmax, target, MODE, BITS)
-        _store(out, codes, row, column + D_FIRST, out_stride, V_REST, WARPS)
+        _store(out, codes, row, column + D_FIRST, out_stride, V_REST, BITS, WARPS)
     sum_one, sum_two = _of_rows(sum_one, D_FIRST, WARPS), _of_rows(sum_two, D_FIRST, WARPS)
     codes = _quantized(first, fine, sum_one, sum_two, value, softmax, target, MODE, BITS)
-    _store(out, codes, row, column, out_stride, D_FIRST, WARPS)
+    _store(out, codes, row, column, out_stride, D_FIRST, BITS, WARPS)
 
 
 @gluon.jit
