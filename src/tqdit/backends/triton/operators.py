@@ -221,7 +221,10 @@ def attend(
 
     sequences, kind = batch * heads, kinds[6]
     if context is None and bias is None:
-        special = candidates.hopper_attention(codes.device, tokens, head_dim, operands[3].two_products)
+        softmax = operands[3]
+        special = candidates.hopper_attention(
+            codes.device, tokens, head_dim, softmax.two_products, softmax.grid.per_row
+        )
         known = [tuning.attention_key(sequences, tokens, head_dim, m, bool(special)) for m in tuning.modes(kind)]
     else:
         special, biased = [], bias is not None

@@ -460,8 +460,15 @@ def _consume(
                 scores = _start_scores(queries, keys, base, starts, 0, D_REST, BK, WARPS)
                 if BLOCKS == 2:
                     others = _start_scores(queries, keys, base + 1, starts, 1, D_REST, BK, WARPS)
-                    scores, others = warpgroup_mma_wait(0, deps=(scores, others))
-                    highest = _row_maxima(gl.maximum(_as_floats(scores), _as_floats(others)), BK, WARPS)
+                    if MODE == SOFTMAX_ROW:  # the second product goes on while scores of the first are compared
+                        scores = warpgroup_mma_wait(PRODUCTS, deps=(scores,))
+                        narrowed = _narrowed_maxima(_as_floats(scores), BK, WARPS)
+                        others = warpgroup_mma_wait(0, deps=(others,))
+                        narrowed = gl.maximum(narrowed, _narrowed_maxima(_as_floats(others), BK, WARPS))
+                        highest = gl.max(narrowed, 1)
+                    else:
+                        scores, others = warpgroup_mma_wait(0, deps=(scores, others))
+                        highest = _row_maxima(gl.maximum(_as_floats(scores), _as_floats(others)), BK, WARPS)
                 else:
                     scores = warpgroup_mma_wait(0, deps=(scores,))
                     highest = _row_maxima(_as_floats(scores), BK, WARPS)
