@@ -21,16 +21,17 @@ pytest.importorskip("triton.experimental.gluon")
 from test_hopper import Runs
 from test_triton_rows import assert_near, exact_powers, row_operand, softmax_row
 
-from tqdit.backends.triton import candidates, hopper, launch, operators
+from tqdit.backends.triton import candidates, hopper, launch, operators, tuning
 from tqdit.backends.triton.backend import TritonBackend
 from tqdit.backends.triton.kernels.rounding import BY_ROW, SOFTMAX_ROW
 from tqdit.backends.triton.layouts import Config
 from tqdit.ops.composed import split_heads
 from tqdit.ops.quantizer import quantize
 from tqdit.ops.reference import Reference
-from tqdit.ops.schema import Activation, Residual, RowCodes
+from tqdit.ops.schema import Activation, Norm, Residual, RowCodes
 from tqdit.ops.tables import SCALE
 from tqdit.spec import Grid
+from tqdit.system.capture import recording
 
 REFERENCE = Reference()
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -274,3 +275,33 @@ class TestAttentionOnHopper:
             assert torch.equal(read(actual, width), quantize(attended, target).int())
         else:
             assert torch.equal(actual.cpu(), attended)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
+def test_a_block_of_rows_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norm, projection, attention and GELU as a CUDA graph: what it computes again is what was computed."""
+    make, run, heads = maker(6), TritonBackend(), 2
+    width = heads * 72
+    monkeypatch.setattr(tuning, "choose", lambda key, device, candidates, run: candidates()[0])
+    rows, target = to(CUDA, row_operand()), to(CUDA, make.params(reach=2.0))
+    attention = to(CUDA, make.attention(heads, Grid.UNIFORM)._replace(softmax=softmax_row()))
+    norm = Norm(*make.values(2, 2, width).to(CUDA), 1e-6)
+    qkv, out, up = (run.prepare(make.weight(n, width), None).to(CUDA) for n in (3 * width, width, 4 * width))
+    x = make.values(2, 256, width).to(CUDA)
+    then = Activation(target._replace(channels=make.values(4 * width).abs().to(CUDA) + 0.2))
+
+    def block() -> torch.Tensor:
+        projected = run.project(run.quantize(x, rows, norm), rows, qkv, attention.projections, heads)
+        stream = run.linear(run.attend(projected, attention, target), target, out, Residual(x))
+        by_row = run.attend(projected, attention, rows)
+        stream = run.linear(by_row, rows, out, Residual(stream))
+        return run.linear(run.quantize(stream, rows, norm), rows, up, then)
+
+    expected = block().clone()
+    with recording() as graph:
+        found = block()
+    found.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(found, expected)

@@ -16,7 +16,7 @@ from ties import TIE, assert_equal_up_to_ties, each_shape
 from poisoned import PoisonedTorch
 
 pytest.importorskip("triton")
-from tqdit.backends.triton import launch, operators, tuning
+from tqdit.backends.triton import candidates, launch, operators, tuning
 from tqdit.backends.triton.backend import PackedTritonBackend, TritonBackend
 from tqdit.backends.triton.kernels import rounding
 from tqdit.backends.triton.layouts import Config, Weight
@@ -35,6 +35,13 @@ each_stream = pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16],
 each_bits = pytest.mark.parametrize("bits", [8, 6, 4])
 no_numbers = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
 each_config = pytest.mark.parametrize("config", [Config(32, 0, 64), Config(64, 0, 256, blocks=4)], ids=["tiles", "one"])
+
+
+LINEAR_CONFIGS = [Config(32, 32, 64), Config(32, 64, 64, 2, piece=32), Config(16, 64, 128, piece=16)]
+NORM_CONFIGS = [Config(2, 0, 0, blocks=2), Config(1, 0, 0, stages=1), Config(4, 0, 0, stages=1)]
+if DEVICE.type == "cuda":
+    LINEAR_CONFIGS = candidates.linear(16, False, 8) + candidates.linear(16384, False, 8)
+    NORM_CONFIGS = list(dict.fromkeys(candidates.norm(512, 1152) + candidates.norm(16384, 1152)))
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +113,7 @@ def test_long_rows_are_quantized_in_pieces() -> None:
         assert torch.equal(read(found.codes, 300), expected.codes.int())
 
 
-@pytest.mark.parametrize("config", [Config(2, 0, 0, blocks=2), Config(1, 0, 0, stages=1), Config(4, 0, 0, stages=1)])
+@pytest.mark.parametrize("config", NORM_CONFIGS, ids=lambda c: f"{c.block_m}x{c.blocks}-{c.warps}-{c.stages}")
 @pytest.mark.parametrize(("batch", "tokens", "width"), [(2, 16, 24), (1, 4, 1152), (2, 11, 300), (5, 1, 37)])
 @each_stream
 def test_rows_after_a_norm(config: Config, batch: int, tokens: int, width: int, stream: torch.dtype) -> None:
@@ -197,7 +204,7 @@ def test_layers_that_read_rows_are_equal(run, batch, tokens, width, heads) -> No
     assert torch.equal(from_projected(found, 3, heads), expected.int())
 
 
-@pytest.mark.parametrize("config", [Config(32, 32, 64), Config(32, 64, 64, 2, piece=32), Config(16, 64, 128, piece=16)])
+@pytest.mark.parametrize("config", LINEAR_CONFIGS, ids=lambda c: "-".join(map(str, c)))
 def test_rows_of_every_configuration(config: Config) -> None:
     make, batch, tokens, width = maker(5), 2, 24, 96
     codes, given = row_codes(make, batch, tokens, width)
