@@ -1,6 +1,7 @@
 """Times every kernel of DiT-XL/2 on this GPU with every candidate configuration; writes a roofline and the best ones.
 
 python bench/gpu_kernels.py --json bench/results/h200-kernels.json --tuned src/tqdit/backends/triton/tuned
+python bench/gpu_kernels.py --json kernels.json --only qkv fc1 attention norm    # some kernels, those with rows beside
 
 A roofline row: the operations and the bytes a kernel cannot do without (each operand read once, each result written
 once), the time they take at the peaks measured in the same run, and the fraction of the measured time that is.
@@ -20,12 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
+from tqdit.architectures.patches import FEW_TOKENS
 from tqdit.backends.triton import candidates, hopper, launch, tuning
 from tqdit.backends.triton.kernels import rounding
 from tqdit.backends.triton.layer import TritonLinear
-from tqdit.backends.triton.layouts import KINDS, Config, Projected, Weight, part_sizes
-from tqdit.ops.schema import Norm, OperandParams, Residual, WeightParams
-from tqdit.runtime.integer import FEW_TOKENS
+from tqdit.backends.triton.layouts import KINDS, Config, Projected, Weight, part_sizes, with_steps
+from tqdit.ops.schema import Codes, Norm, OperandParams, Residual, RowCodes, WeightParams
 from tqdit.system.environment import environment
 from tqdit.system.files import write_text
 
@@ -41,12 +42,25 @@ LINEARS = {  # epilogue, depth, columns, products
     "out, fp32 stream": ("residual", WIDTH, WIDTH, 1),
     "fc2, fp32 stream": ("residual", 4 * WIDTH, WIDTH, 1),
     "fc2, 2 products, fp32 stream": ("residual", 4 * WIDTH, WIDTH, 2),
+    "qkv, rows": ("heads", WIDTH, 3 * WIDTH, 1),
+    "fc1, rows": ("gelu", WIDTH, 4 * WIDTH, 1),
+    "fc1, channels": ("gelu-channels", WIDTH, 4 * WIDTH, 1),
+    "fc1, channels, rows": ("gelu-channels", WIDTH, 4 * WIDTH, 1),
+    "out, rows": ("residual bfloat16", WIDTH, WIDTH, 1),
+    "fc2, rows": ("residual bfloat16", 4 * WIDTH, WIDTH, 1),
 }
-NORMS = {"norm": torch.bfloat16, "norm, fp32 stream": torch.float32}
+NORMS = {
+    "norm": torch.bfloat16,
+    "norm, fp32 stream": torch.float32,
+    "norm, rows": torch.bfloat16,
+    "norm, fp32 stream, rows": torch.float32,
+}
+ROWS = ", rows"  # the end of the names of kernels that read or write the grid of rows
 PROBABILITIES = {
     "uniform": rounding.UNIFORM.value,
     "MRQ": rounding.SOFTMAX.value,
     "merged": rounding.SOFTMAX_MERGED.value,
+    "softmax rows": rounding.SOFTMAX_ROW.value,
 }
 FLOAT_INPUTS = {  # whether it has a row per token, columns, depth
     "adaLN of all blocks": (False, LAYERS * 6 * WIDTH, WIDTH),
@@ -87,8 +101,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--tuned", type=Path, help="folder of committed configurations")
+    parser.add_argument("--only", nargs="+", help="the first words of the names of kernels; not with --tuned")
     arguments = parser.parse_args()
-    found = list(jobs())
+    if arguments.only and arguments.tuned:
+        parser.error("--tuned takes the configurations of every kernel")
+    only = tuple(arguments.only or ("",))
+    found = [job for job in jobs() if job.name.startswith(only)]
     compile_all(found)
     peaks = {
         "copy_tb_per_s": copy_rate(),
@@ -129,10 +147,11 @@ def jobs() -> Iterator[Job]:
         rows = batch * tokens
         for name, (epilogue, depth, columns, products) in LINEARS.items():
             two = products == 2
-            ordinary_key = tuning.linear_key(epilogue, rows, columns, depth, 8, two)
+            by_row = name.endswith(ROWS)
+            ordinary_key = tuning.linear_key(epilogue, rows, columns, depth, 8, two, 0, by_row)
             tile = hopper.rows_of_tile(torch.device("cuda"), tokens, 8, two)
-            key = tuning.linear_key(epilogue, rows, columns, depth, 8, two, tile)
-            out = {"heads": 1, "gelu": 1, "residual bfloat16": 4, "residual": 8}[epilogue]
+            key = tuning.linear_key(epilogue, rows, columns, depth, 8, two, tile, by_row)
+            out = {"heads": 1, "gelu": 1, "gelu-channels": 1, "residual bfloat16": 4, "residual": 8}[epilogue]
             moved = rows * depth + columns * depth + rows * columns * out
             special = candidates.hopper_linear(epilogue, rows, columns, tile)
             possible = (*special, *candidates.linear(rows, two, 8))
@@ -140,7 +159,8 @@ def jobs() -> Iterator[Job]:
             yield Job(workload, name, key, ordinary_key, possible, operations, moved)
         for name, mode in PROBABILITIES.items():
             ordinary_key = tuning.attention_key(batch * HEADS, tokens, HEAD_DIM, mode)
-            special = candidates.hopper_attention(torch.device("cuda"), tokens, HEAD_DIM, name == "MRQ")
+            forms = name == "MRQ", name == "softmax rows"
+            special = candidates.hopper_attention(torch.device("cuda"), tokens, HEAD_DIM, *forms)
             key = tuning.attention_key(batch * HEADS, tokens, HEAD_DIM, mode, bool(special))
             operations = 2 * rows * tokens * WIDTH * (3 if name == "MRQ" else 2)
             possible = (*special, *candidates.attention(batch * HEADS, tokens))
@@ -151,7 +171,7 @@ def jobs() -> Iterator[Job]:
             key = tuning.float_key(m, columns, depth, 8)
             yield Job(workload, name, key, key, tuple(candidates.float_input(m, columns)), 0, moved)
         for name, stream in NORMS.items():
-            key = tuning.norm_key(rows, WIDTH, stream)
+            key = tuning.norm_key(rows, WIDTH, stream, name.endswith(ROWS))
             moved = (stream.itemsize + 1) * rows * WIDTH
             yield Job(workload, name, key, key, tuple(candidates.norm(rows, WIDTH)), 0, moved)
 
@@ -164,7 +184,10 @@ def maker(job: Job, small: bool = False) -> Kernel:
     torch.manual_seed(0)
     if job.name in LINEARS:
         epilogue, depth, columns, products = LINEARS[job.name]
-        run = linear(epilogue, depth, columns, products, batch, tokens, group)
+        x, source = codes(batch, tokens, depth), source_of(products, group)
+        if job.name.endswith(ROWS):
+            x, source = RowCodes(x, torch.rand(batch, tokens, device="cuda") * 0.03), row_operand(group)
+        run = linear(epilogue, x, source, columns, group)
         return with_copies(run, weight(columns, depth), alone=small)
     if job.name in FLOAT_INPUTS:
         per_token, columns, depth = FLOAT_INPUTS[job.name]
@@ -175,7 +198,7 @@ def maker(job: Job, small: bool = False) -> Kernel:
         x = torch.randn(batch, tokens, WIDTH, device="cuda").to(NORMS[job.name])
         modulation = torch.randn(batch, 6 * WIDTH, device="cuda")
         parts = modulation[:, :WIDTH], modulation[:, WIDTH : 2 * WIDTH]
-        target = operand(group)
+        target = row_operand(group) if job.name.endswith(ROWS) else operand(group)
         return Kernel(lambda config: launch.norm_quantize(x, Norm(*parts, 1e-6), target, config))
     mode = PROBABILITIES[job.name.partition(", ")[2]]
     qkv = Projected(codes(sum(part_sizes(3, batch, tokens, HEADS, HEAD_DIM))), batch, tokens, HEAD_DIM)
@@ -185,16 +208,24 @@ def maker(job: Job, small: bool = False) -> Kernel:
     return Kernel(lambda config: launch.attend(qkv, None, None, HEADS, operands, config))
 
 
+def source_of(products: int, group: torch.Tensor) -> OperandParams:
+    return operand(group, mode=rounding.GELU.value if products == 2 else rounding.UNIFORM.value)
+
+
+def row_operand(group: torch.Tensor) -> OperandParams:
+    return operand(group, mode=rounding.BY_ROW.value, scale=1 / 127, zero=0.0)
+
+
 def linear(
-    epilogue: str, depth: int, columns: int, products: int, batch: int, tokens: int, group: torch.Tensor
+    epilogue: str, x: Codes, source: OperandParams, columns: int, group: torch.Tensor
 ) -> Callable[[Config, Weight], object]:
-    x = codes(batch, tokens, depth)
-    source = operand(group, mode=rounding.GELU.value if products == 2 else rounding.UNIFORM.value)
+    batch, tokens = with_steps(x)[0].shape[:2]
     if epilogue == "heads":
         targets = tuple(operand(group, HEADS) for _ in range(3))
         return lambda config, layer: launch.project(x, source, layer, config, targets, HEADS)
-    if epilogue == "gelu":
-        target = operand(group)
+    if epilogue.startswith("gelu"):
+        channels = torch.rand(columns, device="cuda") + 0.5 if epilogue == "gelu-channels" else None
+        target = operand(group)._replace(channels=channels)
         return lambda config, layer: launch.activation(x, source, layer, config, target)
     stream, gate = torch.randn(batch, tokens, columns, device="cuda"), torch.randn(batch, 6 * columns, device="cuda")
     stream = stream.to(torch.bfloat16 if epilogue.endswith("bfloat16") else torch.float32)

@@ -23,7 +23,8 @@ from tqdit.backends.triton.kernels import hopper, hopper_attention, rounding
 from tqdit.backends.triton.kernels.attention import attention_kernel
 from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS, PLAIN, RESIDUAL, linear_kernel
 from tqdit.backends.triton.kernels.norm import norm_quantize_kernel
-from tqdit.backends.triton.kernels.quantize import quantize_kernel
+from tqdit.backends.triton.kernels.quantize import quantize_kernel, quantize_rows_kernel
+from tqdit.backends.triton.launch import ROW_REGISTERS
 from tqdit.backends.triton.layouts import HEADS_OF, Config, powers_of_two
 
 PARTS = {name: parts for parts, name in HEADS_OF.items()}
@@ -35,17 +36,19 @@ EPILOGUES = {
 }  # fmt: skip
 POINTERS = {
     "weight_scale": "*fp32", "weight_sums": "*i32", "bias": "*fp32", "x": "*fp32", "gate": "*fp32", "group": "*i64",
-    "source": "*fp32", "target": "*fp32", "second": "*fp32", "third": "*fp32",
+    "source": "*fp32", "row_steps": "*fp32", "steps": "*fp32", "channels": "*fp32", "target": "*fp32",
+    "second": "*fp32", "third": "*fp32",
 }  # fmt: skip
 NUMBERS = ("gate_stride", "M", "width", "K", "TOKENS", "out_stride")
 
 
-def compiled(epilogue: str, bm: int, bn: int, stages: int, piece: int):
-    """The kernel for DiT-XL/2, as a launch would specialize it."""
+def compiled(asked: str, bm: int, bn: int, stages: int, piece: int):
+    """The kernel for DiT-XL/2, as a launch would specialize it; `asked` may end with "rows" and with "channels"."""
+    epilogue, rows, channels = forms(asked)
     which, mode = EPILOGUES[epilogue]
     names = hopper.hopper_linear_kernel.arg_names
     kinds = {n: f"tensordesc<i8[{rows},128],{hopper.block_layout()!r}>" for n, rows in (("a", bm), ("b", bn))}
-    kinds |= POINTERS | dict.fromkeys(NUMBERS, "i32")
+    kinds |= {name: kind for name, kind in POINTERS.items() if name in names} | dict.fromkeys(NUMBERS, "i32")
     kinds["out"] = "*fp32" if which.value == PLAIN.value else "*i8"
     blocks = {"a", "b"}
     if which.value == RESIDUAL.value:
@@ -59,7 +62,7 @@ def compiled(epilogue: str, bm: int, bn: int, stages: int, piece: int):
         "GATED": which.value == RESIDUAL.value and not epilogue.endswith("ungated"), "MODE": mode.value,
         "TARGET_BITS": 8, "BM": bm, "BN": bn,
         "BK": hopper.BLOCK_K, "BAND": 8, "STAGES": stages, "PIECE": piece or bn,
-        "X_BLOCKS": x_blocks(bm, bn, stages, piece or bn), "X_BYTES": hopper.X_ROW,
+        "X_BLOCKS": x_blocks(bm, bn, stages, piece or bn), "X_BYTES": hopper.X_ROW, "ROWS": rows, "CHANNELS": channels,
         "CONSUMER_REGISTERS": hopper.REGISTERS[0], "PRODUCER_REGISTERS": hopper.REGISTERS[1],
     }  # fmt: skip
     source = GluonASTSource(
@@ -72,8 +75,16 @@ def compiled(epilogue: str, bm: int, bn: int, stages: int, piece: int):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-def compiled_attention(tokens: int, head_dim: int, mode: int, config: list[int], by_sample: bool, trace: bool):
-    """The attention kernel, with one time group or one for each sample."""
+def forms(asked: str) -> tuple[str, bool, bool]:
+    """An epilogue, whether rows have steps, and whether channels have factors."""
+    words = [word for word in asked.split() if word not in ("rows", "channels")]
+    return " ".join(words), "rows" in asked.split(), "channels" in asked.split()
+
+
+def compiled_attention(
+    tokens: int, head_dim: int, mode: int, config: list[int], by_sample: bool, trace: bool, bits: int = 8
+):
+    """The attention kernel, with one time group or one for each sample; `bits` of the target, 0 for fp32."""
     chosen = Config(*config)
     sizes = AttentionSizes.fitting(chosen, tokens, head_dim)
     assert sizes, config
@@ -87,13 +98,13 @@ def compiled_attention(tokens: int, head_dim: int, mode: int, config: list[int],
         for n, (rows, width) in blocks.items()
         if rows and width
     }
-    kinds |= {"out": "*i8", "trace": "*i8", "group": "*i64", "factor": "fp32"}
+    kinds |= {"out": "*i8" if bits else "*fp32", "trace": "*i8", "group": "*i64", "factor": "fp32"}
     kinds |= dict.fromkeys(("query", "key", "value", "softmax", "target"), "*fp32")
     kinds |= dict.fromkeys(("sequences", "heads", "out_stride"), "i32")
     constants = {
         "GROUP_STRIDE": int(by_sample), "STRIDES": (128, 128, 128, 8, 8), "N": tokens, "PARTS": sizes.parts,
         "D": head_dim, "D_FIRST": sizes.first, "D_REST": k_rest, "V_REST": sizes.rest, "V_PAD": v_pad, "MODE": mode,
-        "BITS": 8, "TARGET_BITS": 8, "SLOTS": sizes.slots, "Q_SLOTS": sizes.q_slots, "BK": chosen.block_k,
+        "BITS": 8, "TARGET_BITS": bits, "SLOTS": sizes.slots, "Q_SLOTS": sizes.q_slots, "BK": chosen.block_k,
         "AT_ONCE": chosen.blocks, "TRACE": trace, "WARPS": sizes.warps,
         "COPY_REGISTERS": hopper_attention.COPY_REGISTERS,
     }  # fmt: skip
@@ -109,7 +120,7 @@ def compiled_attention(tokens: int, head_dim: int, mode: int, config: list[int],
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-def compiled_norm(stream: str, width: int, config: list[int]):
+def compiled_norm(stream: str, width: int, config: list[int], by_row: bool = False):
     """The norm kernel where all rows of a program are of one sample; `stream`: bf16 or fp32."""
     chosen = Config(*config)
     first, rest = powers_of_two(width, 16)
@@ -120,6 +131,10 @@ def compiled_norm(stream: str, width: int, config: list[int]):
         "C": width, "GROUP_STRIDE": 0, "TARGET_STRIDE": 8, "BITS": 8, "PER_TILE": True, "NATIVE": True,
         "ROWS": chosen.block_m, "BLOCKS": chosen.blocks, "STAGES": chosen.stages, "FIRST": first, "REST": rest,
     }  # fmt: skip
+    if by_row:
+        kinds["steps"] = "*fp32"
+    else:
+        constants["steps"] = None
     names = norm_quantize_kernel.arg_names
     source = ASTSource(
         fn=norm_quantize_kernel,
@@ -127,7 +142,8 @@ def compiled_norm(stream: str, width: int, config: list[int]):
         constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in kinds if n != "eps"},
     )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": chosen.warps})
+    options = {"num_warps": chosen.warps, "maxnreg": ROW_REGISTERS if by_row else None}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
 def ordinary(kernel, kinds: dict, constants: dict, plain: set[str], **options):
@@ -176,16 +192,20 @@ def compiled_cross(keys: int, head_dim: int, mode: int, biased: bool, config: li
     return ordinary(attention_kernel, kinds, constants, plain, **options)
 
 
-def compiled_ordinary(epilogue: str, config: list[int]):
-    """The ordinary linear kernel."""
+def compiled_ordinary(asked: str, config: list[int]):
+    """The ordinary linear kernel; `asked` as for that of Hopper."""
     chosen = Config(*config)
+    epilogue, rows, channels = forms(asked)
     which, mode = EPILOGUES[epilogue]
     bm, bn, bk = chosen.block_m, chosen.block_n, chosen.block_k
     kinds = {"a": f"tensordesc<i8[{bm},{bk}]>", "b": f"tensordesc<i8[{bn},{bk}]>"}
-    kinds |= POINTERS | dict.fromkeys(NUMBERS, "i32")
+    given = {"steps": rows, "channels": channels, "row_steps": False}
+    kinds |= {name: kind for name, kind in POINTERS.items() if given.get(name, True)}
+    kinds |= dict.fromkeys(NUMBERS, "i32")
     kinds["out"] = "*i8" if which.value in (HEADS.value, ACTIVATION.value) else "*fp32"
     constants = {
-        "b_high": None, "GROUP_STRIDE": 1, "SOURCE_STRIDE": 8, "TARGET_STRIDE": 128, "SECOND_STRIDE": 128,
+        **dict.fromkeys((name for name in ("steps", "channels") if not given[name]), None), "b_high": None,
+        "GROUP_STRIDE": 1, "SOURCE_STRIDE": 8, "TARGET_STRIDE": 128, "SECOND_STRIDE": 128,
         "THIRD_STRIDE": 128, "HEAD_DIM": 72, "HEAD_PITCH": 80, "TOKEN_PITCH": 128, "BITS": 8, "TWO": False,
         "EPILOGUE": which.value, "PARTS": PARTS.get(epilogue, 1), "GATED": epilogue == "residual", "MODE": mode.value,
         "TARGET_BITS": 8, "PER_TILE": False, "PERMUTED": False, "ALIGNED": True, "NATIVE": True, "BM": bm, "BN": bn,
@@ -202,10 +222,12 @@ def compiled_quantize(stream: str, mode: int, config: list[int]):
     kinds = {"x": f"*{stream}", "target": "*fp32", "group": "*i64", "out": "*i8"}
     kinds |= dict.fromkeys(("M", "C", "TOKENS", "out_stride"), "i32")
     constants = {
-        "GROUP_STRIDE": 1, "TARGET_STRIDE": 8, "MODE": mode, "BITS": 8, "NATIVE": True, "BM": chosen.block_m,
-        "BN": chosen.block_n,
+        "GROUP_STRIDE": 1, "TARGET_STRIDE": 8, "BITS": 8, "NATIVE": True, "BM": chosen.block_m, "BN": chosen.block_n,
     }  # fmt: skip
-    return ordinary(quantize_kernel, kinds, constants, {"M", "TOKENS"}, num_warps=chosen.warps)
+    if mode == rounding.BY_ROW.value:
+        kinds["steps"] = "*fp32"
+        return ordinary(quantize_rows_kernel, kinds, constants, {"M", "TOKENS"}, num_warps=chosen.warps)
+    return ordinary(quantize_kernel, kinds, constants | {"MODE": mode}, {"M", "TOKENS"}, num_warps=chosen.warps)
 
 
 COMPILED = {

@@ -5,12 +5,24 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from tqdit.backends.triton import operators
 from tqdit.backends.triton.layer import TritonLinear
 from tqdit.backends.triton.layouts import Projected
+from tqdit.errors import InputError
 from tqdit.ops.composed import FUNCTIONS
-from tqdit.ops.schema import Activation, AttentionParams, Norm, OperandParams, Residual, WeightParams
+from tqdit.ops.schema import (
+    Activation,
+    AttentionParams,
+    Codes,
+    Norm,
+    OperandParams,
+    Residual,
+    RowCodes,
+    WeightParams,
+)
+from tqdit.spec import Grid
 
 STORED = 4, 6, 8  # bits of packed weights
 
@@ -19,7 +31,8 @@ class TritonBackend:
     """The backend whose weights are int8 on the device, whatever their bits: the fastest one.
 
     Rows of codes are padded to 16 bytes, what is beyond a layer's depth is never read. Codes of two regions are one
-    int8 tensor, those of merged regions their integer. Projected codes are a `Projected`.
+    int8 tensor, those of merged regions their integer. Projected codes are a `Projected`. Codes on the grid of rows are
+    `RowCodes`. A norm writes them; after attention and GELU no kernel has whole rows, so the values leave it in fp32.
     """
 
     NAME = "triton"
@@ -39,24 +52,36 @@ class TritonBackend:
     def prepare_float_input(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:
         return self.prepare(weight, bias)
 
-    def quantize(self, x: torch.Tensor, target: OperandParams, norm: Norm | None = None) -> torch.Tensor:
+    def quantize(self, x: torch.Tensor, target: OperandParams, norm: Norm | None = None) -> Codes:
+        if target.channels is not None:  # no kernel that reads floats has them
+            x = x.float() if norm is None else _modulated(x, norm)
+            x, target, norm = x * target.channels, target._replace(channels=None), None
         operands = operators.flatten(target)
+        x = x.contiguous()
         if norm is None:
-            return operators.quantize(x.contiguous(), *operands)
+            if target.grid is Grid.ROW:
+                return RowCodes(*operators.quantize_rows(x, *operands))
+            return operators.quantize(x, *operands)
         assert norm.shift.stride(0) == norm.scale.stride(0)
-        return operators.norm_quantize(x.contiguous(), norm.shift, norm.scale, norm.eps, *operands)
+        given = x, norm.shift, norm.scale, norm.eps, *operands
+        if target.grid is Grid.ROW:
+            return RowCodes(*operators.norm_quantize_rows(*given))
+        return operators.norm_quantize(*given)
 
     def project(
         self,
-        codes: torch.Tensor,
+        codes: Codes,
         source: OperandParams,
         layer: TritonLinear,
         targets: Sequence[OperandParams],
         heads: int,
     ) -> Projected:
-        batch, tokens, _ = codes.shape
+        for target in targets:
+            _check_static(target, self.NAME)
+        given = _tensors(codes)
+        batch, tokens, _ = given[0].shape
         operands = operators.flatten(source, *(_per_head(target, heads) for target in targets))
-        out = operators.project(codes, *_weight(layer), *operands, heads)
+        out = operators.project(given, *_weight(layer), *operands, heads)
         return Projected(out, batch, tokens, layer.shape[0] // len(targets) // heads)
 
     def attend(
@@ -66,29 +91,33 @@ class TritonBackend:
         target: OperandParams,
         context: Projected | None = None,
         bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> Codes:
+        fused = target.grid is not Grid.ROW and target.channels is None
         projections = (_per_head(params, attention.heads) for params in attention.projections)
-        operands = operators.flatten(*projections, attention.softmax, target)
+        operands = operators.flatten(*projections, attention.softmax, *((target,) if fused else ()))
         keys = (context or projected).tokens
         sizes = [projected.batch, projected.tokens, keys, attention.heads, projected.head_dim]
         added = None if bias is None else bias.float().contiguous()
-        return operators.attend(projected.codes, context.codes if context else None, added, sizes, *operands)
+        out = operators.attend(projected.codes, context.codes if context else None, added, sizes, *operands)
+        return out if fused else self.quantize(out, target)
 
     def linear(
         self,
-        codes: torch.Tensor,
+        codes: Codes,
         source: OperandParams,
         layer: TritonLinear,
         then: Activation | Residual | None = None,
-    ) -> torch.Tensor:
-        weight = _weight(layer)
+    ) -> Codes:
+        given = _tensors(codes), *_weight(layer)
         if then is None:
-            return operators.linear(codes, *weight, *operators.flatten(source))
+            return operators.linear(*given, *operators.flatten(source))
         if isinstance(then, Residual):
-            return operators.linear_residual(codes, *weight, *operators.flatten(source), then.x.contiguous(), then.gate)
-        if then.function != "gelu_tanh":  # no kernel has this function
-            return self.quantize(FUNCTIONS[then.function](self.linear(codes, source, layer)), then.target)
-        return operators.linear_activation(codes, *weight, *operators.flatten(source, then.target))
+            return operators.linear_residual(*given, *operators.flatten(source), then.x.contiguous(), then.gate)
+        target = then.target
+        if then.function != "gelu_tanh" or target.grid is Grid.ROW:  # no kernel has this function, or whole rows
+            y = operators.linear(*given, *operators.flatten(source))
+            return self.quantize(FUNCTIONS[then.function](y), target)
+        return operators.linear_activation(*given, *operators.flatten(source, target), target.channels)
 
     def float_input_linear(self, x: torch.Tensor, layer: TritonLinear) -> torch.Tensor:
         rows = x.float().reshape(-1, x.shape[-1]).contiguous()
@@ -110,6 +139,23 @@ def _per_head(params: OperandParams, heads: int) -> OperandParams:
     if params.table.shape[1] == heads:
         return params
     return params._replace(table=params.table.expand(-1, heads, -1).contiguous())
+
+
+def _modulated(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """Return LayerNorm(x) (1 + scale) + shift, fp32."""
+    normal = F.layer_norm(x.float(), x.shape[-1:], eps=norm.eps)
+    return normal * (1 + norm.scale[:, None]) + norm.shift[:, None]
+
+
+def _tensors(codes: Codes) -> list[torch.Tensor]:
+    """Return codes as operators take them."""
+    return [codes.codes, codes.scale.contiguous()] if isinstance(codes, RowCodes) else [codes]
+
+
+def _check_static(target: OperandParams, backend: str) -> None:
+    """Raise `InputError` for a target of projections whose step follows from rows."""
+    if target.grid.per_row:
+        raise InputError(f"the backend '{backend}' projects to heads on static grids, not on the grid '{target.grid}'")
 
 
 def _weight(layer: TritonLinear) -> tuple[list[torch.Tensor], list[int]]:

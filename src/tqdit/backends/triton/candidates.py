@@ -102,16 +102,19 @@ def attention(sequences: int, keys: int) -> list[Config]:
 
 
 @functools.cache
-def hopper_attention(device: torch.device, tokens: int, head_dim: int, two: bool) -> list[Config]:
+def hopper_attention(device: torch.device, tokens: int, head_dim: int, two: bool, by_row: bool = False) -> list[Config]:
     """Return configurations of `kernels.hopper_attention`.
 
     A head's rows are taken together, or in parts where there are few heads. `two`: products of the probabilities, which
     take the registers of scores. Keys that fill two slots are multiplied once; for more, sixteen warps hide each
-    other's waiting and have few registers.
+    other's waiting and have few registers. `by_row`: softmax rows, whose first of two passes has no powers, so that
+    sixteen warps may be worth a second product for few keys as well.
     """
     if tokens <= 256:
         found = [Config(64, rows, bk, stages=4, hopper=1) for bk in (128, 64) for rows in (0, 64)]
         found.append(Config(128, 0, 128, stages=8, hopper=1))
+        if by_row:
+            found += [Config(256, 0, 64, stages=16, hopper=1), Config(128, 0, 64, stages=16, hopper=1)]
     else:
         found = [Config(128, rows, 128, stages=8, blocks=2 - two, hopper=1) for rows in (0, 128)]
         if not two:

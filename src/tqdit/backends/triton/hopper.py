@@ -13,14 +13,16 @@ from tqdit.backends.triton.layouts import (
     Config,
     Projected,
     Weight,
+    attended,
     groups_of,
     mode,
     pitch,
     powers_of_two,
     row_stride,
+    with_steps,
 )
 from tqdit.errors import InputError
-from tqdit.ops.schema import OperandParams
+from tqdit.ops.schema import Codes, OperandParams
 
 GLUON = (3, 6), (3, 9)  # Triton's versions that were tried with the kernels for Hopper
 SHARED_MEMORY = 232448  # bytes of a Hopper multiprocessor, without the 1024 that each program takes
@@ -90,11 +92,12 @@ def x_blocks(block_m: int, block_n: int, stages: int, columns: int) -> int:
 
 
 def linear(
-    codes: torch.Tensor, source: OperandParams, weight: Weight, config: Config, epilogue: int, out: torch.Tensor,
+    given: Codes, source: OperandParams, weight: Weight, config: Config, epilogue: int, out: torch.Tensor,
     out_stride: int, x: torch.Tensor | None, gate: torch.Tensor | None, targets: tuple[OperandParams, ...],
     layout: tuple[int, int, int],
 ) -> torch.Tensor:  # fmt: skip
     """Launch the kernel as `launch.linear` does. Raises `InputError` where the kernel cannot run."""
+    codes, steps = with_steps(given)
     batch, tokens = codes.shape[:2]
     rows, columns, depth = batch * tokens, len(weight.codes), weight.depth
     head_dim, head_pitch, token_pitch = layout
@@ -120,17 +123,20 @@ def linear(
         piece = hopper.X_ROW // x.element_size()
     groups = groups_of(source, *targets)
     first, second, third = (targets * 3)[:3] if targets else (source,) * 3
+    channels = first.channels if epilogue == ACTIVATION.value else None
     tiles = rows // bm * (columns // bn)
     hopper.hopper_linear_kernel[(min(tiles, processors(codes.device)),)](
         hopper.blocks_of(codes, rows, depth, codes.stride(1), bm),
         hopper.blocks_of(weight.codes, columns, depth, weight.codes.stride(0), bn),
         weight.scale, weight.sums, weight.bias, after, before,
         weight.scale if gate is None else gate, 0 if gate is None else gate.stride(0), groups.tensor,
-        source.table, first.table, second.table, third.table, rows, width, depth, tokens, out_stride,
+        source.table, weight.scale if steps is None else steps, weight.scale if channels is None else channels,
+        first.table, second.table, third.table, rows, width, depth, tokens, out_stride,
         groups.stride, row_stride(source), tuple(map(row_stride, (first, second, third))), head_dim, head_pitch,
         token_pitch, epilogue, parts, gate is not None, mode(first), first.bits, bm, bn, config.block_k, config.band,
         config.stages, piece,
-        x_blocks(bm, bn, config.stages, piece), hopper.X_ROW, *hopper.REGISTERS,
+        x_blocks(bm, bn, config.stages, piece), hopper.X_ROW, steps is not None, channels is not None,
+        *hopper.REGISTERS,
         num_warps=4, enable_fp_fusion=epilogue == ACTIVATION.value,
     )  # fmt: skip
     return out
@@ -197,8 +203,10 @@ def attention(
     found = kernels()
     assert found
     hopper = found.attention
-    query, key, value, softmax, target = operands
-    out = torch.empty(batch, tokens, pitch(heads * head_dim), dtype=torch.int8, device=device)
+    query, key, value, softmax, *targets = operands
+    target = targets[0] if targets else softmax  # a kernel without a target does not read it
+    columns, dtype = attended(operands, heads * head_dim)
+    out = torch.empty(batch, tokens, columns, dtype=dtype, device=device)
     bm, bk = config.block_m, config.block_k
     first, (k_rest, v_pad) = sizes.first, sizes.padded
     rows, head_pitch, token_pitch = batch * heads * tokens, pitch(head_dim), pitch(tokens)
@@ -217,8 +225,9 @@ def attention(
         by_channel(first), by_channel(sizes.rest), out, out if trace is None else trace, groups.tensor,
         query.table, key.table, value.table, softmax.table, target.table, batch * heads, heads, out.stride(1),
         head_dim**-0.5,
-        groups.stride, tuple(map(row_stride, operands)),
-        tokens, sizes.parts, head_dim, first, k_rest, sizes.rest, v_pad, mode(softmax), softmax.bits, target.bits,
+        groups.stride, tuple(map(row_stride, (query, key, value, softmax, target))),
+        tokens, sizes.parts, head_dim, first, k_rest, sizes.rest, v_pad, mode(softmax), softmax.bits,
+        target.bits if targets else 0,
         sizes.slots, sizes.q_slots, bk, config.blocks, trace is not None, sizes.warps, hopper.COPY_REGISTERS,
         num_warps=sizes.warps, maxnreg=128 if sizes.programs == 2 else None, enable_fp_fusion=False,
     )  # fmt: skip

@@ -9,12 +9,13 @@ from tqdit.backends.triton.kernels.attention import attention_kernel
 from tqdit.backends.triton.kernels.float_input import few_rows_kernel, float_input_kernel
 from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS, PLAIN, RESIDUAL, linear_kernel
 from tqdit.backends.triton.kernels.norm import norm_quantize_kernel
-from tqdit.backends.triton.kernels.quantize import quantize_kernel
+from tqdit.backends.triton.kernels.quantize import quantize_kernel, quantize_rows_kernel
 from tqdit.backends.triton.layouts import (
     NATIVE,
     Config,
     Projected,
     Weight,
+    attended,
     groups_of,
     mode,
     part_sizes,
@@ -22,35 +23,52 @@ from tqdit.backends.triton.layouts import (
     pitch,
     powers_of_two,
     row_stride,
+    with_steps,
 )
 from tqdit.errors import InputError
-from tqdit.ops.schema import Norm, OperandParams, Residual
+from tqdit.ops.schema import Codes, Norm, OperandParams, Residual, RowCodes
+from tqdit.spec import Grid
 
+ROW_REGISTERS = 168  # of a thread of the norm kernel that holds whole rows: twelve warps fit a multiprocessor
 FEW_ROWS = 2  # rows of a float input: only so few are worth multiplying without tensor cores
 
 
-def norm_quantize(x: torch.Tensor, norm: Norm, target: OperandParams, config: Config) -> torch.Tensor:
-    """Return codes (B, N, pitch(C)) of the modulated LayerNorm of x."""
+def norm_quantize(x: torch.Tensor, norm: Norm, target: OperandParams, config: Config) -> Codes:
+    """Return codes (B, N, pitch(C)) of the modulated LayerNorm of x, with steps (B, N) on the grid of rows."""
     batch, tokens, width = x.shape
     rows = batch * tokens
     out = torch.empty(batch, tokens, pitch(width), dtype=torch.int8, device=x.device)
+    steps = _steps(x) if target.grid is Grid.ROW else None
     groups = groups_of(target)
     first, rest = powers_of_two(width, 16)
     of_program = config.block_m * config.blocks
     norm_quantize_kernel[(triton.cdiv(rows, of_program),)](
-        x, norm.shift, norm.scale, norm.shift.stride(0), norm.eps, target.table, groups.tensor, out, rows, tokens,
-        out.stride(1), width, groups.stride, row_stride(target), target.bits, tokens % of_program == 0, NATIVE,
+        x, norm.shift, norm.scale, norm.shift.stride(0), norm.eps, target.table, groups.tensor, out, steps, rows,
+        tokens, out.stride(1), width, groups.stride, row_stride(target), target.bits, tokens % of_program == 0, NATIVE,
         config.block_m, config.blocks, config.stages, first, rest, num_warps=config.warps,
+        maxnreg=None if steps is None else ROW_REGISTERS,
     )  # fmt: skip
-    return out
+    return out if steps is None else RowCodes(out, steps)
 
 
-def quantize(x: torch.Tensor, target: OperandParams, config: Config) -> torch.Tensor:
-    """Return codes (B, N, pitch(C)) of x itself."""
+def _steps(x: torch.Tensor) -> torch.Tensor:
+    """Return memory for the steps of the rows of x."""
+    return torch.empty(*x.shape[:2], dtype=torch.float32, device=x.device)
+
+
+def quantize(x: torch.Tensor, target: OperandParams, config: Config) -> Codes:
+    """Return codes (B, N, pitch(C)) of x itself, with steps (B, N) on the grid of rows."""
     batch, tokens, width = x.shape
     rows, bm, bn = batch * tokens, config.block_m, config.block_n
     out = torch.empty(batch, tokens, pitch(width), dtype=torch.int8, device=x.device)
     groups = groups_of(target)
+    if target.grid is Grid.ROW:
+        steps = _steps(x)
+        quantize_rows_kernel[(triton.cdiv(rows, bm),)](
+            x, target.table, groups.tensor, out, steps, rows, width, tokens, out.stride(1), groups.stride,
+            row_stride(target), target.bits, NATIVE, bm, bn, num_warps=config.warps,
+        )  # fmt: skip
+        return RowCodes(out, steps)
     quantize_kernel[(triton.cdiv(rows, bm), triton.cdiv(width, bn))](
         x, target.table, groups.tensor, out, rows, width, tokens, out.stride(1), groups.stride, row_stride(target),
         mode(target), target.bits, NATIVE, bm, bn, num_warps=config.warps,
@@ -59,13 +77,14 @@ def quantize(x: torch.Tensor, target: OperandParams, config: Config) -> torch.Te
 
 
 def linear(
-    codes: torch.Tensor, source: OperandParams, weight: Weight, config: Config, epilogue: int, out: torch.Tensor,
+    given: Codes, source: OperandParams, weight: Weight, config: Config, epilogue: int, out: torch.Tensor,
     out_stride: int, x: torch.Tensor | None = None, gate: torch.Tensor | None = None,
     targets: tuple[OperandParams, ...] = (), layout: tuple[int, int, int] = (1, 1, 1),
 ) -> torch.Tensor:  # fmt: skip
     """Launch a linear kernel. `layout`: head_dim, pitch of a token of q or k, pitch of a row of v."""
     if config.hopper:
-        return hopper.linear(codes, source, weight, config, epilogue, out, out_stride, x, gate, targets, layout)
+        return hopper.linear(given, source, weight, config, epilogue, out, out_stride, x, gate, targets, layout)
+    codes, steps = with_steps(given)
     batch, tokens = codes.shape[:2]
     rows, columns, depth = batch * tokens, len(weight.codes), weight.depth
     bm, bn, bk = config.block_m, config.block_n, config.block_k
@@ -80,13 +99,15 @@ def linear(
         high = TensorDescriptor(weight.high, list(weight.high.shape), [weight.high.stride(0), 1], [bn, bk // 4])
     groups = groups_of(source, *targets)
     first, second, third = (targets * 3)[:3] if targets else (source,) * 3
+    channels = first.channels if epilogue == ACTIVATION.value else None
     parts = len(targets) if epilogue == HEADS.value else 1
     programs = triton.cdiv(rows, bm) * parts * triton.cdiv(columns // parts, bn)
     head_dim, head_pitch, token_pitch = layout
     linear_kernel[(programs,)](
         a, b, high, weight.scale, weight.sums, weight.bias, out, out if x is None else x,
         weight.scale if gate is None else gate, 0 if gate is None else gate.stride(0), groups.tensor,
-        source.table, first.table, second.table, third.table, rows, columns // parts, depth, tokens, out_stride,
+        source.table, steps, channels, first.table, second.table, third.table, rows, columns // parts, depth, tokens,
+        out_stride,
         groups.stride, *map(row_stride, (source, first, second, third)), head_dim, head_pitch, token_pitch,
         weight.bits, source.two_products, epilogue, parts, gate is not None, mode(first), first.bits,
         tokens % bm == 0, permutes(tokens), head_dim % 8 == 0, NATIVE, bm, bn, bk, config.band, config.piece or bn,
@@ -96,44 +117,45 @@ def linear(
     return out
 
 
-def plain(codes: torch.Tensor, source: OperandParams, weight: Weight, config: Config) -> torch.Tensor:
+def plain(codes: Codes, source: OperandParams, weight: Weight, config: Config) -> torch.Tensor:
     """Return the product itself, fp32 (B, N, out)."""
-    out = torch.empty(*codes.shape[:2], len(weight.codes), dtype=torch.float32, device=codes.device)
+    form = with_steps(codes)[0]
+    out = torch.empty(*form.shape[:2], len(weight.codes), dtype=torch.float32, device=form.device)
     return linear(codes, source, weight, config, PLAIN.value, out, out.stride(1))
 
 
-def residual(
-    codes: torch.Tensor, source: OperandParams, weight: Weight, config: Config, then: Residual
-) -> torch.Tensor:
+def residual(codes: Codes, source: OperandParams, weight: Weight, config: Config, then: Residual) -> torch.Tensor:
     """Return x + gate y, or x + y, (B, N, out) in the dtype of x."""
     out = torch.empty_like(then.x)
     return linear(codes, source, weight, config, RESIDUAL.value, out, out.stride(1), then.x, then.gate)
 
 
 def activation(
-    codes: torch.Tensor, source: OperandParams, weight: Weight, config: Config, target: OperandParams
+    codes: Codes, source: OperandParams, weight: Weight, config: Config, target: OperandParams
 ) -> torch.Tensor:
-    """Return codes (B, N, pitch(out)) of GELU(y)."""
-    out = torch.empty(*codes.shape[:2], pitch(len(weight.codes)), dtype=torch.int8, device=codes.device)
+    """Return codes (B, N, pitch(out)) of GELU(y), its channels times the target's factors where there are any."""
+    form = with_steps(codes)[0]
+    out = torch.empty(*form.shape[:2], pitch(len(weight.codes)), dtype=torch.int8, device=form.device)
     return linear(codes, source, weight, config, ACTIVATION.value, out, out.stride(1), targets=(target,))
 
 
 def project(
-    codes: torch.Tensor, source: OperandParams, weight: Weight, config: Config, targets: tuple[OperandParams, ...],
+    codes: Codes, source: OperandParams, weight: Weight, config: Config, targets: tuple[OperandParams, ...],
     heads: int,
 ) -> Projected:  # fmt: skip
     """Return codes of y as heads.
 
     The layer has a part for each of the targets: query, key and value; or key and value; or query.
     """
-    batch, tokens = codes.shape[:2]
+    form = with_steps(codes)[0]
+    batch, tokens = form.shape[:2]
     head_dim = len(weight.codes) // len(targets) // heads
     size = sum(part_sizes(len(targets), batch, tokens, heads, head_dim))
     if size >= 2**31:
         raise InputError(
             f"a batch of {batch} samples of {tokens} tokens is too large: q, k and v exceed 2 GiB of codes"
         )
-    out = torch.empty(size, dtype=torch.int8, device=codes.device)
+    out = torch.empty(size, dtype=torch.int8, device=form.device)
     layout = head_dim, pitch(head_dim), pitch(tokens)
     linear(codes, source, weight, config, HEADS.value, out, 0, targets=targets, layout=layout)
     return Projected(out, batch, tokens, head_dim)
@@ -143,10 +165,10 @@ def attend(
     projected: Projected, context: Projected | None, bias: torch.Tensor | None, heads: int,
     operands: tuple[OperandParams, ...], config: Config, trace: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Return codes (B, N, pitch(C)) of an attention.
+    """Return codes (B, N, pitch(C)) of an attention, or where there is no target its fp32 values (B, N, C).
 
-    `operands`: query, key, value, softmax, target. `context`: k and v, or None where `projected` has them. `trace`: (B
-    H, N, M), to get the codes of probabilities.
+    `operands`: query, key, value, softmax, and the target or nothing. `context`: k and v, or None where `projected` has
+    them. `trace`: (B H, N, M), to get the codes of probabilities.
     """
     if config.hopper:
         assert context is None
@@ -158,8 +180,10 @@ def attend(
         q, k, v = projected.split(3, heads)
     else:
         (q,), (k, v) = projected.split(1, heads), context.split(2, heads)
-    query, key, value, softmax, target = operands
-    out = torch.empty(batch, tokens, pitch(heads * head_dim), dtype=torch.int8, device=q.device)
+    query, key, value, softmax, *targets = operands
+    target = targets[0] if targets else softmax  # a kernel without a target does not read it
+    columns, dtype = attended(operands, heads * head_dim)
+    out = torch.empty(batch, tokens, columns, dtype=dtype, device=q.device)
     bm, bk = config.block_m, config.block_k
     first, rest = powers_of_two(head_dim, 32)
     d_rest, v_rest = (max(32, rest), max(16, rest)) if rest else (0, 0)
@@ -173,8 +197,8 @@ def attend(
         out if trace is None else trace, groups.tensor,
         query.table, key.table, value.table, softmax.table, target.table, bias, bias_stride, tokens,
         None if context is None else keys, heads, out.stride(1), head_dim**-0.5, blocks,
-        groups.stride, *map(row_stride, operands),
-        head_dim, first, d_rest, v_rest, mode(softmax), softmax.bits, target.bits,
+        groups.stride, *map(row_stride, (query, key, value, softmax, target)),
+        head_dim, first, d_rest, v_rest, mode(softmax), softmax.bits, target.bits if targets else 0,
         one_pass, keys % bk != 0, head_dim % 8 == 0, permutes(keys), trace is not None, NATIVE, bm, bk,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """The arguments of kernels: modes of operands, weights, configurations, and the layouts of codes between kernels."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ import triton
 
 from tqdit.backends.triton.kernels import rounding
 from tqdit.backends.triton.layer import ALIGN
-from tqdit.ops.schema import OperandParams
+from tqdit.ops.schema import Codes, OperandParams, RowCodes
 from tqdit.spec import Grid
 
 NATIVE = not triton.knobs.runtime.interpret  # compiled for a GPU
@@ -17,8 +18,11 @@ KINDS = {  # constant of `kernels.rounding` -> grid, and whether its regions are
     rounding.GELU_MERGED.value: (Grid.MRQ_GELU, True),
     rounding.SOFTMAX.value: (Grid.MRQ_SOFTMAX, False),
     rounding.SOFTMAX_MERGED.value: (Grid.MRQ_SOFTMAX, True),
+    rounding.BY_ROW.value: (Grid.ROW, False),
+    rounding.SOFTMAX_ROW.value: (Grid.SOFTMAX_ROW, False),
 }
 HEADS_OF = {3: "heads", 2: "context-heads", 1: "query-heads"}  # names in tuning of the epilogue that projects to parts
+ATTENTION_OPERANDS = 5  # query, key, value, softmax and target
 MODES = {kind: mode for mode, kind in KINDS.items()}
 
 
@@ -30,6 +34,11 @@ def mode(operand: OperandParams) -> int:
 def row_stride(operand: OperandParams) -> int:
     """Return the numbers between two rows of an operand's table; 0 where it has only one, for every time group."""
     return operand.table.stride(0) if len(operand.table) > 1 else 0
+
+
+def with_steps(codes: Codes) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return codes and the steps of their rows, or None where they are on a static grid."""
+    return (codes.codes, codes.scale) if isinstance(codes, RowCodes) else (codes, None)
 
 
 class Weight(NamedTuple):
@@ -100,6 +109,11 @@ def groups_of(*operands: OperandParams) -> Groups:
 def pitch(columns: int) -> int:
     """Return the bytes of a row of codes: bulk copies want multiples of 16."""
     return -(-columns // ALIGN) * ALIGN
+
+
+def attended(operands: Sequence[object], width: int) -> tuple[int, torch.dtype]:
+    """Return the columns and the dtype of what an attention writes: codes of its target, the fifth operand, or fp32."""
+    return (pitch(width), torch.int8) if len(operands) == ATTENTION_OPERANDS else (width, torch.float32)
 
 
 def powers_of_two(width: int, least: int) -> tuple[int, int]:

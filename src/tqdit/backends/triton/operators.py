@@ -1,7 +1,8 @@
 """The kernels as `torch.library` operators, so that torch.compile takes a whole model without a graph break.
 
 Operands travel flat: their tables, the time groups they share, and two integers each (mode, bits); a weight as its
-tensors and two integers (depth, bits).
+tensors and two integers (depth, bits); the codes of a linear layer as one tensor or, on the grid of rows, two, the
+second their steps. Channel factors are an argument of the one operator that reads them.
 """
 
 import contextlib
@@ -14,19 +15,30 @@ from torch import Tensor
 from torch.library import custom_op
 
 from tqdit.backends.triton import candidates, hopper, launch, tuning
-from tqdit.backends.triton.layouts import HEADS_OF, KINDS, Config, Projected, Weight, mode, part_sizes, pitch
-from tqdit.ops.schema import Norm, OperandParams, Residual
+from tqdit.backends.triton.layouts import (
+    HEADS_OF,
+    KINDS,
+    Config,
+    Projected,
+    Weight,
+    attended,
+    mode,
+    part_sizes,
+    pitch,
+    with_steps,
+)
+from tqdit.ops.schema import Codes, Norm, OperandParams, Residual, RowCodes
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def on_device_of(function: Callable[P, R]) -> Callable[P, R]:
-    """Make the first argument's GPU the current one while the operator runs: Triton launches there."""
+    """Make the GPU of the first tensor the current one while the operator runs: Triton launches there."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        first = args[0]
+        first = args[0][0] if isinstance(args[0], list) else args[0]
         assert isinstance(first, Tensor)
         with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
             return function(*args, **kwargs)
@@ -56,9 +68,15 @@ def _weight(tensors: list[Tensor], kind: list[int]) -> Weight:
     return Weight(codes, high[0] if high else None, scale, bias, sums, *kind)
 
 
+def _codes(tensors: list[Tensor]) -> Codes:
+    codes, *steps = tensors
+    return RowCodes(codes, *steps) if steps else codes
+
+
 def _linear_config(
-    epilogue: str, codes: Tensor, layer: Weight, source: OperandParams, run: tuning.Run, head_dim: int = 8
+    epilogue: str, given: Codes, layer: Weight, source: OperandParams, run: tuning.Run, head_dim: int = 8
 ) -> Config:
+    codes, steps = with_steps(given)
     batch, tokens, _ = codes.shape
     rows, columns, two = batch * tokens, len(layer.codes), source.two_products
     tile = hopper.rows_of_tile(codes.device, tokens, layer.bits, two, head_dim)
@@ -67,8 +85,10 @@ def _linear_config(
         special = candidates.hopper_linear(epilogue, rows, columns, tile)
         return special + candidates.linear(rows, two, layer.bits)
 
-    key = tuning.linear_key(epilogue, rows, columns, layer.depth, layer.bits, two, tile)
-    return tuning.choose(key, codes.device, possible, run)
+    sizes = rows, columns, layer.depth, layer.bits, two, tile
+    sources = (False,) if steps is None else (True, False)
+    keys = [tuning.linear_key(name, *sizes, by_row) for by_row in sources for name in tuning.epilogues(epilogue)]
+    return tuning.choose(tuning.first_known(codes.device, keys), codes.device, possible, run)
 
 
 @custom_op("tqdit::norm_quantize", mutates_args=())
@@ -78,14 +98,8 @@ def norm_quantize(
     tables: list[Tensor], group: Tensor | None, kinds: list[int],
 ) -> Tensor:  # fmt: skip
     """Return codes as `launch.norm_quantize` does."""
-    (target,) = _operands(tables, group, kinds)
-
-    def run(config: Config) -> Tensor:
-        return launch.norm_quantize(x, Norm(shift, scale, eps), target, config)
-
-    rows, width = x.shape[0] * x.shape[1], x.shape[2]
-    possible = functools.partial(candidates.norm, rows, width)
-    return run(tuning.choose(tuning.norm_key(rows, width, x.dtype), x.device, possible, run))
+    codes, _ = with_steps(_norm_quantize(x, Norm(shift, scale, eps), *_operands(tables, group, kinds)))
+    return codes
 
 
 @norm_quantize.register_fake
@@ -93,18 +107,48 @@ def _(x, shift, scale, eps, tables, group, kinds):  # type: ignore[no-untyped-de
     return x.new_empty(x.shape[0], x.shape[1], pitch(x.shape[2]), dtype=torch.int8)
 
 
+@custom_op("tqdit::norm_quantize_rows", mutates_args=())
+@on_device_of
+def norm_quantize_rows(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float,
+    tables: list[Tensor], group: Tensor | None, kinds: list[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return codes on the grid of rows and their steps as `launch.norm_quantize` does."""
+    return _both(_norm_quantize(x, Norm(shift, scale, eps), *_operands(tables, group, kinds)))
+
+
+@norm_quantize_rows.register_fake
+def _(x, shift, scale, eps, tables, group, kinds):  # type: ignore[no-untyped-def]
+    return _empty_rows(x)
+
+
+def _norm_quantize(x: Tensor, norm: Norm, target: OperandParams) -> Codes:
+    def run(config: Config) -> Codes:
+        return launch.norm_quantize(x, norm, target, config)
+
+    rows, width = x.shape[0] * x.shape[1], x.shape[2]
+    key = tuning.norm_key(rows, width, x.dtype, target.grid.per_row)
+    key = tuning.first_known(x.device, [key, tuning.norm_key(rows, width, x.dtype)])
+    return run(tuning.choose(key, x.device, functools.partial(candidates.norm, rows, width), run))
+
+
+def _both(codes: Codes) -> tuple[Tensor, Tensor]:
+    assert isinstance(codes, RowCodes)
+    return codes.codes, codes.scale
+
+
+def _empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return empty codes and steps of the rows of x (B, N, C)."""
+    codes = x.new_empty(x.shape[0], x.shape[1], pitch(x.shape[2]), dtype=torch.int8)
+    return codes, x.new_empty(x.shape[0], x.shape[1], dtype=torch.float32)
+
+
 @custom_op("tqdit::quantize", mutates_args=())
 @on_device_of
 def quantize(x: Tensor, tables: list[Tensor], group: Tensor | None, kinds: list[int]) -> Tensor:
     """Return codes as `launch.quantize` does."""
-    (target,) = _operands(tables, group, kinds)
-
-    def run(config: Config) -> Tensor:
-        return launch.quantize(x, target, config)
-
-    rows, width = x.shape[0] * x.shape[1], x.shape[2]
-    key = tuning.quantize_key(rows, width, x.dtype, kinds[0])
-    return run(tuning.choose(key, x.device, candidates.quantize, run))
+    codes, _ = with_steps(_quantize(x, *_operands(tables, group, kinds)))
+    return codes
 
 
 @quantize.register_fake
@@ -112,28 +156,49 @@ def _(x, tables, group, kinds):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], x.shape[1], pitch(x.shape[2]), dtype=torch.int8)
 
 
+@custom_op("tqdit::quantize_rows", mutates_args=())
+@on_device_of
+def quantize_rows(x: Tensor, tables: list[Tensor], group: Tensor | None, kinds: list[int]) -> tuple[Tensor, Tensor]:
+    """Return codes on the grid of rows and their steps as `launch.quantize` does."""
+    return _both(_quantize(x, *_operands(tables, group, kinds)))
+
+
+@quantize_rows.register_fake
+def _(x, tables, group, kinds):  # type: ignore[no-untyped-def]
+    return _empty_rows(x)
+
+
+def _quantize(x: Tensor, target: OperandParams) -> Codes:
+    def run(config: Config) -> Codes:
+        return launch.quantize(x, target, config)
+
+    rows, width = x.shape[0] * x.shape[1], x.shape[2]
+    key = tuning.quantize_key(rows, width, x.dtype, mode(target))
+    return run(tuning.choose(key, x.device, candidates.quantize, run))
+
+
 @custom_op("tqdit::project", mutates_args=())
 @on_device_of
 def project(
-    codes: Tensor, weight: list[Tensor], weight_kind: list[int],
+    codes: list[Tensor], weight: list[Tensor], weight_kind: list[int],
     tables: list[Tensor], group: Tensor | None, kinds: list[int], heads: int,
 ) -> Tensor:  # fmt: skip
     """Return the buffer of a `Projected`, as `launch.project` fills it."""
     source, *targets = _operands(tables, group, kinds)
-    layer = _weight(weight, weight_kind)
+    layer, given = _weight(weight, weight_kind), _codes(codes)
 
     def run(config: Config) -> Tensor:
-        return launch.project(codes, source, layer, config, tuple(targets), heads).codes
+        return launch.project(given, source, layer, config, tuple(targets), heads).codes
 
     head_dim = len(layer.codes) // len(targets) // heads
-    return run(_linear_config(HEADS_OF[len(targets)], codes, layer, source, run, head_dim))
+    return run(_linear_config(HEADS_OF[len(targets)], given, layer, source, run, head_dim))
 
 
 @project.register_fake
 def _(codes, weight, weight_kind, tables, group, kinds, heads):  # type: ignore[no-untyped-def]
-    batch, tokens, _ = codes.shape
+    batch, tokens, _ = codes[0].shape
     parts = len(tables) - 1
-    return codes.new_empty(sum(part_sizes(parts, batch, tokens, heads, weight[0].shape[0] // parts // heads)))
+    return codes[0].new_empty(sum(part_sizes(parts, batch, tokens, heads, weight[0].shape[0] // parts // heads)))
 
 
 @custom_op("tqdit::attend", mutates_args=())
@@ -142,7 +207,7 @@ def attend(
     codes: Tensor, context: Tensor | None, bias: Tensor | None, sizes: list[int],
     tables: list[Tensor], group: Tensor | None, kinds: list[int],
 ) -> Tensor:  # fmt: skip
-    """Return codes as `launch.attend` does.
+    """Return codes as `launch.attend` does, or without a target fp32.
 
     `codes`, `context`: buffers of `Projected`. `sizes`: batch, tokens, tokens of the context, heads, head_dim.
     """
@@ -156,56 +221,61 @@ def attend(
 
     sequences, kind = batch * heads, kinds[6]
     if context is None and bias is None:
-        special = candidates.hopper_attention(codes.device, tokens, head_dim, operands[3].two_products)
-        key = tuning.attention_key(sequences, tokens, head_dim, kind, bool(special))
+        softmax = operands[3]
+        special = candidates.hopper_attention(
+            codes.device, tokens, head_dim, softmax.two_products, softmax.grid.per_row
+        )
+        known = [tuning.attention_key(sequences, tokens, head_dim, m, bool(special)) for m in tuning.modes(kind)]
     else:
-        special = []
-        key = tuning.cross_attention_key(sequences, tokens, keys, head_dim, kind, bias is not None)
+        special, biased = [], bias is not None
+        known = [tuning.cross_attention_key(sequences, tokens, keys, head_dim, m, biased) for m in tuning.modes(kind)]
     ordinary = functools.partial(candidates.attention, sequences, keys)
+    key = tuning.first_known(codes.device, known)
     return run(tuning.choose(key, codes.device, lambda: special + ordinary(), run))
 
 
 @attend.register_fake
 def _(codes, context, bias, sizes, tables, group, kinds):  # type: ignore[no-untyped-def]
     batch, tokens, _, heads, head_dim = sizes
-    return codes.new_empty(batch, tokens, pitch(heads * head_dim))
+    columns, dtype = attended(tables, heads * head_dim)
+    return codes.new_empty(batch, tokens, columns, dtype=dtype)
 
 
 @custom_op("tqdit::linear", mutates_args=())
 @on_device_of
 def linear(
-    codes: Tensor, weight: list[Tensor], weight_kind: list[int],
+    codes: list[Tensor], weight: list[Tensor], weight_kind: list[int],
     tables: list[Tensor], group: Tensor | None, kinds: list[int],
 ) -> Tensor:  # fmt: skip
     """Return x W^T + bias as `launch.plain` does."""
     (source,) = _operands(tables, group, kinds)
-    layer = _weight(weight, weight_kind)
+    layer, given = _weight(weight, weight_kind), _codes(codes)
 
     def run(config: Config) -> Tensor:
-        return launch.plain(codes, source, layer, config)
+        return launch.plain(given, source, layer, config)
 
-    return run(_linear_config("plain", codes, layer, source, run))
+    return run(_linear_config("plain", given, layer, source, run))
 
 
 @linear.register_fake
 def _(codes, weight, weight_kind, tables, group, kinds):  # type: ignore[no-untyped-def]
-    return codes.new_empty(codes.shape[0], codes.shape[1], weight[0].shape[0], dtype=torch.float32)
+    return codes[0].new_empty(*codes[0].shape[:2], weight[0].shape[0], dtype=torch.float32)
 
 
 @custom_op("tqdit::linear_residual", mutates_args=())
 @on_device_of
 def linear_residual(
-    codes: Tensor, weight: list[Tensor], weight_kind: list[int],
+    codes: list[Tensor], weight: list[Tensor], weight_kind: list[int],
     tables: list[Tensor], group: Tensor | None, kinds: list[int], x: Tensor, gate: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Return x + gate y as `launch.residual` does."""
     (source,) = _operands(tables, group, kinds)
-    layer = _weight(weight, weight_kind)
+    layer, given = _weight(weight, weight_kind), _codes(codes)
 
     def run(config: Config) -> Tensor:
-        return launch.residual(codes, source, layer, config, Residual(x, gate))
+        return launch.residual(given, source, layer, config, Residual(x, gate))
 
-    return run(_linear_config(tuning.residual(x.dtype, gate is not None), codes, layer, source, run))
+    return run(_linear_config(tuning.residual(x.dtype, gate is not None), given, layer, source, run))
 
 
 @linear_residual.register_fake
@@ -216,22 +286,24 @@ def _(codes, weight, weight_kind, tables, group, kinds, x, gate):  # type: ignor
 @custom_op("tqdit::linear_activation", mutates_args=())
 @on_device_of
 def linear_activation(
-    codes: Tensor, weight: list[Tensor], weight_kind: list[int],
+    codes: list[Tensor], weight: list[Tensor], weight_kind: list[int],
     tables: list[Tensor], group: Tensor | None, kinds: list[int],
+    channels: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return codes as `launch.activation` does."""
+    """Return codes as `launch.activation` does. `channels`: of the target."""
     source, target = _operands(tables, group, kinds)
-    layer = _weight(weight, weight_kind)
+    target = target._replace(channels=channels)
+    layer, given = _weight(weight, weight_kind), _codes(codes)
 
     def run(config: Config) -> Tensor:
-        return launch.activation(codes, source, layer, config, target)
+        return launch.activation(given, source, layer, config, target)
 
-    return run(_linear_config("gelu", codes, layer, source, run))
+    return run(_linear_config(tuning.activation(channels is not None), given, layer, source, run))
 
 
 @linear_activation.register_fake
-def _(codes, weight, weight_kind, tables, group, kinds):  # type: ignore[no-untyped-def]
-    return codes.new_empty(codes.shape[0], codes.shape[1], pitch(weight[0].shape[0]))
+def _(codes, weight, weight_kind, tables, group, kinds, channels=None):  # type: ignore[no-untyped-def]
+    return codes[0].new_empty(*codes[0].shape[:2], pitch(weight[0].shape[0]))
 
 
 @custom_op("tqdit::float_input_linear", mutates_args=())

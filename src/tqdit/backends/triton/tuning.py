@@ -23,6 +23,7 @@ import torch
 import triton
 from triton.errors import TritonError
 
+from tqdit.backends.triton.kernels.rounding import SOFTMAX_ROW, UNIFORM
 from tqdit.backends.triton.launch import FEW_ROWS
 from tqdit.backends.triton.layouts import NATIVE, Config
 from tqdit.system.capture import recording
@@ -36,6 +37,7 @@ INTERPRETED = {
     "norm": Config(2, 0, 0, blocks=2), "quantize": Config(32, 64, 0),
 }  # fmt: skip
 ROUNDS, ROUND_MS = 5, 4
+CHANNELS = "-channels"  # the end of the name of an epilogue with channel factors
 THREADS = 16  # threads that compile; each holds one output of the kernel
 OLDEST = 9  # numbers of a configuration in the oldest files; missing numbers have their defaults
 
@@ -61,12 +63,27 @@ def choose(key: str, device: torch.device, candidates: Callable[[], list[Config]
     return table[key]
 
 
-def linear_key(epilogue: str, rows: int, columns: int, depth: int, bits: int, two: bool, tile: int = 0) -> str:
+def first_known(device: torch.device, keys: Sequence[str]) -> str:
+    """Return the first of the keys that has a configuration, or the first of all.
+
+    So a form of a kernel without one of its own takes that of the nearest form; nothing is timed anew.
+    """
+    if not NATIVE or device.type != "cuda":
+        return keys[0]
+    table = _table(torch.cuda.get_device_name(device))
+    return next((key for key in keys if key in table), keys[0])
+
+
+def linear_key(
+    epilogue: str, rows: int, columns: int, depth: int, bits: int, two: bool, tile: int = 0, by_row: bool = False
+) -> str:
     """Return the key of a linear kernel.
 
     `tile`: of `hopper.rows_of_tile`. Products for the Hopper kernel have candidates, and so a key, of their own.
+    `by_row`: each row of the codes has a step of its own.
     """
     key = f"linear {epilogue} {bucket(rows)}x{columns}x{depth}, {bits} bits, {2 if two else 1} products"
+    key += ", steps of rows" if by_row else ""
     return f"{key}, Hopper tiles of {tile} rows" if tile else key
 
 
@@ -87,9 +104,17 @@ def cross_attention_key(sequences: int, tokens: int, keys: int, head_dim: int, m
     return f"attention {bucket(sequences)}x{tokens}x{head_dim}, mode {mode}, {of_keys}"
 
 
-def norm_key(rows: int, width: int, stream: torch.dtype) -> str:
-    """Return the key of `norm_quantize_kernel` for rows of `width` columns of a residual stream."""
-    return f"norm{_suffix(stream)} {bucket(rows)}x{width}"
+def modes(mode: int) -> tuple[int, ...]:
+    """Return a mode of probabilities and the mode of the nearest kernel: softmax rows are one product, as uniform."""
+    return (mode, UNIFORM.value) if mode == SOFTMAX_ROW.value else (mode,)
+
+
+def norm_key(rows: int, width: int, stream: torch.dtype, by_row: bool = False) -> str:
+    """Return the key of `norm_quantize_kernel` for rows of `width` columns of a residual stream.
+
+    `by_row`: to the grid of rows.
+    """
+    return f"norm{_suffix(stream)} {bucket(rows)}x{width}{', steps of rows' if by_row else ''}"
 
 
 def quantize_key(rows: int, width: int, stream: torch.dtype, mode: int) -> str:
@@ -100,6 +125,16 @@ def quantize_key(rows: int, width: int, stream: torch.dtype, mode: int) -> str:
 def residual(stream: torch.dtype, gated: bool = True) -> str:
     """Return the name of the epilogue for a residual stream of a dtype."""
     return f"residual{'' if gated else '-ungated'}{_suffix(stream)}"
+
+
+def activation(channels: bool) -> str:
+    """Return the name of the epilogue that codes an activation; `channels`: with factors of its channels."""
+    return f"gelu{CHANNELS if channels else ''}"
+
+
+def epilogues(name: str) -> tuple[str, ...]:
+    """Return the name of an epilogue and those of the nearest ones."""
+    return (name, name.removesuffix(CHANNELS)) if name.endswith(CHANNELS) else (name,)
 
 
 def _suffix(stream: torch.dtype) -> str:

@@ -3,8 +3,9 @@
 The keys and values are those of the queries' own tokens, or of a context with another number of tokens. A bias, one
 number a key, may be added to the scaled scores.
 
-Static scales apply to normalized probabilities, so a row's maximum and sum come first. Keys that fit one tile are
-multiplied once; longer sequences take two passes over the keys, the second with the final maximum and sum.
+Static scales apply to normalized probabilities, so a row's maximum and sum come first; softmax rows need the maximum
+only, for the sum of their codes takes the place of the sum. Keys that fit one tile are multiplied once; longer
+sequences take two passes over the keys, the second with the final maximum and sum.
 """
 
 import triton
@@ -19,6 +20,8 @@ from tqdit.backends.triton.kernels.rounding import (
     MAGIC_BITS,
     ROW,
     SOFTMAX,
+    SOFTMAX_MERGED,
+    SOFTMAX_ROW,
     UNIFORM,
     ZERO,
     divide,
@@ -191,6 +194,16 @@ def probability_codes(e, total, parameters, MODE: tl.constexpr, BITS: tl.constex
 
 
 @triton.jit
+def row_codes(e, levels):
+    """Return codes of e, 1 at a row's maximum, as `probability_codes` does: the integer round(e levels) minus 128.
+
+    `levels`: of a code, 2^bits - 1, times a correction of the row where there is one.
+    """
+    one = tl.fma(e, levels, MAGIC - 128.0).to(tl.int32, bitcast=True).to(tl.int8)
+    return one, one
+
+
+@triton.jit
 def _code_sums(one, two, MODE: tl.constexpr, BK: tl.constexpr):
     """Return the sums of the rows of `probability_codes`, counted as the integers they stand for."""
     sum_one = _row_sums(one, BK)
@@ -208,10 +221,10 @@ def _trace(trace, one, two, softmax, row, first_row, first_key, N, KEYS, MODE: t
     """Write the codes of the probabilities as the reference has them, (B H, N, KEYS); merged: their integer - 128."""
     rows, keys = first_row + tl.arange(0, BM), first_key + tl.arange(0, BK)
     codes = one
-    if MODE == UNIFORM:
-        codes = (one.to(tl.int32) + 128 + tl.load(softmax + ZERO).to(tl.int32)).to(tl.int8)
-    elif MODE == SOFTMAX:
+    if MODE == SOFTMAX:
         codes = one + two
+    elif MODE != SOFTMAX_MERGED:
+        codes = (one.to(tl.int32) + 128 + tl.load(softmax + ZERO).to(tl.int32)).to(tl.int8)
     offset = (row * N + rows).to(tl.int64)[:, None] * KEYS + keys[None, :]
     tl.store(trace + offset, codes, (rows < N)[:, None] & (keys < KEYS)[None, :])
 
@@ -220,9 +233,9 @@ def _trace(trace, one, two, softmax, row, first_row, first_key, N, KEYS, MODE: t
 def _store(out, first_row, sample, head, N, out_stride, sums, fine, value_sum, sum_one, sum_two, value, softmax,
            target, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
            TARGET_BITS: tl.constexpr, ALIGNED: tl.constexpr, NATIVE: tl.constexpr, BM: tl.constexpr):  # fmt: skip
-    """Write codes of head_dim columns FIRST ...
+    """Write codes of the head_dim columns FIRST to FIRST + WIDTH of P V.
 
-    FIRST + WIDTH of P V, whose scales are applied as the reference does.
+    Scales are applied as the reference does. TARGET_BITS of 0: write P V itself, fp32.
     """
     zero = tl.load(value + ZERO).to(tl.int32)
     if MODE == SOFTMAX:
@@ -230,16 +243,20 @@ def _store(out, first_row, sample, head, N, out_stride, sums, fine, value_sum, s
         small = (fine - zero * sum_two[:, None]).to(tl.float32) * -tl.load(softmax)
         y = (coarse + small) * tl.load(value)
     else:
-        centred = sums + (128 * value_sum[None, :] - zero * sum_one[:, None])
-        y = centred.to(tl.float32) * (tl.load(softmax) * tl.load(value))
-    steps = divide(y, tl.load(target), tl.load(target + INVERSE), NATIVE)
-    codes = uniform_codes(steps, tl.load(target + ZERO), TARGET_BITS)
+        centred = (sums + (128 * value_sum[None, :] - zero * sum_one[:, None])).to(tl.float32)
+        if MODE == SOFTMAX_ROW:
+            y = centred * tl.div_rn(tl.load(value) + tl.zeros((BM,), tl.float32), sum_one.to(tl.float32))[:, None]
+        else:
+            y = centred * (tl.load(softmax) * tl.load(value))
+    if TARGET_BITS:
+        steps = divide(y, tl.load(target), tl.load(target + INVERSE), NATIVE)
+        y = uniform_codes(steps, tl.load(target + ZERO), TARGET_BITS)
     rows, columns = first_row + tl.arange(0, BM), FIRST + tl.arange(0, WIDTH)
     down = (sample * N + rows).to(tl.int64) * out_stride
     across = head * D + columns
     if ALIGNED:
         across = tl.max_contiguous(tl.multiple_of(across, 8), 8)
-    tl.store(out + down[:, None] + across[None, :], codes, (rows < N)[:, None] & (columns < D)[None, :])
+    tl.store(out + down[:, None] + across[None, :], y, (rows < N)[:, None] & (columns < D)[None, :])
 
 
 @triton.jit
@@ -313,7 +330,10 @@ def attention_kernel(
             centre = _centre(queries, queries_rest, query, key, bias, D, D_FIRST, D_REST, BM)
             scores = _scores(sums, 0, KEYS, centre, scale, bias, EDGE, MAGIC_SUM, BK)
             e = power_of_two((scores - tl.max(scores, 1)[:, None]) * step, NATIVE)
-            one, two = probability_codes(e, tl.sum(e, 1), softmax_parameters(softmax), MODE, BITS, NATIVE)
+            if MODE == SOFTMAX_ROW:
+                one, two = row_codes(e, (1 << BITS) - 1.0)
+            else:
+                one, two = probability_codes(e, tl.sum(e, 1), softmax_parameters(softmax), MODE, BITS, NATIVE)
             if TRACE:
                 _trace(trace, one, two, softmax, head_row, first_row, 0, N, KEYS, MODE, BM, BK)
             if PERMUTED:
@@ -348,8 +368,9 @@ def attention_kernel(
                 D_FIRST, D_REST, EDGE, MAGIC_SUM, BM, BK,
             )  # fmt: skip
             higher = tl.maximum(top, tl.max(scores, 1))
-            e = power_of_two((scores - higher[:, None]) * step, NATIVE)
-            total = total * power_of_two((top - higher) * step, NATIVE) + tl.sum(e, 1)
+            if MODE != SOFTMAX_ROW:
+                e = power_of_two((scores - higher[:, None]) * step, NATIVE)
+                total = total * power_of_two((top - higher) * step, NATIVE) + tl.sum(e, 1)
             top = higher
 
         sums = tl.zeros((BM, D_FIRST), tl.int32)
@@ -366,7 +387,10 @@ def attention_kernel(
                 D_FIRST, D_REST, EDGE, MAGIC_SUM, BM, BK,
             )  # fmt: skip
             e = power_of_two((scores - top[:, None]) * step, NATIVE)
-            one, two = probability_codes(e, total, softmax_parameters(softmax), MODE, BITS, NATIVE)
+            if MODE == SOFTMAX_ROW:
+                one, two = row_codes(e, (1 << BITS) - 1.0)
+            else:
+                one, two = probability_codes(e, total, softmax_parameters(softmax), MODE, BITS, NATIVE)
             if TRACE:
                 _trace(trace, one, two, softmax, head_row, first_row, first_key, N, KEYS, MODE, BM, BK)
             if PERMUTED:

@@ -150,7 +150,7 @@ def _consume(
     HEAD_DIM: gl.constexpr, HEAD_PITCH: gl.constexpr, TOKEN_PITCH: gl.constexpr,
     EPILOGUE: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, MODE: gl.constexpr, TARGET_BITS: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
-    PIECE: gl.constexpr, X_BLOCKS: gl.constexpr, ME: gl.constexpr,
+    PIECE: gl.constexpr, X_BLOCKS: gl.constexpr, ROWS: gl.constexpr, CHANNELS: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
     """Run one of the two groups of four warps.
 
@@ -158,7 +158,7 @@ def _consume(
     """
     full, empty, turn = barriers
     x_full, x_empty = x_barriers
-    weight_scale, weight_sums, bias, out, gate, group, source, first, second, third = pointers
+    weight_scale, weight_sums, bias, out, gate, group, source, row_steps, channels, first, second, third = pointers
     gate_stride, M, width, K, TOKENS, out_stride, tiles_m, tiles_n = numbers
     PIECES: gl.constexpr = BN // PIECE
     LAG: gl.constexpr = min(1, X_BLOCKS - 1)
@@ -177,10 +177,13 @@ def _consume(
     line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     scales = gl.allocate_shared_memory(gl.float32, [BN], flat)
-    shifts = gl.allocate_shared_memory(gl.int32, [BN], flat)
+    if not ROWS:
+        shifts = gl.allocate_shared_memory(gl.int32, [BN], flat)
     biases = gl.allocate_shared_memory(gl.float32, [BN], flat)
     if GATED:
         gates = gl.allocate_shared_memory(gl.float32, [BN], flat)
+    if CHANNELS:
+        factors = gl.allocate_shared_memory(gl.float32, [BN], flat)
     if EPILOGUE == HEADS:
         target_scales = gl.allocate_shared_memory(gl.float32, [BN], flat)
         target_inverses = gl.allocate_shared_memory(gl.float32, [BN], flat)
@@ -204,10 +207,16 @@ def _consume(
                 target = third + time_group * TARGET_STRIDES[2]
         columns = first_column + gl.arange(0, BN, line)
         by_weight = gl.load(weight_scale + columns)
-        total = gl.load(weight_sums + columns)
+        if not ROWS:
+            total = gl.load(weight_sums + columns)
         added = gl.load(bias + columns)
-        source_scale = gl.load(operand)
-        source_zero = gl.load(operand + ZERO)
+        if ROWS:
+            steps_of_rows = gl.load(row_steps + first_row + gl.arange(0, BM, gl.SliceLayout(1, part)))
+        else:
+            source_scale = gl.load(operand)
+            source_zero = gl.load(operand + ZERO)
+        if CHANNELS:
+            factor_of_channel = gl.load(channels + columns)
         corner = first_row.to(gl.int64) * out_stride + first_column
         offset = gl.arange(0, BM, stored_rows)[:, None] * out_stride + gl.arange(0, PIECE, stored_columns)[None, :]
         if GATED:
@@ -220,9 +229,17 @@ def _consume(
         if EPILOGUE == ACTIVATION and MODE == UNIFORM:
             inverse = gl.load(target + INVERSE)
             zero = gl.load(target + ZERO)
-        scales.store(source_scale * by_weight)
-        shifts.store(source_zero.to(gl.int32) * total)
+        if ROWS:
+            scales.store(by_weight)
+        else:
+            scales.store(source_scale * by_weight)
+            shifts.store(source_zero.to(gl.int32) * total)
         biases.store(added)
+        if CHANNELS:
+            if MODE == UNIFORM:
+                factors.store(factor_of_channel * inverse)
+            else:
+                factors.store(factor_of_channel)
         if GATED:
             gates.store(through)
         if EPILOGUE == HEADS:
@@ -245,12 +262,15 @@ def _consume(
         sums = warpgroup_mma_wait(0, deps=(sums,))
         mbarrier.arrive(empty.index((first_block + steps - 1) % STAGES))
 
-        # s_x s_w (acc - z_x colsum(W)) + bias, rounded in the order of ops.reference.
+        # s_x s_w (acc - z_x colsum(W)) + bias, or (acc s_row) s_w + bias, rounded in the order of ops.reference.
         pieces = _pieces(sums, BM, BN, PIECE)
         for piece in gl.static_range(PIECES):
-            shift = shifts.slice(piece * PIECE, PIECE).load(of_part)[None, :]
             scale = scales.slice(piece * PIECE, PIECE).load(of_part)[None, :]
-            y = (pieces[piece] - shift).to(gl.float32) * scale
+            if ROWS:
+                y = pieces[piece].to(gl.float32) * steps_of_rows[:, None] * scale
+            else:
+                shift = shifts.slice(piece * PIECE, PIECE).load(of_part)[None, :]
+                y = (pieces[piece] - shift).to(gl.float32) * scale
             y = y + biases.slice(piece * PIECE, PIECE).load(of_part)[None, :]
             if EPILOGUE == PLAIN:
                 gl.store(out + corner + piece * PIECE + offset, gl.convert_layout(y, stored))
@@ -270,10 +290,16 @@ def _consume(
                     tma.store_wait(LAG)
                     mbarrier.arrive(x_empty.index((number - LAG) % X_BLOCKS))
             elif EPILOGUE == ACTIVATION:
+                activated = gelu(y, True)
+                if CHANNELS:
+                    channel = factors.slice(piece * PIECE, PIECE).load(of_part)[None, :]
                 if MODE == UNIFORM:
-                    codes = nearest_codes(gelu(y, True), inverse, zero, TARGET_BITS, True)
+                    by = channel if CHANNELS else inverse
+                    codes = nearest_codes(activated, by, zero, TARGET_BITS, True)
                 else:
-                    codes = gelu_codes(gelu(y, True), target, MODE == GELU_MERGED, TARGET_BITS)
+                    if CHANNELS:
+                        activated = activated * channel
+                    codes = gelu_codes(activated, target, MODE == GELU_MERGED, TARGET_BITS)
                 gl.store(out + corner + piece * PIECE + offset, gl.convert_layout(codes, stored))
             else:
                 by_scale = target_scales.slice(piece * PIECE, PIECE).load(of_part)[None, :]
@@ -309,18 +335,18 @@ def _consume(
 @gluon.jit
 def hopper_linear_kernel(
     a, b, weight_scale, weight_sums, bias, out, x, gate, gate_stride, group,
-    source, target, second, third, M, width, K, TOKENS, out_stride,
+    source, row_steps, channels, target, second, third, M, width, K, TOKENS, out_stride,
     GROUP_STRIDE: gl.constexpr, SOURCE_STRIDE: gl.constexpr, TARGET_STRIDES: gl.constexpr,
     HEAD_DIM: gl.constexpr, HEAD_PITCH: gl.constexpr, TOKEN_PITCH: gl.constexpr,
     EPILOGUE: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, MODE: gl.constexpr, TARGET_BITS: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
-    PIECE: gl.constexpr, X_BLOCKS: gl.constexpr, X_BYTES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
+    PIECE: gl.constexpr, X_BLOCKS: gl.constexpr, X_BYTES: gl.constexpr, ROWS: gl.constexpr, CHANNELS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Compute all (BM, BN) tiles of a (M, K) . b (N, K)^T and the epilogue; arguments are those of `linear_kernel`.
 
     The residual stream differs: x and out are descriptors of its blocks, X_BLOCKS of which are in shared memory, with
-    rows of X_BYTES.
+    rows of X_BYTES. ROWS, CHANNELS: whether `row_steps` (`steps` there) and `channels` are read.
     """
     a_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BM, BK], a.layout)
     b_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BN, BK], b.layout)
@@ -346,18 +372,20 @@ def hopper_linear_kernel(
 
     tiles_m = M // BM
     tiles_n = PARTS * (width // BN)
-    pointers = (weight_scale, weight_sums, bias, out, gate, group, source, target, second, third)
+    pointers = (
+        weight_scale, weight_sums, bias, out, gate, group, source, row_steps, channels, target, second, third
+    )  # fmt: skip
     numbers = (gate_stride, M, width, K, TOKENS, out_stride, tiles_m, tiles_n)
     gl.warp_specialize(
         [
             (_consume, (
                 a_ring, b_ring, x_ring, barriers, x_barriers, pointers, numbers, GROUP_STRIDE, SOURCE_STRIDE,
                 TARGET_STRIDES, HEAD_DIM, HEAD_PITCH, TOKEN_PITCH, EPILOGUE, PARTS, GATED, MODE, TARGET_BITS, BM, BN,
-                BK, BAND, STAGES, PIECE, X_BLOCKS, gl.constexpr(0))),
+                BK, BAND, STAGES, PIECE, X_BLOCKS, ROWS, CHANNELS, gl.constexpr(0))),
             (_consume, (
                 a_ring, b_ring, x_ring, barriers, x_barriers, pointers, numbers, GROUP_STRIDE, SOURCE_STRIDE,
                 TARGET_STRIDES, HEAD_DIM, HEAD_PITCH, TOKEN_PITCH, EPILOGUE, PARTS, GATED, MODE, TARGET_BITS, BM, BN,
-                BK, BAND, STAGES, PIECE, X_BLOCKS, gl.constexpr(1))),
+                BK, BAND, STAGES, PIECE, X_BLOCKS, ROWS, CHANNELS, gl.constexpr(1))),
             (_produce, (a, b, a_ring, b_ring, barriers, tiles_m, tiles_n, K, BM, BN, BK, BAND, STAGES)),
             (_produce_x, (x, x_ring, x_barriers, tiles_m, tiles_n, EPILOGUE, BM, BN, BAND, PIECE, X_BLOCKS, X_BYTES)),
         ],

@@ -5,7 +5,8 @@ other WARPS (4, 8 or 16, 16 rows each) compute. `full[s]`: the copies into slot 
 have read it; likewise for queries. Slots and parities are computed from numbers, as in `kernels.hopper`.
 
 Keys that fill one or two slots are multiplied once, and a tile's scores stay in registers. For more there are two
-passes: sums of powers first, codes with the final sums second. What the ordinary kernel spends instructions on is free
+passes: sums of powers first, codes with the final sums second; or, of softmax rows, which need no sum of powers, the
+maximum first. What the ordinary kernel spends instructions on is free
 here or shared by a head's rows: zero points of queries and values are in what sums start from, the bits of the integer
 scores are floats, a score becomes a power with one multiply-add, and rows of ones below the values add up the codes.
 
@@ -26,14 +27,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from tqdit.backends.triton.kernels.attention import LOG2E, probability_codes, softmax_parameters
+from tqdit.backends.triton.kernels.attention import LOG2E, probability_codes, row_codes, softmax_parameters
 from tqdit.backends.triton.kernels.hopper import COPY
 from tqdit.backends.triton.kernels.rounding import (
     INVERSE,
     MAGIC_BITS,
     ROW,
     SOFTMAX,
-    UNIFORM,
+    SOFTMAX_MERGED,
+    SOFTMAX_ROW,
     ZERO,
     divide,
     power_of_two,
@@ -114,6 +116,16 @@ def _row_maxima(x, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
+def _narrowed_maxima(x, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
+    """Return the maxima of columns 16 apart, (rows, 16): nothing moves between threads."""
+    if COLUMNS > 16:
+        left, right = _halves(x, COLUMNS, WARPS)
+        return _narrowed_maxima(gl.maximum(left, right), COLUMNS // 2, WARPS)
+    else:
+        return x
+
+
+@gluon.jit
 def _start_scores(
     queries, keys, slot, starts, block, D_REST: gl.constexpr, BK: gl.constexpr, WARPS: gl.constexpr
 ):  # fmt: skip
@@ -141,6 +153,27 @@ def _powers(scores, shift, scale):
     x = _as_floats(scores)
     nothing = gl.full_like(x, 0.0)
     return power_of_two(gl.fma(x, nothing + scale, nothing + shift[:, None]), True)
+
+
+@gluon.jit
+def _levels(highest, shift, scale, BITS: gl.constexpr):
+    """Return the levels of a code, less the factor that `_powers` have in common, for each row; `highest`: its maximum.
+
+    The factor is the power at the maximum, whose exponent is what rounding took from `shift`: a multiply-add has it
+    exactly.
+    """
+    excess = gl.fma(highest, gl.full_like(highest, 0.0) + scale, shift)
+    return power_of_two(-excess, True) * ((1 << BITS) - 1.0)
+
+
+@gluon.jit
+def _codes(scores, shift, scale, total, probability, MODE: gl.constexpr, BITS: gl.constexpr):
+    """Return the codes of a slot's probabilities. `total`: the sums of the rows' powers; of softmax rows `_levels`."""
+    e = _powers(scores, shift, scale)
+    if MODE == SOFTMAX_ROW:
+        return row_codes(e, gl.full_like(e, 0.0) + total[:, None])
+    else:
+        return probability_codes(e, total, probability, MODE, BITS, True)
 
 
 @gluon.jit
@@ -202,6 +235,27 @@ def _total(
 
 
 @gluon.jit
+def _highest(
+    queries, keys, starts, base, BLOCKS: gl.constexpr, D_REST: gl.constexpr, AT_ONCE: gl.constexpr, BK: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """Return the highest score of each row; threads compare theirs once, at the end."""
+    PRODUCTS: gl.constexpr = 2 if D_REST else 1
+    result = gl.full((16 * WARPS, 16), 0.0, gl.float32, _layout(16, WARPS))  # floats of MAGIC are positive
+    for block in range(0, BLOCKS, AT_ONCE):
+        now = _start_scores(queries, keys, base + block, starts, block, D_REST, BK, WARPS)
+        if AT_ONCE == 2:
+            after = _start_scores(queries, keys, base + (block + 1), starts, block + 1, D_REST, BK, WARPS)
+            now = warpgroup_mma_wait(PRODUCTS, deps=(now,))
+            result = gl.maximum(result, _narrowed_maxima(_as_floats(now), BK, WARPS))
+            now = warpgroup_mma_wait(0, deps=(after,))
+        else:
+            now = warpgroup_mma_wait(0, deps=(now,))
+        result = gl.maximum(result, _narrowed_maxima(_as_floats(now), BK, WARPS))
+    return gl.max(result, 1)
+
+
+@gluon.jit
 def _trace(trace, codes, softmax_zero, row, first_row, first_key, N, MODE: gl.constexpr, BK: gl.constexpr,
            WARPS: gl.constexpr):  # fmt: skip
     """Write the codes of the probabilities as `attention._trace` does."""
@@ -209,16 +263,16 @@ def _trace(trace, codes, softmax_zero, row, first_row, first_key, N, MODE: gl.co
     rows = first_row + gl.arange(0, 16 * WARPS, gl.SliceLayout(1, layout))
     keys = first_key + gl.arange(0, BK, gl.SliceLayout(0, layout))
     written = codes[0]
-    if MODE == UNIFORM:
-        written = (codes[0].to(gl.int32) + 128 + softmax_zero.to(gl.int32)).to(gl.int8)
-    elif MODE == SOFTMAX:
+    if MODE == SOFTMAX:
         written = codes[0] + codes[1]
+    elif MODE != SOFTMAX_MERGED:
+        written = (codes[0].to(gl.int32) + 128 + softmax_zero.to(gl.int32)).to(gl.int8)
     gl.store(trace + ((row * N + rows).to(gl.int64)[:, None] * N + keys[None, :]), written)
 
 
 @gluon.jit
 def _quantized(sums, fine, sum_one, sum_two, value, softmax, target, MODE: gl.constexpr, BITS: gl.constexpr):
-    """Return codes of P V, whose scales are applied as the reference does.
+    """Return codes of P V, whose scales are applied as the reference does; P V itself, fp32, if BITS is 0.
 
     `sum_one`, `sum_two`: sums of the codes of a row.
     """
@@ -227,9 +281,16 @@ def _quantized(sums, fine, sum_one, sum_two, value, softmax, target, MODE: gl.co
         coarse = (sums - zero * sum_one[:, None]).to(gl.float32) * softmax[1]
         small = (fine - zero * sum_two[:, None]).to(gl.float32) * -softmax[0]
         y = (coarse + small) * scale
+    elif MODE == SOFTMAX_ROW:
+        total = sum_one.to(gl.float32)
+        share = gl.div_rn(gl.full_like(total, 0.0) + scale, total)
+        y = (sums - zero * sum_one[:, None]).to(gl.float32) * share[:, None]
     else:
         y = (sums - zero * sum_one[:, None]).to(gl.float32) * (softmax[0] * scale)
-    return uniform_codes(divide(y, target[0], target[1], True), target[2], BITS)
+    if BITS == 0:
+        return y
+    else:
+        return uniform_codes(divide(y, target[0], target[1], True), target[2], BITS)
 
 
 @gluon.jit
@@ -243,11 +304,11 @@ def _split(rest, V_REST: gl.constexpr, V_PAD: gl.constexpr, WARPS: gl.constexpr)
 
 
 @gluon.jit
-def _store(out, codes, row, column, out_stride, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
-    """Write codes (16 WARPS, COLUMNS), 8 bytes a store where that is worth a change of layout."""
+def _store(out, codes, row, column, out_stride, COLUMNS: gl.constexpr, BITS: gl.constexpr, WARPS: gl.constexpr):
+    """Write codes (16 WARPS, COLUMNS), 8 bytes a store where that is worth a change of layout; fp32 as it is."""
     ACROSS: gl.constexpr = COLUMNS // 8
     blocked: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
-    layout: gl.constexpr = blocked if COLUMNS > 8 else _layout(COLUMNS, WARPS)
+    layout: gl.constexpr = blocked if COLUMNS > 8 and BITS else _layout(COLUMNS, WARPS)
     down = (row + gl.arange(0, 16 * WARPS, gl.SliceLayout(1, layout))).to(gl.int64) * out_stride
     across = gl.max_contiguous(gl.multiple_of(column + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout)), 8), 8)
     gl.store(out + (down[:, None] + across[None, :]), gl.convert_layout(codes, layout))
@@ -258,7 +319,7 @@ def _finish(
     out, sums, row, column, out_stride, value, softmax, target, D_FIRST: gl.constexpr, V_REST: gl.constexpr,
     V_PAD: gl.constexpr, MODE: gl.constexpr, BITS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Write the codes of a tile's rows at `column` of the output."""
+    """Write the codes, or the fp32 values, of a tile's rows at `column` of the output."""
     first, rest, fine, fine_rest = sums
     last, sum_one = _split(rest, V_REST, V_PAD, WARPS)
     if MODE == SOFTMAX:
@@ -267,10 +328,10 @@ def _finish(
         fine_last, sum_two = last, sum_one
     if V_REST:
         codes = _quantized(last, fine_last, sum_one, sum_two, value, softmax, target, MODE, BITS)
-        _store(out, codes, row, column + D_FIRST, out_stride, V_REST, WARPS)
+        _store(out, codes, row, column + D_FIRST, out_stride, V_REST, BITS, WARPS)
     sum_one, sum_two = _of_rows(sum_one, D_FIRST, WARPS), _of_rows(sum_two, D_FIRST, WARPS)
     codes = _quantized(first, fine, sum_one, sum_two, value, softmax, target, MODE, BITS)
-    _store(out, codes, row, column, out_stride, D_FIRST, WARPS)
+    _store(out, codes, row, column, out_stride, D_FIRST, BITS, WARPS)
 
 
 @gluon.jit
@@ -399,55 +460,77 @@ def _consume(
                 scores = _start_scores(queries, keys, base, starts, 0, D_REST, BK, WARPS)
                 if BLOCKS == 2:
                     others = _start_scores(queries, keys, base + 1, starts, 1, D_REST, BK, WARPS)
-                    scores, others = warpgroup_mma_wait(0, deps=(scores, others))
-                    highest = _row_maxima(gl.maximum(_as_floats(scores), _as_floats(others)), BK, WARPS)
+                    if MODE == SOFTMAX_ROW:  # the second product goes on while scores of the first are compared
+                        scores = warpgroup_mma_wait(PRODUCTS, deps=(scores,))
+                        narrowed = _narrowed_maxima(_as_floats(scores), BK, WARPS)
+                        others = warpgroup_mma_wait(0, deps=(others,))
+                        narrowed = gl.maximum(narrowed, _narrowed_maxima(_as_floats(others), BK, WARPS))
+                        highest = gl.max(narrowed, 1)
+                    else:
+                        scores, others = warpgroup_mma_wait(0, deps=(scores, others))
+                        highest = _row_maxima(gl.maximum(_as_floats(scores), _as_floats(others)), BK, WARPS)
                 else:
                     scores = warpgroup_mma_wait(0, deps=(scores,))
                     highest = _row_maxima(_as_floats(scores), BK, WARPS)
                 mbarrier.arrive(q_empty.index(place))
                 shift = -_of_rows(highest, BK, WARPS) * scale
-                e = _powers(scores, shift, scale)
-                if BLOCKS == 2:
-                    more = _powers(others, shift, scale)
-                    total = _of_rows(_row_sums(e + more, BK, WARPS), BK, WARPS)
+                if MODE == SOFTMAX_ROW:
+                    total = _levels(_of_rows(highest, BK, WARPS), shift, scale, BITS)
+                    codes = _codes(scores, shift, scale, total, probability, MODE, BITS)
                 else:
-                    total = _of_rows(_row_sums(e, BK, WARPS), BK, WARPS)
-                codes = probability_codes(e, total, probability, MODE, BITS, True)
+                    e = _powers(scores, shift, scale)
+                    if BLOCKS == 2:
+                        more = _powers(others, shift, scale)
+                        total = _of_rows(_row_sums(e + more, BK, WARPS), BK, WARPS)
+                    else:
+                        total = _of_rows(_row_sums(e, BK, WARPS), BK, WARPS)
+                    codes = probability_codes(e, total, probability, MODE, BITS, True)
                 if TRACE:
                     _trace(trace, codes, probability[2], row, first_row, 0, N, MODE, BK, WARPS)
                 sums = _start_values(codes, values, base, sums, D_FIRST, V_PAD, MODE, BK, WARPS)
                 if BLOCKS == 2:
-                    codes = probability_codes(more, total, probability, MODE, BITS, True)
+                    if MODE == SOFTMAX_ROW:
+                        codes = _codes(others, shift, scale, total, probability, MODE, BITS)
+                    else:
+                        codes = probability_codes(more, total, probability, MODE, BITS, True)
                     if TRACE:
                         _trace(trace, codes, probability[2], row, first_row, BK, N, MODE, BK, WARPS)
                     sums = _start_values(codes, values, base + 1, sums, D_FIRST, V_PAD, MODE, BK, WARPS)
                 sums = _complete(sums, MODE)
             else:
-                # Powers relative to the highest score of the first slot instead of all: their sums overflow only where
-                # another score makes a power beyond 2^127.
-                scores = _start_scores(queries, keys, base, starts, 0, D_REST, BK, WARPS)
-                scores = warpgroup_mma_wait(0, deps=(scores,))
-                shift = -_of_rows(_row_maxima(_as_floats(scores), BK, WARPS), BK, WARPS) * scale
-                total = _row_sums(_powers(scores, shift, scale), BK, WARPS)
-                for block in range(1, BLOCKS - AT_ONCE + 1, AT_ONCE):
-                    now = _start_scores(queries, keys, base + block, starts, block, D_REST, BK, WARPS)
-                    if AT_ONCE == 2:
-                        after = _start_scores(queries, keys, base + (block + 1), starts, block + 1, D_REST, BK, WARPS)
-                        now = warpgroup_mma_wait(PRODUCTS, deps=(now,))
-                        total += _row_sums(_powers(now, shift, scale), BK, WARPS)
-                        now = warpgroup_mma_wait(0, deps=(after,))
-                    else:
-                        now = warpgroup_mma_wait(0, deps=(now,))
-                    total += _row_sums(_powers(now, shift, scale), BK, WARPS)
-                if AT_ONCE == 2:  # an even number of slots, less the first
-                    last = _start_scores(queries, keys, base + (BLOCKS - 1), starts, BLOCKS - 1, D_REST, BK, WARPS)
-                    last = warpgroup_mma_wait(0, deps=(last,))
-                    total += _row_sums(_powers(last, shift, scale), BK, WARPS)
-                total = _of_rows(total, BK, WARPS)
-                if gl.max((total > 3e38).to(gl.int32), 0) != 0:
-                    highest = _total(queries, keys, starts, base, shift, scale, BLOCKS, D_REST, True, BK, WARPS)
+                if MODE == SOFTMAX_ROW:
+                    highest = _highest(queries, keys, starts, base, BLOCKS, D_REST, AT_ONCE, BK, WARPS)
+                    highest = _of_rows(highest, BK, WARPS)
                     shift = -highest * scale
-                    total = _total(queries, keys, starts, base, shift, scale, BLOCKS, D_REST, False, BK, WARPS)
+                    total = _levels(highest, shift, scale, BITS)
+                else:
+                    # Powers relative to the highest score of the first slot instead of all: their sums overflow only
+                    # where another score makes a power beyond 2^127.
+                    scores = _start_scores(queries, keys, base, starts, 0, D_REST, BK, WARPS)
+                    scores = warpgroup_mma_wait(0, deps=(scores,))
+                    shift = -_of_rows(_row_maxima(_as_floats(scores), BK, WARPS), BK, WARPS) * scale
+                    total = _row_sums(_powers(scores, shift, scale), BK, WARPS)
+                    for block in range(1, BLOCKS - AT_ONCE + 1, AT_ONCE):
+                        now = _start_scores(queries, keys, base + block, starts, block, D_REST, BK, WARPS)
+                        if AT_ONCE == 2:
+                            after = _start_scores(
+                                queries, keys, base + (block + 1), starts, block + 1, D_REST, BK, WARPS
+                            )
+                            now = warpgroup_mma_wait(PRODUCTS, deps=(now,))
+                            total += _row_sums(_powers(now, shift, scale), BK, WARPS)
+                            now = warpgroup_mma_wait(0, deps=(after,))
+                        else:
+                            now = warpgroup_mma_wait(0, deps=(now,))
+                        total += _row_sums(_powers(now, shift, scale), BK, WARPS)
+                    if AT_ONCE == 2:  # an even number of slots, less the first
+                        last = _start_scores(queries, keys, base + (BLOCKS - 1), starts, BLOCKS - 1, D_REST, BK, WARPS)
+                        last = warpgroup_mma_wait(0, deps=(last,))
+                        total += _row_sums(_powers(last, shift, scale), BK, WARPS)
+                    total = _of_rows(total, BK, WARPS)
+                    if gl.max((total > 3e38).to(gl.int32), 0) != 0:
+                        highest = _total(queries, keys, starts, base, shift, scale, BLOCKS, D_REST, True, BK, WARPS)
+                        shift = -highest * scale
+                        total = _total(queries, keys, starts, base, shift, scale, BLOCKS, D_REST, False, BK, WARPS)
 
                 for block in range(0, BLOCKS, AT_ONCE):
                     now = _start_scores(queries, keys, base + block, starts, block, D_REST, BK, WARPS)
@@ -456,13 +539,13 @@ def _consume(
                         now = warpgroup_mma_wait(PRODUCTS, deps=(now,))
                     else:
                         now = warpgroup_mma_wait(0, deps=(now,))
-                    codes = probability_codes(_powers(now, shift, scale), total, probability, MODE, BITS, True)
+                    codes = _codes(now, shift, scale, total, probability, MODE, BITS)
                     if TRACE:
                         _trace(trace, codes, probability[2], row, first_row, block * BK, N, MODE, BK, WARPS)
                     started = _start_values(codes, values, base + block, sums, D_FIRST, V_PAD, MODE, BK, WARPS)
                     if AT_ONCE == 2:
                         now = warpgroup_mma_wait(4 if MODE == SOFTMAX else 2, deps=(after,))
-                        codes = probability_codes(_powers(now, shift, scale), total, probability, MODE, BITS, True)
+                        codes = _codes(now, shift, scale, total, probability, MODE, BITS)
                         if TRACE:
                             _trace(trace, codes, probability[2], row, first_row, (block + 1) * BK, N, MODE, BK, WARPS)
                         started = _start_values(

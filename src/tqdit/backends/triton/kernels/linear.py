@@ -98,7 +98,7 @@ def _halves(x, BM: tl.constexpr, BN: tl.constexpr):
 @triton.jit
 def _finish(
     sums, negative, rows, sample, which, width, first_column, weight_scale, weight_sums, bias, out, x, gate,
-    gate_stride, source, targets, target_row, M, TOKENS, out_stride,
+    gate_stride, source, steps, channels, targets, target_row, M, TOKENS, out_stride,
     HEAD_DIM: tl.constexpr, HEAD_PITCH: tl.constexpr, TOKEN_PITCH: tl.constexpr,
     TWO: tl.constexpr, EPILOGUE: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr, MODE: tl.constexpr,
     TARGET_BITS: tl.constexpr, PERMUTED: tl.constexpr, ALIGNED: tl.constexpr, NATIVE: tl.constexpr,
@@ -109,12 +109,15 @@ def _finish(
     inside_n = columns < (which + 1) * width
     inside = (rows < M)[:, None] & inside_n[None, :]
 
-    # s_x s_w (acc - z_x colsum(W)) + bias, rounded in the order of ops.reference.
+    # s_x s_w (acc - z_x colsum(W)) + bias, or (acc s_row) s_w + bias, rounded in the order of ops.reference.
     by_weight = tl.load(weight_scale + columns, inside_n, 1.0)[None, :]
     added = tl.load(bias + columns, inside_n, 0.0)[None, :]
     if TWO:
         fine = negative.to(tl.float32) * tl.load(source)
         y = (sums.to(tl.float32) * tl.load(source + COARSE) + fine) * by_weight + added
+    elif steps is not None:
+        step = tl.load(steps + rows, rows < M, 0.0)
+        y = sums.to(tl.float32) * step[:, None] * by_weight + added
     else:
         shift = tl.load(source + ZERO).to(tl.int32) * tl.load(weight_sums + columns, inside_n, 0)[None, :]
         y = (sums - shift).to(tl.float32) * (tl.load(source) * by_weight) + added
@@ -133,9 +136,14 @@ def _finish(
         target = targets + target_row
         if MODE == UNIFORM:
             inverse, zero = tl.load(target + INVERSE), tl.load(target + ZERO)
+            if channels is not None:
+                inverse *= tl.load(channels + columns, inside_n, 1.0)[None, :]
             codes = nearest_codes(gelu(y, NATIVE), inverse, zero, TARGET_BITS, NATIVE)
         else:
-            codes = gelu_codes(gelu(y, NATIVE), target, MODE == GELU_MERGED, TARGET_BITS)
+            activated = gelu(y, NATIVE)
+            if channels is not None:
+                activated *= tl.load(channels + columns, inside_n, 1.0)[None, :]
+            codes = gelu_codes(activated, target, MODE == GELU_MERGED, TARGET_BITS)
         tl.store(out + offset, codes, inside)
     else:
         channel = columns - which * width
@@ -163,7 +171,7 @@ def _finish(
 @triton.jit
 def linear_kernel(
     a, b, b_high, weight_scale, weight_sums, bias, out, x, gate, gate_stride, group,
-    source, target, second, third, M, width, K, TOKENS, out_stride,
+    source, steps, channels, target, second, third, M, width, K, TOKENS, out_stride,
     GROUP_STRIDE: tl.constexpr, SOURCE_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr,
     SECOND_STRIDE: tl.constexpr, THIRD_STRIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_PITCH: tl.constexpr, TOKEN_PITCH: tl.constexpr,
@@ -180,6 +188,9 @@ def linear_kernel(
     heads are whole groups of 8 columns. HEADS: N = PARTS width, and a tile has columns of one part, whose target is
     `target`, `second` or `third`; else PARTS is 1, and N is `width`, an argument so that the compiler knows what
     divides it. GATED: whether a RESIDUAL has a gate.
+
+    `steps`: fp32 (M,), those of the rows of `a`, or None where it is on a static grid. `channels`: fp32 (N,), factors
+    of channels after an ACTIVATION, or None. An argument of None costs nothing.
     """
     tiles_part = tl.cdiv(width, BN)
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BM), PARTS * tiles_part, BAND)
@@ -214,7 +225,7 @@ def linear_kernel(
     for piece in tl.static_range(BN // PIECE):
         _finish(
             columns[piece], columns_negative[piece], rows, sample, which, width, first_column + piece * PIECE,
-            weight_scale, weight_sums, bias, out, x, gate, gate_stride, source, target, time_group * stride,
-            M, TOKENS, out_stride, HEAD_DIM, HEAD_PITCH, TOKEN_PITCH, TWO, EPILOGUE, PARTS, GATED, MODE, TARGET_BITS,
-            PERMUTED, ALIGNED, NATIVE, BM, PIECE,
+            weight_scale, weight_sums, bias, out, x, gate, gate_stride, source, steps, channels, target,
+            time_group * stride, M, TOKENS, out_stride, HEAD_DIM, HEAD_PITCH, TOKEN_PITCH, TWO, EPILOGUE, PARTS, GATED,
+            MODE, TARGET_BITS, PERMUTED, ALIGNED, NATIVE, BM, PIECE,
         )  # fmt: skip

@@ -3,21 +3,22 @@
 import triton
 import triton.language as tl
 
-from tqdit.backends.triton.kernels.rounding import INVERSE, ZERO, nearest_codes
+from tqdit.backends.triton.kernels.rounding import INVERSE, ZERO, nearest_codes, row_magnitudes, row_step
 
 LANE = tl.constexpr(4)  # adjacent columns of a lane
 
 
 @triton.jit
 def norm_quantize_kernel(
-    x, shift, scale, modulation_stride, eps, target, group, out, M, TOKENS, out_stride,
+    x, shift, scale, modulation_stride, eps, target, group, out, steps, M, TOKENS, out_stride,
     C: tl.constexpr, GROUP_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, BITS: tl.constexpr,
     PER_TILE: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
     FIRST: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Write codes of LayerNorm(x) (1 + scale) + shift for BLOCKS times ROWS rows of x (M, C).
 
-    `shift` and `scale` have a row per sample.
+    `shift` and `scale` have a row per sample. `steps`: fp32 (M,), for the steps of codes on the grid of rows; None for
+    a uniform grid, which costs nothing.
 
     A row is FIRST columns and REST more, powers of two: the lanes of one for C = 1152 would be idle for nearly half.
     PER_TILE: all rows of a program are of one sample. Then, with more than one of STAGES, its shift and scale stay in
@@ -30,7 +31,7 @@ def norm_quantize_kernel(
         columns_more = _columns(FIRST, REST)
     if PER_TILE:
         sample = first_row // TOKENS
-        inverse, zero = _parameters(target, group, sample, GROUP_STRIDE, TARGET_STRIDE)
+        operand, inverse, zero = _parameters(target, group, sample, GROUP_STRIDE, TARGET_STRIDE)
     if HOLD:
         factor, addend = _modulation(shift, scale, sample * modulation_stride, columns, C)
         if REST:
@@ -55,17 +56,26 @@ def norm_quantize_kernel(
 
         if not PER_TILE:
             sample = tl.minimum(rows, M - 1) // TOKENS
-            inverse, zero = _parameters(target, group, sample, GROUP_STRIDE, TARGET_STRIDE)
+            operand, inverse, zero = _parameters(target, group, sample, GROUP_STRIDE, TARGET_STRIDE)
         write = out + rows.to(tl.int64) * out_stride
         if not HOLD:
             factor, addend = _modulation(shift, scale, sample * modulation_stride, columns, C)
         y = values * deviation * factor + addend
-        tl.store(write + columns, nearest_codes(y, inverse, zero, BITS, NATIVE), here)
         if REST:
             if not HOLD:
                 factor_more, addend_more = _modulation(shift, scale, sample * modulation_stride, columns_more, C)
-            y = more * deviation * factor_more + addend_more
-            tl.store(write + columns_more, nearest_codes(y, inverse, zero, BITS, NATIVE), here_more)
+            y_more = more * deviation * factor_more + addend_more
+        by, offset = inverse, zero
+        if steps is not None:  # y is 0 beyond a row's end
+            magnitude = row_magnitudes(y, NATIVE)
+            if REST:
+                magnitude = tl.maximum(magnitude, row_magnitudes(y_more, NATIVE), propagate_nan=tl.PropagateNan.ALL)
+            step = row_step(magnitude[:, None], operand)
+            tl.store(steps + rows, step, rows < M)
+            by, offset = 1.0 / step, 0.0
+        tl.store(write + columns, nearest_codes(y, by, offset, BITS, NATIVE), here)
+        if REST:
+            tl.store(write + columns_more, nearest_codes(y_more, by, offset, BITS, NATIVE), here_more)
 
 
 @triton.jit
@@ -89,7 +99,7 @@ def _exist(rows, columns, M, C: tl.constexpr, PER_TILE: tl.constexpr):
 @triton.jit
 def _parameters(target, group, sample, GROUP_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr):
     row = target + tl.load(group + sample * GROUP_STRIDE).to(tl.int32) * TARGET_STRIDE
-    return tl.load(row + INVERSE), tl.load(row + ZERO)
+    return row, tl.load(row + INVERSE), tl.load(row + ZERO)
 
 
 @triton.jit

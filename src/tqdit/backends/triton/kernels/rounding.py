@@ -7,12 +7,15 @@ A row of a parameter table (`ops.tables`) is read at fixed offsets: scale or s1,
 import triton
 import triton.language as tl
 
-# How a kernel writes codes: `grids.uniform`, and `grids.regions` as two regions or merged into one integer.
+# How a kernel writes codes: `grids.uniform`, `grids.regions` as two regions or merged into one integer, `grids.row`,
+# and `grids.softmax_row`.
 UNIFORM = tl.constexpr(0)
 GELU = tl.constexpr(1)
 GELU_MERGED = tl.constexpr(2)
 SOFTMAX = tl.constexpr(3)
 SOFTMAX_MERGED = tl.constexpr(4)
+BY_ROW = tl.constexpr(5)
+SOFTMAX_ROW = tl.constexpr(6)
 
 COARSE = tl.constexpr(1)
 ZERO = tl.constexpr(2)
@@ -21,6 +24,7 @@ INVERSE = tl.constexpr(4)
 INVERSE_COARSE = tl.constexpr(5)
 ROW = tl.constexpr(8)  # floats of a row
 
+SMALLEST = tl.constexpr(2.0**-126)  # the smallest normal number, and so the smallest step
 MAGIC = tl.constexpr(12582912.0)  # 1.5 2^23: a number that is added to it is rounded to an integer, half to even
 MAGIC_BITS = tl.constexpr(0x4B400000)  # its bits; their lowest byte is 0, so an integer's low byte is the sum's
 
@@ -151,6 +155,31 @@ def nearest_codes(x, inverse, zero, BITS: tl.constexpr, NATIVE: tl.constexpr):
     lowest: tl.constexpr = 1.0 * (1 << (BITS - 1))
     level = saturated(x, inverse * (1.0 / levels), (zero + lowest) * (1.0 / levels), NATIVE)
     return tl.fma(level, levels, MAGIC - lowest).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def _larger(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def row_magnitudes(x, NATIVE: tl.constexpr):
+    """Return the largest magnitude of each row of fp32 x (rows, columns), and NaN for a row with a NaN.
+
+    `tl.max` would pass a NaN over. The interpreter compares bits instead, which is slow on a GPU: those of a NaN are
+    the largest of all.
+    """
+    if NATIVE:
+        largest = tl.reduce(tl.abs(x), 1, _larger)
+    else:
+        largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
+    return largest
+
+
+@triton.jit
+def row_step(magnitude, operand):
+    """Return the step of rows by their largest magnitudes, as `grids.row.row_scales`; `operand`: a row of its table."""
+    return _larger(magnitude * tl.load(operand), SMALLEST)
 
 
 @triton.jit
