@@ -48,10 +48,9 @@ class Parts:
     def keep_float_ends(self) -> None:
         """Compute a patch embedding whose weight stays in float as a linear layer."""
         for name in set(self.graph.ends) - set(self.quantized(self.graph.ends)):
-            module = self.model.get_submodule(name)
+            module: Any = self.model.get_submodule(name)
             if isinstance(module, nn.Conv2d):
-                sizes: Any = module.in_channels, module.out_channels, module.kernel_size, module.stride
-                self.replace(name, FloatPatchEmbed(*sizes, bias=module.bias is not None, device="meta"))
+                self.replace(name, FloatPatchEmbed.like(module))
 
     def float_input(self, name: str) -> nn.Module:
         """Return a layer on float inputs, for the linear layer or patch convolution of that name."""

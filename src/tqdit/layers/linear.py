@@ -1,5 +1,7 @@
 """Linear layers of a quantized model: their weights are codes, and their inputs are codes or floats."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -58,6 +60,13 @@ class FloatPatchEmbed(nn.Conv2d):
 
     (B, C, H, W) -> (B, D, H/p, W/p). As a convolution it would be computed in TF32 on a GPU, by torch's default.
     """
+
+    @classmethod
+    def like(cls, conv: nn.Conv2d) -> "FloatPatchEmbed":
+        """Return an empty module of the sizes of a convolution."""
+        side: Any = conv.stride
+        has_bias = conv.bias is not None
+        return cls(conv.in_channels, conv.out_channels, side, side, bias=has_bias, device="meta")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         patches = F.pixel_unshuffle(x, self.stride[0]).permute(0, 2, 3, 1)
