@@ -9,7 +9,7 @@ from torch import nn
 from tqdit.architectures.interface import Graph, Linear, Operand
 from tqdit.layers.block import IntBlock
 from tqdit.layers.codes import Place
-from tqdit.layers.linear import FloatPatchEmbed, IntLinear, WeightOnlyLinear, WeightOnlyPatchEmbed
+from tqdit.layers.linear import FloatLinear, FloatPatchEmbed, IntLinear, WeightOnlyLinear, WeightOnlyPatchEmbed
 from tqdit.layers.params import ActivationParams
 from tqdit.ops.schema import Backend, WeightParams
 from tqdit.spec import Solution
@@ -46,11 +46,13 @@ class Parts:
         return tuple(name for name in names if f"{name}.weight" in self.solution.params)
 
     def keep_float_ends(self) -> None:
-        """Compute a patch embedding whose weight stays in float as a linear layer."""
+        """Put layers in fp32 where the ends of the model are not quantized; `fill` gives them their parameters."""
         for name in set(self.graph.ends) - set(self.quantized(self.graph.ends)):
-            module: Any = self.model.get_submodule(name)
+            module = self.model.get_submodule(name)
             if isinstance(module, nn.Conv2d):
                 self.replace(name, FloatPatchEmbed.like(module))
+            elif isinstance(module, nn.Linear):
+                self.replace(name, FloatLinear.like(module))
 
     def float_input(self, name: str) -> nn.Module:
         """Return a layer on float inputs, for the linear layer or patch convolution of that name."""

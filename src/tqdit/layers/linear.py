@@ -55,6 +55,18 @@ class WeightOnlyPatchEmbed(Untrainable):
         return self.linear(patches.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class FloatLinear(nn.Linear):
+    """A linear layer y = x W^T + b with float W, whose result for a sample does not depend on the batch on a CPU."""
+
+    @classmethod
+    def like(cls, linear: nn.Linear) -> "FloatLinear":
+        """Return an empty module of the sizes of a layer."""
+        return cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _by_sample(x, self.weight, self.bias)
+
+
 class FloatPatchEmbed(nn.Conv2d):
     """The patch embedding's convolution (kernel = stride = patch) with its float weight, as a linear layer on patches.
 
@@ -70,4 +82,11 @@ class FloatPatchEmbed(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         patches = F.pixel_unshuffle(x, self.stride[0]).permute(0, 2, 3, 1)
-        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return _by_sample(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def _by_sample(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return x W^T + b; on a CPU sample by sample, because libraries order the sums by the number of rows."""
+    if x.is_cpu and not torch.compiler.is_compiling():
+        return torch.cat([F.linear(part, weight, bias) for part in x.split(1)])
+    return F.linear(x, weight, bias)
