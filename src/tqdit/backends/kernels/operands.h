@@ -9,8 +9,8 @@ namespace tqdit {
 enum Grid { UNIFORM = 0, TWO_REGION = 1, MERGED = 2, ROW = 3, SOFTMAX_ROW = 4 };
 
 // Columns of a table of ../../ops/tables.py. ZERO is of signed codes; FACTOR is 2^shift of merged regions, where
-// COARSE = SCALE * FACTOR, so that both regions share one grid of step SCALE. On the grid of rows SCALE is the fraction of
-// a row's largest magnitude that one step is.
+// COARSE = SCALE * FACTOR, so that both regions share one grid of step SCALE. On the grid of rows SCALE is the
+// fraction of a row's largest magnitude that one step is.
 enum Column { SCALE, COARSE, ZERO, FACTOR, INVERSE, COARSE_INVERSE, TABLE_COLUMNS = 8 };
 
 // One activation: its table (samples, units, TABLE_COLUMNS). A stride counts floats; it is 0 where all samples, or all
