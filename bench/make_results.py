@@ -1,6 +1,7 @@
-"""Write docs/results.md, docs/any-input.md and the README's table from the result files; `--check` only compares.
+"""Write docs/results.md, docs/any-input.md, the figures of docs/quality.md and the README's tables from result files.
 
 python bench/make_results.py
+python bench/make_results.py --check    # only compares
 """
 
 import argparse
@@ -15,6 +16,7 @@ from architecture_pages import architectures
 from full_size_pages import full_size
 from gpu_pages import gpu_speed, readme_gpu_speed
 from pages import ROOT, environment, read, table
+from quality_pages import quality
 from scale_pages import calibration_scale
 from speed_pages import cpu_speed, readme_speed
 from trust_pages import any_input
@@ -39,13 +41,14 @@ def main() -> None:
 def pages() -> dict[Path, str]:
     """Path -> text of every page that shows figures."""
     training, methods, cost = (read(name) for name in ("fashion-dit-training", "ablation-cpu", "calibration-cpu"))
-    readme = ROOT / "README.md"
+    readme, page = ROOT / "README.md", ROOT / "docs" / "quality.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(START)
     after = rest.partition(END)[2]
     parts = [_readme_table(methods, cost), readme_speed(), readme_gpu_speed()]
     return {
         ROOT / "docs" / "results.md": _results(training, methods, cost),
         ROOT / "docs" / "any-input.md": any_input(),
+        page: quality(page.read_text(encoding="utf-8")),
         readme: "".join([before, START, "\n", "\n\n".join(parts), "\n", END, after]),
     }
 
