@@ -61,8 +61,8 @@ def alternatives(run: Run) -> Lines:
         return ["Not measured yet: the result file has no such variant.", ""]
     header = ["bits", "`plus`, but with", *BESIDE, "beside `plus`"]
     why = (
-        f"The same run as above. A difference of at most {SAME} dB counts as none. FD-fashion has no verdict: its "
-        f"spread over seeds of the float model, {_spread(run)}, is as large as most differences."
+        f"The same run as above. A difference of at most {SAME} dB counts as none. FD-fashion has no verdict, because "
+        f"it moves with the seed alone: the float model has {_spread(run)}."
     )
     return [why, "", table(header, cells), ""]
 
