@@ -45,6 +45,7 @@ def published(run: Run) -> Lines:
         if cells:
             title = f"**{bits.upper()}**, in order of the PSNR:"
             lines += [title, "", table(["method", *FIGURES, "quantization (s)"], cells), ""]
+    lines += ["What methods chose: " + "; ".join(chosen) + ".", ""] if (chosen := _chosen(run["rows"])) else []
     failed = [f"{row['bits'].upper()} {row['method']}: {row['failed']}" for row in run["rows"] if "failed" in row]
     return lines + (["Not measured: " + "; ".join(failed) + ".", ""] if failed else [])
 
@@ -72,6 +73,22 @@ def equivalence(run: Run) -> Lines:
 
 
 FIGURES = ["ε SQNR (dB)", "PSNR (dB)", "FD-fashion"]
+
+
+def _chosen(rows: list[Run]) -> Lines:
+    """Say what the notes of rows have: SmoothQuant's exponents, Q-DiT's groups, and versions of libraries."""
+    said = []
+    for row in rows:
+        notes = row.get("notes", {})
+        parts = [f"{name} {notes[name]}" for name in ("torchao", "openvino", "nncf") if name in notes]
+        if sizes := notes.get("group_sizes"):
+            parts.append("groups of " + " and ".join(map(str, sorted(set(sizes.values())))))
+        if "exponents" in notes:
+            powers = [power for power in notes["exponents"].values() if power is not None]
+            smoothed = f"{len(powers)} of {len(notes['exponents'])} layers smoothed"
+            parts.append(f"{smoothed}, exponents {min(powers):g} to {max(powers):g}" if powers else smoothed)
+        said += [f"{row['bits'].upper()} {row['method']}: {', '.join(parts)}"] if parts else []
+    return said
 
 
 def _is_artifact(row: Run) -> bool:

@@ -122,9 +122,26 @@ def test_baselines_are_in_order_and_ours_are_marked(script) -> None:
     assert text.index(ours) < text.index(theirs)
     assert "Not measured: W8A8 OpenVINO int8: it runs on a CPU." in lines
     assert "bf16" not in text
+    assert "What methods chose" not in text
     yardstick = "\n".join(script.yardstick(run))
     assert yardstick.index("| **`w8a8`**, ours | 30.00 | 48.00 |") < yardstick.index("| the float model in bf16 |")
     assert "PTQ4DiT" not in yardstick
+
+
+def test_the_choices_of_baselines_are_told(script) -> None:
+    import verdict_pages
+
+    rows = [
+        {**baseline("SmoothQuant, static", "w8a8", 1.0), "notes": {"exponents": {"a": 0.25, "b": None, "c": 0.5}}},
+        {**baseline("Q-DiT, GPTQ", "w4a8", 1.0), "notes": {"group_sizes": {"a": 96, "b": 128, "c": 96}}},
+        {**baseline("SmoothQuant, per token", "w8a8", 1.0), "notes": {"exponents": {"a": None}}},
+        baseline("PTQ4DiT", "w8a8", 1.0),
+    ]
+    assert verdict_pages._chosen(rows) == [
+        "W8A8 SmoothQuant, static: 2 of 3 layers smoothed, exponents 0.25 to 0.5",
+        "W4A8 Q-DiT, GPTQ: groups of 96 and 128",
+        "W8A8 SmoothQuant, per token: 0 of 1 layers smoothed",
+    ]
 
 
 def test_the_equivalence_test_is_counted_and_shown(script) -> None:
