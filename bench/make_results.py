@@ -1,6 +1,7 @@
-"""Write docs/results.md, docs/any-input.md and the README's table from the result files; `--check` only compares.
+"""Write docs/results.md, docs/any-input.md, the figures of docs/quality.md and the README's tables from result files.
 
 python bench/make_results.py
+python bench/make_results.py --check    # only compares
 """
 
 import argparse
@@ -15,6 +16,7 @@ from architecture_pages import architectures
 from full_size_pages import full_size
 from gpu_pages import gpu_speed, readme_gpu_speed
 from pages import ROOT, environment, read, table
+from quality_pages import quality
 from scale_pages import calibration_scale
 from speed_pages import cpu_speed, readme_speed
 from trust_pages import any_input
@@ -39,13 +41,14 @@ def main() -> None:
 def pages() -> dict[Path, str]:
     """Path -> text of every page that shows figures."""
     training, methods, cost = (read(name) for name in ("fashion-dit-training", "ablation-cpu", "calibration-cpu"))
-    readme = ROOT / "README.md"
+    readme, page = ROOT / "README.md", ROOT / "docs" / "quality.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(START)
     after = rest.partition(END)[2]
     parts = [_readme_table(methods, cost), readme_speed(), readme_gpu_speed()]
     return {
         ROOT / "docs" / "results.md": _results(training, methods, cost),
         ROOT / "docs" / "any-input.md": any_input(),
+        page: quality(page.read_text(encoding="utf-8")),
         readme: "".join([before, START, "\n", "\n\n".join(parts), "\n", END, after]),
     }
 
@@ -65,8 +68,15 @@ def _readme_table(methods: dict[str, Any], cost: dict[str, Any]) -> str:
         f"{methods['settings']['steps']} steps, guidance {methods['settings']['guidance']}; the float model's own "
         f"spread over four seeds is {low:.2f} to {high:.2f}. Calibration with the published "
         f"settings takes {paper['calibration_seconds']:.0f} s and {paper['peak_memory_bytes'] / 2**30:.1f} GiB on "
-        f"{paper['environment']['cores']} CPU cores. All figures: [docs/results.md](docs/results.md)."
+        f"{paper['environment']['cores']} CPU cores. {_age(methods, 'docs/')}All figures: "
+        "[docs/results.md](docs/results.md)."
     )
+
+
+def _age(run: dict[str, Any], folder: str = "") -> str:
+    """Say of a run from before `plus` had steps of rows that its rows `plus` are those of the preset as it was then."""
+    present = "input_grid" in run["settings"]["calibration"]
+    return "" if present else f"`plus` is the preset as it was before the parts of [quality.md]({folder}quality.md). "
 
 
 def _spread() -> tuple[float, float]:
@@ -147,8 +157,9 @@ def _how(run: dict[str, Any]) -> str:
     return (
         "Published calibration settings, every variant solved from the same records and run in integers. SQNR of ε "
         f"over {settings['held_out_per_group']} held-out states per time group; PSNR of images with the same seeds; "
-        f"FD-fashion over {settings['images']} images, DDIM {settings['steps']} steps, guidance {settings['guidance']}."
-    )
+        f"FD-fashion over {settings['images']} images, DDIM {settings['steps']} steps, guidance "
+        f"{settings['guidance']}. {_age(run)}"
+    ).strip()
 
 
 def _ablation(run: dict[str, Any]) -> list[str]:
@@ -191,7 +202,8 @@ def _products(both: dict[str, Any]) -> list[str]:
         "`plus` allows one integer product after GELU: a uniform grid at 8 bits, below that the better of regions that "
         "merge and a uniform grid. The alternative is the better of MRQ and a uniform grid at any cost. Both solved "
         f"from the same records and run in integers on {environment(both['environment'])}; SQNR over the same held-out "
-        f"states, PSNR over {both['settings']['images']} images, DDIM {both['settings']['steps']} steps.",
+        f"states, PSNR over {both['settings']['images']} images, DDIM {both['settings']['steps']} steps. "
+        f"{_age(both)}".strip(),
         "",
         table(["bits", "variant", "ε SQNR (dB)", "PSNR (dB)", "size / fp32"], rows),
         "",
@@ -260,7 +272,7 @@ def _states(float32: dict[str, Any], bfloat16: dict[str, Any]) -> list[str]:
     rows = [[bits.upper(), *(f"{run[bits][key]:.2f}" for key in figures for run in (before, now))] for bits in now]
     header = ["`plus`", *(f"{name}, states in {dtype}" for name in ("ε SQNR (dB)", "PSNR (dB)") for dtype in DTYPES)]
     notes = (ROOT / "bench" / "calibration-notes.md").read_text(encoding="utf-8").strip()
-    how = f"`{_command(bfloat16)}`, on {environment(bfloat16['environment'])}."
+    how = f"`{_command(bfloat16)}`, on {environment(bfloat16['environment'])}. {_age(bfloat16)}".strip()
     return ["### States in bf16", "", how, "", table(header, rows), "", notes, ""]
 
 

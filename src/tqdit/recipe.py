@@ -176,7 +176,7 @@ class Recipe(BaseModel):
         """Return the weight bits of the layers that run on float inputs (adaLN, timestep, patch and final layers).
 
         The paper leaves these layers in float. They steer every block at once, so they keep two bits more than the
-        rest.
+        rest. With `ends = "float"` the first and the last of them stay in float.
         """
         return min(8, self.weight_bits + 2)
 

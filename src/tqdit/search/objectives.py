@@ -1,4 +1,7 @@
-"""Judge a choice of scales by the Fisher-weighted squared error of one matmul's output (HO)."""
+"""Judge a choice of scales by the weighted squared error of one matmul's output.
+
+The weights are the Fisher diagonal (HO), with what an error at the timestep does to the image, or none.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
