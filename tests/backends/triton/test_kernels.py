@@ -22,7 +22,7 @@ from tqdit.backends.triton.backend import PackedTritonBackend, TritonBackend
 from tqdit.backends.triton.launch import FEW_ROWS
 from tqdit.backends.triton.layer import TritonLinear
 from tqdit.backends.triton.layouts import Config, Weight
-from tqdit.ops.composed import split_heads
+from tqdit.ops.composed import probabilities, split_heads
 from tqdit.ops.quantizer import dequantize, quantize
 from tqdit.ops.reference import Reference
 from tqdit.ops.schema import Activation, Norm, Residual, WeightParams
@@ -160,7 +160,7 @@ def check_attention(make, batch, tokens, keys, heads, head_dim, config, params, 
     (q,), (k, v) = split_heads(x[..., :width], 1, heads), split_heads(other, 2, heads)
     scores = dequantize(q, params.query).double() @ dequantize(k, params.key).double().transpose(-1, -2)
     scores = scores * head_dim**-0.5 + (0 if bias is None else bias.double()[:, None, None])
-    assert_equal_up_to_ties(codes.int(), scores.softmax(-1), params.softmax, tie)
+    assert_equal_up_to_ties(codes.int(), probabilities(scores, params.softmax), params.softmax, tie)
     attended = REFERENCE.values(codes, params.softmax, v, params.value).transpose(1, 2).flatten(2)
     assert torch.equal(read(actual, width), quantize(attended, target).int())
 
