@@ -34,6 +34,8 @@ GRIDS = [
 PROBABILITIES = [
     (Grid.UNIFORM, 8, False), (Grid.UNIFORM, 4, False), (Grid.MRQ_SOFTMAX, 8, False), (Grid.MRQ_SOFTMAX, 6, True),
 ]  # fmt: skip
+STREAMS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+each_stream = pytest.mark.parametrize("stream", STREAMS.values(), ids=list(STREAMS))
 each_grid = pytest.mark.parametrize(("grid", "bits", "merged"), GRIDS)
 each_probability = pytest.mark.parametrize(("grid", "bits", "merged"), PROBABILITIES)
 
@@ -111,7 +113,7 @@ def weight_of(make: Maker, out: int, inner: int, bits: int = 8) -> WeightParams:
 
 
 @each_grid
-@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@each_stream
 def test_quantize(run: Run, grid: Grid, bits: int, merged: bool, stream: torch.dtype) -> None:
     """Without a norm; samples in different time groups, values beyond the grid."""
     make = maker(0, bits)
@@ -122,7 +124,7 @@ def test_quantize(run: Run, grid: Grid, bits: int, merged: bool, stream: torch.d
     assert_equal_up_to_ties(found.int(), x.double(), target)
 
 
-@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@each_stream
 @pytest.mark.parametrize(("batch", "bits"), [(1, 4), (BATCH, 8)])
 def test_quantize_after_a_norm(run: Run, stream: torch.dtype, batch: int, bits: int) -> None:
     make = maker(1, bits)
@@ -154,18 +156,32 @@ def test_accumulators_are_exact(run: Run, bits: int) -> None:
 
 @each_grid
 def test_linear_is_equal(run: Run, grid: Grid, bits: int, merged: bool) -> None:
-    """Alone; with a residual in fp32 and bf16, with a gate and without."""
+    """Alone; with a residual in fp32, fp16 and bf16, with a gate and without."""
     make, depth = maker(3, bits), 2 * WIDTH + 1
     codes, source = make.codes(BATCH, TOKENS, depth), make.params(grid, BATCH, merged=merged)
     weight, bias = weight_of(make, WIDTH, depth, bits), make.values(WIDTH)
     x, gate = make.values(BATCH, TOKENS, WIDTH), make.values(BATCH, 6 * WIDTH).chunk(6, dim=1)[2]
-    short = x.bfloat16()
+    streams = [x.to(stream) for stream in STREAMS.values()]
     given, layer = run.own(codes, source), run.layer(weight, bias)
-    for then in (None, Residual(x, gate), Residual(x, None), Residual(short, gate), Residual(short, None)):
+    for then in (None, *(Residual(stream, through) for stream in streams for through in (gate, None))):
         expected = REFERENCE.linear(codes, source, REFERENCE.prepare(weight, bias), then)
         found = run("linear", given, source, layer, then)
         assert found.dtype is expected.dtype
         assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # numpy's, in Triton's interpreter
+def test_a_sum_beyond_fp16_is_inf(run: Run) -> None:
+    """The largest number of fp16 is 65504; from 65520 on the nearest is Inf, of the sum's sign."""
+    source = as_operand(Grid.UNIFORM, 8, torch.ones(1, 1), torch.zeros(1, 1))
+    layer = run.layer(WeightParams(torch.eye(WIDTH, dtype=torch.int8), torch.ones(1), 8))
+    added = torch.tensor([0, 15, 16, 17, 127, -15, -16, -128]).repeat(BATCH, TOKENS, 3)[..., :WIDTH].to(torch.int8)
+    x = torch.where(added < 0, -65504.0, 65504.0).half()
+    expected = torch.where(added.int().abs() < 16, x.float(), x.float() * float("inf"))
+    for gate in (torch.ones(BATCH, WIDTH), None):
+        found = run("linear", run.own(added, source), source, layer, Residual(x, gate))
+        assert found.dtype is torch.float16
+        assert torch.equal(found.cpu().float(), expected)
 
 
 @each_grid
