@@ -153,7 +153,7 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     `quantized`: a list of artifacts, or one. `num`: the number of images.
     `samples`: the number of held-out states in each of ten equal ranges of the timesteps;
     the states are the same whatever is compared. `conditions`: the prompts of a model of prompts; by default the
-    model's own classes. `dtype`: float32 or bfloat16, the dtype of the integer models' residual stream. `cost`: also
+    model's own classes. `dtype`: float32, float16 or bfloat16, that the integer models are loaded as. `cost`: also
     time calls next to the float model's in eager float32, and measure memory in a process for each model; not where
     several processes share the machine. `equivalence`: also give every artifact a `Verdict`, for a model of
     Fashion-MNIST; `num` must then be a multiple of 20, and the float model is drawn twice more, in bf16 and with the
