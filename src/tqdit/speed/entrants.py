@@ -200,7 +200,7 @@ class Maker:
         facts = Facts(
             bits=solution.provenance.bits,
             preset=solution.provenance.preset_name,
-            dtype=dtype_name(module.stream_dtype),  # type: ignore[arg-type]
+            dtype=dtype_name(cast(torch.dtype, module.stream_dtype)),
             operations={batch: count_operations(solution, batch) for batch in self.settings.batches},
             report=cast(Mapping[str, str], module.quantization_report),
         )
