@@ -172,6 +172,8 @@ def _time_groups(result: Mapping[str, Any]) -> str:
 
 def _stream(result: Mapping[str, Any]) -> str:
     """Return what is known of the residual stream, and its dtype in a model of dtype float16."""
+    if "fits_float16" not in result:
+        return ""
     largest = result["stream_max"]
     known = "" if largest is None else f"up to {largest:.4g} in calibration, "
     return f"{known}{'float16' if result['fits_float16'] else 'float32'} in a float16 model"
