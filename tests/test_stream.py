@@ -63,6 +63,12 @@ def test_the_dtype_may_change_later(solution) -> None:
     assert (model.half().dtype, model.stream_dtype) == (HALF, FULL)
 
 
+def test_it_compiles_whole(solution, model_inputs) -> None:
+    model = convert(solution, "reference", dtype=HALF)
+    expected = run(model, model_inputs)
+    assert torch.equal(run(torch.compile(model, fullgraph=True, backend="eager"), model_inputs), expected)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_what_leaves_the_range_of_fp16_is_nan(solution, model_inputs, backend: str) -> None:
     """A block that adds more than calibration has seen: Inf at its tokens, and not a number of either sign."""
