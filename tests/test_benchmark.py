@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,8 +118,21 @@ def test_dtype_of_the_residual_stream(folder: Path, monkeypatch: pytest.MonkeyPa
     assert ours.dtype == "bfloat16"
     assert [request.get("dtype") for request in asked if "artifact" in request] == ["bfloat16"]
     assert models[0].stream_dtype is torch.bfloat16
-    with pytest.raises(InputError, match="dtype 'float16' is not one of float32, bfloat16"):
-        run(folder, dtype="float16")
+    ours, *_ = run(folder, dtype="float16").rows
+    assert ours.dtype == "float16"
+    assert models[1].stream_dtype is torch.float16
+    with pytest.raises(InputError, match="dtype 'float64' is not one of float32, float16, bfloat16"):
+        run(folder, dtype="float64")
+
+
+def test_the_dtype_is_that_of_the_stream_itself(tmp_path: Path, solved, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float16 model has an fp32 stream where fp16 might not hold it: that is what the row says."""
+    artifact.write(replace(solved("paper", "w6a6"), stream_max=1e5), tmp_path)
+    asked = []
+    monkeypatch.setattr(contest, "footprint", lambda request: asked.append(request) or Footprint(1, 2, None))
+    ours, *_ = run(tmp_path, dtype="float16").rows
+    assert ours.dtype == "float32"
+    assert [request.get("dtype") for request in asked if "artifact" in request] == ["float16"]
 
 
 def test_models_of_one_shape_share_baselines_and_others_have_their_own(folder: Path) -> None:

@@ -42,11 +42,12 @@ def comparison(pipeline, artifacts):
 def test_a_residual_stream_in_bf16_is_another_model(pipeline, artifacts, comparison) -> None:
     found = compare(pipeline, artifacts[:1], num=3, sampling=FAST, samples=2, dtype=torch.bfloat16, cost=False)
     assert found.settings["dtype"] == "bfloat16"
+    assert [row.stream_dtype for row in (found.float_model, *found.models)] == [None, "bfloat16"]
     assert torch.equal(found.float_model.images, comparison.float_model.images)
     (ours,), (before, _) = found.models, comparison.models
     assert ours.eps.overall != before.eps.overall
     assert abs(ours.eps.overall - before.eps.overall) < 3
-    with pytest.raises(InputError, match="dtype 'int8' is not one of float32, bfloat16"):
+    with pytest.raises(InputError, match="dtype 'int8' is not one of float32, float16, bfloat16"):
         compare(pipeline, artifacts[:1], dtype="int8")
 
 

@@ -37,6 +37,7 @@ def some(inputs: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]
     [
         ("paper", "w8a8", torch.float32),
         ("paper", "w8a8", torch.bfloat16),
+        ("paper", "w8a8", torch.float16),
         ("plus", "w6a6", torch.float32),
         ("plus", "w4a8", torch.float32),
     ],

@@ -204,7 +204,7 @@ def test_images_become_files(quantized, tmp_path) -> None:
         ({"classes": 3}, r"must be a list, got the number 3; give \[3\]"),
         ({"classes": [10]}, "unknown class '10'"),
         ({"classes": [-1]}, "unknown class '-1'"),
-        ({"dtype": torch.int8}, "dtype 'int8' is not one of float32, bfloat16"),
+        ({"dtype": torch.int8}, "dtype 'int8' is not one of float32, float16, bfloat16"),
         ({"device": "cuda:99"}, "device 'cuda:99' is not available"),
         ({"device": "toaster"}, "device 'toaster' is not available"),
     ],

@@ -12,6 +12,8 @@ from tqdit.grids.registry import Grid
 from tqdit.provenance import Provenance
 from tqdit.timegroups import TimeGroups
 
+STREAM_MARGIN = 8  # fp16 holds values this many times as large as the largest in calibration
+
 
 class Role(StrEnum):
     """The operand of a matmul that a site is."""
@@ -99,7 +101,8 @@ class Solution:
     """A quantized model as data: an artifact holds it, and every runtime is built from it.
 
     `codes` are int8 weight codes in the shape of the weight. `floats` are the parameters left in fp32 (biases, label
-    table).
+    table). `stream_max`: the largest magnitude of the float model's residual stream in calibration; None where it was
+    not recorded.
     """
 
     model_config: Mapping[str, Any]
@@ -108,6 +111,15 @@ class Solution:
     codes: Mapping[str, torch.Tensor]
     floats: Mapping[str, torch.Tensor]
     provenance: Provenance
+    stream_max: float | None = None
+
+    @property
+    def fits_float16(self) -> bool:
+        """Say whether fp16 holds the residual stream, with room for values that calibration did not see.
+
+        Calibration sees the stream before and after blocks, in some states of the float model.
+        """
+        return self.stream_max is not None and self.stream_max * STREAM_MARGIN <= torch.finfo(torch.float16).max
 
     @property
     def sites(self) -> tuple[SiteSpec, ...]:

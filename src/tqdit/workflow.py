@@ -47,8 +47,8 @@ __all__ = [
 def load(model: str | Path, *, backend: str = "auto", device: Device = "auto", dtype: Dtype = "float32") -> nn.Module:
     """A runnable transformer: an artifact in integers on `backend`, anything else in fp32.
 
-    `device`: "auto" is a GPU where there is one, else the CPU. `dtype`: float32 or bfloat16 (or torch's own), of an
-    artifact's residual stream.
+    `device`: "auto" is a GPU where there is one, else the CPU. `dtype`: float32, float16 or bfloat16 (or torch's
+    own), of an artifact's residual stream; that of float16 is float32 where fp16 might not hold it.
     """
     return load_source(resolve(model), Target(backend, device, dtype))
 

@@ -38,6 +38,8 @@ PROBABILITIES = [
     (Grid.UNIFORM, 8, False), (Grid.UNIFORM, 4, False), (Grid.MRQ_SOFTMAX, 8, False), (Grid.MRQ_SOFTMAX, 6, True),
     (Grid.SOFTMAX_ROW, 8, False), (Grid.SOFTMAX_ROW, 4, False),
 ]  # fmt: skip
+STREAMS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+each_stream = pytest.mark.parametrize("stream", STREAMS.values(), ids=list(STREAMS))
 each_grid = pytest.mark.parametrize(("grid", "bits", "merged"), GRIDS)
 each_probability = pytest.mark.parametrize(("grid", "bits", "merged"), PROBABILITIES)
 
@@ -133,7 +135,7 @@ def weight_of(make: Maker, out: int, inner: int, bits: int = 8) -> WeightParams:
 
 
 @each_grid
-@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@each_stream
 def test_quantize(run: Run, grid: Grid, bits: int, merged: bool, stream: torch.dtype) -> None:
     """Without a norm; samples in different time groups, values beyond the grid."""
     make = maker(0, bits)
@@ -148,7 +150,7 @@ def test_quantize(run: Run, grid: Grid, bits: int, merged: bool, stream: torch.d
     assert_equal_up_to_ties(found.int(), x.double(), target)
 
 
-@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@each_stream
 @pytest.mark.parametrize(("batch", "bits"), [(1, 4), (BATCH, 8)])
 @pytest.mark.parametrize("grid", [Grid.UNIFORM, Grid.ROW])
 def test_quantize_after_a_norm(run: Run, stream: torch.dtype, batch: int, bits: int, grid: Grid) -> None:
@@ -210,6 +212,31 @@ def test_linear_is_equal(run: Run, grid: Grid, bits: int, merged: bool) -> None:
         found = run("linear", given, source, layer, then)
         assert found.dtype is expected.dtype
         assert torch.equal(found.cpu(), expected)
+
+
+def test_a_residual_in_fp16_is_equal(run: Run) -> None:
+    make = maker(11)
+    codes, source = make.codes(BATCH, TOKENS, 2 * WIDTH + 1), make.params(lead=BATCH)
+    weight, bias = weight_of(make, WIDTH, 2 * WIDTH + 1), make.values(WIDTH)
+    x, gate = make.values(BATCH, TOKENS, WIDTH).half(), make.values(BATCH, 6 * WIDTH).chunk(6, dim=1)[2]
+    for then in (Residual(x, gate), Residual(x, None)):
+        found = run("linear", run.own(codes, source), source, run.layer(weight, bias), then)
+        assert found.dtype is torch.float16
+        assert torch.equal(found.cpu(), REFERENCE.linear(codes, source, REFERENCE.prepare(weight, bias), then))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # numpy's, in Triton's interpreter
+def test_a_sum_beyond_fp16_is_inf(run: Run) -> None:
+    """The largest number of fp16 is 65504; from 65520 on the nearest is Inf, of the sum's sign."""
+    source = as_operand(Grid.UNIFORM, 8, torch.ones(1, 1), torch.zeros(1, 1))
+    layer = run.layer(WeightParams(torch.eye(WIDTH, dtype=torch.int8), torch.ones(1), 8))
+    added = torch.tensor([0, 15, 16, 17, 127, -15, -16, -128]).repeat(BATCH, TOKENS, 3)[..., :WIDTH].to(torch.int8)
+    x = torch.where(added < 0, -65504.0, 65504.0).half()
+    expected = torch.where(added.int().abs() < 16, x.float(), x.float() * float("inf"))
+    for gate in (torch.ones(BATCH, WIDTH), None):
+        found = run("linear", run.own(added, source), source, layer, Residual(x, gate))
+        assert found.dtype is torch.float16
+        assert torch.equal(found.cpu().float(), expected)
 
 
 @each_grid

@@ -48,6 +48,18 @@ def float_twin(solution: Solution) -> torch.nn.Module:
     return model.eval()
 
 
+def test_the_residual_stream_is_below_its_bound(config) -> None:
+    """With 28 blocks, as DiT-XL/2; with the margin, fp16 holds what is said of it."""
+    solution = random_solution({**config, "num_layers": 28}, Recipe("plus", "w8a8"))
+    assert solution.fits_float16
+    model, seen = float_twin(solution), []
+    for block in model.transformer_blocks:
+        block.register_forward_hook(lambda m, args, out: seen.append(out.abs().max().item()))
+    run(model)
+    assert len(seen) == 28
+    assert 1 < max(seen) < solution.stream_max
+
+
 def operands(model: torch.nn.Module, block: int) -> dict[str, torch.Tensor]:
     """Site -> its values in a run, but for the probabilities."""
     prefix = f"transformer_blocks.{block}"

@@ -103,8 +103,13 @@ class _Manifest3(_Manifest):
     time_groups: _TimeGroups
 
 
-# Format 4 is format 3 with the grids of rows, channel factors, and layers outside of blocks that stay in float.
-FORMATS: dict[int, type[_Manifest2] | type[_Manifest3]] = {2: _Manifest2, 3: _Manifest3, 4: _Manifest3}
+class _Manifest4(_Manifest3):
+    stream_max: Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)] | None = None
+
+
+# Format 4 is format 3 with the grids of rows, channel factors, layers outside of blocks that stay in float, and the
+# largest magnitude of the residual stream.
+FORMATS: dict[int, type[_Manifest2] | type[_Manifest3]] = {2: _Manifest2, 3: _Manifest3, 4: _Manifest4}
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,7 @@ class Manifest:
     """The content of a manifest.
 
     `shapes`: of weights, whose codes are packed. `aliases`: a tensor's name -> the equal one that is stored.
+    `stream_max`: as in `Solution`; formats before 4 do not have it.
     """
 
     model_config: Mapping[str, Any]
@@ -121,6 +127,7 @@ class Manifest:
     tensors: Mapping[str, StoredTensor]
     aliases: Mapping[str, str]
     provenance: Provenance
+    stream_max: float | None = None
 
     @classmethod
     def parse(cls, data: bytes, version: int) -> Self:
@@ -144,6 +151,7 @@ class Manifest:
             value.tensors,
             _checked_aliases(value),
             Provenance.from_json(_printable(value.provenance)),
+            value.stream_max if isinstance(value, _Manifest4) else None,
         )
 
     def to_json(self) -> bytes:
@@ -156,6 +164,7 @@ class Manifest:
             "tensors": {name: tensor.model_dump() for name, tensor in self.tensors.items()},
             "aliases": dict(self.aliases),
             "provenance": self.provenance.to_json(),
+            "stream_max": self.stream_max,
         }
         return json.dumps(value, separators=(",", ":")).encode()
 

@@ -4,7 +4,8 @@
     <site>.scale, <site>.zero_point    float32, int32
     <site>.channels                float32, channel factors of an activation
     <parameter>                    float32, parameters that stay in float
-    tqdit.manifest                 uint8, JSON: sites, shapes, sha256 of every tensor, aliases, provenance
+    tqdit.manifest                 uint8, JSON: sites, shapes, sha256 of every tensor, aliases, provenance,
+                                   largest magnitude of the residual stream
 
 The manifest is a tensor because diffusers, the hub and sharding move tensors and config.json, nothing else; config.json
 holds its sha256. Tensors with equal bytes are stored once: diffusers gives every block its own copy of one timestep
@@ -46,6 +47,7 @@ def pack(solution: Solution) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         {name: _describe(tensor) for name, tensor in sorted(stored.items())},
         aliases,
         solution.provenance,
+        solution.stream_max,
     )
     text = bytearray(manifest.to_json())
     stored[MANIFEST_TENSOR] = torch.frombuffer(text, dtype=torch.uint8)
@@ -107,7 +109,8 @@ def _unpacked(found: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> S
         if tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
             raise InputError(f"tensor '{name}' must be finite float32, it is {tensor.dtype}")
     model_config = {key: value for key, value in config.items() if key != QUANTIZATION}
-    return Solution(model_config, manifest.time_groups, params, codes, tensors, manifest.provenance)
+    groups, provenance = manifest.time_groups, manifest.provenance
+    return Solution(model_config, groups, params, codes, tensors, provenance, manifest.stream_max)
 
 
 def _tensors_of(solution: Solution) -> tuple[dict[str, torch.Tensor], dict[str, tuple[int, ...]]]:

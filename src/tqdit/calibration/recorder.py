@@ -4,7 +4,7 @@ The pass records ranges, sampled activations and Fisher weights per matmul.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,15 +13,15 @@ from torch import nn
 
 from tqdit.architectures import registry
 from tqdit.architectures.attention import Computed
-from tqdit.architectures.interface import Attention, Graph, Linear, Operand
+from tqdit.architectures.interface import Attention, Block, Graph, Linear, Operand
 from tqdit.architectures.registry import architecture, config_of, graph
 from tqdit.calibration.batches import Batches
 from tqdit.calibration.fisher import Pick, Probes
 from tqdit.calibration.picker import Picker
-from tqdit.calibration.records import MAXIMA, Records, channels_of, join, recorded
+from tqdit.calibration.records import MAXIMA, STREAM_HIGH, Records, channels_of, join, recorded
 from tqdit.calibration.statistics import RangeStats, extremes, kept_keys
 from tqdit.calibration.store import Forgetful, Store, Tensors
-from tqdit.calibration.taps import Taps
+from tqdit.calibration.taps import Taps, watched_stream
 from tqdit.calibration.trajectories import CalibrationSet
 from tqdit.errors import InputError
 from tqdit.recipe import Recipe
@@ -34,6 +34,7 @@ from tqdit.system.parcels import copied
 PROBE_STREAM = 500_000  # first noise stream of the probes, far from the streams of images and of trajectories
 MAXIMA_PER_HEAD = 16
 LARGEST_BATCH = 8
+STREAM = "the residual stream"  # its name in messages
 PER_STATE = ("group", "step_weight", "image_weight")  # what a record says of the state of each row
 # What the activations that one backward pass needs, and what is picked of it, may take. On a GPU few samples wait for
 # launches.
@@ -65,7 +66,7 @@ def record(
     names = [f"records-{members.start:06d}-{members.stop:06d}" for members in division]
 
     def run(members: range) -> dict[str, torch.Tensor]:
-        return _Pass(data, recipe, picker, members, device).run(model, taps)
+        return _Pass(data, recipe, picker, members, device).run(model, taps, structure.blocks)
 
     def make(members: range) -> dict[str, torch.Tensor]:
         found = batches.over(members, run)
@@ -177,18 +178,22 @@ class _Pass:
         self.probes = Probes(recipe.probes)
         self.found: dict[str, torch.Tensor] = {}
         self.maxima: list[torch.Tensor] = []
+        self.streams: list[torch.Tensor] = []  # largest magnitude of each sample at one place, (b * halves,)
         self.finite: dict[str, torch.Tensor] = {}  # site -> which samples had only finite values
         self.outputs: dict[str, list[str]] = {}  # key of a Fisher tensor -> the watched outputs that the tensor joins
 
-    def run(self, model: nn.Module, taps: Taps) -> dict[str, torch.Tensor]:
+    def run(self, model: nn.Module, taps: Taps, blocks: Sequence[Block]) -> dict[str, torch.Tensor]:
         """Return the values that `Records` joins, by "<site or attention>/<field>", on the CPU; and the maxima."""
         x = self.data.x[self.slice].to(self.device)
         x.requires_grad_(self.recipe.probed)
-        with taps.sending_to(self):
+        with taps.sending_to(self), watched_stream(model, blocks, self._add_stream):
             conditions = self.data.conditions or registry.conditions(config_of(model))
             inputs = arguments(conditions, self.data.labels[self.slice].to(self.device), self.recipe.guidance)
             eps = predict(model, x, self.data.t[self.slice].to(self.device), *inputs, self.recipe.guidance)
             eps = eps[:, : x.shape[1]]
+        largest = torch.stack(self.streams).amax(0)
+        self.finite[STREAM] = largest.isfinite()  # looked at last: a site says where
+        self.found[STREAM_HIGH] = largest.amax()
         self._check_finite()
         if self.recipe.probed:
             self.probes.run(eps, x, self._noise(eps))
@@ -258,6 +263,11 @@ class _Pass:
         stats = RangeStats.empty(self.groups, x.shape[2], self.device).include(x.amin(1), x.amax(1), self.group)
         self.found[f"{channels_of(name)}/low"], self.found[f"{channels_of(name)}/high"] = stats.low, stats.high
 
+    def _add_stream(self, x: torch.Tensor) -> None:
+        """Include the largest magnitude of every sample of the residual stream at one place."""
+        low, high = extremes(x.float())
+        self.streams.append(torch.maximum(-low, high).amax(1))
+
     def _check_finite(self) -> None:
         """Raise `InputError` naming the first site, in the order of the forward pass, that had NaN or Inf, and when.
 
@@ -267,9 +277,10 @@ class _Pass:
         if finite.all():
             return
         site, sample = (int(index) for index in (~finite).nonzero()[0])
+        names = [name if name == STREAM else f"site '{name}'" for name in self.finite]
         t = self.data.t[self.slice].repeat(len(finite[0]) // len(self.members))[sample]
         raise InputError(
-            f"site '{list(self.finite)[site]}': the float model has NaN or Inf values at timestep {t.item():g} (time "
+            f"{names[site]}: the float model has NaN or Inf values at timestep {t.item():g} (time "
             f"group {int(self.group[sample])} of {self.groups}), no scale can represent them"
         )
 

@@ -14,6 +14,7 @@ from tqdit.spec import Role
 from tqdit.timegroups import TimeGroups
 
 MAXIMA = "maxima"
+STREAM_HIGH = "stream/high"  # the largest magnitude of the residual stream, fp32 ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Records:
     `linears` and `attentions` come on the device of the model they were recorded of, all else on the CPU. `maxima`:
     largest post-softmax values of all blocks, (S, blocks, heads * k), for the report. `recipe`, `time_groups`,
     `states_sha256` and `source_sha256`, of the model's weights, say which calibration they are of, where a search is to
-    check it.
+    check it. `stream_max`: the largest magnitude of the residual stream before and after blocks, over all states.
     """
 
     linears: Mapping[str, LinearRecord]
@@ -100,6 +101,7 @@ class Records:
     states_sha256: str = ""
     source_sha256: str = ""
     conditions_sha256: str | None = None  # None for the model's own classes
+    stream_max: float | None = None
 
     @classmethod
     def from_parts(
@@ -109,12 +111,12 @@ class Records:
         ranged = [operand.name for block in blocks for operand in block.operands]
         ranged += [channels_of(o.name) for block in blocks for o in block.operands if o.role is Role.GELU]
         keys = [f"{site}/{end}" for site in ranged for end in ("low", "high")]
-        small = [part.read([*keys, MAXIMA]) for part in parts]
+        small = [part.read([*keys, MAXIMA, STREAM_HIGH]) for part in parts]
         ranges = {site: RangeStats(*(join(f"{site}/{end}", small) for end in ("low", "high"))) for site in ranged}
         return cls(
             Joined(LinearRecord, [linear.source.name for block in blocks for linear in block.linears], parts, device),
             Joined(AttentionRecord, [found.module for block in blocks for found in block.attentions], parts, device),
-            ranges, join(MAXIMA, small), t,
+            ranges, join(MAXIMA, small), t, stream_max=join(STREAM_HIGH, small).item(),
         )  # fmt: skip
 
 

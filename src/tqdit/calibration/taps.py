@@ -1,6 +1,6 @@
 """Watch a float model: every operand and every output of its quantized matmuls, while it computes them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -98,3 +98,28 @@ class Taps:
                 self.sink.linear_output(linear, name, output)
 
         return hook
+
+
+@contextmanager
+def watched_stream(
+    model: nn.Module, blocks: Sequence[Block], receive: Callable[[torch.Tensor], None]
+) -> Iterator[None]:
+    """Give `receive` the residual stream of a float model, (B, N, C), before each block and after the last one.
+
+    The stream is the first argument of a block and its result, or the first of its results.
+    """
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        receive(next(iter((*args, *kwargs.values()))).detach())
+
+    def after(_: nn.Module, __: Any, output: Any) -> None:
+        receive((output[0] if isinstance(output, tuple) else output).detach())
+
+    modules = [model.get_submodule(block.prefix) for block in blocks]
+    handles: list[Any] = [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
+    handles.append(modules[-1].register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

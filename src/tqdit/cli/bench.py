@@ -41,7 +41,8 @@ def bench(
     assignments: Set = None,
     backend: Backend = "auto",
     dtype: Annotated[
-        str | None, typer.Option(help="of quantized models: float32, bfloat16; default bfloat16 on a GPU, else float32")
+        str | None,
+        typer.Option(help="of quantized models: float32, float16, bfloat16; default bfloat16 on a GPU, else float32"),
     ] = None,
     against: Annotated[
         str,

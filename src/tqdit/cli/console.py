@@ -162,6 +162,7 @@ def _summary(result: dict[str, Any]) -> list[tuple[str, str]]:
         (result["name"], f"{result['shape']}, {result['preset'] or 'no preset'}, {result['bits']}"),
         ("size", f"{size / 1e6:.2f} MB: {2 * size / fp32:.3f} of bf16, {size / fp32:.3f} of fp32"),
         ("time groups", _time_groups(result)),
+        ("stream", _stream(result)),
         ("calibration", _settings(recipe, calibration)),
         ("search", _settings(recipe, search)),
         ("source", f"{provenance.source or ''} sha256 {(provenance.source_sha256 or '')[:12]}"),
@@ -175,6 +176,15 @@ def _time_groups(result: Mapping[str, Any]) -> str:
     """Return the time groups in the words of `TimeGroups.summary`."""
     total = result["num_timesteps"]
     return f"{result['time_groups']} " + (f"of {total} training timesteps" if total else f"in {result['timesteps']}")
+
+
+def _stream(result: Mapping[str, Any]) -> str:
+    """Return what is known of the residual stream, and its dtype in a model of dtype float16."""
+    if "fits_float16" not in result:
+        return ""
+    largest = result["stream_max"]
+    known = "" if largest is None else f"up to {largest:.4g} in calibration, "
+    return f"{known}{'float16' if result['fits_float16'] else 'float32'} in a float16 model"
 
 
 def _settings(recipe: Mapping[str, Any], names: Sequence[str]) -> str:

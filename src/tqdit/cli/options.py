@@ -55,7 +55,12 @@ Prompts = Annotated[
     Path | None,
     typer.Option("--prompts", metavar="FILE", help="embeddings of prompts (.safetensors), for a model of prompts"),
 ]
-Dtype = Annotated[str, typer.Option(help="of an artifact's residual stream: float32, or bfloat16, faster on GPUs")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="of an artifact's residual stream: float32; bfloat16, faster on GPUs; float16 where fp16 can hold it"
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress and no hints")]
 Verbose = Annotated[
     bool,

@@ -21,8 +21,8 @@ ADAPTED = Adapted()
 class IntBlock(Closed, Untrainable):
     """The base of a transformer block on integer codes: (B, N, C) and a `Call` -> (B, N, C).
 
-    The residual stream is fp32 or bf16, as it comes in: bf16 rounds it after each addition. LayerNorm, softmax and GELU
-    are fp32. A subclass has `run`, which calls the steps below: each is a few verbs of the backend.
+    The residual stream is fp32, fp16 or bf16, as it comes in: the latter two round it after each addition. LayerNorm,
+    softmax and GELU are fp32. A subclass has `run`, which calls the steps below: each is a few verbs of the backend.
     """
 
     def __init__(

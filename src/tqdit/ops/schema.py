@@ -106,7 +106,7 @@ class Activation(NamedTuple):
 class Residual(NamedTuple):
     """The step after a product y that adds it: x + gate y, in fp32, rounded once to the dtype of x.
 
-    x: (B, N, C) fp32 or bf16. `gate`: (B, C) fp32, or None for x + y.
+    x: (B, N, C) fp32, fp16 or bf16. `gate`: (B, C) fp32, or None for x + y.
     """
 
     x: torch.Tensor
@@ -114,7 +114,7 @@ class Residual(NamedTuple):
 
 
 class Backend(Protocol):
-    """The verbs of a quantized transformer. Hidden states x: (B, N, C), fp32 or bf16.
+    """The verbs of a quantized transformer. Hidden states x: (B, N, C), fp32, fp16 or bf16.
 
     A `layer` argument is what `prepare` or `prepare_float_input` returned; `source` says what its codes mean.
     """

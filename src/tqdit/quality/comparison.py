@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from tqdit.quality.fidelity import EpsilonFidelity
 from tqdit.quality.trial import Trial, fashion_trial
 from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
-from tqdit.runtime.target import Device, Dtype, Target
+from tqdit.runtime.target import Device, Dtype, Target, dtype_name
 from tqdit.sampling.guidance import Conditions, Sampling
 from tqdit.sampling.prompts import read_conditions
 from tqdit.sampling.schedules import resolved
@@ -52,7 +52,7 @@ class ModelRow:
 
     The float model has no `eps`, `psnr_db` or `solution`; its size is that of its fp32 weights. `size_ratio` is over
     fp32, `size_ratio_bfloat16` over bf16, and `size_ratio_file` over the file that was quantized: the float model's
-    `file_bytes`, whose tensors are of `file_dtype`.
+    `file_bytes`, whose tensors are of `file_dtype`. `stream_dtype`: of an integer model's residual stream.
     """
 
     name: str
@@ -72,6 +72,7 @@ class ModelRow:
     file_dtype: str | None = None
     cost: Cost | None = None
     verdict: Verdict | None = None
+    stream_dtype: str | None = None
 
     @property
     def disk_bytes(self) -> int:
@@ -91,6 +92,7 @@ class ModelRow:
             "file_bytes": self.file_bytes,
             "file_dtype": self.file_dtype,
             "calibration_seconds": self.calibration_seconds,
+            "stream_dtype": self.stream_dtype,
             "eps_sqnr_db": _finite(self.eps.overall) if self.eps else None,
             "eps_sqnr_db_by_group": [_finite(db) for db in self.eps.by_group] if self.eps else None,
             "psnr_db": _finite(self.psnr_db),
@@ -153,7 +155,7 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     `quantized`: a list of artifacts, or one. `num`: the number of images.
     `samples`: the number of held-out states in each of ten equal ranges of the timesteps;
     the states are the same whatever is compared. `conditions`: the prompts of a model of prompts; by default the
-    model's own classes. `dtype`: float32 or bfloat16, the dtype of the integer models' residual stream. `cost`: also
+    model's own classes. `dtype`: float32, float16 or bfloat16, that the integer models are loaded as. `cost`: also
     time calls next to the float model's in eager float32, and measure memory in a process for each model; not where
     several processes share the machine. `equivalence`: also give every artifact a `Verdict`, for a model of
     Fashion-MNIST; `num` must then be a multiple of 20, and the float model is drawn twice more, in bf16 and with the
@@ -265,7 +267,8 @@ def _measured(
         row = _quantized_row(entry, first, sizes, _pixels(wanted, module, entry.name, report), eps)
         fd = fd_fashion(source, row.images)
         cost = calls.timed(model, module, entry, report) if calls else None
-        rows.append(replace(row, fd_fashion=fd, cost=cost))
+        stream = dtype_name(cast(torch.dtype, module.stream_dtype))
+        rows.append(replace(row, fd_fashion=fd, cost=cost, stream_dtype=stream))
     return first, rows
 
 

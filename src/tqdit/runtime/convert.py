@@ -39,8 +39,9 @@ def convert(
 
     `backend`: a name, or "auto". A model with the backend "auto" is converted again by a call on another kind of
     device. `device`: where the model runs. `dtype`: float32, float16 or bfloat16, of inputs and outputs as
-    `torch_dtype` of diffusers; bfloat16 is also the dtype of the residual stream. `memory`: the device that holds the
-    tensors of a model that is offloaded, whose parts are moved to `device` one at a time; by default `device` itself.
+    `torch_dtype` of diffusers, and of the residual stream; under float16 the stream is float32 unless the solution
+    `fits_float16`: `stream_dtype` of the model says which. `memory`: the device that holds the tensors of a model that
+    is offloaded, whose parts are moved to `device` one at a time; by default `device` itself.
 
     Raises `InputError` if the solution does not fit the model that its config describes (see `runtime.fitting`), and if
     the backend cannot run on the device.
@@ -74,6 +75,7 @@ def _converted(
     model.solution = replace(solution, codes=LayerCodes(parts.places, parts.sites))
     model.reconvert = partial(_converted, backend=backend)  # the solution was checked before
     model.io_dtype = dtype
+    model.fits_float16 = solution.fits_float16
     model.prepared_for = torch.device(device).type
     model.fingerprint = Fingerprint(_described(solution, chosen.NAME, device))
     model.fixed = frozenset(state_names(model))

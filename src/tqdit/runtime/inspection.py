@@ -38,6 +38,8 @@ def inspection(source: ModelSource, target: Target) -> dict[str, Any]:
         "time_groups": solution.time_groups.num_groups,
         "num_timesteps": solution.time_groups.num_timesteps,
         "timesteps": solution.time_groups.interval,
+        "stream_max": solution.stream_max,
+        "fits_float16": solution.fits_float16,
         "backend": kernels.NAME,
         "device": str(target.device),
         "provenance": solution.provenance.to_json(),

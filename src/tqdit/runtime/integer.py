@@ -27,7 +27,9 @@ from tqdit.spec import Solution
 from tqdit.system.files import replacing
 from tqdit.system.isolation import isolated
 
-CONVERTED = ("quantization_backend", "quantization_report", "solution", "reconvert", "prepared_for", "fixed")
+CONVERTED = (
+    "quantization_backend", "quantization_report", "solution", "reconvert", "prepared_for", "fixed", "fits_float16",
+)  # fmt: skip
 LOCK = threading.Lock()  # held while a model is converted again
 INTEGER, CLOSED = "Integer", "Closed"  # first words of the names of classes that are made here
 
@@ -54,6 +56,7 @@ class IntegerModel(Closed, Untrainable):
     reconvert: Any  # (Solution, device=...) -> a model that is converted in the same way
     prepared_for: str  # the kind of device that the layers are laid out for
     fixed: frozenset[str]  # names in a state dict that belong to the model, not to an adapter
+    fits_float16: bool  # whether a residual stream of fp16 holds its values, by the solution
     runtime: Runtime
     config: Any
     original: type[Any]  # diffusers' class
@@ -69,12 +72,13 @@ class IntegerModel(Closed, Untrainable):
 
     @property
     def stream_dtype(self) -> torch.dtype:
-        """Return the dtype of the residual stream between the blocks: bf16 in a model of that dtype, else fp32.
+        """Return the dtype of the residual stream between the blocks, which is the model's own where that holds it.
 
-        A model of dtype fp16 has an fp32 stream, since fp16 would not hold the sums of real models. No other
+        A model of dtype fp16 has an fp32 stream unless calibration has shown that fp16 holds the stream
+        (`Solution.fits_float16`). What leaves the range of fp16 nevertheless is Inf, and its sample NaN. No other
         computation depends on the model's dtype.
         """
-        return torch.bfloat16 if self.io_dtype is torch.bfloat16 else torch.float32
+        return torch.float32 if self.io_dtype is torch.float16 and not self.fits_float16 else self.io_dtype
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Move the tensors, and change only the dtype of inputs, outputs and the residual stream."""

@@ -9,7 +9,7 @@ from tqdit.ops.dispatch import get_backend
 from tqdit.ops.schema import Backend
 from tqdit.system import distributed
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Device = str | torch.device
 Dtype = str | torch.dtype
 
@@ -22,8 +22,8 @@ class Target:
         Target("triton", torch.device("cuda:1"), "bfloat16")
 
     `backend`: a name; "auto" is the best one for the device. `device`: torch's own or a name; "auto" is a GPU where
-    there is one, else the CPU. `dtype`: float32 or bfloat16, torch's own or a name; it is the dtype of an integer
-    model's residual stream.
+    there is one, else the CPU. `dtype`: float32, float16 or bfloat16, torch's own or a name; it is the dtype of an
+    integer model's residual stream, but float32 for float16 where that might not hold the stream.
 
     Raises `InputError` that names the one that is unknown or not available.
     """
@@ -46,7 +46,7 @@ class Target:
 
     @property
     def dtype_name(self) -> str:
-        """Return the dtype as "float32" or "bfloat16"."""
+        """Return the dtype as "float32", "float16" or "bfloat16"."""
         return dtype_name(self.dtype)
 
 
@@ -64,9 +64,9 @@ def checked_device(device: Device = "auto") -> torch.device:
 
 
 def checked_dtype(dtype: Dtype) -> torch.dtype:
-    """Return the dtype of an integer model's residual stream, given by its name or torch's own.
+    """Return the dtype that an integer model is loaded as, given by its name or torch's own.
 
-    Raises `InputError` for any other than float32 and bfloat16.
+    Raises `InputError` for any other than float32, float16 and bfloat16.
     """
     name = dtype_name(dtype)
     if name not in DTYPES:

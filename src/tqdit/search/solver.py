@@ -74,7 +74,8 @@ def solve(
     for found in world.gather_named(solved, len(parts)):
         solver.take(found)
     ordered = {name: solver.params[name] for name in solver.specs}
-    return Solution(dict(config_of(model)), time_groups, ordered, solver.codes, solver.floats(), provenance)
+    floats, stream_max = solver.floats(), records.stream_max
+    return Solution(dict(config_of(model)), time_groups, ordered, solver.codes, floats, provenance, stream_max)
 
 
 Solved = dict[str, torch.Tensor]  # "<site>/scale", "<site>/zero_point" and "<site>/codes" of matmuls, on the CPU

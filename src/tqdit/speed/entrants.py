@@ -20,7 +20,7 @@ from tqdit.errors import InputError
 from tqdit.imaging.generate import sample_latents
 from tqdit.runtime import fitting
 from tqdit.runtime.convert import convert
-from tqdit.runtime.target import Target, checked_dtype
+from tqdit.runtime.target import Target, checked_dtype, dtype_name
 from tqdit.sampling.guidance import Sampling
 from tqdit.speed.baselines import DenoiserCall, build, contenders, missing, quiet, weights_of
 from tqdit.speed.conditions import timed_conditions
@@ -200,7 +200,7 @@ class Maker:
         facts = Facts(
             bits=solution.provenance.bits,
             preset=solution.provenance.preset_name,
-            dtype=self.target.dtype_name,
+            dtype=dtype_name(cast(torch.dtype, module.stream_dtype)),
             operations={batch: count_operations(solution, batch) for batch in self.settings.batches},
             report=cast(Mapping[str, str], module.quantization_report),
         )
@@ -212,7 +212,7 @@ class Maker:
     ) -> Contender:
         what = {"baseline": backend}
         if "facts" in rest:
-            what = {"artifact": str(subject.folder), "backend": backend, "dtype": rest["facts"].dtype}
+            what = {"artifact": str(subject.folder), "backend": backend, "dtype": self.target.dtype_name}
         common = {"config": dict(subject.config), "device": str(self.device), "threads": torch.get_num_threads()}
         return Contender(title, model, backend, module, subject.config, {**common, **what}, subject.scheduler, **rest)
 

@@ -26,6 +26,7 @@ EXTENTS = {Role.INPUT: 10.0, Role.QUERY: 10.0, Role.KEY: 10.0, Role.VALUE: 10.0}
 GELU_MAXIMUM = 5.0
 VARIATION = 0.03  # relative variation of a scale between time groups, heads and channels
 NUM_TIMESTEPS = 1000
+STREAM_MAX = 256.0  # beyond any value of the residual stream, which is the sum of some layers of unit variance
 
 
 def random_solution(config: Mapping[str, Any], recipe: Recipe, seed: int = 0) -> Solution:
@@ -65,7 +66,7 @@ def random_solution(config: Mapping[str, Any], recipe: Recipe, seed: int = 0) ->
         versions=versions(),
     )
     groups = TimeGroups.uniform(0, NUM_TIMESTEPS, recipe.groups)
-    return Solution(dict(config), groups, params, codes, floats, provenance)
+    return Solution(dict(config), groups, params, codes, floats, provenance, STREAM_MAX)
 
 
 class _Draw:

@@ -30,10 +30,12 @@ from tqdit.backends.triton.layouts import HEADS_OF, Config, powers_of_two
 PARTS = {name: parts for parts, name in HEADS_OF.items()}
 EPILOGUES = {
     "plain": (PLAIN, rounding.UNIFORM), "residual": (RESIDUAL, rounding.UNIFORM),
-    "residual bfloat16": (RESIDUAL, rounding.UNIFORM), "residual-ungated": (RESIDUAL, rounding.UNIFORM),
+    "residual bfloat16": (RESIDUAL, rounding.UNIFORM), "residual float16": (RESIDUAL, rounding.UNIFORM),
+    "residual-ungated": (RESIDUAL, rounding.UNIFORM),
     **dict.fromkeys(PARTS, (HEADS, rounding.UNIFORM)), "gelu": (ACTIVATION, rounding.UNIFORM),
     "gelu merged": (ACTIVATION, rounding.GELU_MERGED), "gelu two": (ACTIVATION, rounding.GELU),
 }  # fmt: skip
+STREAMS = {"bfloat16": ("bf16", 2), "float16": ("fp16", 2)}  # others are fp32
 POINTERS = {
     "weight_scale": "*fp32", "weight_sums": "*i32", "bias": "*fp32", "x": "*fp32", "gate": "*fp32", "group": "*i64",
     "source": "*fp32", "row_steps": "*fp32", "steps": "*fp32", "channels": "*fp32", "target": "*fp32",
@@ -53,7 +55,7 @@ def compiled(asked: str, bm: int, bn: int, stages: int, piece: int):
     blocks = {"a", "b"}
     if which.value == RESIDUAL.value:
         blocks |= {"x", "out"}
-        dtype, size = ("bf16", 2) if epilogue.endswith("bfloat16") else ("fp32", 4)
+        dtype, size = STREAMS.get(epilogue.partition(" ")[2], ("fp32", 4))
         piece = hopper.X_ROW // size
         kinds |= {n: f"tensordesc<{dtype}[{bm},{piece}],{hopper.x_layout(size)!r}>" for n in ("x", "out")}
     constants = {

@@ -58,7 +58,7 @@ from tqdit.backends.triton.kernels.rounding import (
 )
 
 BLOCK_K = 128  # bytes of a row of a swizzled block
-X_ROW = 128  # bytes of a row of a block of the residual stream: 32 columns of fp32, 64 of bf16
+X_ROW = 128  # bytes of a row of a block of the residual stream: 32 columns of fp32, 64 of fp16 or bf16
 COPY = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # their names in Triton 3.6
 COPY_BACK = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 REGISTERS = 240, 24  # of a thread that multiplies, and of one that copies: at most 65,536 in all
@@ -82,7 +82,7 @@ def x_layout(size: int) -> gl.NVMMASharedLayout:
 def x_blocks_of(x: torch.Tensor, rows: int, columns: int, stride: int, block: int) -> TensorDescriptor:
     """Describe blocks of `block` rows of X_ROW bytes of a matrix whose rows are `stride` numbers apart.
 
-    The numbers are fp32 or bf16.
+    The numbers are fp32, fp16 or bf16.
     """
     size = x.element_size()
     return TensorDescriptor(x, [rows, columns], [stride, 1], [block, X_ROW // size], x_layout(size))

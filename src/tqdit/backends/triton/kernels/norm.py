@@ -110,7 +110,7 @@ def _modulation(shift, scale, offset, columns, C: tl.constexpr):
 
 @triton.jit
 def _fp32(x, NATIVE: tl.constexpr):
-    """Return bf16 numbers as fp32, two at a time, an instruction each: Triton would take them apart first."""
+    """Return numbers as fp32: bf16 two at a time, an instruction each, since Triton would take them apart first."""
     if NATIVE and x.dtype == tl.bfloat16:
         wide = tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], tl.float32, is_pure=True, pack=2
