@@ -25,7 +25,7 @@ FAST = Sampling("ddim", 4, 1.5)
 @pytest.fixture(scope="module")
 def artifacts(pipeline, tiny_recipe, tmp_path_factory) -> list:
     root = tmp_path_factory.mktemp("artifacts")
-    prepared = workflow.prepare(pipeline, tiny_recipe())
+    prepared = workflow.prepare(pipeline, tiny_recipe("plus"))
     for bits in ("w8a8", "w4a4"):
         solution, _ = workflow.solve_prepared(prepared, tiny_recipe("plus", bits))
         workflow.save(solution, prepared.source, root / bits)

@@ -96,8 +96,9 @@ def test_every_verb_in_python(text_pipeline, text_model, scheduler_config, promp
     states = tqdit.calibration_states(text_model, recipe, scheduler=scheduler_config, conditions=prompts)
     assert states.conditions is prompts
     mine = tqdit.CalibrationSet(
-        states.x, states.t, states.labels, conditions=prompts, scheduler=scheduler_config, groups=2
-    )
+        states.x, states.t, states.labels, image_weight=states.image_weight, conditions=prompts,
+        scheduler=scheduler_config, groups=2,
+    )  # fmt: skip
     solution = tqdit.solve(text_model, tqdit.calibrate(text_model, mine, recipe), recipe)
     assert equal(solution, made)
     other = tqdit.Prompts.checked(embeddings(seed=1))
@@ -286,7 +287,7 @@ def test_a_plan_has_the_groups_that_were_made() -> None:
     ],
 )
 def test_records_serve_recipes_of_the_same_sampler(first: str, second: str, same: bool) -> None:
-    assert Recipe(sampler=first).records_match(Recipe("paper", sampler=second)) is same
+    assert Recipe(sampler=first).records_match(Recipe("plus", "w4a8", sampler=second)) is same
 
 
 def test_auto_is_ddpm_in_calibration(model, recipe, scheduler_config) -> None:

@@ -48,7 +48,7 @@ from tqdit.system.validation import check_flags
 from tqdit.timegroups import TimeGroups
 
 Report = Callable[[str, float], None]  # (stage, finished fraction)
-OTHER_SETTINGS = "the recipe's calibration settings are not those the records were made with"
+OTHER_SETTINGS = "the recipe's calibration settings are not those the records were made with (hessian is one of them)"
 
 
 def silent(stage: str, fraction: float) -> None:

@@ -50,7 +50,7 @@ def test_two_region_operands_are_executed_twice(config) -> None:
 
 
 def test_weights_on_float_inputs_are_read_once(config) -> None:
-    solution = random_solution(config, Recipe("plus"))
+    solution = random_solution(config, Recipe("plus", ends="codes"))
     c, patch, out = 48, 4, 2 * 4
     shared = 256 * c + c * c
     expected = patch * c + shared + 2 * 6 * c * c + 2 * c * c + out * c

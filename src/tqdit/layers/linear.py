@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.library import custom_op
 from torch.nn import functional as F
 
 from tqdit.layers.params import ActivationParams
@@ -87,6 +88,21 @@ class FloatPatchEmbed(nn.Conv2d):
 
 def _by_sample(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return x W^T + b; on a CPU sample by sample, because libraries order the sums by the number of rows."""
-    if x.is_cpu and not torch.compiler.is_compiling():
-        return torch.cat([F.linear(part, weight, bias) for part in x.split(1)])
+    if not x.is_cpu:
+        return F.linear(x, weight, bias)
+    return _operator(x, weight, bias) if torch.compiler.is_compiling() else _sample_by_sample(x, weight, bias)
+
+
+def _sample_by_sample(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.cat([F.linear(part, weight, bias) for part in x.split(1)])
+
+
+@custom_op("tqdit::linear_by_sample", mutates_args=())
+def _operator(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Compute `_by_sample` as an operator of torch's graphs, where the batch may have any size."""
+    return _sample_by_sample(x, weight, bias)
+
+
+@_operator.register_fake
+def _(x, weight, bias):  # type: ignore[no-untyped-def]
     return F.linear(x, weight, bias)
