@@ -354,7 +354,7 @@ def test_a_target_is_checked_when_it_is_made() -> None:
     for wrong, message in (
         ({"backend": "abacus"}, "unknown backend 'abacus'"),
         ({"device": "toaster"}, "device 'toaster' is not available here"),
-        ({"dtype": "float16"}, "dtype 'float16' is not one of float32, bfloat16"),
+        ({"dtype": "float64"}, "dtype 'float64' is not one of float32, float16, bfloat16"),
     ):
         with pytest.raises(InputError, match=message):
             Target(**wrong)

@@ -71,7 +71,7 @@ def test_operators_have_true_fake_implementations(solved, model_inputs) -> None:
     from tqdit.backends.triton import operators
 
     calls: dict[str, tuple[Any, ...]] = {}
-    names = ("norm_quantize", "project", "attend", "linear_residual", "linear_activation", "float_input_linear")
+    names = ("norm_quantize_rows", "project", "attend", "linear_residual", "linear_activation", "float_input_linear")
     originals = {name: getattr(operators, name) for name in names}
     model = convert(solved("plus"), "triton", DEVICE)
     model.runtime.graphs = False
