@@ -21,7 +21,7 @@ import torch
 
 from tqdit import workflow
 from tqdit.artifact import folder as artifact
-from tqdit.calibration.trajectories import CalibrationSet
+from tqdit.calibration.trajectories import CalibrationSet, InBfloat16
 from tqdit.imaging import generate
 from tqdit.quality import features, fidelity, metrics
 from tqdit.quality.comparison import HELD_OUT_SEED, STATE_GROUPS, held_out
@@ -81,6 +81,7 @@ def main() -> None:
     sizes = float_sizes(prepared.source, prepared.model)
     reference = {"bits": "float32", "size_bytes": sizes.float32_bytes, **bench.figures(images)}
     reference["fd_other_seeds"] = bench.fd(bench.images(prepared.model, seed=1))
+    yardstick = compared(bench, InBfloat16(prepared.model), expected, images)
     result: dict[str, Any] = {
         "environment": environment(args.device),
         "settings": {
@@ -91,9 +92,10 @@ def main() -> None:
         "training": training,
         "calibration_seconds": round(prepared.seconds, 1),
         "reference": reference,
+        "bfloat16": yardstick,
         "models": [],
     }  # fmt: skip
-    print(f"calibration {prepared.seconds:.1f} s; float {reference}", flush=True)
+    print(f"calibration {prepared.seconds:.1f} s; float {reference}; in bf16 {yardstick}", flush=True)
     for preset, bits in itertools.product(args.presets, args.bits):
         row = measured(bench, Recipe(preset, bits, **quick), expected, images)
         row["size_ratio"] = row["size_bytes"] / sizes.float32_bytes
@@ -114,6 +116,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps of an image")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backend", default="auto", help="the backend that runs the integer models")
     parser.add_argument("--quick", action="store_true", help="a small calibration without a search: a rehearsal")
     return parser.parse_args()
 
@@ -143,18 +146,21 @@ def measured(bench: Bench, recipe: Recipe, expected: torch.Tensor, images: torch
     with tempfile.TemporaryDirectory() as folder:
         artifact.write(solution, Path(folder))
         size = artifact.size_bytes(Path(folder))
-    module = convert(solution, device=bench.args.device)
+    module = convert(solution, bench.args.backend, bench.args.device)
+    scores = compared(bench, module, expected, images)
+    made = {"search_seconds": round(seconds, 1), "size_bytes": size}
+    return {"preset": recipe.preset, "bits": recipe.bits, **scores, **made}
+
+
+def compared(bench: Bench, module: torch.nn.Module, expected: torch.Tensor, images: torch.Tensor) -> dict[str, Any]:
+    """Compare a model with the float model, whose outputs are `expected` and whose images are `images`."""
     eps = fidelity.compare_epsilon(expected, bench.epsilon(module), bench.data)
     pixels = bench.images(module)
     return {
-        "preset": recipe.preset,
-        "bits": recipe.bits,
         "eps_sqnr_db": eps.overall,
         "eps_sqnr_db_by_group": eps.by_group,
         "psnr_db": metrics.psnr_db(images, pixels),
         **bench.figures(pixels),
-        "search_seconds": round(seconds, 1),
-        "size_bytes": size,
     }
 
 
