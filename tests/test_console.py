@@ -115,7 +115,7 @@ def test_inspection(capsys: pytest.CaptureFixture[str], model, every_site: bool)
     for fact in (
         "4.43 MB: 0.480 of bf16, 0.240 of fp32",
         "10 of 1000",
-        "up to 20.73 in calibration, float16 in a float16 model",
+        "float16 when loaded as float16, up to 20.73 in calibration",
         "fashion-dit sha256 0123456789ab",
         "2.13.0+cpu",
     ):

@@ -141,7 +141,7 @@ def test_page_is_written_whole_or_not_at_all(
         ((Grid.UNIFORM,) * BLOCKS, 1, "one scale for all timesteps"),
         ((Grid.UNIFORM, Grid.MRQ_SOFTMAX, Grid.UNIFORM), 5, "in block 0, 2 the scale of a uniform grid"),
         ((Grid.MRQ_SOFTMAX,), 2, "s₁ of the MRQ grid<"),
-        ((Grid.SOFTMAX_ROW,) * BLOCKS, 5, "</b>: a scale for each row.<"),
+        ((Grid.SOFTMAX_ROW,) * BLOCKS, 5, "</b>: a scale for each row, which needs no time groups.<"),
         ((Grid.SOFTMAX_ROW, Grid.UNIFORM, Grid.UNIFORM), 1, "a scale for each row, or one scale for all timesteps"),
     ],
 )
@@ -159,7 +159,7 @@ def test_rows_beside_a_model_with_time_groups() -> None:
     text = render(comparison(model_row("by-time"), rows), *attention_maxima())
     assert text.count("Heatmap of log2 step sizes") == 1
     assert "<b>by-time</b>: s₁ of the MRQ grid<" in text
-    assert "<p><b>by-row</b>: a scale for each row.</p>" in text
+    assert "<p><b>by-row</b>: a scale for each row, which needs no time groups.</p>" in text
 
 
 def test_the_table_of_sites_says_what_shares_a_scale() -> None:

@@ -186,8 +186,8 @@ def _stream(result: Mapping[str, Any]) -> str:
     if "fits_float16" not in result:
         return ""
     largest = result["stream_max"]
-    known = "" if largest is None else f"up to {largest:.4g} in calibration, "
-    return f"{known}{'float16' if result['fits_float16'] else 'float32'} in a float16 model"
+    known = "" if largest is None else f", up to {largest:.4g} in calibration"
+    return f"{'float16' if result['fits_float16'] else 'float32'} when loaded as float16{known}"
 
 
 def _settings(recipe: Mapping[str, Any], names: Sequence[str]) -> str:
