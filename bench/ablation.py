@@ -34,7 +34,7 @@ from tqdit.system.files import write_text
 HELD_OUT = 16  # states per time group
 SHOWN = ("bits", "variant", "eps_sqnr_db", "psnr_db", "fd_fashion", "calibration_seconds")
 UNIFORM = {"softmax_grid": "uniform", "gelu_grid": "uniform"}
-# The preset plus as it was before it had steps of rows; the next variants add its parts one by one, in this order.
+# The preset plus as it was before it had scales of rows; the next variants add its parts one by one, in this order.
 FORMER = {
     "preset": "plus", "input_grid": "uniform", "softmax_grid": "best", "gelu_channels": "one", "ends": "codes",
     "hessian": "published", "rounding": "nearest",
@@ -77,7 +77,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=list(VARIANTS),
+        choices=list(VARIANTS),
+        metavar="VARIANT",
+        help="; ".join(VARIANTS),
+    )
     parser.add_argument("--missing", action="store_true", help="measure only rows that the result file lacks")
     parser.add_argument("--model", default="fashion-dit")
     parser.add_argument("--bits", nargs="+", default=["w8a8", "w6a6", "w4a8"])

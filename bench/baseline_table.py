@@ -91,7 +91,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("json", type=Path, metavar="OUT.json")
     parser.add_argument("--model", default="fashion-dit")
     parser.add_argument("--artifacts", nargs="*", default=[], help="artifact folders of the model, a row each")
-    parser.add_argument("--methods", nargs="*", default=names, choices=names, metavar="METHOD", help=", ".join(names))
+    parser.add_argument("--methods", nargs="*", default=names, choices=names, metavar="METHOD", help="; ".join(names))
     parser.add_argument("--bits", nargs="+", default=list(BITS), choices=BITS)
     parser.add_argument("--num", type=int, default=256, help="images of each row")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps of the images")

@@ -1,11 +1,11 @@
-"""Whether anybody can tell quantized images of the bundled model from the float model's: two tests and their figures.
+r"""Whether anybody can tell quantized images of the bundled model from the float model's: two tests and their figures.
 
     python bench/equivalence.py --artifacts build/w8a8 build/w4a8 --num 10000 --steps 50 --sampler ddim --guidance 1.5 \
         --also ddpm:250:1.5 ddim:20:1.5 ddim:50:4 --real build/fashion-mnist --device cuda \
         --json bench/results/equivalence.json
 
 The rules are those of `tqdit.quality.equivalence`, and nothing about them can be chosen here but how images are drawn.
-Every seed but the last is a repeat of the whole test; the float model's other seeds are those of the seed that comes
+Every seed but the last is a repeat of the whole test; the float model's other images are drawn with the seed that comes
 next. Further settings of `--also` take fewer images. `--real`: Fashion-MNIST's folder or its file of test images; by
 default the bundled features of it. The result file is rewritten after every repeat, and a run with the same settings,
 artifacts and environment goes on where an earlier one ended.

@@ -1,4 +1,4 @@
-"""The whole way of a model of full size: checkpoint, convert, quantize, DiTPipeline, images, comparison.
+r"""The whole way of a model of full size: checkpoint, convert, quantize, DiTPipeline, images, comparison.
 
 python bench/full_size.py bench/results/full-size-h200.json --random DiT-XL/2 --device cuda --batch 32 --images 8
 python examples/train_fashion_dit.py --shape DiT-B/2 --minutes 2.5 --out build/dit-b

@@ -13,12 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from tqdit.architectures.building import empty_model
+from tqdit.architectures.building import empty_model, share_embedder
 from tqdit.architectures.shapes import shape_config
 from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
 from tqdit.speed.random_solution import random_solution
-from tqdit.speed.random_weights import embedder_twin
 from tqdit.system.environment import environment
 from tqdit.system.files import write_text
 
@@ -33,7 +32,8 @@ def main() -> None:
     arguments = parser.parse_args()
     config = shape_config(SHAPE)
     model = empty_model(config)
-    whole = sum(4 * p.numel() for name, p in model.named_parameters() if embedder_twin(name) == name)
+    share_embedder(model)
+    whole = sum(4 * p.numel() for p in model.parameters())
     whole += sum(4 * b.numel() for b in model.buffers())
     rows: list[dict[str, Any]] = []
     for bits in BITS:

@@ -74,7 +74,7 @@ def _readme_table(methods: dict[str, Any], cost: dict[str, Any]) -> str:
 
 
 def _age(run: dict[str, Any], folder: str = "") -> str:
-    """Say of a run from before `plus` had steps of rows that its rows `plus` are those of the preset as it was then."""
+    """Say of a run before `plus` had scales of rows that its rows `plus` are of the preset as it was then."""
     present = "input_grid" in run["settings"]["calibration"]
     return "" if present else f"`plus` is the preset as it was before the parts of [quality.md]({folder}quality.md). "
 

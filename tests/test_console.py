@@ -115,7 +115,7 @@ def test_inspection(capsys: pytest.CaptureFixture[str], model, every_site: bool)
     for fact in (
         "4.43 MB: 0.480 of bf16, 0.240 of fp32",
         "10 of 1000",
-        "up to 20.73 in calibration, float16 in a float16 model",
+        "float16 when loaded as float16, up to 20.73 in calibration",
         "fashion-dit sha256 0123456789ab",
         "2.13.0+cpu",
     ):
@@ -127,7 +127,7 @@ def test_inspection(capsys: pytest.CaptureFixture[str], model, every_site: bool)
     shown(capsys, lambda: console.print_inspection({**result, "provenance": {}}))
 
 
-def test_an_inspection_says_what_shares_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_inspection_says_what_shares_a_scale(capsys: pytest.CaptureFixture[str]) -> None:
     common = {"bits": 8, "groups": 1, "granularity": "per_tensor", "kernel": "reference.linear[int8]"}
     rows = [
         {**common, "name": "a", "role": "input", "grid": "row", "channels": False},
@@ -144,9 +144,9 @@ def test_an_inspection_says_what_shares_a_step(capsys: pytest.CaptureFixture[str
     }  # fmt: skip
     lines = shown(capsys, lambda: console.print_inspection(result)).partition("\n\n")[2].splitlines()
     assert [" ".join(line.split()) for line in lines[::2]] == [
-        "2 x input 8 bits, row, a step for each row",
-        "1 x softmax 8 bits, softmax_row, a step for each row",
-        "1 x gelu 8 bits, uniform, per_tensor and channel, 4 time groups",
+        "2 x input 8 bits, row, per_row",
+        "1 x softmax 8 bits, softmax_row, per_row",
+        "1 x gelu 8 bits, uniform, per_tensor, 4 time groups, channel factors",
         "1 x gelu 8 bits, uniform, per_tensor, 4 time groups",
         "1 x query 8 bits, uniform, per_head",
     ]

@@ -7,8 +7,11 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from tqdit.recipe import METHOD_SETTINGS, PRESETS, Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -17,6 +20,21 @@ def test_figures_in_docs_come_from_the_result_files() -> None:
     command = [sys.executable, ROOT / "bench" / "make_results.py", "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_page_of_settings_has_every_setting_and_value() -> None:
+    """Each setting has one row: its legal values, then its value in both presets or the only default."""
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
+    assert sorted(cells[0].strip("`") for cells in rows) == sorted(Recipe.model_fields)
+    for name, legal, _, *values in ((cells[0].strip("`"), *cells[1:]) for cells in rows):
+        choices = get_args(Recipe.model_fields[name].annotation)
+        words = [word for word in choices if isinstance(word, str)]
+        assert re.findall(r"`(\w+)`", legal) == words or not words, name
+        if name in METHOD_SETTINGS:
+            assert [value.strip("`") for value in values] == [str(getattr(Recipe(p), name)) for p in PRESETS], name
+        elif values and values != ["–"]:
+            assert values[0].strip("`") == str(getattr(Recipe(), name)), name
 
 
 def test_local_links_lead_somewhere() -> None:

@@ -146,6 +146,7 @@ def test_preset_in_a_file_means_the_preset(tmp_path) -> None:
 def test_label_says_what_was_changed() -> None:
     assert Recipe("paper", "w6a6", rounds=1).label == "paper"
     assert Recipe("plus").label == "plus"
+    assert Recipe("plus", mix=0.0).label == "plus (changed: mix)"
     assert Recipe("paper", hessian=False).label == "paper (changed: hessian)"
     assert Recipe("plus", loss="epsilon", gelu_grid="uniform").label == "plus (changed: gelu_grid, loss)"
 

@@ -25,7 +25,7 @@ CALIBRATION_SETTINGS = (
 
 METHOD_SETTINGS = (
     "weight_granularity", "input_grid", "softmax_grid", "attended_grid", "gelu_grid", "softmax_products",
-    "gelu_products", "gelu_channels", "time_grouped", "ends", "hessian", "loss", "rounding",
+    "gelu_products", "gelu_channels", "time_grouped", "ends", "hessian", "loss", "rounding", "mix",
 )  # fmt: skip
 
 PRODUCTS_OF = {"softmax_grid": "softmax_products", "gelu_grid": "gelu_products"}
@@ -47,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "loss": "epsilon",
         "rounding": "nearest",
     },
-    # A better method at little or no run-time cost: per-channel weights, rounded by second order; a step for each row
+    # A better method at little or no run-time cost: per-channel weights, rounded by second order; a scale for each row
     # where the row is at hand; time groups for all other activations, and a factor for each channel after GELU; the
     # first and the last layer in float; errors weighed by what they do to the image (docs/quality.md).
     "plus": {
@@ -82,7 +82,7 @@ class Recipe(BaseModel):
         Recipe("paper", "w6a6", samples=8, steps=50)
 
     The presets share the paper's calibration and search; the paper's n is `samples`, per time group. A recipe is
-    frozen, hashable, and equal to another one of the same settings.
+    frozen, hashable, and equal to another one of the same settings. docs/settings.md explains every setting.
     Raises `InputError` that names the setting and what is legal.
     """
 
@@ -103,9 +103,11 @@ class Recipe(BaseModel):
     time_grouped: Literal["none", "softmax", "all"] = "all"
     ends: Literal["codes", "float"] = "float"  # the weights of the first and the last layer
     hessian: Annotated[Literal["none", "published", "image"], BeforeValidator(_hessian)] = "image"
-    loss: Literal["epsilon", "sampler"] = "sampler"  # published HO weighs all errors of epsilon alike, or by step
+    loss: Literal["epsilon", "sampler"] = "sampler"  # of hessian = "published": errors of epsilon alike, or by step
     rounding: Literal["nearest", "second_order"] = "second_order"  # of weights: GPTQ
-    mix: float = Field(0.5, ge=0, le=1, description="share of the weighed rows in second-order rounding's Hessian")
+    mix: float = Field(
+        0.5, ge=0, le=1, description="of second-order rounding: share of the Hessian whose rows are weighed"
+    )
 
     groups: int = Field(10, ge=1)
     time_edges: Literal["uniform", "visited"] = "uniform"  # equal ranges of t, or equal numbers of sampler steps

@@ -64,7 +64,7 @@ class SiteSpec:
 
     @property
     def has_zero_point(self) -> bool:
-        """Say whether the site has zero points: only an activation on a grid with a static step and one region has."""
+        """Say whether the site has zero points: only an activation on a static grid of one region has."""
         return not self.is_weight and self.grid.zero_points
 
     @property
@@ -78,8 +78,8 @@ class GridParams:
     """The solved parameters of one site: fp32 scales and int32 zero points.
 
     Uniform: x = scale * (code - zero_point); `scale` and `zero_point` are (groups, units). Two-region (MRQ): `scale` is
-    (groups, units, 2) = (s1, s2), and `zero_point` is None. Row: `scale` is the fraction of a row's largest magnitude
-    that one step is, and `zero_point` is None.
+    (groups, units, 2) = (s1, s2), and `zero_point` is None. Row: a row's scale is its largest magnitude times the
+    fraction that `scale` holds, and `zero_point` is None.
 
     `channels` fp32 (C,): factors by which the channels of x are multiplied before x is coded; None is 1 for all. The
     weight that reads x has their inverses in its codes: W x = (W / channels) (channels x).

@@ -141,8 +141,8 @@ def test_page_is_written_whole_or_not_at_all(
         ((Grid.UNIFORM,) * BLOCKS, 1, "one scale for all timesteps"),
         ((Grid.UNIFORM, Grid.MRQ_SOFTMAX, Grid.UNIFORM), 5, "in block 0, 2 the scale of a uniform grid"),
         ((Grid.MRQ_SOFTMAX,), 2, "s₁ of the MRQ grid<"),
-        ((Grid.SOFTMAX_ROW,) * BLOCKS, 5, "</b>: a step for each row.<"),
-        ((Grid.SOFTMAX_ROW, Grid.UNIFORM, Grid.UNIFORM), 1, "a step for each row, or one scale for all timesteps"),
+        ((Grid.SOFTMAX_ROW,) * BLOCKS, 5, "</b>: a scale for each row, which needs no time groups.<"),
+        ((Grid.SOFTMAX_ROW, Grid.UNIFORM, Grid.UNIFORM), 1, "a scale for each row, or one scale for all timesteps"),
     ],
 )
 def test_every_kind_of_softmax_grid(grids: tuple[Grid, ...], groups: int, note: str) -> None:
@@ -159,18 +159,18 @@ def test_rows_beside_a_model_with_time_groups() -> None:
     text = render(comparison(model_row("by-time"), rows), *attention_maxima())
     assert text.count("Heatmap of log2 step sizes") == 1
     assert "<b>by-time</b>: s₁ of the MRQ grid<" in text
-    assert "<p><b>by-row</b>: a step for each row.</p>" in text
+    assert "<p><b>by-row</b>: a scale for each row, which needs no time groups.</p>" in text
 
 
-def test_the_table_of_sites_says_what_shares_a_step() -> None:
+def test_the_table_of_sites_says_what_shares_a_scale() -> None:
     found = solution((Grid.SOFTMAX_ROW,) * BLOCKS)
     row = GridParams(SiteSpec("fc1_input", Role.INPUT, 8, Grid.ROW), torch.full((1, 1), 1 / 127))
     spec = SiteSpec("fc2_input", Role.GELU, 8, Grid.MRQ_GELU, groups=5)
     gelu = GridParams(spec, torch.ones(5, 1, 2), channels=torch.ones(16))
     params = {**found.params, "fc1_input": row, "fc2_input": gelu}
     table = dict(site_table([model_row("q", solution=replace(found, params=params))]))
-    assert table["Inputs of linear layers"] == [[("1 × 8-bit row", "a step for each row")]]
-    assert table["Post-softmax probabilities"] == [[("3 × 8-bit softmax row", "a step for each row")]]
+    assert table["Inputs of linear layers"] == [[("1 × 8-bit row", "per row")]]
+    assert table["Post-softmax probabilities"] == [[("3 × 8-bit softmax row", "per row")]]
     shared = "per tensor, 5 time groups, a factor for each channel"
     assert table["Post-GELU activations"] == [[("1 × 8-bit MRQ", shared)]]
     assert table["Weights"] == [[("1 × 6-bit uniform", "per channel")]]

@@ -26,7 +26,7 @@ class Operand:
     `name` is the site's name. `units` is the number of parts with a scale of their own: heads, or 1. An operand that
     is not `timed` has values that do not depend on the timestep, as the keys and values of a prompt: its site has one
     time group, and its rows are the tokens of the context. An operand that is `quantized_by_row` is written by the
-    verb `quantize`, which has whole rows at hand: a step for each row costs nothing there.
+    verb `quantize`, which has whole rows at hand: a scale for each row costs nothing there.
     """
 
     name: str
@@ -111,8 +111,8 @@ class Block:
 class Graph:
     """The matmuls of one model.
 
-    `outside` are the layers on float inputs that belong to no block; `ends` are the first and the last of them, which
-    see every error of theirs in the image. `shapes` has the shape of every parameter by name, in the order in which the
+    `outside` are the layers on float inputs that belong to no block; `ends` are the first and the last of them, whose
+    errors the image shows directly. `shapes` has the shape of every parameter by name, in the order in which the
     model has them.
     """
 

@@ -92,10 +92,10 @@ class Sensitivity:
 
 
 def image_sampling(scheduler_config: Mapping[str, Any] | None, guidance: float) -> Sampling:
-    """Return how images are drawn that a recipe says no more of than the guidance.
+    """Return the sampling whose images the sensitivity is of: the default one, with the guidance of a recipe.
 
-    The sampler is the default of the model's scheduler, in as many steps as the default of `Sampling`, or as all
-    timesteps.
+    The sampler is the default of the model's scheduler. It takes as many steps as the default of `Sampling`, or one for
+    each training timestep if there are fewer.
     """
     total = int((scheduler_config or {}).get("num_train_timesteps", Sampling.steps))
     return resolved(Sampling(steps=min(Sampling.steps, total), guidance=guidance), scheduler_config)

@@ -145,10 +145,11 @@ def _scales(site: Mapping[str, Any]) -> str:
     from tqdit.spec import Grid
 
     parts = [f"{site['bits']} bits", site["grid"]]
-    shared = "a step for each row" if Grid(site["grid"]).per_row else site["granularity"]
-    parts.append(f"{shared} and channel" if site.get("channels") else shared)
+    parts.append("per_row" if Grid(site["grid"]).per_row else site["granularity"])
     if site["groups"] > 1:
         parts.append(f"{site['groups']} time groups")
+    if site.get("channels"):
+        parts.append("channel factors")
     return ", ".join(parts)
 
 
@@ -157,7 +158,8 @@ def _summary(result: dict[str, Any]) -> list[tuple[str, str]]:
     provenance = Provenance.from_json(result["provenance"])
     recipe = provenance.recipe
     size, fp32 = result["size_bytes"], result["float32_bytes"]
-    calibration, search = ("samples", "sampler", "steps", "guidance", "seed"), ("rounds", "candidates", "hessian")
+    calibration = ("samples", "sampler", "steps", "guidance", "seed")
+    search = ("rounds", "candidates", "hessian", "rounding")
     lines = [
         (result["name"], f"{result['shape']}, {result['preset'] or 'no preset'}, {result['bits']}"),
         ("size", f"{size / 1e6:.2f} MB: {2 * size / fp32:.3f} of bf16, {size / fp32:.3f} of fp32"),
@@ -165,6 +167,7 @@ def _summary(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("stream", _stream(result)),
         ("calibration", _settings(recipe, calibration)),
         ("search", _settings(recipe, search)),
+        ("in float", "patch embedding and final layer" if recipe.get("ends") == "float" else ""),
         ("source", f"{provenance.source or ''} sha256 {(provenance.source_sha256 or '')[:12]}"),
         ("made with", ", ".join(f"{name} {version}" for name, version in provenance.versions.items())),
         ("runs on", f"{result['device']}, backend {result['backend']}"),
@@ -183,8 +186,8 @@ def _stream(result: Mapping[str, Any]) -> str:
     if "fits_float16" not in result:
         return ""
     largest = result["stream_max"]
-    known = "" if largest is None else f"up to {largest:.4g} in calibration, "
-    return f"{known}{'float16' if result['fits_float16'] else 'float32'} in a float16 model"
+    known = "" if largest is None else f", up to {largest:.4g} in calibration"
+    return f"{'float16' if result['fits_float16'] else 'float32'} when loaded as float16{known}"
 
 
 def _settings(recipe: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -226,7 +229,8 @@ def _short(family: str) -> str:
 
 
 def _word(value: Any) -> str:
-    return ("on" if value else "off") if isinstance(value, bool) else str(value)
+    """Return a setting's value; `hessian` was true or false in earlier versions, which `Recipe` still reads."""
+    return ("published" if value else "none") if isinstance(value, bool) else str(value)
 
 
 def _cell(value: float | None, digits: int) -> str:

@@ -65,7 +65,9 @@ def quantize(
     prompts: Prompts = None,
     seed: Seed = 0,
     ho: Annotated[bool, typer.Option("--ho/--no-ho", help="Hessian-guided objective, or squared error")] = True,
-    mrq: Annotated[bool, typer.Option("--mrq/--no-mrq", help="multi-region grids, or uniform ones")] = True,
+    mrq: Annotated[
+        bool, typer.Option("--mrq/--no-mrq", help="multi-region grids, or uniform ones; grids of rows stay")
+    ] = True,
     tgq: Annotated[bool, typer.Option("--tgq/--no-tgq", help="time-grouped scales, or one for all t")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing artifact")] = False,
     resumable: Annotated[

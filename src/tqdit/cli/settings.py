@@ -15,7 +15,11 @@ SETTINGS_OF: Mapping[str, tuple[str, ...]] = {
 
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="any setting of a recipe, such as samples=8; may be repeated"),
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="any setting of a recipe, such as samples=8; may be repeated (docs/settings.md)",
+    ),
 ]
 
 

@@ -40,7 +40,7 @@ class Grid(str):
     MRQ_GELU: ClassVar["Grid"]
 
     label: ClassVar[str]  # the name in reports
-    per_row: ClassVar[bool] = False  # True: the step of each row follows from its values, at run time
+    per_row: ClassVar[bool] = False  # True: the scale of each row follows from its values, at run time
     zero_points: ClassVar[bool] = True  # whether a site of activations has zero points to choose
     two_region: ClassVar[bool] = False  # True: the sign of a code is its region, and there are no zero points
     sign: ClassVar[int] = 1  # the sign of the values of negative codes, with two regions

@@ -1,6 +1,6 @@
-"""The grid of rows: a uniform, symmetric grid whose step follows from the largest magnitude of each row.
+"""The grid of rows: a uniform, symmetric grid whose scale follows from the largest magnitude of each row.
 
-The step is computed where the row is at hand, so no calibration can be wrong about it: x = s q with
+The scale is computed where the row is at hand, so no calibration can be wrong about it: x = s q with
 s = max(fraction max|x|, the smallest normal number). The site's only parameter is the fraction, 1 / qmax by default.
 """
 
@@ -14,7 +14,7 @@ CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # shares of the largest magni
 
 
 def row_scales(x: torch.Tensor, fraction: torch.Tensor) -> torch.Tensor:
-    """Return the step of each row of x (..., C), fp32 (..., 1); `fraction` broadcasts to the result.
+    """Return the scale of each row of x (..., C), fp32 (..., 1); `fraction` broadcasts to the result.
 
     A row of zeros gets the smallest normal number, so its codes are 0. A row with NaN or Inf gets NaN or Inf: its codes
     mean nothing, and every product with them is NaN or Inf, as in a float model.
@@ -24,7 +24,7 @@ def row_scales(x: torch.Tensor, fraction: torch.Tensor) -> torch.Tensor:
 
 
 class Row(Grid):
-    """The grid of rows. `scale` is the fraction of a row's largest magnitude that one step is."""
+    """The grid of rows. `scale` is a fraction: the scale of a row is its largest magnitude times that."""
 
     label = "row"
     per_row = True
@@ -50,7 +50,7 @@ class Row(Grid):
     def dequantize(
         self, codes: torch.Tensor, scale: torch.Tensor, coarse: torch.Tensor, zero_point: torch.Tensor
     ) -> torch.Tensor:
-        """Return the values of codes; `scale` are the steps of their rows, not the fraction."""
+        """Return the values of codes; `scale` are those of their rows, not the fraction."""
         return uniform.dequantize(codes, scale, 0)
 
     def fake_quantize(

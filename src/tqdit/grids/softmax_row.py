@@ -1,8 +1,8 @@
-"""The grid of unnormalized softmax rows: e = exp(s - max s) has the maximum 1, so one region and one step serve it.
+"""The grid of unnormalized softmax rows: exp(s - max s) has the maximum 1, so one region and one scale serve it.
 
-A code counts steps of 1 / (2^k - 1) from 0; it is stored less 2^(k-1), so that it is a signed code of k bits. The sum
-of a row's codes takes the place of the sum of its exponentials: O = sum(c v) / sum(c). The quantized probabilities of
-a row sum to exactly 1, and one integer product is enough.
+A code counts multiples of 1 / (2^k - 1) from 0; it is stored less 2^(k-1), so that it is a signed code of k bits. The
+sum of a row's codes takes the place of the sum of its exponentials: O = sum(c v) / sum(c). The quantized probabilities
+of a row sum to exactly 1, and one integer product is enough.
 """
 
 import torch
@@ -22,13 +22,13 @@ class SoftmaxRow(Grid):
     def initial(
         self, low: torch.Tensor, high: torch.Tensor, bits: int, site: str, merging: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the step of unnormalized probabilities, and zeros."""
+        """Return the scale of unnormalized probabilities, and zeros."""
         return torch.full_like(high, 1 / levels(bits)), torch.zeros_like(high, dtype=torch.int32)
 
     def candidates(
         self, base: torch.Tensor, current: torch.Tensor, steps: torch.Tensor, bits: int, merging: bool = False
     ) -> list[torch.Tensor]:
-        """Return the one step that there is."""
+        """Return the one scale that there is."""
         return [base[None]]
 
     def quantize(
@@ -59,5 +59,5 @@ class SoftmaxRow(Grid):
 
 
 def levels(bits: int) -> int:
-    """Return the largest number of steps of a code."""
+    """Return the largest code, counted from 0."""
     return 2**bits - 1

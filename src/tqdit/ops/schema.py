@@ -46,9 +46,9 @@ class OperandParams(NamedTuple):
 
 
 class RowCodes(NamedTuple):
-    """Codes on the grid of rows, with the step of each row: `scale` fp32 (B, N).
+    """Codes on the grid of rows, with the scale of each row: `scale` fp32 (B, N).
 
-    A backend may keep the steps elsewhere; the verbs take what `quantize` returned.
+    A backend may keep the scales elsewhere; the verbs take what `quantize` returned.
     """
 
     codes: torch.Tensor

@@ -158,8 +158,8 @@ def compare(  # noqa: PLR0913 - one for each option of the command
     model's own classes. `dtype`: float32, float16 or bfloat16, that the integer models are loaded as. `cost`: also
     time calls next to the float model's in eager float32, and measure memory in a process for each model; not where
     several processes share the machine. `equivalence`: also give every artifact a `Verdict`, for a model of
-    Fashion-MNIST; `num` must then be a multiple of 20, and the float model is drawn twice more, in bf16 and with the
-    next seed.
+    Fashion-MNIST; `num` must then be a multiple of 20, at least 40, and images of the float model are drawn twice
+    more, in bf16 and with the next seed.
 
     FD-fashion is None where the bundled classifier does not fit. It is biased upwards for few images: compare it only
     within one table. Inside `distributed.joined` the ranks share images and states, and each returns the whole

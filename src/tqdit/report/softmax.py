@@ -112,9 +112,9 @@ def scale_heatmap(key: str, sites: Sequence[GridParams], groups: TimeGroups, lim
 def fixed_note(solution: Solution) -> str:
     """Return a note for a model whose post-softmax scales do not change over time."""
     rows = [p.spec.grid.per_row for p in solution.params.values() if p.spec.role is Role.SOFTMAX]
-    if any(rows):
-        return "a step for each row" if all(rows) else "a step for each row, or one scale for all timesteps"
-    return "one scale for all timesteps"
+    if rows and all(rows):
+        return "a scale for each row, which needs no time groups"
+    return "a scale for each row, or one scale for all timesteps" if any(rows) else "one scale for all timesteps"
 
 
 def grid_note(sites: Sequence[GridParams]) -> str:

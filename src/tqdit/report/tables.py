@@ -131,7 +131,7 @@ def _phrases(sites: Iterable[GridParams], role: Role) -> list[tuple[str, str]]:
 def _shared(params: GridParams) -> str:
     """Return what shares one scale of a site."""
     spec = params.spec
-    shared = "a step for each row" if spec.grid.per_row else SHARED[spec.granularity]
+    shared = "per row" if spec.grid.per_row else SHARED[spec.granularity]
     shared += f", {spec.groups} time groups" if spec.groups > 1 else ""
     return shared if params.channels is None else f"{shared}, a factor for each channel"
 
