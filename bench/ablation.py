@@ -5,7 +5,8 @@
 Calibrates once with published settings, solves every variant from the same records, and runs each in integers
 (`ops.reference`). FD-fashion uses --num images per model; the float model is sampled with several seeds, so that its
 seed-to-seed spread says which differences mean something. The result file is rewritten after every row; rows that an
-earlier run with the same settings and environment left there are kept, unless this run measures them again.
+earlier run with the same settings and environment left there are kept, unless this run measures them again. Runs of
+different variants may go side by side; --join makes one file of theirs.
 """
 
 import argparse
@@ -96,8 +97,25 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", default="auto", help="the backend that runs the variants")
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--join", type=Path, nargs="+", help="only join result files of the same settings, as --json")
     args = parser.parse_args()
-    ablate(args)
+    if args.join:
+        join(args.join, args.json)
+    else:
+        ablate(args)
+
+
+def join(paths: list[Path], out: Path) -> None:
+    """Write the rows of runs with the same settings, environment and float images as one file."""
+    first, *others = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    for path, other in zip(paths[1:], others, strict=True):
+        for key in ("environment", "settings", "float_fd_fashion"):
+            if other[key] != first[key]:
+                raise SystemExit(f"{path} has another {key} than {paths[0]}")
+        first["rows"] += other["rows"]
+    first["records_seconds"] = max(run["records_seconds"] for run in (first, *others))
+    first["rows"] = _in_order(first["rows"])
+    write_text(out, json.dumps(first, indent=1) + "\n")
 
 
 @dataclass(frozen=True)

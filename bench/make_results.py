@@ -20,6 +20,7 @@ from quality_pages import quality
 from scale_pages import calibration_scale
 from speed_pages import cpu_speed, readme_speed
 from trust_pages import any_input
+from verdict_pages import readme_verdict
 
 START, END = "<!-- results: written by bench/make_results.py -->", "<!-- end of results -->"
 DTYPES = ("fp32", "bf16")
@@ -44,7 +45,7 @@ def pages() -> dict[Path, str]:
     readme, page = ROOT / "README.md", ROOT / "docs" / "quality.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(START)
     after = rest.partition(END)[2]
-    parts = [_readme_table(methods, cost), readme_speed(), readme_gpu_speed()]
+    parts = [readme_verdict(read("equivalence-h200")), _readme_table(methods, cost), readme_speed(), readme_gpu_speed()]
     return {
         ROOT / "docs" / "results.md": _results(training, methods, cost),
         ROOT / "docs" / "any-input.md": any_input(),

@@ -36,7 +36,8 @@ def section(name: str) -> Lines:
     there = [file for file in files if (RESULTS / f"{file}.json").is_file()]
     lines = [line for file in there for line in write(read(file))]
     if not there:
-        lines += [f"Not measured yet: there is no `bench/results/{' or '.join(f'{file}.json' for file in files)}`.", ""]
+        missing = " or ".join(f"`bench/results/{file}.json`" for file in files)
+        lines += [f"Not measured yet: there is no {missing}.", ""]
     return ["", *lines]
 
 
@@ -96,11 +97,34 @@ def objective(run: Run) -> Lines:
     ]
 
 
+def cost(run: Run) -> Lines:
+    """Return what `plus` costs beside its former form, or how long its calibration takes."""
+    where = environment(run["environment"])
+    if "stages" in run:
+        seconds = {name: stage["seconds"] for name, stage in run["stages"].items()}
+        shares = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+        return [
+            f"Calibration of {run['shape']} with published settings and `{run['recipe']['preset']}` takes "
+            f"{sum(seconds.values()):.0f} s on {where}: {shares}.",
+            "",
+        ]
+    ratios = [f"{ratio:.3f} at {workload}" for workload, ratio in run["ratio"].items()]
+    return [
+        f"A call of {run['shape']} {run['bits'].upper()} takes {' and '.join(ratios)} of the time that it took with "
+        f"`plus` in its former form (pixels and samples of a call; {len(run['rounds'])} "
+        f"{'round' if len(run['rounds']) == 1 else 'rounds'} of both versions in turn) on {where}.",
+        "",
+    ]
+
+
 def colour(run: Run) -> Lines:
     """Return the second model's figures."""
     training, settings, float_row = run["training"], run["settings"], run["reference"]
     shown = sum(train for train, _ in training["images_train_test"].values())
     rows = [["float32", "–", "1.000", "–", "–", f"{float_row['fd']:.2f}", f"{float_row['class_agreement']:.3f}"]]
+    if bf16 := run.get("bfloat16"):
+        rows += [["bfloat16", "–", "0.500", f"{bf16['eps_sqnr_db']:.2f}", f"{bf16['psnr_db']:.2f}",
+                  f"{bf16['fd']:.2f}", f"{bf16['class_agreement']:.3f}"]]  # fmt: skip
     rows += [
         [row["bits"].upper(), f"`{row['preset']}`", f"{row['size_ratio']:.3f}", f"{row['eps_sqnr_db']:.2f}",
          f"{row['psnr_db']:.2f}", f"{row['fd']:.2f}", f"{row['class_agreement']:.3f}"]
@@ -110,8 +134,9 @@ def colour(run: Run) -> Lines:
         f"`python bench/colour.py bench/results/colour-h200.json` on {environment(run['environment'])}: a "
         f"{training['shape']} of {training['parameters'] / 1e6:.1f} M parameters for colour images of "
         f"{len(training['images_train_test'])} classes, trained on {shown} images "
-        f"(`examples/train_colour_dit.py`). {settings['images']} images of each model, DDIM {settings['steps']} steps, "
-        f"guidance {settings['guidance']}; SQNR over {settings['states']} held-out states. One calibration of "
+        f"(`examples/train_colour_dit.py`) for {training['training']['steps']} steps. "
+        f"{settings['images']} images of each model, DDIM {settings['steps']} steps, guidance {settings['guidance']}; "
+        f"SQNR over {settings['states']} held-out states. One calibration of "
         f"{run['calibration_seconds']:.0f} s served all rows.",
         "",
         table(["bits", "preset", "size / fp32", "ε SQNR (dB)", "PSNR (dB)", "FD", "class agreement"], rows),
@@ -232,6 +257,7 @@ SECTIONS: dict[str, tuple[Callable[[Run], Lines], tuple[str, ...]]] = {
     "objective": (objective, ("objective-h200",)),
     "equivalence": (equivalence, ("equivalence-h200",)),
     "baselines": (published, ("baselines-h200", "baselines-cpu")),
-    "colour": (colour, ("colour-h200",)),
+    "colour": (colour, ("colour-h200", "colour-bf16-h200")),
+    "cost": (cost, ("before-after-quality-h200", "before-after-quality-cpu", "calibration-quality-h200")),
     "alternatives": (alternatives, ("ablation-quality",)),
 }

@@ -72,6 +72,33 @@ def equivalence(run: Run) -> Lines:
     ]
 
 
+def readme_verdict(run: Run) -> str:
+    """Return the README's table of the first setting of the equivalence test."""
+    first = _setting(run["trials"][0])
+    trials = [trial for trial in run["trials"] if _setting(trial) == first]
+    cells = [
+        [_label(run, name), f"{row['psnr_db']:.1f}", f"{row['verdict']['fd']['value']:+.3f}",
+         _all(trials, name, "equivalent"), "–" if name == BF16 else _all(trials, name, "closer_than_bf16")]
+        for name, row in trials[0]["models"].items()
+        if "verdict" in row
+    ]  # fmt: skip
+    header = ["images of", "PSNR (dB)", "FD difference", "equivalent to fp32's", "closer to fp32's than bf16's"]
+    return (
+        f"{table(header, cells)}\n\n"
+        f"Today's `plus` on the bundled model: {first} of each model, on an {run['environment']['device']}. Equivalent "
+        "is the verdict of a test whose rules were fixed beforehand "
+        "([docs/quality.md](docs/quality.md#the-equivalence-test))."
+    )
+
+
+def _all(trials: list[Run], name: str, verdict: str) -> str:
+    """Say in how many trials a model has a verdict."""
+    passed = sum(trial["models"][name]["verdict"][verdict] for trial in trials)
+    if len(trials) == 1:
+        return "yes" if passed else "no"
+    return f"in {passed} of {len(trials)} repeats"
+
+
 FIGURES = ["ε SQNR (dB)", "PSNR (dB)", "FD-fashion"]
 
 

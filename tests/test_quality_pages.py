@@ -183,7 +183,12 @@ def test_objectives_and_the_second_model(script) -> None:
     assert "| white, of its largest | 0.25 | 1 |" in text
     row = {"preset": "plus", "bits": "w4a8", "eps_sqnr_db": 30.0, "psnr_db": 35.0, "fd": 3.0, "class_agreement": 0.9,
            "size_ratio": 0.15}  # fmt: skip
-    training = {"shape": "DiT-S/2", "parameters": 33_000_000, "images_train_test": {"cat": [5, 1], "dog": [7, 2]}}
+    training = {
+        "shape": "DiT-S/2",
+        "parameters": 33_000_000,
+        "training": {"steps": 3},
+        "images_train_test": {"cat": [5, 1], "dog": [7, 2]},
+    }
     settings = {"images": 1000, "steps": 50, "guidance": 1.5, "states": 80}
     reference = {"fd": 2.5, "class_agreement": 0.95, "fd_other_seeds": 2.75}
     run = {"environment": WHERE, "settings": settings, "training": training, "calibration_seconds": 20.4,
