@@ -23,7 +23,7 @@ class SoftmaxRow(Grid):
         self, low: torch.Tensor, high: torch.Tensor, bits: int, site: str, merging: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the step of unnormalized probabilities, and zeros."""
-        return torch.full_like(high, 1 / levels(bits)), torch.zeros_like(high, dtype=torch.int32)
+        return torch.full_like(high, step(bits)), torch.zeros_like(high, dtype=torch.int32)
 
     def candidates(
         self, base: torch.Tensor, current: torch.Tensor, steps: torch.Tensor, bits: int, merging: bool = False
@@ -58,6 +58,6 @@ class SoftmaxRow(Grid):
         return made._replace(zero_point=torch.full_like(made.zero_point, IntFormat(bits).qmin))
 
 
-def levels(bits: int) -> int:
-    """Return the largest number of steps of a code."""
-    return 2**bits - 1
+def step(bits: int) -> float:
+    """Return the step of codes of some bits, which count 2^bits - 1 steps from 0 to 1."""
+    return 1 / (2**bits - 1)
