@@ -211,11 +211,14 @@ class _Pass:
 
     def linear_input(self, linear: Linear, x: torch.Tensor, bias: torch.Tensor | None) -> None:
         name, timed = linear.source.name, linear.source.timed
-        group = self._add_range(linear.source, x, kept_keys(bias))
+        kept = kept_keys(bias)
+        group = self._add_range(linear.source, x, kept)
         if linear.source.role is Role.GELU:
             self._add_channel_range(name, x)
         each = self.rows[timed].shape[1]
-        self.found[f"{name}/x"] = self._at_rows(x, timed)
+        # A masked token of a prompt changes no output, but would count in a plain error and in a Hessian.
+        counted = x if kept is None else x.where(kept[..., None], 0)
+        self.found[f"{name}/x"] = self._at_rows(counted, timed)
         for field, value in {**self.per_state, "group": group}.items():
             self.found[f"{name}/{field}"] = value.repeat_interleave(each)
 
