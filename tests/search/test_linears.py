@@ -100,8 +100,9 @@ def test_without_rounds_weights_keep_their_min_max_scales(model, solved) -> None
 
 
 def test_few_attempts_are_in_memory_at_a_time(model, records, tiny_recipe, monkeypatch) -> None:
-    """Each holds the inputs, the weights and the outputs of its layers. A loop has the best, the last and the next one."""
-    alive, most = weakref.WeakSet(), []
+    """Each holds the inputs, weights and outputs of its layers. A loop has the best, the last and the next one."""
+    alive: weakref.WeakSet[linears._Attempt] = weakref.WeakSet()
+    most: list[int] = []
     original = linears._Attempt.__init__
 
     def counted(self, *arguments) -> None:
@@ -110,7 +111,6 @@ def test_few_attempts_are_in_memory_at_a_time(model, records, tiny_recipe, monke
         original(self, *arguments)
 
     monkeypatch.setattr(linears._Attempt, "__init__", counted)
-    monkeypatch.setattr(linears._Attempt, "__hash__", object.__hash__, raising=False)
     doctored = with_large_channels(records, slice(0, 8), 30.0)
     solve(model, doctored, tiny_recipe("plus", hessian="none"), GROUPS, Provenance())
     assert len(most) > len(BALANCING)

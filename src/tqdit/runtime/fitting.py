@@ -99,7 +99,7 @@ def _check_tensors(params: GridParams) -> None:
     for what, tensor in (("scale", params.scale), ("zero_point", params.zero_point)):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise InputError(f"site '{found.name}' has a {what} of shape {tuple(tensor.shape)}, not {shape}")
-    if found.grid is Grid.SOFTMAX_ROW and not (params.scale == step(found.bits)).all():
+    if found.grid is Grid.SOFTMAX_ROW and not (params.scale.float() == step(found.bits)).all():
         raise InputError(f"site '{found.name}' has another step of softmax rows than that of {found.bits} bits")
 
 
