@@ -68,6 +68,17 @@ def test_masked_tokens_of_a_prompt_are_no_rows_of_its_layers(tiny_recipe, hessia
     assert linear.x.abs().max() < 10
 
 
+def test_rows_of_a_prompt_are_of_tokens_that_count(tiny_recipe) -> None:
+    """As long as there are enough of them; with their Fisher weights, in batches of any size."""
+    model, data = toy_model(), toy_data()
+    recipe = tiny_recipe(rows=2 * len(data), samples=1)
+    few, all_at_once = (record(model, data, recipe, batch=size).linears["cross.context"] for size in (4, len(data)))
+    assert len(few.x) == 2 * len(data)
+    assert few.x.any(1).all()
+    assert few.fisher.any(1).all()
+    assert torch.equal(few.x.sort(0).values, all_at_once.x.sort(0).values)
+
+
 def test_keys_that_count() -> None:
     bias = torch.tensor([[0.0, -10000.0, 0.0], [-10000.0, -10000.0, -10000.0]])
     assert kept_keys(bias).tolist() == [[True, False, True], [True, True, True]]
