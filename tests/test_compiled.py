@@ -5,6 +5,8 @@ few float operations between the kernels in its own order: a code may fall on th
 """
 
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -78,7 +80,10 @@ def test_inductor_is_within_the_bound(solved, calls) -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_an_exported_program_is_the_model(solved, calls, backend: str, tmp_path: Path) -> None:
-    """For every batch size, timestep and class; also when it was saved and loaded, and under autocast."""
+    """For every batch size, timestep and class; also when it was saved and loaded, and under autocast, with kernels.
+
+    The reference's products of floats are torch's own, which autocast rounds in an exported program.
+    """
     model = convert(solved("plus"), backend)
     batch = torch.export.Dim("batch", min=2, max=64)
     shapes = {name: {0: batch} for name in calls[0]} | {"return_dict": None}
@@ -90,7 +95,19 @@ def test_an_exported_program_is_the_model(solved, calls, backend: str, tmp_path:
         expected = run(model, given)
         assert torch.equal(run(program.module(), given), expected)
         assert torch.equal(run(loaded, given), expected)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=backend == "cpu"):
+            assert torch.equal(run(loaded, given), expected)
     assert torch.equal(run(model, calls[1]), run(loaded, calls[1]))  # the model is as it was
+
+
+def test_the_backend_has_every_operator_of_an_exported_program(solved, calls, tmp_path: Path) -> None:
+    """In another process, which knows the backend and nothing else of the package."""
+    model = convert(solved("plus"), "cpu")
+    program = torch.export.export(model, (), {**calls[0], "return_dict": False})
+    torch.export.save(program, tmp_path / "model.pt2")
+    code = f"import torch, tqdit.backends.cpu; torch.export.load({str(tmp_path / 'model.pt2')!r})"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

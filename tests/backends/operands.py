@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tqdit.grids.softmax_row import levels
+from tqdit.grids.softmax_row import fixed_scale
 from tqdit.ops.quantizer import dequantize, quantize
 from tqdit.ops.schema import AttentionParams, Backend, Codes, OperandParams, WeightParams
 from tqdit.ops.tables import operand, parameters
@@ -80,7 +80,7 @@ class Maker:
             fraction = draw(shape, self.generator, 0.8) / (half - 1)
             return as_operand(grid, self.bits, fraction, None)._replace(group=group)
         if grid is Grid.SOFTMAX_ROW:
-            return as_operand(grid, self.bits, torch.full(shape, 1 / levels(self.bits)), None)._replace(group=group)
+            return as_operand(grid, self.bits, torch.full(shape, fixed_scale(self.bits)), None)._replace(group=group)
         if grid is Grid.MRQ_SOFTMAX:
             coarse = torch.full(shape, 1 / (half - 1))
             scale = coarse * (0.5 if merged else 2.0**-5)

@@ -58,6 +58,27 @@ def test_masked_keys_do_not_spoil_ranges(tiny_recipe) -> None:
     assert torch.allclose(records.ranges["cross.key"].high[0], keys.amax((0, 2)), atol=1e-5)
 
 
+@pytest.mark.parametrize("hessian", ["none", "published"])
+def test_masked_tokens_of_a_prompt_are_no_rows_of_its_layers(tiny_recipe, hessian: str) -> None:
+    """They would fill the Hessian of the layers' inputs: here they are 100."""
+    model, data = toy_model(), toy_data()
+    linear = record(model, data, tiny_recipe(hessian=hessian), batch=4).linears["cross.context"]
+    masked = (linear.x == 0).all(1)
+    assert 0 < int(masked.sum()) < len(masked)
+    assert linear.x.abs().max() < 10
+
+
+def test_rows_of_a_prompt_are_of_tokens_that_count(tiny_recipe) -> None:
+    """As long as there are enough of them; with their Fisher weights, in batches of any size."""
+    model, data = toy_model(), toy_data()
+    recipe = tiny_recipe(rows=2 * len(data), samples=1)
+    few, all_at_once = (record(model, data, recipe, batch=size).linears["cross.context"] for size in (4, len(data)))
+    assert len(few.x) == 2 * len(data)
+    assert few.x.any(1).all()
+    assert few.fisher.any(1).all()
+    assert torch.equal(few.x.sort(0).values, all_at_once.x.sort(0).values)
+
+
 def test_keys_that_count() -> None:
     bias = torch.tensor([[0.0, -10000.0, 0.0], [-10000.0, -10000.0, -10000.0]])
     assert kept_keys(bias).tolist() == [[True, False, True], [True, True, True]]

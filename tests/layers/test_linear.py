@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tqdit.layers.linear import WeightOnlyLinear, WeightOnlyPatchEmbed
+from tqdit.layers.linear import FloatLinear, WeightOnlyLinear, WeightOnlyPatchEmbed
 from tqdit.ops.dispatch import get_backend
+from tqdit.ops.float_linear import _operator
 
 
 def real_weight(weight) -> torch.Tensor:
@@ -36,3 +37,18 @@ def test_patch_embedding_is_the_convolution(weight, backend: str) -> None:
     convolution.bias.data = bias
     y = WeightOnlyPatchEmbed(WeightOnlyLinear(run.prepare_float_input(w, bias), run), 2)(x)
     assert torch.allclose(y, convolution(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_layer_in_float_stays_so_under_autocast(compiled: bool) -> None:
+    layer, x = FloatLinear(16, 6).requires_grad_(False), torch.randn(2, 3, 16)
+    expected = layer(x)
+    run = torch.compile(layer, backend="eager", fullgraph=True) if compiled else layer
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(run(x), expected)
+
+
+@pytest.mark.parametrize("bias", [torch.ones(6), None])
+def test_the_operator_of_layers_in_float_is_one_of_torch(bias: torch.Tensor | None) -> None:
+    x = torch.randn(2, 8, 4, 4).permute(0, 2, 3, 1)
+    torch.library.opcheck(_operator, (x, torch.randn(6, 8), bias))

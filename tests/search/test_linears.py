@@ -1,5 +1,6 @@
 """Layers solved together with their input: rounding, channel factors, rows, and the codes that follow from them."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from tqdit.calibration.records import channels_of
 from tqdit.calibration.statistics import RangeStats
 from tqdit.ops import quantizer, tables
 from tqdit.provenance import Provenance
+from tqdit.search import linears
 from tqdit.search.linears import BALANCING
 from tqdit.search.solver import solve
 from tqdit.spec import Grid, Role
@@ -86,6 +88,33 @@ def test_rows_are_closer_than_a_static_scale_where_rows_differ(model, records, s
         solution = solve(model, doctored, recipe, GROUPS, Provenance())
         errors.append(output_error(model, small, solution, source, weights))
     assert errors[1] < errors[0] / 100
+
+
+def test_without_rounds_weights_keep_their_min_max_scales(model, solved) -> None:
+    for rounding in ("nearest", "second_order"):
+        solution = solved("plus", "w4a8", rounds=0, rounding=rounding, gelu_channels="one")
+        for name, codes in solution.codes.items():
+            weight, bits = model.state_dict()[name].flatten(1), solution.params[name].spec.bits
+            expected = weight.abs().amax(1) / (2 ** (bits - 1) - 1)
+            assert torch.allclose(solution.params[name].scale[0], expected), (rounding, name, codes.shape)
+
+
+def test_few_attempts_are_in_memory_at_a_time(model, records, tiny_recipe, monkeypatch) -> None:
+    """Each holds the inputs, weights and outputs of its layers. A loop has the best, the last and the next one."""
+    alive: weakref.WeakSet[linears._Attempt] = weakref.WeakSet()
+    most: list[int] = []
+    original = linears._Attempt.__init__
+
+    def counted(self, *arguments) -> None:
+        alive.add(self)
+        most.append(len(alive))
+        original(self, *arguments)
+
+    monkeypatch.setattr(linears._Attempt, "__init__", counted)
+    doctored = with_large_channels(records, slice(0, 8), 30.0)
+    solve(model, doctored, tiny_recipe("plus", hessian="none"), GROUPS, Provenance())
+    assert len(most) > len(BALANCING)
+    assert max(most) <= 3
 
 
 # Channel factors -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tqdit.search.objectives import MatmulObjective, linear, scores, values
+from tqdit.search.objectives import MatmulObjective, linear, scores, values, within_groups
 
 
 def test_loss_is_the_weighted_squared_error() -> None:
@@ -47,3 +47,16 @@ def test_without_fisher_weights_every_error_counts_alike() -> None:
     assert objective.weights is None
     assert torch.equal(objective.target, linear(x, w))
     assert torch.allclose(objective.loss(x + 1, w), (w.sum(1) ** 2).expand(5, 3), atol=1e-5)
+
+
+def test_a_group_without_fisher_weights_weighs_what_counts_alike() -> None:
+    """Masked keys count in no group."""
+    fisher, group = torch.rand(4, 2, 3, 5) + 1, torch.tensor([0, 0, 1, 1])
+    fisher[2:] = 0
+    counts = torch.ones(4, 1, 1, 5)
+    counts[:, ..., 3:] = 0
+    found = within_groups(fisher * counts, group, counts)
+    assert torch.equal(found[2:], counts[2:].expand(2, 2, 3, 5))
+    assert not found[..., 3:].any()
+    assert torch.allclose(found[:2].mean(), torch.tensor(1.0))
+    assert torch.equal(within_groups(fisher, group)[2:], torch.ones(2, 2, 3, 5))

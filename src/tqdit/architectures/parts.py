@@ -18,14 +18,15 @@ from tqdit.spec import Solution
 class Parts:
     """Makes the layers of one model out of a solution that fits it.
 
-    `model` is diffusers' own, its parameters empty; an architecture puts integer modules into it. `places` and `sites`
-    say afterwards where every weight and every activation site is.
+    `model` is diffusers' own, its parameters empty; an architecture puts integer modules into it. `places`, `sites` and
+    `float_ends` say afterwards where every weight, every activation site and every end in float is.
     """
 
     def __init__(self, solution: Solution, backend: Backend, graph: Graph, model: nn.Module) -> None:
         self.solution, self.backend, self.graph, self.model = solution, backend, graph, model
         self.places: dict[str, Place] = {}
         self.sites: dict[str, ActivationParams] = {}
+        self.float_ends: dict[str, nn.Module] = {}
         self._float_inputs: dict[tuple[int, ...], nn.Module] = {}
 
     def operand(self, operand: Operand) -> ActivationParams:
@@ -53,6 +54,7 @@ class Parts:
                 self.replace(name, FloatPatchEmbed.like(module))
             elif isinstance(module, nn.Linear):
                 self.replace(name, FloatLinear.like(module))
+            self.float_ends[name] = self.model.get_submodule(name)
 
     def float_input(self, name: str) -> nn.Module:
         """Return a layer on float inputs, for the linear layer or patch convolution of that name."""
@@ -89,11 +91,13 @@ class Parts:
     def fill(self, module: nn.Module, prefix: str = "") -> nn.Module:
         """Put the parameters that stay in float where those of a module are. `prefix`: of their names.
 
-        Not all of them are empty: a class may draw the first values of a table at random.
+        Not all of them are empty: a class may draw the first values of a table at random. An end in float gets copies,
+        as layers on codes do: a change of them changes no other model of the same solution.
         """
         for name, parameter in list(module.named_parameters()):
             if parameter.is_meta or prefix + name in self.solution.floats:
                 value = self.solution.floats[prefix + name]
+                value = value.clone() if (prefix + name).rpartition(".")[0] in self.float_ends else value
                 _set(module, name, nn.Parameter(value, requires_grad=False))
         return module
 

@@ -3,7 +3,8 @@
 Plain calls do not go through these: torch's dispatcher would cost them time. Operands travel flat: the table of each,
 then its channel factors if it has some, and four integers (grid, bits, whether its regions merge, whether it has
 factors); a weight as its tensors and three (kind, out, in); codes of rows as codes and the rows' steps.
-An exported program that was saved needs these operators again: `import tqdit.backends.cpu` before it is loaded.
+An exported program that was saved needs these operators again, and that of layers in float: `import tqdit.backends.cpu`
+before it is loaded.
 """
 
 import torch
@@ -13,6 +14,7 @@ from torch.library import custom_op
 from tqdit.backends import fused, onednn
 from tqdit.backends.onednn import PackedWeight
 from tqdit.backends.panels import PanelWeight
+from tqdit.ops import float_linear  # noqa: F401 - the operator of layers in float, which no kernel here computes
 from tqdit.ops.schema import AttentionParams, Codes, Norm, OperandParams, Residual, RowCodes
 from tqdit.spec import Grid
 

@@ -104,10 +104,11 @@ class _Watched:
         These are summed over all elements, times the mean square of a layer's output for the sample: (B,). With
         guidance the layers have two rows of each sample.
         """
-        at = [x, *self._outputs]
+        outputs = tuple(self._outputs)  # gradient checkpointing runs the layers, and their hooks, once more
+        at = [x, *outputs]
         by_state, *others = torch.autograd.grad(output, at, by_output, retain_graph=keep, materialize_grads=True)
         total = torch.zeros(len(x), device=x.device)
-        for value, gradient in zip(self._outputs, others, strict=True):
+        for value, gradient in zip(outputs, others, strict=True):
             size = value.detach().square().flatten(1).mean(1)
             total = total + (size * gradient.square().flatten(1).sum(1)).unflatten(0, (-1, len(x))).sum(0)
         return by_state, total

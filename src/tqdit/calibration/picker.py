@@ -13,7 +13,8 @@ class Picker:
     """A seeded choice of tokens of every (sample, guidance half), made once, so that batching changes nothing.
 
     `rows` and `queries` (samples, halves, .) are indices of the model's own tokens, `context_rows` of those of its
-    context. `attention` (samples, halves) says which samples keep their attention.
+    context; `context_order` are all of these, those of `context_rows` first. `attention` (samples, halves) says which
+    samples keep their attention.
     """
 
     def __init__(self, recipe: Recipe, samples: int, halves: int, tokens: int, context: int = 0) -> None:
@@ -30,7 +31,8 @@ class Picker:
 
         self.rows = choose(tokens, wanted)
         self.queries = choose(tokens, QUERIES_PER_SAMPLE)
-        self.context_rows = choose(context, wanted)
+        self.context_order = choose(context, context)
+        self.context_rows = self.context_order[..., :wanted]
         queries = self.queries.shape[-1]
         # Attention keeps whole K and V, so only every `stride`-th sample is kept; samples are ordered by group, halves
         # alternate. An odd stride of at most the samples of a group meets both halves of every group.
@@ -43,3 +45,12 @@ class Picker:
     def flat(self, table: torch.Tensor, members: slice) -> torch.Tensor:
         """Return the table's rows of a batch, conditional halves first as in the forward pass."""
         return table[members].transpose(0, 1).flatten(0, 1)
+
+
+def masked_last(order: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Return an order of tokens (B, M) in which those that are not `kept` (B, M) come last, all else as it was.
+
+    Most tokens of a prompt are masked, and say nothing of the layers that read the prompt.
+    """
+    masked = ~kept.gather(1, order)
+    return order.gather(1, masked.int().argsort(dim=1, stable=True))

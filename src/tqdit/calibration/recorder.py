@@ -17,7 +17,7 @@ from tqdit.architectures.interface import Attention, Block, Graph, Linear, Opera
 from tqdit.architectures.registry import architecture, config_of, graph
 from tqdit.calibration.batches import Batches
 from tqdit.calibration.fisher import Pick, Probes
-from tqdit.calibration.picker import Picker
+from tqdit.calibration.picker import Picker, masked_last
 from tqdit.calibration.records import MAXIMA, STREAM_HIGH, Records, channels_of, join, recorded
 from tqdit.calibration.statistics import RangeStats, extremes, kept_keys
 from tqdit.calibration.store import Forgetful, Store, Tensors
@@ -172,6 +172,7 @@ class _Pass:
         self.group = self.per_state["group"]
         tables = {True: picker.rows, False: picker.context_rows}
         self.rows = {timed: picker.flat(table, self.slice).to(device) for timed, table in tables.items()}
+        self.context_order = picker.flat(picker.context_order, self.slice).to(device)
         self.first = torch.arange(len(self.group), device=device)[:, None]
         self.kept = picker.flat(picker.attention, self.slice).nonzero()[:, 0].to(device)
         self.queries = picker.flat(picker.queries, self.slice).to(device)[self.kept][:, None, :, None]
@@ -211,16 +212,22 @@ class _Pass:
 
     def linear_input(self, linear: Linear, x: torch.Tensor, bias: torch.Tensor | None) -> None:
         name, timed = linear.source.name, linear.source.timed
-        group = self._add_range(linear.source, x, kept_keys(bias))
+        kept = kept_keys(bias)
+        group = self._add_range(linear.source, x, kept)
         if linear.source.role is Role.GELU:
             self._add_channel_range(name, x)
+        if kept is not None:
+            self.rows[False] = masked_last(self.context_order, kept)[:, : self.rows[False].shape[1]]
         each = self.rows[timed].shape[1]
-        self.found[f"{name}/x"] = self._at_rows(x, timed)
+        # A masked token of a prompt changes no output, but would count in a plain error and in a Hessian.
+        counted = x if kept is None else x.where(kept[..., None], 0)
+        self.found[f"{name}/x"] = self._at_rows(counted, self.rows[timed])
         for field, value in {**self.per_state, "group": group}.items():
             self.found[f"{name}/{field}"] = value.repeat_interleave(each)
 
     def linear_output(self, linear: Linear, module: str, z: torch.Tensor) -> None:
-        self._watch(f"{linear.source.name}/fisher", module, z, partial(self._at_rows, timed=linear.source.timed))
+        pick = partial(self._at_rows, rows=self.rows[linear.source.timed])  # those of the layer's input just before
+        self._watch(f"{linear.source.name}/fisher", module, z, pick)
 
     def attention(self, attention: Attention, computed: Computed) -> None:
         kept = kept_keys(computed.bias)
@@ -284,8 +291,8 @@ class _Pass:
             f"group {int(self.group[sample])} of {self.groups}), no scale can represent them"
         )
 
-    def _at_rows(self, x: torch.Tensor, timed: bool) -> torch.Tensor:
-        return x[self.first, self.rows[timed]].flatten(0, 1)
+    def _at_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return x[self.first, rows].flatten(0, 1)
 
     def _at_queries(self, x: torch.Tensor) -> torch.Tensor:
         x = x[self.kept]

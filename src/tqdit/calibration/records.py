@@ -21,7 +21,7 @@ STREAM_HIGH = "stream/high"  # the largest magnitude of the residual stream, fp3
 class LinearRecord:
     """The sampled rows of one linear input.
 
-    x (R, in), group, step_weight and image_weight (R,), fisher (R, out) of its layers.
+    x (R, in), group, step_weight and image_weight (R,), fisher (R, out) of its layers. Masked tokens are rows of zeros.
     """
 
     x: torch.Tensor

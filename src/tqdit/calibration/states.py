@@ -34,7 +34,9 @@ class CalibrationSet:
     without a scheduler all weigh the same. A scheduler whose shift depends on the size of the model's images needs the
     float `model`.
     image_weight (S,): how much an error of the output at t moves the image at the end of the sampling, fp32 (see
-    `sensitivity.Sensitivity.weights`). It is measured where the recipe asks for it; by default it is `step_weight`.
+    `sensitivity.Sensitivity.weights`). It is measured for states that the package draws by a recipe whose `hessian` is
+    "image" (`calibration_states`). A set that is made without it has `step_weight` in its place. Such a recipe then
+    weighs errors by the sampler's steps instead of by the image.
     The tensors may be of other dtypes and on any device: they are copied to the CPU.
     Raises `InputError` for shapes that do not fit, for a timestep outside the range, for a `group` that is not that of
     the timestep, and for labels that are no conditions.

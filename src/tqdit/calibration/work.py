@@ -13,7 +13,7 @@ from tqdit.recipe import CALIBRATION_SETTINGS, Recipe
 from tqdit.system.environment import versions
 
 STAGES = ("calibration", "search")  # the stages whose finished work may be kept
-PIECES = 6  # raised where a change makes other pieces of the same settings, so that no former run is continued
+PIECES = 7  # raised where a change makes other pieces of the same settings, so that no former run is continued
 
 
 def stage_store(work: Path | None, stage: str, *depends_on: Any) -> Store | None:

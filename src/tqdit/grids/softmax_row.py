@@ -23,7 +23,7 @@ class SoftmaxRow(Grid):
         self, low: torch.Tensor, high: torch.Tensor, bits: int, site: str, merging: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the scale of unnormalized probabilities, and zeros."""
-        return torch.full_like(high, 1 / levels(bits)), torch.zeros_like(high, dtype=torch.int32)
+        return torch.full_like(high, fixed_scale(bits)), torch.zeros_like(high, dtype=torch.int32)
 
     def candidates(
         self, base: torch.Tensor, current: torch.Tensor, steps: torch.Tensor, bits: int, merging: bool = False
@@ -58,6 +58,6 @@ class SoftmaxRow(Grid):
         return made._replace(zero_point=torch.full_like(made.zero_point, IntFormat(bits).qmin))
 
 
-def levels(bits: int) -> int:
-    """Return the largest code, counted from 0."""
-    return 2**bits - 1
+def fixed_scale(bits: int) -> float:
+    """Return the scale of codes of `bits` bits: 2^bits - 1 levels from 0 to 1."""
+    return 1 / (2**bits - 1)

@@ -27,10 +27,13 @@ class Place:
 class LayerCodes(Mapping[str, torch.Tensor]):
     """Weight codes by site, int8 on the CPU, unpacked on demand from the layers of a model."""
 
-    def __init__(self, places: Mapping[str, Place], sites: Mapping[str, ActivationParams]) -> None:
-        """Find the codes of `model`'s layers. `sites`: the activation sites of that model."""
+    def __init__(
+        self, places: Mapping[str, Place], sites: Mapping[str, ActivationParams], float_ends: Mapping[str, nn.Module]
+    ) -> None:
+        """Find the codes of a model's layers. `sites`, `float_ends`: its activation sites, and its ends in float."""
         self._places = places
         self._sites = sites
+        self._float_ends = float_ends
 
     def __getitem__(self, site: str) -> torch.Tensor:
         place = self._places[site]
@@ -51,7 +54,7 @@ class LayerCodes(Mapping[str, torch.Tensor]):
         return len(self._places)
 
     def check_unchanged(self, solution: Solution) -> None:
-        """Raise `InputError` if a scale, zero point or bias of the model is not that of `solution`."""
+        """Raise `InputError` if a scale, zero point, bias or end in float of the model is not that of `solution`."""
         for site, place in self._places.items():
             layer, bias = place.layer, solution.floats.get(f"{site.removesuffix('.weight')}.bias")
             with _readable(site, layer):
@@ -64,6 +67,11 @@ class LayerCodes(Mapping[str, torch.Tensor]):
             with _readable(name, module):
                 expected = operand(solution.params[name])
                 _check_equal(name, [(module.table, expected.table), _factors(module.channels, expected.channels)])
+        for name, end in self._float_ends.items():
+            with _readable(name, end):
+                _check_equal(
+                    name, [(value, solution.floats[f"{name}.{leaf}"]) for leaf, value in end.named_parameters()]
+                )
 
 
 def _factors(mine: torch.Tensor | None, given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,13 +1,13 @@
-"""Linear layers of a quantized model: their weights are codes, and their inputs are codes or floats."""
+"""Linear layers of a quantized model: weights are codes, or floats at both ends; inputs are codes or floats."""
 
 from typing import Any
 
 import torch
 from torch import nn
-from torch.library import custom_op
 from torch.nn import functional as F
 
 from tqdit.layers.params import ActivationParams
+from tqdit.ops.float_linear import float_linear
 from tqdit.ops.modules import Untrainable, offloaded, present
 from tqdit.ops.schema import Backend
 
@@ -65,7 +65,7 @@ class FloatLinear(nn.Linear):
         return cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _by_sample(x, self.weight, self.bias)
+        return float_linear(x, self.weight, self.bias)
 
 
 class FloatPatchEmbed(nn.Conv2d):
@@ -83,26 +83,4 @@ class FloatPatchEmbed(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         patches = F.pixel_unshuffle(x, self.stride[0]).permute(0, 2, 3, 1)
-        return _by_sample(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-
-
-def _by_sample(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return x W^T + b; on a CPU sample by sample, because libraries order the sums by the number of rows."""
-    if not x.is_cpu:
-        return F.linear(x, weight, bias)
-    return _operator(x, weight, bias) if torch.compiler.is_compiling() else _sample_by_sample(x, weight, bias)
-
-
-def _sample_by_sample(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.cat([F.linear(part, weight, bias) for part in x.split(1)])
-
-
-@custom_op("tqdit::linear_by_sample", mutates_args=())
-def _operator(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Compute `_by_sample` as an operator of torch's graphs, where the batch may have any size."""
-    return _sample_by_sample(x, weight, bias)
-
-
-@_operator.register_fake
-def _(x, weight, bias):  # type: ignore[no-untyped-def]
-    return F.linear(x, weight, bias)
+        return float_linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)

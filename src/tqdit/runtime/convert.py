@@ -72,7 +72,7 @@ def _converted(
     assert not empty_yet, f"not filled: {empty_yet}"
     model.quantization_backend = chosen.NAME
     model.quantization_report = {name: kernel_name(params, chosen) for name, params in solution.params.items()}
-    model.solution = replace(solution, codes=LayerCodes(parts.places, parts.sites))
+    model.solution = replace(solution, codes=LayerCodes(parts.places, parts.sites, parts.float_ends))
     model.reconvert = partial(_converted, backend=backend)  # the solution was checked before
     model.io_dtype = dtype
     model.fits_float16 = solution.fits_float16

@@ -13,6 +13,7 @@ import torch
 from tqdit.architectures.registry import architecture, check_supported
 from tqdit.artifact import folder as artifact
 from tqdit.errors import InputError
+from tqdit.grids.softmax_row import fixed_scale
 from tqdit.plan import BY_ROW, TWO_REGION, plan
 from tqdit.recipe import Recipe
 from tqdit.spec import MAX_BITS, MIN_BITS, Granularity, Grid, GridParams, Role, SiteSpec, Solution
@@ -87,10 +88,10 @@ def _check_site(solution: Solution, found: SiteSpec, expected: SiteSpec, timed: 
         if (value := getattr(found, field)) not in values:
             named = " or ".join(map(str, values))
             raise InputError(f"site '{expected.name}' has {field} {value}; its model needs {named}")
-    _check_shapes_of_params(solution.params[expected.name])
+    _check_tensors(solution.params[expected.name])
 
 
-def _check_shapes_of_params(params: GridParams) -> None:
+def _check_tensors(params: GridParams) -> None:
     found = params.spec
     if (params.zero_point is not None) != found.has_zero_point:
         raise InputError(f"site '{found.name}' has {'no' if params.zero_point is None else 'a'} zero_point")
@@ -98,6 +99,8 @@ def _check_shapes_of_params(params: GridParams) -> None:
     for what, tensor in (("scale", params.scale), ("zero_point", params.zero_point)):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise InputError(f"site '{found.name}' has a {what} of shape {tuple(tensor.shape)}, not {shape}")
+    if found.grid is Grid.SOFTMAX_ROW and not (params.scale.float() == fixed_scale(found.bits)).all():
+        raise InputError(f"site '{found.name}' has another step of softmax rows than that of {found.bits} bits")
 
 
 def _check_channels(params: GridParams, width: int | None) -> None:

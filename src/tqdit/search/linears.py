@@ -55,9 +55,9 @@ class LinearSolution:
 def solve(problem: LinearProblem) -> LinearSolution:
     """Return the best of all grids and channel factors of a problem; the first of equally good ones."""
     tries = [(spec, channels) for channels in _factors(problem) for spec in problem.site.tried]
-    attempts = [_Attempt(problem, spec, channels) for spec, channels in tries]
-    best = attempts[0] if len(attempts) == 1 else min(attempts, key=lambda attempt: attempt.loss)
-    return best.solution()
+    # One after the other: an attempt holds the inputs, the weights and the outputs of its layers.
+    attempts = (_Attempt(problem, spec, channels) for spec, channels in tries)
+    return min(attempts, key=lambda attempt: attempt.loss).solution()
 
 
 class _Attempt:
@@ -105,7 +105,8 @@ class _Attempt:
             )
         site = self.problem.specs[0].name
         if len(self.w.scale[0]) == len(values):
-            scale, codes = second_order.scaled_codes(values, self.hessian, bits, SHARES, site=site)
+            shares = SHARES if self.recipe.rounds else SHARES[:1]
+            scale, codes = second_order.scaled_codes(values, self.hessian, bits, shares, site=site)
         else:
             scale = self.w.scale[0]
             codes = second_order.round_weights(values, scale[self.w.unit], self.hessian, bits, site=site)

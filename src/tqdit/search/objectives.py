@@ -40,17 +40,19 @@ class MatmulObjective:
         return error if self.weights is None else error.mul_(self.weights)
 
 
-def within_groups(fisher: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+def within_groups(fisher: torch.Tensor, group: torch.Tensor, counts: torch.Tensor | None = None) -> torch.Tensor:
     """Return Fisher weights (R, ...) with the mean 1 inside each time group; a group of zeros gets ones.
 
-    `group`: (R,). So weights say which errors inside a group count, and not which group does.
+    `group`: (R,). So weights say which errors inside a group count, and not which group does. `counts`: 0 where an
+    error never counts, as at masked keys, and else 1; it broadcasts to `fisher`, and a group of zeros gets it.
     """
     per_row = fisher.flatten(1).double().mean(1)
     members = (torch.arange(int(group.max()) + 1, device=group.device)[:, None] == group).double()
     means = (members @ per_row) / members.sum(1).clamp(min=1)
     mean = means[group].reshape(-1, *(1,) * (fisher.ndim - 1)).float()
     sound = torch.isfinite(mean) & (mean > 0)
-    return torch.where(sound, fisher / torch.where(sound, mean, 1), torch.ones_like(fisher))
+    alike = torch.ones_like(fisher) if counts is None else counts.to(fisher)
+    return torch.where(sound, fisher / torch.where(sound, mean, 1), alike)
 
 
 def linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

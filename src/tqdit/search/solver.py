@@ -161,9 +161,11 @@ class _Solver:
 
     def _scores(self, attention: Attention) -> Solved:
         record = _moved(self.records.attentions[attention.module], self.device)
-        weights = self._weights(record, record.fisher_scores)
-        if weights is None and (kept := kept_keys(record.bias)) is not None:
-            weights = kept[:, None, None].expand_as(record.fisher_scores).float()
+        kept = kept_keys(record.bias)
+        counts = None if kept is None else kept[:, None, None]
+        weights = self._weights(record, record.fisher_scores, counts)
+        if weights is None and counts is not None:
+            weights = counts.expand_as(record.fisher_scores).float()
         objective = MatmulObjective.weighted(objectives.scores, record.q, record.k, weights)
         q = self._operand(attention.query, record.q, record)
         k = self._operand(attention.key, record.k, record)
@@ -191,8 +193,10 @@ class _Solver:
     def _operand(self, site: Site, values: torch.Tensor, record: AttentionRecord) -> Operand:
         return operands.activation(self.specs[site.name], values, record.group, self._ranges(site.name))
 
-    def _weights(self, record: LinearRecord | AttentionRecord, fisher: torch.Tensor) -> torch.Tensor | None:
-        """Return the weights of squared errors, or None for plain squared error."""
+    def _weights(
+        self, record: LinearRecord | AttentionRecord, fisher: torch.Tensor, counts: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Return the weights of squared errors, or None for plain squared error; `counts` as in `within_groups`."""
         if self.objective is Objective.PLAIN:
             return None
         if self.objective is Objective.FISHER:
@@ -200,7 +204,7 @@ class _Solver:
         shape = (-1, *(1,) * (fisher.ndim - 1))
         if self.objective is Objective.FISHER_BY_STEP:
             return fisher * record.step_weight.reshape(shape)
-        return objectives.within_groups(fisher, record.group) * record.image_weight.reshape(shape)
+        return objectives.within_groups(fisher, record.group, counts) * record.image_weight.reshape(shape)
 
     def _ranges(self, site: str) -> RangeStats:
         return _moved(self.records.ranges[site], self.device)
