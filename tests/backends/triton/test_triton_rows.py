@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import as_projected, from_projected, padded, read, to, traced
+from layouts import as_projected, each_shape, from_projected, padded, read, to, traced
 from operands import Maker, as_operand, maker
-from ties import TIE, assert_equal_up_to_ties, each_shape
+from ties import TIE, assert_equal_up_to_ties
 
 from poisoned import PoisonedTorch
 
