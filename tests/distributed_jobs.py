@@ -18,28 +18,26 @@ from tqdit.system import distributed
 SAMPLING = Sampling("ddpm", 4, 1.5)
 
 
-def exchange(folder: Path) -> None:
+def exchange(world: distributed.World, folder: Path) -> None:
     """Every helper once; each rank writes what it got."""
-    with distributed.joined("cpu") as world:
-        assert distributed.current() is world
-        found: dict[str, object] = {"world": [world.rank, world.size, world.device]}
-        for count in (1, 2, 5):
-            share = list(world.share(range(count)))
-            parts = [torch.full((i + 1, 2), i, dtype=torch.float64) for i in share]
-            whole = world.gather(parts, count)
-            assert all(part.dtype == torch.float64 for part in whole)
-            found[f"gathered {count}"] = [part.tolist() for part in whole]
-            items = world.gather_named(map(named, share), count, lambda name: int(name) if name.isdigit() else None)
-            assert all(item["a"].dtype == torch.bool for item in items)
-            found[f"named {count}"] = [{name: tensor.tolist() for name, tensor in item.items()} for item in items]
-        with torch.inference_mode():
-            states = [torch.ones(2)]
-        (sums := world.gather(states, world.size)[1]).requires_grad_()  # calibration differentiates what it is given
-        found["trainable"] = sums.requires_grad
-        mine = torch.tensor([world.rank, 1])
-        found["sum"] = world.add(mine).tolist()
-        found["mine"] = mine.tolist()
-    assert distributed.current().size == 1
+    assert distributed.current() is world
+    found: dict[str, object] = {"world": [world.rank, world.size, world.device]}
+    for count in (1, 2, 5):
+        share = list(world.share(range(count)))
+        parts = [torch.full((i + 1, 2), i, dtype=torch.float64) for i in share]
+        whole = world.gather(parts, count)
+        assert all(part.dtype == torch.float64 for part in whole)
+        found[f"gathered {count}"] = [part.tolist() for part in whole]
+        items = world.gather_named(map(named, share), count, lambda name: int(name) if name.isdigit() else None)
+        assert all(item["a"].dtype == torch.bool for item in items)
+        found[f"named {count}"] = [{name: tensor.tolist() for name, tensor in item.items()} for item in items]
+    with torch.inference_mode():
+        states = [torch.ones(2)]
+    (sums := world.gather(states, world.size)[1]).requires_grad_()  # calibration differentiates what it is given
+    found["trainable"] = sums.requires_grad
+    mine = torch.tensor([world.rank, 1])
+    found["sum"] = world.add(mine).tolist()
+    found["mine"] = mine.tolist()
     (folder / f"{world.rank}.json").write_text(json.dumps(found))
 
 
@@ -49,17 +47,26 @@ def named(i: int) -> dict[str, torch.Tensor]:
     return {"a": torch.ones(1, i, dtype=torch.bool), **of_ranks, "c": torch.tensor([i])}
 
 
-def images(folder: Path, *models: str) -> None:
+def images(world: distributed.World, folder: Path, *models: str) -> None:
     """Images and a comparison on every rank; `models`: the float one, then its artifact."""
-    with distributed.joined("cpu") as world:
-        torch.save([drawn(model) for model in models], folder / f"{world.rank}.pt")
-        result = comparison.compare(models[0], list(models[1:]), 5, SAMPLING, samples=5)
+    torch.save([drawn(model) for model in models], folder / f"{world.rank}.pt")
+    result = comparison.compare(models[0], list(models[1:]), 5, SAMPLING, samples=5)
     (folder / f"{world.rank}.json").write_text(result.to_json())
 
 
 def drawn(model: str) -> torch.Tensor:
     """7 images in batches of 2: four batches, the last one of a single image."""
     return workflow.sample_images(workflow.images_of(model, ["3", "5", "8"], 7, SAMPLING, seed=1, batch=2))
+
+
+def exchange_and_images(folder: Path, *models: str) -> None:
+    """Both jobs in the same processes, each into a folder of its own."""
+    for name in ("exchange", "images"):
+        (folder / name).mkdir(exist_ok=True)
+    with distributed.joined("cpu") as world:
+        exchange(world, folder / "exchange")
+        images(world, folder / "images", *models)
+    assert distributed.current().size == 1
 
 
 def dies(_: Path, *arguments: str) -> None:
@@ -97,5 +104,5 @@ def dies_searching(_: Path, *arguments: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    jobs = {"exchange": exchange, "images": images, "dies": dies, "dies_searching": dies_searching}
+    jobs = {"exchange_and_images": exchange_and_images, "dies": dies, "dies_searching": dies_searching}
     jobs[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])

@@ -78,7 +78,7 @@ def test_inductor_is_within_the_bound(solved, calls) -> None:
     assert all(sqnr_db(a, run(compiled, given)) > BOUND_DB for a, given in zip(expected, calls, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("reference", marks=pytest.mark.long)])
 def test_an_exported_program_is_the_model(solved, calls, backend: str, tmp_path: Path) -> None:
     """For every batch size, timestep and class; also when it was saved and loaded, and under autocast, with kernels.
 

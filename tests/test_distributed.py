@@ -33,11 +33,18 @@ def artifact(pipeline: Path, tiny_recipe, tmp_path_factory: pytest.TempPathFacto
     return out
 
 
-@pytest.mark.slow
-def test_exchange(tmp_path: Path) -> None:
-    done = torchrun(JOBS, "exchange", tmp_path)
+@pytest.fixture(scope="module")
+def exchanged(pipeline: Path, artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes got from `exchange` and from `images`: a folder of each job; the same processes run both."""
+    out = tmp_path_factory.mktemp("exchanged")
+    done = torchrun(JOBS, "exchange_and_images", out, pipeline, artifact)
     assert done.returncode == 0, done.stderr
-    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    return out
+
+
+@pytest.mark.slow
+def test_exchange(exchanged: Path) -> None:
+    found = [json.loads((exchanged / "exchange" / f"{rank}.json").read_text()) for rank in range(2)]
     assert [own.pop("world") for own in found] == [[0, 2, "cpu"], [1, 2, "cpu"]]
     assert [own.pop("mine") for own in found] == [[0, 1], [1, 1]]
     for count in (1, 2, 5):  # item i: "a" and "c" are for all, "0" and "1" for one rank each
@@ -52,15 +59,14 @@ def test_exchange(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_same_pixels_and_figures_for_every_world(pipeline: Path, artifact: Path, tmp_path: Path) -> None:
-    done = torchrun(JOBS, "images", tmp_path, pipeline, artifact)
-    assert done.returncode == 0, done.stderr
+def test_same_pixels_and_figures_for_every_world(pipeline: Path, artifact: Path, exchanged: Path) -> None:
+    folder = exchanged / "images"
     expected = [drawn(str(model)) for model in (pipeline, artifact)]
     alone = json.loads(compare(pipeline, [artifact], 5, SAMPLING, samples=5, cost=False).to_json())
     for rank in range(2):
-        for own, one in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):
+        for own, one in zip(torch.load(folder / f"{rank}.pt"), expected, strict=True):
             assert torch.equal(own, one)
-        figures = json.loads((tmp_path / f"{rank}.json").read_text())
+        figures = json.loads((folder / f"{rank}.json").read_text())
         assert {**figures, "environment": None} == {**alone, "environment": None}
 
 
@@ -139,7 +145,7 @@ def test_a_rank_that_dies_ends_the_job_and_keeps_finished_images(pipeline: Path,
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_command_line_under_torchrun(tmp_path: Path, run_cli) -> None:
     command = ["sample", "fashion-dit", "-n", "3", "--steps", "2", "--batch", "1"]
     done = torchrun("-m", "tqdit", *command, "-o", tmp_path / "grid.png")
@@ -150,13 +156,13 @@ def test_command_line_under_torchrun(tmp_path: Path, run_cli) -> None:
     assert (tmp_path / "grid.png").read_bytes() == (tmp_path / "one.png").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("command", "message"),
     [
         (["sample", "fashion-dit", "--classes", "zebra"], "unknown class 'zebra'"),
-        pytest.param(["quantize", "no-such-model"], "no-such-model", marks=pytest.mark.long),
-        pytest.param(["quantize", "fashion-dit", "--steps", "3"], "3 steps visit no timestep", marks=pytest.mark.long),
+        (["quantize", "no-such-model"], "no-such-model"),
+        (["quantize", "fashion-dit", "--steps", "3"], "3 steps visit no timestep"),
     ],
 )
 def test_bad_input_is_told_once(tmp_path: Path, command: list[str], message: str) -> None:
@@ -166,6 +172,38 @@ def test_bad_input_is_told_once(tmp_path: Path, command: list[str], message: str
     assert len(told) == 1
     assert message in " ".join(done.stderr.splitlines()[-3:]), "torchrun's own words end with ours"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_that_fail_alike_speak_once(monkeypatch, capsys, tmp_path: Path) -> None:
+    """The ranks' command lines one after another, in this process, at a store like that of torchrun."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    reasons = [tmp_path / f"{rank}.json" for rank in range(2)]
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(distributed, "check_alone", raises(InputError("both see this")))
+    monkeypatch.setattr(sys, "argv", ["tqdit", "inspect", "fashion-dit"])
+    told = []
+    for rank, reason in enumerate(reasons):
+        for name, value in {**RANK_1, "RANK": str(rank), "TORCHELASTIC_ERROR_FILE": str(reason)}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 2
+        told.append(capsys.readouterr().err)
+    assert told == ["tqdit: rank 0 of 2: both see this\n", ""]
+    assert [json.loads(reason.read_text())["message"]["message"] for reason in reasons] == [
+        f"tqdit: rank {rank} of 2: both see this" for rank in range(2)
+    ]
+
+
+def raises(error: Exception):
+    """Return a function that raises `error` whatever it is given."""
+
+    def call(*_: object) -> None:
+        raise error
+
+    return call
 
 
 @pytest.mark.long

@@ -93,6 +93,15 @@ WORLDS: dict[str, World] = {
     "everything at once": everything,
 }
 worlds = pytest.mark.parametrize("world", WORLDS.values(), ids=[name.replace(" ", "-") for name in WORLDS])
+# Where an artifact is made when tests must be short; the last of these is all the others together.
+FEW = ("bfloat16", "autocast to bfloat16", "inference mode", "default device", "everything at once")
+each_or_few_worlds = pytest.mark.parametrize(
+    "world",
+    [
+        pytest.param(world, id=name.replace(" ", "-"), marks=() if name in FEW else pytest.mark.long)
+        for name, world in WORLDS.items()
+    ],
+)
 
 
 def random_state() -> list[Any]:
@@ -138,7 +147,7 @@ def drawn(folder: Path) -> torch.Tensor:
     return tqdit.sample(folder, ["0", "3"], 2, tqdit.Sampling("ddim", 2))
 
 
-@worlds
+@each_or_few_worlds
 def test_an_artifact_is_the_same_bytes_in_every_world(
     world: World, pipeline: Path, plain: Path, recipe: tqdit.Recipe, tmp_path: Path
 ) -> None:

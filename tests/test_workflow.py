@@ -248,7 +248,13 @@ def test_interrupted_quantize_leaves_nothing(pipeline, tiny_recipe, tmp_path, st
 
 @pytest.mark.parametrize(
     ("stage", "after"),
-    [("trajectories", 0.9), ("statistics", 0.2), ("statistics", 0.9), ("search", 0.1), ("search", 0.9)],
+    [
+        ("trajectories", 0.9),
+        ("statistics", 0.2),
+        pytest.param("statistics", 0.9, marks=pytest.mark.long),
+        pytest.param("search", 0.1, marks=pytest.mark.long),
+        ("search", 0.9),
+    ],
 )
 def test_resumed_quantize_gives_the_same_bytes(
     quantized, pipeline, tiny_recipe, tmp_path, monkeypatch, stage: str, after: float

@@ -313,8 +313,8 @@ def test_kernel_names_say_what_runs(run, request: pytest.FixtureRequest) -> None
     compiled, vnni = isinstance(run, NativeCpu), isinstance(run, NativeCpu) and native.has_vnni()
     onednn_runs = onednn.reason() is None
     assert compiled == (way not in ("torch", "nothing"))
-    assert not (way == "generic" and vnni)
-    assert vnni or way != "panels"
+    assert not (way.startswith("generic") and vnni)
+    assert vnni or not way.startswith("panels")
     product = "onednn u8 x s8" if onednn_runs else "int8 in fp32, exact"
     assert run.kernel("linear") == ("fused, avx512-vnni u8 x s8" if vnni else product)
     assert ("fused attention" in run.kernel("scores")) == compiled

@@ -13,12 +13,14 @@ from ways import forget
 
 from tqdit.backends import cpu, native
 
+QUICK = (*native.FLAGS, "-O0")
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, native.COMPILERS)), reason="no C++ compiler here")
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache folder, and nothing remembered from other tests."""
+    """An empty cache folder, and nothing remembered from other tests; what is built is built in little time."""
+    monkeypatch.setattr(native, "FLAGS", QUICK)
     monkeypatch.setenv("TQDIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(native.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
     forget()
@@ -38,8 +40,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The kernels, compiled quickly."""
     path = tmp_path_factory.mktemp("library") / "kernels.so"
     compiler = next(filter(None, map(shutil.which, native.COMPILERS)))
-    flags = [*native.FLAGS, "-O0"]
-    subprocess.run([compiler, *flags, str(native.SOURCES / "kernels.cpp"), "-o", str(path)], check=True)
+    subprocess.run([compiler, *QUICK, str(native.SOURCES / "kernels.cpp"), "-o", str(path)], check=True)
     return path
 
 

@@ -1,5 +1,7 @@
 """The CPU backend in every way it can run: compiled or not, with oneDNN or without."""
 
+import ctypes
+import functools
 import platform
 
 import pytest
@@ -9,7 +11,13 @@ from tqdit.ops.composed import Composed
 
 # The oldest processor that torch's builds run on: no VNNI, no AVX.
 GENERIC = "-march=x86-64" if platform.machine() in ("x86_64", "AMD64") else ""
-WAYS = ("native", "generic", "panels", "torch", "no-onednn", "nothing")
+# Portable code is compiled without optimization, which takes a second instead of twenty; as users get it in long tests.
+OPTIMIZED = "-optimized"
+WAYS = (
+    "native", "generic", "panels", "torch", "no-onednn", "nothing",
+    *(pytest.param(way + OPTIMIZED, marks=pytest.mark.long) for way in ("generic", "panels")),
+)  # fmt: skip
+LOADED: dict[str, ctypes.CDLL | str] = {}  # by the way: hashing a library for every test takes longer than the test
 
 
 def forget() -> None:
@@ -18,13 +26,17 @@ def forget() -> None:
 
 
 def backend_that(way: str, monkeypatch: pytest.MonkeyPatch) -> Composed:
-    if way == "generic":
-        monkeypatch.setenv("TQDIT_CXXFLAGS", GENERIC)
-    if way == "panels":  # the integer matmul of VNNI, in portable code
-        monkeypatch.setenv("TQDIT_CXXFLAGS", f"{GENERIC} -DTQDIT_FORCE_PANELS")
+    level = "" if way.endswith(OPTIMIZED) else "-O0"
+    if way.startswith("generic"):
+        monkeypatch.setenv("TQDIT_CXXFLAGS", f"{GENERIC} {level}")
+    if way.startswith("panels"):  # the integer matmul of VNNI, in portable code
+        monkeypatch.setenv("TQDIT_CXXFLAGS", f"{GENERIC} {level} -DTQDIT_FORCE_PANELS")
     if way in ("torch", "nothing"):
         monkeypatch.setenv("TQDIT_CXX", "")
     if way in ("no-onednn", "nothing"):
         monkeypatch.setattr(onednn, "reason", lambda: "switched off by the test")
     forget()
+    if way not in LOADED:
+        LOADED[way] = native._load()
+    monkeypatch.setattr(native, "_load", functools.cache(lambda: LOADED[way]))
     return cpu.BACKEND()

@@ -539,8 +539,10 @@ class TestRegistration:
 
     @pytest.mark.parametrize(
         "first",
-        ["import sys, tqdit; assert not {'torch', 'diffusers'} & set(sys.modules)", "from tqdit import TQDiTConfig",
-         "import tqdit.integrations.diffusers", "import diffusers.quantizers.auto, tqdit"],
+        ["import sys, tqdit; assert not {'torch', 'diffusers'} & set(sys.modules)",
+         pytest.param("from tqdit import TQDiTConfig", marks=pytest.mark.long),
+         pytest.param("import tqdit.integrations.diffusers", marks=pytest.mark.long),
+         "import diffusers.quantizers.auto, tqdit"],
     )  # fmt: skip
     def test_whatever_is_imported_first(self, first: str) -> None:
         code = (

@@ -66,11 +66,17 @@ def agree(objective: MatmulObjective, a: Operand, b: Operand, searched: Operand,
         assert torch.allclose(found, stack, rtol=1e-4, atol=1e-6 * expected.max().item())
 
 
-@pytest.mark.parametrize(("rows", "depth", "columns"), SHAPES)
-@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns", "weighed"),
+    [
+        pytest.param(*shape, weighed, marks=pytest.mark.long if DEVICE == "cpu" and weighed != large else ())
+        for large, shape in enumerate(SHAPES)
+        for weighed in (False, True)
+    ],
+)
 @pytest.mark.parametrize(("role", "grid", "merging"), LINEAR)
 def test_losses_of_linear_layers(
-    role: Role, grid: Grid, merging: bool, weighed: bool, rows: int, depth: int, columns: int, tiny_recipe
+    role: Role, grid: Grid, merging: bool, rows: int, depth: int, columns: int, weighed: bool, tiny_recipe
 ) -> None:
     x = rows_of(role, rows, depth)
     a, b = operand(x, role, grid, merging), weight(columns, depth, per_channel=weighed)

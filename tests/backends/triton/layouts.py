@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from ties import SHAPES
 
 from tqdit.backends.triton.layouts import Projected
 from tqdit.grids.mrq_gelu import OFFSET
@@ -17,6 +18,21 @@ from tqdit.ops.tables import parameters
 from tqdit.spec import Grid
 
 UNREAD = 99  # what is beyond a row's end
+# Batch, tokens, width, heads. Triton's interpreter is slow: it gets `ties.SHAPES` whole only where long tests run. The
+# last of these has several tiles of rows, of columns and of depth, and a head of 72 channels.
+INTERPRETED = [(1, 1, 16, 1), (2, 5, 24, 3), (3, 17, 40, 2), (1, 70, 72, 1)]
+
+
+def without_gpu(*values: object, fast: bool = False) -> object:
+    """Return the arguments of a case, which are those of a long test where Triton's interpreter runs it."""
+    slow = not fast and not torch.cuda.is_available()
+    return pytest.param(*values, marks=pytest.mark.long if slow else ())
+
+
+each_shape = pytest.mark.parametrize(
+    ("batch", "tokens", "width", "heads"),
+    [without_gpu(*shape, fast=shape in INTERPRETED) for shape in dict.fromkeys((*INTERPRETED, *SHAPES))],
+)
 
 
 def pitch(columns: int) -> int:

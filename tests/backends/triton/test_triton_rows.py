@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import as_projected, from_projected, padded, read, to, traced
+from layouts import as_projected, each_shape, from_projected, padded, read, to, traced, without_gpu
 from operands import Maker, as_operand, maker
-from ties import TIE, assert_equal_up_to_ties, each_shape
+from ties import TIE, assert_equal_up_to_ties
 
 from poisoned import PoisonedTorch
 
@@ -114,8 +114,17 @@ def test_long_rows_are_quantized_in_pieces() -> None:
 
 
 @pytest.mark.parametrize("config", NORM_CONFIGS, ids=lambda c: f"{c.block_m}x{c.blocks}-{c.warps}-{c.stages}")
-@pytest.mark.parametrize(("batch", "tokens", "width"), [(2, 16, 24), (1, 4, 1152), (2, 11, 300), (5, 1, 37)])
-@each_stream
+@pytest.mark.parametrize(
+    ("batch", "tokens", "width", "stream"),
+    [
+        without_gpu(*sizes, stream, fast=stream is usually)
+        for *sizes, usually in [
+            (2, 16, 24, torch.float32), (1, 4, 1152, torch.float32), (2, 11, 300, torch.bfloat16),
+            (5, 1, 37, torch.float32),
+        ]
+        for stream in (torch.float32, torch.bfloat16)
+    ],
+)  # fmt: skip
 def test_rows_after_a_norm(config: Config, batch: int, tokens: int, width: int, stream: torch.dtype) -> None:
     """A row's own step reaches its largest number; the codes follow from it, up to ties."""
     make = maker(1)
@@ -306,8 +315,10 @@ def test_softmax_rows(batch, tokens, width, heads, bits: int, config: Config) ->
     check_softmax_rows(maker(10), batch, tokens, tokens, heads, width // heads, config, bits)
 
 
-@pytest.mark.parametrize("coded", [True, False], ids=["codes", "fp32"])
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("biased", "coded"),
+    [without_gpu(biased, coded, fast=biased != coded) for biased in (False, True) for coded in (False, True)],
+)
 @pytest.mark.parametrize(
     ("batch", "tokens", "keys", "heads", "head_dim"), [(2, 5, 1, 3, 6), (1, 37, 3, 2, 72), (2, 3, 150, 2, 16)]
 )
