@@ -11,7 +11,10 @@ from tqdit.sources.resolve import DATA, load_float, resolve
 from tqdit.speed import cost
 from tqdit.speed.memory_probe import Footprint
 
-SMALL = {"groups": 2, "samples": 1, "steps": 4, "rounds": 1, "candidates": 5, "rows": 64, "queries": 64}
+SMALL = {
+    "groups": 2, "samples": 1, "steps": 4, "rounds": 1, "candidates": 5, "rows": 64, "queries": 64,
+    "hessian": "published",  # which measures no sensitivity of the image: sampling runs with gradients
+}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -23,7 +26,7 @@ def test_demo_writes_what_the_readme_promises(tmp_path: Path, monkeypatch: pytes
     summary = json.loads((tmp_path / "summary.json").read_text())
     fields = {"name", "preset", "bits", "size_bytes", "calibration_seconds", "eps_sqnr_db", "psnr_db", "fd_fashion"}
     assert all(fields <= set(row) for row in summary["models"])
-    assert [row["preset"] for row in summary["models"]] == [None, "plus", "plus"]
+    assert [row["preset"] for row in summary["models"]] == [None, *2 * ["plus (changed: hessian)"]]
     assert [row["bits"] for row in summary["models"]] == ["float32", "w8a8", "w6a6"]
     reference, eight, six = summary["models"]
     assert reference["eps_sqnr_db"] is reference["psnr_db"] is reference["calibration_seconds"] is None
@@ -39,7 +42,7 @@ def test_bundled_model_is_small_and_complete() -> None:
     source = resolve("fashion-dit")
     weights = source.folder / "diffusion_pytorch_model.safetensors"
     assert weights.stat().st_size <= 12e6
-    assert sum(file.stat().st_size for file in (DATA / "fashion-classifier").iterdir()) <= 1.5e6
+    assert sum(file.stat().st_size for file in (DATA / "fashion-classifier").iterdir()) <= 4e6
     assert source.labels[7] == "sneaker"
     model = load_float(source)
     assert (model.config.sample_size // model.config.patch_size) ** 2 == 256

@@ -25,7 +25,7 @@ from tqdit.ops.tables import parameters
 from tqdit.spec import Grid
 
 NAMES = ("reference", "cpu", "triton", "triton-packed")
-WITHOUT_ROWS = ("triton", "triton-packed")  # backends without the grids of rows and without channel factors
+WITHOUT_ROWS: tuple[str, ...] = ()  # backends without the grids of rows and without channel factors
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 REFERENCE = Reference()
 BATCH, TOKENS, HEADS, HEAD_DIM = 2, 5, 3, 6

@@ -220,6 +220,7 @@ def held_out(
         steps=steps,
         seed=seed,
         time_edges="visited" if source.time_range[2] else "uniform",
+        hessian="none",  # states alone: nothing is weighed
     )
     return trajectories.collect(
         model, source.scheduler, recipe, lambda f: report("held-out states", f), conditions=conditions
