@@ -51,4 +51,5 @@ def test_a_layer_in_float_stays_so_under_autocast(compiled: bool) -> None:
 @pytest.mark.parametrize("bias", [torch.ones(6), None])
 def test_the_operator_of_layers_in_float_is_one_of_torch(bias: torch.Tensor | None) -> None:
     x = torch.randn(2, 8, 4, 4).permute(0, 2, 3, 1)
-    torch.library.opcheck(_operator, (x, torch.randn(6, 8), bias))
+    checks = torch.library.opcheck(_operator, (x, torch.randn(6, 8), bias))
+    assert set(checks.values()) == {"SUCCESS"}
