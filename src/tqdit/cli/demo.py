@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 MODEL = "fashion-dit"
 BITS = ("w8a8", "w6a6")
 STAGES = {
-    "trajectories": 18, "statistics": 12, "search w8a8": 33, "search w6a6": 33, "held-out states": 6,
-    f"images of {MODEL}": 24, f"images of {MODEL}-w8a8": 8, f"timing {MODEL}-w8a8": 3, f"images of {MODEL}-w6a6": 8,
-    f"timing {MODEL}-w6a6": 3, "memory": 25,
+    "trajectories": 70, "statistics": 10, "search w8a8": 14, "search w6a6": 64, "held-out states": 5,
+    f"images of {MODEL}": 15, f"images of {MODEL}-w8a8": 5, f"timing {MODEL}-w8a8": 4, f"images of {MODEL}-w6a6": 5,
+    f"timing {MODEL}-w6a6": 4, "memory": 17,
 }  # seconds on two cores, to estimate the time that is left  # fmt: skip
 # These settings calibrate less than published, so that the demo takes minutes; `tqdit quantize` has the published ones.
 SETTINGS: dict[str, Any] = {"samples": 16, "steps": 100, "rounds": 1, "rows": 1024, "queries": 1024}
