@@ -40,7 +40,7 @@ QUICK = {"samples": 1, "steps": 10, "rounds": 0, "rows": 64, "queries": 64}
 
 @dataclass(frozen=True)
 class Bench:
-    """What every model is measured with. `labels`: the class of each image."""
+    """The states, images and classifier that every model is measured with. `labels`: the class of each image."""
 
     prepared: Prepared
     data: CalibrationSet
@@ -65,7 +65,7 @@ class Bench:
         return features.frechet_distance(*features.feature_statistics(pixels, self.classifier), *self.real)
 
     def figures(self, pixels: torch.Tensor) -> dict[str, float]:
-        """What images say alone."""
+        """Return the figures of images that need no other images to compare with."""
         agreement = features.class_agreement(pixels, torch.tensor(self.labels), self.classifier)
         return {"fd": self.fd(pixels), "class_agreement": agreement}
 

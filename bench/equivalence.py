@@ -196,7 +196,7 @@ def row(lab: Lab, first: Drawn, drawn: Drawn) -> dict[str, Any]:
 
 
 def described(entry: ComparedArtifact) -> dict[str, Any]:
-    """What an artifact is, and the hash of its weights."""
+    """Return bits and preset of an artifact, and the hash of its weights."""
     digest = hashlib.sha256()
     for file in sorted(entry.folder.glob("*.safetensors")):
         digest.update(file.read_bytes())

@@ -37,7 +37,7 @@ CLOCKS = "time"  # a subcategory with a direction
 
 @dataclass(frozen=True)
 class Emoji:
-    """What the table says of one picture: the emoji it belongs to (without its skin tone), and its kind."""
+    """The entry of the table for one picture: the emoji it belongs to (without its skin tone), and its kind."""
 
     base: str
     category: str
@@ -119,7 +119,7 @@ def classes(kinds: Sequence[Emoji], least: int) -> list[str | None]:
 
 
 def held_out(kinds: Sequence[Emoji], labels: Sequence[int]) -> np.ndarray:
-    """Which pictures are for tests [N]: of each class the emoji whose hashes come first, about a tenth of it."""
+    """Return which pictures are for tests, bool [N]: in each class about a tenth, the emoji whose hashes come first."""
     members: dict[int, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i, (kind, label) in enumerate(zip(kinds, labels, strict=True)):
         members[label][kind.base].append(i)

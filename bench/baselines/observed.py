@@ -1,4 +1,4 @@
-"""What the methods know of a float model: ranges, channel maxima and rows of its operands over calibration states."""
+"""Collect the statistics that methods use: ranges, channel maxima and rows of operands over calibration states."""
 
 from dataclasses import dataclass, field
 

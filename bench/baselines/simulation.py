@@ -24,7 +24,7 @@ from tqdit.calibration.taps import Taps
 
 @dataclass
 class Plan:
-    """What a method makes of a model.
+    """A model as a method quantized it.
 
     `weights`: weights in float, by their names. `inputs` and `operands`: quantizers of the inputs of linear layers and
     of the attentions' operands, by their sites' names. What is missing stays in float. `notes`: the method's choices,
@@ -39,7 +39,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Context:
-    """What a method is given: the float model, its matmuls, its statistics, and the bits of weights and activations."""
+    """The input of a method: the float model, its matmuls, its statistics, and the bits of weights and activations."""
 
     model: nn.Module
     graph: Graph

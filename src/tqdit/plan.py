@@ -69,6 +69,11 @@ def objective(recipe: Recipe) -> Objective:
     return Objective.FISHER if recipe.loss == "epsilon" else Objective.FISHER_BY_STEP
 
 
+def second_order_rounding(recipe: Recipe) -> bool:
+    """Say whether weights are rounded by second order (GPTQ), and not to nearest."""
+    return recipe.rounding == "second_order"
+
+
 def grids(recipe: Recipe, role: Role, at_hand: bool = False) -> tuple[Grid, ...]:
     """Return the grids that the search tries for an operand of a role, in order.
 

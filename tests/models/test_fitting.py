@@ -240,10 +240,10 @@ def test_the_codes_of_a_models_layers_are_checked_without_being_unpacked(solved,
         check_solution(with_config(solution, in_channels=3, out_channels=None))
 
 
-def test_the_step_of_softmax_rows_is_fixed(solved) -> None:
+def test_the_scale_of_softmax_rows_is_fixed(solved) -> None:
     """Kernels know it from the number of bits."""
     solution = solved("plus")
     params = solution.params[SOFTMAX]
     assert params.spec.grid is Grid.SOFTMAX_ROW
     other = replace(params, scale=params.scale * 2)
-    refused(replace(solution, params={**solution.params, SOFTMAX: other}), SOFTMAX, "step")
+    refused(replace(solution, params={**solution.params, SOFTMAX: other}), SOFTMAX, "scale")

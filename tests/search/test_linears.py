@@ -113,7 +113,7 @@ def test_few_attempts_are_in_memory_at_a_time(model, records, tiny_recipe, monke
     monkeypatch.setattr(linears._Attempt, "__init__", counted)
     doctored = with_large_channels(records, slice(0, 8), 30.0)
     solve(model, doctored, tiny_recipe("plus", hessian="none"), GROUPS, Provenance())
-    assert len(most) > len(BALANCING)
+    assert len(most) > 1 + len(BALANCING)
     assert max(most) <= 3
 
 
@@ -166,4 +166,4 @@ def test_factors_are_only_after_gelu(solved) -> None:
         solution = solved("plus", bits)
         assert {p.spec.role for p in solution.params.values() if p.channels is not None} <= {Role.GELU}
         assert not any(p.channels is not None for p in solved("paper", bits).params.values())
-    assert BALANCING[0] == 0
+    assert min(BALANCING) > 0  # and no factors at all are tried before these

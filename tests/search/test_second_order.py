@@ -11,7 +11,7 @@ from tqdit.errors import InputError
 from tqdit.grids import uniform
 from tqdit.grids.formats import IntFormat
 from tqdit.search import second_order
-from tqdit.search.second_order import best_scale, hessian, round_weights, scaled_codes
+from tqdit.search.second_order import hessian, round_weights, scaled_codes
 
 FACTORS = uniform.factors(0.4, 1.0, 25)
 
@@ -206,7 +206,7 @@ def test_values_that_are_not_finite_are_refused_by_name(bad: float) -> None:
     with pytest.raises(InputError, match=r"'blocks\.0\.qkv'.*NaN or Inf"):
         round_weights(weight, torch.ones(3), h, 4, site="blocks.0.qkv")
     with pytest.raises(InputError, match=r"'blocks\.0\.qkv'.*NaN or Inf"):
-        best_scale(weight, h, 4, FACTORS, site="blocks.0.qkv")
+        scaled_codes(weight, h, 4, FACTORS, site="blocks.0.qkv")
 
 
 def test_settings_that_give_no_hessian_are_refused() -> None:
@@ -239,7 +239,6 @@ def test_chosen_scales_are_the_better_of_two_measures_in_every_row() -> None:
     candidates = torch.stack([base, *(uniform.multiples(base, factor) for factor in FACTORS)])
     scale, codes = scaled_codes(weight, h, 4, FACTORS)
     assert (candidates == scale).any(0).all()
-    assert torch.equal(scale, best_scale(weight, h, 4, FACTORS))
     assert torch.equal(codes, round_weights(weight, scale, h, 4))
 
     chosen, rivals = loss(weight, scale, codes, h), []
@@ -252,9 +251,9 @@ def test_chosen_scales_are_the_better_of_two_measures_in_every_row() -> None:
     assert chosen.sum() < 0.9 * loss(weight, base, round_weights(weight, base, h, 4), h).sum()
 
 
-def test_best_scale_of_rows_without_a_range_is_one() -> None:
+def test_the_scale_of_rows_without_a_range_is_one() -> None:
     weight, h = random_weight(3, 8), hessian(correlated(20, 8))
     weight[1] = 0
-    scale = best_scale(weight, h, 4, torch.tensor([1.0]))
+    scale, _ = scaled_codes(weight, h, 4, torch.tensor([1.0]))
     assert scale[1] == 1
     assert torch.equal(scale, minmax(weight, 4))

@@ -17,6 +17,7 @@ from tqdit.calibration.sensitivity import Sensitivity, image_sampling, measure, 
 from tqdit.calibration.states import CalibrationSet, groups_over
 from tqdit.calibration.store import Forgetful, Store
 from tqdit.errors import InputError
+from tqdit.plan import Objective, objective
 from tqdit.recipe import Recipe
 from tqdit.sampling.guidance import Conditions, Sampling
 from tqdit.sampling.schedules import Schedule, resolved, schedule
@@ -94,7 +95,7 @@ def collect(
     pieces = world.gather_named(finished(), len(division))
     states = {key: join(key, pieces) for key in pieces[0]}
     _check_finite(states["x"], states["t"])
-    if not weighs_the_image(recipe):
+    if not _weighs_the_image(recipe):
         return _ordered(states, labels, groups, steps, conditions)
     sampling = image_sampling(scheduler_config, recipe.guidance)
     told = lambda fraction: progress(part + (1 - part) * fraction)  # noqa: E731
@@ -103,14 +104,13 @@ def collect(
     return _ordered(states, labels, groups, steps, conditions, measured)
 
 
-def weighs_the_image(recipe: Recipe) -> bool:
-    """Say whether a recipe weighs errors by how much they move the image."""
-    return bool(recipe.hessian == "image")
+def _weighs_the_image(recipe: Recipe) -> bool:
+    return objective(recipe) is Objective.IMAGE
 
 
 def _drawing_share(recipe: Recipe, scheduler_config: Mapping[str, Any] | None, count: int) -> float:
     """Return the share of the work that `count` trajectories are; the sensitivity of the image is the rest."""
-    if not weighs_the_image(recipe):
+    if not _weighs_the_image(recipe):
         return 1.0
     drawn = count * recipe.steps
     return drawn / (drawn + work(image_sampling(scheduler_config, recipe.guidance)))

@@ -100,7 +100,7 @@ def _check_tensors(params: GridParams) -> None:
         if tensor is not None and tuple(tensor.shape) != shape:
             raise InputError(f"site '{found.name}' has a {what} of shape {tuple(tensor.shape)}, not {shape}")
     if found.grid is Grid.SOFTMAX_ROW and not (params.scale.float() == fixed_scale(found.bits)).all():
-        raise InputError(f"site '{found.name}' has another step of softmax rows than that of {found.bits} bits")
+        raise InputError(f"site '{found.name}' has another scale of softmax rows than that of {found.bits} bits")
 
 
 def _check_channels(params: GridParams, width: int | None) -> None:

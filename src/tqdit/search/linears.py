@@ -12,7 +12,7 @@ import torch
 from tqdit.calibration.records import LinearRecord
 from tqdit.calibration.statistics import RangeStats
 from tqdit.grids import uniform
-from tqdit.plan import SitePlan
+from tqdit.plan import SitePlan, second_order_rounding
 from tqdit.recipe import Recipe
 from tqdit.search import objectives, operands, second_order
 from tqdit.search.alternating import alternate, best_first
@@ -20,7 +20,7 @@ from tqdit.search.objectives import MatmulObjective
 from tqdit.search.operands import Operand
 from tqdit.spec import MAX_BITS, SiteSpec
 
-BALANCING = (0.0, 0.25, 0.5, 0.75, 1.0)  # powers of the channels' largest magnitudes that are tried as factors
+BALANCING = (0.25, 0.5, 0.75, 1.0)  # powers of the channels' largest magnitudes that are tried as factors
 SHARES = torch.linspace(1.0, 0.4, 13)  # of a channel's largest weight that are tried as its largest code
 
 
@@ -74,19 +74,13 @@ class _Attempt:
         self.x = operands.activation(spec, x, record.group, ranges, problem.site.merging)
         self.w = operands.weight(list(problem.specs), weights)
         self.objective = MatmulObjective.weighted(objectives.linear, x, self.w.values, problem.error_weights)
-        if self.recipe.rounding == "nearest":
-            self.x, self.w, self.loss = alternate(self.objective, self.x, self.w, self.recipe)
+        if second_order_rounding(self.recipe):
+            # The scale is chosen beside weights of 8 bits; the loss is that with weights of their own bits.
+            fine = operands.weight([replace(spec, bits=MAX_BITS) for spec in problem.specs], weights)
+            self.x = best_first(self.objective, self.x, fine, self.recipe)
+            self.loss = float(self.objective.loss(self.x.fake(), self.w.fake()).sum())
         else:
-            self.loss = self._choose_activation()
-
-    def _choose_activation(self) -> float:
-        """Choose the activation's scale beside weights of 8 bits; return the loss with weights of their own bits."""
-        specs = [replace(spec, bits=MAX_BITS) for spec in self.problem.specs]
-        fine = operands.weight(specs, list(self.w.values.split([len(w) for w in self.problem.weights])))
-        self.x = best_first(self.objective, self.x, fine, self.recipe)
-        codes = uniform.quantize(self.w.values, self.w.scale[0, self.w.unit][:, None], 0, self.w.spec.bits)
-        nearest = codes.float() * self.w.scale[0, self.w.unit][:, None]
-        return float(self.objective.loss(self.x.fake(), nearest).sum())
+            self.x, self.w, self.loss = alternate(self.objective, self.x, self.w, self.recipe)
 
     @property
     def hessian(self) -> torch.Tensor:
@@ -98,17 +92,13 @@ class _Attempt:
     def solution(self) -> LinearSolution:
         """Return the chosen parameters, and the codes of the weights."""
         bits, values = self.w.spec.bits, self.w.values
-        if self.recipe.rounding == "nearest":
-            by_row = self.w.scale[0, self.w.unit]
-            return LinearSolution(
-                self.x, self.channels, self.w.scale[0], uniform.quantize(values, by_row[:, None], 0, bits)
-            )
-        site = self.problem.specs[0].name
-        if len(self.w.scale[0]) == len(values):
+        scale, site = self.w.scale[0], self.problem.specs[0].name
+        if not second_order_rounding(self.recipe):
+            codes = uniform.quantize(values, scale[self.w.unit][:, None], 0, bits)
+        elif len(scale) == len(values):
             shares = SHARES if self.recipe.rounds else SHARES[:1]
             scale, codes = second_order.scaled_codes(values, self.hessian, bits, shares, site=site)
         else:
-            scale = self.w.scale[0]
             codes = second_order.round_weights(values, scale[self.w.unit], self.hessian, bits, site=site)
         return LinearSolution(self.x, self.channels, scale, codes)
 
@@ -122,7 +112,7 @@ def _factors(problem: LinearProblem) -> list[torch.Tensor | None]:
     middle = magnitude.median().clamp(min=uniform.SMALLEST)
     relative = (magnitude / middle).clamp(2.0**-4, 2.0**8)
     tried: list[torch.Tensor | None] = [None]
-    for power in BALANCING[1:]:
+    for power in BALANCING:
         factors = relative**-power
         tried.append(factors / factors.amax())
     return tried

@@ -85,13 +85,6 @@ def round_weights(
     return _Factor.of(hessian, act_order, damping, site).codes(weight, scale, bits, block)[0]
 
 
-def best_scale(
-    weight: torch.Tensor, hessian: torch.Tensor, bits: int, factors: torch.Tensor, *, site: str = "weight"
-) -> torch.Tensor:
-    """Return a scale per row, (out,): that of `scaled_codes`."""
-    return scaled_codes(weight, hessian, bits, factors, site=site)[0]
-
-
 def scaled_codes(
     weight: torch.Tensor,
     hessian: torch.Tensor,
