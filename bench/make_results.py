@@ -93,8 +93,8 @@ def _results(training: dict[str, Any], methods: dict[str, Any], cost: dict[str, 
             "",
             "Written by `python bench/make_results.py` from the files in `bench/results/`; not edited by hand.",
             "",
-            "The figures of `plus` on this page, quality and speed, are of the preset as it was before it had scales of "
-            "rows; [quality.md](quality.md) has those of today, and the ratio of the times of both.",
+            "The figures of `plus` on this page, quality and speed, are of the preset as it was before it had scales "
+            "of rows; [quality.md](quality.md) has those of today, and the ratio of the times of both.",
             "",
             *_aims(methods, cost),
             *_training(training),
