@@ -5,7 +5,7 @@ Calibration, search, packing and timing walk a `Graph`; none of them knows a mod
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
@@ -26,7 +26,9 @@ class Operand:
     `name` is the site's name. `units` is the number of parts with a scale of their own: heads, or 1. An operand that
     is not `timed` has values that do not depend on the timestep, as the keys and values of a prompt: its site has one
     time group, and its rows are the tokens of the context. An operand that is `quantized_by_row` is written by the
-    verb `quantize`, which has whole rows at hand: a scale for each row costs nothing there.
+    verb `quantize`, which has whole rows at hand: a scale for each row costs nothing there. An operand that is `apart`
+    is quantized by an operation of its own that does nothing else, as in traced models; factors for its channels cost
+    nothing there. `feed` says in words what makes the operand, such as "GELU tanh", for reports.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Operand:
     units: int = 1
     timed: bool = True
     quantized_by_row: bool = False
+    apart: bool = False
+    feed: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,13 +117,17 @@ class Graph:
 
     `outside` are the layers on float inputs that belong to no block; `ends` are the first and the last of them, whose
     errors the image shows directly. `shapes` has the shape of every parameter by name, in the order in which the
-    model has them.
+    model has them. `left` has the linear layers that stay in float, with the reason. `timestep` is the name of the
+    argument of the model's forward that the time groups are of, where a graph was traced; "" for a class whose
+    architecture describes it.
     """
 
     blocks: tuple[Block, ...]
     outside: tuple[str, ...]
     shapes: Mapping[str, torch.Size]
     ends: tuple[str, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
+    timestep: str = ""
 
     @property
     def float_input(self) -> tuple[str, ...]:

@@ -22,10 +22,12 @@ from tqdit.ops.schema import (
     Activation,
     AttentionParams,
     Codes,
+    Float,
     Norm,
     OperandParams,
     Residual,
     RowCodes,
+    Then,
     WeightParams,
 )
 from tqdit.ops.tables import parameters
@@ -126,9 +128,9 @@ class NativeCpu(TorchCpu):
             out = fused.attend(projected, attention, None if separate else target, context, bias)
         return _quantize(out, target) if separate else out
 
-    def linear(
-        self, codes: Codes, source: OperandParams, layer: Layer, then: Activation | Residual | None = None
-    ) -> Codes:
+    def linear(self, codes: Codes, source: OperandParams, layer: Layer, then: Then | None = None) -> Codes:
+        if isinstance(then, Float):
+            return self._float(codes, source, layer, None).to(then.dtype)
         if not isinstance(then, Activation):
             return self._float(codes, source, layer, then)
         if then.function != "gelu_tanh":

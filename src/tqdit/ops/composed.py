@@ -13,7 +13,16 @@ from torch.nn import functional as F
 
 from tqdit.ops.holders import LinearCodes
 from tqdit.ops.quantizer import plain_codes, quantize
-from tqdit.ops.schema import Activation, AttentionParams, Codes, Norm, OperandParams, Residual, WeightParams
+from tqdit.ops.schema import (
+    Activation,
+    AttentionParams,
+    Codes,
+    Float,
+    Norm,
+    OperandParams,
+    Then,
+    WeightParams,
+)
 from tqdit.spec import Grid
 
 FUNCTIONS = {"gelu_tanh": partial(F.gelu, approximate="tanh")}
@@ -86,12 +95,12 @@ class Composed:
         p = plain_codes(probabilities(scores, attention.softmax), attention.softmax)
         return quantize(self.values(p, attention.softmax, v, attention.value).transpose(1, 2).flatten(2), target)
 
-    def linear(
-        self, codes: Codes, source: OperandParams, layer: Any, then: Activation | Residual | None = None
-    ) -> Codes:
+    def linear(self, codes: Codes, source: OperandParams, layer: Any, then: Then | None = None) -> Codes:
         y = self.product(codes, source, layer)
         if then is None:
             return y
+        if isinstance(then, Float):
+            return y.to(then.dtype)
         if isinstance(then, Activation):
             return quantize(FUNCTIONS[then.function](y), then.target)
         added = y if then.gate is None else then.gate[:, None] * y

@@ -113,6 +113,18 @@ class Residual(NamedTuple):
     gate: torch.Tensor | None = None
 
 
+class Float(NamedTuple):
+    """The step after a product y that returns y itself, computed in fp32 and rounded once to `dtype`.
+
+    `dtype`: fp32, fp16 or bf16.
+    """
+
+    dtype: torch.dtype
+
+
+Then = Activation | Residual | Float
+
+
 class Backend(Protocol):
     """The verbs of a quantized transformer. Hidden states x: (B, N, C), fp32, fp16 or bf16.
 
@@ -163,10 +175,11 @@ class Backend(Protocol):
         `context`: key and value of M tokens; None: `projected` has them. `bias`: fp32 (B, M), such as 0 and -10000.
         """
 
-    def linear(self, codes: Any, source: OperandParams, layer: Any, then: Activation | Residual | None = None) -> Any:
-        """Return what `then` makes of y = x W^T + bias for the codes of x.
+    def linear(self, codes: Any, source: OperandParams, layer: Any, then: Then | None = None) -> Any:
+        """Return what `then` makes of y = x W^T + bias for the codes of x, whatever B and N are.
 
-        Without `then` the result is y itself, fp32 (B, N, out). With an `Activation` it is what `quantize` returns.
+        Without `then` the result is y itself, fp32 (B, N, out), as with `Float(torch.float32)`. With an `Activation` it
+        is what `quantize` returns.
         """
 
     def float_input_linear(self, x: torch.Tensor, layer: Any) -> torch.Tensor:

@@ -13,13 +13,14 @@ from tqdit.backends.triton.layouts import Projected
 from tqdit.errors import InputError
 from tqdit.ops.composed import FUNCTIONS
 from tqdit.ops.schema import (
-    Activation,
     AttentionParams,
     Codes,
+    Float,
     Norm,
     OperandParams,
     Residual,
     RowCodes,
+    Then,
     WeightParams,
 )
 from tqdit.spec import Grid
@@ -106,9 +107,11 @@ class TritonBackend:
         codes: Codes,
         source: OperandParams,
         layer: TritonLinear,
-        then: Activation | Residual | None = None,
+        then: Then | None = None,
     ) -> Codes:
         given = _tensors(codes), *_weight(layer)
+        if isinstance(then, Float):
+            return operators.linear(*given, *operators.flatten(source)).to(then.dtype)
         if then is None:
             return operators.linear(*given, *operators.flatten(source))
         if isinstance(then, Residual):
