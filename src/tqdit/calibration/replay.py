@@ -5,16 +5,17 @@ of one call and the ranges. The Fisher diagonal needs a backward pass, with chec
 most `FISHER_PARAMETERS` parameters have it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tqdit.architectures.interface import Graph
+from tqdit.calibration.calls import Calls, RecordedCall
 from tqdit.calibration.picker import share_of_rows
 from tqdit.calibration.records import LinearRecord, Records, channels_of
 from tqdit.calibration.rows import Site
@@ -28,33 +29,18 @@ PROBE_SEEDS = 2**32  # added to the seeds of probes, far from those that pick ro
 FISHER = "fisher"  # the key of the note that says why there are no Fisher weights
 
 
-class Call(Protocol):
-    """One call of the model: its keyword arguments, and the timestep of its samples."""
-
-    @property
-    def arguments(self) -> Mapping[str, Any]:
-        """The arguments by name: tensors, plain values, and lists or tables of them."""
-
-    @property
-    def t(self) -> torch.Tensor:
-        """The timesteps: a single number, (B,), or (B, tokens)."""
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Call":
-        """Return the call on a device, its floating-point tensors in a dtype."""
-
-
 def record(
     model: nn.Module,
     graph: Graph,
-    calls: Sequence[Any],
+    calls: Calls,
     time_groups: TimeGroups,
     recipe: Recipe,
     progress: Progress = lambda _: None,
 ) -> Records:
     """Run a float model over `calls` and return the records of the linear layers of `graph`.
 
-    `calls` are `Call`s. Each layer keeps `recipe.rows` rows of its inputs at most, as many of each call, in the model's
-    dtype. The model is left as it was. Raises `InputError` naming the site and the timestep of NaN or Inf, and naming
+    Each layer keeps `recipe.rows` rows of its inputs at most, as many of each call, in the model's dtype. The model is
+    left as it was. Raises `InputError` naming the site and the timestep of NaN or Inf, and naming
     a site that no call reaches.
     """
     if not len(calls):
@@ -80,34 +66,31 @@ class _Replay:
         self, model: nn.Module, graph: Graph, time_groups: TimeGroups, recipe: Recipe, probed: bool
     ) -> None:
         self.model, self.graph, self.time_groups, self.recipe, self.probed = model, graph, time_groups, recipe, probed
-        first = next(model.parameters())
+        first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
         self.device, self.dtype = first.device, first.dtype
         groups = time_groups.num_groups
         linears = [linear for block in graph.blocks for linear in block.linears]
         self.sites = [Site(linear, graph, groups, number) for number, linear in enumerate(linears)]
         self.weights: list[float] = []
-        self.times: list[torch.Tensor] = []
+        self.times: list[float] = []
         self.listening = False  # hooks also run when a block is computed again for the backward pass
 
-    def run(self, number: int, count: int, call: Any) -> None:
+    def run(self, number: int, count: int, call: RecordedCall) -> None:
         """Make a call, backward too if the Fisher diagonal is asked for."""
-        moved = call.to(self.device, self.dtype)
-        t = torch.as_tensor(call.t, dtype=torch.float64).cpu()
-        t = t.reshape(1) if t.ndim == 0 else t.flatten(1).amax(1)  # of a sample whose tokens differ, the largest
-        self.times.append(t)
+        self.times.append(call.t)
         self.weights.append(float(getattr(call, "weight", 1.0)))
+        group = int(self.time_groups.index(torch.tensor(call.t, dtype=torch.float64)))
         rows = share_of_rows(self.recipe.rows, number, count)
         for site in self.sites:
-            site.begin(number, self.time_groups.index(t), rows, self.recipe.seed)
-        arguments = dict(moved.arguments)
-        leaves: list[torch.Tensor] = []
+            site.begin(number, group, rows, self.recipe.seed)
+        arguments, leaves = call.to(self.device, self.dtype), list[torch.Tensor]()
         if self.probed:
             arguments = {name: _with_leaves(value, leaves) for name, value in arguments.items()}
         self.listening = True
         with torch.set_grad_enabled(self.probed):
             output = self.model(**arguments)
         self.listening = False
-        self._check_finite(t)
+        self._check_finite(call.t, group)
         if self.probed:
             self._probe(list(_tensors(output)), leaves, number)
 
@@ -146,18 +129,18 @@ class _Replay:
             site.take(next(iter((*args, *kwargs.values()))).detach())
 
     def _output(self, site: Site, place: int, _: nn.Module, __: Any, output: torch.Tensor) -> None:
-        if self.listening and output.requires_grad:
+        if self.listening and site.rows and output.requires_grad:
             output.register_hook(site.squares(place, self.recipe.probes))
 
-    def _check_finite(self, t: torch.Tensor) -> None:
+    def _check_finite(self, t: float, group: int) -> None:
         """Raise `InputError` naming the first site, in the order of the graph, that had NaN or Inf, and when."""
         called = [site for site in self.sites if site.finite]
         finite = torch.stack([torch.stack(site.finite).all() for site in called]).cpu() if called else torch.ones(1)
         if finite.all():
             return
-        site, group = called[int((~finite).nonzero()[0])], int(self.time_groups.index(t)[0])
+        site = called[int((~finite).nonzero()[0])]
         raise InputError(
-            f"site '{site.name}': the float model has NaN or Inf values at timestep {t[0].item():g} (time group {group} "
+            f"site '{site.name}': the float model has NaN or Inf values at timestep {t:g} (time group {group} "
             f"of {self.time_groups.num_groups}), no scale can represent them"
         )
 
@@ -175,7 +158,7 @@ class _Replay:
             linears[site.name] = _joined(site, weights, self.recipe)
         tokens = {site.name: site.tokens / len(self.times) for site in self.sites}
         return Records(
-            linears, {}, ranges, torch.zeros(0), torch.cat(self.times), self.recipe, self.time_groups,
+            linears, {}, ranges, torch.zeros(0), torch.tensor(self.times, dtype=torch.float64), self.recipe, self.time_groups,
             tokens=tokens, notes=dict(notes),
         )  # fmt: skip
 
@@ -183,9 +166,9 @@ class _Replay:
 def _joined(site: Site, weights: torch.Tensor, recipe: Recipe) -> LinearRecord:
     """Return the rows of all calls as one record, `recipe.rows` of them at most."""
     chosen, call = site.chosen(recipe.rows, recipe.seed), torch.cat(site.calls)
-    fisher = torch.cat(site.fisher)[chosen] if site.fisher else None
-    x, call = torch.cat(site.rows)[chosen], call[chosen]
-    return LinearRecord(x, torch.cat(site.groups)[chosen], torch.ones(len(x)), weights[call], fisher)
+    fisher = site.weights()
+    x, group = torch.cat(site.rows)[chosen], torch.cat(site.groups)[chosen]
+    return LinearRecord(x, group, torch.ones(len(x)), weights[call[chosen]], None if fisher is None else fisher[chosen])
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:
@@ -215,7 +198,9 @@ def _with_leaves(tree: Any, leaves: list[torch.Tensor]) -> Any:
         return leaves[-1].clone()
     if isinstance(tree, Mapping):
         return {key: _with_leaves(value, leaves) for key, value in tree.items()}
-    return [_with_leaves(value, leaves) for value in tree] if isinstance(tree, list) else tree
+    if isinstance(tree, list | tuple):
+        return type(tree)(_with_leaves(value, leaves) for value in tree)
+    return tree
 
 
 @contextmanager

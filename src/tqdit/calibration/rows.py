@@ -6,7 +6,6 @@ import torch
 
 from tqdit.architectures.interface import Graph, Linear
 from tqdit.calibration.statistics import RangeStats
-from tqdit.errors import InputError
 
 
 class Site:
@@ -30,10 +29,10 @@ class Site:
         self._channels: RangeStats | None = None
         self._index: torch.Tensor | None = None  # the picked rows of the input at hand
 
-    def begin(self, call: int, group: torch.Tensor, rows: int, seed: int) -> None:
-        """Start a call whose samples are in the time groups `group` (B,), of which `rows` rows are to be kept."""
+    def begin(self, call: int, group: int, rows: int, seed: int) -> None:
+        """Start a call of a time group, of which `rows` rows are to be kept."""
         self.finite, self._call, self._wanted = [], call, rows
-        self._group = group if self.count > 1 else torch.zeros_like(group)
+        self._group = group if self.count > 1 else 0
         self._generator = torch.Generator().manual_seed(((seed << 24) + call << 16) + self.number)
 
     def take(self, x: torch.Tensor) -> None:
@@ -41,25 +40,22 @@ class Site:
         if not x.numel():
             self._index = None
             return
-        parts, group = self._by_sample(x)
-        low, high = (end.float() for end in parts.aminmax(dim=1))
+        flat = x.reshape(-1, x.shape[-1])
+        low, high = (end.float()[None] for end in flat.aminmax(dim=0))
         self.finite.append((low.isfinite() & high.isfinite()).all())
         if self._channels is None:
             self._channels = RangeStats.empty(self.count, x.shape[-1], x.device)
-        self._channels = self._channels.include(low, high, group.to(x.device))
-        flat = parts.flatten(0, 1)
+        self._channels = self._channels.include(low, high, torch.tensor([self._group], device=x.device))
         self.tokens += len(flat)
         index = torch.randperm(len(flat), generator=self._generator)[: self._wanted].sort().values
         self._index = index.to(x.device)
         self.rows.append(flat[self._index].cpu())
-        self.groups.append(group.repeat_interleave(parts.shape[1])[index])
+        self.groups.append(torch.full_like(index, self._group))
         self.calls.append(torch.full_like(index, self._call))
 
     def squares(self, place: int, probes: int) -> Callable[[torch.Tensor], None]:
         """Return a hook that adds the squared gradients of the outputs of layer `place` at the picked rows."""
-        if len(self.fisher) < len(self.rows):
-            missing = self.rows[len(self.fisher) :]
-            self.fisher += [rows.new_zeros(len(rows), sum(self.outs)) for rows in missing]
+        self._pad()
         index, kept = self._index, self.fisher[-1]
         first = sum(self.outs[:place])
 
@@ -88,14 +84,15 @@ class Site:
         generator = torch.Generator().manual_seed((seed << 16) + self.number)
         return torch.randperm(total, generator=generator)[:most].sort().values
 
-    def _by_sample(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return x as (samples, rows, in) and the group of each sample; one sample where all groups are the same."""
-        channels = x.shape[-1]
-        if bool((self._group == self._group[0]).all()):
-            return x.reshape(1, -1, channels), self._group[:1]
-        if len(x) != len(self._group) or x.ndim < 2:
-            raise InputError(
-                f"site '{self.name}': its input has no axis of samples, and the samples of a call are in several time "
-                "groups; record calls whose samples have the same timestep"
-            )
-        return x.reshape(len(x), -1, channels), self._group
+    def weights(self) -> torch.Tensor | None:
+        """Return the mean squared gradients at all rows, or None if no output had a gradient."""
+        if not self.fisher:
+            return None
+        self._pad()
+        return torch.cat(self.fisher)
+
+    def _pad(self) -> None:
+        """Let every part of the rows have a part of squares; zeros where the model's output did not depend on them."""
+        for rows in self.rows[len(self.fisher) :]:
+            dtype = torch.bfloat16 if rows.dtype is torch.bfloat16 else torch.float32  # fp16 would lose small squares
+            self.fisher.append(torch.zeros(len(rows), sum(self.outs), dtype=dtype))
