@@ -7,9 +7,11 @@ file's metadata beside the name of the pipeline's component.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -18,9 +20,9 @@ from safetensors.torch import save_file
 
 from tqdit.calibration.call_values import decoded, digest, encoded
 from tqdit.errors import InputError
-from tqdit.system.files import check_file, read_tensors
+from tqdit.system.files import check_file, read_tensors, reserved
 from tqdit.system.reading import parse_json
-from tqdit.system.swap import partial_file, sync
+from tqdit.system.swap import beside, remove, sync
 
 MANIFEST = "tqdit.calls"
 VERSION = 1
@@ -64,16 +66,33 @@ def write(path: Path, content: Content) -> None:
     tensors, text = content.packed()
     tensors[MANIFEST] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     notes = {"format": "pt", SHA256: hashlib.sha256(text).hexdigest(), COMPONENT: content.component}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with partial_file(path) as (partial, _):
+    with _replacing(path) as partial:
         try:
             save_file(dict(sorted(tensors.items())), partial, metadata=notes)
         except SafetensorError as error:  # the disk may be full
             raise OSError(f"{path} cannot be written: {error}") from None
         partial.chmod(0o644)
         sync(partial)
-        partial.replace(path)
-    sync(path.parent)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield a path to write to, which becomes `path` on success. It is in a folder beside, which is removed at the end.
+
+    safetensors puts a new file in the place of the one that it writes, so a lock on the file itself would be lost. What
+    a killed process leaves is removed by the next one that writes `path`.
+    """
+    with reserved(path, lambda _: False) as place:
+        folder = beside(place.target, "partial")
+        if not place.locked:
+            folder = Path(mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=place.target.parent))
+        try:
+            folder.mkdir(exist_ok=True)
+            yield folder / path.name
+            (folder / path.name).replace(place.target)
+            sync(place.target.parent)
+        finally:
+            remove(folder)
 
 
 def read(path: Path) -> Content:

@@ -231,6 +231,10 @@ class Recording(Mapping[str, Calls]):
     def __repr__(self) -> str:
         return f"Recording({self._calls})"
 
+    def fill(self, calls: Mapping[str, Calls]) -> None:
+        """Take in the calls by component, once they are complete."""
+        self._calls |= calls
+
     def of(self, module: nn.Module) -> Calls:
         """Return the calls of a transformer: those recorded of this very object, else the only ones that suit it.
 

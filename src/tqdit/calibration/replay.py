@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tqdit.architectures.interface import Graph
+from tqdit.graph import Graph
 from tqdit.calibration.calls import Calls, RecordedCall
 from tqdit.calibration.picker import share_of_rows
 from tqdit.calibration.records import LinearRecord, Records, channels_of

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from tqdit.architectures.interface import Graph, Linear
+from tqdit.graph import Graph, Linear
 from tqdit.calibration.statistics import RangeStats
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from tqdit.architectures.interface import Graph, Linear
+from tqdit.graph import Graph, Linear
 from tqdit.plan import plan
 from tqdit.recipe import Recipe
 from tqdit.spec import SiteSpec

@@ -16,8 +16,8 @@ from tqdit.calibration.records import AttentionRecord, LinearRecord, Records, ch
 from tqdit.calibration.statistics import RangeStats, kept_keys
 from tqdit.calibration.store import Forgetful, Store
 from tqdit.errors import InputError
-from tqdit.architectures.interface import Attention, Block, Graph, Linear
-from tqdit.architectures.interface import Operand as Site
+from tqdit.graph import Attention, Block, Graph, Linear
+from tqdit.graph import Operand as Site
 from tqdit.grids import uniform
 from tqdit.plan import Objective, SitePlan, plan, second_order_rounding
 from tqdit.plan import objective as planned_objective
