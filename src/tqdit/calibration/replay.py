@@ -1,8 +1,8 @@
 """Run a traced model over recorded calls: ranges, rows of inputs, and Fisher weights of its linear layers.
 
-The model computes in its own dtype. What is picked goes to the CPU at once, so a device holds the model, the activations
-of one call and the ranges. The Fisher diagonal needs a backward pass, with checkpointing of blocks, so only models of at
-most `FISHER_PARAMETERS` parameters have it.
+The model computes in its own dtype. What is picked goes to the CPU at once, so a device holds the model, the
+activations of one call and the ranges. The Fisher diagonal needs a backward pass, with checkpointing of blocks, so only
+models of at most `FISHER_PARAMETERS` parameters have it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tqdit.graph import Graph
 from tqdit.calibration.calls import Calls, RecordedCall
 from tqdit.calibration.picker import share_of_rows
 from tqdit.calibration.records import LinearRecord, Records, channels_of
 from tqdit.calibration.rows import Site
 from tqdit.errors import InputError
+from tqdit.graph import Graph
 from tqdit.recipe import Recipe
 from tqdit.sampling.trajectory import Progress
 from tqdit.timegroups import TimeGroups
@@ -62,9 +62,7 @@ def record(
 class _Replay:
     """A model that is watched while it is called, and what was picked so far."""
 
-    def __init__(
-        self, model: nn.Module, graph: Graph, time_groups: TimeGroups, recipe: Recipe, probed: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, graph: Graph, time_groups: TimeGroups, recipe: Recipe, probed: bool) -> None:
         self.model, self.graph, self.time_groups, self.recipe, self.probed = model, graph, time_groups, recipe, probed
         first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
         self.device, self.dtype = first.device, first.dtype
@@ -157,9 +155,10 @@ class _Replay:
             ranges[site.name], ranges[channels_of(site.name)] = site.ranges()
             linears[site.name] = _joined(site, weights, self.recipe)
         tokens = {site.name: site.tokens / len(self.times) for site in self.sites}
+        times = torch.tensor(self.times, dtype=torch.float64)
         return Records(
-            linears, {}, ranges, torch.zeros(0), torch.tensor(self.times, dtype=torch.float64), self.recipe, self.time_groups,
-            tokens=tokens, notes=dict(notes),
+            linears, {}, ranges, torch.zeros(0), times, self.recipe, self.time_groups, tokens=tokens,
+            notes=dict(notes),
         )  # fmt: skip
 
 
