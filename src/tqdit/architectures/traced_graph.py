@@ -13,10 +13,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tqdit.architectures.interface import Block, Graph, Linear, Operand
 from tqdit.architectures.tensor_origins import GELU, PROMPT, SAMPLE, TIME
 from tqdit.architectures.tracing import FLOATS, LayerCall, Trace, tensors_in, watch
 from tqdit.errors import InputError
+from tqdit.graph import Block, Graph, Linear, Operand
 from tqdit.spec import Role
 
 TIMESTEPS = ("timestep", "timesteps", "t")  # the names that models have for their time argument
@@ -53,7 +53,7 @@ def trace(model: nn.Module, arguments: Mapping[str, Any], timestep: str, smalles
     blocks = _blocks(model, calls, quantized)
     inside = {name for block in blocks for name in block.float_input}
     outside = tuple(name for name in calls if name not in quantized and name not in inside)
-    shapes = {name: parameter.shape for name, parameter in _parameters(model)}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     return Graph(blocks, outside, shapes, _ends(outside, calls, quantized), left, timestep)
 
 
