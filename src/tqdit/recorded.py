@@ -1,8 +1,8 @@
 """Quantize any transformer of diffusers from the calls that a pipeline made to it.
 
-    with tqdit.record(pipe) as calls:
-        pipe("a lighthouse at dusk", num_inference_steps=28)
-    pipe.transformer = tqdit.quantize(pipe.transformer, tqdit.Recipe("plus", "w8a8"), calls=calls)
+with tqdit.record(pipe) as calls:
+    pipe("a lighthouse at dusk", num_inference_steps=28)
+pipe.transformer = tqdit.quantize(pipe.transformer, tqdit.Recipe("plus", "w8a8"), calls=calls)
 """
 
 import hashlib
@@ -43,7 +43,7 @@ CALLS = "calls_sha256"  # an entry of provenance beside those that every artifac
 
 
 @isolated()
-def quantize_recorded(
+def quantize_recorded(  # noqa: PLR0913 - options
     model: nn.Module,
     recipe: Recipe = Recipe(),
     *,

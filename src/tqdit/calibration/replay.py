@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tqdit.graph import Graph
 from tqdit.calibration.calls import Calls, RecordedCall
 from tqdit.calibration.picker import share_of_rows
 from tqdit.calibration.records import LinearRecord, Records, channels_of
 from tqdit.calibration.rows import Site
 from tqdit.errors import InputError
+from tqdit.graph import Graph
 from tqdit.recipe import Recipe
 from tqdit.sampling.trajectory import Progress
 from tqdit.timegroups import TimeGroups
@@ -62,9 +62,7 @@ def record(
 class _Replay:
     """A model that is watched while it is called, and what was picked so far."""
 
-    def __init__(
-        self, model: nn.Module, graph: Graph, time_groups: TimeGroups, recipe: Recipe, probed: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, graph: Graph, time_groups: TimeGroups, recipe: Recipe, probed: bool) -> None:
         self.model, self.graph, self.time_groups, self.recipe, self.probed = model, graph, time_groups, recipe, probed
         first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
         self.device, self.dtype = first.device, first.dtype

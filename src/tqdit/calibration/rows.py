@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from tqdit.graph import Graph, Linear
 from tqdit.calibration.statistics import RangeStats
+from tqdit.graph import Graph, Linear
 
 
 class Site:
