@@ -76,7 +76,7 @@ def watch(model: nn.Module, arguments: Mapping[str, Any], sample: str, timestep:
         given[timestep] = torch.tensor(given[timestep], device=device)
     trace = Trace(samples)
     watcher = _Watcher(layers, trace)
-    with _inside(layers, watcher.stack), torch.inference_mode(False), torch.no_grad():
+    with _inside(layers, watcher.stack), _eager(model), torch.inference_mode(False), torch.no_grad():
         for name, value in given.items():
             kind = SAMPLE if name == sample else TIME if name == timestep or "timestep" in name else PROMPT
             watcher.mark(value, kind)
@@ -85,14 +85,24 @@ def watch(model: nn.Module, arguments: Mapping[str, Any], sample: str, timestep:
     return trace
 
 
+def _eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Let compiled modules run as they are written: a mode sees no function of a compiled one."""
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def _inside(layers: Mapping[str, nn.Module], stack: list[str]) -> Iterator[None]:
     """Keep the paths of the layers whose forward is running on a stack."""
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+
     handles = []
     try:
         for name, module in layers.items():
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
-            handles.append(module.register_forward_hook(lambda *_: stack.pop() and None, always_call=True))
+            handles.append(module.register_forward_hook(leave, always_call=True))
         yield
     finally:
         for handle in handles:
@@ -145,7 +155,7 @@ class _Watcher(TorchFunctionMode):
         parts = [Part(origin.word, origin.depends, tensor.numel()) for tensor, origin in inputs]
         tanh = kwargs.get("approximate", args[1] if len(args) > 1 else "none") == "tanh"
         word = result_word(name, parts, tanh, _joins_channels(name, args, kwargs, outputs))
-        written = [tensor for tensor, origin in inputs if tensor._version != origin.version]
+        written = [tensor for tensor, origin in inputs if _version(tensor) != origin.version]
         for tensor in written:
             self._set(tensor, word, depends)
             if tensor._base is not None:
