@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
 from torch import nn
 from toys import BATCH, TOKENS, WIDTH, Toy, borrows, borrows_and_calls, call, fails, looks, plain
 from zoo import ZOO
 
+from tqdit.architectures import registry as architectures
 from tqdit.architectures.graph_json import from_json, to_json
 from tqdit.architectures.interface import Graph, Linear
+from tqdit.architectures.registry import config_of
 from tqdit.architectures.traced_graph import EXPERTS, NEVER_CALLED, POINTWISE, READ_ELSEWHERE, timestep_argument, trace
 from tqdit.architectures.tracing import watch
 from tqdit.errors import InputError
@@ -197,6 +200,33 @@ def test_every_class_of_the_zoo_has_a_graph(name: str, graphs: Callable[[str], G
         assert operand.timed
         assert (operand.role is Role.GELU) == (operand.feed in ("GELU tanh", "GELU erf"))
     assert from_json(json.loads(json.dumps(to_json(graph))), graph.shapes) == graph
+
+
+def test_the_trace_of_a_dit_has_the_layers_of_its_architecture() -> None:
+    """Attention apart, which stays in float, and the patch embedding, which is a convolution."""
+    model = ZOO["DiTTransformer2DModel"].build()
+    traced = trace(model, ZOO["DiTTransformer2DModel"].call(), "timestep")
+    described = architectures.graph(config_of(model))
+    for block, own in zip(traced.blocks, described.blocks, strict=True):
+        assert (block.prefix, block.float_input) == (own.prefix, own.float_input)
+        assert [linear.modules for linear in block.linears] == [linear.modules for linear in own.linears]
+        assert [linear.source.role for linear in block.linears] == [linear.source.role for linear in own.linears]
+    assert {*described.outside} - {*traced.outside} == {"pos_embed.proj"}
+    assert dict(traced.shapes) == dict(described.shapes)
+
+
+def test_a_full_size_model_is_traced_on_the_meta_device() -> None:
+    """The FLUX.1 of two blocks at full width: default sizes, and no memory for weights or activations."""
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+        arguments = {
+            "hidden_states": torch.empty(1, 4096, 64), "encoder_hidden_states": torch.empty(1, 512, 4096),
+            "pooled_projections": torch.empty(1, 768), "timestep": torch.empty(1), "guidance": torch.empty(1),
+            "img_ids": torch.empty(4096, 3), "txt_ids": torch.empty(512, 3),
+        }  # fmt: skip
+        graph = trace(model, arguments, "timestep")
+    assert [len(block.linears) for block in graph.blocks] == [8, 2]
+    assert graph.ends == ("x_embedder", "proj_out")
 
 
 @pytest.mark.parametrize("name", FLOAT_INPUT)
@@ -474,8 +504,8 @@ def test_errors_name_what_is_wrong() -> None:
         trace(Toy(plain), {**call(), "x": []}, "timestep")
     with pytest.raises(InputError, match=r"layer 'time' reads torch\.float64"):
         trace(Toy(plain).double(), call(torch.float64), "timestep")
-    with pytest.raises(InputError, match=r"layer 'time' reads torch\.complex64"):
-        trace(Toy(plain).to(torch.complex64), call(torch.complex64), "timestep")
+    with pytest.raises(InputError, match=r"layer 'blocks\.0\.a' reads torch\.complex64"):
+        trace(Toy(lambda block, x, t, prompt: block.a(torch.complex(x, x))), call(), "timestep")
     with pytest.raises(InputError, match="Toy has no linear layer in repeated blocks that can be quantized"):
         trace(Toy(lambda block, x, t, prompt: block.a(prompt)), call(), "timestep")
 

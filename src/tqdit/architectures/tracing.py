@@ -31,7 +31,7 @@ from tqdit.architectures.tensor_origins import (
 from tqdit.errors import InputError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what a linear layer may read
-COPIES = {"contiguous", "clone", "to", "float", "half", "bfloat16", "type_as", "reshape", "dropout", "detach"}
+COPIES = {"contiguous", "clone", "to", "float", "half", "bfloat16", "type_as", "reshape"}
 NOTHING: frozenset[str] = frozenset()
 
 
@@ -219,16 +219,16 @@ def _kept_value(name: str, output: torch.Tensor, inputs: list[tuple[torch.Tensor
         return None
     first, origin = inputs[0]
     same = output.dtype == first.dtype and output.numel() == first.numel() and output.shape[-1:] == first.shape[-1:]
-    if not same:
-        return None
-    if output is first or (name in COPIES and output.shape == first.shape and not _drops(name, output, first)):
-        return origin.value
-    in_place = output.data_ptr() == first.data_ptr() and output.is_contiguous() and first.is_contiguous()
-    return origin.value if in_place else None
+    copied = name in COPIES and output.shape == first.shape
+    return origin.value if same and (copied or _same_memory(output, first)) else None
 
 
-def _drops(name: str, output: torch.Tensor, first: torch.Tensor) -> bool:
-    return name == "dropout" and output.data_ptr() != first.data_ptr()
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Say whether two tensors of as many elements are one, or views of the same elements in the same order."""
+    if a is b:
+        return True
+    start = (tensor.untyped_storage()._cdata for tensor in (a, b))  # data_ptr would be 0 for all of device "meta"
+    return len({*start}) == 1 and a.storage_offset() == b.storage_offset() and a.is_contiguous() and b.is_contiguous()
 
 
 def _joins_channels(name: str, args: Any, kwargs: Mapping[str, Any], outputs: list[torch.Tensor]) -> bool:
