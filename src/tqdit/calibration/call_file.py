@@ -27,16 +27,24 @@ from tqdit.system.swap import beside, remove, sync
 MANIFEST = "tqdit.calls"
 VERSION = 1
 SHA256, COMPONENT = "tqdit.sha256", "tqdit.component"  # in the file's metadata
-KEYS: Mapping[str, type] = {"version": int, "kind": str, "config": dict, "timestep": str, "calls": list}
+KEYS: Mapping[str, type] = {
+    "version": int,
+    "kind": str,
+    "config": dict,
+    "timestep": str,
+    "visited": list,
+    "calls": list,
+}
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a file of calls holds: `arguments` of each call, and the model that they are for."""
+    """What a file of calls holds: `arguments` of each call, the model that they are for, the times it was called at."""
 
     kind: str
     config: Mapping[str, Any]
     timestep: str
+    visited: Sequence[float]
     arguments: Sequence[Mapping[str, Any]]
     component: str = ""
 
@@ -52,6 +60,7 @@ class Content:
 
         calls = [encoded(dict(call), reference)["dict"] for call in self.arguments]
         rest = {"version": VERSION, "kind": self.kind, "config": self.config, "timestep": self.timestep}
+        rest |= {"visited": list(self.visited)}
         return stored, json.dumps(rest | {"calls": calls}, sort_keys=True, allow_nan=False).encode()
 
     @property
@@ -126,6 +135,7 @@ def _read(path: Path, tensors: dict[str, torch.Tensor]) -> Content:
         raise ValueError(f"calls of version {found.get('version')} cannot be read; this tqdit reads {VERSION}")
     component = notes.get(COMPONENT, "")
     of_types = all(isinstance(found.get(key), kind) for key, kind in KEYS.items()) and found.keys() == KEYS.keys()
+    of_types = of_types and all(type(t) is float for t in found["visited"])
     if not of_types or not all(isinstance(call, dict) for call in found["calls"]):
         raise ValueError(f"'{MANIFEST}' is malformed")
     if component and not component.isidentifier():  # it becomes the name of a file
@@ -143,4 +153,4 @@ def _read(path: Path, tensors: dict[str, torch.Tensor]) -> Content:
     arguments = [decoded({"dict": call}, find) for call in found["calls"]]
     if extra := sorted(tensors.keys() - used):
         raise ValueError(f"it has a tensor '{extra[0]}' that no call uses")
-    return Content(found["kind"], found["config"], found["timestep"], arguments, component)
+    return Content(found["kind"], found["config"], found["timestep"], found["visited"], arguments, component)
