@@ -1,5 +1,6 @@
 """Calls as values: what is stored of them, when they suit a model, their time groups, and their file."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -283,6 +284,9 @@ def test_a_file_has_everything(calls: Calls, file: Path, model: nn.Module) -> No
     assert all(equal(found.arguments, call.arguments) for found, call in zip(loaded, calls, strict=True))
     assert loaded.sha256 == calls.sha256
     loaded.check(model)
+    loaded.save(other := file.with_name("other"))
+    assert other.read_bytes() == file.read_bytes()
+    other.unlink()
     assert os.listdir(file.parent) == [file.name]
     assert file.stat().st_mode & 0o777 == 0o644
 
@@ -330,7 +334,7 @@ def manifest(change: Callable[[dict[str, Any]], Any], reseal: bool = True) -> Ca
         change(found)
         text = json.dumps(found).encode()
         tensors[call_file.MANIFEST] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        return {call_file.SHA256: call_file.hashlib.sha256(text).hexdigest()} if reseal else {}
+        return {"sha256": hashlib.sha256(text).hexdigest()} if reseal else {}
 
     return damage
 
@@ -357,6 +361,8 @@ def add(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     ("damage", "message"),
     [
         (drop, "tensor '.*' is missing"),
+        (lambda _: {"component": "../x"}, "'../x' is no name of a component"),
+        (lambda _: {"sha256": None}, "'tqdit.calls' was changed"),
         (flip, "tensor '.*' was changed"),
         (add, "has a tensor '.*' that no call uses"),
         (manifest(lambda found: found["config"].update(num_layers=3), reseal=False), "'tqdit.calls' was changed"),
@@ -376,9 +382,9 @@ def add(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
 def test_a_damaged_file(file: Path, damage: Callable, message: str) -> None:
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     with safe_open(file, framework="pt") as opened:
-        notes = dict(opened.metadata())
-    notes |= damage(tensors)
-    save_file(tensors, file, metadata=notes)
+        seal = json.loads(opened.metadata()[call_file.SEAL])
+    seal |= damage(tensors)
+    save_file(tensors, file, metadata={call_file.SEAL: json.dumps(seal)})
     with pytest.raises(InputError, match=f"{file.name} is damaged: .*({message})"):
         Calls.load(file)
 

@@ -192,6 +192,8 @@ def test_only_transformers_that_take_a_time_are_watched() -> None:
         nn.Module.__init__(module)
     named = {"unet": unet, "controlnet": control, "transformer_ids": [1], "transformer_3": None}
     assert list(recording.transformers(Pipeline(transformer=flux(), **named))) == ["transformer"]
+    compiled = torch.compile(flux(), backend="eager")
+    assert recording.transformers(Pipeline(transformer=compiled)) == {"transformer": compiled}
     with pytest.raises(InputError, match=r"has no transformer that takes a timestep; .* unet, controlnet"):
         recording.transformers(Pipeline(**named))
     with pytest.raises(InputError, match="takes a diffusers pipeline or transformer, got a dict"):

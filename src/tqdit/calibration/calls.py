@@ -35,7 +35,7 @@ class RecordedCall:
 
     arguments: Mapping[str, Any]
     t: float
-    timestep: str
+    timestep: str = "timestep"
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any], timestep: str) -> Self:
