@@ -16,11 +16,11 @@ from toys import BATCH, TOKENS, WIDTH, Toy, borrows, borrows_and_calls, call, fa
 from zoo import ZOO
 
 from tqdit.architectures import registry as architectures
-from tqdit.architectures.graph_json import from_json, to_json
 from tqdit.architectures.interface import Graph, Linear
 from tqdit.architectures.registry import config_of
 from tqdit.architectures.traced_graph import EXPERTS, NEVER_CALLED, POINTWISE, READ_ELSEWHERE, timestep_argument, trace
 from tqdit.architectures.tracing import watch
+from tqdit.artifact.graph_json import from_json, to_json
 from tqdit.errors import InputError
 from tqdit.spec import Role
 

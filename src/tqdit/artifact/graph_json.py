@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StringConstraints, ValidationError
 
-from tqdit.architectures.interface import Block, Graph, Linear, Operand
 from tqdit.errors import InputError
+from tqdit.graph import Block, Graph, Linear, Operand
 from tqdit.spec import Role
 
 MAX_TEXT = 1000  # characters of a name or a reason
