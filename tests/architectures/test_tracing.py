@@ -18,7 +18,15 @@ from zoo import ZOO
 from tqdit.architectures import registry as architectures
 from tqdit.architectures.interface import Graph, Linear
 from tqdit.architectures.registry import config_of
-from tqdit.architectures.traced_graph import EXPERTS, NEVER_CALLED, POINTWISE, READ_ELSEWHERE, timestep_argument, trace
+from tqdit.architectures.traced_graph import (
+    EXPERTS,
+    NEVER_CALLED,
+    POINTWISE,
+    READ_ELSEWHERE,
+    SEVERAL_NAMES,
+    timestep_argument,
+    trace,
+)
 from tqdit.architectures.tracing import watch
 from tqdit.artifact.graph_json import from_json, to_json
 from tqdit.errors import InputError
@@ -189,7 +197,7 @@ def test_blocks_say_what_feeds_their_layers(name: str, prefix: str, graphs: Call
 def test_every_class_of_the_zoo_has_a_graph(name: str, graphs: Callable[[str], Graph]) -> None:
     graph, model = graphs(name), ZOO[name].build()
     assert timestep_argument(model) == graph.timestep == ZOO[name].timestep
-    assert list(graph.shapes) == [key for key in model.state_dict() if key in dict(model.named_parameters())]
+    assert [*graph.shapes.items()] == [(key, tensor.shape) for key, tensor in model.state_dict().items()]
     quantized = [module for block in graph.blocks for linear in block.linears for module in linear.modules]
     every = [*quantized, *graph.float_input, *graph.left]
     layers = {key for key, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -449,6 +457,12 @@ def test_what_is_no_plain_linear_layer_stays_in_float() -> None:
 def test_a_layer_that_is_not_called_stays_in_float() -> None:
     model = Toy(lambda block, x, t, prompt: block.a(x))
     assert trace(model, call(), "timestep").left == {"blocks.0.b": NEVER_CALLED}
+
+
+def test_a_layer_of_several_names_stays_in_float() -> None:
+    layer = nn.Linear(WIDTH, WIDTH)
+    model = Toy(lambda block, x, t, prompt: block.a(x) + block.b(x) + block.c(x), b=layer, c=layer)
+    assert trace(model, call(), "timestep").left == {"blocks.0.b": SEVERAL_NAMES}
 
 
 def test_small_layers_have_a_float_input() -> None:
