@@ -10,9 +10,10 @@ import triton
 
 from tqdit.backends.triton import hopper
 from tqdit.backends.triton.launch import FEW_ROWS
-from tqdit.backends.triton.layouts import HEADS_OF, Config
+from tqdit.backends.triton.layouts import FLOATS, HEADS_OF, Config
 
 PARTS = {name: parts for parts, name in HEADS_OF.items()}
+TILE_TIMES = {(128, 128): 1.0, (64, 128): 0.6, (128, 64): 0.6, (64, 64): 0.36}  # of `kernels.hopper_float`, measured
 FEW_TILES = 4096  # rows; with fewer, large tiles leave multiprocessors without work
 
 
@@ -33,6 +34,24 @@ def norm(rows: int, width: int) -> list[Config]:
         held += [most._replace(blocks=4), most._replace(blocks=8), two._replace(blocks=8), four._replace(blocks=4)]
         unheld = [one, most, one._replace(blocks=4), two]
     return list(dict.fromkeys(held + [config._replace(stages=1) for config in unheld]))
+
+
+@functools.cache
+def quantize_rows(width: int) -> Config:
+    """Return the configuration of `quantize_rows_kernel`: warps that hold a row, some 32 numbers a thread."""
+    return Config(1, 0, 0, warps=min(16, triton.next_power_of_2(triton.cdiv(width, 1024))))
+
+
+@functools.cache
+def hopper_float(rows: int, columns: int, processors: int) -> Config:
+    """Return the configuration of `kernels.hopper_float`: the tile with the least rounds of tiles times their time."""
+
+    def cost(tile: tuple[int, int]) -> float:
+        tiles = triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1])
+        return triton.cdiv(tiles, processors) * TILE_TIMES[tile]
+
+    bm, bn = min(TILE_TIMES, key=cost)
+    return Config(bm, bn, 128, stages=hopper.float_stages(bm, bn, 1), hopper=FLOATS)
 
 
 def quantize() -> list[Config]:

@@ -1,13 +1,13 @@
 """The arguments of kernels: modes of operands, weights, configurations, and the layouts of codes between kernels."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
 from tqdit.backends.triton.kernels import rounding
-from tqdit.backends.triton.layer import ALIGN
+from tqdit.backends.triton.layer import ALIGN, TritonLinear
 from tqdit.ops.schema import Codes, OperandParams, RowCodes
 from tqdit.spec import Grid
 
@@ -22,6 +22,7 @@ KINDS = {  # constant of `kernels.rounding` -> grid, and whether its regions are
     rounding.SOFTMAX_ROW.value: (Grid.SOFTMAX_ROW, False),
 }
 HEADS_OF = {3: "heads", 2: "context-heads", 1: "query-heads"}  # names in tuning of the epilogue that projects to parts
+SPECIAL, FLOATS = 1, 2  # `kernels.hopper` or `kernels.hopper_attention`; `kernels.hopper_float`
 ATTENTION_OPERANDS = 5  # query, key, value, softmax and target
 MODES = {kind: mode for mode, kind in KINDS.items()}
 
@@ -53,6 +54,12 @@ class Weight(NamedTuple):
     bits: int
 
 
+def weight_of(layer: TritonLinear) -> Weight:
+    """Return a layer's weight; its tensors are read where they are held, since `Module.__getattr__` takes long."""
+    held: Any = layer._parameters
+    return Weight(held["codes"], held["high"], held["scale"], held["bias"], held["sums"], layer.shape[1], layer.bits)
+
+
 class Config(NamedTuple):
     """The blocks and the schedule of one kernel."""
 
@@ -64,8 +71,9 @@ class Config(NamedTuple):
     stages: int = 3  # norm: blocks of rows on their way while registers hold shift and scale; 1: neither is done
     piece: int = 0  # columns that the epilogue has in registers at a time: block_n (0), or a half or a quarter of it
     registers: int | None = None  # the most that a thread has
-    blocks: int = 1  # blocks of rows that a program of the attention or norm kernel takes; Hopper's attention: AT_ONCE
-    hopper: int = 0  # 1: by `kernels.hopper` or `kernels.hopper_attention`, with their own numbers of warps, registers
+    # Blocks of rows that a program of the attention or norm kernel takes; Hopper's attention: AT_ONCE; FLOATS: SLOTS.
+    blocks: int = 1
+    hopper: int = 0  # by a kernel for Hopper, with its own numbers of warps, registers: SPECIAL or FLOATS
 
 
 class Projected(NamedTuple):
