@@ -13,7 +13,7 @@ from tqdit.backends.triton.launch import FEW_ROWS
 from tqdit.backends.triton.layouts import FLOATS, HEADS_OF, Config
 
 PARTS = {name: parts for parts, name in HEADS_OF.items()}
-TILE_TIMES = {(128, 128): 1.0, (64, 128): 0.6, (128, 64): 0.6, (64, 64): 0.36}  # of `kernels.hopper_float`, measured
+TILE_TIMES = {(128, 128): 1.0, (64, 128): 0.57, (128, 64): 0.74, (64, 64): 0.5}  # of `kernels.hopper_float`, measured
 FEW_TILES = 4096  # rows; with fewer, large tiles leave multiprocessors without work
 
 
@@ -38,12 +38,12 @@ def norm(rows: int, width: int) -> list[Config]:
 
 @functools.cache
 def quantize_rows(width: int) -> Config:
-    """Return the configuration of `quantize_rows_kernel`: warps that hold a row, some 32 numbers a thread."""
-    return Config(1, 0, 0, warps=min(16, triton.next_power_of_2(triton.cdiv(width, 1024))))
+    """Return the configuration of `quantize_rows_kernel`: as few warps as hold a row, so that more rows are read."""
+    return Config(1, 0, 0, warps=min(16, triton.next_power_of_2(triton.cdiv(width, 4096))))
 
 
 @functools.cache
-def hopper_float(rows: int, columns: int, processors: int) -> Config:
+def hopper_float(rows: int, columns: int, processors: int, by_row: bool) -> Config:
     """Return the configuration of `kernels.hopper_float`: the tile with the least rounds of tiles times their time."""
 
     def cost(tile: tuple[int, int]) -> float:
@@ -51,7 +51,7 @@ def hopper_float(rows: int, columns: int, processors: int) -> Config:
         return triton.cdiv(tiles, processors) * TILE_TIMES[tile]
 
     bm, bn = min(TILE_TIMES, key=cost)
-    return Config(bm, bn, 128, stages=hopper.float_stages(bm, bn, 1), hopper=FLOATS)
+    return Config(bm, bn, 128, stages=hopper.float_stages(bm, bn, by_row), hopper=FLOATS)
 
 
 def quantize() -> list[Config]:

@@ -45,7 +45,7 @@ def linear(given: Codes, source: OperandParams, weight: Weight, dtype: torch.dty
     device, rows, columns = codes.device, codes.shape[0] * codes.shape[1], weight.codes.shape[0]
     two = source.two_products
     if hopper.takes_floats(device, columns, weight.bits, two, dtype):
-        config = candidates.hopper_float(rows, columns, hopper.processors(device))
+        config = candidates.hopper_float(rows, columns, hopper.processors(device), steps is not None)
         return launch.plain(given, source, weight, config, dtype)
 
     def run(config: Config) -> torch.Tensor:

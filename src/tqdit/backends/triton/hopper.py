@@ -22,7 +22,7 @@ from tqdit.backends.triton.layouts import (
     row_stride,
     with_steps,
 )
-from tqdit.backends.triton.relaunch import Blocks
+from tqdit.backends.triton.relaunch import Blocks, check_device
 from tqdit.errors import InputError
 from tqdit.ops.schema import Codes, OperandParams
 
@@ -152,9 +152,9 @@ def takes_floats(device: torch.device, columns: int, bits: int, two: bool, dtype
     return bits == 8 and not two and columns * dtype.itemsize % 16 == 0 and processors(device) > 0
 
 
-def float_stages(bm: int, bn: int, slots: int) -> int:
-    """Return the stages of `kernels.hopper_float` that fit beside its blocks of results."""
-    others = 2 * slots * bm * LINE + 2 * bn * 3 * 4 + 512  # constants of columns; barriers
+def float_stages(bm: int, bn: int, by_row: bool) -> int:
+    """Return the stages of `kernels.hopper_float` that fit beside a block of results of each group."""
+    others = 2 * bm * LINE + 2 * bn * (2 if by_row else 3) * 4 + 512  # constants of columns; barriers
     return min((SHARED_MEMORY - others) // ((bm + bn) * LINE), MOST_STAGES)
 
 
@@ -164,6 +164,7 @@ def float_linear(
     """Launch the kernel as `launch.plain` does, in as few steps of Python as there can be."""
     codes, steps = with_steps(given)
     codes = codes.contiguous()
+    check_device(codes, weight.codes, source.table)
     batch, tokens, pitched = codes.shape
     rows, columns, depth, size = batch * tokens, weight.codes.shape[0], weight.depth, dtype.itemsize
     found = kernels()
@@ -187,13 +188,20 @@ def float_linear(
             found.floats.y_blocks_of(y, rows, columns, bm),
         ]
     tiles = -(-rows // bm) * -(-columns // bn)
-    arguments = (
-        *blocks, weight.scale, weight.sums, weight.bias, weight.scale if steps is None else steps, groups.tensor,
-        source.table, rows, columns, depth, tokens, groups.stride, stride, by_row, even, bm, bn, config.block_k,
+    tensors = (
+        weight.scale,
+        weight.sums,
+        weight.bias,
+        weight.scale if steps is None else steps,
+        groups.tensor,
+        source.table,
+    )
+    others = (
+        *blocks, rows, columns, depth, tokens, groups.stride, stride, by_row, even, bm, bn, config.block_k,
         config.band, config.stages, piece, config.blocks, *found.linear.REGISTERS,
     )  # fmt: skip
     relaunch.launch(
-        found.floats.hopper_float_kernel, key, min(tiles, processors(device)), arguments, num_warps=4,
+        found.floats.hopper_float_kernel, key, min(tiles, processors(device)), tensors, others, num_warps=4,
         enable_fp_fusion=False,
     )  # fmt: skip
     return y

@@ -29,7 +29,7 @@ from tqdit.backends.triton.layouts import (
     row_stride,
     with_steps,
 )
-from tqdit.backends.triton.relaunch import aligned
+from tqdit.backends.triton.relaunch import aligned, check_device
 from tqdit.errors import InputError
 from tqdit.ops.schema import Codes, Norm, OperandParams, Residual, RowCodes
 from tqdit.spec import Grid
@@ -77,7 +77,7 @@ def quantize(x: torch.Tensor, target: OperandParams, config: Config) -> Codes:
         return _quantize_rows(x, target, config, out, groups, rows, x_stride, kinds)
     bm, bn = config.block_m, config.block_n
     quantize_kernel[(triton.cdiv(rows, bm), triton.cdiv(width, bn))](
-        x, target.channels, target.table, groups.tensor, out, rows, width, tokens, x_stride, out.stride(1),
+        x, target.table, groups.tensor, out, target.channels, rows, width, tokens, x_stride, out.stride(1),
         groups.stride, row_stride(target), mode(target), target.bits, NATIVE, bm, bn, num_warps=config.warps,
     )  # fmt: skip
     return out
@@ -87,15 +87,17 @@ def _quantize_rows(
     x: torch.Tensor, target: OperandParams, config: Config, out: torch.Tensor, groups: Groups, rows: int, x_stride: int,
     kinds: tuple[Any, ...],
 ) -> RowCodes:  # fmt: skip
-    steps, width = _steps(x), x.shape[2]
+    steps, width, factors = _steps(x), x.shape[2], target.channels
     first, rest = powers_of_two(width, 16)
-    plain = aligned(x, out, steps, *(() if target.channels is None else (target.channels,)))
-    key = ("quantize rows", x.device.index, x_stride, *kinds) if plain else None
-    arguments = (
-        x, target.channels, target.table, groups.tensor, out, steps, rows, x.shape[1], x_stride, out.stride(1), width,
+    tensors = x, target.table, groups.tensor, out, steps, *(() if factors is None else (factors,))
+    check_device(*tensors)
+    key = ("quantize rows", x.get_device(), x_stride, *kinds) if aligned(x, *tensors[3:]) else None
+    others = (
+        *((None,) if factors is None else ()), rows, x.shape[1], x_stride, out.stride(1), width,
         groups.stride, row_stride(target), target.bits, NATIVE, config.block_m, first, rest,
     )  # fmt: skip
-    relaunch.launch(quantize_rows_kernel, key, triton.cdiv(rows, config.block_m), arguments, num_warps=config.warps)
+    programs = -(-rows // config.block_m)  # `triton.cdiv` would take longer than the launch
+    relaunch.launch(quantize_rows_kernel, key, programs, tensors, others, num_warps=config.warps)
     return RowCodes(out, steps)
 
 

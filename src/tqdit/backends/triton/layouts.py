@@ -1,5 +1,6 @@
 """The arguments of kernels: modes of operands, weights, configurations, and the layouts of codes between kernels."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ def mode(operand: OperandParams) -> int:
 
 def row_stride(operand: OperandParams) -> int:
     """Return the numbers between two rows of an operand's table; 0 where it has only one, for every time group."""
-    return operand.table.stride(0) if len(operand.table) > 1 else 0
+    return operand.table.stride(0) if operand.table.shape[0] > 1 else 0
 
 
 def with_steps(codes: Codes) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -109,7 +110,7 @@ class Groups(NamedTuple):
 def groups_of(*operands: OperandParams) -> Groups:
     """Return the groups of a call: all operands that have any share them."""
     for operand in operands:
-        if operand.group is not None and len(operand.table) > 1:
+        if operand.group is not None and operand.table.shape[0] > 1:
             return Groups(operand.group, 0 if operand.group.numel() == 1 else 1)
     return Groups(operands[0].table, 0)  # a tensor that is read, but multiplied by a stride of 0
 
@@ -124,6 +125,7 @@ def attended(operands: Sequence[object], width: int) -> tuple[int, torch.dtype]:
     return (pitch(width), torch.int8) if len(operands) == ATTENTION_OPERANDS else (width, torch.float32)
 
 
+@functools.cache
 def powers_of_two(width: int, least: int) -> tuple[int, int]:
     """Return two powers of two that together hold `width`; the second is 0 if the first, at least `least`, is enough.
 

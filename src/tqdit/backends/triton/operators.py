@@ -332,15 +332,25 @@ def _(x, weight, weight_kind):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], weight[0].shape[0])
 
 
-# Layers inside a float model are many, so these two operators are registered with as little around them as torch has:
+# Layers inside a float model are many, so these operators are registered with as little around them as torch has:
 # `custom_op` adds more Python than a launch takes.
 LIBRARY = torch.library.Library("tqdit", "FRAGMENT")
 for schema in (
+    "quantize_floats(Tensor x, Tensor? channels, Tensor[] tables, Tensor? group, int[] kinds) -> (Tensor, Tensor)",
     "linear_to_floats(Tensor[] codes, Tensor[] weight, int[] weight_kind, Tensor[] tables, Tensor? group, int[] kinds,"
     " ScalarType dtype) -> Tensor",
     "linear_from_floats(Tensor x, Tensor[] weight, int[] weight_kind, ScalarType dtype) -> Tensor",
 ):
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@on_device_of
+def _quantize_floats(
+    x: Tensor, channels: Tensor | None, tables: list[Tensor], group: Tensor | None, kinds: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Return codes on the grid of rows and their steps as `floats.quantize` does. `channels`: of the target."""
+    (target,) = _operands(tables, group, kinds)
+    return _both(floats.quantize(x, target._replace(channels=channels)))
 
 
 @on_device_of
@@ -359,10 +369,17 @@ def _linear_from_floats(x: Tensor, weight: list[Tensor], weight_kind: list[int],
     return floats.float_input(x, _weight(weight, weight_kind), dtype)
 
 
+LIBRARY.impl("quantize_floats", _quantize_floats, "CompositeExplicitAutograd")
 LIBRARY.impl("linear_to_floats", _linear_to_floats, "CompositeExplicitAutograd")
 LIBRARY.impl("linear_from_floats", _linear_from_floats, "CompositeExplicitAutograd")
+quantize_floats = torch.ops.tqdit.quantize_floats.default
 linear_to_floats = torch.ops.tqdit.linear_to_floats.default
 linear_from_floats = torch.ops.tqdit.linear_from_floats.default
+
+
+@torch.library.register_fake("tqdit::quantize_floats", lib=LIBRARY)
+def _(x, channels, tables, group, kinds):  # type: ignore[no-untyped-def]
+    return _empty_rows(x)
 
 
 @torch.library.register_fake("tqdit::linear_to_floats", lib=LIBRARY)

@@ -9,10 +9,10 @@ from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
+from triton import knobs
 
 from tqdit.backends.triton.layouts import NATIVE
-
-_COMPILED: dict[Hashable, Any] = {}
+from tqdit.errors import InputError
 
 
 class Blocks(NamedTuple):
@@ -24,25 +24,59 @@ class Blocks(NamedTuple):
     padding: str = "zero"
 
 
+class _Compiled(NamedTuple):
+    kernel: Any
+    run: Any
+    function: Any
+    metadata: Any
+
+
+_COMPILED: dict[Hashable, _Compiled] = {}
+
+
 def known(key: Hashable) -> bool:
     """Say whether a launch with this key has been made."""
     return key in _COMPILED
 
 
-def launch(kernel: Any, key: Hashable, programs: int, arguments: tuple[Any, ...], **options: Any) -> None:
-    """Launch a kernel of Triton or Gluon as `programs` programs, all its arguments in their order.
+def launch(
+    kernel: Any, key: Hashable, programs: int, tensors: tuple[torch.Tensor, ...], others: tuple[Any, ...],
+    **options: Any,
+) -> None:  # fmt: skip
+    """Launch a kernel of Triton or Gluon as `programs` programs; its arguments are `tensors` and then `others`.
 
-    `key`: hashable, equal for two launches only if the kernel, the device, the options, the constants, the dtypes of
+    `key`: hashable, equal for two launches only if the kernel, the GPU, the options, the constants, the dtypes of
     tensors and whatever Triton specializes a kernel for are equal: whether tensors start at multiples of 16 bytes, and
-    whether integers are 1 or multiples of 16. None: unknown, so that Triton looks.
+    whether integers are 1 or multiples of 16. None: unknown, so that Triton looks. The GPU is the current one.
     """
     compiled = None if key is None else _COMPILED.get(key)
-    if compiled is not None:
-        compiled[(programs, 1, 1)](*arguments)
+    if compiled is None:
+        made = kernel[(programs,)](*tensors, *others, **options)
+        if NATIVE and key is not None:
+            _COMPILED[key] = _Compiled(made, made.run, made.function, made.packed_metadata)
         return
-    compiled = kernel[(programs,)](*arguments, **options)
-    if NATIVE and key is not None:
-        _COMPILED[key] = compiled
+    if _observed():
+        compiled.kernel[(programs, 1, 1)](*tensors, *others)
+        return
+    stream = torch._C._cuda_getCurrentRawStream(tensors[0].get_device())
+    addresses = map(torch.Tensor.data_ptr, tensors)  # Triton would ask each tensor, and then the driver about it
+    compiled.run(
+        programs, 1, 1, stream, compiled.function, compiled.metadata, None, None, None, *addresses, *others
+    )  # fmt: skip
+
+
+def _observed() -> bool:
+    """Say whether a profiler wants to be told of launches."""
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return any(getattr(hook, "calls", hook) for hook in hooks)
+
+
+def check_device(*tensors: torch.Tensor) -> None:
+    """Raise `InputError` unless all tensors are on the device of the first: kernels read addresses alone."""
+    device = tensors[0].get_device()
+    for tensor in tensors:
+        if tensor.get_device() != device:
+            raise InputError(f"a layer on {tensor.device} cannot take codes on {tensors[0].device}: move one of them")
 
 
 def aligned(*tensors: torch.Tensor) -> bool:

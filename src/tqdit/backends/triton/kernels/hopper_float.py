@@ -116,7 +116,7 @@ def _consume(
 
 @gluon.jit(do_not_specialize=SMALL_INTEGERS, do_not_specialize_on_alignment=SCALARS)
 def hopper_float_kernel(
-    a, b, y, weight_scale, weight_sums, bias, row_steps, group, source, M, N, K, TOKENS,
+    weight_scale, weight_sums, bias, row_steps, group, source, a, b, y, M, N, K, TOKENS,
     GROUP_STRIDE: gl.constexpr, SOURCE_STRIDE: gl.constexpr, ROWS: gl.constexpr, EVEN: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
     PIECE: gl.constexpr, SLOTS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,

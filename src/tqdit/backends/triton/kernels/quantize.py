@@ -23,7 +23,7 @@ SCALARS = ("target", "group")  # read by number: any alignment
 
 @triton.jit(do_not_specialize=SMALL_INTEGERS, do_not_specialize_on_alignment=SCALARS)
 def quantize_kernel(
-    x, channels, target, group, out, M, C, TOKENS, x_stride, out_stride,
+    x, target, group, out, channels, M, C, TOKENS, x_stride, out_stride,
     GROUP_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, MODE: tl.constexpr, BITS: tl.constexpr,
     NATIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,7 @@ def quantize_kernel(
 
 @triton.jit(do_not_specialize=SMALL_INTEGERS, do_not_specialize_on_alignment=SCALARS)
 def quantize_rows_kernel(
-    x, channels, target, group, out, steps, M, TOKENS, x_stride, out_stride,
+    x, target, group, out, steps, channels, M, TOKENS, x_stride, out_stride,
     C: tl.constexpr, GROUP_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, BITS: tl.constexpr,
     NATIVE: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
