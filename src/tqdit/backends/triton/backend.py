@@ -67,10 +67,16 @@ class TritonBackend:
         return operators.norm_quantize(*given)
 
     def _quantize(self, x: torch.Tensor, target: OperandParams) -> Codes:
-        """Return the codes of x itself; a compiler sees how they are made, unless their layout is the kernels' own."""
+        """Return the codes of x itself.
+
+        In a graph, those on a uniform grid are made by operations of torch, which fuse with those before: a pass over x
+        less. Those of rows are made by the kernel: what torch's compiler makes of two passes over a row is slower.
+        """
         if not torch.compiler.is_compiling():
             with operators.on(x):
                 return floats.quantize(x, target)
+        if target.grid is Grid.ROW:
+            return RowCodes(*operators.quantize_floats(x, target.channels, *operators.flatten(target)))
         if not target.grid.two_region:
             return floats.quantize_in_torch(x, target)
         if target.channels is not None:

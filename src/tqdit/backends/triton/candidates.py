@@ -14,6 +14,8 @@ from tqdit.backends.triton.layouts import FLOATS, HEADS_OF, Config
 
 PARTS = {name: parts for parts, name in HEADS_OF.items()}
 TILE_TIMES = {(128, 128): 1.0, (64, 128): 0.57, (128, 64): 0.74, (64, 64): 0.5}  # of `kernels.hopper_float`, measured
+LARGE_WEIGHT = 40_000_000  # codes
+FLAT_ROWS = 64  # rows of a float input up to which reading the weight is the cost
 FEW_TILES = 4096  # rows; with fewer, large tiles leave multiprocessors without work
 
 
@@ -140,6 +142,21 @@ def hopper_attention(device: torch.device, tokens: int, head_dim: int, two: bool
             found[:0] = [Config(256, rows, 64, stages=16, hopper=1) for rows in (0, 256)]
         found += [c._replace(blocks=1) for c in found if c.blocks == 2 and tokens // c.block_k % 2]
     return [config for config in found if hopper.supports_attention(config, device, tokens, head_dim)]
+
+
+@functools.cache
+def float_rows(rows: int, columns: int, depth: int) -> Config:
+    """Return the configuration of the kernels for float inputs of 16 bits, which one product of them takes.
+
+    One row of a weight that is not large is multiplied faster without tensor cores.
+    """
+    if rows == 1 and columns * depth < LARGE_WEIGHT:
+        return Config(0, 4, 1024, warps=2)
+    if rows <= 8:
+        return Config(8, 32, 256, warps=2, stages=3)
+    if rows <= FLAT_ROWS:
+        return Config(16, 32, 256, warps=2, stages=3)
+    return Config(64, 128, 64, warps=4, stages=1)
 
 
 def float_input(rows: int, columns: int) -> list[Config]:

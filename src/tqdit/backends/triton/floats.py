@@ -13,9 +13,11 @@ from torch.nn import functional as F
 from tqdit.backends.triton import candidates, hopper, launch, tuning
 from tqdit.backends.triton.layouts import Config, Weight, pitch, with_steps
 from tqdit.ops import quantizer
-from tqdit.ops.schema import Codes, OperandParams, RowCodes
+from tqdit.ops.schema import Codes, OperandParams
 from tqdit.spec import Grid
 
+INT8 = 8  # bits of a weight that is not packed
+MANY_ROWS, DEEP = 32, 128  # float rows and depth from which torch's product is faster, the weight's rounding included
 STATIC = Config(4, 256, 0, warps=4)  # of `quantize_kernel`
 
 
@@ -27,16 +29,14 @@ def quantize(x: torch.Tensor, target: OperandParams) -> Codes:
     return launch.quantize(x, target, config)
 
 
-def quantize_in_torch(x: torch.Tensor, target: OperandParams) -> Codes:
+def quantize_in_torch(x: torch.Tensor, target: OperandParams) -> torch.Tensor:
     """Return codes as `quantize` does, in operations of torch that a compiler fuses with those that made x.
 
-    The target is on a grid of one region. A compiler may keep x in fp32 where a plain call rounds it, and divide within
-    2 ulp: then the step of a row differs by as much, and a code by one where the value is near a rounding boundary.
+    The target is on a uniform grid. A compiler may keep x in fp32 where a plain call rounds it, or divide within 2
+    ulp: a code then differs by as many steps as that value does, and by one where it is near a rounding boundary.
     """
-    codes, steps = with_steps(quantizer.quantize(x, target))
-    if rest := pitch(x.shape[2]) - x.shape[2]:
-        codes = F.pad(codes, (0, rest))
-    return codes if steps is None else RowCodes(codes, steps)
+    codes, _ = with_steps(quantizer.quantize(x, target))
+    return F.pad(codes, (0, pitch(x.shape[2]) - x.shape[2]))
 
 
 def linear(given: Codes, source: OperandParams, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
@@ -57,11 +57,18 @@ def linear(given: Codes, source: OperandParams, weight: Weight, dtype: torch.dty
 
 
 def float_input(x: torch.Tensor, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
-    """Return x W^T + bias, (M, N) of `dtype`, as `launch.float_input` does for x (M, K)."""
+    """Return x W^T + bias, (M, N) of `dtype`, for x (M, K).
+
+    Many rows of fp16 or bf16 are multiplied by torch, with a weight that is rounded to their dtype for the call.
+    """
+    rows, columns, depth = x.shape[0], weight.codes.shape[0], weight.depth
+    if x.dtype is dtype is not torch.float32 and rows > MANY_ROWS and depth >= DEEP:
+        return F.linear(x, *launch.dequantize(weight, dtype))
 
     def run(config: Config) -> torch.Tensor:
         return launch.float_input(x, weight, config, dtype)
 
-    rows, columns = x.shape[0], weight.codes.shape[0]
-    key = tuning.float_key(rows, columns, weight.depth, weight.bits, x.dtype)
+    if launch.NATIVE and x.dtype is not torch.float32 and weight.bits == INT8:
+        return run(candidates.float_rows(rows, columns, depth))
+    key = tuning.float_key(rows, columns, depth, weight.bits)
     return run(tuning.choose_near(key, x.device, functools.partial(candidates.float_input, rows, columns), run))

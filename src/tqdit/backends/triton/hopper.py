@@ -201,7 +201,7 @@ def float_linear(
         config.band, config.stages, piece, config.blocks, *found.linear.REGISTERS,
     )  # fmt: skip
     relaunch.launch(
-        found.floats.hopper_float_kernel, key, min(tiles, processors(device)), tensors, others, num_warps=4,
+        found.floats.hopper_float_kernel, key, (min(tiles, processors(device)), 1), tensors, others, num_warps=4,
         enable_fp_fusion=False,
     )  # fmt: skip
     return y

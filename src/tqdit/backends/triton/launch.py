@@ -8,7 +8,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tqdit.backends.triton import hopper, relaunch
 from tqdit.backends.triton.kernels.attention import attention_kernel
-from tqdit.backends.triton.kernels.float_input import few_rows_kernel, float_input_kernel
+from tqdit.backends.triton.kernels.float_input import dequantize_kernel, few_rows_kernel, float_input_kernel
 from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS, PLAIN, RESIDUAL, linear_kernel
 from tqdit.backends.triton.kernels.norm import norm_quantize_kernel
 from tqdit.backends.triton.kernels.quantize import quantize_kernel, quantize_rows_kernel
@@ -96,8 +96,8 @@ def _quantize_rows(
         *((None,) if factors is None else ()), rows, x.shape[1], x_stride, out.stride(1), width,
         groups.stride, row_stride(target), target.bits, NATIVE, config.block_m, first, rest,
     )  # fmt: skip
-    programs = -(-rows // config.block_m)  # `triton.cdiv` would take longer than the launch
-    relaunch.launch(quantize_rows_kernel, key, programs, tensors, others, num_warps=config.warps)
+    grid = -(-rows // config.block_m), 1  # `triton.cdiv` would take longer than the launch
+    relaunch.launch(quantize_rows_kernel, key, grid, tensors, others, num_warps=config.warps)
     return RowCodes(out, steps)
 
 
@@ -248,21 +248,30 @@ def float_input(x: torch.Tensor, weight: Weight, config: Config, dtype: torch.dt
 
     `block_m` of 0: without tensor cores, for up to FEW_ROWS rows.
     """
-    m, n = len(x), len(weight.codes)
+    m, n, (bm, bn, bk) = x.shape[0], weight.codes.shape[0], config[:3]
     assert x.stride(1) == 1
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     high = weight.codes if weight.high is None else weight.high
-    if config.block_m == 0:
-        few_rows_kernel[(triton.cdiv(n, config.block_n),)](
-            x, weight.codes, high, weight.scale, weight.bias, out, m, n, weight.depth, x.stride(0),
-            weight.codes.stride(0), high.stride(0), weight.bits, NATIVE, triton.next_power_of_2(m),
-            config.block_n, config.block_k, num_warps=config.warps,
-        )  # fmt: skip
-        return out
-    turned = config.block_m < min(config.block_n, 64)
-    float_input_kernel[(triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m))](
-        x, weight.codes, high, weight.scale, weight.bias, out, m, n, weight.depth, x.stride(0),
-        weight.codes.stride(0), high.stride(0), weight.bits, NATIVE, turned, config.block_m, config.block_n,
-        config.block_k, num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+    tensors = x, weight.codes, high, weight.scale, weight.bias, out
+    check_device(*tensors)
+    sizes = m, n, weight.depth, x.stride(0), weight.codes.stride(0), high.stride(0), weight.bits, NATIVE
+    kernel: Any = few_rows_kernel if bm == 0 else float_input_kernel
+    rows = 1 << (m - 1).bit_length() if bm == 0 else 0
+    grid = -(-n // bn), -(-m // bm) if bm else 1
+    others = (*sizes, rows, bn, bk) if bm == 0 else (*sizes, bm < min(bn, 64), bm, bn, bk)
+    key = ("float input", x.get_device(), rows, *sizes[1:], x.dtype, dtype, config) if aligned(*tensors) else None
+    relaunch.launch(kernel, key, grid, tensors, others, num_warps=config.warps, num_stages=config.stages)
     return out
+
+
+def dequantize(weight: Weight, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a weight (N, K) and its bias (N,) as floats of a dtype, each rounded once."""
+    n, k, high = weight.codes.shape[0], weight.depth, weight.codes if weight.high is None else weight.high
+    out = torch.empty(n, k, dtype=dtype, device=weight.codes.device)
+    bias = torch.empty(n, dtype=dtype, device=weight.codes.device)
+    tensors = weight.codes, high, weight.scale, weight.bias, out, bias
+    bn, bk = (8, 512) if NATIVE else (32, 256)
+    others = n, k, weight.codes.stride(0), high.stride(0), weight.bits, NATIVE, bn, bk
+    key = ("dequantize", weight.codes.get_device(), dtype, *others) if aligned(*tensors) else None
+    relaunch.launch(dequantize_kernel, key, (-(-n // bn), -(-k // bk)), tensors, others, num_warps=4)
+    return out, bias

@@ -40,10 +40,10 @@ def known(key: Hashable) -> bool:
 
 
 def launch(
-    kernel: Any, key: Hashable, programs: int, tensors: tuple[torch.Tensor, ...], others: tuple[Any, ...],
+    kernel: Any, key: Hashable, grid: tuple[int, int], tensors: tuple[torch.Tensor, ...], others: tuple[Any, ...],
     **options: Any,
 ) -> None:  # fmt: skip
-    """Launch a kernel of Triton or Gluon as `programs` programs; its arguments are `tensors` and then `others`.
+    """Launch a grid of programs of a kernel of Triton or Gluon; its arguments are `tensors` and then `others`.
 
     `key`: hashable, equal for two launches only if the kernel, the GPU, the options, the constants, the dtypes of
     tensors and whatever Triton specializes a kernel for are equal: whether tensors start at multiples of 16 bytes, and
@@ -51,17 +51,17 @@ def launch(
     """
     compiled = None if key is None else _COMPILED.get(key)
     if compiled is None:
-        made = kernel[(programs,)](*tensors, *others, **options)
+        made = kernel[grid](*tensors, *others, **options)
         if NATIVE and key is not None:
             _COMPILED[key] = _Compiled(made, made.run, made.function, made.packed_metadata)
         return
     if _observed():
-        compiled.kernel[(programs, 1, 1)](*tensors, *others)
+        compiled.kernel[(*grid, 1)](*tensors, *others)
         return
     stream = torch._C._cuda_getCurrentRawStream(tensors[0].get_device())
     addresses = map(torch.Tensor.data_ptr, tensors)  # Triton would ask each tensor, and then the driver about it
     compiled.run(
-        programs, 1, 1, stream, compiled.function, compiled.metadata, None, None, None, *addresses, *others
+        *grid, 1, stream, compiled.function, compiled.metadata, None, None, None, *addresses, *others
     )  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def check_device(*tensors: torch.Tensor) -> None:
     device = tensors[0].get_device()
     for tensor in tensors:
         if tensor.get_device() != device:
-            raise InputError(f"a layer on {tensor.device} cannot take codes on {tensors[0].device}: move one of them")
+            raise InputError(f"a layer or table on {tensor.device} cannot take an input on {tensors[0].device}")
 
 
 def aligned(*tensors: torch.Tensor) -> bool:

@@ -174,12 +174,12 @@ def _suffix(stream: torch.dtype) -> str:
     return "" if stream is torch.float32 else " bfloat16"
 
 
-def float_key(rows: int, columns: int, depth: int, bits: int, dtype: torch.dtype = torch.float32) -> str:
-    """Return the key of a layer on float inputs of a dtype.
+def float_key(rows: int, columns: int, depth: int, bits: int) -> str:
+    """Return the key of a layer on float inputs.
 
     Few rows have a kernel of their own; tensor cores take eight at a time.
     """
-    which = f"float input{_suffix(dtype)}{', few rows,' if rows <= FEW_ROWS else ''}"
+    which = "float input, few rows," if rows <= FEW_ROWS else "float input"
     return f"{which} {triton.next_power_of_2(max(rows, 8))}x{columns}x{depth}, {bits} bits"
 
 

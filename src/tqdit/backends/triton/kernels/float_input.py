@@ -123,7 +123,7 @@ def _added(sums, value, weight, TURNED: tl.constexpr):
     return tl.dot(weight, value.trans(), sums) if TURNED else tl.dot(value, weight.trans(), sums)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def float_input_kernel(
     x, codes, codes_high, weight_scale, bias, out, M, N, K, x_stride, codes_stride, high_stride,
     BITS: tl.constexpr, NATIVE: tl.constexpr, TURNED: tl.constexpr,
@@ -164,7 +164,7 @@ def float_input_kernel(
     tl.store(out + rows.to(tl.int64)[:, None] * N + columns[None, :], y, (rows < M)[:, None] & (columns < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def few_rows_kernel(
     x, codes, codes_high, weight_scale, bias, out, M, N, K, x_stride, codes_stride, high_stride,
     BITS: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -193,3 +193,22 @@ def few_rows_kernel(
     added = tl.load(bias + columns, columns < N, 0.0)
     y = stored_as(tl.sum(sums, 2) * scale[None, :] + added[None, :], out.dtype.element_ty, NATIVE)
     tl.store(out + which * N + columns[None, :], y, (which < M) & (columns < N)[None, :])
+
+
+@triton.jit
+def dequantize_kernel(
+    codes, codes_high, weight_scale, bias, weight_out, bias_out, N, K, codes_stride, high_stride,
+    BITS: tl.constexpr, NATIVE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Write a weight (N, K) and its bias as floats, each rounded once: codes times scale, for a product elsewhere."""
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)
+    depth = tl.program_id(1) * BK + tl.arange(0, BK)
+    here = (columns < N)[:, None] & (depth < K)[None, :]
+    row = columns.to(tl.int64)[:, None]
+    weight = _codes(codes + row * codes_stride, codes_high + row * high_stride, depth[None, :], here, BITS, NATIVE)
+    scale = tl.load(weight_scale + columns, columns < N, 0.0)
+    values = _floats(weight, False, NATIVE) * scale[:, None]
+    tl.store(weight_out + row * K + depth[None, :], stored_as(values, weight_out.dtype.element_ty, NATIVE), here)
+    if tl.program_id(1) == 0:
+        added = stored_as(tl.load(bias + columns, columns < N, 0.0), bias_out.dtype.element_ty, NATIVE)
+        tl.store(bias_out + columns, added, columns < N)
