@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from tqdit.architectures.interface import Graph, Linear, Operand
 from tqdit.architectures.registry import graph as graph_of
+from tqdit.graph import Graph, Linear, Operand
 from tqdit.recipe import Recipe
 from tqdit.spec import MAX_BITS, Granularity, Grid, Role, SiteSpec
 

@@ -19,6 +19,9 @@ LOAD_MODEL = f'{_LOAD}("{FOLDER}")'
 OF_CLASSES = f'images = tqdit.sample("{FOLDER}", num=16)'
 PROMPTED = f"""prompts = tqdit.Prompts.read("prompts.safetensors")  # prompt_embeds and the like, of a text encoder
 images = tqdit.sample("{FOLDER}", num=16, conditions=prompts)"""
+TRACED_USE = """from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("PIPELINE", transformer=transformer)  # the pipeline of the float model"""
 MARK = "<!-- Written by tqdit, sha256 {}. An edited file is kept when the model is replaced. -->\n"
 MARKED = re.compile("(.*)" + re.escape(MARK).replace(r"\{\}", "([0-9a-f]{64})"), re.DOTALL)
 
@@ -58,24 +61,49 @@ def model_card(
     pipeline: str | None = None,
     *,
     prompted: bool = False,
+    draw: str | None = None,
 ) -> str:
     """Return Markdown with the Hub's front matter; it is the same for the same artifact.
 
     `shape`: the model's, by name. `size_bytes`: of its weight files. `name`: what the model was made from, by default
     as the artifact says. `load`: one of the `LOAD_`s. `pipeline`: diffusers' class of the pipeline, for
-    `LOAD_PIPELINE`. `prompted`: whether the model is sampled under prompts. The last line says
-    whether people have edited the card since.
+    `LOAD_PIPELINE`. `prompted`: whether the model is sampled under prompts. `draw`: the lines that use the loaded
+    transformer, instead of those that draw images without diffusers. The last line says whether people have edited the
+    card since.
     """
     name = name or solution.provenance.source or "DiT"
     of_model = str(solution.model_config["_class_name"])
     kind = pipeline or "DiffusionPipeline" if load == LOAD_PIPELINE else of_model
-    text = _text(solution, shape, size_bytes, name, (load.replace(KIND, kind), PROMPTED if prompted else OF_CLASSES))
+    load = load.replace(KIND, kind)
+    uses = _use(load, PROMPTED if prompted else OF_CLASSES) if draw is None else _PYTHON.format(f"{load}\n{draw}")
+    text = _text(solution, shape, size_bytes, name, uses)
     return text + MARK.format(_digest(text))
 
 
-def _text(solution: Solution, shape: str, size_bytes: int, name: str, use: tuple[str, str]) -> str:
-    """Return the card without its last line; `use`: the lines that load a model, and those that draw images."""
-    load, draw = use
+_PYTHON = """Import `tqdit` before the model is loaded: diffusers does not know this kind of quantization by itself.
+
+```python
+import tqdit
+{}
+```"""
+
+
+def _use(load: str, draw: str) -> str:
+    """Return how a model is used: the lines that load it, and those that draw images without diffusers."""
+    return f"""{_PYTHON.format(load)}
+
+Without diffusers' own loading:
+
+```python
+import tqdit
+
+{draw}
+tqdit.save_grid(images, "grid.png")
+```"""
+
+
+def _text(solution: Solution, shape: str, size_bytes: int, name: str, use: str) -> str:
+    """Return the card without its last line; `use`: how a model is used, in Markdown."""
     bits = solution.provenance.bits
     header = ["---", "library_name: diffusers"]
     if "/" in name:
@@ -91,21 +119,7 @@ packed integer codes, and the matmuls of the blocks run in integers.
 
 ## Use
 
-Import `tqdit` before the model is loaded: diffusers does not know this kind of quantization by itself.
-
-```python
-import tqdit
-{load}
-```
-
-Without diffusers' own loading:
-
-```python
-import tqdit
-
-{draw}
-tqdit.save_grid(images, "grid.png")
-```
+{use}
 
 ## How it was made
 

@@ -1,4 +1,4 @@
-"""Define the command line: `tqdit quantize | sample | compare | bench | convert | inspect | demo`.
+"""Define the command line: `tqdit record | quantize | sample | compare | bench | convert | inspect | demo`.
 
 Each command imports what it needs when it runs.
 """
@@ -21,6 +21,7 @@ from tqdit.cli.demo import demo
 from tqdit.cli.exits import INTERRUPT_MESSAGE, INTERRUPTED, TERMINATED, WRONG, StoppedError, Terminated
 from tqdit.cli.inspect import inspect
 from tqdit.cli.quantize import quantize
+from tqdit.cli.record import record
 from tqdit.cli.sample import sample
 from tqdit.system import distributed
 
@@ -43,6 +44,7 @@ COMMANDS: Mapping[Callable[..., None], str] = {
     bench: "Time artifacts against float and torchao models.",
     convert: "Turn a checkpoint into a diffusers folder.",
     inspect: "Say what an artifact is.",
+    record: "Record the calls of a pipeline's transformer.",
     demo: "The whole way on the bundled model, with a report.",
 }
 NUMBERS = {"integer": "a whole number", "integer range": "a whole number", "float": "a number",

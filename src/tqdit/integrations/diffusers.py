@@ -168,10 +168,14 @@ class TQDiTQuantizer(DiffusersQuantizer):
         _clear(model)
         solution = tensors.unpack(found, config, self._folder)
         try:
-            built: Any = convert(solution, device=self._device)
+            built: Any = convert(solution, device=self._device, dtype=self._dtype if solution.graph else None)
         except InputError as error:
             raise InputError(f"{self._folder}: {error}") from None
-        make_integer(model, built.runtime.architecture).adopt(built).io_dtype = self._dtype
+        if solution.graph is None:
+            make_integer(model, built.runtime.architecture).adopt(built).io_dtype = self._dtype
+            return
+        model.__class__ = type(built)
+        model.adopt(built)
 
     @property
     def is_serializable(self) -> bool:

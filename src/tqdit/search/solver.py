@@ -127,8 +127,8 @@ class _Solver:
                 spec = self.specs[name]
                 if tensor.ndim != 3 and not spec.grid.per_row:
                     spec = replace(spec, grid=Grid.UNIFORM)
-                further = (solved.get(f"{name}/{field}") for field in ("zero_point", "channels"))
-                self.params[name] = GridParams(spec, tensor, *further)
+                zero_point, channels = (solved.get(f"{name}/{other}") for other in ("zero_point", "channels"))
+                self.params[name] = GridParams(spec, tensor, zero_point, channels)
 
     def floats(self) -> dict[str, torch.Tensor]:
         """Return the parameters that are not sites."""

@@ -1,0 +1,229 @@
+"""`QuantizedLinear`: a linear layer of diffusers' own code whose weight is codes.
+
+It is called as the `nn.Linear` that it replaces. Layers that read one activation share a `Source`, so that the
+activation is quantized once.
+"""
+
+import weakref
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+
+from tqdit.errors import InputError
+from tqdit.layers.call import Call, GroupLookup
+from tqdit.layers.params import ActivationParams
+from tqdit.ops.dispatch import get_backend
+from tqdit.ops.modules import offloaded, present
+from tqdit.ops.rotation import rotate
+from tqdit.ops.schema import Backend, Float, OperandParams, WeightParams
+from tqdit.spec import GridParams
+from tqdit.timegroups import TimeGroups
+
+
+class Clock(nn.Module):
+    """The time groups of the call that a model is in.
+
+    diffusers' own code calls its layers with their inputs alone, so the groups cannot travel as an argument. A model
+    with time groups therefore runs one call at a time; a model on the grid of rows alone has none, and reads no clock.
+    """
+
+    def __init__(self, groups: TimeGroups) -> None:
+        super().__init__()
+        self.lookup = GroupLookup(groups)
+        self.call: Call | None = None  # not a part of the module, but of the call it is in
+
+    def set(self, timestep: Any) -> None:
+        """Look up the groups of a call's timestep: a number, (), (B,) or, with a time for each token, (B, N).
+
+        The largest time of a sample decides its group.
+        """
+        t = torch.as_tensor(timestep)
+        t = t.reshape(1) if t.ndim == 0 else t.flatten(1).amax(1) if t.ndim > 1 else t
+        self.call = Call(*self.lookup(t))
+
+
+class _Held(NamedTuple):
+    """The codes of the tensor that was quantized last; `left` layers have still to read them."""
+
+    tensor: weakref.ref[torch.Tensor]
+    version: int
+    codes: Any
+    left: int
+
+
+class Source(nn.Module):
+    """The input of `readers` layers: how it is quantized, and its codes while the layers read the same tensor."""
+
+    clock: Clock
+
+    def __init__(self, params: GridParams, clock: Clock, readers: int) -> None:
+        super().__init__()
+        self.params = ActivationParams(params)
+        self.rotation = params.rotation
+        self.readers = readers
+        self.__dict__["clock"] = clock  # not a part of this module: all sources have the model's one clock
+        self._held: _Held | None = None
+
+    @property
+    def timed(self) -> bool:
+        """Say whether the parameters differ between time groups."""
+        return self.params.spec.groups > 1
+
+    def operand(self, samples: int) -> OperandParams:
+        """Return the operand for the samples of an input."""
+        operand = self.params.operand(self.clock.call if self.timed else None)
+        group = operand.group
+        if group is None or len(group) in (1, samples):
+            return operand
+        if samples % len(group):  # samples that are no multiple of the call's: the largest group is for all of them
+            return operand._replace(group=group.amax(0, keepdim=True))
+        return operand._replace(group=group.repeat_interleave(samples // len(group)))  # such as frames of a video
+
+    def codes(self, x: torch.Tensor, target: OperandParams, backend: Backend) -> Any:
+        """Return the codes of x (B, N, C) for a layer; of a tensor that the layers share they are made once."""
+        if self.rotation:  # factors come before the rotation
+            x = rotate(x if target.channels is None else x.float() * target.channels, self.rotation)
+            target = target._replace(channels=None)
+        return backend.quantize(x, target)
+
+    def shared(self, x: torch.Tensor, rows: torch.Tensor, target: OperandParams, backend: Backend) -> Any:
+        """Return `codes` of `rows`, a view of the layer's input x, kept until every reader has had them.
+
+        Nothing is kept under torch.compile, which finds equal operations itself, nor of tensors of inference mode,
+        whose changes torch does not count.
+        """
+        if self.readers == 1 or torch.compiler.is_compiling() or x.is_inference():
+            return self.codes(rows, target, backend)
+        held = self._held
+        if held is None or held.tensor() is not x or held.version != x._version:
+            held = _Held(weakref.ref(x), x._version, self.codes(rows, target, backend), self.readers)
+        self._held = held._replace(left=held.left - 1) if held.left > 1 else None
+        return held.codes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": None}
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer y = x W^T + b with integer W, in the place of a float one.
+
+    `source`: how x is quantized; None: x stays in float (weight-only). `backend`: the name of a backend; the weight is
+    laid out again by the first call on another kind of device. x is (..., in) of fp32, fp16 or bf16, y is (..., out)
+    in the dtype that a float layer would return.
+
+    `weight` is the dequantized weight, made anew for every reader, so code that reads a layer's weight or its dtype
+    works as before. Other values cannot be put in its place.
+    """
+
+    like: torch.Tensor
+    layer: Any  # the weight in the layout of `kernels`
+    kernels: Backend
+
+    def __init__(
+        self, weight: WeightParams, bias: torch.Tensor | None, source: Source | None, backend: str, dtype: torch.dtype
+    ) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.codes.shape
+        self.source = source
+        self.bits = weight.bits
+        self.has_bias = bias is not None
+        self.requested = backend
+        self.register_parameter("like", nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False))
+        self._lay_out(weight, bias, weight.codes.device)
+
+    def _lay_out(self, weight: WeightParams, bias: torch.Tensor | None, device: torch.device) -> None:
+        self.kernels = get_backend(self.requested, device)
+        prepare = self.kernels.prepare_float_input if self.source is None else self.kernels.prepare
+        self.layer = prepare(weight, bias).to(device)
+        self.prepared_for = device.type
+
+    def lay_out_for(self, device: torch.device) -> None:
+        """Lay the weight out for a kind of device, if it is not yet."""
+        if self.prepared_for != device.type:
+            layer: Any = self.layer.cpu()
+            weight = WeightParams(layer.unpacked().to(device), layer.scale.to(device), self.bits)
+            self._lay_out(weight, layer.bias.to(device) if self.has_bias else None, device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] != self.in_features:
+            raise InputError(f"a layer of width {self.in_features} was given an input {tuple(x.shape)}")
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if device != self.prepared_for:
+            self.lay_out_for(x.device)
+        if torch.compiler.is_compiling() or not (offloaded(self.layer) or self._source_offloaded()):
+            return self._product(x, dtype)
+        with present([self.layer, *([] if self.source is None else [self.source.params])]):
+            return self._product(x, dtype)
+
+    def _product(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        shape = (*x.shape[:-1], self.out_features)
+        if not x.numel():
+            return x.new_empty(shape, dtype=dtype)
+        if self.source is None:
+            return self.kernels.float_input_linear(x, self.layer).to(dtype)
+        samples = len(x) if self.source.timed and x.ndim > 1 else 1
+        rows = x.reshape(samples, -1, self.in_features)
+        target = self.source.operand(samples)
+        codes = self.source.shared(x, rows, target, self.kernels)
+        return self.kernels.linear(codes, target, self.layer, Float(dtype)).view(shape)
+
+    def _source_offloaded(self) -> bool:
+        return self.source is not None and offloaded(self.source.params)
+
+    def unpacked(self) -> torch.Tensor:
+        """Return the codes, int8 (out, in)."""
+        return cast(torch.Tensor, self.layer.unpacked())
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """Return the scales of the codes, fp32 (out,) or (1,)."""
+        return cast(torch.Tensor, self.layer.scale)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """Return the dequantized weight (out, in) in the model's dtype, as a tensor of its own."""
+        values = self.unpacked().float() * self.scale.reshape(-1, 1)
+        if self.source is not None:
+            values = rotate(values, self.source.rotation) if self.source.rotation else values  # its own inverse
+            factors = self.source.params.channels
+            values = values if factors is None else values * factors
+        values = values.to(self.like.dtype)
+        return values if torch.compiler.is_compiling() else values.as_subclass(Dequantized)
+
+    @property
+    def bias(self) -> torch.Tensor | None:  # type: ignore[override]
+        """Return the bias (out,) in the model's dtype, or None."""
+        return cast(torch.Tensor, self.layer.bias.to(self.like.dtype)) if self.has_bias else None
+
+    def reset_parameters(self) -> None:
+        """Refuse: the codes are those of a solution."""
+        raise InputError("the weights of a quantized layer cannot be drawn anew")
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Leave out `like`, which only says the dtype."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(f"{prefix}like", None)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        """Take nothing: the tensors of a quantized layer are those of its parts."""
+
+    def extra_repr(self) -> str:
+        kind = "float input" if self.source is None else str(self.source.params.spec.grid)
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, {kind}"
+
+
+class Dequantized(torch.Tensor):
+    """A dequantized weight. Its values are a copy: what is written to `data` would be lost, so it is refused."""
+
+    __torch_function__ = cast(Any, torch._C)._disabled_torch_function_impl
+
+    @property
+    def data(self) -> torch.Tensor:
+        """Return the values."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        raise InputError("an adapter cannot be fused into integer weights; keep it beside them (do not fuse or merge)")
