@@ -13,10 +13,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tqdit.architectures.interface import Block, Graph, Linear, Operand
 from tqdit.architectures.tensor_origins import GELU, PROMPT, SAMPLE, TIME
 from tqdit.architectures.tracing import FLOATS, LayerCall, Trace, tensors_in, watch
 from tqdit.errors import InputError
+from tqdit.graph import Block, Graph, Linear, Operand
 from tqdit.spec import Role
 
 TIMESTEPS = ("timestep", "timesteps", "t")  # the names that models have for their time argument
@@ -44,7 +44,7 @@ def trace(model: nn.Module, arguments: Mapping[str, Any], timestep: str, smalles
     quantized = {
         name: prefix
         for name, found in calls.items()
-        if (prefix := _block_prefix(model, name))
+        if (prefix := block_prefix(model, name))
         and min(sizes[name]) >= smallest
         and not any(_float_input(call, facts.samples) for call in found)
     }
@@ -53,7 +53,7 @@ def trace(model: nn.Module, arguments: Mapping[str, Any], timestep: str, smalles
     blocks = _blocks(model, calls, quantized)
     inside = {name for block in blocks for name in block.float_input}
     outside = tuple(name for name in calls if name not in quantized and name not in inside)
-    shapes = {name: parameter.shape for name, parameter in _parameters(model)}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     return Graph(blocks, outside, shapes, _ends(outside, calls, quantized), left, timestep)
 
 
@@ -142,7 +142,7 @@ def _parents(model: nn.Module, name: str) -> list[nn.Module]:
 # Blocks.
 
 
-def _block_prefix(model: nn.Module, name: str) -> str:
+def block_prefix(model: nn.Module, name: str) -> str:
     """Return the path of the outermost entry of a list of modules that a layer is in; "" if there is none."""
     keys = name.split(".")
     for end, parent in enumerate(_parents(model, name)):
@@ -157,7 +157,7 @@ def _blocks(model: nn.Module, calls: Mapping[str, list[LayerCall]], quantized: M
     found = []
     for prefix in prefixes:
         names = [name for name, owner in quantized.items() if owner == prefix]
-        others = [name for name in calls if name not in quantized and _block_prefix(model, name) == prefix]
+        others = [name for name in calls if name not in quantized and block_prefix(model, name) == prefix]
         found.append(Block(prefix, _matmuls(names, calls), tuple(others)))
     return tuple(found)
 

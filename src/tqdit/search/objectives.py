@@ -3,6 +3,7 @@
 The weights are the Fisher diagonal (HO), with what an error at the timestep does to the image, or none.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -53,6 +54,13 @@ def within_groups(fisher: torch.Tensor, group: torch.Tensor, counts: torch.Tenso
     sound = torch.isfinite(mean) & (mean > 0)
     alike = torch.ones_like(fisher) if counts is None else counts.to(fisher)
     return torch.where(sound, fisher / torch.where(sound, mean, 1), alike)
+
+
+def sqnr_db(target: torch.Tensor, found: torch.Tensor) -> float:
+    """Return 10 log10 of the power of `target` over that of its error, in dB; inf for equal tensors (R, out)."""
+    error = (found - target).square_().sum(1).double().sum()
+    signal = target.square().sum(1).double().sum()
+    return float(10 * torch.log10(signal / error)) if error > 0 else math.inf
 
 
 def linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
