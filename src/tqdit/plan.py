@@ -174,5 +174,5 @@ def needs_calibration(recipe: Recipe) -> bool:
 
     It does not if every input has a scale for each row and no factors, and weights are rounded to nearest.
     """
-    fixed = recipe.input_grid == recipe.gelu_grid == "row" and recipe.input_channels == "one" and not recipe.rotation
+    fixed = recipe.input_grid == "row" and recipe.input_channels == "one" and not recipe.rotation
     return not (fixed and recipe.rounding == "nearest" and not recipe.rounds)
