@@ -179,8 +179,11 @@ def _operand(module: str, calls: list[LayerCall]) -> Operand:
 
 
 def _ends(outside: Iterable[str], calls: Mapping[str, list[LayerCall]], quantized: Iterable[str]) -> tuple[str, ...]:
-    """Return the layers outside of blocks that read the sample itself, and the one that is called last of all."""
-    begin = min(calls[name][0].order for name in quantized)
-    first = [name for name in outside if SAMPLE in calls[name][0].depends and calls[name][0].order < begin]
-    last = max(calls, key=lambda name: calls[name][-1].order)
-    return tuple(dict.fromkeys((*first, *((last,) if last in outside else ()))))
+    """Return the layers that read what depends on the sample before all blocks or after them.
+
+    `outside` has the layers outside of blocks, `quantized` those inside.
+    """
+    first = min(calls[name][0].order for name in quantized)
+    last = max(calls[name][-1].order for name in quantized)
+    reads = {name: calls[name][0] for name in outside if SAMPLE in calls[name][0].depends}
+    return tuple(name for name, call in reads.items() if not first < call.order < last)

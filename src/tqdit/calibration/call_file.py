@@ -27,7 +27,7 @@ from tqdit.system.swap import beside, remove, sync
 MANIFEST = "tqdit.calls"
 VERSION = 1
 SHA256, COMPONENT = "tqdit.sha256", "tqdit.component"  # in the file's metadata
-KEYS = {"version", "kind", "config", "timestep", "calls"}
+KEYS: Mapping[str, type] = {"version": int, "kind": str, "config": dict, "timestep": str, "calls": list}
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,12 @@ def _read(path: Path, tensors: dict[str, torch.Tensor]) -> Content:
     found = parse_json(text)
     if found.get("version") != VERSION:
         raise ValueError(f"calls of version {found.get('version')} cannot be read; this tqdit reads {VERSION}")
-    if found.keys() != KEYS or not isinstance(found["calls"], list):
+    component = notes.get(COMPONENT, "")
+    of_types = all(isinstance(found.get(key), kind) for key, kind in KEYS.items()) and found.keys() == KEYS.keys()
+    if not of_types or not all(isinstance(call, dict) for call in found["calls"]):
         raise ValueError(f"'{MANIFEST}' is malformed")
+    if component and not component.isidentifier():  # it becomes the name of a file
+        raise ValueError(f"'{component}' is no name of a component")
     if changed := next((name for name, tensor in tensors.items() if digest(tensor) != name), None):
         raise ValueError(f"tensor '{changed}' was changed")
     used: set[str] = set()
@@ -139,4 +143,4 @@ def _read(path: Path, tensors: dict[str, torch.Tensor]) -> Content:
     arguments = [decoded({"dict": call}, find) for call in found["calls"]]
     if extra := sorted(tensors.keys() - used):
         raise ValueError(f"it has a tensor '{extra[0]}' that no call uses")
-    return Content(found["kind"], found["config"], found["timestep"], arguments, notes.get(COMPONENT, ""))
+    return Content(found["kind"], found["config"], found["timestep"], arguments, component)

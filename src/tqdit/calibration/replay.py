@@ -1,8 +1,8 @@
 """Run a traced model over recorded calls: ranges, rows of inputs, and Fisher weights of its linear layers.
 
-The model computes in its own dtype. What is picked goes to the CPU at once, so a device holds the model, the activations
-of one call and the ranges. The Fisher diagonal needs a backward pass, with checkpointing of blocks, so only models of at
-most `FISHER_PARAMETERS` parameters have it.
+The model computes in its own dtype. What is picked goes to the CPU at once, so a device holds the model, the
+activations of one call and the ranges. The Fisher diagonal needs a backward pass, with checkpointing of blocks, so only
+models of at most `FISHER_PARAMETERS` parameters have it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -155,9 +155,10 @@ class _Replay:
             ranges[site.name], ranges[channels_of(site.name)] = site.ranges()
             linears[site.name] = _joined(site, weights, self.recipe)
         tokens = {site.name: site.tokens / len(self.times) for site in self.sites}
+        times = torch.tensor(self.times, dtype=torch.float64)
         return Records(
-            linears, {}, ranges, torch.zeros(0), torch.tensor(self.times, dtype=torch.float64), self.recipe, self.time_groups,
-            tokens=tokens, notes=dict(notes),
+            linears, {}, ranges, torch.zeros(0), times, self.recipe, self.time_groups, tokens=tokens,
+            notes=dict(notes),
         )  # fmt: skip
 
 
