@@ -41,7 +41,7 @@ def trace(model: nn.Module, arguments: Mapping[str, Any], timestep: str, smalles
     """
     facts = watch(model, arguments, _sample_argument(model, arguments, timestep), timestep)
     sizes = {name: _linear(model, name).weight.shape for name in facts.calls}  # (out, in) each
-    smallest = _smallest(sizes.values()) if smallest is None else smallest
+    smallest = smallest_of(sizes.values()) if smallest is None else smallest
     left = _left(model, facts, smallest)
     calls = {name: found for name, found in facts.calls.items() if name not in left}
     quantized = {
@@ -88,7 +88,8 @@ def _parameters(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
     return model.named_parameters(remove_duplicate=False)
 
 
-def _smallest(sizes: Iterable[torch.Size]) -> int:
+def smallest_of(sizes: Iterable[torch.Size]) -> int:
+    """Return the least width of a layer on codes: `SMALLEST`, or half of the width that most layers have if less."""
     widths = Counter(size[1] for size in sizes)
     return min(SMALLEST, widths.most_common(1)[0][0] // 2) if widths else SMALLEST
 
