@@ -140,7 +140,10 @@ class Source(nn.Module):
         return held.codes
 
     def _shared_in_graph(self, x: torch.Tensor, rows: torch.Tensor, target: OperandParams, backend: Backend) -> Any:
-        """Return `shared` while torch.compile traces: it would not find equal operators that are not its own."""
+        """Return `shared` while torch.compile traces, which finds no equal operators but its own.
+
+        The layers of a source read one value in the recorded call, so that nothing was written into x between them.
+        """
         held = self._in_graph
         if held is None or held[0] is not x:
             held = (x, self.codes(rows, target, backend), self.readers)
