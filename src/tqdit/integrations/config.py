@@ -8,7 +8,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from tqdit.artifact import tensors
 from tqdit.errors import InputError
-from tqdit.plan import needs_calibration
+from tqdit.plan import needs_records
 from tqdit.recipe import PRESETS, Recipe
 from tqdit.system.files import CONFIG, QUANT_METHOD
 
@@ -71,7 +71,7 @@ class TQDiTConfig(QuantizationConfigMixin):
         """
         if self.preset in PRESETS:
             recipe = Recipe(self.preset, weight_bits=self.weight_bits, activation_bits=self.activation_bits)
-            if not needs_calibration(recipe):
+            if not needs_records(recipe):
                 return recipe
         raise InputError(
             "a float model has to be calibrated: run `tqdit quantize MODEL -o FOLDER`, then load FOLDER;"

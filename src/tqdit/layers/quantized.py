@@ -4,8 +4,10 @@ It is called as the `nn.Linear` that it replaces. Layers that read one activatio
 activation is quantized once.
 """
 
+import threading
 import weakref
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,13 +30,41 @@ class Clock(nn.Module):
     """The time groups of the call that a model is in.
 
     diffusers' own code calls its layers with their inputs alone, so the groups cannot travel as an argument. A model
-    with time groups therefore runs one call at a time; a model on the grid of rows alone has none, and reads no clock.
+    with time groups therefore runs one call at a time: other threads wait. A model on the grid of rows alone has none,
+    and reads no clock.
     """
 
     def __init__(self, groups: TimeGroups) -> None:
         super().__init__()
         self.lookup = GroupLookup(groups)
+        self._forget_call()
+
+    def _forget_call(self) -> None:
         self.call: Call | None = None  # not a part of the module, but of the call it is in
+        self.lock = threading.RLock()  # held by that call
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("call", "lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_call()
+
+    def during(self, timestep: Any) -> AbstractContextManager[Any]:
+        """Set the groups of a call; return a context that keeps other threads' calls out until it ends.
+
+        A graph of torch.compile has the groups as data of its own, so no call waits there.
+        """
+        if torch.compiler.is_compiling():
+            self.set(timestep)
+            return nullcontext()
+        return self._alone(timestep)
+
+    @contextmanager
+    def _alone(self, timestep: Any) -> Iterator[None]:
+        with self.lock:
+            self.set(timestep)
+            yield
 
     def set(self, timestep: Any) -> None:
         """Look up the groups of a call's timestep: a number, (), (B,) or, with a time for each token, (B, N).
@@ -67,6 +97,7 @@ class Source(nn.Module):
         self.readers = readers
         self.__dict__["clock"] = clock  # not a part of this module: all sources have the model's one clock
         self._held: _Held | None = None
+        self._in_graph: tuple[torch.Tensor, Any, int] | None = None
 
     @property
     def timed(self) -> bool:
@@ -93,16 +124,37 @@ class Source(nn.Module):
     def shared(self, x: torch.Tensor, rows: torch.Tensor, target: OperandParams, backend: Backend) -> Any:
         """Return `codes` of `rows`, a view of the layer's input x, kept until every reader has had them.
 
-        Nothing is kept under torch.compile, which finds equal operations itself, nor of tensors of inference mode,
-        whose changes torch does not count.
+        What another thread holds meanwhile is never taken for x's: codes are made once more then.
+        Nothing is kept of tensors of inference mode, whose changes torch does not count.
         """
-        if self.readers == 1 or torch.compiler.is_compiling() or x.is_inference():
+        if self.readers == 1:
+            return self.codes(rows, target, backend)
+        if torch.compiler.is_compiling():
+            return self._shared_in_graph(x, rows, target, backend)
+        if x.is_inference():
             return self.codes(rows, target, backend)
         held = self._held
         if held is None or held.tensor() is not x or held.version != x._version:
-            held = _Held(weakref.ref(x), x._version, self.codes(rows, target, backend), self.readers)
+            held = _Held(weakref.ref(x, self._forget), x._version, self.codes(rows, target, backend), self.readers)
         self._held = held._replace(left=held.left - 1) if held.left > 1 else None
         return held.codes
+
+    def _shared_in_graph(self, x: torch.Tensor, rows: torch.Tensor, target: OperandParams, backend: Backend) -> Any:
+        """Return `shared` while torch.compile traces, which finds no equal operators but its own.
+
+        The layers of a source read one value in the recorded call, so that nothing was written into x between them.
+        """
+        held = self._in_graph
+        if held is None or held[0] is not x:
+            held = (x, self.codes(rows, target, backend), self.readers)
+        self._in_graph = (held[0], held[1], held[2] - 1) if held[2] > 1 else None
+        return held[1]
+
+    def _forget(self, tensor: weakref.ref[torch.Tensor]) -> None:
+        """Free the codes of a tensor that is no more, which threads that take turns have not counted down."""
+        held = self._held
+        if held is not None and held.tensor is tensor:
+            self._held = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_held": None}
@@ -227,8 +279,18 @@ class QuantizedLinear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = self.like.detach().expand(1, self.in_features)
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        """Take nothing: the tensors of a quantized layer are those of its parts."""
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+        """Take nothing: the tensors of a quantized layer are those of its parts.
+
+        Raises `InputError` for a weight or a bias that is not the layer's own, as of a float model or of an adapter
+        that trains biases.
+        """
+        weight, bias = state_dict.get(f"{prefix}weight"), state_dict.get(f"{prefix}bias")
+        own = self.bias
+        if weight is not None and weight.shape != (1, self.in_features):
+            raise InputError(f"'{prefix}weight' cannot be loaded: the layer has integer weights")
+        if bias is not None and (own is None or not torch.equal(own.to(bias), bias)):
+            raise InputError(f"'{prefix}bias' cannot be loaded: the biases of a quantized layer stay as they are")
 
     def extra_repr(self) -> str:
         kind = "float input" if self.source is None else str(self.source.params.spec.grid)

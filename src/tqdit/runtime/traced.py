@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -51,15 +52,18 @@ class TracedModel(QuantizedModel):
         """Return the model card of an artifact of this model."""
         return model_card(self.solution, self.shape_name(), size_bytes, draw=TRACED_USE)
 
-    def begin(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        """Set the time groups of a call, if any layer has them."""
+    def in_call(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> AbstractContextManager[Any]:
+        """Set the time groups of a call, if any layer has them; they hold until the context ends.
+
+        Raises `InputError` for a call without its time, and for a time outside of the range of the groups.
+        """
         if "clock" not in cast(Any, self)._modules:
-            return
+            return nullcontext()
         name, position = self.clock_argument
         timestep = named.get(name, arguments[position] if position < len(arguments) else None)
         if timestep is None:
             raise InputError(f"the call has no '{name}', which the time groups of the model are of")
-        self.clock.set(timestep)
+        return self.clock.during(timestep)
 
     def lay_out_for(self, device: torch.device) -> None:
         """Lay the layers out for a kind of device, only once however many threads ask.
@@ -162,6 +166,14 @@ def make_traced(model: nn.Module, architecture: Traced) -> None:
     made = traced_class(architecture.name)
     model.__class__ = cast(type[nn.Module], made)
     model.__dict__["__module__"] = made.original.__module__
+    for module in model.modules():
+        if hasattr(module, "fuse_projections"):  # it would make new float layers of dequantized weights
+            module.fuse_projections = refuse_fusing  # type: ignore[assignment]
+
+
+def refuse_fusing(*_: Any, **__: Any) -> None:
+    """Raise `InputError`: this stands in the place of `fuse_projections` of attention modules."""
+    raise InputError("projections of a quantized model cannot be fused: layers that read one input share its codes")
 
 
 @functools.cache
@@ -199,8 +211,7 @@ def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
         device = next((x.device for x in (*arguments, *named.values()) if isinstance(x, torch.Tensor)), None)
         if device is not None and device.type != self.prepared_for:
             _lay_out(self, device)
-        with torch.no_grad():
-            self.begin(arguments, named)
+        with torch.no_grad(), self.in_call(arguments, named):
             return original(self, *arguments, **named)
 
     return forward
