@@ -10,13 +10,13 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from tqdit.architectures.registry import CLASS_NAME
+from tqdit.architectures.registry import CLASS_NAME, architecture
 from tqdit.architectures.traced import traced
 from tqdit.errors import InputError
 from tqdit.sources import components, float_weights
 from tqdit.sources.components import PIPELINE
 from tqdit.sources.float_weights import FLOATS
-from tqdit.system.files import CONFIG, INDEX, TRANSFORMER, is_there, read_json
+from tqdit.system.files import CONFIG, INDEX, TRANSFORMER, is_there, model_folder, read_json
 
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -76,6 +76,25 @@ def class_of(folder: Path) -> str:
     except InputError as error:
         raise InputError(f"{folder / CONFIG}: {error}") from None
     return name
+
+
+def class_here(model: str | Path) -> str | None:
+    """Return the class of the transformer in a folder on this machine; None where there is no such folder."""
+    root = Path(model)
+    if root.name in (PIPELINE, CONFIG):
+        root = root.parent
+    path = model_folder(root) / CONFIG
+    name = read_json(path).get(CLASS_NAME) if is_there(path) else None
+    return name if isinstance(name, str) else None
+
+
+def has_own_samples(kind: str) -> bool:
+    """Say whether a class has an architecture, by which it is calibrated on samples of its own."""
+    try:
+        architecture(kind)
+    except InputError:
+        return False
+    return True
 
 
 def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:

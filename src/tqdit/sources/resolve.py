@@ -103,11 +103,7 @@ def _of_any_class(config: Mapping[str, Any]) -> bool:
     name = config.get(CLASS_NAME)
     if not isinstance(name, str) or not ("Transformer" in name or "DiT" in name):
         return False
-    try:
-        architecture(name)
-    except InputError:
-        return hasattr(importlib.import_module("diffusers"), name)
-    return False
+    return not any_class.has_own_samples(name) and hasattr(importlib.import_module("diffusers"), name)
 
 
 def _means_its_folder(path: Path) -> bool:

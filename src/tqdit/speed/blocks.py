@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from tqdit.calibration.calls import read_calls
 from tqdit.errors import InputError
 from tqdit.graph import Graph
 from tqdit.recipe import Recipe
 from tqdit.recorded import traced_graph
-from tqdit.calibration.calls import read_calls
 from tqdit.runtime.target import checked_device
 from tqdit.speed.baselines import quiet
 from tqdit.speed.block_entrants import DEFAULT, ENTRANTS, FLOATS, OURS, Entrant, entrant, inputs_of, rivals, weights
@@ -70,7 +70,10 @@ class BlockRow:
 
 @dataclass(frozen=True)
 class Raced:
-    """The figures of one model. `bytes_of_bf16`: bytes of our weights over those of bf16, at the model's whole depth."""
+    """The figures of one model.
+
+    `bytes_of_bf16`: bytes of our weights over those of bf16, at the model's whole depth.
+    """
 
     model: str
     kind: str

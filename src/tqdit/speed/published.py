@@ -33,12 +33,13 @@ class Published:
         return config
 
 
+# fmt: off
 HEADS = {"num_attention_heads": 24, "attention_head_dim": 128}
 AXES = {"axes_dims_rope": (16, 56, 56)}
 WAN = {
     "attention_head_dim": 128, "patch_size": (1, 2, 2), "in_channels": 16, "out_channels": 16, "text_dim": 4096,
     "freq_dim": 256, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024,
-}  # fmt: skip
+}
 IMAGE = (1, 64, 64)  # patches of 16 pixels of an image of 1024 x 1024
 VIDEO_480P = (21, 30, 52)  # 81 frames of 480 x 832
 
@@ -50,7 +51,7 @@ _SHAPES = (
         {
             **HEADS, **AXES, "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38,
             "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True,
-        },  # fmt: skip
+        },
         Size(IMAGE, 512),
         calls.flux1,
     ),
@@ -62,7 +63,7 @@ _SHAPES = (
             **HEADS, "patch_size": 1, "in_channels": 128, "num_layers": 5, "num_single_layers": 20,
             "joint_attention_dim": 7680, "timestep_guidance_channels": 256, "mlp_ratio": 3.0,
             "axes_dims_rope": (32, 32, 32, 32), "rope_theta": 2000, "guidance_embeds": False,
-        },  # fmt: skip
+        },
         Size(IMAGE, 512),
         calls.flux2,
     ),
@@ -73,7 +74,7 @@ _SHAPES = (
         {
             **HEADS, **AXES, "patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 60,
             "joint_attention_dim": 3584, "guidance_embeds": False,
-        },  # fmt: skip
+        },
         Size(IMAGE, 256),
         calls.qwen,
     ),
@@ -86,7 +87,7 @@ _SHAPES = (
             "n_refiner_layers": 2, "n_heads": 30, "n_kv_heads": 30, "norm_eps": 1e-5, "qk_norm": True,
             "cap_feat_dim": 2560, "rope_theta": 256.0, "t_scale": 1000.0, "axes_dims": [32, 48, 48],
             "axes_lens": [1536, 512, 512],
-        },  # fmt: skip
+        },
         Size(IMAGE, 256),
         calls.z_image,
         "t",
@@ -100,7 +101,7 @@ _SHAPES = (
             "attention_head_dim": 64, "num_attention_heads": 38, "joint_attention_dim": 4096,
             "caption_projection_dim": 2432, "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
             "qk_norm": "rms_norm",
-        },  # fmt: skip
+        },
         Size(IMAGE, 333),
         calls.sd3,
     ),
@@ -127,7 +128,7 @@ _SHAPES = (
         {
             "in_channels": 128, "out_channels": 128, "patch_size": 1, "patch_size_t": 1, "num_attention_heads": 32,
             "attention_head_dim": 64, "cross_attention_dim": 2048, "num_layers": 28, "caption_channels": 4096,
-        },  # fmt: skip
+        },
         Size((16, 16, 24), 128),  # 121 frames of 512 x 768
         calls.ltx,
     ),
@@ -140,7 +141,7 @@ _SHAPES = (
             "num_refiner_layers": 2, "mlp_ratio": 4.0, "patch_size": 2, "patch_size_t": 1, "qk_norm": "rms_norm",
             "guidance_embeds": True, "text_embed_dim": 4096, "pooled_projection_dim": 768,
             "rope_axes_dim": (16, 56, 56),
-        },  # fmt: skip
+        },
         Size((33, 45, 80), 256),  # 129 frames of 720 x 1280
         calls.hunyuan_video,
     ),
@@ -152,11 +153,12 @@ _SHAPES = (
             "sample_size": 128, "patch_size": 2, "in_channels": 4, "out_channels": 8, "num_layers": 28,
             "num_attention_heads": 16, "attention_head_dim": 72, "cross_attention_dim": 1152,
             "caption_channels": 4096, "interpolation_scale": 2, "use_additional_conditions": False,
-        },  # fmt: skip
+        },
         Size(IMAGE, 300),
         calls.pixart,
     ),
-)  # fmt: skip
+)
+# fmt: on
 SHAPES: Mapping[str, Published] = {shape.name: shape for shape in _SHAPES}
 
 

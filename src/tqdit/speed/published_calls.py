@@ -28,7 +28,7 @@ class Size:
 
     def reduced(self, tokens: int | None) -> "Size":
         """Return a size of at most `tokens` image or video tokens, fewer frames first; None keeps the size."""
-        frames, rows, columns = self.patches
+        _, rows, columns = self.patches
         if tokens is None or tokens >= self.tokens:
             return self
         if tokens >= rows * columns:

@@ -8,8 +8,8 @@ from torch import nn
 
 from tqdit.architectures.traced import traced
 from tqdit.calibration.calls import Calls
-from tqdit.speed.published import Published
 from tqdit.spec import Solution
+from tqdit.speed.published import Published
 
 BIAS_STD = 0.1
 
