@@ -117,9 +117,13 @@ def quantize_folder(
         parts = []
         for component, place in source.folders.items():
             report(f"loading {component}", 0.0)
-            module = any_class.load_transformer(place, wanted).to(where)
+            module = any_class.load_transformer(place)
+            digest = weights_sha256(module)  # of the weights as stored, whatever the calibration runs in
+            if wanted is not None and module.dtype is not wanted:
+                module = any_class.load_transformer(place, wanted)
+            module.to(where)
             given = None if recording is None else _calls_of(recording, component, module)
-            solution = solution_of(module, recipe, given, report, name=source.name)
+            solution = solution_of(module, recipe, given, report, (source.name, digest))
             inside = Path() if source.index is None else Path(component)
             (folder / inside).mkdir(exist_ok=True)
             parts.append(_written(component, solution, folder / inside, out / inside, given))
@@ -174,15 +178,16 @@ def _needs_calls(recipe: Recipe) -> str:
 
 
 def solution_of(
-    model: nn.Module, recipe: Recipe, calls: Any, report: Report = silent, name: str | None = None
+    model: nn.Module, recipe: Recipe, calls: Any, report: Report = silent, source: tuple[str, str] | None = None
 ) -> Solution:
     """Return the solution of a model for its recorded calls, or without calls under a recipe that needs none.
 
-    `name`: what the artifact calls the float model, by default where it was loaded from.
+    `source`: the name and the hash of the float model, by default where it was loaded from, and `weights_sha256`.
     """
     if hasattr(model, "solution"):
         raise InputError("the model is already quantized; give the float model")
-    provenance = made_from(name or name_of(model), weights_sha256(model), recipe)
+    name, digest = source or (name_of(model), weights_sha256(model))
+    provenance = made_from(name, digest, recipe)
     if not needs_calibration(recipe):
         graph = untraced_graph(model) if calls is None else traced_graph(model, read_calls(calls, model))
         return direct_solution(model, graph, recipe, provenance)
