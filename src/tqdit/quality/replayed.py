@@ -31,7 +31,10 @@ class CallRow:
 
 @dataclass(frozen=True)
 class CallComparison:
-    """The rows of all models on `calls` calls. `groups`: the least and the largest time of each group, and its calls."""
+    """The rows of all models on `calls` calls.
+
+    `groups`: the least and the largest time of each group, and the number of its calls.
+    """
 
     kind: str
     timestep: str
@@ -46,7 +49,10 @@ class CallComparison:
 
 @dataclass(frozen=True)
 class ImageRow:
-    """The PSNR in dB of one model's images against those of the float model, with the same seeds; None for equal ones."""
+    """The PSNR in dB of one model's images against those of the float model, with the same seeds.
+
+    None for equal images.
+    """
 
     name: str
     mean_db: float | None

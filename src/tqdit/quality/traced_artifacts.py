@@ -29,8 +29,10 @@ BFLOAT16 = "bfloat16"
 
 @dataclass(frozen=True)
 class Compared:
-    """The comparison of one transformer. `sizes`: name -> bytes of the weights over those of bf16. `fresh`: whether the
-    calls are others than those of the calibrations.
+    """The comparison of one transformer.
+
+    `sizes`: name -> bytes of the weights over those of bf16. `fresh`: whether the calls are others than those of the
+    calibrations.
     """
 
     component: str
@@ -57,7 +59,7 @@ class FolderComparison:
 
 
 @isolated()
-def compare_folders(
+def compare_folders(  # noqa: PLR0913 - options
     model: str | Path,
     quantized: Sequence[str | Path],
     calls: Any,
