@@ -16,6 +16,7 @@ PARAMETERS = {
     "flux.1-dev": 11.90, "flux.2-klein-4b": 3.88, "qwen-image": 20.43, "z-image": 6.15, "sd3.5-large": 8.06,
     "wan-1.3b": 1.42, "wan-14b": 14.29, "ltx-video": 1.92, "hunyuan-video": 12.82, "pixart": 0.61,
 }  # fmt: skip
+# fmt: off
 TINY = Published(
     "tiny",
     "Flux2Transformer2DModel",
@@ -29,10 +30,11 @@ TINY = Published(
         "timestep_guidance_channels": 32,
         "axes_dims_rope": (8, 8, 8, 8),
         "guidance_embeds": False,
-    },  # fmt: skip
+    },
     Size((1, 4, 4), 8),
     published_calls.flux2,
 )
+# fmt: on
 
 
 @pytest.fixture

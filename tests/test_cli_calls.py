@@ -168,7 +168,7 @@ def test_a_pipeline_stays_one_that_diffusers_loads(run, pipeline, tmp_path) -> N
     pipe = DiffusionPipeline.from_pretrained(out)
     assert type(pipe.transformer).__name__ == "DiTTransformer2DModel"
     assert pipe.transformer.solution.graph is not None
-    images = pipe([3], num_inference_steps=2, output_type="np").images
+    images = pipe([3], num_inference_steps=2, guidance_scale=1, output_type="np").images
     assert images.shape == (1, 16, 16, 3)
     code, _, err = run("quantize", source, "-o", out, "--calls", pipeline / "calls.safetensors", *QUICK, "--overwrite")
     assert (code, err) == (0, "")
@@ -181,8 +181,8 @@ def test_images_of_a_pipeline_are_compared_by_prompt(run, pipeline, tmp_path) ->
     calls = pipeline / "calls.safetensors"
     assert run("quantize", pipeline / "float", "-o", out, "--calls", calls, *QUICK)[0] == 0
     code, said, err = run(
-        "compare", pipeline / "float", out, "--calls", calls, "--prompts", prompts, "--steps", "2", "-q", "--json",
-        figures,
+        "compare", pipeline / "float", out, "--calls", calls, "--prompts", prompts, "--steps", "2", "--guidance", "1", "-q",
+        "--json", figures,
     )  # fmt: skip
     assert (code, err) == (0, f"figures: {figures}\n")
     (row,) = json.loads(figures.read_text())["images"]
@@ -226,6 +226,7 @@ def test_inspect_groups_sites_by_what_feeds_them(run, flux, tmp_path) -> None:
     feeds = {site["feed"] for site in result["sites"] if site["role"] in ("input", "gelu")}
     assert any("norm" in feed for feed in feeds)
     assert any("GELU" in feed for feed in feeds)
+    print(said, feeds)
     assert all(feed in said for feed in feeds)
     assert f"of the argument '{result['traced']['timestep']}'" in said
     for site in ("transformer_blocks.0.attn.to_q.input",):
@@ -249,7 +250,7 @@ def test_each_transformer_of_a_pipeline_has_calls_of_its_own(flux, tmp_path) -> 
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "README.md", "model_index.json", "transformer", "transformer_2",
     }  # fmt: skip
-    with pytest.raises(InputError, match=r"calls of transformer, transformer_2 suit this model|transformer_2"):
-        only = Recording({"transformer_3": calls, "transformer_4": calls})
+    only = Recording({"a": calls, "b": calls})
+    with pytest.raises(InputError, match="transformer: calls of a, b suit this model"):
         recorded.quantize_folder(root, tmp_path / "none", recipe, calls=only, device="cpu")
     assert not (tmp_path / "none").exists()

@@ -107,7 +107,7 @@ def _compare_calls(
     with progress(quiet) as report:
         result = compare_folders(
             reference, quantized, calls, samples=given["samples"], seed=given["seed"], device=given["device"],
-            dtype=given["dtype"] if typed(context, "dtype") else None, prompts=prompts, options=options, report=report,
+            dtype=given["dtype"], prompts=prompts, options=options, report=report,
         )  # fmt: skip
     if json_file != STDOUT:
         print_call_comparison(result)

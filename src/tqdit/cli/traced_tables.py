@@ -65,10 +65,8 @@ def _print_transformer(console: Any, part: "Compared") -> None:
             _add(table, (row.name,), [_cell(db, 1) for db in row.by_group[start : start + 5]])
         console.print(table)
     which = "that no calibration used" if part.fresh else "of the calibration: there are no others"
-    console.print(
-        f"{found.calls} calls {which}; against the float model in {part.reference_dtype}. bfloat16: the float model "
-        f"rounded to bf16. Artifacts run in {part.dtype}."
-    )
+    noise = " bfloat16: the float model rounded to bf16." if part.dtype == "float32" else ""
+    console.print(f"{found.calls} calls {which}; all models in {part.dtype}, against the float model.{noise}")
     console.print()
 
 

@@ -39,7 +39,6 @@ class Compared:
     comparison: CallComparison
     sizes: Mapping[str, float]
     fresh: bool
-    reference_dtype: str
     dtype: str
 
 
@@ -68,16 +67,16 @@ def compare_folders(  # noqa: PLR0913 - options
     groups: int = 10,
     seed: int = 0,
     device: Device = "auto",
-    dtype: str | torch.dtype | None = None,
+    dtype: str | torch.dtype = "float32",
     prompts: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
     report: Report = silent,
 ) -> FolderComparison:
     """Compare artifacts with the float transformers of a folder, on recorded calls that calibration did not use.
 
-    At most `samples` calls of each of `groups` time groups. The reference is the float model in fp32; the row
-    "bfloat16" is what rounding to bf16 alone costs. `dtype`: of the artifacts, by default that of the stored float
-    weights. `prompts`: also compare images that the pipeline draws, with the pipeline's `options`. One transformer is
+    At most `samples` calls of each of `groups` time groups. `dtype`: in which all models run, also for images. In fp32
+    the row "bfloat16" says what rounding the float model to bf16 costs; in bf16 that noise hides a part of what is
+    measured. `prompts`: also compare images that the pipeline draws, with the pipeline's `options`. One transformer is
     on the device at a time. Raises `InputError` for an artifact of another model.
     """
     source, where = any_class.find(found_folder(model)), checked_device(device)
@@ -106,8 +105,7 @@ class _Component:
         self, name: str, folder: Path, quantized: Sequence[str | Path], device: torch.device, dtype: Any
     ) -> None:
         self.name, self.folder, self.device = name, folder, device
-        self.stored = any_class.stored_dtypes(folder).most_common(1)[0][0]
-        self.dtype = self.stored if dtype is None else checked_dtype(dtype)
+        self.dtype = checked_dtype(dtype)
         self.places = {_unique(path, quantized): artifact_folder(Path(path), name) for path in quantized}
 
     def compared(self, recording: Any, samples: int, groups: int, seed: int, report: Report) -> Compared:
@@ -122,14 +120,14 @@ class _Component:
         found.clear()
         calls, fresh = held_out(calls, made)
         calls = calls.thinned(samples, groups, seed)
-        exact = any_class.load_transformer(self.folder, torch.float32).to(self.device)
+        exact = any_class.load_transformer(self.folder, self.dtype).to(self.device)
         del model
         comparison = compare_calls(exact, _Models(self, exact), calls, groups, report)
-        return Compared(self.name, comparison, sizes, fresh, "float32", dtype_name(self.dtype))
+        return Compared(self.name, comparison, sizes, fresh, dtype_name(self.dtype))
 
 
 class _Models(Mapping[str, nn.Module]):
-    """The float model in bf16, then the artifacts, each loaded when it is read."""
+    """The float model in bf16, unless all models are, then the artifacts, each loaded when it is read."""
 
     def __init__(self, component: _Component, exact: nn.Module) -> None:
         self._component, self._exact = component, exact
@@ -143,10 +141,11 @@ class _Models(Mapping[str, nn.Module]):
         return convert(solution, device=component.device, dtype=component.dtype)
 
     def __iter__(self) -> Iterator[str]:
-        return iter((BFLOAT16, *self._component.places))
+        rounded = (BFLOAT16,) if self._component.dtype is torch.float32 else ()
+        return iter((*rounded, *self._component.places))
 
     def __len__(self) -> int:
-        return 1 + len(self._component.places)
+        return len(list(iter(self)))
 
 
 class _Pipelines(Mapping[str, nn.Module]):
