@@ -163,9 +163,7 @@ inline void weight_only_tile(const WeightOnlyPiece& p) {
   for (int64_t k = 0; k < p.depth; k += LANES)
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
-      vchar bytes;
-      std::memcpy(&bytes, p.w + c * p.w_stride + k, sizeof bytes);
-      const vfloat weight = to_float(widen(bytes));
+      const vfloat weight = floats_of(p.w + c * p.w_stride + k);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) sums[c][r] = multiply_add(load(p.x + r * p.x_stride + k), weight, sums[c][r]);
     }

@@ -10,8 +10,8 @@ enum FloatType { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 struct Bfloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 
-typedef uint16_t vhalf __attribute__((vector_size(32)));
-typedef uint32_t vuint __attribute__((vector_size(64)));
+typedef uint16_t vhalf __attribute__((vector_size(LANES * 2)));
+typedef uint32_t vuint __attribute__((vector_size(LANES * 4)));
 
 template <typename To, typename From>
 inline To bits_of(From from) {
@@ -57,17 +57,11 @@ inline void store(Float16* p, vfloat v, int64_t count) {
   store_halves(p, bits_of<vhalf>(_mm512_cvtps_ph(bits_of<__m512>(v), _MM_FROUND_TO_NEAREST_INT)), count);
 }
 #elif defined(__F16C__)
-struct HalvesOfFloat16 { __m128i low, high; };
-struct HalvesOfFloats { __m256 low, high; };
 inline vfloat load(const Float16* p, int64_t count) {
-  const auto halves = bits_of<HalvesOfFloat16>(load_halves(p, count));
-  return bits_of<vfloat>(HalvesOfFloats{_mm256_cvtph_ps(halves.low), _mm256_cvtph_ps(halves.high)});
+  return bits_of<vfloat>(_mm256_cvtph_ps(bits_of<__m128i>(load_halves(p, count))));
 }
 inline void store(Float16* p, vfloat v, int64_t count) {
-  const auto floats = bits_of<HalvesOfFloats>(v);
-  const HalvesOfFloat16 halves{_mm256_cvtps_ph(floats.low, _MM_FROUND_TO_NEAREST_INT),
-                               _mm256_cvtps_ph(floats.high, _MM_FROUND_TO_NEAREST_INT)};
-  store_halves(p, bits_of<vhalf>(halves), count);
+  store_halves(p, bits_of<vhalf>(_mm256_cvtps_ph(bits_of<__m256>(v), _MM_FROUND_TO_NEAREST_INT)), count);
 }
 #else
 // fp16 keeps 10 bits of a fraction and has exponents from -14 to 15; smaller values are multiples of 2^-24.

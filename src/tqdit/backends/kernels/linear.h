@@ -20,6 +20,7 @@ struct LinearCall {
 };
 
 constexpr int64_t PANEL = 64;        // columns of a packed weight that lie together
+constexpr int64_t SLICE = 16;        // columns of the last panel are a multiple of this
 constexpr int64_t TILE_ROWS = 6;     // 6 x 4 vectors of sums leave registers for one row and one column
 #if defined(TQDIT_PAIRS)
 constexpr int64_t TASK_ROWS = 128;   // about the rows of one task: their 16-bit codes stay in the second-level cache
@@ -29,7 +30,7 @@ constexpr int64_t TASK_ROWS = 256;   // about the rows of one task
 constexpr int64_t LEAST_ROWS = 24;
 
 int64_t panel_width(int64_t columns, int64_t begin) {
-  const int64_t rest = round_up(columns - begin, LANES);
+  const int64_t rest = round_up(columns - begin, SLICE);
   return rest < PANEL ? rest : PANEL;
 }
 
@@ -72,13 +73,13 @@ template <int SOURCE, typename Rows>
 inline void finish_row(const LinearCall& c, const Rows& rows, int64_t row, int64_t begin, int32_t zero,
                        const int32_t* first, const int32_t* second) {
   alignas(64) float sums[2][PANEL];
-  const int64_t width = panel_width(c.columns, begin), rest = c.columns - begin;
-  for (int64_t j = 0; j < width; j += LANES) {
+  const int64_t rest = c.columns - begin, count = rest < PANEL ? rest : PANEL;
+  for (int64_t j = 0; j < count; j += LANES) {
     const vint centre = zero * load(c.column_sums + begin + j, rest - j);
     store(sums[0] + j, to_float(load(first + j) - centre));
     if (SOURCE == TWO_REGION) store(sums[1] + j, to_float(load(second + j)));
   }
-  rows.template row<SOURCE>(row, begin, rest < width ? rest : width, sums[0], sums[1]);
+  rows.template row<SOURCE>(row, begin, count, sums[0], sums[1]);
 }
 
 // What a thread multiplies with: the rows of codes of a task with one panel, some rows at a time.

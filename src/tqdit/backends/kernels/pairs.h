@@ -27,6 +27,8 @@ inline void pair_tile(const int16_t* a, int64_t lda, const int16_t* b, int64_t f
       const __m256i four = _mm256_set1_epi64x(left);
       sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(four, low));
       sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(four, high));
+      // One row after the other: GCC would read all rows first, and sums would go to memory for want of registers.
+      asm volatile("" : "+x"(sums[r][0]), "+x"(sums[r][1]) : : "memory");
     }
   }
 #pragma GCC unroll 8
@@ -41,7 +43,7 @@ inline void pair_tile(const int16_t* a, int64_t lda, const int16_t* b, int64_t f
 // Widens `count` bytes.
 inline void widen(const uint8_t* from, int64_t count, int16_t* to) {
   int64_t k = 0;
-  for (; k + LANES <= count; k += LANES) {
+  for (; k + 16 <= count; k += 16) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + k));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + k), _mm256_cvtepu8_epi16(bytes));
   }
