@@ -280,7 +280,9 @@ def test_plus_is_the_default_everywhere(tmp_path) -> None:
     (tmp_path / "empty.toml").write_text("")
     assert Recipe() == Recipe("plus") == Recipe.from_toml(tmp_path / "empty.toml")
     assert Recipe().label == "plus"
-    assert set(PRESETS["paper"]) == set(PRESETS["plus"]) == set(PRESETS["dynamic"]), "each preset says all that presets differ in"
+    assert set(PRESETS["paper"]) == set(PRESETS["plus"]) == set(PRESETS["dynamic"]), (
+        "each preset says all that presets differ in"
+    )
 
 
 def test_the_constructor_takes_preset_and_bits_then_settings() -> None:
