@@ -23,7 +23,7 @@ from tqdit.artifact.model_card import TRACED_USE, model_card, write_card
 from tqdit.calibration import replay
 from tqdit.calibration.calls import Calls, read_calls
 from tqdit.errors import InputError
-from tqdit.plan import needs_calibration
+from tqdit.plan import needs_records
 from tqdit.provenance import Provenance
 from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
@@ -82,7 +82,7 @@ def solution_of(model: nn.Module, recipe: Recipe, calls: Any, report: Report = s
         raise InputError("the model is already quantized; give the float model")
     name = str(plain_config(model).get("_name_or_path") or type(model).__name__)
     provenance = made_from(name, weights_sha256(model), recipe)
-    if not needs_calibration(recipe):
+    if not needs_records(recipe):
         graph = untraced_graph(model) if calls is None else traced_graph(model, read_calls(calls, model))
         return direct_solution(model, graph, recipe, provenance)
     if calls is None:

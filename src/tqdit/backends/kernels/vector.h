@@ -4,7 +4,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <type_traits>
-#if defined(__AVX512F__)
+#if defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
