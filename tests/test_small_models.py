@@ -1,9 +1,11 @@
 """Small FLUX and Z-Image models: they are called as diffusers' pipelines call them, and a rehearsal trains them."""
 
 import importlib
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +14,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
+import tqdit
 from test_examples import write_split
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,3 +126,36 @@ def test_a_rehearsal_of_the_training(
 def test_another_model_is_refused(example: Callable[[str], ModuleType]) -> None:
     with pytest.raises(ValueError, match="Linear is none of flux, z-image"):
         example("small_models").family_of(nn.Linear(1, 1))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", NAMES)
+def test_quality_is_measured(
+    name: str, example: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = example("small_models")
+    pipeline(models, name).save(tmp_path / "model")
+    spec = importlib.util.spec_from_file_location("bench_small_models", ROOT / "bench/small_models.py")
+    bench = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "bench_small_models", bench)  # its dataclasses look there
+    spec.loader.exec_module(bench)
+    tiny = {"groups": 2, "samples": 2, "rows": 32, "rounds": 0, "candidates": 4}
+    monkeypatch.setattr(bench.tqdit, "Recipe", partial(tqdit.Recipe, **tiny))
+    monkeypatch.setattr(bench, "GROUPS", 2)
+    out = tmp_path / "result.json"
+    size = ["--images", "40", "--batch", "20", "--steps", "2", "--recorded", "1", "--per-group", "1", "--bits", "w8a8"]
+    monkeypatch.setattr(sys, "argv", ["x", str(out), "--model", str(tmp_path / "model"), "--device", "cpu", *size])
+    bench.main()
+
+    found = json.loads(out.read_text())
+    rows = found["models"]
+    assert {"bf16", "plus w8a8", "dynamic w8a8"} <= set(rows)
+    assert found["settings"]["held_out_calls"] == 2, "one call of each of two groups"
+    for row in rows.values():
+        assert row["sqnr_db"] > 20
+        assert len(row["sqnr_db_by_group"]) == 2
+        assert min(row["sqnr_db_by_group"]) <= row["sqnr_db"] <= max(row["sqnr_db_by_group"])
+        assert 0 <= row["class_agreement"] <= 1
+    assert rows["plus w8a8"]["layers"]["weight_only"] > 0
+    assert sum(rows["plus w8a8"]["layers"]["quantized"].values()) > 0
+    assert set(found["verdicts"]) == set(rows) - {"bf16"}
