@@ -121,9 +121,9 @@ class Graph:
 
     `outside` are the layers on float inputs that belong to no block; `ends` are the first and the last of them, whose
     errors the image shows directly. `shapes` has the shape of every parameter by name, in the order in which the
-    model has them. `left` has the linear layers that stay in float, with the reason. `timestep` is the name of the
-    argument of the model's forward that the time groups are of, where a graph was traced; "" for a class whose
-    architecture describes it.
+    model has them; of a traced graph also those of the buffers in the model's state dict. `left` has the linear layers
+    that stay in float, with the reason. `timestep` is the name of the argument of the model's forward that the time
+    groups are of, where a graph was traced; "" for a class whose architecture describes it.
     """
 
     blocks: tuple[Block, ...]

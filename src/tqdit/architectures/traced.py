@@ -54,7 +54,7 @@ class Traced:
         assert solution.graph is not None
         model = self.empty(solution.model_config)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        found = {name: tuple(shape) for name, shape in solution.graph.shapes.items()}
+        found = {name: tuple(solution.graph.shapes[name]) for name in solution.graph.shapes}
         for name in sorted(expected.keys() | found.keys()):
             if name not in found:
                 raise InputError(f"the solution has no value for parameter '{name}'")

@@ -109,12 +109,19 @@ class Signature:
     def _check_channels(self, name: str, tensor: torch.Tensor, channels: Any, others: Sequence[torch.Tensor]) -> None:
         """Raise `InputError` if none of the dimensions of latents has the number of channels of the model's config.
 
-        Which dimension it is differs between classes. A model that is given another tensor of as many dimensions may
-        join the channels of the two, so nothing is said then.
+        Which dimension it is differs between classes. A model that is given another tensor of the same shape but for
+        one dimension may join the channels of the two, so nothing is said then.
         """
-        joined = any(other.ndim == tensor.ndim > 3 for other in others)
+        joined = any(_differing(tensor, other) < 2 for other in others)
         if type(channels) is int and not joined and channels not in tensor.shape:
             raise InputError(f"argument '{name}' has shape {tuple(tensor.shape)}; the model takes {channels} channels")
+
+
+def _differing(first: torch.Tensor, second: torch.Tensor) -> int:
+    """Return the number of dimensions in which two shapes differ, which is large if they have not as many."""
+    if first.ndim != second.ndim:
+        return max(first.ndim, second.ndim, 2)
+    return sum(a != b for a, b in zip(first.shape, second.shape, strict=True))
 
 
 def check_finite(arguments: Mapping[str, Any], known: set[int]) -> None:
