@@ -57,7 +57,7 @@ class RecordedCall:
 
             def move(tensor: torch.Tensor) -> torch.Tensor:
                 keep = exact or not tensor.is_floating_point() or tensor.dtype is torch.float64
-                # A copy is aligned as tensors are. Those in a mapped file may not be: then sums differ in their last bits.
+                # A copy is aligned; a tensor in a mapped file may not be, and then sums differ in their last bits.
                 return tensor.to(device, tensor.dtype if keep or dtype is None else dtype, copy=True)
 
             return call_values.mapped(value, move)
