@@ -73,7 +73,7 @@ def seal(folder: Path) -> None:
     """
     beside = sorted(path for path in folder.rglob("*") if path.is_file() and not _vouched(path.relative_to(folder)))
     files = {path.relative_to(folder).as_posix(): _sha256(path) for path in beside}
-    write_json(folder / MANIFEST, {"format_version": tensors.FORMAT_VERSION, "files": files}, sort_keys=True)
+    write_json(folder / MANIFEST, {"format_version": tensors.SEAL_VERSION, "files": files}, sort_keys=True)
 
 
 def read(folder: Path, root: Path | None = None) -> Solution:
