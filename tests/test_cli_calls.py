@@ -181,7 +181,8 @@ def test_images_of_a_pipeline_are_compared_by_prompt(run, pipeline, tmp_path) ->
     calls = pipeline / "calls.safetensors"
     assert run("quantize", pipeline / "float", "-o", out, "--calls", calls, *QUICK)[0] == 0
     code, said, err = run(
-        "compare", pipeline / "float", out, "--calls", calls, "--prompts", prompts, "--steps", "2", "--guidance", "1", "-q",
+        "compare", pipeline / "float", out, "--calls", calls, "--prompts", prompts, "--steps", "2", "--guidance", "1",
+        "-q",
         "--json", figures,
     )  # fmt: skip
     assert (code, err) == (0, f"figures: {figures}\n")
