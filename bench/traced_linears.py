@@ -62,7 +62,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.join:
         parts = [json.loads(path.read_text()) for path in arguments.join]
-        joined = {**parts[0], **{name: sum((part[name] for part in parts), []) for name in ("rows", "float_inputs")}}
+        joined = {"environment": parts[0]["environment"], "host_us": [part["host_us"] for part in parts]}
+        for name in ("rows", "float_inputs"):
+            joined[name] = [row for part in parts for row in part[name]]
         write_text(arguments.json, json.dumps(joined, indent=1) + "\n")
         return
     torch.manual_seed(0)
