@@ -106,7 +106,7 @@ def test_channel_factors_and_rotation_do_not_disturb_it(rotation: int) -> None:
     with torch.no_grad():
         added = layer.lora_B["default"](layer.lora_A["default"](x))
         assert torch.equal(layer(x), layer.base_layer(x) + added)
-        assert sqnr_db(plain + added, layer(x)) > 35
+        assert sqnr_db(plain + added, layer(x)) > 30
 
 
 def adapted(rotation: int) -> Any:
@@ -118,9 +118,8 @@ def adapted(rotation: int) -> Any:
 
     channels = torch.linspace(-2, 2, 128).exp2()
     spec = SiteSpec("input", Role.INPUT, 8, Grid.ROW, Granularity.PER_TENSOR)
-    source = Source(
-        GridParams(spec, torch.full((1, 1), 1 / 255), channels=channels, rotation=rotation), Clock(ALWAYS), 1
-    )
+    params = GridParams(spec, torch.full((1, 1), 1 / 127), channels=channels, rotation=rotation)
+    source = Source(params, Clock(ALWAYS), readers=1)
     values = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)) / channels
     values = rotate(values, rotation) if rotation else values
     scale = values.abs().amax(1) / 127
