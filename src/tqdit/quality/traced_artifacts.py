@@ -1,5 +1,6 @@
 """Compare artifacts of traced models, by their folders, with the float model that they were made of."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,7 +197,11 @@ def _pipeline(folder: Path, dtype: torch.dtype) -> Any:
     from diffusers import DiffusionPipeline
 
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer versions of diffusers call it dtype
+            pipe = DiffusionPipeline.from_pretrained(
+                folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+            )
     except (OSError, ValueError, ImportError, AttributeError) as error:
         raise InputError(f"{folder}: diffusers cannot load the pipeline: {error}") from error
     pipe.set_progress_bar_config(disable=True)
