@@ -56,7 +56,7 @@ def inspection(source: ModelSource, target: Target) -> dict[str, Any]:
 
 
 def traced_sites(graph: Graph, solution: Solution, sites: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the sites of a traced model with what feeds each, its rotation, and how many layers read it by which weights."""
+    """Return the sites of a traced model with what feeds each, its rotation, and the layers that read it."""
     readers = {linear.source.name: linear for block in graph.blocks for linear in block.linears}
     owners = {weight: linear.source.feed for linear in readers.values() for weight in linear.weights}
     found = []
