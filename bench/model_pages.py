@@ -56,9 +56,9 @@ def classes() -> Lines:
     return [
         f"`bench/class_sweep.py` builds every transformer that diffusers' own tests build, with random weights: "
         f"{summary['classes']} classes, of which {summary['failed']} fail; the lowest output has "
-        f"{summary['lowest_sqnr_db']:.1f} dB (aim: {TARGET}). Each is recorded, quantized by `plus` at W8A8 with few rows, "
-        "saved, loaded and run; codes and outputs of the loaded model are those of the saved one, and the CPU's codes "
-        "those of the reference. Random weights show that the mechanics work, not quality.",
+        f"{summary['lowest_sqnr_db']:.1f} dB (aim: {TARGET}). Each is recorded, quantized by `plus` at W8A8 with few "
+        "rows, saved, loaded and run; codes and outputs of the loaded model are those of the saved one, and the CPU's "
+        "codes those of the reference. Random weights show that the mechanics work, not quality.",
         "",
         table(head, rows),
         "",
@@ -72,6 +72,10 @@ def classes() -> Lines:
     ]
 
 
+def _named(reasons: dict[str, str]) -> str:
+    return "; ".join(f"{name} ({why})" for name, why in sorted(reasons.items()))
+
+
 def trained() -> Lines:
     """Return the tables of the small models that were trained."""
     names = [f"small-models-{name}-h200" for name in SMALL]
@@ -80,8 +84,8 @@ def trained() -> Lines:
         return _missing(*names)
     lines: Lines = [
         "Two small models of real classes, trained on Fashion-MNIST with labels as a prompt of tokens "
-        "(`examples/train_small_models.py`, measured by `bench/small_models.py`). SQNR is of the model's outputs on calls "
-        "that calibration did not see; PSNR of images of the same seeds; both against fp32.",
+        "(`examples/train_small_models.py`, measured by `bench/small_models.py`). SQNR is of the model's outputs on "
+        "calls that calibration did not see; PSNR of images of the same seeds; both against fp32.",
         "",
     ]
     for run in found.values():
@@ -114,9 +118,10 @@ def speed() -> Lines:
         return _missing(*names)
     lines: Lines = []
     for run in found.values():
+        device = run["environment"]["device"]
         lines += [
-            f"Blocks of published shapes with random weights under the preset `dynamic`, by `tqdit bench --random`, on "
-            f"{run['environment']['device'] if run['environment']['device'] != 'cpu' else 'two cores of a CPU'}. "
+            "Blocks of published shapes with random weights under the preset `dynamic`, by `tqdit bench --random`, on "
+            f"{'two cores of a CPU' if device == 'cpu' else device}. "
             "Times are medians of interleaved rounds; a call has all layers outside of the blocks, too.",
             "",
             table(
@@ -150,8 +155,8 @@ def calibration() -> Lines:
     stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in found["stages"].items())
     return [
         f"Calibrating {found['model']} ({found['parameters'] / 1e9:.2f} B parameters, {found['calls']} calls of "
-        f"{found['tokens']} tokens, `plus` {found['recipe']['weight_bits']}-bit weights, without the Fisher diagonal) takes "
-        f"{found['seconds']:.0f} s ({stages}) and {found['peak_ratio']:.2f} times the memory of the bf16 model. The "
+        f"{found['tokens']} tokens, `plus` {found['recipe']['weight_bits']}-bit weights, without the Fisher diagonal) "
+        f"takes {found['seconds']:.0f} s ({stages}) and {found['peak_ratio']:.2f} times the memory of the bf16 model. The "
         f"integer model's weights take {found['weight_ratio']:.3f} of bf16's.",
         "",
         environment(found["environment"]),
