@@ -360,10 +360,10 @@ def test_edited_manifest(folder) -> None:
         artifact.read(folder)
 
 
-@pytest.mark.parametrize("version", [0, 1, 5, None, "2"])
+@pytest.mark.parametrize("version", [0, 1, 6, None, "2"])
 def test_other_format_version(folder, version: object) -> None:
     edit_json(folder / CONFIG, lambda c: c["quantization_config"].update(format_version=version))
-    with pytest.raises(InputError, match=f"format {version} is not supported; this tqdit reads 2, 3, 4"):
+    with pytest.raises(InputError, match=f"format {version} is not supported; this tqdit reads 2, 3, 4, 5"):
         artifact.read(folder)
 
 

@@ -18,6 +18,8 @@ from tqdit.integrations.on_import import register_with_diffusers
 from tqdit.version import VERSION
 
 if TYPE_CHECKING:
+    from tqdit.calibration.calls import Calls, Recording
+    from tqdit.calibration.recording import record
     from tqdit.calibration.records import Records
     from tqdit.calibration.states import CalibrationSet
     from tqdit.errors import AssumptionWarning, InputError
@@ -38,12 +40,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "AssumptionWarning": "tqdit.errors",
     "CalibrationSet": "tqdit.calibration.states",
+    "Calls": "tqdit.calibration.calls",
     "ClassLabels": "tqdit.sampling.guidance",
     "Comparison": "tqdit.quality.comparison",
     "Conditions": "tqdit.sampling.guidance",
     "InputError": "tqdit.errors",
     "Prompts": "tqdit.sampling.prompts",
     "Recipe": "tqdit.recipe",
+    "Recording": "tqdit.calibration.calls",
     "Records": "tqdit.calibration.records",
     "Sampling": "tqdit.sampling.guidance",
     "Solution": "tqdit.spec",
@@ -59,6 +63,7 @@ _HOMES = {
     "inspect": "tqdit.workflow",
     "load": "tqdit.workflow",
     "quantize": "tqdit.workflow",
+    "record": "tqdit.calibration.recording",
     "sample": "tqdit.workflow",
     "save": "tqdit.stages",
     "save_grid": "tqdit.imaging.generate",
@@ -68,12 +73,14 @@ _HOMES = {
 __all__ = [
     "AssumptionWarning",
     "CalibrationSet",
+    "Calls",
     "ClassLabels",
     "Comparison",
     "Conditions",
     "InputError",
     "Prompts",
     "Recipe",
+    "Recording",
     "Records",
     "Sampling",
     "Solution",
@@ -89,6 +96,7 @@ __all__ = [
     "inspect",
     "load",
     "quantize",
+    "record",
     "sample",
     "save",
     "save_grid",

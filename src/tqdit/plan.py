@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from tqdit.architectures.interface import Graph, Linear, Operand
 from tqdit.architectures.registry import graph as graph_of
+from tqdit.graph import Graph, Linear, Operand
 from tqdit.recipe import Recipe
 from tqdit.spec import MAX_BITS, Granularity, Grid, Role, SiteSpec
 
 TWO_REGION = {Role.SOFTMAX: Grid.MRQ_SOFTMAX, Role.GELU: Grid.MRQ_GELU}  # the other roles have one region
+DECIBELS_PER_BIT = 6.02  # of SQNR, by which `Recipe.fallback` is less for inputs of fewer than 8 bits
+STATIC_OR_ROW = (Grid.UNIFORM, Grid.ROW)  # a static scale is kept where it is as good as a scale for each row
 BY_ROW = {Role.INPUT: Grid.ROW, Role.SOFTMAX: Grid.SOFTMAX_ROW, Role.GELU: Grid.ROW}
 
 
@@ -29,18 +31,24 @@ class SitePlan:
 
     `spec` is the site with the first of its `grids`. The search tries them in this order, and keeps the first of
     equally good ones. With `merging`, regions of a two-region grid have scales that fit one integer product. With
-    `channels`, the search also tries factors for the channels of the operand.
+    `channels`, the search also tries factors for the channels of the operand. `apart`: the operand is quantized by an
+    operation of its own, as in traced models. `rotation`: channels of the blocks that it is rotated in, or 0.
+    `fallback`: the SQNR in dB below which its layers take float inputs instead, or None.
     """
 
     spec: SiteSpec
     grids: tuple[Grid, ...]
     merging: bool = False
     channels: bool = False
+    apart: bool = False
+    rotation: int = 0
+    fallback: float | None = None
 
     @property
     def tried(self) -> tuple[SiteSpec, ...]:
-        """Return the site on each of its grids."""
-        return tuple(replace(self.spec, grid=grid) for grid in self.grids)
+        """Return the site on each of its grids. The scale of a row needs no time groups."""
+        rows = {True: 1, False: self.spec.groups}
+        return tuple(replace(self.spec, grid=grid, groups=rows[grid.per_row]) for grid in self.grids)
 
 
 def plan(graph: Graph, recipe: Recipe, groups: int | None = None) -> dict[str, SitePlan]:
@@ -74,6 +82,16 @@ def second_order_rounding(recipe: Recipe) -> bool:
     return recipe.rounding == "second_order"
 
 
+def needs_records(recipe: Recipe) -> bool:
+    """Say whether a traced model has to be calibrated. Scales of rows and weights rounded to nearest need no records.
+
+    `rounds` and `fallback` judge by records, too.
+    """
+    by_row = recipe.input_grid == "row" or recipe.rotation > 0
+    measured = recipe.rounds > 0 or recipe.fallback > 0 or recipe.input_channels == "best"
+    return measured or not by_row or second_order_rounding(recipe)
+
+
 def grids(recipe: Recipe, role: Role, at_hand: bool = False) -> tuple[Grid, ...]:
     """Return the grids that the search tries for an operand of a role, in order.
 
@@ -86,6 +104,8 @@ def grids(recipe: Recipe, role: Role, at_hand: bool = False) -> tuple[Grid, ...]
     choice = choices.get(role, "uniform")
     if choice == "row":
         return (BY_ROW[role],)
+    if role is Role.INPUT and choice == "best":
+        return STATIC_OR_ROW
     idle = _merging(recipe, role) and recipe.activation_bits == MAX_BITS
     if two_region is None or choice == "uniform" or (choice == "best" and idle):
         return (Grid.UNIFORM,)
@@ -106,7 +126,8 @@ def _sites(graph: Graph, recipe: Recipe, groups: int) -> Iterator[SitePlan]:
     for block in graph.blocks:
         for matmul in block.matmuls:
             if isinstance(matmul, Linear):
-                yield _activation(matmul.source, recipe, groups)
+                source = matmul.source
+                yield _apart(graph, matmul, recipe, groups) if source.apart else _activation(source, recipe, groups)
                 for name in matmul.weights:
                     yield _weight(graph, name, Role.WEIGHT, recipe.weight_bits, recipe.granularity)
             else:
@@ -127,6 +148,19 @@ def _activation(operand: Operand, recipe: Recipe, groups: int) -> SitePlan:
     spec = SiteSpec(operand.name, role, recipe.activation_bits, tried[0], granularity, rows, operand.units)
     channels = role is Role.GELU and recipe.gelu_channels == "best" and tried != (Grid.ROW,)
     return SitePlan(spec, tried, _merging(recipe, role), channels)
+
+
+def _apart(graph: Graph, linear: Linear, recipe: Recipe, groups: int) -> SitePlan:
+    """Plan an input that is quantized apart. What made it, such as GELU, does not decide its grids."""
+    operand, bits = linear.source, recipe.activation_bits
+    fits = recipe.rotation and graph.features(linear)[0] % recipe.rotation == 0
+    rotation = recipe.rotation if fits else 0
+    # Ranges of rotated values are not recorded, so these have the grid of rows alone.
+    tried = (Grid.ROW,) if rotation else grids(recipe, Role.INPUT, at_hand=True)
+    rows = groups if _grouped(operand, recipe) and not tried[0].per_row else 1
+    spec = SiteSpec(operand.name, operand.role, bits, tried[0], Granularity.PER_TENSOR, rows)
+    lowest = recipe.fallback - DECIBELS_PER_BIT * (MAX_BITS - bits) if recipe.fallback else None
+    return SitePlan(spec, tried, False, recipe.input_channels == "best", True, rotation, lowest)
 
 
 def _grouped(operand: Operand, recipe: Recipe) -> bool:

@@ -24,8 +24,9 @@ CALIBRATION_SETTINGS = (
 )  # fmt: skip
 
 METHOD_SETTINGS = (
-    "weight_granularity", "input_grid", "softmax_grid", "attended_grid", "gelu_grid", "softmax_products",
-    "gelu_products", "gelu_channels", "time_grouped", "ends", "hessian", "loss", "rounding", "mix",
+    "weight_granularity", "input_grid", "input_channels", "rotation", "softmax_grid", "attended_grid", "gelu_grid",
+    "softmax_products", "gelu_products", "gelu_channels", "time_grouped", "ends", "hessian", "loss", "rounding", "mix",
+    "fallback",
 )  # fmt: skip
 
 PRODUCTS_OF = {"softmax_grid": "softmax_products", "gelu_grid": "gelu_products"}
@@ -37,6 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weight_granularity": "per_tensor",
         "time_grouped": "softmax",
         "input_grid": "uniform",
+        "input_channels": "one",
         "softmax_grid": "mrq",
         "attended_grid": "uniform",
         "gelu_grid": "mrq",
@@ -46,6 +48,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hessian": "published",
         "loss": "epsilon",
         "rounding": "nearest",
+        "fallback": 0.0,
+        "rounds": 3,
     },
     # A better method at little or no run-time cost: per-channel weights, rounded by second order; a scale for each row
     # where the row is at hand; time groups for all other activations, and a factor for each channel after GELU; the
@@ -54,6 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weight_granularity": "per_channel",
         "time_grouped": "all",
         "input_grid": "row",
+        "input_channels": "best",
         "softmax_grid": "row",
         "attended_grid": "uniform",
         "gelu_grid": "best",
@@ -63,6 +68,26 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hessian": "image",
         "loss": "sampler",
         "rounding": "second_order",
+        "fallback": 20.0,
+        "rounds": 3,
+    },
+    # What needs no calibration where a model is traced: a scale for each row, weights rounded to nearest.
+    "dynamic": {
+        "weight_granularity": "per_channel",
+        "time_grouped": "none",
+        "input_grid": "row",
+        "input_channels": "one",
+        "softmax_grid": "row",
+        "attended_grid": "row",
+        "gelu_grid": "row",
+        "gelu_products": "one",
+        "gelu_channels": "one",
+        "ends": "float",
+        "hessian": "none",
+        "loss": "epsilon",
+        "rounding": "nearest",
+        "fallback": 0.0,
+        "rounds": 0,
     },
 }
 
@@ -73,6 +98,11 @@ def _hessian(value: Any) -> Any:
     if word in ("true", "t", "yes", "y", "on", "1"):
         return "published"
     return "none" if word in ("false", "f", "no", "n", "off", "0") else value
+
+
+def _whole(value: Any) -> Any:
+    """Return a whole number for its text, as a command line gives it."""
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
 
 
 class Recipe(BaseModel):
@@ -93,7 +123,9 @@ class Recipe(BaseModel):
     weight_bits: int = Field(8, ge=2, le=8)
     activation_bits: int = Field(8, ge=4, le=8)
     weight_granularity: Literal["per_tensor", "per_channel"] = "per_channel"
-    input_grid: Literal["uniform", "row"] = "row"  # of inputs that are quantized with their row at hand
+    input_grid: Literal["uniform", "row", "best"] = "row"  # of inputs that are quantized with their row at hand
+    input_channels: Literal["one", "best"] = "best"  # a factor for each channel of an input quantized apart
+    rotation: Annotated[Literal[0, 128, 256], BeforeValidator(_whole)] = 0  # channels that are rotated together
     softmax_grid: Literal["mrq", "uniform", "best", "row"] = "row"
     attended_grid: Literal["uniform", "row"] = "uniform"  # of the attention's output
     gelu_grid: Literal["mrq", "uniform", "best", "row"] = "best"
@@ -107,6 +139,9 @@ class Recipe(BaseModel):
     rounding: Literal["nearest", "second_order"] = "second_order"  # of weights: GPTQ
     mix: float = Field(
         0.5, ge=0, le=1, description="of second-order rounding: share of the Hessian whose rows are weighed"
+    )
+    fallback: float = Field(
+        20.0, ge=0, allow_inf_nan=False, description="dB below which a layer of a traced model keeps float inputs"
     )
 
     groups: int = Field(10, ge=1)
@@ -138,6 +173,7 @@ class Recipe(BaseModel):
         except ValidationError as error:
             raise InputError(_reason(error.errors()[0])) from None
         self._check_products()
+        self._check_rotation()
 
     def records_match(self, recorded: "Recipe") -> bool:
         """Say whether records made under another recipe serve this one. Only search settings may differ."""
@@ -222,6 +258,14 @@ class Recipe(BaseModel):
                     f"recipe settings '{name}' and '{PRODUCTS_OF[name]}': 'mrq' of {MAX_BITS} bits takes two products, "
                     f"got 'one'; legal with 'one' are 'best', 'uniform', or at most {MAX_BITS - 1} bits"
                 )
+
+    def _check_rotation(self) -> None:
+        """Refuse a static grid for rotated inputs, whose ranges calibration does not record."""
+        if self.rotation and self.input_grid == "uniform":
+            raise InputError(
+                f"recipe settings 'input_grid' and 'rotation': rotated inputs have a scale for each row, got 'uniform' "
+                f"and {self.rotation}; legal with a rotation are 'row' and 'best'"
+            )
 
 
 def _preset(name: Any) -> dict[str, Any]:

@@ -1,31 +1,19 @@
 """Define the value types that every other module shares: a site, the parameters of its grid, and a solved model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 import torch
 
+from tqdit.graph import Graph, Role
 from tqdit.grids.formats import MAX_BITS, MIN_BITS, IntFormat  # noqa: F401  (legal bits of a site)
 from tqdit.grids.registry import Grid
 from tqdit.provenance import Provenance
 from tqdit.timegroups import TimeGroups
 
 STREAM_MARGIN = 8  # fp16 holds values this many times as large as the largest in calibration
-
-
-class Role(StrEnum):
-    """The operand of a matmul that a site is."""
-
-    WEIGHT = "weight"  # the weight of a matmul whose input is quantized too
-    WEIGHT_ONLY = "weight_only"  # the weight of a layer that runs on float activations
-    INPUT = "input"  # the input of a linear layer
-    QUERY = "query"
-    KEY = "key"
-    VALUE = "value"
-    SOFTMAX = "softmax"  # the left operand of P V
-    GELU = "gelu"  # the input of the second feed-forward layer
 
 
 class Granularity(StrEnum):
@@ -83,12 +71,16 @@ class GridParams:
 
     `channels` fp32 (C,): factors by which the channels of x are multiplied before x is coded; None is 1 for all. The
     weight that reads x has their inverses in its codes: W x = (W / channels) (channels x).
+
+    `rotation`: the size of the Hadamard blocks by which channels are rotated after that, before x is coded (see
+    `ops.rotation`); 0 is none. The weight's codes are those of the rotated weight.
     """
 
     spec: SiteSpec
     scale: torch.Tensor
     zero_point: torch.Tensor | None = None
     channels: torch.Tensor | None = None
+    rotation: int = 0
 
     @property
     def merged(self) -> bool:
@@ -103,6 +95,10 @@ class Solution:
     `codes` are int8 weight codes in the shape of the weight. `floats` are the parameters left in fp32 (biases, label
     table). `stream_max`: the largest magnitude of the float model's residual stream in calibration; None where it was
     not recorded.
+
+    `graph`: of a model whose graph was traced from a recorded call; None where the architecture of the model's class
+    describes it. The floats of a traced model keep the dtype of the float model. `notes`: sentences about single sites,
+    such as why a layer's inputs stay in float, by the name of the site.
     """
 
     model_config: Mapping[str, Any]
@@ -112,6 +108,8 @@ class Solution:
     floats: Mapping[str, torch.Tensor]
     provenance: Provenance
     stream_max: float | None = None
+    graph: Graph | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fits_float16(self) -> bool:

@@ -14,6 +14,7 @@ from tqdit.imaging import images
 from tqdit.imaging.images import BATCH, Images
 from tqdit.imaging.request import chosen_classes
 from tqdit.recipe import Recipe
+from tqdit.recorded import quantize_recorded
 from tqdit.runtime import fitting
 from tqdit.runtime.convert import convert
 from tqdit.runtime.inspection import inspection
@@ -110,6 +111,21 @@ def quantize(
     model: nn.Module,
     recipe: Recipe = Recipe(),
     *,
+    calls: Any = None,
+    backend: str = "auto",
+    device: Device | None = None,
+    dtype: Dtype | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    report: Report = silent,
+) -> nn.Module: ...
+
+
+@overload
+def quantize(
+    model: nn.Module,
+    recipe: Recipe = Recipe(),
+    *,
     scheduler: Any,
     conditions: Conditions | str | Path | None = None,
     backend: str = "auto",
@@ -126,16 +142,18 @@ def quantize(model: str | Path | nn.Module, *arguments: Any, **options: Any) -> 
     """Quantize a model: one that is found by MODEL into an artifact folder, or a diffusers transformer in memory.
 
         summary = tqdit.quantize("fashion-dit", "w8a8", tqdit.Recipe())
+        transformer = tqdit.quantize(pipe.transformer, tqdit.Recipe(), calls=calls)    # of tqdit.record(pipe)
         transformer = tqdit.quantize(pipe.transformer, tqdit.Recipe(), scheduler=pipe.scheduler)
 
-    The first form is `quantize_source`, the second `quantize_module`, which say what they take.
+    The first form is `quantize_source`; the second, for any class, `recorded.quantize_recorded`; the third, for DiT and
+    PixArt with their attention in integers too, `quantize_module`. They say what they take.
     """
     if isinstance(model, nn.Module):
         check_transformer(model)
         if len(arguments) > 1:
             raise InputError("a transformer in memory is followed by the recipe; give the rest by name, as out=...")
         if "scheduler" not in options:
-            raise InputError("a transformer in memory needs scheduler=..., such as pipe.scheduler")
+            return quantize_recorded(model, *arguments, **options)
         return quantize_module(model, *arguments, **options)
     if not isinstance(model, str | Path):
         raise InputError(

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
+from tqdit.architectures.from_config import empty_of
 from tqdit.architectures.registry import architecture, config_of
 
 
@@ -22,18 +22,7 @@ def new_model(config: Mapping[str, Any]) -> nn.Module:
 
 def empty_model(config: Mapping[str, Any]) -> nn.Module:
     """Make `new_model` with parameters on the meta device; what it computes for itself, such as tables, is real."""
-    with _EmptyOnMeta():
-        return new_model(config)
-
-
-class _EmptyOnMeta(TorchFunctionMode):
-    """Memory for parameters is on the meta device; whatever is computed is real. Other threads notice nothing."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.empty:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
+    return empty_of(lambda: new_model(config))
 
 
 def share_embedder(model: nn.Module) -> None:

@@ -90,9 +90,14 @@ def config_of(model: nn.Module) -> dict[str, Any]:
 
     `model` may be a wrapper that has the model's `config`. Raises `InputError` for a model that is not supported.
     """
+    return plain_config(model, _class_name(model))
+
+
+def plain_config(model: nn.Module, name: str | None = None) -> dict[str, Any]:
+    """Return `config_of` of any diffusers model, by default with the name of its own class."""
     config = cast(Mapping[str, Any], model.config)
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
-    return {CLASS_NAME: _class_name(model), **settings}
+    return {CLASS_NAME: name or type(model).__name__, **settings}
 
 
 def _class_name(model: nn.Module) -> str:

@@ -73,7 +73,7 @@ def seal(folder: Path) -> None:
     """
     beside = sorted(path for path in folder.rglob("*") if path.is_file() and not _vouched(path.relative_to(folder)))
     files = {path.relative_to(folder).as_posix(): _sha256(path) for path in beside}
-    write_json(folder / MANIFEST, {"format_version": tensors.FORMAT_VERSION, "files": files}, sort_keys=True)
+    write_json(folder / MANIFEST, {"format_version": tensors.SEAL_VERSION, "files": files}, sort_keys=True)
 
 
 def read(folder: Path, root: Path | None = None) -> Solution:
@@ -116,7 +116,7 @@ def unseal_pipeline(folder: Path) -> None:
 
     diffusers changes these files when it saves the model, and writes no seal.
     """
-    if folder.name == TRANSFORMER:
+    if folder.name.startswith(TRANSFORMER):  # some pipelines have a transformer_2
         (folder.parent / MANIFEST).unlink(missing_ok=True)
 
 

@@ -5,7 +5,7 @@ Bytes that anyone may have written become strict types here.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Self
 
 from pydantic import (
@@ -27,6 +27,7 @@ from tqdit.spec import MAX_BITS, MIN_BITS, Granularity, Grid, Role, SiteSpec
 from tqdit.system.reading import parse_json
 from tqdit.timegroups import MAX_EDGES, MAX_TIMESTEPS, TimeGroups
 
+ROTATIONS = (0, 128, 256)  # sizes of Hadamard blocks; 0 is none
 MAX_AXES = 4  # axes of a weight
 MAX_SIZE = 2**40  # the limit of an axis: no file holds a larger one
 
@@ -53,6 +54,7 @@ class _Site(_Entry):
     granularity: Granularity
     groups: Size
     units: Size
+    rotation: StrictInt = 0  # since format 5
 
 
 class _UniformGroups(_Entry):
@@ -107,9 +109,17 @@ class _Manifest4(_Manifest3):
     stream_max: Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
+class _Manifest5(_Manifest4):
+    graph: dict[StrictStr, Any] | None = None
+    notes: dict[StrictStr, StrictStr] = Field(default_factory=dict)
+
+
 # Format 4 is format 3 with the grids of rows, channel factors, layers outside of blocks that stay in float, and the
-# largest magnitude of the residual stream.
-FORMATS: dict[int, type[_Manifest2] | type[_Manifest3]] = {2: _Manifest2, 3: _Manifest3, 4: _Manifest4}
+# largest magnitude of the residual stream. Format 5 is format 4 with the graph of a traced model, rotations, and notes;
+# an artifact that has none of these is written in format 4.
+FORMATS: dict[int, type[_Manifest2] | type[_Manifest3]] = {
+    2: _Manifest2, 3: _Manifest3, 4: _Manifest4, 5: _Manifest5,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,8 @@ class Manifest:
     """The content of a manifest.
 
     `shapes`: of weights, whose codes are packed. `aliases`: a tensor's name -> the equal one that is stored.
-    `stream_max`: as in `Solution`; formats before 4 do not have it.
+    `stream_max`: as in `Solution`; formats before 4 do not have it. `graph`: of a traced model, as JSON; `rotations`:
+    of the sites that have one; `notes`: as in `Solution`. Formats before 5 do not have them.
     """
 
     model_config: Mapping[str, Any]
@@ -128,6 +139,14 @@ class Manifest:
     aliases: Mapping[str, str]
     provenance: Provenance
     stream_max: float | None = None
+    graph: Mapping[str, Any] | None = None
+    rotations: Mapping[str, int] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def version(self) -> int:
+        """Return the format that the manifest is written in."""
+        return 5 if self.graph is not None or self.rotations or self.notes else 4
 
     @classmethod
     def parse(cls, data: bytes, version: int) -> Self:
@@ -152,33 +171,50 @@ class Manifest:
             _checked_aliases(value),
             Provenance.from_json(_printable(value.provenance)),
             value.stream_max if isinstance(value, _Manifest4) else None,
+            **_since_5(value),
         )
 
     def to_json(self) -> bytes:
-        """Return the bytes that `parse` reads, in the newest format; the same for the same content."""
-        value = {
+        """Return the bytes that `parse` reads, in the format `version`; the same for the same content."""
+        value: dict[str, Any] = {
             "model_config": dict(self.model_config),
             "time_groups": asdict(self.time_groups),
-            "sites": [asdict(spec) for spec in self.sites],
+            "sites": [self._site(spec) for spec in self.sites],
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "tensors": {name: tensor.model_dump() for name, tensor in self.tensors.items()},
             "aliases": dict(self.aliases),
             "provenance": self.provenance.to_json(),
             "stream_max": self.stream_max,
         }
+        if self.version == 5:
+            value |= {"graph": self.graph, "notes": dict(self.notes)}
         return json.dumps(value, separators=(",", ":")).encode()
+
+    def _site(self, spec: SiteSpec) -> dict[str, Any]:
+        turned = self.rotations.get(spec.name, 0)
+        return asdict(spec) | ({"rotation": turned} if turned else {})
+
+
+def _since_5(value: _Manifest) -> dict[str, Any]:
+    """Return the fields that formats before 5 do not have."""
+    if not isinstance(value, _Manifest5):
+        return {}
+    rotations = {site.name: site.rotation for site in value.sites if site.rotation}
+    return {"graph": value.graph, "rotations": rotations, "notes": value.notes}
 
 
 def _sites(entries: list[_Site], time_groups: TimeGroups) -> tuple[SiteSpec, ...]:
     found: dict[str, SiteSpec] = {}
     for entry in entries:
-        spec = SiteSpec(**{name: getattr(entry, name) for name in _Site.model_fields})
+        spec = SiteSpec(**{name: getattr(entry, name) for name in _Site.model_fields if name != "rotation"})
         if spec.name in found:
             raise InputError(f"site '{spec.name}' is listed twice")
         if not MIN_BITS <= spec.bits <= MAX_BITS:
             raise InputError(f"site '{spec.name}' has {spec.bits} bits, legal are {MIN_BITS} to {MAX_BITS}")
         if spec.groups not in (1, time_groups.num_groups):
             raise InputError(f"site '{spec.name}' has {spec.groups} groups, legal are 1 and {time_groups.num_groups}")
+        if entry.rotation not in ROTATIONS:
+            raise InputError(f"site '{spec.name}' has rotation {entry.rotation}, legal are {ROTATIONS}")
         found[spec.name] = spec
     return tuple(found.values())
 

@@ -3,7 +3,7 @@
     <weight>.codes                 uint8, packed
     <site>.scale, <site>.zero_point    float32, int32
     <site>.channels                float32, channel factors of an activation
-    <parameter>                    float32, parameters that stay in float
+    <parameter>                    float32, parameters that stay in float; of a traced model, in the dtype of its source
     tqdit.manifest                 uint8, JSON: sites, shapes, sha256 of every tensor, aliases, provenance,
                                    largest magnitude of the residual stream
 
@@ -15,20 +15,24 @@ embedder. The same Solution gives the same bytes.
 import hashlib
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from tqdit.artifact import graph_json
 from tqdit.artifact.manifest import FORMATS, Manifest, StoredTensor
 from tqdit.errors import InputError
 from tqdit.grids import packing
 from tqdit.spec import GridParams, SiteSpec, Solution
 from tqdit.system.files import CONFIG, QUANT_METHOD
 
-FORMAT_VERSION = max(FORMATS)  # the format of everything that is written
+FORMAT_VERSION = max(FORMATS)  # the newest format; see `Manifest.version`
+SEAL_VERSION = 4  # the format of seals that are written
 MANIFEST_TENSOR = "tqdit.manifest"
 QUANTIZATION = "quantization_config"
 DEFAULTS = "_use_default_values"  # diffusers' list of keys that a config.json lacked
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # dtypes of a traced model's parameters
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # a smaller number lacks some of its digits
 
 
@@ -48,6 +52,9 @@ def pack(solution: Solution) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         aliases,
         solution.provenance,
         solution.stream_max,
+        None if solution.graph is None else graph_json.to_json(solution.graph),
+        {name: params.rotation for name, params in solution.params.items() if params.rotation},
+        solution.notes,
     )
     text = bytearray(manifest.to_json())
     stored[MANIFEST_TENSOR] = torch.frombuffer(text, dtype=torch.uint8)
@@ -56,7 +63,7 @@ def pack(solution: Solution) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         **{key: value for key, value in solution.model_config.items() if key != QUANTIZATION},
         QUANTIZATION: {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": manifest.version,
             "preset": provenance.preset,
             "weight_bits": provenance.weight_bits,
             "activation_bits": provenance.activation_bits,
@@ -104,17 +111,26 @@ def _unpacked(found: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> S
     tensors = _verified(found, manifest)
     tensors |= {name: tensors[target] for name, target in manifest.aliases.items()}
     params = {spec.name: _take_params(spec, tensors) for spec in manifest.sites}
+    for name, rotation in manifest.rotations.items():
+        params[name] = replace(params[name], rotation=rotation)
     codes = _take_codes(manifest, tensors)
+    legal = (torch.float32,) if manifest.graph is None else FLOATS
     for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
-            raise InputError(f"tensor '{name}' must be finite float32, it is {tensor.dtype}")
+        if tensor.dtype not in legal or not torch.isfinite(tensor).all():
+            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in legal)
+            raise InputError(f"tensor '{name}' must be finite {wanted}, it is {tensor.dtype}")
     model_config = {key: value for key, value in config.items() if key != QUANTIZATION}
-    groups, provenance = manifest.time_groups, manifest.provenance
-    return Solution(model_config, groups, params, codes, tensors, provenance, manifest.stream_max)
+    shapes = {name: tensor.shape for name, tensor in (codes | tensors).items()}
+    graph = None if manifest.graph is None else graph_json.from_json(manifest.graph, shapes)
+    return Solution(
+        model_config, manifest.time_groups, params, codes, tensors, manifest.provenance, manifest.stream_max, graph,
+        manifest.notes,
+    )  # fmt: skip
 
 
 def _tensors_of(solution: Solution) -> tuple[dict[str, torch.Tensor], dict[str, tuple[int, ...]]]:
-    tensors = {name: tensor.float().contiguous() for name, tensor in solution.floats.items()}
+    traced = solution.graph is not None
+    tensors = {name: (t if traced else t.float()).contiguous() for name, t in solution.floats.items()}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, params in solution.params.items():
         tensors[f"{name}.scale"] = params.scale.float().contiguous()
@@ -161,9 +177,16 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a model config that decides what the model computes.
 
-    diffusers' own notes, whose names start with "_", are left out.
+    diffusers' own notes, whose names start with "_", are left out. Tuples are lists, as in JSON.
     """
-    return {key: config[key] for key in sorted(config) if not key.startswith("_") and key != QUANTIZATION}
+    kept = (key for key in sorted(config) if not key.startswith("_") and key != QUANTIZATION)
+    return {key: _as_json(config[key]) for key in kept}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _as_json(inner) for key, inner in value.items()}
+    return [_as_json(inner) for inner in value] if isinstance(value, tuple | list) else value
 
 
 def _manifest(found: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Manifest:

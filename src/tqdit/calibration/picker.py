@@ -54,3 +54,8 @@ def masked_last(order: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """
     masked = ~kept.gather(1, order)
     return order.gather(1, masked.int().argsort(dim=1, stable=True))
+
+
+def share_of_rows(rows: int, call: int, calls: int) -> int:
+    """Return how many of `rows` rows a call gives, so that all calls give as many and together `rows`; at least 1."""
+    return max(1, rows * (call + 1) // calls - rows * call // calls)

@@ -1,7 +1,7 @@
 """The records of a model that the search needs: sampled operands, ranges and Fisher weights of every matmul."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Generic, TypeVar
 
 import torch
@@ -22,13 +22,14 @@ class LinearRecord:
     """The sampled rows of one linear input.
 
     x (R, in), group, step_weight and image_weight (R,), fisher (R, out) of its layers. Masked tokens are rows of zeros.
+    x and fisher are fp32; of a traced model they are in its own dtype, and fisher is None if it was not probed.
     """
 
     x: torch.Tensor
     group: torch.Tensor
     step_weight: torch.Tensor
     image_weight: torch.Tensor
-    fisher: torch.Tensor
+    fisher: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Joined(Mapping[str, Kind], Generic[Kind]):
     def __getitem__(self, name: str) -> Kind:
         if name not in self._names:
             raise KeyError(name)
-        keys = {field.name: f"{name}/{field.name}" for field in fields(self._kind)}
+        keys = {entry.name: f"{name}/{entry.name}" for entry in fields(self._kind)}
         found = [part.read(keys.values()) for part in self._parts]
         held = {field: [part[key].to(self._device) for part in found if key in part] for field, key in keys.items()}
         # A field that no part has keeps its default.
@@ -89,6 +90,9 @@ class Records:
     largest post-softmax values of all blocks, (S, blocks, heads * k), for the report. `recipe`, `time_groups`,
     `states_sha256` and `source_sha256`, of the model's weights, say which calibration they are of, where a search is to
     check it. `stream_max`: the largest magnitude of the residual stream before and after blocks, over all states.
+
+    Of a traced model, `linears` are on the CPU, and there are no attentions and no maxima. `tokens`: the mean number of
+    rows of each site in a call. `notes`: sentences for the report, on what was not recorded.
     """
 
     linears: Mapping[str, LinearRecord]
@@ -102,6 +106,13 @@ class Records:
     source_sha256: str = ""
     conditions_sha256: str | None = None  # None for the model's own classes
     stream_max: float | None = None
+    tokens: Mapping[str, float] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls) -> "Records":
+        """Return the records of no calibration, for recipes that need none."""
+        return cls({}, {}, {}, torch.zeros(0), torch.zeros(0))
 
     @classmethod
     def from_parts(

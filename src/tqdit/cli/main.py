@@ -1,4 +1,4 @@
-"""Define the command line: `tqdit quantize | sample | compare | bench | convert | inspect | demo`.
+"""Define the command line: `tqdit record | quantize | sample | compare | bench | convert | inspect | demo`.
 
 Each command imports what it needs when it runs.
 """
@@ -21,6 +21,7 @@ from tqdit.cli.demo import demo
 from tqdit.cli.exits import INTERRUPT_MESSAGE, INTERRUPTED, TERMINATED, WRONG, StoppedError, Terminated
 from tqdit.cli.inspect import inspect
 from tqdit.cli.quantize import quantize
+from tqdit.cli.record import record
 from tqdit.cli.sample import sample
 from tqdit.system import distributed
 
@@ -37,6 +38,7 @@ app = typer.Typer(
 
 TOGETHER = ("quantize", "sample", "compare")  # commands that several processes share
 COMMANDS: Mapping[Callable[..., None], str] = {
+    record: "Record the calls of a pipeline's transformer.",
     quantize: "Calibrate a model and write an artifact.",
     sample: "Sample images into a grid or a folder.",
     compare: "Measure artifacts against their float model.",

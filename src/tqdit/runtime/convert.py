@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from tqdit.ops.modules import Fingerprint, state_names
 from tqdit.runtime.calls import Runtime
 from tqdit.runtime.fitting import check_solution
 from tqdit.runtime.integer import make_integer
+from tqdit.runtime.traced import convert_traced
 from tqdit.spec import Solution
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -28,7 +29,7 @@ def convert(
     solution: Solution,
     backend: str = "auto",
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     memory: str | torch.device | None = None,
 ) -> nn.Module:
     """Return a diffusers transformer in eval mode that runs on the codes of `solution`.
@@ -39,17 +40,23 @@ def convert(
 
     `backend`: a name, or "auto". A model with the backend "auto" is converted again by a call on another kind of
     device. `device`: where the model runs. `dtype`: float32, float16 or bfloat16, of inputs and outputs as
-    `torch_dtype` of diffusers, and of the residual stream; under float16 the stream is float32 unless the solution
-    `fits_float16`: `stream_dtype` of the model says which. `memory`: the device that holds the tensors of a model that
-    is offloaded, whose parts are moved to `device` one at a time; by default `device` itself.
+    `torch_dtype` of diffusers, and of the residual stream; None is float32, or for a traced model as stored. Under
+    float16 the stream is float32 unless the solution `fits_float16`: `stream_dtype` of the model says which. `memory`:
+    the device that holds the tensors of a model that is offloaded, whose parts are moved to `device` one at a time; by
+    default `device` itself.
+
+    A traced model (with a graph of its own, see `runtime.traced`) runs diffusers' own code around its layers; `dtype`
+    is that of the parameters that stay in float.
 
     Raises `InputError` if the solution does not fit the model that its config describes (see `runtime.fitting`), and if
     the backend cannot run on the device.
     """
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}")
     check_solution(solution)
-    return _converted(solution, backend, device, dtype, memory)
+    if solution.graph is not None:
+        return cast(nn.Module, convert_traced(solution, backend, device, dtype))
+    return _converted(solution, backend, device, dtype or torch.float32, memory)
 
 
 def _converted(

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from tqdit.architectures.registry import architecture, check_supported
+from tqdit.architectures.traced import traced
 from tqdit.artifact import folder as artifact
 from tqdit.errors import InputError
+from tqdit.graph import Graph
 from tqdit.grids.softmax_row import fixed_scale
 from tqdit.plan import BY_ROW, TWO_REGION, plan
 from tqdit.recipe import Recipe
@@ -43,13 +45,10 @@ def check_solution(solution: Solution) -> None:
     scale per weight or per output channel, channel factors of a linear layer's input, codes or floats at both ends.
     Raises `InputError` that names the site and the field, or the parameter, that the model cannot have.
     """
-    config = solution.model_config
-    check_supported(config)
-    found = architecture(config)
-    found.check_sizes(config, _shapes(solution.codes) | _shapes(solution.floats))
-    graph = found.graph(config)
+    graph = _graph(solution)
     timed = {operand.name for operand in graph.operands if operand.timed}
     optional = {f"{name}.weight" for name in graph.ends}  # codes or float
+    rotated = {operand.name for operand in graph.operands if operand.apart}
     expected = {
         name: site.spec
         for name, site in plan(graph, PER_CHANNEL).items()
@@ -63,7 +62,20 @@ def check_solution(solution: Solution) -> None:
     widths = {linear.source.name: graph.features(linear)[0] for block in graph.blocks for linear in block.linears}
     for name in expected:
         _check_channels(solution.params[name], widths.get(name))
+        _check_rotation(solution.params[name], widths.get(name) if name in rotated else None)
     _check_parameters(solution, expected, graph.shapes)
+
+
+def _graph(solution: Solution) -> Graph:
+    """Return the graph of a solution's model, which is known to hold no more than the solution does."""
+    config = solution.model_config
+    if solution.graph is not None:
+        traced(config["_class_name"]).check_solution(solution)
+        return solution.graph
+    check_supported(config)
+    found = architecture(config)
+    found.check_sizes(config, _shapes(solution.codes) | _shapes(solution.floats))
+    return found.graph(config)
 
 
 def _shapes(held: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
@@ -115,6 +127,12 @@ def _check_channels(params: GridParams, width: int | None) -> None:
     if tuple(params.channels.shape) != (width,):
         given = tuple(params.channels.shape)
         raise InputError(f"site '{params.spec.name}' has channels of shape {given}, not {(width,)}")
+
+
+def _check_rotation(params: GridParams, width: int | None) -> None:
+    """Check that a rotation is of an operand that is quantized apart, whose `width` is whole blocks."""
+    if params.rotation and (width is None or width % params.rotation):
+        raise InputError(f"site '{params.spec.name}' has a rotation of {params.rotation}, its model's width is {width}")
 
 
 def _check_parameters(

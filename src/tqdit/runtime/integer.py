@@ -1,65 +1,42 @@
 """Make the classes of converted models: one for each diffusers class, when it is first needed."""
 
 import functools
-import threading
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
 from accelerate import cpu_offload
-from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
-from accelerate.utils import convert_file_size_to_int
+from accelerate.hooks import remove_hook_from_module
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 from tqdit.architectures.interface import Architecture
 from tqdit.architectures.registry import architecture
-from tqdit.artifact import folder as artifact
-from tqdit.artifact.model_card import model_card, write_card
+from tqdit.artifact.model_card import model_card
 from tqdit.errors import InputError
 from tqdit.layers.block import IntBlock
-from tqdit.ops.modules import HOOK, Closed, Untrainable, check_same
+from tqdit.ops.modules import Closed, Untrainable, check_same
 from tqdit.runtime.calls import Runtime, tell_diffusers
+from tqdit.runtime.quantized import LOCK, QuantizedModel, SameAsDiffusers, offloading
 from tqdit.sources.conditions import is_prompted
-from tqdit.spec import Solution
-from tqdit.system.files import replacing
 from tqdit.system.isolation import isolated
 
 CONVERTED = (
     "quantization_backend", "quantization_report", "solution", "reconvert", "prepared_for", "fixed", "fits_float16",
 )  # fmt: skip
-LOCK = threading.Lock()  # held while a model is converted again
 INTEGER, CLOSED = "Integer", "Closed"  # first words of the names of classes that are made here
 
 
-class _SameAsDiffusers(type):
-    """A metaclass that makes a class equal to diffusers' own class.
-
-    Pipelines compare the class of a part with the class that they expect.
-    """
-
-    original: type
-
-    def __eq__(cls, other: object) -> bool:
-        return other is cls or other is cls.original
-
-    def __hash__(cls) -> int:
-        return hash(cls.original)
-
-
-class IntegerModel(Closed, Untrainable):
+class IntegerModel(QuantizedModel, Closed, Untrainable):
     """The members that every converted model has beside those of diffusers' own class; `convert` makes the model."""
 
-    solution: Solution  # with the codes of the layers
     reconvert: Any  # (Solution, device=...) -> a model that is converted in the same way
     prepared_for: str  # the kind of device that the layers are laid out for
     fixed: frozenset[str]  # names in a state dict that belong to the model, not to an adapter
     fits_float16: bool  # whether a residual stream of fp16 holds its values, by the solution
     runtime: Runtime
     config: Any
-    original: type[Any]  # diffusers' class
     io_dtype: torch.dtype = torch.float32
 
     @property
@@ -127,7 +104,7 @@ class IntegerModel(Closed, Untrainable):
         with LOCK, isolated():
             if self.prepared_for == device.type:
                 return
-            hook = _offloading(self)
+            hook = offloading(self)
             if hook is None:
                 self.adopt(self.reconvert(self.solution, device=device))
                 return
@@ -158,53 +135,11 @@ class IntegerModel(Closed, Untrainable):
             del state_dict[name]
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
-    @classmethod
-    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
-        """Call diffusers' own `from_pretrained`: the folder's content decides the class of the model."""
-        return cls.original.from_pretrained(*arguments, **options)
-
-    @classmethod
-    def from_config(cls, *arguments: Any, **options: Any) -> Any:
-        """Call diffusers' own `from_config`, which makes a float model."""
-        return cls.original.from_config(*arguments, **options)
-
-    @isolated()
-    def save_pretrained(
-        self,
-        save_directory: Any,
-        is_main_process: bool = True,
-        save_function: Any = None,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = "10GB",
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Write an artifact that `from_pretrained` and tqdit read.
-
-        The artifact is written as a whole or not at all, unlike diffusers' own. A model that the folder has is
-        replaced. To push a model, call `push_to_hub`.
-
-        Raises `InputError` for a folder with anything else in it, for options that an artifact does not have (pickled
-        weights, variants), and for a model whose scales, zero points or biases are no longer those of its solution.
-        """
-        refused = {"safe_serialization=False": not safe_serialization, f"variant='{variant}'": variant is not None,
-                   "push_to_hub=True": push_to_hub}  # fmt: skip
-        for name, given in refused.items():
-            if given:
-                raise InputError(f"save_pretrained of an integer model does not support {name}")
-        if is_main_process:
-            cast(Any, self.solution.codes).check_unchanged(self.solution)
-            target = Path(save_directory)
-            artifact.check_replaceable(target)
-            shape = self.runtime.architecture.shape_name(self.solution.model_config)
-            most = None if max_shard_size is None else convert_file_size_to_int(max_shard_size)
-            with replacing(target, overwrite=True, in_pipeline=True) as folder:
-                artifact.write(self.solution, folder, most)
-                prompted = is_prompted(self.solution.model_config)
-                text = model_card(self.solution, shape, artifact.size_bytes(folder), prompted=prompted)
-                write_card(folder, text, target)
-            artifact.unseal_pipeline(target)
+    def card(self, size_bytes: int) -> str:
+        """Return the model card of an artifact of this model."""
+        config = self.solution.model_config
+        shape = self.runtime.architecture.shape_name(config)
+        return model_card(self.solution, shape, size_bytes, prompted=is_prompted(config))
 
     def to(self, *arguments: Any, **options: Any) -> Self:
         """Move the model, or change its dtype, as `torch.nn.Module.to` does.
@@ -256,7 +191,7 @@ def integer_class(name: str) -> Any:
         "__qualname__": INTEGER + name,
     }
     tell_diffusers(described.block)
-    return _SameAsDiffusers(name, (IntegerModel, original), contents)
+    return SameAsDiffusers(name, (IntegerModel, original), contents)
 
 
 @functools.cache
@@ -277,13 +212,3 @@ def __getattr__(name: str) -> Any:
         except InputError:
             pass
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-
-
-def _offloading(model: nn.Module) -> AlignDevicesHook | None:
-    """Return the first of accelerate's hooks that sends tensors away, or None."""
-    for module in model.modules():
-        hook = module.__dict__.get(HOOK)
-        for part in getattr(hook, "hooks", (hook,)):
-            if isinstance(part, AlignDevicesHook) and part.offload:
-                return part
-    return None

@@ -131,7 +131,7 @@ def weight(specs: list[SiteSpec], weights: list[torch.Tensor]) -> Operand:
 
     They are stacked along out, each with its own scale or scales.
     """
-    values = torch.cat(weights)
+    values = weights[0] if len(weights) == 1 else torch.cat(weights)  # large weights are not copied
     unit, magnitudes, first = [], [], 0
     for spec, w in zip(specs, weights, strict=True):
         units = torch.arange(len(w)) if spec.units > 1 else torch.zeros(len(w), dtype=torch.int64)

@@ -23,6 +23,9 @@ from tqdit.grids import uniform
 from tqdit.grids.formats import IntFormat
 
 ROWS = 8192  # of inputs that are float64 at a time
+# Bytes that the rows of a weight may take at once. On a GPU that has room for it, fewer parts wait for fewer launches.
+WORKSPACE = 2**30
+ROW_BYTES = 2 * 26  # of a column of a row: two proposals, each three float64 matrices and two of codes
 
 
 def hessian(
@@ -106,9 +109,18 @@ def scaled_codes(
     """
     _check_finite(weight, site)
     factor = _Factor.of(hessian, act_order, damping, site)
+    parts = -(-weight.numel() * ROW_BYTES // WORKSPACE)  # rows are independent: their division changes no code
+    found = [_scaled_codes(part, factor, bits, factors, site) for part in weight.tensor_split(max(1, parts))]
+    return torch.cat([scale for scale, _ in found]), torch.cat([codes for _, codes in found])
+
+
+def _scaled_codes(
+    weight: torch.Tensor, factor: "_Factor", bits: int, factors: torch.Tensor, site: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `scaled_codes` of some rows of a weight."""
     base = uniform.minmax_symmetric(weight.abs().amax(1), bits, site)
     tables = torch.stack([base, *(uniform.multiples(base, multiple) for multiple in factors.to(base))])
-    diagonal = hessian.diagonal()
+    diagonal = factor.hessian.diagonal()
     measures = torch.stack([torch.ones_like(diagonal), diagonal], 1)
     errors = [_error(weight, table, _nearest(weight, table, bits)).square_() @ measures for table in tables]
     proposals = tables.gather(0, torch.stack(errors).argmin(0).t())  # (2, out)
@@ -156,21 +168,26 @@ class _Factor:
         mean = diagonal.mean()
         reordered.diagonal().add_(torch.where(mean > 0, damping * mean, 1.0))
         lower, failed = torch.linalg.cholesky_ex(reordered)
+        del reordered  # of 15,360 columns, each such matrix takes 1.9 GB
         if int(failed):
             raise InputError(f"site '{site}': the Hessian of the inputs is singular, damping must exceed {damping:g}")
         upper = lower.flip(0, 1)
-        return cls(hessian, order, (upper / upper.diagonal()).triu_(1))
+        del lower
+        return cls(hessian, order, upper.div_(upper.diagonal().clone()).triu_(1))
 
     def codes(
         self, weight: torch.Tensor, scale: torch.Tensor, bits: int, block: int = 128
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return codes (out, in) int8, and e H e^T of every row, (out,): the better of second-order and nearest."""
         nearest = _nearest(weight, scale, bits)
-        values = (weight.double() / scale.double()[:, None]).t()[self.order].contiguous()
         moved = torch.empty_like(nearest)
-        moved[:, self.order] = _rounded(values, self.feedback, IntFormat(bits), block).t()
+        moved[:, self.order] = _rounded(self._in_order(weight, scale), self.feedback, IntFormat(bits), block).t()
         after, before = (self.loss(_error(weight, scale, codes)) for codes in (moved, nearest))
         return torch.where((after < before)[:, None], moved, nearest), torch.minimum(after, before)
+
+    def _in_order(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Return the weights in units of their scales, (in, out) float64, in the order of rounding."""
+        return (weight.double() / scale.double()[:, None]).t()[self.order].contiguous()
 
     def loss(self, error: torch.Tensor) -> torch.Tensor:
         """Return e H e^T for every row e of `error` (out, in): (out,)."""

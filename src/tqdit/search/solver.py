@@ -3,7 +3,7 @@
 It is pure and seeded: the same records give the same result.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import TypeVar
@@ -11,25 +11,25 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from tqdit.architectures.interface import Attention, Block, Linear
-from tqdit.architectures.interface import Operand as Site
-from tqdit.architectures.registry import config_of, graph
+from tqdit.architectures.registry import config_of, graph, plain_config
 from tqdit.calibration.records import AttentionRecord, LinearRecord, Records, channels_of
 from tqdit.calibration.statistics import RangeStats, kept_keys
 from tqdit.calibration.store import Forgetful, Store
 from tqdit.errors import InputError
+from tqdit.graph import Attention, Block, Graph, Linear
+from tqdit.graph import Operand as Site
 from tqdit.grids import uniform
-from tqdit.plan import Objective, SitePlan, plan
+from tqdit.plan import Objective, SitePlan, plan, second_order_rounding
 from tqdit.plan import objective as planned_objective
 from tqdit.provenance import Provenance
 from tqdit.recipe import Recipe
 from tqdit.sampling.trajectory import Progress
-from tqdit.search import linears, objectives, operands
+from tqdit.search import fallback, linears, objectives, operands
 from tqdit.search.alternating import alternate
 from tqdit.search.linears import LinearProblem
 from tqdit.search.objectives import MatmulObjective
 from tqdit.search.operands import Operand
-from tqdit.spec import Grid, GridParams, SiteSpec, Solution
+from tqdit.spec import GridParams, SiteSpec, Solution
 from tqdit.system import distributed
 from tqdit.timegroups import TimeGroups
 
@@ -42,14 +42,19 @@ def solve(
     provenance: Provenance,
     progress: Progress = lambda _: None,
     store: Store | None = None,
+    graph: Graph | None = None,
 ) -> Solution:
     """Choose the grid of every site and code every weight. `model` is the float model; it is only read.
+
+    `graph`: of a traced model, by default that of the model's architecture. In the solution's graph, a layer whose
+    outputs lose more than the recipe's `fallback` allows by quantized inputs is among those on float inputs; the
+    solution's notes say so. The floats of a traced model keep their dtype.
 
     Each matmul is one piece of `store`. Inside `distributed.joined` the ranks share the blocks, whose records each has
     of its own alone, and each returns the whole solution. Raises `InputError` where a GPU's memory runs out.
     """
     solver, keep, world = (
-        _Solver(model, records, recipe, time_groups.num_groups),
+        _Solver(model, records, recipe, time_groups.num_groups, graph),
         store or Forgetful(),
         distributed.current(),
     )
@@ -73,12 +78,13 @@ def solve(
     # Exchanged once, at the end: after each part ranks would wait for the slowest rank of that part.
     for found in world.gather_named(solved, len(parts)):
         solver.take(found)
-    ordered = {name: solver.params[name] for name in solver.specs}
-    floats, stream_max = solver.floats(), records.stream_max
-    return Solution(dict(config_of(model)), time_groups, ordered, solver.codes, floats, provenance, stream_max)
+    return solver.solution(time_groups, provenance)
 
 
-Solved = dict[str, torch.Tensor]  # "<site>/scale", "<site>/zero_point" and "<site>/codes" of matmuls, on the CPU
+# "<site>/scale", "<site>/zero_point", "<site>/channels" and "<site>/codes" of matmuls, on the CPU; and the SQNR of a
+# site whose layers take float inputs after all, "<site>/fallen".
+Solved = dict[str, torch.Tensor]
+FALLEN = "fallen"
 Record = TypeVar("Record", LinearRecord, AttentionRecord, RangeStats)
 
 
@@ -88,18 +94,23 @@ class _Solver:
     Matmuls share nothing, so any order gives the same result.
     """
 
-    def __init__(self, model: nn.Module, records: Records, recipe: Recipe, groups: int) -> None:
+    def __init__(
+        self, model: nn.Module, records: Records, recipe: Recipe, groups: int, traced: Graph | None = None
+    ) -> None:
         self.model = model
         self.records = records
         self.recipe = recipe
         self.objective = planned_objective(recipe)
-        self.graph = graph(config_of(model))
+        self.traced, self.groups = traced is not None, groups
+        self.graph = graph(config_of(model)) if traced is None else traced
+        self.original = self.graph  # before layers fall back
         self.plan = plan(self.graph, recipe, groups)
         self.specs = {name: site.spec for name, site in self.plan.items()}
         self.state = model.state_dict()
         self.device = next(model.parameters()).device
         self.params: dict[str, GridParams] = {}
         self.codes: dict[str, torch.Tensor] = {}
+        self.notes: dict[str, str] = dict(records.notes)
 
     def parts(self) -> list[dict[str, Callable[[], Solved]]]:
         """Return matmuls by name: part i has all of block i, the last part has the matmuls outside of blocks."""
@@ -115,28 +126,53 @@ class _Solver:
     def _floating(self, modules: Iterable[str]) -> dict[str, Callable[[], Solved]]:
         """Return the layers of float inputs."""
         names = [f"{name}.weight" for name in modules]
-        return {name: partial(self._weight_only, name) for name in names if name in self.plan}
+        return {name: partial(self._weight_only, self.specs[name]) for name in names if name in self.plan}
 
     def take(self, solved: Mapping[str, torch.Tensor]) -> None:
-        """Add parameters and codes. A scale's shape says which grid was chosen."""
+        """Add parameters and codes. The shape of a scale and the zero points say which grid was chosen."""
+        fields = {key: key.rpartition("/")[::2] for key in solved}
+        for key, (name, field) in fields.items():
+            if field == FALLEN:
+                self._fall_back(name, float(solved[key]))
         for key, tensor in solved.items():
-            name, _, field = key.rpartition("/")
+            name, field = fields[key]
             if field == "codes":
                 self.codes[name] = tensor
             elif field == "scale":
-                spec = self.specs[name]
-                if tensor.ndim != 3 and not spec.grid.per_row:
-                    spec = replace(spec, grid=Grid.UNIFORM)
-                further = (solved.get(f"{name}/{field}") for field in ("zero_point", "channels"))
-                self.params[name] = GridParams(spec, tensor, *further)
+                site, zero_point = self.plan[name], solved.get(f"{name}/zero_point")
+                found = (tensor.shape, zero_point is not None)
+                spec = next(spec for spec in site.tried if (spec.scale_shape, spec.has_zero_point) == found)
+                channels = solved.get(f"{name}/channels")
+                self.params[name] = GridParams(spec, tensor, zero_point, channels, site.rotation)
+
+    def solution(self, time_groups: TimeGroups, provenance: Provenance) -> Solution:
+        """Return the solution of all that was taken."""
+        return Solution(
+            dict(plain_config(self.model) if self.traced else config_of(self.model)),
+            time_groups,
+            {name: self.params[name] for name in self.plan},
+            self.codes,
+            self.floats(),
+            provenance,
+            self.records.stream_max,
+            self.graph if self.traced else None,
+            self.notes,
+        )
 
     def floats(self) -> dict[str, torch.Tensor]:
-        """Return the parameters that are not sites."""
-        return {name: t.detach().float().cpu() for name, t in self.state.items() if name not in self.specs}
+        """Return the parameters that are not sites: fp32, or of a traced model in their own dtype."""
+        kept = {name: t.detach().cpu() for name, t in self.state.items() if name not in self.plan}
+        return kept if self.traced else {name: t.float() for name, t in kept.items()}
 
-    def _weight_only(self, name: str) -> Solved:
+    def _fall_back(self, name: str, sqnr: float) -> None:
+        """Move the layers of a site to those on float inputs, and note why."""
+        self.notes[name] = fallback.note(self.original, name, sqnr, self.records.tokens, self.recipe)
+        self.graph = fallback.on_float_inputs(self.graph, name)
+        self.plan = plan(self.graph, self.recipe, self.groups)
+
+    def _weight_only(self, spec: SiteSpec) -> Solved:
         """Choose a scale per channel by plain squared error on the weight (Frobenius objective)."""
-        spec, values = self.specs[name], self.state[name].float()
+        values = self.state[spec.name].float()
         operand = operands.weight([spec], [values.flatten(1)])
         if self.recipe.rounds:
             steps = uniform.factors(self.recipe.low, self.recipe.high, self.recipe.candidates)
@@ -148,16 +184,37 @@ class _Solver:
     def _linear(self, linear: Linear) -> Solved:
         name = linear.source.name
         record = _moved(self.records.linears[name], self.device)
-        specs = [self.specs[weight] for weight in linear.weights]
         site = self.plan[name]
         channel_ranges = self._ranges(channels_of(name)) if site.channels else None
-        weights = [self.state[weight].float() for weight in linear.weights]
-        error_weights = self._weights(record, record.fisher)
-        solved = linears.solve(
-            LinearProblem(site, record, self._ranges(name), channel_ranges, specs, weights, error_weights, self.recipe)
+        weights = [self.state[weight] for weight in linear.weights]
+        errors = self._weights(record, record.fisher)
+        if errors is None and self.objective is not Objective.PLAIN:  # Fisher weights were asked for
+            errors = linears.relative_weights(record.x, weights)
+        problem = LinearProblem(
+            site,
+            record,
+            self._ranges(name),
+            channel_ranges,
+            [self.specs[weight] for weight in linear.weights],
+            weights,
+            errors,
+            self.recipe,
         )
-        made = _chosen(solved.activation) | self._split(specs, solved.weight_scale, solved.codes)
+        solved = linears.solve(problem)
+        if solved.sqnr is not None and site.fallback is not None and solved.sqnr < site.fallback:
+            return self._fallen(linear, problem, solved.sqnr)
+        made = _chosen(solved.activation) | self._split(problem.specs, solved.weight_scale, solved.codes)
         return made if solved.channels is None else made | {f"{name}/channels": solved.channels.cpu()}
+
+    def _fallen(self, linear: Linear, problem: LinearProblem, sqnr: float) -> Solved:
+        """Return the weights of layers that take float inputs after all."""
+        specs = fallback.specs(self.graph, linear, self.recipe)
+        made = {f"{linear.source.name}/{FALLEN}": torch.tensor(sqnr)}
+        if not second_order_rounding(self.recipe):
+            for spec in specs:
+                made |= self._weight_only(spec)
+            return made
+        return made | self._split(specs, *linears.float_input(replace(problem, specs=specs)))
 
     def _scores(self, attention: Attention) -> Solved:
         record = _moved(self.records.attentions[attention.module], self.device)
@@ -194,11 +251,12 @@ class _Solver:
         return operands.activation(self.specs[site.name], values, record.group, self._ranges(site.name))
 
     def _weights(
-        self, record: LinearRecord | AttentionRecord, fisher: torch.Tensor, counts: torch.Tensor | None = None
+        self, record: LinearRecord | AttentionRecord, fisher: torch.Tensor | None, counts: torch.Tensor | None = None
     ) -> torch.Tensor | None:
         """Return the weights of squared errors, or None for plain squared error; `counts` as in `within_groups`."""
-        if self.objective is Objective.PLAIN:
+        if self.objective is Objective.PLAIN or fisher is None:
             return None
+        fisher = fisher.float()
         if self.objective is Objective.FISHER:
             return fisher
         shape = (-1, *(1,) * (fisher.ndim - 1))
@@ -214,7 +272,7 @@ class _Solver:
         codes = uniform.quantize(operand.values, operand.scale[0][:, None], 0, spec.bits)
         return self._split([spec], operand.scale[0], codes)
 
-    def _split(self, specs: list[SiteSpec], scale: torch.Tensor, codes: torch.Tensor) -> Solved:
+    def _split(self, specs: Sequence[SiteSpec], scale: torch.Tensor, codes: torch.Tensor) -> Solved:
         """Return scales and codes of stacked weights by site."""
         found: Solved = {}
         scales = scale.split([spec.units for spec in specs])
