@@ -239,16 +239,10 @@ def against_reference(reference: nn.Module, cpu: nn.Module, call: Mapping[str, A
     output(reference, call)
     for hook in hooks:
         hook.remove()
-    set_clock(cpu, call)
-    with torch.no_grad():
+    with torch.no_grad(), reference.in_call((), call), cpu.in_call((), call):
         for name, layer, x in inputs:
             compare(name, layer, x)
     return len(seen), faults
-
-
-def set_clock(model: nn.Module, call: Mapping[str, Any]) -> None:
-    """Set the time groups of a call, without running the model."""
-    model.begin((), call)
 
 
 def codes(layer: QuantizedLinear, x: Tensor) -> Tensor:
@@ -262,7 +256,7 @@ def codes(layer: QuantizedLinear, x: Tensor) -> Tensor:
 
 def bound(layer: QuantizedLinear, x: Tensor) -> Tensor:
     """Return what the output of a layer on float inputs may differ by: the sum's rounding at any order of its terms."""
-    sizes = x.float().abs() @ layer.unpacked().float().abs().t() * layer.scale
+    sizes = x.float().abs() @ layer.weight.float().abs().t()
     sizes = sizes if layer.bias is None else sizes + layer.bias.abs()
     return (2 * layer.in_features + 4) * 2.0**-24 * sizes
 
@@ -312,10 +306,9 @@ def reason(error: BaseException) -> str:
 def in_process(root: Path, module: str, target: float, seconds: float) -> dict[str, Any]:
     """Return the rows of a module from a process of its own, which has a limit of time for each of its cases."""
     context = multiprocessing.get_context("fork")  # the child has torch and diffusers already
-    receiver, sender = context.Pipe(duplex=False)  # other processes may hold its ends, too: nobody waits for its end
+    receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=run_module, args=(root, module, target, sender))
-    child.start()
-    sender.close()
+    child.start()  # the sender stays open here too: the end of the process is seen from the process
     rows: dict[str, Any] = {}
     ended = time.monotonic() + seconds
     while True:
@@ -365,16 +358,15 @@ def main() -> None:
     torch.set_num_threads(1)  # before a fork, and for tiny tensors
     root = args.diffusers.resolve()
     wanted = [module for module in modules(root) if any(word in module for word in args.only)]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     rows: dict[str, Any] = {}
     with ThreadPoolExecutor(args.jobs) as pool:
         parts = [pool.submit(in_process, root, module, args.target, args.seconds) for module in wanted]
         for part in parts:
-            for name, row in part.result().items():
-                rows[name] = row
-                print(name, row, flush=True)
-    result = {"environment": environment(), "target_db": args.target, "summary": summary(rows), "classes": rows}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.out, result)
+            rows |= part.result()
+            print(*part.result().items(), sep="\n", flush=True)
+            result = {"environment": environment(), "target_db": args.target, "summary": summary(rows), "classes": rows}
+            write_json(args.out, result)  # anew after every module: a run that is cut keeps what it has
     print(result["summary"])
     sys.exit(1 if result["summary"]["failed"] else 0)
 

@@ -83,7 +83,10 @@ class _Replay:
             site.begin(number, group, rows, self.recipe.seed)
         arguments, leaves = call.to(self.device, self.dtype), list[torch.Tensor]()
         if self.probed:
-            arguments = {name: _with_leaves(value, leaves) for name, value in arguments.items()}
+            # A model counts the tokens of a mask in integers, which have no gradient.
+            arguments = {
+                name: value if "mask" in name else _with_leaves(value, leaves) for name, value in arguments.items()
+            }
         self.listening = True
         with torch.set_grad_enabled(self.probed):
             output = self.model(**arguments)
