@@ -58,9 +58,7 @@ def test_is_called_as_a_float_layer(shape: tuple[int, ...], dtype: torch.dtype, 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int64])
 @pytest.mark.parametrize("float_input", [False, True])
 def test_numbers_that_it_does_not_take(dtype: torch.dtype, float_input: bool) -> None:
-    with pytest.raises(
-        InputError, match=r"of 64 inputs in float32, .* was given \(2, 64\) of torch\."
-    ):
+    with pytest.raises(InputError, match=r"of 64 inputs in float32, .* was given \(2, 64\) of torch\."):
         layer(None if float_input else source())(torch.ones(2, WIDTH, dtype=dtype))
 
 
