@@ -149,7 +149,7 @@ def _facts(solution: Solution, shape: str, size_bytes: int, name: str) -> list[t
     provenance = solution.provenance
     recipe = provenance.recipe
     fp32 = 4 * sum(tensor.numel() for tensor in (*solution.codes.values(), *solution.floats.values()))
-    kept = ("samples", "sampler", "steps", "guidance", "rounds", "seed")
+    kept: tuple[str, ...] = ("samples", "sampler", "steps", "guidance", "rounds", "seed")
     groups = solution.time_groups
     if solution.graph is not None:
         kept = ("samples", "rows", "fallback", "rounding", "seed")

@@ -84,7 +84,7 @@ def compare_calls(
     rows = []
     for name in models:
         model = models[name]
-        actual = outputs(model, calls, lambda f, name=name: report(name, f))  # type: ignore[misc]
+        actual = outputs(model, calls, lambda f, name=name: report(name, f))
         del model
         powers = torch.tensor([_powers(a, b) for a, b in zip(expected, actual, strict=True)], dtype=torch.float64)
         by_group = tuple(_sqnr(powers[index == group].sum(0)) for group in range(found.num_groups))

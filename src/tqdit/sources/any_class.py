@@ -117,7 +117,7 @@ def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> nn.Modul
     for what, why in (("missing_keys", "weights lack"), ("unexpected_keys", "the model has no place for")):
         if names := sorted(loading[what]):
             raise InputError(f"{folder}: {why} tensor '{names[0]}'")
-    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+    return model.eval().requires_grad_(False)
 
 
 def stored_dtypes(folder: Path) -> Counter[torch.dtype]:
