@@ -1,10 +1,11 @@
 """What a recipe means for the sites of a model."""
 
 import pytest
+import torch
 
 from tqdit.architectures.interface import Attention, Block, Graph, Linear, Operand
 from tqdit.architectures.registry import config_of, graph
-from tqdit.plan import Objective, grids, objective, plan
+from tqdit.plan import Objective, grids, needs_records, objective, plan
 from tqdit.recipe import Recipe
 from tqdit.spec import Grid, Role
 
@@ -113,3 +114,69 @@ def test_what_does_not_depend_on_the_timestep_has_one_time_group(time_grouped: s
         "context": 1, "key": 1, "value": 1,
         "q": 6 if time_grouped == "all" else 1, "p": 1 if time_grouped == "none" else 6,
     }  # fmt: skip
+
+
+# Inputs that are quantized apart, as in traced models ----------------------------------------------------------------
+
+
+def apart(role: Role = Role.INPUT, width: int = 384, timed: bool = True) -> Graph:
+    """A block of one layer of an input of its own, and one that modulates."""
+    source = Operand("x", role, timed=timed, quantized_by_row=True, apart=True, feed="GELU tanh")
+    shapes = {"b.fc.weight": torch.Size((24, width)), "b.ada.weight": torch.Size((8, 4))}
+    return Graph((Block("b", (Linear(source, ("b.fc",)),), ("b.ada",)),), (), shapes)
+
+
+@pytest.mark.parametrize("role", [Role.INPUT, Role.GELU])
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"input_grid": "row"}, (Grid.ROW,)),
+        ({"input_grid": "uniform"}, (Grid.UNIFORM,)),
+        ({"input_grid": "best"}, (Grid.UNIFORM, Grid.ROW)),
+    ],
+)
+def test_what_makes_an_input_apart_does_not_decide_its_grids(role: Role, settings: dict, expected: tuple) -> None:
+    """The static scale is tried first, so that it is kept where both are as good; a row's has no time groups."""
+    site = plan(apart(role), Recipe("plus", groups=6, **settings))["x"]
+    assert site.grids == expected
+    assert site.apart
+    assert {spec.grid: spec.groups for spec in site.tried} == {g: 1 if g is Grid.ROW else 6 for g in expected}
+    assert {spec.groups for spec in plan(apart(role, timed=False), Recipe(**settings))["x"].tried} == {1}
+
+
+def test_inputs_apart_have_factors_on_the_grid_of_rows(model) -> None:
+    for choice, tried in (("one", False), ("best", True)):
+        recipe = Recipe("plus", input_channels=choice, input_grid="row")
+        assert plan(apart(), recipe)["x"].channels is tried
+        others = plan(graph(config_of(model)), recipe).values()
+        assert not any(site.channels or site.apart for site in others if site.spec.role is Role.INPUT)
+
+
+@pytest.mark.parametrize(("width", "rotation", "expected"), [(384, 128, 128), (384, 256, 0), (512, 256, 256)])
+def test_whole_blocks_of_inputs_apart_are_rotated(width: int, rotation: int, expected: int, model) -> None:
+    recipe = Recipe("plus", rotation=rotation, input_grid="best")
+    site = plan(apart(width=width), recipe)["x"]
+    assert site.rotation == expected
+    assert site.grids == ((Grid.ROW,) if expected else (Grid.UNIFORM, Grid.ROW))
+    assert not any(other.rotation for other in plan(graph(config_of(model)), recipe).values())
+
+
+def test_the_limit_of_the_fallback_is_lower_for_fewer_bits(model) -> None:
+    limits = [plan(apart(), Recipe("plus", bits, fallback=30.0))["x"].fallback for bits in ("w8a8", "w4a8", "w4a6")]
+    assert limits[:2] == [30.0, 30.0]
+    assert limits[2] == pytest.approx(30.0 - 2 * 6.02)
+    assert plan(apart(), Recipe("plus", fallback=0.0))["x"].fallback is None
+    assert all(site.fallback is None for site in plan(graph(config_of(model)), Recipe("plus")).values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"),
+    [
+        ({}, False), ({"rotation": 128}, False), ({"rounding": "second_order"}, True),
+        ({"input_grid": "uniform"}, True), ({"input_grid": "best"}, True), ({"input_channels": "best"}, True),
+        ({"fallback": 10.0}, True), ({"rounds": 1}, True),
+    ],
+)  # fmt: skip
+def test_what_needs_a_calibration(settings: dict, needed: bool) -> None:
+    assert needs_records(Recipe("dynamic", **settings)) is needed
+    assert needs_records(Recipe("plus"))

@@ -28,7 +28,7 @@ def test_plus_changes_only_what_it_says() -> None:
     paper, plus = (Recipe(name).model_dump() for name in ("paper", "plus"))
     changed = {key for key in paper if paper[key] != plus[key]}
     same = {name for name, value in PRESETS["plus"].items() if value == PRESETS["paper"][name]}
-    assert same == {"attended_grid"}
+    assert same == {"attended_grid", "rounds"}
     assert changed == {"preset", *PRESETS["plus"]} - same
 
 
@@ -46,7 +46,7 @@ def test_unknown_bits_are_an_error(text: str) -> None:
 
 
 def test_unknown_preset_names_the_known_ones() -> None:
-    with pytest.raises(InputError, match="'papr'; known: paper, plus"):
+    with pytest.raises(InputError, match="'papr'; known: paper, plus, dynamic"):
         Recipe("papr")
 
 
@@ -81,6 +81,11 @@ def test_layers_on_float_inputs_keep_two_more_bits(weight_bits: int, expected: i
         ("input_grid", "mrq"),
         ("attended_grid", "best"),
         ("gelu_channels", "two"),
+        ("input_channels", "two"),
+        ("rotation", 64),
+        ("rotation", "128 channels"),
+        ("fallback", -1.0),
+        ("fallback", float("inf")),
         ("rounding", "up"),
         ("ends", "int"),
         ("hessian", "gauss"),
@@ -192,6 +197,21 @@ def test_records_with_more_serve_a_recipe_that_needs_less(wanted: str, recorded:
     assert made.records_match(other) is serves
 
 
+def test_dynamic_has_no_scale_to_calibrate() -> None:
+    recipe = Recipe("dynamic")
+    assert {recipe.input_grid, recipe.attended_grid, recipe.gelu_grid, recipe.softmax_grid} == {"row"}
+    assert (recipe.rounding, recipe.rounds, recipe.fallback, recipe.input_channels) == ("nearest", 0, 0.0, "one")
+    assert not recipe.probed
+
+
+def test_rotated_inputs_have_a_scale_for_each_row(tmp_path) -> None:
+    (tmp_path / "recipe.toml").write_text("preset = 'plus'\nrotation = 128\n", encoding="utf-8")
+    assert Recipe.from_toml(tmp_path / "recipe.toml") == Recipe("plus", rotation=128) == Recipe(rotation="128")
+    assert Recipe(rotation=256, input_grid="best").rotation == 256
+    with pytest.raises(InputError, match=r"'input_grid' and 'rotation'.*'uniform' and 128; legal .* 'row' and 'best'"):
+        Recipe("paper", rotation=128)
+
+
 # Integer products of a matmul --------------------------------------------------------------------------------------
 
 
@@ -252,7 +272,7 @@ def test_a_setting_like_no_other_gets_the_whole_list() -> None:
 
 
 def test_a_misspelt_preset() -> None:
-    with pytest.raises(InputError, match="unknown preset 'pluss'; known: paper, plus; did you mean 'plus'"):
+    with pytest.raises(InputError, match="unknown preset 'pluss'; known: paper, plus, dynamic; did you mean 'plus'"):
         Recipe("pluss")
 
 
@@ -260,7 +280,9 @@ def test_plus_is_the_default_everywhere(tmp_path) -> None:
     (tmp_path / "empty.toml").write_text("")
     assert Recipe() == Recipe("plus") == Recipe.from_toml(tmp_path / "empty.toml")
     assert Recipe().label == "plus"
-    assert set(PRESETS["paper"]) == set(PRESETS["plus"]), "each preset says all that presets differ in"
+    assert set(PRESETS["paper"]) == set(PRESETS["plus"]) == set(PRESETS["dynamic"]), (
+        "each preset says all that presets differ in"
+    )
 
 
 def test_the_constructor_takes_preset_and_bits_then_settings() -> None:
@@ -305,10 +327,11 @@ def test_the_json_of_a_recipe() -> None:
     """Artifacts and recipe files have it."""
     assert json.loads(Recipe("paper", "w4a6", samples=8).model_dump_json()) == {
         "schema_version": 1, "preset": "paper", "weight_bits": 4, "activation_bits": 6,
-        "weight_granularity": "per_tensor", "input_grid": "uniform", "softmax_grid": "mrq", "attended_grid": "uniform",
+        "weight_granularity": "per_tensor", "input_grid": "uniform", "input_channels": "one", "rotation": 0,
+        "softmax_grid": "mrq", "attended_grid": "uniform",
         "gelu_grid": "mrq", "softmax_products": "two", "gelu_products": "two", "gelu_channels": "one",
         "time_grouped": "softmax", "ends": "codes", "hessian": "published", "loss": "epsilon", "rounding": "nearest",
-        "mix": 0.5, "groups": 10,
+        "mix": 0.5, "fallback": 0.0, "groups": 10,
         "time_edges": "uniform",
         "samples": 8, "sampler": "auto", "steps": 250, "guidance": 1.5, "trajectories": None, "probes": 1, "rounds": 3,
         "candidates": 100, "low": 0.01, "high": 1.2, "rows": 2048, "queries": 2048, "seed": 0,

@@ -167,12 +167,3 @@ def _grouped(operand: Operand, recipe: Recipe) -> bool:
     """Say whether the operand has parameters for every time group."""
     grouped = {"all": True, "softmax": operand.role is Role.SOFTMAX, "none": False}[recipe.time_grouped]
     return grouped and operand.timed
-
-
-def needs_calibration(recipe: Recipe) -> bool:
-    """Say whether a traced model's solution depends on recorded values.
-
-    It does not if every input has a scale for each row and no factors, and weights are rounded to nearest.
-    """
-    fixed = recipe.input_grid == recipe.gelu_grid == "row" and recipe.input_channels == "one" and not recipe.rotation
-    return not (fixed and recipe.rounding == "nearest" and not recipe.rounds)

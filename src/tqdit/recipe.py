@@ -125,9 +125,7 @@ class Recipe(BaseModel):
     weight_granularity: Literal["per_tensor", "per_channel"] = "per_channel"
     input_grid: Literal["uniform", "row", "best"] = "row"  # of inputs that are quantized with their row at hand
     input_channels: Literal["one", "best"] = "best"  # a factor for each channel of an input quantized apart
-    rotation: Annotated[Literal[0, 128, 256], BeforeValidator(_whole)] = (
-        0  # channels of a block that inputs quantized apart are rotated in; 0: none
-    )
+    rotation: Annotated[Literal[0, 128, 256], BeforeValidator(_whole)] = 0  # channels that are rotated together
     softmax_grid: Literal["mrq", "uniform", "best", "row"] = "row"
     attended_grid: Literal["uniform", "row"] = "uniform"  # of the attention's output
     gelu_grid: Literal["mrq", "uniform", "best", "row"] = "best"

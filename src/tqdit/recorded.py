@@ -24,7 +24,7 @@ from tqdit.artifact.model_card import TRACED_USE, model_card, pipeline_card, wri
 from tqdit.calibration import replay
 from tqdit.calibration.calls import Calls, Recording, read_calls
 from tqdit.errors import InputError
-from tqdit.plan import needs_calibration
+from tqdit.plan import needs_records
 from tqdit.provenance import Provenance
 from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
@@ -107,7 +107,7 @@ def quantize_folder(
     wanted = None if dtype is None else checked_dtype(dtype)
     check_target(out, overwrite)
     source = any_class.find(found_folder(model))
-    if needs_calibration(recipe) and calls is None:
+    if needs_records(recipe) and calls is None:
         raise InputError(_needs_calls(recipe))
     recording = Recording.load(calls) if isinstance(calls, str | Path) else calls
     if where.type == "cuda":
@@ -188,7 +188,7 @@ def solution_of(
         raise InputError("the model is already quantized; give the float model")
     name, digest = source or (name_of(model), weights_sha256(model))
     provenance = made_from(name, digest, recipe)
-    if not needs_calibration(recipe):
+    if not needs_records(recipe):
         graph = untraced_graph(model) if calls is None else traced_graph(model, read_calls(calls, model))
         return direct_solution(model, graph, recipe, provenance)
     if calls is None:

@@ -45,6 +45,20 @@ def qwen(draw: Draw, batch: int) -> dict[str, Any]:
     }
 
 
+def krea2(draw: Draw, batch: int) -> dict[str, Any]:
+    mask = torch.ones(batch, TEXT, dtype=torch.bool)
+    mask[-1, TEXT // 2 :] = False
+    ids = torch.zeros(TEXT + LATENT**2, 3)
+    ids[TEXT:, 1], ids[TEXT:, 2] = torch.arange(LATENT**2) // LATENT, torch.arange(LATENT**2) % LATENT
+    return {
+        "hidden_states": draw(batch, LATENT**2, 16),
+        "encoder_hidden_states": draw(batch, TEXT, 2, 32),
+        "timestep": times(batch),
+        "position_ids": ids,
+        "encoder_attention_mask": mask,
+    }
+
+
 def image(draw: Draw, batch: int, channels: int = 4, side: int = 2 * LATENT) -> dict[str, Any]:
     return {
         "hidden_states": draw(batch, channels, side, side),

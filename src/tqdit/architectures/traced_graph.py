@@ -25,6 +25,7 @@ SMALLEST = 256
 NEVER_CALLED = "never called"
 READ_ELSEWHERE = "its weight is read by other code"
 EXPERTS = "expert weights as one parameter of 3 axes: no linear layer"
+SEVERAL_NAMES = "one layer of several names"
 POINTWISE = "a 1x1 convolution: no linear layer"
 
 
@@ -33,12 +34,14 @@ def trace(model: nn.Module, arguments: Mapping[str, Any], timestep: str, smalles
 
     `arguments` are the keyword arguments of the call. `timestep` is the name of the one that is the time. Layers with
     fewer than `smallest` inputs or outputs keep a float input: 256 by default, or half of the width that most layers
-    of the model have if that is less. Raises `InputError` for arguments that do not fit, for a layer that reads numbers
-    of an unusual type, and for a model with nothing to quantize.
+    of the model have if that is less. The graph's shapes are those of the model's state dict.
+
+    Raises `InputError` for arguments that do not fit, for a layer that reads numbers of an unusual type, and for a
+    model with nothing to quantize.
     """
     facts = watch(model, arguments, _sample_argument(model, arguments, timestep), timestep)
     sizes = {name: _linear(model, name).weight.shape for name in facts.calls}  # (out, in) each
-    smallest = _smallest(sizes.values()) if smallest is None else smallest
+    smallest = smallest_of(sizes.values()) if smallest is None else smallest
     left = _left(model, facts, smallest)
     calls = {name: found for name, found in facts.calls.items() if name not in left}
     quantized = {
@@ -85,7 +88,8 @@ def _parameters(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
     return model.named_parameters(remove_duplicate=False)
 
 
-def _smallest(sizes: Iterable[torch.Size]) -> int:
+def smallest_of(sizes: Iterable[torch.Size]) -> int:
+    """Return the least width of a layer on codes: `SMALLEST`, or half of the width that most layers have if less."""
     widths = Counter(size[1] for size in sizes)
     return min(SMALLEST, widths.most_common(1)[0][0] // 2) if widths else SMALLEST
 
@@ -106,8 +110,11 @@ def _float_input(call: LayerCall, samples: int) -> bool:
 def _left(model: nn.Module, facts: Trace, smallest: int) -> dict[str, str]:
     """Return the layers that stay in float, in the order of the model, with the reasons."""
     left = {}
+    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and (reason := _reason(model, name, module, facts)):
+        if isinstance(module, nn.Linear) and names[id(module)] > 1:  # replaced by one name, it would stay by another
+            left[name] = SEVERAL_NAMES
+        elif isinstance(module, nn.Linear) and (reason := _reason(model, name, module, facts)):
             left[name] = reason
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and set(module.kernel_size) == {1}:
             left[name] = POINTWISE
@@ -178,8 +185,11 @@ def _operand(module: str, calls: list[LayerCall]) -> Operand:
 
 
 def _ends(outside: Iterable[str], calls: Mapping[str, list[LayerCall]], quantized: Iterable[str]) -> tuple[str, ...]:
-    """Return the layers outside of blocks that read the sample itself, and the one that is called last of all."""
-    begin = min(calls[name][0].order for name in quantized)
-    first = [name for name in outside if SAMPLE in calls[name][0].depends and calls[name][0].order < begin]
-    last = max(calls, key=lambda name: calls[name][-1].order)
-    return tuple(dict.fromkeys((*first, *((last,) if last in outside else ()))))
+    """Return the layers that read what depends on the sample before all blocks or after them.
+
+    `outside` has the layers outside of blocks, `quantized` those inside.
+    """
+    first = min(calls[name][0].order for name in quantized)
+    last = max(calls[name][-1].order for name in quantized)
+    reads = {name: calls[name][0] for name in outside if SAMPLE in calls[name][0].depends}
+    return tuple(name for name, call in reads.items() if not first < call.order < last)

@@ -31,7 +31,7 @@ from tqdit.architectures.tensor_origins import (
 from tqdit.errors import InputError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what a linear layer may read
-COPIES = {"contiguous", "clone", "to", "float", "half", "bfloat16", "type_as", "reshape", "dropout", "detach"}
+COPIES = {"contiguous", "clone", "to", "float", "half", "bfloat16", "type_as", "reshape"}
 NOTHING: frozenset[str] = frozenset()
 
 
@@ -51,7 +51,7 @@ class LayerCall:
 
 @dataclass
 class Trace:
-    """What one call of a model showed.
+    """Everything that one call of a model showed.
 
     `calls`: of each linear layer that was called, by its path. `elsewhere`: the layers whose weight was read by other
     code than their own forward. `samples` is the number of samples in the batch.
@@ -76,7 +76,7 @@ def watch(model: nn.Module, arguments: Mapping[str, Any], sample: str, timestep:
         given[timestep] = torch.tensor(given[timestep], device=device)
     trace = Trace(samples)
     watcher = _Watcher(layers, trace)
-    with _inside(layers, watcher.stack), torch.inference_mode(False), torch.no_grad():
+    with _inside(layers, watcher.stack), _eager(model), torch.inference_mode(False), torch.no_grad():
         for name, value in given.items():
             kind = SAMPLE if name == sample else TIME if name == timestep or "timestep" in name else PROMPT
             watcher.mark(value, kind)
@@ -85,14 +85,24 @@ def watch(model: nn.Module, arguments: Mapping[str, Any], sample: str, timestep:
     return trace
 
 
+def _eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Let compiled modules run as they are written: a mode sees no function of a compiled one."""
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def _inside(layers: Mapping[str, nn.Module], stack: list[str]) -> Iterator[None]:
     """Keep the paths of the layers whose forward is running on a stack."""
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+
     handles = []
     try:
         for name, module in layers.items():
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
-            handles.append(module.register_forward_hook(lambda *_: stack.pop() and None, always_call=True))
+            handles.append(module.register_forward_hook(leave, always_call=True))
         yield
     finally:
         for handle in handles:
@@ -128,7 +138,7 @@ class _Watcher(TorchFunctionMode):
         out = func(*args, **kwargs)
         outputs = list(tensors_in(out))
         if outputs or name in JOINS:
-            self._notice_weights(name, inputs)
+            self._notice_weights(inputs)
             self._spread(name, args, kwargs, list(zip(inputs, origins, strict=True)), outputs)
         return out
 
@@ -145,7 +155,7 @@ class _Watcher(TorchFunctionMode):
         parts = [Part(origin.word, origin.depends, tensor.numel()) for tensor, origin in inputs]
         tanh = kwargs.get("approximate", args[1] if len(args) > 1 else "none") == "tanh"
         word = result_word(name, parts, tanh, _joins_channels(name, args, kwargs, outputs))
-        written = [tensor for tensor, origin in inputs if tensor._version != origin.version]
+        written = [tensor for tensor, origin in inputs if _version(tensor) != origin.version]
         for tensor in written:
             self._set(tensor, word, depends)
             if tensor._base is not None:
@@ -156,7 +166,10 @@ class _Watcher(TorchFunctionMode):
                 self._set(output, word, depends, _kept_value(name, output, inputs))
 
     def _origin(self, tensor: torch.Tensor) -> Origin:
-        """Return the facts of a tensor. One that was never met is a constant or a parameter."""
+        """Return the facts of a tensor. One that was never met is a parameter, a buffer or a table that a model keeps.
+
+        So is one from where no function is seen, such as numpy; then a layer that reads it has a float input.
+        """
         known = self._origins.get(tensor)
         if known is None:
             return self._set(tensor, CONSTANT, NOTHING)
@@ -180,9 +193,9 @@ class _Watcher(TorchFunctionMode):
         call = LayerCall(next(self._order), origin.word, origin.depends, origin.value, rows)
         self._trace.calls.setdefault(name, []).append(call)
 
-    def _notice_weights(self, name: str, inputs: list[torch.Tensor]) -> None:
+    def _notice_weights(self, inputs: list[torch.Tensor]) -> None:
         for tensor in inputs:
-            owners = self._owners.get(id(tensor), [])
+            owners = [name for name in self._owners.get(id(tensor), ()) if self._layers[name].weight is tensor]
             if owners and not (self.stack and self.stack[-1] in owners):
                 self._trace.elsewhere.update(owners)
 
@@ -209,16 +222,19 @@ def _kept_value(name: str, output: torch.Tensor, inputs: list[tuple[torch.Tensor
         return None
     first, origin = inputs[0]
     same = output.dtype == first.dtype and output.numel() == first.numel() and output.shape[-1:] == first.shape[-1:]
-    if not same:
-        return None
-    if output is first or (name in COPIES and output.shape == first.shape and not _drops(name, output, first)):
-        return origin.value
-    in_place = output.data_ptr() == first.data_ptr() and output.is_contiguous() and first.is_contiguous()
-    return origin.value if in_place else None
+    copied = name in COPIES and output.shape == first.shape
+    return origin.value if same and (copied or _same_memory(output, first)) else None
 
 
-def _drops(name: str, output: torch.Tensor, first: torch.Tensor) -> bool:
-    return name == "dropout" and output.data_ptr() != first.data_ptr()
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Say whether two tensors of as many elements are one, or views of the same elements in the same order."""
+    if a is b:
+        return True
+    try:  # data_ptr would be 0 for all of device "meta"
+        one = a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.storage_offset() == b.storage_offset()
+    except NotImplementedError:  # a tensor without a storage, such as those inside of torch.vmap
+        return False
+    return one and a.is_contiguous() and b.is_contiguous()
 
 
 def _joins_channels(name: str, args: Any, kwargs: Mapping[str, Any], outputs: list[torch.Tensor]) -> bool:

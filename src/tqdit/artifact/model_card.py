@@ -149,10 +149,10 @@ def _facts(solution: Solution, shape: str, size_bytes: int, name: str) -> list[t
     provenance = solution.provenance
     recipe = provenance.recipe
     fp32 = 4 * sum(tensor.numel() for tensor in (*solution.codes.values(), *solution.floats.values()))
-    kept: tuple[str, ...] = ("samples", "sampler", "steps", "guidance", "rounds", "seed")
+    sampled = ("samples", "sampler", "steps", "guidance", "rounds", "seed")
+    recorded = ("samples", "rows", "fallback", "rounding", "seed")
+    kept: tuple[str, ...] = sampled if solution.graph is None else recorded
     groups = solution.time_groups
-    if solution.graph is not None:
-        kept = ("samples", "rows", "fallback", "rounding", "seed")
     return [
         ("made from", f"{name}, weights sha256 `{provenance.source_sha256 or ''}`"),
         ("shape", shape),

@@ -35,9 +35,9 @@ class Held:
             found = self._held[key] = self._on_disk(key, copy)
         return found
 
-    def sweep(self) -> None:
-        """Remove the files, among those written here, of copies that nobody refers to any more."""
-        for key in self._written - set(self._held.keys()):
+    def sweep(self, everything: bool = False) -> None:
+        """Remove the files that were written here of copies that nobody refers to any more, or all of them."""
+        for key in self._written - (set() if everything else set(self._held.keys())):
             self._path(key).unlink(missing_ok=True)
             self._written.discard(key)
 

@@ -30,8 +30,8 @@ def record(
         calls.save("calls.safetensors")
 
     At most `per_group` calls of each of `groups` time groups are kept, drawn at random by `seed`; during the block as
-    many of each different time. With a `folder`, tensors are in files there instead of in memory; the calls need the
-    folder afterwards. What is generated stays the same.
+    many of each different time. With a `folder`, their tensors are in files there, mapped, instead of in memory. What
+    is generated stays the same.
 
     The block yields a `Recording`, which is filled when the block ends. Raises `InputError` for a pipeline without a
     transformer that takes a time; inside the block for an argument that cannot be stored, or with NaN or Inf; at its
@@ -52,10 +52,12 @@ def record(
         called = {name: taker.calls().thinned(per_group, groups, seed) for name, taker in takers.items() if taker.seen}
         if not called:
             raise InputError(f"nothing was recorded: {' and '.join(takers)} of the pipeline was not called")
-        recording.fill(called)
-    finally:
-        takers.clear()
-        held.sweep()
+    except BaseException:
+        held.sweep(everything=True)
+        raise
+    recording.fill(called)
+    takers.clear()
+    held.sweep()
 
 
 def transformers(pipe_or_transformer: Any) -> dict[str, nn.Module]:
@@ -150,7 +152,7 @@ class _Taker:
         """Return the calls that are kept, in the order in which they were made."""
         kept = dict(pair for reservoir in self._of_time.values() for pair in reservoir.kept.values())
         calls = [kept[number] for number in sorted(kept)]
-        return Calls(kind_of(self._module), self._config, self._signature.timestep, calls)
+        return Calls(kind_of(self._module), self._config, self._signature.timestep, calls, self._of_time)
 
 
 class _Reservoir:

@@ -38,13 +38,13 @@ app = typer.Typer(
 
 TOGETHER = ("quantize", "sample", "compare")  # commands that several processes share
 COMMANDS: Mapping[Callable[..., None], str] = {
+    record: "Record the calls of a pipeline's transformer.",
     quantize: "Calibrate a model and write an artifact.",
     sample: "Sample images into a grid or a folder.",
     compare: "Measure artifacts against their float model.",
     bench: "Time artifacts against float and torchao models.",
     convert: "Turn a checkpoint into a diffusers folder.",
     inspect: "Say what an artifact is.",
-    record: "Record the calls of a pipeline's transformer.",
     demo: "The whole way on the bundled model, with a report.",
 }
 NUMBERS = {"integer": "a whole number", "integer range": "a whole number", "float": "a number",

@@ -143,11 +143,11 @@ def _is_traced(model: str, recipe: "Recipe") -> bool:
 
     Raises `InputError` that says how to record calls, for a class whose own samples are not known.
     """
-    from tqdit.plan import needs_calibration
+    from tqdit.plan import needs_records
     from tqdit.sources.any_class import class_here, has_own_samples
 
     kind = class_here(model)
-    if not needs_calibration(recipe):
+    if not needs_records(recipe):
         return True
     if kind is None or has_own_samples(kind):
         return False

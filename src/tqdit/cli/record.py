@@ -1,6 +1,7 @@
 """Define the command `tqdit record`."""
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -96,17 +97,28 @@ def _pixels(size: str | None) -> dict[str, int | None]:
 
 
 def _pipeline(folder: Path, dtype: Any) -> Any:
-    """Return the pipeline of a folder. Raises `InputError` naming it if it has none, or diffusers refuses it."""
+    """Return the pipeline of a folder, without the components that the folder leaves out.
+
+    Raises `InputError` naming the folder if it has no pipeline with a transformer, or diffusers refuses it.
+    """
     from diffusers import DiffusionPipeline
 
     from tqdit.errors import InputError
+    from tqdit.system.files import read_json
 
-    if not (folder / INDEX).is_file():
-        raise InputError(f"{folder} is no folder of a diffusers pipeline: it has no {INDEX}")
-    try:
-        return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, ImportError, AttributeError) as error:
-        raise InputError(f"{folder}: diffusers cannot load the pipeline: {error}") from error
+    index = read_json(folder / INDEX, "the folder of a pipeline has one")
+    parts = {name: entry for name, entry in index.items() if name[:1] != "_" and isinstance(entry, list)}
+    if not any("transformer" in name for name in parts):
+        raise InputError(f"{folder} has no transformer; its components are {', '.join(parts)}")
+    absent = {name: None for name, entry in parts.items() if not all(entry)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers 0.39 knows no other name than `torch_dtype`
+        try:
+            return DiffusionPipeline.from_pretrained(
+                folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **absent
+            )
+        except (OSError, ValueError, ImportError, AttributeError) as error:
+            raise InputError(f"{folder}: diffusers cannot load the pipeline: {error}") from error
 
 
 def _arguments(pipe: Any, line: str, options: Mapping[str, Any], prompts: Path | None) -> dict[str, Any]:
@@ -131,6 +143,8 @@ def _arguments(pipe: Any, line: str, options: Mapping[str, Any], prompts: Path |
         raise InputError(f"a {kind} takes no prompt; record it with tqdit.record in Python")
     if prompts is None:
         raise InputError(f"a {kind} is sampled by class: give a file with a class on each line by --prompts")
+    if getattr(pipe, "vae", None) is None:
+        raise InputError(f"a {kind} without a vae cannot run; record its transformer with tqdit.record in Python")
     return given | {"class_labels": [int(line) if line.isdigit() else _label(pipe, line)]}
 
 

@@ -1,9 +1,11 @@
-"""Let diffusers' `from_pretrained` load artifacts: a quantizer collects the tensors, and `convert` makes the model."""
+"""Let diffusers' `from_pretrained` load artifacts, and quantize float models that it loads.
+
+A quantizer collects the tensors of an artifact, and `convert` makes the model.
+"""
 
 import logging
 import re
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -11,66 +13,16 @@ import torch
 from diffusers import configuration_utils
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from tqdit.architectures.registry import KEPT
 from tqdit.artifact import folder as artifact
 from tqdit.artifact import tensors
 from tqdit.errors import InputError
-from tqdit.system.files import CONFIG, QUANT_METHOD
+from tqdit.integrations.config import METHOD, TQDiTConfig
 from tqdit.system.isolation import isolated
 
-
-class _Method(StrEnum):  # diffusers reads its `value`
-    TQDIT = QUANT_METHOD
-
-
-METHOD = _Method.TQDIT.value
 WHOLE = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that leave the choice to the quantizer
-
-
-class TQDiTConfig(QuantizationConfigMixin):
-    """The `quantization_config` of an artifact's config.json; see `tqdit.artifact.tensors.pack`.
-
-    A float model cannot be quantized by passing such a config: calibration needs a sampler. Use `tqdit.quantize`.
-    """
-
-    def __init__(
-        self,
-        format_version: int = tensors.FORMAT_VERSION,
-        preset: str | None = None,
-        weight_bits: int | None = None,
-        activation_bits: int | None = None,
-        manifest_sha256: str | None = None,
-        quant_method: str = METHOD,
-    ) -> None:
-        if quant_method != METHOD:
-            raise InputError(f"quant_method is '{quant_method}', a TQDiTConfig has '{METHOD}'")
-        self.quant_method: Any = _Method.TQDIT
-        self.format_version = format_version
-        self.preset = preset
-        self.weight_bits = weight_bits
-        self.activation_bits = activation_bits
-        self.manifest_sha256 = manifest_sha256
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Make the config from the `quantization_config` of a config.json; unknown keys are ignored.
-
-        Raises `InputError` for another method or format.
-        """
-        tensors.check_config({tensors.QUANTIZATION: config_dict}, CONFIG)
-        config = cls(**{key: value for key, value in config_dict.items() if key in cls().to_dict()})
-        return (config, kwargs) if return_unused_kwargs else config
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON values."""
-        return {**self.__dict__, "quant_method": METHOD}
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """Return the settings that diffusers prints: all of them, since they are few."""
-        return self.to_dict()
 
 
 class TQDiTQuantizer(DiffusersQuantizer):
@@ -86,13 +38,11 @@ class TQDiTQuantizer(DiffusersQuantizer):
     accelerate has patched it. This happens with float models too: load one model at a time.
     """
 
-    requires_calibration = True
+    def __new__(cls, quantization_config: TQDiTConfig, **kwargs: Any) -> "TQDiTQuantizer":
+        """Make the quantizer of an artifact, or that of a float model."""
+        return super().__new__(cls if kwargs.get("pre_quantized", True) else DynamicQuantizer)
 
     def __init__(self, quantization_config: TQDiTConfig, **kwargs: Any) -> None:
-        if not kwargs.get("pre_quantized", True):
-            raise InputError(
-                "a float model has to be calibrated: run `tqdit quantize MODEL -o FOLDER`, then load FOLDER"
-            )
         super().__init__(quantization_config, **kwargs)
         self._folder: Path | None = None
         self._keys: list[str] = []
@@ -191,6 +141,42 @@ class TQDiTQuantizer(DiffusersQuantizer):
     def is_compileable(self) -> bool:
         """Say that the model can be compiled."""
         return True
+
+
+class DynamicQuantizer(TQDiTQuantizer):
+    """The quantizer of a float model that is loaded with a `TQDiTConfig` whose recipe needs no calibration.
+
+    diffusers loads the float model into the CPU's memory. Then its layers are coded one by one, where they are to run.
+    """
+
+    use_keep_in_fp32_modules = True  # as without a quantizer
+
+    def __init__(self, quantization_config: TQDiTConfig, **kwargs: Any) -> None:
+        quantization_config.recipe()  # an InputError now, before any weight is read
+        super().__init__(quantization_config, **kwargs)
+
+    def update_device_map(self, device_map: Any) -> dict[str, Any] | None:
+        """Note the one device of the model, and load its float weights on the CPU."""
+        return None if super().update_device_map(device_map) is None else {"": torch.device("cpu")}
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """Leave the names to diffusers."""
+        return loaded_keys
+
+    def check_if_quantized_param(self, *_: Any, **__: Any) -> bool:
+        """Leave every tensor to diffusers."""
+        return False
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        """Leave the empty model as it is."""
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        """Code the layers of the loaded model."""
+        from tqdit.integrations.dynamic import quantize_loaded
+
+        quantize_loaded(model, self.quantization_config, self._device)
+        if hasattr(model, "hf_device_map"):
+            model.hf_device_map = {"": self._device}
 
 
 def _clear(model: nn.Module) -> None:

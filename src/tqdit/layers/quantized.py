@@ -4,7 +4,10 @@ It is called as the `nn.Linear` that it replaces. Layers that read one activatio
 activation is quantized once.
 """
 
+import threading
 import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,18 +23,48 @@ from tqdit.ops.schema import Backend, Float, OperandParams, WeightParams
 from tqdit.spec import GridParams
 from tqdit.timegroups import TimeGroups
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
 
 class Clock(nn.Module):
     """The time groups of the call that a model is in.
 
     diffusers' own code calls its layers with their inputs alone, so the groups cannot travel as an argument. A model
-    with time groups therefore runs one call at a time; a model on the grid of rows alone has none, and reads no clock.
+    with time groups therefore runs one call at a time: other threads wait. A model on the grid of rows alone has none,
+    and reads no clock.
     """
 
     def __init__(self, groups: TimeGroups) -> None:
         super().__init__()
         self.lookup = GroupLookup(groups)
+        self._forget_call()
+
+    def _forget_call(self) -> None:
         self.call: Call | None = None  # not a part of the module, but of the call it is in
+        self.lock = threading.RLock()  # held by that call
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("call", "lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_call()
+
+    def during(self, timestep: Any) -> AbstractContextManager[Any]:
+        """Set the groups of a call; return a context that keeps other threads' calls out until it ends.
+
+        A graph of torch.compile has the groups as data of its own, so no call waits there.
+        """
+        if torch.compiler.is_compiling():
+            self.set(timestep)
+            return nullcontext()
+        return self._alone(timestep)
+
+    @contextmanager
+    def _alone(self, timestep: Any) -> Iterator[None]:
+        with self.lock:
+            self.set(timestep)
+            yield
 
     def set(self, timestep: Any) -> None:
         """Look up the groups of a call's timestep: a number, (), (B,) or, with a time for each token, (B, N).
@@ -64,6 +97,7 @@ class Source(nn.Module):
         self.readers = readers
         self.__dict__["clock"] = clock  # not a part of this module: all sources have the model's one clock
         self._held: _Held | None = None
+        self._in_graph: tuple[torch.Tensor, Any, int] | None = None
 
     @property
     def timed(self) -> bool:
@@ -90,16 +124,37 @@ class Source(nn.Module):
     def shared(self, x: torch.Tensor, rows: torch.Tensor, target: OperandParams, backend: Backend) -> Any:
         """Return `codes` of `rows`, a view of the layer's input x, kept until every reader has had them.
 
-        Nothing is kept under torch.compile, which finds equal operations itself, nor of tensors of inference mode,
-        whose changes torch does not count.
+        What another thread holds meanwhile is never taken for x's: codes are made once more then.
+        Nothing is kept of tensors of inference mode, whose changes torch does not count.
         """
-        if self.readers == 1 or torch.compiler.is_compiling() or x.is_inference():
+        if self.readers == 1:
+            return self.codes(rows, target, backend)
+        if torch.compiler.is_compiling():
+            return self._shared_in_graph(x, rows, target, backend)
+        if x.is_inference():
             return self.codes(rows, target, backend)
         held = self._held
         if held is None or held.tensor() is not x or held.version != x._version:
-            held = _Held(weakref.ref(x), x._version, self.codes(rows, target, backend), self.readers)
+            held = _Held(weakref.ref(x, self._forget), x._version, self.codes(rows, target, backend), self.readers)
         self._held = held._replace(left=held.left - 1) if held.left > 1 else None
         return held.codes
+
+    def _shared_in_graph(self, x: torch.Tensor, rows: torch.Tensor, target: OperandParams, backend: Backend) -> Any:
+        """Return `shared` while torch.compile traces, which finds no equal operators but its own.
+
+        The layers of a source read one value in the recorded call, so that nothing was written into x between them.
+        """
+        held = self._in_graph
+        if held is None or held[0] is not x:
+            held = (x, self.codes(rows, target, backend), self.readers)
+        self._in_graph = (held[0], held[1], held[2] - 1) if held[2] > 1 else None
+        return held[1]
+
+    def _forget(self, tensor: weakref.ref[torch.Tensor]) -> None:
+        """Free the codes of a tensor that is no more, which threads that take turns have not counted down."""
+        held = self._held
+        if held is not None and held.tensor is tensor:
+            self._held = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_held": None}
@@ -129,7 +184,7 @@ class QuantizedLinear(nn.Linear):
         self.bits = weight.bits
         self.has_bias = bias is not None
         self.requested = backend
-        self.register_parameter("like", nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False))
+        self.register_parameter("like", nn.Parameter(torch.zeros(1, dtype=dtype), requires_grad=False))
         self._lay_out(weight, bias, weight.codes.device)
 
     def _lay_out(self, weight: WeightParams, bias: torch.Tensor | None, device: torch.device) -> None:
@@ -138,24 +193,39 @@ class QuantizedLinear(nn.Linear):
         self.layer = prepare(weight, bias).to(device)
         self.prepared_for = device.type
 
-    def lay_out_for(self, device: torch.device) -> None:
-        """Lay the weight out for a kind of device, if it is not yet."""
+    def lay_out_for(self, device: torch.device, memory: torch.device | None = None) -> None:
+        """Lay the weight out for a kind of device, if it is not yet.
+
+        `memory`: where the new layout stays, by default that device. Raises `InputError` for a layer that accelerate
+        has sent away, whose tensors come with a hook of their own.
+        """
         if self.prepared_for != device.type:
+            if any(tensor.is_meta for tensor in self.layer.parameters()):
+                raise InputError(f"an offloaded layer has to be laid out for {device.type} before it is offloaded")
             layer: Any = self.layer.cpu()
             weight = WeightParams(layer.unpacked().to(device), layer.scale.to(device), self.bits)
             self._lay_out(weight, layer.bias.to(device) if self.has_bias else None, device)
+            self.layer.to(device if memory is None else memory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[-1] != self.in_features:
-            raise InputError(f"a layer of width {self.in_features} was given an input {tuple(x.shape)}")
+        if x.shape[-1] != self.in_features or x.dtype not in FLOATS:
+            raise InputError(
+                f"a layer of {self.in_features} inputs in float32, float16 or bfloat16 was given {tuple(x.shape)} of"
+                f" {x.dtype}"
+            )
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if device != self.prepared_for:
             self.lay_out_for(x.device)
-        if torch.compiler.is_compiling() or not (offloaded(self.layer) or self._source_offloaded()):
+        if torch.compiler.is_compiling():
             return self._product(x, dtype)
-        with present([self.layer, *([] if self.source is None else [self.source.params])]):
+        with self._present():
             return self._product(x, dtype)
+
+    def _present(self) -> AbstractContextManager[None]:
+        """Bring the tensors of an offloaded layer to where they are used."""
+        parts = [self.layer] if self.source is None else [self.layer, self.source.params]
+        return present(parts) if any(offloaded(part) for part in parts) else nullcontext()
 
     def _product(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         shape = (*x.shape[:-1], self.out_features)
@@ -169,61 +239,95 @@ class QuantizedLinear(nn.Linear):
         codes = self.source.shared(x, rows, target, self.kernels)
         return self.kernels.linear(codes, target, self.layer, Float(dtype)).view(shape)
 
-    def _source_offloaded(self) -> bool:
-        return self.source is not None and offloaded(self.source.params)
-
     def unpacked(self) -> torch.Tensor:
         """Return the codes, int8 (out, in)."""
-        return cast(torch.Tensor, self.layer.unpacked())
-
-    @property
-    def scale(self) -> torch.Tensor:
-        """Return the scales of the codes, fp32 (out,) or (1,)."""
-        return cast(torch.Tensor, self.layer.scale)
+        with self._present():
+            return cast(torch.Tensor, self.layer.unpacked())
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """Return the dequantized weight (out, in) in the model's dtype, as a tensor of its own."""
-        values = self.unpacked().float() * self.scale.reshape(-1, 1)
-        if self.source is not None:
-            values = rotate(values, self.source.rotation) if self.source.rotation else values  # its own inverse
-            factors = self.source.params.channels
-            values = values if factors is None else values * factors
+        with self._present():
+            values = self.layer.unpacked().float() * self.layer.scale.reshape(-1, 1)
+            if self.source is not None:
+                values = rotate(values, self.source.rotation) if self.source.rotation else values  # its own inverse
+                factors = self.source.params.channels
+                values = values if factors is None else values * factors
         values = values.to(self.like.dtype)
         return values if torch.compiler.is_compiling() else values.as_subclass(Dequantized)
 
     @property
     def bias(self) -> torch.Tensor | None:  # type: ignore[override]
         """Return the bias (out,) in the model's dtype, or None."""
-        return cast(torch.Tensor, self.layer.bias.to(self.like.dtype)) if self.has_bias else None
+        if not self.has_bias:
+            return None
+        with self._present():
+            values = self.layer.bias.to(self.like.dtype, copy=True)
+        return values if torch.compiler.is_compiling() else values.as_subclass(Dequantized)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):
+            raise InputError(NO_WRITING)
+        super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
         """Refuse: the codes are those of a solution."""
         raise InputError("the weights of a quantized layer cannot be drawn anew")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Leave out `like`, which only says the dtype."""
+        """Add a stand-in for the weight, which has no values: diffusers looks there for the layers of a LoRA."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.pop(f"{prefix}like", None)
+        destination[f"{prefix}weight"] = self.like.detach().expand(1, self.in_features)
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        """Take nothing: the tensors of a quantized layer are those of its parts."""
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+        """Take nothing: the tensors of a quantized layer are those of its parts.
+
+        Raises `InputError` for a weight or a bias that is not the layer's own, as of a float model or of an adapter
+        that trains biases.
+        """
+        weight, bias = state_dict.get(f"{prefix}weight"), state_dict.get(f"{prefix}bias")
+        own = self.bias
+        if weight is not None and weight.shape != (1, self.in_features):
+            raise InputError(f"'{prefix}weight' cannot be loaded: the layer has integer weights")
+        if bias is not None and (own is None or not torch.equal(own.to(bias), bias)):
+            raise InputError(f"'{prefix}bias' cannot be loaded: the biases of a quantized layer stay as they are")
 
     def extra_repr(self) -> str:
         kind = "float input" if self.source is None else str(self.source.params.spec.grid)
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, {kind}"
 
 
-class Dequantized(torch.Tensor):
-    """A dequantized weight. Its values are a copy: what is written to `data` would be lost, so it is refused."""
+NO_WRITING = (
+    "a quantized layer has integer weights, so what is written to its weight or bias would be lost: keep an adapter"
+    " beside the layer (do not fuse or merge it)"
+)
+IN_PLACE = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__")
 
-    __torch_function__ = cast(Any, torch._C)._disabled_torch_function_impl
+
+class Dequantized(torch.Tensor):
+    """A dequantized weight or bias: a copy, so that what is written to it would be lost. Writing is an `InputError`.
+
+    What is computed of it is a plain tensor, but for its views.
+    """
 
     @property
     def data(self) -> torch.Tensor:
         """Return the values."""
-        return self.detach()
+        return self
 
     @data.setter
     def data(self, value: Any) -> None:
-        raise InputError("an adapter cannot be fused into integer weights; keep it beside them (do not fuse or merge)")
+        raise InputError(NO_WRITING)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        writes = name in IN_PLACE or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+        if writes and isinstance(args[0], cls):
+            raise InputError(NO_WRITING)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+            views = isinstance(result, torch.Tensor) and any(
+                isinstance(value, cls) and value.data_ptr() == result.data_ptr() for value in args
+            )
+            return result.as_subclass(cls) if views else result

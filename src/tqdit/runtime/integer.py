@@ -1,14 +1,13 @@
 """Make the classes of converted models: one for each diffusers class, when it is first needed."""
 
 import functools
-import threading
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, Self, cast
 
 import torch
 from accelerate import cpu_offload
-from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
+from accelerate.hooks import remove_hook_from_module
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
@@ -17,20 +16,19 @@ from tqdit.architectures.registry import architecture
 from tqdit.artifact.model_card import model_card
 from tqdit.errors import InputError
 from tqdit.layers.block import IntBlock
-from tqdit.ops.modules import HOOK, Closed, Untrainable, check_same
+from tqdit.ops.modules import Closed, Untrainable, check_same
 from tqdit.runtime.calls import Runtime, tell_diffusers
-from tqdit.runtime.quantized import QuantizedModel, SameAsDiffusers
+from tqdit.runtime.quantized import LOCK, QuantizedModel, SameAsDiffusers, offloading
 from tqdit.sources.conditions import is_prompted
 from tqdit.system.isolation import isolated
 
 CONVERTED = (
     "quantization_backend", "quantization_report", "solution", "reconvert", "prepared_for", "fixed", "fits_float16",
 )  # fmt: skip
-LOCK = threading.Lock()  # held while a model is converted again
 INTEGER, CLOSED = "Integer", "Closed"  # first words of the names of classes that are made here
 
 
-class IntegerModel(Closed, Untrainable, QuantizedModel):
+class IntegerModel(QuantizedModel, Closed, Untrainable):
     """The members that every converted model has beside those of diffusers' own class; `convert` makes the model."""
 
     reconvert: Any  # (Solution, device=...) -> a model that is converted in the same way
@@ -106,7 +104,7 @@ class IntegerModel(Closed, Untrainable, QuantizedModel):
         with LOCK, isolated():
             if self.prepared_for == device.type:
                 return
-            hook = _offloading(self)
+            hook = offloading(self)
             if hook is None:
                 self.adopt(self.reconvert(self.solution, device=device))
                 return
@@ -214,13 +212,3 @@ def __getattr__(name: str) -> Any:
         except InputError:
             pass
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-
-
-def _offloading(model: nn.Module) -> AlignDevicesHook | None:
-    """Return the first of accelerate's hooks that sends tensors away, or None."""
-    for module in model.modules():
-        hook = module.__dict__.get(HOOK)
-        for part in getattr(hook, "hooks", (hook,)):
-            if isinstance(part, AlignDevicesHook) and part.offload:
-                return part
-    return None

@@ -1,16 +1,22 @@
 """The members that every quantized model has beside those of diffusers' own class: loading, saving, its identity."""
 
+import threading
 from pathlib import Path
 from typing import Any, cast
 
+from accelerate.hooks import AlignDevicesHook
 from accelerate.utils import convert_file_size_to_int
+from torch import nn
 
 from tqdit.artifact import folder as artifact
 from tqdit.artifact.model_card import write_card
 from tqdit.errors import InputError
+from tqdit.ops.modules import HOOK
 from tqdit.spec import Solution
 from tqdit.system.files import replacing
 from tqdit.system.isolation import isolated
+
+LOCK = threading.Lock()  # held while a model is laid out for another kind of device
 
 
 class SameAsDiffusers(type):
@@ -82,3 +88,13 @@ class QuantizedModel:
                 artifact.write(self.solution, folder, most)
                 write_card(folder, self.card(artifact.size_bytes(folder)), target)
             artifact.unseal_pipeline(target)
+
+
+def offloading(model: nn.Module) -> AlignDevicesHook | None:
+    """Return the first of accelerate's hooks that sends tensors away, or None."""
+    for module in model.modules():
+        hook = module.__dict__.get(HOOK)
+        for part in getattr(hook, "hooks", (hook,)):
+            if isinstance(part, AlignDevicesHook) and part.offload:
+                return part
+    return None

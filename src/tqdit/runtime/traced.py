@@ -3,25 +3,32 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_module
 from torch import nn
 
 from tqdit.architectures.traced import Traced, layer_names, traced
 from tqdit.artifact.model_card import TRACED_USE, model_card
 from tqdit.errors import InputError
 from tqdit.graph import Graph, Linear
-from tqdit.layers.codes import LayerCodes, Place
+from tqdit.layers.codes import LayerCodes
 from tqdit.layers.quantized import Clock, QuantizedLinear, Source
 from tqdit.ops.dispatch import get_backend, kernel_name
-from tqdit.ops.schema import WeightParams
-from tqdit.runtime.quantized import QuantizedModel, SameAsDiffusers
+from tqdit.ops.modules import present
+from tqdit.ops.schema import Backend, WeightParams
+from tqdit.runtime.quantized import LOCK, QuantizedModel, SameAsDiffusers, offloading
 from tqdit.spec import Solution
+from tqdit.system.isolation import isolated
 
 TRACED = "Traced"  # the first word of the names of classes that are made here
-OURS = ("solution", "clock_argument", "quantization_backend", "quantization_report", "requested_backend")
+OURS = (
+    "solution", "clock_argument", "quantization_backend", "quantization_report", "requested_backend", "prepared_for",
+)  # fmt: skip
 
 
 class TracedModel(QuantizedModel):
@@ -34,6 +41,7 @@ class TracedModel(QuantizedModel):
     quantization_backend: str
     quantization_report: Mapping[str, str]  # site -> kernel
     requested_backend: str
+    prepared_for: str  # the kind of device that the layers are laid out for
     clock: Clock
 
     def shape_name(self) -> str:
@@ -44,15 +52,58 @@ class TracedModel(QuantizedModel):
         """Return the model card of an artifact of this model."""
         return model_card(self.solution, self.shape_name(), size_bytes, draw=TRACED_USE)
 
-    def begin(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        """Set the time groups of a call, if any layer has them."""
+    def in_call(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> AbstractContextManager[Any]:
+        """Set the time groups of a call, if any layer has them; they hold until the context ends.
+
+        Raises `InputError` for a call without its time, and for a time outside of the range of the groups.
+        """
         if "clock" not in cast(Any, self)._modules:
-            return
+            return nullcontext()
         name, position = self.clock_argument
         timestep = named.get(name, arguments[position] if position < len(arguments) else None)
         if timestep is None:
             raise InputError(f"the call has no '{name}', which the time groups of the model are of")
-        self.clock.set(timestep)
+        return self.clock.during(timestep)
+
+    def lay_out_for(self, device: torch.device) -> None:
+        """Lay the layers out for a kind of device, only once however many threads ask.
+
+        A model that accelerate offloads stays in the CPU's memory, and is offloaded as before.
+        """
+        with LOCK, isolated():
+            model: Any = self
+            if self.prepared_for == device.type:
+                return
+            hook = offloading(model)
+            if hook is not None:
+                remove_hook_from_module(model, recurse=True)
+            for layer in model.modules():
+                if isinstance(layer, QuantizedLinear):
+                    layer.lay_out_for(device, layer.like.device if hook is None else torch.device("cpu"))
+            chosen = get_backend(self.requested_backend, device)
+            self.quantization_backend, self.prepared_for = chosen.NAME, device.type
+            self.quantization_report = _report(self.solution, chosen)
+            if hook is not None:
+                cpu_offload(model, device, offload_buffers=hook.offload_buffers)
+
+    def enable_group_offload(
+        self,
+        onload_device: torch.device,
+        offload_device: torch.device = torch.device("cpu"),
+        offload_type: str = "block_level",
+        **options: Any,
+    ) -> None:
+        """Offload groups of layers as diffusers does, after the layers have been laid out for their device.
+
+        Raises `InputError` for single layers on disk: layers that read one input share its scales.
+        """
+        if options.get("offload_to_disk_path") is not None and offload_type != "block_level":
+            raise InputError(
+                f"a quantized model can be offloaded to disk by offload_type 'block_level' alone, got '{offload_type}':"
+                " layers share the scales of the input that they read"
+            )
+        self.lay_out_for(torch.device(onload_device))
+        cast(Any, super()).enable_group_offload(onload_device, offload_device, offload_type, **options)
 
     def adopt(self, other: "TracedModel") -> None:
         """Take over the parts of another converted model."""
@@ -71,34 +122,57 @@ def shape_name(solution: Solution) -> str:
 
 
 def convert_traced(
-    solution: Solution, backend: str, device: str | torch.device, dtype: torch.dtype | None
+    solution: Solution,
+    backend: str,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    into: nn.Module | None = None,
 ) -> TracedModel:
     """Return the runnable model of a traced solution; see `runtime.convert.convert`.
 
     `dtype`: of the parameters that stay in float, but for those that the class keeps in fp32; None keeps the dtypes of
-    the solution. Floats of the solution are shared where neither device nor dtype changes.
+    the solution. Floats of the solution are shared where neither device nor dtype changes. `into`: the float model of
+    the solution, which is made the runnable one itself. Each of its layers is freed once it has been replaced.
     """
     architecture, graph = traced(solution.model_config["_class_name"]), solution.graph
     assert graph is not None
-    model: Any = architecture.empty(solution.model_config)
+    model: Any = architecture.empty(solution.model_config) if into is None else into
     device = torch.device(device)
     owners = _assemble(solution, graph, model, backend, device, dtype)
     _fill(solution, model, device, dtype)
     make_traced(model, architecture)
     chosen = get_backend(backend, device)
     model.requested_backend, model.quantization_backend = backend, chosen.NAME
-    model.quantization_report = {name: kernel_name(params, chosen) for name, params in solution.params.items()}
+    model.quantization_report, model.prepared_for = _report(solution, chosen), device.type
     model.clock_argument = _position(architecture.model_class().forward, graph.timestep)
-    places = {f"{name}.weight": Place(layer, slice(None), layer_shape(layer)) for name, layer in owners.items()}
+    places: Any = {f"{name}.weight": WholeLayer(layer) for name, layer in owners.items()}
     sites = {layer.source.params.spec.name: layer.source.params for layer in owners.values() if layer.source}
     codes = LayerCodes(places, sites, {})
     model.solution = replace(solution, codes=codes, floats=ModelFloats(model, owners, solution.floats))
     return cast(TracedModel, model.eval().requires_grad_(False))
 
 
-def layer_shape(layer: QuantizedLinear) -> torch.Size:
-    """Return the shape of a layer's weight."""
-    return torch.Size((layer.out_features, layer.in_features))
+def _report(solution: Solution, backend: Backend) -> dict[str, str]:
+    return {name: kernel_name(params, backend) for name, params in solution.params.items()}
+
+
+class WholeLayer:
+    """The place of all codes of a layer, in the layout that it has now; see `layers.codes.Place`."""
+
+    rows = slice(None)
+
+    def __init__(self, owner: QuantizedLinear) -> None:
+        self.owner = owner
+
+    @property
+    def layer(self) -> Any:
+        """Return the layer in its backend's layout."""
+        return self.owner.layer
+
+    @property
+    def shape(self) -> torch.Size:
+        """Return the shape of the weight."""
+        return torch.Size((self.owner.out_features, self.owner.in_features))
 
 
 def make_traced(model: nn.Module, architecture: Traced) -> None:
@@ -106,6 +180,14 @@ def make_traced(model: nn.Module, architecture: Traced) -> None:
     made = traced_class(architecture.name)
     model.__class__ = cast(type[nn.Module], made)
     model.__dict__["__module__"] = made.original.__module__
+    for module in model.modules():
+        if hasattr(module, "fuse_projections"):  # it would make new float layers of dequantized weights
+            module.fuse_projections = refuse_fusing  # type: ignore[assignment]
+
+
+def refuse_fusing(*_: Any, **__: Any) -> None:
+    """Raise `InputError`: this stands in the place of `fuse_projections` of attention modules."""
+    raise InputError("projections of a quantized model cannot be fused: layers that read one input share its codes")
 
 
 @functools.cache
@@ -140,11 +222,18 @@ def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def forward(self: TracedModel, *arguments: Any, **named: Any) -> Any:
-        with torch.no_grad():
-            self.begin(arguments, named)
+        device = next((x.device for x in (*arguments, *named.values()) if isinstance(x, torch.Tensor)), None)
+        if device is not None and device.type != self.prepared_for:
+            _lay_out(self, device)
+        with torch.no_grad(), self.in_call(arguments, named):
             return original(self, *arguments, **named)
 
     return forward
+
+
+@torch.compiler.disable  # the graph breaks here unless a call on the device came first
+def _lay_out(model: TracedModel, device: torch.device) -> None:
+    model.lay_out_for(device)
 
 
 def _position(forward: Callable[..., Any], name: str) -> tuple[str, int]:
@@ -246,7 +335,15 @@ class ModelFloats(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         owner, leaf = self._places[name]
-        return cast(torch.Tensor, getattr(owner, leaf)).detach().cpu()
+        with present([owner.layer if isinstance(owner, QuantizedLinear) else owner]):
+            value = owner.layer.bias if isinstance(owner, QuantizedLinear) else getattr(owner, leaf)
+            if value.is_meta:
+                raise InputError(f"'{name}' is offloaded; remove accelerate's hooks before reading it")
+            value = cast(torch.Tensor, value).detach().cpu()
+        if isinstance(owner, QuantizedLinear):  # products add the bias in fp32, and a model's dtype may be less
+            rounded = value.to(owner.like.dtype)
+            value = rounded if torch.equal(rounded.float(), value) else value
+        return value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
