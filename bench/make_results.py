@@ -1,4 +1,6 @@
-"""Write docs/results.md, docs/any-input.md, the figures of docs/quality.md and of docs/models.md, and the README's tables from result files.
+"""Write the figures of docs/ and the README's tables from result files.
+
+Whole pages: results.md and any-input.md; sections: quality.md and models.md.
 
 python bench/make_results.py
 python bench/make_results.py --check    # only compares

@@ -156,8 +156,8 @@ def calibration() -> Lines:
     return [
         f"Calibrating {found['model']} ({found['parameters'] / 1e9:.2f} B parameters, {found['calls']} calls of "
         f"{found['tokens']} tokens, `plus` {found['recipe']['weight_bits']}-bit weights, without the Fisher diagonal) "
-        f"takes {found['seconds']:.0f} s ({stages}) and {found['peak_ratio']:.2f} times the memory of the bf16 model. The "
-        f"integer model's weights take {found['weight_ratio']:.3f} of bf16's.",
+        f"takes {found['seconds']:.0f} s ({stages}) and {found['peak_ratio']:.2f} times the memory of the bf16 model. "
+        f"The integer model's weights take {found['weight_ratio']:.3f} of bf16's.",
         "",
         environment(found["environment"]),
         "",
