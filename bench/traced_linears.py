@@ -1,7 +1,8 @@
 """Times linear layers of text-to-image and video transformers on this GPU: integers, bf16, fp8, and torchao's int8.
 
 python bench/traced_linears.py --json bench/results/traced-linears-h200.json
-python bench/traced_linears.py --json small.json --models FLUX.1 --no-torchao
+python bench/traced_linears.py --json one.json --models FLUX.1 --no-torchao      # on several GPUs at once, and then:
+python bench/traced_linears.py --json bench/results/traced-linears-h200.json --join one.json two.json
 
 Rows are tokens of one sample at the size that each model's authors show: FLUX.1 and Qwen-Image at 1024 x 1024 with
 their text tokens, Z-Image, Wan 2.1 1.3B at 480p. Microseconds of the GPU: a way is captured as a CUDA graph of calls on
@@ -57,7 +58,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--no-torchao", action="store_true")
+    parser.add_argument("--join", nargs="+", type=Path, help="files of runs of some models each, instead of a run")
     arguments = parser.parse_args()
+    if arguments.join:
+        parts = [json.loads(path.read_text()) for path in arguments.join]
+        joined = {"environment": parts[0]["environment"], "host_us": [part["host_us"] for part in parts]}
+        for name in ("rows", "float_inputs"):
+            joined[name] = [row for part in parts for row in part[name]]
+        write_text(arguments.json, json.dumps(joined, indent=1) + "\n")
+        return
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     result: dict[str, Any] = {"environment": environment("cuda"), "rows": [], "float_inputs": []}
@@ -69,7 +78,7 @@ def main() -> None:
             result["rows"].append(measured(model, rows, depth, columns, not arguments.no_torchao))
             print(json.dumps(result["rows"][-1]), flush=True)
             write_text(arguments.json, json.dumps(result, indent=1) + "\n")
-    for rows, depth, columns in FLOAT_INPUTS:
+    for rows, depth, columns in FLOAT_INPUTS if "FLUX.1" in arguments.models else ():
         result["float_inputs"].append(float_input(rows, depth, columns))
         print(json.dumps(result["float_inputs"][-1]), flush=True)
     write_text(arguments.json, json.dumps(result, indent=1) + "\n")
@@ -80,17 +89,16 @@ def measured(model: str, rows: int, depth: int, columns: int, torchao: bool) -> 
     torch.compiler.reset()
     linear = nn.Linear(depth, columns, device="cuda", dtype=BF16)
     inputs = [torch.randn(1, rows, depth, device="cuda", dtype=BF16) for _ in range(INPUTS)]
-    ways: Ways = {"bf16": linear, "bf16 compiled": torch.compile(linear, dynamic=False)}
+    ways: Ways = {"bf16": linear}
     ways |= integer_ways(linear, inputs[0]) | fp8_ways(linear, inputs[0])
     if torchao:
         ways |= torchao_ways(linear)
     us, failed = timed(ways, inputs)
-    best = min(us["bf16"], us["bf16 compiled"])
-    whole, product = us["int8 apart"], us["int8 product"]
+    product = us["int8 product"]
     row: dict[str, Any] = {"model": model, "rows": rows, "depth": depth, "columns": columns, "us": us}
     row["us"]["int8 of three"] = us["int8 quantize"] / 3 + product
     row["int8_tops"] = 2e-6 * rows * depth * columns / product
-    row["times_bf16"] = {name: best / value for name, value in us.items()} | {"int8 apart": best / whole}
+    row["times_bf16"] = {name: us["bf16"] / value for name, value in us.items()}
     return row | ({"failed": failed} if failed else {})
 
 
@@ -139,10 +147,8 @@ def fp8_ways(linear: nn.Linear, x: torch.Tensor) -> Ways:
     def product(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return torch._scaled_mm(codes, weight.t(), scale, by_weight.t(), bias=bias, out_dtype=BF16, use_fast_accum=True)
 
-    compiled = torch.compile(quantized, dynamic=False)
     given = quantized(x[0])
     return {
-        "fp8 quantize, compiled": lambda x: compiled(x[0]),
         "fp8 product": lambda _: product(*given),
         "fp8 apart, compiled": torch.compile(lambda x: product(*quantized(x[0])), dynamic=False),
     }

@@ -1,12 +1,13 @@
 """Train a small model of a published architecture, FLUX or Z-Image, on Fashion-MNIST by flow matching.
 
-    python examples/train_small_models.py flux --data .data/fashion --minutes 3.5 --out build/small-flux
+    python examples/train_small_models.py flux --data .data/fashion --minutes 3.5 --out build/small-flux --eager
     python examples/train_small_models.py z-image --data .data/fashion --minutes 3.5 --out build/small-z-image
 
 Meant for one GPU, which needs about half a minute more than `--minutes`. `--out` gets the model as diffusers saves it
 in float16 (`transformer`), its scheduler, the prompts of the classes (`prompts.safetensors`), `training.json` with the
 settings and the quality of samples, and a picture of samples. `examples/small_models.py` says what the models are and
-loads them.
+loads them. `--eager`: torch 2.11 compiles the backward pass of FLUX's blocks into a kernel that reads memory which is
+not its own.
 
 `--steps 2 --tiny` is a rehearsal on a CPU. With `--steps`, not `--minutes`, a training can be repeated, up to the order
 in which a GPU adds.
@@ -55,13 +56,13 @@ class Student(nn.Module):
             velocity = self.family.velocity(self.transformer, state, sigma, prompts)
         return (velocity.float() - (noise - images)).square().mean()
 
-    def prepare(self, device: torch.device) -> None:
-        """Move the model to the device, where its blocks are compiled if that is a GPU."""
+    def prepare(self, device: torch.device, eager: bool = False) -> None:
+        """Move the model to the device, where its blocks are compiled if that is a GPU, unless `eager` is asked for."""
         self.to(device).train()
         # Nearly clean images carry noise of 0.01 at pixels of -1, about bfloat16's spacing there.
         embedder = self.transformer.get_submodule(self.family.embedder)
         embedder.forward = torch.autocast(device.type, enabled=False)(embedder.forward)
-        if device.type == "cuda":
+        if device.type == "cuda" and not eager:
             torch._dynamo.config.suppress_errors = True  # a block that does not compile runs uncompiled
             for block in (block for name in self.family.blocks for block in getattr(self.transformer, name)):
                 block.compile()
@@ -152,6 +153,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=1000, help="images that measure the quality; a multiple of 10")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eager", action="store_true", help="do not compile the blocks on a GPU")
     return parser.parse_args()
 
 
@@ -163,7 +165,7 @@ def main() -> None:
     schedule = Schedule(**{**asdict(SCHEDULE), "batch": args.batch})
     data = read_split(args.data, "train", args.device)
     student = Student(family, args.tiny)
-    student.prepare(device)
+    student.prepare(device, args.eager)
     torch.set_float32_matmul_precision("high")
     average, taken = train(student, data, schedule, args.steps, 60 * args.minutes)
     save(family, args.tiny, average, args.out)

@@ -83,6 +83,7 @@ def test_a_race_has_ours_and_float_entrants_on_the_call_and_on_the_linears_alone
     assert figures["models"][0]["bytes_of_bf16"] == pytest.approx(raced.weight_bytes / raced.bf16_bytes)
 
 
+@pytest.mark.long
 def test_blocks_of_ours_compile_whole(tiny, monkeypatch) -> None:
     """Dynamo takes every block and the layers alone without a break, and leaves eager entrants as they are."""
     captured = []

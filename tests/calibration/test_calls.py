@@ -37,6 +37,16 @@ def file(calls: Calls, tmp_path: Path) -> Path:
     return tmp_path / "calls.safetensors"
 
 
+class Latents(nn.Module):
+    """A model of which only the config and the arguments matter."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor, condition_mask: Any = None) -> None: ...
+
+
 def at(times: Any, timestep: str = "timestep") -> Calls:
     """Calls of which only the times matter."""
     return Calls("Kind", {}, timestep, [RecordedCall.of({timestep: t}, timestep) for t in times])
@@ -112,6 +122,23 @@ def test_a_time_that_is_none(time: Any) -> None:
         RecordedCall.of({"t": time}, "t")
 
 
+def test_what_a_model_is_given_is_a_copy(calls: Calls, file: Path) -> None:
+    """A model may change its arguments; and memory of a mapped file is aligned otherwise than a tensor of its own."""
+    for made in (calls, Calls.load(file)):
+        given = made[0].to("cpu")["hidden_states"]
+        assert given.data_ptr() % 64 == 0
+        given.zero_()
+        assert made[0].arguments["hidden_states"].any()
+
+
+def test_patches_may_be_made_before_the_call() -> None:
+    model = Latents({"in_channels": 4, "patch_size": [1, 2, 2]})
+    for channels in (4, 16):
+        Calls.of(model, [{"hidden_states": torch.ones(1, 7, channels), "timestep": 1.0}])
+    with pytest.raises(InputError, match="the model takes 4 channels"):
+        Calls.of(model, [{"hidden_states": torch.ones(1, 7, 8), "timestep": 1.0}])
+
+
 def test_moving_casts_floats_but_not_times_and_positions(calls: Calls) -> None:
     arguments = calls[0].to("cpu", torch.bfloat16)
     kept = {name for name, value in arguments.items() if isinstance(value, torch.Tensor)} - {
@@ -152,7 +179,7 @@ INFINITE = torch.full((1, 6, 16), float("inf"))
         (with_tensor("joint_attention_kwargs", {"cache": object()}), r"'joint_attention_kwargs\.cache' is of type obj"),
         (with_tensor("joint_attention_kwargs", {"draw": torch.Generator()}), "of type Generator, which cannot be st"),
         (with_tensor("joint_attention_kwargs", {"run": print}), "is of type builtin_function_or_method"),
-        (with_tensor("joint_attention_kwargs", {1: 2}), "'joint_attention_kwargs' has the key 1"),
+        (with_tensor("joint_attention_kwargs", {1.5: 2}), r"'joint_attention_kwargs' has the key 1\.5"),
         (with_tensor("joint_attention_kwargs", {"n": 2**64}), "an integer of more than 64 bits"),
         (with_tensor("img_ids", torch.ones(2, 3).to_sparse()), "'img_ids' is a tensor of layout torch.sparse_coo"),
         (with_tensor("img_ids", torch.ones(2, 3, device="meta")), "'img_ids' is a tensor of the meta device"),
@@ -199,17 +226,10 @@ def test_calls_of_another_model(calls: Calls, model: nn.Module) -> None:
 def test_latents_that_join_another_argument_may_have_fewer_channels() -> None:
     """As in Cosmos, which adds the channel of a mask to those of its latents."""
 
-    class Joining(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.config = {"in_channels": 5}
-
-        def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor, condition_mask: Any = None) -> None: ...
-
-    given = {"hidden_states": torch.ones(1, 4, 2, 2), "timestep": 1.0}
-    Calls.of(Joining(), [given | {"condition_mask": torch.ones(1, 1, 2, 2)}])
+    model, given = Latents({"in_channels": 5}), {"hidden_states": torch.ones(1, 4, 2, 2), "timestep": 1.0}
+    Calls.of(model, [given | {"condition_mask": torch.ones(1, 1, 2, 2)}])
     with pytest.raises(InputError, match="the model takes 5 channels"):
-        Calls.of(Joining(), [given])
+        Calls.of(model, [given])
 
 
 # Time groups and thinning --------------------------------------------------------------------------------------------
@@ -301,6 +321,7 @@ def test_every_kind_of_value_is_read_as_it_was(tmp_path: Path) -> None:
     arguments = {
         "t": torch.tensor(0.5), "none": None, "flag": True, "one": 1, "half": 0.5, "text": "a\nb", "empty": [],
         "nothing": {}, "pair": (torch.ones(2), [torch.zeros(3, dtype=torch.bool), {"x": torch.ones(1).half()}]),
+        "sizes": {0: [1, 2], "a": torch.ones(1)},
         "inf": float("-inf"), "scalar": torch.tensor(3, dtype=torch.int32), "ids": torch.ones(2).double(),
         "no values": torch.ones(0, 4), "tensor": {"tensor": "a key that looks like one of the file's own"},
     }  # fmt: skip
@@ -374,6 +395,8 @@ def add(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
         (manifest(lambda found: found["calls"].append(3)), "value is malformed|malformed"),
         (manifest(lambda found: found["calls"][0].update(timestep=[1])), "malformed"),
         (manifest(lambda found: found["calls"][0].update(timestep={"code": "x"})), "unknown kind 'code'"),
+        (manifest(lambda found: found["calls"][0].update(timestep={"pairs": [[1, 2, 3]]})), "unpack"),
+        (manifest(lambda found: found["calls"][0].update(timestep={"pairs": [[[1], 2]]})), "unhashable"),
         (manifest(lambda found: found["calls"][0].update(timestep={"tensor": []})), "unknown kind 'tensor'"),
         (manifest(lambda found: found["calls"][0].pop("timestep")), "'timestep' must be a finite number"),
         (manifest(lambda found: found["calls"][0].update(timestep={"float": "nan"})), "'timestep' must be a finite"),

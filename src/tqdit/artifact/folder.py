@@ -116,7 +116,7 @@ def unseal_pipeline(folder: Path) -> None:
 
     diffusers changes these files when it saves the model, and writes no seal.
     """
-    if folder.name == TRANSFORMER:
+    if folder.name.startswith(TRANSFORMER):  # some pipelines have a transformer_2
         (folder.parent / MANIFEST).unlink(missing_ok=True)
 
 

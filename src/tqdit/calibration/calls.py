@@ -46,7 +46,7 @@ class RecordedCall:
         return cls(arguments, t, timestep)
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> dict[str, Any]:
-        """Return the arguments on a device.
+        """Return copies of the arguments on a device, which the model may change.
 
         `dtype`: of the floating-point tensors, except times and positions, which keep the dtype that they were given
         in, and except float64.
@@ -57,7 +57,8 @@ class RecordedCall:
 
             def move(tensor: torch.Tensor) -> torch.Tensor:
                 keep = exact or not tensor.is_floating_point() or tensor.dtype is torch.float64
-                return tensor.to(device, tensor.dtype if keep or dtype is None else dtype)
+                # A copy is aligned; a tensor in a mapped file may not be, and then sums differ in their last bits.
+                return tensor.to(device, tensor.dtype if keep or dtype is None else dtype, copy=True)
 
             return call_values.mapped(value, move)
 

@@ -78,11 +78,11 @@ def print_traced_inspection(result: Mapping[str, Any], every_site: bool = False)
     console.print()
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for site in result["sites"]:
-        groups.setdefault(_kind(site), []).append(site)
-    table = _table(("fed by", "role", "grid"), ("bits", "sites", "layers"))
-    for (feed, role, grid, bits), sites in groups.items():
-        layers = sum(site["layers"] for site in sites)
-        _add(table, (feed or "–", role, grid), [bits, str(len(sites)), str(layers)])
+        if site["role"] != "weight":  # in the row of its input
+            groups.setdefault(_kind(site), []).append(site)
+    table = _table(("fed by", "inputs", "weights"), ("sites", "layers"))
+    for kind, sites in groups.items():
+        _add(table, kind, [str(len(sites)), str(sum(site["layers"] for site in sites))])
     console.print(table)
     for reason, count in facts["left"].items():
         console.print(f"in float: {count} x {reason}", markup=False)
@@ -94,18 +94,20 @@ def print_traced_inspection(result: Mapping[str, Any], every_site: bool = False)
         console.print(f"{name}\n      in float: {reason}", markup=False, soft_wrap=True)
 
 
-def _kind(site: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what sites have in common that are one row: feed, role, grid with its factors and rotation, bits."""
+def _kind(site: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return what sites have in common that are one row: what feeds them, the grid of inputs, and that of weights."""
     from tqdit.spec import Grid
 
-    parts = [site["grid"]]
+    if site["role"] in ("weight", "weight_only"):
+        return site["feed"] or "–", "float", f"{site['bits']} bits {site['granularity']}"
+    parts = [f"{site['bits']} bits {site['grid']}"]
     if not Grid(site["grid"]).per_row:
         parts.append(site["granularity"])
     if site["groups"] > 1:
         parts.append(f"{site['groups']} time groups")
     parts += ["channel factors"] * bool(site["channels"])
     parts += [f"rotated by {site['rotation']}"] * bool(site["rotation"])
-    return site["feed"], site["role"], ", ".join(parts), str(site["bits"])
+    return site["feed"] or "–", ", ".join(parts), f"{site['weight_bits']} bits {site['weight_granularity']}"
 
 
 def _summary(result: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -1,6 +1,8 @@
 """Compare artifacts of traced models, by their folders, with the float model that they were made of."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,11 +195,30 @@ def _unique(path: str | Path, among: Sequence[str | Path]) -> str:
 
 
 def _pipeline(folder: Path, dtype: torch.dtype) -> Any:
+    """Return the pipeline of a folder, without progress bars. Raises `InputError` if diffusers refuses it."""
     from diffusers import DiffusionPipeline
 
+    options = {"torch_dtype": dtype, "local_files_only": True, "use_safetensors": True}
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+        with _without_notes():
+            pipe = DiffusionPipeline.from_pretrained(folder, **options)
     except (OSError, ValueError, ImportError, AttributeError) as error:
         raise InputError(f"{folder}: diffusers cannot load the pipeline: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@contextmanager
+def _without_notes() -> Iterator[None]:
+    """Silence diffusers' progress bars, and its warning that newer versions call `torch_dtype` otherwise."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

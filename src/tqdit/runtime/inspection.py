@@ -56,15 +56,19 @@ def inspection(source: ModelSource, target: Target) -> dict[str, Any]:
 
 
 def traced_sites(graph: Graph, solution: Solution, sites: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the sites of a traced model with what feeds each, how many layers read it, and its rotation."""
+    """Return the sites of a traced model with what feeds each, its rotation, and the layers that read it."""
     readers = {linear.source.name: linear for block in graph.blocks for linear in block.linears}
     owners = {weight: linear.source.feed for linear in readers.values() for weight in linear.weights}
     found = []
     for site in sites:
         name = site["name"]
         feed = readers[name].source.feed if name in readers else owners.get(name, "")
-        layers = len(readers[name].modules) if name in readers else 1
-        found.append({**site, "feed": feed, "layers": layers, "rotation": solution.params[name].rotation})
+        row = {**site, "feed": feed, "layers": 1, "rotation": solution.params[name].rotation}
+        if name in readers:
+            weight = solution.params[readers[name].weights[0]].spec
+            coded = {"weight_bits": weight.bits, "weight_granularity": str(weight.granularity)}
+            row |= {"layers": len(readers[name].modules), **coded}
+        found.append(row)
     return found
 
 

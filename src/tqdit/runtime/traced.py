@@ -86,10 +86,24 @@ class TracedModel(QuantizedModel):
             if hook is not None:
                 cpu_offload(model, device, offload_buffers=hook.offload_buffers)
 
-    def enable_group_offload(self, onload_device: torch.device, *arguments: Any, **options: Any) -> None:
-        """Offload groups of layers as diffusers does, after the layers have been laid out for their device."""
+    def enable_group_offload(
+        self,
+        onload_device: torch.device,
+        offload_device: torch.device = torch.device("cpu"),
+        offload_type: str = "block_level",
+        **options: Any,
+    ) -> None:
+        """Offload groups of layers as diffusers does, after the layers have been laid out for their device.
+
+        Raises `InputError` for single layers on disk: layers that read one input share its scales.
+        """
+        if options.get("offload_to_disk_path") is not None and offload_type != "block_level":
+            raise InputError(
+                f"a quantized model can be offloaded to disk by offload_type 'block_level' alone, got '{offload_type}':"
+                " layers share the scales of the input that they read"
+            )
         self.lay_out_for(torch.device(onload_device))
-        cast(Any, super()).enable_group_offload(onload_device, *arguments, **options)
+        cast(Any, super()).enable_group_offload(onload_device, offload_device, offload_type, **options)
 
     def adopt(self, other: "TracedModel") -> None:
         """Take over the parts of another converted model."""
@@ -322,13 +336,14 @@ class ModelFloats(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         owner, leaf = self._places[name]
         with present([owner.layer if isinstance(owner, QuantizedLinear) else owner]):
-            value = cast(torch.Tensor, getattr(owner, leaf)).detach()
-            if isinstance(owner, QuantizedLinear):  # products add the bias in fp32, and a model's dtype may be less
-                value = value.as_subclass(torch.Tensor)
-                value = value if torch.equal(value.float(), owner.layer.bias) else owner.layer.bias.detach()
+            value = owner.layer.bias if isinstance(owner, QuantizedLinear) else getattr(owner, leaf)
             if value.is_meta:
                 raise InputError(f"'{name}' is offloaded; remove accelerate's hooks before reading it")
-            return value.cpu()
+            value = cast(torch.Tensor, value).detach().cpu()
+        if isinstance(owner, QuantizedLinear):  # products add the bias in fp32, and a model's dtype may be less
+            rounded = value.to(owner.like.dtype)
+            value = rounded if torch.equal(rounded.float(), value) else value
+        return value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

@@ -1,4 +1,4 @@
-"""Who takes part in a race of transformer blocks: a float model, ours, and torchao's, each eager or compiled.
+"""Make the entrants of a race of transformer blocks: a float model, ours, and torchao's, each eager or compiled.
 
 The repeated blocks of a model are compiled, not the model: one compilation serves all blocks of a kind, as users of
 large models do it.

@@ -54,9 +54,10 @@ class BlockSettings:
 
 @dataclass(frozen=True)
 class BlockRow:
-    """The figures of an entrant on one part: "call" is a call of the model with its few blocks, "linears" the quantized
-    layers of one block of each kind alone. Times are percentiles in ms. `speedup_over_bf16`: median ms of the fastest
-    float entrant over this one's.
+    """The figures of an entrant on one part.
+
+    "call" is a call of the model with its few blocks, "linears" the quantized layers of one block of each kind alone.
+    Times are percentiles in ms. `speedup_over_bf16`: median ms of the fastest float entrant over this one's.
     """
 
     model: str

@@ -212,7 +212,7 @@ def check_target(target: Path, overwrite: bool, replaceable: Kind = is_artifact,
     """Raise `InputError` if a folder `target` cannot be written, or would lose something; called before any work.
 
     `replaceable`: whether a folder that is not empty may be overwritten, if it has a model's own files alone.
-    `in_pipeline`: whether `target` may be the transformer of a pipeline.
+    `in_pipeline`: whether `target` may be a transformer of a pipeline.
     """
     _check_link(target)
     target = _real(target)
@@ -228,7 +228,8 @@ def check_target(target: Path, overwrite: bool, replaceable: Kind = is_artifact,
             raise InputError(f"{target} has '{foreign}', which is no part of the model and would be lost; move it")
     if target.is_mount():
         raise InputError(f"output {target} is a mount point, which cannot be replaced; choose a folder inside it")
-    check_outside(target.parent if in_pipeline and target.name == TRANSFORMER else target)
+    part = in_pipeline and not is_there(target.parent / CONFIG)  # beside another transformer, which is an artifact
+    check_outside(target.parent if part else target)
     check_parent(target)
 
 

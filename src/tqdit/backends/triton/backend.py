@@ -144,7 +144,8 @@ class TritonBackend:
     ) -> torch.Tensor:
         """Return x W^T + bias for float x: (..., in) -> (..., out).
 
-        With a `dtype` x is read as it is, and the result is rounded once to that dtype; without one it is fp32.
+        With a `dtype` x is read as it is, and the result is rounded once to that dtype (`floats.float_input`); without
+        one it is fp32.
         """
         if dtype is None:
             rows = x.float().reshape(-1, x.shape[-1]).contiguous()

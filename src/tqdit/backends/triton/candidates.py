@@ -41,7 +41,7 @@ def norm(rows: int, width: int) -> list[Config]:
 @functools.cache
 def quantize_rows(width: int) -> Config:
     """Return the configuration of `quantize_rows_kernel`: as few warps as hold a row, so that more rows are read."""
-    return Config(1, 0, 0, warps=min(16, triton.next_power_of_2(triton.cdiv(width, 4096))))
+    return Config(1, 0, 0, warps=min(8, triton.next_power_of_2(triton.cdiv(width, 4096))))
 
 
 @functools.cache

@@ -75,11 +75,16 @@ def quantize(x: torch.Tensor, target: OperandParams, config: Config) -> Codes:
     kinds = x.dtype, width, target.channels is None, groups.stride, row_stride(target), target.bits, config
     if target.grid is Grid.ROW:
         return _quantize_rows(x, target, config, out, groups, rows, x_stride, kinds)
-    bm, bn = config.block_m, config.block_n
-    quantize_kernel[(triton.cdiv(rows, bm), triton.cdiv(width, bn))](
-        x, target.table, groups.tensor, out, target.channels, rows, width, tokens, x_stride, out.stride(1),
-        groups.stride, row_stride(target), mode(target), target.bits, NATIVE, bm, bn, num_warps=config.warps,
+    (bm, bn), factors = config[:2], target.channels
+    tensors = x, target.table, groups.tensor, out, *(() if factors is None else (factors,))
+    check_device(*tensors)
+    key = ("quantize", x.get_device(), mode(target), x_stride, *kinds) if aligned(x, *tensors[3:]) else None
+    others = (
+        *((None,) if factors is None else ()), rows, width, tokens, x_stride, out.stride(1),
+        groups.stride, row_stride(target), mode(target), target.bits, NATIVE, bm, bn,
     )  # fmt: skip
+    grid = -(-rows // bm), -(-width // bn)
+    relaunch.launch(quantize_kernel, key, grid, tensors, others, num_warps=config.warps)
     return out
 
 

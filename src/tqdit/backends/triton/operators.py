@@ -58,7 +58,7 @@ Flat = tuple[list[Tensor], Tensor | None, list[int]]
 
 def flatten(*operands: OperandParams) -> Flat:
     """Return operands as an operator takes them; `_operands` is the inverse."""
-    group = next((o.group for o in operands if o.group is not None and len(o.table) > 1), None)
+    group = next((o.group for o in operands if o.group is not None and o.table.shape[0] > 1), None)
     return [o.table for o in operands], group, [number for o in operands for number in (mode(o), o.bits)]
 
 
@@ -66,7 +66,7 @@ def _operands(tables: list[Tensor], group: Tensor | None, kinds: list[int]) -> t
     found = []
     for table, kind, bits in zip(tables, kinds[::2], kinds[1::2], strict=True):
         grid, merged = KINDS[kind]
-        found.append(OperandParams(grid, bits, table, merged, group if len(table) > 1 else None))
+        found.append(OperandParams(grid, bits, table, merged, group if table.shape[0] > 1 else None))
     return tuple(found)
 
 

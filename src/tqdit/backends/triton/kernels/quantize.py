@@ -17,6 +17,7 @@ from tqdit.backends.triton.kernels.rounding import (
     uniform_codes,
 )
 
+PACKED = tl.constexpr(1024)  # columns whose codes are packed, four of a thread at a time
 SMALL_INTEGERS = ("M", "TOKENS")  # a kernel compiled for one of these serves all others
 SCALARS = ("target", "group")  # read by number: any alignment
 
@@ -73,10 +74,10 @@ def quantize_rows_kernel(
     tl.store(steps + rows, step, rows < M)
     inverse = tl.div_rn(tl.full((ROWS, 1), 1.0, tl.float32), step)
     write = out + rows.to(tl.int64) * out_stride
-    tl.store(write + columns, _row_codes(values, step, inverse, BITS, NATIVE), (rows < M) & (columns < C))
+    tl.store(write + columns, _row_codes(values, step, inverse, BITS, NATIVE, FIRST), (rows < M) & (columns < C))
     if REST:
         here = (rows < M) & (columns_more < C)
-        tl.store(write + columns_more, _row_codes(more, step, inverse, BITS, NATIVE), here)
+        tl.store(write + columns_more, _row_codes(more, step, inverse, BITS, NATIVE, REST), here)
 
 
 @triton.jit
@@ -89,10 +90,10 @@ def _values(read, channels, columns, rows, M, C: tl.constexpr):
 
 
 @triton.jit
-def _row_codes(values, step, inverse, BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """Return round(values / step), clipped, as int8."""
+def _row_codes(values, step, inverse, BITS: tl.constexpr, NATIVE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return round(values / step), clipped, as int8; a thread of eight warps has four of PACKED columns or more."""
     quotient = divide(values, step, inverse, NATIVE)
-    if NATIVE and BITS == 8:
+    if NATIVE and BITS == 8 and COLUMNS >= PACKED:
         codes = packed_codes(quotient, -MAGIC_BITS)
     else:
         codes = uniform_codes(quotient, tl.zeros_like(step), BITS)
