@@ -318,6 +318,7 @@ class Dequantized(torch.Tensor):
 
     @data.setter
     def data(self, value: Any) -> None:
+        """Refuse: the values are a copy."""
         raise InputError(NO_WRITING)
 
     @classmethod
