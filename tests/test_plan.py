@@ -173,9 +173,8 @@ def test_the_limit_of_the_fallback_is_lower_for_fewer_bits(model) -> None:
     ("settings", "needed"),
     [
         ({}, False), ({"rotation": 128}, False), ({"rounding": "second_order"}, True),
-        ({"input_grid": "uniform"}, True),
-        ({"input_grid": "best"}, True), ({"input_channels": "best"}, True), ({"fallback": 10.0}, True),
-        ({"rounds": 1}, True),
+        ({"input_grid": "uniform"}, True), ({"input_grid": "best"}, True), ({"input_channels": "best"}, True),
+        ({"fallback": 10.0}, True), ({"rounds": 1}, True),
     ],
 )  # fmt: skip
 def test_what_needs_a_calibration(settings: dict, needed: bool) -> None:

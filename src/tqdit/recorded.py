@@ -6,7 +6,8 @@ pipe.transformer = tqdit.quantize(pipe.transformer, tqdit.Recipe("plus", "w8a8")
 """
 
 import hashlib
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,22 +20,26 @@ from tqdit.architectures.registry import plain_config
 from tqdit.architectures.traced_graph import trace
 from tqdit.architectures.untraced import untraced_graph
 from tqdit.artifact import folder as artifact
-from tqdit.artifact.model_card import TRACED_USE, model_card, write_card
+from tqdit.artifact.model_card import TRACED_USE, model_card, pipeline_card, write_card
 from tqdit.calibration import replay
-from tqdit.calibration.calls import Calls, read_calls
+from tqdit.calibration.calls import Calls, Recording, read_calls
 from tqdit.errors import InputError
 from tqdit.plan import needs_records
 from tqdit.provenance import Provenance
 from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
-from tqdit.runtime.target import Device, Target, checked_dtype
+from tqdit.runtime.target import Device, Target, checked_device, checked_dtype
 from tqdit.runtime.traced import shape_name
 from tqdit.search import solver
 from tqdit.search.direct import direct_solution
-from tqdit.sources.in_memory import check_transformer
+from tqdit.sources import any_class
+from tqdit.sources.in_memory import check_transformer, name_of
 from tqdit.sources.origin import made_from
+from tqdit.sources.resolve import found_folder
+from tqdit.sources.traced_summary import FolderSummary, TransformerSummary, summarize
 from tqdit.spec import Solution
 from tqdit.stages import Report, check_recipe, silent
+from tqdit.system.environment import environment, peak_memory_bytes
 from tqdit.system.files import check_target, replacing
 from tqdit.system.isolation import isolated
 from tqdit.system.validation import check_flags
@@ -76,20 +81,118 @@ def quantize_recorded(  # noqa: PLR0913 - options
     return convert(solution, target.backend, target.device, wanted)
 
 
-def solution_of(model: nn.Module, recipe: Recipe, calls: Any, report: Report = silent) -> Solution:
-    """Return the solution of a model for its recorded calls, or without calls under a recipe that needs none."""
+@isolated()
+def quantize_folder(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe = Recipe(),
+    *,
+    calls: Any = None,
+    device: Device = "auto",
+    dtype: str | torch.dtype | None = None,
+    overwrite: bool = False,
+    report: Report = silent,
+) -> FolderSummary:
+    """Quantize the transformers of a folder or of a Hub's model, of any class, into the folder `out`.
+
+    A pipeline becomes a pipeline: its other parts are copied, weights by hard links where the disk allows it. A
+    transformer's folder becomes one. The artifact has seals of its transformers alone, since hashing text encoders
+    would take as long as loading them. `calls`: as in `quantize_recorded`; a recording has calls for each transformer.
+    `dtype`: of the float model during calibration, by default as stored.
+    Raises `InputError` as `quantize_recorded` does; then nothing is written.
+    """
+    check_recipe(recipe)
+    check_flags(overwrite=overwrite)
+    out, where, started = Path(out), checked_device(device), time.perf_counter()
+    wanted = None if dtype is None else checked_dtype(dtype)
+    check_target(out, overwrite)
+    source = any_class.find(found_folder(model))
+    if needs_records(recipe) and calls is None:
+        raise InputError(_needs_calls(recipe))
+    recording = Recording.load(calls) if isinstance(calls, str | Path) else calls
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+    with replacing(out, overwrite) as folder:
+        source.copy_components(folder)
+        parts = []
+        for component, place in source.folders.items():
+            report(f"loading {component}", 0.0)
+            module = any_class.load_transformer(place)
+            digest = weights_sha256(module)  # of the weights as stored, whatever the calibration runs in
+            if wanted is not None and module.dtype is not wanted:
+                module = any_class.load_transformer(place, wanted)
+            module.to(where)
+            given = None if recording is None else _calls_of(recording, component, module)
+            solution = solution_of(module, recipe, given, report, (source.name, digest))
+            inside = Path() if source.index is None else Path(component)
+            (folder / inside).mkdir(exist_ok=True)
+            parts.append(_written(component, solution, folder / inside, out / inside, given))
+            del module, solution
+        if source.index is not None:
+            write_card(folder, _pipeline_card(source, recipe, parts), out)
+    return FolderSummary(
+        source.name, recipe.label, recipe.bits, tuple(parts), time.perf_counter() - started, peak_memory_bytes(),
+        torch.cuda.max_memory_allocated(where) if where.type == "cuda" else None, environment(str(where)),
+    )  # fmt: skip
+
+
+def _calls_of(recording: Any, component: str, module: nn.Module) -> Calls:
+    """Return the calls of a component: by its name if the recording has it, else those that suit the model."""
+    if isinstance(recording, Recording) and component in recording:
+        return read_calls(recording[component], module)
+    try:
+        return read_calls(recording, module)
+    except InputError as error:
+        raise InputError(f"{component}: {error}") from None
+
+
+def _written(component: str, solution: Solution, folder: Path, former: Path, calls: Calls | None) -> TransformerSummary:
+    """Write a transformer's artifact into a folder of its own, which will replace `former`."""
+    artifact.write(solution, folder)
+    size = artifact.size_bytes(folder)
+    write_card(folder, model_card(solution, shape_name(solution), size, draw=TRACED_USE), former)
+    used = solution.provenance.calibration_sha256 is not None and calls is not None
+    recipe = solution.provenance.recipe
+    kept = calls.thinned(recipe["samples"], recipe["groups"], recipe["seed"]) if used and calls is not None else ()
+    return summarize(component, solution, size, len(kept))
+
+
+def _pipeline_card(source: any_class.Transformers, recipe: Recipe, parts: Sequence[TransformerSummary]) -> str:
+    """Return the card of a pipeline; its transformers have cards of their own."""
+    kind = (source.index or {}).get("_class_name")
+    facts = {"made from": source.name, "preset": recipe.label}
+    for part in parts:
+        size = f"{part.size_bytes / 1e6:.2f} MB, {part.size_ratio_bfloat16:.3f} of bf16"
+        facts[part.component] = (
+            f"{part.kind}, {size}: {part.integer} linear layers in integers, {part.weight_only} with integer weights "
+            f"alone, {sum(part.left.values())} in float"
+        )
+    return pipeline_card(source.name, facts, kind if isinstance(kind, str) else "DiffusionPipeline", recipe.bits)
+
+
+def _needs_calls(recipe: Recipe) -> str:
+    return (
+        f'the recipe "{recipe.label}" is calibrated from recorded calls: give calls, which tqdit.record(pipe) yields, '
+        'or the recipe "dynamic", which needs none'
+    )
+
+
+def solution_of(
+    model: nn.Module, recipe: Recipe, calls: Any, report: Report = silent, source: tuple[str, str] | None = None
+) -> Solution:
+    """Return the solution of a model for its recorded calls, or without calls under a recipe that needs none.
+
+    `source`: the name and the hash of the float model, by default where it was loaded from, and `weights_sha256`.
+    """
     if hasattr(model, "solution"):
         raise InputError("the model is already quantized; give the float model")
-    name = str(plain_config(model).get("_name_or_path") or type(model).__name__)
-    provenance = made_from(name, weights_sha256(model), recipe)
+    name, digest = source or (name_of(model), weights_sha256(model))
+    provenance = made_from(name, digest, recipe)
     if not needs_records(recipe):
         graph = untraced_graph(model) if calls is None else traced_graph(model, read_calls(calls, model))
         return direct_solution(model, graph, recipe, provenance)
     if calls is None:
-        raise InputError(
-            f'the recipe "{recipe.label}" is calibrated from recorded calls: give calls=..., which tqdit.record(pipe) '
-            'yields, or the recipe Recipe("dynamic")'
-        )
+        raise InputError(_needs_calls(recipe))
     found = read_calls(calls, model)
     return _solved(model, recipe, found.thinned(recipe.samples, recipe.groups, recipe.seed), provenance, report)
 

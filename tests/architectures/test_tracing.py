@@ -18,7 +18,15 @@ from zoo import ZOO
 from tqdit.architectures import registry as architectures
 from tqdit.architectures.interface import Graph, Linear
 from tqdit.architectures.registry import config_of
-from tqdit.architectures.traced_graph import EXPERTS, NEVER_CALLED, POINTWISE, READ_ELSEWHERE, timestep_argument, trace
+from tqdit.architectures.traced_graph import (
+    EXPERTS,
+    NEVER_CALLED,
+    POINTWISE,
+    READ_ELSEWHERE,
+    SEVERAL_NAMES,
+    timestep_argument,
+    trace,
+)
 from tqdit.architectures.tracing import watch
 from tqdit.artifact.graph_json import from_json, to_json
 from tqdit.errors import InputError
@@ -145,7 +153,7 @@ FLOAT_INPUT = {
         "caption_projection.linear_1",
         "adaln_single.linear",
     ),
-    "ZImageTransformer2DModel": ("context_refiner.0.attention.to_q", "t_embedder.mlp.0", "all_x_embedder.2-1"),
+    "ZImageTransformer2DModel": ("context_refiner.0.feed_forward.w2", "t_embedder.mlp.0", "all_x_embedder.2-1"),
 }
 LEFT = {
     "HunyuanDiT2DModel": {f"time_extra_emb.pooler.{name}_proj": READ_ELSEWHERE for name in ("k", "q", "v", "c")},
@@ -189,7 +197,7 @@ def test_blocks_say_what_feeds_their_layers(name: str, prefix: str, graphs: Call
 def test_every_class_of_the_zoo_has_a_graph(name: str, graphs: Callable[[str], Graph]) -> None:
     graph, model = graphs(name), ZOO[name].build()
     assert timestep_argument(model) == graph.timestep == ZOO[name].timestep
-    assert list(graph.shapes) == [key for key in model.state_dict() if key in dict(model.named_parameters())]
+    assert [*graph.shapes.items()] == [(key, tensor.shape) for key, tensor in model.state_dict().items()]
     quantized = [module for block in graph.blocks for linear in block.linears for module in linear.modules]
     every = [*quantized, *graph.float_input, *graph.left]
     layers = {key for key, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -246,11 +254,14 @@ def test_ends(name: str, graphs: Callable[[str], Graph]) -> None:
 
 @pytest.mark.parametrize("name", ["FluxTransformer2DModel", "ZImageTransformer2DModel", "WanTransformer3DModel"])
 def test_graph_is_that_of_the_model_not_of_the_call(name: str, graphs: Callable[[str], Graph]) -> None:
-    """Another batch, other values, bf16, and the mode of inference give the same graph."""
+    """Another batch, other values, a call before, bf16, and the mode of inference give the same graph."""
     entry = ZOO[name]
     assert trace(entry.build(1), entry.call(1, batch=3), entry.timestep) == graphs(name)
     with torch.inference_mode():
         assert trace(entry.build(), entry.call(), entry.timestep) == graphs(name)
+    called = entry.build()
+    called(**entry.call())  # tables that a model makes in its first call are there now
+    assert trace(called, entry.call(), entry.timestep) == graphs(name)
     half = _to(entry.call(), torch.bfloat16)
     assert trace(entry.build().to(torch.bfloat16), half, entry.timestep) == graphs(name)
 
@@ -296,6 +307,7 @@ WAYS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "einsum": lambda h, x: torch.einsum("bnc,bnd->bnd", h, x),
     "index": lambda h, x: x[:, torch.arange(TOKENS)],
     "operator": torch.ops.aten.add.Tensor,
+    "unpacked": lambda h, x: torch.stack([*x]),
     "as the index": lambda h, x: h[:, x.long().clamp(0, TOKENS - 1)[0, :, 0]],
 }
 
@@ -383,6 +395,7 @@ WORDS: dict[str, Callable[..., torch.Tensor]] = {
     "gated pair": lambda x, t, p: x * torch.tanh(x),
     "gated attention": lambda x, t, p: F.scaled_dot_product_attention(x, x, x) * torch.sigmoid(x),
     "attention": lambda x, t, p: torch.bmm(torch.softmax(x @ p.mT, -1), p)[:, :, :],
+    "argument": lambda x, t, p: x[..., :1] + torch.zeros(WIDTH),
     "stream": lambda x, t, p: x + t * F.scaled_dot_product_attention(x, x, x),
     "cat[norm, SiLU]": lambda x, t, p: torch.cat([rms(x), F.silu(x)], -1)[..., :WIDTH],
 }
@@ -394,6 +407,18 @@ def test_words(word: str) -> None:
         return block.a(WORDS[word](x, t, prompt))
 
     assert facts(forward)["a"].word == word
+
+
+def test_what_no_function_is_seen_of_has_a_float_input() -> None:
+    """A value by way of numpy or vmap looks like a constant, and the call goes through."""
+
+    def forward(block: Any, x: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+        rows = torch.vmap(lambda row: row * 2)(x)
+        return block.a(x) + block.b(torch.from_numpy(x.numpy() * 2)) + block.c(rows)
+
+    (block,) = trace(Toy(forward, c=nn.Linear(WIDTH, WIDTH)), call(), "timestep").blocks
+    assert [linear.modules for linear in block.linears] == [("blocks.0.a",)]
+    assert block.float_input == ("blocks.0.b", "blocks.0.c")
 
 
 def test_weights_that_other_code_reads_stay_in_float() -> None:
@@ -413,6 +438,14 @@ def test_what_is_no_plain_linear_layer_stays_in_float() -> None:
     def forward(block: Any, x: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
         return block.a(x) + block.b(x) + block.c.base_layer(x) + block.c.lora_A(x).sum()
 
+    class Packed(torch.Tensor):
+        """Stands for the tensors that other libraries put in the place of weights."""
+
+    packed = nn.Linear(WIDTH, WIDTH)
+    packed.weight = nn.Parameter(packed.weight.data.as_subclass(Packed), requires_grad=False)
+    assert trace(Toy(plain, b=packed), call(), "timestep").left == {
+        "blocks.0.b": "its weight is a Packed of torch.float32, which is no plain float weight"
+    }
     adapter = "part of an adapter: fuse or unload adapters before quantizing"
     assert trace(Toy(forward, b=Rounded(WIDTH, WIDTH), c=adapted), call(), "timestep").left == {
         "blocks.0.b": "a Rounded, which is no plain linear layer",
@@ -424,6 +457,12 @@ def test_what_is_no_plain_linear_layer_stays_in_float() -> None:
 def test_a_layer_that_is_not_called_stays_in_float() -> None:
     model = Toy(lambda block, x, t, prompt: block.a(x))
     assert trace(model, call(), "timestep").left == {"blocks.0.b": NEVER_CALLED}
+
+
+def test_a_layer_of_several_names_stays_in_float() -> None:
+    layer = nn.Linear(WIDTH, WIDTH)
+    model = Toy(lambda block, x, t, prompt: block.a(x) + block.b(x) + block.c(x), b=layer, c=layer)
+    assert trace(model, call(), "timestep").left == {"blocks.0.b": SEVERAL_NAMES}
 
 
 def test_small_layers_have_a_float_input() -> None:

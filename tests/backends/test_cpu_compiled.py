@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 from tqdit.backends import operators
 from tqdit.ops.composed import Composed
-from tqdit.ops.schema import Activation, AttentionParams, Codes, Norm, OperandParams, Residual
+from tqdit.ops.schema import Activation, AttentionParams, Codes, Float, Norm, OperandParams, Residual
 from tqdit.spec import Grid
 
 BATCH, TOKENS, LENGTH, WIDTH, HEADS = 2, 5, 7, 24, 2
@@ -54,7 +54,7 @@ class Case:
         qkv = self.run.project(self.row_codes, self.row, self.qkv, self.rows.projections, HEADS)
         return self.run.attend(qkv, self.rows, target)
 
-    def linear(self, codes: Codes, source: OperandParams, then: Activation | Residual | None) -> Codes:
+    def linear(self, codes: Codes, source: OperandParams, then: Activation | Residual | Float | None) -> Codes:
         return self.run.linear(codes, source, self.out, then)
 
 
@@ -66,6 +66,10 @@ VERBS: dict[str, Callable[[Case], Codes]] = {
     "attend, context": lambda c: c.cross(None),
     "attend, context, bias": lambda c: c.cross(c.bias),
     "linear": lambda c: c.linear(c.codes, c.source, None),
+    "linear, bf16": lambda c: c.linear(c.codes, c.source, Float(torch.bfloat16)),
+    "linear, fp16 from bf16 rows": lambda c: c.run.linear(
+        c.run.quantize(c.x.bfloat16(), c.wide_row), c.wide_row, c.out, Float(torch.float16)
+    ),
     "linear, two regions": lambda c: c.linear(c.wide, c.gelu, None),
     "linear, activation": lambda c: c.linear(c.codes, c.source, Activation(c.gelu)),
     "linear, residual": lambda c: c.linear(c.codes, c.source, Residual(c.x)),
@@ -140,6 +144,7 @@ def test_operators_keep_what_they_promise_to_torch(fast: Composed) -> None:
         (operators.quantize, (case.x, None, None, 0.0, *flat(case.gelu))),
         (operators.quantize, (case.x, shift, scale, eps, *flat(case.source))),
         (operators.quantize_rows, (case.x, None, None, 0.0, *flat(case.wide_row), True)),
+        (operators.quantize_rows, (case.x.bfloat16(), None, None, 0.0, *flat(case.wide_row), False)),
         (operators.quantize_rows, (case.x, shift, scale, eps, *flat(case.row), False)),
         (operators.project, (case.codes, None, *weight, HEADS, *flat(case.source, case.attention.query))),
         (operators.project, (*case.row_codes, *weight, HEADS, *flat(case.row, case.attention.query))),
@@ -148,9 +153,10 @@ def test_operators_keep_what_they_promise_to_torch(fast: Composed) -> None:
         (operators.attend, (query, context, case.bias, HEADS, *attention)),
         (operators.linear_gelu, (case.codes, None, *weight, *flat(case.source, case.gelu))),
         (operators.linear_gelu, (*case.row_codes, *weight, *flat(case.row, case.balanced))),
-        (operators.linear, (case.codes, None, *weight, *flat(case.source), None, None)),
-        (operators.linear, (case.wide, None, *weight, *flat(case.gelu), None, case.x.bfloat16())),
-        (operators.linear, (*case.row_codes, *weight, *flat(case.row), shift, case.x)),
+        (operators.linear, (case.codes, None, *weight, *flat(case.source), 0)),
+        (operators.linear, (*case.row_codes, *weight, *flat(case.row), 1)),
+        (operators.linear_added, (case.wide, None, *weight, *flat(case.gelu), None, case.x.bfloat16())),
+        (operators.linear_added, (*case.row_codes, *weight, *flat(case.row), shift, case.x)),
     ]
     for operator, arguments in calls:
         found = opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

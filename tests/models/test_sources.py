@@ -138,8 +138,8 @@ def test_unreadable_config(own_pipeline, text: str) -> None:
 
 
 def test_unsupported_class_is_named(own_pipeline) -> None:
-    edit_config(own_pipeline, _class_name="FluxTransformer2DModel")
-    with pytest.raises(InputError, match=r"config\.json: .*'FluxTransformer2DModel' is not supported"):
+    edit_config(own_pipeline, _class_name="UNet2DModel")
+    with pytest.raises(InputError, match=r"config\.json: .*'UNet2DModel' is not supported"):
         resolve(own_pipeline)
 
 

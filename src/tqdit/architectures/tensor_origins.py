@@ -1,4 +1,4 @@
-"""What made a tensor, in words, and what it depends on: the facts that a trace keeps of every tensor of one call.
+"""Say in words what made a tensor, and what it depends on: the facts that a trace keeps of every tensor of a call.
 
 Each function that a model calls gives its result a word, by its own name and by the words of its inputs. A product of
 a norm and of something that depends on the timestep is a "modulated norm", for example.
@@ -132,9 +132,9 @@ def _sum(a: Part, b: Part) -> str:
 
 
 def _ordered(a: Part, b: Part) -> tuple[tuple[Part, Part], tuple[Part, Part]]:
-    """Return both orders of two inputs. First is the one in which what is a norm, or has more elements, leads."""
-    leads = (a.word in NORMED, a.elements) >= (b.word in NORMED, b.elements)
-    return ((a, b), (b, a)) if leads else ((b, a), (a, b))
+    """Return both orders of two inputs. First is the one that is led by what is no constant, a norm, or larger."""
+    rank_a, rank_b = ((bool(part.depends), part.word in NORMED, part.elements) for part in (a, b))
+    return ((a, b), (b, a)) if rank_a >= rank_b else ((b, a), (a, b))
 
 
 def _join(parts: Sequence[Part], last_axis: bool) -> str:

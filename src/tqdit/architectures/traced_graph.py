@@ -25,6 +25,7 @@ SMALLEST = 256
 NEVER_CALLED = "never called"
 READ_ELSEWHERE = "its weight is read by other code"
 EXPERTS = "expert weights as one parameter of 3 axes: no linear layer"
+SEVERAL_NAMES = "one layer of several names"
 POINTWISE = "a 1x1 convolution: no linear layer"
 
 
@@ -33,8 +34,10 @@ def trace(model: nn.Module, arguments: Mapping[str, Any], timestep: str, smalles
 
     `arguments` are the keyword arguments of the call. `timestep` is the name of the one that is the time. Layers with
     fewer than `smallest` inputs or outputs keep a float input: 256 by default, or half of the width that most layers
-    of the model have if that is less. Raises `InputError` for arguments that do not fit, for a layer that reads numbers
-    of an unusual type, and for a model with nothing to quantize.
+    of the model have if that is less. The graph's shapes are those of the model's state dict.
+
+    Raises `InputError` for arguments that do not fit, for a layer that reads numbers of an unusual type, and for a
+    model with nothing to quantize.
     """
     facts = watch(model, arguments, _sample_argument(model, arguments, timestep), timestep)
     sizes = {name: _linear(model, name).weight.shape for name in facts.calls}  # (out, in) each
@@ -107,8 +110,11 @@ def _float_input(call: LayerCall, samples: int) -> bool:
 def _left(model: nn.Module, facts: Trace, smallest: int) -> dict[str, str]:
     """Return the layers that stay in float, in the order of the model, with the reasons."""
     left = {}
+    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and (reason := _reason(model, name, module, facts)):
+        if isinstance(module, nn.Linear) and names[id(module)] > 1:  # replaced by one name, it would stay by another
+            left[name] = SEVERAL_NAMES
+        elif isinstance(module, nn.Linear) and (reason := _reason(model, name, module, facts)):
             left[name] = reason
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and set(module.kernel_size) == {1}:
             left[name] = POINTWISE

@@ -51,7 +51,7 @@ class LayerCall:
 
 @dataclass
 class Trace:
-    """What one call of a model showed.
+    """Everything that one call of a model showed.
 
     `calls`: of each linear layer that was called, by its path. `elsewhere`: the layers whose weight was read by other
     code than their own forward. `samples` is the number of samples in the batch.
@@ -138,7 +138,7 @@ class _Watcher(TorchFunctionMode):
         out = func(*args, **kwargs)
         outputs = list(tensors_in(out))
         if outputs or name in JOINS:
-            self._notice_weights(name, inputs)
+            self._notice_weights(inputs)
             self._spread(name, args, kwargs, list(zip(inputs, origins, strict=True)), outputs)
         return out
 
@@ -166,7 +166,10 @@ class _Watcher(TorchFunctionMode):
                 self._set(output, word, depends, _kept_value(name, output, inputs))
 
     def _origin(self, tensor: torch.Tensor) -> Origin:
-        """Return the facts of a tensor. One that was never met is a constant or a parameter."""
+        """Return the facts of a tensor. One that was never met is a parameter, a buffer or a table that a model keeps.
+
+        So is one from where no function is seen, such as numpy; then a layer that reads it has a float input.
+        """
         known = self._origins.get(tensor)
         if known is None:
             return self._set(tensor, CONSTANT, NOTHING)
@@ -190,9 +193,9 @@ class _Watcher(TorchFunctionMode):
         call = LayerCall(next(self._order), origin.word, origin.depends, origin.value, rows)
         self._trace.calls.setdefault(name, []).append(call)
 
-    def _notice_weights(self, name: str, inputs: list[torch.Tensor]) -> None:
+    def _notice_weights(self, inputs: list[torch.Tensor]) -> None:
         for tensor in inputs:
-            owners = self._owners.get(id(tensor), [])
+            owners = [name for name in self._owners.get(id(tensor), ()) if self._layers[name].weight is tensor]
             if owners and not (self.stack and self.stack[-1] in owners):
                 self._trace.elsewhere.update(owners)
 
@@ -227,8 +230,11 @@ def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Say whether two tensors of as many elements are one, or views of the same elements in the same order."""
     if a is b:
         return True
-    start = (tensor.untyped_storage()._cdata for tensor in (a, b))  # data_ptr would be 0 for all of device "meta"
-    return len({*start}) == 1 and a.storage_offset() == b.storage_offset() and a.is_contiguous() and b.is_contiguous()
+    try:  # data_ptr would be 0 for all of device "meta"
+        one = a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.storage_offset() == b.storage_offset()
+    except NotImplementedError:  # a tensor without a storage, such as those inside of torch.vmap
+        return False
+    return one and a.is_contiguous() and b.is_contiguous()
 
 
 def _joins_channels(name: str, args: Any, kwargs: Mapping[str, Any], outputs: list[torch.Tensor]) -> bool:

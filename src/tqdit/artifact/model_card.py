@@ -3,6 +3,8 @@
 import hashlib
 import re
 import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdit.spec import Solution
@@ -76,8 +78,7 @@ def model_card(
     kind = pipeline or "DiffusionPipeline" if load == LOAD_PIPELINE else of_model
     load = load.replace(KIND, kind)
     uses = _use(load, PROMPTED if prompted else OF_CLASSES) if draw is None else _PYTHON.format(f"{load}\n{draw}")
-    text = _text(solution, shape, size_bytes, name, uses)
-    return text + MARK.format(_digest(text))
+    return _marked(_page(name, solution.provenance.bits, uses, _facts(solution, shape, size_bytes, name)))
 
 
 _PYTHON = """Import `tqdit` before the model is loaded: diffusers does not know this kind of quantization by itself.
@@ -102,14 +103,26 @@ tqdit.save_grid(images, "grid.png")
 ```"""
 
 
-def _text(solution: Solution, shape: str, size_bytes: int, name: str, use: str) -> str:
+def pipeline_card(name: str, facts: Mapping[str, str], pipeline: str, bits: str) -> str:
+    """Return the card of a pipeline whose transformers, of any class, are quantized.
+
+    `facts`: label -> text, for the table. `pipeline`: diffusers' class of the pipeline.
+    """
+    use = _PYTHON.format(LOAD_PIPELINE.replace(KIND, pipeline))
+    return _marked(_page(name, bits, use, list(facts.items())))
+
+
+def _marked(text: str) -> str:
+    return text + MARK.format(_digest(text))
+
+
+def _page(name: str, bits: str, use: str, facts: Sequence[tuple[str, str]]) -> str:
     """Return the card without its last line; `use`: how a model is used, in Markdown."""
-    bits = solution.provenance.bits
     header = ["---", "library_name: diffusers"]
     if "/" in name:
         header.append(f"base_model: {name}")
     header += ["tags:", *(f"- {tag}" for tag in ("tqdit", "quantization", "dit", bits)), "---"]
-    facts = "\n".join(f"| {label} | {text} |" for label, text in _facts(solution, shape, size_bytes, name))
+    table = "\n".join(f"| {label} | {text} |" for label, text in facts)
     return f"""{chr(10).join(header)}
 
 # {name} {bits}
@@ -125,7 +138,7 @@ packed integer codes, and the matmuls of the blocks run in integers.
 
 | | |
 |---|---|
-{facts}
+{table}
 
 `tqdit inspect {FOLDER}` shows every setting and the kernels that run it. Weights, config and the files beside them are
 sealed by hashes and may not be edited; this file may.
@@ -136,14 +149,41 @@ def _facts(solution: Solution, shape: str, size_bytes: int, name: str) -> list[t
     provenance = solution.provenance
     recipe = provenance.recipe
     fp32 = 4 * sum(tensor.numel() for tensor in (*solution.codes.values(), *solution.floats.values()))
-    kept = ("samples", "sampler", "steps", "guidance", "rounds", "seed")
+    sampled = ("samples", "sampler", "steps", "guidance", "rounds", "seed")
+    recorded = ("samples", "rows", "fallback", "rounding", "seed")
+    kept: tuple[str, ...] = sampled if solution.graph is None else recorded
     groups = solution.time_groups
     return [
         ("made from", f"{name}, weights sha256 `{provenance.source_sha256 or ''}`"),
         ("shape", shape),
+        *([] if solution.graph is None else _traced_facts(solution)),
         ("preset", provenance.preset or ""),
         ("size", f"{size_bytes / 1e6:.2f} MB: {2 * size_bytes / fp32:.3f} of bf16, {size_bytes / fp32:.3f} of fp32"),
         ("time groups", groups.summary),
         ("calibration", ", ".join(f"{key} {recipe[key]}" for key in kept if key in recipe)),
         ("versions", ", ".join(f"{name} {version}" for name, version in provenance.versions.items())),
     ]
+
+
+def _traced_facts(solution: Solution) -> list[tuple[str, str]]:
+    """Return which layers of a traced model are integers, on which inputs, and which are not."""
+    graph = solution.graph
+    assert graph is not None
+    linears = [linear for block in graph.blocks for linear in block.linears]
+    kinds = Counter(_input_kind(solution, linear.source.name) for linear in linears)
+    coded = sum(f"{name}.weight" in solution.params for name in graph.float_input)
+    left = len(graph.left) + len(graph.float_input) - coded
+    integer = sum(len(linear.modules) for linear in linears)
+    return [
+        ("layers", f"{integer} in integers, {coded} with integer weights alone, {left} in float"),
+        ("inputs", ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())),
+        *([("on float inputs after all", str(len(solution.notes)))] if solution.notes else []),
+    ]
+
+
+def _input_kind(solution: Solution, site: str) -> str:
+    params = solution.params[site]
+    parts = [str(params.spec.grid)]
+    parts += ["with channel factors"] * (params.channels is not None)
+    parts += [f"rotated by {params.rotation}"] * bool(params.rotation)
+    return " ".join(parts)

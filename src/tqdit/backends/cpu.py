@@ -22,7 +22,6 @@ from tqdit.ops.schema import (
     Activation,
     AttentionParams,
     Codes,
-    Float,
     Norm,
     OperandParams,
     Residual,
@@ -69,11 +68,13 @@ class TorchCpu(Composed):
         fine = sums[0].mul_(-source.grid.sign * p.scale)
         return sums[1].mul_(p.coarse).add_(fine).mul_(layer.scale).add_(layer.bias)
 
-    def float_input_linear(self, x: torch.Tensor, layer: LinearCodes) -> torch.Tensor:
+    def float_input_linear(
+        self, x: torch.Tensor, layer: LinearCodes, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         rows = layer.codes.split(WEIGHT_ROWS)
         with without_autocast(x.device.type):
             out = torch.cat([torch.matmul(x.float(), part.float().t()) for part in rows], dim=-1).mul_(layer.scale)
-        return out if layer.bias is None else out.add_(layer.bias)
+        return (out if layer.bias is None else out.add_(layer.bias)).to(dtype or torch.float32)
 
 
 class NativeCpu(TorchCpu):
@@ -87,8 +88,8 @@ class NativeCpu(TorchCpu):
     def kernel(self, operation: str) -> str:
         if operation in ("scores", "values"):
             return f"fused attention, {native.instructions()} u8 x s8"
-        if operation == "linear" and native.has_vnni():
-            return "fused, avx512-vnni u8 x s8"
+        if operation == "linear" and native.has_products():
+            return f"fused, {native.instructions()} u8 x s8"
         return super().kernel(operation)
 
     def prepare(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:
@@ -129,30 +130,25 @@ class NativeCpu(TorchCpu):
         return _quantize(out, target) if separate else out
 
     def linear(self, codes: Codes, source: OperandParams, layer: Layer, then: Then | None = None) -> Codes:
-        if isinstance(then, Float):
-            return self._float(codes, source, layer, None).to(then.dtype)
+        if isinstance(then, Residual):
+            return _added(codes, source, layer, then)
         if not isinstance(then, Activation):
-            return self._float(codes, source, layer, then)
+            return _float(codes, source, layer, torch.float32 if then is None else then.dtype)
         if then.function != "gelu_tanh":
-            return self.quantize(FUNCTIONS[then.function](self._float(codes, source, layer, None)), then.target)
+            return self.quantize(FUNCTIONS[then.function](_float(codes, source, layer)), then.target)
         if torch.compiler.is_compiling():
             if then.target.grid is Grid.ROW:
-                return _quantize(self._float(codes, source, layer, None), then.target, gelu=True)
+                return _quantize(_float(codes, source, layer), then.target, gelu=True)
             weight, operands = operators.flat_weight(layer.weight), operators.flatten(source, then.target)
             return operators.linear_gelu(*operators.flat_codes(codes), *weight, *operands)
         return fused.linear_gelu(codes, source, layer.weight, then.target)
 
-    def _float(self, codes: Codes, source: OperandParams, layer: Layer, then: Residual | None) -> torch.Tensor:
-        if torch.compiler.is_compiling():
-            weight, operands = operators.flat_weight(layer.weight), operators.flatten(source)
-            gate, x = (None, None) if then is None else (then.gate, then.x)
-            return operators.linear(*operators.flat_codes(codes), *weight, *operands, gate, x)
-        return fused.linear(codes, source, layer.weight, then)
-
-    def float_input_linear(self, x: torch.Tensor, layer: LinearCodes) -> torch.Tensor:
+    def float_input_linear(
+        self, x: torch.Tensor, layer: LinearCodes, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         assert layer.bias is not None
         run = operators.float_input_linear if torch.compiler.is_compiling() else fused.float_input_linear
-        return run(x, layer.codes, layer.scale, layer.bias)
+        return run(x, layer.codes, layer.scale, layer.bias).to(dtype or torch.float32)
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -182,6 +178,20 @@ def _quantize(x: torch.Tensor, target: OperandParams, norm: Norm | None = None, 
     if target.grid is Grid.ROW:
         return RowCodes(*operators.quantize_rows(x, shift, scale, float(eps), tensors, kinds, gelu))
     return operators.quantize(x, shift, scale, float(eps), tensors, kinds)
+
+
+def _float(codes: Codes, source: OperandParams, layer: Layer, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    if not torch.compiler.is_compiling():
+        return fused.linear(codes, source, layer.weight, dtype)
+    weight, operands = operators.flat_weight(layer.weight), operators.flatten(source)
+    return operators.linear(*operators.flat_codes(codes), *weight, *operands, operators.DTYPES.index(dtype))
+
+
+def _added(codes: Codes, source: OperandParams, layer: Layer, then: Residual) -> torch.Tensor:
+    if not torch.compiler.is_compiling():
+        return fused.linear_added(codes, source, layer.weight, then)
+    weight, operands = operators.flat_weight(layer.weight), operators.flatten(source)
+    return operators.linear_added(*operators.flat_codes(codes), *weight, *operands, then.gate, then.x)
 
 
 def _planes(codes: torch.Tensor, source: OperandParams) -> list[torch.Tensor]:

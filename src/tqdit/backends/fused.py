@@ -13,6 +13,7 @@ from tqdit.backends import native
 from tqdit.backends.onednn import PackedWeight, product, zero_points
 from tqdit.backends.panels import PanelWeight
 from tqdit.backends.signatures import (
+    FLOATS,
     AttentionCall,
     LinearCall,
     Operand,
@@ -43,13 +44,14 @@ def quantize(x: Tensor, target: OperandParams, norm: Norm | None = None, gelu: b
     need(norm is None or not gelu, "GELU of a norm")
     if x.ndim != 3:
         raise refusal(f"hidden states {tuple(x.shape)}")
-    x = x.float().contiguous()
+    x = _items(x, plain=norm is None and not gelu)
     batch, tokens, width = x.shape
     out, first, second = _planes(tuple(x.shape), target)
     to = operand(target, batch, channels=width)
     call = QuantizeCall(
-        x=address(x, torch.float32), first=first, second=second, batch=batch, tokens=tokens, width=width,
-        gelu=int(gelu), threads=torch.get_num_threads(), target=to,
+        x=address(x, x.dtype, adjacent=False), first=first, second=second, sample_stride=size(x.stride(0)),
+        token_stride=size(x.stride(1)), batch=batch, tokens=tokens, width=width, type=FLOATS[x.dtype], gelu=int(gelu),
+        threads=torch.get_num_threads(), target=to,
     )  # fmt: skip
     steps, call.steps = _steps(batch, tokens, target)
     if norm is not None:
@@ -130,20 +132,26 @@ def linear_gelu(codes: Codes, source: OperandParams, weight: Weight, target: Ope
     return out if steps is None else RowCodes(out, steps)
 
 
-def linear(codes: Codes, source: OperandParams, weight: Weight, then: Residual | None = None) -> Tensor:
-    """Return x W^T + bias as `Backend.linear` does, with a residual or without."""
+def linear(codes: Codes, source: OperandParams, weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return x W^T + bias as `Backend.linear` does: computed in fp32 and rounded once to fp32, bf16 or fp16."""
+    if dtype not in FLOATS:
+        raise refusal(f"results of {dtype}")
     call = _Linear(codes, source, weight)
-    if then is None:
-        out = torch.empty(call.shape)
-        native.call("linear", call.struct, None, 0, None, address(out, torch.float32))
-        return out
+    out = torch.empty(call.shape, dtype=dtype)
+    native.call("linear", call.struct, FLOATS[dtype], address(out, dtype))
+    return out
+
+
+def linear_added(codes: Codes, source: OperandParams, weight: Weight, then: Residual) -> Tensor:
+    """Return x W^T + bias, added to a residual, as `Backend.linear` does."""
+    call = _Linear(codes, source, weight)
     stream = then.x.float().contiguous()
     if call.shape != stream.shape:
         raise refusal(f"an update {call.shape} of hidden states {tuple(stream.shape)}")
     gate = None if then.gate is None else _rows(then.gate, call.shape[0], call.shape[2], "a gate")
     gates = (None, 0) if gate is None else (address(gate, torch.float32, adjacent=False), size(gate.stride(0)))
     out = torch.empty_like(stream)
-    native.call("linear", call.struct, *gates, address(stream, torch.float32), address(out, torch.float32))
+    native.call("linear_added", call.struct, *gates, address(stream, torch.float32), address(out, torch.float32))
     return out.to(then.x.dtype)
 
 
@@ -237,6 +245,15 @@ def _check_uniform(operands: Iterable[OperandParams], name: str) -> None:
     for params in operands:
         if params.grid is not Grid.UNIFORM or params.channels is not None:
             raise refusal(f"{name} on the grid '{params.grid}', or with channel factors")
+
+
+def _items(x: Tensor, plain: bool) -> Tensor:
+    """Return hidden states with items that the kernel reads: of a float type, those of a row adjacent.
+
+    `plain`: they are coded as they are. LayerNorm and GELU read fp32.
+    """
+    x = x if plain and x.dtype in FLOATS else x.float()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _planes(shape: tuple[int, ...], target: OperandParams) -> tuple[Tensor, int, int | None]:

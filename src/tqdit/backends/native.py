@@ -59,6 +59,16 @@ def has_vnni() -> bool:
     return bool(library().tqdit_has_vnni())
 
 
+def has_pairs() -> bool:
+    """Say whether the kernels were compiled to AVX2 without VNNI, where they multiply 16-bit codes."""
+    return bool(library().tqdit_has_pairs())
+
+
+def has_products() -> bool:
+    """Say whether the kernels' own integer matmul is fast here."""
+    return has_vnni() or has_pairs()
+
+
 def has_openmp() -> bool:
     """Say whether the kernels use more than one thread."""
     return bool(library().tqdit_has_openmp())
@@ -66,7 +76,9 @@ def has_openmp() -> bool:
 
 def instructions() -> str:
     """Return the integer instructions to which the kernels were compiled, for reports."""
-    return "avx512-vnni" if has_vnni() else "generic"
+    if has_vnni():
+        return "avx512-vnni"
+    return "avx2" if has_pairs() else "generic"
 
 
 def library() -> ctypes.CDLL:

@@ -2,7 +2,8 @@
 
 Plain calls do not go through these: torch's dispatcher would cost them time. Operands travel flat: the table of each,
 then its channel factors if it has some, and four integers (grid, bits, whether its regions merge, whether it has
-factors); a weight as its tensors and three (kind, out, in); codes of rows as codes and the rows' steps.
+factors); a weight as its tensors and three (kind, out, in); codes of rows as codes and the rows' steps; a dtype as an
+integer.
 An exported program that was saved needs these operators again, and that of layers in float: `import tqdit.backends.cpu`
 before it is loaded.
 """
@@ -19,6 +20,7 @@ from tqdit.ops.schema import AttentionParams, Codes, Norm, OperandParams, Residu
 from tqdit.spec import Grid
 
 GRIDS = (Grid.UNIFORM, Grid.MRQ_SOFTMAX, Grid.MRQ_GELU, Grid.ROW, Grid.SOFTMAX_ROW)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of results
 NUMBERS = 4  # integers of an operand
 PANELS, ONEDNN, CODES = range(3)
 
@@ -173,18 +175,30 @@ def _(codes, steps, weight, kind, operands, kinds):  # type: ignore[no-untyped-d
 @custom_op("tqdit_cpu::linear", mutates_args=())
 def linear(
     codes: Tensor, steps: Tensor | None, weight: list[Tensor], kind: list[int], operands: list[Tensor],
-    kinds: list[int], gate: Tensor | None, x: Tensor | None,
+    kinds: list[int], dtype: int,
 ) -> Tensor:  # fmt: skip
-    """Return x W^T + bias as `fused.linear` does."""
+    """Return x W^T + bias as `fused.linear` does. `dtype`: the index of the result's in `DTYPES`."""
     (source,) = _operands(operands, kinds)
-    then = None if x is None else Residual(x, gate)
-    return fused.linear(_codes(codes, steps), source, _weight(weight, kind), then)
+    return fused.linear(_codes(codes, steps), source, _weight(weight, kind), DTYPES[dtype])
 
 
 @linear.register_fake
+def _(codes, steps, weight, kind, operands, kinds, dtype):  # type: ignore[no-untyped-def]
+    return codes.new_empty(*codes.shape[-3:-1], kind[1], dtype=DTYPES[dtype])
+
+
+@custom_op("tqdit_cpu::linear_added", mutates_args=())
+def linear_added(
+    codes: Tensor, steps: Tensor | None, weight: list[Tensor], kind: list[int], operands: list[Tensor],
+    kinds: list[int], gate: Tensor | None, x: Tensor,
+) -> Tensor:  # fmt: skip
+    """Return x W^T + bias, added to a residual, as `fused.linear_added` does."""
+    (source,) = _operands(operands, kinds)
+    return fused.linear_added(_codes(codes, steps), source, _weight(weight, kind), Residual(x, gate))
+
+
+@linear_added.register_fake
 def _(codes, steps, weight, kind, operands, kinds, gate, x):  # type: ignore[no-untyped-def]
-    if x is None:
-        return codes.new_empty(*codes.shape[-3:-1], kind[1], dtype=torch.float32)
     return x.new_empty(x.shape)
 
 

@@ -9,13 +9,13 @@ from tqdit.backends.signatures import address
 from tqdit.ops.holders import FixedDtype, per_output
 from tqdit.ops.schema import WeightParams
 
-FOUR = 4  # items of K that one VNNI instruction multiplies
+FOUR = 4  # items of K that lie side by side: one VNNI instruction multiplies them
 LANES = 16
 
 
 def supported(depth: int) -> bool:
     """Say whether the compiled product serves a weight (out, depth) here."""
-    return depth % FOUR == 0 and native.has_vnni()
+    return depth % FOUR == 0 and native.has_products()
 
 
 class PanelWeight(NamedTuple):

@@ -18,6 +18,8 @@ from tqdit.spec import MAX_BITS, MIN_BITS, Grid
 # Numbers of the enumeration `Grid` of operands.h; regions that merge are a grid of their own there.
 GRIDS = {Grid.UNIFORM: 0, Grid.MRQ_SOFTMAX: 1, Grid.MRQ_GELU: 1, Grid.ROW: 3, Grid.SOFTMAX_ROW: 4}
 MERGED = 2
+# Numbers of the enumeration `FloatType` of floats.h.
+FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_SIZE = 2**48  # items, bytes, rows: more than any memory has, so that no product of C overflows by mistake
 
 
@@ -39,7 +41,8 @@ class QuantizeCall(ctypes.Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("x", "shift", "scale", "first", "second", "steps")),
-        *((name, c_int64) for name in ("stride", "batch", "tokens", "width", "gelu", "threads")),
+        *((name, c_int64) for name in ("sample_stride", "token_stride")),
+        *((name, c_int64) for name in ("stride", "batch", "tokens", "width", "type", "gelu", "threads")),
         ("target", Operand),
         ("eps", c_float),
     )
@@ -74,6 +77,7 @@ _operand, _linear = POINTER(Operand), POINTER(LinearCall)
 FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "has_openmp": (),
     "has_vnni": (),
+    "has_pairs": (),
     "pack_weight": (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64),
     "quantize": (POINTER(QuantizeCall),),
     "weight_only": (
@@ -81,7 +85,8 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     ),
     "project": (_linear, _operand, c_int64, c_int64, c_void_p),
     "linear_gelu": (_linear, _operand, c_void_p, c_void_p, c_void_p),
-    "linear": (_linear, c_void_p, c_int64, c_void_p, c_void_p),
+    "linear": (_linear, c_int64, c_void_p),
+    "linear_added": (_linear, c_void_p, c_int64, c_void_p, c_void_p),
     "attention": (POINTER(AttentionCall),),
 }  # fmt: skip
 

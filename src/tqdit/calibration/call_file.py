@@ -1,8 +1,8 @@
 """Write the calls of a model as one safetensors file, and read it.
 
 Tensors are named by the sha256 of their dtype, shape and values, so equal ones are stored once and damage is found. The
-tensor `tqdit.calls` is JSON (uint8) that has the rest; the sha256 of that JSON, which is of everything, is in the
-file's metadata beside the name of the pipeline's component.
+tensor `tqdit.calls` is JSON (uint8) that has the rest. The file's metadata has the sha256 of that JSON, which is of
+everything, and the name of the pipeline's component.
 """
 
 import hashlib
@@ -26,17 +26,25 @@ from tqdit.system.swap import beside, remove, sync
 
 MANIFEST = "tqdit.calls"
 VERSION = 1
-SHA256, COMPONENT = "tqdit.sha256", "tqdit.component"  # in the file's metadata
-KEYS: Mapping[str, type] = {"version": int, "kind": str, "config": dict, "timestep": str, "calls": list}
+SEAL = "tqdit.calls"  # the one entry of the metadata, since several have no fixed order
+KEYS: Mapping[str, type] = {
+    "version": int,
+    "kind": str,
+    "config": dict,
+    "timestep": str,
+    "visited": list,
+    "calls": list,
+}
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a file of calls holds: `arguments` of each call, and the model that they are for."""
+    """The content of a file of calls: `arguments` of each call, the model that they are for, the times it `visited`."""
 
     kind: str
     config: Mapping[str, Any]
     timestep: str
+    visited: Sequence[float]
     arguments: Sequence[Mapping[str, Any]]
     component: str = ""
 
@@ -52,6 +60,7 @@ class Content:
 
         calls = [encoded(dict(call), reference)["dict"] for call in self.arguments]
         rest = {"version": VERSION, "kind": self.kind, "config": self.config, "timestep": self.timestep}
+        rest |= {"visited": list(self.visited)}
         return stored, json.dumps(rest | {"calls": calls}, sort_keys=True, allow_nan=False).encode()
 
     @property
@@ -65,10 +74,10 @@ def write(path: Path, content: Content) -> None:
     check_file(path)
     tensors, text = content.packed()
     tensors[MANIFEST] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    notes = {"format": "pt", SHA256: hashlib.sha256(text).hexdigest(), COMPONENT: content.component}
+    seal = json.dumps({"sha256": hashlib.sha256(text).hexdigest(), "component": content.component})
     with _replacing(path) as partial:
         try:
-            save_file(dict(sorted(tensors.items())), partial, metadata=notes)
+            save_file(dict(sorted(tensors.items())), partial, metadata={SEAL: seal})
         except SafetensorError as error:  # the disk may be full
             raise OSError(f"{path} cannot be written: {error}") from None
         partial.chmod(0o644)
@@ -110,26 +119,27 @@ def is_calls(path: Path) -> bool:
     """Say whether a file is one of calls, judged by its metadata."""
     try:
         with safe_open(path, framework="pt") as file:
-            return SHA256 in (file.metadata() or {})
+            return SEAL in (file.metadata() or {})
     except (OSError, SafetensorError):
         return False
 
 
 def _read(path: Path, tensors: dict[str, torch.Tensor]) -> Content:
     with safe_open(path, framework="pt") as file:
-        notes = file.metadata() or {}
+        seal = parse_json((file.metadata() or {})[SEAL].encode())
     text = tensors.pop(MANIFEST).numpy().tobytes()
-    if hashlib.sha256(text).hexdigest() != notes.get(SHA256):
+    if hashlib.sha256(text).hexdigest() != seal.get("sha256"):
         raise ValueError(f"'{MANIFEST}' was changed")
     found = parse_json(text)
     if found.get("version") != VERSION:
         raise ValueError(f"calls of version {found.get('version')} cannot be read; this tqdit reads {VERSION}")
-    component = notes.get(COMPONENT, "")
+    component = seal.get("component")
     of_types = all(isinstance(found.get(key), kind) for key, kind in KEYS.items()) and found.keys() == KEYS.keys()
+    of_types = of_types and all(type(t) is float for t in found["visited"])
     if not of_types or not all(isinstance(call, dict) for call in found["calls"]):
         raise ValueError(f"'{MANIFEST}' is malformed")
-    if component and not component.isidentifier():  # it becomes the name of a file
-        raise ValueError(f"'{component}' is no name of a component")
+    if not isinstance(component, str) or (component and not component.isidentifier()):  # it becomes a file's name
+        raise ValueError(f"{component!r} is no name of a component")
     if changed := next((name for name, tensor in tensors.items() if digest(tensor) != name), None):
         raise ValueError(f"tensor '{changed}' was changed")
     used: set[str] = set()
@@ -143,4 +153,4 @@ def _read(path: Path, tensors: dict[str, torch.Tensor]) -> Content:
     arguments = [decoded({"dict": call}, find) for call in found["calls"]]
     if extra := sorted(tensors.keys() - used):
         raise ValueError(f"it has a tensor '{extra[0]}' that no call uses")
-    return Content(found["kind"], found["config"], found["timestep"], arguments, component)
+    return Content(found["kind"], found["config"], found["timestep"], found["visited"], arguments, component)

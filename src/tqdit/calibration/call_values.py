@@ -29,9 +29,9 @@ def kept(value: Any, name: str, keep: Keep, depth: int = 0) -> Any:
     if isinstance(value, torch.Tensor):
         return keep(_checked(value, name))
     if isinstance(value, Mapping):
-        if other := [key for key in value if not isinstance(key, str)]:
-            raise InputError(f"argument '{name}' has the key {other[0]!r}; keys must be strings")
-        return {str.__str__(key): kept(part, f"{name}.{key}", keep, depth + 1) for key, part in value.items()}
+        if other := [key for key in value if not isinstance(key, str) and type(key) is not int]:
+            raise InputError(f"argument '{name}' has the key {other[0]!r}; keys must be strings or whole numbers")
+        return {_plain(key, name): kept(part, f"{name}.{key}", keep, depth + 1) for key, part in value.items()}
     if isinstance(value, list | tuple):
         parts = [kept(part, f"{name}[{i}]", keep, depth + 1) for i, part in enumerate(value)]
         return parts if isinstance(value, list) else tuple(parts)
@@ -55,7 +55,7 @@ def tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
         yield name, value
     elif isinstance(value, dict):
         for key, part in value.items():
-            yield from tensors(part, f"{name}.{key}" if name else key)
+            yield from tensors(part, f"{name}.{key}" if name else str(key))
     elif isinstance(value, list | tuple):
         for index, part in enumerate(value):
             yield from tensors(part, f"{name}[{index}]")
@@ -66,7 +66,9 @@ def encoded(value: Any, reference: Callable[[torch.Tensor], str]) -> Any:
     if isinstance(value, torch.Tensor):
         return {"tensor": reference(value)}
     if isinstance(value, dict):
-        return {"dict": {key: encoded(part, reference) for key, part in value.items()}}
+        if all(isinstance(key, str) for key in value):
+            return {"dict": {key: encoded(part, reference) for key, part in value.items()}}
+        return {"pairs": [[key, encoded(part, reference)] for key, part in value.items()]}
     if isinstance(value, list | tuple):
         return {type(value).__name__: [encoded(part, reference) for part in value]}
     if isinstance(value, float) and not math.isfinite(value):
@@ -85,6 +87,8 @@ def decoded(value: Any, find: Callable[[str], torch.Tensor]) -> Any:
         return find(content)
     if kind == "dict" and isinstance(content, dict):
         return {key: decoded(part, find) for key, part in content.items()}
+    if kind == "pairs" and isinstance(content, list) and all(isinstance(pair, list) for pair in content):
+        return {key: decoded(part, find) for key, part in content}
     if kind in ("list", "tuple") and isinstance(content, list):
         parts = [decoded(part, find) for part in content]
         return parts if kind == "list" else tuple(parts)

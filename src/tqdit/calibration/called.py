@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -104,17 +105,36 @@ class Signature:
         for tensor in latents:
             if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
                 raise InputError(f"argument '{name}' is of {tensor.dtype}; legal are float32, float16 and bfloat16")
-            self._check_channels(name, tensor, config.get(CHANNELS), others)
+            self._check_channels(name, tensor, config, others)
 
-    def _check_channels(self, name: str, tensor: torch.Tensor, channels: Any, others: Sequence[torch.Tensor]) -> None:
+    def _check_channels(
+        self, name: str, tensor: torch.Tensor, config: Mapping[str, Any], others: Sequence[torch.Tensor]
+    ) -> None:
         """Raise `InputError` if none of the dimensions of latents has the number of channels of the model's config.
 
-        Which dimension it is differs between classes. A model that is given another tensor of as many dimensions may
-        join the channels of the two, so nothing is said then.
+        Which dimension it is differs between classes, and so does whether patches are made before the call. A model
+        that is given another tensor of the same shape but for one dimension may join the channels of the two, so
+        nothing is said then.
         """
-        joined = any(other.ndim == tensor.ndim > 3 for other in others)
-        if type(channels) is int and not joined and channels not in tensor.shape:
+        channels = config.get(CHANNELS)
+        if type(channels) is not int or any(_differing(tensor, other) < 2 for other in others):
+            return
+        if channels not in tensor.shape and channels * _pixels(config) not in tensor.shape:
             raise InputError(f"argument '{name}' has shape {tuple(tensor.shape)}; the model takes {channels} channels")
+
+
+def _pixels(config: Mapping[str, Any]) -> int:
+    """Return the number of latent pixels that make a token."""
+    size = config.get("patch_size", 1)
+    sides = size if isinstance(size, list) else [size, size]
+    return math.prod(sides) if all(type(side) is int for side in sides) else 1
+
+
+def _differing(first: torch.Tensor, second: torch.Tensor) -> int:
+    """Return the number of dimensions in which two shapes differ, which is large if they have not as many."""
+    if first.ndim != second.ndim:
+        return max(first.ndim, second.ndim, 2)
+    return sum(a != b for a, b in zip(first.shape, second.shape, strict=True))
 
 
 def check_finite(arguments: Mapping[str, Any], known: set[int]) -> None:

@@ -35,7 +35,7 @@ class RecordedCall:
 
     arguments: Mapping[str, Any]
     t: float
-    timestep: str
+    timestep: str = "timestep"
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any], timestep: str) -> Self:
@@ -46,7 +46,7 @@ class RecordedCall:
         return cls(arguments, t, timestep)
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> dict[str, Any]:
-        """Return the arguments on a device.
+        """Return copies of the arguments on a device, which the model may change.
 
         `dtype`: of the floating-point tensors, except times and positions, which keep the dtype that they were given
         in, and except float64.
@@ -57,7 +57,8 @@ class RecordedCall:
 
             def move(tensor: torch.Tensor) -> torch.Tensor:
                 keep = exact or not tensor.is_floating_point() or tensor.dtype is torch.float64
-                return tensor.to(device, tensor.dtype if keep or dtype is None else dtype)
+                # A copy is aligned; a tensor in a mapped file may not be, and then sums differ in their last bits.
+                return tensor.to(device, tensor.dtype if keep or dtype is None else dtype, copy=True)
 
             return call_values.mapped(value, move)
 
@@ -68,14 +69,23 @@ class Calls(Sequence[RecordedCall]):
     """Calls of one transformer, in the order in which a pipeline made them.
 
     `kind` is the name of the transformer's diffusers class, `config` the part of its config that decides what it
-    computes, and `timestep` the name of its time argument.
+    computes, and `timestep` the name of its time argument. `visited` are the different times at which the transformer
+    was called, in order; only some of the calls may have been kept.
 
     Example: `Calls.of(transformer, [{"hidden_states": x, "timestep": t, "encoder_hidden_states": prompt}, ...])`.
     """
 
-    def __init__(self, kind: str, config: Mapping[str, Any], timestep: str, calls: Iterable[RecordedCall]) -> None:
+    def __init__(
+        self,
+        kind: str,
+        config: Mapping[str, Any],
+        timestep: str,
+        calls: Iterable[RecordedCall],
+        visited: Iterable[float] = (),
+    ) -> None:
         self.kind, self.config, self.timestep = kind, dict(config), timestep
         self._calls = tuple(calls)
+        self.visited = tuple(sorted({*visited, *(call.t for call in self._calls)}))
 
     @classmethod
     def of(cls, model: nn.Module, calls: Iterable[Mapping[str, Any]]) -> Self:
@@ -148,13 +158,16 @@ class Calls(Sequence[RecordedCall]):
                 raise InputError(f"call {index}: {error}") from None
 
     def time_groups(self, groups: int) -> TimeGroups:
-        """Return at most `groups` time groups, each with about equally many of the distinct times of the calls.
+        """Return at most `groups` time groups, each with about equally many of the times that were visited.
 
-        There is a group for each time if that is fewer, as for models of few steps. The range is [0, 1] or [0, 1000],
-        if the times are in it, since pipelines with other steps or sizes visit other times of it.
+        There is a group for each time if that is fewer, as for models of few steps; every group has a call. The range
+        is [0, 1] or [0, 1000], if the times are in it, since pipelines with other steps or sizes visit other times.
         """
         if not self._calls:
             raise InputError("time groups need at least one call")
+        found = TimeGroups.visited(self.visited, groups, *self._range(), closed=True)
+        if len(found.index(self.times).unique()) == found.num_groups:
+            return found
         return TimeGroups.visited(self.times, groups, *self._range(), closed=True)
 
     def thinned(self, per_group: int, groups: int, seed: int = 0) -> Self:
@@ -193,18 +206,18 @@ class Calls(Sequence[RecordedCall]):
             calls = [RecordedCall.of(arguments, found.timestep) for arguments in found.arguments]
         except InputError as error:
             raise InputError(f"{path} is damaged: {error}") from None
-        return cls(found.kind, found.config, found.timestep, calls)
+        return cls(found.kind, found.config, found.timestep, calls, found.visited)
 
     def _content(self, component: str = "") -> call_file.Content:
         arguments = [call.arguments for call in self]
-        return call_file.Content(self.kind, self.config, self.timestep, arguments, component)
+        return call_file.Content(self.kind, self.config, self.timestep, self.visited, arguments, component)
 
     def _with(self, calls: Iterable[RecordedCall]) -> Self:
-        return type(self)(self.kind, self.config, self.timestep, calls)
+        return type(self)(self.kind, self.config, self.timestep, calls, self.visited)
 
     def _range(self) -> tuple[float, float]:
         """Return a range that has all times, and those of other runs of the pipeline."""
-        low, high = float(self.times.min()), float(self.times.max())
+        low, high = self.visited[0], self.visited[-1]
         whole = isinstance(time := self[0].arguments[self.timestep], torch.Tensor) and not time.is_floating_point()
         if low >= 0 and high <= 1000:
             return 0.0, 1.0 if high <= 1 and not whole and not isinstance(time, int) else 1000.0

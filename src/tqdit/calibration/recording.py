@@ -152,7 +152,7 @@ class _Taker:
         """Return the calls that are kept, in the order in which they were made."""
         kept = dict(pair for reservoir in self._of_time.values() for pair in reservoir.kept.values())
         calls = [kept[number] for number in sorted(kept)]
-        return Calls(kind_of(self._module), self._config, self._signature.timestep, calls)
+        return Calls(kind_of(self._module), self._config, self._signature.timestep, calls, self._of_time)
 
 
 class _Reservoir:

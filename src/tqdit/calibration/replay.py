@@ -5,6 +5,7 @@ activations of one call and the ranges. The Fisher diagonal needs a backward pas
 models of at most `FISHER_PARAMETERS` parameters have it.
 """
 
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -25,7 +26,6 @@ from tqdit.sampling.trajectory import Progress
 from tqdit.timegroups import TimeGroups
 
 FISHER_PARAMETERS = 3 * 10**9
-PROBE_SEEDS = 2**32  # added to the seeds of probes, far from those that pick rows
 FISHER = "fisher"  # the key of the note that says why there are no Fisher weights
 
 
@@ -55,7 +55,7 @@ def record(
     notes = {}
     if recipe.probed and not probed:
         size = f"{parameters / 1e9:.1f} billion parameters"
-        notes[FISHER] = f"errors are weighed alike: a backward pass through {size} was not made"
+        notes[FISHER] = f"each row counts relative to its own outputs: no backward pass was made through {size}"
     return replay.records(notes)
 
 
@@ -68,7 +68,7 @@ class _Replay:
         self.device, self.dtype = first.device, first.dtype
         groups = time_groups.num_groups
         linears = [linear for block in graph.blocks for linear in block.linears]
-        self.sites = [Site(linear, graph, groups, number) for number, linear in enumerate(linears)]
+        self.sites = [Site(linear, graph, groups) for linear in linears]
         self.weights: list[float] = []
         self.times: list[float] = []
         self.listening = False  # hooks also run when a block is computed again for the backward pass
@@ -83,7 +83,10 @@ class _Replay:
             site.begin(number, group, rows, self.recipe.seed)
         arguments, leaves = call.to(self.device, self.dtype), list[torch.Tensor]()
         if self.probed:
-            arguments = {name: _with_leaves(value, leaves) for name, value in arguments.items()}
+            # A model counts the tokens of a mask in integers, which have no gradient.
+            arguments = {
+                name: value if "mask" in name else _with_leaves(value, leaves) for name, value in arguments.items()
+            }
         self.listening = True
         with torch.set_grad_enabled(self.probed):
             output = self.model(**arguments)
@@ -97,7 +100,7 @@ class _Replay:
         outputs = [output for output in outputs if output.requires_grad]
         if not outputs:
             return
-        generator = torch.Generator().manual_seed(PROBE_SEEDS + (self.recipe.seed << 20) + number)
+        generator = torch.Generator().manual_seed(probe_seed(self.recipe.seed, number))
         for left in range(self.recipe.probes - 1, -1, -1):
             probes = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
             torch.autograd.grad(outputs, leaves, probes, retain_graph=left > 0, allow_unused=True)
@@ -160,6 +163,11 @@ class _Replay:
             linears, {}, ranges, torch.zeros(0), times, self.recipe, self.time_groups, tokens=tokens,
             notes=dict(notes),
         )  # fmt: skip
+
+
+def probe_seed(seed: int, call: int) -> int:
+    """Return the seed of the probes of a call, which differs from that of every other call."""
+    return random.Random(f"probes {seed} {call}").getrandbits(32)  # a generator of torch takes 32 bits
 
 
 def _joined(site: Site, weights: torch.Tensor, recipe: Recipe) -> LinearRecord:

@@ -1,5 +1,6 @@
 """Keep what calibration picks of one site of a traced model, call by call."""
 
+import random
 from collections.abc import Callable
 
 import torch
@@ -16,8 +17,8 @@ class Site:
     passed in all calls. `finite`: whether each input of the call at hand had only finite values.
     """
 
-    def __init__(self, linear: Linear, graph: Graph, groups: int, number: int) -> None:
-        self.name, self.modules, self.number = linear.source.name, linear.modules, number
+    def __init__(self, linear: Linear, graph: Graph, groups: int) -> None:
+        self.name, self.modules = linear.source.name, linear.modules
         self.outs = [graph.shapes[name][0] for name in linear.weights]
         self.count = groups if linear.source.timed else 1
         self.rows: list[torch.Tensor] = []
@@ -33,7 +34,7 @@ class Site:
         """Start a call of a time group, of which `rows` rows are to be kept."""
         self.finite, self._call, self._wanted = [], call, rows
         self._group = group if self.count > 1 else 0
-        self._generator = torch.Generator().manual_seed(((seed << 24) + call << 16) + self.number)
+        self._random = random.Random(f"rows {seed} {call} {self.name}")
 
     def take(self, x: torch.Tensor) -> None:
         """Include an input x (..., in) in the ranges, and pick rows of it."""
@@ -47,7 +48,7 @@ class Site:
             self._channels = RangeStats.empty(self.count, x.shape[-1], x.device)
         self._channels = self._channels.include(low, high, torch.tensor([self._group], device=x.device))
         self.tokens += len(flat)
-        index = torch.randperm(len(flat), generator=self._generator)[: self._wanted].sort().values
+        index = _drawn(self._random, len(flat), self._wanted)
         self._index = index.to(x.device)
         self.rows.append(flat[self._index].cpu())
         self.groups.append(torch.full_like(index, self._group))
@@ -80,9 +81,7 @@ class Site:
 
     def chosen(self, most: int, seed: int) -> torch.Tensor:
         """Return indices of at most `most` of all rows, in order."""
-        total = sum(map(len, self.rows))
-        generator = torch.Generator().manual_seed((seed << 16) + self.number)
-        return torch.randperm(total, generator=generator)[:most].sort().values
+        return _drawn(random.Random(f"all rows {seed} {self.name}"), sum(map(len, self.rows)), most)
 
     def weights(self) -> torch.Tensor | None:
         """Return the mean squared gradients at all rows, or None if no output had a gradient."""
@@ -96,3 +95,8 @@ class Site:
         for rows in self.rows[len(self.fisher) :]:
             dtype = torch.bfloat16 if rows.dtype is torch.bfloat16 else torch.float32  # fp16 would lose small squares
             self.fisher.append(torch.zeros(len(rows), sum(self.outs), dtype=dtype))
+
+
+def _drawn(source: random.Random, among: int, count: int) -> torch.Tensor:
+    """Return at most `count` different indices of `among`, in order."""
+    return torch.tensor(sorted(source.sample(range(among), min(among, count))))

@@ -1,6 +1,9 @@
 """Define the command `tqdit bench`."""
 
+import shlex
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,18 +22,33 @@ from tqdit.cli.options import (
     listed,
     write_json,
 )
-from tqdit.cli.settings import Set, parsed
+from tqdit.cli.settings import Set, flag, parsed, typed
+from tqdit.cli.traced_tables import print_races
+from tqdit.errors import InputError
 
 if TYPE_CHECKING:
     from tqdit.speed.benchmark import RandomModel
+    from tqdit.speed.blocks import Raced
 
 FAILED = 1  # exit code: the figures are written, but they lack a quantized model
 
 
 def bench(
+    context: typer.Context,
     models: Annotated[list[str] | None, typer.Argument(metavar="MODEL...", help="artifacts to time")] = None,
     random: Annotated[
-        str | None, typer.Option(help="also time random codes in a shape: DiT-{S,B,L,XL}/{2,4,8}, with @512 for 512 px")
+        str | None,
+        typer.Option(
+            help="also time random codes in a shape: DiT-{S,B,L,XL}/{2,4,8}, with @512 for 512 px; or blocks of "
+            "published models, one or more names: flux.1-dev, flux.2-klein-4b, qwen-image, z-image, sd3.5-large, "
+            "wan-1.3b, wan-14b, ltx-video, hunyuan-video, pixart"
+        ),
+    ] = None,
+    depth: Annotated[
+        int | None, typer.Option("--blocks", min=1, help="of a published model: blocks of each kind; default 2")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="of a published model: image tokens at most; default as published")
     ] = None,
     bits: Annotated[str | None, typer.Option(help="of --random, comma-separated; default w8a8")] = None,
     preset: Annotated[str | None, typer.Option(help="of --random, comma-separated: paper, plus; default plus")] = None,
@@ -65,14 +83,22 @@ def bench(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Time artifacts against float32, bfloat16 and torchao models of their shape: calls, sampling, loading, memory."""
-    import shlex
+    """Time artifacts against float32, bfloat16 and torchao models of their shape: calls, sampling, loading, memory.
 
+    Blocks of published models are timed under the preset dynamic, eager and with compiled blocks, against bf16 and
+    torchao's int8 and fp8; --against may also name bf16-autotuned there.
+    """
     from tqdit.sampling.guidance import Sampling
     from tqdit.speed import benchmark
     from tqdit.speed.entrants import BenchSettings
 
     check_outputs(json_file)
+    if names := _published(models or [], random):
+        _race(context, names, depth, tokens, bits, against, repeats, device, json_file, quiet)
+        return
+    for option, value in (("--blocks", depth), ("--tokens", tokens)):
+        if value is not None:
+            raise InputError(f"{option} is for the published models of --random")
     chosen = _random_models(random, bits, preset, variants, parsed(assignments))
     run = Sampling(sampler, steps, 1.5) if sampling else None
     settings = BenchSettings(backend, _batches(batch), tuple(listed(against)), repeats, run, device, memory, dtype)
@@ -86,11 +112,58 @@ def bench(
         raise typer.Exit(FAILED)
 
 
+# Options that blocks of published models have no use for.
+OF_ARTIFACTS = ("preset", "variants", "assignments", "backend", "dtype", "batch", "sampling", "steps", "sampler",
+                "memory", "kernels")  # fmt: skip
+
+
+def _published(models: list[str], random: str | None) -> list[str]:
+    """Return the published models that --random and the names after it ask for; none for other shapes.
+
+    Raises `InputError` for published models beside artifacts.
+    """
+    from tqdit.speed.published import SHAPES, published
+
+    names = listed(random or "")
+    if not any(name in SHAPES for name in names):
+        return []
+    return [published(name).name for name in dict.fromkeys([*names, *models])]
+
+
+def _race(
+    context: typer.Context, names: list[str], depth: int | None, tokens: int | None, bits: str | None, against: str,
+    repeats: int, device: str, json_file: Path | None, quiet: bool,
+) -> None:  # fmt: skip
+    """Time blocks of published models; the figures are written after each model."""
+    from tqdit.speed import blocks
+    from tqdit.speed.block_entrants import DEFAULT
+
+    for name in OF_ARTIFACTS:
+        if typed(context, name):
+            raise InputError(f"{flag(context, name)} is for artifacts and DiT shapes, not blocks of published models")
+    rivals = tuple(listed(against)) if typed(context, "against") else DEFAULT
+    settings = blocks.BlockSettings(depth or 2, tokens, rivals, bits or "w8a8", repeats, device)
+    command = {"command": shlex.join(["tqdit", *sys.argv[1:]])}
+
+    def finished(found: Sequence["Raced"]) -> None:
+        if json_file != STDOUT:
+            write_json(json_file, command | blocks.figures(found, settings))
+
+    with progress(quiet) as report:
+        found = blocks.race(names, settings, report, finished)
+    if json_file == STDOUT:
+        write_json(json_file, command | blocks.figures(found, settings))
+    else:
+        print_races(found)
+    if failed := [one.model for one in found if one.failed]:
+        typer.echo(f"tqdit: failed: {', '.join(failed)}", err=True)
+        raise typer.Exit(FAILED)
+
+
 def _random_models(
     shape: str | None, bits: str | None, preset: str | None, variants: str | None, assigned: dict[str, str]
 ) -> list["RandomModel"]:
     """Return the models of random codes that --random and its options ask for."""
-    from tqdit.errors import InputError
     from tqdit.recipe import Recipe
     from tqdit.speed.benchmark import RandomModel
 
@@ -112,8 +185,6 @@ def _random_models(
 
 
 def _pair(entry: str) -> tuple[str, str]:
-    from tqdit.errors import InputError
-
     preset, colon, bits = entry.partition(":")
     if not colon:
         raise InputError(f"--variants takes pairs such as plus:w8a8, got '{entry}'")
@@ -121,8 +192,6 @@ def _pair(entry: str) -> tuple[str, str]:
 
 
 def _batches(text: str) -> tuple[int, ...]:
-    from tqdit.errors import InputError
-
     try:
         return tuple(int(entry) for entry in listed(text))
     except ValueError:

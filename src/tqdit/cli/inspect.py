@@ -6,6 +6,7 @@ import typer
 
 from tqdit.cli.console import print_inspection
 from tqdit.cli.options import STDOUT, Backend, Device, JsonFile, Quiet, Verbose, check_outputs, write_json
+from tqdit.cli.traced_tables import print_traced_inspection
 
 
 def inspect(
@@ -17,11 +18,15 @@ def inspect(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Say what an artifact is, and what its sites have: role, bits, grid, time groups, granularity, kernel."""
+    """Say what an artifact is, and what its sites have: role, bits, grid, time groups, granularity, kernel.
+
+    Of an artifact made from recorded calls: what feeds the sites, and which layers stay in float and why.
+    """
     from tqdit import workflow
 
     check_outputs(json_file)
     result = workflow.inspect(folder, backend=backend, device=device)
     if json_file != STDOUT:
-        print_inspection(result, sites)
+        shown = print_traced_inspection if "traced" in result else print_inspection
+        shown(result, sites)
     write_json(json_file, result)

@@ -25,10 +25,12 @@ from tqdit.cli.options import (
     write_json,
 )
 from tqdit.cli.settings import Set, check_once, flag, parsed, typed
+from tqdit.errors import InputError
 from tqdit.system import distributed
 
 if TYPE_CHECKING:
     from tqdit.recipe import Recipe
+    from tqdit.sources.traced_summary import FolderSummary, TransformerSummary
 
 IN_RECIPE = (
     "bits", "preset", "groups", "samples", "steps", "sampler", "trajectories", "guidance", "rounds", "seed", "ho",
@@ -42,8 +44,15 @@ def quantize(
     out: Annotated[Path, typer.Option("-o", "--out", help="artifact folder to write")],
     bits: Annotated[str, typer.Option(help="w<2-8>a<4-8>, such as w8a8, w6a6, w4a8")] = "w8a8",
     preset: Annotated[
-        str, typer.Option(help="plus: better at little or no run-time cost; paper: as published")
+        str,
+        typer.Option(
+            help="plus: better at little or no run-time cost; paper: as published; dynamic: without calibration"
+        ),
     ] = "plus",
+    calls: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="calls that `tqdit record` wrote, for a transformer of any class"),
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="a recipe file (TOML); then no other option of the method but --set")
     ] = None,
@@ -70,6 +79,10 @@ def quantize(
     ] = True,
     tgq: Annotated[bool, typer.Option("--tgq/--no-tgq", help="time-grouped scales, or one for all t")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing artifact")] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="of the float model, with --calls or --preset dynamic: bfloat16, ...; default as stored"),
+    ] = None,
     resumable: Annotated[
         bool, typer.Option("--resumable", help="keep finished work in OUT.work and continue from it; less memory")
     ] = False,
@@ -78,15 +91,24 @@ def quantize(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Calibrate on the model's own samples and write an artifact: packed integer weights and every scale.
+    """Calibrate a model and write an artifact: packed integer weights and every scale.
 
-    The defaults of --groups to --rounds are those of both presets; --set and a recipe file have every setting. Under
-    torchrun the processes share the work; the artifact is the same.
+    DiT and PixArt are calibrated on their own samples. With --calls, recorded by `tqdit record`, a pipeline or a
+    transformer of any class is calibrated on these; --preset dynamic needs neither. The defaults of --groups to
+    --rounds are those of both presets; --set and a recipe file have every setting. Under torchrun the processes share
+    the work for DiT and PixArt; the artifact is the same.
     """
     from tqdit import workflow
 
     check_outputs(json_file)
-    chosen, conditions = _recipe(context, recipe, parsed(assignments)), read_prompts(prompts)
+    chosen = _recipe(context, recipe, parsed(assignments))
+    if calls is not None or _is_traced(model, chosen):
+        _check_traced(context)
+        _quantize_traced(model, out, chosen, calls, dtype, overwrite, json_file, device, quiet)
+        return
+    if dtype is not None:
+        raise InputError("--dtype is for a model that is quantized with --calls or --preset dynamic")
+    conditions = read_prompts(prompts)
     with (
         _work_is_mentioned(out, resumable),
         distributed.joined(device) as world,
@@ -112,9 +134,81 @@ def quantize(
     write_json(json_file, result.figures())
 
 
+# Options of the models that are calibrated on their own samples.
+OF_SAMPLING = ("steps", "sampler", "trajectories", "guidance", "prompts", "resumable")
+
+
+def _is_traced(model: str, recipe: "Recipe") -> bool:
+    """Say whether a model is quantized without samples of its own, though no calls are given.
+
+    Raises `InputError` that says how to record calls, for a class whose own samples are not known.
+    """
+    from tqdit.plan import needs_records
+    from tqdit.sources.any_class import class_here, has_own_samples
+
+    kind = class_here(model)
+    if not needs_records(recipe):
+        return True
+    if kind is None or has_own_samples(kind):
+        return False
+    raise InputError(
+        f"a {kind} is calibrated on recorded calls: run `tqdit record PIPELINE -o calls.safetensors`, then give "
+        "--calls calls.safetensors; or take --preset dynamic, which needs none"
+    )
+
+
+def _check_traced(context: typer.Context) -> None:
+    for name in OF_SAMPLING:
+        if typed(context, name):
+            raise InputError(f"{flag(context, name)} is for models that are calibrated on their own samples, not calls")
+    distributed.check_alone("tqdit quantize with calls")
+
+
+def _quantize_traced(
+    model: str, out: Path, recipe: "Recipe", calls: Path | None, dtype: str | None, overwrite: bool,
+    json_file: Path | None, device: str, quiet: bool,
+) -> None:  # fmt: skip
+    from tqdit import recorded
+
+    with progress(quiet) as report:
+        result = recorded.quantize_folder(
+            model, out, recipe, calls=calls, device=device, dtype=dtype, overwrite=overwrite, report=report
+        )
+    for line in _traced_lines(result, out):
+        say(line, json_file)
+    if not quiet:
+        say(f"next: {shlex.join(['tqdit', 'inspect', str(out)])}", json_file)
+        if calls is not None:
+            command = ["tqdit", "compare", model, str(out), "--calls", str(calls)]
+            say(f"      {shlex.join(command)}", json_file)
+    write_json(json_file, result.figures())
+
+
+def _traced_lines(result: "FolderSummary", out: Path) -> Iterator[str]:
+    """Yield the report of a quantization: time and memory, then each transformer."""
+    gpu = f", GPU peak {result.peak_gpu_bytes / 2**30:.2f} GiB" if result.peak_gpu_bytes else ""
+    yield (
+        f"{out}: {result.name} {result.bits} {result.preset}, in {result.seconds:.0f} s, process peak "
+        f"{result.peak_memory_bytes / 2**30:.2f} GiB{gpu}"
+    )
+    for part in result.transformers:
+        yield from _transformer_lines(part)
+
+
+def _transformer_lines(part: "TransformerSummary") -> Iterator[str]:
+    calibrated = f", calibrated on {part.calls} calls" if part.calls else ""
+    yield f"{part.component}: {part.kind}, {part.parameters / 1e9:.3g} B parameters{calibrated}"
+    yield f"  {part.size_bytes / 1e6:.2f} MB, {part.size_ratio_bfloat16:.3f} of bf16"
+    left = sum(part.left.values())
+    yield f"  linear layers: {part.integer} in integers, {part.weight_only} with integer weights alone, {left} in float"
+    for reason, count in part.left.items():
+        yield f"  in float: {count} x {reason}"
+    for site, note in part.notes.items():
+        yield f"  {site}: {note}"
+
+
 def _recipe(context: typer.Context, file: Path | None, assigned: dict[str, str]) -> "Recipe":
     """Return the recipe of a file, or of the options; `--set` changes either."""
-    from tqdit.errors import InputError
     from tqdit.recipe import Recipe
 
     given = context.params

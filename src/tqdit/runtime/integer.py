@@ -28,7 +28,7 @@ CONVERTED = (
 INTEGER, CLOSED = "Integer", "Closed"  # first words of the names of classes that are made here
 
 
-class IntegerModel(Closed, Untrainable, QuantizedModel):
+class IntegerModel(QuantizedModel, Closed, Untrainable):
     """The members that every converted model has beside those of diffusers' own class; `convert` makes the model."""
 
     reconvert: Any  # (Solution, device=...) -> a model that is converted in the same way

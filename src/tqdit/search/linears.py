@@ -146,6 +146,12 @@ def float_input(problem: LinearProblem) -> tuple[torch.Tensor, torch.Tensor]:
     return second_order.scaled_codes(weight, hessian, bits, SHARES, site=site)
 
 
+def relative_weights(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return error weights (R, out) of layers without Fisher weights: each row counts relative to its own outputs."""
+    outputs = torch.cat([objectives.linear(x.float(), weight.float()) for weight in weights], 1)
+    return objectives.row_weights(outputs)[:, None].expand(outputs.shape)
+
+
 def _factors(problem: LinearProblem) -> list[torch.Tensor | None]:
     """Return the channel factors to try, none first: powers of the largest magnitudes, of which the largest is 1."""
     ranges = problem.channel_ranges

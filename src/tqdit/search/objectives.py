@@ -56,10 +56,24 @@ def within_groups(fisher: torch.Tensor, group: torch.Tensor, counts: torch.Tenso
     return torch.where(sound, fisher / torch.where(sound, mean, 1), alike)
 
 
+def row_weights(outputs: torch.Tensor) -> torch.Tensor:
+    """Return weights (R,) with which errors of each row of outputs (R, out) count relative to the row itself.
+
+    Some tokens of a transformer have outputs 10,000 times as large as others, and norms make them alike afterwards. A
+    row that is smaller than a tenth of the median counts as one of that size.
+    """
+    power = outputs.square().mean(1)
+    floor = 0.1 * power.median()
+    return torch.where(floor > 0, 1 / (power + floor), torch.ones_like(power))
+
+
 def sqnr_db(target: torch.Tensor, found: torch.Tensor) -> float:
-    """Return 10 log10 of the power of `target` over that of its error, in dB; inf for equal tensors (R, out)."""
-    error = (found - target).square_().sum(1).double().sum()
-    signal = target.square().sum(1).double().sum()
+    """Return 10 log10 of the power of `target` (R, out) over that of its error in dB; inf for equal tensors.
+
+    Each row counts relative to its own power, as `row_weights` says.
+    """
+    weights = row_weights(target).double()
+    signal, error = (x.square().sum(1).double() @ weights for x in (target, found - target))
     return float(10 * torch.log10(signal / error)) if error > 0 else math.inf
 
 

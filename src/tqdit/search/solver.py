@@ -186,14 +186,18 @@ class _Solver:
         record = _moved(self.records.linears[name], self.device)
         site = self.plan[name]
         channel_ranges = self._ranges(channels_of(name)) if site.channels else None
+        weights = [self.state[weight] for weight in linear.weights]
+        errors = self._weights(record, record.fisher)
+        if errors is None and self.objective is not Objective.PLAIN:  # Fisher weights were asked for
+            errors = linears.relative_weights(record.x, weights)
         problem = LinearProblem(
             site,
             record,
             self._ranges(name),
             channel_ranges,
             [self.specs[weight] for weight in linear.weights],
-            [self.state[weight] for weight in linear.weights],
-            self._weights(record, record.fisher),
+            weights,
+            errors,
             self.recipe,
         )
         solved = linears.solve(problem)

@@ -4,9 +4,10 @@ A pipeline that is quantized stays one that diffusers loads. Its other parts (a 
 copied as they are. Pickled weights are never copied, since nobody should load them.
 """
 
+import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,13 @@ def names(index: Mapping[str, Any]) -> Iterator[str]:
             and name not in (TRANSFORMER, SCHEDULER_PART)
             and value[:1] != [None]
         ):
+            yield name
+
+
+def transformers(index: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the transformers that a model_index.json names, such as "transformer" and "transformer_2" of Wan 2.2."""
+    for name, value in index.items():
+        if isinstance(value, list) and value[:1] == ["diffusers"] and name.startswith(TRANSFORMER):
             yield name
 
 
@@ -78,17 +86,45 @@ def copy(root: Path, index: Mapping[str, Any], vae: Path | None, folder: Path) -
         shutil.copyfile(code, folder / code.name)
 
 
+def copy_around(root: Path, index: Mapping[str, Any], without: Collection[str], folder: Path) -> None:
+    """Copy the model_index.json of the pipeline `root`, unchanged, and all components but those `without`.
+
+    Weights are hard links where the disk allows it: of them `folder` takes no room.
+    """
+    shutil.copyfile(root / PIPELINE, folder / PIPELINE)
+    scheduler = [SCHEDULER_PART] if (root / SCHEDULER_PART).is_dir() else []
+    for name in (*names(index), *scheduler):
+        if name not in without:
+            copy_folder(root / name, folder / name, _linked)
+    if (code := own_code(root, index)) is not None:
+        shutil.copyfile(code, folder / code.name)
+
+
+def _linked(source: str, target: str) -> str:
+    """Make a hard link to a file of weights, where that is possible; copy any other file."""
+    real = os.path.realpath(source)  # the Hub's cache has links to its files
+    if real.endswith(".safetensors") or source.endswith(".safetensors"):
+        try:
+            os.link(real, target)
+            return target
+        except OSError:  # another disk, or one without links
+            pass
+    return shutil.copyfile(real, target)
+
+
 def _sources(root: Path, index: Mapping[str, Any], vae: Path | None) -> dict[str, Path]:
     """Return the folder of every component that is copied, by the component's name."""
     return {name: root / name for name in names(index)} | ({} if vae is None else {"vae": vae})
 
 
-def copy_folder(source: Path, target: Path) -> None:
+def copy_folder(source: Path, target: Path, copy_file: Callable[[str, str], Any] = shutil.copy2) -> None:
     """Copy a component's folder without pickled weights, and without hidden files such as a repository's history.
 
-    A single file of weights that exists as a variant only gets the name that diffusers loads.
+    A single file of weights that exists as a variant only gets the name that diffusers loads. `copy_file` copies one
+    file.
     """
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*", *(f"*{suffix}" for suffix in PICKLES)))
+    ignored = shutil.ignore_patterns(".*", *(f"*{suffix}" for suffix in PICKLES))
+    shutil.copytree(source, target, ignore=ignored, copy_function=copy_file)
     if (alone := _variant_alone(source)) is not None:
         stem = WEIGHTS_NAME.fullmatch(alone.name)
         assert stem is not None

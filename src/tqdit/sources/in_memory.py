@@ -26,7 +26,7 @@ def source_in_memory(
     quantized already.
     """
     config, schedule = _checked_config(transformer), {} if scheduler is None else scheduler_config(scheduler)
-    return ModelSource(_name(transformer), Path(), config, schedule, checked_labels(labels, config))
+    return ModelSource(name_of(transformer), Path(), config, schedule, checked_labels(labels, config))
 
 
 def float_copy(transformer: nn.Module, device: torch.device | None = None) -> nn.Module:
@@ -70,7 +70,7 @@ def _checked_config(transformer: nn.Module) -> Mapping[str, Any]:
     return config
 
 
-def _name(transformer: Any) -> str:
+def name_of(transformer: Any) -> str:
     """Return the name of the folder, or the id on the Hub, that a model was loaded from; else the name of its class."""
     given = str(transformer.config.get("_name_or_path") or type(transformer).__name__)
     if not Path(given).is_dir():

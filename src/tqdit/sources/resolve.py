@@ -5,18 +5,21 @@ are read from safetensors, or as tensors alone from a checkpoint. Their names mu
 """
 
 import hashlib
+import importlib
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from tqdit.architectures.building import empty_model, set_parameter
 from tqdit.architectures.dit_checkpoint import DIFFUSION
-from tqdit.architectures.registry import FREQUENCY_SHIFT, architecture, check_supported, config_of
+from tqdit.architectures.registry import CLASS_NAME, FREQUENCY_SHIFT, architecture, check_supported, config_of
 from tqdit.architectures.sit_checkpoint import SCHEDULER as FLOW
 from tqdit.errors import AssumptionWarning, InputError
-from tqdit.sources import checkpoints, float_weights, hub
+from tqdit.sources import any_class, checkpoints, float_weights, hub
 from tqdit.sources.components import PIPELINE
 from tqdit.sources.labels import find_labels
 from tqdit.sources.scheduler import SCHEDULER, find_scheduler
@@ -54,15 +57,18 @@ def resolve(model: str | Path, num_heads: int | None = None, objective: str | No
             f"an objective is for a checkpoint file ({', '.join(checkpoints.SUFFIXES)}), not '{model}': a folder's "
             "scheduler says how its model was trained"
         )
-    given = _folder(model)
+    given = found_folder(model)
     root = _pipeline_of(given)
     folder = model_folder(root) if given == root else given
     config = read_json(folder / CONFIG, "a diffusers transformer has one")
+    index = read_json(root / PIPELINE) if is_there(root / PIPELINE) else None
+    if _of_any_class(config):
+        traced_name = _name(str(model), root if folder.name == TRANSFORMER else folder)
+        return ModelSource(traced_name, folder, config, {}, pipeline=index, root=root)
     try:
         check_supported(config)
     except InputError as error:
         raise InputError(f"{folder / CONFIG}: {error}") from None
-    index = read_json(root / PIPELINE) if is_there(root / PIPELINE) else None
     return ModelSource(
         name=_name(str(model), root if folder.name == TRANSFORMER else folder),
         folder=folder,
@@ -75,7 +81,7 @@ def resolve(model: str | Path, num_heads: int | None = None, objective: str | No
     )
 
 
-def _folder(model: str | Path) -> Path:
+def found_folder(model: str | Path) -> Path:
     """Return the folder of a bundled name, a folder, a file in a model's folder, or an id on the Hub."""
     root = BUNDLED.get(str(model), Path(model))
     if root.is_dir():
@@ -90,6 +96,14 @@ def _folder(model: str | Path) -> Path:
         f"unknown model '{model}'; give a folder, a checkpoint file ({', '.join(checkpoints.SUFFIXES)}), owner/name "
         f"of a model on the Hugging Face Hub, or a bundled model: {', '.join(BUNDLED)}"
     )
+
+
+def _of_any_class(config: Mapping[str, Any]) -> bool:
+    """Say whether a config is of a transformer of diffusers that has no architecture of its own."""
+    name = config.get(CLASS_NAME)
+    if not isinstance(name, str) or not ("Transformer" in name or "DiT" in name):
+        return False
+    return not any_class.has_own_samples(name) and hasattr(importlib.import_module("diffusers"), name)
 
 
 def _means_its_folder(path: Path) -> bool:
@@ -152,6 +166,8 @@ def load_float(source: ModelSource) -> nn.Module:
         raise InputError(f"model '{source.name}' is already quantized; give the float model")
     if source.opened is not None:
         return checkpoints.load(source.opened)
+    if _of_any_class(source.config):
+        return any_class.load_transformer(source.folder, torch.float32)
     state = float_weights.read(source.folder)
     try:
         float_weights.check_sizes(state, source.config)

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from tqdit.backends.triton.hopper import AttentionSizes, x_blocks
-from tqdit.backends.triton.kernels import hopper, hopper_attention, rounding
+from tqdit.backends.triton.kernels import hopper, hopper_attention, hopper_float, rounding
 from tqdit.backends.triton.kernels.attention import attention_kernel
 from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS, PLAIN, RESIDUAL, linear_kernel
 from tqdit.backends.triton.kernels.norm import norm_quantize_kernel
@@ -122,6 +122,29 @@ def compiled_attention(
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
+def compiled_floats(dtype: str, rows: bool, bm: int, bn: int, stages: int, even: bool):
+    """The linear kernel with results of a dtype, as a launch would specialize it; `even`: whole tiles of columns."""
+    names, size = hopper_float.hopper_float_kernel.arg_names, {"fp32": 4}.get(dtype, 2)
+    piece = hopper.X_ROW // size
+    kinds = {n: f"tensordesc<i8[{rows},128],{hopper.block_layout()!r}>" for n, rows in (("a", bm), ("b", bn))}
+    kinds["y"] = f"tensordesc<{dtype}[{bm},{piece}],{hopper.x_layout(size)!r}>"
+    kinds |= {name: kind for name, kind in POINTERS.items() if name in hopper_float.SCALARS}
+    kinds |= dict.fromkeys(hopper_float.SMALL_INTEGERS, "i32")
+    constants = {
+        "GROUP_STRIDE": 1, "SOURCE_STRIDE": 8, "ROWS": rows, "EVEN": even, "BM": bm, "BN": bn, "BK": hopper.BLOCK_K,
+        "BAND": 8, "STAGES": stages, "PIECE": piece, "SLOTS": 1, "CONSUMER_REGISTERS": hopper.REGISTERS[0],
+        "PRODUCER_REGISTERS": hopper.REGISTERS[1],
+    }  # fmt: skip
+    source = GluonASTSource(
+        fn=hopper_float.hopper_float_kernel,
+        signature={n: kinds.get(n, "constexpr") for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={},
+    )
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
 def compiled_norm(stream: str, width: int, config: list[int], by_row: bool = False):
     """The norm kernel where all rows of a program are of one sample; `stream`: bf16 or fp32."""
     chosen = Config(*config)
@@ -219,22 +242,25 @@ def compiled_ordinary(asked: str, config: list[int]):
 
 
 def compiled_quantize(stream: str, mode: int, config: list[int]):
-    """The kernel that quantizes without a norm."""
+    """The kernel that quantizes without a norm; that of rows has rows of `block_n`."""
     chosen = Config(*config)
     kinds = {"x": f"*{stream}", "target": "*fp32", "group": "*i64", "out": "*i8"}
     kinds |= dict.fromkeys(("M", "C", "TOKENS", "out_stride"), "i32")
-    constants = {
-        "GROUP_STRIDE": 1, "TARGET_STRIDE": 8, "BITS": 8, "NATIVE": True, "BM": chosen.block_m, "BN": chosen.block_n,
-    }  # fmt: skip
+    constants = {"GROUP_STRIDE": 1, "TARGET_STRIDE": 8, "BITS": 8, "NATIVE": True, "channels": None}
+    kinds["x_stride"] = "i32"
     if mode == rounding.BY_ROW.value:
         kinds["steps"] = "*fp32"
+        first, rest = powers_of_two(chosen.block_n, 16)
+        constants |= {"C": chosen.block_n, "ROWS": chosen.block_m, "FIRST": first, "REST": rest}
+        kinds.pop("C")
         return ordinary(quantize_rows_kernel, kinds, constants, {"M", "TOKENS"}, num_warps=chosen.warps)
+    constants |= {"BM": chosen.block_m, "BN": chosen.block_n}
     return ordinary(quantize_kernel, kinds, constants | {"MODE": mode}, {"M", "TOKENS"}, num_warps=chosen.warps)
 
 
 COMPILED = {
     "linear": compiled, "attention": compiled_attention, "norm": compiled_norm, "cross": compiled_cross,
-    "ordinary": compiled_ordinary, "quantize": compiled_quantize,
+    "ordinary": compiled_ordinary, "quantize": compiled_quantize, "floats": compiled_floats,
 }  # fmt: skip
 
 

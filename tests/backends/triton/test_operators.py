@@ -16,7 +16,7 @@ from tqdit.ops.schema import Residual
 from tqdit.spec import Grid
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-NAMES = ("quantize", "project", "attend", "linear", "linear_residual")
+NAMES = ("project", "attend", "linear", "linear_residual")
 
 
 @pytest.fixture

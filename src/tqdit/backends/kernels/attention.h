@@ -278,8 +278,8 @@ extern "C" void tqdit_attention(const AttentionCall* call) {
         const float* in = values + row * width;
         uint8_t* const out = c.out + row * width;
         c.steps[row] = c.target.channels
-            ? code_row_by_magnitude(grid, Factored<Plain>{{in}, c.target.channels}, width, out, w.row.data())
-            : code_row_by_magnitude(grid, Plain{in}, width, out, w.row.data());
+            ? code_row_by_magnitude(grid, Factored<Plain<float>>{{in}, c.target.channels}, width, out, w.row.data())
+            : code_row_by_magnitude(grid, Plain<float>{in}, width, out, w.row.data());
       }
     }
   }

@@ -1,25 +1,34 @@
 // Quantization of float rows, with LayerNorm or without, and linear layers on float inputs.
 #pragma once
+#include "floats.h"
 #include "operands.h"
 #include "products.h"
 
 namespace tqdit {
 
-// Quantization of float rows: of x, of x (1 + scale) + shift after LayerNorm, or of GELU(x); times the target's channel
-// factors, if it has some.
+// Quantization of float rows: of x, of x (1 + scale) + shift after LayerNorm, or of GELU(x), the last two of fp32; times
+// the target's channel factors, if it has some.
 struct QuantizeCall {
-  const float *x;              // (batch, tokens, width)
+  const void* x;               // (batch, tokens, width) of a `FloatType`, the items of a row adjacent
   const float *shift, *scale;  // null: no norm; else one row per sample, `stride` apart
   uint8_t *first, *second;     // (batch, tokens, width); the second plane of two regions, or null
   float* steps;                // (batch, tokens) on the grid of rows, or null
-  int64_t stride, batch, tokens, width, gelu, threads;
+  int64_t sample_stride, token_stride;  // of x, in items
+  int64_t stride, batch, tokens, width, type, gelu, threads;
   Operand target;
   float eps;
+
+  // Returns the first item of a row of x.
+  template <typename Item>
+  const Item* row(int64_t index) const {
+    return static_cast<const Item*>(x) + index / tokens * sample_stride + index % tokens * token_stride;
+  }
 };
 
 // The values of one row that are coded, a vector at a time: values(j, n) are the n from column j on.
+template <typename Item>
 struct Plain {
-  const float* x;
+  const Item* x;
   template <typename Count>
   vfloat operator()(int64_t j, Count n) const { return load(x + j, n); }
 };
@@ -113,14 +122,17 @@ void for_values(const QuantizeCall& c, const Run& run) {
       run(values_of);
   };
   if (c.gelu)
-    factored([&c](int64_t row) { return Gelu{c.x + row * c.width}; });
+    factored([&c](int64_t row) { return Gelu{c.row<float>(row)}; });
   else if (c.shift)
     factored([&c](int64_t row) {
       const int64_t modulation = row / c.tokens * c.stride;
-      return Normal(c.x + row * c.width, c.shift + modulation, c.scale + modulation, c.eps, c.width);
+      return Normal(c.row<float>(row), c.shift + modulation, c.scale + modulation, c.eps, c.width);
     });
   else
-    factored([&c](int64_t row) { return Plain{c.x + row * c.width}; });
+    for_float_type(c.type, nullptr, [&](auto* item) {
+      typedef std::remove_pointer_t<decltype(item)> Item;
+      factored([&c](int64_t row) { return Plain<Item>{c.row<Item>(row)}; });
+    });
 }
 
 extern "C" void tqdit_quantize(const QuantizeCall* call) {
@@ -129,30 +141,64 @@ extern "C" void tqdit_quantize(const QuantizeCall* call) {
   });
 }
 
-// Multiplies one column of the weight by R rows of x.
-template <int R>
-void weight_only_column(const float* x, const int8_t* w, int64_t depth, float scale, float bias, float* out,
-                        int64_t out_stride) {
-  const int64_t whole = depth / LANES * LANES;
-  vfloat sums[R] = {};
-  for (int64_t k = 0; k < whole; k += LANES) {
-    vchar bytes;
-    std::memcpy(&bytes, w + k, sizeof bytes);
-    const vfloat weight = to_float(widen(bytes));
+// A piece of a product of float x with int8 weights: vectors of sums of `depth` items, in whole vectors.
+struct WeightOnlyPiece {
+  const float* x;     // rows `x_stride` apart
+  const int8_t* w;    // columns `w_stride` apart
+  float* sums;        // of column c and row r at (c * WEIGHT_ONLY_ROWS + r) * LANES
+  int64_t x_stride, w_stride, depth;
+};
+
+constexpr int64_t WEIGHT_ONLY_ROWS = 8, WEIGHT_ONLY_COLUMNS = 32, WEIGHT_ONLY_DEPTH = 512;
+
+// Adds the products of R rows with C columns to their sums. Each has one chain of sums, in the order of the depth, so
+// that a result does not depend on R and C; several chains at a time hide their latency.
+template <int R, int C>
+inline void weight_only_tile(const WeightOnlyPiece& p) {
+  vfloat sums[C][R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sums[r] = multiply_add(load(x + r * depth + k), weight, sums[r]);
-  }
-  for (int r = 0; r < R; ++r) {
-    float acc = sum(sums[r]);
-    for (int64_t k = whole; k < depth; ++k) acc += x[r * depth + k] * w[k];
-    out[r * out_stride] = acc * scale + bias;
+  for (int c = 0; c < C; ++c)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sums[c][r] = load(p.sums + (c * WEIGHT_ONLY_ROWS + r) * LANES);
+  for (int64_t k = 0; k < p.depth; k += LANES)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      const vfloat weight = floats_of(p.w + c * p.w_stride + k);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sums[c][r] = multiply_add(load(p.x + r * p.x_stride + k), weight, sums[c][r]);
+    }
+#pragma GCC unroll 8
+  for (int c = 0; c < C; ++c)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) store(p.sums + (c * WEIGHT_ONLY_ROWS + r) * LANES, sums[c][r]);
+}
+
+// Adds the products of R rows with `columns` columns, C at a time.
+template <int R, int C>
+void weight_only_rows(WeightOnlyPiece p, int64_t columns) {
+  for (; columns > 0; columns -= C) {
+    if (columns >= C)
+      weight_only_tile<R, C>(p);
+    else
+      for (int64_t c = 0; c < columns; ++c)
+        weight_only_tile<R, 1>({p.x, p.w + c * p.w_stride, p.sums + c * WEIGHT_ONLY_ROWS * LANES, p.x_stride, p.w_stride, p.depth});
+    p.w += C * p.w_stride;
+    p.sums += C * WEIGHT_ONLY_ROWS * LANES;
   }
 }
 
-using WeightOnlyColumn = decltype(&weight_only_column<1>);
-constexpr WeightOnlyColumn WEIGHT_ONLY[] = {
-    weight_only_column<1>, weight_only_column<2>, weight_only_column<3>, weight_only_column<4>,
-    weight_only_column<5>, weight_only_column<6>, weight_only_column<7>, weight_only_column<8>};
+inline void weight_only_piece(WeightOnlyPiece p, int64_t rows, int64_t columns) {
+  for (; rows > 0; rows -= 4) {
+    switch (rows < 4 ? rows : 4) {
+      case 4: weight_only_rows<4, 1>(p, columns); break;
+      case 3: weight_only_rows<3, 1>(p, columns); break;
+      case 2: weight_only_rows<2, 2>(p, columns); break;
+      case 1: weight_only_rows<1, 4>(p, columns); break;
+    }
+    p.x += 4 * p.x_stride;
+    p.sums += 4 * LANES;
+  }
+}
 
 constexpr int64_t NARROW = 64;
 
@@ -180,16 +226,31 @@ inline void weight_only_narrow(const float* x, const int8_t* codes, const float*
 extern "C" void tqdit_weight_only(const float* x, const int8_t* codes, const float* scale, const float* bias, int64_t rows,
                        int64_t columns, int64_t depth, float* out, int64_t threads) {
   if (depth <= NARROW) return weight_only_narrow(x, codes, scale, bias, rows, columns, depth, out, threads);
-  constexpr int64_t ROWS = 8, COLUMNS = 32;
-#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
-  for (int64_t first = 0; first < rows; first += ROWS)
-    for (int64_t part = 0; part < columns; part += COLUMNS) {
-      const int64_t count = rows - first < ROWS ? rows - first : ROWS;
-      const int64_t end = columns - part < COLUMNS ? columns : part + COLUMNS;
-      for (int64_t column = part; column < end; ++column)
-        WEIGHT_ONLY[count - 1](x + first * depth, codes + column * depth, depth, scale[column], bias[column],
-                               out + first * columns + column, columns);
-    }
+  constexpr int64_t ROWS = WEIGHT_ONLY_ROWS, COLUMNS = WEIGHT_ONLY_COLUMNS;
+  const int64_t whole = depth / LANES * LANES;
+#pragma omp parallel num_threads(threads)
+  {
+    const Buffer<float> sums(ROWS * COLUMNS * LANES);
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t part = 0; part < columns; part += COLUMNS)
+      for (int64_t first = 0; first < rows; first += ROWS) {
+        const int64_t count = rows - first < ROWS ? rows - first : ROWS;
+        const int64_t wide = columns - part < COLUMNS ? columns - part : COLUMNS;
+        std::memset(sums.data(), 0, ROWS * COLUMNS * LANES * sizeof(float));
+        for (int64_t k = 0; k < whole; k += WEIGHT_ONLY_DEPTH)
+          weight_only_piece({x + first * depth + k, codes + part * depth + k, sums.data(), depth, depth,
+                             whole - k < WEIGHT_ONLY_DEPTH ? whole - k : WEIGHT_ONLY_DEPTH},
+                            count, wide);
+        for (int64_t c = 0; c < wide; ++c)
+          for (int64_t r = 0; r < count; ++r) {
+            const float* row = x + (first + r) * depth;
+            const int8_t* w = codes + (part + c) * depth;
+            float total = sum(load(sums.data() + (c * ROWS + r) * LANES));
+            for (int64_t k = whole; k < depth; ++k) total += row[k] * w[k];
+            out[(first + r) * columns + part + c] = total * scale[part + c] + bias[part + c];
+          }
+      }
+  }
 }
 
 }  // namespace tqdit

@@ -106,14 +106,14 @@ struct GeluFinish {
 
 enum Update { PLAIN, ADDED, GATED };
 
-// Writes y, x + y or x + gate * y.
-template <int UPDATE>
+// Writes y, x + y or x + gate * y, rounded to the type of the items.
+template <int UPDATE, typename Item>
 struct FloatFinish {
   const LinearCall& c;
   const float* gate;
   int64_t stride;
   const float* x;
-  float* out;
+  Item* out;
 
   struct Rows {
     const FloatFinish& f;
@@ -123,7 +123,7 @@ struct FloatFinish {
     void row(int64_t index, int64_t begin, int64_t count, const float* first, const float* second) const {
       const float* gates = UPDATE == GATED ? gate + begin : nullptr;
       const float* x = UPDATE == PLAIN ? nullptr : f.x + index * f.c.columns + begin;
-      float* out = f.out + index * f.c.columns + begin;
+      Item* out = f.out + index * f.c.columns + begin;
       each_vector(count, [=, values = values.of<SOURCE>(index)](int64_t j, auto n) {
         const vfloat y = values.template value<SOURCE>(begin, first, second, j, n);
         if (UPDATE == PLAIN) store(out + j, y, n);
@@ -165,12 +165,13 @@ void linear_gelu_rows(const LinearCall& c, const Operand& target, uint8_t* codes
   for (int64_t sample = 0; sample < c.batch; sample += together) {
     const int64_t count = sample + together < c.batch ? together : c.batch - sample;
     const LinearCall part = samples_of(c, sample, count);
-    linear(part, FloatFinish<PLAIN>{part, nullptr, 0, nullptr, values.data()});
+    linear(part, FloatFinish<PLAIN, float>{part, nullptr, 0, nullptr, values.data()});
     QuantizeCall rows{};
     rows.x = values.data();
     rows.first = codes + sample * items;
     rows.steps = steps + sample * c.tokens;
-    rows.batch = count, rows.tokens = c.tokens, rows.width = c.columns, rows.gelu = 1, rows.threads = c.threads;
+    rows.batch = count, rows.tokens = c.tokens, rows.width = c.columns, rows.sample_stride = items;
+    rows.token_stride = c.columns, rows.type = FLOAT32, rows.gelu = 1, rows.threads = c.threads;
     rows.target = target;
     rows.target.table += sample * target.sample_stride;
     tqdit_quantize(&rows);
@@ -193,16 +194,21 @@ extern "C" void tqdit_linear_gelu(const LinearCall* call, const Operand* target,
   });
 }
 
-// Computes out = x W^T + bias, added to a residual if there is one. residual, out (batch, tokens, columns); gate: null,
-// or one row per sample, `stride` apart.
-extern "C" void tqdit_linear(const LinearCall* call, const float* gate, int64_t stride, const float* residual,
-                             float* out) {
-  if (!residual)
-    linear(*call, FloatFinish<PLAIN>{*call, gate, stride, residual, out});
-  else if (!gate)
-    linear(*call, FloatFinish<ADDED>{*call, gate, stride, residual, out});
+// Computes out = x W^T + bias. out (batch, tokens, columns) of a `FloatType`.
+extern "C" void tqdit_linear(const LinearCall* call, int64_t type, void* out) {
+  for_float_type(type, out, [=](auto* items) {
+    linear(*call, FloatFinish<PLAIN, std::remove_pointer_t<decltype(items)>>{*call, nullptr, 0, nullptr, items});
+  });
+}
+
+// Computes out = residual + x W^T + bias. residual, out (batch, tokens, columns); gate: null, or one row per sample, by
+// which the update is multiplied, `stride` apart.
+extern "C" void tqdit_linear_added(const LinearCall* call, const float* gate, int64_t stride, const float* residual,
+                                   float* out) {
+  if (!gate)
+    linear(*call, FloatFinish<ADDED, float>{*call, gate, stride, residual, out});
   else
-    linear(*call, FloatFinish<GATED>{*call, gate, stride, residual, out});
+    linear(*call, FloatFinish<GATED, float>{*call, gate, stride, residual, out});
 }
 
 }  // namespace tqdit

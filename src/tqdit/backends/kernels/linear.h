@@ -1,6 +1,7 @@
 // Linear layers on codes: the integer product, tile by tile; each tile goes to an epilogue (epilogues.h).
 #pragma once
 #include "operands.h"
+#include "pairs.h"
 #include "products.h"
 
 namespace tqdit {
@@ -19,12 +20,17 @@ struct LinearCall {
 };
 
 constexpr int64_t PANEL = 64;        // columns of a packed weight that lie together
+constexpr int64_t SLICE = 16;        // columns of the last panel are a multiple of this
 constexpr int64_t TILE_ROWS = 6;     // 6 x 4 vectors of sums leave registers for one row and one column
+#if defined(TQDIT_PAIRS)
+constexpr int64_t TASK_ROWS = 128;   // about the rows of one task: their 16-bit codes stay in the second-level cache
+#else
 constexpr int64_t TASK_ROWS = 256;   // about the rows of one task
+#endif
 constexpr int64_t LEAST_ROWS = 24;
 
 int64_t panel_width(int64_t columns, int64_t begin) {
-  const int64_t rest = round_up(columns - begin, LANES);
+  const int64_t rest = round_up(columns - begin, SLICE);
   return rest < PANEL ? rest : PANEL;
 }
 
@@ -62,33 +68,65 @@ inline int32_t code_zero(const Operand& source, int64_t sample) {
   return source.grid == MERGED ? 1 << (source.bits - 1) : zero_point(source.entry(sample)) + 128;
 }
 
-template <int SOURCE, typename Finish>
-void run_task(const LinearCall& c, int64_t row, int64_t end, int64_t begin, const Finish& finish) {
-  alignas(64) int32_t first[TILE_ROWS * PANEL], second[TILE_ROWS * PANEL];
+// Finishes one row of the sums of a panel, zero points still in them. `begin`: the panel's first column.
+template <int SOURCE, typename Rows>
+inline void finish_row(const LinearCall& c, const Rows& rows, int64_t row, int64_t begin, int32_t zero,
+                       const int32_t* first, const int32_t* second) {
   alignas(64) float sums[2][PANEL];
+  const int64_t rest = c.columns - begin, count = rest < PANEL ? rest : PANEL;
+  for (int64_t j = 0; j < count; j += LANES) {
+    const vint centre = zero * load(c.column_sums + begin + j, rest - j);
+    store(sums[0] + j, to_float(load(first + j) - centre));
+    if (SOURCE == TWO_REGION) store(sums[1] + j, to_float(load(second + j)));
+  }
+  rows.template row<SOURCE>(row, begin, count, sums[0], sums[1]);
+}
+
+// What a thread multiplies with: the rows of codes of a task with one panel, some rows at a time.
+#if defined(TQDIT_PAIRS)
+struct Multiplier {
+  const int64_t together;  // rows
+  const PairProduct product;
+  const Buffer<int32_t> first, second;
+  Multiplier(int64_t task, bool two)
+      : together(task), product(task, PANEL), first(task * PANEL), second(two ? task * PANEL : PANEL) {}
+  void operator()(const uint8_t* a, int64_t lda, int64_t rows, const int8_t* panel, int64_t width, int64_t fours,
+                  int32_t* c) const {
+    product(a, lda, rows, panel, width, fours, c, PANEL);
+  }
+};
+#else
+struct Multiplier {
+  const int64_t together = TILE_ROWS;
+  const Buffer<int32_t> first{TILE_ROWS * PANEL}, second{TILE_ROWS * PANEL};
+  Multiplier(int64_t, bool) {}
+  void operator()(const uint8_t* a, int64_t lda, int64_t rows, const int8_t* panel, int64_t width, int64_t fours,
+                  int32_t* c) const {
+    dot_tile_rows(rows, a, lda, panel, width, fours, c);
+  }
+};
+#endif
+
+template <int SOURCE, typename Finish>
+void run_task(const LinearCall& c, int64_t row, int64_t end, int64_t begin, const Finish& finish, const Multiplier& m) {
   const int64_t width = panel_width(c.columns, begin), fours = c.depth / 4;
-  const int64_t count = c.columns - begin < width ? c.columns - begin : width;
   const int8_t* panel = c.packed + begin * c.depth;
-  constexpr bool TWO = SOURCE == TWO_REGION;
+  int32_t *const first = m.first.data(), *const second = m.second.data();
   while (row < end) {
-    const int64_t sample = row / c.tokens;
-    const int64_t last = (sample + 1) * c.tokens < end ? (sample + 1) * c.tokens : end;
-    const int32_t zero = code_zero(c.source, sample);
-    const auto rows_of_sample = finish.at(sample);
-    for (; row < last; row += TILE_ROWS) {
-      const int64_t rows = last - row < TILE_ROWS ? last - row : TILE_ROWS;
-      dot_tile_rows(rows, c.first + row * c.depth, c.depth, panel, width, fours, first);
-      if (TWO) dot_tile_rows(rows, c.second + row * c.depth, c.depth, panel, width, fours, second);
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t j = 0; j < width; j += LANES) {
-          const vint centre = zero * load(c.column_sums + begin + j, c.columns - begin - j);
-          store(sums[0] + j, to_float(load(first + r * PANEL + j) - centre));
-          if (TWO) store(sums[1] + j, to_float(load(second + r * PANEL + j)));
-        }
-        rows_of_sample.template row<SOURCE>(row + r, begin, count, sums[0], sums[1]);
+    const int64_t rows = end - row < m.together ? end - row : m.together;
+    m(c.first + row * c.depth, c.depth, rows, panel, width, fours, first);
+    if (SOURCE == TWO_REGION) m(c.second + row * c.depth, c.depth, rows, panel, width, fours, second);
+    for (const int64_t last = row + rows; row < last;) {
+      const int64_t sample = row / c.tokens;
+      const int64_t stop = (sample + 1) * c.tokens < last ? (sample + 1) * c.tokens : last;
+      const int32_t zero = code_zero(c.source, sample);
+      const auto rows_of_sample = finish.at(sample);
+      for (; row < stop; ++row) {
+        const int64_t at = (rows - (last - row)) * PANEL;
+        finish_row<SOURCE>(c, rows_of_sample, row, begin, zero, first + at,
+                           SOURCE == TWO_REGION ? second + at : nullptr);
       }
     }
-    row = last;
   }
 }
 
@@ -108,10 +146,14 @@ void linear_from(const LinearCall& c, const Finish& finish) {
   if (parts < wanted) parts = wanted;
   int64_t task = round_up((rows + parts - 1) / parts, TILE_ROWS);
   if (task < LEAST_ROWS) task = LEAST_ROWS;
-#pragma omp parallel for num_threads(c.threads) schedule(dynamic) collapse(2)
-  for (int64_t row = 0; row < rows; row += task)
-    for (int64_t begin = 0; begin < c.columns; begin += PANEL)
-      run_task<SOURCE>(c, row, rows - row < task ? rows : row + task, begin, finish);
+#pragma omp parallel num_threads(c.threads)
+  {
+    const Multiplier multiplier(task, SOURCE == TWO_REGION);
+#pragma omp for schedule(dynamic) collapse(2)
+    for (int64_t row = 0; row < rows; row += task)
+      for (int64_t begin = 0; begin < c.columns; begin += PANEL)
+        run_task<SOURCE>(c, row, rows - row < task ? rows : row + task, begin, finish, multiplier);
+  }
 }
 
 template <typename Finish>
@@ -134,6 +176,15 @@ extern "C" int64_t tqdit_has_openmp() {
 // Says whether products belong here. TQDIT_FORCE_PANELS: also where they are slow, for tests on any processor.
 extern "C" int64_t tqdit_has_vnni() {
 #if defined(__AVX512VNNI__) || defined(TQDIT_FORCE_PANELS)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// Says whether products belong here though there is no VNNI: in 16 bits (pairs.h).
+extern "C" int64_t tqdit_has_pairs() {
+#if defined(TQDIT_PAIRS)
   return 1;
 #else
   return 0;

@@ -8,7 +8,7 @@
 
 namespace tqdit {
 
-// Computes c[r][j] = sum_k a[r][k] b[k][j] for R rows and C * 16 columns. b is packed in fours: [k / 4][column][k % 4].
+// Computes c[r][j] = sum_k a[r][k] b[k][j] for R rows and C vectors of columns. b is packed in fours: [k / 4][column][k % 4].
 template <int R, int C>
 inline void dot_tile(const uint8_t* a, int64_t lda, const int8_t* b, int64_t columns, int64_t fours, int32_t* c,
                      int64_t ldc) {
@@ -64,7 +64,7 @@ inline void dot_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t col
   }
 }
 
-// Multiplies (rows, 4 * fours) unsigned by packed signed bytes: (rows, columns) int32; columns is a multiple of 16.
+// Multiplies (rows, 4 * fours) unsigned by packed signed bytes: (rows, columns) int32; columns is a multiple of LANES.
 void dot(const uint8_t* a, int64_t lda, int64_t rows, const int8_t* b, int64_t columns, int64_t fours, int32_t* c,
          int64_t ldc) {
   int64_t r = 0;

@@ -1,20 +1,25 @@
-// Sixteen lanes at a time, in GCC's and Clang's portable vectors; and the float functions made of them.
+// One register of lanes at a time, in GCC's and Clang's portable vectors; and the float functions made of them.
 #pragma once
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
 #include <type_traits>
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
 namespace tqdit {
 
+// Vectors wider than a register would live in memory: GCC does not split them well.
+#if defined(__AVX512F__)
 constexpr int64_t LANES = 16;
-typedef float vfloat __attribute__((vector_size(64)));
-typedef int32_t vint __attribute__((vector_size(64)));
-typedef uint8_t vbyte __attribute__((vector_size(16)));
-typedef int8_t vchar __attribute__((vector_size(16)));
+#else
+constexpr int64_t LANES = 8;
+#endif
+typedef float vfloat __attribute__((vector_size(LANES * 4)));
+typedef int32_t vint __attribute__((vector_size(LANES * 4)));
+typedef uint8_t vbyte __attribute__((vector_size(LANES)));
+typedef int8_t vchar __attribute__((vector_size(LANES)));
 
 inline vfloat splat(float x) { return vfloat{} + x; }
 inline vfloat load(const float* p) { vfloat v; std::memcpy(&v, p, sizeof v); return v; }
@@ -54,12 +59,22 @@ inline void store_bytes(uint8_t* p, vint v, int64_t count) {
 }
 // GCC converts bytes to ints one by one; in two steps it does not.
 inline vint widen(vchar v) {
-  typedef int16_t vshort __attribute__((vector_size(32)));
+  typedef int16_t vshort __attribute__((vector_size(LANES * 2)));
   return __builtin_convertvector(__builtin_convertvector(v, vshort), vint);
 }
 inline vint widen(vbyte v) {
-  typedef uint16_t vshort __attribute__((vector_size(32)));
+  typedef uint16_t vshort __attribute__((vector_size(LANES * 2)));
   return __builtin_convertvector(__builtin_convertvector(v, vshort), vint);
+}
+// Returns the values of `LANES` bytes.
+inline vfloat floats_of(const int8_t* p) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // in one step, where GCC takes three
+  return reinterpret_cast<vfloat>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+#else
+  vchar bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return to_float(widen(bytes));
+#endif
 }
 inline vfloat at_most(vfloat a, vfloat b) { return a < b ? a : b; }
 inline vfloat at_least(vfloat a, vfloat b) { return a > b ? a : b; }
@@ -79,22 +94,21 @@ inline vfloat first_lanes(vfloat x, Count n) {
 }
 
 // Combines all lanes into one, by halves.
-template <typename Scalar, typename Vector, typename Combine>
+template <typename Scalar, int64_t COUNT, typename Vector, typename Combine>
 inline Scalar reduce(Vector v, Combine combine) {
-  typedef Scalar Half __attribute__((vector_size(32)));
-  typedef Scalar Quarter __attribute__((vector_size(16)));
-  struct { Half low, high; } halves;
-  struct { Quarter low, high; } quarters;
-  std::memcpy(&halves, &v, sizeof v);
-  const Half half = combine(halves.low, halves.high);
-  std::memcpy(&quarters, &half, sizeof half);
-  const Quarter four = combine(quarters.low, quarters.high);
-  return combine(combine(four[0], four[2]), combine(four[1], four[3]));
+  if constexpr (COUNT == 4) {
+    return combine(combine(v[0], v[2]), combine(v[1], v[3]));
+  } else {
+    typedef Scalar Half __attribute__((vector_size(COUNT / 2 * sizeof(Scalar))));
+    struct { Half low, high; } halves;
+    std::memcpy(&halves, &v, sizeof v);
+    return reduce<Scalar, COUNT / 2>(combine(halves.low, halves.high), combine);
+  }
 }
-inline float sum(vfloat v) { return reduce<float>(v, [](auto a, auto b) { return a + b; }); }
-inline int32_t sum(vint v) { return reduce<int32_t>(v, [](auto a, auto b) { return a + b; }); }
-inline float largest(vfloat v) { return reduce<float>(v, [](auto a, auto b) { return a > b ? a : b; }); }
-inline int32_t largest(vint v) { return reduce<int32_t>(v, [](auto a, auto b) { return a > b ? a : b; }); }
+inline float sum(vfloat v) { return reduce<float, LANES>(v, [](auto a, auto b) { return a + b; }); }
+inline int32_t sum(vint v) { return reduce<int32_t, LANES>(v, [](auto a, auto b) { return a + b; }); }
+inline float largest(vfloat v) { return reduce<float, LANES>(v, [](auto a, auto b) { return a > b ? a : b; }); }
+inline int32_t largest(vint v) { return reduce<int32_t, LANES>(v, [](auto a, auto b) { return a > b ? a : b; }); }
 
 // Calls piece(j, n) for every vector of a row of `width`: n items from j on, n a constant for whole vectors.
 template <typename Piece>
@@ -109,6 +123,9 @@ inline vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
 #if defined(__AVX512F__)
   return reinterpret_cast<vfloat>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b),
                                                   reinterpret_cast<__m512>(c)));
+#elif defined(__FMA__)
+  return reinterpret_cast<vfloat>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b),
+                                                  reinterpret_cast<__m256>(c)));
 #else
   return a * b + c;
 #endif

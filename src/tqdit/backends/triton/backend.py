@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tqdit.backends.triton import operators
+from tqdit.backends.triton import floats, operators
 from tqdit.backends.triton.layer import TritonLinear
-from tqdit.backends.triton.layouts import Projected
+from tqdit.backends.triton.layouts import Projected, weight_of, with_steps
 from tqdit.errors import InputError
 from tqdit.ops.composed import FUNCTIONS
 from tqdit.ops.schema import (
@@ -54,20 +54,34 @@ class TritonBackend:
         return self.prepare(weight, bias)
 
     def quantize(self, x: torch.Tensor, target: OperandParams, norm: Norm | None = None) -> Codes:
-        if target.channels is not None:  # no kernel that reads floats has them
-            x = x.float() if norm is None else _modulated(x, norm)
-            x, target, norm = x * target.channels, target._replace(channels=None), None
+        if norm is not None and target.channels is not None:  # no kernel has both
+            x, norm = _modulated(x, norm), None
+        if norm is None:
+            return self._quantize(x, target)
         operands = operators.flatten(target)
         x = x.contiguous()
-        if norm is None:
-            if target.grid is Grid.ROW:
-                return RowCodes(*operators.quantize_rows(x, *operands))
-            return operators.quantize(x, *operands)
         assert norm.shift.stride(0) == norm.scale.stride(0)
         given = x, norm.shift, norm.scale, norm.eps, *operands
         if target.grid is Grid.ROW:
             return RowCodes(*operators.norm_quantize_rows(*given))
         return operators.norm_quantize(*given)
+
+    def _quantize(self, x: torch.Tensor, target: OperandParams) -> Codes:
+        """Return the codes of x itself.
+
+        In a graph, those on a uniform grid are made by operations of torch, which fuse with those before: a pass over x
+        less. Those of rows are made by the kernel: what torch's compiler makes of two passes over a row is slower.
+        """
+        if not torch.compiler.is_compiling():
+            with operators.on(x):
+                return floats.quantize(x, target)
+        if target.grid is Grid.ROW:
+            return RowCodes(*operators.quantize_floats(x, target.channels, *operators.flatten(target)))
+        if not target.grid.two_region:
+            return floats.quantize_in_torch(x, target)
+        if target.channels is not None:
+            x, target = x.float() * target.channels, target._replace(channels=None)
+        return operators.quantize(x.contiguous(), *operators.flatten(target))
 
     def project(
         self,
@@ -109,9 +123,12 @@ class TritonBackend:
         layer: TritonLinear,
         then: Then | None = None,
     ) -> Codes:
+        if isinstance(then, Float) and not torch.compiler.is_compiling():
+            with operators.on(with_steps(codes)[0]):
+                return floats.linear(codes, source, weight_of(layer), then.dtype)
         given = _tensors(codes), *_weight(layer)
         if isinstance(then, Float):
-            return operators.linear(*given, *operators.flatten(source)).to(then.dtype)
+            return operators.linear_to_floats(*given, *operators.flatten(source), then.dtype)
         if then is None:
             return operators.linear(*given, *operators.flatten(source))
         if isinstance(then, Residual):
@@ -122,9 +139,25 @@ class TritonBackend:
             return self.quantize(FUNCTIONS[then.function](y), target)
         return operators.linear_activation(*given, *operators.flatten(source, target), target.channels)
 
-    def float_input_linear(self, x: torch.Tensor, layer: TritonLinear) -> torch.Tensor:
-        rows = x.float().reshape(-1, x.shape[-1]).contiguous()
-        return operators.float_input_linear(rows, *_weight(layer)).view(*x.shape[:-1], layer.shape[0])
+    def float_input_linear(
+        self, x: torch.Tensor, layer: TritonLinear, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """Return x W^T + bias for float x: (..., in) -> (..., out).
+
+        With a `dtype` x is read as it is, and the result is rounded once to that dtype (`floats.float_input`); without
+        one it is fp32.
+        """
+        if dtype is None:
+            rows = x.float().reshape(-1, x.shape[-1]).contiguous()
+            out = operators.float_input_linear(rows, *_weight(layer))
+        else:
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
+            if torch.compiler.is_compiling():
+                out = operators.linear_from_floats(rows, *_weight(layer), dtype)
+            else:
+                with operators.on(rows):
+                    out = floats.float_input(rows, weight_of(layer), dtype)
+        return out.view(*x.shape[:-1], layer.shape[0])
 
 
 class PackedTritonBackend(TritonBackend):

@@ -10,9 +10,12 @@ import triton
 
 from tqdit.backends.triton import hopper
 from tqdit.backends.triton.launch import FEW_ROWS
-from tqdit.backends.triton.layouts import HEADS_OF, Config
+from tqdit.backends.triton.layouts import FLOATS, HEADS_OF, Config
 
 PARTS = {name: parts for parts, name in HEADS_OF.items()}
+TILE_TIMES = {(128, 128): 1.0, (64, 128): 0.57, (128, 64): 0.74, (64, 64): 0.5}  # of `kernels.hopper_float`, measured
+LARGE_WEIGHT = 40_000_000  # codes
+FLAT_ROWS = 64  # rows of a float input up to which reading the weight is the cost
 FEW_TILES = 4096  # rows; with fewer, large tiles leave multiprocessors without work
 
 
@@ -33,6 +36,24 @@ def norm(rows: int, width: int) -> list[Config]:
         held += [most._replace(blocks=4), most._replace(blocks=8), two._replace(blocks=8), four._replace(blocks=4)]
         unheld = [one, most, one._replace(blocks=4), two]
     return list(dict.fromkeys(held + [config._replace(stages=1) for config in unheld]))
+
+
+@functools.cache
+def quantize_rows(width: int) -> Config:
+    """Return the configuration of `quantize_rows_kernel`: as few warps as hold a row, so that more rows are read."""
+    return Config(1, 0, 0, warps=min(8, triton.next_power_of_2(triton.cdiv(width, 4096))))
+
+
+@functools.cache
+def hopper_float(rows: int, columns: int, processors: int, by_row: bool) -> Config:
+    """Return the configuration of `kernels.hopper_float`: the tile with the least rounds of tiles times their time."""
+
+    def cost(tile: tuple[int, int]) -> float:
+        tiles = triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1])
+        return triton.cdiv(tiles, processors) * TILE_TIMES[tile]
+
+    bm, bn = min(TILE_TIMES, key=cost)
+    return Config(bm, bn, 128, stages=hopper.float_stages(bm, bn, by_row), hopper=FLOATS)
 
 
 def quantize() -> list[Config]:
@@ -121,6 +142,21 @@ def hopper_attention(device: torch.device, tokens: int, head_dim: int, two: bool
             found[:0] = [Config(256, rows, 64, stages=16, hopper=1) for rows in (0, 256)]
         found += [c._replace(blocks=1) for c in found if c.blocks == 2 and tokens // c.block_k % 2]
     return [config for config in found if hopper.supports_attention(config, device, tokens, head_dim)]
+
+
+@functools.cache
+def float_rows(rows: int, columns: int, depth: int) -> Config:
+    """Return the configuration of the kernels for float inputs of 16 bits, which one product of them takes.
+
+    One row of a weight that is not large is multiplied faster without tensor cores.
+    """
+    if rows == 1 and columns * depth < LARGE_WEIGHT:
+        return Config(0, 4, 1024, warps=2)
+    if rows <= 8:
+        return Config(8, 32, 256, warps=2, stages=3)
+    if rows <= FLAT_ROWS:
+        return Config(16, 32, 256, warps=2, stages=3)
+    return Config(64, 128, 64, warps=4, stages=1)
 
 
 def float_input(rows: int, columns: int) -> list[Config]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from tqdit.backends.triton import relaunch
 from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS
 from tqdit.backends.triton.layouts import (
     NATIVE,
@@ -21,10 +22,13 @@ from tqdit.backends.triton.layouts import (
     row_stride,
     with_steps,
 )
+from tqdit.backends.triton.relaunch import Blocks, check_device
 from tqdit.errors import InputError
 from tqdit.ops.schema import Codes, OperandParams
 
 GLUON = (3, 6), (3, 9)  # Triton's versions that were tried with the kernels for Hopper
+LINE = 128  # bytes of a row of a block in shared memory
+MOST_STAGES = 12
 SHARED_MEMORY = 232448  # bytes of a Hopper multiprocessor, without the 1024 that each program takes
 
 
@@ -33,6 +37,7 @@ class Kernels(NamedTuple):
 
     linear: Any
     attention: Any
+    floats: Any
 
 
 @functools.cache
@@ -45,10 +50,10 @@ def kernels() -> Kernels | None:
     if version not in GLUON or os.environ.get("TQDIT_HOPPER") == "0":
         return None
     try:
-        from tqdit.backends.triton.kernels import hopper, hopper_attention
+        from tqdit.backends.triton.kernels import hopper, hopper_attention, hopper_float
     except (ImportError, AttributeError):
         return None
-    return Kernels(hopper, hopper_attention)
+    return Kernels(hopper, hopper_attention, hopper_float)
 
 
 @functools.cache
@@ -140,6 +145,66 @@ def linear(
         num_warps=4, enable_fp_fusion=epilogue == ACTIVATION.value,
     )  # fmt: skip
     return out
+
+
+def takes_floats(device: torch.device, columns: int, bits: int, two: bool, dtype: torch.dtype) -> bool:
+    """Say whether `kernels.hopper_float` takes a product of any rows; rows of the result are multiples of 16 bytes."""
+    return bits == 8 and not two and columns * dtype.itemsize % 16 == 0 and processors(device) > 0
+
+
+def float_stages(bm: int, bn: int, by_row: bool) -> int:
+    """Return the stages of `kernels.hopper_float` that fit beside a block of results of each group."""
+    others = 2 * bm * LINE + 2 * bn * (2 if by_row else 3) * 4 + 512  # constants of columns; barriers
+    return min((SHARED_MEMORY - others) // ((bm + bn) * LINE), MOST_STAGES)
+
+
+def float_linear(
+    given: Codes, source: OperandParams, weight: Weight, config: Config, dtype: torch.dtype
+) -> torch.Tensor:
+    """Launch the kernel as `launch.plain` does, in as few steps of Python as there can be."""
+    codes, steps = with_steps(given)
+    codes = codes.contiguous()
+    check_device(codes, weight.codes, source.table)
+    batch, tokens, pitched = codes.shape
+    rows, columns, depth, size = batch * tokens, weight.codes.shape[0], weight.depth, dtype.itemsize
+    found = kernels()
+    assert found
+    device, (bm, bn), piece = codes.device, config[:2], LINE // size
+    y = torch.empty(batch, tokens, columns, dtype=dtype, device=device)
+    groups, stride, by_row, even = groups_of(source), row_stride(source), steps is not None, columns % bn == 0
+    key = ("float linear", device.index, dtype, pitched, weight.codes.stride(0), columns, depth, groups.stride, stride,
+           by_row, config)  # fmt: skip
+    blocks: list[Any]
+    if relaunch.known(key):
+        blocks = [
+            Blocks(codes, [rows, depth], [pitched, 1]),
+            Blocks(weight.codes, [columns, depth], [weight.codes.stride(0), 1]),
+            Blocks(y, [rows, columns], [columns, 1]),
+        ]
+    else:
+        blocks = [
+            found.linear.blocks_of(codes, rows, depth, pitched, bm),
+            found.linear.blocks_of(weight.codes, columns, depth, weight.codes.stride(0), bn),
+            found.floats.y_blocks_of(y, rows, columns, bm),
+        ]
+    tiles = -(-rows // bm) * -(-columns // bn)
+    tensors = (
+        weight.scale,
+        weight.sums,
+        weight.bias,
+        weight.scale if steps is None else steps,
+        groups.tensor,
+        source.table,
+    )
+    others = (
+        *blocks, rows, columns, depth, tokens, groups.stride, stride, by_row, even, bm, bn, config.block_k,
+        config.band, config.stages, piece, config.blocks, *found.linear.REGISTERS,
+    )  # fmt: skip
+    relaunch.launch(
+        found.floats.hopper_float_kernel, key, (min(tiles, processors(device)), 1), tensors, others, num_warps=4,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return y
 
 
 def supports_attention(config: Config, device: torch.device, tokens: int, head_dim: int) -> bool:

@@ -1,18 +1,22 @@
 """Launch the kernels: grids of programs, descriptors."""
 
+from typing import Any
+
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tqdit.backends.triton import hopper
+from tqdit.backends.triton import hopper, relaunch
 from tqdit.backends.triton.kernels.attention import attention_kernel
-from tqdit.backends.triton.kernels.float_input import few_rows_kernel, float_input_kernel
+from tqdit.backends.triton.kernels.float_input import dequantize_kernel, few_rows_kernel, float_input_kernel
 from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS, PLAIN, RESIDUAL, linear_kernel
 from tqdit.backends.triton.kernels.norm import norm_quantize_kernel
 from tqdit.backends.triton.kernels.quantize import quantize_kernel, quantize_rows_kernel
 from tqdit.backends.triton.layouts import (
+    FLOATS,
     NATIVE,
     Config,
+    Groups,
     Projected,
     Weight,
     attended,
@@ -25,6 +29,7 @@ from tqdit.backends.triton.layouts import (
     row_stride,
     with_steps,
 )
+from tqdit.backends.triton.relaunch import aligned, check_device
 from tqdit.errors import InputError
 from tqdit.ops.schema import Codes, Norm, OperandParams, Residual, RowCodes
 from tqdit.spec import Grid
@@ -57,23 +62,48 @@ def _steps(x: torch.Tensor) -> torch.Tensor:
 
 
 def quantize(x: torch.Tensor, target: OperandParams, config: Config) -> Codes:
-    """Return codes (B, N, pitch(C)) of x itself, with steps (B, N) on the grid of rows."""
+    """Return codes (B, N, pitch(C)) of x itself, with steps (B, N) on the grid of rows.
+
+    Rows of x may be apart, as parts of a wider tensor are; their channels are neighbours.
+    """
     batch, tokens, width = x.shape
-    rows, bm, bn = batch * tokens, config.block_m, config.block_n
+    if x.stride(2) != 1 or (batch > 1 and x.stride(0) != tokens * x.stride(1)):
+        x = x.contiguous()
+    rows, x_stride = batch * tokens, x.stride(1) if tokens > 1 else x.stride(0)
     out = torch.empty(batch, tokens, pitch(width), dtype=torch.int8, device=x.device)
     groups = groups_of(target)
+    kinds = x.dtype, width, target.channels is None, groups.stride, row_stride(target), target.bits, config
     if target.grid is Grid.ROW:
-        steps = _steps(x)
-        quantize_rows_kernel[(triton.cdiv(rows, bm),)](
-            x, target.table, groups.tensor, out, steps, rows, width, tokens, out.stride(1), groups.stride,
-            row_stride(target), target.bits, NATIVE, bm, bn, num_warps=config.warps,
-        )  # fmt: skip
-        return RowCodes(out, steps)
-    quantize_kernel[(triton.cdiv(rows, bm), triton.cdiv(width, bn))](
-        x, target.table, groups.tensor, out, rows, width, tokens, out.stride(1), groups.stride, row_stride(target),
-        mode(target), target.bits, NATIVE, bm, bn, num_warps=config.warps,
+        return _quantize_rows(x, target, config, out, groups, rows, x_stride, kinds)
+    (bm, bn), factors = config[:2], target.channels
+    tensors = x, target.table, groups.tensor, out, *(() if factors is None else (factors,))
+    check_device(*tensors)
+    key = ("quantize", x.get_device(), mode(target), x_stride, *kinds) if aligned(x, *tensors[3:]) else None
+    others = (
+        *((None,) if factors is None else ()), rows, width, tokens, x_stride, out.stride(1),
+        groups.stride, row_stride(target), mode(target), target.bits, NATIVE, bm, bn,
     )  # fmt: skip
+    grid = -(-rows // bm), -(-width // bn)
+    relaunch.launch(quantize_kernel, key, grid, tensors, others, num_warps=config.warps)
     return out
+
+
+def _quantize_rows(
+    x: torch.Tensor, target: OperandParams, config: Config, out: torch.Tensor, groups: Groups, rows: int, x_stride: int,
+    kinds: tuple[Any, ...],
+) -> RowCodes:  # fmt: skip
+    steps, width, factors = _steps(x), x.shape[2], target.channels
+    first, rest = powers_of_two(width, 16)
+    tensors = x, target.table, groups.tensor, out, steps, *(() if factors is None else (factors,))
+    check_device(*tensors)
+    key = ("quantize rows", x.get_device(), x_stride, *kinds) if aligned(x, *tensors[3:]) else None
+    others = (
+        *((None,) if factors is None else ()), rows, x.shape[1], x_stride, out.stride(1), width,
+        groups.stride, row_stride(target), target.bits, NATIVE, config.block_m, first, rest,
+    )  # fmt: skip
+    grid = -(-rows // config.block_m), 1  # `triton.cdiv` would take longer than the launch
+    relaunch.launch(quantize_rows_kernel, key, grid, tensors, others, num_warps=config.warps)
+    return RowCodes(out, steps)
 
 
 def linear(
@@ -103,6 +133,7 @@ def linear(
     parts = len(targets) if epilogue == HEADS.value else 1
     programs = triton.cdiv(rows, bm) * parts * triton.cdiv(columns // parts, bn)
     head_dim, head_pitch, token_pitch = layout
+    one_group = epilogue == PLAIN.value and groups.stride == 0  # so it does not matter which sample a row is of
     linear_kernel[(programs,)](
         a, b, high, weight.scale, weight.sums, weight.bias, out, out if x is None else x,
         weight.scale if gate is None else gate, 0 if gate is None else gate.stride(0), groups.tensor,
@@ -110,17 +141,21 @@ def linear(
         out_stride,
         groups.stride, *map(row_stride, (source, first, second, third)), head_dim, head_pitch, token_pitch,
         weight.bits, source.two_products, epilogue, parts, gate is not None, mode(first), first.bits,
-        tokens % bm == 0, permutes(tokens), head_dim % 8 == 0, NATIVE, bm, bn, bk, config.band, config.piece or bn,
-        num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
+        tokens % bm == 0 or one_group, permutes(tokens), head_dim % 8 == 0, NATIVE, bm, bn, bk, config.band,
+        config.piece or bn, num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         enable_fp_fusion=epilogue == ACTIVATION.value,
     )  # fmt: skip
     return out
 
 
-def plain(codes: Codes, source: OperandParams, weight: Weight, config: Config) -> torch.Tensor:
-    """Return the product itself, fp32 (B, N, out)."""
+def plain(
+    codes: Codes, source: OperandParams, weight: Weight, config: Config, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Return the product itself, (B, N, out), computed in fp32 and rounded once to `dtype`."""
+    if config.hopper == FLOATS:
+        return hopper.float_linear(codes, source, weight, config, dtype)
     form = with_steps(codes)[0]
-    out = torch.empty(*form.shape[:2], len(weight.codes), dtype=torch.float32, device=form.device)
+    out = torch.empty(*form.shape[:2], len(weight.codes), dtype=dtype, device=form.device)
     return linear(codes, source, weight, config, PLAIN.value, out, out.stride(1))
 
 
@@ -213,26 +248,35 @@ def _blocks(part: torch.Tensor, columns: int, block: int, width: int) -> TensorD
     return TensorDescriptor(rows, [len(rows), columns], [pitch(columns), 1], [block, width])
 
 
-def float_input(x: torch.Tensor, weight: Weight, config: Config) -> torch.Tensor:
-    """Return x W^T + bias, (M, N), of x (M, K) fp32.
+def float_input(x: torch.Tensor, weight: Weight, config: Config, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return x W^T + bias, (M, N) of `dtype`, of x (M, K) in fp32, fp16 or bf16.
 
     `block_m` of 0: without tensor cores, for up to FEW_ROWS rows.
     """
-    m, n = len(x), len(weight.codes)
+    m, n, (bm, bn, bk) = x.shape[0], weight.codes.shape[0], config[:3]
     assert x.stride(1) == 1
-    out = torch.empty(m, n, dtype=torch.float32, device=x.device)
+    out = torch.empty(m, n, dtype=dtype, device=x.device)
     high = weight.codes if weight.high is None else weight.high
-    if config.block_m == 0:
-        few_rows_kernel[(triton.cdiv(n, config.block_n),)](
-            x, weight.codes, high, weight.scale, weight.bias, out, m, n, weight.depth, x.stride(0),
-            weight.codes.stride(0), high.stride(0), weight.bits, NATIVE, triton.next_power_of_2(m),
-            config.block_n, config.block_k, num_warps=config.warps,
-        )  # fmt: skip
-        return out
-    turned = config.block_m < min(config.block_n, 64)
-    float_input_kernel[(triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m))](
-        x, weight.codes, high, weight.scale, weight.bias, out, m, n, weight.depth, x.stride(0),
-        weight.codes.stride(0), high.stride(0), weight.bits, NATIVE, turned, config.block_m, config.block_n,
-        config.block_k, num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+    tensors = x, weight.codes, high, weight.scale, weight.bias, out
+    check_device(*tensors)
+    sizes = m, n, weight.depth, x.stride(0), weight.codes.stride(0), high.stride(0), weight.bits, NATIVE
+    kernel: Any = few_rows_kernel if bm == 0 else float_input_kernel
+    rows = 1 << (m - 1).bit_length() if bm == 0 else 0
+    grid = -(-n // bn), -(-m // bm) if bm else 1
+    others = (*sizes, rows, bn, bk) if bm == 0 else (*sizes, bm < min(bn, 64), bm, bn, bk)
+    key = ("float input", x.get_device(), rows, *sizes[1:], x.dtype, dtype, config) if aligned(*tensors) else None
+    relaunch.launch(kernel, key, grid, tensors, others, num_warps=config.warps, num_stages=config.stages)
     return out
+
+
+def dequantize(weight: Weight, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a weight (N, K) and its bias (N,) as floats of a dtype, each rounded once."""
+    n, k, high = weight.codes.shape[0], weight.depth, weight.codes if weight.high is None else weight.high
+    out = torch.empty(n, k, dtype=dtype, device=weight.codes.device)
+    bias = torch.empty(n, dtype=dtype, device=weight.codes.device)
+    tensors = weight.codes, high, weight.scale, weight.bias, out, bias
+    bn, bk = (8, 512) if NATIVE else (32, 256)
+    others = n, k, weight.codes.stride(0), high.stride(0), weight.bits, NATIVE, bn, bk
+    key = ("dequantize", weight.codes.get_device(), dtype, *others) if aligned(*tensors) else None
+    relaunch.launch(dequantize_kernel, key, (-(-n // bn), -(-k // bk)), tensors, others, num_warps=4)
+    return out, bias

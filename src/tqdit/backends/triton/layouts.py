@@ -1,13 +1,14 @@
 """The arguments of kernels: modes of operands, weights, configurations, and the layouts of codes between kernels."""
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
 from tqdit.backends.triton.kernels import rounding
-from tqdit.backends.triton.layer import ALIGN
+from tqdit.backends.triton.layer import ALIGN, TritonLinear
 from tqdit.ops.schema import Codes, OperandParams, RowCodes
 from tqdit.spec import Grid
 
@@ -22,6 +23,7 @@ KINDS = {  # constant of `kernels.rounding` -> grid, and whether its regions are
     rounding.SOFTMAX_ROW.value: (Grid.SOFTMAX_ROW, False),
 }
 HEADS_OF = {3: "heads", 2: "context-heads", 1: "query-heads"}  # names in tuning of the epilogue that projects to parts
+SPECIAL, FLOATS = 1, 2  # `kernels.hopper` or `kernels.hopper_attention`; `kernels.hopper_float`
 ATTENTION_OPERANDS = 5  # query, key, value, softmax and target
 MODES = {kind: mode for mode, kind in KINDS.items()}
 
@@ -33,7 +35,7 @@ def mode(operand: OperandParams) -> int:
 
 def row_stride(operand: OperandParams) -> int:
     """Return the numbers between two rows of an operand's table; 0 where it has only one, for every time group."""
-    return operand.table.stride(0) if len(operand.table) > 1 else 0
+    return operand.table.stride(0) if operand.table.shape[0] > 1 else 0
 
 
 def with_steps(codes: Codes) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -53,6 +55,12 @@ class Weight(NamedTuple):
     bits: int
 
 
+def weight_of(layer: TritonLinear) -> Weight:
+    """Return a layer's weight; its tensors are read where they are held, since `Module.__getattr__` takes long."""
+    held: Any = layer._parameters
+    return Weight(held["codes"], held["high"], held["scale"], held["bias"], held["sums"], layer.shape[1], layer.bits)
+
+
 class Config(NamedTuple):
     """The blocks and the schedule of one kernel."""
 
@@ -64,8 +72,9 @@ class Config(NamedTuple):
     stages: int = 3  # norm: blocks of rows on their way while registers hold shift and scale; 1: neither is done
     piece: int = 0  # columns that the epilogue has in registers at a time: block_n (0), or a half or a quarter of it
     registers: int | None = None  # the most that a thread has
-    blocks: int = 1  # blocks of rows that a program of the attention or norm kernel takes; Hopper's attention: AT_ONCE
-    hopper: int = 0  # 1: by `kernels.hopper` or `kernels.hopper_attention`, with their own numbers of warps, registers
+    # Blocks of rows that a program of the attention or norm kernel takes; Hopper's attention: AT_ONCE; FLOATS: SLOTS.
+    blocks: int = 1
+    hopper: int = 0  # by a kernel for Hopper, with its own numbers of warps, registers: SPECIAL or FLOATS
 
 
 class Projected(NamedTuple):
@@ -101,7 +110,7 @@ class Groups(NamedTuple):
 def groups_of(*operands: OperandParams) -> Groups:
     """Return the groups of a call: all operands that have any share them."""
     for operand in operands:
-        if operand.group is not None and len(operand.table) > 1:
+        if operand.group is not None and operand.table.shape[0] > 1:
             return Groups(operand.group, 0 if operand.group.numel() == 1 else 1)
     return Groups(operands[0].table, 0)  # a tensor that is read, but multiplied by a stride of 0
 
@@ -116,6 +125,7 @@ def attended(operands: Sequence[object], width: int) -> tuple[int, torch.dtype]:
     return (pitch(width), torch.int8) if len(operands) == ATTENTION_OPERANDS else (width, torch.float32)
 
 
+@functools.cache
 def powers_of_two(width: int, least: int) -> tuple[int, int]:
     """Return two powers of two that together hold `width`; the second is 0 if the first, at least `least`, is enough.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from tqdit.backends.triton import candidates, hopper, launch, tuning
+from tqdit.backends.triton import candidates, floats, hopper, launch, tuning
 from tqdit.backends.triton.layouts import (
     HEADS_OF,
     KINDS,
@@ -40,10 +40,17 @@ def on_device_of(function: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0][0] if isinstance(args[0], list) else args[0]
         assert isinstance(first, Tensor)
-        with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+        with on(first):
             return function(*args, **kwargs)
 
     return run
+
+
+def on(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the GPU of a tensor the current one, which it is already unless there are several."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
 
 
 Flat = tuple[list[Tensor], Tensor | None, list[int]]
@@ -51,7 +58,7 @@ Flat = tuple[list[Tensor], Tensor | None, list[int]]
 
 def flatten(*operands: OperandParams) -> Flat:
     """Return operands as an operator takes them; `_operands` is the inverse."""
-    group = next((o.group for o in operands if o.group is not None and len(o.table) > 1), None)
+    group = next((o.group for o in operands if o.group is not None and o.table.shape[0] > 1), None)
     return [o.table for o in operands], group, [number for o in operands for number in (mode(o), o.bits)]
 
 
@@ -59,7 +66,7 @@ def _operands(tables: list[Tensor], group: Tensor | None, kinds: list[int]) -> t
     found = []
     for table, kind, bits in zip(tables, kinds[::2], kinds[1::2], strict=True):
         grid, merged = KINDS[kind]
-        found.append(OperandParams(grid, bits, table, merged, group if len(table) > 1 else None))
+        found.append(OperandParams(grid, bits, table, merged, group if table.shape[0] > 1 else None))
     return tuple(found)
 
 
@@ -323,3 +330,63 @@ def float_input_linear(x: Tensor, weight: list[Tensor], weight_kind: list[int]) 
 @float_input_linear.register_fake
 def _(x, weight, weight_kind):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], weight[0].shape[0])
+
+
+# Layers inside a float model are many, so these operators are registered with as little around them as torch has:
+# `custom_op` adds more Python than a launch takes.
+LIBRARY = torch.library.Library("tqdit", "FRAGMENT")
+for schema in (
+    "quantize_floats(Tensor x, Tensor? channels, Tensor[] tables, Tensor? group, int[] kinds) -> (Tensor, Tensor)",
+    "linear_to_floats(Tensor[] codes, Tensor[] weight, int[] weight_kind, Tensor[] tables, Tensor? group, int[] kinds,"
+    " ScalarType dtype) -> Tensor",
+    "linear_from_floats(Tensor x, Tensor[] weight, int[] weight_kind, ScalarType dtype) -> Tensor",
+):
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@on_device_of
+def _quantize_floats(
+    x: Tensor, channels: Tensor | None, tables: list[Tensor], group: Tensor | None, kinds: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Return codes on the grid of rows and their steps as `floats.quantize` does. `channels`: of the target."""
+    (target,) = _operands(tables, group, kinds)
+    return _both(floats.quantize(x, target._replace(channels=channels)))
+
+
+@on_device_of
+def _linear_to_floats(
+    codes: list[Tensor], weight: list[Tensor], weight_kind: list[int],
+    tables: list[Tensor], group: Tensor | None, kinds: list[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Return x W^T + bias as `floats.linear` does."""
+    (source,) = _operands(tables, group, kinds)
+    return floats.linear(_codes(codes), source, _weight(weight, weight_kind), dtype)
+
+
+@on_device_of
+def _linear_from_floats(x: Tensor, weight: list[Tensor], weight_kind: list[int], dtype: torch.dtype) -> Tensor:
+    """Return x W^T + bias as `floats.float_input` does."""
+    return floats.float_input(x, _weight(weight, weight_kind), dtype)
+
+
+LIBRARY.impl("quantize_floats", _quantize_floats, "CompositeExplicitAutograd")
+LIBRARY.impl("linear_to_floats", _linear_to_floats, "CompositeExplicitAutograd")
+LIBRARY.impl("linear_from_floats", _linear_from_floats, "CompositeExplicitAutograd")
+quantize_floats = torch.ops.tqdit.quantize_floats.default
+linear_to_floats = torch.ops.tqdit.linear_to_floats.default
+linear_from_floats = torch.ops.tqdit.linear_from_floats.default
+
+
+@torch.library.register_fake("tqdit::quantize_floats", lib=LIBRARY)
+def _(x, channels, tables, group, kinds):  # type: ignore[no-untyped-def]
+    return _empty_rows(x)
+
+
+@torch.library.register_fake("tqdit::linear_to_floats", lib=LIBRARY)
+def _(codes, weight, weight_kind, tables, group, kinds, dtype):  # type: ignore[no-untyped-def]
+    return codes[0].new_empty(*codes[0].shape[:2], weight[0].shape[0], dtype=dtype)
+
+
+@torch.library.register_fake("tqdit::linear_from_floats", lib=LIBRARY)
+def _(x, weight, weight_kind, dtype):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], weight[0].shape[0], dtype=dtype)

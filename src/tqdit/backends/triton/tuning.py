@@ -11,7 +11,9 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -41,6 +43,9 @@ CHANNELS = "-channels"  # the end of the name of an epilogue with channel factor
 THREADS = 16  # threads that compile; each holds one output of the kernel
 OLDEST = 9  # numbers of a configuration in the oldest files; missing numbers have their defaults
 
+SIZES = re.compile(r"(.*) (\d+)x(\d+)x(\d+)(, \d bits.*)")  # a key of a linear kernel
+FAR = 6.0  # doublings of sizes, all together, over which a configuration is not carried
+
 Run = Callable[[Config], object]
 
 
@@ -61,6 +66,38 @@ def choose(key: str, device: torch.device, candidates: Callable[[], list[Config]
         table[key] = fastest(candidates(), run)[0][0]
         _keep(gpu, key, table[key])
     return table[key]
+
+
+def choose_near(keys: Sequence[str], device: torch.device, candidates: Callable[[], list[Config]], run: Run) -> Config:
+    """Return a configuration as `choose` does for the first key, or that of the nearest size which is known.
+
+    `keys`: of the kernel, and then of the nearest forms of it. So few sizes are timed.
+    """
+    if not NATIVE:
+        return INTERPRETED[keys[0].partition(" ")[0].strip(",")]
+    gpu = torch.cuda.get_device_name(device)
+    for key in keys:
+        if (found := _nearest(gpu, key, len(_table(gpu)))) is not None:
+            return found
+    return choose(keys[0], device, candidates, run)
+
+
+@functools.cache
+def _nearest(gpu: str, key: str, known: int) -> Config | None:
+    """Return the configuration of the nearest size of the same kernel, FAR away at most, or None.
+
+    `known`: the number of configurations of the GPU, since the answer may change with it.
+    """
+    table, asked = _table(gpu), SIZES.match(key)
+    assert asked
+    before, *sizes, after = asked.groups()
+    best: tuple[float, Config | None] = (FAR, None)
+    for name, config in table.items():
+        other = SIZES.match(name)
+        if other and (other[1], other[5]) == (before, after):
+            distance = sum(abs(math.log2(int(a) / int(b))) for a, b in zip(sizes, other.groups()[1:4], strict=True))
+            best = min(best, (distance, config), key=lambda item: item[0])
+    return best[1]
 
 
 def first_known(device: torch.device, keys: Sequence[str]) -> str:

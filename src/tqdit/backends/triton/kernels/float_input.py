@@ -1,11 +1,14 @@
 """Linear layers whose input stays in float: integer weights are exact in bf16, and an fp32 input is three bf16 numbers.
 
-So tensor cores compute the product with the precision of fp32, and the weight is read as integers. Conversions are made
-of integer operations and additions, which have several times the rate of the instructions for them (I2F, F2F).
+So tensor cores compute the product with the precision of fp32, and the weight is read as integers. An input in fp16 is
+two bf16 numbers, one in bf16 is itself: fewer products. Conversions are made of integer operations and additions, which
+have several times the rate of the instructions for them (I2F, F2F).
 """
 
 import triton
 import triton.language as tl
+
+from tqdit.backends.triton.kernels.rounding import stored_as
 
 # Four int8 codes w = 128 s + l, s in (-1, 0), as bf16: (128 + l) - (128 - 128 s), whose bits are 0x4300 | l and
 # 0x4300 | (w & 0x80). The subtraction is a multiply-add, which GPUs before Hopper have for pairs of bf16.
@@ -115,12 +118,18 @@ def _bf16(value, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def _added(sums, value, weight, TURNED: tl.constexpr):
+    """Return sums and a product of bf16 numbers with a weight, or the transposed product."""
+    return tl.dot(weight, value.trans(), sums) if TURNED else tl.dot(value, weight.trans(), sums)
+
+
+@triton.jit(do_not_specialize=["M"])
 def float_input_kernel(
     x, codes, codes_high, weight_scale, bias, out, M, N, K, x_stride, codes_stride, high_stride,
     BITS: tl.constexpr, NATIVE: tl.constexpr, TURNED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Compute out (M, N) = (x (M, K) codes (N, K)^T) scale + bias.
+    """Compute out (M, N) = (x (M, K) codes (N, K)^T) scale + bias; x and out are fp32, fp16 or bf16, in any pair.
 
     TURNED: the transposed product, for few rows: tensor cores take 64 rows of their first operand, and 8 of the second.
     Not NATIVE: interpreted, so bf16 numbers are fp32.
@@ -136,31 +145,26 @@ def float_input_kernel(
         row = columns.to(tl.int64)[:, None]
         weight = _codes(codes + row * codes_stride, codes_high + row * high_stride, depth[None, :], here, BITS, NATIVE)
         weight = _floats(weight, True, NATIVE)
-        # Exact: of 24 digits the first two parts leave 8.
-        high = _upper(value)
-        value -= high
-        middle = _upper(value)
-        low = _bf16(value - middle, NATIVE)
-        middle = _bf16(middle, NATIVE)
-        high = _bf16(high, NATIVE)
-        if TURNED:
-            sums = tl.dot(weight, low.trans(), sums)
-            sums = tl.dot(weight, middle.trans(), sums)
-            sums = tl.dot(weight, high.trans(), sums)
-        else:
-            weight = weight.trans()
-            sums = tl.dot(low, weight, sums)
-            sums = tl.dot(middle, weight, sums)
-            sums = tl.dot(high, weight, sums)
+        if x.dtype.element_ty == tl.bfloat16:
+            sums = _added(sums, value if NATIVE else value.to(tl.float32), weight, TURNED)
+        else:  # exact: of 24 digits the first two parts leave 8, and of the 11 of fp16 none
+            value = value.to(tl.float32)
+            high = _upper(value)
+            value -= high
+            middle = _upper(value)
+            if x.dtype.element_ty == tl.float32:
+                sums = _added(sums, _bf16(value - middle, NATIVE), weight, TURNED)
+            sums = _added(sums, _bf16(middle, NATIVE), weight, TURNED)
+            sums = _added(sums, _bf16(high, NATIVE), weight, TURNED)
     if TURNED:
         sums = sums.trans()
     scale = tl.load(weight_scale + columns, columns < N, 0.0)
     added = tl.load(bias + columns, columns < N, 0.0)
-    y = sums * scale[None, :] + added[None, :]
+    y = stored_as(sums * scale[None, :] + added[None, :], out.dtype.element_ty, NATIVE)
     tl.store(out + rows.to(tl.int64)[:, None] * N + columns[None, :], y, (rows < M)[:, None] & (columns < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def few_rows_kernel(
     x, codes, codes_high, weight_scale, bias, out, M, N, K, x_stride, codes_stride, high_stride,
     BITS: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -182,10 +186,29 @@ def few_rows_kernel(
         )
         weight = _floats(weight, False, NATIVE)
         for r in tl.static_range(ROWS):
-            value = tl.load(x + tl.minimum(r, M - 1) * x_stride + depth, depth < K, 0.0)
+            value = tl.load(x + tl.minimum(r, M - 1) * x_stride + depth, depth < K, 0.0).to(tl.float32)
             part = tl.sum(weight * value[None, :, :], 2)
             sums += tl.where(which[:, :, None] == r, part[None, :, :], 0.0)
     scale = tl.load(weight_scale + columns, columns < N, 0.0)
     added = tl.load(bias + columns, columns < N, 0.0)
-    y = tl.sum(sums, 2) * scale[None, :] + added[None, :]
+    y = stored_as(tl.sum(sums, 2) * scale[None, :] + added[None, :], out.dtype.element_ty, NATIVE)
     tl.store(out + which * N + columns[None, :], y, (which < M) & (columns < N)[None, :])
+
+
+@triton.jit
+def dequantize_kernel(
+    codes, codes_high, weight_scale, bias, weight_out, bias_out, N, K, codes_stride, high_stride,
+    BITS: tl.constexpr, NATIVE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Write a weight (N, K) and its bias as floats, each rounded once: codes times scale, for a product elsewhere."""
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)
+    depth = tl.program_id(1) * BK + tl.arange(0, BK)
+    here = (columns < N)[:, None] & (depth < K)[None, :]
+    row = columns.to(tl.int64)[:, None]
+    weight = _codes(codes + row * codes_stride, codes_high + row * high_stride, depth[None, :], here, BITS, NATIVE)
+    scale = tl.load(weight_scale + columns, columns < N, 0.0)
+    values = _floats(weight, False, NATIVE) * scale[:, None]
+    tl.store(weight_out + row * K + depth[None, :], stored_as(values, weight_out.dtype.element_ty, NATIVE), here)
+    if tl.program_id(1) == 0:
+        added = stored_as(tl.load(bias + columns, columns < N, 0.0), bias_out.dtype.element_ty, NATIVE)
+        tl.store(bias_out + columns, added, columns < N)

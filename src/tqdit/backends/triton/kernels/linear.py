@@ -24,7 +24,7 @@ from tqdit.backends.triton.kernels.rounding import (
 )
 
 # The epilogues.
-PLAIN = tl.constexpr(0)  # y
+PLAIN = tl.constexpr(0)  # y, in the dtype of `out`
 RESIDUAL = tl.constexpr(1)  # x + gate y, or x + y
 ACTIVATION = tl.constexpr(2)  # codes of GELU(y)
 HEADS = tl.constexpr(3)  # codes of y per head: q and k by token, v transposed. Parts: q, k, v; or k, v; or q
@@ -124,7 +124,7 @@ def _finish(
 
     offset = rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
     if EPILOGUE == PLAIN:
-        tl.store(out + offset, y, inside)
+        tl.store(out + offset, stored_as(y, out.dtype.element_ty, NATIVE), inside)
     elif EPILOGUE == RESIDUAL:
         if GATED:
             through = tl.load(gate + sample * gate_stride + columns[None, :], inside_n[None, :], 0.0)

@@ -1,0 +1,208 @@
+"""Compare traced models with their float model: on recorded calls, and by same-seed images of a pipeline."""
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tqdit.calibration.calls import Calls
+from tqdit.errors import InputError
+from tqdit.stages import Report, silent
+
+GROUPS = 10  # time groups that errors are reported by
+
+
+@dataclass(frozen=True)
+class CallRow:
+    """The SQNR in dB of one model's outputs: of all calls together, of each time group, and of the worst call.
+
+    None: the outputs are equal, or not finite.
+    """
+
+    name: str
+    sqnr_db: float | None
+    by_group: tuple[float | None, ...]
+    worst_db: float | None
+
+
+@dataclass(frozen=True)
+class CallComparison:
+    """The rows of all models on `calls` calls.
+
+    `groups`: the least and the largest time of each group, and the number of its calls.
+    """
+
+    kind: str
+    timestep: str
+    calls: int
+    groups: tuple[tuple[float, float, int], ...]
+    rows: tuple[CallRow, ...]
+
+    def figures(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """The PSNR in dB of one model's images against those of the float model, with the same seeds.
+
+    None for equal images.
+    """
+
+    name: str
+    mean_db: float | None
+    worst_db: float | None
+    worst_prompt: str
+    each_db: tuple[float | None, ...]
+
+    def figures(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return asdict(self)
+
+
+def compare_calls(
+    float_model: nn.Module,
+    models: Mapping[str, nn.Module],
+    calls: Calls,
+    groups: int = GROUPS,
+    report: Report = silent,
+) -> CallComparison:
+    """Run models on recorded calls, and return the errors of their outputs against those of the float model.
+
+    Every model runs where it is and in its own dtype. `models` are read one after another, so a mapping may load them
+    when they are read. Raises `InputError` for calls of another model.
+    """
+    calls.check(float_model)
+    expected = outputs(float_model, calls, lambda f: report("float model", f))
+    found = calls.time_groups(groups)
+    index = found.index(calls.times)
+    rows = []
+    for name in models:
+        model = models[name]
+        actual = outputs(model, calls, lambda f, name=name: report(name, f))
+        del model
+        powers = torch.tensor([_powers(a, b) for a, b in zip(expected, actual, strict=True)], dtype=torch.float64)
+        by_group = tuple(_sqnr(powers[index == group].sum(0)) for group in range(found.num_groups))
+        each = [db for db in map(_sqnr, powers) if db is not None]
+        rows.append(CallRow(name, _sqnr(powers.sum(0)), by_group, min(each, default=None)))
+    ranges = tuple((*found.bounds(group), int((index == group).sum())) for group in range(found.num_groups))
+    return CallComparison(calls.kind, calls.timestep, len(calls), ranges, tuple(rows))
+
+
+def outputs(model: nn.Module, calls: Calls, progress: Any = lambda _: None) -> list[torch.Tensor]:
+    """Return what a model makes of every call, each flattened to one fp32 tensor on the CPU."""
+    parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    found = []
+    with torch.no_grad():
+        for number, call in enumerate(calls):
+            output = model(**call.to(parameter.device, parameter.dtype))
+            found.append(torch.cat([tensor.float().flatten().cpu() for tensor in _tensors(output)]))
+            progress((number + 1) / len(calls))
+    return found
+
+
+def held_out(calls: Calls, recipes: Sequence[tuple[Mapping[str, Any], str | None]]) -> tuple[Calls, bool]:
+    """Return the calls that no calibration used, and whether there are such; without any, all calls.
+
+    `recipes`: of each artifact, its recipe and the sha256 of the calls that it was calibrated on.
+    """
+    used: set[int] = set()
+    for recipe, sha256 in recipes:
+        if sha256 is None:
+            continue
+        drawn = calls.thinned(recipe["samples"], recipe["groups"], recipe["seed"])
+        if drawn.sha256 == sha256:
+            used |= {id(call) for call in drawn}
+    left = Calls(calls.kind, calls.config, calls.timestep, [call for call in calls if id(call) not in used])
+    return (left, True) if len(left) else (calls, False)
+
+
+def compare_images(
+    pipe: Any,
+    models: Mapping[str, Mapping[str, nn.Module]],
+    prompts: Sequence[str],
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    report: Report = silent,
+) -> list[ImageRow]:
+    """Draw an image or video for each prompt by a pipeline with each model in turn, and compare them with its own.
+
+    `models`: name -> component -> the transformer that takes its place; read one after another, and the pipeline's own
+    transformers are dropped before the first one is read. `options`: arguments of the pipeline. Raises `InputError` for
+    an option that the pipeline does not take.
+    """
+    if not prompts:
+        raise InputError("there are no prompts to draw images of")
+    expected = _images(pipe, prompts, seed, options or {}, lambda f: report("images of the float model", f))
+    rows = []
+    for name in models:
+        _drop_transformers(pipe)
+        for component, model in models[name].items():
+            pipe.register_modules(**{component: model})
+        actual = _images(pipe, prompts, seed, options or {}, lambda f, name=name: report(f"images of {name}", f))
+        each = [_psnr(a, b) for a, b in zip(expected, actual, strict=True)]
+        decided = [(db, prompt) for db, prompt in zip(each, prompts, strict=True) if db is not None]
+        worst, of = min(decided, default=(None, ""))
+        mean = sum(db for db, _ in decided) / len(decided) if decided else None
+        rows.append(ImageRow(name, mean, worst, of, tuple(each)))
+    return rows
+
+
+def _images(
+    pipe: Any, prompts: Sequence[str], seed: int, options: Mapping[str, Any], progress: Any
+) -> list[torch.Tensor]:
+    """Return the images of all prompts, each with values in [0, 1]."""
+    taken = inspect.signature(type(pipe).__call__).parameters
+    if refused := sorted(options.keys() - taken.keys()):
+        raise InputError(f"a {type(pipe).__name__} takes no {refused[0]}")
+    found = []
+    for number, prompt in enumerate(prompts):
+        given = {"prompt": prompt} if "prompt" in taken else {"class_labels": [int(prompt)]}
+        generator = torch.Generator().manual_seed(seed + number)
+        made = pipe(**given, **options, generator=generator, output_type="np", return_dict=False)[0]
+        found.append(torch.as_tensor(made).double().cpu())
+        progress((number + 1) / len(prompts))
+    return found
+
+
+def _drop_transformers(pipe: Any) -> None:
+    """Free the transformers of a pipeline, so that only one model at a time takes memory."""
+    for name in [name for name in pipe.components if name.startswith("transformer")]:
+        if getattr(pipe, name) is not None:
+            setattr(pipe, name, None)
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    """Return the floating-point tensors of an output."""
+    if isinstance(tree, torch.Tensor):
+        if tree.is_floating_point():
+            yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _tensors(value)
+    elif hasattr(tree, "__dict__"):
+        yield from _tensors(vars(tree))
+
+
+def _powers(expected: torch.Tensor, actual: torch.Tensor) -> tuple[float, float]:
+    """Return the powers of a signal and of its error."""
+    expected, error = expected.double(), actual.double() - expected.double()
+    return float(expected.square().sum()), float(error.square().sum())
+
+
+def _sqnr(powers: torch.Tensor) -> float | None:
+    signal, error = powers.tolist()
+    return 10 * math.log10(signal / error) if 0 < error < math.inf and 0 < signal < math.inf else None
+
+
+def _psnr(expected: torch.Tensor, actual: torch.Tensor) -> float | None:
+    error = float((expected - actual).square().mean())
+    return -10 * math.log10(error) if 0 < error < math.inf else None

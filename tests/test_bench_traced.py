@@ -1,0 +1,128 @@
+"""`tqdit bench --random` with the blocks of published transformers, on a tiny one."""
+
+import pytest
+import torch
+
+from tqdit.architectures.traced import traced
+from tqdit.errors import InputError
+from tqdit.speed import blocks, published_calls, shortened
+from tqdit.speed.block_entrants import rivals
+from tqdit.speed.blocks import BlockSettings, race
+from tqdit.speed.published import SHAPES, Published
+from tqdit.speed.published_calls import Size
+
+# Billions of parameters that the published models have.
+PARAMETERS = {
+    "flux.1-dev": 11.90, "flux.2-klein-4b": 3.88, "qwen-image": 20.43, "z-image": 6.15, "sd3.5-large": 8.06,
+    "wan-1.3b": 1.42, "wan-14b": 14.29, "ltx-video": 1.92, "hunyuan-video": 12.82, "pixart": 0.61,
+}  # fmt: skip
+# fmt: off
+TINY = Published(
+    "tiny",
+    "Flux2Transformer2DModel",
+    {
+        "num_attention_heads": 2,
+        "attention_head_dim": 32,
+        "in_channels": 4,
+        "num_layers": 2,
+        "num_single_layers": 3,
+        "joint_attention_dim": 32,
+        "timestep_guidance_channels": 32,
+        "axes_dims_rope": (8, 8, 8, 8),
+        "guidance_embeds": False,
+    },
+    Size((1, 4, 4), 8),
+    published_calls.flux2,
+)
+# fmt: on
+
+
+@pytest.fixture
+def tiny(monkeypatch) -> Published:
+    monkeypatch.setattr(blocks, "published", lambda name: TINY)
+    monkeypatch.setattr(blocks, "OURS", ("ours-eager",))  # compiling takes minutes on a busy machine
+    return TINY
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_published_configs_have_the_published_number_of_parameters(name) -> None:
+    model = traced(SHAPES[name].kind).empty(SHAPES[name].shortened(None))
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(PARAMETERS[name], abs=0.006)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_calls_fit_the_forward_of_their_class(name) -> None:
+    shape = SHAPES[name]
+    size = shape.size.reduced(64)
+    arguments = shape.arguments(torch.zeros, shape.config, size)
+    assert shape.timestep in arguments
+    assert size.tokens <= 64
+    assert size.text <= shape.size.text
+
+
+@pytest.mark.parametrize(
+    ("tokens", "patches"), [(None, (21, 30, 52)), (10**6, (21, 30, 52)), (3200, (2, 30, 52)), (100, (1, 10, 10))]
+)
+def test_reduced_sizes_have_fewer_frames_first(tokens, patches) -> None:
+    assert Size((21, 30, 52), 512).reduced(tokens).patches == patches
+
+
+def test_a_race_has_ours_and_float_entrants_on_the_call_and_on_the_linears_alone(tiny) -> None:
+    settings = BlockSettings(blocks=1, against=("bf16-eager",), repeats=2, device="cpu")
+    seen = []
+    (raced,) = race(["tiny"], settings, finished=lambda found: seen.append(len(found)))
+    assert seen == [1]
+    assert {(row.part, row.entrant) for row in raced.rows} == {
+        (part, name) for part in ("call", "linears") for name in ("bf16-eager", "ours-eager")
+    }
+    assert raced.skipped == {}
+    assert raced.blocks == {"transformer_blocks": 1, "single_transformer_blocks": 1}
+    eager = next(row for row in raced.rows if (row.part, row.entrant) == ("call", "bf16-eager"))
+    assert eager.speedup_over_bf16 == 1
+    figures = blocks.figures([raced], settings)
+    assert figures["models"][0]["bytes_of_bf16"] == pytest.approx(raced.weight_bytes / raced.bf16_bytes)
+
+
+@pytest.mark.long
+def test_blocks_of_ours_compile_whole(tiny, monkeypatch) -> None:
+    """Dynamo takes every block and the layers alone without a break, and leaves eager entrants as they are."""
+    captured = []
+
+    def backend(module, inputs):
+        captured.append(module)
+        return module.forward
+
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: original(self, backend=backend, **options))
+    monkeypatch.setattr(blocks, "OURS", ("ours-eager", "ours-compiled"))
+    (raced,) = race(["tiny"], BlockSettings(blocks=2, against=(), repeats=1, device="cpu"))
+    assert raced.skipped == {}
+    assert len(captured) == 3  # a joint block, a single one, and the layers alone
+
+
+def test_bytes_at_full_depth_are_those_of_the_full_model() -> None:
+    few = shortened.random_transformer(TINY, 1, torch.device("cpu"))
+    full = shortened.random_transformer(TINY, None, torch.device("cpu"))
+    sizes = shortened.float_bytes(few)
+    assert shortened.bytes_at_full_depth(TINY, sizes) == sum(shortened.float_bytes(full).values())
+    assert sum(sizes.values()) < sum(shortened.float_bytes(full).values())
+
+
+def test_an_entrant_that_fails_is_named_and_the_others_stay(tiny, monkeypatch) -> None:
+    def fails(name, *rest):
+        if name == "bf16-eager":
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return genuine(name, *rest)
+
+    genuine = blocks.entrant
+    monkeypatch.setattr(blocks, "entrant", fails)
+    (raced,) = race(["tiny"], BlockSettings(blocks=1, against=("bf16-eager",), repeats=1, device="cpu"))
+    assert raced.skipped == {"bf16-eager": "OutOfMemoryError: CUDA out of memory. Tried to allocate"}
+    assert {row.entrant for row in raced.rows} == {"ours-eager"}
+    assert not raced.failed
+
+
+def test_families_name_their_members_and_unknown_ones_are_refused() -> None:
+    assert rivals(("torchao", "bf16-autotuned")) == ("bf16-autotuned", "torchao-int8", "torchao-fp8")
+    with pytest.raises(InputError, match="unknown baseline 'fp4'; known: bfloat16, torchao, bf16-eager"):
+        BlockSettings(against=("fp4",))
