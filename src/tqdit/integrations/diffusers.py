@@ -38,8 +38,8 @@ class TQDiTQuantizer(DiffusersQuantizer):
     accelerate has patched it. This happens with float models too: load one model at a time.
     """
 
-    def __new__(cls, quantization_config: TQDiTConfig, **kwargs: Any) -> "TQDiTQuantizer":
-        """Make the quantizer of an artifact, or that of a float model."""
+    def __new__(cls, *_: Any, **kwargs: Any) -> "TQDiTQuantizer":
+        """Make the quantizer of an artifact, or that of a float model; a copy is made without arguments."""
         return super().__new__(cls if kwargs.get("pre_quantized", True) else DynamicQuantizer)
 
     def __init__(self, quantization_config: TQDiTConfig, **kwargs: Any) -> None:

@@ -293,6 +293,7 @@ class QuantizedLinear(nn.Linear):
             raise InputError(f"'{prefix}bias' cannot be loaded: the biases of a quantized layer stay as they are")
 
     def extra_repr(self) -> str:
+        """Return the layer's sizes, bits and grid for people."""
         kind = "float input" if self.source is None else str(self.source.params.spec.grid)
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, {kind}"
 
@@ -317,6 +318,7 @@ class Dequantized(torch.Tensor):
 
     @data.setter
     def data(self, value: Any) -> None:
+        """Refuse: the values are a copy."""
         raise InputError(NO_WRITING)
 
     @classmethod

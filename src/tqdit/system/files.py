@@ -228,7 +228,7 @@ def check_target(target: Path, overwrite: bool, replaceable: Kind = is_artifact,
             raise InputError(f"{target} has '{foreign}', which is no part of the model and would be lost; move it")
     if target.is_mount():
         raise InputError(f"output {target} is a mount point, which cannot be replaced; choose a folder inside it")
-    part = in_pipeline and not is_there(target.parent / CONFIG)  # beside another transformer, which is an artifact
+    part = in_pipeline and target.name.startswith(TRANSFORMER)  # some pipelines have a transformer_2
     check_outside(target.parent if part else target)
     check_parent(target)
 
