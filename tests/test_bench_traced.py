@@ -5,8 +5,10 @@ import sys
 
 import pytest
 import torch
+from zoo import ZOO
 
 from tqdit.architectures.traced import traced
+from tqdit.calibration.calls import Calls
 from tqdit.cli.main import main
 from tqdit.errors import InputError
 from tqdit.speed import blocks, published_calls, shortened
@@ -56,12 +58,17 @@ def test_published_configs_have_the_published_number_of_parameters(name) -> None
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_calls_fit_the_forward_of_their_class(name) -> None:
-    shape = SHAPES[name]
+    """Of the published config by name and shape of every argument, and of a tiny config by a call."""
+    shape, entry = SHAPES[name], ZOO[SHAPES[name].kind]
     size = shape.size.reduced(64)
-    arguments = shape.arguments(torch.zeros, shape.config, size)
-    assert shape.timestep in arguments
     assert size.tokens <= 64
-    assert size.text <= shape.size.text
+    published = traced(shape.kind).empty(shape.shortened(1))
+    assert len(Calls.of(published, [shape.arguments(torch.zeros, shape.config, size)])) == 1
+    model = entry.build()
+    arguments = shape.arguments(torch.randn, model.config, Size((2 if shape.size.patches[0] > 1 else 1, 4, 4), 16))
+    with torch.no_grad():
+        output = model(**arguments, return_dict=False)[0]
+    assert all(part.isfinite().all() for part in output)
 
 
 @pytest.mark.parametrize(
