@@ -38,7 +38,7 @@ from tqdit.layers.quantized import QuantizedLinear
 from tqdit.quality.metrics import sqnr_db
 from tqdit.runtime.convert import convert
 from tqdit.system.environment import environment
-from tqdit.system.files import write_json
+from tqdit.system.files import read_json, write_json
 
 TESTS = "tests.models.transformers"
 ARGUMENTS = "get_dummy_inputs"
@@ -346,6 +346,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--diffusers", type=Path, required=True, help="checkout at the installed version")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", default=[""], help="test modules with one of these words in their names")
+    parser.add_argument("--keep", action="store_true", help="keep the file's rows of classes that are not run again")
     parser.add_argument("--target", type=float, default=30.0, help="dB that every class must reach")
     parser.add_argument("--seconds", type=float, default=300.0, help="limit of one class")
     parser.add_argument("--jobs", type=int, default=2)
@@ -359,7 +360,7 @@ def main() -> None:
     root = args.diffusers.resolve()
     wanted = [module for module in modules(root) if any(word in module for word in args.only)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    rows: dict[str, Any] = {}
+    rows = dict(read_json(args.out)["classes"]) if args.keep and args.out.is_file() else {}
     with ThreadPoolExecutor(args.jobs) as pool:
         parts = [pool.submit(in_process, root, module, args.target, args.seconds) for module in wanted]
         for part in parts:

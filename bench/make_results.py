@@ -1,4 +1,6 @@
-"""Write docs/results.md, docs/any-input.md, the figures of docs/quality.md and the README's tables from result files.
+"""Write the figures of docs/ and the README's tables from result files.
+
+Whole pages: results.md and any-input.md; sections: quality.md and models.md.
 
 python bench/make_results.py
 python bench/make_results.py --check    # only compares
@@ -15,6 +17,7 @@ from typing import Any
 from architecture_pages import architectures
 from full_size_pages import full_size
 from gpu_pages import gpu_speed, readme_gpu_speed
+from model_pages import models
 from pages import ROOT, environment, read, table
 from quality_pages import quality
 from scale_pages import calibration_scale
@@ -42,7 +45,7 @@ def main() -> None:
 def pages() -> dict[Path, str]:
     """Path -> text of every page that shows figures."""
     training, methods, cost = (read(name) for name in ("fashion-dit-training", "ablation-cpu", "calibration-cpu"))
-    readme, page = ROOT / "README.md", ROOT / "docs" / "quality.md"
+    readme, page, any_class = ROOT / "README.md", ROOT / "docs" / "quality.md", ROOT / "docs" / "models.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(START)
     after = rest.partition(END)[2]
     parts = [readme_verdict(read("equivalence-h200")), _readme_table(methods, cost), readme_speed(), readme_gpu_speed()]
@@ -50,6 +53,7 @@ def pages() -> dict[Path, str]:
         ROOT / "docs" / "results.md": _results(training, methods, cost),
         ROOT / "docs" / "any-input.md": any_input(),
         page: quality(page.read_text(encoding="utf-8")),
+        any_class: models(any_class.read_text(encoding="utf-8")),
         readme: "".join([before, START, "\n", "\n\n".join(parts), "\n", END, after]),
     }
 

@@ -191,7 +191,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="folder that examples/train_small_models.py wrote")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bits", nargs="+", default=list(BITS))
-    parser.add_argument("--images", type=int, default=2000, help=f"a multiple of {BLOCKS}")
+    parser.add_argument("--images", type=int, default=1000, help=f"a multiple of {BLOCKS}")
     parser.add_argument("--batch", type=int, default=250)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=2.0)

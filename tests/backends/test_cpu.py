@@ -310,15 +310,17 @@ def test_every_function_of_the_library_is_declared(fast) -> None:
 
 def test_kernel_names_say_what_runs(run, request: pytest.FixtureRequest) -> None:
     way = request.node.callspec.params["run"]
-    compiled, vnni = isinstance(run, NativeCpu), isinstance(run, NativeCpu) and native.has_vnni()
+    compiled, own = isinstance(run, NativeCpu), isinstance(run, NativeCpu) and native.has_products()
     onednn_runs = onednn.reason() is None
     assert compiled == (way not in ("torch", "nothing"))
-    assert not (way.startswith("generic") and vnni)
-    assert vnni or not way.startswith("panels")
+    assert not (way.startswith("generic") and own)
+    assert own or not way.startswith("panels")
     product = "onednn u8 x s8" if onednn_runs else "int8 in fp32, exact"
-    assert run.kernel("linear") == ("fused, avx512-vnni u8 x s8" if vnni else product)
+    assert run.kernel("linear") == (f"fused, {native.instructions()} u8 x s8" if own else product)
+    if own:
+        assert native.instructions() == ("avx512-vnni" if native.has_vnni() else "avx2")
     assert ("fused attention" in run.kernel("scores")) == compiled
-    assert isinstance(run.prepare(maker(0).weight(5, 8), None), PanelLinear) == vnni
+    assert isinstance(run.prepare(maker(0).weight(5, 8), None), PanelLinear) == own
     assert not isinstance(run.prepare(maker(0).weight(5, 7), None), PanelLinear)  # no multiple of four
 
 

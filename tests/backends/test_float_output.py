@@ -4,17 +4,24 @@ Codes and steps are those of `ops.reference`. A result in bf16 or fp16 is the fp
 which is what `Tensor.to` does.
 """
 
+import platform
+from collections.abc import Iterator
+
 import pytest
 import torch
 from cpu_codes import found_codes
 from operands import maker
+from ways import backend_that, forget
 
+from tqdit.backends import native
 from tqdit.errors import InputError
+from tqdit.ops.composed import Composed
 from tqdit.ops.reference import Reference
 from tqdit.ops.schema import Float, OperandParams, WeightParams
 from tqdit.spec import Grid
 
 REFERENCE = Reference()
+HAS_AVX2 = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX") and platform.machine() == "x86_64"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # batch, tokens, width, columns: one row, widths that fill no vector and no panel, more rows than a task or tile has,
 # tiles across samples, more depth than is multiplied at a time
@@ -131,6 +138,32 @@ def test_two_regions_are_rounded_once(run) -> None:
     exact = REFERENCE.linear(REFERENCE.quantize(x, source), source, exact)
     for dtype in DTYPES:
         assert torch.equal(run.linear(run.quantize(x, source), source, layer, Float(dtype)), exact.to(dtype))
+
+
+@pytest.fixture
+def avx2(monkeypatch: pytest.MonkeyPatch) -> Iterator[Composed]:
+    """The backend as processors with AVX2 and without VNNI have it."""
+    yield backend_that("avx2", monkeypatch)
+    monkeypatch.undo()
+    forget()
+
+
+@pytest.mark.skipif(not HAS_AVX2, reason="no AVX2 here")
+def test_products_in_16_bits_are_exact(avx2) -> None:
+    """The largest products there are, more depth than is multiplied at a time, and every number of rows of a tile."""
+    assert native.instructions() == "avx2"
+    make = maker(11)
+    for grid in (Grid.ROW, Grid.UNIFORM, Grid.MRQ_GELU):
+        for tokens, depth, columns in [(1, 4, 1), (7, 516, 17), (141, 1500, 64), (5, 60, 190)]:
+            source, x = make.params(grid, 2), make.values(2, tokens, depth) * 3
+            weight, bias = make.weight(columns, depth), make.values(columns)
+            weight.codes[::2], x[:, ::3] = -128, 1e4
+            weight = weight._replace(colsum=weight.codes.sum(1, dtype=torch.int32))
+            layer, codes = avx2.prepare(weight, bias), avx2.quantize(x, source)
+            expected = REFERENCE.linear(REFERENCE.quantize(x, source), source, REFERENCE.prepare(weight, bias))
+            assert torch.equal(avx2.linear(codes, source, layer), expected)
+            assert torch.equal(avx2.linear(codes, source, layer, Float(torch.bfloat16)), expected.bfloat16())
+            assert torch.equal(layer.unpacked(), weight.codes)
 
 
 def given(run, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -54,25 +54,31 @@ def linears(graph: Graph) -> list[Linear]:
     return [linear for block in graph.blocks for linear in block.linears]
 
 
-def inputs_of(model: nn.Module, calls: Calls, name: str) -> list[torch.Tensor]:
-    """The inputs of a layer in each call, by the definition: a hook and nothing else."""
-    found: list[torch.Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: found.append(args[0].flatten(0, -2)))
+@pytest.fixture(scope="module")
+def inputs(flux, flux_graph, flux_calls) -> dict[str, list[torch.Tensor]]:
+    """The inputs of every site in each call, (rows, in), by the definition: hooks and nothing else."""
+    found: dict[str, list[torch.Tensor]] = {linear.source.name: [] for linear in linears(flux_graph)}
+    handles = [
+        flux.get_submodule(linear.modules[0]).register_forward_pre_hook(
+            lambda _, args, kept=found[linear.source.name]: kept.append(args[0].flatten(0, -2))
+        )
+        for linear in linears(flux_graph)
+    ]
     with torch.no_grad():
-        for call in calls:
-            model(**call.to("cpu"))
-    handle.remove()
+        for call in flux_calls:
+            flux(**call.to("cpu"))
+    for handle in handles:
+        handle.remove()
     return found
 
 
-def test_ranges_are_those_of_each_time_group(flux, flux_graph, flux_calls, recorded) -> None:
+def test_ranges_are_those_of_each_time_group(flux_graph, flux_calls, inputs, recorded) -> None:
     groups = flux_calls.time_groups(3)
     assert groups.index(flux_calls.times).tolist() == [2, 2, 1, 1, 0, 0]
     for linear in linears(flux_graph):
-        inputs = inputs_of(flux, flux_calls, linear.modules[0])
-        timed = linear.source.timed
-        own = [torch.cat(inputs[i : i + 2]) for i in (4, 2, 0)] if timed else [torch.cat(inputs)]
-        low, high = (torch.stack([getattr(x, end)(0) for x in own]) for end in ("amin", "amax"))
+        x = inputs[linear.source.name]
+        own = [torch.cat(x[i : i + 2]) for i in (4, 2, 0)] if linear.source.timed else [torch.cat(x)]
+        low, high = (torch.stack([getattr(values, end)(0) for values in own]) for end in ("amin", "amax"))
         channels, whole = recorded.ranges[channels_of(linear.source.name)], recorded.ranges[linear.source.name]
         assert torch.allclose(channels.low, low, atol=1e-6)
         assert torch.allclose(channels.high, high, atol=1e-6)
@@ -80,16 +86,18 @@ def test_ranges_are_those_of_each_time_group(flux, flux_graph, flux_calls, recor
         assert torch.equal(whole.low, channels.low.amin(1, keepdim=True))
 
 
-def test_rows_are_the_models_own_and_spread_over_the_calls(flux, flux_graph, flux_calls, recorded) -> None:
+def test_rows_are_the_models_own_and_spread_over_the_calls(flux_graph, inputs, recorded) -> None:
     for linear in linears(flux_graph):
         record = recorded.linears[linear.source.name]
-        inputs = inputs_of(flux, flux_calls, linear.modules[0])
-        assert record.x.shape == (96, inputs[0].shape[1])
-        which = [next(i for i, x in enumerate(inputs) if (x - row).abs().amax(1).min() < 1e-5) for row in record.x]
+        own = inputs[linear.source.name]
+        assert record.x.shape == (96, own[0].shape[1])
+        nearest = torch.stack([torch.cdist(record.x, x, p=torch.inf).amin(1) for x in own])  # (calls, rows)
+        assert nearest.amin(0).max() < 1e-5
+        which = nearest.argmin(0).tolist()
         if linear.source.timed:  # else all calls with one prompt have the same rows
             assert [which.count(i) for i in range(6)] == [16] * 6
             assert record.group.tolist() == [(2, 2, 1, 1, 0, 0)[i] for i in which]
-        assert recorded.tokens[linear.source.name] == len(inputs[0])
+        assert recorded.tokens[linear.source.name] == len(own[0])
         assert len(record.x.unique(dim=0)) == 96 or not linear.source.timed
         assert record.image_weight.tolist() == [1.0] * 96
 
@@ -105,12 +113,12 @@ def test_the_seed_decides_the_rows(flux, flux_graph, flux_calls, recorded) -> No
     assert not torch.equal(rows(1), same)
 
 
-def test_a_site_with_fewer_rows_keeps_all(flux, flux_graph, flux_calls) -> None:
+def test_a_site_with_fewer_rows_keeps_all(flux, flux_graph, flux_calls, inputs) -> None:
     recipe = Recipe("plus", rows=10**6, hessian="none")
     made = replay.record(flux, flux_graph, flux_calls, flux_calls.time_groups(3), recipe)
     for linear in linears(flux_graph):
-        inputs = torch.cat(inputs_of(flux, flux_calls, linear.modules[0]))
-        torch.testing.assert_close(made.linears[linear.source.name].x, inputs, rtol=1e-5, atol=1e-5)
+        every = torch.cat(inputs[linear.source.name])
+        torch.testing.assert_close(made.linears[linear.source.name].x, every, rtol=1e-5, atol=1e-5)
         assert made.linears[linear.source.name].fisher is None
 
 

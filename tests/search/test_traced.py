@@ -23,6 +23,7 @@ from tqdit.quality.metrics import sqnr_db
 from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
 from tqdit.search import linears, objectives, second_order
+from tqdit.search.direct import direct_solution
 from tqdit.search.linears import LinearProblem, LinearSolution
 from tqdit.search.solver import solve
 from tqdit.spec import Grid, Role, Solution
@@ -203,7 +204,12 @@ def solved(model: nn.Module, graph: Graph, records: Records, bits: str = "w8a8",
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"input_grid": "best", "input_channels": "one"}, {"rounding": "nearest", "hessian": "none"}]
+    "settings",
+    [
+        {"rotation": 256},
+        {"input_grid": "best", "input_channels": "one"},
+        {"rounding": "nearest", "hessian": "none"},
+    ],
 )
 def test_a_traced_model_is_solved_and_runs(flux, flux_graph, flux_records, flux_calls, settings: dict) -> None:
     solution = solved(flux, flux_graph, flux_records, **settings)
@@ -215,6 +221,25 @@ def test_a_traced_model_is_solved_and_runs(flux, flux_graph, flux_records, flux_
     with torch.no_grad():
         expected, found = (m(**arguments).sample for m in (flux, convert(solution, "reference", "cpu", torch.float32)))
     assert sqnr_db(expected, found) > 30
+    rotated = {params.rotation for params in solution.params.values()}
+    assert rotated == ({0, 256} if "rotation" in settings else {0})
+
+
+@pytest.mark.parametrize("rotation", [0, 128])
+def test_a_solution_without_records_is_that_of_the_same_recipe(flux, flux_graph, flux_records, rotation: int) -> None:
+    """A recipe that needs no records gets the same scales and codes with them."""
+    recipe = Recipe("dynamic", **TINY, rotation=rotation)
+    direct = direct_solution(flux, flux_graph, recipe, Provenance())
+    assert flux_records.time_groups is not None
+    with_records = solve(flux, flux_records, recipe, flux_records.time_groups, Provenance(), graph=flux_graph)
+    layers = {name for name, params in direct.params.items() if params.spec.role is not Role.WEIGHT_ONLY}
+    assert {direct.params[name].rotation for name in layers} == {0, rotation}
+    for name in layers:
+        first, second = direct.params[name], with_records.params[name]
+        assert (first.spec, first.rotation) == (second.spec, second.rotation)
+        assert torch.equal(first.scale, second.scale)
+    for name in layers & set(direct.codes):
+        assert torch.equal(direct.codes[name], with_records.codes[name])
 
 
 def test_the_same_records_give_the_same_solution(flux, flux_graph, flux_records) -> None:

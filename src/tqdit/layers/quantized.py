@@ -232,7 +232,7 @@ class QuantizedLinear(nn.Linear):
         if not x.numel():
             return x.new_empty(shape, dtype=dtype)
         if self.source is None:
-            return self.kernels.float_input_linear(x, self.layer).to(dtype)
+            return self.kernels.float_input_linear(x, self.layer, dtype)
         samples = len(x) if self.source.timed and x.ndim > 1 else 1
         rows = x.reshape(samples, -1, self.in_features)
         target = self.source.operand(samples)

@@ -54,8 +54,8 @@ class Composed:
         """Return P V in fp32: (B, H, N, head_dim)."""
         raise NotImplementedError
 
-    def float_input_linear(self, x: torch.Tensor, layer: Any) -> torch.Tensor:
-        """Return x W^T + bias for float x, fp32."""
+    def float_input_linear(self, x: torch.Tensor, layer: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return x W^T + bias for float x, in fp32 or rounded to `dtype`."""
         raise NotImplementedError
 
     def prepare(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:

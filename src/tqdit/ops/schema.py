@@ -182,5 +182,8 @@ class Backend(Protocol):
         is what `quantize` returns.
         """
 
-    def float_input_linear(self, x: torch.Tensor, layer: Any) -> torch.Tensor:
-        """Return x W^T + bias for float x: (..., in) -> (..., out), fp32."""
+    def float_input_linear(self, x: torch.Tensor, layer: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return x W^T + bias for float x: (..., in) -> (..., out), fp32.
+
+        With a `dtype` the result is rounded to it, and a backend may multiply in the dtype of x.
+        """

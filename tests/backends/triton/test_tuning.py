@@ -200,8 +200,8 @@ def test_the_nearest_size_of_the_same_kernel_serves_another(cache: Path, monkeyp
     """Nothing is timed where a size within `tuning.FAR` doublings is known, of the same kernel and bits."""
 
     def near(rows: int, columns: int, depth: int, bits: int = 8) -> Config:
-        key = tuning.linear_key("float", rows, columns, depth, bits, False)
-        return tuning.choose_near(key, torch.device("cuda"), lambda: [SLOW], lambda config: None)
+        keys = [tuning.linear_key(name, rows, columns, depth, bits, False) for name in ("float", "residual")]
+        return tuning.choose_near(keys, torch.device("cuda"), lambda: [SLOW], lambda config: None)
 
     monkeypatch.setattr(tuning, "milliseconds", lambda call: call() or 1.0)
     table = tuning._table(GPU)
@@ -209,7 +209,9 @@ def test_the_nearest_size_of_the_same_kernel_serves_another(cache: Path, monkeyp
     table[tuning.linear_key("float", 64, 3072, 3072, 8, False)] = SLOW
     assert near(2048, 4096, 3072) == FAST
     assert near(77, 3072, 3072) == SLOW
-    assert len(table) == 2
+    table[tuning.linear_key("residual", 2**24, 3072, 3072, 8, False)] = FAST
+    assert near(2**25, 3072, 3072) == FAST
+    assert len(table) == 3
     for sizes in ((2048, 4096, 3072, 4), (2**24, 3072, 2**24)):
         assert near(*sizes) == SLOW  # timed
-    assert len(table) == 4
+    assert len(table) == 5

@@ -51,9 +51,10 @@ def linear(given: Codes, source: OperandParams, weight: Weight, dtype: torch.dty
     def run(config: Config) -> torch.Tensor:
         return launch.plain(given, source, weight, config, dtype)
 
-    key = tuning.linear_key("float", rows, columns, weight.depth, weight.bits, two, 0, steps is not None)
+    sizes = rows, columns, weight.depth, weight.bits, two, 0
+    own, like = (tuning.linear_key(name, *sizes, steps is not None) for name in ("float", "residual bfloat16"))
     possible = functools.partial(candidates.linear, rows, two, weight.bits)
-    return run(tuning.choose_near(key, device, possible, run))
+    return run(tuning.choose_near((own, like), device, possible, run))
 
 
 def float_input(x: torch.Tensor, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
@@ -71,4 +72,4 @@ def float_input(x: torch.Tensor, weight: Weight, dtype: torch.dtype) -> torch.Te
     if launch.NATIVE and x.dtype is not torch.float32 and weight.bits == INT8:
         return run(candidates.float_rows(rows, columns, depth))
     key = tuning.float_key(rows, columns, depth, weight.bits)
-    return run(tuning.choose_near(key, x.device, functools.partial(candidates.float_input, rows, columns), run))
+    return run(tuning.choose_near((key,), x.device, functools.partial(candidates.float_input, rows, columns), run))

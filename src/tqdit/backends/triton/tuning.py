@@ -68,13 +68,18 @@ def choose(key: str, device: torch.device, candidates: Callable[[], list[Config]
     return table[key]
 
 
-def choose_near(key: str, device: torch.device, candidates: Callable[[], list[Config]], run: Run) -> Config:
-    """Return a configuration as `choose` does, or that of the nearest size that is known: few sizes are timed."""
+def choose_near(keys: Sequence[str], device: torch.device, candidates: Callable[[], list[Config]], run: Run) -> Config:
+    """Return a configuration as `choose` does for the first key, or that of the nearest size which is known.
+
+    `keys`: of the kernel, and then of the nearest forms of it. So few sizes are timed.
+    """
     if not NATIVE:
-        return INTERPRETED[key.partition(" ")[0].strip(",")]
+        return INTERPRETED[keys[0].partition(" ")[0].strip(",")]
     gpu = torch.cuda.get_device_name(device)
-    found = _nearest(gpu, key, len(_table(gpu)))
-    return choose(key, device, candidates, run) if found is None else found
+    for key in keys:
+        if (found := _nearest(gpu, key, len(_table(gpu)))) is not None:
+            return found
+    return choose(keys[0], device, candidates, run)
 
 
 @functools.cache

@@ -1,0 +1,167 @@
+"""The figures of docs/models.md, from the result files of the scripts that measure models of any class.
+
+The page is written by hand but for its sections, as docs/quality.md is (see `quality_pages.py`).
+"""
+
+from typing import Any
+
+from pages import RESULTS, environment, read, table
+from quality_pages import SECTION
+
+Run = dict[str, Any]
+Lines = list[str]
+TARGET = 30  # dB of a model's output with random weights
+SMALL = ("flux", "z-image")
+
+
+def models(text: str) -> str:
+    """Return docs/models.md with the figures of the result files that there are; the rest of `text` stays.
+
+    Raises `ValueError` where the page lacks a section or has one that nothing writes.
+    """
+    names = [found[2] for found in SECTION.finditer(text)]
+    if sorted(names) != sorted(SECTIONS):
+        raise ValueError(f"docs/models.md has the sections {sorted(names)}, not {sorted(SECTIONS)}")
+    return SECTION.sub(lambda found: found[1] + "\n".join(["", *SECTIONS[found[2]]()]) + "\n" + found[3], text)
+
+
+def _there(*names: str) -> dict[str, Run]:
+    """Return the result files that exist, by name."""
+    return {name: read(name) for name in names if (RESULTS / f"{name}.json").is_file()}
+
+
+def _missing(*names: str) -> Lines:
+    return ["Not measured yet: there is no " + " or ".join(f"`bench/results/{name}.json`" for name in names) + ".", ""]
+
+
+def classes() -> Lines:
+    """Return the table of all classes of diffusers that were tried with random weights."""
+    found = _there("class-sweep").get("class-sweep")
+    if found is None:
+        return _missing("class-sweep")
+    ran = {name: row for name, row in found["classes"].items() if "skipped" not in row}
+    rows = [
+        [
+            f"`{name}`" if not row["failures"] else f"`{name}` (failed)",
+            f"{row['sqnr_db']:.1f}" if "sqnr_db" in row else "–",
+            str(row.get("quantized", "–")),
+            str(row.get("weight_only", "–")),
+            "; ".join(f"{count} {reason}" for reason, count in row.get("left", {}).items()) or "–",
+        ]
+        for name, row in sorted(ran.items())
+    ]
+    summary = found["summary"]
+    head = ["class", "output SQNR, W8A8 (dB)", "in integers", "weight only", "linear layers in float, and why"]
+    skipped = {name: row["skipped"] for name, row in found["classes"].items() if "skipped" in row}
+    return [
+        f"`bench/class_sweep.py` builds every transformer that diffusers' own tests build, with random weights: "
+        f"{summary['classes']} classes, of which {summary['failed']} fail; the lowest output has "
+        f"{summary['lowest_sqnr_db']:.1f} dB (aim: {TARGET}). Each is recorded, quantized by `plus` at W8A8 with few "
+        "rows, saved, loaded and run; codes and outputs of the loaded model are those of the saved one, and the CPU's "
+        "codes those of the reference. Random weights show that the mechanics work, not quality.",
+        "",
+        table(head, rows),
+        "",
+        *(
+            [f"Not tried: {'; '.join(f'{name} ({why})' for name, why in sorted(skipped.items()))}.", ""]
+            if skipped
+            else []
+        ),
+        environment(found["environment"]),
+        "",
+    ]
+
+
+def _named(reasons: dict[str, str]) -> str:
+    return "; ".join(f"{name} ({why})" for name, why in sorted(reasons.items()))
+
+
+def trained() -> Lines:
+    """Return the tables of the small models that were trained."""
+    names = [f"small-models-{name}-h200" for name in SMALL]
+    found = _there(*names)
+    if not found:
+        return _missing(*names)
+    lines: Lines = [
+        "Two small models of real classes, trained on Fashion-MNIST with labels as a prompt of tokens "
+        "(`examples/train_small_models.py`, measured by `bench/small_models.py`). SQNR is of the model's outputs on "
+        "calls that calibration did not see; PSNR of images of the same seeds; both against fp32.",
+        "",
+    ]
+    for run in found.values():
+        training, settings = run["training"], run["settings"]
+        lines += [
+            f"{training['model']}, {training['parameters'] / 1e6:.1f} M parameters, {settings['images']} images, "
+            f"{settings['steps']} steps, guidance {settings['guidance']}:",
+            "",
+            table(["model", "SQNR (dB)", "PSNR (dB)", "FD-fashion"], _trained_rows(run)),
+            "",
+            environment(run["environment"]),
+            "",
+        ]
+    return lines
+
+
+def _trained_rows(run: Run) -> list[list[str]]:
+    rows = [["float32", "–", "–", f"{run['float']['fd_fashion']:.2f}"]]
+    return rows + [
+        [name, f"{row['sqnr_db']:.1f}", f"{row['psnr_db']:.1f}", f"{row['fd_fashion']:.2f}"]
+        for name, row in run["models"].items()
+    ]
+
+
+def speed() -> Lines:
+    """Return the tables of blocks of published shapes on a GPU and on two cores."""
+    names = ("traced-blocks-h200", "traced-blocks-cpu")
+    found = _there(*names)
+    if not found:
+        return _missing(*names)
+    lines: Lines = []
+    for run in found.values():
+        device = run["environment"]["device"]
+        lines += [
+            "Blocks of published shapes with random weights under the preset `dynamic`, by `tqdit bench --random`, on "
+            f"{'two cores of a CPU' if device == 'cpu' else device}. "
+            "Times are medians of interleaved rounds; a call has all layers outside of the blocks, too.",
+            "",
+            table(
+                ["model", "part", "entrant", "ms", "over the best bf16", "weights / bf16"],
+                [cells for one in run["models"] for cells in _speed_rows(one)],
+            ),
+            "",
+            environment(run["environment"]),
+            "",
+        ]
+    return lines
+
+
+def _speed_rows(one: Run) -> list[list[str]]:
+    depth = ", ".join(f"{count} {path}" for path, count in one["blocks"].items())
+    ratio = "–" if one["bytes_of_bf16"] is None else f"{one['bytes_of_bf16']:.3f}"
+    return [
+        [
+            f"{one['model']} ({depth})", row["part"], row["entrant"], f"{row['p50_ms']:.2f}",
+            "–" if row["speedup_over_bf16"] is None else f"{row['speedup_over_bf16']:.2f}", ratio,
+        ]
+        for row in one["rows"]
+    ]  # fmt: skip
+
+
+def calibration() -> Lines:
+    """Return what calibrating a model of six billion parameters takes."""
+    found = _there("calibration-large-h200").get("calibration-large-h200")
+    if found is None:
+        return _missing("calibration-large-h200")
+    stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in found["stages"].items())
+    return [
+        f"Calibrating {found['model']} ({found['parameters'] / 1e9:.2f} B parameters, {found['calls']} calls of "
+        f"{found['tokens']} tokens, `plus` {found['recipe']['weight_bits']}-bit weights, without the Fisher diagonal) "
+        f"takes {found['seconds']:.0f} s ({stages}) and {found['peak_ratio']:.2f} times the memory of the bf16 model. "
+        f"The integer model's weights take {found['weight_ratio']:.3f} of bf16's.",
+        "",
+        environment(found["environment"]),
+        "",
+    ]
+
+
+SECTIONS = {"classes": classes, "trained": trained, "speed": speed, "calibration": calibration}
