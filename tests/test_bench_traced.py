@@ -1,9 +1,15 @@
 """`tqdit bench --random` with the blocks of published transformers, on a tiny one."""
 
+import json
+import sys
+
 import pytest
 import torch
+from zoo import ZOO
 
 from tqdit.architectures.traced import traced
+from tqdit.calibration.calls import Calls
+from tqdit.cli.main import main
 from tqdit.errors import InputError
 from tqdit.speed import blocks, published_calls, shortened
 from tqdit.speed.block_entrants import rivals
@@ -39,7 +45,7 @@ TINY = Published(
 
 @pytest.fixture
 def tiny(monkeypatch) -> Published:
-    monkeypatch.setattr(blocks, "published", lambda name: TINY)
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
     monkeypatch.setattr(blocks, "OURS", ("ours-eager",))  # compiling takes minutes on a busy machine
     return TINY
 
@@ -52,12 +58,17 @@ def test_published_configs_have_the_published_number_of_parameters(name) -> None
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_calls_fit_the_forward_of_their_class(name) -> None:
-    shape = SHAPES[name]
+    """Of the published config by name and shape of every argument, and of a tiny config by a call."""
+    shape, entry = SHAPES[name], ZOO[SHAPES[name].kind]
     size = shape.size.reduced(64)
-    arguments = shape.arguments(torch.zeros, shape.config, size)
-    assert shape.timestep in arguments
     assert size.tokens <= 64
-    assert size.text <= shape.size.text
+    published = traced(shape.kind).empty(shape.shortened(1))
+    assert len(Calls.of(published, [shape.arguments(torch.zeros, shape.config, size)])) == 1
+    model = entry.build()
+    arguments = shape.arguments(torch.randn, model.config, Size((2 if shape.size.patches[0] > 1 else 1, 4, 4), 16))
+    with torch.no_grad():
+        output = model(**arguments, return_dict=False)[0]
+    assert all(part.isfinite().all() for part in output)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +131,64 @@ def test_an_entrant_that_fails_is_named_and_the_others_stay(tiny, monkeypatch) -
     assert raced.skipped == {"bf16-eager": "OutOfMemoryError: CUDA out of memory. Tried to allocate"}
     assert {row.entrant for row in raced.rows} == {"ours-eager"}
     assert not raced.failed
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run `tqdit ARGS`: exit code, standard output, standard error."""
+
+    def call(*args) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tqdit", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return call
+
+
+def test_the_command_prints_and_writes_what_it_measured(tiny, run, tmp_path) -> None:
+    path = tmp_path / "figures.json"
+    options = ("--blocks", "1", "--against", "bf16-eager", "--repeats", "1", "--device", "cpu", "-q", "--json", path)
+    code, said, err = run("bench", "--random", "tiny", *options)
+    assert (code, err) == (0, f"figures: {path}\n")
+    written = json.loads(path.read_text())
+    assert written["command"].startswith("tqdit bench --random tiny --blocks 1")
+    assert written["settings"]["blocks"] == 1
+    assert {"torch", "device", "cpu", "torchao"} <= written["environment"].keys()
+    (model,) = written["models"]
+    assert [(row["part"], row["entrant"]) for row in model["rows"]] == [
+        (part, name) for part in ("call", "linears") for name in ("ours-eager", "bf16-eager")
+    ]
+    assert "tiny (Flux2Transformer2DModel): 1 x 4 x 4 patches, 8 text tokens; 1 transformer_blocks" in " ".join(
+        said.split()
+    )
+    assert f"{model['bytes_of_bf16']:.3f} of bf16" in said
+
+
+def test_the_command_fails_where_no_model_of_ours_runs(tiny, run, monkeypatch) -> None:
+    def fails(*_):
+        raise RuntimeError("no kernel here")
+
+    monkeypatch.setattr(blocks, "weights", fails)
+    code, said, err = run("bench", "--random", "tiny", "--blocks", "1", "--against", "", "--device", "cpu", "-q")
+    assert code == 1
+    assert "skipped ours-eager: RuntimeError: no kernel here" in said
+    assert err == "tqdit: failed: tiny\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--random", "flux.1-dev", "some-artifact"), "unknown shape 'some-artifact'"),
+        (("--random", "flux.1-dev", "--batch", "2"), "--batch is for artifacts and DiT shapes"),
+        (("--random", "DiT-XL/2", "--tokens", "64"), "--tokens is for the published models of --random"),
+    ],
+)
+def test_wrong_arguments_of_the_command(run, arguments, message) -> None:
+    code, _, err = run("bench", *arguments)
+    assert code == 2
+    assert message in err
 
 
 def test_families_name_their_members_and_unknown_ones_are_refused() -> None:

@@ -119,10 +119,11 @@ def test_dynamic_needs_no_calls_and_takes_those_that_are_given(run, flux, tmp_pa
     )  # fmt: skip
     assert code == 0
     assert "calibrated" not in said
-    code, _, err = run("quantize", flux / "float", "-o", tmp_path / "b", "--preset", "dynamic", "-q")
-    assert code == 2
-    assert "no linear layer of 256 inputs" in err  # a model so small needs a call to be traced
-    assert not (tmp_path / "b").exists()
+    code, said, _ = run("quantize", flux / "float", "-o", tmp_path / "b", "--preset", "dynamic", "-q")
+    assert code == 0
+    integer = tqdit.load(tmp_path / "b", device="cpu")
+    with torch.no_grad():
+        assert integer(**ZOO[FLUX].call(), return_dict=False)[0].isfinite().all()
 
 
 def test_a_class_without_calls_is_told_how_to_record(run, flux, tmp_path) -> None:

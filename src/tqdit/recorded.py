@@ -192,7 +192,9 @@ def solution_of(
         graph = untraced_graph(model) if calls is None else traced_graph(model, read_calls(calls, model))
         return direct_solution(model, graph, recipe, provenance)
     if calls is None:
-        raise InputError(_needs_calls(recipe))
+        kind = type(model).__name__
+        other = f"; without calls a {kind} needs scheduler=..., such as pipe.scheduler"
+        raise InputError(_needs_calls(recipe) + (other if any_class.has_own_samples(kind) else ""))
     found = read_calls(calls, model)
     return _solved(model, recipe, found.thinned(recipe.samples, recipe.groups, recipe.seed), provenance, report)
 
