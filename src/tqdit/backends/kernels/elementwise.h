@@ -231,7 +231,7 @@ extern "C" void tqdit_weight_only(const float* x, const int8_t* codes, const flo
 #pragma omp parallel num_threads(threads)
   {
     const Buffer<float> sums(ROWS * COLUMNS * LANES);
-#pragma omp for schedule(static) collapse(2)
+#pragma omp for schedule(dynamic) collapse(2)
     for (int64_t part = 0; part < columns; part += COLUMNS)
       for (int64_t first = 0; first < rows; first += ROWS) {
         const int64_t count = rows - first < ROWS ? rows - first : ROWS;
