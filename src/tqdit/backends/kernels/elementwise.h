@@ -190,10 +190,10 @@ void weight_only_rows(WeightOnlyPiece p, int64_t columns) {
 inline void weight_only_piece(WeightOnlyPiece p, int64_t rows, int64_t columns) {
   for (; rows > 0; rows -= 4) {
     switch (rows < 4 ? rows : 4) {
-      case 4: weight_only_rows<4, 1>(p, columns); break;
-      case 3: weight_only_rows<3, 1>(p, columns); break;
-      case 2: weight_only_rows<2, 2>(p, columns); break;
-      case 1: weight_only_rows<1, 4>(p, columns); break;
+      case 4: weight_only_rows<4, 2>(p, columns); break;
+      case 3: weight_only_rows<3, 2>(p, columns); break;
+      case 2: weight_only_rows<2, 4>(p, columns); break;
+      case 1: weight_only_rows<1, 8>(p, columns); break;
     }
     p.x += 4 * p.x_stride;
     p.sums += 4 * LANES;
@@ -228,18 +228,19 @@ extern "C" void tqdit_weight_only(const float* x, const int8_t* codes, const flo
   if (depth <= NARROW) return weight_only_narrow(x, codes, scale, bias, rows, columns, depth, out, threads);
   constexpr int64_t ROWS = WEIGHT_ONLY_ROWS, COLUMNS = WEIGHT_ONLY_COLUMNS;
   const int64_t whole = depth / LANES * LANES;
+  const int64_t piece = rows <= 2 ? whole : WEIGHT_ONLY_DEPTH;  // few rows stay in the cache whole: longer reads
 #pragma omp parallel num_threads(threads)
   {
     const Buffer<float> sums(ROWS * COLUMNS * LANES);
-#pragma omp for schedule(static) collapse(2)
+#pragma omp for schedule(dynamic) collapse(2)
     for (int64_t part = 0; part < columns; part += COLUMNS)
       for (int64_t first = 0; first < rows; first += ROWS) {
         const int64_t count = rows - first < ROWS ? rows - first : ROWS;
         const int64_t wide = columns - part < COLUMNS ? columns - part : COLUMNS;
         std::memset(sums.data(), 0, ROWS * COLUMNS * LANES * sizeof(float));
-        for (int64_t k = 0; k < whole; k += WEIGHT_ONLY_DEPTH)
+        for (int64_t k = 0; k < whole; k += piece)
           weight_only_piece({x + first * depth + k, codes + part * depth + k, sums.data(), depth, depth,
-                             whole - k < WEIGHT_ONLY_DEPTH ? whole - k : WEIGHT_ONLY_DEPTH},
+                             whole - k < piece ? whole - k : piece},
                             count, wide);
         for (int64_t c = 0; c < wide; ++c)
           for (int64_t r = 0; r < count; ++r) {
