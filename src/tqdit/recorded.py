@@ -22,6 +22,7 @@ from tqdit.architectures.untraced import untraced_graph
 from tqdit.artifact import folder as artifact
 from tqdit.artifact.model_card import TRACED_USE, model_card, pipeline_card, write_card
 from tqdit.calibration import replay
+from tqdit.calibration.called import place_of
 from tqdit.calibration.calls import Calls, Recording, read_calls
 from tqdit.errors import InputError
 from tqdit.plan import needs_records
@@ -210,8 +211,8 @@ def _solved(model: nn.Module, recipe: Recipe, calls: Calls, provenance: Provenan
 
 def traced_graph(model: nn.Module, calls: Calls) -> Any:
     """Return the graph of a model, traced from its first call."""
-    parameter = next(model.parameters())
-    return trace(model, calls[0].to(parameter.device, parameter.dtype), calls.timestep)
+    device, dtype = place_of(model)
+    return trace(model, calls[0].to(device, dtype), calls.timestep)
 
 
 def save_traced(solution: Solution, out: Path, overwrite: bool = False) -> None:

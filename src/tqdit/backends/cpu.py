@@ -68,9 +68,7 @@ class TorchCpu(Composed):
         fine = sums[0].mul_(-source.grid.sign * p.scale)
         return sums[1].mul_(p.coarse).add_(fine).mul_(layer.scale).add_(layer.bias)
 
-    def float_input_linear(
-        self, x: torch.Tensor, layer: LinearCodes, dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
+    def float_input_linear(self, x: torch.Tensor, layer: LinearCodes, dtype: torch.dtype | None = None) -> torch.Tensor:
         rows = layer.codes.split(WEIGHT_ROWS)
         with without_autocast(x.device.type):
             out = torch.cat([torch.matmul(x.float(), part.float().t()) for part in rows], dim=-1).mul_(layer.scale)
@@ -143,9 +141,7 @@ class NativeCpu(TorchCpu):
             return operators.linear_gelu(*operators.flat_codes(codes), *weight, *operands)
         return fused.linear_gelu(codes, source, layer.weight, then.target)
 
-    def float_input_linear(
-        self, x: torch.Tensor, layer: LinearCodes, dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
+    def float_input_linear(self, x: torch.Tensor, layer: LinearCodes, dtype: torch.dtype | None = None) -> torch.Tensor:
         assert layer.bias is not None
         run = operators.float_input_linear if torch.compiler.is_compiling() else fused.float_input_linear
         return run(x, layer.codes, layer.scale, layer.bias).to(dtype or torch.float32)

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -39,6 +39,24 @@ def config_of(model: nn.Module) -> dict[str, Any]:
         raise InputError(f"a {type(model).__name__} has no config; calls are those of diffusers models")
     found: dict[str, Any] = json.loads(json.dumps(decisive(config), default=str))
     return found
+
+
+def place_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Return the device of a model, and the dtype that most numbers of its parameters have.
+
+    Some classes keep single parameters in fp32 beside bf16 weights; calls are in the dtype of the weights. The dtype of
+    a quantized model is the one that it says.
+    """
+    device = next(model.parameters()).device
+    if hasattr(model, "solution"):
+        return device, cast(Any, model).dtype
+    counts: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    if not counts:
+        raise InputError(f"a {type(model).__name__} has no floating-point parameters")
+    return device, max(counts, key=lambda dtype: counts[dtype])
 
 
 def time_argument(module: nn.Module) -> str | None:

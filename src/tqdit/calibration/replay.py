@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from tqdit.calibration.called import place_of
 from tqdit.calibration.calls import Calls, RecordedCall
 from tqdit.calibration.picker import share_of_rows
 from tqdit.calibration.records import LinearRecord, Records, channels_of
@@ -64,8 +65,7 @@ class _Replay:
 
     def __init__(self, model: nn.Module, graph: Graph, time_groups: TimeGroups, recipe: Recipe, probed: bool) -> None:
         self.model, self.graph, self.time_groups, self.recipe, self.probed = model, graph, time_groups, recipe, probed
-        first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-        self.device, self.dtype = first.device, first.dtype
+        self.device, self.dtype = place_of(model)
         groups = time_groups.num_groups
         linears = [linear for block in graph.blocks for linear in block.linears]
         self.sites = [Site(linear, graph, groups) for linear in linears]

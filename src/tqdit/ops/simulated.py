@@ -58,9 +58,7 @@ class Simulated(Composed):
     def product(self, codes: Codes, source: OperandParams, layer: LinearCodes) -> torch.Tensor:
         return linear(codes, source, layer.weight, layer.bias)
 
-    def float_input_linear(
-        self, x: torch.Tensor, layer: LinearCodes, dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
+    def float_input_linear(self, x: torch.Tensor, layer: LinearCodes, dtype: torch.dtype | None = None) -> torch.Tensor:
         return weight_only_linear(x, layer.weight, layer.bias).to(dtype or torch.float32)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tqdit.calibration.called import place_of
 from tqdit.calibration.calls import Calls
 from tqdit.errors import InputError
 from tqdit.stages import Report, silent
@@ -96,11 +97,11 @@ def compare_calls(
 
 def outputs(model: nn.Module, calls: Calls, progress: Any = lambda _: None) -> list[torch.Tensor]:
     """Return what a model makes of every call, each flattened to one fp32 tensor on the CPU."""
-    parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    device, dtype = place_of(model)
     found = []
     with torch.no_grad():
         for number, call in enumerate(calls):
-            output = model(**call.to(parameter.device, parameter.dtype))
+            output = model(**call.to(device, dtype))
             found.append(torch.cat([tensor.float().flatten().cpu() for tensor in _tensors(output)]))
             progress((number + 1) / len(calls))
     return found
