@@ -27,6 +27,7 @@ from tqdit.system.environment import environment
 from tqdit.system.isolation import isolated
 
 WARM_UP = 2
+FEW_TOKENS = 64  # of the call that is traced
 PARTS = ("call", "linears")
 LOG = logging.getLogger(__name__)
 
@@ -138,12 +139,13 @@ class _Race:
         self.report(f"building {self.shape.name}", 0.0)
         model = random_transformer(self.shape, self.settings.blocks, self.device)
         arguments = one_call(self.shape, model, self.settings.tokens, self.device)
-        given = {key: value for key, value in arguments.items() if key != "return_dict"}
+        traced = one_call(self.shape, model, FEW_TOKENS, self.device)  # the graph is that of any number of tokens
+        given = {key: value for key, value in traced.items() if key != "return_dict"}
         graph = traced_graph(model, read_calls([given], model))
         inputs = inputs_of(model, graph, arguments)
         raced = _described(self.shape, self.settings, graph, float_bytes(model))
         entrants = []
-        for name, made, its_graph in self._models(model, graph, arguments):
+        for name, made, its_graph in self._models(model, graph, traced):
             if name in OURS and raced.weight_bytes is None:
                 raced = _with_ours(self.shape, raced, made)
             if (ready := self._warmed(name, made, its_graph, arguments, inputs)) is not None:
