@@ -76,7 +76,7 @@ def watch(model: nn.Module, arguments: Mapping[str, Any], sample: str, timestep:
         given[timestep] = torch.tensor(given[timestep], device=device)
     trace = Trace(samples)
     watcher = _Watcher(layers, trace)
-    with _inside(layers, watcher.stack), _eager(model), torch.inference_mode(False), torch.no_grad():
+    with _inside(layers, watcher.stack), eager(model), torch.inference_mode(False), torch.no_grad():
         for name, value in given.items():
             kind = SAMPLE if name == sample else TIME if name == timestep or "timestep" in name else PROMPT
             watcher.mark(value, kind)
@@ -85,8 +85,11 @@ def watch(model: nn.Module, arguments: Mapping[str, Any], sample: str, timestep:
     return trace
 
 
-def _eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Let compiled modules run as they are written: a mode sees no function of a compiled one."""
+def eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Let compiled modules run as they are written, until the context ends.
+
+    A mode sees no function of a compiled one, and compiled code may not see hooks.
+    """
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
