@@ -136,7 +136,7 @@ class Signature:
         channels = config.get(CHANNELS)
         if type(channels) is not int or any(_differing(tensor, other) < 2 for other in others):
             return
-        if all(size % channels for size in tensor.shape):  # a patch has the channels of several pixels
+        if channels not in tensor.shape and tensor.shape[-1] % channels:  # a packed patch has those of several pixels
             raise InputError(f"argument '{name}' has shape {tuple(tensor.shape)}; the model takes {channels} channels")
 
 
