@@ -155,8 +155,8 @@ def linears() -> Lines:
     if run := found.get("traced-linears-h200"):
         head = ["layer", "rows", "bf16 (µs)", "int8 product", "with its own quantize", "quantize shared by 3", "fp8"]
         lines += [
-            "Linear layers of published widths by `bench/traced_linears.py`: times as fast as bf16 (cuBLAS), medians of "
-            "interleaved rounds. fp8 is a compiled quantize by rows and torch's own product.",
+            "Linear layers of published widths by `bench/traced_linears.py`: times as fast as bf16 (cuBLAS), medians "
+            "of interleaved rounds. fp8 is a compiled quantize by rows and torch's own product.",
             "",
             table(head, [_gpu_linear(row) for row in run["rows"]]),
             "",
@@ -166,8 +166,8 @@ def linears() -> Lines:
     if run := found.get("traced-linears-cpu"):
         rows = [row for row in run["rows"] if "ours" in row["p50_ms"]]
         lines += [
-            "The same on two cores, quantize and product together, by `bench/traced_linears_cpu.py`. This processor has "
-            "AVX2 alone, neither VNNI nor products of bf16, so fp32 is the faster float:",
+            "The same on two cores, quantize and product together, by `bench/traced_linears_cpu.py`. This processor "
+            "has AVX2 alone, neither VNNI nor products of bf16, so fp32 is the faster float:",
             "",
             table(
                 ["layer", "tokens", "times as fast as fp32", "as compiled bf16"],
