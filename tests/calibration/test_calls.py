@@ -495,6 +495,15 @@ def test_the_calls_of_a_model_are_those_recorded_of_it(calls: Calls, model: nn.M
         Recording({}).of(model)
 
 
+def test_a_transformer_that_was_not_called_has_no_calls_of_the_other(calls: Calls, model: nn.Module) -> None:
+    """As of Wan 2.2, if all recorded times are those of one of its two transformers."""
+    twin = flux()
+    recording = Recording({"transformer": calls}, {"transformer": model, "transformer_2": twin})
+    assert recording.of(model) is calls
+    with pytest.raises(InputError, match="the pipeline did not call its transformer_2 while it was recorded"):
+        recording.of(twin)
+
+
 def test_what_quantize_takes_as_calls(calls: Calls, model: nn.Module) -> None:
     assert read_calls(calls, model) is calls
     assert read_calls(Recording({"transformer": calls}), model) is calls

@@ -3,6 +3,7 @@
 import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -21,6 +22,18 @@ def same_module(module: nn.Module) -> nn.Module:
     """Return the model inside the wrapper of `torch.compile`, or the model itself."""
     inner = getattr(module, "_orig_mod", module)
     return inner if isinstance(inner, nn.Module) else module
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model and its modules into eval mode, without dropout, until the context ends."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def kind_of(model: nn.Module) -> str:
