@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 RUNS := $(VENV)/.runs
 READY := $(VENV)/.ready
 WORKERS ?= 2
+DIFFUSERS ?= ../diffusers
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-all test-trust lint clean
+.PHONY: demo test test-all test-trust test-classes lint clean
 
 demo: $(RUNS)
 	@echo "The demo takes some minutes on two cores."
@@ -23,6 +24,12 @@ test-all: lint
 # Damage, kills, races and fuzzing at length: a quarter of an hour, more with TQDIT_TRUST_MINUTES.
 test-trust: $(READY)
 	$(BIN)/python bench/trust.py --json bench/results/trust.json
+
+# A tiny model of every transformer class of diffusers: recorded, quantized, saved, loaded and run. DIFFUSERS: a checkout
+# of diffusers' repository at the installed version, whose tests have the configs.
+test-classes: $(READY)
+	mkdir -p build
+	$(BIN)/python -W ignore bench/class_sweep.py --diffusers $(DIFFUSERS) --out build/class-sweep.json
 
 lint: $(READY)
 	$(BIN)/ruff check .

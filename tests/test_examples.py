@@ -23,7 +23,10 @@ from tqdit.quality import features
 from tqdit.sources.resolve import load_float, resolve
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-TRAINING = {"train_fashion_dit.py", "train_colour_dit.py", "colour_data.py", "dit_training.py"}
+TRAINING = {
+    "train_fashion_dit.py", "train_colour_dit.py", "train_small_models.py", "small_models.py", "colour_data.py",
+    "dit_training.py",
+}  # fmt: skip
 TINY = {"groups": 2, "samples": 2, "steps": 6, "rounds": 1, "candidates": 12, "rows": 64, "queries": 64}
 
 

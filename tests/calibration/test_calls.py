@@ -136,7 +136,7 @@ def test_patches_may_be_made_before_the_call() -> None:
     for channels in (4, 16):
         Calls.of(model, [{"hidden_states": torch.ones(1, 7, channels), "timestep": 1.0}])
     with pytest.raises(InputError, match="the model takes 4 channels"):
-        Calls.of(model, [{"hidden_states": torch.ones(1, 7, 8), "timestep": 1.0}])
+        Calls.of(model, [{"hidden_states": torch.ones(1, 7, 6), "timestep": 1.0}])
 
 
 def test_moving_casts_floats_but_not_times_and_positions(calls: Calls) -> None:

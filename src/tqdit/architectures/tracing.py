@@ -6,6 +6,7 @@ no tensor; the model's memory is that of a call.
 
 import contextlib
 import itertools
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,11 +87,13 @@ def watch(model: nn.Module, arguments: Mapping[str, Any], sample: str, timestep:
 
 
 def eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Let compiled modules run as they are written, until the context ends.
+    """Let compiled modules and functions run as they are written, until the context ends.
 
-    A mode sees no function of a compiled one, and compiled code may not see hooks.
+    A mode sees nothing inside of a compiled one, and compiled code may not see hooks. Nothing is compiled where torch's
+    compiler has not been imported, which takes seconds.
     """
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    compiled = compiled or "torch._dynamo" in sys.modules  # such as an attention of diffusers that compiles itself
     return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -150,15 +149,8 @@ class Signature:
         channels = config.get(CHANNELS)
         if type(channels) is not int or any(_differing(tensor, other) < 2 for other in others):
             return
-        if channels not in tensor.shape and channels * _pixels(config) not in tensor.shape:
+        if channels not in tensor.shape and tensor.shape[-1] % channels:  # a packed patch has those of several pixels
             raise InputError(f"argument '{name}' has shape {tuple(tensor.shape)}; the model takes {channels} channels")
-
-
-def _pixels(config: Mapping[str, Any]) -> int:
-    """Return the number of latent pixels that make a token."""
-    size = config.get("patch_size", 1)
-    sides = size if isinstance(size, list) else [size, size]
-    return math.prod(sides) if all(type(side) is int for side in sides) else 1
 
 
 def _differing(first: torch.Tensor, second: torch.Tensor) -> int:
