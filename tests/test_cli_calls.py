@@ -95,7 +95,7 @@ def test_quantize_with_calls_reports_layers_sizes_and_time(run, flux, tmp_path) 
     (part,) = written["transformers"]
     lines = said.splitlines()
     assert lines[0].startswith(f"{out}: float w8a8 plus, in ")
-    assert lines[1] == f"transformer: {FLUX}, {part['parameters'] / 1e9:.3g} B parameters, calibrated on 4 calls"
+    assert lines[1] == f"transformer: {FLUX}, {part['parameters'] / 1e6:.3g} M parameters, calibrated on 4 calls"
     assert lines[2] == f"  {part['size_bytes'] / 1e6:.2f} MB, {part['size_ratio_bfloat16']:.3f} of bf16"
     assert lines[3].startswith(f"  linear layers: {part['integer']} in integers, {part['weight_only']} with integer")
     assert part["integer"] > 20
@@ -256,3 +256,37 @@ def test_each_transformer_of_a_pipeline_has_calls_of_its_own(flux, tmp_path) -> 
     with pytest.raises(InputError, match="transformer: calls of a, b suit this model"):
         recorded.quantize_folder(root, tmp_path / "none", recipe, calls=only, device="cpu")
     assert not (tmp_path / "none").exists()
+
+
+def test_python_quantizes_a_folder_of_any_class(flux, tmp_path) -> None:
+    recipe = Recipe("plus", samples=2, groups=2, rounds=0, rows=32)
+    made = tqdit.quantize(flux / "float", tmp_path / "plus", recipe, calls=flux / "calls.safetensors", device="cpu")
+    assert (made.transformers[0].kind, made.transformers[0].calls) == (FLUX, 4)
+    assert (tmp_path / "plus" / MANIFEST).read_bytes() == (flux / "plus" / MANIFEST).read_bytes()
+    with pytest.raises(InputError, match=r"calibrated from recorded calls: give calls, which tqdit\.record\(pipe\)"):
+        tqdit.quantize(flux / "float", tmp_path / "none", recipe)
+    tqdit.quantize(flux / "float", tmp_path / "dynamic", Recipe("dynamic"), device="cpu")
+    assert tqdit.inspect(tmp_path / "dynamic")["preset"] == "dynamic"
+
+
+def test_what_only_architectures_have_says_what_serves_other_classes(flux) -> None:
+    for ask in (lambda: tqdit.sample(flux / "plus"), lambda: tqdit.compare(flux / "float", [flux / "plus"])):
+        with pytest.raises(InputError, match="any other class of diffusers is quantized and compared by recorded cal"):
+            ask()
+
+
+def test_a_solution_of_recorded_calls_is_saved_without_a_scheduler(flux, tmp_path) -> None:
+    solution = tqdit.load(flux / "plus", device="cpu").solution
+    tqdit.save(solution, tmp_path / "again")
+    assert tqdit.load(tmp_path / "again", device="cpu").solution.graph == solution.graph
+    with pytest.raises(InputError, match="is its transformer alone, without scheduler and labels"):
+        tqdit.save(solution, tmp_path / "other", scheduler=DDIMScheduler())
+    assert not (tmp_path / "other").exists()
+
+
+def test_calls_that_the_model_refuses_are_one_line(flux) -> None:
+    model = ZOO[FLUX].build(0)
+    call = ZOO[FLUX].call(seed=0, batch=1)
+    call["img_ids"] = call["img_ids"][:1]
+    with pytest.raises(InputError, match=f"the {FLUX} fails on the first recorded call: RuntimeError: "):
+        tqdit.quantize(model, Recipe("plus"), calls=[call])

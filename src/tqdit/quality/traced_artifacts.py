@@ -19,11 +19,12 @@ from tqdit.runtime import fitting
 from tqdit.runtime.convert import convert
 from tqdit.runtime.target import Device, checked_device, checked_dtype, dtype_name
 from tqdit.sources import any_class
+from tqdit.sources.components import PIPELINE
 from tqdit.sources.resolve import found_folder
 from tqdit.spec import Solution
 from tqdit.stages import Report, silent
 from tqdit.system.environment import environment
-from tqdit.system.files import CONFIG, is_there
+from tqdit.system.files import CONFIG, is_there, read_json
 from tqdit.system.isolation import isolated
 
 BFLOAT16 = "bfloat16"
@@ -198,7 +199,9 @@ def _pipeline(folder: Path, dtype: torch.dtype) -> Any:
     """Return the pipeline of a folder, without progress bars. Raises `InputError` if diffusers refuses it."""
     from diffusers import DiffusionPipeline
 
-    options = {"torch_dtype": dtype, "local_files_only": True, "use_safetensors": True}
+    index = read_json(folder / PIPELINE)
+    absent = {name: None for name, entry in index.items() if isinstance(entry, list) and not all(entry)}
+    options = {"torch_dtype": dtype, "local_files_only": True, "use_safetensors": True, **absent}
     try:
         with _without_notes():
             pipe = DiffusionPipeline.from_pretrained(folder, **options)
