@@ -19,6 +19,7 @@ from tqdit.calibration.calls import Calls, Recording
 from tqdit.cli.main import main
 from tqdit.errors import InputError
 from tqdit.quality.metrics import sqnr_db
+from tqdit.quality.traced_artifacts import compare_folders
 from tqdit.recipe import Recipe
 from tqdit.system.files import MANIFEST
 
@@ -290,3 +291,24 @@ def test_calls_that_the_model_refuses_are_one_line(flux) -> None:
     call["img_ids"] = call["img_ids"][:1]
     with pytest.raises(InputError, match=f"the {FLUX} fails on the first recorded call: RuntimeError: "):
         tqdit.quantize(model, Recipe("plus"), calls=[call])
+
+
+def test_prompts_are_refused_where_nothing_draws_images(flux, pipeline, tmp_path) -> None:
+    calls = flux / "calls.safetensors"
+    with pytest.raises(InputError, match="is a transformer alone; images are drawn by a pipeline"):
+        compare_folders(flux / "float", [flux / "plus"], calls, prompts=["a"], device="cpu")
+    shutil.copytree(pipeline / "float", tmp_path / "float")
+    index = tmp_path / "float" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"vae": [None, None]}))
+    with pytest.raises(InputError, match="the pipeline 'float' has no vae to draw images with"):
+        compare_folders(tmp_path / "float", [flux / "plus"], calls, prompts=["3"], device="cpu")
+
+
+def test_damaged_weights_and_two_ways_at_once_are_one_line(flux, tmp_path) -> None:
+    shutil.copytree(flux / "float", tmp_path / "float")
+    weights = tmp_path / "float" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(InputError, match=r"diffusion_pytorch_model\.safetensors is missing, truncated or damaged: "):
+        tqdit.quantize(tmp_path / "float", tmp_path / "out", Recipe("dynamic"), device="cpu")
+    with pytest.raises(InputError, match="give calls or scheduler"):
+        tqdit.quantize(ZOO[FLUX].build(0), calls=flux / "calls.safetensors", scheduler=DDIMScheduler())

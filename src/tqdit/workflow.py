@@ -170,6 +170,8 @@ def quantize(model: str | Path | nn.Module, *arguments: Any, **options: Any) -> 
         check_transformer(model)
         if len(arguments) > 1:
             raise InputError("a transformer in memory is followed by the recipe; give the rest by name, as out=...")
+        if "scheduler" in options and options.get("calls") is not None:
+            raise InputError("a model is calibrated on recorded calls or by its scheduler; give calls or scheduler")
         if "scheduler" not in options:
             return quantize_recorded(model, *arguments, **options)
         return quantize_module(model, *arguments, **options)
