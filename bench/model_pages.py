@@ -145,6 +145,53 @@ def _speed_rows(one: Run) -> list[list[str]]:
     ]  # fmt: skip
 
 
+def linears() -> Lines:
+    """Return the times of single linear layers of published widths on a GPU and on two cores."""
+    names = ("traced-linears-h200", "traced-linears-cpu")
+    found = _there(*names)
+    lines: Lines = []
+    if run := found.get("traced-linears-h200"):
+        head = ["layer", "rows", "bf16 (µs)", "int8 product", "with its own quantize", "quantize shared by 3", "fp8"]
+        lines += [
+            "Linear layers of published widths by `bench/traced_linears.py`: times as fast as bf16 (cuBLAS), medians "
+            "of interleaved rounds. fp8 is a compiled quantize by rows and torch's own product.",
+            "",
+            table(head, [_gpu_linear(row) for row in run["rows"]]),
+            "",
+            environment(run["environment"]),
+            "",
+        ]
+    if run := found.get("traced-linears-cpu"):
+        rows = [row for row in run["rows"] if "ours" in row["p50_ms"]]
+        lines += [
+            "The same on two cores, quantize and product together, by `bench/traced_linears_cpu.py`. This processor "
+            "has AVX2 alone, neither VNNI nor products of bf16, so fp32 is the faster float:",
+            "",
+            table(
+                ["layer", "tokens", "times as fast as fp32", "as compiled bf16"],
+                [
+                    [f"{row['model']} {row['layer']}", str(row["tokens"]), *_over(row, "fp32", "bf16-compiled")]
+                    for row in rows
+                ],
+            ),
+            "",
+            environment(run["environment"]),
+            "",
+        ]
+    return lines or _missing(*names)
+
+
+def _gpu_linear(row: Run) -> list[str]:
+    ratios = row["times_bf16"]
+    shown = ("int8 product", "int8 apart", "int8 of three", "fp8 apart, compiled")
+    figures = [f"{ratios[name]:.2f}" if name in ratios else "–" for name in shown]
+    return [f"{row['model']} {row['depth']} → {row['columns']}", str(row["rows"]), f"{row['us']['bf16']:.0f}", *figures]
+
+
+def _over(row: Run, *names: str) -> list[str]:
+    return [f"{row['speedup_over'][name]:.1f}" if name in row["speedup_over"] else "–" for name in names]
+
+
 def calibration() -> Lines:
     """Return what calibrating a model of six billion parameters takes."""
     found = _there("calibration-large-h200").get("calibration-large-h200")
@@ -162,4 +209,4 @@ def calibration() -> Lines:
     ]
 
 
-SECTIONS = {"classes": classes, "trained": trained, "speed": speed, "calibration": calibration}
+SECTIONS = {"classes": classes, "trained": trained, "linears": linears, "speed": speed, "calibration": calibration}

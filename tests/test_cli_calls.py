@@ -257,6 +257,10 @@ def test_each_transformer_of_a_pipeline_has_calls_of_its_own(flux, tmp_path) -> 
     with pytest.raises(InputError, match="transformer: calls of a, b suit this model"):
         recorded.quantize_folder(root, tmp_path / "none", recipe, calls=only, device="cpu")
     assert not (tmp_path / "none").exists()
+    one = Recording({"transformer": calls[:2]})
+    with pytest.raises(InputError, match="transformer_2: the recording has calls of transformer alone"):
+        recorded.quantize_folder(root, tmp_path / "none", recipe, calls=one, device="cpu")
+    assert not (tmp_path / "none").exists()
 
 
 def test_python_quantizes_a_folder_of_any_class(flux, tmp_path) -> None:

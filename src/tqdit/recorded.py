@@ -7,7 +7,7 @@ pipe.transformer = tqdit.quantize(pipe.transformer, tqdit.Recipe("plus", "w8a8")
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from tqdit.architectures.untraced import untraced_graph
 from tqdit.artifact import folder as artifact
 from tqdit.artifact.model_card import TRACED_USE, model_card, pipeline_card, write_card
 from tqdit.calibration import replay
-from tqdit.calibration.called import place_of
+from tqdit.calibration.called import in_eval_mode, place_of, same_module
 from tqdit.calibration.calls import Calls, Recording, read_calls
 from tqdit.errors import InputError
 from tqdit.plan import needs_records
@@ -34,7 +34,7 @@ from tqdit.runtime.traced import shape_name
 from tqdit.search import solver
 from tqdit.search.direct import direct_solution
 from tqdit.sources import any_class
-from tqdit.sources.in_memory import check_transformer, name_of
+from tqdit.sources.in_memory import check_float, check_transformer, name_of
 from tqdit.sources.origin import made_from
 from tqdit.sources.resolve import found_folder
 from tqdit.sources.traced_summary import FolderSummary, TransformerSummary, summarize
@@ -67,16 +67,20 @@ def quantize_recorded(  # noqa: PLR0913 - options
     None for a recipe that needs no calibration, such as the preset "dynamic". The model is calibrated where it is and
     in its own dtype, and is left as it was. `device`, `dtype`: of the integer model, by default those of the float one.
     `out`: an artifact folder that is written too.
-    Raises `InputError` for calls of another model, and before any work for an `out` that cannot be written.
+    Raises `InputError` for calls of another model, and before any work for a model that is quantized, has adapters or
+    is offloaded, and for an `out` that cannot be written.
     """
     check_recipe(recipe)
     check_flags(overwrite=overwrite)
     check_transformer(model)
+    model = same_module(model)
+    check_float(model)
     where = next(model.parameters()).device if device is None else device
     target, wanted = Target(backend, where), None if dtype is None else checked_dtype(dtype)
     if out is not None:
         check_target(Path(out), overwrite)
-    solution = solution_of(model, recipe, calls, report)
+    with in_eval_mode(model):
+        solution = solution_of(model, recipe, calls, report)
     if out is not None:
         save_traced(solution, Path(out), overwrite)
     return convert(solution, target.backend, target.device, wanted)
@@ -123,7 +127,7 @@ def quantize_folder(
             if wanted is not None and module.dtype is not wanted:
                 module = any_class.load_transformer(place, wanted)
             module.to(where)
-            given = None if recording is None else _calls_of(recording, component, module)
+            given = None if recording is None else _calls_of(recording, component, module, source.folders)
             solution = solution_of(module, recipe, given, report, (source.name, digest))
             inside = Path() if source.index is None else Path(component)
             (folder / inside).mkdir(exist_ok=True)
@@ -137,11 +141,17 @@ def quantize_folder(
     )  # fmt: skip
 
 
-def _calls_of(recording: Any, component: str, module: nn.Module) -> Calls:
-    """Return the calls of a component: by its name if the recording has it, else those that suit the model."""
+def _calls_of(recording: Any, component: str, module: nn.Module, components: Iterable[str]) -> Calls:
+    """Return the calls of a component: by its name if the recording has it, else those that suit the model.
+
+    `components`: of the pipeline. Raises `InputError` for a component without calls beside one that has some: they may
+    suit both, but be of other times.
+    """
     if isinstance(recording, Recording) and component in recording:
         return read_calls(recording[component], module)
     try:
+        if isinstance(recording, Recording) and (others := [name for name in components if name in recording]):
+            raise InputError(f"the recording has calls of {', '.join(others)} alone; record more steps or times")
         return read_calls(recording, module)
     except InputError as error:
         raise InputError(f"{component}: {error}") from None
@@ -185,8 +195,6 @@ def solution_of(
 
     `source`: the name and the hash of the float model, by default where it was loaded from, and `weights_sha256`.
     """
-    if hasattr(model, "solution"):
-        raise InputError("the model is already quantized; give the float model")
     name, digest = source or (name_of(model), weights_sha256(model))
     provenance = made_from(name, digest, recipe)
     if not needs_records(recipe):

@@ -136,7 +136,7 @@ def test_patches_may_be_made_before_the_call() -> None:
     for channels in (4, 16):
         Calls.of(model, [{"hidden_states": torch.ones(1, 7, channels), "timestep": 1.0}])
     with pytest.raises(InputError, match="the model takes 4 channels"):
-        Calls.of(model, [{"hidden_states": torch.ones(1, 7, 8), "timestep": 1.0}])
+        Calls.of(model, [{"hidden_states": torch.ones(1, 7, 6), "timestep": 1.0}])
 
 
 def test_moving_casts_floats_but_not_times_and_positions(calls: Calls) -> None:
@@ -493,6 +493,15 @@ def test_the_calls_of_a_model_are_those_recorded_of_it(calls: Calls, model: nn.M
         recording.of(z_image())
     with pytest.raises(InputError, match="nothing was recorded"):
         Recording({}).of(model)
+
+
+def test_a_transformer_that_was_not_called_has_no_calls_of_the_other(calls: Calls, model: nn.Module) -> None:
+    """As of Wan 2.2, if all recorded times are those of one of its two transformers."""
+    twin = flux()
+    recording = Recording({"transformer": calls}, {"transformer": model, "transformer_2": twin})
+    assert recording.of(model) is calls
+    with pytest.raises(InputError, match="the pipeline did not call its transformer_2 while it was recorded"):
+        recording.of(twin)
 
 
 def test_what_quantize_takes_as_calls(calls: Calls, model: nn.Module) -> None:

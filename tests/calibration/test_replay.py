@@ -177,6 +177,19 @@ def test_large_models_have_no_backward_pass(flux, flux_graph, flux_calls, monkey
     assert replay.record(flux, flux_graph, flux_calls[:1], flux_calls.time_groups(3), without).notes == {}
 
 
+def test_an_operation_without_a_backward_pass_leaves_out_the_fisher_weights(
+    flux, flux_graph, flux_calls, recorded, monkeypatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise NotImplementedError("this attention has no backward pass on a CPU\nsecond line")
+
+    monkeypatch.setattr(replay._Replay, "_probe", refuse)
+    found = replay.record(flux, flux_graph, flux_calls, flux_calls.time_groups(3), RECIPE)
+    assert "(this attention has no backward pass on a CPU)" in found.notes[replay.FISHER]
+    name = linears(flux_graph)[0].source.name
+    assert torch.equal(found.linears[name].x, recorded.linears[name].x)
+
+
 @pytest.mark.parametrize("name", ["ZImageTransformer2DModel", "WanTransformer3DModel", "SD3Transformer2DModel"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_classes_in_their_own_dtype(name: str, dtype: torch.dtype) -> None:

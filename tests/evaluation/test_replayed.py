@@ -1,6 +1,7 @@
 """Comparisons on recorded calls."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from zoo import ZOO
 
 from tqdit.calibration.calls import Calls
 from tqdit.errors import InputError
-from tqdit.quality.replayed import compare_calls, held_out
+from tqdit.quality.replayed import compare_calls, compare_images, held_out
 
 NAME = "DiTTransformer2DModel"
 
@@ -71,6 +72,40 @@ def test_a_group_is_judged_by_its_own_calls(model, calls) -> None:
 def test_outputs_that_are_not_finite_have_no_figure(model, calls) -> None:
     (row,) = compare_calls(model, {"nan": noisy(model, math.nan)}, calls).rows
     assert row.sqnr_db is None
+
+
+def test_one_call_that_is_not_finite_leaves_no_worst_call(model, calls) -> None:
+    class Breaks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, **arguments):
+            factor = math.nan if float(arguments["timestep"].max()) >= 600 else 1.1
+            return (self.inner(**arguments, return_dict=False)[0] * factor,)
+
+    (row,) = compare_calls(model, {"breaks": Breaks()}, calls, groups=4).rows
+    assert row.by_group[0] == pytest.approx(20, abs=1e-3)
+    assert (row.sqnr_db, row.worst_db) == (None, None)
+
+
+def test_an_image_that_is_not_finite_leaves_no_figure(model) -> None:
+    class Pipe:
+        components = ("transformer",)
+        transformer: Any = None
+
+        def register_modules(self, transformer: Any) -> None:
+            self.transformer = transformer
+
+        def __call__(self, prompt: str, generator: Any, output_type: str, return_dict: bool) -> Any:
+            image = torch.full((1, 2, 2, 3), 0.5)
+            if self.transformer is model:
+                image += math.nan if prompt == "b" else 0.1
+            return (image.numpy(),)
+
+    (row,) = compare_images(Pipe(), {"broken": {"transformer": model}}, ["a", "b"])
+    assert row.each_db[0] == pytest.approx(20, abs=1e-3)
+    assert (row.mean_db, row.worst_db, row.worst_prompt) == (None, None, "")
 
 
 def test_models_are_read_one_after_another(model, calls) -> None:

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import diffusers
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 from zoo import ZOO
@@ -137,6 +139,28 @@ def test_numbers_that_layers_do_not_take(timed, dtype: torch.dtype) -> None:
 def test_a_model_that_is_quantized_already(timed) -> None:
     with pytest.raises(InputError, match="already quantized; give the float model"):
         tqdit.quantize(timed, tqdit.Recipe("dynamic"))
+
+
+def test_a_float_model_with_an_adapter() -> None:
+    model = ZOO[WAN].build()
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    for calls in (None, [call()]):
+        with pytest.raises(InputError, match=r"has an adapter on 'blocks\.0\.attn1\.to_q'; fuse adapters and unload"):
+            tqdit.quantize(model, tqdit.Recipe("dynamic"), calls=calls)
+
+
+def test_a_float_model_that_is_offloaded() -> None:
+    model = ZOO[WAN].build()
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(InputError, match=r"tensor '.*' of the model is offloaded; remove accelerate's hooks first"):
+        tqdit.quantize(model, tqdit.Recipe("dynamic"))
+
+
+def test_a_float_model_of_another_quantization() -> None:
+    model = ZOO[WAN].build()
+    model.register_to_config(quantization_config={"quant_method": "torchao"})
+    with pytest.raises(InputError, match="already quantized; give the float model"):
+        tqdit.quantize(model, tqdit.Recipe("dynamic"))
 
 
 def test_a_model_without_repeated_blocks() -> None:

@@ -161,6 +161,22 @@ def model() -> Any:
 
 
 class TestSaving:
+    def test_what_a_class_keeps_in_fp32_is_so_again(self, stored, tmp_path) -> None:
+        """The embedder of Wan's times rounds its input to the dtype that it finds in its first layer."""
+        half: Any = {"torch_dtype": torch.bfloat16}
+        calls = [{**ZOO[WAN].call(), **states(torch.bfloat16)}]
+        made = tqdit.quantize(kind(WAN).from_pretrained(stored(WAN), **half), tqdit.Recipe("dynamic"), calls=calls)
+        made.save_pretrained(tmp_path / "made")
+        loaded = kind(WAN).from_pretrained(tmp_path / "made", **half)
+        embedder = loaded.condition_embedder.time_embedder
+        assert isinstance(embedder.linear_1, QuantizedLinear)
+        assert embedder.linear_1.weight.dtype is torch.float32
+        assert {name: layer.like.dtype for name, layer in layers(loaded).items()} == {
+            name: layer.like.dtype for name, layer in layers(made).items()
+        }
+        given = states(torch.bfloat16)
+        assert torch.equal(run(loaded, WAN, **given), run(made, WAN, **given))
+
     def test_a_pipeline_of_two_transformers(self, model, tmp_path) -> None:
         """As of Wan 2.2, whose second transformer is for the low noise."""
         second = tqdit.quantize(ZOO[WAN].build(1), tqdit.Recipe("dynamic"), calls=[ZOO[WAN].call()])

@@ -138,3 +138,31 @@ def test_planted_outlier_channels_survive() -> None:
         found[channels] = sqnr(output(model, arguments), output(integer, arguments))
     assert found["best"] > LEAST
     assert found["best"] > found["one"] + 3
+
+
+def test_a_compiled_model_is_quantized_as_the_model_in_it() -> None:
+    name = "FluxTransformer2DModel"
+    model, calls = ZOO[name].build(), [ZOO[name].call()]
+    made = tqdit.quantize(model, tqdit.Recipe("dynamic"), calls=calls)
+    compiled = torch.compile(model, backend="eager")
+    again = tqdit.quantize(compiled, tqdit.Recipe("dynamic"), calls=calls)  # type: ignore[call-overload]
+    assert type(again) is type(made)
+    assert torch.equal(output(again, calls[0]), output(made, calls[0]))
+
+
+def test_a_model_in_training_is_calibrated_without_dropout() -> None:
+    name = "PixArtTransformer2DModel"
+    calls, recipe = [ZOO[name].call()], tqdit.Recipe("plus", samples=1, groups=1, rows=32, rounds=0)
+    model = ZOO[name].build()
+    made = tqdit.quantize(model, recipe, calls=calls)
+    dropping = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    for module in dropping:
+        module.p = 0.5
+    model.train()
+    model.proj_out.eval()  # each module keeps the mode that it had
+    again = tqdit.quantize(model, recipe, calls=calls)
+    assert dropping
+    assert torch.equal(output(again, calls[0]), output(made, calls[0]))
+    assert model.training
+    assert all(module.training for module in dropping)
+    assert not model.proj_out.training

@@ -6,6 +6,7 @@ no tensor; the model's memory is that of a call.
 
 import contextlib
 import itertools
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,8 +102,12 @@ def _refusals(model: nn.Module) -> Iterator[None]:
 
 
 def _eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Let compiled modules run as they are written: a mode sees no function of a compiled one."""
+    """Let compiled modules and functions run as they are written: a mode sees nothing inside of a compiled one.
+
+    Nothing is compiled where torch's compiler has not been imported, which takes seconds.
+    """
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    compiled = compiled or "torch._dynamo" in sys.modules  # such as an attention of diffusers that compiles itself
     return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 

@@ -2,8 +2,8 @@
 
 import inspect
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -22,6 +22,18 @@ def same_module(module: nn.Module) -> nn.Module:
     """Return the model inside the wrapper of `torch.compile`, or the model itself."""
     inner = getattr(module, "_orig_mod", module)
     return inner if isinstance(inner, nn.Module) else module
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model and its modules into eval mode, without dropout, until the context ends."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def kind_of(model: nn.Module) -> str:
@@ -137,15 +149,8 @@ class Signature:
         channels = config.get(CHANNELS)
         if type(channels) is not int or any(_differing(tensor, other) < 2 for other in others):
             return
-        if channels not in tensor.shape and channels * _pixels(config) not in tensor.shape:
+        if channels not in tensor.shape and tensor.shape[-1] % channels:  # a packed patch has those of several pixels
             raise InputError(f"argument '{name}' has shape {tuple(tensor.shape)}; the model takes {channels} channels")
-
-
-def _pixels(config: Mapping[str, Any]) -> int:
-    """Return the number of latent pixels that make a token."""
-    size = config.get("patch_size", 1)
-    sides = size if isinstance(size, list) else [size, size]
-    return math.prod(sides) if all(type(side) is int for side in sides) else 1
 
 
 def _differing(first: torch.Tensor, second: torch.Tensor) -> int:

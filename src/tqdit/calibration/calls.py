@@ -251,10 +251,13 @@ class Recording(Mapping[str, Calls]):
     def of(self, module: nn.Module) -> Calls:
         """Return the calls of a transformer: those recorded of this very object, else the only ones that suit it.
 
-        Raises `InputError` if none suit it, or those of several components do.
+        Raises `InputError` if none suit it, or those of several components do, and for a transformer that was not
+        called while it was recorded: calls of another one may suit it, but be of other times.
         """
         for name, recorded in self._modules.items():
-            if recorded() is same_module(module) and name in self:
+            if recorded() is same_module(module):
+                if name not in self:
+                    raise InputError(f"the pipeline did not call its {name} while it was recorded")
                 return self[name]
         refusals = {name: _refusal(calls, module) for name, calls in self.items()}
         suitable = [name for name, refusal in refusals.items() if refusal is None]

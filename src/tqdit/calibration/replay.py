@@ -26,6 +26,7 @@ from tqdit.recipe import Recipe
 from tqdit.sampling.trajectory import Progress
 from tqdit.timegroups import TimeGroups
 
+RELATIVE = "each row counts relative to its own outputs"
 FISHER_PARAMETERS = 3 * 10**9
 FISHER = "fisher"  # the key of the note that says why there are no Fisher weights
 
@@ -46,18 +47,36 @@ def record(
     """
     if not len(calls):
         raise InputError("there are no calls to calibrate on; record at least one")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters, notes = sum(parameter.numel() for parameter in model.parameters()), {}
     probed = recipe.probed and parameters <= FISHER_PARAMETERS
+    if recipe.probed and not probed:
+        notes[FISHER] = f"{RELATIVE}: no backward pass was made through {parameters / 1e9:.1f} billion parameters"
+    try:
+        found = _replayed(model, graph, calls, time_groups, recipe, probed, progress)
+    except NotImplementedError as error:  # torch says so of an operation without a backward pass on this device
+        if not probed:
+            raise
+        notes[FISHER] = f"{RELATIVE}: no backward pass can be made here ({str(error).splitlines()[0]})"
+        found = _replayed(model, graph, calls, time_groups, recipe, False, progress)
+    return found.records(notes)
+
+
+def _replayed(
+    model: nn.Module,
+    graph: Graph,
+    calls: Calls,
+    time_groups: TimeGroups,
+    recipe: Recipe,
+    probed: bool,
+    progress: Progress,
+) -> "_Replay":
+    """Return the replay of all calls."""
     replay = _Replay(model, graph, time_groups, recipe, probed)
     with replay.attached():
         for number, call in enumerate(calls):
             replay.run(number, len(calls), call)
             progress((number + 1) / len(calls))
-    notes = {}
-    if recipe.probed and not probed:
-        size = f"{parameters / 1e9:.1f} billion parameters"
-        notes[FISHER] = f"each row counts relative to its own outputs: no backward pass was made through {size}"
-    return replay.records(notes)
+    return replay
 
 
 class _Replay:

@@ -86,7 +86,7 @@ def bench(
     """Time artifacts against float32, bfloat16 and torchao models of their shape: calls, sampling, loading, memory.
 
     Blocks of published models are timed under the preset dynamic, eager and with compiled blocks, against bf16 and
-    torchao's int8 and fp8; --against may also name bf16-autotuned there.
+    torchao's int8 and fp8; --against may also name bf16-autotuned and fp32-compiled.
     """
     from tqdit.sampling.guidance import Sampling
     from tqdit.speed import benchmark

@@ -21,7 +21,7 @@ GROUPS = 10  # time groups that errors are reported by
 class CallRow:
     """The SQNR in dB of one model's outputs: of all calls together, of each time group, and of the worst call.
 
-    None: the outputs are equal, or not finite.
+    None: the outputs are equal, or some of them are not finite; then there is no worst call either.
     """
 
     name: str
@@ -52,7 +52,7 @@ class CallComparison:
 class ImageRow:
     """The PSNR in dB of one model's images against those of the float model, with the same seeds.
 
-    None for equal images.
+    None for equal images. If an image has NaN or Inf, it has no figure, and neither have all images together.
     """
 
     name: str
@@ -89,7 +89,8 @@ def compare_calls(
         del model
         powers = torch.tensor([_powers(a, b) for a, b in zip(expected, actual, strict=True)], dtype=torch.float64)
         by_group = tuple(_sqnr(powers[index == group].sum(0)) for group in range(found.num_groups))
-        each = [db for db in map(_sqnr, powers) if db is not None]
+        finite = bool(powers.isfinite().all())
+        each = [db for db in map(_sqnr, powers) if db is not None and finite]
         rows.append(CallRow(name, _sqnr(powers.sum(0)), by_group, min(each, default=None)))
     ranges = tuple((*found.bounds(group), int((index == group).sum())) for group in range(found.num_groups))
     return CallComparison(calls.kind, calls.timestep, len(calls), ranges, tuple(rows))
@@ -147,7 +148,8 @@ def compare_images(
             pipe.register_modules(**{component: model})
         actual = _images(pipe, prompts, seed, options or {}, lambda f, name=name: report(f"images of {name}", f))
         each = [_psnr(a, b) for a, b in zip(expected, actual, strict=True)]
-        decided = [(db, prompt) for db, prompt in zip(each, prompts, strict=True) if db is not None]
+        finite = all(bool(image.isfinite().all()) for image in actual)
+        decided = [(db, prompt) for db, prompt in zip(each, prompts, strict=True) if db is not None and finite]
         worst, of = min(decided, default=(None, ""))
         mean = sum(db for db, _ in decided) / len(decided) if decided else None
         rows.append(ImageRow(name, mean, worst, of, tuple(each)))

@@ -1,7 +1,8 @@
 """Check that a Solution fits the model of its config: every site and parameter is there, as the kernels expect it.
 
-The kernels index scales by head and channel, and choose their arithmetic by grid, without further checks. Nothing is
-built or allocated before the file is known to hold as much as its config says.
+The kernels index scales by head and channel, and choose their arithmetic by grid, without further checks. Of a class
+with an architecture, nothing is built or allocated before the file is known to hold as much as its config says. Of a
+traced model, the parameters are built empty first; tables that the class computes for itself take memory.
 """
 
 from collections.abc import Mapping

@@ -256,7 +256,7 @@ def _assemble(
         if f"{name}.weight" not in solution.params:  # an end that stays in float
             continue
         source = _source(solution, linears.get(name), sources, clock, device)
-        layers[name] = _layer(solution, name, source, backend, device, dtype)
+        layers[name] = _layer(solution, name, source, backend, device, _dtype_in(model, name, dtype))
         parent, _, leaf = name.rpartition(".")
         owner = model.get_submodule(parent)
         owner._modules[leaf] = layers[name]
@@ -287,6 +287,12 @@ def _layer(
     return QuantizedLinear(weight, None if bias is None else bias.float().to(device), source, backend, like)
 
 
+def _dtype_in(model: nn.Module, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype of a layer or parameter in a model of `dtype`: fp32 for what its class keeps so."""
+    kept: Iterable[str] = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return torch.float32 if dtype is not None and any(part in name.split(".") for part in kept) else dtype
+
+
 def _common_dtype(solution: Solution) -> torch.dtype:
     """Return the dtype that most of the solution's floats have."""
     dtypes = [tensor.dtype for tensor in solution.floats.values() if tensor.is_floating_point()]
@@ -295,7 +301,6 @@ def _common_dtype(solution: Solution) -> torch.dtype:
 
 def _fill(solution: Solution, model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
     """Put the parameters and buffers that stay in float into a model, and move what it computed for itself."""
-    kept: Iterable[str] = getattr(model, "_keep_in_fp32_modules", None) or ()
     for path, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             continue
@@ -308,10 +313,8 @@ def _fill(solution: Solution, model: nn.Module, device: torch.device, dtype: tor
                 value = tensor if value is None else value
                 assert value is not None
                 assert not value.is_meta, f"not filled: {name}"
-                wanted = dtype if value.is_floating_point() and name in solution.floats else None
-                if wanted is not None and any(part in name.split(".") for part in kept):
-                    wanted = torch.float32
-                value = value.to(device, wanted)
+                cast_too = value.is_floating_point() and name in solution.floats
+                value = value.to(device, _dtype_in(model, name, dtype) if cast_too else None)
                 held[leaf] = nn.Parameter(value, requires_grad=False) if held is module._parameters else value
 
 

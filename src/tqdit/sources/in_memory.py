@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -53,6 +53,22 @@ def check_transformer(given: Any) -> None:
         what = "has no diffusers config" if isinstance(given, nn.Module) else "is no model"
         hint = pipeline_hint(given) or "; give a transformer of diffusers"
         raise InputError(f"a {type(given).__name__} {what}{hint}")
+
+
+def check_float(model: nn.Module) -> None:
+    """Raise `InputError` for a diffusers model that is quantized already, has adapters, or is offloaded."""
+    config = cast(Mapping[str, Any], model.config)
+    if hasattr(model, "solution") or config.get("quantization_config") is not None:
+        raise InputError("the model is already quantized; give the float model")
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer"):
+            raise InputError(
+                f"the model has an adapter on '{name}'; fuse adapters and unload them, or load them into the quantized"
+                " model afterwards"
+            )
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise InputError(f"tensor '{name}' of the model is offloaded; remove accelerate's hooks first")
 
 
 def pipeline_hint(given: Any) -> str:

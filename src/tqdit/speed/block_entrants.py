@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tqdit.calibration.call_values import mapped
 from tqdit.errors import InputError
 from tqdit.graph import Graph
 from tqdit.recipe import Recipe
@@ -26,6 +27,7 @@ ENTRANTS: Mapping[str, tuple[str, Mapping[str, Any] | None]] = {
     "bf16-eager": ("bf16", None),
     "bf16-compiled": ("bf16", {}),
     "bf16-autotuned": ("bf16", AUTOTUNED),
+    "fp32-compiled": ("fp32", {}),  # faster than bf16 on processors without bf16 products
     "ours-eager": ("ours", None),
     "ours-compiled": ("ours", {}),
     "torchao-int8": ("torchao-int8", TORCHAO_OPTIONS),
@@ -103,6 +105,8 @@ def weights(name: str, model: nn.Module, graph: Graph, recipe: Recipe, arguments
     kind, _ = ENTRANTS[name]
     if kind == "bf16":
         return model
+    if kind == "fp32":
+        return copy.deepcopy(model).float()
     if kind == "ours":
         given = {key: value for key, value in arguments.items() if key != "return_dict"}
         return quantize_recorded(model, recipe, calls=[given])
@@ -115,8 +119,10 @@ def entrant(
     name: str, model: nn.Module, graph: Graph, arguments: Mapping[str, Any], inputs: Sequence[torch.Tensor]
 ) -> Entrant:
     """Return an entrant with compiled blocks, or an eager one. Compilation happens in its first calls."""
-    _, options = ENTRANTS[name]
+    kind, options = ENTRANTS[name]
     device = inputs[0].device
+    if kind == "fp32":
+        arguments, inputs = mapped(dict(arguments), _in_fp32), [x.float() for x in inputs]
     linears: nn.Module = Linears(model, graph)
     blocks = [model.get_submodule(block.prefix) for block in graph.blocks]
     compiled = _compiled([*blocks, linears], options)
@@ -136,6 +142,10 @@ def entrant(
         return found
 
     return Entrant(name, call, alone)
+
+
+def _in_fp32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _compiled(parts: Sequence[nn.Module], options: Mapping[str, Any] | None) -> dict[nn.Module, Any]:
