@@ -46,13 +46,14 @@ def classes() -> Lines:
             f"{row['sqnr_db']:.1f}" if "sqnr_db" in row else "–",
             str(row.get("quantized", "–")),
             str(row.get("weight_only", "–")),
-            "; ".join(f"{count} {reason}" for reason, count in row.get("left", {}).items()) or "–",
+            "; ".join(f"{count} × {reason}" for reason, count in row.get("left", {}).items()) or "–",
         ]
         for name, row in sorted(ran.items())
     ]
     summary = found["summary"]
     head = ["class", "output SQNR, W8A8 (dB)", "in integers", "weight only", "linear layers in float, and why"]
     skipped = {name: row["skipped"] for name, row in found["classes"].items() if "skipped" in row}
+    failed = {name: "; ".join(row["failures"]) for name, row in ran.items() if row["failures"]}
     return [
         f"`bench/class_sweep.py` builds every transformer that diffusers' own tests build, with random weights: "
         f"{summary['classes']} classes, of which {summary['failed']} fail; the lowest output has "
@@ -62,11 +63,8 @@ def classes() -> Lines:
         "",
         table(head, rows),
         "",
-        *(
-            [f"Not tried: {'; '.join(f'{name} ({why})' for name, why in sorted(skipped.items()))}.", ""]
-            if skipped
-            else []
-        ),
+        *([f"Failed: {_named(failed)}.", ""] if failed else []),
+        *([f"Not tried: {_named(skipped)}.", ""] if skipped else []),
         environment(found["environment"]),
         "",
     ]

@@ -19,6 +19,7 @@ from tqdit.calibration.calls import Calls, Recording
 from tqdit.cli.main import main
 from tqdit.errors import InputError
 from tqdit.quality.metrics import sqnr_db
+from tqdit.quality.traced_artifacts import compare_folders
 from tqdit.recipe import Recipe
 from tqdit.system.files import MANIFEST
 
@@ -95,7 +96,7 @@ def test_quantize_with_calls_reports_layers_sizes_and_time(run, flux, tmp_path) 
     (part,) = written["transformers"]
     lines = said.splitlines()
     assert lines[0].startswith(f"{out}: float w8a8 plus, in ")
-    assert lines[1] == f"transformer: {FLUX}, {part['parameters'] / 1e9:.3g} B parameters, calibrated on 4 calls"
+    assert lines[1] == f"transformer: {FLUX}, {part['parameters'] / 1e6:.3g} M parameters, calibrated on 4 calls"
     assert lines[2] == f"  {part['size_bytes'] / 1e6:.2f} MB, {part['size_ratio_bfloat16']:.3f} of bf16"
     assert lines[3].startswith(f"  linear layers: {part['integer']} in integers, {part['weight_only']} with integer")
     assert part["integer"] > 20
@@ -272,3 +273,58 @@ def test_a_transformer_outside_of_its_pipeline_is_refused(flux, tmp_path) -> Non
     with pytest.raises(InputError, match=f"names the component '{outside}', which is no folder of it"):
         recorded.quantize_folder(root, tmp_path / "deep" / "out", Recipe("dynamic"), device="cpu")
     assert not (tmp_path / "deep").exists()
+
+
+def test_python_quantizes_a_folder_of_any_class(flux, tmp_path) -> None:
+    recipe = Recipe("plus", samples=2, groups=2, rounds=0, rows=32)
+    made = tqdit.quantize(flux / "float", tmp_path / "plus", recipe, calls=flux / "calls.safetensors", device="cpu")
+    assert (made.transformers[0].kind, made.transformers[0].calls) == (FLUX, 4)
+    assert (tmp_path / "plus" / MANIFEST).read_bytes() == (flux / "plus" / MANIFEST).read_bytes()
+    with pytest.raises(InputError, match=r"calibrated from recorded calls: give calls, which tqdit\.record\(pipe\)"):
+        tqdit.quantize(flux / "float", tmp_path / "none", recipe)
+    tqdit.quantize(flux / "float", tmp_path / "dynamic", Recipe("dynamic"), device="cpu")
+    assert tqdit.inspect(tmp_path / "dynamic")["preset"] == "dynamic"
+
+
+def test_what_only_architectures_have_says_what_serves_other_classes(flux) -> None:
+    for ask in (lambda: tqdit.sample(flux / "plus"), lambda: tqdit.compare(flux / "float", [flux / "plus"])):
+        with pytest.raises(InputError, match="any other class of diffusers is quantized and compared by recorded cal"):
+            ask()
+
+
+def test_a_solution_of_recorded_calls_is_saved_without_a_scheduler(flux, tmp_path) -> None:
+    solution = tqdit.load(flux / "plus", device="cpu").solution
+    tqdit.save(solution, tmp_path / "again")
+    assert tqdit.load(tmp_path / "again", device="cpu").solution.graph == solution.graph
+    with pytest.raises(InputError, match="is its transformer alone, without scheduler and labels"):
+        tqdit.save(solution, tmp_path / "other", scheduler=DDIMScheduler())
+    assert not (tmp_path / "other").exists()
+
+
+def test_calls_that_the_model_refuses_are_one_line(flux) -> None:
+    model = ZOO[FLUX].build(0)
+    call = ZOO[FLUX].call(seed=0, batch=1)
+    call["img_ids"] = call["img_ids"][:1]
+    with pytest.raises(InputError, match=f"the {FLUX} fails on the first recorded call: RuntimeError: "):
+        tqdit.quantize(model, Recipe("plus"), calls=[call])
+
+
+def test_prompts_are_refused_where_nothing_draws_images(flux, pipeline, tmp_path) -> None:
+    calls = flux / "calls.safetensors"
+    with pytest.raises(InputError, match="is a transformer alone; images are drawn by a pipeline"):
+        compare_folders(flux / "float", [flux / "plus"], calls, prompts=["a"], device="cpu")
+    shutil.copytree(pipeline / "float", tmp_path / "float")
+    index = tmp_path / "float" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"vae": [None, None]}))
+    with pytest.raises(InputError, match="the pipeline 'float' has no vae to draw images with"):
+        compare_folders(tmp_path / "float", [flux / "plus"], calls, prompts=["3"], device="cpu")
+
+
+def test_damaged_weights_and_two_ways_at_once_are_one_line(flux, tmp_path) -> None:
+    shutil.copytree(flux / "float", tmp_path / "float")
+    weights = tmp_path / "float" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(InputError, match=r"diffusion_pytorch_model\.safetensors is missing, truncated or damaged: "):
+        tqdit.quantize(tmp_path / "float", tmp_path / "out", Recipe("dynamic"), device="cpu")
+    with pytest.raises(InputError, match="give calls or scheduler"):
+        tqdit.quantize(ZOO[FLUX].build(0), calls=flux / "calls.safetensors", scheduler=DDIMScheduler())

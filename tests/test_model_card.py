@@ -1,11 +1,14 @@
 """The README.md of an artifact: true, the same for the same artifact, and free to be edited."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from diffusers import DiTTransformer2DModel
 
+import tiny_called
+import tqdit
 from tqdit import workflow
 from tqdit.artifact import folder as artifact
 from tqdit.artifact.model_card import LOAD_PIPELINE, model_card
@@ -86,3 +89,19 @@ def test_a_pipeline_and_a_model_of_the_hub(solved) -> None:
     text = model_card(solved("plus"), "DiT-2x32/2@8", 1_000_000, "owner/dit", LOAD_PIPELINE, "DiTPipeline")
     assert 'DiTPipeline.from_pretrained("FOLDER")' in text
     assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "owner/dit"
+
+
+def test_the_card_of_a_traced_model_says_what_is_true_of_it(tmp_path: Path) -> None:
+    model, out = tiny_called.flux(), tmp_path / "dynamic"
+    made = tqdit.quantize(model, tqdit.Recipe("dynamic"), out=out)
+    text = (out / MODEL_CARD).read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert "TQ-DiT" not in text
+    assert "attention and everything else is diffusers' own code" in text
+    assert "| calibration | none |" in text
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert f"| shape | FluxTransformer2DModel, {count / 1e3:.3g} k parameters |" in text
+    code = block.partition("\npipe =")[0].replace("FOLDER", str(out))
+    names: dict = {}
+    exec(code, names)
+    assert type(names["transformer"]) is type(made)

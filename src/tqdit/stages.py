@@ -247,7 +247,8 @@ def save(
 ) -> None:
     """Write a solution, or the integer model of one, as an artifact folder; all or nothing.
 
-    `scheduler`: one of diffusers, or its config, for `sample` to find; `labels`: class names by number.
+    `scheduler`: one of diffusers, or its config, for `sample` to find; `labels`: class names by number. Both are for
+    DiT and PixArt: the artifact of a traced model is its transformer alone.
     Raises `InputError` for a model whose scales or biases are no longer those it was converted from, for a scheduler of
     other timesteps than the solution's, and where the solution needs a scheduler and none is given.
     """
@@ -257,9 +258,25 @@ def save(
         raise InputError(f"save takes a solution or an integer model, got a {type(solution).__name__}")
     if isinstance(solution, nn.Module):
         cast(Any, found.codes).check_unchanged(found)
+    if found.graph is not None:
+        _save_traced(found, Path(out), scheduler, labels, overwrite)
+        return
     name, config = found.provenance.source or "", {} if scheduler is None else scheduler_config(scheduler)
     source = ModelSource(name, Path(), found.model_config, config, checked_labels(labels, found.model_config))
     saving.save(found, source, Path(out), overwrite)
+
+
+def _save_traced(
+    solution: Solution, out: Path, scheduler: Any, labels: Mapping[int, str] | None, overwrite: bool
+) -> None:
+    from tqdit.recorded import save_traced  # which imports this module
+
+    if scheduler is not None or labels is not None:
+        raise InputError(
+            "the artifact of a traced model is its transformer alone, without scheduler and labels; write the whole "
+            "pipeline by its save_pretrained"
+        )
+    save_traced(solution, out, overwrite)
 
 
 def _device(device: Device | None) -> torch.device | None:

@@ -14,13 +14,14 @@ from tqdit.imaging import images
 from tqdit.imaging.images import BATCH, Images
 from tqdit.imaging.request import chosen_classes
 from tqdit.recipe import Recipe
-from tqdit.recorded import quantize_recorded
+from tqdit.recorded import quantize_folder, quantize_recorded
 from tqdit.runtime import fitting
 from tqdit.runtime.convert import convert
 from tqdit.runtime.inspection import inspection
 from tqdit.runtime.target import Device, Dtype, Target, dtype_name
 from tqdit.sampling.guidance import Conditions, Sampling
 from tqdit.sampling.prompts import read_conditions
+from tqdit.sources.any_class import class_here, has_own_samples
 from tqdit.sources.conditions import suitable
 from tqdit.sources.in_memory import check_transformer, float_copy, pipeline_hint, source_in_memory
 from tqdit.sources.resolve import load_float, resolve
@@ -29,6 +30,7 @@ from tqdit.sources.scheduler import check_timesteps
 from tqdit.sources.sizes import float_sizes
 from tqdit.sources.source import ModelSource
 from tqdit.sources.summary import Summary, summarize
+from tqdit.sources.traced_summary import FolderSummary
 from tqdit.stages import Prepared, Report, calibrated, check_recipe, silent, solve_prepared
 from tqdit.system import jobs
 from tqdit.system.deprecation import formerly_positional
@@ -108,6 +110,20 @@ def quantize(
 
 @overload
 def quantize(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe = Recipe(),
+    *,
+    calls: Any,
+    device: Device = "auto",
+    dtype: Dtype | None = None,
+    overwrite: bool = False,
+    report: Report = silent,
+) -> FolderSummary: ...
+
+
+@overload
+def quantize(
     model: nn.Module,
     recipe: Recipe = Recipe(),
     *,
@@ -142,16 +158,20 @@ def quantize(model: str | Path | nn.Module, *arguments: Any, **options: Any) -> 
     """Quantize a model: one that is found by MODEL into an artifact folder, or a diffusers transformer in memory.
 
         summary = tqdit.quantize("fashion-dit", "w8a8", tqdit.Recipe())
+        summary = tqdit.quantize("z-image", "z-image-w8a8", tqdit.Recipe(), calls="calls.safetensors")
         transformer = tqdit.quantize(pipe.transformer, tqdit.Recipe(), calls=calls)    # of tqdit.record(pipe)
         transformer = tqdit.quantize(pipe.transformer, tqdit.Recipe(), scheduler=pipe.scheduler)
 
-    The first form is `quantize_source`; the second, for any class, `recorded.quantize_recorded`; the third, for DiT and
-    PixArt with their attention in integers too, `quantize_module`. They say what they take.
+    The first form is `quantize_source`, and the last `quantize_module`, for DiT and PixArt with their attention in
+    integers too. Those with recorded calls are for any class: `recorded.quantize_folder` for the transformers of a
+    folder, `recorded.quantize_recorded` for one in memory. They say what they take.
     """
     if isinstance(model, nn.Module):
         check_transformer(model)
         if len(arguments) > 1:
             raise InputError("a transformer in memory is followed by the recipe; give the rest by name, as out=...")
+        if "scheduler" in options and options.get("calls") is not None:
+            raise InputError("a model is calibrated on recorded calls or by its scheduler; give calls or scheduler")
         if "scheduler" not in options:
             return quantize_recorded(model, *arguments, **options)
         return quantize_module(model, *arguments, **options)
@@ -161,7 +181,15 @@ def quantize(model: str | Path | nn.Module, *arguments: Any, **options: Any) -> 
         )
     if not isinstance(arguments[0] if arguments else options.get("out"), str | Path):
         raise InputError("a model that is found by its path needs the folder to write before the recipe")
+    if "calls" in options or _is_of_any_class(model):
+        return quantize_folder(model, *arguments, **options)
     return quantize_source(model, *arguments, **options)
+
+
+def _is_of_any_class(model: str | Path) -> bool:
+    """Say whether a path is the folder of a transformer without an architecture, which has no samples of its own."""
+    kind = class_here(model)
+    return kind is not None and not has_own_samples(kind)
 
 
 @formerly_positional("overwrite", "report", "device", "resumable", stacklevel=3, public="quantize")

@@ -490,7 +490,7 @@ def test_the_model_is_left_as_it_was(forward: Callable[..., torch.Tensor]) -> No
     before, arguments = copy.deepcopy(model.state_dict()), call()
     given = {name: value.clone() for name, value in arguments.items()}
     if forward is fails:
-        with pytest.raises(RuntimeError, match="out of cheese"):
+        with pytest.raises(InputError, match="the Toy fails on the first recorded call: RuntimeError: out of cheese"):
             trace(model, arguments, "timestep")
     else:
         trace(model, arguments, "timestep")

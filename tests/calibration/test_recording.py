@@ -204,7 +204,7 @@ def test_only_transformers_that_take_a_time_are_watched() -> None:
 
 def test_nothing_recorded_is_an_error_that_hides_no_other() -> None:
     pipe = stub(transformer_2=flux())
-    with pytest.raises(InputError, match="nothing was recorded: transformer and transformer_2"), record(pipe):
+    with pytest.raises(InputError, match="nothing in the block called transformer or transformer_2"), record(pipe):
         pass
     with pytest.raises(ZeroDivisionError), record(pipe) as calls:
         raise ZeroDivisionError

@@ -51,7 +51,7 @@ def architecture(model: str | Mapping[str, Any]) -> Architecture:
     name = model if isinstance(model, str) else model[CLASS_NAME]
     location = _LOCATIONS.get(_FORMER_NAMES.get(name, name)) if isinstance(name, str) else None
     if location is None:
-        raise InputError(f"architecture '{name}' is not supported; supported: {_listed()}")
+        raise InputError(_unsupported(str(name)))
     module, _, attribute = location.partition(":")
     try:
         return cast(Architecture, getattr(importlib.import_module(module), attribute))
@@ -106,7 +106,15 @@ def _class_name(model: nn.Module) -> str:
         for kind in type(module).__mro__:
             if kind.__name__ in _LOCATIONS:
                 return kind.__name__
-    raise InputError(f"architecture '{type(model).__name__}' is not supported; supported: {_listed()}")
+    raise InputError(_unsupported(type(model).__name__))
+
+
+def _unsupported(name: str) -> str:
+    """Return a message about a class without an architecture, which says what else serves a class of diffusers."""
+    return (
+        f"architecture '{name}' is not supported; supported: {_listed()}; any other class of diffusers is quantized "
+        "and compared by recorded calls (tqdit.record), and sampled by its own pipeline"
+    )
 
 
 def _listed() -> str:

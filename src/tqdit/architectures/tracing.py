@@ -67,7 +67,8 @@ def watch(model: nn.Module, arguments: Mapping[str, Any], sample: str, timestep:
     """Call a model once without gradients, and return what its linear layers did.
 
     `arguments` are keyword arguments of the model's forward; `sample` and `timestep` are the names of two of them.
-    The model is left as it was. Raises `InputError` if a layer reads numbers that are not fp32, bf16 or fp16.
+    The model is left as it was. Raises `InputError` if a layer reads numbers that are not fp32, bf16 or fp16, and if
+    the model refuses the arguments.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     given, batch = dict(arguments), arguments[sample]
@@ -81,9 +82,23 @@ def watch(model: nn.Module, arguments: Mapping[str, Any], sample: str, timestep:
         for name, value in given.items():
             kind = SAMPLE if name == sample else TIME if name == timestep or "timestep" in name else PROMPT
             watcher.mark(value, kind)
-        with watcher:
+        with watcher, _refusals(model):
             model(**given)
     return trace
+
+
+@contextlib.contextmanager
+def _refusals(model: nn.Module) -> Iterator[None]:
+    """Turn what a model raises about its arguments into an `InputError`: they may lack one that its config asks for."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        said = f"{type(error).__name__}: {error}"
+        raise InputError(f"the {type(model).__name__} fails on the first recorded call: {said}") from error
 
 
 def eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:

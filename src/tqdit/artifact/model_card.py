@@ -21,8 +21,9 @@ LOAD_MODEL = f'{_LOAD}("{FOLDER}")'
 OF_CLASSES = f'images = tqdit.sample("{FOLDER}", num=16)'
 PROMPTED = f"""prompts = tqdit.Prompts.read("prompts.safetensors")  # prompt_embeds and the like, of a text encoder
 images = tqdit.sample("{FOLDER}", num=16, conditions=prompts)"""
-TRACED_USE = """from diffusers import DiffusionPipeline
+TRACED_USE = f"""from diffusers import DiffusionPipeline, {KIND}
 
+transformer = {KIND}.from_pretrained("{FOLDER}")
 pipe = DiffusionPipeline.from_pretrained("PIPELINE", transformer=transformer)  # the pipeline of the float model"""
 MARK = "<!-- Written by tqdit, sha256 {}. An edited file is kept when the model is replaced. -->\n"
 MARKED = re.compile("(.*)" + re.escape(MARK).replace(r"\{\}", "([0-9a-f]{64})"), re.DOTALL)
@@ -69,17 +70,27 @@ def model_card(
 
     `shape`: the model's, by name. `size_bytes`: of its weight files. `name`: what the model was made from, by default
     as the artifact says. `load`: one of the `LOAD_`s. `pipeline`: diffusers' class of the pipeline, for
-    `LOAD_PIPELINE`. `prompted`: whether the model is sampled under prompts. `draw`: the lines that use the loaded
-    transformer, instead of those that draw images without diffusers. The last line says whether people have edited the
-    card since.
+    `LOAD_PIPELINE`. `prompted`: whether the model is sampled under prompts. `draw`: the lines that load and use a
+    traced transformer, instead of `load` and those that draw images without diffusers. The last line says whether
+    people have edited the card since.
     """
     name = name or solution.provenance.source or "DiT"
     of_model = str(solution.model_config["_class_name"])
     kind = pipeline or "DiffusionPipeline" if load == LOAD_PIPELINE else of_model
-    load = load.replace(KIND, kind)
-    uses = _use(load, PROMPTED if prompted else OF_CLASSES) if draw is None else _PYTHON.format(f"{load}\n{draw}")
-    return _marked(_page(name, solution.provenance.bits, uses, _facts(solution, shape, size_bytes, name)))
+    facts, bits = _facts(solution, shape, size_bytes, name), solution.provenance.bits
+    if draw is not None:
+        return _marked(_page(name, bits, _PYTHON.format(draw.replace(KIND, of_model)), facts, OF_TRACED, SEALED))
+    uses = _use(load.replace(KIND, kind), PROMPTED if prompted else OF_CLASSES)
+    return _marked(_page(name, bits, uses, facts, OF_BLOCKS, SEALED))
 
+
+# How a model of an architecture, and a traced one, were made integers; and what may not be edited.
+OF_BLOCKS = """by TQ-DiT (arXiv 2502.04056) as `tqdit` implements it. Weights are
+packed integer codes, and the matmuls of the blocks run in integers."""
+OF_TRACED = """by `tqdit`. Weights are packed integer codes, and the linear layers on
+tokens run in integers; attention and everything else is diffusers' own code."""
+SEALED = "Weights, config and the files beside them are\nsealed by hashes and may not be edited; this file may."
+TRANSFORMERS_SEALED = "Weights and config of each transformer are\nsealed by hashes and may not be edited."
 
 _PYTHON = """Import `tqdit` before the model is loaded: diffusers does not know this kind of quantization by itself.
 
@@ -109,14 +120,14 @@ def pipeline_card(name: str, facts: Mapping[str, str], pipeline: str, bits: str)
     `facts`: label -> text, for the table. `pipeline`: diffusers' class of the pipeline.
     """
     use = _PYTHON.format(LOAD_PIPELINE.replace(KIND, pipeline))
-    return _marked(_page(name, bits, use, list(facts.items())))
+    return _marked(_page(name, bits, use, list(facts.items()), OF_TRACED, TRANSFORMERS_SEALED))
 
 
 def _marked(text: str) -> str:
     return text + MARK.format(_digest(text))
 
 
-def _page(name: str, bits: str, use: str, facts: Sequence[tuple[str, str]]) -> str:
+def _page(name: str, bits: str, use: str, facts: Sequence[tuple[str, str]], method: str, sealed: str) -> str:
     """Return the card without its last line; `use`: how a model is used, in Markdown."""
     header = ["---", "library_name: diffusers"]
     if "/" in name:
@@ -127,8 +138,7 @@ def _page(name: str, bits: str, use: str, facts: Sequence[tuple[str, str]]) -> s
 
 # {name} {bits}
 
-`{name}` quantized to {bits} after training, by TQ-DiT (arXiv 2502.04056) as `tqdit` implements it. Weights are
-packed integer codes, and the matmuls of the blocks run in integers.
+`{name}` quantized to {bits} after training, {method}
 
 ## Use
 
@@ -140,8 +150,7 @@ packed integer codes, and the matmuls of the blocks run in integers.
 |---|---|
 {table}
 
-`tqdit inspect {FOLDER}` shows every setting and the kernels that run it. Weights, config and the files beside them are
-sealed by hashes and may not be edited; this file may.
+`tqdit inspect {FOLDER}` shows every setting and the kernels that run it. {sealed}
 """
 
 
@@ -153,6 +162,8 @@ def _facts(solution: Solution, shape: str, size_bytes: int, name: str) -> list[t
     recorded = ("samples", "rows", "fallback", "rounding", "seed")
     kept: tuple[str, ...] = sampled if solution.graph is None else recorded
     groups = solution.time_groups
+    settings = ", ".join(f"{key} {recipe[key]}" for key in kept if key in recipe)
+    uncalibrated = solution.graph is not None and provenance.calibration_sha256 is None
     return [
         ("made from", f"{name}, weights sha256 `{provenance.source_sha256 or ''}`"),
         ("shape", shape),
@@ -160,7 +171,7 @@ def _facts(solution: Solution, shape: str, size_bytes: int, name: str) -> list[t
         ("preset", provenance.preset or ""),
         ("size", f"{size_bytes / 1e6:.2f} MB: {2 * size_bytes / fp32:.3f} of bf16, {size_bytes / fp32:.3f} of fp32"),
         ("time groups", groups.summary),
-        ("calibration", ", ".join(f"{key} {recipe[key]}" for key in kept if key in recipe)),
+        ("calibration", "none" if uncalibrated else settings),
         ("versions", ", ".join(f"{name} {version}" for name, version in provenance.versions.items())),
     ]
 

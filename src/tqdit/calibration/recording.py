@@ -51,7 +51,7 @@ def record(
             yield recording
         called = {name: taker.calls().thinned(per_group, groups, seed) for name, taker in takers.items() if taker.seen}
         if not called:
-            raise InputError(f"nothing was recorded: {' and '.join(takers)} of the pipeline was not called")
+            raise InputError(f"nothing was recorded: nothing in the block called {' or '.join(takers)}")
     except BaseException:
         held.sweep(everything=True)
         raise

@@ -197,7 +197,8 @@ def _traced_lines(result: "FolderSummary", out: Path) -> Iterator[str]:
 
 def _transformer_lines(part: "TransformerSummary") -> Iterator[str]:
     calibrated = f", calibrated on {part.calls} calls" if part.calls else ""
-    yield f"{part.component}: {part.kind}, {part.parameters / 1e9:.3g} B parameters{calibrated}"
+    unit, name = (1e9, "B") if part.parameters >= 1e9 else (1e6, "M")
+    yield f"{part.component}: {part.kind}, {part.parameters / unit:.3g} {name} parameters{calibrated}"
     yield f"  {part.size_bytes / 1e6:.2f} MB, {part.size_ratio_bfloat16:.3f} of bf16"
     left = sum(part.left.values())
     yield f"  linear layers: {part.integer} in integers, {part.weight_only} with integer weights alone, {left} in float"

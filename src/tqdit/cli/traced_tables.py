@@ -99,7 +99,11 @@ def _kind(site: Mapping[str, Any]) -> tuple[str, str, str]:
     from tqdit.spec import Grid
 
     if site["role"] in ("weight", "weight_only"):
-        return site["feed"] or "–", "float", f"{site['bits']} bits {site['granularity']}"
+        return (
+            site["feed"] or "not coded",
+            "float",
+            f"{site['bits']} bits {site['granularity']}",
+        )
     parts = [f"{site['bits']} bits {site['grid']}"]
     if not Grid(site["grid"]).per_row:
         parts.append(site["granularity"])
@@ -107,7 +111,7 @@ def _kind(site: Mapping[str, Any]) -> tuple[str, str, str]:
         parts.append(f"{site['groups']} time groups")
     parts += ["channel factors"] * bool(site["channels"])
     parts += [f"rotated by {site['rotation']}"] * bool(site["rotation"])
-    return site["feed"] or "–", ", ".join(parts), f"{site['weight_bits']} bits {site['weight_granularity']}"
+    return site["feed"] or "unknown", ", ".join(parts), f"{site['weight_bits']} bits {site['weight_granularity']}"
 
 
 def _summary(result: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -121,7 +125,7 @@ def _summary(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         (
             "layers",
             f"{facts['integer_layers']} in integers, {facts['weight_only_layers']} with integer weights alone, "
-            f"{left} in float, in {facts['blocks']} blocks",
+            f"{left} in float",
         ),
         ("time groups", f"{result['time_groups']}, of the argument '{facts['timestep']}'"),
         ("calibration", f"recorded calls, sha256 {calls}" if calls else "none"),

@@ -19,11 +19,12 @@ from tqdit.runtime import fitting
 from tqdit.runtime.convert import convert
 from tqdit.runtime.target import Device, checked_device, checked_dtype, dtype_name
 from tqdit.sources import any_class
+from tqdit.sources.components import PIPELINE
 from tqdit.sources.resolve import found_folder
 from tqdit.spec import Solution
 from tqdit.stages import Report, silent
 from tqdit.system.environment import environment
-from tqdit.system.files import CONFIG, is_there
+from tqdit.system.files import CONFIG, is_there, read_json
 from tqdit.system.isolation import isolated
 
 BFLOAT16 = "bfloat16"
@@ -79,9 +80,12 @@ def compare_folders(  # noqa: PLR0913 - options
     At most `samples` calls of each of `groups` time groups. `dtype`: in which all models run, also for images. In fp32
     the row "bfloat16" says what rounding the float model to bf16 costs; in bf16 that noise hides a part of what is
     measured. `prompts`: also compare images that the pipeline draws, with the pipeline's `options`. One transformer is
-    on the device at a time. Raises `InputError` for an artifact of another model.
+    on the device at a time. Raises `InputError` for an artifact of another model, and before any work for prompts where
+    nothing draws images.
     """
     source, where = any_class.find(found_folder(model)), checked_device(device)
+    if prompts:
+        _check_draws(source)
     recording = Recording.load(calls) if isinstance(calls, str | Path) else calls
     parts = []
     for component, folder in source.folders.items():
@@ -91,13 +95,20 @@ def compare_folders(  # noqa: PLR0913 - options
         parts.append(stage.compared(recording, samples, groups, seed, report))
     rows: list[ImageRow] = []
     if prompts:
-        if source.index is None:
-            raise InputError(f"'{model}' is a transformer alone; images are drawn by a pipeline")
         wanted = checked_dtype(parts[0].dtype)
         pipe = _pipeline(source.root, wanted).to(where)
         loaded = {Path(path).name: _Pipelines(Path(path), source.folders, where, wanted) for path in quantized}
         rows = compare_images(pipe, loaded, prompts, seed, options, report)
     return FolderComparison(source.name, tuple(parts), tuple(rows), environment(str(where)))
+
+
+def _check_draws(source: any_class.Transformers) -> None:
+    """Raise `InputError` for a transformer alone, and for a pipeline whose decoder is left out."""
+    if source.index is None:
+        raise InputError(f"'{source.name}' is a transformer alone; images are drawn by a pipeline")
+    decoder = source.index.get("vae", "")
+    if isinstance(decoder, list) and not all(decoder):
+        raise InputError(f"the pipeline '{source.name}' has no vae to draw images with; compare it without prompts")
 
 
 class _Component:
@@ -198,7 +209,9 @@ def _pipeline(folder: Path, dtype: torch.dtype) -> Any:
     """Return the pipeline of a folder, without progress bars. Raises `InputError` if diffusers refuses it."""
     from diffusers import DiffusionPipeline
 
-    options = {"torch_dtype": dtype, "local_files_only": True, "use_safetensors": True}
+    index = read_json(folder / PIPELINE)  # diffusers wants to be told of what a pipeline leaves out
+    absent = {name: None for name, entry in index.items() if isinstance(entry, list) and not all(entry)}
+    options = {"torch_dtype": dtype, "local_files_only": True, "use_safetensors": True, **absent}
     try:
         with _without_notes():
             pipe = DiffusionPipeline.from_pretrained(folder, **options)

@@ -75,13 +75,13 @@ def traced_sites(graph: Graph, solution: Solution, sites: Sequence[dict[str, Any
 def traced_facts(graph: Graph, solution: Solution) -> dict[str, Any]:
     """Return what only traced models have: numbers of layers, why layers stay in float, and notes."""
     kept = [name for name in graph.float_input if f"{name}.weight" not in solution.params]
-    left = Counter(graph.left.values()) + Counter({"an end of the model": len(kept)})
+    left = Counter(graph.left.values()) + Counter({"first or last layer of the model": len(kept)})
     return {
         "timestep": graph.timestep,
         "blocks": len(graph.blocks),
         "integer_layers": sum(len(linear.modules) for block in graph.blocks for linear in block.linears),
         "weight_only_layers": len(graph.float_input) - len(kept),
         "left": dict(left),
-        "left_layers": {**graph.left, **dict.fromkeys(kept, "an end of the model")},
+        "left_layers": {**graph.left, **dict.fromkeys(kept, "first or last layer of the model")},
         "notes": dict(solution.notes),
     }

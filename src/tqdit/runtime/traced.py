@@ -114,11 +114,11 @@ class TracedModel(QuantizedModel):
 
 
 def shape_name(solution: Solution) -> str:
-    """Return the class of a traced solution with the number of its parameters, such as "Flux2… 3.9 B"."""
+    """Return the class of a traced solution with the number of its parameters, such as "Flux2…, 3.9 B parameters"."""
     assert solution.graph is not None
     count = sum(torch.Size(shape).numel() for shape in solution.graph.shapes.values())
-    unit, name = next((u, n) for u, n in ((1e9, "B"), (1e6, "M"), (1, "")) if count >= u or u == 1)
-    return f"{solution.model_config['_class_name']}, {count / unit:.3g} {name}".rstrip()
+    unit, name = next((u, n) for u, n in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if count >= u or u == 1e3)
+    return f"{solution.model_config['_class_name']}, {count / unit:.3g} {name} parameters"
 
 
 def convert_traced(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from tqdit.architectures.registry import CLASS_NAME, architecture
@@ -136,7 +136,7 @@ def stored_dtypes(folder: Path) -> Counter[torch.dtype]:
                 for key in file.keys():  # noqa: SIM118 - no mapping
                     part = file.get_slice(key)
                     counts[_dtype(folder / name, key, part.get_dtype())] += torch.Size(part.get_shape()).numel()
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{folder / name} is missing, truncated or damaged: {error}") from None
     if not counts:
         raise InputError(f"{folder} has no tensors")

@@ -67,7 +67,7 @@ def summarize(component: str, solution: Solution, size_bytes: int, calls: int) -
     coded = [name for name in graph.float_input if f"{name}.weight" in solution.params]
     left = Counter(graph.left.values())
     if ends := len(graph.float_input) - len(coded):
-        left["the ends: they read the sample or write the output"] = ends
+        left["first or last layer of the model"] = ends
     return TransformerSummary(
         component, str(solution.model_config["_class_name"]), parameters, integer, len(coded), dict(left),
         dict(solution.notes), calls, size_bytes, 2 * parameters,
