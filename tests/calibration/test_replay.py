@@ -189,6 +189,13 @@ def test_an_operation_without_a_backward_pass_leaves_out_the_fisher_weights(
     name = linears(flux_graph)[0].source.name
     assert torch.equal(found.linears[name].x, recorded.linears[name].x)
 
+    def refuse_silently(*_: Any) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(replay._Replay, "_probe", refuse_silently)
+    found = replay.record(flux, flux_graph, flux_calls[:1], flux_calls.time_groups(3), RECIPE)
+    assert found.notes[replay.FISHER].endswith("(NotImplementedError)")
+
 
 @pytest.mark.parametrize("name", ["ZImageTransformer2DModel", "WanTransformer3DModel", "SD3Transformer2DModel"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

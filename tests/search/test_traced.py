@@ -11,6 +11,7 @@ from torch import nn
 from zoo import ZOO
 
 from tqdit.architectures.traced_graph import trace
+from tqdit.artifact.model_card import model_card
 from tqdit.calibration import replay
 from tqdit.calibration.calls import Calls
 from tqdit.calibration.records import LinearRecord, Records
@@ -289,6 +290,9 @@ def test_a_layer_that_integers_spoil_takes_float_inputs(flux, flux_graph, flux_c
     values = solution.codes[weight] * solution.params[weight].scale[0][:, None]
     assert sqnr_db(model.state_dict()[weight], values) > 20
     assert convert(solution, "reference", "cpu", torch.float32) is not None
+    noted = replace(solution, notes={**solution.notes, "fisher": "not made"})  # which is of no layer
+    assert "| on float inputs after all | 1 |" in model_card(noted, "FLUX", 1)
+    assert "after all" not in model_card(replace(kept, notes={"fisher": "not made"}), "FLUX", 1)
 
 
 def test_notes_of_the_records_are_in_the_solution(flux, flux_graph, flux_records) -> None:

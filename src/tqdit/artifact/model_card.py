@@ -185,10 +185,11 @@ def _traced_facts(solution: Solution) -> list[tuple[str, str]]:
     coded = sum(f"{name}.weight" in solution.params for name in graph.float_input)
     left = len(graph.left) + len(graph.float_input) - coded
     integer = sum(len(linear.modules) for linear in linears)
+    fallen = sum(site.removesuffix(".input") in graph.float_input for site in solution.notes)  # other notes are of none
     return [
         ("layers", f"{integer} in integers, {coded} with integer weights alone, {left} in float"),
         ("inputs", ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())),
-        *([("on float inputs after all", str(len(solution.notes)))] if solution.notes else []),
+        *([("on float inputs after all", str(fallen))] if fallen else []),
     ]
 
 

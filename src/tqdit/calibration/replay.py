@@ -56,7 +56,8 @@ def record(
     except NotImplementedError as error:  # torch says so of an operation without a backward pass on this device
         if not probed:
             raise
-        notes[FISHER] = f"{RELATIVE}: no backward pass can be made here ({str(error).splitlines()[0]})"
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        notes[FISHER] = f"{RELATIVE}: no backward pass can be made here ({reason})"
         found = _replayed(model, graph, calls, time_groups, recipe, False, progress)
     return found.records(notes)
 
