@@ -33,9 +33,10 @@ def record(
     many of each different time. With a `folder`, their tensors are in files there, mapped, instead of in memory. What
     is generated stays the same.
 
-    The block yields a `Recording`, which is filled when the block ends. Raises `InputError` for a pipeline without a
-    transformer that takes a time; inside the block for an argument that cannot be stored, or with NaN or Inf; at its
-    end if no transformer was called. A transformer that was not called, while another was, has no calls.
+    The block yields a `Recording`, which is filled when the block ends, also by an interruption. Raises `InputError`
+    for a pipeline without a transformer that takes a time; inside the block for an argument that cannot be stored, or
+    with NaN or Inf; at its end if no transformer was called. A transformer that was not called, while another was, has
+    no calls.
     """
     for name, number in (("per_group", per_group), ("groups", groups)):
         if type(number) is not int or number < 1:
@@ -49,15 +50,26 @@ def record(
             for name, module in modules.items():
                 watched.enter_context(_watched(module, takers[name].take))
             yield recording
-        called = {name: taker.calls().thinned(per_group, groups, seed) for name, taker in takers.items() if taker.seen}
-        if not called:
-            raise InputError(f"nothing was recorded: nothing in the block called {' or '.join(takers)}")
-    except BaseException:
+    except InputError:  # such as an argument that cannot be stored
         held.sweep(everything=True)
         raise
-    recording.fill(called)
+    except BaseException:
+        _finish(recording, takers, held, per_group, groups, seed)  # an interruption costs no call that was made
+        raise
+    if not _finish(recording, takers, held, per_group, groups, seed):
+        raise InputError(f"nothing was recorded: nothing in the block called {' or '.join(modules)}")
+
+
+def _finish(
+    recording: "Recording", takers: dict[str, "_Taker"], held: Held, per_group: int, groups: int, seed: int
+) -> bool:
+    """Put the calls that were kept into the recording, and remove what they do not need; say whether there are any."""
+    called = {name: taker.calls().thinned(per_group, groups, seed) for name, taker in takers.items() if taker.seen}
     takers.clear()
-    held.sweep()
+    if called:
+        recording.fill(called)
+    held.sweep(everything=not called)
+    return bool(called)
 
 
 def transformers(pipe_or_transformer: Any) -> dict[str, nn.Module]:
