@@ -263,6 +263,18 @@ def test_each_transformer_of_a_pipeline_has_calls_of_its_own(flux, tmp_path) -> 
     assert not (tmp_path / "none").exists()
 
 
+def test_a_transformer_outside_of_its_pipeline_is_refused(flux, tmp_path) -> None:
+    """Its artifact would be written outside of the output."""
+    root, outside = tmp_path / "float", "transformer/../../elsewhere"
+    shutil.copytree(flux / "float", root / "transformer")
+    shutil.copytree(flux / "float", tmp_path / "elsewhere")
+    parts = {name: ["diffusers", FLUX] for name in ("transformer", outside)}
+    (root / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", **parts}))
+    with pytest.raises(InputError, match=f"names the component '{outside}', which is no folder of it"):
+        recorded.quantize_folder(root, tmp_path / "deep" / "out", Recipe("dynamic"), device="cpu")
+    assert not (tmp_path / "deep").exists()
+
+
 def test_python_quantizes_a_folder_of_any_class(flux, tmp_path) -> None:
     recipe = Recipe("plus", samples=2, groups=2, rounds=0, rows=32)
     made = tqdit.quantize(flux / "float", tmp_path / "plus", recipe, calls=flux / "calls.safetensors", device="cpu")

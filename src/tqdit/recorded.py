@@ -18,6 +18,7 @@ from torch import nn
 
 from tqdit.architectures.registry import plain_config
 from tqdit.architectures.traced_graph import trace
+from tqdit.architectures.tracing import eager
 from tqdit.architectures.untraced import untraced_graph
 from tqdit.artifact import folder as artifact
 from tqdit.artifact.model_card import TRACED_USE, model_card, pipeline_card, write_card
@@ -79,7 +80,7 @@ def quantize_recorded(  # noqa: PLR0913 - options
     target, wanted = Target(backend, where), None if dtype is None else checked_dtype(dtype)
     if out is not None:
         check_target(Path(out), overwrite)
-    with in_eval_mode(model):
+    with in_eval_mode(model), eager(model):
         solution = solution_of(model, recipe, calls, report)
     if out is not None:
         save_traced(solution, Path(out), overwrite)
@@ -125,6 +126,7 @@ def quantize_folder(
             module = any_class.load_transformer(place)
             digest = weights_sha256(module)  # of the weights as stored, whatever the calibration runs in
             if wanted is not None and module.dtype is not wanted:
+                del module  # a model in both dtypes may not fit in memory
                 module = any_class.load_transformer(place, wanted)
             module.to(where)
             given = None if recording is None else _calls_of(recording, component, module, source.folders)

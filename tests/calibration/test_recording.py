@@ -181,7 +181,7 @@ def test_a_transformer_that_was_not_called_has_no_calls() -> None:
     with record(pipe) as calls:
         pipe()
     assert list(calls) == ["transformer"]
-    with pytest.raises(InputError, match="whose num_layers is 1; the model's is 2"):
+    with pytest.raises(InputError, match="the pipeline did not call its transformer_2 while it was recorded"):
         calls.of(pipe.transformer_2)
 
 
@@ -346,6 +346,23 @@ def test_tensors_may_be_kept_in_a_folder(quiet: nn.Module, tmp_path: Path) -> No
     assert len(os.listdir(tmp_path / "tensors")) == len(different)  # what was not drawn in the end is gone
     found.save(tmp_path / "calls.safetensors")
     assert Calls.load(tmp_path / "calls.safetensors").sha256 == expected
+
+
+def test_a_recording_that_fails_leaves_the_files_of_another_one(quiet: nn.Module, tmp_path: Path) -> None:
+    with record(quiet, folder=tmp_path) as calls:
+        run(quiet, [1.0], prompts=1)
+    before = sorted(os.listdir(tmp_path))
+
+    def stopped() -> None:
+        with record(quiet, folder=tmp_path):
+            run(quiet, [1.0, 0.5], prompts=1)
+            assert len(os.listdir(tmp_path)) > len(before)
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        stopped()
+    assert sorted(os.listdir(tmp_path)) == before
+    assert len(calls["transformer"]) == 1
 
 
 # Pipelines of diffusers ----------------------------------------------------------------------------------------------

@@ -80,6 +80,7 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a layer": (lambda m: m["graph"]["outside"].append("nowhere"), "layer 'nowhere', which the model does not have"),
     "a layer twice": (lambda m: m["graph"]["outside"].append(m["graph"]["outside"][0]), "twice"),
     "the time": (lambda m: m["graph"].update(timestep="sigma"), "forward has no argument 'sigma'"),
+    "the model as the time": (lambda m: m["graph"].update(timestep="self"), "forward has no argument 'self'"),
 }
 
 
@@ -90,6 +91,33 @@ def test_a_graph_that_was_forged(folder, case: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         load(folder)
     assert str(folder) in str(caught.value)
+
+
+def test_texts_of_a_forged_artifact_are_printable(folder) -> None:
+    """They are shown in terminals and on pages."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["notes"] = {"\x1b[2Ja": "b\x1b[31m\n"}
+        manifest["graph"]["left"]["patch_embedding"] = "\x1b]0;c\x07"
+        manifest["graph"]["blocks"][0]["matmuls"][0]["source"]["feed"] = "d\r"
+
+    forge(folder, change)
+    solution = load(folder).solution
+    assert solution.notes == {r"\x1b[2Ja": r"b\x1b[31m\n"}
+    assert solution.graph.left["patch_embedding"] == r"\x1b]0;c\x07"
+    assert solution.graph.blocks[0].matmuls[0].source.feed == r"d\r"
+
+
+def test_a_rotation_in_a_format_that_has_none(folder) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        next(site for site in manifest["sites"] if site["role"] == "input")["rotation"] = 128
+
+    forge(folder, change)
+    config = json.loads((folder / CONFIG).read_text())
+    config["quantization_config"]["format_version"] = 4
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(InputError, match="has a rotation, which formats before 5 do not have"):
+        load(folder)
 
 
 def test_a_layer_that_diffusers_renamed(folder) -> None:

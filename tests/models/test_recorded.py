@@ -150,6 +150,16 @@ def test_a_compiled_model_is_quantized_as_the_model_in_it() -> None:
     assert torch.equal(output(again, calls[0]), output(made, calls[0]))
 
 
+def test_a_model_of_compiled_blocks_is_calibrated_as_it_is_written() -> None:
+    name = "FluxTransformer2DModel"
+    calls, recipe = [ZOO[name].call()], tqdit.Recipe("plus", samples=1, groups=1, rows=32, rounds=0)
+    model = ZOO[name].build().requires_grad_(False)
+    made = tqdit.quantize(model, recipe, calls=calls)
+    model.compile_repeated_blocks(backend="eager", fullgraph=True)
+    output(model, calls[0])  # compiles
+    assert torch.equal(output(tqdit.quantize(model, recipe, calls=calls), calls[0]), output(made, calls[0]))
+
+
 def test_a_model_in_training_is_calibrated_without_dropout() -> None:
     name = "PixArtTransformer2DModel"
     calls, recipe = [ZOO[name].call()], tqdit.Recipe("plus", samples=1, groups=1, rows=32, rounds=0)

@@ -78,7 +78,7 @@ def watch(model: nn.Module, arguments: Mapping[str, Any], sample: str, timestep:
         given[timestep] = torch.tensor(given[timestep], device=device)
     trace = Trace(samples)
     watcher = _Watcher(layers, trace)
-    with _inside(layers, watcher.stack), _eager(model), torch.inference_mode(False), torch.no_grad():
+    with _inside(layers, watcher.stack), eager(model), torch.inference_mode(False), torch.no_grad():
         for name, value in given.items():
             kind = SAMPLE if name == sample else TIME if name == timestep or "timestep" in name else PROMPT
             watcher.mark(value, kind)
@@ -101,10 +101,11 @@ def _refusals(model: nn.Module) -> Iterator[None]:
         raise InputError(f"the {type(model).__name__} fails on the first recorded call: {said}") from error
 
 
-def _eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Let compiled modules and functions run as they are written: a mode sees nothing inside of a compiled one.
+def eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Let compiled modules and functions run as they are written, until the context ends.
 
-    Nothing is compiled where torch's compiler has not been imported, which takes seconds.
+    A mode sees nothing inside of a compiled one, and compiled code may not see hooks. Nothing is compiled where torch's
+    compiler has not been imported, which takes seconds.
     """
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     compiled = compiled or "torch._dynamo" in sys.modules  # such as an attention of diffusers that compiles itself

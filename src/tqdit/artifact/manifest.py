@@ -196,11 +196,13 @@ class Manifest:
 
 
 def _since_5(value: _Manifest) -> dict[str, Any]:
-    """Return the fields that formats before 5 do not have."""
-    if not isinstance(value, _Manifest5):
-        return {}
+    """Return the fields that formats before 5 do not have. Their texts are shown to people."""
     rotations = {site.name: site.rotation for site in value.sites if site.rotation}
-    return {"graph": value.graph, "rotations": rotations, "notes": value.notes}
+    if not isinstance(value, _Manifest5):
+        if rotations:
+            raise InputError(f"site '{next(iter(rotations))}' has a rotation, which formats before 5 do not have")
+        return {}
+    return {"graph": _printable(value.graph), "rotations": rotations, "notes": _printable(value.notes)}
 
 
 def _sites(entries: list[_Site], time_groups: TimeGroups) -> tuple[SiteSpec, ...]:
@@ -229,7 +231,7 @@ def _checked_aliases(value: _Manifest) -> Mapping[str, str]:
 
 
 def _printable(value: Any) -> Any:
-    """Return the provenance in a form that tables and pages may show."""
+    """Return JSON values in a form that tables and pages may show."""
     if isinstance(value, dict):
         return {printable(name): _printable(inner) for name, inner in value.items()}
     if isinstance(value, list):

@@ -23,6 +23,7 @@ class Held:
         self._folder = folder
         self._held: weakref.WeakValueDictionary[str, torch.Tensor] = weakref.WeakValueDictionary()
         self._written: set[str] = set()
+        self._new: set[str] = set()  # of those, the files that were not there before
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -36,15 +37,21 @@ class Held:
         return found
 
     def sweep(self, everything: bool = False) -> None:
-        """Remove the files that were written here of copies that nobody refers to any more, or all of them."""
-        for key in self._written - (set() if everything else set(self._held.keys())):
+        """Remove the files that were made here of copies that nobody refers to any more, or all of them.
+
+        A file that was there before may be of another recording, and stays.
+        """
+        for key in self._new - (set() if everything else set(self._held.keys())):
             self._path(key).unlink(missing_ok=True)
+            self._new.discard(key)
             self._written.discard(key)
 
     def _on_disk(self, key: str, copy: torch.Tensor) -> torch.Tensor:
         if self._folder is None or not copy.numel():
             return copy
         if key not in self._written:
+            if not self._path(key).exists():
+                self._new.add(key)
             write_tensors(self._path(key), {NAME: copy})
             self._written.add(key)
         return load_file(self._path(key))[NAME]

@@ -88,14 +88,12 @@ class _Replay:
         groups = time_groups.num_groups
         linears = [linear for block in graph.blocks for linear in block.linears]
         self.sites = [Site(linear, graph, groups) for linear in linears]
-        self.weights: list[float] = []
         self.times: list[float] = []
         self.listening = False  # hooks also run when a block is computed again for the backward pass
 
     def run(self, number: int, count: int, call: RecordedCall) -> None:
         """Make a call, backward too if the Fisher diagonal is asked for."""
         self.times.append(call.t)
-        self.weights.append(float(getattr(call, "weight", 1.0)))
         group = int(self.time_groups.index(torch.tensor(call.t, dtype=torch.float64)))
         rows = share_of_rows(self.recipe.rows, number, count)
         for site in self.sites:
@@ -167,7 +165,6 @@ class _Replay:
     def records(self, notes: Mapping[str, str]) -> Records:
         """Return the records of all sites."""
         linears, ranges = {}, {}
-        weights = torch.tensor(self.weights)
         for site in self.sites:
             if not site.rows:
                 raise InputError(
@@ -175,7 +172,7 @@ class _Replay:
                     "trace the model with calls that do not"
                 )
             ranges[site.name], ranges[channels_of(site.name)] = site.ranges()
-            linears[site.name] = _joined(site, weights, self.recipe)
+            linears[site.name] = _joined(site, self.recipe)
         tokens = {site.name: site.tokens / len(self.times) for site in self.sites}
         times = torch.tensor(self.times, dtype=torch.float64)
         return Records(
@@ -189,12 +186,11 @@ def probe_seed(seed: int, call: int) -> int:
     return random.Random(f"probes {seed} {call}").getrandbits(32)  # a generator of torch takes 32 bits
 
 
-def _joined(site: Site, weights: torch.Tensor, recipe: Recipe) -> LinearRecord:
-    """Return the rows of all calls as one record, `recipe.rows` of them at most."""
-    chosen, call = site.chosen(recipe.rows, recipe.seed), torch.cat(site.calls)
-    fisher = site.weights()
+def _joined(site: Site, recipe: Recipe) -> LinearRecord:
+    """Return the rows of all calls as one record, `recipe.rows` of them at most. All calls weigh the same."""
+    chosen, fisher = site.chosen(recipe.rows, recipe.seed), site.weights()
     x, group = torch.cat(site.rows)[chosen], torch.cat(site.groups)[chosen]
-    return LinearRecord(x, group, torch.ones(len(x)), weights[call[chosen]], None if fisher is None else fisher[chosen])
+    return LinearRecord(x, group, torch.ones(len(x)), torch.ones(len(x)), None if fisher is None else fisher[chosen])
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:

@@ -12,9 +12,9 @@ from tqdit.graph import Graph, Linear
 class Site:
     """One input of linear layers: its ranges on the model's device, and its picked rows on the CPU.
 
-    `rows`, `groups`, `calls` and `fisher` have a part for each time that a call reached the layers: x (k, in), the time
-    group and the call's number of each row, and the mean squared gradients of the outputs (k, out). `tokens`: rows that
-    passed in all calls. `finite`: whether each input of the call at hand had only finite values.
+    `rows`, `groups` and `fisher` have a part for each time that a call reached the layers: x (k, in), the time group of
+    each row, and the mean squared gradients of the outputs (k, out). `tokens`: rows that passed in all calls. `finite`:
+    whether each input of the call at hand had only finite values.
     """
 
     def __init__(self, linear: Linear, graph: Graph, groups: int) -> None:
@@ -23,7 +23,6 @@ class Site:
         self.count = groups if linear.source.timed else 1
         self.rows: list[torch.Tensor] = []
         self.groups: list[torch.Tensor] = []
-        self.calls: list[torch.Tensor] = []
         self.fisher: list[torch.Tensor] = []
         self.finite: list[torch.Tensor] = []
         self.tokens = 0
@@ -32,7 +31,7 @@ class Site:
 
     def begin(self, call: int, group: int, rows: int, seed: int) -> None:
         """Start a call of a time group, of which `rows` rows are to be kept."""
-        self.finite, self._call, self._wanted = [], call, rows
+        self.finite, self._wanted = [], rows
         self._group = group if self.count > 1 else 0
         self._random = random.Random(f"rows {seed} {call} {self.name}")
 
@@ -52,7 +51,6 @@ class Site:
         self._index = index.to(x.device)
         self.rows.append(flat[self._index].cpu())
         self.groups.append(torch.full_like(index, self._group))
-        self.calls.append(torch.full_like(index, self._call))
 
     def squares(self, place: int, probes: int) -> Callable[[torch.Tensor], None]:
         """Return a hook that adds the squared gradients of the outputs of layer `place` at the picked rows."""

@@ -133,8 +133,8 @@ class _Component:
         found.clear()
         calls, fresh = held_out(calls, made)
         calls = calls.thinned(samples, groups, seed)
+        del model  # a model in both dtypes may not fit in memory
         exact = any_class.load_transformer(self.folder, self.dtype).to(self.device)
-        del model
         comparison = compare_calls(exact, _Models(self, exact), calls, groups, report)
         return Compared(self.name, comparison, sizes, fresh, dtype_name(self.dtype))
 

@@ -238,10 +238,10 @@ def _lay_out(model: TracedModel, device: torch.device) -> None:
 
 def _position(forward: Callable[..., Any], name: str) -> tuple[str, int]:
     """Return an argument's name and its position after `self`."""
-    names = list(inspect.signature(forward).parameters)
+    names = list(inspect.signature(forward).parameters)[1:]
     if name not in names:
         raise InputError(f"the model's forward has no argument '{name}', which its time groups are of")
-    return name, names.index(name) - 1
+    return name, names.index(name)
 
 
 def _assemble(

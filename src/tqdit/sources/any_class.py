@@ -54,6 +54,8 @@ def find(folder: Path) -> Transformers:
         found = {TRANSFORMER: root}
     else:
         found = {name: root / name for name in components.transformers(index)}
+        if outside := [name for name in found if Path(name).name != name]:
+            raise InputError(f"{folder} names the component {outside[0]!r}, which is no folder of it")
         if not found:
             raise InputError(f"{folder} is a pipeline without a transformer; its parts are {', '.join(index)}")
         components.check(root, {key: entry for key, entry in index.items() if key not in found})

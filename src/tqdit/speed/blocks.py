@@ -167,8 +167,6 @@ class _Race:
                     made[kind] = weights(name, model, graph, recipe, arguments)
             if kind in made:
                 yield name, made[kind], graph
-            else:
-                self.skipped.setdefault(name, next(iter(self.skipped.values())))
 
     def _warmed(
         self, name: str, model: nn.Module, graph: Graph, arguments: Mapping[str, Any], inputs: Sequence[torch.Tensor]
