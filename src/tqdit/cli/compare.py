@@ -41,8 +41,8 @@ def compare(
         typer.Option(metavar="FILE", help="calls that `tqdit record` wrote, for artifacts made from recorded calls"),
     ] = None,
     prompts: Prompts = None,
-    num: Annotated[int, typer.Option("-n", "--num", help="images per model (PSNR, FD-fashion)")] = 16,
-    samples: Annotated[int, typer.Option(help="held-out states in each of ten ranges of timesteps (SQNR)")] = 8,
+    num: Annotated[int, typer.Option("-n", "--num", help="images per model; not with --calls")] = 16,
+    samples: Annotated[int, typer.Option(help="states (or calls) in each of ten ranges of timesteps")] = 8,
     steps: Annotated[int, typer.Option(help="sampler steps")] = 50,
     sampler: Sampler = "auto",
     guidance: Guidance = 1.5,
@@ -64,8 +64,8 @@ def compare(
     """Measure artifacts against their float model: SQNR of epsilon, PSNR of same-seed images, FD-fashion, size, cost.
 
     With --calls the outputs of transformers of any class are compared on recorded calls, by time group; then --prompts
-    is a text file with a prompt a line, by which a pipeline also draws images to compare, and --steps and --guidance
-    are the pipeline's own by default. Under torchrun the processes share images and states.
+    is a text file with a prompt a line, by which a pipeline also draws an image each to compare, in its own size, and
+    --steps and --guidance are the pipeline's own by default. Under torchrun the processes share images and states.
     """
     if calls is not None:
         _compare_calls(context, reference, quantized, calls, json_file, quiet)
