@@ -357,12 +357,26 @@ def test_a_recording_that_fails_leaves_the_files_of_another_one(quiet: nn.Module
         with record(quiet, folder=tmp_path):
             run(quiet, [1.0, 0.5], prompts=1)
             assert len(os.listdir(tmp_path)) > len(before)
-            raise ValueError("stop")
+            raise InputError("stop")
 
-    with pytest.raises(ValueError, match="stop"):
+    with pytest.raises(InputError, match="stop"):
         stopped()
     assert sorted(os.listdir(tmp_path)) == before
     assert len(calls["transformer"]) == 1
+
+
+def test_an_interruption_keeps_the_calls_so_far(quiet: nn.Module) -> None:
+    found = []
+
+    def stopped() -> None:
+        with record(quiet) as calls:
+            found.append(calls)
+            run(quiet, [1.0, 0.5], prompts=1)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert len(found[0]["transformer"]) == 2
 
 
 # Pipelines of diffusers ----------------------------------------------------------------------------------------------
