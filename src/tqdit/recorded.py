@@ -21,7 +21,7 @@ from tqdit.architectures.traced_graph import trace
 from tqdit.architectures.tracing import eager
 from tqdit.architectures.untraced import untraced_graph
 from tqdit.artifact import folder as artifact
-from tqdit.artifact.model_card import TRACED_USE, model_card, pipeline_card, write_card
+from tqdit.artifact.model_card import pipeline_card, traced_card, write_card
 from tqdit.calibration import replay
 from tqdit.calibration.called import in_eval_mode, place_of, same_module
 from tqdit.calibration.calls import Calls, Recording, read_calls
@@ -31,10 +31,9 @@ from tqdit.provenance import Provenance
 from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
 from tqdit.runtime.target import Device, Target, checked_device, checked_dtype
-from tqdit.runtime.traced import shape_name
 from tqdit.search import solver
 from tqdit.search.direct import direct_solution
-from tqdit.sources import any_class
+from tqdit.sources import any_class, saving
 from tqdit.sources.in_memory import check_float, check_transformer, name_of
 from tqdit.sources.origin import made_from
 from tqdit.sources.resolve import found_folder
@@ -83,7 +82,7 @@ def quantize_recorded(  # noqa: PLR0913 - options
     with in_eval_mode(model), eager(model):
         solution = solution_of(model, recipe, calls, report)
     if out is not None:
-        save_traced(solution, Path(out), overwrite)
+        saving.save_traced(solution, Path(out), overwrite)
     return convert(solution, target.backend, target.device, wanted)
 
 
@@ -163,7 +162,7 @@ def _written(component: str, solution: Solution, folder: Path, former: Path, cal
     """Write a transformer's artifact into a folder of its own, which will replace `former`."""
     artifact.write(solution, folder)
     size = artifact.size_bytes(folder)
-    write_card(folder, model_card(solution, shape_name(solution), size, draw=TRACED_USE), former)
+    write_card(folder, traced_card(solution, size), former)
     used = solution.provenance.calibration_sha256 is not None and calls is not None
     recipe = solution.provenance.recipe
     kept = calls.thinned(recipe["samples"], recipe["groups"], recipe["seed"]) if used and calls is not None else ()
@@ -223,14 +222,6 @@ def traced_graph(model: nn.Module, calls: Calls) -> Any:
     """Return the graph of a model, traced from its first call."""
     device, dtype = place_of(model)
     return trace(model, calls[0].to(device, dtype), calls.timestep)
-
-
-def save_traced(solution: Solution, out: Path, overwrite: bool = False) -> None:
-    """Write the artifact of a traced model's solution, as a whole or not at all."""
-    with replacing(out, overwrite) as folder:
-        artifact.write(solution, folder)
-        size = artifact.size_bytes(folder)
-        write_card(folder, model_card(solution, shape_name(solution), size, draw=TRACED_USE), out)
 
 
 def weights_sha256(model: nn.Module) -> str:

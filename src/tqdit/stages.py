@@ -269,14 +269,12 @@ def save(
 def _save_traced(
     solution: Solution, out: Path, scheduler: Any, labels: Mapping[int, str] | None, overwrite: bool
 ) -> None:
-    from tqdit.recorded import save_traced  # which imports this module
-
     if scheduler is not None or labels is not None:
         raise InputError(
             "the artifact of a traced model is its transformer alone, without scheduler and labels; write the whole "
             "pipeline by its save_pretrained"
         )
-    save_traced(solution, out, overwrite)
+    saving.save_traced(solution, out, overwrite)
 
 
 def _device(device: Device | None) -> torch.device | None:

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from tqdit.spec import Solution
 from tqdit.system.files import EDITABLE, MODEL_CARD, write_text
 
@@ -91,6 +93,20 @@ OF_TRACED = """by `tqdit`. Weights are packed integer codes, and the linear laye
 tokens run in integers; attention and everything else is diffusers' own code."""
 SEALED = "Weights, config and the files beside them are\nsealed by hashes and may not be edited; this file may."
 TRANSFORMERS_SEALED = "Weights and config of each transformer are\nsealed by hashes and may not be edited."
+
+
+def traced_shape(solution: Solution) -> str:
+    """Return the class of a traced solution with the number of its parameters, such as "Flux2…, 3.9 B parameters"."""
+    assert solution.graph is not None
+    count = sum(torch.Size(shape).numel() for shape in solution.graph.shapes.values())
+    unit, name = next((u, n) for u, n in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if count >= u or u == 1e3)
+    return f"{solution.model_config['_class_name']}, {count / unit:.3g} {name} parameters"
+
+
+def traced_card(solution: Solution, size_bytes: int) -> str:
+    """Return the card of a traced model, as `model_card` does."""
+    return model_card(solution, traced_shape(solution), size_bytes, draw=TRACED_USE)
+
 
 _PYTHON = """Import `tqdit` before the model is loaded: diffusers does not know this kind of quantization by itself.
 

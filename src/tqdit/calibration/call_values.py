@@ -61,6 +61,21 @@ def tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
             yield from tensors(part, f"{name}[{index}]")
 
 
+def floats_of(tree: Any) -> Iterator[torch.Tensor]:
+    """Return the floating-point tensors of an output: a tensor, a sequence, a table or an object with fields."""
+    if isinstance(tree, torch.Tensor):
+        if tree.is_floating_point():
+            yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from floats_of(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from floats_of(value)
+    elif hasattr(tree, "__dict__"):
+        yield from floats_of(vars(tree))
+
+
 def encoded(value: Any, reference: Callable[[torch.Tensor], str]) -> Any:
     """Return an argument as JSON; `reference` says under which name a tensor is found again."""
     if isinstance(value, torch.Tensor):

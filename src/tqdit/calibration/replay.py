@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from tqdit.calibration.call_values import floats_of
 from tqdit.calibration.called import place_of
 from tqdit.calibration.calls import Calls, RecordedCall
 from tqdit.calibration.picker import share_of_rows
@@ -111,7 +112,7 @@ class _Replay:
         self.listening = False
         self._check_finite(call.t, group)
         if self.probed:
-            self._probe(list(_tensors(output)), leaves, number)
+            self._probe(list(floats_of(output)), leaves, number)
 
     def _probe(self, outputs: list[torch.Tensor], leaves: list[torch.Tensor], number: int) -> None:
         """Send probes v ~ N(0, 1) from the outputs back to the leaves; hooks of outputs square what passes."""
@@ -192,21 +193,6 @@ def _joined(site: Site, recipe: Recipe) -> LinearRecord:
     chosen, fisher = site.chosen(recipe.rows, recipe.seed), site.weights()
     x, group = torch.cat(site.rows)[chosen], torch.cat(site.groups)[chosen]
     return LinearRecord(x, group, torch.ones(len(x)), torch.ones(len(x)), None if fisher is None else fisher[chosen])
-
-
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    """Return the floating-point tensors of an output: a tensor, a sequence, a table or an object with fields."""
-    if isinstance(tree, torch.Tensor):
-        if tree.is_floating_point():
-            yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from _tensors(value)
-    elif hasattr(tree, "__dict__"):
-        yield from _tensors(vars(tree))
 
 
 def _with_leaves(tree: Any, leaves: list[torch.Tensor]) -> Any:

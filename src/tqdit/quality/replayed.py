@@ -2,13 +2,14 @@
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from tqdit.calibration.call_values import floats_of
 from tqdit.calibration.called import place_of
 from tqdit.calibration.calls import Calls
 from tqdit.errors import InputError
@@ -103,7 +104,7 @@ def outputs(model: nn.Module, calls: Calls, progress: Any = lambda _: None) -> l
     with torch.no_grad():
         for number, call in enumerate(calls):
             output = model(**call.to(device, dtype))
-            found.append(torch.cat([tensor.float().flatten().cpu() for tensor in _tensors(output)]))
+            found.append(torch.cat([tensor.float().flatten().cpu() for tensor in floats_of(output)]))
             progress((number + 1) / len(calls))
     return found
 
@@ -178,21 +179,6 @@ def _drop_transformers(pipe: Any) -> None:
     for name in [name for name in pipe.components if name.startswith("transformer")]:
         if getattr(pipe, name) is not None:
             setattr(pipe, name, None)
-
-
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    """Return the floating-point tensors of an output."""
-    if isinstance(tree, torch.Tensor):
-        if tree.is_floating_point():
-            yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from _tensors(value)
-    elif hasattr(tree, "__dict__"):
-        yield from _tensors(vars(tree))
 
 
 def _powers(expected: torch.Tensor, actual: torch.Tensor) -> tuple[float, float]:

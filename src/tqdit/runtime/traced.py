@@ -13,7 +13,7 @@ from accelerate.hooks import remove_hook_from_module
 from torch import nn
 
 from tqdit.architectures.traced import Traced, layer_names, traced
-from tqdit.artifact.model_card import TRACED_USE, model_card
+from tqdit.artifact.model_card import traced_card, traced_shape
 from tqdit.errors import InputError
 from tqdit.graph import Graph, Linear
 from tqdit.layers.codes import LayerCodes
@@ -46,11 +46,11 @@ class TracedModel(QuantizedModel):
 
     def shape_name(self) -> str:
         """Return the name of the class, and its parameters."""
-        return shape_name(self.solution)
+        return traced_shape(self.solution)
 
     def card(self, size_bytes: int) -> str:
         """Return the model card of an artifact of this model."""
-        return model_card(self.solution, self.shape_name(), size_bytes, draw=TRACED_USE)
+        return traced_card(self.solution, size_bytes)
 
     def in_call(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> AbstractContextManager[Any]:
         """Set the time groups of a call, if any layer has them; they hold until the context ends.
@@ -111,14 +111,6 @@ class TracedModel(QuantizedModel):
         mine._modules, mine._parameters, mine._buffers = others._modules, others._parameters, others._buffers
         for name in OURS:
             setattr(self, name, getattr(other, name))
-
-
-def shape_name(solution: Solution) -> str:
-    """Return the class of a traced solution with the number of its parameters, such as "Flux2…, 3.9 B parameters"."""
-    assert solution.graph is not None
-    count = sum(torch.Size(shape).numel() for shape in solution.graph.shapes.values())
-    unit, name = next((u, n) for u, n in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if count >= u or u == 1e3)
-    return f"{solution.model_config['_class_name']}, {count / unit:.3g} {name} parameters"
 
 
 def convert_traced(

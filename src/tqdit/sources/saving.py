@@ -11,7 +11,15 @@ from torch import nn
 from tqdit.architectures.registry import architecture, config_of
 from tqdit.architectures.shapes import shape_name
 from tqdit.artifact import folder as artifact
-from tqdit.artifact.model_card import LOAD_MODEL, LOAD_PIPELINE, LOAD_TRANSFORMER, keep_edited, model_card, write_card
+from tqdit.artifact.model_card import (
+    LOAD_MODEL,
+    LOAD_PIPELINE,
+    LOAD_TRANSFORMER,
+    keep_edited,
+    model_card,
+    traced_card,
+    write_card,
+)
 from tqdit.artifact.tensors import decisive
 from tqdit.errors import InputError, RepairWarning
 from tqdit.recipe import Recipe
@@ -65,6 +73,13 @@ def fill(folder: Path, solution: Solution, source: ModelSource, former: Path) ->
     prompted = is_prompted(solution.model_config)
     text = model_card(solution, shape_name(solution.model_config), size, source.name, load, kind, prompted=prompted)
     write_card(folder, text, former)
+
+
+def save_traced(solution: Solution, out: Path, overwrite: bool = False) -> None:
+    """Write the artifact of a traced model's solution, its transformer alone, as a whole or not at all."""
+    with replacing(out, overwrite) as folder:
+        artifact.write(solution, folder)
+        write_card(folder, traced_card(solution, artifact.size_bytes(folder)), out)
 
 
 def least_bytes(source: ModelSource, module: nn.Module, recipe: Recipe) -> int:
