@@ -7,12 +7,12 @@ from typing import Any
 
 from tqdit.architectures.shapes import shape_name
 from tqdit.artifact import folder as artifact
+from tqdit.artifact.model_card import traced_shape
 from tqdit.errors import InputError
 from tqdit.graph import Graph
 from tqdit.ops.dispatch import kernel_name
 from tqdit.runtime import fitting
 from tqdit.runtime.target import Target
-from tqdit.runtime.traced import shape_name as traced_shape_name
 from tqdit.sources.source import ModelSource
 from tqdit.spec import Solution
 
@@ -37,7 +37,7 @@ def inspection(source: ModelSource, target: Target) -> dict[str, Any]:
         sites = traced_sites(solution.graph, solution, sites)
     return {
         "name": source.name,
-        "shape": traced_shape_name(solution) if traced else shape_name(solution.model_config),
+        "shape": traced_shape(solution) if traced else shape_name(solution.model_config),
         **({} if solution.graph is None else {"traced": traced_facts(solution.graph, solution)}),
         "preset": solution.provenance.preset_name,
         "bits": solution.provenance.bits,
