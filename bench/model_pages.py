@@ -76,7 +76,7 @@ def _named(reasons: dict[str, str]) -> str:
 
 def trained() -> Lines:
     """Return the tables of the small models that were trained."""
-    names = [f"small-models-{name}-h200" for name in SMALL]
+    names = [f"small-models-{name}-{device}" for name in SMALL for device in ("h200", "cpu")]
     found = _there(*names)
     if not found:
         return _missing(*names)
