@@ -89,8 +89,8 @@ def trained() -> Lines:
     for run in found.values():
         training, settings = run["training"], run["settings"]
         lines += [
-            f"{training['model']}, {training['parameters'] / 1e6:.1f} M parameters, {settings['images']} images, "
-            f"{settings['steps']} steps, guidance {settings['guidance']}:",
+            f"{training['model']}, {training['parameters'] / 1e6:.1f} M parameters, "
+            f"{settings['images'] or 'no'} images, {settings['steps']} steps, guidance {settings['guidance']}:",
             "",
             table(["model", "SQNR (dB)", "PSNR (dB)", "FD-fashion"], _trained_rows(run)),
             "",
@@ -101,9 +101,12 @@ def trained() -> Lines:
 
 
 def _trained_rows(run: Run) -> list[list[str]]:
-    rows = [["float32", "–", "–", f"{run['float']['fd_fashion']:.2f}"]]
+    def figure(row: Run, key: str, digits: int) -> str:
+        return f"{row[key]:.{digits}f}" if key in row else "–"
+
+    rows = [["float32", "–", "–", figure(run["float"], "fd_fashion", 2)]] if run["float"] else []
     return rows + [
-        [name, f"{row['sqnr_db']:.1f}", f"{row['psnr_db']:.1f}", f"{row['fd_fashion']:.2f}"]
+        [name, f"{row['sqnr_db']:.1f}", figure(row, "psnr_db", 1), figure(row, "fd_fashion", 2)]
         for name, row in run["models"].items()
     ]
 

@@ -72,7 +72,7 @@ class Trial:
         self.outputs = self.predict(pipe.transformer)
         self.labels = torch.arange(settings.images) % CLASSES
         self.classifier = features.load_fashion_classifier(self.device)
-        self.images = self.draw(pipe)
+        self.images = self.draw(pipe) if settings.images else None
 
     def record(self, seed: int, batches: int, per_group: int) -> Calls:
         """Return the calls that the pipeline makes to draw batches of one image of each class."""
@@ -166,20 +166,17 @@ def layers(model: nn.Module) -> dict[str, Any]:
     return {"quantized": dict(grids), "weight_only": sum(layer.source is None for layer in found)}
 
 
-def measure(trial: Trial, name: str, make: Callable[[], nn.Module]) -> tuple[dict[str, Any], Tensor]:
-    """Return the figures of a model, and its images."""
+def measure(trial: Trial, name: str, make: Callable[[], nn.Module]) -> tuple[dict[str, Any], Tensor | None]:
+    """Return the figures of a model, and its images if any are drawn."""
     started = time.perf_counter()
     model = make()
     seconds = round(time.perf_counter() - started, 1)
-    images = trial.draw(trial.pipe.with_transformer(model))
-    row = {
-        "quantization_seconds": seconds,
-        "layers": layers(model),
-        **trial.fidelity(model),
-        "psnr_db": round(psnr_db(trial.images, images), 2),
-        **trial.quality(images),
-        "seconds": round(time.perf_counter() - started, 1),
-    }
+    row: dict[str, Any] = {"quantization_seconds": seconds, "layers": layers(model), **trial.fidelity(model)}
+    images = None
+    if trial.images is not None:
+        images = trial.draw(trial.pipe.with_transformer(model))
+        row |= {"psnr_db": round(psnr_db(trial.images, images), 2), **trial.quality(images)}
+    row["seconds"] = round(time.perf_counter() - started, 1)
     print(name, row, flush=True)
     return row, images
 
@@ -191,7 +188,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="folder that examples/train_small_models.py wrote")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bits", nargs="+", default=list(BITS))
-    parser.add_argument("--images", type=int, default=1000, help=f"a multiple of {BLOCKS}")
+    parser.add_argument("--images", type=int, default=1000, help=f"a multiple of {BLOCKS}; 0: outputs alone")
     parser.add_argument("--batch", type=int, default=250)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=2.0)
@@ -199,8 +196,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--skip", nargs="*", default=[], help="models that are left out, such as bf16 where it is slow")
     parser.add_argument("--per-group", type=int, default=16, help="calls of a time group that are kept")
     args = parser.parse_args()
-    if args.images % BLOCKS or args.images < 2 * BLOCKS:
-        parser.error(f"--images must be a multiple of {BLOCKS}, at least {2 * BLOCKS}")
+    if args.images % BLOCKS or 0 < args.images < 2 * BLOCKS:
+        parser.error(f"--images must be 0 or a multiple of {BLOCKS}, at least {2 * BLOCKS}")
     return args
 
 
@@ -217,17 +214,17 @@ def main() -> None:
         "environment": environment(args.device),
         "training": read_json(training) if training.is_file() else None,
         "settings": {**vars(settings), "recorded_calls": len(trial.calls), "held_out_calls": len(trial.held_out)},
-        "float": trial.quality(trial.images),
+        "float": None if trial.images is None else trial.quality(trial.images),
         "models": {},
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    images: dict[str, Tensor] = {}
+    images: dict[str, Any] = {}
     for name, make in models(trial, args.bits):
         if name in args.skip:
             continue
         result["models"][name], images[name] = measure(trial, name, make)
         write_json(args.out, result)
-    if BFLOAT16 in images:  # the yardstick
+    if images.get(BFLOAT16) is not None:  # the yardstick
         result["verdicts"] = trial.verdicts(images)
     write_json(args.out, result)
 
