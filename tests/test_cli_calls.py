@@ -238,7 +238,7 @@ def test_inspect_groups_sites_by_what_feeds_them(run, flux, tmp_path) -> None:
 
 
 def test_each_transformer_of_a_pipeline_has_calls_of_its_own(flux, tmp_path) -> None:
-    """As of Wan 2.2, whose two transformers have one config."""
+    """A pipeline as Wan 2.2's has two transformers of one config; each is given its own calls."""
     root, model = tmp_path / "two", ZOO[FLUX].build().to(torch.bfloat16)
     index = {"_class_name": "FluxPipeline", "_diffusers_version": "0.42.0", "scheduler": [None, None]}
     for name in ("transformer", "transformer_2"):

@@ -89,7 +89,8 @@ def test_rows_factors_and_float_ends_run(model, solved, model_inputs, settings: 
     solution = with_factors(model, solved("plus", bits, **NEW_SETTINGS[settings]))
     a, b, equal = twins(solution, model_inputs)
     assert sqnr_db(a, b) >= 45  # a code that moved is a part of a row's step
-    assert min(equal) > 0.98  # a float sum in another order moves a code, and what follows it
+    moving = bits == "w4a8" and settings == "factors, uniform"  # without AVX-512, sums have another order
+    assert min(equal) > (0.98 if moving else 0.99)  # a float sum in another order moves a code, and what follows it
     assert sqnr_db(run(model, model_inputs), a) > least
 
 

@@ -224,7 +224,7 @@ def test_calls_of_another_model(calls: Calls, model: nn.Module) -> None:
 
 
 def test_latents_that_join_another_argument_may_have_fewer_channels() -> None:
-    """As in Cosmos, which adds the channel of a mask to those of its latents."""
+    """A model such as Cosmos adds the channel of a mask to those of its latents."""
 
     model, given = Latents({"in_channels": 5}), {"hidden_states": torch.ones(1, 4, 2, 2), "timestep": 1.0}
     Calls.of(model, [given | {"condition_mask": torch.ones(1, 1, 2, 2)}])
@@ -496,7 +496,7 @@ def test_the_calls_of_a_model_are_those_recorded_of_it(calls: Calls, model: nn.M
 
 
 def test_a_transformer_that_was_not_called_has_no_calls_of_the_other(calls: Calls, model: nn.Module) -> None:
-    """As of Wan 2.2, if all recorded times are those of one of its two transformers."""
+    """A pipeline as Wan 2.2's may be recorded at times of one of its two transformers alone."""
     twin = flux()
     recording = Recording({"transformer": calls}, {"transformer": model, "transformer_2": twin})
     assert recording.of(model) is calls

@@ -123,7 +123,7 @@ def test_a_site_with_fewer_rows_keeps_all(flux, flux_graph, flux_calls, inputs) 
 
 
 def test_fisher_weights_are_squared_gradients_of_probes(flux, flux_graph, flux_calls) -> None:
-    """Of all rows of one call, against autograd without checkpoints or hooks; the mean over many probes is used."""
+    """The weights of all rows of one call equal those of autograd without checkpoints or hooks, as means of probes."""
     recipe = Recipe("plus", rows=10**6, groups=1)
     one = flux_calls[:1]
     made = replay.record(flux, flux_graph, one, one.time_groups(1), recipe)

@@ -67,7 +67,7 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def _renamed(manifest: dict[str, Any]) -> None:
-    """As if diffusers had renamed a layer since."""
+    """An artifact is refused by the name of a layer that diffusers has renamed since."""
     text = json.dumps(manifest).replace("blocks.0.ffn.net.2", "blocks.0.ffn.net.3")
     manifest.clear()
     manifest.update(json.loads(text))

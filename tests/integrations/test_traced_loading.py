@@ -178,7 +178,7 @@ class TestSaving:
         assert torch.equal(run(loaded, WAN, **given), run(made, WAN, **given))
 
     def test_a_pipeline_of_two_transformers(self, model, tmp_path) -> None:
-        """As of Wan 2.2, whose second transformer is for the low noise."""
+        """A pipeline as Wan 2.2's, whose second transformer is for the low noise, is saved and loaded with both."""
         second = tqdit.quantize(ZOO[WAN].build(1), tqdit.Recipe("dynamic"), calls=[ZOO[WAN].call()])
         wan(model, second).save_pretrained(tmp_path / "pipe")
         pipe = WanPipeline.from_pretrained(tmp_path / "pipe", **ALONE)

@@ -10,11 +10,11 @@ from typing import Any, Self, cast
 import torch
 from torch import nn
 
+from tqdit.architectures.traced_graph import TIMESTEPS
 from tqdit.artifact.tensors import decisive
 from tqdit.calibration import call_values
 from tqdit.errors import InputError
 
-TIMES = ("timestep", "timesteps", "t")  # what diffusers calls the time argument of a forward
 CHANNELS = "in_channels"  # of a config
 
 
@@ -74,7 +74,7 @@ def place_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 def time_argument(module: nn.Module) -> str | None:
     """Return the name of the time argument of a model's forward; None if there is none."""
     parameters = inspect.signature(type(same_module(module)).forward).parameters
-    return next((name for name in TIMES if name in parameters), None)
+    return next((name for name in TIMESTEPS if name in parameters), None)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ class Signature:
         """Read a model's forward. Raises `InputError` if it takes no time."""
         timestep = time_argument(model)
         if timestep is None:
-            raise InputError(f"a {kind_of(model)} takes no {', '.join(TIMES[:-1])} or {TIMES[-1]}: it is no denoiser")
+            names = f"{', '.join(TIMESTEPS[:-1])} or {TIMESTEPS[-1]}"
+            raise InputError(f"a {kind_of(model)} takes no {names}: it is no denoiser")
         # Offloading replaces the forward of an object, so the class is asked.
         whole = inspect.signature(type(same_module(model)).forward)
         return cls(kind_of(model), timestep, whole.replace(parameters=list(whole.parameters.values())[1:]))

@@ -10,7 +10,7 @@ from tqdit.spec import Solution
 
 @dataclass(frozen=True)
 class TransformerSummary:
-    """What became of one transformer.
+    """The layers, notes and sizes of one quantized transformer.
 
     `integer`, `weight_only`: linear layers in integers, and with integer weights alone. `left`: reason -> layers that
     stay in float. `notes`: site -> why its layers take float inputs after all, or what else is worth saying.
@@ -41,7 +41,7 @@ class TransformerSummary:
 
 @dataclass(frozen=True)
 class FolderSummary:
-    """What quantizing a folder took: `seconds`, and the process's and the GPU's largest memory in bytes."""
+    """The transformers of a quantized folder, the `seconds` they took, and peak memory of process and GPU in bytes."""
 
     name: str
     preset: str

@@ -54,7 +54,7 @@ def test_without_a_key_triton_is_asked_every_time(compiled) -> None:
 
 
 def test_profilers_see_launches(compiled, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where one has a hook, Triton launches, which tells it."""
+    """Triton launches the kernel itself where a profiler has a hook, so that the profiler is told."""
     kernel, x = Kernel(), torch.zeros(4)
     relaunch.launch(kernel, "key", (1, 1), (x,), ())
     hook = SimpleNamespace(calls=[print])
