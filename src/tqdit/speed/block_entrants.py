@@ -19,7 +19,7 @@ from tqdit.errors import InputError
 from tqdit.graph import Graph
 from tqdit.recipe import Recipe
 from tqdit.recorded import quantize_recorded
-from tqdit.speed.baselines import RECOMPILE_LIMIT, TORCHAO_OPTIONS, missing, quiet
+from tqdit.speed.baselines import FP8_OPTIONS, RECOMPILE_LIMIT, TORCHAO_OPTIONS, missing, quiet
 from tqdit.speed.machine import synchronise
 
 
@@ -45,7 +45,7 @@ ENTRANTS: Mapping[str, Kind] = {
     "ours-compiled": Kind("ours", {}),
     "ours-graphs": Kind("ours", {}, graphs=True),
     "torchao-int8": Kind("torchao-int8", TORCHAO_OPTIONS),
-    "torchao-fp8": Kind("torchao-fp8", TORCHAO_OPTIONS),
+    "torchao-fp8": Kind("torchao-fp8", {**TORCHAO_OPTIONS, **FP8_OPTIONS}),
 }
 OURS = ("ours-eager", "ours-compiled", "ours-graphs")
 BFLOAT16 = ("bf16-eager", "bf16-compiled", "bf16-graphs")
