@@ -86,14 +86,16 @@ def test_a_race_has_ours_and_float_entrants_on_the_call_and_on_the_linears_alone
     assert seen == [1]
     assert {(row.part, row.entrant) for row in raced.rows} == {
         (part, name)
-        for part in ("call", "linears", "transformer_blocks", "single_transformer_blocks", "blocks")
+        for part in ("call", "linears", "transformer_blocks", "single_transformer_blocks", "all blocks")
         for name in ("bf16-eager", "ours-eager")
     }
     assert raced.skipped == {}
     assert raced.blocks == {"transformer_blocks": 1, "single_transformer_blocks": 1}
     assert raced.depths == {"transformer_blocks": 2, "single_transformer_blocks": 3}
     times = {row.part: row.p50_ms for row in raced.rows if row.entrant == "ours-eager"}
-    assert times["blocks"] == pytest.approx(2 * times["transformer_blocks"] + 3 * times["single_transformer_blocks"])
+    assert times["all blocks"] == pytest.approx(
+        2 * times["transformer_blocks"] + 3 * times["single_transformer_blocks"]
+    )
     eager = next(row for row in raced.rows if (row.part, row.entrant) == ("call", "bf16-eager"))
     assert eager.speedup_over_bf16 == 1
     figures = blocks.figures([raced], settings)
@@ -147,7 +149,7 @@ def test_the_chain_is_one_run_of_many(tiny, monkeypatch) -> None:
     monkeypatch.setattr(blocks, "interleaved", lambda calls, *_: {name: [8.0] for name in calls})
     race_ = blocks._Race(TINY, BlockSettings(device="cpu"), lambda *_: None)
     rows = {row.part: row.p50_ms for row in race_._timed({"transformer_blocks": 3}, [part])}
-    assert rows == {"call": 8, "transformer_blocks": 2, "blocks": 6}
+    assert rows == {"call": 8, "transformer_blocks": 2, "all blocks": 6}
 
 
 def test_an_entrant_that_fails_is_named_and_the_others_stay(tiny, monkeypatch) -> None:
@@ -190,7 +192,7 @@ def test_the_command_prints_and_writes_what_it_measured(tiny, run, tmp_path) -> 
     (model,) = written["models"]
     assert [(row["part"], row["entrant"]) for row in model["rows"]] == [
         (part, name)
-        for part in ("call", "linears", "transformer_blocks", "single_transformer_blocks", "blocks")
+        for part in ("call", "linears", "transformer_blocks", "single_transformer_blocks", "all blocks")
         for name in ("ours-eager", "bf16-eager")
     ]
     assert "tiny (Flux2Transformer2DModel): 1 x 4 x 4 patches, 8 text tokens; 1 transformer_blocks" in " ".join(

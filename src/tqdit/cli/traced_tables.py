@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 PARTS = {
     "call": "a call of these blocks",
     "linears": "linear layers of one block of each kind",
-    "blocks": "all blocks of the published model, computed from one of each kind",
+    "all blocks": "all blocks of the published model, computed from one of each kind",
 }
 
 

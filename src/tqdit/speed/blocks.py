@@ -48,7 +48,7 @@ from tqdit.system.isolation import isolated
 
 WARM_UP = 2
 FEW_TOKENS = 64  # of the call that is traced
-ALL_BLOCKS = "blocks"  # the part whose time is computed: every block at the published depth
+ALL_BLOCKS = "all blocks"  # the part whose time is computed: every block at the published depth
 LOG = logging.getLogger(__name__)
 
 
@@ -78,8 +78,8 @@ class BlockRow:
     """The figures of an entrant on one part.
 
     "call" is a call of the model with its few blocks, "linears" the quantized layers of one block of each kind alone;
-    the path of a list of blocks is one of these blocks alone. "blocks" is computed: the times of blocks of each kind
-    times their number in the published model. Times are percentiles in ms. `speedup_over_bf16`: median ms of the
+    the path of a list of blocks is one of these blocks alone. "all blocks" is computed: the time of a block of each
+    kind times their number in the published model. Times are percentiles in ms. `speedup_over_bf16`: median ms of the
     fastest float entrant over this one's.
     """
 

@@ -66,12 +66,7 @@ def quantize(x: torch.Tensor, target: OperandParams, config: Config) -> Codes:
     Rows of x may be apart, as parts of a wider tensor are; their channels are neighbours.
     """
     batch, tokens, width = x.shape
-    of_batch, x_stride, of_channel = x.stride()
-    if of_channel != 1 or (batch > 1 and of_batch != tokens * x_stride):
-        x = x.contiguous()
-        x_stride = x.stride(1)
-    if tokens == 1:
-        x_stride = x.stride(0)
+    x, x_stride = rows_apart(x)
     factors, groups, by_row = target.channels, groups_of(target), target.grid is Grid.ROW
     plan = _quantize_plan(
         x.get_device(), x.dtype, batch * tokens, width, tokens, x_stride, pitch(width), groups.stride,
@@ -85,6 +80,16 @@ def quantize(x: torch.Tensor, target: OperandParams, config: Config) -> Codes:
     launch = plan.launch if aligned(x, *tensors[3:]) else plan.launch_any
     launch(tensors)
     return out if steps is None else RowCodes(out, steps)
+
+
+def rows_apart(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return x (B, N, C), or a copy, whose rows are evenly apart, and the numbers from one row to the next."""
+    batch, tokens, _ = x.shape
+    of_batch, of_row, of_channel = x.stride()
+    if of_channel != 1 or (batch > 1 and tokens > 1 and of_batch != tokens * of_row):
+        x = x.contiguous()
+        of_batch, of_row, _ = x.stride()
+    return x, of_row if tokens > 1 else of_batch
 
 
 @functools.lru_cache(PLANS)

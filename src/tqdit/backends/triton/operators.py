@@ -48,7 +48,7 @@ def on_device_of(function: Callable[P, R]) -> Callable[P, R]:
 
 def on(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Make the GPU of a tensor the current one, which it is already unless there are several."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return contextlib.nullcontext()
 
