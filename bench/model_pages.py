@@ -3,6 +3,8 @@
 The page is written by hand but for its sections, as docs/quality.md is (see `quality_pages.py`).
 """
 
+import math
+import statistics
 from typing import Any
 
 from pages import RESULTS, environment, read, table
@@ -12,6 +14,7 @@ Run = dict[str, Any]
 Lines = list[str]
 TARGET = 30  # dB of a model's output with random weights
 SMALL = ("flux", "z-image")
+APART = "int8 apart"  # a linear layer in integers with a quantize of its own, in traced-linears-h200.json
 
 
 def models(text: str) -> str:
@@ -32,6 +35,45 @@ def _there(*names: str) -> dict[str, Run]:
 
 def _missing(*names: str) -> Lines:
     return ["Not measured yet: there is no " + " or ".join(f"`bench/results/{name}.json`" for name in names) + ".", ""]
+
+
+def shares() -> Lines:
+    """Return the table of what linear layers take of the published models."""
+    found = _there("architecture-shares", "traced-linears-h200")
+    if len(found) < 2:
+        return _missing(*(name for name in ("architecture-shares", "traced-linears-h200") if name not in found))
+    run = found["architecture-shares"]
+    faster = statistics.median(row["times_bf16"][APART] for row in found["traced-linears-h200"]["rows"])
+    head = [
+        "model", "tokens of image or video + text", "width of a head", "FLOPs in integers (%)", "of attention (%)",
+        "parameters in integers (%)", "integer weights alone (%)", "bound",
+    ]  # fmt: skip
+    return [
+        "Shares are of one call at the size that the model is made for, of its FLOPs and of its parameters, computed "
+        "from its config by `bench/architecture_shares.py`; what is missing to 100 % stays in float. The bound is for "
+        f"linear layers in integers that are {faster:.2f} times as fast as in bf16, the median of the layers under "
+        "[speed](#speed) with their own quantize, with everything else as it was and all FLOPs equally fast. A FLOP "
+        "of attention usually takes longer than one of a linear layer; then the gain is lower.",
+        "",
+        table(head, [_shares_row(row, faster) for row in run["models"]]),
+        "",
+        environment(run["environment"]),
+        "",
+    ]
+
+
+def _shares_row(row: Run, faster: float) -> list[str]:
+    flops, parameters, (*_, width) = row["flops"], row["parameters"], row["attention"]
+    call, model = sum(flops.values()), sum(parameters.values())
+    integer = flops["integer"] / call
+    return [
+        f"{row['model']}, {model / 1e9:.2f} B",
+        f"{math.prod(row['patches'])} + {row['text_tokens']}",
+        str(width),
+        *(f"{100 * part:.1f}" for part in (integer, flops["attention"] / call)),
+        *(f"{100 * parameters[kind] / model:.1f}" for kind in ("integer", "weight_only")),
+        f"{1 / (1 - integer + integer / faster):.2f}",
+    ]
 
 
 def classes() -> Lines:
@@ -198,7 +240,7 @@ def linears() -> Lines:
 
 def _gpu_linear(row: Run) -> list[str]:
     ratios = row["times_bf16"]
-    shown = ("int8 product", "int8 apart", "int8 of three", "fp8 apart, compiled")
+    shown = ("int8 product", APART, "int8 of three", "fp8 apart, compiled")
     figures = [f"{ratios[name]:.2f}" if name in ratios else "–" for name in shown]
     return [f"{row['model']} {row['depth']} → {row['columns']}", str(row["rows"]), f"{row['us']['bf16']:.0f}", *figures]
 
@@ -224,4 +266,7 @@ def calibration() -> Lines:
     ]
 
 
-SECTIONS = {"classes": classes, "trained": trained, "linears": linears, "speed": speed, "calibration": calibration}
+SECTIONS = {
+    "shares": shares, "classes": classes, "trained": trained, "linears": linears, "speed": speed,
+    "calibration": calibration,
+}  # fmt: skip
