@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from tqdit.speed.benchmark import Benchmark, TimedModel
 
 WIDTH = 80  # columns of an output that is not a terminal
-QUICK_NOTE = (
-    "compiled: by torch.compile without tuning every kernel (max-autotune). Without --quick the baselines are autotuned."
-)
+QUICK_NOTE = "compiled: by torch.compile without tuning every kernel (max-autotune); without --quick, they are."
 FEW_IMAGES = 100  # with fewer images FD-fashion depends more on their number than on the model
 
 
