@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from tqdit.architectures.patches import FEW_TOKENS
-from tqdit.backends.triton import candidates, hopper, launch, tuning
+from tqdit.backends.triton import candidates, hopper, launch, naming, tuning
 from tqdit.backends.triton.kernels import rounding
 from tqdit.backends.triton.layer import TritonLinear
 from tqdit.backends.triton.layouts import KINDS, Config, Projected, Weight, part_sizes, with_steps
@@ -148,9 +148,9 @@ def jobs() -> Iterator[Job]:
         for name, (epilogue, depth, columns, products) in LINEARS.items():
             two = products == 2
             by_row = name.endswith(ROWS)
-            ordinary_key = tuning.linear_key(epilogue, rows, columns, depth, 8, two, 0, by_row)
+            ordinary_key = naming.linear_key(epilogue, rows, columns, depth, 8, two, 0, by_row)
             tile = hopper.rows_of_tile(torch.device("cuda"), tokens, 8, two)
-            key = tuning.linear_key(epilogue, rows, columns, depth, 8, two, tile, by_row)
+            key = naming.linear_key(epilogue, rows, columns, depth, 8, two, tile, by_row)
             out = {"heads": 1, "gelu": 1, "gelu-channels": 1, "residual bfloat16": 4, "residual": 8}[epilogue]
             moved = rows * depth + columns * depth + rows * columns * out
             special = candidates.hopper_linear(epilogue, rows, columns, tile)
@@ -158,20 +158,20 @@ def jobs() -> Iterator[Job]:
             operations = 2 * rows * columns * depth * products
             yield Job(workload, name, key, ordinary_key, possible, operations, moved)
         for name, mode in PROBABILITIES.items():
-            ordinary_key = tuning.attention_key(batch * HEADS, tokens, HEAD_DIM, mode)
+            ordinary_key = naming.attention_key(batch * HEADS, tokens, HEAD_DIM, mode)
             forms = name == "MRQ", name == "softmax rows"
             special = candidates.hopper_attention(torch.device("cuda"), tokens, HEAD_DIM, *forms)
-            key = tuning.attention_key(batch * HEADS, tokens, HEAD_DIM, mode, bool(special))
+            key = naming.attention_key(batch * HEADS, tokens, HEAD_DIM, mode, bool(special))
             operations = 2 * rows * tokens * WIDTH * (3 if name == "MRQ" else 2)
             possible = (*special, *candidates.attention(batch * HEADS, tokens))
             yield Job(workload, f"attention, {name}", key, ordinary_key, possible, operations, 4 * rows * WIDTH)
         for name, (per_token, columns, depth) in FLOAT_INPUTS.items():
             m = min(rows, FEW_TOKENS) if per_token else batch
             moved = 4 * m * depth + columns * depth + 4 * m * columns
-            key = tuning.float_key(m, columns, depth, 8)
+            key = naming.float_key(m, columns, depth, 8)
             yield Job(workload, name, key, key, tuple(candidates.float_input(m, columns)), 0, moved)
         for name, stream in NORMS.items():
-            key = tuning.norm_key(rows, WIDTH, stream, name.endswith(ROWS))
+            key = naming.norm_key(rows, WIDTH, stream, name.endswith(ROWS))
             moved = (stream.itemsize + 1) * rows * WIDTH
             yield Job(workload, name, key, key, tuple(candidates.norm(rows, WIDTH)), 0, moved)
 
