@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tqdit.backends.triton import floats, operators
+from tqdit.backends.triton import floats, operators, tuning
 from tqdit.backends.triton.layer import TritonLinear
 from tqdit.backends.triton.layouts import NATIVE, Projected, weight_of, with_steps
 from tqdit.errors import InputError
@@ -40,6 +40,7 @@ class TritonBackend:
     INTEGER = True
     GRAPHS = True
     PACKED = False
+    compile_ahead = staticmethod(tuning.prepare)
 
     def kernel(self, operation: str) -> str:
         if operation in ("scores", "values"):

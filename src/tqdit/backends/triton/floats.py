@@ -10,7 +10,7 @@ import functools
 import torch
 from torch.nn import functional as F
 
-from tqdit.backends.triton import candidates, hopper, launch, tuning
+from tqdit.backends.triton import candidates, hopper, launch, naming, tuning
 from tqdit.backends.triton.kernels.quantize import quantize_rows_kernel
 from tqdit.backends.triton.layouts import Config, Weight, groups_of, pitch, powers_of_two, row_stride, with_steps
 from tqdit.ops import quantizer
@@ -78,7 +78,7 @@ def linear(given: Codes, source: OperandParams, weight: Weight, dtype: torch.dty
         return launch.plain(given, source, weight, config, dtype)
 
     sizes = rows, columns, weight.depth, weight.bits, two, 0
-    own, like = (tuning.linear_key(name, *sizes, steps is not None) for name in ("float", "residual bfloat16"))
+    own, like = (naming.linear_key(name, *sizes, steps is not None) for name in ("float", "residual bfloat16"))
     possible = functools.partial(candidates.linear, rows, two, weight.bits)
     return run(tuning.choose_near((own, like), device, possible, run))
 
@@ -97,5 +97,5 @@ def float_input(x: torch.Tensor, weight: Weight, dtype: torch.dtype) -> torch.Te
 
     if launch.NATIVE and x.dtype is not torch.float32 and weight.bits == INT8:
         return run(candidates.float_rows(rows, columns, depth))
-    key = tuning.float_key(rows, columns, depth, weight.bits)
+    key = naming.float_key(rows, columns, depth, weight.bits)
     return run(tuning.choose_near((key,), x.device, functools.partial(candidates.float_input, rows, columns), run))
