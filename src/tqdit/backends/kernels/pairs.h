@@ -2,7 +2,7 @@
 #pragma once
 #include "products.h"
 
-#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+#if defined(__AVX2__) && !defined(TQDIT_DOTS)
 #define TQDIT_PAIRS
 
 namespace tqdit {
@@ -93,6 +93,7 @@ class PairProduct {
 
   Buffer<int16_t> left_, right_;
 };
+typedef PairProduct TaskProduct;
 
 }  // namespace tqdit
 #endif
