@@ -9,7 +9,7 @@
 namespace tqdit {
 
 // Computes c[r][j] = sum_k a[r][k] b[k][j] for R rows and C vectors of columns. b is packed in fours: [k / 4][column][k % 4].
-// surplus: of every row, where bytes are `biased`.
+// surplus: the `excess` of every row.
 template <int R, int C>
 inline void dot_tile(const uint8_t* a, int64_t lda, const int8_t* b, int64_t columns, int64_t fours, int32_t* c,
                      int64_t ldc, [[maybe_unused]] const int32_t* surplus) {
@@ -20,17 +20,17 @@ inline void dot_tile(const uint8_t* a, int64_t lda, const int8_t* b, int64_t col
 #pragma GCC unroll 8
     for (int j = 0; j < C; ++j) sums[r][j] = vint{};
   for (int64_t k = 0; k < fours; ++k) {
-    vint right[C];
+    decltype(right_of(vint{})) right[C];
 #pragma GCC unroll 8
     for (int j = 0; j < C; ++j)
-      right[j] = biased(load(reinterpret_cast<const int32_t*>(b + (k * columns + j * LANES) * 4)));
+      right[j] = right_of(load(reinterpret_cast<const int32_t*>(b + (k * columns + j * LANES) * 4)));
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      int32_t left;
-      std::memcpy(&left, a + r * lda + k * 4, 4);
-      const vint four = vint{} + left;
+      int32_t four;
+      std::memcpy(&four, a + r * lda + k * 4, 4);
+      const auto left = left_of(four);
 #pragma GCC unroll 8
-      for (int j = 0; j < C; ++j) sums[r][j] = add_products(sums[r][j], four, right[j]);
+      for (int j = 0; j < C; ++j) sums[r][j] = add_products(sums[r][j], left, right[j]);
     }
   }
 #pragma GCC unroll 8
@@ -66,8 +66,7 @@ inline void dot_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t col
   int64_t j = 0;
   for (; columns - j > MOST_VECTORS<R> * LANES; j += NEXT_VECTORS<R> * LANES)
     dot_tile<R, NEXT_VECTORS<R>>(a, lda, b + j * 4, columns, fours, c + j, ldc, surplus);
-  dot_last<R, MOST_VECTORS<R>>(a, lda, b + j * 4, columns, fours, c + j, ldc, surplus,
-                               (columns - j) / LANES);
+  dot_last<R, MOST_VECTORS<R>>(a, lda, b + j * 4, columns, fours, c + j, ldc, surplus, (columns - j) / LANES);
 }
 
 // Multiplies (rows, 4 * fours) unsigned by packed signed bytes: (rows, columns) int32; columns is a multiple of LANES.
