@@ -4,7 +4,8 @@ No compiler is needed to install the package. Where none is found, or it fails, 
 the reason, and the CPU backend runs the same operations through torch.
 
 Settings, from the environment: TQDIT_CXX (the compiler; empty: none), TQDIT_CXXFLAGS (instead of the processor's own
-instruction set), TQDIT_CACHE (the folder; default: tqdit in the user's cache folder).
+instruction set), TQDIT_INSTRUCTIONS (see `instructions`), TQDIT_CACHE (the folder; default: tqdit in the user's cache
+folder).
 """
 
 import contextlib
@@ -12,7 +13,6 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from tqdit.backends.instructions import NAMES, description, target_flags
 from tqdit.backends.signatures import declare
 
 SOURCES = Path(__file__).with_name("kernels")
@@ -54,19 +55,9 @@ def reason() -> str | None:
     return None
 
 
-def has_vnni() -> bool:
-    """Say whether the kernels were compiled to AVX-512 VNNI; their own integer matmul is slow without it."""
-    return bool(library().tqdit_has_vnni())
-
-
-def has_pairs() -> bool:
-    """Say whether the kernels were compiled to AVX2 without VNNI, where they multiply 16-bit codes."""
-    return bool(library().tqdit_has_pairs())
-
-
 def has_products() -> bool:
     """Say whether the kernels' own integer matmul is fast here."""
-    return has_vnni() or has_pairs()
+    return bool(library().tqdit_has_products())
 
 
 def has_bfloat16() -> bool:
@@ -80,10 +71,8 @@ def has_openmp() -> bool:
 
 
 def instructions() -> str:
-    """Return the integer instructions to which the kernels were compiled, for reports."""
-    if has_vnni():
-        return "avx512-vnni"
-    return "avx2" if has_pairs() else "generic"
+    """Return the name of the integer instructions to which the kernels were compiled, for reports."""
+    return NAMES[library().tqdit_has_instructions()]
 
 
 def library() -> ctypes.CDLL:
@@ -107,7 +96,7 @@ def _load() -> ctypes.CDLL | str:
 
 def _built() -> ctypes.CDLL:
     compiler = _compiler()
-    flags = (*FLAGS, *_target_flags())
+    flags = (*FLAGS, *target_flags())
     stem = f"kernels-{_key(compiler, flags)}"
     problem = ""
     for folder in _folders():
@@ -160,30 +149,12 @@ def _compiler() -> str:
     raise UnavailableError(f"no C++ compiler found ({', '.join(COMPILERS)})")
 
 
-def _target_flags() -> tuple[str, ...]:
-    if "TQDIT_CXXFLAGS" in os.environ:
-        return tuple(os.environ["TQDIT_CXXFLAGS"].split())
-    return ("-mcpu=native",) if platform.machine() in ("arm64", "aarch64") else ("-march=native",)
-
-
 def _key(compiler: str, flags: tuple[str, ...]) -> str:
     """Return a hash of everything that decides the binary: a cache folder may be shared by machines."""
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=BUILD_SECONDS, check=False).stdout
     sources = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.is_file())
-    parts = (sources, " ".join(flags).encode(), version, _processor_flags().encode())
+    parts = (sources, " ".join(flags).encode(), version, description().encode())
     return hashlib.sha256(b"\0".join((*parts, torch.__version__.encode()))).hexdigest()[:24]
-
-
-@functools.cache
-def _processor_flags() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        sysctl = shutil.which("sysctl")  # macOS
-        command = [sysctl or "", "-n", "machdep.cpu.brand_string"]
-        brand = subprocess.run(command, capture_output=True, text=True, check=False).stdout if sysctl else ""
-        return platform.processor() + platform.machine() + brand
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
 
 
 def _folders() -> list[Path]:

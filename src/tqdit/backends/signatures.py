@@ -85,8 +85,8 @@ _operand, _linear = POINTER(Operand), POINTER(LinearCall)
 # Name without "tqdit_" -> argument types. Only functions that ask a question return something, a number.
 FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "has_openmp": (),
-    "has_vnni": (),
-    "has_pairs": (),
+    "has_instructions": (),
+    "has_products": (),
     "has_bfloat16": (),
     "pack_weight": (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64),
     "quantize": (POINTER(QuantizeCall),),

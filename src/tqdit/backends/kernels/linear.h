@@ -1,5 +1,6 @@
 // Linear layers on codes: the integer product, tile by tile; each tile goes to an epilogue (epilogues.h).
 #pragma once
+#include "matrices.h"
 #include "operands.h"
 #include "pairs.h"
 #include "products.h"
@@ -22,8 +23,8 @@ struct LinearCall {
 constexpr int64_t PANEL = 64;        // columns of a packed weight that lie together
 constexpr int64_t SLICE = 16;        // columns of the last panel are a multiple of this
 constexpr int64_t TILE_ROWS = 6;     // 6 x 4 vectors of sums leave registers for one row and one column
-#if defined(TQDIT_PAIRS)
-constexpr int64_t TASK_ROWS = 128;   // about the rows of one task: their 16-bit codes stay in the second-level cache
+#if defined(TQDIT_PAIRS) || defined(TQDIT_MATRICES)
+constexpr int64_t TASK_ROWS = 128;   // about the rows of one task: their rearranged codes stay in the second-level cache
 #else
 constexpr int64_t TASK_ROWS = 256;   // about the rows of one task
 #endif
@@ -93,10 +94,10 @@ inline void finish_row(const LinearCall& c, const Rows& rows, int64_t row, int64
 }
 
 // What a thread multiplies with: the rows of codes of a task with one panel, some rows at a time.
-#if defined(TQDIT_PAIRS)
+#if defined(TQDIT_PAIRS) || defined(TQDIT_MATRICES)
 struct Multiplier {
   const int64_t together;  // rows
-  const PairProduct product;
+  const TaskProduct product;
   const Buffer<int32_t> first, second;
   Multiplier(int64_t task, bool two)
       : together(task), product(task, PANEL), first(task * PANEL), second(two ? task * PANEL : PANEL) {}
@@ -178,21 +179,15 @@ extern "C" int64_t tqdit_has_openmp() {
 #endif
 }
 
-// Says whether products belong here. TQDIT_FORCE_PANELS: also where they are slow, for tests on any processor.
-extern "C" int64_t tqdit_has_vnni() {
-#if defined(__AVX512VNNI__) || defined(TQDIT_FORCE_PANELS)
-  return 1;
-#else
-  return 0;
-#endif
-}
+// Returns the number of the integer instructions to which this was compiled.
+extern "C" int64_t tqdit_has_instructions() { return INSTRUCTIONS; }
 
-// Says whether products belong here though there is no VNNI: in 16 bits (pairs.h).
-extern "C" int64_t tqdit_has_pairs() {
-#if defined(TQDIT_PAIRS)
+// Says whether products belong here. TQDIT_FORCE_PANELS: also where they are slow, for tests on any processor.
+extern "C" int64_t tqdit_has_products() {
+#if defined(TQDIT_FORCE_PANELS)
   return 1;
 #else
-  return 0;
+  return INSTRUCTIONS != GENERIC;
 #endif
 }
 

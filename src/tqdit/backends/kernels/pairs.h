@@ -1,9 +1,9 @@
-// Exact products of bytes on processors of AVX2 without VNNI, two at a time: 16-bit operands, 32-bit sums.
+// Exact products of bytes on processors of AVX2 without VNNI, two at a time: 16-bit operands, 32-bit sums. Those of many
+// rows: `dot` would take the bytes of a weight apart again for every few of them.
 #pragma once
 #include "products.h"
 
-#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
-#define TQDIT_PAIRS
+#if defined(TQDIT_PAIRS)
 
 namespace tqdit {
 
@@ -93,6 +93,7 @@ class PairProduct {
 
   Buffer<int16_t> left_, right_;
 };
+typedef PairProduct TaskProduct;
 
 }  // namespace tqdit
 #endif

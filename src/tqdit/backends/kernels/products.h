@@ -4,37 +4,39 @@
 #include <memory>
 #include <new>
 
-#include "vector.h"
+#include "dots.h"
 
 namespace tqdit {
 
 // Computes c[r][j] = sum_k a[r][k] b[k][j] for R rows and C vectors of columns. b is packed in fours: [k / 4][column][k % 4].
+// surplus: the `excess` of every row.
 template <int R, int C>
 inline void dot_tile(const uint8_t* a, int64_t lda, const int8_t* b, int64_t columns, int64_t fours, int32_t* c,
-                     int64_t ldc) {
-#if defined(__AVX512VNNI__)
-  __m512i sums[R][C];  // in registers, once the loops over it are unrolled
+                     int64_t ldc, [[maybe_unused]] const int32_t* surplus) {
+#if defined(TQDIT_DOTS)
+  vint sums[R][C];  // in registers, once the loops over it are unrolled
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) sums[r][j] = _mm512_setzero_si512();
+    for (int j = 0; j < C; ++j) sums[r][j] = vint{};
   for (int64_t k = 0; k < fours; ++k) {
-    __m512i right[C];
+    decltype(right_of(vint{})) right[C];
 #pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) right[j] = _mm512_loadu_si512(b + k * columns * 4 + j * 64);
+    for (int j = 0; j < C; ++j)
+      right[j] = right_of(load(reinterpret_cast<const int32_t*>(b + (k * columns + j * LANES) * 4)));
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      int32_t left;
-      std::memcpy(&left, a + r * lda + k * 4, 4);
-      const __m512i four = _mm512_set1_epi32(left);
+      int32_t four;
+      std::memcpy(&four, a + r * lda + k * 4, 4);
+      const auto left = left_of(four);
 #pragma GCC unroll 8
-      for (int j = 0; j < C; ++j) sums[r][j] = _mm512_dpbusd_epi32(sums[r][j], four, right[j]);
+      for (int j = 0; j < C; ++j) sums[r][j] = add_products(sums[r][j], left, right[j]);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) _mm512_storeu_si512(c + r * ldc + j * LANES, sums[r][j]);
+    for (int j = 0; j < C; ++j) store(c + r * ldc + j * LANES, BIAS ? sums[r][j] - surplus[r] : sums[r][j]);
 #else
   for (int r = 0; r < R; ++r) {
     int32_t sums[C * LANES] = {};
@@ -48,20 +50,23 @@ inline void dot_tile(const uint8_t* a, int64_t lda, const int8_t* b, int64_t col
 #endif
 }
 
+// Computes the last columns of R rows, at most C vectors of them.
+template <int R, int C>
+inline void dot_last(const uint8_t* a, int64_t lda, const int8_t* b, int64_t columns, int64_t fours, int32_t* c,
+                     int64_t ldc, const int32_t* surplus, int64_t vectors) {
+  if (vectors == C) return dot_tile<R, C>(a, lda, b, columns, fours, c, ldc, surplus);
+  if constexpr (C > 1) dot_last<R, C - 1>(a, lda, b, columns, fours, c, ldc, surplus, vectors);
+}
+
 template <int R>
 inline void dot_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t columns, int64_t fours, int32_t* c,
                      int64_t ldc) {
+  int32_t surplus[R];
+  for (int r = 0; r < R; ++r) surplus[r] = excess(a + r * lda, fours * 4);
   int64_t j = 0;
-  for (; columns - j > 6 * LANES; j += 4 * LANES)
-    dot_tile<R, 4>(a, lda, b + j * 4, columns, fours, c + j, ldc);
-  switch ((columns - j) / LANES) {
-    case 6: dot_tile<R, 6>(a, lda, b + j * 4, columns, fours, c + j, ldc); break;
-    case 5: dot_tile<R, 5>(a, lda, b + j * 4, columns, fours, c + j, ldc); break;
-    case 4: dot_tile<R, 4>(a, lda, b + j * 4, columns, fours, c + j, ldc); break;
-    case 3: dot_tile<R, 3>(a, lda, b + j * 4, columns, fours, c + j, ldc); break;
-    case 2: dot_tile<R, 2>(a, lda, b + j * 4, columns, fours, c + j, ldc); break;
-    case 1: dot_tile<R, 1>(a, lda, b + j * 4, columns, fours, c + j, ldc); break;
-  }
+  for (; columns - j > MOST_VECTORS<R> * LANES; j += NEXT_VECTORS<R> * LANES)
+    dot_tile<R, NEXT_VECTORS<R>>(a, lda, b + j * 4, columns, fours, c + j, ldc, surplus);
+  dot_last<R, MOST_VECTORS<R>>(a, lda, b + j * 4, columns, fours, c + j, ldc, surplus, (columns - j) / LANES);
 }
 
 // Multiplies (rows, 4 * fours) unsigned by packed signed bytes: (rows, columns) int32; columns is a multiple of LANES.

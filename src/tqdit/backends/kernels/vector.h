@@ -6,6 +6,8 @@
 #include <type_traits>
 #if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace tqdit {
@@ -13,6 +15,8 @@ namespace tqdit {
 // Vectors wider than a register would live in memory: GCC does not split them well.
 #if defined(__AVX512F__)
 constexpr int64_t LANES = 16;
+#elif defined(__aarch64__)
+constexpr int64_t LANES = 4;
 #else
 constexpr int64_t LANES = 8;
 #endif
@@ -25,6 +29,7 @@ inline vfloat splat(float x) { return vfloat{} + x; }
 inline vfloat load(const float* p) { vfloat v; std::memcpy(&v, p, sizeof v); return v; }
 inline vint load(const int32_t* p) { vint v; std::memcpy(&v, p, sizeof v); return v; }
 inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
+inline void store(int32_t* p, vint v) { std::memcpy(p, &v, sizeof v); }
 inline vfloat load(const float* p, int64_t count) {
   if (count >= LANES) return load(p);
   vfloat v{};
@@ -126,6 +131,8 @@ inline vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
 #elif defined(__FMA__)
   return reinterpret_cast<vfloat>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b),
                                                   reinterpret_cast<__m256>(c)));
+#elif defined(__aarch64__)
+  return vfloat(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b)));
 #else
   return a * b + c;
 #endif
