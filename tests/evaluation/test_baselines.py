@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tqdit.errors import InputError
-from tqdit.speed import baselines
+from tqdit.speed import baselines, openvino
 from tqdit.speed.baselines import (
     FAMILIES,
     DenoiserCall,
@@ -54,7 +54,7 @@ def test_contenders_by_family_and_by_name() -> None:
 
 def test_only_what_is_not_changed_in_place_shares_weights() -> None:
     names = contenders(tuple(FAMILIES))
-    changed = ["bf16-blocks", "torchao-int8", "torchao-fp8"]
+    changed = ["bf16-blocks", "torchao-int8", "torchao-fp8", "openvino-int8"]
     assert [weights_of(name) for name in names] == ["float32"] * 2 + ["bf16"] * 2 + changed
     assert [name for name in names if not is_compiled(name)] == ["float32-eager", "bf16-eager"]
     shared = {name: weights_of(name, "cuda") for name in contenders(("bfloat16", "bf16-compiled"), "cuda")}
@@ -119,6 +119,43 @@ def test_torchao_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install 'torchao" in (missing("torchao-int8", CPU) or "")
     assert "pip install 'torchao" in (missing("torchao-fp8", CPU) or "")
     assert missing("float32-eager", CPU) is None
+
+
+def test_openvino_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert missing("openvino-int8", CUDA) == "OpenVINO is timed on the CPU alone"
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None if name == "nncf" else object())
+    reason = missing("openvino-int8", CPU) or ""
+    assert "pip install" in reason
+    assert "openvino" in reason
+
+
+def test_openvino_gets_the_tensors_of_a_call_by_position(config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled once for each shape; here what is compiled runs in torch."""
+    shapes = []
+
+    def compiled(model, inputs):
+        shapes.append([tuple(x.shape) for x in inputs])
+        return lambda arrays: [model(*map(torch.from_numpy, arrays)).detach().numpy()]
+
+    monkeypatch.setattr(openvino, "compiled", compiled)
+    module = build(("openvino-int8",), config, CPU)["openvino-int8"]
+    for batch in (2, 2, 4):
+        given = DenoiserCall(module, config, batch, CPU)
+        want = DenoiserCall(module.model, config, batch, CPU)(500)
+        torch.testing.assert_close(given(500), want, rtol=0, atol=0)
+    assert [shape[0][0] for shape in shapes] == [2, 4]
+    assert [len(shape) for shape in shapes] == [3, 3]  # latents, timestep and classes
+
+
+@pytest.mark.long
+@pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="needs openvino and nncf")
+def test_openvino_quantizes_linear_layers(config, capsys: pytest.CaptureFixture[str]) -> None:
+    """The output is near the float model's but no float model's, and nothing is printed."""
+    module = build(("openvino-int8",), config, CPU)["openvino-int8"]
+    want = DenoiserCall(module.model, config, 2, CPU)(500)
+    error = ((DenoiserCall(module, config, 2, CPU)(500) - want).norm() / want.norm()).item()
+    assert 1e-4 < error < 0.5
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

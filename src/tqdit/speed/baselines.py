@@ -14,6 +14,7 @@ from tqdit.architectures import registry
 from tqdit.errors import InputError
 from tqdit.speed.conditions import timed_conditions
 from tqdit.speed.machine import synchronise
+from tqdit.speed.openvino import OpenVino
 from tqdit.speed.quiet import quiet
 from tqdit.speed.random_weights import random_float
 from tqdit.system import trees
@@ -27,8 +28,10 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "bfloat16": ("bf16-eager", "bf16-autotuned", "bf16-compiled"),
     "bfloat16-blocks": ("bf16-blocks",),  # autotuned block by block like torchao's on a GPU, to show the cost of that
     "torchao": ("torchao-int8", "torchao-fp8"),
+    "openvino": ("openvino-int8",),
 }
-OWN_WEIGHTS = (*FAMILIES["bfloat16-blocks"], *FAMILIES["torchao"])  # changed in place, so never shared
+# Changed in place, so never shared.
+OWN_WEIGHTS = (*FAMILIES["bfloat16-blocks"], *FAMILIES["torchao"], *FAMILIES["openvino"])
 FP8_CAPABILITY = (8, 9)
 COMPILE_OPTIONS: Mapping[str, Mapping[str, Any]] = {"cpu": {"freezing": True}}  # weights are packed
 # torch.compile's options for the strongest baseline on a GPU: its mode "max-autotune", but for the CUDA graphs, which
@@ -83,8 +86,12 @@ def missing(name: str, device: torch.device) -> str | None:
         return "models are compiled block by block on CUDA devices alone"
     if name.endswith("-autotuned") and device.type != "cuda":
         return "kernels are tuned on CUDA devices alone"
-    if name not in FAMILIES["torchao"]:
-        return None
+    if name in FAMILIES["openvino"]:
+        return _missing_openvino(device)
+    return _missing_torchao(name, device) if name in FAMILIES["torchao"] else None
+
+
+def _missing_torchao(name: str, device: torch.device) -> str | None:
     if importlib.util.find_spec("torchao") is None:
         return f"torchao is not installed: {install_command('bench')}"
     if name == "torchao-fp8":
@@ -95,6 +102,14 @@ def missing(name: str, device: torch.device) -> str | None:
     return None
 
 
+def _missing_openvino(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return "OpenVINO is timed on the CPU alone"
+    if any(importlib.util.find_spec(name) is None for name in ("openvino", "nncf")):
+        return f"OpenVINO is not installed: {install_command('openvino')}"
+    return None
+
+
 def build(names: Sequence[str], config: Mapping[str, Any], device: torch.device) -> dict[str, nn.Module]:
     """Build contenders with the same `weights_of`, on `device`.
 
@@ -102,6 +117,8 @@ def build(names: Sequence[str], config: Mapping[str, Any], device: torch.device)
     """
     first = names[0]
     weights = weights_of(first, device.type)
+    if first in FAMILIES["openvino"]:
+        return {first: OpenVino(random_float(config, torch.float32))}
     model = random_float(config, torch.float32 if weights.startswith("float32") else torch.bfloat16)
     nn.Module.to(model, device)
     if device.type == "cuda":
