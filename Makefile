@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 RUNS := $(VENV)/.runs
 READY := $(VENV)/.ready
 WORKERS ?= 2
+GPU_WORKERS ?= 8
 DIFFUSERS ?= ../diffusers
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-all test-trust test-classes lint clean
+.PHONY: demo test test-all test-gpu test-trust test-classes lint clean
 
 demo: $(RUNS)
 	@echo "The demo takes some minutes on two cores."
@@ -20,6 +21,10 @@ test: lint
 # Also what takes half a minute of a processor or more: compiling every kernel, training, full-size runs.
 test-all: lint
 	$(PYTEST) -m "not trust"
+
+# What needs a GPU. Most of the time kernels compile, which several processes do beside each other.
+test-gpu: $(READY)
+	$(BIN)/pytest -n $(GPU_WORKERS) --dist worksteal -m gpu
 
 # Damage, kills, races and fuzzing at length: a quarter of an hour, more with TQDIT_TRUST_MINUTES.
 test-trust: $(READY)

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -306,3 +307,56 @@ def test_commands_of_one_process(monkeypatch, capsys, command: str) -> None:
     assert capsys.readouterr().err == (
         f"tqdit: rank 1 of 2: 'tqdit {command}' runs in one process, torchrun started 2; run it without torchrun\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("variables", "threads"),
+    [
+        ({}, 4),
+        ({"OMP_NUM_THREADS": "1"}, 4),  # as torchrun sets it
+        ({"OMP_NUM_THREADS": "3"}, None),
+        ({"OMP_NUM_THREADS": "3", "TQDIT_THREADS": "1"}, 1),
+        ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "4"}, 2),
+        ({"LOCAL_WORLD_SIZE": "100"}, 1),
+    ],
+)
+def test_each_process_takes_its_share_of_the_cores(monkeypatch, variables: dict[str, str], threads: int | None) -> None:
+    for name in ("OMP_NUM_THREADS", "TQDIT_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**RANK_1, **variables}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("tqdit.system.environment.cores", lambda: 8)
+    assert distributed.threads_of_each() == threads
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    with distributed._own_threads(2):
+        assert given == ([] if threads is None else [threads])
+    assert given == ([] if threads is None else [threads, 7])
+    with distributed._own_threads(1):
+        pass
+    assert given == ([] if threads is None else [threads, 7]), "a process alone has all threads"
+
+
+def test_a_wrong_number_of_threads_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("0", "many", "-1", ""):
+        monkeypatch.setenv("TQDIT_THREADS", value)
+        with pytest.raises(InputError, match=f"TQDIT_THREADS is the number of threads .* got '{value}'"):
+            distributed.threads_of_each()
+
+
+def test_a_part_is_free_before_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records of a batch stay on the GPU until they are sent: the next pass needs that memory."""
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def part() -> store.Tensors:
+        assert not made or made[-1]() is None
+        tensor = torch.zeros(4)
+        made.append(weakref.ref(tensor))
+        return store.InMemory({"a": tensor})
+
+    monkeypatch.setattr(distributed, "_current", distributed.World(1, 2))
+    monkeypatch.setattr(distributed.World, "_exchange", lambda self, parcels: [{}, {}])
+    pieces = store.Forgetful().together((part() for _ in range(3)), list("abcdef"), lambda name: None)
+    assert len(pieces) == 6
+    assert len(made) == 3

@@ -200,14 +200,18 @@ def test_accumulators_are_exact(run: Run, bits: int) -> None:
 
 @each_grid
 def test_linear_is_equal(run: Run, grid: Grid, bits: int, merged: bool) -> None:
-    """Alone; with a residual in fp32 and bf16, with a gate and without."""
+    """Alone; with a residual in fp32 and bf16, with a gate and without.
+
+    On a GPU each is a kernel to compile: one grid has all of them.
+    """
     make, depth = maker(3, bits), 2 * WIDTH + 1
     codes, source = make.codes(BATCH, TOKENS, depth), make.params(grid, BATCH, merged=merged)
     weight, bias = weight_of(make, WIDTH, depth, bits), make.values(WIDTH)
     x, gate = make.values(BATCH, TOKENS, WIDTH), make.values(BATCH, 6 * WIDTH).chunk(6, dim=1)[2]
     short = x.bfloat16()
     given, layer, known = run.own(codes, source), run.layer(weight, bias), signed_codes(codes, source)
-    for then in (None, Residual(x, gate), Residual(x, None), Residual(short, gate), Residual(short, None)):
+    every = (None, Residual(short, gate), Residual(x, gate), Residual(x, None), Residual(short, None))
+    for then in every if run.device == CPU or (grid, bits) == GRIDS[0][:2] else every[:2]:
         expected = REFERENCE.linear(known, source, REFERENCE.prepare(weight, bias), then)
         found = run("linear", given, source, layer, then)
         assert found.dtype is expected.dtype

@@ -66,7 +66,10 @@ def record(
     names = [f"records-{members.start:06d}-{members.stop:06d}" for members in division]
 
     def run(members: range) -> dict[str, torch.Tensor]:
-        return _Pass(data, recipe, picker, members, device).run(model, taps, structure.blocks)
+        found = _Pass(data, recipe, picker, members, device).run(model, taps, structure.blocks)
+        # A GPU's are copied once each process has its own, unless memory is short: then none waits for the next pass.
+        waits = batches.size == size and (device.type == "cuda" or world.size > 1)
+        return found if waits else copied(found)
 
     def make(members: range) -> dict[str, torch.Tensor]:
         found = batches.over(members, run)
@@ -75,9 +78,8 @@ def record(
     def finished() -> Iterator[Tensors]:
         share = world.share(list(zip(names, division, strict=True)))
         for done, (name, members) in enumerate(share):
-            piece = keep.once(name, partial(make, members))
+            yield keep.once(name, partial(make, members))  # no name for it here: it is freed before the next pass
             progress((done + 1) / len(share))
-            yield piece
 
     owners = enumerate(structure.blocks)
     solvers = {name: world.owner(index) for index, block in owners for name in recorded(block)}
@@ -184,7 +186,7 @@ class _Pass:
         self.outputs: dict[str, list[str]] = {}  # key of a Fisher tensor -> the watched outputs that the tensor joins
 
     def run(self, model: nn.Module, taps: Taps, blocks: Sequence[Block]) -> dict[str, torch.Tensor]:
-        """Return the values that `Records` joins, by "<site or attention>/<field>", on the CPU; and the maxima."""
+        """Return the values that `Records` joins, by "<site or attention>/<field>", on the device; and the maxima."""
         x = self.data.x[self.slice].to(self.device)
         x.requires_grad_(self.recipe.probed)
         with taps.sending_to(self), watched_stream(model, blocks, self._add_stream):
@@ -201,7 +203,7 @@ class _Pass:
         for key, names in self.outputs.items():
             self.found[key] = torch.cat([self.probes.means[name] for name in names], dim=-1)
         self.found[MAXIMA] = torch.stack(self.maxima, 1)
-        return copied(self.found)
+        return self.found
 
     def _noise(self, eps: torch.Tensor) -> torch.Tensor:
         """Return noise that depends on (seed, sample) alone, so that the batch size changes nothing."""

@@ -16,6 +16,7 @@ from safetensors.torch import save
 from tqdit.errors import InputError, RepairWarning
 from tqdit.system import distributed
 from tqdit.system.files import write_bytes
+from tqdit.system.parcels import on_cpu
 
 SEAL = "tqdit.seal"  # the entry of a piece's file that has the piece's name and checksums
 HASH_DIGITS = 16  # digits of a hash in the name of a `WorkFolder`
@@ -33,10 +34,13 @@ class Store(Protocol):
     """A place where finished pieces are kept."""
 
     def once(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> Tensors:
-        """Return the piece `name`, made now unless a former run has finished it. `make` returns CPU tensors."""
+        """Return the piece `name`, made now unless a former run has finished it.
+
+        `make` returns tensors on the CPU or on a GPU.
+        """
 
     def together(self, mine: Iterator[Tensors], names: Sequence[str], reader: Reader) -> list[Tensors]:
-        """Return all pieces `names`, of which each process makes its share.
+        """Return all pieces `names`, of which each process makes its share, on the CPU.
 
         `mine` makes this process's pieces, one after the other. Each process may read the tensors that `reader` says
         are for it. Every process must call this.
@@ -108,15 +112,21 @@ def _digest(tensor: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
+def _all_of(piece: Tensors) -> dict[str, torch.Tensor]:
+    return piece.read()
+
+
 class Forgetful:
     """A store that keeps nothing for another run."""
 
     def once(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> Tensors:
+        """Make the piece; it stays on the device where it was made."""
         return InMemory(make())
 
     def together(self, mine: Iterator[Tensors], names: Sequence[str], reader: Reader) -> list[Tensors]:
         """Send each process its tensors as the pieces are made; nothing else is kept."""
-        pieces = distributed.current().gather_named((piece.read() for piece in mine), len(names), reader)
+        # `map` holds no piece while the next one is made, which a loop would.
+        pieces = distributed.current().gather_named(map(_all_of, mine), len(names), reader)
         return [InMemory(piece) for piece in pieces]
 
 
@@ -139,7 +149,7 @@ class WorkFolder:
                 return piece
             except InputError as error:
                 warnings.warn(f"{str(error).partition('; remove')[0]}; it is made anew", RepairWarning, stacklevel=2)
-        return OnDisk.write(piece.path, piece.piece, make())
+        return OnDisk.write(piece.path, piece.piece, on_cpu(make()))
 
     def together(self, mine: Iterator[Tensors], names: Sequence[str], reader: Reader) -> list[Tensors]:
         """Return all pieces once every process has written its own.

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Items = TypeVar("Items", bound=Sequence[Any])
 # Shares differ by one batch: ranks of like speed wait minutes, or hours where a large model is calibrated on CPUs.
 # torchrun ends a job whose process dies; this is for a machine that falls silent.
+THREADS = "TQDIT_THREADS"  # the variable that says how many threads of torch each of several processes has
 TIMEOUT = {"cpu": timedelta(hours=12), "cuda": timedelta(hours=2)}
 
 
@@ -81,36 +82,44 @@ class World:
     ) -> "list[Named]":
         """Return named CPU tensors for each of `count` items, in their order.
 
-        `parts` are the tensors of this rank's share. `reader`: the rank that a tensor is for, by its name; None: every
-        rank. An item comes without those for others. One part of each rank is taken and travels at a time, so `parts`
-        may be made on the way; besides what is returned, memory holds one part and what is sent and received of it.
-        Raises `ConnectionError` if another rank is gone, `ValueError` if there are not as many parts as the share has
-        items.
+        `parts` are the tensors of this rank's share, on the CPU or on the world's device. `reader`: the rank that a
+        tensor is for, by its name; None: every rank. An item comes without those for others. One part of each rank is
+        taken and travels at a time, so `parts` may be made on the way; besides what is returned, memory holds one part
+        and what is sent and received of it. From GPU to GPU nothing goes through the host. Raises `ConnectionError` if
+        another rank is gone, `ValueError` if there are not as many parts as the share has items.
         """
+        from tqdit.system.parcels import on_cpu
+
         if self.size == 1:
-            return list(parts)
+            return list(map(on_cpu, parts))
         gathered: list[Named] = []
         remaining = iter(parts)
         own = len(self.share(range(count)))
         for turn in range(-(-count // self.size)):
-            part = next(remaining, None) if turn < own else {}
-            if part is None:
-                raise ValueError(f"rank {self.rank} has {turn} parts, its share is {own}")
-            parcels = [{n: t for n, t in part.items() if reader(n) in (None, rank)} for rank in range(self.size)]
-            gathered += self._exchange(parcels)
+            gathered += self._exchange(self._parcels(remaining, turn, own, reader))
         if next(remaining, None) is not None:
             raise ValueError(f"rank {self.rank} has more parts than its share of {own}")
         return gathered[:count]
 
-    def _exchange(self, parcels: "Sequence[Named]") -> "list[Named]":
-        """Send parcels[r] to rank r; return what every rank has for this one, in the order of the ranks.
+    def _parcels(
+        self, parts: "Iterator[Named]", turn: int, own: int, reader: Callable[[str], int | None]
+    ) -> "list[Named]":
+        """Take the next part and sort its tensors by the rank that they are for."""
+        part = next(parts, None) if turn < own else {}
+        if part is None:
+            raise ValueError(f"rank {self.rank} has {turn} parts, its share is {own}")
+        return [{n: t for n, t in part.items() if reader(n) in (None, rank)} for rank in range(self.size)]
 
-        A rank's parcel for itself is copied too, so that the copy does not keep what the parcel is a view of.
+    def _exchange(self, parcels: "Sequence[Named]") -> "list[Named]":
+        """Send parcels[r] to rank r; return what every rank has for this one, in the order of the ranks, on the CPU.
+
+        A rank's parcel for itself is copied too, so that the copy does not keep what the parcel is a view of. What is
+        on a GPU is packed and sent there; only what this rank will read is copied to the host, once.
         """
         import torch
         from torch import distributed as dist
 
-        from tqdit.system.parcels import copied, form, length, on_host, pack, unpacked
+        from tqdit.system.parcels import copied, form, home, length, on_host, pack, unpacked
 
         sent = [{} if rank == self.rank else parcel for rank, parcel in enumerate(parcels)]
         forms = [form(parcel) for parcel in sent]
@@ -119,7 +128,7 @@ class World:
             dist.all_gather_object(told, forms)
         expected = [of_rank[self.rank] for of_rank in told]
         lengths, own_lengths = (list(map(length, each)) for each in (expected, forms))
-        outgoing = torch.empty(sum(own_lengths), dtype=torch.uint8)
+        outgoing = torch.empty(sum(own_lengths), dtype=torch.uint8, device=home(*sent))
         for flat, parcel in zip(outgoing.split(own_lengths), sent, strict=True):
             pack(flat, parcel)
         incoming, outgoing = torch.empty(sum(lengths), dtype=torch.uint8, device=self.device), outgoing.to(self.device)
@@ -176,7 +185,8 @@ def joined(device: "str | torch.device" = "auto") -> Iterator[World]:
     """Join the processes that torchrun started; until the block ends, `current` is their world.
 
     `device`: as in `chosen_device`. With several processes, device "cuda" is the GPU of this process's LOCAL_RANK;
-    tensors on GPUs travel by NCCL, those on CPUs by gloo. Every rank must leave the block: the end waits for none.
+    tensors on GPUs travel by NCCL, those on CPUs by gloo. torch takes as many threads as `threads_of_each` says. Every
+    rank must leave the block: the end waits for none.
     Raises `InputError` for a device that processes would have to share, and as `launched` does.
     """
     global _current  # noqa: PLW0603 - torch's own process group is global, too
@@ -187,7 +197,8 @@ def joined(device: "str | torch.device" = "auto") -> Iterator[World]:
         _start_group(world)
     _current = world
     try:
-        yield world
+        with _own_threads(size):
+            yield world
     finally:
         _current = World()
     if size > 1:  # not after an error: this would wait for ranks that do not know of it
@@ -214,6 +225,43 @@ def launched() -> tuple[int, int, int]:
         if value >= size:
             raise InputError(f"{name} is {value}; with WORLD_SIZE {size} it must be below {size}")
     return rank, size, local_rank
+
+
+def threads_of_each() -> int | None:
+    """Return the threads of torch in each of several processes on this machine; None: as many as torch has.
+
+    They are those that TQDIT_THREADS names, or this process's cores over the processes of the machine
+    (LOCAL_WORLD_SIZE). torchrun sets OMP_NUM_THREADS to 1 where it is not set, so a 1 says nothing; any other number is
+    the user's and stays. Raises `InputError` for a TQDIT_THREADS that is no number from 1 on.
+    """
+    from tqdit.system.environment import cores
+
+    asked = os.environ.get(THREADS)
+    if asked is not None:
+        if not asked.isdecimal() or int(asked) < 1:
+            raise InputError(f"{THREADS} is the number of threads of each process, from 1 on, got '{asked}'")
+        return int(asked)
+    if os.environ.get("OMP_NUM_THREADS", "1") != "1":
+        return None
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, cores() // max(1, int(here) if here.isdecimal() else launched()[1]))
+
+
+@contextmanager
+def _own_threads(size: int) -> Iterator[None]:
+    """Let torch take this process's share of the cores, where it is one of several."""
+    wanted = threads_of_each() if size > 1 else None
+    if wanted is None:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_alone(command: str) -> None:

@@ -41,10 +41,20 @@ def copied(tensors: Named) -> dict[str, torch.Tensor]:
     Small tensors that stay where large ones come and go are fences in the C library's heap: it neither fits the next
     large ones between them nor gives those gaps back to the system.
     """
-    device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
-    flat = torch.empty(length(form(tensors)), dtype=torch.uint8, device=device)
+    flat = torch.empty(length(form(tensors)), dtype=torch.uint8, device=home(tensors))
     pack(flat, tensors)
-    return unpacked(on_host(flat) if device else flat, form(tensors))
+    return unpacked(on_host(flat) if flat.is_cuda else flat, form(tensors))
+
+
+def on_cpu(tensors: Named) -> Named:
+    """Return tensors on the CPU: copied as `copied` does if any is on a GPU, else as they are."""
+    return copied(tensors) if home(tensors).type == "cuda" else tensors
+
+
+def home(*parcels: Named) -> torch.device:
+    """Return the GPU that any of the tensors is on, else the CPU."""
+    found = (tensor.device for tensors in parcels for tensor in tensors.values() if tensor.is_cuda)
+    return next(found, torch.device("cpu"))
 
 
 def on_host(flat: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The linear kernel for Hopper: where it runs, what it compiles to, and on a Hopper GPU its results."""
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -238,10 +239,20 @@ CASES += [(Config(128, 64, 128, stages=8, piece=32, hopper=1), *shape) for shape
 CASES += [(Config(64, 128, 128, stages=8, piece=32, hopper=1), *shape) for shape in (WIDE, MANY)]
 CASES += [(Config(64, 64, 128, stages=12, hopper=1), *shape) for shape in (SHORT, MANY, WHOLE)]
 ORDINARY = Config(64, 64, 128, 8, 4, 3, 32)
+NAMES = ("config", "batch", "tokens", "depth", "width", "heads", "programs")
 each_case = pytest.mark.parametrize(
-    ("config", "batch", "tokens", "depth", "width", "heads", "programs"), CASES,
-    ids=["x".join(map(str, (*c[:2], c.stages))) + "-" + "-".join(map(str, shape)) for c, *shape in CASES],
-)  # fmt: skip
+    NAMES, CASES, ids=["x".join(map(str, (*c[:2], c.stages))) + "-" + "-".join(map(str, shape)) for c, *shape in CASES]
+)
+
+
+def one_of_each_config(cases: list[tuple]) -> list[tuple]:
+    """The last case of every configuration: other forms of an epilogue are compiled for these alone."""
+    return list({case[0]: case for case in cases}.values())
+
+
+def with_forms(cases: list[tuple], first: object, others: Sequence[object], some: list[tuple]) -> list[tuple]:
+    """Every case in the first form, and `some` in each of the others."""
+    return [(*case, first) for case in cases] + [(*case, form) for form in others for case in some]
 
 
 class Runs:
@@ -260,11 +271,13 @@ class Runs:
         return first
 
 
-@each_case
+UNIFORM, MERGED, TWO = (Grid.UNIFORM, 8, False), (Grid.MRQ_GELU, 6, True), (Grid.MRQ_GELU, 8, False)
+
+
 class TestOnHopper:
     pytestmark = gpu
 
-    @pytest.mark.parametrize("parts", [3, 2, 1])
+    @pytest.mark.parametrize((*NAMES, "parts"), with_forms(CASES, 3, (2, 1), one_of_each_config(CASES)))
     def test_heads(self, monkeypatch, config, batch, tokens, depth, width, heads, programs, parts: int) -> None:
         make = maker(1)
         codes, source = make.codes(batch, tokens, depth), make.params(lead=batch)
@@ -278,6 +291,7 @@ class TestOnHopper:
         found = run.backend.project(*given, there, heads)._replace(codes=buffer)
         assert torch.equal(from_projected(found, parts, heads), expected.int())
 
+    @each_case
     def test_residual_and_plain(self, monkeypatch, config, batch, tokens, depth, width, heads, programs) -> None:
         make = maker(2)
         codes, source = make.codes(batch, tokens, depth), make.params(lead=batch)
@@ -295,13 +309,12 @@ class TestOnHopper:
         assert torch.equal(out.cpu(), REFERENCE.linear(codes, source, REFERENCE.prepare(weight, bias)))
 
     @pytest.mark.parametrize(
-        ("grid", "bits", "merged"),
-        [(Grid.UNIFORM, 8, False), (Grid.MRQ_GELU, 6, True), (Grid.MRQ_GELU, 8, False)],
-        ids=["uniform", "merged", "two"],
+        (*NAMES, "target_of"), with_forms(CASES, UNIFORM, (MERGED, TWO), one_of_each_config(CASES))
     )
     def test_gelu(
-        self, monkeypatch, config, batch, tokens, depth, width, heads, programs, grid: Grid, bits: int, merged: bool
+        self, monkeypatch, config, batch, tokens, depth, width, heads, programs, target_of: tuple[Grid, int, bool]
     ) -> None:
+        grid, bits, merged = target_of
         eight, make = maker(3), maker(4, bits)
         codes, source = eight.codes(batch, tokens, depth), eight.params(lead=batch)
         target = make.params(grid, batch, merged=merged)

@@ -161,9 +161,18 @@ def test_committed_configurations_run_what_they_are_for(four_processors) -> None
     assert seen > 10
 
 
+MANY_HEADS = (2, 256, 72, 16, ONE)  # on few multiprocessors, so that a program has several
+
+
+def few_programs_for_many_heads(monkeypatch: pytest.MonkeyPatch, heads: int) -> None:
+    """As many heads as a GPU needs to have several for each program would take the reference a minute."""
+    if heads == MANY_HEADS[3]:
+        monkeypatch.setattr(hopper, "processors", lambda device: 4)
+
+
 # Sequences and tokens; every slot and tile size; heads of one, two and three parts of channels; parts of a head.
 CASES = [
-    (1, 128, 72, 2, ONE), (3, 256, 72, 4, ONE), (40, 256, 72, 16, ONE), (2, 256, 72, 3, ONE._replace(block_n=64)),
+    (1, 128, 72, 2, ONE), (3, 256, 72, 4, ONE), MANY_HEADS, (2, 256, 72, 3, ONE._replace(block_n=64)),
     (2, 256, 72, 2, Config(64, 64, 64, stages=4, hopper=1)), (2, 192, 72, 3, Config(64, 0, 64, stages=4, hopper=1)),
     (1, 256, 72, 1, ONE), (2, 64, 72, 2, Config(64, 0, 64, stages=4, hopper=1)), (2, 256, 64, 2, ONE),
     (1, 128, 40, 3, ONE),
@@ -171,21 +180,29 @@ CASES = [
     (1, 512, 72, 3, Config(128, 128, 128, stages=8, blocks=2, hopper=1)), (1, 1024, 72, 2, TWO),
     (1, 512, 72, 2, TWO._replace(block_n=256)), (1, 1024, 72, 2, Config(128, 0, 128, stages=8, blocks=2, hopper=1)),
 ]  # fmt: skip
-GRIDS = [(Grid.UNIFORM, 8, False), (Grid.UNIFORM, 6, False), (Grid.MRQ_SOFTMAX, 8, False), (Grid.MRQ_SOFTMAX, 6, True)]
+UNIFORM_8, UNIFORM_6 = (Grid.UNIFORM, 8, False), (Grid.UNIFORM, 6, False)
+TWO_REGIONS, MERGED = (Grid.MRQ_SOFTMAX, 8, False), (Grid.MRQ_SOFTMAX, 6, True)
+# Every case on one uniform grid and on two regions, merged where two products have too few registers (and there is no
+# such candidate); a tile of rows, parts of a head and several slots on all grids. Time groups of samples take turns
+# with one for all: the kernels are the same but for that.
+FORMS = [(*case, UNIFORM_8) for case in CASES]
+FORMS += [(*case, MERGED if case[-1].block_m == 256 else TWO_REGIONS) for case in CASES]
+FORMS += [(*CASES[i], grid) for i in (1, 4, 12) for grid in (UNIFORM_6, MERGED)] + [(*CASES[13], UNIFORM_6)]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
 class TestOnHopper:
-    @pytest.mark.parametrize(("grid", "bits", "merged"), GRIDS, ids=["uniform", "6 bits", "two", "merged"])
-    @pytest.mark.parametrize("by_sample", [False, True])
-    @pytest.mark.parametrize(("batch", "tokens", "head_dim", "heads", "config"), CASES)
+    @pytest.mark.parametrize(
+        ("batch", "tokens", "head_dim", "heads", "config", "of_probabilities", "by_sample"),
+        [(*form, bool(number % 2)) for number, form in enumerate(FORMS)],
+    )
     def test_codes(
-        self, monkeypatch, batch, tokens, head_dim, heads, config: Config, by_sample, grid: Grid, bits, merged
+        self, monkeypatch, batch, tokens, head_dim, heads, config: Config, of_probabilities: tuple, by_sample: bool
     ) -> None:
         """Of the probabilities up to ties; given those, P V and its codes exactly; the same three times."""
-        if grid is Grid.MRQ_SOFTMAX and not merged and config.block_m == 256:
-            pytest.skip("two products have too few registers there, and no such candidate")
+        grid, bits, merged = of_probabilities
+        few_programs_for_many_heads(monkeypatch, heads)
         monkeypatch.setattr(hopper, "torch", PoisonedTorch())
         lead, width = batch if by_sample else 1, heads * head_dim
         make = maker(2, bits)

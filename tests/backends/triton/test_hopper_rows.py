@@ -18,7 +18,9 @@ from poisoned import PoisonedTorch
 pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
 
-from test_hopper import Runs
+from test_hopper import MERGED, NAMES, UNIFORM, Runs, with_forms
+from test_hopper import TWO as TWO_REGIONS
+from test_hopper_attention import MANY_HEADS, few_programs_for_many_heads
 from test_triton_rows import assert_near, exact_powers, row_operand, softmax_row
 
 from tqdit.backends.triton import candidates, hopper, launch, operators, tuning
@@ -170,11 +172,16 @@ LINEARS = [
 ORDINARY = Config(64, 64, 128, 8, 4, 3, 32)
 
 
-@pytest.mark.parametrize(("config", "batch", "tokens", "depth", "width", "heads", "programs"), LINEARS)
+FEW = [case for case in LINEARS if case[0] in (TILE._replace(stages=6), *(case[0] for case in LINEARS[-2:]))]
+# The grid of the codes after GELU; whether what is read is on the grid of rows; whether there are channel factors.
+FIRST = (*UNIFORM, True, True)
+OTHERS = [(*of, *how) for of in (UNIFORM, MERGED, TWO_REGIONS) for how in ((True, True), (True, False), (False, True))]
+
+
 class TestLinearOnHopper:
     pytestmark = on_hopper
 
-    @pytest.mark.parametrize("parts", [3, 2, 1])
+    @pytest.mark.parametrize((*NAMES, "parts"), with_forms(LINEARS, 3, (2, 1), FEW))
     def test_heads(self, monkeypatch, config, batch, tokens, depth, width, heads, programs, parts: int) -> None:
         make = maker(1)
         codes, source = row_codes(make, batch, tokens, depth), row_operand()
@@ -188,6 +195,7 @@ class TestLinearOnHopper:
         found = run.backend.project(*given, there, heads)._replace(codes=buffer)
         assert torch.equal(from_projected(found, parts, heads), expected.int())
 
+    @pytest.mark.parametrize(NAMES, LINEARS)
     def test_residual_and_plain(self, monkeypatch, config, batch, tokens, depth, width, heads, programs) -> None:
         make = maker(2)
         codes, source = row_codes(make, batch, tokens, depth), row_operand()
@@ -202,14 +210,9 @@ class TestLinearOnHopper:
         out = run(config, lambda backend: backend.linear(*given))
         assert torch.equal(out.cpu(), REFERENCE.linear(codes, source, plain))
 
-    @pytest.mark.parametrize(("by_row", "factors"), [(True, True), (True, False), (False, True)])
-    @pytest.mark.parametrize(
-        ("grid", "bits", "merged"), [(Grid.UNIFORM, 8, False), (Grid.MRQ_GELU, 6, True), (Grid.MRQ_GELU, 8, False)],
-        ids=["uniform", "merged", "two"],
-    )  # fmt: skip
-    def test_gelu(
-        self, monkeypatch, config, batch, tokens, depth, width, heads, programs, grid, bits, merged, by_row, factors
-    ) -> None:
+    @pytest.mark.parametrize((*NAMES, "form"), with_forms(LINEARS, FIRST, OTHERS[1:], FEW))
+    def test_gelu(self, monkeypatch, config, batch, tokens, depth, width, heads, programs, form: tuple) -> None:
+        grid, bits, merged, by_row, factors = form
         eight, make = maker(3), maker(4, bits)
         rows = row_codes(eight, batch, tokens, depth)
         codes, source = (rows, row_operand()) if by_row else (rows.codes, eight.params(lead=batch))
@@ -229,7 +232,7 @@ class TestLinearOnHopper:
 
 # Every slot and tile size, one slot, two and more: 64 to 1024 tokens; heads of one, two and three parts of channels.
 ATTENTIONS = [
-    (1, 128, 72, 2, ONE), (3, 256, 72, 4, ONE), (40, 256, 72, 16, ONE), (2, 256, 72, 3, ONE._replace(block_n=64)),
+    (1, 128, 72, 2, ONE), (3, 256, 72, 4, ONE), MANY_HEADS, (2, 256, 72, 3, ONE._replace(block_n=64)),
     (2, 256, 64, 2, ONE), (2, 256, 72, 2, Config(64, 64, 64, stages=4, hopper=1)),
     (2, 192, 72, 3, Config(64, 0, 64, stages=4, hopper=1)), (2, 64, 72, 2, Config(64, 0, 64, stages=4, hopper=1)),
     (3, 256, 72, 4, TWO), (1, 256, 72, 2, Config(128, 0, 64, stages=16, hopper=1)),
@@ -241,17 +244,25 @@ ATTENTIONS = [
 ]  # fmt: skip
 
 
+# One tile of rows, parts of a head, few and many slots of keys: bits and results in fp32 are compiled for these alone.
+SOME_ATTENTIONS = [ATTENTIONS[i] for i in (1, 5, 8, 13, 15)]
+
+
 class TestAttentionOnHopper:
     pytestmark = on_hopper
 
-    @pytest.mark.parametrize("bits", [8, 6])
-    @pytest.mark.parametrize(("by_sample", "coded"), [(False, True), (True, True), (True, False)])
-    @pytest.mark.parametrize("sharp", [1, 100], ids=["flat", "sharp"])
-    @pytest.mark.parametrize(("batch", "tokens", "head_dim", "heads", "config"), ATTENTIONS)
+    # Whether there is a time group for each sample, whether the result is coded, by what queries are multiplied, bits.
+    @pytest.mark.parametrize(
+        ("batch", "tokens", "head_dim", "heads", "config", "form"),
+        with_forms(ATTENTIONS, (True, True, 100, 8), [(False, True, 1, 8)], ATTENTIONS)
+        + with_forms([], None, [(True, True, 100, 6), (False, False, 1, 8), (True, False, 100, 6)], SOME_ATTENTIONS),
+    )
     def test_softmax_rows(
-        self, monkeypatch, batch, tokens, head_dim, heads, config: Config, sharp, by_sample, coded, bits: int
+        self, monkeypatch, batch, tokens, head_dim, heads, config: Config, form: tuple[bool, bool, int, int]
     ) -> None:
         """Codes of the powers up to ties; given those, P V and its codes, or its fp32 values, exactly; three times."""
+        by_sample, coded, sharp, bits = form
+        few_programs_for_many_heads(monkeypatch, heads)
         monkeypatch.setattr(hopper, "torch", PoisonedTorch())
         lead, width, make = batch if by_sample else 1, heads * head_dim, maker(5)
         params = make.attention(heads, Grid.UNIFORM, lead)._replace(softmax=softmax_row(bits))
