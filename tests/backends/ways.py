@@ -32,7 +32,7 @@ WAYS = (
 )  # fmt: skip
 LOADED: dict[str, ctypes.CDLL | str] = {}  # by the way: hashing a library for every test takes longer than the test
 # It compiles AVX-VNNI in the encoding of AVX-512, of the same operations on the same registers.
-EVEX = Path(__file__).with_name("evex.sh")
+EVEX = Path(__file__).parents[2] / "bench" / "evex.sh"
 
 
 def forget() -> None:

@@ -1,9 +1,9 @@
 """The CPU backend: fused integer operations, compiled for this processor at first use.
 
-Either half falls back by itself: without AVX-512 VNNI the integer products go through oneDNN, or in exact pieces of
-fp32; without a C++ compiler everything else runs in torch. Results are those of `ops.reference`: the same
-accumulators, and the same codes but where LayerNorm, GELU or exp, rounded differently from torch's, fall on the other
-side of a rounding boundary.
+Either half falls back by itself: on a processor without any of `instructions.KNOWN` the integer products go through
+oneDNN, or in exact pieces of fp32; without a C++ compiler everything else runs in torch. Results are those of
+`ops.reference`: the same accumulators, and the same codes but where LayerNorm, GELU or exp, rounded differently from
+torch's, fall on the other side of a rounding boundary.
 """
 
 import warnings

@@ -84,9 +84,12 @@ inline int32_t excess(const uint8_t* bytes, int64_t count) {
   return BIAS * total;
 }
 
-// How many vectors of sums, and of columns, stay in registers. Those of AVX2 are 16 and all others 32; on ARM a number is
-// broadcast from a register and not from memory, for which GCC takes several.
-constexpr int SUMS = INSTRUCTIONS == AVX2 ? 8 : INSTRUCTIONS == AVX2_VNNI ? 12 : LANES == 4 ? 20 : 24;
+// How many vectors of sums, and of columns, stay in registers beside what GCC needs for the operands. AVX2 has 16
+// registers, and the others have 32.
+constexpr int SUMS = INSTRUCTIONS == AVX2 ? 8
+                     : INSTRUCTIONS == AVX2_VNNI ? 12
+                     : INSTRUCTIONS == I8MM ? 16
+                     : INSTRUCTIONS == DOTPROD ? 20 : 24;
 constexpr int VECTORS = INSTRUCTIONS == AVX2 ? 2 : 6;
 // The most vectors of columns of R rows that are multiplied together, and how many are where there are more.
 template <int R>

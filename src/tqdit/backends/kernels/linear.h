@@ -23,7 +23,7 @@ struct LinearCall {
 constexpr int64_t PANEL = 64;        // columns of a packed weight that lie together
 constexpr int64_t SLICE = 16;        // columns of the last panel are a multiple of this
 constexpr int64_t TILE_ROWS = 6;     // 6 x 4 vectors of sums leave registers for one row and one column
-#if defined(TQDIT_PAIRS) || defined(TQDIT_MATRICES)
+#if defined(TQDIT_PAIRS) || defined(TQDIT_BLOCKS)
 constexpr int64_t TASK_ROWS = 128;   // about the rows of one task: their rearranged codes stay in the second-level cache
 #else
 constexpr int64_t TASK_ROWS = 256;   // about the rows of one task
@@ -94,7 +94,7 @@ inline void finish_row(const LinearCall& c, const Rows& rows, int64_t row, int64
 }
 
 // What a thread multiplies with: the rows of codes of a task with one panel, some rows at a time.
-#if defined(TQDIT_PAIRS) || defined(TQDIT_MATRICES)
+#if defined(TQDIT_PAIRS) || defined(TQDIT_BLOCKS)
 struct Multiplier {
   const int64_t together;  // rows
   const TaskProduct product;

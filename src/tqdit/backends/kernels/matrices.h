@@ -1,49 +1,31 @@
-// Exact products on ARM processors with i8mm: one instruction multiplies two rows of eight bytes by two columns.
+// Products of many rows of codes on ARM processors with i8mm (blocks.h), whose operands are rearranged once before.
 #pragma once
 #include "products.h"
 
-#if defined(__aarch64__) && defined(__ARM_FEATURE_MATMUL_INT8)
-#define TQDIT_MATRICES
+#if defined(TQDIT_BLOCKS)
 
 namespace tqdit {
 
-constexpr int64_t MATRIX_ROWS = 8;      // 4 pairs of rows by 4 pairs of columns are 16 registers of sums
+constexpr int64_t MATRIX_ROWS = 8;      // 8 x 8 sums are 16 registers
 constexpr int64_t MATRIX_COLUMNS = 8;
 constexpr int64_t MATRIX_DEPTH = 1024;  // 8 rows and 8 columns of this depth fit the first-level cache
 
-// Computes c[r][j] = sum_k a[r][k] b[k][j], or adds it, for P pairs of rows, of which the last may lack its second, and
-// 8 columns. a: pairs of rows `MATRIX_DEPTH * 2` apart, each [k / 8][row][k % 8]. b: [k / 8][column][k % 8].
-template <int P>
+// Computes c[r][j] = sum_k a[r][k] b[k][j], or adds it, for at most R rows and 8 columns. a: pairs of rows
+// `MATRIX_DEPTH * 2` apart, each [k / 8][row][k % 8]. b: [k / 8][column][k % 8].
+template <int R>
 inline void matrix_tile(const uint8_t* a, const int8_t* b, int64_t eights, int64_t rows, int32_t* c, int64_t ldc,
                         bool add) {
-  int32x4_t sums[P][4];  // of two rows and two columns
-#pragma GCC unroll 4
-  for (int p = 0; p < P; ++p)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) sums[p][j] = vdupq_n_s32(0);
+  Blocks<R, 2> blocks;
   for (int64_t k = 0; k < eights; ++k) {
     int8x16_t right[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) right[j] = vld1q_s8(b + k * 64 + j * 16);
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) {
-      const uint8x16_t left = vld1q_u8(a + p * MATRIX_DEPTH * 2 + k * 16);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) sums[p][j] = vusmmlaq_s32(sums[p][j], left, right[j]);
-    }
+    blocks.add([=](int p) { return vld1q_u8(a + p * MATRIX_DEPTH * 2 + k * 16); }, right);
   }
-  const auto write = [=](int64_t row, int64_t j, int32x2_t left, int32x2_t right) {
-    int32_t* const to = c + row * ldc + j;
-    const int32x4_t total = vcombine_s32(left, right);
-    vst1q_s32(to, add ? vaddq_s32(total, vld1q_s32(to)) : total);
-  };
-#pragma GCC unroll 4
-  for (int p = 0; p < P; ++p)
-#pragma GCC unroll 2
-    for (int j = 0; j < 4; j += 2) {
-      write(2 * p, 2 * j, vget_low_s32(sums[p][j]), vget_low_s32(sums[p][j + 1]));
-      if (2 * p + 1 < rows) write(2 * p + 1, 2 * j, vget_high_s32(sums[p][j]), vget_high_s32(sums[p][j + 1]));
-    }
+  blocks.each([=](int r, int j, vint sums) {
+    int32_t* const to = c + r * ldc + j * LANES;
+    if (r < rows) store(to, add ? sums + load(to) : sums);
+  });
 }
 
 // Multiplies rows of codes by one panel of a packed weight, in memory of its own.
@@ -87,17 +69,19 @@ class MatrixProduct {
         int8_t* const to = right_.data() + j / 8 * 8 * MATRIX_DEPTH + k * 32 + j % 8 * 8;
         const int32x4_t low = vreinterpretq_s32_s8(vld1q_s8(from));
         const int32x4_t high = k + 1 < fours ? vreinterpretq_s32_s8(vld1q_s8(from + width * 4)) : vdupq_n_s32(0);
-        vst1q_s8(to, vreinterpretq_s8_s32(vzip1q_s32(low, high)));
-        vst1q_s8(to + 16, vreinterpretq_s8_s32(vzip2q_s32(low, high)));
+        int8x16_t first, second;
+        eights_of(low, high, first, second);
+        vst1q_s8(to, first);
+        vst1q_s8(to + 16, second);
       }
   }
 
   static void tile(int64_t rows, const uint8_t* a, const int8_t* b, int64_t eights, int32_t* c, int64_t ldc, bool add) {
     switch (rows < MATRIX_ROWS ? (rows + 1) / 2 : MATRIX_ROWS / 2) {
-      case 4: return matrix_tile<4>(a, b, eights, rows, c, ldc, add);
-      case 3: return matrix_tile<3>(a, b, eights, rows, c, ldc, add);
-      case 2: return matrix_tile<2>(a, b, eights, rows, c, ldc, add);
-      case 1: return matrix_tile<1>(a, b, eights, rows, c, ldc, add);
+      case 4: return matrix_tile<8>(a, b, eights, rows, c, ldc, add);
+      case 3: return matrix_tile<6>(a, b, eights, rows, c, ldc, add);
+      case 2: return matrix_tile<4>(a, b, eights, rows, c, ldc, add);
+      case 1: return matrix_tile<2>(a, b, eights, rows, c, ldc, add);
     }
   }
 

@@ -4,6 +4,7 @@
 #include <memory>
 #include <new>
 
+#include "blocks.h"
 #include "dots.h"
 
 namespace tqdit {
@@ -13,6 +14,9 @@ namespace tqdit {
 template <int R, int C>
 inline void dot_tile(const uint8_t* a, int64_t lda, const int8_t* b, int64_t columns, int64_t fours, int32_t* c,
                      int64_t ldc, [[maybe_unused]] const int32_t* surplus) {
+#if defined(TQDIT_BLOCKS)
+  if constexpr (R % 2 == 0) return block_tile<R, C>(a, lda, b, columns, fours, c, ldc);
+#endif
 #if defined(TQDIT_DOTS)
   vint sums[R][C];  // in registers, once the loops over it are unrolled
 #pragma GCC unroll 8
@@ -73,6 +77,9 @@ inline void dot_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t col
 void dot(const uint8_t* a, int64_t lda, int64_t rows, const int8_t* b, int64_t columns, int64_t fours, int32_t* c,
          int64_t ldc) {
   int64_t r = 0;
+#if defined(TQDIT_BLOCKS)  // the more rows, the less rearranging
+  for (; r + 8 <= rows; r += 8) dot_rows<8>(a + r * lda, lda, b, columns, fours, c + r * ldc, ldc);
+#endif
   for (; r + 4 <= rows; r += 4) dot_rows<4>(a + r * lda, lda, b, columns, fours, c + r * ldc, ldc);
   for (; r < rows; ++r) dot_rows<1>(a + r * lda, lda, b, columns, fours, c + r * ldc, ldc);
 }

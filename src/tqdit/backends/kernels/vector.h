@@ -55,13 +55,24 @@ inline void store(float* p, vfloat v, int64_t count) {
     std::memcpy(p, &v, count * sizeof(float));
 }
 inline vfloat to_float(vint v) { return __builtin_convertvector(v, vfloat); }
-inline void store_bytes(uint8_t* p, vint v, int64_t count) {
-  const vbyte bytes = __builtin_convertvector(v, vbyte);
-  if (count >= LANES)
-    std::memcpy(p, &bytes, LANES);  // a known size: one instruction
-  else
-    std::memcpy(p, &bytes, count);
+#if defined(__aarch64__)  // GCC converts four bytes one by one
+inline vbyte narrow(vint v) {
+  const uint16x4_t halves = vmovn_u32(uint32x4_t(v));
+  const uint32_t bits = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(halves, halves))), 0);
+  vbyte bytes;
+  std::memcpy(&bytes, &bits, sizeof bytes);
+  return bytes;
 }
+template <typename Bytes>
+inline uint8x8_t bytes_of(Bytes v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return vreinterpret_u8_u32(vdup_n_u32(bits));
+}
+inline vint widen(vchar v) { return vint(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(bytes_of(v)))))); }
+inline vint widen(vbyte v) { return vint(vmovl_u16(vget_low_u16(vmovl_u8(bytes_of(v))))); }
+#else
+inline vbyte narrow(vint v) { return __builtin_convertvector(v, vbyte); }
 // GCC converts bytes to ints one by one; in two steps it does not.
 inline vint widen(vchar v) {
   typedef int16_t vshort __attribute__((vector_size(LANES * 2)));
@@ -70,6 +81,14 @@ inline vint widen(vchar v) {
 inline vint widen(vbyte v) {
   typedef uint16_t vshort __attribute__((vector_size(LANES * 2)));
   return __builtin_convertvector(__builtin_convertvector(v, vshort), vint);
+}
+#endif
+inline void store_bytes(uint8_t* p, vint v, int64_t count) {
+  const vbyte bytes = narrow(v);
+  if (count >= LANES)
+    std::memcpy(p, &bytes, LANES);  // a known size: one instruction
+  else
+    std::memcpy(p, &bytes, count);
 }
 // Returns the values of `LANES` bytes.
 inline vfloat floats_of(const int8_t* p) {
