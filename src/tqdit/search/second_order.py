@@ -25,7 +25,7 @@ from tqdit.grids.formats import IntFormat
 ROWS = 8192  # of inputs that are float64 at a time
 REVERSED = 2**22  # elements of a matrix that are moved at a time
 # Bytes that the rows of a weight may take at once. On a GPU that has room for it, fewer parts wait for fewer launches.
-WORKSPACE = 2**30
+WORKSPACE = 2**29
 ROW_BYTES = 2 * 22  # of a column of a row: two proposals, each two float64 matrices, the weights and two of codes
 
 
@@ -54,7 +54,7 @@ def hessian(
         each = (1 - mix) * each + mix * weighted if bool(weighted.any()) else each
     total = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
     for part, root in zip(parts, each.sqrt()[:, None].split(ROWS), strict=True):
-        rows = part.double() * root
+        rows = part.double().mul_(root)
         total.addmm_(rows.t(), rows)
     return (total + total.t()).mul_(0.5)  # symmetric to the last bit, whatever the product does
 
