@@ -361,6 +361,14 @@ def _store(pointer: Pointer, value: Tensor, mask: Any = None) -> None:
     pointer.array[pointer.offset[where]] = data[where]
 
 
+def _larger(a: Any, b: Any) -> Any:
+    return a._with(b, np.maximum) if isinstance(a, Tensor) else max(a, b)
+
+
+def _smaller(a: Any, b: Any) -> Any:
+    return a._with(b, np.minimum) if isinstance(a, Tensor) else min(a, b)
+
+
 def _specialize(functions: list, _warps: list[int], _registers: list[int]) -> None:
     state = LOCAL.state
 
@@ -404,7 +412,7 @@ def language() -> types.SimpleNamespace:
         full_like=lambda x, value: Tensor(np.full_like(x.data, value), x.layout),
         arange=lambda start, end, layout=None: Tensor(np.arange(start, end, dtype=np.int32), layout),
         where=lambda c, a, b: Tensor(np.where(_raw(c), _raw(a), np.asarray(_raw(b), _raw(a).dtype)), a.layout),
-        maximum=lambda a, b: a._with(b, np.maximum), minimum=lambda a, b: a._with(b, np.minimum),
+        maximum=_larger, minimum=_smaller,
         max=lambda x, axis: Tensor(x.data.max(axis)),
         sum=lambda x, axis: Tensor(x.data.sum(axis, dtype=x.data.dtype), x.layout),
         fma=_fma, div_rn=lambda a, b: a._with(b, np.divide),

@@ -51,12 +51,12 @@ class FlashSizes(NamedTuple):
         whole = bm in (64, 128) and bk in (64, 128) and parts in (1, 2, 3) and permutes(keys)
         if not whole or head_dim not in (first, first + rest) or first > 128 or head_dim > 128 or rest in (1, 2, 4):
             return None
-        registers = config.registers or 216, 40, 24
+        registers = config.registers or 224, 56, 56
         found = cls(bm // 16, parts, 0, first, rest, registers)
         k_rest, v_pad = found.padded
         stage = bk * (2 * first + k_rest + v_pad) + 4 * (bk + 2 * (first + v_pad)) + 24
         others = Q_SLOTS * parts * (bm * (first + k_rest) + 16) + parts * bm * first + 2048
-        most = (SHARED_MEMORY // max(config.warps // 4, 1) - 1024 - others) // stage
+        most = (SHARED_MEMORY - 1024 - others) // stage
         stages = min(most, config.stages)
         return found._replace(stages=stages) if stages >= 2 else None
 
@@ -101,14 +101,14 @@ def attention(
         return flash.blocks_of(v, (sequences * head_dim, keys), pitch(keys), (width, bk)) if width else None
 
     groups = groups_of(*operands)
-    programs = processors(device) * max(config.warps // 4, 1)
+    programs = processors(device)
     flash.hopper_flash_kernel[(min(programs, sequences * triton.cdiv(tokens, bm * sizes.parts)),)](
         by_token(q, tokens, bm, first), by_token(q, tokens, bm, k_rest), by_token(k, keys, bk, first),
         by_token(k, keys, bk, k_rest), by_channel(first), by_channel(sizes.rest), out, groups.tensor, query.table,
         key.table, value.table, target.table, sequences, heads, tokens, keys, out.stride(1), head_dim**-0.5,
         groups.stride, tuple(map(row_stride, (query, key, value, target))), head_dim, first, k_rest, sizes.rest,
-        v_pad, softmax.bits, target.bits if targets else 0, sizes.stages, Q_SLOTS, bk, bool(config.piece), sizes.parts,
+        v_pad, softmax.bits, target.bits if targets else 0, sizes.stages, Q_SLOTS, sizes.parts == 1, bk, bool(config.piece), sizes.parts,
         sizes.warps, sizes.registers,
-        num_warps=sizes.warps, maxnreg=None if config.warps <= 4 else 80, enable_fp_fusion=False,
+        num_warps=sizes.warps, enable_fp_fusion=False,
     )  # fmt: skip
     return out

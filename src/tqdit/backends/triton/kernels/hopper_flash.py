@@ -42,7 +42,8 @@ from tqdit.backends.triton.kernels.rounding import (
 )
 
 MASKED = gl.constexpr(-16777216)  # as a float -1.7e38; with sums of codes added to these bits still as low
-UNIT = gl.constexpr(64)  # what a code counts in the sum of codes: its rounding is that much finer
+SUMMING = gl.constexpr(2)  # warps that sum; with the one that copies they are a warpgroup
+UNIT_BITS = gl.constexpr(6)  # a code counts 2^6 in the sum of codes: that sum is rounded that much finer
 RESCALED_BY = gl.constexpr(-2147483648.0)  # 2^31
 
 
@@ -84,7 +85,7 @@ def _operand(x, BK: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
 
 @gluon.constexpr_function
 def _coding(bits, half):
-    """The PTX that makes four codes of powers, the integer round((2^bits - 1) power) - 128 each."""
+    """The PTX that makes four codes of powers, the integer round(power levels) - 128 each."""
     if half:
         level = ((bits + 14) << 10) + 1024 - (1 << (11 - bits))  # the bits of 2^bits - 1 in fp16
         return (
@@ -92,28 +93,37 @@ def _coding(bits, half):
             "cvt.rn.f16x2.f32 a, $2, $1; cvt.rn.f16x2.f32 b, $4, $3; fma.rn.f16x2 a, a, l, m; "
             "fma.rn.f16x2 b, b, l, m; prmt.b32 $0, a, b, 0x6420; }"
         )
-    level = ((bits + 126) << 23) + (1 << 23) - (1 << (24 - bits))  # and in fp32
-    text = f"{{ .reg .f32 a, b, c, d, l, m; .reg .b32 i, j, k, n; mov.f32 l, 0f{level:08X}; mov.f32 m, 0f4B3FFF80; "
-    text += "fma.rn.f32 a, $1, l, m; fma.rn.f32 b, $2, l, m; fma.rn.f32 c, $3, l, m; fma.rn.f32 d, $4, l, m; "
-    text += "mov.b32 i, a; mov.b32 j, b; mov.b32 k, c; mov.b32 n, d; "
-    return text + "prmt.b32 i, i, j, 0x0040; prmt.b32 k, k, n, 0x0040; prmt.b32 $0, i, k, 0x5410; }"
+    return (
+        "{ .reg .f32 a, b, c, d, m; .reg .b32 i, j, k, n; mov.f32 m, 0f4B3FFF80; fma.rn.f32 a, $1, $5, m; "
+        "fma.rn.f32 b, $2, $6, m; fma.rn.f32 c, $3, $7, m; fma.rn.f32 d, $4, $8, m; "
+        "mov.b32 i, a; mov.b32 j, b; mov.b32 k, c; mov.b32 n, d; "
+        "prmt.b32 i, i, j, 0x0040; prmt.b32 k, k, n, 0x0040; prmt.b32 $0, i, k, 0x5410; }"
+    )
 
 
 @gluon.jit
 def _codes(
-    scores, shift, scale, COLUMNS: gl.constexpr, BK: gl.constexpr, BITS: gl.constexpr, HALF: gl.constexpr,
+    scores, shift, levels, scale, COLUMNS: gl.constexpr, BK: gl.constexpr, BITS: gl.constexpr, HALF: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Return the codes round((2^BITS - 1) 2^(scores scale + shift)) - 128 as an operand.
+    """Return the codes round(levels 2^(scores scale + shift)) - 128 as an operand.
 
-    HALF: powers are rounded to fp16 first, and two of them are scaled at once.
+    HALF: powers are rounded to fp16 first, and two of them are scaled at once, by 2^BITS - 1.
     """
     x = _as_floats(scores)
     nothing = gl.full_like(x, 0.0)
     e = power_of_two(gl.fma(x, nothing + scale, nothing + shift[:, None]), True)
-    return gl.inline_asm_elementwise(
-        _coding(BITS, HALF), "=r,f,f,f,f", [_operand(e, BK, COLUMNS, WARPS)], gl.int8, is_pure=True, pack=4
-    )
+    e = _operand(e, BK, COLUMNS, WARPS)
+    if HALF:
+        return gl.inline_asm_elementwise(
+            _coding(BITS, HALF), "=r,f,f,f,f", [e], gl.int8, is_pure=True, pack=4
+        )
+    else:
+        by = gl.convert_layout(levels, gl.SliceLayout(1, e.type.layout), assert_trivial=True)
+        return gl.inline_asm_elementwise(
+            _coding(BITS, HALF), "=r,f,f,f,f,f,f,f,f", [e, gl.full_like(e, 0.0) + by[:, None]], gl.int8, is_pure=True,
+            pack=4,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -127,13 +137,25 @@ def _start_values(codes, values, slot, sums, D_FIRST: gl.constexpr, V_PAD: gl.co
 
 
 @gluon.jit
-def _parameters(pointers, row, heads, factor, GROUP_STRIDE: gl.constexpr, STRIDES: gl.constexpr):
-    """Return the time group of a sequence's sample, the scale of its scores as powers of two, and z of its queries."""
-    group, query, key = pointers[1:4]
+def _zero_of(pointers, row, heads, GROUP_STRIDE: gl.constexpr, STRIDES: gl.constexpr):
+    """Return the zero point of a sequence's queries, int32."""
+    group, query = pointers[1:3]
     time_group = gl.load(group + row // heads * GROUP_STRIDE).to(gl.int32)
-    of_query = query + (time_group * STRIDES[0] + row % heads * ROW)
-    scale = gl.load(of_query) * gl.load(key + (time_group * STRIDES[1] + row % heads * ROW)) * factor * LOG2E
-    return time_group, scale, gl.load(of_query + ZERO).to(gl.int32)
+    return gl.load(query + (time_group * STRIDES[0] + row % heads * ROW + ZERO)).to(gl.int32)
+
+
+@gluon.jit
+def _parameters(pointers, row, heads, factor, GROUP_STRIDE: gl.constexpr, STRIDES: gl.constexpr):
+    """Return what a sequence's rows need: the scale of scores as powers of two, and of v and the target theirs."""
+    out, group, query, key, value, target = pointers
+    time_group, head = gl.load(group + row // heads * GROUP_STRIDE).to(gl.int32), row % heads * ROW
+    scale = gl.load(query + (time_group * STRIDES[0] + head)) * gl.load(key + (time_group * STRIDES[1] + head))
+    of_value = value + (time_group * STRIDES[2] + head)
+    of_target = target + time_group * STRIDES[3]
+    return (
+        scale * factor * LOG2E, gl.load(of_value), gl.load(of_value + ZERO), gl.load(of_target),
+        gl.load(of_target + INVERSE), gl.load(of_target + ZERO),
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -190,36 +212,41 @@ def _sum(
     sequences, heads, N, KEYS, out_stride, factor = numbers
     tiles, blocks = gl.cdiv(N, 16 * WARPS * PARTS), gl.cdiv(KEYS, BK)
     program, programs = gl.program_id(0), gl.num_programs(0)
+    zero = _zero_of(pointers, program // tiles, heads, GROUP_STRIDE, STRIDES)
     for i in range(0, (sequences * tiles - program + programs - 1) // programs):
-        row = (program + i * programs) // tiles
-        _, _, zero = _parameters(pointers, row, heads, factor, GROUP_STRIDE, STRIDES)
-        first_total = _byte_sums(values[0].index(0), D_FIRST, BK, 4) * 0
-        rest_total = _byte_sums(values[1].index(0), V_PAD, BK, 4) * 0
+        following = gl.minimum((program + (i + 1) * programs) // tiles, sequences - 1)
+        next_zero = _zero_of(pointers, following, heads, GROUP_STRIDE, STRIDES)  # on its way meanwhile
+        first_total = _byte_sums(values[0].index(0), D_FIRST, BK, SUMMING) * 0
+        rest_total = _byte_sums(values[1].index(0), V_PAD, BK, SUMMING) * 0
         for block in range(0, blocks):
             number = i * blocks + block
             slot = number % STAGES
             mbarrier.wait(full.index(slot), number // STAGES & 1)
-            total = _byte_sums(keys[0].index(slot), BK, D_FIRST, 4)
+            total = _byte_sums(keys[0].index(slot), BK, D_FIRST, SUMMING)
             if D_REST:
-                of_rest = _byte_sums(keys[1].index(slot), BK, D_REST, 4)
+                of_rest = _byte_sums(keys[1].index(slot), BK, D_REST, SUMMING)
                 total += gl.convert_layout(of_rest, total.type.layout)
             numbers_of = block * BK + gl.arange(0, BK, total.type.layout)
             starts.index(slot).store(gl.where(numbers_of < KEYS, MAGIC_BITS - zero * total, MASKED))
             before[0].index(slot).store(128 * first_total)
             before[1].index(slot).store(128 * rest_total)
-            first_total += _byte_sums(values[0].index(slot), D_FIRST, BK, 4)
-            rest_total += _byte_sums(values[1].index(slot), V_PAD, BK, 4)
+            first_total += _byte_sums(values[0].index(slot), D_FIRST, BK, SUMMING)
+            rest_total += _byte_sums(values[1].index(slot), V_PAD, BK, SUMMING)
             through[0].index(slot).store(128 * first_total)
             through[1].index(slot).store(128 * rest_total)
             mbarrier.arrive(ready.index(slot))
+        zero = next_zero
 
 
 @gluon.jit
-def _quantized(sums, total, sum_one, value, target, BITS: gl.constexpr):
-    """Return codes of P V; P V itself, fp32, if BITS is 0. `total`, `sum_one`: sums of codes, fp32 and rounded."""
+def _quantized(sums, counted, value, target, BITS: gl.constexpr):
+    """Return codes of P V; P V itself, fp32, if BITS is 0. `counted`: 2^UNIT_BITS times the sums of codes."""
     scale, zero = value
+    total = counted.to(gl.float32) * (1.0 / (1 << UNIT_BITS))
     share = gl.div_rn(gl.full_like(total, 0.0) + scale, total)
-    y = (sums - zero * sum_one[:, None]).to(gl.float32) * share[:, None]
+    part = (counted & ((1 << UNIT_BITS) - 1)).to(gl.float32) * (1.0 / (1 << UNIT_BITS))  # 0 where no sum has shrunk
+    less = part * zero.to(gl.float32)
+    y = ((sums - zero * (counted >> UNIT_BITS)[:, None]).to(gl.float32) - less[:, None]) * share[:, None]
     if BITS == 0:
         return y
     else:
@@ -242,22 +269,32 @@ def _store(
 
 
 @gluon.jit
-def _reference(scores, highest, shift, scale, BK: gl.constexpr, WARPS: gl.constexpr):
-    """Return the highest scores of rows so far, the shifts of powers for them, and by how much earlier sums shrink.
+def _reference(
+    scores, highest, shift, scale, BITS: gl.constexpr, HALF: gl.constexpr, BK: gl.constexpr, WARPS: gl.constexpr
+):  # fmt: skip
+    """Return what the codes of a block follow from: the rows' highest scores so far, shifts of powers, levels of codes.
 
-    The last is (2^(new shift - shift) - 1) 2^31, int32: 0 where a row has no higher score than before.
+    The last number is by how much earlier sums shrink: (2^(difference of highest scores) - 1) 2^31, int32, 0 where a
+    row has no higher score than before. A shift is rounded; HALF: that makes another highest score of it, so that the
+    powers of a row have a factor near 1 in common; else levels are without that factor.
     """
-    highest = gl.maximum(highest, _of_rows(_row_maxima(_as_floats(scores), BK, WARPS), BK, WARPS))
-    new_shift = -highest * scale
-    by = ((power_of_two(new_shift - shift, True) - 1.0) * -RESCALED_BY).to(gl.int32)
-    return highest, new_shift, by
+    higher = gl.maximum(highest, _of_rows(_row_maxima(_as_floats(scores), BK, WARPS), BK, WARPS))
+    new_shift = -higher * scale
+    if HALF:
+        levels = new_shift
+        shrink = power_of_two(new_shift - shift, True)
+    else:
+        excess = gl.fma(higher, gl.full_like(higher, 0.0) + scale, new_shift)
+        levels = power_of_two(-excess, True) * ((1 << BITS) - 1.0)
+        shrink = power_of_two((highest - higher) * scale, True)
+    return higher, new_shift, levels, ((shrink - 1.0) * -RESCALED_BY).to(gl.int32)
 
 
 @gluon.jit
 def _consume(
     rings, barriers, sums_rings, pointers, numbers, GROUP_STRIDE: gl.constexpr, STRIDES: gl.constexpr, D: gl.constexpr,
     D_FIRST: gl.constexpr, D_REST: gl.constexpr, V_REST: gl.constexpr, V_PAD: gl.constexpr, STAGES: gl.constexpr,
-    Q_SLOTS: gl.constexpr, BK: gl.constexpr, BITS: gl.constexpr, TARGET_BITS: gl.constexpr, HALF: gl.constexpr, PARTS: gl.constexpr,
+    Q_SLOTS: gl.constexpr, LATE: gl.constexpr, BK: gl.constexpr, BITS: gl.constexpr, TARGET_BITS: gl.constexpr, HALF: gl.constexpr, PARTS: gl.constexpr,
     WARPS: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
     """Compute and write the rows of part ME of this program's tiles."""
@@ -271,14 +308,14 @@ def _consume(
     first_layout: gl.constexpr = _layout(D_FIRST, WARPS)
     rest_layout: gl.constexpr = _layout(V_PAD, WARPS)
     program, programs = gl.program_id(0), gl.num_programs(0)
+    numbers_of = _parameters(pointers, program // tiles, heads, factor, GROUP_STRIDE, STRIDES)
     for i in range(0, (sequences * tiles - program + programs - 1) // programs):
         row, tile = (program + i * programs) // tiles, (program + i * programs) % tiles
-        time_group, scale, _ = _parameters(pointers, row, heads, factor, GROUP_STRIDE, STRIDES)
-        of_value = value + (time_group * STRIDES[2] + row % heads * ROW)
-        of_values = (gl.load(of_value), gl.load(of_value + ZERO).to(gl.int32))
-        of_target = target + time_group * STRIDES[3]
-        result = (gl.load(of_target), gl.load(of_target + INVERSE), gl.load(of_target + ZERO))
-
+        scale = numbers_of[0]
+        of_values = (numbers_of[1], numbers_of[2].to(gl.int32))
+        result = (numbers_of[3], numbers_of[4], numbers_of[5])
+        following = gl.minimum((program + (i + 1) * programs) // tiles, sequences - 1)
+        numbers_of = _parameters(pointers, following, heads, factor, GROUP_STRIDE, STRIDES)  # on their way meanwhile
         place = i % Q_SLOTS * PARTS + ME
         mbarrier.wait(q_full.index(place), i // Q_SLOTS & 1)
         queries = (query_ring[0].index(place), query_ring[1].index(place))
@@ -290,13 +327,16 @@ def _consume(
         scores = warpgroup_mma_wait(0, deps=(scores,))
         highest = gl.full((BM,), 0.0, gl.float32, gl.SliceLayout(1, _layout(BK, WARPS)))  # floats of MAGIC are positive
         shift = highest
-        first = warpgroup_mma_init(gl.zeros((BM, D_FIRST), gl.int32, first_layout))
-        rest = warpgroup_mma_init(gl.zeros((BM, V_PAD), gl.int32, rest_layout))
+        first = gl.zeros((BM, D_FIRST), gl.int32, first_layout)
+        rest = gl.zeros((BM, V_PAD), gl.int32, rest_layout)
+        if LATE:
+            first, rest = warpgroup_mma_init(first), warpgroup_mma_init(rest)
         for block in range(1, blocks):
-            highest, shift, by = _reference(scores, highest, shift, scale, BK, WARPS)
-            codes = _codes(scores, shift, scale, D_FIRST, BK, BITS, HALF, WARPS)
-            first, rest = warpgroup_mma_wait(0, deps=(first, rest))
-            mbarrier.arrive(empty.index((number + block + STAGES - 2) % STAGES), pred=block > 1)
+            highest, shift, levels, by = _reference(scores, highest, shift, scale, BITS, HALF, BK, WARPS)
+            codes = _codes(scores, shift, levels, scale, D_FIRST, BK, BITS, HALF, WARPS)
+            if LATE:
+                first, rest = warpgroup_mma_wait(0, deps=(first, rest))
+                mbarrier.arrive(empty.index((number + block + STAGES - 2) % STAGES), pred=block > 1)
             first = _rescale(first, before[0].index(slot), by, D_FIRST, WARPS)
             rest = _rescale(rest, before[1].index(slot), by, V_PAD, WARPS)
             earlier = slot
@@ -305,12 +345,17 @@ def _consume(
             mbarrier.wait(ready.index(slot), (number + block) // STAGES & 1)
             scores = _start_scores(queries, keys, slot, starts, slot, D_REST, BK, WARPS)
             first, rest = _start_values(codes, values, earlier, (first, rest), D_FIRST, V_PAD, WARPS)
-            scores = warpgroup_mma_wait(2, deps=(scores,))
+            if LATE:
+                scores = warpgroup_mma_wait(2, deps=(scores,))
+            else:
+                scores, first, rest = warpgroup_mma_wait(0, deps=(scores, first, rest))
+                mbarrier.arrive(empty.index(earlier))
         mbarrier.arrive(q_empty.index(place))
-        highest, shift, by = _reference(scores, highest, shift, scale, BK, WARPS)
-        codes = _codes(scores, shift, scale, D_FIRST, BK, BITS, HALF, WARPS)
-        first, rest = warpgroup_mma_wait(0, deps=(first, rest))
-        mbarrier.arrive(empty.index((number + blocks + STAGES - 2) % STAGES), pred=blocks > 1)
+        highest, shift, levels, by = _reference(scores, highest, shift, scale, BITS, HALF, BK, WARPS)
+        codes = _codes(scores, shift, levels, scale, D_FIRST, BK, BITS, HALF, WARPS)
+        if LATE:
+            first, rest = warpgroup_mma_wait(0, deps=(first, rest))
+            mbarrier.arrive(empty.index((number + blocks + STAGES - 2) % STAGES), pred=blocks > 1)
         first = _rescale(first, before[0].index(slot), by, D_FIRST, WARPS)
         rest = _rescale(rest, before[1].index(slot), by, V_PAD, WARPS)
         first, rest = _start_values(codes, values, slot, (first, rest), D_FIRST, V_PAD, WARPS)
@@ -325,15 +370,12 @@ def _consume(
         else:
             last = rest
             counted = gl.max(rest, 1)
-        total = counted.to(gl.float32) * (1.0 / UNIT)
-        sum_one = (counted + UNIT // 2) // UNIT
         base, column = row // heads * N, row % heads * D
         first_row = (tile * PARTS + ME) * BM
         if V_REST:
-            made = _quantized(last, total, sum_one, of_values, result, TARGET_BITS)
+            made = _quantized(last, counted, of_values, result, TARGET_BITS)
             _store(out, made, first_row, N, base, column + D_FIRST, out_stride, V_REST, TARGET_BITS, WARPS)
-        total, sum_one = _of_rows(total, D_FIRST, WARPS), _of_rows(sum_one, D_FIRST, WARPS)
-        made = _quantized(first, total, sum_one, of_values, result, TARGET_BITS)
+        made = _quantized(first, _of_rows(counted, D_FIRST, WARPS), of_values, result, TARGET_BITS)
         _store(out, made, first_row, N, base, column, out_stride, D_FIRST, TARGET_BITS, WARPS)
 
 
@@ -342,8 +384,8 @@ def hopper_flash_kernel(
     q, q_rest, k, k_rest, v, v_rest, out, group, query, key, value, target, sequences, heads, N, KEYS, out_stride,
     factor, GROUP_STRIDE: gl.constexpr, STRIDES: gl.constexpr, D: gl.constexpr, D_FIRST: gl.constexpr,
     D_REST: gl.constexpr, V_REST: gl.constexpr, V_PAD: gl.constexpr, BITS: gl.constexpr, TARGET_BITS: gl.constexpr, STAGES: gl.constexpr,
-    Q_SLOTS: gl.constexpr, BK: gl.constexpr, HALF: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    Q_SLOTS: gl.constexpr, LATE: gl.constexpr, BK: gl.constexpr, HALF: gl.constexpr, PARTS: gl.constexpr,
+    WARPS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Attend as `attention_kernel` does on the grid of softmax rows, N queries to KEYS keys a head.
 
@@ -378,7 +420,7 @@ def hopper_flash_kernel(
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=PARTS)
         mbarrier.init(ready.index(slot), count=1)
-        v_rest_ring.index(slot).store(gl.full((V_PAD, BK), UNIT, gl.int8, ones))  # copies fill the first rows only
+        v_rest_ring.index(slot).store(gl.full((V_PAD, BK), 1 << UNIT_BITS, gl.int8, ones))  # copies fill the first rows only
     for place in gl.static_range(PLACES):
         mbarrier.init(q_full.index(place), count=1)
         mbarrier.init(q_empty.index(place), count=1)
@@ -393,7 +435,7 @@ def hopper_flash_kernel(
             [
                 (_consume, (
                     rings, barriers, sums, pointers, numbers, GROUP_STRIDE, STRIDES, D, D_FIRST, D_REST, V_REST, V_PAD,
-                    STAGES, Q_SLOTS, BK, BITS, TARGET_BITS, HALF, PARTS, WARPS, gl.constexpr(0))),
+                    STAGES, Q_SLOTS, LATE, BK, BITS, TARGET_BITS, HALF, PARTS, WARPS, gl.constexpr(0))),
                 (_sum, (
                     rings, barriers, sums, pointers, numbers, GROUP_STRIDE, STRIDES, D_FIRST, D_REST, V_PAD, STAGES, BK,
                     PARTS, WARPS)),
@@ -401,7 +443,7 @@ def hopper_flash_kernel(
                     (q, q_rest, k, k_rest, v, v_rest), rings, barriers, numbers, D, D_FIRST, D_REST, V_REST, STAGES,
                     Q_SLOTS, BK, PARTS, WARPS)),
             ],
-            [4, 1],
+            [SUMMING, 1],
             [REGISTERS[1], REGISTERS[2]],
         )  # fmt: skip
     elif PARTS == 2:
@@ -409,10 +451,10 @@ def hopper_flash_kernel(
             [
                 (_consume, (
                     rings, barriers, sums, pointers, numbers, GROUP_STRIDE, STRIDES, D, D_FIRST, D_REST, V_REST, V_PAD,
-                    STAGES, Q_SLOTS, BK, BITS, TARGET_BITS, HALF, PARTS, WARPS, gl.constexpr(0))),
+                    STAGES, Q_SLOTS, LATE, BK, BITS, TARGET_BITS, HALF, PARTS, WARPS, gl.constexpr(0))),
                 (_consume, (
                     rings, barriers, sums, pointers, numbers, GROUP_STRIDE, STRIDES, D, D_FIRST, D_REST, V_REST, V_PAD,
-                    STAGES, Q_SLOTS, BK, BITS, TARGET_BITS, HALF, PARTS, WARPS, gl.constexpr(1))),
+                    STAGES, Q_SLOTS, LATE, BK, BITS, TARGET_BITS, HALF, PARTS, WARPS, gl.constexpr(1))),
                 (_sum, (
                     rings, barriers, sums, pointers, numbers, GROUP_STRIDE, STRIDES, D_FIRST, D_REST, V_PAD, STAGES, BK,
                     PARTS, WARPS)),
@@ -420,7 +462,7 @@ def hopper_flash_kernel(
                     (q, q_rest, k, k_rest, v, v_rest), rings, barriers, numbers, D, D_FIRST, D_REST, V_REST, STAGES,
                     Q_SLOTS, BK, PARTS, WARPS)),
             ],
-            [WARPS, 4, 1],
+            [WARPS, SUMMING, 1],
             [REGISTERS[0], REGISTERS[1], REGISTERS[2]],
         )  # fmt: skip
     else:
@@ -428,13 +470,13 @@ def hopper_flash_kernel(
             [
                 (_consume, (
                     rings, barriers, sums, pointers, numbers, GROUP_STRIDE, STRIDES, D, D_FIRST, D_REST, V_REST, V_PAD,
-                    STAGES, Q_SLOTS, BK, BITS, TARGET_BITS, HALF, PARTS, WARPS, gl.constexpr(0))),
+                    STAGES, Q_SLOTS, LATE, BK, BITS, TARGET_BITS, HALF, PARTS, WARPS, gl.constexpr(0))),
                 (_consume, (
                     rings, barriers, sums, pointers, numbers, GROUP_STRIDE, STRIDES, D, D_FIRST, D_REST, V_REST, V_PAD,
-                    STAGES, Q_SLOTS, BK, BITS, TARGET_BITS, HALF, PARTS, WARPS, gl.constexpr(1))),
+                    STAGES, Q_SLOTS, LATE, BK, BITS, TARGET_BITS, HALF, PARTS, WARPS, gl.constexpr(1))),
                 (_consume, (
                     rings, barriers, sums, pointers, numbers, GROUP_STRIDE, STRIDES, D, D_FIRST, D_REST, V_REST, V_PAD,
-                    STAGES, Q_SLOTS, BK, BITS, TARGET_BITS, HALF, PARTS, WARPS, gl.constexpr(2))),
+                    STAGES, Q_SLOTS, LATE, BK, BITS, TARGET_BITS, HALF, PARTS, WARPS, gl.constexpr(2))),
                 (_sum, (
                     rings, barriers, sums, pointers, numbers, GROUP_STRIDE, STRIDES, D_FIRST, D_REST, V_PAD, STAGES, BK,
                     PARTS, WARPS)),
@@ -442,6 +484,6 @@ def hopper_flash_kernel(
                     (q, q_rest, k, k_rest, v, v_rest), rings, barriers, numbers, D, D_FIRST, D_REST, V_REST, STAGES,
                     Q_SLOTS, BK, PARTS, WARPS)),
             ],
-            [WARPS, WARPS, 4, 1],
+            [WARPS, WARPS, SUMMING, 1],
             [REGISTERS[0], REGISTERS[0], REGISTERS[1], REGISTERS[2]],
         )  # fmt: skip
