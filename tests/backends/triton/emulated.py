@@ -37,10 +37,6 @@ class Tensor:
     def dtype(self) -> Any:
         return self.data.dtype.type
 
-    @property
-    def T(self) -> "Tensor":
-        return Tensor(self.data.T)
-
     def to(self, dtype: Any, bitcast: bool = False) -> "Tensor":
         if bitcast:
             return Tensor(self.data.view(dtype), self.layout)
@@ -295,38 +291,37 @@ class PTX:
             self.registers[to] = found
 
     def compute(self, name: str, given: list[str]) -> np.ndarray:
-        kind = name.rsplit(".", 1)[1]
-        dtype = {"f32": np.float32, "f16x2": np.float16, "s32": np.int32, "b32": np.uint32}[kind]
+        dtype = {"f32": np.float32, "f16x2": np.float16, "s32": np.int32, "b32": np.uint32}[name.rpartition(".")[2]]
         if name == "cvt.rn.f16x2.f32":
             high, low = (self.value(x, np.float32).astype(np.float16).view(np.uint16) for x in given)
             return (high.astype(np.uint32) << 16) | low
-        x = [self.value(g, dtype) for g in given]
-        if name == "ex2.approx.ftz.f32":
-            return np.exp2(x[0].astype(np.float64)).astype(np.float32)
         if name == "dp4a.s32.s32":
             signed = (self.value(g, np.int8).reshape(-1, 4).astype(np.int32) for g in given[:2])
-            return (np.multiply(*signed).sum(1) + x[2]).astype(np.int32)
-        if name.startswith("fma.rn"):
-            if dtype is np.float16:
-                x = [np.resize(v, max(map(np.size, x))) for v in x]
-            return (x[0].astype(np.float64) * x[1] + x[2]).astype(dtype)
-        if name == "add.s32":
-            return (x[0].astype(np.int64) + x[1]).astype(np.int32)
-        if name == "mul.hi.s32":
-            return (x[0].astype(np.int64) * x[1] >> 32).astype(np.int32)
-        if name == "mad.lo.s32":
-            return (x[0].astype(np.int64) * x[1] + x[2]).astype(np.int32)
-        if name == "or.b32":
-            return x[0] | x[1]
-        if name == "setp.ne.s32":
-            return (x[0] != x[1]).astype(np.uint32)
-        if name == "prmt.b32":
-            size = max(v.size for v in x)
-            both = np.concatenate([np.ascontiguousarray(np.broadcast_to(v, size)).view(np.uint8).reshape(-1, 4) for v in x[:2]], 1)
-            chosen = [int(x[2][0]) >> 4 * i & 7 for i in range(4)]
-            return np.ascontiguousarray(both[:, chosen]).view(np.uint32).reshape(-1)
-        assert name.startswith("mov"), name
-        return x[0]
+            return (np.multiply(*signed).sum(1) + self.value(given[2], np.int32)).astype(np.int32)
+        x = [self.value(g, dtype) for g in given]
+        if dtype is np.float16:
+            x = [np.resize(v, max(map(np.size, x))) for v in x]  # two numbers a register
+        return INSTRUCTIONS[name.partition(".")[0]](*x).astype(dtype)
+
+
+def _permuted_bytes(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    size = max(a.size, b.size)
+    of_both = [np.ascontiguousarray(np.broadcast_to(v, size)).view(np.uint8).reshape(-1, 4) for v in (a, b)]
+    chosen = [int(selector[0]) >> 4 * i & 7 for i in range(4)]
+    return np.ascontiguousarray(np.concatenate(of_both, 1)[:, chosen]).view(np.uint32).reshape(-1)
+
+
+INSTRUCTIONS: dict[str, Callable] = {
+    "ex2": lambda x: np.exp2(x.astype(np.float64)),
+    "fma": lambda x, y, z: x.astype(np.float64) * y + z,
+    "add": lambda x, y: x.astype(np.int64) + y,
+    "mul": lambda x, y: x.astype(np.int64) * y >> 32,
+    "mad": lambda x, y, z: x.astype(np.int64) * y + z,
+    "or": np.bitwise_or,
+    "setp": np.not_equal,
+    "prmt": _permuted_bytes,
+    "mov": lambda x: x,
+}
 
 
 def _assembly(text: str, constraints: str, given: list[Any], dtype: Any, is_pure: bool, pack: int) -> Tensor:
@@ -451,7 +446,7 @@ class Emulated:
                     place[name] = self.instead[name]
                 elif isinstance(value, gluon_language.constexpr):
                     place[name] = value.value
-                elif type(value).__name__ in ("JITFunction", "GluonJITFunction"):
+                elif type(value).__name__ in ("JITFunction", "GluonJITFunction", "InterpretedFunction"):
                     place[name] = self.function(value)
         return self.places[id(given)]
 

@@ -1,5 +1,6 @@
 """Call `kernels.hopper_flash`, attention in one pass over the keys: where it runs, its sizes, its launch."""
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +19,12 @@ from tqdit.backends.triton.layouts import (
     row_stride,
 )
 from tqdit.errors import InputError
+from tqdit.ops.one_pass import BLOCK
 from tqdit.ops.schema import OperandParams
 from tqdit.spec import Grid
 
-MOST_STAGES = 8
 Q_SLOTS = 2
+TILES = (64, 2), (128, 1)  # rows of a part, and parts of a tile of queries
 
 
 class FlashSizes(NamedTuple):
@@ -36,7 +38,6 @@ class FlashSizes(NamedTuple):
     stages: int
     first: int
     rest: int
-    registers: tuple[int, int, int]  # of a thread that computes, that sums, that copies
 
     @property
     def padded(self) -> tuple[int, int]:
@@ -48,17 +49,21 @@ class FlashSizes(NamedTuple):
         """Return the sizes for a configuration, or None where the kernel cannot have them."""
         bm, bk, parts = config.block_m, config.block_k, config.blocks
         first, rest = powers_of_two(head_dim, 32)
-        whole = bm in (64, 128) and bk in (64, 128) and parts in (1, 2, 3) and permutes(keys)
-        if not whole or head_dim not in (first, first + rest) or first > 128 or head_dim > 128 or rest in (1, 2, 4):
+        whole = (bm, parts) in TILES and bk == BLOCK and permutes(keys)
+        if not whole or head_dim not in (first, first + rest) or head_dim > 128 or rest not in (0, 8, 16, 32):
             return None
-        registers = config.registers or 224, 56, 56
-        found = cls(bm // 16, parts, 0, first, rest, registers)
+        found = cls(bm // 16, parts, 0, first, rest)
         k_rest, v_pad = found.padded
         stage = bk * (2 * first + k_rest + v_pad) + 4 * (bk + 2 * (first + v_pad)) + 24
         others = Q_SLOTS * parts * (bm * (first + k_rest) + 16) + parts * bm * first + 2048
         most = (SHARED_MEMORY - 1024 - others) // stage
         stages = min(most, config.stages)
         return found._replace(stages=stages) if stages >= 2 else None
+
+
+def offered() -> bool:
+    """Say whether tuning times the kernel: not yet by itself, since no GPU has run it. TQDIT_ONE_PASS=1 asks for it."""
+    return os.environ.get("TQDIT_ONE_PASS") == "1"
 
 
 def supports(config: Config, device: torch.device, keys: int, head_dim: int) -> bool:
@@ -82,7 +87,7 @@ def attention(
         )
     found = hopper.kernels()
     assert found
-    flash = found.flash
+    flash, blocks_of = found.flash, found.attention.blocks_of
     if context is None:
         q, k, v = projected.split(3, heads)
     else:
@@ -95,10 +100,10 @@ def attention(
 
     def by_token(part: torch.Tensor, count: int, block: int, width: int) -> Any:
         shape = sequences * count, head_dim
-        return flash.blocks_of(part, shape, pitch(head_dim), (block, width)) if width else None
+        return blocks_of(part, shape, pitch(head_dim), (block, width)) if width else None
 
     def by_channel(width: int) -> Any:
-        return flash.blocks_of(v, (sequences * head_dim, keys), pitch(keys), (width, bk)) if width else None
+        return blocks_of(v, (sequences * head_dim, keys), pitch(keys), (width, bk)) if width else None
 
     groups = groups_of(*operands)
     programs = processors(device)
@@ -107,8 +112,8 @@ def attention(
         by_token(k, keys, bk, k_rest), by_channel(first), by_channel(sizes.rest), out, groups.tensor, query.table,
         key.table, value.table, target.table, sequences, heads, tokens, keys, out.stride(1), head_dim**-0.5,
         groups.stride, tuple(map(row_stride, (query, key, value, target))), head_dim, first, k_rest, sizes.rest,
-        v_pad, softmax.bits, target.bits if targets else 0, sizes.stages, Q_SLOTS, sizes.parts == 1, bk, bool(config.piece), sizes.parts,
-        sizes.warps, sizes.registers,
+        v_pad, softmax.bits, target.bits if targets else 0, sizes.stages, Q_SLOTS,
+        sizes.parts == 1, bk, bool(config.piece), sizes.parts, sizes.warps, flash.REGISTERS,
         num_warps=sizes.warps, enable_fp_fusion=False,
     )  # fmt: skip
     return out

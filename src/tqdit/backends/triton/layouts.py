@@ -73,7 +73,8 @@ class Config(NamedTuple):
     stages: int = 3  # norm: blocks of rows on their way while registers hold shift and scale; 1: neither is done
     piece: int = 0  # columns that the epilogue has in registers at a time: block_n (0), or a half or a quarter of it
     registers: int | None = None  # the most that a thread has
-    # Blocks of rows that a program of the attention or norm kernel takes; Hopper's attention: AT_ONCE; FLOATS: SLOTS; FLASH: PARTS.
+    # Blocks of rows that a program of the attention or norm kernel takes; Hopper's attention: AT_ONCE; FLOATS: SLOTS;
+    # FLASH: PARTS.
     blocks: int = 1
     hopper: int = 0  # by a kernel for Hopper, with its own numbers of warps, registers: SPECIAL, FLOATS or FLASH
 

@@ -226,9 +226,11 @@ def attend(
     def run(config: Config) -> Tensor:
         return launch.attend(projected, other, bias, heads, operands, config)
 
-    sequences, kind = batch * heads, kinds[6]
+    sequences, kind, softmax = batch * heads, kinds[6], operands[3]
+    one_pass: list[Config] = []
+    if softmax.grid.per_row and bias is None:
+        one_pass = candidates.hopper_flash(codes.device, tokens if context is None else keys, head_dim)
     if context is None and bias is None:
-        softmax = operands[3]
         special = candidates.hopper_attention(
             codes.device, tokens, head_dim, softmax.two_products, softmax.grid.per_row
         )
@@ -237,8 +239,10 @@ def attend(
         special, biased = [], bias is not None
         known = [tuning.cross_attention_key(sequences, tokens, keys, head_dim, m, biased) for m in tuning.modes(kind)]
     ordinary = functools.partial(candidates.attention, sequences, keys)
+    if one_pass:
+        known = [tuning.with_one_pass(known[0])]
     key = tuning.first_known(codes.device, known)
-    return run(tuning.choose(key, codes.device, lambda: special + ordinary(), run))
+    return run(tuning.choose(key, codes.device, lambda: one_pass + special + ordinary(), run))
 
 
 @attend.register_fake

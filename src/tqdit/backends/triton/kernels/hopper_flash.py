@@ -29,7 +29,6 @@ from tqdit.backends.triton.kernels.hopper_attention import (
     _of_rows,
     _row_maxima,
     _start_scores,
-    blocks_of,
 )
 from tqdit.backends.triton.kernels.rounding import (
     INVERSE,
@@ -44,6 +43,7 @@ from tqdit.backends.triton.kernels.rounding import (
 MASKED = gl.constexpr(-16777216)  # as a float -1.7e38; with sums of codes added to these bits still as low
 SUMMING = gl.constexpr(2)  # warps that sum; with the one that copies they are a warpgroup
 UNIT_BITS = gl.constexpr(6)  # a code counts 2^6 in the sum of codes: that sum is rounded that much finer
+REGISTERS = 224, 56, 56  # of a thread that computes, that sums, that copies: at most 65,536 in all
 RESCALED_BY = gl.constexpr(-2147483648.0)  # 2^31
 
 
@@ -115,9 +115,7 @@ def _codes(
     e = power_of_two(gl.fma(x, nothing + scale, nothing + shift[:, None]), True)
     e = _operand(e, BK, COLUMNS, WARPS)
     if HALF:
-        return gl.inline_asm_elementwise(
-            _coding(BITS, HALF), "=r,f,f,f,f", [e], gl.int8, is_pure=True, pack=4
-        )
+        return gl.inline_asm_elementwise(_coding(BITS, HALF), "=r,f,f,f,f", [e], gl.int8, is_pure=True, pack=4)
     else:
         by = gl.convert_layout(levels, gl.SliceLayout(1, e.type.layout), assert_trivial=True)
         return gl.inline_asm_elementwise(
@@ -147,7 +145,7 @@ def _zero_of(pointers, row, heads, GROUP_STRIDE: gl.constexpr, STRIDES: gl.const
 @gluon.jit
 def _parameters(pointers, row, heads, factor, GROUP_STRIDE: gl.constexpr, STRIDES: gl.constexpr):
     """Return what a sequence's rows need: the scale of scores as powers of two, and of v and the target theirs."""
-    out, group, query, key, value, target = pointers
+    group, query, key, value, target = pointers[1:]
     time_group, head = gl.load(group + row // heads * GROUP_STRIDE).to(gl.int32), row % heads * ROW
     scale = gl.load(query + (time_group * STRIDES[0] + head)) * gl.load(key + (time_group * STRIDES[1] + head))
     of_value = value + (time_group * STRIDES[2] + head)
@@ -167,8 +165,8 @@ def _produce(
     """Copy operands for this program's tiles: the queries of each part, then all keys and values of the head."""
     q, q_rest, k, k_rest, v, v_rest = inputs
     queries, keys, values = rings
-    full, empty, ready, q_full, q_empty = barriers
-    sequences, heads, N, KEYS, out_stride, factor = numbers
+    full, empty, q_full, q_empty = barriers[0], barriers[1], barriers[3], barriers[4]
+    sequences, N, KEYS = numbers[0], numbers[2], numbers[3]
     BM: gl.constexpr = 16 * WARPS
     tiles, blocks = gl.cdiv(N, BM * PARTS), gl.cdiv(KEYS, BK)
     program, programs = gl.program_id(0), gl.num_programs(0)
@@ -206,10 +204,10 @@ def _sum(
     WARPS: gl.constexpr,
 ):  # fmt: skip
     """Write what sums of a block start from, and 128 sum(v) of the keys before a block and through it."""
-    queries, keys, values = rings
-    full, empty, ready, q_full, q_empty = barriers
+    keys, values = rings[1:]
+    full, ready = barriers[0], barriers[2]
     starts, before, through = sums
-    sequences, heads, N, KEYS, out_stride, factor = numbers
+    sequences, heads, N, KEYS = numbers[:4]
     tiles, blocks = gl.cdiv(N, 16 * WARPS * PARTS), gl.cdiv(KEYS, BK)
     program, programs = gl.program_id(0), gl.num_programs(0)
     zero = _zero_of(pointers, program // tiles, heads, GROUP_STRIDE, STRIDES)
@@ -294,14 +292,14 @@ def _reference(
 def _consume(
     rings, barriers, sums_rings, pointers, numbers, GROUP_STRIDE: gl.constexpr, STRIDES: gl.constexpr, D: gl.constexpr,
     D_FIRST: gl.constexpr, D_REST: gl.constexpr, V_REST: gl.constexpr, V_PAD: gl.constexpr, STAGES: gl.constexpr,
-    Q_SLOTS: gl.constexpr, LATE: gl.constexpr, BK: gl.constexpr, BITS: gl.constexpr, TARGET_BITS: gl.constexpr, HALF: gl.constexpr, PARTS: gl.constexpr,
-    WARPS: gl.constexpr, ME: gl.constexpr,
+    Q_SLOTS: gl.constexpr, LATE: gl.constexpr, BK: gl.constexpr, BITS: gl.constexpr, TARGET_BITS: gl.constexpr,
+    HALF: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
     """Compute and write the rows of part ME of this program's tiles."""
     query_ring, keys, values = rings
     full, empty, ready, q_full, q_empty = barriers
     starts, before, through = sums_rings
-    out, group, query, key, value, target = pointers
+    out = pointers[0]
     sequences, heads, N, KEYS, out_stride, factor = numbers
     BM: gl.constexpr = 16 * WARPS
     tiles, blocks = gl.cdiv(N, BM * PARTS), gl.cdiv(KEYS, BK)
@@ -383,14 +381,15 @@ def _consume(
 def hopper_flash_kernel(
     q, q_rest, k, k_rest, v, v_rest, out, group, query, key, value, target, sequences, heads, N, KEYS, out_stride,
     factor, GROUP_STRIDE: gl.constexpr, STRIDES: gl.constexpr, D: gl.constexpr, D_FIRST: gl.constexpr,
-    D_REST: gl.constexpr, V_REST: gl.constexpr, V_PAD: gl.constexpr, BITS: gl.constexpr, TARGET_BITS: gl.constexpr, STAGES: gl.constexpr,
-    Q_SLOTS: gl.constexpr, LATE: gl.constexpr, BK: gl.constexpr, HALF: gl.constexpr, PARTS: gl.constexpr,
-    WARPS: gl.constexpr, REGISTERS: gl.constexpr,
+    D_REST: gl.constexpr, V_REST: gl.constexpr, V_PAD: gl.constexpr, BITS: gl.constexpr, TARGET_BITS: gl.constexpr,
+    STAGES: gl.constexpr, Q_SLOTS: gl.constexpr, LATE: gl.constexpr, BK: gl.constexpr, HALF: gl.constexpr,
+    PARTS: gl.constexpr, WARPS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Attend as `attention_kernel` does on the grid of softmax rows, N queries to KEYS keys a head.
 
     The codes of v are in the order of `attention._permuted`. head_dim D is D_FIRST and D_REST (of v: V_REST, 0 or half
-    of V_PAD or less) columns. REGISTERS: of a thread that computes, that sums, that copies.
+    of V_PAD or less) columns. LATE: whether products with values go on while the next codes are made. REGISTERS: of a
+    thread that computes, that sums, that copies.
     """
     BM: gl.constexpr = 16 * WARPS
     PLACES: gl.constexpr = Q_SLOTS * PARTS
@@ -420,7 +419,7 @@ def hopper_flash_kernel(
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=PARTS)
         mbarrier.init(ready.index(slot), count=1)
-        v_rest_ring.index(slot).store(gl.full((V_PAD, BK), 1 << UNIT_BITS, gl.int8, ones))  # copies fill the first rows only
+        v_rest_ring.index(slot).store(gl.full((V_PAD, BK), 1 << UNIT_BITS, gl.int8, ones))  # copies fill the first rows
     for place in gl.static_range(PLACES):
         mbarrier.init(q_full.index(place), count=1)
         mbarrier.init(q_empty.index(place), count=1)
@@ -446,7 +445,7 @@ def hopper_flash_kernel(
             [SUMMING, 1],
             [REGISTERS[1], REGISTERS[2]],
         )  # fmt: skip
-    elif PARTS == 2:
+    else:
         gl.warp_specialize(
             [
                 (_consume, (
@@ -464,26 +463,4 @@ def hopper_flash_kernel(
             ],
             [WARPS, SUMMING, 1],
             [REGISTERS[0], REGISTERS[1], REGISTERS[2]],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_consume, (
-                    rings, barriers, sums, pointers, numbers, GROUP_STRIDE, STRIDES, D, D_FIRST, D_REST, V_REST, V_PAD,
-                    STAGES, Q_SLOTS, LATE, BK, BITS, TARGET_BITS, HALF, PARTS, WARPS, gl.constexpr(0))),
-                (_consume, (
-                    rings, barriers, sums, pointers, numbers, GROUP_STRIDE, STRIDES, D, D_FIRST, D_REST, V_REST, V_PAD,
-                    STAGES, Q_SLOTS, LATE, BK, BITS, TARGET_BITS, HALF, PARTS, WARPS, gl.constexpr(1))),
-                (_consume, (
-                    rings, barriers, sums, pointers, numbers, GROUP_STRIDE, STRIDES, D, D_FIRST, D_REST, V_REST, V_PAD,
-                    STAGES, Q_SLOTS, LATE, BK, BITS, TARGET_BITS, HALF, PARTS, WARPS, gl.constexpr(2))),
-                (_sum, (
-                    rings, barriers, sums, pointers, numbers, GROUP_STRIDE, STRIDES, D_FIRST, D_REST, V_PAD, STAGES, BK,
-                    PARTS, WARPS)),
-                (_produce, (
-                    (q, q_rest, k, k_rest, v, v_rest), rings, barriers, numbers, D, D_FIRST, D_REST, V_REST, STAGES,
-                    Q_SLOTS, BK, PARTS, WARPS)),
-            ],
-            [WARPS, WARPS, SUMMING, 1],
-            [REGISTERS[0], REGISTERS[0], REGISTERS[1], REGISTERS[2]],
         )  # fmt: skip
