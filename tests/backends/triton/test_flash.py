@@ -222,7 +222,7 @@ def test_arguments_are_those_of_the_kernel() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
 @pytest.mark.parametrize("config", [TWO, ONE, TWO._replace(stages=8)], ids=["two", "one", "many stages"])
-@pytest.mark.parametrize("case", [*CASES, (2, 1024, None, 72, 16, False), (1, 4096, None, 128, 4, False)], ids=str)
+@pytest.mark.parametrize("case", [*CASES, (2, 1024, None, 72, 3, False), (1, 2048, None, 128, 2, False)], ids=str)
 def test_on_hopper(monkeypatch: pytest.MonkeyPatch, case: tuple, config: Config) -> None:
     monkeypatch.setattr(flash, "torch", PoisonedTorch())
     found = Case(*case)
