@@ -18,8 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from tqdit.backends.triton.flash import Q_SLOTS, FlashSizes
 from tqdit.backends.triton.hopper import AttentionSizes, x_blocks
-from tqdit.backends.triton.kernels import hopper, hopper_attention, hopper_float, rounding
+from tqdit.backends.triton.kernels import hopper, hopper_attention, hopper_flash, hopper_float, rounding
 from tqdit.backends.triton.kernels.attention import attention_kernel
 from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS, PLAIN, RESIDUAL, linear_kernel
 from tqdit.backends.triton.kernels.norm import norm_quantize_kernel
@@ -119,6 +120,43 @@ def compiled_attention(
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in kinds if n not in blocks and n != "factor"},
     )
     options = {"num_warps": sizes.warps, "enable_fp_fusion": False, "maxnreg": 128 if sizes.programs == 2 else None}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def compiled_flash(head_dim: int, config: list[int], by_sample: bool, bits: int):
+    """Attention in one pass; `bits` of the target, 0 for fp32."""
+    chosen = Config(*config)
+    sizes = FlashSizes.fitting(chosen, 1024, head_dim)
+    assert sizes, config
+    k_rest, v_pad = sizes.padded
+    blocks = {
+        "q": (chosen.block_m, sizes.first), "k": (chosen.block_k, sizes.first), "v": (sizes.first, chosen.block_k),
+        "q_rest": (chosen.block_m, k_rest), "k_rest": (chosen.block_k, k_rest), "v_rest": (sizes.rest, chosen.block_k),
+    }  # fmt: skip
+    kinds = {
+        n: f"tensordesc<i8[{rows},{width}],{hopper_attention.block_layout(width)!r}>"
+        for n, (rows, width) in blocks.items()
+        if rows and width
+    }
+    kinds |= {"out": "*i8" if bits else "*fp32", "group": "*i64", "factor": "fp32"}
+    kinds |= dict.fromkeys(("query", "key", "value", "target"), "*fp32")
+    kinds |= dict.fromkeys(("sequences", "heads", "N", "KEYS", "out_stride"), "i32")
+    constants = {
+        "GROUP_STRIDE": int(by_sample), "STRIDES": (128, 128, 128, 8), "D": head_dim, "D_FIRST": sizes.first,
+        "D_REST": k_rest, "V_REST": sizes.rest, "V_PAD": v_pad, "BITS": 8, "TARGET_BITS": bits,
+        "STAGES": sizes.stages, "Q_SLOTS": Q_SLOTS, "LATE": sizes.parts == 1, "BK": chosen.block_k,
+        "HALF": bool(chosen.piece), "PARTS": sizes.parts, "WARPS": sizes.warps, "REGISTERS": hopper_flash.REGISTERS,
+    }  # fmt: skip
+    names = hopper_flash.hopper_flash_kernel.arg_names
+    constants |= {n: None for n in blocks if n not in kinds}
+    plain = {*blocks, "factor", "sequences", "heads"}
+    source = GluonASTSource(
+        fn=hopper_flash.hopper_flash_kernel,
+        signature={n: kinds.get(n, "constexpr") for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in kinds if n not in plain},
+    )
+    options = {"num_warps": sizes.warps, "enable_fp_fusion": False}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -260,7 +298,7 @@ def compiled_quantize(stream: str, mode: int, config: list[int]):
 
 COMPILED = {
     "linear": compiled, "attention": compiled_attention, "norm": compiled_norm, "cross": compiled_cross,
-    "ordinary": compiled_ordinary, "quantize": compiled_quantize, "floats": compiled_floats,
+    "ordinary": compiled_ordinary, "quantize": compiled_quantize, "floats": compiled_floats, "flash": compiled_flash,
 }  # fmt: skip
 
 

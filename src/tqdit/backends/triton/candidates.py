@@ -8,9 +8,10 @@ import functools
 import torch
 import triton
 
-from tqdit.backends.triton import costs, hopper
+from tqdit.backends.triton import costs, flash, hopper
 from tqdit.backends.triton.launch import FEW_ROWS
-from tqdit.backends.triton.layouts import FLOATS, HEADS_OF, Config
+from tqdit.backends.triton.layouts import FLASH, FLOATS, HEADS_OF, Config
+from tqdit.ops.one_pass import BLOCK
 
 PARTS = {name: parts for parts, name in HEADS_OF.items()}
 TILE_TIMES = {(128, 128): 1.0, (64, 128): 0.57, (128, 64): 0.74, (64, 64): 0.5}  # of `kernels.hopper_float`, measured
@@ -154,6 +155,15 @@ def hopper_attention(device: torch.device, tokens: int, head_dim: int, two: bool
             found[:0] = [Config(256, rows, 64, stages=16, hopper=1) for rows in (0, 256)]
         found += [c._replace(blocks=1) for c in found if c.blocks == 2 and tokens // c.block_k % 2]
     return [config for config in found if hopper.supports_attention(config, device, tokens, head_dim)]
+
+
+def hopper_flash(device: torch.device, keys: int, head_dim: int) -> list[Config]:
+    """Return configurations of `kernels.hopper_flash`, for softmax rows, where it runs and is offered.
+
+    Two groups of four warps with codes of their own, or one of eight.
+    """
+    found = [Config(bm, 0, BLOCK, stages=8, blocks=parts, hopper=FLASH) for bm, parts in flash.TILES]
+    return [config for config in found if flash.offered() and flash.supports(config, device, keys, head_dim)]
 
 
 @functools.cache

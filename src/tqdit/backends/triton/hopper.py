@@ -37,6 +37,7 @@ class Kernels(NamedTuple):
     linear: Any
     attention: Any
     floats: Any
+    flash: Any
 
 
 @functools.cache
@@ -49,10 +50,10 @@ def kernels() -> Kernels | None:
     if version not in GLUON or os.environ.get("TQDIT_HOPPER") == "0":
         return None
     try:
-        from tqdit.backends.triton.kernels import hopper, hopper_attention, hopper_float
+        from tqdit.backends.triton.kernels import hopper, hopper_attention, hopper_flash, hopper_float
     except (ImportError, AttributeError):
         return None
-    return Kernels(hopper, hopper_attention, hopper_float)
+    return Kernels(hopper, hopper_attention, hopper_float, hopper_flash)
 
 
 @functools.cache

@@ -6,13 +6,14 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tqdit.backends.triton import hopper
+from tqdit.backends.triton import flash, hopper
 from tqdit.backends.triton.kernels.attention import attention_kernel
 from tqdit.backends.triton.kernels.float_input import dequantize_kernel, few_rows_kernel, float_input_kernel
 from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS, PLAIN, RESIDUAL, linear_kernel
 from tqdit.backends.triton.kernels.norm import norm_quantize_kernel
 from tqdit.backends.triton.kernels.quantize import quantize_kernel, quantize_rows_kernel
 from tqdit.backends.triton.layouts import (
+    FLASH,
     FLOATS,
     NATIVE,
     Config,
@@ -211,6 +212,10 @@ def attend(
     `operands`: query, key, value, softmax, and the target or nothing. `context`: k and v, or None where `projected` has
     them. `trace`: (B H, N, M), to get the codes of probabilities.
     """
+    if config.hopper == FLASH:
+        assert bias is None
+        assert trace is None
+        return flash.attention(projected, context, heads, operands, config)
     if config.hopper:
         assert context is None
         assert bias is None

@@ -23,7 +23,8 @@ KINDS = {  # constant of `kernels.rounding` -> grid, and whether its regions are
     rounding.SOFTMAX_ROW.value: (Grid.SOFTMAX_ROW, False),
 }
 HEADS_OF = {3: "heads", 2: "context-heads", 1: "query-heads"}  # names in tuning of the epilogue that projects to parts
-SPECIAL, FLOATS = 1, 2  # `kernels.hopper` or `kernels.hopper_attention`; `kernels.hopper_float`
+# `kernels.hopper` or `kernels.hopper_attention`; `kernels.hopper_float`; `kernels.hopper_flash`
+SPECIAL, FLOATS, FLASH = 1, 2, 3
 ATTENTION_OPERANDS = 5  # query, key, value, softmax and target
 MODES = {kind: mode for mode, kind in KINDS.items()}
 
@@ -72,9 +73,10 @@ class Config(NamedTuple):
     stages: int = 3  # norm: blocks of rows on their way while registers hold shift and scale; 1: neither is done
     piece: int = 0  # columns that the epilogue has in registers at a time: block_n (0), or a half or a quarter of it
     registers: int | None = None  # the most that a thread has
-    # Blocks of rows that a program of the attention or norm kernel takes; Hopper's attention: AT_ONCE; FLOATS: SLOTS.
+    # Blocks of rows that a program of the attention or norm kernel takes; Hopper's attention: AT_ONCE; FLOATS: SLOTS;
+    # FLASH: PARTS.
     blocks: int = 1
-    hopper: int = 0  # by a kernel for Hopper, with its own numbers of warps, registers: SPECIAL or FLOATS
+    hopper: int = 0  # by a kernel for Hopper, with its own numbers of warps, registers: SPECIAL, FLOATS or FLASH
 
 
 class Projected(NamedTuple):

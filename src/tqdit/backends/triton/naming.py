@@ -39,6 +39,11 @@ def cross_attention_key(sequences: int, tokens: int, keys: int, head_dim: int, m
     return f"attention {bucket(sequences)}x{tokens}x{head_dim}, mode {mode}, {of_keys}"
 
 
+def with_one_pass(key: str) -> str:
+    """Return the key of an attention that `kernels.hopper_flash` takes, too: files without it do not hide it."""
+    return f"{key}, one pass"
+
+
 def modes(mode: int) -> tuple[int, ...]:
     """Return a mode of probabilities and the mode of the nearest kernel: softmax rows are one product, as uniform."""
     return (mode, UNIFORM.value) if mode == SOFTMAX_ROW.value else (mode,)

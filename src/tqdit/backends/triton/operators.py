@@ -242,9 +242,11 @@ def attend(
     def run(config: Config) -> Tensor:
         return launch.attend(projected, other, bias, heads, operands, config)
 
-    sequences, kind = batch * heads, kinds[6]
+    sequences, kind, softmax = batch * heads, kinds[6], operands[3]
+    one_pass: list[Config] = []
+    if softmax.grid.per_row and bias is None:
+        one_pass = candidates.hopper_flash(codes.device, tokens if context is None else keys, head_dim)
     if context is None and bias is None:
-        softmax = operands[3]
         special = candidates.hopper_attention(
             codes.device, tokens, head_dim, softmax.two_products, softmax.grid.per_row
         )
@@ -253,7 +255,9 @@ def attend(
         special, biased = [], bias is not None
         known = [naming.cross_attention_key(sequences, tokens, keys, head_dim, m, biased) for m in naming.modes(kind)]
     ordinary = functools.partial(candidates.attention, sequences, keys)
-    return run(tuning.choose(known, codes.device, lambda: special + ordinary(), run))
+    if one_pass:
+        known = [naming.with_one_pass(known[0])]
+    return run(tuning.choose(known, codes.device, lambda: one_pass + special + ordinary(), run))
 
 
 def _linear_empty(codes, weight, weight_kind, tables, group, kinds):  # type: ignore[no-untyped-def]

@@ -1,0 +1,119 @@
+"""Call `kernels.hopper_flash`, attention in one pass over the keys: where it runs, its sizes, its launch."""
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from tqdit.backends.triton import hopper
+from tqdit.backends.triton.hopper import SHARED_MEMORY, processors
+from tqdit.backends.triton.layouts import (
+    Config,
+    Projected,
+    attended,
+    groups_of,
+    permutes,
+    pitch,
+    powers_of_two,
+    row_stride,
+)
+from tqdit.errors import InputError
+from tqdit.ops.one_pass import BLOCK
+from tqdit.ops.schema import OperandParams
+from tqdit.spec import Grid
+
+Q_SLOTS = 2
+TILES = (64, 2), (128, 1)  # rows of a part, and parts of a tile of queries
+
+
+class FlashSizes(NamedTuple):
+    """The sizes of `kernels.hopper_flash`.
+
+    A tile of queries has `parts` times 16 `warps` rows; `first` and `rest` columns are head_dim.
+    """
+
+    warps: int
+    parts: int
+    stages: int
+    first: int
+    rest: int
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Return the columns after the first of q and k, and those of v with its columns of ones."""
+        return max(32, self.rest) if self.rest else 0, triton.next_power_of_2(self.rest + 8)
+
+    @classmethod
+    def fitting(cls, config: Config, keys: int, head_dim: int) -> "FlashSizes | None":
+        """Return the sizes for a configuration, or None where the kernel cannot have them."""
+        bm, bk, parts = config.block_m, config.block_k, config.blocks
+        first, rest = powers_of_two(head_dim, 32)
+        whole = (bm, parts) in TILES and bk == BLOCK and permutes(keys)
+        if not whole or head_dim not in (first, first + rest) or head_dim > 128 or rest not in (0, 8, 16, 32):
+            return None
+        found = cls(bm // 16, parts, 0, first, rest)
+        k_rest, v_pad = found.padded
+        stage = bk * (2 * first + k_rest + v_pad) + 4 * (bk + 2 * (first + v_pad)) + 24
+        others = Q_SLOTS * parts * (bm * (first + k_rest) + 16) + parts * bm * first + 2048
+        most = (SHARED_MEMORY - 1024 - others) // stage
+        stages = min(most, config.stages)
+        return found._replace(stages=stages) if stages >= 2 else None
+
+
+def offered() -> bool:
+    """Say whether tuning times the kernel: not yet by itself, since no GPU has run it. TQDIT_ONE_PASS=1 asks for it."""
+    return os.environ.get("TQDIT_ONE_PASS") == "1"
+
+
+def supports(config: Config, device: torch.device, keys: int, head_dim: int) -> bool:
+    """Say whether `kernels.hopper_flash` takes heads of this size with a configuration."""
+    return FlashSizes.fitting(config, keys, head_dim) is not None and processors(device) > 0
+
+
+def attention(
+    projected: Projected, context: Projected | None, heads: int, operands: tuple[OperandParams, ...], config: Config
+) -> torch.Tensor:
+    """Launch the kernel as `launch.attend` does. `InputError` where the kernel cannot run."""
+    batch, tokens, head_dim = projected.batch, projected.tokens, projected.head_dim
+    keys = tokens if context is None else context.tokens
+    device = projected.codes.device
+    query, key, value, softmax, *targets = operands
+    sizes = FlashSizes.fitting(config, keys, head_dim)
+    if sizes is None or not processors(device) or softmax.grid is not Grid.SOFTMAX_ROW:
+        raise InputError(
+            f"{config} cannot run here: attention in one pass needs a GPU of compute capability 9.0, Triton with "
+            f"Gluon, softmax rows, and {keys} keys, a multiple of 16, of {head_dim} channels a head"
+        )
+    found = hopper.kernels()
+    assert found
+    flash, blocks_of = found.flash, found.attention.blocks_of
+    if context is None:
+        q, k, v = projected.split(3, heads)
+    else:
+        (q,), (k, v) = projected.split(1, heads), context.split(2, heads)
+    target = targets[0] if targets else softmax  # a kernel without a target does not read it
+    columns, dtype = attended(operands, heads * head_dim)
+    out = torch.empty(batch, tokens, columns, dtype=dtype, device=device)
+    bm, bk, sequences = config.block_m, config.block_k, batch * heads
+    first, (k_rest, v_pad) = sizes.first, sizes.padded
+
+    def by_token(part: torch.Tensor, count: int, block: int, width: int) -> Any:
+        shape = sequences * count, head_dim
+        return blocks_of(part, shape, pitch(head_dim), (block, width)) if width else None
+
+    def by_channel(width: int) -> Any:
+        return blocks_of(v, (sequences * head_dim, keys), pitch(keys), (width, bk)) if width else None
+
+    groups = groups_of(*operands)
+    programs = processors(device)
+    flash.hopper_flash_kernel[(min(programs, sequences * triton.cdiv(tokens, bm * sizes.parts)),)](
+        by_token(q, tokens, bm, first), by_token(q, tokens, bm, k_rest), by_token(k, keys, bk, first),
+        by_token(k, keys, bk, k_rest), by_channel(first), by_channel(sizes.rest), out, groups.tensor, query.table,
+        key.table, value.table, target.table, sequences, heads, tokens, keys, out.stride(1), head_dim**-0.5,
+        groups.stride, tuple(map(row_stride, (query, key, value, target))), head_dim, first, k_rest, sizes.rest,
+        v_pad, softmax.bits, target.bits if targets else 0, sizes.stages, Q_SLOTS,
+        sizes.parts == 1, bk, bool(config.piece), sizes.parts, sizes.warps, flash.REGISTERS,
+        num_warps=sizes.warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
