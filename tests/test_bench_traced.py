@@ -1,10 +1,12 @@
 """`tqdit bench --random` with the blocks of published transformers, on a tiny one."""
 
+import functools
 import json
 import sys
 
 import pytest
 import torch
+from torch import nn
 from zoo import ZOO
 
 from tqdit.architectures.traced import traced
@@ -51,9 +53,15 @@ def tiny(monkeypatch) -> Published:
     return TINY
 
 
+@functools.cache
+def published_model(name: str) -> nn.Module:
+    """Return a published model of full depth with empty parameters; tables of positions take it a second."""
+    return traced(SHAPES[name].kind).empty(SHAPES[name].shortened(None))
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_published_configs_have_the_published_number_of_parameters(name) -> None:
-    model = traced(SHAPES[name].kind).empty(SHAPES[name].shortened(None))
+    model = published_model(name)
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(PARAMETERS[name], abs=0.006)
 
 
@@ -63,8 +71,7 @@ def test_calls_fit_the_forward_of_their_class(name) -> None:
     shape, entry = SHAPES[name], ZOO[SHAPES[name].kind]
     size = shape.size.reduced(64)
     assert size.tokens <= 64
-    published = traced(shape.kind).empty(shape.shortened(1))
-    assert len(Calls.of(published, [shape.arguments(torch.zeros, shape.config, size)])) == 1
+    assert len(Calls.of(published_model(name), [shape.arguments(torch.zeros, shape.config, size)])) == 1
     model = entry.build()
     arguments = shape.arguments(torch.randn, model.config, Size((2 if shape.size.patches[0] > 1 else 1, 4, 4), 16))
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """`tqdit bench` in process: which models its options ask for, and what it says of one that failed."""
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,9 @@ def test_verbose_says_how_long_models_warm_up_and_where_a_baseline_broke(
         raise RuntimeError("not enough memory")
 
     monkeypatch.setattr(entrants, "build", no_memory)
+    logger = logging.getLogger("tqdit")
+    monkeypatch.setattr(logger, "handlers", [])  # what is added is gone after the test
+    monkeypatch.setattr(logger, "level", logger.level)
     options = ["--random", "DiT-T/4", *FAST, "--against", "float32-eager"]
     assert "in no_memory" not in run(*options)[2]
     code, _, err = run(*options, "--verbose")

@@ -69,7 +69,7 @@ def test_blocks_compile_once_for_all_of_them_and_for_all_threads(solved, calls) 
     assert torch.equal(run(model, calls[1]), expected[1])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles with a C++ compiler")
 def test_inductor_is_within_the_bound(solved, calls) -> None:
     model = convert(solved("plus"), "cpu")
