@@ -1,7 +1,10 @@
-"""Times attention on this GPU: in one pass, by the kernels of two passes, and by SDPA in bf16; writes one JSON file.
+"""Times attention on this GPU by all kernels of ours, and by SDPA in bf16; writes one JSON file.
 
 python bench/gpu_attention.py --json bench/results/attention-h200.json
-python bench/gpu_attention.py --json attention.json --only 512-b16 flux     # some shapes
+python bench/gpu_attention.py --json attention.json --only 512-b16 256-b64     # some shapes
+
+Of ours: in one pass; "before", the others of integers; "bf16", which dequantizes, runs SDPA and quantizes. The file is
+written after each shape; after SECONDS no other shape begins, and the file names those that were left out.
 
 All take turns, ROUNDS times; a time is the median of the rounds, of one call in a CUDA graph of many. Codes are those
 of normal numbers, scores have a deviation of 1. Every result in one pass is compared with a softmax in fp64 first.
@@ -10,8 +13,8 @@ of normal numbers, scores have a deviation of 1. Every result in one pass is com
 import argparse
 import functools
 import json
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -20,8 +23,8 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tqdit.backends.triton import candidates, flash, launch, tuning
-from tqdit.backends.triton.layouts import FLASH, Config, Projected
+from tqdit.backends.triton import candidates, flash, launch, timing
+from tqdit.backends.triton.layouts import BF16, Config, Projected
 from tqdit.ops import one_pass
 from tqdit.ops.schema import OperandParams
 from tqdit.ops.tables import operand
@@ -29,12 +32,12 @@ from tqdit.spec import Granularity, Grid, GridParams, Role, SiteSpec
 from tqdit.system.environment import environment
 from tqdit.system.files import write_text
 
-SHAPES = {  # samples, heads, tokens, head_dim
+SHAPES = {  # samples, heads, tokens, head_dim; the most important first
     "256-b64": (64, 16, 256, 72), "512-b16": (16, 16, 1024, 72), "1024-b4": (4, 16, 4096, 72),
-    "2048-b1": (1, 16, 16384, 72), "512-b16, 64": (16, 16, 1024, 64), "1024-b4, 64": (4, 16, 4096, 64),
-    "1024-b2, 128": (2, 24, 4096, 128), "512-b8, 128": (8, 24, 1024, 128),
+    "512-b8, 128": (8, 24, 1024, 128), "1024-b2, 128": (2, 24, 4096, 128), "2048-b1, 64": (1, 16, 16384, 64),
 }  # fmt: skip
 ROUNDS = 5
+SECONDS = 80
 STEP = 1 / 40  # of codes of normal numbers
 KINDS = {
     SDPBackend.FLASH_ATTENTION: "flash",
@@ -57,11 +60,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=SHAPES, default=list(SHAPES))
     arguments = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
+    start, about = time.monotonic(), environment("cuda")
     for name in arguments.only:
+        if time.monotonic() - start > SECONDS:
+            break
         rows.append(measured(name, *SHAPES[name]))
-        print(json.dumps(rows[-1]), flush=True)
-        write_text(arguments.json, json.dumps({"environment": environment("cuda"), "rows": rows}, indent=1) + "\n")
+        print(json.dumps(rows[-1]), f"{time.monotonic() - start:.0f} s", flush=True)
+        found = {"environment": about, "left_out": arguments.only[len(rows) :], "rows": rows}
+        write_text(arguments.json, json.dumps(found, indent=1) + "\n")
 
 
 def measured(name: str, batch: int, heads: int, tokens: int, head_dim: int) -> dict[str, Any]:
@@ -69,9 +76,9 @@ def measured(name: str, batch: int, heads: int, tokens: int, head_dim: int) -> d
     inputs = drawn(batch, heads, tokens, head_dim)
     entrants: dict[str, Callable[[], object]] = {}
     device = inputs.codes.device
-    new = [Config(bm, 0, one_pass.BLOCK, stages=8, blocks=n, hopper=FLASH) for bm, n in flash.TILES]
-    new += [config._replace(piece=1) for config in new]
-    found = {"one pass": [config for config in new if flash.supports(config, device, tokens, head_dim)]}
+    in_one = [candidates.flash_config(half) for half in (False, True)]
+    found = {"one pass": [config for config in in_one if flash.supports(config, device, tokens, head_dim)]}
+    found["bf16"] = [Config(4, 256, 0, warps=4, hopper=BF16)]
     found["before"] = candidates.hopper_attention(device, tokens, head_dim, False, True)
     found["before"] += candidates.attention(batch * heads, tokens)[:3]
     for kind, configs in found.items():
@@ -85,10 +92,11 @@ def measured(name: str, batch: int, heads: int, tokens: int, head_dim: int) -> d
         entrants[f"sdpa {kind}"] = functools.partial(floats, backend, q, k, v)
     times, failed = raced(entrants)
     best = {kind: min((t for n, t in times.items() if n.startswith(kind)), default=None) for kind in (*found, "sdpa")}
-    errors = {str(list(c)): error(inputs, heads, c) for c in found["one pass"] if f"one pass {list(c)}" in times}
+    exact = [(kind, c) for kind in ("one pass", "bf16") for c in found[kind] if f"{kind} {list(c)}" in times]
+    errors = {f"{kind} {list(c)}": error(inputs, heads, c) for kind, c in exact}
     return {
         "shape": name, "sizes": [batch, heads, tokens, head_dim], "best_us": best,
-        "over_sdpa": best["sdpa"] / best["one pass"] if best["sdpa"] and best["one pass"] else None,
+        "over_sdpa": {kind: best["sdpa"] / t for kind, t in best.items() if t and best["sdpa"]},
         "error_of_bound": errors, "us": times, "failed": failed,
     }  # fmt: skip
 
@@ -131,20 +139,18 @@ def floats(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
 def raced(entrants: dict[str, Callable[[], object]]) -> tuple[dict[str, float], dict[str, str]]:
     """Return the median times of those that run, and why others do not."""
     failed: dict[str, str] = {}
-
-    def attempt(name: str) -> None:
+    ours = [call for name, call in entrants.items() if not name.startswith(("sdpa", "bf16"))]  # SDPA's kind is global
+    timing.compile_all([(lambda _, call=call: call(), Config(0, 0, 0)) for call in ours])
+    for name, call in entrants.items():
         try:
-            entrants[name]()
+            call()
+            torch.cuda.synchronize()
         except Exception as error:  # any of them is a result
             failed[name] = repr(error)[:200]
-
-    with ThreadPoolExecutor(12) as pool:  # kernels compile
-        list(pool.map(attempt, entrants))
-    torch.cuda.synchronize()
     times: dict[str, list[float]] = {name: [] for name in entrants if name not in failed}
     for _ in range(ROUNDS):
         for name, found in times.items():
-            found.append(tuning.milliseconds(entrants[name]) * 1e3)
+            found.append(timing.milliseconds(entrants[name]) * 1e3)
     return {name: round(median(found), 2) for name, found in times.items()}, failed
 
 

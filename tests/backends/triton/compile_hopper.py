@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from tqdit.backends.triton.flash import Q_SLOTS, FlashSizes
+from tqdit.backends.triton.flash import Q_SLOTS, WARPS, FlashSizes
 from tqdit.backends.triton.hopper import AttentionSizes, x_blocks
 from tqdit.backends.triton.kernels import hopper, hopper_attention, hopper_flash, hopper_float, rounding
 from tqdit.backends.triton.kernels.attention import attention_kernel
@@ -144,8 +144,8 @@ def compiled_flash(head_dim: int, config: list[int], by_sample: bool, bits: int)
     constants = {
         "GROUP_STRIDE": int(by_sample), "STRIDES": (128, 128, 128, 8), "D": head_dim, "D_FIRST": sizes.first,
         "D_REST": k_rest, "V_REST": sizes.rest, "V_PAD": v_pad, "BITS": 8, "TARGET_BITS": bits,
-        "STAGES": sizes.stages, "Q_SLOTS": Q_SLOTS, "LATE": sizes.parts == 1, "BK": chosen.block_k,
-        "HALF": bool(chosen.piece), "PARTS": sizes.parts, "WARPS": sizes.warps, "REGISTERS": hopper_flash.REGISTERS,
+        "STAGES": sizes.stages, "Q_SLOTS": Q_SLOTS, "BK": chosen.block_k,
+        "HALF": bool(chosen.piece), "REGISTERS": hopper_flash.REGISTERS,
     }  # fmt: skip
     names = hopper_flash.hopper_flash_kernel.arg_names
     constants |= {n: None for n in blocks if n not in kinds}
@@ -156,7 +156,7 @@ def compiled_flash(head_dim: int, config: list[int], by_sample: bool, bits: int)
         constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in kinds if n not in plain},
     )
-    options = {"num_warps": sizes.warps, "enable_fp_fusion": False}
+    options = {"num_warps": WARPS, "enable_fp_fusion": False}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 

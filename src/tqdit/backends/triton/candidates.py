@@ -158,12 +158,14 @@ def hopper_attention(device: torch.device, tokens: int, head_dim: int, two: bool
 
 
 def hopper_flash(device: torch.device, keys: int, head_dim: int) -> list[Config]:
-    """Return configurations of `kernels.hopper_flash`, for softmax rows, where it runs and is offered.
-
-    Two groups of four warps with codes of their own, or one of eight.
-    """
-    found = [Config(bm, 0, BLOCK, stages=8, blocks=parts, hopper=FLASH) for bm, parts in flash.TILES]
+    """Return configurations of `kernels.hopper_flash`, for softmax rows, where it runs and is offered."""
+    found = [flash_config()]
     return [config for config in found if flash.offered() and flash.supports(config, device, keys, head_dim)]
+
+
+def flash_config(half: bool = False) -> Config:
+    """Return the configuration of `kernels.hopper_flash`; `half`: powers are rounded to fp16 before they are codes."""
+    return Config(flash.ROWS, 0, BLOCK, stages=8, piece=int(half), blocks=flash.PARTS, hopper=FLASH)
 
 
 @functools.cache

@@ -24,17 +24,12 @@ from tqdit.ops.schema import OperandParams
 from tqdit.spec import Grid
 
 Q_SLOTS = 2
-TILES = (64, 2), (128, 1)  # rows of a part, and parts of a tile of queries
+ROWS, PARTS, WARPS = 64, 2, 4  # rows of queries and warps of a group that computes, and such groups
 
 
 class FlashSizes(NamedTuple):
-    """The sizes of `kernels.hopper_flash`.
+    """The sizes of `kernels.hopper_flash`: stages of keys and values, and two powers of two that are head_dim."""
 
-    A tile of queries has `parts` times 16 `warps` rows; `first` and `rest` columns are head_dim.
-    """
-
-    warps: int
-    parts: int
     stages: int
     first: int
     rest: int
@@ -47,18 +42,17 @@ class FlashSizes(NamedTuple):
     @classmethod
     def fitting(cls, config: Config, keys: int, head_dim: int) -> "FlashSizes | None":
         """Return the sizes for a configuration, or None where the kernel cannot have them."""
-        bm, bk, parts = config.block_m, config.block_k, config.blocks
+        bm, bk, parts = ROWS, BLOCK, PARTS
         first, rest = powers_of_two(head_dim, 32)
-        whole = (bm, parts) in TILES and bk == BLOCK and permutes(keys)
+        whole = (config.block_m, config.block_k, config.blocks) == (bm, bk, parts) and permutes(keys)
         if not whole or head_dim not in (first, first + rest) or head_dim > 128 or rest not in (0, 8, 16, 32):
             return None
-        found = cls(bm // 16, parts, 0, first, rest)
-        k_rest, v_pad = found.padded
+        k_rest, v_pad = cls(0, first, rest).padded
         stage = bk * (2 * first + k_rest + v_pad) + 4 * (bk + 2 * (first + v_pad)) + 24
         others = Q_SLOTS * parts * (bm * (first + k_rest) + 16) + parts * bm * first + 2048
         most = (SHARED_MEMORY - 1024 - others) // stage
         stages = min(most, config.stages)
-        return found._replace(stages=stages) if stages >= 2 else None
+        return cls(stages, first, rest) if stages >= 2 else None
 
 
 def offered() -> bool:
@@ -95,7 +89,7 @@ def attention(
     target = targets[0] if targets else softmax  # a kernel without a target does not read it
     columns, dtype = attended(operands, heads * head_dim)
     out = torch.empty(batch, tokens, columns, dtype=dtype, device=device)
-    bm, bk, sequences = config.block_m, config.block_k, batch * heads
+    bm, bk, sequences = ROWS, BLOCK, batch * heads
     first, (k_rest, v_pad) = sizes.first, sizes.padded
 
     def by_token(part: torch.Tensor, count: int, block: int, width: int) -> Any:
@@ -107,13 +101,12 @@ def attention(
 
     groups = groups_of(*operands)
     programs = processors(device)
-    flash.hopper_flash_kernel[(min(programs, sequences * triton.cdiv(tokens, bm * sizes.parts)),)](
+    flash.hopper_flash_kernel[(min(programs, sequences * triton.cdiv(tokens, bm * PARTS)),)](
         by_token(q, tokens, bm, first), by_token(q, tokens, bm, k_rest), by_token(k, keys, bk, first),
         by_token(k, keys, bk, k_rest), by_channel(first), by_channel(sizes.rest), out, groups.tensor, query.table,
         key.table, value.table, target.table, sequences, heads, tokens, keys, out.stride(1), head_dim**-0.5,
         groups.stride, tuple(map(row_stride, (query, key, value, target))), head_dim, first, k_rest, sizes.rest,
         v_pad, softmax.bits, target.bits if targets else 0, sizes.stages, Q_SLOTS,
-        sizes.parts == 1, bk, bool(config.piece), sizes.parts, sizes.warps, flash.REGISTERS,
-        num_warps=sizes.warps, enable_fp_fusion=False,
+        bk, bool(config.piece), flash.REGISTERS, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -6,13 +6,15 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tqdit.backends.triton import flash, hopper
+from tqdit.backends.triton import flash, float_attention, hopper
 from tqdit.backends.triton.kernels.attention import attention_kernel
 from tqdit.backends.triton.kernels.float_input import dequantize_kernel, few_rows_kernel, float_input_kernel
 from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS, PLAIN, RESIDUAL, linear_kernel
 from tqdit.backends.triton.kernels.norm import norm_quantize_kernel
 from tqdit.backends.triton.kernels.quantize import quantize_kernel, quantize_rows_kernel
 from tqdit.backends.triton.layouts import (
+    ATTENTION_OPERANDS,
+    BF16,
     FLASH,
     FLOATS,
     NATIVE,
@@ -212,6 +214,10 @@ def attend(
     `operands`: query, key, value, softmax, and the target or nothing. `context`: k and v, or None where `projected` has
     them. `trace`: (B H, N, M), to get the codes of probabilities.
     """
+    if config.hopper == BF16:
+        assert bias is None
+        assert trace is None
+        return _float_attend(projected, context, heads, operands, config)
     if config.hopper == FLASH:
         assert bias is None
         assert trace is None
@@ -249,6 +255,15 @@ def attend(
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip
     return out
+
+
+def _float_attend(
+    projected: Projected, context: Projected | None, heads: int, operands: tuple[OperandParams, ...], config: Config
+) -> torch.Tensor:
+    y = float_attention.attention(projected, context, heads, operands)
+    if len(operands) < ATTENTION_OPERANDS:
+        return y.float()
+    return with_steps(quantize(y, operands[-1], config))[0]
 
 
 def _blocks(part: torch.Tensor, columns: int, block: int, width: int) -> TensorDescriptor | None:

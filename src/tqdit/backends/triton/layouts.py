@@ -23,8 +23,8 @@ KINDS = {  # constant of `kernels.rounding` -> grid, and whether its regions are
     rounding.SOFTMAX_ROW.value: (Grid.SOFTMAX_ROW, False),
 }
 HEADS_OF = {3: "heads", 2: "context-heads", 1: "query-heads"}  # names in tuning of the epilogue that projects to parts
-# `kernels.hopper` or `kernels.hopper_attention`; `kernels.hopper_float`; `kernels.hopper_flash`
-SPECIAL, FLOATS, FLASH = 1, 2, 3
+# `kernels.hopper` or `kernels.hopper_attention`; `kernels.hopper_float`; `kernels.hopper_flash`; `float_attention`
+SPECIAL, FLOATS, FLASH, BF16 = 1, 2, 3, 4
 ATTENTION_OPERANDS = 5  # query, key, value, softmax and target
 MODES = {kind: mode for mode, kind in KINDS.items()}
 
@@ -74,9 +74,11 @@ class Config(NamedTuple):
     piece: int = 0  # columns that the epilogue has in registers at a time: block_n (0), or a half or a quarter of it
     registers: int | None = None  # the most that a thread has
     # Blocks of rows that a program of the attention or norm kernel takes; Hopper's attention: AT_ONCE; FLOATS: SLOTS;
-    # FLASH: PARTS.
+    # FLASH: groups of warps.
     blocks: int = 1
-    hopper: int = 0  # by a kernel for Hopper, with its own numbers of warps, registers: SPECIAL, FLOATS or FLASH
+    # By a kernel for Hopper, with its own numbers of warps, registers: SPECIAL, FLOATS or FLASH. BF16: by torch's
+    # attention of floats, on any GPU; the other numbers are then those of `quantize_kernel`.
+    hopper: int = 0
 
 
 class Projected(NamedTuple):

@@ -4,9 +4,9 @@ The highest score of a row so far decides its codes. Where a later key has a hig
 smaller by the power of the difference, in int32. So codes of earlier keys are relative to a lower score: they are finer
 than those of `hopper_attention`, never coarser.
 
-One warp copies blocks of BK keys and values into a ring of stages, and tiles of queries. Four warps make the sums that
-zero points need: of each key, and of the values so far. The others compute, each PART for itself: while it makes the
-codes of one block, the tensor cores multiply those of the block before with its values.
+One warp copies blocks of BK keys and values into a ring of stages, and tiles of queries. Two warps make the sums that
+zero points need: of each key, and of the values so far. Two groups of four warps compute, each for 64 rows of queries
+of its own: while one makes codes, the tensor cores work for the other.
 """
 
 from triton.experimental import gluon
@@ -15,7 +15,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -41,6 +40,8 @@ from tqdit.backends.triton.kernels.rounding import (
 )
 
 MASKED = gl.constexpr(-16777216)  # as a float -1.7e38; with sums of codes added to these bits still as low
+PARTS = gl.constexpr(2)  # groups of warps that compute
+WARPS = gl.constexpr(4)  # of each of them
 SUMMING = gl.constexpr(2)  # warps that sum; with the one that copies they are a warpgroup
 UNIT_BITS = gl.constexpr(6)  # a code counts 2^6 in the sum of codes: that sum is rounded that much finer
 REGISTERS = 224, 56, 56  # of a thread that computes, that sums, that copies: at most 65,536 in all
@@ -63,7 +64,7 @@ def _rescaling(count):
 
 
 @gluon.jit
-def _rescale(sums, offsets, by, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
+def _rescale(sums, offsets, by, COLUMNS: gl.constexpr):
     """Return sums + 2 floor((sums + offsets) by 2^-32), skipped where no row of a warp has a `by` but 0."""
     layout: gl.constexpr = _layout(COLUMNS, WARPS)
     COUNT: gl.constexpr = COLUMNS // 2
@@ -76,7 +77,7 @@ def _rescale(sums, offsets, by, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _operand(x, BK: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
+def _operand(x, BK: gl.constexpr, COLUMNS: gl.constexpr):
     """Return scores as the operand of a product of COLUMNS, in the registers where they are."""
     x = x.reshape(16 * WARPS, BK // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(16 * WARPS, BK)
     layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=_layout(COLUMNS, WARPS), k_width=4)
@@ -104,7 +105,6 @@ def _coding(bits, half):
 @gluon.jit
 def _codes(
     scores, shift, levels, scale, COLUMNS: gl.constexpr, BK: gl.constexpr, BITS: gl.constexpr, HALF: gl.constexpr,
-    WARPS: gl.constexpr,
 ):  # fmt: skip
     """Return the codes round(levels 2^(scores scale + shift)) - 128 as an operand.
 
@@ -113,7 +113,7 @@ def _codes(
     x = _as_floats(scores)
     nothing = gl.full_like(x, 0.0)
     e = power_of_two(gl.fma(x, nothing + scale, nothing + shift[:, None]), True)
-    e = _operand(e, BK, COLUMNS, WARPS)
+    e = _operand(e, BK, COLUMNS)
     if HALF:
         return gl.inline_asm_elementwise(_coding(BITS, HALF), "=r,f,f,f,f", [e], gl.int8, is_pure=True, pack=4)
     else:
@@ -125,7 +125,7 @@ def _codes(
 
 
 @gluon.jit
-def _start_values(codes, values, slot, sums, D_FIRST: gl.constexpr, V_PAD: gl.constexpr, WARPS: gl.constexpr):
+def _start_values(codes, values, slot, sums, D_FIRST: gl.constexpr, V_PAD: gl.constexpr):
     """Start computing sums + P V of a slot without waiting for the result."""
     rest_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=_layout(V_PAD, WARPS), k_width=4)
     first = warpgroup_mma(codes, values[0].index(slot).permute((1, 0)), sums[0], is_async=True)
@@ -159,8 +159,7 @@ def _parameters(pointers, row, heads, factor, GROUP_STRIDE: gl.constexpr, STRIDE
 @gluon.jit
 def _produce(
     inputs, rings, barriers, numbers, D: gl.constexpr, D_FIRST: gl.constexpr, D_REST: gl.constexpr,
-    V_REST: gl.constexpr, STAGES: gl.constexpr, Q_SLOTS: gl.constexpr, BK: gl.constexpr, PARTS: gl.constexpr,
-    WARPS: gl.constexpr,
+    V_REST: gl.constexpr, STAGES: gl.constexpr, Q_SLOTS: gl.constexpr, BK: gl.constexpr,
 ):  # fmt: skip
     """Copy operands for this program's tiles: the queries of each part, then all keys and values of the head."""
     q, q_rest, k, k_rest, v, v_rest = inputs
@@ -200,8 +199,7 @@ def _produce(
 @gluon.jit
 def _sum(
     rings, barriers, sums, pointers, numbers, GROUP_STRIDE: gl.constexpr, STRIDES: gl.constexpr, D_FIRST: gl.constexpr,
-    D_REST: gl.constexpr, V_PAD: gl.constexpr, STAGES: gl.constexpr, BK: gl.constexpr, PARTS: gl.constexpr,
-    WARPS: gl.constexpr,
+    D_REST: gl.constexpr, V_PAD: gl.constexpr, STAGES: gl.constexpr, BK: gl.constexpr,
 ):  # fmt: skip
     """Write what sums of a block start from, and 128 sum(v) of the keys before a block and through it."""
     keys, values = rings[1:]
@@ -253,7 +251,7 @@ def _quantized(sums, counted, value, target, BITS: gl.constexpr):
 
 @gluon.jit
 def _store(
-    out, codes, row, N, base, column, out_stride, COLUMNS: gl.constexpr, BITS: gl.constexpr, WARPS: gl.constexpr
+    out, codes, row, N, base, column, out_stride, COLUMNS: gl.constexpr, BITS: gl.constexpr
 ):  # fmt: skip
     """Write codes (16 WARPS, COLUMNS), 8 bytes a store where that is worth a change of layout; fp32 as it is."""
     ACROSS: gl.constexpr = COLUMNS // 8
@@ -268,7 +266,7 @@ def _store(
 
 @gluon.jit
 def _reference(
-    scores, highest, shift, scale, BITS: gl.constexpr, HALF: gl.constexpr, BK: gl.constexpr, WARPS: gl.constexpr
+    scores, highest, shift, scale, BITS: gl.constexpr, HALF: gl.constexpr, BK: gl.constexpr
 ):  # fmt: skip
     """Return what the codes of a block follow from: the rows' highest scores so far, shifts of powers, levels of codes.
 
@@ -292,8 +290,8 @@ def _reference(
 def _consume(
     rings, barriers, sums_rings, pointers, numbers, GROUP_STRIDE: gl.constexpr, STRIDES: gl.constexpr, D: gl.constexpr,
     D_FIRST: gl.constexpr, D_REST: gl.constexpr, V_REST: gl.constexpr, V_PAD: gl.constexpr, STAGES: gl.constexpr,
-    Q_SLOTS: gl.constexpr, LATE: gl.constexpr, BK: gl.constexpr, BITS: gl.constexpr, TARGET_BITS: gl.constexpr,
-    HALF: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr, ME: gl.constexpr,
+    Q_SLOTS: gl.constexpr, BK: gl.constexpr, BITS: gl.constexpr, TARGET_BITS: gl.constexpr,
+    HALF: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
     """Compute and write the rows of part ME of this program's tiles."""
     query_ring, keys, values = rings
@@ -327,36 +325,25 @@ def _consume(
         shift = highest
         first = gl.zeros((BM, D_FIRST), gl.int32, first_layout)
         rest = gl.zeros((BM, V_PAD), gl.int32, rest_layout)
-        if LATE:
-            first, rest = warpgroup_mma_init(first), warpgroup_mma_init(rest)
         for block in range(1, blocks):
-            highest, shift, levels, by = _reference(scores, highest, shift, scale, BITS, HALF, BK, WARPS)
-            codes = _codes(scores, shift, levels, scale, D_FIRST, BK, BITS, HALF, WARPS)
-            if LATE:
-                first, rest = warpgroup_mma_wait(0, deps=(first, rest))
-                mbarrier.arrive(empty.index((number + block + STAGES - 2) % STAGES), pred=block > 1)
-            first = _rescale(first, before[0].index(slot), by, D_FIRST, WARPS)
-            rest = _rescale(rest, before[1].index(slot), by, V_PAD, WARPS)
+            highest, shift, levels, by = _reference(scores, highest, shift, scale, BITS, HALF, BK)
+            codes = _codes(scores, shift, levels, scale, D_FIRST, BK, BITS, HALF)
+            first = _rescale(first, before[0].index(slot), by, D_FIRST)
+            rest = _rescale(rest, before[1].index(slot), by, V_PAD)
             earlier = slot
             slot = (number + block) % STAGES
             mbarrier.wait(full.index(slot), (number + block) // STAGES & 1)
             mbarrier.wait(ready.index(slot), (number + block) // STAGES & 1)
             scores = _start_scores(queries, keys, slot, starts, slot, D_REST, BK, WARPS)
-            first, rest = _start_values(codes, values, earlier, (first, rest), D_FIRST, V_PAD, WARPS)
-            if LATE:
-                scores = warpgroup_mma_wait(2, deps=(scores,))
-            else:
-                scores, first, rest = warpgroup_mma_wait(0, deps=(scores, first, rest))
-                mbarrier.arrive(empty.index(earlier))
+            first, rest = _start_values(codes, values, earlier, (first, rest), D_FIRST, V_PAD)
+            scores, first, rest = warpgroup_mma_wait(0, deps=(scores, first, rest))
+            mbarrier.arrive(empty.index(earlier))
         mbarrier.arrive(q_empty.index(place))
-        highest, shift, levels, by = _reference(scores, highest, shift, scale, BITS, HALF, BK, WARPS)
-        codes = _codes(scores, shift, levels, scale, D_FIRST, BK, BITS, HALF, WARPS)
-        if LATE:
-            first, rest = warpgroup_mma_wait(0, deps=(first, rest))
-            mbarrier.arrive(empty.index((number + blocks + STAGES - 2) % STAGES), pred=blocks > 1)
-        first = _rescale(first, before[0].index(slot), by, D_FIRST, WARPS)
-        rest = _rescale(rest, before[1].index(slot), by, V_PAD, WARPS)
-        first, rest = _start_values(codes, values, slot, (first, rest), D_FIRST, V_PAD, WARPS)
+        highest, shift, levels, by = _reference(scores, highest, shift, scale, BITS, HALF, BK)
+        codes = _codes(scores, shift, levels, scale, D_FIRST, BK, BITS, HALF)
+        first = _rescale(first, before[0].index(slot), by, D_FIRST)
+        rest = _rescale(rest, before[1].index(slot), by, V_PAD)
+        first, rest = _start_values(codes, values, slot, (first, rest), D_FIRST, V_PAD)
         first, rest = warpgroup_mma_wait(0, deps=(first, rest))
         first += through[0].index(slot).load(gl.SliceLayout(0, first_layout))[None, :]
         rest += through[1].index(slot).load(gl.SliceLayout(0, rest_layout))[None, :]
@@ -372,9 +359,9 @@ def _consume(
         first_row = (tile * PARTS + ME) * BM
         if V_REST:
             made = _quantized(last, counted, of_values, result, TARGET_BITS)
-            _store(out, made, first_row, N, base, column + D_FIRST, out_stride, V_REST, TARGET_BITS, WARPS)
+            _store(out, made, first_row, N, base, column + D_FIRST, out_stride, V_REST, TARGET_BITS)
         made = _quantized(first, _of_rows(counted, D_FIRST, WARPS), of_values, result, TARGET_BITS)
-        _store(out, made, first_row, N, base, column, out_stride, D_FIRST, TARGET_BITS, WARPS)
+        _store(out, made, first_row, N, base, column, out_stride, D_FIRST, TARGET_BITS)
 
 
 @gluon.jit
@@ -382,14 +369,12 @@ def hopper_flash_kernel(
     q, q_rest, k, k_rest, v, v_rest, out, group, query, key, value, target, sequences, heads, N, KEYS, out_stride,
     factor, GROUP_STRIDE: gl.constexpr, STRIDES: gl.constexpr, D: gl.constexpr, D_FIRST: gl.constexpr,
     D_REST: gl.constexpr, V_REST: gl.constexpr, V_PAD: gl.constexpr, BITS: gl.constexpr, TARGET_BITS: gl.constexpr,
-    STAGES: gl.constexpr, Q_SLOTS: gl.constexpr, LATE: gl.constexpr, BK: gl.constexpr, HALF: gl.constexpr,
-    PARTS: gl.constexpr, WARPS: gl.constexpr, REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, Q_SLOTS: gl.constexpr, BK: gl.constexpr, HALF: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Attend as `attention_kernel` does on the grid of softmax rows, N queries to KEYS keys a head.
 
     The codes of v are in the order of `attention._permuted`. head_dim D is D_FIRST and D_REST (of v: V_REST, 0 or half
-    of V_PAD or less) columns. LATE: whether products with values go on while the next codes are made. REGISTERS: of a
-    thread that computes, that sums, that copies.
+    of V_PAD or less) columns. REGISTERS: of a thread that computes, that sums, that copies.
     """
     BM: gl.constexpr = 16 * WARPS
     PLACES: gl.constexpr = Q_SLOTS * PARTS
@@ -429,38 +414,20 @@ def hopper_flash_kernel(
     sums = (starts, (before, before_rest), (through, through_rest))
     pointers = (out, group, query, key, value, target)
     numbers = (sequences, heads, N, KEYS, out_stride, factor)
-    if PARTS == 1:
-        gl.warp_specialize(
-            [
-                (_consume, (
-                    rings, barriers, sums, pointers, numbers, GROUP_STRIDE, STRIDES, D, D_FIRST, D_REST, V_REST, V_PAD,
-                    STAGES, Q_SLOTS, LATE, BK, BITS, TARGET_BITS, HALF, PARTS, WARPS, gl.constexpr(0))),
-                (_sum, (
-                    rings, barriers, sums, pointers, numbers, GROUP_STRIDE, STRIDES, D_FIRST, D_REST, V_PAD, STAGES, BK,
-                    PARTS, WARPS)),
-                (_produce, (
-                    (q, q_rest, k, k_rest, v, v_rest), rings, barriers, numbers, D, D_FIRST, D_REST, V_REST, STAGES,
-                    Q_SLOTS, BK, PARTS, WARPS)),
-            ],
-            [SUMMING, 1],
-            [REGISTERS[1], REGISTERS[2]],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_consume, (
-                    rings, barriers, sums, pointers, numbers, GROUP_STRIDE, STRIDES, D, D_FIRST, D_REST, V_REST, V_PAD,
-                    STAGES, Q_SLOTS, LATE, BK, BITS, TARGET_BITS, HALF, PARTS, WARPS, gl.constexpr(0))),
-                (_consume, (
-                    rings, barriers, sums, pointers, numbers, GROUP_STRIDE, STRIDES, D, D_FIRST, D_REST, V_REST, V_PAD,
-                    STAGES, Q_SLOTS, LATE, BK, BITS, TARGET_BITS, HALF, PARTS, WARPS, gl.constexpr(1))),
-                (_sum, (
-                    rings, barriers, sums, pointers, numbers, GROUP_STRIDE, STRIDES, D_FIRST, D_REST, V_PAD, STAGES, BK,
-                    PARTS, WARPS)),
-                (_produce, (
-                    (q, q_rest, k, k_rest, v, v_rest), rings, barriers, numbers, D, D_FIRST, D_REST, V_REST, STAGES,
-                    Q_SLOTS, BK, PARTS, WARPS)),
-            ],
-            [WARPS, SUMMING, 1],
-            [REGISTERS[0], REGISTERS[1], REGISTERS[2]],
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_consume, (
+                rings, barriers, sums, pointers, numbers, GROUP_STRIDE, STRIDES, D, D_FIRST, D_REST, V_REST, V_PAD,
+                STAGES, Q_SLOTS, BK, BITS, TARGET_BITS, HALF, gl.constexpr(0))),
+            (_consume, (
+                rings, barriers, sums, pointers, numbers, GROUP_STRIDE, STRIDES, D, D_FIRST, D_REST, V_REST, V_PAD,
+                STAGES, Q_SLOTS, BK, BITS, TARGET_BITS, HALF, gl.constexpr(1))),
+            (_sum, (
+                rings, barriers, sums, pointers, numbers, GROUP_STRIDE, STRIDES, D_FIRST, D_REST, V_PAD, STAGES, BK)),
+            (_produce, (
+                (q, q_rest, k, k_rest, v, v_rest), rings, barriers, numbers, D, D_FIRST, D_REST, V_REST, STAGES,
+                Q_SLOTS, BK)),
+        ],
+        [WARPS, SUMMING, 1],
+        [REGISTERS[0], REGISTERS[1], REGISTERS[2]],
+    )  # fmt: skip
