@@ -1,8 +1,12 @@
 """Attention in bf16 of codes: q, k and v are dequantized, and torch's attention does the rest.
 
-No product is of integers here, and probabilities are not quantized. Queries, keys, values and the result are rounded to
-bf16 before the result is quantized.
+No product is of integers here, and probabilities are not quantized. Queries, keys, values, powers and the result are
+rounded to bf16 before the result is quantized, so codes are not those of `ops.reference`. It is a candidate of tuning
+only where somebody asks for it, and `TritonBackend.kernel` then names the sizes that it took.
 """
+
+import os
+import threading
 
 import torch
 import triton
@@ -10,13 +14,44 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tqdit.backends.triton.kernels.float_heads import dequantize_heads_kernel
-from tqdit.backends.triton.layouts import NATIVE, Projected, groups_of, permutes, pitch, row_stride
+from tqdit.backends.triton.layouts import (
+    BF16,
+    NATIVE,
+    Config,
+    Groups,
+    Projected,
+    groups_of,
+    permutes,
+    pitch,
+    row_stride,
+)
 from tqdit.ops.schema import OperandParams
 
 ORDER = [  # the first of these that takes the sizes
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
 ]  # fmt: skip
 TOKENS = 64 if NATIVE else 32  # of a program
+CONFIG = Config(4, 256, 0, warps=4, hopper=BF16)  # of the kernel that quantizes the result
+_ORDERING = threading.Lock()  # torch has one order for all threads
+_TAKEN: dict[str, None] = {}
+
+
+def offered() -> bool:
+    """Say whether tuning times it.
+
+    TQDIT_BF16_ATTENTION=1 in the environment asks for that: results then depend on what is faster.
+    """
+    return os.environ.get("TQDIT_BF16_ATTENTION") == "1"
+
+
+def note(tokens: int, keys: int, head_dim: int) -> None:
+    """Remember that a call of these sizes takes it."""
+    _TAKEN[f"{tokens} x {keys} x {head_dim}"] = None
+
+
+def taken() -> list[str]:
+    """Return the sizes, as "queries x keys x head_dim", of calls in this process that took it."""
+    return list(_TAKEN)
 
 
 def attention(
@@ -29,22 +64,20 @@ def attention(
     else:
         (q,), (k, v) = projected.split(1, heads), context.split(2, heads)
     query, key, value = operands[:3]
-    groups = operands[:3]
+    groups = groups_of(query, key, value)
     q = _dequantized(q, projected, heads, query, groups)
     k = _dequantized(k, keys, heads, key, groups)
     v = _dequantized(v, keys, heads, value, groups, by_channel=True)
-    with sdpa_kernel(ORDER, set_priority=True):
+    with _ORDERING, sdpa_kernel(ORDER, set_priority=True):
         out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).flatten(2)
 
 
 def _dequantized(
-    codes: torch.Tensor, of: Projected, heads: int, operand: OperandParams, operands: tuple[OperandParams, ...],
-    by_channel: bool = False,
-) -> torch.Tensor:  # fmt: skip
+    codes: torch.Tensor, of: Projected, heads: int, operand: OperandParams, groups: Groups, by_channel: bool = False
+) -> torch.Tensor:
     """Return codes as values (B, H, N, head_dim), those of a token next to each other."""
     out = torch.empty(of.batch, of.tokens, heads, of.head_dim, dtype=torch.bfloat16, device=codes.device)
-    groups = groups_of(*operands)
     dequantize_heads_kernel[(triton.cdiv(of.tokens, TOKENS), of.batch * heads)](
         codes, operand.table, groups.tensor, out, of.tokens, heads, of.head_dim, groups.stride, row_stride(operand),
         pitch(of.tokens if by_channel else of.head_dim), by_channel, by_channel and permutes(of.tokens), NATIVE,

@@ -1,10 +1,13 @@
 """Name kernels and shapes: the keys under which configurations are kept."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 
 from tqdit.backends.triton.kernels.rounding import SOFTMAX_ROW, UNIFORM
 from tqdit.backends.triton.launch import FEW_ROWS
+from tqdit.backends.triton.layouts import BF16, FLASH, Config
 
 CHANNELS = "-channels"  # the end of the name of an epilogue with channel factors
 
@@ -39,9 +42,10 @@ def cross_attention_key(sequences: int, tokens: int, keys: int, head_dim: int, m
     return f"attention {bucket(sequences)}x{tokens}x{head_dim}, mode {mode}, {of_keys}"
 
 
-def with_one_pass(key: str) -> str:
-    """Return the key of an attention that `kernels.hopper_flash` takes, too: files without it do not hide it."""
-    return f"{key}, one pass"
+def with_more(key: str, more: Sequence[Config]) -> str:
+    """Return the key of an attention that has further candidates: files without them do not hide these."""
+    names = {FLASH: "one pass", BF16: "bf16"}
+    return ", ".join([key, *(names[config.hopper] for config in more)])
 
 
 def modes(mode: int) -> tuple[int, ...]:

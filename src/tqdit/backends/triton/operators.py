@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from tqdit.backends.triton import candidates, floats, hopper, launch, naming, tuning
+from tqdit.backends.triton import candidates, float_attention, floats, hopper, launch, naming, tuning
 from tqdit.backends.triton.layouts import (
+    BF16,
     HEADS_OF,
     KINDS,
     Config,
@@ -254,10 +255,29 @@ def attend(
     else:
         special, biased = [], bias is not None
         known = [naming.cross_attention_key(sequences, tokens, keys, head_dim, m, biased) for m in naming.modes(kind)]
-    ordinary = functools.partial(candidates.attention, sequences, keys)
-    if one_pass:
-        known = [naming.with_one_pass(known[0])]
-    return run(tuning.choose(known, codes.device, lambda: one_pass + special + ordinary(), run))
+
+    def possible() -> list[Config]:
+        return special + candidates.attention(sequences, keys)
+
+    if more := one_pass + ([float_attention.CONFIG] if bias is None and float_attention.offered() else []):
+        known, possible = _with_more(known, more, codes.device, possible)
+    config = tuning.choose(known, codes.device, possible, run)
+    if config.hopper == BF16:
+        float_attention.note(tokens, tokens if context is None else keys, head_dim)
+    return run(config)
+
+
+def _with_more(
+    keys: list[str], more: list[Config], device: torch.device, possible: Callable[[], list[Config]]
+) -> tuple[list[str], Callable[[], list[Config]]]:
+    """Return the key and the candidates of an attention that takes `more` of them, after the best one without these."""
+
+    def all_of_them() -> list[Config]:
+        best = tuning.known(keys, device, possible)
+        others = possible()
+        return list(dict.fromkeys([best or others[0], *more, *others]))
+
+    return [naming.with_more(keys[0], more)], all_of_them
 
 
 def _linear_empty(codes, weight, weight_kind, tables, group, kinds):  # type: ignore[no-untyped-def]

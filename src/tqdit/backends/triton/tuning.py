@@ -90,6 +90,11 @@ def choose(keys: Sequence[str], device: torch.device, candidates: Callable[[], l
     return _found_now(gpu, keys[0], candidates, run) if found is None else found
 
 
+def known(keys: Sequence[str], device: torch.device, candidates: Callable[[], list[Config]]) -> Config | None:
+    """Return the configuration that `choose` has without timing any, or None."""
+    return _known(torch.cuda.get_device_name(device), keys, candidates) if NATIVE else None
+
+
 def choose_near(keys: Sequence[str], device: torch.device, candidates: Callable[[], list[Config]], run: Run) -> Config:
     """Return a configuration as `choose` does for the first key, or that of the nearest size which is known.
 
