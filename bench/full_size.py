@@ -37,7 +37,7 @@ from tqdit.architectures.dit_checkpoint import AS_PUBLISHED, POSITIONS, publishe
 from tqdit.architectures.registry import config_of
 from tqdit.architectures.shapes import shape_config, shape_name
 from tqdit.artifact import folder as artifact
-from tqdit.quality.comparison import compare
+from tqdit.quality.compare import compare
 from tqdit.recipe import Recipe
 from tqdit.sampling.guidance import Sampling
 from tqdit.sources.export import convert_checkpoint

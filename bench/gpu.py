@@ -5,7 +5,7 @@ python bench/gpu.py bench/results/gpu-dit-xl-2.json
 Each workload is a process of its own, `tqdit bench`, and the file is written anew after each: a run that is cut keeps
 what it has. A workload that is in the file already is replaced, once its new rows are there; a file of another machine
 or other versions is set aside. `--workload NAME` runs one; `--quick` takes few calls, no sampling runs and no memory.
-Options that are not known here go to `tqdit bench`, behind the file's name: `--no-memory`, `--against bf16-compiled`.
+Options that are not known here go to `tqdit bench`, behind the file's name: `--no-memory`, `--against bf16-autotuned`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = "plus:w8a8,paper:w8a8,plus:w6a6"
 WORKLOADS = {
     "256-b64": ("DiT-XL/2", 64, f"{VARIANTS},plus:w4a8", "bfloat16"),
-    "256-b64 torchao": ("DiT-XL/2", 64, "plus:w8a8", "bf16-compiled,bf16-blocks,torchao"),
+    "256-b64 torchao": ("DiT-XL/2", 64, "plus:w8a8", "bf16-autotuned,bf16-blocks,torchao"),
     "256-b2": ("DiT-XL/2", 2, VARIANTS, "bfloat16"),
     "512-b16": ("DiT-XL/2@512", 16, VARIANTS, "bfloat16"),
 }

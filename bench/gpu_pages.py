@@ -11,7 +11,8 @@ TARGETS = {
     "256-b2": {("plus", "w8a8"): 1.8, ("paper", "w8a8"): 1.5, ("plus", "w6a6"): 1.8},
     "512-b16": {("plus", "w8a8"): 2.0, ("paper", "w8a8"): 1.6, ("plus", "w6a6"): 2.0},
 }
-BASELINE = "bf16-compiled"
+BASELINE = "bf16-autotuned"
+EARLIER_NAME = "bf16-compiled"  # of the same baseline in files from before there were two
 TOPS_TARGET = 1150  # of the int8 products with 16384 rows
 FP8_TARGET = 1.5  # of `plus` W8A8 over torchao's fp8
 MEMORY_TARGET = 0.5  # peak of a call at 64 samples, of the baseline's
@@ -21,7 +22,7 @@ MOST_OF_FP32 = {("w8a8", "triton"): 0.26, ("w4a8", "triton-packed"): 0.14}
 
 
 def gpu_speed() -> list[str]:
-    run, kernels = read("h200"), read("h200-kernels")
+    run, kernels = _speed(), read("h200-kernels")
     where = run["environment"]
     return [
         "## Speed on an H200",
@@ -72,6 +73,20 @@ def gpu_speed() -> list[str]:
         (ROOT / "bench" / "gpu-notes.md").read_text(encoding="utf-8").strip(),
         "",
     ]  # fmt: skip
+
+
+def _speed() -> dict[str, Any]:
+    """The committed run, where compiled bf16 has the name of today: every kernel of it was tuned."""
+    run = read("h200")
+    if any(row["backend"] == BASELINE for row in run["rows"]):
+        return run
+
+    def renamed(row: dict[str, Any]) -> dict[str, Any]:
+        over = {BASELINE if name == EARLIER_NAME else name: ratio for name, ratio in row["speedup_over_each"].items()}
+        backend = BASELINE if row["backend"] == EARLIER_NAME else row["backend"]
+        return row | {"backend": backend, "speedup_over_each": over}
+
+    return run | {"rows": [renamed(row) for row in run["rows"]]}
 
 
 def _row(row: dict[str, Any]) -> list[str]:
@@ -182,7 +197,7 @@ def _kernel_row(row: dict[str, Any]) -> list[str]:
 
 def readme_gpu_speed() -> str:
     """What the README says about speed on a GPU."""
-    run = read("h200")
+    run = _speed()
     rows = [
         [row["workload"], f"{row['bits'].upper()} {row['preset']}", f"{row['p50_ms']:.1f}",
          f"{row['speedup_over_each'][BASELINE]:.2f}×", f"{row['speedup_over_each']['bf16-eager']:.2f}×"]

@@ -3,6 +3,8 @@
 The page is written by hand but for its sections, as docs/quality.md is (see `quality_pages.py`).
 """
 
+import math
+import statistics
 from typing import Any
 
 from pages import RESULTS, environment, read, table
@@ -12,6 +14,7 @@ Run = dict[str, Any]
 Lines = list[str]
 TARGET = 30  # dB of a model's output with random weights
 SMALL = ("flux", "z-image")
+APART = "int8 apart"  # a linear layer in integers with a quantize of its own, in traced-linears-h200.json
 
 
 def models(text: str) -> str:
@@ -32,6 +35,45 @@ def _there(*names: str) -> dict[str, Run]:
 
 def _missing(*names: str) -> Lines:
     return ["Not measured yet: there is no " + " or ".join(f"`bench/results/{name}.json`" for name in names) + ".", ""]
+
+
+def shares() -> Lines:
+    """Return the table of what linear layers take of the published models."""
+    found = _there("architecture-shares", "traced-linears-h200")
+    if len(found) < 2:
+        return _missing(*(name for name in ("architecture-shares", "traced-linears-h200") if name not in found))
+    run = found["architecture-shares"]
+    faster = statistics.median(row["times_bf16"][APART] for row in found["traced-linears-h200"]["rows"])
+    head = [
+        "model", "tokens of image or video + text", "width of a head", "FLOPs in integers (%)", "of attention (%)",
+        "parameters in integers (%)", "integer weights alone (%)", "bound",
+    ]  # fmt: skip
+    return [
+        "Shares are of one call at the size that the model is made for, of its FLOPs and of its parameters, computed "
+        "from its config by `bench/architecture_shares.py`; what is missing to 100 % stays in float. The bound is for "
+        f"linear layers in integers that are {faster:.2f} times as fast as in bf16, the median of the layers under "
+        "[speed](#speed) with their own quantize, with everything else as it was and all FLOPs equally fast. A FLOP "
+        "of attention usually takes longer than one of a linear layer; then the gain is lower.",
+        "",
+        table(head, [_shares_row(row, faster) for row in run["models"]]),
+        "",
+        environment(run["environment"]),
+        "",
+    ]
+
+
+def _shares_row(row: Run, faster: float) -> list[str]:
+    flops, parameters, (*_, width) = row["flops"], row["parameters"], row["attention"]
+    call, model = sum(flops.values()), sum(parameters.values())
+    integer = flops["integer"] / call
+    return [
+        f"{row['model']}, {model / 1e9:.2f} B",
+        f"{math.prod(row['patches'])} + {row['text_tokens']}",
+        str(width),
+        *(f"{100 * part:.1f}" for part in (integer, flops["attention"] / call)),
+        *(f"{100 * parameters[kind] / model:.1f}" for kind in ("integer", "weight_only")),
+        f"{1 / (1 - integer + integer / faster):.2f}",
+    ]
 
 
 def classes() -> Lines:
@@ -120,14 +162,16 @@ def speed() -> Lines:
     lines: Lines = []
     for run in found.values():
         device = run["environment"]["device"]
+        weights = ", ".join(f"{one['model']} {one['bytes_of_bf16']:.3f}" for one in run["models"])
         lines += [
             "Blocks of published shapes with random weights under the preset `dynamic`, by `tqdit bench --random`, on "
-            f"{'two cores of a CPU' if device == 'cpu' else device}. "
-            "Times are medians of interleaved rounds; a call has all layers outside of the blocks, too.",
+            f"{'two cores of a CPU' if device == 'cpu' else device}: ms of bf16 → ms of ours, medians of interleaved "
+            "rounds. The gain is that of our fastest over the fastest bf16. All blocks: as many as the published model "
+            f"has, computed from one of each kind. Weights of the whole model over bf16's: {weights}.",
             "",
             table(
-                ["model", "part", "entrant", "ms", "over the best bf16", "weights / bf16"],
-                [cells for one in run["models"] for cells in _speed_rows(one)],
+                ["model", "part", *MODES, "gain"],
+                [_speed_row(one, part) for one in run["models"] for part in _parts(one)],
             ),
             "",
             environment(run["environment"]),
@@ -136,16 +180,26 @@ def speed() -> Lines:
     return lines
 
 
-def _speed_rows(one: Run) -> list[list[str]]:
-    depth = ", ".join(f"{count} {path}" for path, count in one["blocks"].items())
-    ratio = "–" if one["bytes_of_bf16"] is None else f"{one['bytes_of_bf16']:.3f}"
-    return [
-        [
-            f"{one['model']} ({depth})", row["part"], row["entrant"], f"{row['p50_ms']:.2f}",
-            "–" if row["speedup_over_bf16"] is None else f"{row['speedup_over_bf16']:.2f}", ratio,
-        ]
-        for row in one["rows"]
-    ]  # fmt: skip
+MODES = {"eager": "eager", "compiled": "compiled", "CUDA graphs": "graphs"}
+
+
+def _parts(one: Run) -> list[str]:
+    """Return the parts of a model that the table has; a call of so few blocks is mostly what is outside of them."""
+    return [part for part in dict.fromkeys(row["part"] for row in one["rows"]) if part != "call"]
+
+
+def _speed_row(one: Run, part: str) -> list[str]:
+    times = {row["entrant"]: row["p50_ms"] for row in one["rows"] if row["part"] == part}
+    size = f"{' x '.join(str(n) for n in one['patches'] if n > 1)} patches"
+
+    def pair(mode: str) -> str:
+        both = [times.get(f"{kind}-{mode}") for kind in ("bf16", "ours")]
+        return " → ".join("–" if ms is None else f"{ms:.2f}" for ms in both) if any(both) else "–"
+
+    best = {kind: min(ms for name, ms in times.items() if name.startswith(kind)) for kind in ("bf16", "ours")}
+    title = part if part in ("linears", "all blocks") else f"`{part}`, one block"
+    gain = f"{best['bf16'] / best['ours']:.2f}"
+    return [f"{one['model']}, {size}", title, *map(pair, MODES.values()), gain]
 
 
 def linears() -> Lines:
@@ -186,7 +240,7 @@ def linears() -> Lines:
 
 def _gpu_linear(row: Run) -> list[str]:
     ratios = row["times_bf16"]
-    shown = ("int8 product", "int8 apart", "int8 of three", "fp8 apart, compiled")
+    shown = ("int8 product", APART, "int8 of three", "fp8 apart, compiled")
     figures = [f"{ratios[name]:.2f}" if name in ratios else "–" for name in shown]
     return [f"{row['model']} {row['depth']} → {row['columns']}", str(row["rows"]), f"{row['us']['bf16']:.0f}", *figures]
 
@@ -212,4 +266,7 @@ def calibration() -> Lines:
     ]
 
 
-SECTIONS = {"classes": classes, "trained": trained, "linears": linears, "speed": speed, "calibration": calibration}
+SECTIONS = {
+    "shares": shares, "classes": classes, "trained": trained, "linears": linears, "speed": speed,
+    "calibration": calibration,
+}  # fmt: skip

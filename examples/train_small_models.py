@@ -1,13 +1,12 @@
 """Train a small model of a published architecture, FLUX or Z-Image, on Fashion-MNIST by flow matching.
 
-    python examples/train_small_models.py flux --data .data/fashion --minutes 3.5 --out build/small-flux --eager
+    python examples/train_small_models.py flux --data .data/fashion --minutes 3.5 --out build/small-flux
     python examples/train_small_models.py z-image --data .data/fashion --minutes 3.5 --out build/small-z-image
 
 Meant for one GPU, which needs about half a minute more than `--minutes`. `--out` gets the model as diffusers saves it
 in float16 (`transformer`), its scheduler, the prompts of the classes (`prompts.safetensors`), `training.json` with the
 settings and the quality of samples, and a picture of samples. `examples/small_models.py` says what the models are and
-loads them. `--eager`: torch 2.11 compiles the backward pass of FLUX's blocks into a kernel that reads memory which is
-not its own.
+loads them. cuDNN's attention is switched off: under torch 2.11 its backward pass fails on FLUX's shapes on an H200.
 
 `--steps 2 --tiny` is a rehearsal on a CPU. With `--steps`, not `--minutes`, a training can be repeated, up to the order
 in which a GPU adds.
@@ -59,6 +58,7 @@ class Student(nn.Module):
     def prepare(self, device: torch.device, eager: bool = False) -> None:
         """Move the model to the device, where its blocks are compiled if that is a GPU, unless `eager` is asked for."""
         self.to(device).train()
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass fails on FLUX's shapes (torch 2.11, H200)
         # Nearly clean images carry noise of 0.01 at pixels of -1, about bfloat16's spacing there.
         embedder = self.transformer.get_submodule(self.family.embedder)
         embedder.forward = torch.autocast(device.type, enabled=False)(embedder.forward)

@@ -50,7 +50,7 @@ def named(i: int) -> dict[str, torch.Tensor]:
 def images(world: distributed.World, folder: Path, *models: str) -> None:
     """Images and a comparison on every rank; `models`: the float one, then its artifact."""
     torch.save([drawn(model) for model in models], folder / f"{world.rank}.pt")
-    result = comparison.compare(models[0], list(models[1:]), 5, SAMPLING, samples=5)
+    result = comparison.compare_samples(models[0], list(models[1:]), 5, SAMPLING, samples=5)
     (folder / f"{world.rank}.json").write_text(result.to_json())
 
 

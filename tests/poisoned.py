@@ -8,7 +8,8 @@ class PoisonedTorch:
 
     @staticmethod
     def empty(*shape, dtype=torch.float32, device=None):
-        return torch.full(shape, 77 if dtype is torch.int8 else float("nan"), dtype=dtype, device=device)
+        size = shape[0] if isinstance(shape[0], tuple) else shape
+        return torch.full(size, 77 if dtype is torch.int8 else float("nan"), dtype=dtype, device=device)
 
     @staticmethod
     def empty_like(x):

@@ -11,8 +11,9 @@ from tqdit.architectures.traced import traced
 from tqdit.calibration.calls import Calls
 from tqdit.cli.main import main
 from tqdit.errors import InputError
+from tqdit.recorded import traced_graph
 from tqdit.speed import blocks, published_calls, shortened
-from tqdit.speed.block_entrants import rivals
+from tqdit.speed.block_entrants import entrant, first_blocks, inputs_of, rivals
 from tqdit.speed.blocks import BlockSettings, race
 from tqdit.speed.published import SHAPES, Published
 from tqdit.speed.published_calls import Size
@@ -84,10 +85,17 @@ def test_a_race_has_ours_and_float_entrants_on_the_call_and_on_the_linears_alone
     (raced,) = race(["tiny"], settings, finished=lambda found: seen.append(len(found)))
     assert seen == [1]
     assert {(row.part, row.entrant) for row in raced.rows} == {
-        (part, name) for part in ("call", "linears") for name in ("bf16-eager", "ours-eager")
+        (part, name)
+        for part in ("call", "linears", "transformer_blocks", "single_transformer_blocks", "all blocks")
+        for name in ("bf16-eager", "ours-eager")
     }
     assert raced.skipped == {}
     assert raced.blocks == {"transformer_blocks": 1, "single_transformer_blocks": 1}
+    assert raced.depths == {"transformer_blocks": 2, "single_transformer_blocks": 3}
+    times = {row.part: row.p50_ms for row in raced.rows if row.entrant == "ours-eager"}
+    assert times["all blocks"] == pytest.approx(
+        2 * times["transformer_blocks"] + 3 * times["single_transformer_blocks"]
+    )
     eager = next(row for row in raced.rows if (row.part, row.entrant) == ("call", "bf16-eager"))
     assert eager.speedup_over_bf16 == 1
     figures = blocks.figures([raced], settings)
@@ -117,6 +125,31 @@ def test_bytes_at_full_depth_are_those_of_the_full_model() -> None:
     sizes = shortened.float_bytes(few)
     assert shortened.bytes_at_full_depth(TINY, sizes) == sum(shortened.float_bytes(full).values())
     assert sum(sizes.values()) < sum(shortened.float_bytes(full).values())
+
+
+def test_a_block_alone_gets_what_it_gets_in_a_call(tiny) -> None:
+    """The output of the last block of a kind is that of the same block run alone, for one block of each kind."""
+    model = shortened.random_transformer(TINY, 1, torch.device("cpu"))
+    arguments = shortened.one_call(TINY, model, None, torch.device("cpu"))
+    given = {key: value for key, value in arguments.items() if key != "return_dict"}
+    graph = traced_graph(model, Calls.of(model, [given]))
+    made = {}
+    for path, block in first_blocks(graph).items():
+        model.get_submodule(block.prefix).register_forward_hook(lambda *a, path=path: made.setdefault(path, a[-1]))
+    inputs = inputs_of(model, graph, arguments)
+    alone = entrant("bf16-eager", model, graph, arguments, inputs)
+    for path in ("transformer_blocks", "single_transformer_blocks"):
+        torch.testing.assert_close(alone.parts[path](), made[path], rtol=0, atol=0)
+
+
+def test_the_chain_is_one_run_of_many(tiny, monkeypatch) -> None:
+    """A part's time is of one run: that of CHAIN runs over their number."""
+    runs = []
+    part = blocks.Entrant("ours-eager", {"call": lambda: runs.append(1), "transformer_blocks": lambda: runs.append(4)})
+    monkeypatch.setattr(blocks, "interleaved", lambda calls, *_: {name: [8.0] for name in calls})
+    race_ = blocks._Race(TINY, BlockSettings(device="cpu"), lambda *_: None)
+    rows = {row.part: row.p50_ms for row in race_._timed({"transformer_blocks": 3}, [part])}
+    assert rows == {"call": 8, "transformer_blocks": 2, "all blocks": 6}
 
 
 def test_an_entrant_that_fails_is_named_and_the_others_stay(tiny, monkeypatch) -> None:
@@ -158,7 +191,9 @@ def test_the_command_prints_and_writes_what_it_measured(tiny, run, tmp_path) -> 
     assert {"torch", "device", "cpu", "torchao"} <= written["environment"].keys()
     (model,) = written["models"]
     assert [(row["part"], row["entrant"]) for row in model["rows"]] == [
-        (part, name) for part in ("call", "linears") for name in ("ours-eager", "bf16-eager")
+        (part, name)
+        for part in ("call", "linears", "transformer_blocks", "single_transformer_blocks", "all blocks")
+        for name in ("ours-eager", "bf16-eager")
     ]
     assert "tiny (Flux2Transformer2DModel): 1 x 4 x 4 patches, 8 text tokens; 1 transformer_blocks" in " ".join(
         said.split()

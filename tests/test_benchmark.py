@@ -275,6 +275,22 @@ def test_single_contenders_can_be_asked_for(folder: Path) -> None:
     assert list(result.rows[0].speedup_over) == ["float32", "bfloat16"]
 
 
+def test_a_quick_run_measures_peaks_once_and_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    monkeypatch.setattr(benchmark, "measure_peaks", lambda device: measured.append(device) or Peaks(100.0, 10.0))
+    result = run(folder, quick=True, sampling=None, memory=False)
+    assert len(measured) == 1
+    assert result.figures()["settings"]["quick"] is True
+    assert [row.backend for row in result.rows[1:]] == [
+        "float32-eager",
+        "float32-compiled",
+        "bf16-eager",
+        "bf16-compiled",
+    ]
+    run(folder, against=())
+    assert len(measured) == 3
+
+
 def test_several_batches_are_raced_with_the_same_models(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built, requests = [], []
     build, convert = entrants.build, entrants.convert

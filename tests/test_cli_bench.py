@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tqdit.architectures import dit_shapes
 from tqdit.cli.main import main
 from tqdit.errors import InputError
-from tqdit.speed import benchmark, contest, entrants
+from tqdit.speed import benchmark, block_entrants, blocks, contest, entrants
 from tqdit.speed.machine import Peaks
 from tqdit.speed.memory_probe import Footprint
 
@@ -63,6 +64,37 @@ def test_several_batches_in_one_file_and_table(run: Callable, tmp_path: Path) ->
     assert "256-b4" in out
     assert "256-b2" in out
     assert out.count("kernels of DiT-T/4 plus w8a8") == 1
+
+
+def test_quick_takes_little_and_keeps_what_is_asked_for(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    path = tmp_path / "b.json"
+    code, out, _ = run("--random", "DiT-T/4", "--quick", "--batch", "2", "--device", "cpu", "--quiet", "--json", path)
+    assert code == 0
+    settings = json.loads(path.read_text())["settings"]
+    assert (settings["quick"], settings["repeats"], settings["sampling"], settings["memory"]) == (True, 8, None, False)
+    assert settings["against"] == ["float32", "bfloat16"]
+    assert out.count("bf16-compiled") == 1, "no row of memory, which was not measured"
+    assert "max-autotune" not in out, "of a GPU"
+    options = ["--quick", "--repeats", "2", "--against", "", "--memory", "--batch", "2", "--device", "cpu", "--quiet"]
+    run("--random", "DiT-T/4", *options, "--json", path)
+    settings = json.loads(path.read_text())["settings"]
+    assert (settings["repeats"], settings["against"], settings["memory"]) == (2, [], True)
+
+
+def test_quick_blocks_of_published_models_are_raced_without_torchao(
+    run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(blocks, "race", lambda names, settings, *_: asked.append(settings) or [])
+    run("--random", "z-image", "--quick", "--quiet")
+    run("--random", "z-image", "--quick", "--quiet", "--against", "torchao", "--repeats", "3")
+    run("--random", "z-image", "--quiet")
+    assert [(one.against, one.repeats) for one in asked] == [
+        (("bf16-eager", "bf16-compiled"), 8), (("torchao",), 3), (block_entrants.DEFAULT, 20),
+    ]  # fmt: skip
 
 
 def test_a_model_that_failed_is_exit_code_1_and_the_rest_is_written(

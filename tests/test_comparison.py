@@ -11,7 +11,8 @@ import torch
 from tqdit import workflow
 from tqdit.errors import InputError
 from tqdit.imaging import generate
-from tqdit.quality.comparison import HELD_OUT_SEED, compare, fd_fashion, held_out
+from tqdit.quality.compare import compare
+from tqdit.quality.comparison import HELD_OUT_SEED, fd_fashion, held_out
 from tqdit.quality.fashion import FASHION
 from tqdit.quality.fidelity import EpsilonFidelity
 from tqdit.sampling.guidance import Sampling

@@ -15,7 +15,7 @@ from tqdit.calibration import store
 from tqdit.cli import main as cli
 from tqdit.errors import InputError
 from tqdit.imaging.images import RUN
-from tqdit.quality.comparison import compare
+from tqdit.quality.compare import compare
 from tqdit.recipe import Recipe
 from tqdit.system import distributed
 from tqdit.system.files import write_bytes

@@ -68,13 +68,19 @@ def of_protocols(known: dict[str, list[ast.ClassDef]]) -> set[str]:
     return set().union(*map(documented, protocols))
 
 
+def is_overload(node: Node) -> bool:
+    """Say whether a definition is one of several signatures, of which the last one has the docstring."""
+    return any(ast.unparse(decorator) == "overload" for decorator in getattr(node, "decorator_list", ()))
+
+
 def undocumented(tree: ast.Module, known: dict[str, list[ast.ClassDef]]) -> Iterator[str]:
     """Yield what is public, not local to a function, and neither has a docstring nor inherits one."""
     elsewhere = OUTSIDE | of_protocols(known)
     classes_here = {name: node for name, node, _ in definitions(tree) if isinstance(node, ast.ClassDef)}
     for name, node, local in [("module", tree, False), *definitions(tree)]:
         parent, _, leaf = name.rpartition(".")
-        if local or ast.get_docstring(node) or any(part.startswith("_") for part in name.split(".")):
+        private = any(part.startswith("_") for part in name.split("."))
+        if local or private or is_overload(node) or ast.get_docstring(node):
             continue
         above = map(documented, bases(classes_here[parent], known)) if parent else ()
         if not (parent and leaf in elsewhere.union(*above)):
@@ -100,6 +106,8 @@ def files(room: str) -> list[Path]:
 
 
 def test_a_fragment_and_a_missing_docstring_are_found() -> None:
+    tree = ast.parse('"""Say."""\n@overload\ndef f(): ...\ndef f():\n    """Say."""\n')
+    assert list(undocumented(tree, {})) == []
     tree = ast.parse('"""Say."""\nclass A:\n    """A."""\n    def of(self): ...\n    def _own(self): ...\n')
     assert list(undocumented(tree, classes([tree]))) == ["A.of"]
     child = ast.parse('"""Say."""\nclass B(A):\n    """B."""\n    def of(self): ...\n')

@@ -13,7 +13,7 @@ from published_dit import euler, random_sit
 
 import tqdit
 from tqdit.architectures import dit_checkpoint
-from tqdit.quality.comparison import compare
+from tqdit.quality.compare import compare
 from tqdit.sampling.guidance import Sampling
 from tqdit.sampling.trajectory import noise_generators
 from tqdit.sources.export import convert_checkpoint

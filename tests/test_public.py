@@ -16,6 +16,8 @@ from torch import nn
 import tqdit
 from tqdit import stages, workflow
 from tqdit.errors import InputError
+from tqdit.quality.comparison import compare_samples
+from tqdit.quality.traced_artifacts import compare_folders
 from tqdit.runtime.target import Target
 from tqdit.sampling.guidance import Sampling
 from tqdit.timegroups import TimeGroups
@@ -397,7 +399,8 @@ def test_a_flag_is_true_or_false(model, recipe, scheduler_config, solution, tmp_
 
 def test_options_are_named_in_the_signature() -> None:
     functions = (workflow.load, workflow.inspect, workflow.sample, workflow.quantize_source, workflow.quantize_module)
-    for function in (*functions, stages.calibrate, stages.solve, stages.convert, stages.save, tqdit.compare):
+    steps = (stages.calibrate, stages.solve, stages.convert, stages.save)
+    for function in (*functions, *steps, compare_samples, compare_folders):
         parameters = inspect.signature(function).parameters.values()
         options = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
         assert {"backend", "device", "dtype", "report", "overwrite"} & {p.name for p in parameters} <= options

@@ -12,6 +12,8 @@ from torch import nn
 
 from tqdit.errors import InputError
 from tqdit.quality.metrics import sqnr_db
+from tqdit.runtime import calls
+from tqdit.runtime.calls import Runtime
 from tqdit.runtime.convert import convert
 
 pytest.importorskip("triton")
@@ -140,6 +142,21 @@ def test_a_model_can_be_pickled(solved, model_inputs) -> None:
     model = convert(solved("plus"), "reference")
     twin = pickle.loads(pickle.dumps(model))
     assert torch.equal(run(twin, model_inputs), run(model, model_inputs))
+
+
+def test_what_a_graph_needs_is_compiled_before_its_first_call(solved, model_inputs, monkeypatch) -> None:
+    """The backend gets the call that is captured next; no prompt that is made on the way is kept."""
+    model, made = convert(solved("plus"), "reference"), []
+    expected = run(model, model_inputs)
+    monkeypatch.setattr(Runtime, "_graphable", lambda self, x: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(calls, "Captured", lambda call, inputs, device: made.append("captured") or call)
+    model.runtime.compile_ahead = lambda call: made.append(call())
+    model.runtime._prompt = "of before"
+    assert torch.equal(run(model, model_inputs), expected)
+    ahead, captured = made
+    assert (torch.equal(ahead, expected), captured) == (True, "captured")
+    assert model.runtime._prompt is calls.NO_PROMPT
 
 
 class TestGraphs:

@@ -6,7 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel, ZImageTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    ZImageTransformer2DModel,
+)
 from torch import nn
 
 TOKENS, PROMPT, WIDTH = 16, 6, 16
@@ -76,8 +82,16 @@ def stub(**components: Any) -> Any:
     return Pipeline(**{"transformer": flux(), "scheduler": SimpleNamespace(), **components})
 
 
-def write_flux(folder: Path) -> Path:
-    """Write a FLUX pipeline without a decoder, with text encoders of 20 words."""
+def decoder() -> nn.Module:
+    """Return a decoder for the latents of the tiny FLUX, of 2 x 2 pixels for each."""
+    return AutoencoderKL(
+        block_out_channels=(8, 8), latent_channels=1, norm_num_groups=1, shift_factor=0.0,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    ).eval()  # fmt: skip
+
+
+def write_flux(folder: Path, vae: nn.Module | None = None) -> Path:
+    """Write a FLUX pipeline, by default without a decoder, with text encoders of 20 words."""
     from tokenizers import Tokenizer
     from tokenizers.models import Unigram
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
@@ -97,7 +111,7 @@ def write_flux(folder: Path) -> Path:
     clip_words = CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt"), model_max_length=77)
     t5_words = T5TokenizerFast(tokenizer_object=Tokenizer(Unigram(pieces, unk_id=2)), extra_ids=0, model_max_length=512)
     FluxPipeline(
-        transformer=flux(guidance_embeds=True), scheduler=FlowMatchEulerDiscreteScheduler(), vae=None,
+        transformer=flux(guidance_embeds=True), scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae,
         text_encoder=CLIPTextModel(clip), tokenizer=clip_words, text_encoder_2=T5EncoderModel(t5),
         tokenizer_2=t5_words,
     ).save_pretrained(folder)  # fmt: skip

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from tqdit.errors import AssumptionWarning, InputError
     from tqdit.imaging.generate import save_grid, to_pil
     from tqdit.integrations.diffusers import TQDiTConfig
-    from tqdit.quality.comparison import Comparison, compare
+    from tqdit.quality.compare import compare
+    from tqdit.quality.comparison import Comparison
     from tqdit.recipe import Recipe
     from tqdit.runtime.target import Target
     from tqdit.sampling.guidance import ClassLabels, Conditions, Sampling
@@ -57,7 +58,7 @@ _HOMES = {
     "TimeGroups": "tqdit.timegroups",
     "calibrate": "tqdit.stages",
     "calibration_states": "tqdit.stages",
-    "compare": "tqdit.quality.comparison",
+    "compare": "tqdit.quality.compare",
     "convert": "tqdit.stages",
     "convert_checkpoint": "tqdit.sources.export",
     "inspect": "tqdit.workflow",

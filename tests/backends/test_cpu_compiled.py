@@ -36,6 +36,8 @@ class Case:
             run.prepare(make.weight(parts * WIDTH, WIDTH), make.values(parts * WIDTH)) for parts in (3, 1, 2, 1)
         )
         self.float_input = run.prepare_float_input(make.weight(9, WIDTH), make.values(9))
+        self.many_rows = make.values(BATCH, 3 * TOKENS, 3 * WIDTH)
+        self.deep_float_input = run.prepare_float_input(make.weight(9, 3 * WIDTH), make.values(9))
 
     @property
     def norm(self) -> Norm:
@@ -86,6 +88,10 @@ VERBS: dict[str, Callable[[Case], Codes]] = {
         c.row_codes, c.row, Residual(c.x, c.modulation[:, 2 * WIDTH :])
     ),
     "float_input_linear": lambda c: c.run.float_input_linear(c.x, c.float_input),
+    "float_input_linear, many rows": lambda c: c.run.float_input_linear(c.many_rows, c.deep_float_input, torch.float32),
+    "float_input_linear, many bf16 rows": lambda c: c.run.float_input_linear(
+        c.many_rows.bfloat16(), c.deep_float_input, torch.bfloat16
+    ),
 }
 
 

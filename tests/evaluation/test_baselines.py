@@ -44,6 +44,9 @@ def test_contenders_by_family_and_by_name() -> None:
     }  # fmt: skip
     assert contenders(("torchao-fp8", "bf16-compiled")) == {"bf16-compiled": "bfloat16", "torchao-fp8": "torchao"}
     assert contenders(("bf16-eager", "bfloat16")) == {"bf16-eager": "bfloat16", "bf16-compiled": "bfloat16"}
+    assert list(contenders(("bfloat16",), "cuda")) == ["bf16-eager", "bf16-autotuned"]
+    assert list(contenders(("bfloat16",), "cuda", tuned=False)) == ["bf16-eager", "bf16-compiled"]
+    assert list(contenders(("bfloat16", "bf16-compiled"), "cuda")) == ["bf16-eager", "bf16-autotuned", "bf16-compiled"]
     assert contenders(()) == {}
     with pytest.raises(InputError, match=r"'float16'.*float32, bfloat16, .*torchao, .*bf16-compiled"):
         contenders(("float32", "float16"))
@@ -54,6 +57,9 @@ def test_only_what_is_not_changed_in_place_shares_weights() -> None:
     changed = ["bf16-blocks", "torchao-int8", "torchao-fp8"]
     assert [weights_of(name) for name in names] == ["float32"] * 2 + ["bf16"] * 2 + changed
     assert [name for name in names if not is_compiled(name)] == ["float32-eager", "bf16-eager"]
+    shared = {name: weights_of(name, "cuda") for name in contenders(("bfloat16", "bf16-compiled"), "cuda")}
+    assert shared == {"bf16-eager": "bf16", "bf16-autotuned": "bf16", "bf16-compiled": "bf16-compiled"}
+    assert "tuned on CUDA devices alone" in (missing("bf16-autotuned", CPU) or "")
 
 
 def test_float32_is_the_float_model(config, eager) -> None:
@@ -148,13 +154,23 @@ def test_fused_projections_are_the_same_model(config) -> None:
 def test_on_a_gpu_compiled_baselines_are_tuned_graphs_of_fused_models(config, eager, monkeypatch) -> None:
     """Built as if for a GPU; nothing is run."""
     monkeypatch.setattr(nn.Module, "to", lambda model, *_: model)
-    built = build(("bf16-eager", "bf16-compiled"), config, CUDA)
-    assert isinstance(built["bf16-compiled"], CudaGraphed)
+    built = build(("bf16-eager", "bf16-autotuned"), config, CUDA)
+    assert isinstance(built["bf16-autotuned"], CudaGraphed)
     assert not isinstance(built["bf16-eager"], CudaGraphed)
     (given,) = eager
     assert given["options"] == {"max_autotune": True, "coordinate_descent_tuning": True}
     assert hasattr(built["bf16-eager"].model.transformer_blocks[0].attn1, "to_qkv")
-    assert built["bf16-compiled"].config["num_layers"] == 2
+    assert built["bf16-autotuned"].config["num_layers"] == 2
+
+
+def test_without_tuning_blocks_are_compiled_with_torch_s_own_choices(config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built as if for a GPU; nothing is run."""
+    monkeypatch.setattr(nn.Module, "to", lambda module, *_: module)
+    given: list[dict] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: given.append(options))
+    built = build(("bf16-compiled",), config, CUDA)["bf16-compiled"]
+    assert isinstance(built, CudaGraphed)
+    assert given == [{"dynamic": False, "fullgraph": True, "options": {}}] * 3, "two blocks and their embedder"
 
 
 def test_tuning_options_are_known_to_torch() -> None:
@@ -162,15 +178,15 @@ def test_tuning_options_are_known_to_torch() -> None:
     from torch._inductor import list_mode_options, list_options
 
     known = set(list_options())
-    for options in (*baselines.COMPILE_OPTIONS.values(), baselines.TORCHAO_OPTIONS):
+    for options in (*baselines.COMPILE_OPTIONS.values(), baselines.AUTOTUNED, baselines.TORCHAO_OPTIONS):
         assert set(options) <= known
-    assert dict(baselines.COMPILE_OPTIONS["cuda"]) == list_mode_options("max-autotune-no-cudagraphs")
+    assert dict(baselines.AUTOTUNED) == list_mode_options("max-autotune-no-cudagraphs")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["float32-compiled", "bf16-compiled", "bf16-blocks", "torchao-int8", "torchao-fp8"])
+@pytest.mark.parametrize("name", ["bf16-compiled", "bf16-autotuned", "torchao-int8", "torchao-fp8"])
 def test_every_baseline_runs_on_a_gpu(config, name: str) -> None:
     """At two batch sizes in turn, so that each graph is replayed after the other; fp8 and int8 are coarse."""
     if reason := missing(name, CUDA):

@@ -85,14 +85,14 @@ def test_a_comparison_has_verdicts_of_its_own_images(
     pipeline, wanted, real, tiny_recipe, tmp_path, monkeypatch, capsys
 ) -> None:
     with pytest.raises(InputError, match="'tiny-dit' is none"):
-        comparison.compare(pipeline, [], NUM, equivalence=True)
+        comparison.compare_samples(pipeline, [], NUM, equivalence=True)
     prepared = workflow.prepare(pipeline, tiny_recipe())
     solution, _ = workflow.solve_prepared(prepared, tiny_recipe(rounds=0))
     workflow.save(solution, prepared.source, tmp_path / "w8a8")
     made = trial.Trial(replace(wanted, batch=16), 4, some_features, real)
     monkeypatch.setattr(comparison, "fashion_trial", lambda images, device: made)
     paths = [tmp_path / "w8a8"] * 2
-    found = comparison.compare(pipeline, paths, NUM, FAST, 1, seed=3, cost=False, equivalence=True)
+    found = comparison.compare_samples(pipeline, paths, NUM, FAST, 1, seed=3, cost=False, equivalence=True)
     row, again = found.models
     model = load_float(wanted.source)
     images = {"a": row.images, "b": again.images}

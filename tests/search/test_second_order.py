@@ -2,16 +2,20 @@
 
 import itertools
 import math
+import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tqdit.errors import InputError
 from tqdit.grids import uniform
 from tqdit.grids.formats import IntFormat
 from tqdit.search import second_order
-from tqdit.search.second_order import hessian, round_weights, scaled_codes
+from tqdit.search.second_order import _Factor, _rounded, hessian, round_weights, scaled_codes
 
 FACTORS = uniform.factors(0.4, 1.0, 25)
 
@@ -192,6 +196,69 @@ def test_codes_of_another_device_differ_where_scales_round_differently() -> None
     (scale, codes), (other_scale, other_codes) = coded(x, row_weight), coded(x, row_weight, "cuda")
     torch.testing.assert_close(other_scale, scale, rtol=1e-6, atol=0.0)  # a GPU divides by a constant its own way
     assert (codes != other_codes).double().mean() < 1e-3
+
+
+class LiveBytes(TorchDispatchMode):
+    """Measure the most bytes that tensors take at once which operations inside return; `given` are not counted."""
+
+    def __init__(self, *given: torch.Tensor) -> None:
+        super().__init__()
+        self.given = {tensor.untyped_storage()._cdata for tensor in given}
+        self.made: list[weakref.ref[torch.Tensor]] = []
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.made += [weakref.ref(tensor) for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
+        alive = {ref: tensor for ref in self.made if (tensor := ref()) is not None}
+        self.made = list(alive)
+        sizes = {(own := tensor.untyped_storage())._cdata: own.nbytes() for tensor in alive.values()}
+        self.peak = max(self.peak, sum(size for storage, size in sizes.items() if storage not in self.given))
+        return result
+
+
+def flipped_factor(h: torch.Tensor, order: torch.Tensor, damping: float) -> torch.Tensor:
+    """The feedback of a Hessian, with a new matrix for each step."""
+    damped = h[order.flip(0)][:, order.flip(0)]
+    damped.diagonal().add_(damping * h.diagonal().mean())
+    upper = torch.linalg.cholesky(damped).flip(0, 1)
+    return (upper / upper.diagonal()).triu(1)
+
+
+@pytest.mark.parametrize("features", [1, 2, 7, 320])
+def test_a_factor_in_place_is_that_of_new_matrices_to_the_last_bit(features: int, monkeypatch) -> None:
+    monkeypatch.setattr(second_order, "REVERSED", 1000)  # several parts, and one that is shorter
+    h = hessian(correlated(600, features), torch.rand(600))
+    before = h.clone()
+    factor = _Factor.of(h, True, 0.01, "x")
+    expected = flipped_factor(h, factor.order, 0.01)
+    assert torch.equal(factor.feedback, expected)
+    assert factor.feedback.stride() == torch.linalg.cholesky(h).stride()  # products of other strides may differ
+    assert torch.equal(h, before)
+
+
+def test_a_factor_takes_one_matrix_beside_the_hessian(monkeypatch) -> None:
+    monkeypatch.setattr(second_order, "REVERSED", 2**12)
+    h = hessian(correlated(600, 512))
+    with LiveBytes(h) as in_place:
+        factor = _Factor.of(h, True, 0.01, "x")
+    with LiveBytes(h) as anew:
+        flipped_factor(h, factor.order, 0.01)
+    assert in_place.peak < 1.2 * h.nbytes
+    assert anew.peak > 1.9 * h.nbytes
+
+
+def test_rounding_takes_one_matrix_beside_the_weights() -> None:
+    """The errors are float64 as a whole, the codes of one block at a time."""
+    values = random_weight(512, 300).double() * 5
+    feedback = torch.randn(512, 512, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).triu_(1) / 512
+    with LiveBytes(values, feedback) as live:
+        codes = _rounded(values, feedback, IntFormat(4), 64)
+    assert values.nbytes < live.peak < 1.6 * values.nbytes
+    errors = torch.zeros_like(values)
+    for j, row in enumerate(values):  # the rule as it is written
+        errors[j] = row - (row + feedback[:j, j] @ errors[:j]).round().clamp(-8, 7)
+    assert torch.equal(codes, (values - errors).round().to(torch.int8))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -143,8 +143,10 @@ class NativeCpu(TorchCpu):
 
     def float_input_linear(self, x: torch.Tensor, layer: LinearCodes, dtype: torch.dtype | None = None) -> torch.Tensor:
         assert layer.bias is not None
-        run = operators.float_input_linear if torch.compiler.is_compiling() else fused.float_input_linear
-        return run(x, layer.codes, layer.scale, layer.bias).to(dtype or torch.float32)
+        if not torch.compiler.is_compiling():
+            return fused.float_input_linear(x, layer.codes, layer.scale, layer.bias, dtype)
+        index = None if dtype is None else operators.DTYPES.index(dtype)
+        return operators.float_input_linear(x, layer.codes, layer.scale, layer.bias, index)
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from tqdit.backends import native
 from tqdit.backends.onednn import PackedWeight, product, zero_points
-from tqdit.backends.panels import PanelWeight
+from tqdit.backends.panels import FOUR, PanelWeight
 from tqdit.backends.signatures import (
     FLOATS,
     AttentionCall,
     LinearCall,
+    ManyRowsCall,
     Operand,
     QuantizeCall,
     address,
@@ -28,6 +29,8 @@ from tqdit.ops.schema import AttentionParams, Codes, Norm, OperandParams, Residu
 from tqdit.spec import Grid
 
 Weight = PanelWeight | PackedWeight
+MANY_ROWS = 12  # float rows from which turning a weight into floats once for all of them is faster, also on AVX2
+NARROW = 64  # the depth up to which a product runs along the columns, however many rows there are
 PARTS = (1, 2, 3)  # the numbers of parts that a projection may have
 PROBABILITIES = (
     Grid.UNIFORM,
@@ -155,21 +158,44 @@ def linear_added(codes: Codes, source: OperandParams, weight: Weight, then: Resi
     return out.to(then.x.dtype)
 
 
-def float_input_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Return x W^T + bias as `Backend.float_input_linear` does.
+def float_input_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return x W^T + bias as `Backend.float_input_linear` does, in fp32 or rounded once to `dtype`.
 
-    The weight (out, in) is int8 codes with a scale and a bias per column.
+    The weight (out, in) is int8 codes with a scale and a bias per column. Where a `dtype` is asked for, the number of
+    rows decides in which order products are added up; without one a row's result does not depend on it.
     """
-    rows = x.float().reshape(-1, x.shape[-1]).contiguous()
-    columns, depth = codes.shape
-    need(rows.shape[1] == depth, f"an input of width {rows.shape[1]} for a layer of width {depth}")
+    depth = codes.shape[1]
+    need(x.shape[-1] == depth, f"an input of width {x.shape[-1]} for a layer of width {depth}")
+    rows = x.reshape(-1, depth)
+    run = _few_rows if dtype is None or len(rows) < MANY_ROWS or depth <= NARROW or depth % FOUR else _many_rows
+    return run(rows, codes, scale, bias, dtype or torch.float32).view(*x.shape[:-1], len(codes))
+
+
+def _few_rows(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    rows, (columns, depth) = x.float().contiguous(), codes.shape
     out = torch.empty(len(rows), columns, dtype=torch.float32)
     native.call(
         "weight_only", address(rows, torch.float32), address(codes, torch.int8), address(scale, torch.float32, columns),
         address(bias, torch.float32, columns), len(rows), columns, depth, address(out, torch.float32),
         torch.get_num_threads(),
     )  # fmt: skip
-    return out.view(*x.shape[:-1], columns)
+    return out.to(dtype)
+
+
+def _many_rows(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype not in FLOATS:
+        raise refusal(f"results of {dtype}")
+    rows, (columns, depth) = (x if x.dtype is torch.bfloat16 and native.has_bfloat16() else x.float()), codes.shape
+    rows, out = rows.contiguous(), torch.empty(len(rows), columns, dtype=dtype)
+    call = ManyRowsCall(
+        x=address(rows, rows.dtype), codes=address(codes, torch.int8), scale=address(scale, torch.float32, columns),
+        bias=address(bias, torch.float32, columns), out=address(out, dtype), rows=len(rows), columns=columns,
+        depth=depth, type=FLOATS[rows.dtype], out_type=FLOATS[dtype], threads=torch.get_num_threads(),
+    )  # fmt: skip
+    native.call("many_rows", call)
+    return out
 
 
 class _Linear:

@@ -60,6 +60,11 @@ def has_products() -> bool:
     return bool(library().tqdit_has_products())
 
 
+def has_bfloat16() -> bool:
+    """Say whether the kernels were compiled to AVX-512 BF16, and so multiply bf16 twice as fast as fp32."""
+    return bool(library().tqdit_has_bfloat16())
+
+
 def has_openmp() -> bool:
     """Say whether the kernels use more than one thread."""
     return bool(library().tqdit_has_openmp())

@@ -203,14 +203,14 @@ def _(codes, steps, weight, kind, operands, kinds, gate, x):  # type: ignore[no-
 
 
 @custom_op("tqdit_cpu::float_input_linear", mutates_args=())
-def float_input_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Return x W^T + bias as `fused.float_input_linear` does."""
-    return fused.float_input_linear(x, codes, scale, bias)
+def float_input_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor, dtype: int | None = None) -> Tensor:
+    """Return x W^T + bias as `fused.float_input_linear` does. `dtype`: the index of the result's in `DTYPES`."""
+    return fused.float_input_linear(x, codes, scale, bias, None if dtype is None else DTYPES[dtype])
 
 
 @float_input_linear.register_fake
-def _(x, codes, scale, bias):  # type: ignore[no-untyped-def]
-    return x.new_empty(*x.shape[:-1], codes.shape[0], dtype=torch.float32)
+def _(x, codes, scale, bias, dtype=None):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], codes.shape[0], dtype=torch.float32 if dtype is None else DTYPES[dtype])
 
 
 @custom_op("tqdit_cpu::product", mutates_args=())

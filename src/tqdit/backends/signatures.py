@@ -71,6 +71,15 @@ class LinearCall(ctypes.Structure):
     )
 
 
+class ManyRowsCall(ctypes.Structure):
+    """The structure `ManyRowsCall` of float_panels.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "codes", "scale", "bias", "out")),
+        *((name, c_int64) for name in ("rows", "columns", "depth", "type", "out_type", "threads")),
+    )
+
+
 _operand, _linear = POINTER(Operand), POINTER(LinearCall)
 
 # Name without "tqdit_" -> argument types. Only functions that ask a question return something, a number.
@@ -78,11 +87,13 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "has_openmp": (),
     "has_instructions": (),
     "has_products": (),
+    "has_bfloat16": (),
     "pack_weight": (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64),
     "quantize": (POINTER(QuantizeCall),),
     "weight_only": (
         c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64,
     ),
+    "many_rows": (POINTER(ManyRowsCall),),
     "project": (_linear, _operand, c_int64, c_int64, c_void_p),
     "linear_gelu": (_linear, _operand, c_void_p, c_void_p, c_void_p),
     "linear": (_linear, c_int64, c_void_p),

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from tqdit.speed.benchmark import RandomModel
     from tqdit.speed.blocks import Raced
 
+# What --quick takes where nothing else is asked for: no torchao, whose models compile for minutes.
+QUICK_REPEATS = 8
+QUICK_AGAINST = {"cuda": "bfloat16"}  # by kind of device
+ELSEWHERE = "float32,bfloat16"  # bf16 is the slower one on many processors
 FAILED = 1  # exit code: the figures are written, but they lack a quantized model
 
 
@@ -65,14 +69,22 @@ def bench(
     against: Annotated[
         str,
         typer.Option(
-            help="baselines, comma-separated: float32, bfloat16, torchao, or one of theirs such as bf16-compiled; "
-            "bf16-blocks, compiled as torchao's are on a GPU; empty for none"
+            help="baselines, comma-separated: float32, bfloat16, torchao, or one of theirs such as bf16-autotuned "
+            "(GPU) or bf16-compiled; bf16-blocks, compiled as torchao's are on a GPU; empty for none"
         ),
     ] = "float32,bfloat16,torchao",
     batch: Annotated[
         str, typer.Option(help="samples of one denoiser call, two per image with guidance; comma-separated")
     ] = "16",
-    repeats: Annotated[int, typer.Option(help="timed calls of each model")] = 20,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="a first answer: few calls, no sampling, no memory, no torchao, and on a GPU bf16 compiled without "
+            "tuning every kernel (max-autotune); other options that are given hold",
+        ),
+    ] = False,
+    repeats: Annotated[int, typer.Option(help="timed calls of each model; default 20, or 8 with --quick")] = 20,
     sampling: Annotated[bool, typer.Option(help="also time a full sampling run of each model")] = True,
     steps: Annotated[int, typer.Option(help="sampler steps of that run")] = 50,
     sampler: Sampler = "auto",
@@ -88,20 +100,28 @@ def bench(
     Blocks of published models are timed under the preset dynamic, eager and with compiled blocks, against bf16 and
     torchao's int8 and fp8; --against may also name bf16-autotuned and fp32-compiled.
     """
+    from tqdit.runtime.target import checked_device
     from tqdit.sampling.guidance import Sampling
     from tqdit.speed import benchmark
     from tqdit.speed.entrants import BenchSettings
 
     check_outputs(json_file)
+    if quick:
+        repeats = repeats if typed(context, "repeats") else QUICK_REPEATS
+        sampling, memory = sampling and typed(context, "sampling"), memory and typed(context, "memory")
     if names := _published(models or [], random):
-        _race(context, names, depth, tokens, bits, against, repeats, device, json_file, quiet)
+        _race(context, names, depth, tokens, bits, against, repeats, device, json_file, quiet, quick)
         return
     for option, value in (("--blocks", depth), ("--tokens", tokens)):
         if value is not None:
             raise InputError(f"{option} is for the published models of --random")
     chosen = _random_models(random, bits, preset, variants, parsed(assignments))
+    if quick and not typed(context, "against"):
+        against = QUICK_AGAINST.get(checked_device(device).type, ELSEWHERE)
     run = Sampling(sampler, steps, 1.5) if sampling else None
-    settings = BenchSettings(backend, _batches(batch), tuple(listed(against)), repeats, run, device, memory, dtype)
+    settings = BenchSettings(
+        backend, _batches(batch), tuple(listed(against)), repeats, run, device, memory, dtype, quick
+    )
     with progress(quiet) as report:
         result = benchmark.bench(models or [], chosen, settings, report)
     if json_file != STDOUT:
@@ -132,7 +152,7 @@ def _published(models: list[str], random: str | None) -> list[str]:
 
 def _race(
     context: typer.Context, names: list[str], depth: int | None, tokens: int | None, bits: str | None, against: str,
-    repeats: int, device: str, json_file: Path | None, quiet: bool,
+    repeats: int, device: str, json_file: Path | None, quiet: bool, quick: bool,
 ) -> None:  # fmt: skip
     """Time blocks of published models; the figures are written after each model."""
     from tqdit.speed import blocks
@@ -141,7 +161,9 @@ def _race(
     for name in OF_ARTIFACTS:
         if typed(context, name):
             raise InputError(f"{flag(context, name)} is for artifacts and DiT shapes, not blocks of published models")
-    rivals = tuple(listed(against)) if typed(context, "against") else DEFAULT
+    rivals = tuple(name for name in DEFAULT if not (quick and name.startswith("torchao")))
+    if typed(context, "against"):
+        rivals = tuple(listed(against))
     settings = blocks.BlockSettings(depth or 2, tokens, rivals, bits or "w8a8", repeats, device)
     command = {"command": shlex.join(["tqdit", *sys.argv[1:]])}
 

@@ -15,13 +15,17 @@ from tqdit.cli.options import (
     Dtype,
     Guidance,
     JsonFile,
+    Negative,
     Prompts,
     Quiet,
     Sampler,
     Seed,
+    Size,
     Verbose,
     check_outputs,
+    pixels,
     read_prompts,
+    text_lines,
     write_json,
     write_text,
 )
@@ -30,6 +34,9 @@ from tqdit.errors import InputError
 from tqdit.system import distributed
 
 OF_SAMPLES = ("num", "sampler", "cost", "equivalence")  # options that recorded calls have no use for
+# Options of the images of a pipeline, and what its call names them.
+OF_IMAGES = {"steps": "num_inference_steps", "guidance": "guidance_scale", "negative": "negative_prompt", "size": ""}
+OF_PIPELINES = ("negative", "size")
 
 
 def compare(
@@ -43,9 +50,11 @@ def compare(
     prompts: Prompts = None,
     num: Annotated[int, typer.Option("-n", "--num", help="images per model; not with --calls")] = 16,
     samples: Annotated[int, typer.Option(help="states (or calls) in each of ten ranges of timesteps")] = 8,
-    steps: Annotated[int, typer.Option(help="sampler steps")] = 50,
+    steps: Annotated[int, typer.Option(min=1, help="sampler steps")] = 50,
     sampler: Sampler = "auto",
     guidance: Guidance = 1.5,
+    size: Size = None,
+    negative: Negative = None,
     seed: Seed = 0,
     dtype: Dtype = "float32",
     cost: Annotated[bool, typer.Option("--cost/--no-cost", help="also time calls and measure memory")] = True,
@@ -64,19 +73,23 @@ def compare(
     """Measure artifacts against their float model: SQNR of epsilon, PSNR of same-seed images, FD-fashion, size, cost.
 
     With --calls the outputs of transformers of any class are compared on recorded calls, by time group; then --prompts
-    is a text file with a prompt a line, by which a pipeline also draws an image each to compare, in its own size, and
-    --steps and --guidance are the pipeline's own by default. Under torchrun the processes share images and states.
+    is a text file with a prompt a line, by which a pipeline also draws an image each to compare. --size, --negative,
+    --steps and --guidance are then arguments of the pipeline, which has its own values by default. Under torchrun the
+    processes share images and states.
     """
     if calls is not None:
         _compare_calls(context, reference, quantized, calls, json_file, quiet)
         return
+    for name in OF_PIPELINES:
+        if typed(context, name):
+            raise InputError(f"{flag(context, name)} is for images of a pipeline: give --calls and --prompts, too")
     from tqdit.quality import comparison
     from tqdit.sampling.guidance import Sampling
 
     check_outputs(json_file)
     sampling, conditions = Sampling(sampler, steps, guidance), read_prompts(prompts)
     with distributed.joined(device) as world, progress(quiet or not world.first) as report:
-        result = comparison.compare(
+        result = comparison.compare_samples(
             reference, list(quantized), num, sampling, samples, seed,
             report=report, device=world.device, dtype=dtype, cost=cost, conditions=conditions, equivalence=equivalence,
         )  # fmt: skip
@@ -101,9 +114,11 @@ def _compare_calls(
     distributed.check_alone("tqdit compare --calls")
     check_outputs(json_file)
     given = context.params
-    prompts = _lines(given["prompts"])
-    names = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
-    options = {names[name]: given[name] for name in names if typed(context, name)}
+    asked = [name for name in OF_IMAGES if typed(context, name)]
+    if asked and given["prompts"] is None:
+        raise InputError(f"{flag(context, asked[0])} is for images: give --prompts, too")
+    prompts = [] if given["prompts"] is None else text_lines(given["prompts"])
+    options = {OF_IMAGES[name]: given[name] for name in asked if name != "size"} | pixels(given["size"])
     with progress(quiet) as report:
         result = compare_folders(
             reference, quantized, calls, samples=given["samples"], seed=given["seed"], device=given["device"],
@@ -112,15 +127,3 @@ def _compare_calls(
     if json_file != STDOUT:
         print_call_comparison(result)
     write_json(json_file, {"command": shlex.join(["tqdit", *sys.argv[1:]]), **result.figures()})
-
-
-def _lines(path: Path | None) -> list[str]:
-    """Return the lines of a text file that are not blank; none without a file."""
-    if path is None:
-        return []
-    if not path.is_file():
-        raise InputError(f"{path} is no text file of prompts")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()]
-    if not any(lines):
-        raise InputError(f"{path} has no prompts")
-    return [line for line in lines if line]

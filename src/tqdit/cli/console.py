@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tqdit.speed.benchmark import Benchmark, TimedModel
 
 WIDTH = 80  # columns of an output that is not a terminal
+QUICK_NOTE = "compiled: by torch.compile without tuning every kernel (max-autotune); without --quick, they are."
 FEW_IMAGES = 100  # with fewer images FD-fashion depends more on their number than on the model
 
 
@@ -92,7 +93,8 @@ def print_benchmark(result: "Benchmark", every_site: bool = False) -> None:
             figures += [_cell(row.speedup_over.get(family), 2) for family in families]
             _add(speed, (_contender(row),), [*figures, _cell(row.images_per_second, 3)])
             figures = [_cell(_mega(row.peak_bytes), 0), _cell(_mega(row.resident_bytes), 0)]
-            _add(memory, (_contender(row),), [*figures, _cell(row.load_seconds, 1), _cell(row.floor_fraction, 2)])
+            if row.peak_bytes is not None or row.floor_fraction is not None:  # else there is nothing to say
+                _add(memory, (_contender(row),), [*figures, _cell(row.load_seconds, 1), _cell(row.floor_fraction, 2)])
         for table in (speed, memory):
             console.print(table)
             console.print()
@@ -101,6 +103,8 @@ def print_benchmark(result: "Benchmark", every_site: bool = False) -> None:
         f"of peak: least time at this machine's {where['int8_peak_gops']:.0f} G int8 operations/s and "
         f"{where['read_gb_per_s']:.0f} GB/s, over p50"
     )
+    if result.settings.get("quick") and str(result.settings["device"]).startswith("cuda"):
+        console.print(QUICK_NOTE)
     for name, reason in result.skipped.items():
         console.print(f"skipped {name}: {reason}", markup=False)
     _print_kernels(console, result, every_site)

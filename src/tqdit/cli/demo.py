@@ -74,7 +74,7 @@ def run_demo(
     number of held-out states per time group.
     """
     from tqdit import workflow
-    from tqdit.quality.comparison import compare
+    from tqdit.quality.compare import compare
     from tqdit.recipe import Recipe
     from tqdit.report.page import write_report
     from tqdit.sampling.guidance import Sampling

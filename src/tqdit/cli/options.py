@@ -55,6 +55,8 @@ Prompts = Annotated[
     Path | None,
     typer.Option("--prompts", metavar="FILE", help="embeddings of prompts (.safetensors), for a model of prompts"),
 ]
+Size = Annotated[str | None, typer.Option(metavar="HxW", help="pixels; default: the pipeline's")]
+Negative = Annotated[str | None, typer.Option(help="negative prompt")]
 Dtype = Annotated[
     str,
     typer.Option(
@@ -78,6 +80,33 @@ def read_prompts(path: Path | None) -> "Conditions | None":
     from tqdit.sampling.prompts import Prompts as Embeddings
 
     return None if path is None else Embeddings.read(path)
+
+
+def text_lines(path: Path) -> list[str]:
+    """Return the lines of a text file that are not blank. Raises `InputError` naming the file."""
+    from tqdit.errors import InputError
+    from tqdit.system.reading import read_bytes
+
+    try:
+        text = read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise InputError(f"{path} has no prompt; it needs one on each line")
+    return lines
+
+
+def pixels(size: str | None) -> dict[str, int]:
+    """Return the height and width of text such as "512x768", as arguments of a pipeline; nothing without a text."""
+    from tqdit.errors import InputError
+
+    if size is None:
+        return {}
+    height, _, width = size.lower().partition("x")
+    if not all(side.isascii() and side.isdigit() and len(side) <= 5 and int(side) > 0 for side in (height, width)):
+        raise InputError(f"--size must be HxW in pixels, such as 512x768, got '{size}'")
+    return {"height": int(height), "width": int(width)}
 
 
 def with_prompts(command: str, path: Path | None) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tqdit.cli.bars import progress
-from tqdit.cli.options import Device, Quiet, Seed, Verbose
+from tqdit.cli.options import Device, Negative, Quiet, Seed, Size, Verbose, pixels, text_lines
 
 if TYPE_CHECKING:
     from tqdit.calibration.calls import Calls, Recording
@@ -33,8 +33,8 @@ def record(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="sampler steps; default: the pipeline's")] = None,
     guidance: Annotated[float | None, typer.Option(help="guidance scale; default: the pipeline's")] = None,
-    size: Annotated[str | None, typer.Option(metavar="HxW", help="pixels; default: the pipeline's")] = None,
-    negative: Annotated[str | None, typer.Option(help="negative prompt")] = None,
+    size: Size = None,
+    negative: Negative = None,
     per_group: Annotated[int, typer.Option(min=1, help="calls to keep of each time group")] = 32,
     groups: Annotated[int, typer.Option(min=1, help="time groups")] = 10,
     seed: Seed = 0,
@@ -52,8 +52,8 @@ def record(
     from tqdit.runtime.target import Target
 
     check_output(out, overwrite)
-    lines, where = _lines(prompts or OWN_PROMPTS), Target(device=device, dtype=dtype)
-    options = {"num_inference_steps": steps, "guidance_scale": guidance, "negative_prompt": negative, **_pixels(size)}
+    lines, where = text_lines(prompts or OWN_PROMPTS), Target(device=device, dtype=dtype)
+    options = {"num_inference_steps": steps, "guidance_scale": guidance, "negative_prompt": negative, **pixels(size)}
     pipe = _pipeline(model, where.dtype)
     recording.transformers(pipe)  # before any work: there is one
     calls = [_arguments(pipe, line, options, prompts) for line in lines]
@@ -67,33 +67,6 @@ def record(
     recorded.save(out, overwrite)
     for text in _summary(out, recorded, len(lines), groups):
         typer.echo(text)
-
-
-def _lines(path: Path) -> list[str]:
-    """Return the lines of a text file that are not blank. Raises `InputError` naming the file."""
-    from tqdit.errors import InputError
-    from tqdit.system.reading import read_bytes
-
-    try:
-        text = read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise InputError(f"{path} has no prompt; it needs one on each line")
-    return lines
-
-
-def _pixels(size: str | None) -> dict[str, int | None]:
-    """Return the height and width of text such as "512x768"."""
-    from tqdit.errors import InputError
-
-    if size is None:
-        return {"height": None, "width": None}
-    height, _, width = size.lower().partition("x")
-    if not all(side.isascii() and side.isdigit() and int(side) > 0 for side in (height, width)):
-        raise InputError(f"--size must be HxW in pixels, such as 512x768, got '{size}'")
-    return {"height": int(height), "width": int(width)}
 
 
 def _pipeline(folder: Path, dtype: Any) -> Any:

@@ -9,7 +9,11 @@ if TYPE_CHECKING:
     from tqdit.quality.traced_artifacts import Compared, FolderComparison
     from tqdit.speed.blocks import Raced
 
-PARTS = {"call": "a call of these blocks", "linears": "linear layers of one block of each kind"}
+PARTS = {
+    "call": "a call of these blocks",
+    "linears": "linear layers of one block of each kind",
+    "all blocks": "all blocks of the published model, computed from one of each kind",
+}
 
 
 def print_races(found: Sequence["Raced"]) -> None:
@@ -23,14 +27,13 @@ def print_races(found: Sequence["Raced"]) -> None:
             console.print(
                 f"weights of the whole model: {(one.weight_bytes or 0) / 1e9:.2f} GB, {one.bytes_of_bf16:.3f} of bf16"
             )
-        for part, title in PARTS.items():
+        for part in dict.fromkeys(row.part for row in one.rows):
             rows = [row for row in one.rows if row.part == part]
-            table = _table((title,), ("ms p20", "p50", "p80", "x best bf16"))
+            table = _table((PARTS.get(part, f"one block of {part}"),), ("ms p20", "p50", "p80", "x best bf16"))
             for row in rows:
                 figures = [_cell(ms, 2) for ms in (row.p20_ms, row.p50_ms, row.p80_ms)]
                 _add(table, (row.entrant,), [*figures, _cell(row.speedup_over_bf16, 2)])
-            if rows:
-                console.print(table)
+            console.print(table)
         for name, reason in one.skipped.items():
             console.print(f"skipped {name}: {reason}", markup=False)
         console.print()

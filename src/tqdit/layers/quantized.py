@@ -24,6 +24,7 @@ from tqdit.spec import GridParams
 from tqdit.timegroups import TimeGroups
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+PRESENT: AbstractContextManager[None] = nullcontext()  # of a layer that is not offloaded
 
 
 class Clock(nn.Module):
@@ -94,6 +95,7 @@ class Source(nn.Module):
         super().__init__()
         self.params = ActivationParams(params)
         self.rotation = params.rotation
+        self.groups = params.spec.groups
         self.readers = readers
         self.__dict__["clock"] = clock  # not a part of this module: all sources have the model's one clock
         self._held: _Held | None = None
@@ -102,7 +104,7 @@ class Source(nn.Module):
     @property
     def timed(self) -> bool:
         """Say whether the parameters differ between time groups."""
-        return self.params.spec.groups > 1
+        return self.groups > 1
 
     def operand(self, samples: int) -> OperandParams:
         """Return the operand for the samples of an input."""
@@ -218,26 +220,31 @@ class QuantizedLinear(nn.Linear):
         if device != self.prepared_for:
             self.lay_out_for(x.device)
         if torch.compiler.is_compiling():
-            return self._product(x, dtype)
+            return self._product(x, dtype, self.layer, self.source)
+        modules: Any = self._modules  # where they are held, since `Module.__getattr__` takes long
         with self._present():
-            return self._product(x, dtype)
+            return self._product(x, dtype, modules["layer"], modules.get("source"))
 
     def _present(self) -> AbstractContextManager[None]:
         """Bring the tensors of an offloaded layer to where they are used."""
-        parts = [self.layer] if self.source is None else [self.layer, self.source.params]
-        return present(parts) if any(offloaded(part) for part in parts) else nullcontext()
+        modules: Any = self._modules
+        layer, source = modules["layer"], modules.get("source")
+        params = layer if source is None else source._modules["params"]
+        if not (offloaded(layer) or offloaded(params)):
+            return PRESENT
+        return present([layer] if source is None else [layer, params])
 
-    def _product(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _product(self, x: torch.Tensor, dtype: torch.dtype, layer: Any, source: Source | None) -> torch.Tensor:
         shape = (*x.shape[:-1], self.out_features)
         if not x.numel():
             return x.new_empty(shape, dtype=dtype)
-        if self.source is None:
-            return self.kernels.float_input_linear(x, self.layer, dtype)
-        samples = len(x) if self.source.timed and x.ndim > 1 else 1
+        if source is None:
+            return self.kernels.float_input_linear(x, layer, dtype)
+        samples = len(x) if source.timed and x.ndim > 1 else 1
         rows = x.reshape(samples, -1, self.in_features)
-        target = self.source.operand(samples)
-        codes = self.source.shared(x, rows, target, self.kernels)
-        return self.kernels.linear(codes, target, self.layer, Float(dtype)).view(shape)
+        target = source.operand(samples)
+        codes = source.shared(x, rows, target, self.kernels)
+        return self.kernels.linear(codes, target, layer, Float(dtype)).view(shape)
 
     def unpacked(self) -> torch.Tensor:
         """Return the codes, int8 (out, in)."""

@@ -133,9 +133,9 @@ class Comparison:
         return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
-@formerly_positional("report", "device")
+@formerly_positional("report", "device", stacklevel=3, public="compare")
 @isolated()
-def compare(  # noqa: PLR0913 - one for each option of the command
+def compare_samples(  # noqa: PLR0913 - one for each option of the command
     reference: str | Path,
     quantized: str | Path | Sequence[str | Path],
     num: int = 16,

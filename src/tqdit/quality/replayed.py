@@ -16,6 +16,8 @@ from tqdit.errors import InputError
 from tqdit.stages import Report, silent
 
 GROUPS = 10  # time groups that errors are reported by
+COUNTS = ("height", "width", "num_frames", "num_inference_steps")  # options of pipelines that are whole numbers
+GIVEN = ("prompt", "class_labels", "generator", "output_type", "return_dict")  # what images are drawn with anyway
 
 
 @dataclass(frozen=True)
@@ -136,11 +138,10 @@ def compare_images(
     """Draw an image or video for each prompt by a pipeline with each model in turn, and compare them with its own.
 
     `models`: name -> component -> the transformer that takes its place; read one after another, and the pipeline's own
-    transformers are dropped before the first one is read. `options`: arguments of the pipeline. Raises `InputError` for
-    an option that the pipeline does not take.
+    transformers are dropped before the first one is read. `options`: arguments of the pipeline. Raises `InputError` as
+    `check_drawing` does, and for what the pipeline refuses.
     """
-    if not prompts:
-        raise InputError("there are no prompts to draw images of")
+    check_drawing(type(pipe), prompts, options or {})
     expected = _images(pipe, prompts, seed, options or {}, lambda f: report("images of the float model", f))
     rows = []
     for name in models:
@@ -157,18 +158,40 @@ def compare_images(
     return rows
 
 
+def check_drawing(kind: type, prompts: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Check what images are asked of a class of pipelines.
+
+    Raises `InputError` without prompts, and for an option that the pipeline does not take, that every image is drawn
+    with anyway, or that is a nonsensical size or number of steps.
+    """
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError(f"prompts are a list of texts, got {prompts!r:.80}")
+    if not prompts:
+        raise InputError("there are no prompts to draw images of")
+    taken = inspect.signature(kind.__call__).parameters
+    for name, value in options.items():
+        if name in GIVEN:
+            raise InputError(f"images are drawn with a {name} of their own; leave the option out")
+        if name not in taken:
+            raise InputError(f"a {kind.__name__} takes no {name}")
+        if name in COUNTS and (type(value) is not int or value < 1):
+            raise InputError(f"{name} must be a whole number of at least 1, got {value!r:.80}")
+
+
 def _images(
     pipe: Any, prompts: Sequence[str], seed: int, options: Mapping[str, Any], progress: Any
 ) -> list[torch.Tensor]:
     """Return the images of all prompts, each with values in [0, 1]."""
-    taken = inspect.signature(type(pipe).__call__).parameters
-    if refused := sorted(options.keys() - taken.keys()):
-        raise InputError(f"a {type(pipe).__name__} takes no {refused[0]}")
-    found = []
+    taken, found = inspect.signature(type(pipe).__call__).parameters, []
     for number, prompt in enumerate(prompts):
         given = {"prompt": prompt} if "prompt" in taken else {"class_labels": [int(prompt)]}
         generator = torch.Generator().manual_seed(seed + number)
-        made = pipe(**given, **options, generator=generator, output_type="np", return_dict=False)[0]
+        try:
+            made = pipe(**given, **options, generator=generator, output_type="np", return_dict=False)[0]
+        except InputError:
+            raise
+        except ValueError as error:  # so a pipeline says what it is wrongly called with
+            raise InputError(f"the pipeline refuses the call: {error}") from error
         found.append(torch.as_tensor(made).double().cpu())
         progress((number + 1) / len(prompts))
     return found

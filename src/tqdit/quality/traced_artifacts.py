@@ -13,7 +13,14 @@ from torch import nn
 from tqdit.artifact import folder as artifact
 from tqdit.calibration.calls import Recording, read_calls
 from tqdit.errors import InputError
-from tqdit.quality.replayed import CallComparison, ImageRow, compare_calls, compare_images, held_out
+from tqdit.quality.replayed import (
+    CallComparison,
+    ImageRow,
+    check_drawing,
+    compare_calls,
+    compare_images,
+    held_out,
+)
 from tqdit.recorded import weights_sha256
 from tqdit.runtime import fitting
 from tqdit.runtime.convert import convert
@@ -63,7 +70,7 @@ class FolderComparison:
 @isolated()
 def compare_folders(  # noqa: PLR0913 - options
     model: str | Path,
-    quantized: Sequence[str | Path],
+    quantized: str | Path | Sequence[str | Path],
     calls: Any,
     *,
     samples: int = 8,
@@ -77,15 +84,26 @@ def compare_folders(  # noqa: PLR0913 - options
 ) -> FolderComparison:
     """Compare artifacts with the float transformers of a folder, on recorded calls that calibration did not use.
 
-    At most `samples` calls of each of `groups` time groups. `dtype`: in which all models run, also for images. In fp32
-    the row "bfloat16" says what rounding the float model to bf16 costs; in bf16 that noise hides a part of what is
-    measured. `prompts`: also compare images that the pipeline draws, with the pipeline's `options`. One transformer is
-    on the device at a time. Raises `InputError` for an artifact of another model, and before any work for prompts where
-    nothing draws images.
+    `quantized`: a list of artifacts, or one. `calls`: a recording, the path of one, or as in `read_calls`. At most
+    `samples` calls of each of `groups` time groups are compared. `dtype`: in which all models run, also for images. In
+    fp32 the row "bfloat16" says what rounding the float model to bf16 costs; in bf16 that noise hides a part of what is
+    measured.
+    `prompts`: also compare an image of each, drawn by the pipeline with the seeds `seed`, `seed` + 1, and so on.
+    `options`: arguments of the pipeline for these images, such as `{"height": 512, "width": 768, "guidance_scale": 3.5,
+    "num_inference_steps": 20}`; by default its own. One transformer is on the device at a time.
+    Raises `InputError` for an artifact of another model, and before any work for prompts where nothing draws images and
+    for options that the pipeline does not take.
     """
+    if not isinstance(model, str | Path):
+        raise InputError(f"a model is given by its path or name, got {type(model).__name__}")
+    if samples < 1 or groups < 1:
+        raise InputError(f"samples and groups must be at least 1, got {samples} and {groups}")
+    quantized = [quantized] if isinstance(quantized, str | Path) else quantized
     source, where = any_class.find(found_folder(model)), checked_device(device)
     if prompts:
-        _check_draws(source)
+        check_drawing(_pipeline_class(source), prompts, options or {})
+    elif options:
+        raise InputError(f"{next(iter(options))} is for images; give prompts, too")
     recording = Recording.load(calls) if isinstance(calls, str | Path) else calls
     parts = []
     for component, folder in source.folders.items():
@@ -102,13 +120,23 @@ def compare_folders(  # noqa: PLR0913 - options
     return FolderComparison(source.name, tuple(parts), tuple(rows), environment(str(where)))
 
 
-def _check_draws(source: any_class.Transformers) -> None:
-    """Raise `InputError` for a transformer alone, and for a pipeline whose decoder is left out."""
+def _pipeline_class(source: any_class.Transformers) -> type:
+    """Return the class of a pipeline that draws images.
+
+    Raises `InputError` for a transformer alone, for a pipeline whose decoder is left out, and for an unknown class.
+    """
+    import diffusers
+
     if source.index is None:
         raise InputError(f"'{source.name}' is a transformer alone; images are drawn by a pipeline")
     decoder = source.index.get("vae", "")
     if isinstance(decoder, list) and not all(decoder):
         raise InputError(f"the pipeline '{source.name}' has no vae to draw images with; compare it without prompts")
+    name = str(source.index.get("_class_name"))
+    kind = getattr(diffusers, name, None)
+    if not isinstance(kind, type):
+        raise InputError(f"diffusers {diffusers.__version__} has no pipeline '{name}', by which '{source.name}' draws")
+    return kind
 
 
 class _Component:

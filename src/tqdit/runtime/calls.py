@@ -37,11 +37,19 @@ class Runtime(nn.Module):
     part of the model does not.
     """
 
-    def __init__(self, architecture: Architecture, groups: GroupLookup, graphs: bool) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        groups: GroupLookup,
+        graphs: bool,
+        compile_ahead: Callable[[Callable[[], object]], None] | None = None,
+    ) -> None:
+        """Keep what calls need. `compile_ahead`: the backend's function that compiles all kernels of a call at once."""
         super().__init__()
         self.architecture = architecture
         self.groups = groups
         self.graphs = graphs
+        self.compile_ahead = compile_ahead
         self._forget_graphs()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -146,6 +154,10 @@ class Runtime(nn.Module):
         def call(x: torch.Tensor, *static: torch.Tensor) -> torch.Tensor:
             return self._eager(model, x, _restored(static, rest))
 
+        if self.compile_ahead is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                self.compile_ahead(lambda: call(*(given.to(x.device) for given in (x, *tensors))))
+            self._prompt = NO_PROMPT  # it was made of undefined numbers
         return Captured(call, (x, *tensors), x.device)
 
 

@@ -73,7 +73,7 @@ def _converted(
     described.assemble(parts)
     parts.fill(model)
     groups = GroupLookup(solution.time_groups)
-    model.add_module("runtime", Runtime(described, groups, chosen.GRAPHS))
+    model.add_module("runtime", Runtime(described, groups, chosen.GRAPHS, getattr(chosen, "compile_ahead", None)))
     make_integer(model, described)
     empty_yet = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if value.is_meta]
     assert not empty_yet, f"not filled: {empty_yet}"

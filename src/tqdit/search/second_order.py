@@ -23,9 +23,10 @@ from tqdit.grids import uniform
 from tqdit.grids.formats import IntFormat
 
 ROWS = 8192  # of inputs that are float64 at a time
+REVERSED = 2**22  # elements of a matrix that are moved at a time
 # Bytes that the rows of a weight may take at once. On a GPU that has room for it, fewer parts wait for fewer launches.
 WORKSPACE = 2**30
-ROW_BYTES = 2 * 26  # of a column of a row: two proposals, each three float64 matrices and two of codes
+ROW_BYTES = 2 * 22  # of a column of a row: two proposals, each two float64 matrices, the weights and two of codes
 
 
 def hessian(
@@ -158,22 +159,25 @@ class _Factor:
 
     @classmethod
     def of(cls, hessian: torch.Tensor, act_order: bool, damping: float, site: str) -> "_Factor":
-        """Factorize H. Raises `InputError` naming `site` if H is singular."""
+        """Factorize H. Raises `InputError` naming `site` if H is singular.
+
+        The damped H is a copy of H in another order, and becomes its factor in place: of 15,360 columns, each such
+        matrix takes 1.9 GB.
+        """
         diagonal = hessian.diagonal()
         # Entries that differ by the order of their sums alone are equal in float32, and keep the columns' own order.
         keys = diagonal.float() if act_order else torch.zeros_like(diagonal)
         order = keys.argsort(descending=True, stable=True)
         last_first = order.flip(0)  # the lower factor in reversed order is the upper factor, reversed
-        reordered = hessian[last_first[:, None], last_first]
+        factor = hessian[last_first[:, None], last_first].t()  # H is symmetric; LAPACK has matrices by columns
         mean = diagonal.mean()
-        reordered.diagonal().add_(torch.where(mean > 0, damping * mean, 1.0))
-        lower, failed = torch.linalg.cholesky_ex(reordered)
-        del reordered  # of 15,360 columns, each such matrix takes 1.9 GB
+        factor.diagonal().add_(torch.where(mean > 0, damping * mean, 1.0))
+        failed = torch.empty((), dtype=torch.int32, device=factor.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if int(failed):
             raise InputError(f"site '{site}': the Hessian of the inputs is singular, damping must exceed {damping:g}")
-        upper = lower.flip(0, 1)
-        del lower
-        return cls(hessian, order, upper.div_(upper.diagonal().clone()).triu_(1))
+        _reverse(factor.t().view(-1))  # rows and columns
+        return cls(hessian, order, factor.div_(factor.diagonal().clone()).triu_(1))
 
     def codes(
         self, weight: torch.Tensor, scale: torch.Tensor, bits: int, block: int = 128
@@ -194,20 +198,34 @@ class _Factor:
         return (error @ self.hessian).mul_(error).sum(1)
 
 
+def _reverse(values: torch.Tensor) -> None:
+    """Reverse the order of a vector in place, a part at a time."""
+    half, count = len(values) // 2, len(values)
+    for start in range(0, half, REVERSED):
+        end = min(start + REVERSED, half)
+        first, last = values[start:end], values[count - end : count - start]
+        kept = first.flip(0)
+        first.copy_(last.flip(0))
+        last.copy_(kept)
+
+
 def _rounded(values: torch.Tensor, feedback: torch.Tensor, fmt: IntFormat, block: int) -> torch.Tensor:
     """Return codes (in, out) int8 of `values` (in, out), which are in units of the scales.
 
     Row j of both is column j of the layer, in the order of rounding: contiguous, and so is each operand of the loop.
     """
-    errors, codes = torch.zeros_like(values), torch.empty_like(values)  # errors: values less codes
+    errors, codes = torch.zeros_like(values), torch.empty_like(values, dtype=torch.int8)  # errors: values less codes
+    of_part = torch.empty_like(values[:block])  # the codes of one block, which are rounded as float64
     for start in range(0, len(values), block):
         part = slice(start, start + block)
         # What all earlier blocks add to this one; the loop adds what the block's own columns do to each other.
         targets = torch.addmm(values[part], feedback[:start, part].t(), errors[:start])
         of_block = errors[part].t()  # rows that are still zero add nothing
         columns = feedback[part, part].t().contiguous()
-        rows = (tensor.unbind() for tensor in (values[part], targets, columns, codes[part], errors[part]))
+        made = of_part[: len(targets)]
+        rows = (tensor.unbind() for tensor in (values[part], targets, columns, made, errors[part]))
         for value, target, column, code, error in zip(*rows, strict=True):
             torch.round(target.addmv_(of_block, column), out=code)
             torch.sub(value, code.clamp_(fmt.qmin, fmt.qmax), out=error)
-    return codes.to(torch.int8)
+        codes[part] = made
+    return codes

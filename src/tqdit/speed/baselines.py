@@ -4,10 +4,7 @@ They are float models of its shape with random weights, and torchao's int8 and f
 """
 
 import importlib.util
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,26 +14,26 @@ from tqdit.architectures import registry
 from tqdit.errors import InputError
 from tqdit.speed.conditions import timed_conditions
 from tqdit.speed.machine import synchronise
+from tqdit.speed.quiet import quiet
 from tqdit.speed.random_weights import random_float
 from tqdit.system import trees
 from tqdit.system.capture import CudaGraphed
 from tqdit.system.extras import install_command
 
-# Family -> its contenders. A speed-up is over the best one of a family. All but the eager ones are compiled.
+# Family -> its contenders. A speed-up is over the best one of a family. All but the eager ones are compiled; those that
+# are "autotuned", on a GPU alone, with every kernel tuned, which takes minutes.
 FAMILIES: Mapping[str, tuple[str, ...]] = {
-    "float32": ("float32-eager", "float32-compiled"),
-    "bfloat16": ("bf16-eager", "bf16-compiled"),
-    "bfloat16-blocks": ("bf16-blocks",),  # compiled like torchao's on a GPU, to show the cost of that
+    "float32": ("float32-eager", "float32-autotuned", "float32-compiled"),
+    "bfloat16": ("bf16-eager", "bf16-autotuned", "bf16-compiled"),
+    "bfloat16-blocks": ("bf16-blocks",),  # autotuned block by block like torchao's on a GPU, to show the cost of that
     "torchao": ("torchao-int8", "torchao-fp8"),
 }
 OWN_WEIGHTS = (*FAMILIES["bfloat16-blocks"], *FAMILIES["torchao"])  # changed in place, so never shared
 FP8_CAPABILITY = (8, 9)
-# torch.compile's options for the strongest baseline, by kind of device. cuda: its mode "max-autotune", but for the CUDA
-# graphs, which are ours (`CudaGraphed`).
-COMPILE_OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "cpu": {"freezing": True},  # weights are packed
-    "cuda": {"max_autotune": True, "coordinate_descent_tuning": True},
-}
+COMPILE_OPTIONS: Mapping[str, Mapping[str, Any]] = {"cpu": {"freezing": True}}  # weights are packed
+# torch.compile's options for the strongest baseline on a GPU: its mode "max-autotune", but for the CUDA graphs, which
+# are ours (`CudaGraphed`).
+AUTOTUNED: Mapping[str, Any] = {"max_autotune": True, "coordinate_descent_tuning": True}
 # What torchao would set for the whole process (torchao.quantization.utils.recommended_inductor_config_setter) but for
 # unique kernel names, which are for profiles, and for a search of pointwise kernels in all directions at once, which
 # takes minutes.
@@ -46,11 +43,13 @@ FP8_OPTIONS: Mapping[str, Any] = {"max_autotune_gemm_backends": "ATEN"}
 RECOMPILE_LIMIT = 64  # every compiled contender at every batch size counts: diffusers' models are one piece of code
 
 
-def contenders(against: Sequence[str]) -> dict[str, str]:
+def contenders(against: Sequence[str], kind: str = "cpu", tuned: bool = True) -> dict[str, str]:
     """Return contender -> family for families and single contenders by name, in the order of `FAMILIES`.
 
-    `InputError` naming an unknown one and the known ones.
+    A family stands for its eager contender and its strongest compiled one on a device of that `kind`, or, on a GPU
+    where `tuned` is false, the compiled one that is not tuned. `InputError` naming an unknown one and the known ones.
     """
+    left_out = "-compiled" if kind == "cuda" and tuned else "-autotuned"
     for name in against:
         if name not in FAMILIES and all(name not in members for members in FAMILIES.values()):
             known = ", ".join([*FAMILIES, *(member for members in FAMILIES.values() for member in members)])
@@ -59,7 +58,7 @@ def contenders(against: Sequence[str]) -> dict[str, str]:
         member: family
         for family, members in FAMILIES.items()
         for member in members
-        if family in against or member in against
+        if member in against or (family in against and not member.endswith(left_out))
     }
 
 
@@ -68,15 +67,22 @@ def is_compiled(name: str) -> bool:
     return not name.endswith("-eager")
 
 
-def weights_of(name: str) -> str:
-    """Return a key that is equal for contenders that share one set of weights."""
-    return name if name in OWN_WEIGHTS else name.partition("-")[0]
+def weights_of(name: str, kind: str = "cpu") -> str:
+    """Return a key that is equal for contenders that share one set of weights on a device of that `kind`."""
+    return name if _by_blocks(name, kind) or name in OWN_WEIGHTS else name.partition("-")[0]
+
+
+def _by_blocks(name: str, kind: str) -> bool:
+    """Say whether a contender is compiled block by block, in place: one compilation serves all blocks of a model."""
+    return kind == "cuda" and (name in OWN_WEIGHTS or name.endswith("-compiled"))
 
 
 def missing(name: str, device: torch.device) -> str | None:
     """Return why a contender cannot be built here, or None."""
     if name in FAMILIES["bfloat16-blocks"] and device.type != "cuda":
         return "models are compiled block by block on CUDA devices alone"
+    if name.endswith("-autotuned") and device.type != "cuda":
+        return "kernels are tuned on CUDA devices alone"
     if name not in FAMILIES["torchao"]:
         return None
     if importlib.util.find_spec("torchao") is None:
@@ -94,22 +100,32 @@ def build(names: Sequence[str], config: Mapping[str, Any], device: torch.device)
 
     Compilation happens in their first call.
     """
-    weights = weights_of(names[0])
-    model = random_float(config, torch.float32 if weights == "float32" else torch.bfloat16)
+    first = names[0]
+    weights = weights_of(first, device.type)
+    model = random_float(config, torch.float32 if weights.startswith("float32") else torch.bfloat16)
     nn.Module.to(model, device)
-    options = dict(COMPILE_OPTIONS.get(device.type, {}))
     if device.type == "cuda":
         fuse_projections(model)
-    if weights in FAMILIES["torchao"]:
-        quantize_with_torchao(model, weights, only_blocks=device.type == "cuda")
-        options |= TORCHAO_OPTIONS
-    if weights == "torchao-fp8":
-        options |= FP8_OPTIONS
-    by_blocks = weights in OWN_WEIGHTS and device.type == "cuda"
+    if first in FAMILIES["torchao"]:
+        quantize_with_torchao(model, first, only_blocks=device.type == "cuda")
     return {
-        name: _compiled(model, options, device, by_blocks) if is_compiled(name) else Baseline(model, model)
+        name: _compiled(model, _options(name, device.type), device, _by_blocks(name, device.type))
+        if is_compiled(name)
+        else Baseline(model, model)
         for name in names
     }
+
+
+def _options(name: str, kind: str) -> dict[str, Any]:
+    """Return torch.compile's options for a contender."""
+    options = dict(COMPILE_OPTIONS.get(kind, {}))
+    if kind == "cuda" and not name.endswith("-compiled"):
+        options |= AUTOTUNED
+    if name in FAMILIES["torchao"]:
+        options |= TORCHAO_OPTIONS
+    if name == "torchao-fp8":
+        options |= FP8_OPTIONS
+    return options
 
 
 def _compiled(model: nn.Module, options: Mapping[str, Any], device: torch.device, by_blocks: bool) -> nn.Module:
@@ -229,16 +245,3 @@ class DenoiserCall:
         output = self.module(self.x, timestep=timestep, **self.inputs, return_dict=False)[0]
         synchronise(self.device)
         return output
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence other libraries' warnings about packages that are not installed."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -18,10 +18,11 @@ from tqdit.recipe import Recipe
 from tqdit.runtime.target import Target, checked_device
 from tqdit.sampling.schedules import schedule
 from tqdit.sources.resolve import resolve
-from tqdit.speed.baselines import FAMILIES, quiet
+from tqdit.speed.baselines import FAMILIES
 from tqdit.speed.contest import Contest, Result, best_of, contest
 from tqdit.speed.entrants import BenchSettings, Subject, default_dtype, images
 from tqdit.speed.machine import Peaks, measure_peaks
+from tqdit.speed.quiet import quiet
 from tqdit.speed.random_solution import random_solution
 from tqdit.stages import Report, silent
 from tqdit.system.environment import environment
@@ -145,7 +146,8 @@ def bench(
     failed = {title: error for one in contests for title, error in one.failed.items()}
     if failed and not any(one.races for one in contests):
         raise next(iter(failed.values()))
-    peaks = peaks.best(measure_peaks(device))  # measured again: the machine may have been busy before
+    if not settings.quick:
+        peaks = peaks.best(measure_peaks(device))  # measured again: the machine may have been busy before
     return _benchmark(contests, peaks, settings)
 
 

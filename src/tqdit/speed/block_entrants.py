@@ -5,10 +5,11 @@ large models do it.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,24 +19,40 @@ from tqdit.errors import InputError
 from tqdit.graph import Graph
 from tqdit.recipe import Recipe
 from tqdit.recorded import quantize_recorded
-from tqdit.speed.baselines import RECOMPILE_LIMIT, TORCHAO_OPTIONS, missing, quiet
+from tqdit.speed.baselines import FP8_OPTIONS, RECOMPILE_LIMIT, TORCHAO_OPTIONS, missing, quiet
 from tqdit.speed.machine import synchronise
 
-# Entrant -> (weights, options of torch.compile or None for an eager model). Entrants of equal weights share a model.
+
+class Kind(NamedTuple):
+    """What an entrant runs: its weights, options of torch.compile or None for an eager model, and CUDA graphs or not.
+
+    Entrants of equal weights share a model.
+    """
+
+    weights: str
+    options: Mapping[str, Any] | None = None
+    graphs: bool = False
+
+
 AUTOTUNED: Mapping[str, Any] = {"max_autotune": True, "coordinate_descent_tuning": True}  # its mode without CUDA graphs
-ENTRANTS: Mapping[str, tuple[str, Mapping[str, Any] | None]] = {
-    "bf16-eager": ("bf16", None),
-    "bf16-compiled": ("bf16", {}),
-    "bf16-autotuned": ("bf16", AUTOTUNED),
-    "fp32-compiled": ("fp32", {}),  # faster than bf16 on processors without bf16 products
-    "ours-eager": ("ours", None),
-    "ours-compiled": ("ours", {}),
-    "torchao-int8": ("torchao-int8", TORCHAO_OPTIONS),
-    "torchao-fp8": ("torchao-fp8", TORCHAO_OPTIONS),
+ENTRANTS: Mapping[str, Kind] = {
+    "bf16-eager": Kind("bf16"),
+    "bf16-compiled": Kind("bf16", {}),
+    "bf16-graphs": Kind("bf16", {}, graphs=True),
+    "bf16-autotuned": Kind("bf16", AUTOTUNED),
+    "fp32-compiled": Kind("fp32", {}),  # faster than bf16 on processors without bf16 products
+    "ours-eager": Kind("ours"),
+    "ours-compiled": Kind("ours", {}),
+    "ours-graphs": Kind("ours", {}, graphs=True),
+    "torchao-int8": Kind("torchao-int8", TORCHAO_OPTIONS),
+    "torchao-fp8": Kind("torchao-fp8", {**TORCHAO_OPTIONS, **FP8_OPTIONS}),
 }
-OURS = ("ours-eager", "ours-compiled")
-FLOATS = ("bf16-eager", "bf16-compiled", "bf16-autotuned")
-DEFAULT = ("bf16-eager", "bf16-compiled", "torchao-int8", "torchao-fp8")  # whom ours is compared with
+OURS = ("ours-eager", "ours-compiled", "ours-graphs")
+BFLOAT16 = ("bf16-eager", "bf16-compiled", "bf16-graphs")
+FLOATS = (*BFLOAT16, "bf16-autotuned")
+DEFAULT = (*BFLOAT16, "torchao-int8", "torchao-fp8")  # whom ours is compared with
+CHAIN = 4  # times that a part of a model runs before the device is waited for, as it would in a deep model
+CAPTURE_CALLS = 3  # before a part is captured as a CUDA graph
 
 
 def rivals(names: Sequence[str]) -> tuple[str, ...]:
@@ -44,7 +61,7 @@ def rivals(names: Sequence[str]) -> tuple[str, ...]:
     Raises `InputError` naming an unknown one.
     """
     known = [name for name in ENTRANTS if name not in OURS]
-    families = {"bfloat16": known[:2], "torchao": [name for name in known if name.startswith("torchao")]}
+    families = {"bfloat16": list(BFLOAT16), "torchao": [name for name in known if name.startswith("torchao")]}
     for name in names:
         if name not in (*known, *families):
             raise InputError(f"unknown baseline '{name}'; known: {', '.join([*families, *known])}")
@@ -53,11 +70,29 @@ def rivals(names: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Entrant:
-    """One that takes part: `call` runs the whole model, `linears` its linear layers alone; both are synchronised."""
+    """One that takes part. Each of `parts` runs a part of the model and waits for the device."""
 
     name: str
-    call: Callable[[], Any]
-    linears: Callable[[], Any]
+    parts: Mapping[str, Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a call of the float model gives to `first_linears`, and to the first block of each kind.
+
+    `blocks`: path of a list of blocks -> arguments and keyword arguments.
+    """
+
+    linears: Sequence[torch.Tensor]
+    blocks: Mapping[str, tuple[tuple[Any, ...], Mapping[str, Any]]]
+
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Inputs":
+        """Return the inputs with every tensor changed."""
+        blocks = {
+            path: (tuple(mapped(value, change) for value in given), mapped(dict(named), change))
+            for path, (given, named) in self.blocks.items()
+        }
+        return Inputs([change(x) for x in self.linears], blocks)
 
 
 class Linears(nn.Module):
@@ -74,35 +109,43 @@ class Linears(nn.Module):
         return [layer(x) for x, layers in pairs for layer in layers]  # type: ignore[attr-defined]
 
 
-def first_linears(graph: Graph) -> list[Any]:
-    """Return the linear layers, by input, of the first block of each kind."""
+def first_blocks(graph: Graph) -> dict[str, Any]:
+    """Return the first block of each kind by the path of its list."""
     kinds: dict[str, Any] = {}
     for block in graph.blocks:
         kinds.setdefault(block.prefix.rpartition(".")[0], block)
-    return [linear for block in kinds.values() for linear in block.linears]
+    return kinds
 
 
-def inputs_of(model: nn.Module, graph: Graph, arguments: Mapping[str, Any]) -> list[torch.Tensor]:
-    """Return the inputs that a call of the float model gives to `first_linears`."""
-    taken: dict[str, torch.Tensor] = {}
-    names = [linear.modules[0] for linear in first_linears(graph)]
+def first_linears(graph: Graph) -> list[Any]:
+    """Return the linear layers, by input, of the first block of each kind."""
+    return [linear for block in first_blocks(graph).values() for linear in block.linears]
+
+
+def inputs_of(model: nn.Module, graph: Graph, arguments: Mapping[str, Any]) -> Inputs:
+    """Return the inputs that a call of the float model gives to its parts."""
+    taken: dict[str, Any] = {}
+    linears = [linear.modules[0] for linear in first_linears(graph)]
+    blocks = {path: block.prefix for path, block in first_blocks(graph).items()}
 
     def take(name: str) -> Any:
-        return lambda _, given: taken.setdefault(name, given[0].detach().clone())
+        return lambda _, given, named: taken.setdefault(name, (given, named))
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(take(name)) for name in names]
+    names = {*linears, *blocks.values()}
+    handles = [model.get_submodule(name).register_forward_pre_hook(take(name), with_kwargs=True) for name in names]
     try:
         with torch.no_grad():
             model(**arguments)
     finally:
         for handle in handles:
             handle.remove()
-    return [taken[name] for name in names]
+    found = Inputs([taken[name][0][0] for name in linears], {path: taken[name] for path, name in blocks.items()})
+    return found.mapped(lambda tensor: tensor.detach().clone())
 
 
 def weights(name: str, model: nn.Module, graph: Graph, recipe: Recipe, arguments: Mapping[str, Any]) -> nn.Module:
     """Return the model of an entrant's weights. Raises `InputError` where it cannot run here."""
-    kind, _ = ENTRANTS[name]
+    kind = ENTRANTS[name].weights
     if kind == "bf16":
         return model
     if kind == "fp32":
@@ -115,33 +158,55 @@ def weights(name: str, model: nn.Module, graph: Graph, recipe: Recipe, arguments
     return _torchao(name, copy.deepcopy(model), graph)
 
 
-def entrant(
-    name: str, model: nn.Module, graph: Graph, arguments: Mapping[str, Any], inputs: Sequence[torch.Tensor]
-) -> Entrant:
-    """Return an entrant with compiled blocks, or an eager one. Compilation happens in its first calls."""
-    kind, options = ENTRANTS[name]
-    device = inputs[0].device
-    if kind == "fp32":
-        arguments, inputs = mapped(dict(arguments), _in_fp32), [x.float() for x in inputs]
+def entrant(name: str, model: nn.Module, graph: Graph, arguments: Mapping[str, Any], inputs: Inputs) -> Entrant:
+    """Return an entrant with compiled blocks, or an eager one. Compilation happens in its first calls.
+
+    Its parts are "call", a call of the whole model; "linears", `first_linears` alone; and the path of each list of
+    blocks, the first of them alone. With CUDA graphs, whose capture compiles, there is no "call".
+    """
+    kind, device = ENTRANTS[name], inputs.linears[0].device
+    if kind.weights == "fp32":
+        arguments, inputs = mapped(dict(arguments), _in_fp32), inputs.mapped(_in_fp32)
     linears: nn.Module = Linears(model, graph)
+    firsts = {path: model.get_submodule(block.prefix) for path, block in first_blocks(graph).items()}
     blocks = [model.get_submodule(block.prefix) for block in graph.blocks]
-    compiled = _compiled([*blocks, linears], options)
+    compiled = _compiled([*(firsts.values() if kind.graphs else blocks), linears], kind.options)
+    runs: dict[str, Callable[[], Any]] = {"linears": lambda: linears(*inputs.linears)}
+    for path, block in firsts.items():
+        given, named = inputs.blocks[path]
+        runs[path] = functools.partial(block, *given, **named)
 
-    @torch.no_grad()
-    def call() -> Any:
-        with _in_use(compiled):
-            found = model(**arguments)
-            synchronise(device)
-        return found
+    def part(run: Callable[[], Any], times: int) -> Callable[[], Any]:
+        @torch.no_grad()
+        def repeated() -> Any:
+            with _in_use(compiled):
+                for _ in range(times):
+                    found = run()
+                synchronise(device)
+            return found
 
-    @torch.no_grad()
-    def alone() -> Any:
-        with _in_use(compiled):
-            found = linears(*inputs)
-            synchronise(device)
-        return found
+        return repeated
 
-    return Entrant(name, call, alone)
+    if kind.graphs:
+        with _in_use(compiled), torch.no_grad():
+            runs = {path: captured(run) for path, run in runs.items()}
+        return Entrant(name, {path: part(run, CHAIN) for path, run in runs.items()})
+    parts = {path: part(run, CHAIN) for path, run in runs.items()}
+    return Entrant(name, {"call": part(lambda: model(**arguments), 1), **parts})
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """Return the replay of a CUDA graph of a function, which reads the same tensors each time."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(CAPTURE_CALLS):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def _in_fp32(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Time blocks of published transformers with random weights: ours against bf16 and torchao, in the same rounds."""
 
+import functools
 import gc
 import logging
 import traceback
@@ -18,9 +19,28 @@ from tqdit.recipe import Recipe
 from tqdit.recorded import traced_graph
 from tqdit.runtime.target import checked_device
 from tqdit.speed.baselines import quiet
-from tqdit.speed.block_entrants import DEFAULT, ENTRANTS, FLOATS, OURS, Entrant, entrant, inputs_of, rivals, weights
+from tqdit.speed.block_entrants import (
+    CHAIN,
+    DEFAULT,
+    ENTRANTS,
+    FLOATS,
+    OURS,
+    Entrant,
+    Inputs,
+    entrant,
+    inputs_of,
+    rivals,
+    weights,
+)
 from tqdit.speed.published import Published, published
-from tqdit.speed.shortened import bytes_at_full_depth, float_bytes, one_call, quantized_bytes, random_transformer
+from tqdit.speed.shortened import (
+    bytes_at_full_depth,
+    float_bytes,
+    full_depths,
+    one_call,
+    quantized_bytes,
+    random_transformer,
+)
 from tqdit.speed.timing import Percentiles, interleaved
 from tqdit.stages import Report, silent
 from tqdit.system.environment import environment
@@ -28,7 +48,7 @@ from tqdit.system.isolation import isolated
 
 WARM_UP = 2
 FEW_TOKENS = 64  # of the call that is traced
-PARTS = ("call", "linears")
+ALL_BLOCKS = "all blocks"  # the part whose time is computed: every block at the published depth
 LOG = logging.getLogger(__name__)
 
 
@@ -57,8 +77,10 @@ class BlockSettings:
 class BlockRow:
     """The figures of an entrant on one part.
 
-    "call" is a call of the model with its few blocks, "linears" the quantized layers of one block of each kind alone.
-    Times are percentiles in ms. `speedup_over_bf16`: median ms of the fastest float entrant over this one's.
+    "call" is a call of the model with its few blocks, "linears" the quantized layers of one block of each kind alone;
+    the path of a list of blocks is one of these blocks alone. "all blocks" is computed: the time of a block of each
+    kind times their number in the published model. Times are percentiles in ms. `speedup_over_bf16`: median ms of the
+    fastest float entrant over this one's.
     """
 
     model: str
@@ -81,7 +103,8 @@ class Raced:
     kind: str
     patches: tuple[int, int, int]
     text_tokens: int
-    blocks: Mapping[str, int]  # the blocks that were timed: path of their list -> number
+    blocks: Mapping[str, int]  # the blocks of the model that was called: path of their list -> number
+    depths: Mapping[str, int]  # the same of the published model
     layers: Mapping[str, int]  # linear layers: quantized, weight-only, in float
     weight_bytes: int | None
     bf16_bytes: int | None
@@ -150,8 +173,7 @@ class _Race:
                 raced = _with_ours(self.shape, raced, made)
             if (ready := self._warmed(name, made, its_graph, arguments, inputs)) is not None:
                 entrants.append(ready)
-        rows = [row for part in PARTS for row in self._timed(part, entrants)]
-        return replace(raced, rows=tuple(rows), skipped=dict(self.skipped))
+        return replace(raced, rows=tuple(self._timed(raced.depths, entrants)), skipped=dict(self.skipped))
 
     def _models(
         self, model: nn.Module, graph: Graph, arguments: Mapping[str, Any]
@@ -159,7 +181,9 @@ class _Race:
         """Yield entrants with their models; entrants of equal weights have one."""
         made: dict[str, nn.Module] = {}
         for name in (*OURS, *rivals(self.settings.against)):
-            kind, _ = ENTRANTS[name]
+            kind, _, graphs = ENTRANTS[name]
+            if graphs and self.device.type != "cuda":
+                continue
             if kind not in made:
                 self.report(f"{self.shape.name}: {kind}", 0.0)
                 with self._left_out(name):
@@ -169,15 +193,15 @@ class _Race:
                 yield name, made[kind], graph
 
     def _warmed(
-        self, name: str, model: nn.Module, graph: Graph, arguments: Mapping[str, Any], inputs: Sequence[torch.Tensor]
+        self, name: str, model: nn.Module, graph: Graph, arguments: Mapping[str, Any], inputs: Inputs
     ) -> Entrant | None:
         """Return an entrant after its first calls, which compile; None if it fails."""
         self.report(f"{self.shape.name}: first calls of {name}", 0.0)
         with self._left_out(name), quiet():
             made = entrant(name, model, graph, arguments, inputs)
-            for _ in range(WARM_UP):
-                made.call()
-                made.linears()
+            for run in made.parts.values():
+                for _ in range(WARM_UP):
+                    run()
             return made
         return None
 
@@ -192,20 +216,38 @@ class _Race:
             traceback.clear_frames(error.__traceback__)
             _free()
 
-    def _timed(self, part: str, entrants: Sequence[Entrant]) -> list[BlockRow]:
-        if not entrants:
-            return []
-        calls = {one.name: lambda _, run=getattr(one, part): run() for one in entrants}
-        stage = f"timing {self.shape.name}, {part}"
-        samples = interleaved(calls, self.settings.repeats, lambda f: self.report(stage, f))
-        times = {name: Percentiles.from_sample(values) for name, values in samples.items()}
-        best = min((times[name].p50 for name in times if name in FLOATS), default=None)
-        return [
-            BlockRow(
-                self.shape.name, part, name, took.p20, took.p50, took.p80, None if best is None else best / took.p50
-            )
-            for name, took in times.items()
-        ]
+    def _timed(self, depths: Mapping[str, int], entrants: Sequence[Entrant]) -> list[BlockRow]:
+        """Time every part in interleaved rounds of all entrants that have it."""
+        samples: dict[str, dict[str, list[float]]] = {}
+        for part in dict.fromkeys(part for one in entrants for part in one.parts):
+            calls = {one.name: lambda _, run=one.parts[part]: run() for one in entrants if part in one.parts}
+            stage = f"timing {self.shape.name}, {part}"
+            times = interleaved(calls, self.settings.repeats, functools.partial(self.report, stage))
+            runs = 1 if part == "call" else CHAIN
+            samples[part] = {name: [ms / runs for ms in values] for name, values in times.items()}
+        if entrants:
+            samples[ALL_BLOCKS] = _at_depth(samples, depths)
+        return [row for part, times in samples.items() for row in _rows(self.shape.name, part, times)]
+
+
+def _at_depth(samples: Mapping[str, Mapping[str, list[float]]], depths: Mapping[str, int]) -> dict[str, list[float]]:
+    """Return the time of all blocks of the published model, of each entrant in each round."""
+    kinds = [(samples[path], depth) for path, depth in depths.items() if path in samples]
+    names = [name for name in kinds[0][0] if all(name in times for times, _ in kinds)] if kinds else []
+
+    def total(name: str, round_: int) -> float:
+        return sum(times[name][round_] * depth for times, depth in kinds)
+
+    return {name: [total(name, round_) for round_ in range(len(kinds[0][0][name]))] for name in names}
+
+
+def _rows(model: str, part: str, samples: Mapping[str, list[float]]) -> list[BlockRow]:
+    times = {name: Percentiles.from_sample(values) for name, values in samples.items()}
+    best = min((times[name].p50 for name in times if name in FLOATS), default=None)
+    return [
+        BlockRow(model, part, name, took.p20, took.p50, took.p80, None if best is None else best / took.p50)
+        for name, took in times.items()
+    ]
 
 
 def _described(shape: Published, settings: BlockSettings, graph: Graph, sizes: Mapping[str, int]) -> Raced:
@@ -213,10 +255,12 @@ def _described(shape: Published, settings: BlockSettings, graph: Graph, sizes: M
     size, lists = shape.size.reduced(settings.tokens), [block.prefix.rpartition(".")[0] for block in graph.blocks]
     quantized = sum(len(linear.modules) for block in graph.blocks for linear in block.linears)
     layers = {"quantized": quantized, "weight-only": len(graph.float_input), "float": len(graph.left)}
+    blocks = {name: lists.count(name) for name in dict.fromkeys(lists)}
+    depths = {name: depth for name, depth in full_depths(shape).items() if name in blocks}
+    size_of_bf16 = bytes_at_full_depth(shape, sizes)
     return Raced(
-        shape.name, shape.kind, size.patches, size.text, {name: lists.count(name) for name in dict.fromkeys(lists)},
-        layers, None, bytes_at_full_depth(shape, sizes), None, (), (),
-    )  # fmt: skip
+        shape.name, shape.kind, size.patches, size.text, blocks, depths, layers, None, size_of_bf16, None, (), ()
+    )
 
 
 def _with_ours(shape: Published, raced: Raced, model: Any) -> Raced:
@@ -231,7 +275,7 @@ def _nothing(shape: Published, settings: BlockSettings, error: Exception) -> Rac
     size = shape.size.reduced(settings.tokens)
     LOG.error("%s failed", shape.name, exc_info=error)
     skipped = {shape.name: _reason(error)}
-    return Raced(shape.name, shape.kind, size.patches, size.text, {}, {}, None, None, None, (), (), skipped)
+    return Raced(shape.name, shape.kind, size.patches, size.text, {}, {}, {}, None, None, None, (), (), skipped)
 
 
 def _reason(error: Exception) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from tqdit.runtime.target import Target
-from tqdit.speed.baselines import FAMILIES, quiet
+from tqdit.speed.baselines import FAMILIES
 from tqdit.speed.entrants import BenchSettings, Contender, Entrant, Facts, Maker, Subject, images, sample_once, workload
 from tqdit.speed.memory_probe import Footprint, footprint
+from tqdit.speed.quiet import quiet
 from tqdit.speed.timing import Percentiles, interleaved, spread_timesteps
 from tqdit.stages import Report, silent
 

@@ -22,9 +22,10 @@ from tqdit.runtime import fitting
 from tqdit.runtime.convert import convert
 from tqdit.runtime.target import Target, checked_dtype, dtype_name
 from tqdit.sampling.guidance import Sampling
-from tqdit.speed.baselines import DenoiserCall, build, contenders, missing, quiet, weights_of
+from tqdit.speed.baselines import DenoiserCall, build, contenders, missing, weights_of
 from tqdit.speed.conditions import timed_conditions
 from tqdit.speed.operations import Operations, count_operations
+from tqdit.speed.quiet import quiet
 from tqdit.speed.timing import spread_timesteps
 from tqdit.stages import Report, silent
 
@@ -39,7 +40,8 @@ class BenchSettings:
 
     `batches`: of one denoiser call; `against`: baselines or families of them; `sampling` None: no sampling runs;
     `memory`: measure it, in a process per model and batch; `dtype`: what quantized models are loaded as, None for the
-    choice of `default_dtype`. Raises `InputError` naming the setting that is not legal.
+    choice of `default_dtype`; `quick`: on a GPU, families of baselines are compiled without tuning every kernel, and
+    the machine's peaks are measured once. Raises `InputError` naming the setting that is not legal.
     """
 
     backend: str = "auto"
@@ -50,6 +52,7 @@ class BenchSettings:
     device: str = "auto"
     memory: bool = True
     dtype: str | None = None
+    quick: bool = False
 
     def __post_init__(self) -> None:
         if not self.batches or min(self.batches) < 1 or self.repeats < 1:
@@ -156,7 +159,7 @@ class Maker:
     def baselines(self, subject: Subject) -> list[Contender]:
         """Return the baselines that can be built here, in the shape of `subject`."""
         made = []
-        families = contenders(self.settings.against)
+        families = contenders(self.settings.against, self.device.type, tuned=not self.settings.quick)
         shape = shape_name(subject.config)
         possible = []
         for name in families:
@@ -164,10 +167,11 @@ class Maker:
                 self.skipped[f"{shape} {name}"] = reason
             else:
                 possible.append(name)
-        for _, group in itertools.groupby(possible, weights_of):
+        for _, group in itertools.groupby(possible, lambda name: weights_of(name, self.device.type)):
             names = list(group)
             try:
-                built = build(names, subject.config, self.device)
+                with quiet():
+                    built = build(names, subject.config, self.device)
             except Exception as error:  # for example too little memory, or another version of torchao
                 for name in names:
                     self._give_up(f"{shape} {name}", error)

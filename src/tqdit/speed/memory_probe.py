@@ -20,8 +20,9 @@ from torch import nn
 from tqdit import workflow
 from tqdit.architectures.building import empty_model
 from tqdit.ops.dispatch import get_backend
-from tqdit.speed.baselines import DenoiserCall, build, is_compiled, quiet
+from tqdit.speed.baselines import DenoiserCall, build, is_compiled
 from tqdit.speed.machine import synchronise
+from tqdit.speed.quiet import quiet
 from tqdit.system.environment import peak_memory_bytes
 
 PACKAGES = Path(__file__).resolve().parents[2]  # the child process imports the same package from here

@@ -54,14 +54,18 @@ def one_call(shape: Published, model: nn.Module, tokens: int | None, device: tor
     return {**moved, "return_dict": False}
 
 
+def full_depths(shape: Published) -> dict[str, int]:
+    """Return the length of every list of modules of a published model, by its path."""
+    full = traced(shape.kind).empty(shape.shortened(None))
+    return {name: len(module) for name, module in full.named_modules() if isinstance(module, nn.ModuleList)}
+
+
 def bytes_at_full_depth(shape: Published, sizes: Mapping[str, int]) -> int:
     """Return the bytes of a model with all of its blocks.
 
     `sizes` has the bytes of every tensor of a model with fewer blocks, by name.
     """
-    full = traced(shape.kind).empty(shape.shortened(None))
-    total = 0.0
-    depths = {name: len(module) for name, module in full.named_modules() if isinstance(module, nn.ModuleList)}
+    total, depths = 0.0, full_depths(shape)
     found: dict[str, dict[str, int]] = {}  # list of blocks -> index -> bytes
     for name, size in sizes.items():
         keys = name.split(".")

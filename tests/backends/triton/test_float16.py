@@ -7,13 +7,12 @@ import torch
 from layouts import compiled_for_hopper
 
 pytest.importorskip("triton")
-
-from tqdit.backends.triton import tuning
+from tqdit.backends.triton import naming
 
 
 def test_it_has_the_configurations_of_bf16() -> None:
     half, brain, full = torch.float16, torch.bfloat16, torch.float32
-    for key in (lambda d: tuning.norm_key(64, 32, d), lambda d: tuning.quantize_key(64, 32, d, 0), tuning.residual):
+    for key in (lambda d: naming.norm_key(64, 32, d), lambda d: naming.quantize_key(64, 32, d, 0), naming.residual):
         assert key(half) == key(brain) != key(full)
 
 

@@ -119,7 +119,11 @@ def test_candidates_are_whole_tiles_that_run(four_processors) -> None:
 def test_it_is_tried_under_a_key_of_its_own(four_processors, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that configurations found without it, or for ragged tiles, are neither taken nor replaced."""
     asked = {}
-    monkeypatch.setattr(tuning, "choose", lambda key, device, candidates, run: asked.setdefault(key, candidates())[0])
+
+    def choose(keys, device, candidates, run):
+        return asked.setdefault(keys[0], candidates())[0]
+
+    monkeypatch.setattr(tuning, "choose", choose)
     make = maker(0)
     layer = operators._weight(*weights(TritonBackend().prepare(make.weight(128, 64), None)))
 

@@ -16,7 +16,7 @@ from poisoned import PoisonedTorch
 pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
 
-from tqdit.backends.triton import candidates, hopper, launch, tuning
+from tqdit.backends.triton import candidates, hopper, launch, naming, tuning
 from tqdit.backends.triton.kernels.rounding import SOFTMAX, SOFTMAX_MERGED, UNIFORM
 from tqdit.backends.triton.layouts import Config
 from tqdit.errors import InputError
@@ -97,7 +97,7 @@ def test_candidates_run_and_have_a_key_of_their_own(four_processors) -> None:
             assert found
             assert all(config.hopper and hopper.supports_attention(config, CPU, tokens, 72) for config in found)
     assert candidates.hopper_attention(CPU, 100, 72, False) == []
-    assert tuning.attention_key(32, 256, 72, 0) != tuning.attention_key(32, 256, 72, 0, True)
+    assert naming.attention_key(32, 256, 72, 0) != naming.attention_key(32, 256, 72, 0, True)
 
 
 def test_what_the_kernel_is_given(four_processors, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 from tqdit.backends.triton import relaunch
+from tqdit.backends.triton.relaunch import Plan
 
 
 class Kernel:
@@ -26,43 +27,48 @@ class Kernel:
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> dict:
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(relaunch, "NATIVE", True)
-    monkeypatch.setattr(relaunch, "_COMPILED", {})
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: "stream", raising=False)
-    return relaunch._COMPILED
+    return Kernel()
 
 
-def test_the_second_launch_takes_addresses_and_asks_nothing(compiled) -> None:
-    kernel, x, y = Kernel(), torch.zeros(4), torch.zeros(5)
+def test_the_second_launch_takes_addresses_and_asks_nothing(kernel: Kernel) -> None:
+    plan, x, y = Plan(kernel, (3, 2), (7, None), num_warps=4), torch.zeros(4), torch.zeros(5)
+    assert not plan.launched
     for tensor in (x, y):
-        relaunch.launch(kernel, "key", (3, 2), (tensor, x), (7, None), num_warps=4)
-    assert kernel.asked == [((3, 2), (x, x, 7, None), {"num_warps": 4})]
+        plan.launch((tensor, x), ("blocks",))
+    assert plan.launched
+    assert kernel.asked == [((3, 2), (x, x, "blocks", 7, None), {"num_warps": 4})]
     assert kernel.again == [
-        (3, 2, 1, "stream", "function", "metadata", None, None, None, y.data_ptr(), x.data_ptr(), 7, None)
+        (3, 2, 1, "stream", "function", "metadata", None, None, None, y.data_ptr(), x.data_ptr(), "blocks", 7, None)
     ]
-    assert relaunch.known("key")
-    relaunch.launch(kernel, "other", (1, 1), (x,), ())
-    assert len(kernel.asked) == 2
 
 
-def test_without_a_key_triton_is_asked_every_time(compiled) -> None:
-    kernel, x = Kernel(), torch.zeros(4)
+def test_another_plan_asks_triton(kernel: Kernel) -> None:
+    for rows in (7, 8):
+        Plan(kernel, (1, 1), (rows,)).launch((torch.zeros(4),))
+    assert (len(kernel.asked), kernel.again) == (2, [])
+
+
+def test_tensors_of_any_place_go_through_triton_every_time(kernel: Kernel) -> None:
+    plan = Plan(kernel, (1, 1), ())
     for _ in range(2):
-        relaunch.launch(kernel, None, (1, 1), (x,), ())
-    assert (len(kernel.asked), kernel.again, compiled) == (2, [], {})
+        plan.launch_any((torch.zeros(4),))
+    assert (len(kernel.asked), kernel.again, plan.launched) == (2, [], False)
 
 
-def test_profilers_see_launches(compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_profilers_see_launches(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton launches the kernel itself where a profiler has a hook, so that the profiler is told."""
-    kernel, x = Kernel(), torch.zeros(4)
-    relaunch.launch(kernel, "key", (1, 1), (x,), ())
+    plan, x = Plan(kernel, (1, 1), ()), torch.zeros(4)
+    plan.launch((x,))
     hook = SimpleNamespace(calls=[print])
     monkeypatch.setattr(
         relaunch, "knobs", SimpleNamespace(runtime=SimpleNamespace(launch_enter_hook=hook, launch_exit_hook=None))
     )
-    relaunch.launch(kernel, "key", (1, 1), (x,), ())
+    plan.launch((x,))
     assert (len(kernel.asked), kernel.again) == (2, [])
+    assert kernel.asked[1][0] == (1, 1, 1)
 
 
 def test_tensors_that_start_at_odd_places_are_seen() -> None:

@@ -16,7 +16,7 @@ from ties import TIE, assert_equal_up_to_ties
 from poisoned import PoisonedTorch
 
 pytest.importorskip("triton")
-from tqdit.backends.triton import candidates, launch, operators, tuning
+from tqdit.backends.triton import candidates, launch, naming, operators, tuning
 from tqdit.backends.triton.backend import PackedTritonBackend, TritonBackend
 from tqdit.backends.triton.kernels import rounding
 from tqdit.backends.triton.layouts import Config, Weight
@@ -391,23 +391,24 @@ def test_operators_have_true_fake_implementations(monkeypatch: pytest.MonkeyPatc
 def test_new_forms_take_the_configuration_of_the_nearest_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their keys are their own; where only today's are known, those serve, and nothing is timed."""
     sizes = 512, 3456, 1152, 8, False, 128
-    static = tuning.linear_key("heads", *sizes)
+    static = naming.linear_key("heads", *sizes)
     assert static == "linear heads 512x3456x1152, 8 bits, 1 products, Hopper tiles of 128 rows"
-    assert tuning.norm_key(512, 1152, torch.bfloat16) == "norm bfloat16 512x1152"
-    keys = [tuning.linear_key(name, *sizes, rows) for rows in (True, False) for name in ("gelu-channels", "gelu")]
+    assert naming.norm_key(512, 1152, torch.bfloat16) == "norm bfloat16 512x1152"
+    keys = [naming.linear_key(name, *sizes, rows) for rows in (True, False) for name in ("gelu-channels", "gelu")]
     assert len({static, *keys}) == 5
-    assert tuning.epilogues(tuning.activation(True)) == ("gelu-channels", "gelu")
-    assert tuning.epilogues("residual") == ("residual",)
+    assert naming.epilogues(naming.activation(True)) == ("gelu-channels", "gelu")
+    assert naming.epilogues("residual") == ("residual",)
     softmax, uniform = rounding.SOFTMAX_ROW.value, rounding.UNIFORM.value
-    assert tuning.modes(softmax) == (softmax, uniform)
-    assert tuning.modes(uniform) == (uniform,)
+    assert naming.modes(softmax) == (softmax, uniform)
+    assert naming.modes(uniform) == (uniform,)
     known: dict[str, Config] = {}
     monkeypatch.setattr(tuning, "NATIVE", True)
     monkeypatch.setattr(tuning, "_table", lambda gpu: known)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    cuda = torch.device("cuda")
-    assert tuning.first_known(cuda, keys) == keys[0]
-    known[keys[3]] = Config(64, 64, 128)
-    assert tuning.first_known(cuda, keys) == keys[3]
-    known[keys[1]] = Config(64, 64, 128)
-    assert tuning.first_known(cuda, keys) == keys[1]
+    for key, config in (
+        (keys[3], Config(64, 64, 128)),
+        (keys[1], Config(64, 128, 128)),
+        (keys[0], Config(128, 64, 128)),
+    ):
+        known[key] = config
+        assert tuning.choose(keys, torch.device("cuda"), list, lambda config: None) == config

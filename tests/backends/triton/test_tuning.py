@@ -12,9 +12,10 @@ import torch
 pytest.importorskip("triton")
 import triton
 
-from tqdit.backends.triton import candidates, tuning
+from tqdit.backends.triton import candidates, launch, naming, timing, tuning
 from tqdit.backends.triton.launch import FEW_ROWS
 from tqdit.backends.triton.layouts import Config
+from tqdit.runtime.convert import convert
 
 GPU = "Some GPU 9000"
 
@@ -31,10 +32,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tuning, "NATIVE", True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    tuning._table.cache_clear()
-    tuning._say_once.cache_clear()
+    forget()
     yield tuning._cache_file(GPU)
-    tuning._table.cache_clear()
+    forget()
+
+
+def forget() -> None:
+    """What a new process does not know."""
+    for function in (tuning._table, tuning._carried, tuning._nearest, tuning._say_once):
+        function.cache_clear()
 
 
 def pick(monkeypatch: pytest.MonkeyPatch, key: str, milliseconds: dict[Config, float]) -> Config:
@@ -44,8 +50,8 @@ def pick(monkeypatch: pytest.MonkeyPatch, key: str, milliseconds: dict[Config, f
         call()
         return milliseconds[call.args[0]]
 
-    monkeypatch.setattr(tuning, "milliseconds", timed)
-    return tuning.choose(key, torch.device("cuda"), lambda: list(milliseconds), lambda config: None)
+    monkeypatch.setattr(timing, "milliseconds", timed)
+    return tuning.choose([key], torch.device("cuda"), lambda: list(milliseconds), lambda config: None)
 
 
 SLOW, FAST = Config(32, 32, 64), Config(64, 64, 128, registers=168)
@@ -63,7 +69,7 @@ def test_who_waits_is_told_why_once(cache: Path, monkeypatch: pytest.MonkeyPatch
     for key in ("linear a", "linear a", "linear b"):
         pick(monkeypatch, key, {SLOW: 2.0, FAST: 1.0})
     assert [record.getMessage() for record in caplog.records] == [
-        f"compiling and timing kernels on {GPU}, up to two minutes for a model; kept in {cache} where it can be written"
+        f"compiling and timing kernels on {GPU}, up to a minute for a model; kept in {cache} where it can be written"
     ]
 
 
@@ -95,10 +101,10 @@ def test_a_candidate_that_fails_is_passed_over_and_all_failing_is_an_error(monke
         if config == FAST:
             raise RuntimeError("out of shared memory")
 
-    monkeypatch.setattr(tuning, "milliseconds", lambda call: call() or 1.0)
-    assert tuning.fastest([FAST, SLOW], run) == [(SLOW, 1.0)]
+    monkeypatch.setattr(timing, "milliseconds", lambda call: call() or 1.0)
+    assert timing.fastest([FAST, SLOW], run) == [(SLOW, 1.0)]
     with pytest.raises(RuntimeError, match="out of shared memory"):
-        tuning.fastest([FAST], run)
+        timing.fastest([FAST], run)
 
 
 def test_candidates_compile_in_threads_before_one_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,12 +122,12 @@ def test_candidates_compile_in_threads_before_one_is_timed(monkeypatch: pytest.M
         call()
         return float(len(timed))
 
-    monkeypatch.setattr(tuning, "milliseconds", alone)
+    monkeypatch.setattr(timing, "milliseconds", alone)
     streams, side = [], object()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: side)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: streams.append(stream) or contextlib.nullcontext())
-    monkeypatch.setattr(tuning, "cores", lambda: 2)
-    assert tuning.fastest([FAST, SLOW], run) == [(FAST, 1.0), (SLOW, 2.0)]
+    monkeypatch.setattr(timing, "cores", lambda: 2)
+    assert timing.fastest([FAST, SLOW], run) == [(FAST, 1.0), (SLOW, 2.0)]
     assert set(launched) == set(timed) == {FAST, SLOW}
     assert streams == [side, side]  # the caller's
 
@@ -146,7 +152,7 @@ def test_nothing_compiles_where_candidates_are_timed(tmp_path: Path, monkeypatch
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     hook = lambda **_: compiled.append(threading.current_thread())  # noqa: E731
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", hook)
-    found = tuning.fastest([FAST, SLOW], run)
+    found = timing.fastest([FAST, SLOW], run)
     assert len(compiled) == len(found) == 2
     assert threading.main_thread() not in compiled
     assert all(torch.equal(run(config), 2 * a) for config, _ in found)
@@ -156,9 +162,9 @@ def test_running_out_of_memory_is_not_a_fault_of_the_candidate(monkeypatch: pyte
     def run(config: Config) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(tuning, "milliseconds", lambda call: call())
+    monkeypatch.setattr(timing, "milliseconds", lambda call: call())
     with pytest.raises(torch.OutOfMemoryError):
-        tuning.fastest([FAST, SLOW], run)
+        timing.fastest([FAST, SLOW], run)
 
 
 def test_nothing_is_timed_while_a_graph_is_captured(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +174,7 @@ def test_nothing_is_timed_while_a_graph_is_captured(cache: Path, monkeypatch: py
 
 
 def test_kernels_with_other_candidates_have_other_keys() -> None:
-    few, many = (tuning.float_key(rows, 1152, 1152, 8) for rows in (FEW_ROWS, FEW_ROWS + 1))
+    few, many = (naming.float_key(rows, 1152, 1152, 8) for rows in (FEW_ROWS, FEW_ROWS + 1))
     assert few != many
     assert any(config.block_m == 0 for config in candidates.float_input(FEW_ROWS, 1152))
     assert all(config.block_m > 0 for config in candidates.float_input(FEW_ROWS + 1, 1152))
@@ -176,12 +182,12 @@ def test_kernels_with_other_candidates_have_other_keys() -> None:
 
 def test_new_forms_have_keys_of_their_own() -> None:
     """So that configurations found for a self-attention, or a layer with a gate, are neither taken nor replaced."""
-    own = tuning.attention_key(32, 256, 72, 0)
+    own = naming.attention_key(32, 256, 72, 0)
     assert own == "attention 32x256x72, mode 0"
-    cross = {tuning.cross_attention_key(32, 256, keys, 72, 0, biased) for keys in (256, 77) for biased in (False, True)}
+    cross = {naming.cross_attention_key(32, 256, keys, 72, 0, biased) for keys in (256, 77) for biased in (False, True)}
     assert len(cross | {own}) == 5
-    assert tuning.cross_attention_key(32, 256, 77, 72, 0, True) == tuning.cross_attention_key(32, 256, 120, 72, 0, True)
-    epilogues = {tuning.residual(dtype, gated) for dtype in (torch.float32, torch.bfloat16) for gated in (False, True)}
+    assert naming.cross_attention_key(32, 256, 77, 72, 0, True) == naming.cross_attention_key(32, 256, 120, 72, 0, True)
+    epilogues = {naming.residual(dtype, gated) for dtype in (torch.float32, torch.bfloat16) for gated in (False, True)}
     assert epilogues > {"residual", "residual bfloat16"}
     assert len(epilogues) == 4
 
@@ -200,18 +206,138 @@ def test_the_nearest_size_of_the_same_kernel_serves_another(cache: Path, monkeyp
     """Nothing is timed where a size within `tuning.FAR` doublings is known, of the same kernel and bits."""
 
     def near(rows: int, columns: int, depth: int, bits: int = 8) -> Config:
-        keys = [tuning.linear_key(name, rows, columns, depth, bits, False) for name in ("float", "residual")]
+        keys = [naming.linear_key(name, rows, columns, depth, bits, False) for name in ("float", "residual")]
         return tuning.choose_near(keys, torch.device("cuda"), lambda: [SLOW], lambda config: None)
 
-    monkeypatch.setattr(tuning, "milliseconds", lambda call: call() or 1.0)
+    monkeypatch.setattr(timing, "milliseconds", lambda call: call() or 1.0)
     table = tuning._table(GPU)
-    table[tuning.linear_key("float", 4096, 3072, 3072, 8, False)] = FAST
-    table[tuning.linear_key("float", 64, 3072, 3072, 8, False)] = SLOW
+    table[naming.linear_key("float", 4096, 3072, 3072, 8, False)] = FAST
+    table[naming.linear_key("float", 64, 3072, 3072, 8, False)] = SLOW
     assert near(2048, 4096, 3072) == FAST
     assert near(77, 3072, 3072) == SLOW
-    table[tuning.linear_key("residual", 2**24, 3072, 3072, 8, False)] = FAST
+    table[naming.linear_key("residual", 2**24, 3072, 3072, 8, False)] = FAST
     assert near(2**25, 3072, 3072) == FAST
     assert len(table) == 3
     for sizes in ((2048, 4096, 3072, 4), (2**24, 3072, 2**24)):
         assert near(*sizes) == SLOW  # timed
     assert len(table) == 5
+
+
+def test_other_batch_sizes_take_the_configuration_of_the_nearest(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is timed or kept for them, as long as the batch is near and the configuration one of their candidates."""
+    monkeypatch.setattr(timing, "milliseconds", lambda call: pytest.fail("timed"))
+    table = tuning._table(GPU)
+    other = Config(128, 128, 128)
+    for rows, config in ((256, SLOW), (4096, FAST), (16384, other)):
+        table[naming.linear_key("heads", rows, 384, 128, 8, False, 128, by_row=False)] = config
+
+    def asked(rows: int, *possible: Config, by_row: bool = False) -> Config:
+        keys = [naming.linear_key("heads", rows, 384, 128, 8, False, 128, form) for form in {by_row: 0, False: 0}]
+        return tuning.choose(keys, torch.device("cuda"), lambda: list(possible), lambda config: None)
+
+    assert asked(512, FAST, SLOW) == SLOW
+    assert asked(512, FAST, SLOW) == SLOW, "as before"
+    assert asked(8192, SLOW, FAST, other, by_row=True) == FAST, "of the nearest form"
+    assert asked(65536, other) == other
+    assert asked(1024, SLOW, FAST) == SLOW
+    for rows, possible in ((2**18, [other]), (32768, [SLOW, FAST])):  # too far; none of its candidates
+        monkeypatch.setattr(timing, "milliseconds", lambda call: 1.0)
+        assert asked(rows, *possible) == possible[0]
+    assert len(tuning._read(cache)) == 2, "those that were timed"
+
+
+def test_only_the_first_few_candidates_are_timed_unless_none_of_them_runs(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [Config(16 * number, 64, 64) for number in range(1, 9)]
+    broken: set[Config] = set()
+    timed = []
+
+    def time(call: functools.partial) -> float:
+        call()
+        timed.append(call.args[0])
+        return 9.0 - len(timed)
+
+    def run(config: Config) -> None:
+        if config in broken:
+            raise RuntimeError("too much shared memory")
+
+    monkeypatch.setattr(timing, "milliseconds", time)
+    cuda = torch.device("cuda")
+    assert tuning.choose(["norm 16x16"], cuda, lambda: configs, run) == configs[tuning.TIMED - 1]
+    assert timed == configs[: tuning.TIMED]
+    broken |= set(configs[: tuning.TIMED + 1])
+    timed.clear()
+    assert tuning.choose(["norm 16x32"], cuda, lambda: configs, run) in configs[tuning.TIMED + 1 : 2 * tuning.TIMED]
+    assert set(timed) == set(configs[tuning.TIMED + 1 : 2 * tuning.TIMED])
+    broken |= set(configs)
+    with pytest.raises(RuntimeError, match="too much shared memory"):
+        tuning.choose(["norm 16x64"], cuda, lambda: configs, run)
+
+
+def test_a_gpu_of_the_same_kind_has_the_configurations_of_the_one_that_was_measured(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    like, of = next(iter(tuning.LIKE.items()))
+    assert tuning._table(like) == tuning._read(tuning.tuned_file(tuning.TUNED, of)) != {}
+
+
+class Kernels:
+    """A call of two kernels, launched as operators are."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[str, Config]] = []
+
+    def __call__(self) -> None:
+        for key in ("linear heads 16x32x32, 8 bits, 1 products", "norm 16x32"):
+            with contextlib.suppress(tuning.Deferred):
+
+                def run(config: Config, key: str = key) -> None:
+                    self.launched.append((key, config))
+
+                run(tuning.choose([key], torch.device("cuda"), lambda: [SLOW, FAST], run))
+
+
+def test_kernels_of_a_call_are_compiled_at_once_and_then_known(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = []
+    monkeypatch.setattr(timing, "compile_all", lambda launches: together.append([config for _, config in launches]))
+    monkeypatch.setattr(timing, "milliseconds", lambda call: float(call.args[0] != FAST))
+    call = Kernels()
+    tuning.prepare(call)
+    assert not call.launched
+    assert together[0] == [SLOW, FAST] * 2
+    assert set(tuning._read(cache).values()) == {FAST}
+    together.clear()
+    tuning.prepare(call)
+    assert together == [[FAST, FAST]], "known ones are compiled, too"
+    call()
+    assert [config for _, config in call.launched] == [FAST, FAST]
+
+
+def test_a_call_that_cannot_be_prepared_is_made_as_it_is(cache: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    def no_memory(launches: object) -> None:
+        raise torch.OutOfMemoryError("for so many at once")
+
+    monkeypatch.setattr(timing, "compile_all", no_memory)
+    tuning.prepare(Kernels())
+    assert tuning._NOTES.jobs is None
+    monkeypatch.setattr(timing, "compile_all", lambda launches: None)
+    monkeypatch.setattr(timing, "milliseconds", lambda call: float(call.args[0] != FAST))
+    call = Kernels()
+    call()
+    assert [config for _, config in call.launched] == [FAST, FAST]
+
+
+def test_a_whole_model_is_prepared_without_a_launch(cache: Path, monkeypatch: pytest.MonkeyPatch, solved) -> None:
+    """Every kernel that its call launches is noted, by the key that the call then asks for."""
+    model = convert(solved("paper", "w8a8"), "triton")
+    given = torch.randn(2, 1, 8, 8), torch.tensor([500, 20]), torch.tensor([1, 2])
+    for name in ("norm_quantize", "linear", "attend", "float_input"):
+        monkeypatch.setattr(launch, name, lambda *_, name=name: pytest.fail(f"{name} is launched"))
+    with tuning.collecting() as jobs:
+        output = model(given[0], timestep=given[1], class_labels=given[2]).sample
+    assert output.shape == (2, 2, 8, 8)
+    kinds = {job.key.partition(" ")[0] for job in jobs}
+    assert kinds == {"linear", "attention", "norm", "float"}
+    assert len({job.key for job in jobs}) == len(jobs) >= 8
+    assert all(job.candidates and not job.known for job in jobs)

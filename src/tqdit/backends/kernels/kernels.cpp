@@ -7,3 +7,4 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "epilogues.h"
+#include "float_panels.h"

@@ -35,6 +35,16 @@ int64_t panel_width(int64_t columns, int64_t begin) {
   return rest < PANEL ? rest : PANEL;
 }
 
+// Returns the rows of one task of a product, about `wished`. Long tasks reuse a panel; with many threads they are
+// shorter, so that all have work to the end.
+int64_t task_rows(int64_t rows, int64_t columns, int64_t threads, int64_t wished) {
+  const int64_t panels = (columns + PANEL - 1) / PANEL, wanted = (4 * threads + panels - 1) / panels;
+  int64_t parts = (rows + wished / 2) / wished;
+  if (parts < wanted) parts = wanted;
+  const int64_t task = round_up((rows + parts - 1) / parts, TILE_ROWS);
+  return task < LEAST_ROWS ? LEAST_ROWS : task;
+}
+
 void dot_tile_rows(int64_t rows, const uint8_t* a, int64_t lda, const int8_t* panel, int64_t width, int64_t fours,
                    int32_t* c) {
   switch (rows) {
@@ -141,12 +151,7 @@ void linear_from(const LinearCall& c, const Finish& finish) {
                                                      c.second_sums ? c.second_sums + row * c.columns : nullptr);
     return;
   }
-  // Long tasks reuse a panel; with many threads they are shorter, so that all have work to the end.
-  const int64_t panels = (c.columns + PANEL - 1) / PANEL, wanted = (4 * c.threads + panels - 1) / panels;
-  int64_t parts = (rows + TASK_ROWS / 2) / TASK_ROWS;
-  if (parts < wanted) parts = wanted;
-  int64_t task = round_up((rows + parts - 1) / parts, TILE_ROWS);
-  if (task < LEAST_ROWS) task = LEAST_ROWS;
+  const int64_t task = task_rows(rows, c.columns, c.threads, TASK_ROWS);
 #pragma omp parallel num_threads(c.threads)
   {
     const Multiplier multiplier(task, SOURCE == TWO_REGION);

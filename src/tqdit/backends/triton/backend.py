@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tqdit.backends.triton import floats, operators
+from tqdit.backends.triton import floats, operators, tuning
 from tqdit.backends.triton.layer import TritonLinear
-from tqdit.backends.triton.layouts import Projected, weight_of, with_steps
+from tqdit.backends.triton.layouts import NATIVE, Projected, weight_of, with_steps
 from tqdit.errors import InputError
 from tqdit.ops.composed import FUNCTIONS
 from tqdit.ops.schema import (
@@ -40,6 +40,7 @@ class TritonBackend:
     INTEGER = True
     GRAPHS = True
     PACKED = False
+    compile_ahead = staticmethod(tuning.prepare)
 
     def kernel(self, operation: str) -> str:
         if operation in ("scores", "values"):
@@ -70,11 +71,14 @@ class TritonBackend:
         """Return the codes of x itself.
 
         In a graph, those on a uniform grid are made by operations of torch, which fuse with those before: a pass over x
-        less. Those of rows are made by the kernel: what torch's compiler makes of two passes over a row is slower.
+        less. Those of rows are made by the kernel, which the compiler's own code launches: what torch's compiler makes
+        of two passes over a row is slower.
         """
         if not torch.compiler.is_compiling():
             with operators.on(x):
                 return floats.quantize(x, target)
+        if target.grid is Grid.ROW and NATIVE:
+            return floats.quantize_rows_in_graph(x, target)
         if target.grid is Grid.ROW:
             return RowCodes(*operators.quantize_floats(x, target.channels, *operators.flatten(target)))
         if not target.grid.two_region:

@@ -1,6 +1,6 @@
-"""List the configurations that are worth timing, by kernel and shape.
+"""List the configurations that are worth timing, by kernel and shape: those that promise most first.
 
-Their tiles fill a GPU, and their warps and stages may help.
+Their tiles fill a GPU, and their warps and stages may help. The order is that of an H200, where all were timed.
 """
 
 import functools
@@ -8,7 +8,7 @@ import functools
 import torch
 import triton
 
-from tqdit.backends.triton import hopper
+from tqdit.backends.triton import costs, hopper
 from tqdit.backends.triton.launch import FEW_ROWS
 from tqdit.backends.triton.layouts import FLOATS, HEADS_OF, Config
 
@@ -17,6 +17,7 @@ TILE_TIMES = {(128, 128): 1.0, (64, 128): 0.57, (128, 64): 0.74, (64, 64): 0.5} 
 LARGE_WEIGHT = 40_000_000  # codes
 FLAT_ROWS = 64  # rows of a float input up to which reading the weight is the cost
 FEW_TILES = 4096  # rows; with fewer, large tiles leave multiprocessors without work
+MANY_COLUMNS = 16384  # of a layer on float inputs; with as many, small tiles cost more than they fill
 
 
 def norm(rows: int, width: int) -> list[Config]:
@@ -28,12 +29,12 @@ def norm(rows: int, width: int) -> list[Config]:
     one = Config(1, 0, 0, warps=triton.next_power_of_2(triton.cdiv(width, 1536)))
     two, four = Config(2, 0, 0, warps=2), Config(4, 0, 0, warps=4)
     if rows <= FEW_TILES:
-        held, unheld = [two, four, one], [two, four, one, one._replace(warps=4)]
+        held, unheld = [one, two, four], [two, four, one, one._replace(warps=4)]
     else:
         most = one._replace(block_m=max(1, min(16, 4096 // triton.next_power_of_2(width))))
-        held = [one._replace(blocks=8), one._replace(blocks=16), one._replace(blocks=4)]
+        held = [one._replace(blocks=8), one._replace(blocks=4), most._replace(blocks=8), one._replace(blocks=16)]
         held += [one._replace(blocks=8, stages=4), most._replace(blocks=8, stages=2)]
-        held += [most._replace(blocks=4), most._replace(blocks=8), two._replace(blocks=8), four._replace(blocks=4)]
+        held += [most._replace(blocks=4), two._replace(blocks=8), four._replace(blocks=4)]
         unheld = [one, most, one._replace(blocks=4), two]
     return list(dict.fromkeys(held + [config._replace(stages=1) for config in unheld]))
 
@@ -54,6 +55,17 @@ def hopper_float(rows: int, columns: int, processors: int, by_row: bool) -> Conf
 
     bm, bn = min(TILE_TIMES, key=cost)
     return Config(bm, bn, 128, stages=hopper.float_stages(bm, bn, by_row), hopper=FLOATS)
+
+
+def best_first(configs: list[Config], device: torch.device, rows: int, columns: int, depth: int) -> list[Config]:
+    """Return configurations of a product in the order of `costs`."""
+    here = _multiprocessors(device)
+    return costs.by_cost(configs, lambda config: costs.linear(config, rows, columns, depth, here))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def quantize() -> list[Config]:
@@ -108,8 +120,8 @@ def attention(sequences: int, keys: int) -> list[Config]:
     of keys.
     """
     tiles = [
-        Config(64, 0, 128, warps=4, stages=3), Config(64, 0, 128, warps=4, stages=2, registers=128),
-        Config(64, 0, 64, warps=4, stages=3), Config(64, 0, 64, warps=4, stages=2, registers=128),
+        Config(64, 0, 128, warps=4, stages=3), Config(64, 0, 64, warps=4, stages=3),
+        Config(64, 0, 128, warps=4, stages=2, registers=128), Config(64, 0, 64, warps=4, stages=2, registers=128),
     ]  # fmt: skip
     if keys > 256:
         return [*tiles, Config(128, 0, 128, warps=8, stages=3)]
@@ -118,7 +130,7 @@ def attention(sequences: int, keys: int) -> list[Config]:
     found.append(Config(128, 0, whole, warps=8, stages=2))
     if sequences >= 256 and keys > 64:
         several = [c._replace(blocks=4) for c in found[:2]]
-        found = several + [several[0]._replace(registers=limit) for limit in (168, 200)] + found + tiles[:2]
+        found = several + [several[0]._replace(registers=limit) for limit in (168, 200)] + found + [tiles[0], tiles[2]]
     return found
 
 
@@ -166,20 +178,8 @@ def float_input(rows: int, columns: int) -> list[Config]:
     only cost. For the fewest rows there are also configurations without tensor cores. Where rows or columns are few,
     tiles of both are small, for more programs.
     """
-    if rows <= 8:
-        found = [
-            Config(8, 128, 64, warps=4, stages=4), Config(8, 256, 64, warps=4, stages=4),
-            Config(8, 128, 64, warps=2, stages=4), Config(8, 32, 128, warps=2, stages=4),
-        ]  # fmt: skip
-        if rows <= FEW_ROWS:
-            found += [Config(0, bn, bk, warps=4) for bn, bk in ((32, 128), (8, 512), (4, 1024))]
-        return found
     if rows <= 16:
-        return [
-            Config(16, 128, 64, warps=2, stages=4), Config(16, 64, 64, warps=2, stages=4),
-            Config(16, 128, 64, warps=4, stages=4), Config(16, 128, 64, warps=2, stages=6),
-            Config(16, 32, 128, warps=2, stages=4), Config(8, 32, 128, warps=2, stages=4),
-        ]  # fmt: skip
+        return _few_float_rows(rows, columns)
     if rows > FEW_TILES:
         if columns <= 32:
             return [
@@ -198,8 +198,32 @@ def float_input(rows: int, columns: int) -> list[Config]:
     ]  # fmt: skip
     if columns <= 32:
         return [*small, Config(8, 32, 256, warps=2, stages=3), Config(64, 32, 64, warps=4, stages=3)]
-    return [
-        Config(64, 128, 64, warps=4, stages=3), Config(64, 256, 64, warps=4, stages=2),
-        Config(64, 256, 32, warps=4, stages=3), Config(64, 64, 64, warps=4, stages=3),
-        Config(32, 64, 64, warps=2, stages=4), *small,
+    large = [
+        Config(64, 256, 32, warps=4, stages=3), Config(64, 256, 64, warps=4, stages=2),
+        Config(64, 128, 64, warps=4, stages=3), Config(64, 64, 64, warps=4, stages=3),
+        Config(32, 64, 64, warps=2, stages=4),
     ]  # fmt: skip
+    if columns >= MANY_COLUMNS:
+        return [*large, *small]
+    # In between: few rows want small tiles, and many rows large ones.
+    return [small[1], large[-1], large[2], small[0], small[2], large[3], *large[:2]]
+
+
+def _few_float_rows(rows: int, columns: int) -> list[Config]:
+    """Return configurations for at most 16 rows."""
+    many = columns >= MANY_COLUMNS
+    if rows > 8:
+        found = [
+            Config(16, 64, 64, warps=2, stages=4), Config(16, 128, 64, warps=2, stages=4),
+            Config(16, 128, 64, warps=4, stages=4), Config(16, 128, 64, warps=2, stages=6),
+            Config(16, 32, 128, warps=2, stages=4), Config(8, 32, 128, warps=2, stages=4),
+        ]  # fmt: skip
+        return found if many else found[::-1]
+    tiles = [
+        Config(8, 32, 128, warps=2, stages=4), Config(8, 128, 64, warps=4, stages=4),
+        Config(8, 128, 64, warps=2, stages=4), Config(8, 256, 64, warps=4, stages=4),
+    ]  # fmt: skip
+    if rows > FEW_ROWS:
+        return tiles
+    flat = [Config(0, bn, bk, warps=4) for bn, bk in ((4, 1024), (8, 512), (32, 128))]
+    return tiles + flat if many else flat + tiles

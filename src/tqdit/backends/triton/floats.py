@@ -10,10 +10,11 @@ import functools
 import torch
 from torch.nn import functional as F
 
-from tqdit.backends.triton import candidates, hopper, launch, tuning
-from tqdit.backends.triton.layouts import Config, Weight, pitch, with_steps
+from tqdit.backends.triton import candidates, hopper, launch, naming, tuning
+from tqdit.backends.triton.kernels.quantize import quantize_rows_kernel
+from tqdit.backends.triton.layouts import Config, Weight, groups_of, pitch, powers_of_two, row_stride, with_steps
 from tqdit.ops import quantizer
-from tqdit.ops.schema import Codes, OperandParams
+from tqdit.ops.schema import Codes, OperandParams, RowCodes
 from tqdit.spec import Grid
 
 INT8 = 8  # bits of a weight that is not packed
@@ -39,6 +40,31 @@ def quantize_in_torch(x: torch.Tensor, target: OperandParams) -> torch.Tensor:
     return F.pad(codes, (0, pitch(x.shape[2]) - x.shape[2]))
 
 
+def quantize_rows_in_graph(x: torch.Tensor, target: OperandParams) -> RowCodes:
+    """Return codes on the grid of rows as `quantize` does, inside a graph of torch.compile.
+
+    The compiler knows the kernel, and the code that it makes launches the kernel without an operator's Python.
+    """
+    batch, tokens, width = x.shape
+    x, x_stride = launch.rows_apart(x)
+    out = torch.empty((batch, tokens, pitch(width)), dtype=torch.int8, device=x.device)
+    steps = torch.empty((batch, tokens), dtype=torch.float32, device=x.device)
+    groups = groups_of(target)
+    rows, (block, first, rest, warps) = batch * tokens, _row_blocks(width)
+    quantize_rows_kernel[(-(-rows // block), 1)](
+        x, target.table, groups.tensor, out, steps, target.channels, rows, tokens, x_stride, pitch(width), width,
+        groups.stride, row_stride(target), target.bits, launch.NATIVE, block, first, rest, num_warps=warps,
+    )  # fmt: skip
+    return RowCodes(out, steps)
+
+
+@torch.compiler.assume_constant_result  # the functions that it calls cannot be traced
+def _row_blocks(width: int) -> tuple[int, int, int, int]:
+    """Return the rows of a program, the two powers of two that hold a row, and warps."""
+    config = candidates.quantize_rows(width)
+    return config.block_m, *powers_of_two(width, 16), config.warps
+
+
 def linear(given: Codes, source: OperandParams, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
     """Return x W^T + bias of `dtype` as `launch.plain` does."""
     codes, steps = with_steps(given)
@@ -52,7 +78,7 @@ def linear(given: Codes, source: OperandParams, weight: Weight, dtype: torch.dty
         return launch.plain(given, source, weight, config, dtype)
 
     sizes = rows, columns, weight.depth, weight.bits, two, 0
-    own, like = (tuning.linear_key(name, *sizes, steps is not None) for name in ("float", "residual bfloat16"))
+    own, like = (naming.linear_key(name, *sizes, steps is not None) for name in ("float", "residual bfloat16"))
     possible = functools.partial(candidates.linear, rows, two, weight.bits)
     return run(tuning.choose_near((own, like), device, possible, run))
 
@@ -71,5 +97,5 @@ def float_input(x: torch.Tensor, weight: Weight, dtype: torch.dtype) -> torch.Te
 
     if launch.NATIVE and x.dtype is not torch.float32 and weight.bits == INT8:
         return run(candidates.float_rows(rows, columns, depth))
-    key = tuning.float_key(rows, columns, depth, weight.bits)
+    key = naming.float_key(rows, columns, depth, weight.bits)
     return run(tuning.choose_near((key,), x.device, functools.partial(candidates.float_input, rows, columns), run))

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from tqdit.backends.triton import relaunch
 from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS
 from tqdit.backends.triton.layouts import (
     NATIVE,
@@ -22,7 +21,7 @@ from tqdit.backends.triton.layouts import (
     row_stride,
     with_steps,
 )
-from tqdit.backends.triton.relaunch import Blocks, check_device
+from tqdit.backends.triton.relaunch import PLANS, Blocks, Plan, check_device
 from tqdit.errors import InputError
 from tqdit.ops.schema import Codes, OperandParams
 
@@ -164,47 +163,49 @@ def float_linear(
     """Launch the kernel as `launch.plain` does, in as few steps of Python as there can be."""
     codes, steps = with_steps(given)
     codes = codes.contiguous()
-    check_device(codes, weight.codes, source.table)
-    batch, tokens, pitched = codes.shape
-    rows, columns, depth, size = batch * tokens, weight.codes.shape[0], weight.depth, dtype.itemsize
+    groups, table, scale = groups_of(source), source.table, weight.scale
+    check_device(codes, weight.codes, table)
+    (batch, tokens, pitched), (columns, stride) = codes.shape, (weight.codes.shape[0], weight.codes.stride(0))
+    rows, depth = batch * tokens, weight.depth
+    y = torch.empty((batch, tokens, columns), dtype=dtype, device=codes.device)
+    plan = _float_plan(
+        codes.device, dtype, rows, columns, depth, tokens, groups.stride, row_stride(source), steps is not None, config
+    )
+    blocks: tuple[Any, ...]
+    if plan.launched:
+        blocks = (
+            Blocks(codes, [rows, depth], [pitched, 1]),
+            Blocks(weight.codes, [columns, depth], [stride, 1]),
+            Blocks(y, [rows, columns], [columns, 1]),
+        )
+    else:
+        found = kernels()
+        assert found
+        blocks = (
+            found.linear.blocks_of(codes, rows, depth, pitched, config.block_m),
+            found.linear.blocks_of(weight.codes, columns, depth, stride, config.block_n),
+            found.floats.y_blocks_of(y, rows, columns, config.block_m),
+        )
+    tensors = scale, weight.sums, weight.bias, scale if steps is None else steps, groups.tensor, table
+    plan.launch(tensors, blocks)
+    return y
+
+
+@functools.lru_cache(PLANS)
+def _float_plan(
+    device: torch.device, dtype: torch.dtype, rows: int, columns: int, depth: int, tokens: int, group_stride: int,
+    source_stride: int, by_row: bool, config: Config,
+) -> Plan:  # fmt: skip
     found = kernels()
     assert found
-    device, (bm, bn), piece = codes.device, config[:2], LINE // size
-    y = torch.empty(batch, tokens, columns, dtype=dtype, device=device)
-    groups, stride, by_row, even = groups_of(source), row_stride(source), steps is not None, columns % bn == 0
-    key = ("float linear", device.index, dtype, pitched, weight.codes.stride(0), columns, depth, groups.stride, stride,
-           by_row, config)  # fmt: skip
-    blocks: list[Any]
-    if relaunch.known(key):
-        blocks = [
-            Blocks(codes, [rows, depth], [pitched, 1]),
-            Blocks(weight.codes, [columns, depth], [weight.codes.stride(0), 1]),
-            Blocks(y, [rows, columns], [columns, 1]),
-        ]
-    else:
-        blocks = [
-            found.linear.blocks_of(codes, rows, depth, pitched, bm),
-            found.linear.blocks_of(weight.codes, columns, depth, weight.codes.stride(0), bn),
-            found.floats.y_blocks_of(y, rows, columns, bm),
-        ]
-    tiles = -(-rows // bm) * -(-columns // bn)
-    tensors = (
-        weight.scale,
-        weight.sums,
-        weight.bias,
-        weight.scale if steps is None else steps,
-        groups.tensor,
-        source.table,
-    )
+    bm, bn, bk = config[:3]
+    tiles = triton.cdiv(rows, bm) * triton.cdiv(columns, bn)
     others = (
-        *blocks, rows, columns, depth, tokens, groups.stride, stride, by_row, even, bm, bn, config.block_k,
-        config.band, config.stages, piece, config.blocks, *found.linear.REGISTERS,
+        rows, columns, depth, tokens, group_stride, source_stride, by_row, columns % bn == 0, bm, bn, bk, config.band,
+        config.stages, LINE // dtype.itemsize, config.blocks, *found.linear.REGISTERS,
     )  # fmt: skip
-    relaunch.launch(
-        found.floats.hopper_float_kernel, key, (min(tiles, processors(device)), 1), tensors, others, num_warps=4,
-        enable_fp_fusion=False,
-    )  # fmt: skip
-    return y
+    grid = min(tiles, processors(device)), 1
+    return Plan(found.floats.hopper_float_kernel, grid, others, num_warps=4, enable_fp_fusion=False)
 
 
 def supports_attention(config: Config, device: torch.device, tokens: int, head_dim: int) -> bool:

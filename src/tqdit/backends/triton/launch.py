@@ -1,12 +1,12 @@
 """Launch the kernels: grids of programs, descriptors."""
 
-from typing import Any
+import functools
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tqdit.backends.triton import hopper, relaunch
+from tqdit.backends.triton import hopper
 from tqdit.backends.triton.kernels.attention import attention_kernel
 from tqdit.backends.triton.kernels.float_input import dequantize_kernel, few_rows_kernel, float_input_kernel
 from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS, PLAIN, RESIDUAL, linear_kernel
@@ -16,7 +16,6 @@ from tqdit.backends.triton.layouts import (
     FLOATS,
     NATIVE,
     Config,
-    Groups,
     Projected,
     Weight,
     attended,
@@ -29,7 +28,7 @@ from tqdit.backends.triton.layouts import (
     row_stride,
     with_steps,
 )
-from tqdit.backends.triton.relaunch import aligned, check_device
+from tqdit.backends.triton.relaunch import PLANS, Plan, aligned, check_device
 from tqdit.errors import InputError
 from tqdit.ops.schema import Codes, Norm, OperandParams, Residual, RowCodes
 from tqdit.spec import Grid
@@ -67,43 +66,50 @@ def quantize(x: torch.Tensor, target: OperandParams, config: Config) -> Codes:
     Rows of x may be apart, as parts of a wider tensor are; their channels are neighbours.
     """
     batch, tokens, width = x.shape
-    if x.stride(2) != 1 or (batch > 1 and x.stride(0) != tokens * x.stride(1)):
+    x, x_stride = rows_apart(x)
+    factors, groups, by_row = target.channels, groups_of(target), target.grid is Grid.ROW
+    plan = _quantize_plan(
+        x.get_device(), x.dtype, batch * tokens, width, tokens, x_stride, pitch(width), groups.stride,
+        row_stride(target), target.bits, factors is None, None if by_row else mode(target), config,
+    )  # fmt: skip
+    out = torch.empty((batch, tokens, pitch(width)), dtype=torch.int8, device=x.device)
+    steps = torch.empty((batch, tokens), dtype=torch.float32, device=x.device) if by_row else None
+    others = tuple(tensor for tensor in (steps, factors) if tensor is not None)
+    tensors = x, target.table, groups.tensor, out, *others
+    check_device(*tensors)
+    launch = plan.launch if aligned(x, *tensors[3:]) else plan.launch_any
+    launch(tensors)
+    return out if steps is None else RowCodes(out, steps)
+
+
+def rows_apart(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return x (B, N, C), or a copy, whose rows are evenly apart, and the numbers from one row to the next."""
+    batch, tokens, _ = x.shape
+    of_batch, of_row, of_channel = x.stride()
+    if of_channel != 1 or (batch > 1 and tokens > 1 and of_batch != tokens * of_row):
         x = x.contiguous()
-    rows, x_stride = batch * tokens, x.stride(1) if tokens > 1 else x.stride(0)
-    out = torch.empty(batch, tokens, pitch(width), dtype=torch.int8, device=x.device)
-    groups = groups_of(target)
-    kinds = x.dtype, width, target.channels is None, groups.stride, row_stride(target), target.bits, config
-    if target.grid is Grid.ROW:
-        return _quantize_rows(x, target, config, out, groups, rows, x_stride, kinds)
-    (bm, bn), factors = config[:2], target.channels
-    tensors = x, target.table, groups.tensor, out, *(() if factors is None else (factors,))
-    check_device(*tensors)
-    key = ("quantize", x.get_device(), mode(target), x_stride, *kinds) if aligned(x, *tensors[3:]) else None
-    others = (
-        *((None,) if factors is None else ()), rows, width, tokens, x_stride, out.stride(1),
-        groups.stride, row_stride(target), mode(target), target.bits, NATIVE, bm, bn,
-    )  # fmt: skip
-    grid = -(-rows // bm), -(-width // bn)
-    relaunch.launch(quantize_kernel, key, grid, tensors, others, num_warps=config.warps)
-    return out
+        of_batch, of_row, _ = x.stride()
+    return x, of_row if tokens > 1 else of_batch
 
 
-def _quantize_rows(
-    x: torch.Tensor, target: OperandParams, config: Config, out: torch.Tensor, groups: Groups, rows: int, x_stride: int,
-    kinds: tuple[Any, ...],
-) -> RowCodes:  # fmt: skip
-    steps, width, factors = _steps(x), x.shape[2], target.channels
-    first, rest = powers_of_two(width, 16)
-    tensors = x, target.table, groups.tensor, out, steps, *(() if factors is None else (factors,))
-    check_device(*tensors)
-    key = ("quantize rows", x.get_device(), x_stride, *kinds) if aligned(x, *tensors[3:]) else None
+@functools.lru_cache(PLANS)
+def _quantize_plan(
+    device: int, dtype: torch.dtype, rows: int, width: int, tokens: int, x_stride: int, out_stride: int,
+    group_stride: int, target_stride: int, bits: int, unscaled: bool, mode: int | None, config: Config,
+) -> Plan:  # fmt: skip
+    """Return the launch that quantizes such rows; a mode of None is the grid of rows."""
+    factors = (None,) if unscaled else ()
+    if mode is None:
+        others = (
+            *factors, rows, tokens, x_stride, out_stride, width, group_stride, target_stride, bits, NATIVE,
+            config.block_m, *powers_of_two(width, 16),
+        )  # fmt: skip
+        return Plan(quantize_rows_kernel, (triton.cdiv(rows, config.block_m), 1), others, num_warps=config.warps)
+    bm, bn = config[:2]
     others = (
-        *((None,) if factors is None else ()), rows, x.shape[1], x_stride, out.stride(1), width,
-        groups.stride, row_stride(target), target.bits, NATIVE, config.block_m, first, rest,
+        *factors, rows, width, tokens, x_stride, out_stride, group_stride, target_stride, mode, bits, NATIVE, bm, bn,
     )  # fmt: skip
-    grid = -(-rows // config.block_m), 1  # `triton.cdiv` would take longer than the launch
-    relaunch.launch(quantize_rows_kernel, key, grid, tensors, others, num_warps=config.warps)
-    return RowCodes(out, steps)
+    return Plan(quantize_kernel, (triton.cdiv(rows, bm), triton.cdiv(width, bn)), others, num_warps=config.warps)
 
 
 def linear(
@@ -253,30 +259,52 @@ def float_input(x: torch.Tensor, weight: Weight, config: Config, dtype: torch.dt
 
     `block_m` of 0: without tensor cores, for up to FEW_ROWS rows.
     """
-    m, n, (bm, bn, bk) = x.shape[0], weight.codes.shape[0], config[:3]
+    (m, x_stride), n = (x.shape[0], x.stride(0)), weight.codes.shape[0]
     assert x.stride(1) == 1
-    out = torch.empty(m, n, dtype=dtype, device=x.device)
+    out = torch.empty((m, n), dtype=dtype, device=x.device)
     high = weight.codes if weight.high is None else weight.high
     tensors = x, weight.codes, high, weight.scale, weight.bias, out
     check_device(*tensors)
-    sizes = m, n, weight.depth, x.stride(0), weight.codes.stride(0), high.stride(0), weight.bits, NATIVE
-    kernel: Any = few_rows_kernel if bm == 0 else float_input_kernel
-    rows = 1 << (m - 1).bit_length() if bm == 0 else 0
-    grid = -(-n // bn), -(-m // bm) if bm else 1
-    others = (*sizes, rows, bn, bk) if bm == 0 else (*sizes, bm < min(bn, 64), bm, bn, bk)
-    key = ("float input", x.get_device(), rows, *sizes[1:], x.dtype, dtype, config) if aligned(*tensors) else None
-    relaunch.launch(kernel, key, grid, tensors, others, num_warps=config.warps, num_stages=config.stages)
+    plan = _float_plan(
+        x.get_device(), x.dtype, dtype, m, n, weight.depth, x_stride, weight.codes.stride(0), high.stride(0),
+        weight.bits, config,
+    )  # fmt: skip
+    launch = plan.launch if aligned(*tensors) else plan.launch_any
+    launch(tensors)
     return out
+
+
+@functools.lru_cache(PLANS)
+def _float_plan(
+    device: int, given: torch.dtype, made: torch.dtype, m: int, n: int, depth: int, x_stride: int, codes_stride: int,
+    high_stride: int, bits: int, config: Config,
+) -> Plan:  # fmt: skip
+    bm, bn, bk = config[:3]
+    sizes = m, n, depth, x_stride, codes_stride, high_stride, bits, NATIVE
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    if bm == 0:
+        rows = 1 << (m - 1).bit_length()
+        return Plan(few_rows_kernel, (triton.cdiv(n, bn), 1), (*sizes, rows, bn, bk), **options)
+    others = *sizes, bm < min(bn, 64), bm, bn, bk
+    return Plan(float_input_kernel, (triton.cdiv(n, bn), triton.cdiv(m, bm)), others, **options)
 
 
 def dequantize(weight: Weight, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a weight (N, K) and its bias (N,) as floats of a dtype, each rounded once."""
     n, k, high = weight.codes.shape[0], weight.depth, weight.codes if weight.high is None else weight.high
-    out = torch.empty(n, k, dtype=dtype, device=weight.codes.device)
-    bias = torch.empty(n, dtype=dtype, device=weight.codes.device)
+    out = torch.empty((n, k), dtype=dtype, device=weight.codes.device)
+    bias = torch.empty((n,), dtype=dtype, device=weight.codes.device)
     tensors = weight.codes, high, weight.scale, weight.bias, out, bias
-    bn, bk = (8, 512) if NATIVE else (32, 256)
-    others = n, k, weight.codes.stride(0), high.stride(0), weight.bits, NATIVE, bn, bk
-    key = ("dequantize", weight.codes.get_device(), dtype, *others) if aligned(*tensors) else None
-    relaunch.launch(dequantize_kernel, key, (-(-n // bn), -(-k // bk)), tensors, others, num_warps=4)
+    plan = _dequantize_plan(out.get_device(), dtype, n, k, weight.codes.stride(0), high.stride(0), weight.bits)
+    launch = plan.launch if aligned(*tensors) else plan.launch_any
+    launch(tensors)
     return out, bias
+
+
+@functools.lru_cache(PLANS)
+def _dequantize_plan(
+    device: int, dtype: torch.dtype, n: int, k: int, codes_stride: int, high_stride: int, bits: int
+) -> Plan:
+    bn, bk = (8, 512) if NATIVE else (32, 256)
+    others = n, k, codes_stride, high_stride, bits, NATIVE, bn, bk
+    return Plan(dequantize_kernel, (triton.cdiv(n, bn), triton.cdiv(k, bk)), others, num_warps=4)

@@ -8,13 +8,13 @@ second their steps. Channel factors are an argument of the one operator that rea
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from tqdit.backends.triton import candidates, floats, hopper, launch, tuning
+from tqdit.backends.triton import candidates, floats, hopper, launch, naming, tuning
 from tqdit.backends.triton.layouts import (
     HEADS_OF,
     KINDS,
@@ -46,9 +46,31 @@ def on_device_of(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def operator(name: str, empty: Callable[..., Any]) -> Callable[[Callable[P, R]], Any]:
+    """Make a function a `torch.library` operator of that name.
+
+    `empty`: a function of the same arguments that returns results of the right shapes with undefined numbers. It is the
+    operator's fake implementation, and stands for the launch where kernels are noted (`tuning.collecting`).
+    """
+
+    def made(function: Callable[P, R]) -> Any:
+        @functools.wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return on_device_of(function)(*args, **kwargs)
+            except tuning.Deferred:
+                return cast(R, empty(*args, **kwargs))
+
+        op = custom_op(name, mutates_args=())(run)
+        op.register_fake(empty)
+        return op
+
+    return made
+
+
 def on(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Make the GPU of a tensor the current one, which it is already unless there are several."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return contextlib.nullcontext()
 
@@ -90,16 +112,19 @@ def _linear_config(
 
     def possible() -> list[Config]:
         special = candidates.hopper_linear(epilogue, rows, columns, tile)
-        return special + candidates.linear(rows, two, layer.bits)
+        return candidates.best_first(special + candidates.linear(rows, two, layer.bits), codes.device, *sizes[:3])
 
     sizes = rows, columns, layer.depth, layer.bits, two, tile
     sources = (False,) if steps is None else (True, False)
-    keys = [tuning.linear_key(name, *sizes, by_row) for by_row in sources for name in tuning.epilogues(epilogue)]
-    return tuning.choose(tuning.first_known(codes.device, keys), codes.device, possible, run)
+    keys = [naming.linear_key(name, *sizes, by_row) for by_row in sources for name in naming.epilogues(epilogue)]
+    return tuning.choose(keys, codes.device, possible, run)
 
 
-@custom_op("tqdit::norm_quantize", mutates_args=())
-@on_device_of
+def _norm_quantize_empty(x, shift, scale, eps, tables, group, kinds):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], x.shape[1], pitch(x.shape[2]), dtype=torch.int8)
+
+
+@operator("tqdit::norm_quantize", _norm_quantize_empty)
 def norm_quantize(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float,
     tables: list[Tensor], group: Tensor | None, kinds: list[int],
@@ -109,13 +134,11 @@ def norm_quantize(
     return codes
 
 
-@norm_quantize.register_fake
-def _(x, shift, scale, eps, tables, group, kinds):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], x.shape[1], pitch(x.shape[2]), dtype=torch.int8)
+def _norm_quantize_rows_empty(x, shift, scale, eps, tables, group, kinds):  # type: ignore[no-untyped-def]
+    return _empty_rows(x)
 
 
-@custom_op("tqdit::norm_quantize_rows", mutates_args=())
-@on_device_of
+@operator("tqdit::norm_quantize_rows", _norm_quantize_rows_empty)
 def norm_quantize_rows(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float,
     tables: list[Tensor], group: Tensor | None, kinds: list[int],
@@ -124,19 +147,13 @@ def norm_quantize_rows(
     return _both(_norm_quantize(x, Norm(shift, scale, eps), *_operands(tables, group, kinds)))
 
 
-@norm_quantize_rows.register_fake
-def _(x, shift, scale, eps, tables, group, kinds):  # type: ignore[no-untyped-def]
-    return _empty_rows(x)
-
-
 def _norm_quantize(x: Tensor, norm: Norm, target: OperandParams) -> Codes:
     def run(config: Config) -> Codes:
         return launch.norm_quantize(x, norm, target, config)
 
     rows, width = x.shape[0] * x.shape[1], x.shape[2]
-    key = tuning.norm_key(rows, width, x.dtype, target.grid.per_row)
-    key = tuning.first_known(x.device, [key, tuning.norm_key(rows, width, x.dtype)])
-    return run(tuning.choose(key, x.device, functools.partial(candidates.norm, rows, width), run))
+    known = [naming.norm_key(rows, width, x.dtype, by_row) for by_row in dict.fromkeys((target.grid.per_row, False))]
+    return run(tuning.choose(known, x.device, functools.partial(candidates.norm, rows, width), run))
 
 
 def _both(codes: Codes) -> tuple[Tensor, Tensor]:
@@ -150,29 +167,25 @@ def _empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, x.new_empty(x.shape[0], x.shape[1], dtype=torch.float32)
 
 
-@custom_op("tqdit::quantize", mutates_args=())
-@on_device_of
+def _quantize_empty(x, tables, group, kinds):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], x.shape[1], pitch(x.shape[2]), dtype=torch.int8)
+
+
+@operator("tqdit::quantize", _quantize_empty)
 def quantize(x: Tensor, tables: list[Tensor], group: Tensor | None, kinds: list[int]) -> Tensor:
     """Return codes as `launch.quantize` does."""
     codes, _ = with_steps(_quantize(x, *_operands(tables, group, kinds)))
     return codes
 
 
-@quantize.register_fake
-def _(x, tables, group, kinds):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], x.shape[1], pitch(x.shape[2]), dtype=torch.int8)
+def _quantize_rows_empty(x, tables, group, kinds):  # type: ignore[no-untyped-def]
+    return _empty_rows(x)
 
 
-@custom_op("tqdit::quantize_rows", mutates_args=())
-@on_device_of
+@operator("tqdit::quantize_rows", _quantize_rows_empty)
 def quantize_rows(x: Tensor, tables: list[Tensor], group: Tensor | None, kinds: list[int]) -> tuple[Tensor, Tensor]:
     """Return codes on the grid of rows and their steps as `launch.quantize` does."""
     return _both(_quantize(x, *_operands(tables, group, kinds)))
-
-
-@quantize_rows.register_fake
-def _(x, tables, group, kinds):  # type: ignore[no-untyped-def]
-    return _empty_rows(x)
 
 
 def _quantize(x: Tensor, target: OperandParams) -> Codes:
@@ -180,12 +193,17 @@ def _quantize(x: Tensor, target: OperandParams) -> Codes:
         return launch.quantize(x, target, config)
 
     rows, width = x.shape[0] * x.shape[1], x.shape[2]
-    key = tuning.quantize_key(rows, width, x.dtype, mode(target))
-    return run(tuning.choose(key, x.device, candidates.quantize, run))
+    key = naming.quantize_key(rows, width, x.dtype, mode(target))
+    return run(tuning.choose([key], x.device, candidates.quantize, run))
 
 
-@custom_op("tqdit::project", mutates_args=())
-@on_device_of
+def _project_empty(codes, weight, weight_kind, tables, group, kinds, heads):  # type: ignore[no-untyped-def]
+    batch, tokens, _ = codes[0].shape
+    parts = len(tables) - 1
+    return codes[0].new_empty(sum(part_sizes(parts, batch, tokens, heads, weight[0].shape[0] // parts // heads)))
+
+
+@operator("tqdit::project", _project_empty)
 def project(
     codes: list[Tensor], weight: list[Tensor], weight_kind: list[int],
     tables: list[Tensor], group: Tensor | None, kinds: list[int], heads: int,
@@ -201,15 +219,13 @@ def project(
     return run(_linear_config(HEADS_OF[len(targets)], given, layer, source, run, head_dim))
 
 
-@project.register_fake
-def _(codes, weight, weight_kind, tables, group, kinds, heads):  # type: ignore[no-untyped-def]
-    batch, tokens, _ = codes[0].shape
-    parts = len(tables) - 1
-    return codes[0].new_empty(sum(part_sizes(parts, batch, tokens, heads, weight[0].shape[0] // parts // heads)))
+def _attend_empty(codes, context, bias, sizes, tables, group, kinds):  # type: ignore[no-untyped-def]
+    batch, tokens, _, heads, head_dim = sizes
+    columns, dtype = attended(tables, heads * head_dim)
+    return codes.new_empty(batch, tokens, columns, dtype=dtype)
 
 
-@custom_op("tqdit::attend", mutates_args=())
-@on_device_of
+@operator("tqdit::attend", _attend_empty)
 def attend(
     codes: Tensor, context: Tensor | None, bias: Tensor | None, sizes: list[int],
     tables: list[Tensor], group: Tensor | None, kinds: list[int],
@@ -232,24 +248,19 @@ def attend(
         special = candidates.hopper_attention(
             codes.device, tokens, head_dim, softmax.two_products, softmax.grid.per_row
         )
-        known = [tuning.attention_key(sequences, tokens, head_dim, m, bool(special)) for m in tuning.modes(kind)]
+        known = [naming.attention_key(sequences, tokens, head_dim, m, bool(special)) for m in naming.modes(kind)]
     else:
         special, biased = [], bias is not None
-        known = [tuning.cross_attention_key(sequences, tokens, keys, head_dim, m, biased) for m in tuning.modes(kind)]
+        known = [naming.cross_attention_key(sequences, tokens, keys, head_dim, m, biased) for m in naming.modes(kind)]
     ordinary = functools.partial(candidates.attention, sequences, keys)
-    key = tuning.first_known(codes.device, known)
-    return run(tuning.choose(key, codes.device, lambda: special + ordinary(), run))
+    return run(tuning.choose(known, codes.device, lambda: special + ordinary(), run))
 
 
-@attend.register_fake
-def _(codes, context, bias, sizes, tables, group, kinds):  # type: ignore[no-untyped-def]
-    batch, tokens, _, heads, head_dim = sizes
-    columns, dtype = attended(tables, heads * head_dim)
-    return codes.new_empty(batch, tokens, columns, dtype=dtype)
+def _linear_empty(codes, weight, weight_kind, tables, group, kinds):  # type: ignore[no-untyped-def]
+    return codes[0].new_empty(*codes[0].shape[:2], weight[0].shape[0], dtype=torch.float32)
 
 
-@custom_op("tqdit::linear", mutates_args=())
-@on_device_of
+@operator("tqdit::linear", _linear_empty)
 def linear(
     codes: list[Tensor], weight: list[Tensor], weight_kind: list[int],
     tables: list[Tensor], group: Tensor | None, kinds: list[int],
@@ -264,13 +275,11 @@ def linear(
     return run(_linear_config("plain", given, layer, source, run))
 
 
-@linear.register_fake
-def _(codes, weight, weight_kind, tables, group, kinds):  # type: ignore[no-untyped-def]
-    return codes[0].new_empty(*codes[0].shape[:2], weight[0].shape[0], dtype=torch.float32)
+def _linear_residual_empty(codes, weight, weight_kind, tables, group, kinds, x, gate):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
 
 
-@custom_op("tqdit::linear_residual", mutates_args=())
-@on_device_of
+@operator("tqdit::linear_residual", _linear_residual_empty)
 def linear_residual(
     codes: list[Tensor], weight: list[Tensor], weight_kind: list[int],
     tables: list[Tensor], group: Tensor | None, kinds: list[int], x: Tensor, gate: Tensor | None,
@@ -282,16 +291,14 @@ def linear_residual(
     def run(config: Config) -> Tensor:
         return launch.residual(given, source, layer, config, Residual(x, gate))
 
-    return run(_linear_config(tuning.residual(x.dtype, gate is not None), given, layer, source, run))
+    return run(_linear_config(naming.residual(x.dtype, gate is not None), given, layer, source, run))
 
 
-@linear_residual.register_fake
-def _(codes, weight, weight_kind, tables, group, kinds, x, gate):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x)
+def _linear_activation_empty(codes, weight, weight_kind, tables, group, kinds, channels=None):  # type: ignore[no-untyped-def]
+    return codes[0].new_empty(*codes[0].shape[:2], pitch(weight[0].shape[0]))
 
 
-@custom_op("tqdit::linear_activation", mutates_args=())
-@on_device_of
+@operator("tqdit::linear_activation", _linear_activation_empty)
 def linear_activation(
     codes: list[Tensor], weight: list[Tensor], weight_kind: list[int],
     tables: list[Tensor], group: Tensor | None, kinds: list[int],
@@ -305,16 +312,14 @@ def linear_activation(
     def run(config: Config) -> Tensor:
         return launch.activation(given, source, layer, config, target)
 
-    return run(_linear_config(tuning.activation(channels is not None), given, layer, source, run))
+    return run(_linear_config(naming.activation(channels is not None), given, layer, source, run))
 
 
-@linear_activation.register_fake
-def _(codes, weight, weight_kind, tables, group, kinds, channels=None):  # type: ignore[no-untyped-def]
-    return codes[0].new_empty(*codes[0].shape[:2], pitch(weight[0].shape[0]))
+def _float_input_linear_empty(x, weight, weight_kind):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], weight[0].shape[0])
 
 
-@custom_op("tqdit::float_input_linear", mutates_args=())
-@on_device_of
+@operator("tqdit::float_input_linear", _float_input_linear_empty)
 def float_input_linear(x: Tensor, weight: list[Tensor], weight_kind: list[int]) -> Tensor:
     """Return x W^T + bias as `launch.float_input` does."""
     layer = _weight(weight, weight_kind)
@@ -322,14 +327,9 @@ def float_input_linear(x: Tensor, weight: list[Tensor], weight_kind: list[int]) 
     def run(config: Config) -> Tensor:
         return launch.float_input(x, layer, config)
 
-    key = tuning.float_key(len(x), len(layer.codes), layer.depth, layer.bits)
+    key = naming.float_key(len(x), len(layer.codes), layer.depth, layer.bits)
     possible = functools.partial(candidates.float_input, len(x), len(layer.codes))
-    return run(tuning.choose(key, x.device, possible, run))
-
-
-@float_input_linear.register_fake
-def _(x, weight, weight_kind):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], weight[0].shape[0])
+    return run(tuning.choose([key], x.device, possible, run))
 
 
 # Layers inside a float model are many, so these operators are registered with as little around them as torch has:

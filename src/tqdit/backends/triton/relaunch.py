@@ -1,11 +1,9 @@
 """Launch a kernel again without asking Triton again how it is to be compiled.
 
 Triton looks at every argument of every launch to find the kernel that was compiled for such arguments, which takes
-longer than the launch. A caller that knows what the arguments have in common with those of an earlier launch says so by
-a key, and the compiled kernel is launched as it is.
+longer than the launch. A `Plan` has all arguments but the tensors, so a second launch takes the kernel of the first.
 """
 
-from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +11,8 @@ from triton import knobs
 
 from tqdit.backends.triton.layouts import NATIVE
 from tqdit.errors import InputError
+
+PLANS = 4096  # of each kind that are kept
 
 
 class Blocks(NamedTuple):
@@ -22,47 +22,49 @@ class Blocks(NamedTuple):
     shape: list[int]
     strides: list[int]
     padding: str = "zero"
+    round_f32_to_tf32: bool = False
 
 
-class _Compiled(NamedTuple):
-    kernel: Any
-    run: Any
-    function: Any
-    metadata: Any
+class Plan:
+    """The launches of one kernel, of Triton or Gluon, that differ in nothing but their tensors.
 
-
-_COMPILED: dict[Hashable, _Compiled] = {}
-
-
-def known(key: Hashable) -> bool:
-    """Say whether a launch with this key has been made."""
-    return key in _COMPILED
-
-
-def launch(
-    kernel: Any, key: Hashable, grid: tuple[int, int], tensors: tuple[torch.Tensor, ...], others: tuple[Any, ...],
-    **options: Any,
-) -> None:  # fmt: skip
-    """Launch a grid of programs of a kernel of Triton or Gluon; its arguments are `tensors` and then `others`.
-
-    `key`: hashable, equal for two launches only if the kernel, the GPU, the options, the constants, the dtypes of
-    tensors and whatever Triton specializes a kernel for are equal: whether tensors start at multiples of 16 bytes, and
-    whether integers are 1 or multiples of 16. None: unknown, so that Triton looks. The GPU is the current one.
+    `grid`: programs. `others`: the arguments after the tensors. A plan is for one GPU, for tensors of the same dtypes,
+    and for a kernel that reads its integers from `others`. The GPU has to be the current one.
     """
-    compiled = None if key is None else _COMPILED.get(key)
-    if compiled is None:
-        made = kernel[grid](*tensors, *others, **options)
-        if NATIVE and key is not None:
-            _COMPILED[key] = _Compiled(made, made.run, made.function, made.packed_metadata)
-        return
-    if _observed():
-        compiled.kernel[(*grid, 1)](*tensors, *others)
-        return
-    stream = torch._C._cuda_getCurrentRawStream(tensors[0].get_device())
-    addresses = map(torch.Tensor.data_ptr, tensors)  # Triton would ask each tensor, and then the driver about it
-    compiled.run(
-        *grid, 1, stream, compiled.function, compiled.metadata, None, None, None, *addresses, *others
-    )  # fmt: skip
+
+    __slots__ = ("_compiled", "_end", "_start", "grid", "kernel", "options", "others")
+
+    def __init__(self, kernel: Any, grid: tuple[int, int], others: tuple[Any, ...], **options: Any) -> None:
+        self.kernel, self.grid, self.others, self.options = kernel, grid, others, options
+        self._compiled: Any = None
+
+    @property
+    def launched(self) -> bool:
+        """Say whether the compiled kernel is known, so that descriptors can be `Blocks`."""
+        return self._compiled is not None
+
+    def launch(self, tensors: tuple[torch.Tensor, ...], blocks: tuple[Any, ...] = ()) -> None:
+        """Launch the kernel with tensors, then descriptors of blocks, then the other arguments.
+
+        Triton specializes a kernel for tensors that start at multiples of 16 bytes, so the tensors of every launch have
+        to; the others go through `launch_any`.
+        """
+        compiled = self._compiled
+        if compiled is None:
+            made = self.launch_any(tensors, blocks)
+            if NATIVE:
+                self._compiled = made
+                self._start, self._end = (*self.grid, 1), (made.function, made.packed_metadata, None, None, None)
+        elif _observed():
+            compiled[self._start](*tensors, *blocks, *self.others)
+        else:
+            stream = torch._C._cuda_getCurrentRawStream(tensors[0].get_device())
+            addresses = map(torch.Tensor.data_ptr, tensors)  # Triton would ask each tensor, and the driver about it
+            compiled.run(*self._start, stream, *self._end, *addresses, *blocks, *self.others)
+
+    def launch_any(self, tensors: tuple[torch.Tensor, ...], blocks: tuple[Any, ...] = ()) -> Any:
+        """Launch the kernel by Triton's own way, and return it compiled."""
+        return self.kernel[self.grid](*tensors, *blocks, *self.others, **self.options)
 
 
 def _observed() -> bool:

@@ -1,10 +1,11 @@
 """Choose the blocks and the schedule of each kernel.
 
-For GPUs that we measured the choice is committed; for others it is timed and kept.
+For GPUs that we measured the choice is committed; for others a few candidates are timed and the best one is kept.
 
 A configuration changes speed alone, but for the last bits of LayerNorm and of layers on float inputs. Where none is
-committed the first call of every kernel and shape compiles and times the candidates (seconds), and keeps the best in
-the user's cache folder (TQDIT_CACHE).
+committed, and none known for a similar batch, the first call of a kernel and shape compiles the candidates that promise
+most and times them (seconds), and keeps the best in the user's cache folder (TQDIT_CACHE). `prepare` does that for all
+kernels of a model at once.
 """
 
 import contextlib
@@ -15,57 +16,78 @@ import math
 import os
 import re
 import tempfile
+import threading
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from statistics import median
+from typing import NamedTuple
 
 import torch
 import triton
-from triton.errors import TritonError
 
-from tqdit.backends.triton.kernels.rounding import SOFTMAX_ROW, UNIFORM
-from tqdit.backends.triton.launch import FEW_ROWS
+from tqdit.backends.triton import timing
 from tqdit.backends.triton.layouts import NATIVE, Config
-from tqdit.system.capture import recording
-from tqdit.system.environment import cores
+from tqdit.backends.triton.timing import Run
 from tqdit.system.files import write_text
 
 LOG = logging.getLogger(__name__)
 TUNED = Path(__file__).with_name("tuned")
+# GPUs that take the configurations of another one until they have their own: as many multiprocessors of the same kind.
+LIKE = {"NVIDIA H100 80GB HBM3": "NVIDIA H200"}
 INTERPRETED = {
     "linear": Config(32, 32, 128), "attention": Config(32, 0, 64), "float": Config(16, 32, 64),
     "norm": Config(2, 0, 0, blocks=2), "quantize": Config(32, 64, 0),
 }  # fmt: skip
-ROUNDS, ROUND_MS = 5, 4
-CHANNELS = "-channels"  # the end of the name of an epilogue with channel factors
-THREADS = 16  # threads that compile; each holds one output of the kernel
 OLDEST = 9  # numbers of a configuration in the oldest files; missing numbers have their defaults
+TIMED = 3  # candidates that are timed at once
 
 SIZES = re.compile(r"(.*) (\d+)x(\d+)x(\d+)(, \d bits.*)")  # a key of a linear kernel
-FAR = 6.0  # doublings of sizes, all together, over which a configuration is not carried
+BATCH = re.compile(r"(.*?) (\d+)(x\d.*)")  # a key: its first size, rows or sequences, grows with the batch
+FAR = 6.0  # doublings of sizes, all together, over which a configuration is not carried by `choose_near`
+NEAR = 2.0  # doublings of the batch over which a configuration is not carried by `choose`
 
-Run = Callable[[Config], object]
+
+class Job(NamedTuple):
+    """A kernel of a call: the key of its configuration, the candidates to compile, and how it is launched.
+
+    `known`: the only candidate is the configuration itself.
+    """
+
+    gpu: str
+    key: str
+    candidates: Sequence[Config]
+    run: Run
+    known: bool
 
 
-def choose(key: str, device: torch.device, candidates: Callable[[], list[Config]], run: Run) -> Config:
+class Deferred(Exception):  # noqa: N818
+    """The launch of a kernel was noted instead of made: see `collecting`."""
+
+
+class _Notes(threading.local):
+    jobs: dict[tuple[str, ...], Job] | None = None
+
+
+_NOTES = _Notes()
+
+
+def choose(keys: Sequence[str], device: torch.device, candidates: Callable[[], list[Config]], run: Run) -> Config:
     """Return the configuration of a kernel and shape, timed if nobody has before.
 
+    `keys`: of the kernel, and then of the nearest forms of it, whose configurations do as well. Other batch sizes take
+    the configuration of the nearest one, if it is among their candidates. `candidates`: those that promise most first.
     `run` launches the kernel with one. While a CUDA graph is captured nothing can be timed: the first candidate is used
     and not remembered.
     """
     if not NATIVE:
-        return INTERPRETED[key.partition(" ")[0].strip(",")]
+        return INTERPRETED[keys[0].partition(" ")[0].strip(",")]
     gpu = torch.cuda.get_device_name(device)
-    table = _table(gpu)
-    if key not in table:
-        if torch.cuda.is_current_stream_capturing():
-            return candidates()[0]
-        _say_once(gpu)
-        table[key] = fastest(candidates(), run)[0][0]
-        _keep(gpu, key, table[key])
-    return table[key]
+    found = _known(gpu, keys, candidates)
+    if _NOTES.jobs is not None:
+        possible = candidates() if found is None else [found]
+        _NOTES.jobs.setdefault((gpu, *keys), Job(gpu, keys[0], possible, run, found is not None))
+        raise Deferred
+    return _found_now(gpu, keys[0], candidates, run) if found is None else found
 
 
 def choose_near(keys: Sequence[str], device: torch.device, candidates: Callable[[], list[Config]], run: Run) -> Config:
@@ -79,7 +101,102 @@ def choose_near(keys: Sequence[str], device: torch.device, candidates: Callable[
     for key in keys:
         if (found := _nearest(gpu, key, len(_table(gpu)))) is not None:
             return found
-    return choose(keys[0], device, candidates, run)
+    return _found_now(gpu, keys[0], candidates, run)
+
+
+def prepare(call: Callable[[], object]) -> None:
+    """Compile what a call will launch, all kernels at once, and time the candidates of those that are unknown.
+
+    `call` is made once with its launches left out. Its results are undefined numbers, so it must not look at them.
+    Nothing depends on this but the time of the first call: where it fails, for example by too little memory for many
+    kernels at once, the call itself does the rest.
+    """
+    if not NATIVE:
+        return
+    try:
+        with collecting() as jobs:
+            call()
+        unknown = [job for job in jobs if not job.known]
+        for job in unknown:
+            _say_once(job.gpu)
+        timing.compile_all([(job.run, config) for job in jobs for config in job.candidates[:TIMED]])
+        for job in unknown:
+            _settle(job)
+    except Exception as error:
+        LOG.info("kernels are compiled one after another", exc_info=error)
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[list[Job]]:
+    """Let kernels be noted instead of launched by this thread: `choose` raises `Deferred`; yield the list of jobs.
+
+    The list is filled when the context ends.
+    """
+    before, _NOTES.jobs = _NOTES.jobs, {}
+    jobs: list[Job] = []
+    try:
+        yield jobs
+        jobs.extend(_NOTES.jobs.values())
+    finally:
+        _NOTES.jobs = before
+
+
+def _found_now(gpu: str, key: str, candidates: Callable[[], list[Config]], run: Run) -> Config:
+    """Return the configuration of a kernel that nobody has timed."""
+    possible = candidates()
+    if torch.cuda.is_current_stream_capturing():
+        return possible[0]
+    _say_once(gpu)
+    return _settle(Job(gpu, key, possible, run, known=False))
+
+
+def _settle(job: Job) -> Config:
+    """Time the first candidates of a job, or the next ones where none of these runs, and keep the best."""
+    table, count = _table(job.gpu), len(job.candidates)
+    for start in range(0, count, TIMED):
+        try:
+            best = timing.fastest(job.candidates[start : start + TIMED], job.run)[0][0]
+        except timing.NoConfigurationError:
+            if start + TIMED >= count:
+                raise
+        else:
+            break
+    table[job.key] = best
+    _keep(job.gpu, job.key, best)
+    return best
+
+
+def _known(gpu: str, keys: Sequence[str], candidates: Callable[[], list[Config]]) -> Config | None:
+    """Return the configuration of the first key that has one, else that of the nearest batch, or None."""
+    table, carried = _table(gpu), _carried(gpu)
+    for key in keys:
+        if key in table:
+            return table[key]
+    if keys[0] not in carried:
+        near = (_of_other_batch(table, key, candidates) for key in keys)
+        if (found := next((config for config in near if config is not None), None)) is None:
+            return None
+        carried[keys[0]] = found
+    return carried[keys[0]]
+
+
+def _of_other_batch(table: dict[str, Config], key: str, candidates: Callable[[], list[Config]]) -> Config | None:
+    """Return the configuration of the nearest batch, `NEAR` doublings away at most, that is a candidate here."""
+    asked = BATCH.match(key)
+    distances = []
+    for name, config in table.items():
+        other = BATCH.match(name)
+        if asked and other and (other[1], other[3]) == (asked[1], asked[3]):
+            distances.append((abs(math.log2(int(other[2]) / int(asked[2]))), config))
+    near = [config for distance, config in sorted(distances, key=lambda entry: entry[0]) if distance <= NEAR]
+    possible = candidates() if near else []
+    return next((config for config in near if config in possible), None)
+
+
+@functools.cache
+def _carried(gpu: str) -> dict[str, Config]:
+    """Return the configurations that this process has carried from other batch sizes; they are kept in no file."""
+    return {}
 
 
 @functools.cache
@@ -100,166 +217,10 @@ def _nearest(gpu: str, key: str, known: int) -> Config | None:
     return best[1]
 
 
-def first_known(device: torch.device, keys: Sequence[str]) -> str:
-    """Return the first of the keys that has a configuration, or the first of all.
-
-    So a form of a kernel without one of its own takes that of the nearest form; nothing is timed anew.
-    """
-    if not NATIVE or device.type != "cuda":
-        return keys[0]
-    table = _table(torch.cuda.get_device_name(device))
-    return next((key for key in keys if key in table), keys[0])
-
-
-def linear_key(
-    epilogue: str, rows: int, columns: int, depth: int, bits: int, two: bool, tile: int = 0, by_row: bool = False
-) -> str:
-    """Return the key of a linear kernel.
-
-    `tile`: of `hopper.rows_of_tile`. Products for the Hopper kernel have candidates, and so a key, of their own.
-    `by_row`: each row of the codes has a step of its own.
-    """
-    key = f"linear {epilogue} {bucket(rows)}x{columns}x{depth}, {bits} bits, {2 if two else 1} products"
-    key += ", steps of rows" if by_row else ""
-    return f"{key}, Hopper tiles of {tile} rows" if tile else key
-
-
-def attention_key(sequences: int, tokens: int, head_dim: int, mode: int, hopper: bool = False) -> str:
-    """Return the key of a self-attention.
-
-    `sequences`: samples times heads; `mode`: of the probabilities, `rounding`; `hopper`: the Hopper kernel takes them.
-    """
-    return f"attention {bucket(sequences)}x{tokens}x{head_dim}, mode {mode}{', Hopper' if hopper else ''}"
-
-
-def cross_attention_key(sequences: int, tokens: int, keys: int, head_dim: int, mode: int, biased: bool) -> str:
-    """Return the key where keys are those of a context, or scores have a bias.
-
-    Prompts of similar lengths share it.
-    """
-    of_keys = f"{bucket(keys)} keys{', bias' if biased else ''}"
-    return f"attention {bucket(sequences)}x{tokens}x{head_dim}, mode {mode}, {of_keys}"
-
-
-def modes(mode: int) -> tuple[int, ...]:
-    """Return a mode of probabilities and the mode of the nearest kernel: softmax rows are one product, as uniform."""
-    return (mode, UNIFORM.value) if mode == SOFTMAX_ROW.value else (mode,)
-
-
-def norm_key(rows: int, width: int, stream: torch.dtype, by_row: bool = False) -> str:
-    """Return the key of `norm_quantize_kernel` for rows of `width` columns of a residual stream.
-
-    `by_row`: to the grid of rows.
-    """
-    return f"norm{_suffix(stream)} {bucket(rows)}x{width}{', steps of rows' if by_row else ''}"
-
-
-def quantize_key(rows: int, width: int, stream: torch.dtype, mode: int) -> str:
-    """Return the key of `quantize_kernel` for rows of `width` columns."""
-    return f"quantize{_suffix(stream)} {bucket(rows)}x{width}, mode {mode}"
-
-
-def residual(stream: torch.dtype, gated: bool = True) -> str:
-    """Return the name of the epilogue for a residual stream of a dtype."""
-    return f"residual{'' if gated else '-ungated'}{_suffix(stream)}"
-
-
-def activation(channels: bool) -> str:
-    """Return the name of the epilogue that codes an activation; `channels`: with factors of its channels."""
-    return f"gelu{CHANNELS if channels else ''}"
-
-
-def epilogues(name: str) -> tuple[str, ...]:
-    """Return the name of an epilogue and those of the nearest ones."""
-    return (name, name.removesuffix(CHANNELS)) if name.endswith(CHANNELS) else (name,)
-
-
-def _suffix(stream: torch.dtype) -> str:
-    """Return the end of a name for a stream; fp16 has the configurations of bf16, since it moves the same bytes."""
-    return "" if stream is torch.float32 else " bfloat16"
-
-
-def float_key(rows: int, columns: int, depth: int, bits: int) -> str:
-    """Return the key of a layer on float inputs.
-
-    Few rows have a kernel of their own; tensor cores take eight at a time.
-    """
-    which = "float input, few rows," if rows <= FEW_ROWS else "float input"
-    return f"{which} {triton.next_power_of_2(max(rows, 8))}x{columns}x{depth}, {bits} bits"
-
-
-def fastest(candidates: Sequence[Config], run: Run) -> list[tuple[Config, float]]:
-    """Return the candidates that work and their milliseconds, best first.
-
-    Raises `RuntimeError` with the last reason if none works.
-    """
-    _compile(candidates, run)
-    times: dict[Config, float] = {}
-    reason: Exception | None = None
-    for config in candidates:
-        try:
-            times[config] = milliseconds(functools.partial(run, config))
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise  # these errors are not the configuration's fault
-        except (TritonError, RuntimeError) as error:
-            # Perhaps too much shared memory for this GPU. The error's frames hold tensors, and the error, in a cycle.
-            reason = error.with_traceback(None)
-    if not times:
-        raise RuntimeError(f"no configuration of the kernel runs here: {reason}") from reason
-    return sorted(times.items(), key=lambda item: item[1])
-
-
-def _compile(candidates: Sequence[Config], run: Run) -> None:
-    """Launch each candidate once, in threads: a kernel compiles for a second, three quarters of it outside Python.
-
-    What fails here fails again, and is judged, where it is timed.
-    """
-    stream = torch.cuda.current_stream()  # a thread has its own, and its own device
-
-    def launch(config: Config) -> None:
-        with contextlib.suppress(Exception), torch.cuda.stream(stream), torch.no_grad():  # as inside an operator
-            run(config)
-
-    with ThreadPoolExecutor(min(THREADS, cores())) as pool:
-        pool.map(launch, candidates)
-
-
-def milliseconds(call: Callable[[], object]) -> float:
-    """Return the time of one call: the median of a few rounds of a CUDA graph of many calls.
-
-    Launching from Python would hide a small kernel.
-    """
-    call()
-    torch.cuda.synchronize()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    count = min(max(1, int(ROUND_MS / max(start.elapsed_time(end), 1e-3))), 200)
-    with recording() as graph:
-        for _ in range(count):
-            call()
-    graph.replay()
-    found = []
-    for _ in range(ROUNDS):
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(start.elapsed_time(end) / count)
-    return median(found)
-
-
-def bucket(rows: int) -> int:
-    """Return the rows that share a configuration, up to the next power of two."""
-    return triton.next_power_of_2(max(rows, 16))
-
-
 @functools.cache
 def _say_once(gpu: str) -> None:
     LOG.warning(
-        "compiling and timing kernels on %s, up to two minutes for a model; kept in %s where it can be written",
+        "compiling and timing kernels on %s, up to a minute for a model; kept in %s where it can be written",
         gpu,
         _cache_file(gpu),
     )
@@ -268,7 +229,10 @@ def _say_once(gpu: str) -> None:
 @functools.cache
 def _table(gpu: str) -> dict[str, Config]:
     """Return the configurations of a GPU by kernel and shape: the committed ones, and those timed here."""
-    return _read(_cache_file(gpu)) | _read(tuned_file(TUNED, gpu))
+    committed = tuned_file(TUNED, gpu)
+    if not committed.exists() and gpu in LIKE:
+        committed = tuned_file(TUNED, LIKE[gpu])
+    return _read(_cache_file(gpu)) | _read(committed)
 
 
 def _read(path: Path) -> dict[str, Config]:
