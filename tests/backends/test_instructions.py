@@ -98,9 +98,11 @@ def test_rows_of_floats(run) -> None:
 
 def test_layers_on_float_inputs(run) -> None:
     make = maker(5)
-    for rows, columns, depth in [(1, 1, 1), (3, 33, 17), (9, 70, 130)]:
+    for rows, columns, depth, dtype in [
+        (1, 1, 1, None), (3, 33, 17, None), (9, 70, 130, None), (29, 129, 1028, torch.float32),
+    ]:  # fmt: skip
         x, weight = make.values(rows, depth), make.weight(columns, depth)
-        actual = run.float_input_linear(x, run.prepare_float_input(weight, None))
+        actual = run.float_input_linear(x, run.prepare_float_input(weight, None), dtype)
         value = weight.codes.double() * weight.scale.double()[:, None]
         bound = (depth + 4) * 2.0**-24 * (x.double().abs() @ value.abs().t())
         assert ((actual - x.double() @ value.t()).abs() <= bound).all()
