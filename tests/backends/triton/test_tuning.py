@@ -343,3 +343,31 @@ def test_a_whole_model_is_prepared_without_a_launch(cache: Path, monkeypatch: py
     assert kinds == {"linear", "attention", "norm", "float"}
     assert len({job.key for job in jobs}) == len(jobs) >= 8
     assert all(job.candidates and not job.known for job in jobs)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of undefined numbers
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted")
+def test_a_model_is_prepared_and_computes_the_same(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, solved, model_inputs
+) -> None:
+    """With the configurations that were found; the call itself times nothing."""
+    model, given = convert(solved("plus", "w8a8"), "triton"), {name: x[:2] for name, x in model_inputs.items()}
+    monkeypatch.setattr(tuning, "NATIVE", False)
+    expected = model(**given).sample
+    monkeypatch.setattr(tuning, "NATIVE", True)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(timing, "cores", lambda: 1)
+    timed: list[Config] = []
+
+    def time(call: functools.partial) -> float:
+        call()
+        timed.append(call.args[0])
+        return float(len(timed))
+
+    monkeypatch.setattr(timing, "milliseconds", time)
+    tuning.prepare(lambda: model(**given))
+    assert len(timed) > len(tuning._read(cache)) >= 9
+    before = len(timed)
+    torch.testing.assert_close(model(**given).sample, expected, rtol=1e-5, atol=1e-5)
+    assert len(timed) == before
