@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,13 +35,11 @@ def test_cases_share_caches_as_they_say(script: Any, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(sys, "argv", command[1:])
         script.main()
 
-    whole = subprocess.run
-    monkeypatch.setattr(subprocess, "run", child)
+    monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=child))
     out = tmp_path / "out.json"
     options = ["--random", "DiT-T/8", "--batch", "2", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["first_call.py", str(out), *options])
     script.main()
-    monkeypatch.setattr(subprocess, "run", whole)
     rows = json.loads(out.read_text())["rows"]
     assert [(row["case"], row["batch"]) for row in rows] == [
         ("committed", 2), ("again", 2), ("another batch", 1), ("unknown", 2), ("unknown, again", 2),
