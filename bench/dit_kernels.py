@@ -254,8 +254,8 @@ def _constants(job: Job) -> tuple[int, ...]:
     """The sizes for which a kernel is compiled anew: a norm holds whole rows, an attention whole heads."""
     if job.name in NORMS:
         return (job.shape.width,)
-    if job.name.startswith("attention"):
-        return job.shape.width // job.shape.heads, job.size[1]
+    if job.name.startswith(("attention", "qkv")):
+        return job.shape.heads, job.shape.width, job.size[1]
     return ()
 
 

@@ -94,7 +94,7 @@ def test_quick_blocks_of_published_models_are_raced_without_torchao(
     run("--random", "z-image", "--quick", "--quiet", "--against", "torchao", "--repeats", "3")
     run("--random", "z-image", "--quiet")
     assert [(one.against, one.repeats) for one in asked] == [
-        (("bf16-eager", "bf16-compiled"), 8), (("torchao",), 3), (block_entrants.DEFAULT, 20),
+        (block_entrants.BFLOAT16, 8), (("torchao",), 3), (block_entrants.DEFAULT, 20),
     ]  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from tqdit.architectures import registry
 from tqdit.calibration.states import CalibrationSet
+from tqdit.speed.openvino import Positional, private
 
 PACKAGES = ("openvino", "nncf")
 
@@ -35,13 +36,14 @@ def versions() -> dict[str, str]:
 
 def int8(model: nn.Module, states: CalibrationSet) -> nn.Module:
     """Return OpenVINO's int8 model of a DiT in fp32 on the CPU, calibrated on `states`."""
-    import nncf
-    import openvino
+    with private():  # what a library sends is decided when it is imported
+        import nncf
+        import openvino
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
     config = registry.config_of(model)
     example = _inputs(states, [0, 0], config)
-    graph = openvino.convert_model(_Positional(model), example_input=tuple(example))
+    graph = openvino.convert_model(Positional(model, {"class_labels": example[2]}), example_input=tuple(example))
     order = torch.randperm(len(states), generator=torch.Generator().manual_seed(0))  # NNCF takes the first 300
     items = [_inputs(states, [index, index], config) for index in order.tolist()]
     quantized = nncf.quantize(
@@ -74,18 +76,6 @@ class Compiled(nn.Module):
         """Return (output,) as diffusers' model with `return_dict=False`."""
         inputs = [part.cpu().numpy() for part in (hidden_states, timestep.long(), class_labels)]
         return (torch.from_numpy(self.compiled(inputs)[0].copy()),)
-
-
-class _Positional(nn.Module):
-    """A DiT with positional arguments and one tensor as its output, for the conversion."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.model(x, timestep=t, class_labels=labels, return_dict=False)[0]
-        return output
 
 
 def _inputs(states: CalibrationSet, indices: list[int], config: Any) -> list[torch.Tensor]:

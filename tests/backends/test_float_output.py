@@ -193,6 +193,16 @@ def test_every_kind_of_number_is_rounded_as_torch_does(run, dtype: torch.dtype) 
     assert given(run, bad, dtype).isnan().all()
 
 
+def test_a_result_in_large_pages(fast) -> None:
+    """A result of 33 MiB, whose memory the kernel asks for in other pages."""
+    make = maker(12)
+    source, x, weight = make.params(Grid.ROW), make.values(1, 2941, 4), make.weight(2942, 4)
+    found = fast.linear(fast.quantize(x, source), source, fast.prepare(weight, None))
+    exact = REFERENCE.linear(REFERENCE.quantize(x, source), source, REFERENCE.prepare(weight, None))
+    assert found.nbytes > 1 << 25
+    assert torch.equal(found, exact)
+
+
 def test_other_types_are_refused(fast) -> None:
     source = maker(9).params(Grid.ROW)
     layer, codes = fast.prepare(maker(9).weight(5, 8), None), fast.quantize(torch.ones(1, 2, 8), source)

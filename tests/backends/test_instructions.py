@@ -3,6 +3,7 @@
 ARM kernels run in an emulator. AVX2 with VNNI runs in the encoding of AVX-512 where the processor has only that.
 """
 
+import platform
 import re
 import shutil
 import subprocess
@@ -98,9 +99,11 @@ def test_rows_of_floats(run) -> None:
 
 def test_layers_on_float_inputs(run) -> None:
     make = maker(5)
-    for rows, columns, depth in [(1, 1, 1), (3, 33, 17), (9, 70, 130)]:
+    for rows, columns, depth, dtype in [
+        (1, 1, 1, None), (3, 33, 17, None), (9, 70, 130, None), (29, 129, 1028, torch.float32),
+    ]:  # fmt: skip
         x, weight = make.values(rows, depth), make.weight(columns, depth)
-        actual = run.float_input_linear(x, run.prepare_float_input(weight, None))
+        actual = run.float_input_linear(x, run.prepare_float_input(weight, None), dtype)
         value = weight.codes.double() * weight.scale.double()[:, None]
         bound = (depth + 4) * 2.0**-24 * (x.double().abs() @ value.abs().t())
         assert ((actual - x.double() @ value.t()).abs() <= bound).all()
@@ -124,6 +127,7 @@ def test_names_have_the_numbers_of_the_sources() -> None:
     assert found == {name.upper().replace("-", "_"): number for number, name in enumerate(NAMES)}
 
 
+@pytest.mark.skipif(platform.machine() not in instructions.X86, reason="no x86 compiler here")
 @pytest.mark.skipif(shutil.which("objdump") is None or shutil.which("g++") is None, reason="no g++ or objdump here")
 def test_avx_vnni_is_256_bits_wide(tmp_path: Path) -> None:
     """What the compiler makes of it for a processor without AVX-512; here it is compiled only."""
@@ -148,10 +152,12 @@ def processor(monkeypatch: pytest.MonkeyPatch):
     return become
 
 
+V3 = " ".join(instructions.V3)
 MACHINES = [
-    ("x86_64", "avx2 fma avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni", ["avx512-vnni", "avx2"]),
-    ("x86_64", "avx2 fma avx_vnni", ["avx2-vnni", "avx2"]),
-    ("x86_64", "avx2 fma", ["avx2"]),
+    ("x86_64", f"{V3} avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni", ["avx512-vnni", "avx2"]),
+    ("x86_64", f"{V3} avx_vnni", ["avx2-vnni", "avx2"]),
+    ("x86_64", V3, ["avx2"]),
+    ("x86_64", "avx2 fma", []),
     ("x86_64", "sse2", []),
     ("aarch64", "asimd asimddp i8mm", ["i8mm", "dotprod"]),
     ("aarch64", "asimd asimddp", ["dotprod"]),
@@ -180,7 +186,7 @@ def test_a_processor_is_asked_what_it_has(processor, monkeypatch, machine: str, 
 
 
 def test_a_name_that_does_not_serve_is_one_error(processor, monkeypatch: pytest.MonkeyPatch) -> None:
-    processor("x86_64", "avx2 fma")
+    processor("x86_64", V3)
     monkeypatch.setenv("TQDIT_INSTRUCTIONS", "avx3")
     with pytest.raises(InputError, match="'avx3', not one of generic, avx512-vnni, avx2-vnni, avx2, i8mm, dotprod"):
         target_flags()

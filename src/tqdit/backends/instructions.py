@@ -27,16 +27,18 @@ class Instructions(NamedTuple):
     features: frozenset[str]  # of the processor, as Linux names them
 
 
+# What GCC and Clang take for granted from x86-64-v3 on.
+V3 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"})
 # By name, the best of a machine first. The order is that of the enumeration `Instructions` of dots.h, which begins with
 # generic, 0.
 KNOWN = {
     "avx512-vnni": Instructions(
         X86,
         ("-march=x86-64-v4", "-mavx512vnni"),
-        frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni"}),
+        V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni"},
     ),
-    "avx2-vnni": Instructions(X86, ("-march=x86-64-v3", "-mavxvnni"), frozenset({"avx2", "fma", "avx_vnni"})),
-    "avx2": Instructions(X86, ("-march=x86-64-v3",), frozenset({"avx2", "fma"})),
+    "avx2-vnni": Instructions(X86, ("-march=x86-64-v3", "-mavxvnni"), V3 | {"avx_vnni"}),
+    "avx2": Instructions(X86, ("-march=x86-64-v3",), V3),
     "i8mm": Instructions(ARM, ("-march=armv8.2-a+dotprod+i8mm",), frozenset({"asimddp", "i8mm"})),
     "dotprod": Instructions(ARM, ("-march=armv8.2-a+dotprod",), frozenset({"asimddp"})),
 }

@@ -24,7 +24,7 @@ from tqdit.speed.machine import synchronise
 
 
 class Kind(NamedTuple):
-    """What an entrant runs: its weights, options of torch.compile or None for an eager model, and CUDA graphs or not.
+    """The way an entrant runs: its weights, options of torch.compile or None for an eager model, and whether in graphs.
 
     Entrants of equal weights share a model.
     """
@@ -78,7 +78,7 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a call of the float model gives to `first_linears`, and to the first block of each kind.
+    """The inputs that a call of the float model gives to `first_linears`, and to the first block of each kind.
 
     `blocks`: path of a list of blocks -> arguments and keyword arguments.
     """

@@ -12,7 +12,6 @@ from torch import nn
 
 from tqdit.speed.quiet import quiet
 from tqdit.system import trees
-from tqdit.system.trees import Path
 
 SAMPLES = 2  # calls that NNCF reads: speed depends on the kinds of layers, not on their scales
 OFF = -1  # of NNCF's factors between channels of activations and weights
@@ -41,11 +40,10 @@ class OpenVino(nn.Module):
         self, hidden_states: torch.Tensor, timestep: torch.Tensor, return_dict: bool = False, **condition: Any
     ) -> tuple[torch.Tensor]:
         """Return (output,): (B, C, H, W), (B,) and conditions -> (B, C or 2C, H, W), fp32."""
-        flat = trees.tensors(trees.flatten(condition))
-        inputs = (hidden_states, timestep, *flat.values())
+        inputs = (hidden_states, timestep, *trees.tensors(trees.flatten(condition)).values())
         key = tuple(tuple(x.shape) for x in inputs)
         if key not in self._compiled:
-            self._compiled[key] = compiled(Positional(self.model, condition, tuple(flat)), inputs)
+            self._compiled[key] = compiled(Positional(self.model, condition), inputs)
         found = self._compiled[key]([x.numpy() for x in inputs])
         return (torch.from_numpy(found[0].copy()),)
 
@@ -53,13 +51,14 @@ class OpenVino(nn.Module):
 class Positional(nn.Module):
     """A diffusers model whose inputs are tensors by position, which OpenVINO's converter traces.
 
-    `paths`: of the tensors of a condition, which follow the latents and the timestep.
+    The tensors of a condition follow the latents and the timestep; other values of it stay as they are.
     """
 
-    def __init__(self, model: nn.Module, condition: Mapping[str, Any], paths: tuple[Path, ...]) -> None:
+    def __init__(self, model: nn.Module, condition: Mapping[str, Any]) -> None:
         super().__init__()
-        self.model, self.paths = model, paths
-        self.others = {path: leaf for path, leaf in trees.flatten(condition).items() if path not in paths}
+        self.model = model
+        self.paths = tuple(trees.tensors(trees.flatten(condition)))
+        self.others = {path: leaf for path, leaf in trees.flatten(condition).items() if path not in self.paths}
 
     def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         """Return the model's output."""

@@ -98,7 +98,7 @@ void code_rows(const QuantizeCall& c, const ValuesOf& values_of) {
 #pragma omp parallel num_threads(c.threads)
   {
     const Buffer<float> scratch(GRID == ROW ? round_up(c.width, LANES) : LANES);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 8)  // of a thread whose core is busy others take the rows
     for (int64_t row = 0; row < c.batch * c.tokens; ++row) {
       const int64_t at = row * c.width;
       const float* entry = c.target.entry(row / c.tokens);

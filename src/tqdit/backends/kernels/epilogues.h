@@ -197,6 +197,7 @@ extern "C" void tqdit_linear_gelu(const LinearCall* call, const Operand* target,
 // Computes out = x W^T + bias. out (batch, tokens, columns) of a `FloatType`.
 extern "C" void tqdit_linear(const LinearCall* call, int64_t type, void* out) {
   for_float_type(type, out, [=](auto* items) {
+    in_large_pages(items, call->batch * call->tokens * call->columns * static_cast<int64_t>(sizeof *items));
     linear(*call, FloatFinish<PLAIN, std::remove_pointer_t<decltype(items)>>{*call, nullptr, 0, nullptr, items});
   });
 }

@@ -184,6 +184,7 @@ extern "C" int64_t tqdit_has_bfloat16() {
 
 extern "C" void tqdit_many_rows(const ManyRowsCall* call) {
   for_float_type(call->out_type, call->out, [=](auto* out) {
+    in_large_pages(out, call->rows * call->columns * static_cast<int64_t>(sizeof *out));
 #if defined(__AVX512BF16__)
     if (call->type == BFLOAT16) return many_rows<PairCells>(*call, out);
 #endif

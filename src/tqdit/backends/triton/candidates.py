@@ -205,7 +205,7 @@ def float_input(rows: int, columns: int) -> list[Config]:
             Config(64, 256, 32, warps=4, stages=3),
         ]  # fmt: skip
     small = [
-        Config(16, 32, 128, warps=2, stages=4), Config(8, 32, 128, warps=2, stages=4),
+        Config(8, 32, 128, warps=2, stages=4), Config(16, 32, 128, warps=2, stages=4),
         Config(16, 32, 128, warps=4, stages=4),
     ]  # fmt: skip
     if columns <= 32:
@@ -215,10 +215,9 @@ def float_input(rows: int, columns: int) -> list[Config]:
         Config(64, 128, 64, warps=4, stages=3), Config(64, 64, 64, warps=4, stages=3),
         Config(32, 64, 64, warps=2, stages=4),
     ]  # fmt: skip
-    if columns >= MANY_COLUMNS:
-        return [*large, *small]
-    # In between: few rows want small tiles, and many rows large ones.
-    return [small[1], large[-1], large[2], small[0], small[2], large[3], *large[:2]]
+    if columns < MANY_COLUMNS:
+        large = [*large[2:], *large[:2]]
+    return [*small, *reversed(large)] if columns < MANY_COLUMNS and rows <= FLAT_ROWS else [*large, *small]
 
 
 def _few_float_rows(rows: int, columns: int) -> list[Config]:

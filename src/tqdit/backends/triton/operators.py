@@ -55,10 +55,12 @@ def operator(name: str, empty: Callable[..., Any]) -> Callable[[Callable[P, R]],
     """
 
     def made(function: Callable[P, R]) -> Any:
+        placed = on_device_of(function)
+
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
-                return on_device_of(function)(*args, **kwargs)
+                return placed(*args, **kwargs)
             except tuning.Deferred:
                 return cast(R, empty(*args, **kwargs))
 

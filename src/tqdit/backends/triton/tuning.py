@@ -39,7 +39,9 @@ INTERPRETED = {
     "norm": Config(2, 0, 0, blocks=2), "quantize": Config(32, 64, 0),
 }  # fmt: skip
 OLDEST = 9  # numbers of a configuration in the oldest files; missing numbers have their defaults
-TIMED = 3  # candidates that are timed at once
+# Candidates that are timed at once, by the first word of a key. Of the other kernels, which take less time and whose
+# first candidate is nearly the best, that one is taken.
+TIMED = {"linear": 3, "attention": 3}
 
 SIZES = re.compile(r"(.*) (\d+)x(\d+)x(\d+)(, \d bits.*)")  # a key of a linear kernel
 BATCH = re.compile(r"(.*?) (\d+)(x\d.*)")  # a key: its first size, rows or sequences, grows with the batch
@@ -58,6 +60,11 @@ class Job(NamedTuple):
     candidates: Sequence[Config]
     run: Run
     known: bool
+
+    @property
+    def at_once(self) -> int:
+        """The number of candidates that are timed at once."""
+        return TIMED.get(self.key.partition(" ")[0], 1)
 
 
 class Deferred(Exception):  # noqa: N818
@@ -124,7 +131,7 @@ def prepare(call: Callable[[], object]) -> None:
         unknown = [job for job in jobs if not job.known]
         for job in unknown:
             _say_once(job.gpu)
-        timing.compile_all([(job.run, config) for job in jobs for config in job.candidates[:TIMED]])
+        timing.compile_all([(job.run, config) for job in jobs for config in job.candidates[: job.at_once]])
         for job in unknown:
             _settle(job)
     except Exception as error:
@@ -157,12 +164,12 @@ def _found_now(gpu: str, key: str, candidates: Callable[[], list[Config]], run: 
 
 def _settle(job: Job) -> Config:
     """Time the first candidates of a job, or the next ones where none of these runs, and keep the best."""
-    table, count = _table(job.gpu), len(job.candidates)
-    for start in range(0, count, TIMED):
+    table, total = _table(job.gpu), len(job.candidates)
+    for start in range(0, total, job.at_once):
         try:
-            best = timing.fastest(job.candidates[start : start + TIMED], job.run)[0][0]
+            best = timing.fastest(job.candidates[start : start + job.at_once], job.run)[0][0]
         except timing.NoConfigurationError:
-            if start + TIMED >= count:
+            if start + job.at_once >= total:
                 raise
         else:
             break
