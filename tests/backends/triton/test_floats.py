@@ -16,7 +16,7 @@ pytest.importorskip("triton.experimental.gluon")
 
 from test_triton_rows import prepared, row_operand
 
-from tqdit.backends.triton import candidates, floats, hopper, launch, operators, tuning
+from tqdit.backends.triton import candidates, flat, float_operators, floats, hopper, launch, tuning
 from tqdit.backends.triton.backend import PackedTritonBackend, TritonBackend
 from tqdit.backends.triton.layouts import Config, weight_of
 from tqdit.errors import InputError
@@ -286,12 +286,12 @@ def test_operators_have_true_fake_implementations() -> None:
     layer = prepared(run, make.weight(24, 20), None)
     codes = run.quantize(x, source)
     weight = [layer.codes, layer.scale, layer.bias, layer.sums], [20, 8]
-    flat = operators.flatten(source)
+    given = flat.flatten(source)
     for operator, args in (
-        (operators.quantize_floats, (x, None, *flat)),
-        (operators.quantize_floats, (x, to(DEVICE, torch.ones(20)), *flat)),
-        (operators.linear_to_floats, (list(codes), *weight, *flat, torch.bfloat16)),
-        (operators.linear_from_floats, (x[0], *weight, torch.float16)),
+        (float_operators.quantize_floats, (x, None, *given)),
+        (float_operators.quantize_floats, (x, to(DEVICE, torch.ones(20)), *given)),
+        (float_operators.linear_to_floats, (list(codes), *weight, *given, torch.bfloat16)),
+        (float_operators.linear_from_floats, (x[0], *weight, torch.float16)),
     ):
         found = torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
         assert set(found.values()) == {"SUCCESS"}

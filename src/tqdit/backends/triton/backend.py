@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tqdit.backends.triton import float_attention, floats, operators, tuning
+from tqdit.backends.triton import flat, float_attention, float_operators, floats, operators, tuning
 from tqdit.backends.triton.layer import TritonLinear
 from tqdit.backends.triton.layouts import NATIVE, Projected, weight_of, with_steps
 from tqdit.errors import InputError
@@ -61,7 +61,7 @@ class TritonBackend:
             x, norm = _modulated(x, norm), None
         if norm is None:
             return self._quantize(x, target)
-        operands = operators.flatten(target)
+        operands = flat.flatten(target)
         x = x.contiguous()
         assert norm.shift.stride(0) == norm.scale.stride(0)
         given = x, norm.shift, norm.scale, norm.eps, *operands
@@ -77,17 +77,17 @@ class TritonBackend:
         of two passes over a row is slower.
         """
         if not torch.compiler.is_compiling():
-            with operators.on(x):
+            with flat.on(x):
                 return floats.quantize(x, target)
         if target.grid is Grid.ROW and NATIVE:
             return floats.quantize_rows_in_graph(x, target)
         if target.grid is Grid.ROW:
-            return RowCodes(*operators.quantize_floats(x, target.channels, *operators.flatten(target)))
+            return RowCodes(*float_operators.quantize_floats(x, target.channels, *flat.flatten(target)))
         if not target.grid.two_region:
             return floats.quantize_in_torch(x, target)
         if target.channels is not None:
             x, target = x.float() * target.channels, target._replace(channels=None)
-        return operators.quantize(x.contiguous(), *operators.flatten(target))
+        return operators.quantize(x.contiguous(), *flat.flatten(target))
 
     def project(
         self,
@@ -101,7 +101,7 @@ class TritonBackend:
             _check_static(target, self.NAME)
         given = _tensors(codes)
         batch, tokens, _ = given[0].shape
-        operands = operators.flatten(source, *(_per_head(target, heads) for target in targets))
+        operands = flat.flatten(source, *(_per_head(target, heads) for target in targets))
         out = operators.project(given, *_weight(layer), *operands, heads)
         return Projected(out, batch, tokens, layer.shape[0] // len(targets) // heads)
 
@@ -115,7 +115,7 @@ class TritonBackend:
     ) -> Codes:
         fused = target.grid is not Grid.ROW and target.channels is None
         projections = (_per_head(params, attention.heads) for params in attention.projections)
-        operands = operators.flatten(*projections, attention.softmax, *((target,) if fused else ()))
+        operands = flat.flatten(*projections, attention.softmax, *((target,) if fused else ()))
         keys = (context or projected).tokens
         sizes = [projected.batch, projected.tokens, keys, attention.heads, projected.head_dim]
         added = None if bias is None else bias.float().contiguous()
@@ -130,20 +130,20 @@ class TritonBackend:
         then: Then | None = None,
     ) -> Codes:
         if isinstance(then, Float) and not torch.compiler.is_compiling():
-            with operators.on(with_steps(codes)[0]):
+            with flat.on(with_steps(codes)[0]):
                 return floats.linear(codes, source, weight_of(layer), then.dtype)
         given = _tensors(codes), *_weight(layer)
         if isinstance(then, Float):
-            return operators.linear_to_floats(*given, *operators.flatten(source), then.dtype)
+            return float_operators.linear_to_floats(*given, *flat.flatten(source), then.dtype)
         if then is None:
-            return operators.linear(*given, *operators.flatten(source))
+            return operators.linear(*given, *flat.flatten(source))
         if isinstance(then, Residual):
-            return operators.linear_residual(*given, *operators.flatten(source), then.x.contiguous(), then.gate)
+            return operators.linear_residual(*given, *flat.flatten(source), then.x.contiguous(), then.gate)
         target = then.target
         if then.function != "gelu_tanh" or target.grid is Grid.ROW:  # no kernel has this function, or whole rows
-            y = operators.linear(*given, *operators.flatten(source))
+            y = operators.linear(*given, *flat.flatten(source))
             return self.quantize(FUNCTIONS[then.function](y), target)
-        return operators.linear_activation(*given, *operators.flatten(source, target), target.channels)
+        return operators.linear_activation(*given, *flat.flatten(source, target), target.channels)
 
     def float_input_linear(
         self, x: torch.Tensor, layer: TritonLinear, dtype: torch.dtype | None = None
@@ -159,9 +159,9 @@ class TritonBackend:
         else:
             rows = x.reshape(-1, x.shape[-1]).contiguous()
             if torch.compiler.is_compiling():
-                out = operators.linear_from_floats(rows, *_weight(layer), dtype)
+                out = float_operators.linear_from_floats(rows, *_weight(layer), dtype)
             else:
-                with operators.on(rows):
+                with flat.on(rows):
                     out = floats.float_input(rows, weight_of(layer), dtype)
         return out.view(*x.shape[:-1], layer.shape[0])
 
