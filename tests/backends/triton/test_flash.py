@@ -19,7 +19,7 @@ from emulated_gluon import Blocks, Emulated, Pointer
 
 from tqdit.backends.triton import candidates, flash, hopper, launch, naming
 from tqdit.backends.triton.kernels import hopper_flash
-from tqdit.backends.triton.layouts import FLASH, Config, Projected
+from tqdit.backends.triton.layouts import FLASH, Config, Projected, row_stride
 from tqdit.errors import InputError
 from tqdit.ops import one_pass, reference
 from tqdit.ops.composed import probabilities, split_heads
@@ -215,9 +215,29 @@ def test_it_needs_softmax_rows(four_processors) -> None:
         case.run(CONFIG)
 
 
-def test_arguments_are_those_of_the_kernel() -> None:
-    names = inspect.signature(hopper_flash.hopper_flash_kernel.fn).parameters
-    assert list(names)[:6] == ["q", "q_rest", "k", "k_rest", "v", "v_rest"]
+def test_a_launch_gives_every_parameter_of_the_kernel_its_value(emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = inspect.signature(hopper_flash.hopper_flash_kernel.fn)
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int]):
+            return lambda *given, **options: launches.append((grid, parameters.bind(*given).arguments, options))
+
+    monkeypatch.setattr(hopper.kernels().flash, "hopper_flash_kernel", Kernel())
+    case = Case(3, 70, 272, 72, 2, True)
+    case.run(CONFIG, coded=True)
+    ((grid, given, options),) = launches
+    assert list(given) == list(parameters.parameters)
+    sizes = {"sequences": 6, "heads": 2, "N": 70, "KEYS": 272, "D": 72, "D_FIRST": 64, "D_REST": 32, "V_REST": 8,
+             "V_PAD": 16, "BITS": 8, "TARGET_BITS": 8, "STAGES": 4, "BK": one_pass.BLOCK, "HALF": False}  # fmt: skip
+    assert {name: given[name] for name in sizes} == sizes
+    shapes = {name: list(given[name].block_shape) for name in ("q", "q_rest", "k", "k_rest", "v", "v_rest")}
+    assert shapes == {"q": [64, 64], "q_rest": [64, 32], "k": [128, 64], "k_rest": [128, 32], "v": [64, 128],
+                      "v_rest": [8, 128]}  # fmt: skip
+    tables = (*case.params.projections, case.target)
+    assert all(given[n] is p.table for n, p in zip(("query", "key", "value", "target"), tables, strict=True))
+    assert given["STRIDES"] == tuple(map(row_stride, tables))
+    assert (grid, options["num_warps"]) == ((4,), hopper_flash.WARPS.value)  # no more programs than multiprocessors
 
 
 @pytest.mark.gpu

@@ -19,6 +19,7 @@ from test_triton_rows import prepared, row_operand
 from tqdit.backends.triton import candidates, flat, float_operators, floats, hopper, launch, tuning
 from tqdit.backends.triton.backend import PackedTritonBackend, TritonBackend
 from tqdit.backends.triton.layouts import Config, weight_of
+from tqdit.backends.triton.relaunch import Plan
 from tqdit.errors import InputError
 from tqdit.ops.quantizer import quantize
 from tqdit.ops.reference import Reference
@@ -64,6 +65,45 @@ def test_channel_factors_and_rows_that_are_apart(batch: int, tokens: int, width:
         x, given = part(wide), target if len(part(wide)) == batch else target._replace(table=target.table[:1])
         found = TritonBackend().quantize(part(to(DEVICE, wide)), to(DEVICE, given))
         assert equal_codes(found, quantize(x, given), width)
+
+
+def starting_at(place: int, x: torch.Tensor) -> torch.Tensor:
+    """A copy of x on the device, `place` numbers after a multiple of 16 bytes."""
+    memory = torch.empty(x.numel() + 8, dtype=x.dtype, device=DEVICE)
+    found = memory[place : place + x.numel()].view(x.shape).copy_(x)
+    assert found.data_ptr() % 16 == place * x.element_size() % 16
+    return found
+
+
+@pytest.fixture
+def triton_asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Where x starts, beyond a multiple of 16 bytes, in every launch that takes no kernel of an earlier one."""
+    asked: list[int] = []
+    launch_known, launch_any = Plan.launch, Plan.launch_any
+
+    def known(self: Plan, tensors, blocks=()) -> None:
+        assert tensors[0].data_ptr() % 16 == 0
+        launch_known(self, tensors, blocks)
+
+    def anew(self: Plan, tensors, blocks=()):
+        asked.append(tensors[0].data_ptr() % 16)
+        return launch_any(self, tensors, blocks)
+
+    monkeypatch.setattr(Plan, "launch", known)
+    monkeypatch.setattr(Plan, "launch_any", anew)
+    return asked
+
+
+@each_dtype
+@pytest.mark.parametrize("grid", [Grid.ROW, Grid.UNIFORM])
+def test_floats_that_start_anywhere(grid: Grid, dtype: torch.dtype, triton_asked: list[int]) -> None:
+    """Also after a launch for floats that start at a multiple of 16 bytes."""
+    make = maker(13)
+    target, x = make.params(grid, 2), make.values(2, 7, 40).to(dtype)
+    for place in (1, 0, 1, 3):
+        found = TritonBackend().quantize(starting_at(place, x), to(DEVICE, target))
+        assert equal_codes(found, quantize(x, target), 40)
+    assert [start for start in triton_asked if start] == [place * dtype.itemsize for place in (1, 1, 3)]
 
 
 @pytest.mark.gpu
@@ -215,6 +255,17 @@ def test_float_inputs_of_any_dtype(rows: int, depth: int, columns: int, dtype: t
         assert found.dtype is out
         bound = (depth + 4) * 2.0**-24 * size + exact.abs() * torch.finfo(out).eps
         assert ((found.cpu().double() - exact).abs() <= bound).all()
+
+
+@each_dtype
+def test_float_inputs_that_start_anywhere(dtype: torch.dtype, triton_asked: list[int]) -> None:
+    x, weight, bias, exact, size = float_case(3, 64, 40, dtype)
+    layer = prepared(TritonBackend(), weight, bias)
+    bound = (64 + 4) * 2.0**-24 * size + exact.abs() * torch.finfo(dtype).eps
+    for place in (1, 0, 1):
+        found = TritonBackend().float_input_linear(starting_at(place, x), layer, dtype)
+        assert ((found.cpu().double() - exact).abs() <= bound).all()
+    assert [start for start in triton_asked if start] == [dtype.itemsize] * 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
