@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from tqdit.backends.triton.kernels.attention import LOG2E
+from tqdit.backends.triton.kernels.flash_ptx import coding, constraints, rescaling
 from tqdit.backends.triton.kernels.hopper import COPY
 from tqdit.backends.triton.kernels.hopper_attention import (
     _as_floats,
@@ -48,21 +49,6 @@ REGISTERS = 224, 56, 56  # of a thread that computes, that sums, that copies: at
 RESCALED_BY = gl.constexpr(-2147483648.0)  # 2^31
 
 
-@gluon.constexpr_function
-def _constraints(count):
-    return ",".join(["=r"] * count + [str(i) for i in range(count)] + ["r"] * (2 * count))
-
-
-@gluon.constexpr_function
-def _rescaling(count):
-    """The PTX of `_rescale` for sums in `count` registers of a thread."""
-    text = f"{{ .reg .pred p; .reg .b32 t; or.b32 t, ${3 * count}, ${3 * count + 2}; setp.ne.s32 p, t, 0; "
-    text += "vote.sync.any.pred p, p, 0xffffffff; @!p bra DONE; "
-    for i in range(count):
-        text += f"add.s32 t, ${i}, ${2 * count + i}; mul.hi.s32 t, t, ${3 * count + i}; mad.lo.s32 ${i}, t, 2, ${i}; "
-    return text + "DONE: }"
-
-
 @gluon.jit
 def _rescale(sums, offsets, by, COLUMNS: gl.constexpr):
     """Return sums + 2 floor((sums + offsets) by 2^-32), skipped where no row of a warp has a `by` but 0."""
@@ -72,7 +58,7 @@ def _rescale(sums, offsets, by, COLUMNS: gl.constexpr):
     rows = nothing + _of_rows(by, COLUMNS, WARPS)[:, None]
     columns = nothing + offsets.load(gl.SliceLayout(0, layout))[None, :]
     return gl.inline_asm_elementwise(
-        _rescaling(COUNT), _constraints(COUNT), [sums, columns, rows], gl.int32, is_pure=True, pack=COUNT
+        rescaling(COUNT), constraints(COUNT), [sums, columns, rows], gl.int32, is_pure=True, pack=COUNT
     )
 
 
@@ -82,24 +68,6 @@ def _operand(x, BK: gl.constexpr, COLUMNS: gl.constexpr):
     x = x.reshape(16 * WARPS, BK // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(16 * WARPS, BK)
     layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=_layout(COLUMNS, WARPS), k_width=4)
     return gl.convert_layout(x, layout, assert_trivial=True)
-
-
-@gluon.constexpr_function
-def _coding(bits, half):
-    """The PTX that makes four codes of powers, the integer round(power levels) - 128 each."""
-    if half:
-        level = ((bits + 14) << 10) + 1024 - (1 << (11 - bits))  # the bits of 2^bits - 1 in fp16
-        return (
-            f"{{ .reg .b32 a, b, l, m; mov.b32 l, {level * 0x10001}; mov.b32 m, 0x64806480; "
-            "cvt.rn.f16x2.f32 a, $2, $1; cvt.rn.f16x2.f32 b, $4, $3; fma.rn.f16x2 a, a, l, m; "
-            "fma.rn.f16x2 b, b, l, m; prmt.b32 $0, a, b, 0x6420; }"
-        )
-    return (
-        "{ .reg .f32 a, b, c, d, m; .reg .b32 i, j, k, n; mov.f32 m, 0f4B3FFF80; fma.rn.f32 a, $1, $5, m; "
-        "fma.rn.f32 b, $2, $6, m; fma.rn.f32 c, $3, $7, m; fma.rn.f32 d, $4, $8, m; "
-        "mov.b32 i, a; mov.b32 j, b; mov.b32 k, c; mov.b32 n, d; "
-        "prmt.b32 i, i, j, 0x0040; prmt.b32 k, k, n, 0x0040; prmt.b32 $0, i, k, 0x5410; }"
-    )
 
 
 @gluon.jit
@@ -115,11 +83,11 @@ def _codes(
     e = power_of_two(gl.fma(x, nothing + scale, nothing + shift[:, None]), True)
     e = _operand(e, BK, COLUMNS)
     if HALF:
-        return gl.inline_asm_elementwise(_coding(BITS, HALF), "=r,f,f,f,f", [e], gl.int8, is_pure=True, pack=4)
+        return gl.inline_asm_elementwise(coding(BITS, HALF), "=r,f,f,f,f", [e], gl.int8, is_pure=True, pack=4)
     else:
         by = gl.convert_layout(levels, gl.SliceLayout(1, e.type.layout), assert_trivial=True)
         return gl.inline_asm_elementwise(
-            _coding(BITS, HALF), "=r,f,f,f,f,f,f,f,f", [e, gl.full_like(e, 0.0) + by[:, None]], gl.int8, is_pure=True,
+            coding(BITS, HALF), "=r,f,f,f,f,f,f,f,f", [e, gl.full_like(e, 0.0) + by[:, None]], gl.int8, is_pure=True,
             pack=4,
         )  # fmt: skip
 
