@@ -41,7 +41,7 @@ int64_t panel_width(int64_t columns, int64_t begin) {
 
 constexpr int64_t LARGE_PAGE = 1 << 21, LARGE_RESULT = 1 << 25;  // bytes; allocators map such a result anew
 
-// Asks for large pages for a result that nobody has written to yet: small ones cost a tenth of a product's time.
+// Asks for large pages for a result that nobody has written to yet, since the first write to each page costs time.
 inline void in_large_pages(void* result, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   if (bytes < LARGE_RESULT) return;
