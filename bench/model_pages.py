@@ -49,11 +49,12 @@ def shares() -> Lines:
         "parameters in integers (%)", "integer weights alone (%)", "bound",
     ]  # fmt: skip
     return [
-        "Shares are of one call at the size that the model is made for, of its FLOPs and of its parameters, computed "
-        "from its config by `bench/architecture_shares.py`; what is missing to 100 % stays in float. The bound is for "
-        f"linear layers in integers that are {faster:.2f} times as fast as in bf16, the median of the layers under "
-        "[speed](#speed) with their own quantize, with everything else as it was and all FLOPs equally fast. A FLOP "
-        "of attention usually takes longer than one of a linear layer; then the gain is lower.",
+        "The shares are those of the FLOPs of one call, at the size that the model is made for, and of the model's "
+        "parameters. `bench/architecture_shares.py` computes them from the model's config. What is missing to 100 % "
+        "stays in float. The bound says how many times as fast as bf16 a call would be, if linear layers in integers "
+        f"were {faster:.2f} times as fast, everything else took as long as before, and all FLOPs of bf16 were equally "
+        f"fast. {faster:.2f} is the median of the layers under [speed](#speed), each with its own quantize. A FLOP of "
+        "attention usually takes longer than one of a linear layer; then the gain is lower.",
         "",
         table(head, [_shares_row(row, faster) for row in run["models"]]),
         "",
@@ -165,9 +166,10 @@ def speed() -> Lines:
         weights = ", ".join(f"{one['model']} {one['bytes_of_bf16']:.3f}" for one in run["models"])
         lines += [
             "Blocks of published shapes with random weights under the preset `dynamic`, by `tqdit bench --random`, on "
-            f"{'two cores of a CPU' if device == 'cpu' else device}: ms of bf16 → ms of ours, medians of interleaved "
-            "rounds. The gain is that of our fastest over the fastest bf16. All blocks: as many as the published model "
-            f"has, computed from one of each kind. Weights of the whole model over bf16's: {weights}.",
+            f"{'two cores of a CPU' if device == 'cpu' else device}. Cells are milliseconds, bf16 → integers, medians of "
+            "interleaved rounds. The gain is the time of the fastest bf16 over that of the fastest in integers. "
+            "\"linears\" are all linear layers of one block of each kind. \"all blocks\" is computed from one block of each "
+            f"kind, for as many as the published model has. Weights of the whole model over bf16's: {weights}.",
             "",
             table(
                 ["model", "part", *MODES, "gain"],
