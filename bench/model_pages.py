@@ -166,10 +166,10 @@ def speed() -> Lines:
         weights = ", ".join(f"{one['model']} {one['bytes_of_bf16']:.3f}" for one in run["models"])
         lines += [
             "Blocks of published shapes with random weights under the preset `dynamic`, by `tqdit bench --random`, on "
-            f"{'two cores of a CPU' if device == 'cpu' else device}. Cells are milliseconds, bf16 → integers, medians of "
-            "interleaved rounds. The gain is the time of the fastest bf16 over that of the fastest in integers. "
-            "\"linears\" are all linear layers of one block of each kind. \"all blocks\" is computed from one block of each "
-            f"kind, for as many as the published model has. Weights of the whole model over bf16's: {weights}.",
+            f"{'two cores of a CPU' if device == 'cpu' else device}. Cells are milliseconds, bf16 → integers, medians "
+            "of interleaved rounds. The gain is the time of the fastest bf16 over that of the fastest in integers. "
+            "`linears` are all linear layers of one block of each kind. `all blocks` is computed from one block of "
+            f"each kind, for as many as the published model has. Weights of the whole model over bf16's: {weights}.",
             "",
             table(
                 ["model", "part", *MODES, "gain"],
