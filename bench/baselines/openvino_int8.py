@@ -36,25 +36,25 @@ def versions() -> dict[str, str]:
 
 def int8(model: nn.Module, states: CalibrationSet) -> nn.Module:
     """Return OpenVINO's int8 model of a DiT in fp32 on the CPU, calibrated on `states`."""
-    with private():  # what a library sends is decided when it is imported
+    with private():
         import nncf
         import openvino
 
-    logging.getLogger("nncf").setLevel(logging.ERROR)
-    config = registry.config_of(model)
-    example = _inputs(states, [0, 0], config)
-    graph = openvino.convert_model(Positional(model, {"class_labels": example[2]}), example_input=tuple(example))
-    order = torch.randperm(len(states), generator=torch.Generator().manual_seed(0))  # NNCF takes the first 300
-    items = [_inputs(states, [index, index], config) for index in order.tolist()]
-    quantized = nncf.quantize(
-        graph,
-        nncf.Dataset(items, lambda item: [part.numpy() for part in item]),
-        preset=nncf.QuantizationPreset.MIXED,
-        model_type=nncf.ModelType.TRANSFORMER,
-        ignored_scope=nncf.IgnoredScope(names=_float_layers(graph, model), validate=False),
-    )
-    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    return Compiled(model, openvino.compile_model(quantized, "CPU", options))
+        logging.getLogger("nncf").setLevel(logging.ERROR)
+        config = registry.config_of(model)
+        example = _inputs(states, [0, 0], config)
+        graph = openvino.convert_model(Positional(model, {"class_labels": example[2]}), example_input=tuple(example))
+        order = torch.randperm(len(states), generator=torch.Generator().manual_seed(0))  # NNCF takes the first 300
+        items = [_inputs(states, [index, index], config) for index in order.tolist()]
+        quantized = nncf.quantize(
+            graph,
+            nncf.Dataset(items, lambda item: [part.numpy() for part in item]),
+            preset=nncf.QuantizationPreset.MIXED,
+            model_type=nncf.ModelType.TRANSFORMER,
+            ignored_scope=nncf.IgnoredScope(names=_float_layers(graph, model), validate=False),
+        )
+        options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        return Compiled(model, openvino.compile_model(quantized, "CPU", options))
 
 
 class Compiled(nn.Module):

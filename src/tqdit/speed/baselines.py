@@ -187,12 +187,7 @@ def quantize_with_torchao(model: nn.Module, name: str, only_blocks: bool = False
     since they are not compiled and would be slower.
     """
     with quiet():
-        from torchao.quantization import (
-            Float8DynamicActivationFloat8WeightConfig,
-            Int8DynamicActivationInt8WeightConfig,
-            PerRow,
-            quantize_,
-        )
+        from torchao.quantization import quantize_
 
     done: set[int] = set()
     blocks = tuple(f"{block.prefix}." for block in registry.graph(registry.config_of(model)).blocks)
@@ -204,12 +199,22 @@ def quantize_with_torchao(model: nn.Module, name: str, only_blocks: bool = False
         done.add(id(module))
         return True
 
+    quantize_(model, torchao_config(name), is_new_linear)
+
+
+def torchao_config(name: str) -> Any:
+    """Return torchao's settings for a contender: scales by rows, which are found in every call."""
+    with quiet():
+        from torchao.quantization import (
+            Float8DynamicActivationFloat8WeightConfig,
+            Int8DynamicActivationInt8WeightConfig,
+            PerRow,
+        )
+
     # torchao would set options for the whole process; TORCHAO_OPTIONS sets them for its models alone.
     if name == "torchao-fp8":
-        config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
-    else:
-        config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
-    quantize_(model, config, is_new_linear)
+        return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
 
 
 class Baseline(nn.Module):

@@ -19,8 +19,16 @@ from tqdit.errors import InputError
 from tqdit.graph import Graph
 from tqdit.recipe import Recipe
 from tqdit.recorded import quantize_recorded
-from tqdit.speed.baselines import FP8_OPTIONS, RECOMPILE_LIMIT, TORCHAO_OPTIONS, missing, quiet
+from tqdit.speed.baselines import (
+    AUTOTUNED,
+    FP8_OPTIONS,
+    RECOMPILE_LIMIT,
+    TORCHAO_OPTIONS,
+    missing,
+    torchao_config,
+)
 from tqdit.speed.machine import synchronise
+from tqdit.speed.quiet import quiet
 
 
 class Kind(NamedTuple):
@@ -34,7 +42,6 @@ class Kind(NamedTuple):
     graphs: bool = False
 
 
-AUTOTUNED: Mapping[str, Any] = {"max_autotune": True, "coordinate_descent_tuning": True}  # its mode without CUDA graphs
 ENTRANTS: Mapping[str, Kind] = {
     "bf16-eager": Kind("bf16"),
     "bf16-compiled": Kind("bf16", {}),
@@ -241,18 +248,9 @@ def _in_use(compiled: Mapping[nn.Module, Any]) -> Iterator[None]:
 
 def _torchao(name: str, model: nn.Module, graph: Graph) -> nn.Module:
     """Quantize by torchao, in place, the layers that ours quantizes with their inputs."""
+    names = {name for block in graph.blocks for linear in block.linears for name in linear.modules}
     with quiet():
-        from torchao.quantization import (
-            Float8DynamicActivationFloat8WeightConfig,
-            Int8DynamicActivationInt8WeightConfig,
-            PerRow,
-            quantize_,
-        )
+        from torchao.quantization import quantize_
 
-        names = {name for block in graph.blocks for linear in block.linears for name in linear.modules}
-        if name == "torchao-fp8":
-            config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
-        else:
-            config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
-        quantize_(model, config, lambda _, path: path in names)
+        quantize_(model, torchao_config(name), lambda _, path: path in names)
     return model

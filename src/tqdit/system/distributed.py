@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 Items = TypeVar("Items", bound=Sequence[Any])
 # Shares differ by one batch: ranks of like speed wait minutes, or hours where a large model is calibrated on CPUs.
 # torchrun ends a job whose process dies; this is for a machine that falls silent.
-THREADS = "TQDIT_THREADS"  # the variable that says how many threads of torch each of several processes has
 TIMEOUT = {"cpu": timedelta(hours=12), "cuda": timedelta(hours=2)}
+THREADS = "TQDIT_THREADS"  # the variable that says how many threads of torch each of several processes has
 
 
 @dataclass(frozen=True)

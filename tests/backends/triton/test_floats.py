@@ -16,7 +16,7 @@ pytest.importorskip("triton.experimental.gluon")
 
 from test_triton_rows import prepared, row_operand
 
-from tqdit.backends.triton import candidates, flat, float_operators, floats, hopper, launch, tuning
+from tqdit.backends.triton import backend, candidates, flat, float_operators, floats, hopper, launch, tuning
 from tqdit.backends.triton.backend import PackedTritonBackend, TritonBackend
 from tqdit.backends.triton.layouts import Config, weight_of
 from tqdit.backends.triton.relaunch import Plan
@@ -205,6 +205,9 @@ def test_codes_and_weights_are_on_one_device() -> None:
         run.linear(run.quantize(torch.ones(1, 1, 32, device=DEVICE), source), source, layer, Float(torch.float32))
     with pytest.raises(InputError, match="cannot take"):
         run.float_input_linear(torch.ones(1, 32, device=DEVICE), layer, torch.float32)
+    many = torch.ones(64, 256, device=DEVICE, dtype=torch.bfloat16)
+    with pytest.raises(InputError, match="cannot take"):  # a weight that becomes floats for torch's product
+        run.float_input_linear(many, run.prepare(maker(0).weight(16, 256), None), torch.bfloat16)
 
 
 # Configurations -----------------------------------------------------------------------------------------------------
@@ -346,3 +349,19 @@ def test_operators_have_true_fake_implementations() -> None:
     ):
         found = torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
         assert set(found.values()) == {"SUCCESS"}
+
+
+def test_an_exported_program_has_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.export records operators: a kernel that is launched while it traces would be lost."""
+
+    class Quantize(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            codes = TritonBackend().quantize(x, row_operand())
+            return codes.codes, codes.scale
+
+    monkeypatch.setattr(backend, "NATIVE", True)  # as on a GPU
+    monkeypatch.setattr(floats, "quantize_rows_kernel", None)
+    for strict in (False, True):
+        program = torch.export.export(Quantize(), (torch.ones(1, 5, 64),), strict=strict)
+        names = [str(node.target) for node in program.graph.nodes]
+        assert names.count("tqdit.quantize_floats.default") == 1

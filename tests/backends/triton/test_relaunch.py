@@ -45,6 +45,25 @@ def test_the_second_launch_takes_addresses_and_asks_nothing(kernel: Kernel) -> N
     ]
 
 
+def test_a_plan_that_another_thread_has_just_compiled_is_whole(kernel: Kernel) -> None:
+    """Another thread may launch as soon as the kernel is known; here it does while the plan takes the kernel over."""
+    x = torch.zeros(4)
+
+    class Slow(Kernel):
+        @property
+        def packed_metadata(self) -> str:
+            if not self.again and len(self.asked) == 1:
+                plan.launch((x,))
+            return "metadata"
+
+    slow = Slow()
+    plan = Plan(slow, (1, 1), ())
+    plan.launch((x,))
+    plan.launch((x,))
+    assert len(slow.asked) + len(slow.again) == 3
+    assert plan.launched
+
+
 def test_another_plan_asks_triton(kernel: Kernel) -> None:
     for rows in (7, 8):
         Plan(kernel, (1, 1), (rows,)).launch((torch.zeros(4),))

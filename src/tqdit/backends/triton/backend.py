@@ -79,7 +79,7 @@ class TritonBackend:
         if not torch.compiler.is_compiling():
             with flat.on(x):
                 return floats.quantize(x, target)
-        if target.grid is Grid.ROW and NATIVE:
+        if target.grid is Grid.ROW and NATIVE and not torch.compiler.is_exporting():
             return floats.quantize_rows_in_graph(x, target)
         if target.grid is Grid.ROW:
             return RowCodes(*float_operators.quantize_floats(x, target.channels, *flat.flatten(target)))

@@ -6,6 +6,7 @@ runs; elsewhere, from the nearest size that was timed.
 """
 
 import functools
+import operator
 
 import torch
 from torch.nn import functional as F
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from tqdit.backends.triton import candidates, hopper, launch, naming, tuning
 from tqdit.backends.triton.kernels.quantize import quantize_rows_kernel
 from tqdit.backends.triton.layouts import Config, Weight, groups_of, pitch, powers_of_two, row_stride, with_steps
+from tqdit.backends.triton.relaunch import check_device
 from tqdit.ops import quantizer
 from tqdit.ops.schema import Codes, OperandParams, RowCodes
 from tqdit.spec import Grid
@@ -50,7 +52,7 @@ def quantize_rows_in_graph(x: torch.Tensor, target: OperandParams) -> RowCodes:
     out = torch.empty((batch, tokens, pitch(width)), dtype=torch.int8, device=x.device)
     steps = torch.empty((batch, tokens), dtype=torch.float32, device=x.device)
     groups = groups_of(target)
-    rows, (block, first, rest, warps) = batch * tokens, _row_blocks(width)
+    rows, (block, first, rest, warps) = batch * tokens, _row_blocks(operator.index(width))  # a number, not a symbol
     quantize_rows_kernel[(-(-rows // block), 1)](
         x, target.table, groups.tensor, out, steps, target.channels, rows, tokens, x_stride, pitch(width), width,
         groups.stride, row_stride(target), target.bits, launch.NATIVE, block, first, rest, num_warps=warps,
@@ -89,6 +91,7 @@ def float_input(x: torch.Tensor, weight: Weight, dtype: torch.dtype) -> torch.Te
     Many rows of fp16 or bf16 are multiplied by torch, with a weight that is rounded to their dtype for the call.
     """
     rows, columns, depth = x.shape[0], weight.codes.shape[0], weight.depth
+    check_device(x, weight.codes)
     if x.dtype is dtype is not torch.float32 and rows > MANY_ROWS and depth >= DEEP:
         return F.linear(x, *launch.dequantize(weight, dtype))
 

@@ -28,8 +28,8 @@ class Blocks(NamedTuple):
 class Plan:
     """The launches of one kernel, of Triton or Gluon, that differ in nothing but their tensors.
 
-    `grid`: programs. `others`: the arguments after the tensors. A plan is for one GPU, for tensors of the same dtypes,
-    and for a kernel that reads its integers from `others`. The GPU has to be the current one.
+    `grid`: programs. `others`: the arguments after the tensors. A plan is for one GPU, which has to be the current one,
+    and for tensors of the same dtypes: those of tables and time groups are always the same.
     """
 
     __slots__ = ("_compiled", "_end", "_start", "grid", "kernel", "options", "others")
@@ -47,14 +47,14 @@ class Plan:
         """Launch the kernel with tensors, then descriptors of blocks, then the other arguments.
 
         Triton specializes a kernel for tensors that start at multiples of 16 bytes, so the tensors of every launch have
-        to; the others go through `launch_any`.
+        to, unless the kernel is declared without that specialization. Others go through `launch_any`.
         """
         compiled = self._compiled
         if compiled is None:
             made = self.launch_any(tensors, blocks)
             if NATIVE:
-                self._compiled = made
                 self._start, self._end = (*self.grid, 1), (made.function, made.packed_metadata, None, None, None)
+                self._compiled = made  # last: another thread takes what stands above as soon as it sees this
         elif _observed():
             compiled[self._start](*tensors, *blocks, *self.others)
         else:

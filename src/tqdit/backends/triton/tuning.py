@@ -196,7 +196,7 @@ def _of_other_batch(table: dict[str, Config], key: str, candidates: Callable[[],
     """Return the configuration of the nearest batch, `NEAR` doublings away at most, that is a candidate here."""
     asked = BATCH.match(key)
     distances = []
-    for name, config in table.items():
+    for name, config in list(table.items()):  # other threads may add to it
         other = BATCH.match(name)
         if asked and other and (other[1], other[3]) == (asked[1], asked[3]):
             distances.append((abs(math.log2(int(other[2]) / int(asked[2]))), config))
@@ -221,7 +221,7 @@ def _nearest(gpu: str, key: str, known: int) -> Config | None:
     assert asked
     before, *sizes, after = asked.groups()
     best: tuple[float, Config | None] = (FAR, None)
-    for name, config in table.items():
+    for name, config in list(table.items()):
         other = SIZES.match(name)
         if other and (other[1], other[5]) == (before, after):
             distance = sum(abs(math.log2(int(a) / int(b))) for a, b in zip(sizes, other.groups()[1:4], strict=True))
