@@ -7,6 +7,7 @@ from tqdit.artifact.tensors import decisive
 from tqdit.errors import InputError
 from tqdit.runtime import fitting
 from tqdit.sources.resolve import resolve
+from tqdit.sources.sampled import check_sampled
 from tqdit.sources.scheduler import check_timesteps
 from tqdit.sources.source import ModelSource
 from tqdit.spec import Solution
@@ -24,12 +25,13 @@ class ComparedArtifact:
 def load_artifact(path: str | Path, source: ModelSource, digest: str) -> ComparedArtifact:
     """Load an artifact that was made from the float model `source`, whose weights have the hash `digest`.
 
-    Raises `InputError` for a folder that is not quantized, and for an artifact of other weights, of a model with other
-    settings, or with other timesteps than the scheduler of `source` has.
+    Raises `InputError` for a folder that is not quantized, for an artifact of a traced model, and for one of other
+    weights, of a model with other settings, or with other timesteps than the scheduler of `source` has.
     """
     other = resolve(path)
     if not other.quantized:
         raise InputError(f"'{path}' is not quantized; compare takes a float model, then artifacts")
+    check_sampled(other, "compare")
     solution = fitting.read(other.folder, other.root)
     if solution.provenance.source_sha256 != digest:
         made_from = solution.provenance.source or "an unknown model"
