@@ -37,7 +37,6 @@ from tqdit.sources.source import ModelSource
 from tqdit.spec import Solution
 from tqdit.speed.cost import Cost, memory, timed
 from tqdit.stages import Report, silent
-from tqdit.system.deprecation import formerly_positional
 from tqdit.system.distributed import current
 from tqdit.system.environment import environment
 from tqdit.system.isolation import isolated
@@ -133,7 +132,6 @@ class Comparison:
         return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
-@formerly_positional("report", "device", stacklevel=3, public="compare")
 @isolated()
 def compare_samples(  # noqa: PLR0913 - one for each option of the command
     reference: str | Path,
