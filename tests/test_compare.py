@@ -131,7 +131,14 @@ def test_each_way_refuses_the_options_of_the_other(root) -> None:
     for ask, said in (
         (lambda: tqdit.compare(*models, 4, calls=calls), "^num and calls exclude each other$"),
         (lambda: tqdit.compare(nn.Linear(2, 2), models[1], calls=calls), "given by its path or name, got Linear"),
-        (lambda: tqdit.compare(*models, calls=calls, samples=0), "samples and groups must be at least 1"),
+        (
+            lambda: tqdit.compare(*models, calls=calls, samples=0),
+            "^samples must be a whole number .*, got 0$",
+        ),
+        (lambda: tqdit.compare(*models, calls=calls, groups=True), "^groups must be a whole number .*, got True$"),
+        (lambda: tqdit.compare(*models, calls=calls, seed=-1), "^seed must be a whole number from 0 .*, got -1$"),
+        (lambda: tqdit.compare(models[0], [], calls=calls), "^quantized must name at least one artifact"),
+        (lambda: tqdit.compare(models[0], 5, calls=calls), "^quantized must be the path of an artifact .*, got 5$"),
         (lambda: tqdit.compare(*models, calls=calls, options={"height": 32}), "^height is for images; give prompts"),
         (lambda: tqdit.compare(*models, calls=3), "calls must be a recording, the path of one, or a list"),
     ):

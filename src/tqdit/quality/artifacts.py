@@ -1,7 +1,9 @@
 """The artifacts of a comparison: load them, and check that they were made from the float model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdit.artifact.tensors import decisive
 from tqdit.errors import InputError
@@ -11,6 +13,19 @@ from tqdit.sources.sampled import check_sampled
 from tqdit.sources.scheduler import check_timesteps
 from tqdit.sources.source import ModelSource
 from tqdit.spec import Solution
+
+
+def artifact_paths(quantized: Any) -> list[str | Path]:
+    """Return the artifacts that a user gives, a list of paths or one path, as a list.
+
+    Raises `InputError` for anything else, and for an empty list.
+    """
+    found = [quantized] if isinstance(quantized, str | Path) else quantized
+    if not isinstance(found, Sequence) or not all(isinstance(path, str | Path) for path in found):
+        raise InputError(f"quantized must be the path of an artifact or a list of them, got {quantized!r:.80}")
+    if not found:
+        raise InputError("quantized must name at least one artifact, got an empty list")
+    return list(found)
 
 
 @dataclass(frozen=True)
