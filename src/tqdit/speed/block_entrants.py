@@ -6,6 +6,7 @@ large models do it.
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from tqdit.errors import InputError
 from tqdit.graph import Graph
 from tqdit.recipe import Recipe
 from tqdit.recorded import quantize_recorded
-from tqdit.speed.baselines import FP8_OPTIONS, RECOMPILE_LIMIT, TORCHAO_OPTIONS, missing, quiet
+from tqdit.speed.baselines import FAMILIES, FP8_OPTIONS, RECOMPILE_LIMIT, TORCHAO_OPTIONS, missing, quiet
 from tqdit.speed.machine import synchronise
 
 
@@ -58,13 +59,15 @@ CAPTURE_CALLS = 3  # before a part is captured as a CUDA graph
 def rivals(names: Sequence[str]) -> tuple[str, ...]:
     """Return the entrants that are meant by names or by the families "bfloat16" and "torchao".
 
-    Raises `InputError` naming an unknown one.
+    Raises `InputError` naming an unknown one, and one that only artifacts and DiT shapes are compared with.
     """
     known = [name for name in ENTRANTS if name not in OURS]
     families = {"bfloat16": list(BFLOAT16), "torchao": [name for name in known if name.startswith("torchao")]}
-    for name in names:
-        if name not in (*known, *families):
-            raise InputError(f"unknown baseline '{name}'; known: {', '.join([*families, *known])}")
+    here = ", ".join([*families, *known])
+    for name in (name for name in names if name not in (*known, *families)):
+        if name in (*FAMILIES, *itertools.chain(*FAMILIES.values())):
+            raise InputError(f"baseline '{name}' is for artifacts and DiT shapes; for published models: {here}")
+        raise InputError(f"unknown baseline '{name}'; known: {here}")
     return tuple(name for name in known if name in names or any(name in families.get(given, ()) for given in names))
 
 
