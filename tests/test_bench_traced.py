@@ -152,9 +152,10 @@ def test_a_block_alone_gets_what_it_gets_in_a_call(tiny) -> None:
 
 
 def test_the_chain_is_one_run_of_many(tiny, monkeypatch) -> None:
-    """A part's time is of one run: that of CHAIN runs over their number."""
+    """A part's time is of one run: that of all runs over their number."""
     runs = []
     part = blocks.Entrant("ours-eager", {"call": lambda: runs.append(1), "transformer_blocks": lambda: runs.append(4)})
+    monkeypatch.setattr(blocks, "chain", lambda device: 4)
     monkeypatch.setattr(blocks, "interleaved", lambda calls, *_: {name: [8.0] for name in calls})
     race_ = blocks._Race(TINY, BlockSettings(device="cpu"), lambda *_: None)
     rows = {row.part: row.p50_ms for row in race_._timed({"transformer_blocks": 3}, [part])}
@@ -226,6 +227,11 @@ def test_the_command_fails_where_no_model_of_ours_runs(tiny, run, monkeypatch) -
     [
         (("--random", "flux.1-dev", "some-artifact"), "unknown shape 'some-artifact'"),
         (("--random", "flux.1-dev", "--batch", "2"), "--batch is for artifacts and DiT shapes"),
+        (
+            ("--random", "z-image", "--against", "openvino"),
+            "'openvino' is for artifacts and DiT shapes",
+        ),
+        (("--random", "z-image", "--bits", "w9"), "bits 'w9' must be w<2-8>a<4-8>"),
         (("--random", "DiT-XL/2", "--tokens", "64"), "--tokens is for the published models of --random"),
     ],
 )
@@ -239,3 +245,21 @@ def test_families_name_their_members_and_unknown_ones_are_refused() -> None:
     assert rivals(("torchao", "bf16-autotuned")) == ("bf16-autotuned", "torchao-int8", "torchao-fp8")
     with pytest.raises(InputError, match="unknown baseline 'fp4'; known: bfloat16, torchao, bf16-eager"):
         BlockSettings(against=("fp4",))
+    with pytest.raises(InputError, match=r"'float32-eager' is for artifacts and .* models: bfloat16, torchao"):
+        BlockSettings(against=("float32-eager",))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"blocks": 0}, "^blocks must be a whole number of at least 1, got 0$"),
+        ({"tokens": 0}, "^tokens must be a whole number of at least 1, got 0$"),
+        ({"tokens": 1.5}, "^tokens must be a whole number of at least 1, got 1.5$"),
+        ({"repeats": 0}, "^repeats must be a whole number of at least 1, got 0$"),
+        ({"bits": "w9"}, "^bits 'w9' must be w<2-8>a<4-8>"),
+    ],
+)
+def test_settings_that_no_race_can_have(setting: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        BlockSettings(**setting)
+    assert BlockSettings(blocks=None, tokens=None, repeats=1)

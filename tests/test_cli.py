@@ -263,6 +263,30 @@ def test_wrong_inputs(
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
 
 
+def test_an_artifact_of_a_traced_model_is_refused_with_what_serves_it(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("quantize", "fashion-dit", "-o", "traced", "--preset", "dynamic", "--quiet")[0] == 0
+    for args, instead in (
+        (("sample", "traced", "-o", "grid.png"), "by its pipeline in diffusers"),
+        (("compare", "fashion-dit", "traced"), "give recorded calls, too, by --calls"),
+        (("bench", "traced", "--quick"), "time calls of its pipeline"),
+    ):
+        code, _, err = run(*args)
+        assert code == 2
+        assert "'traced' is the artifact of a traced model" in err
+        assert f"tqdit {args[0]} does not take: " in err
+        assert instead in err
+        assert err.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["traced"]
+    weights = tmp_path / "traced" / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    code, _, err = run("sample", "traced", "-o", "grid.png")
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{weights.name} is truncated or damaged" in err
+
+
 def test_bench(run: Callable, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "measure_peaks", lambda device: Peaks(100.0, 10.0))
     options = ["--against", "", "--batch", "2", "--repeats", "2", "--steps", "2", "--quiet", "--device", "cpu"]

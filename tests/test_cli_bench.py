@@ -12,7 +12,7 @@ import torch
 from tqdit.architectures import dit_shapes
 from tqdit.cli.main import main
 from tqdit.errors import InputError
-from tqdit.speed import benchmark, block_entrants, blocks, contest, entrants
+from tqdit.speed import baselines, benchmark, block_entrants, blocks, contest, entrants
 from tqdit.speed.machine import Peaks
 from tqdit.speed.memory_probe import Footprint
 
@@ -145,3 +145,10 @@ def test_no_model_is_left(run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_pa
     code, _, err = run("--random", "DiT-T/4", *FAST, "--json", tmp_path / "b.json")
     assert (code, err) == (2, "tqdit: backend 'x' cannot run on cpu\n")
     assert not (tmp_path / "b.json").exists()
+
+
+def test_help_names_every_family_of_baselines(run: Callable) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    assert [family for family in baselines.FAMILIES if family not in out and family != "bfloat16-blocks"] == []
+    assert "bf16-blocks" in out

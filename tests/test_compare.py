@@ -1,6 +1,7 @@
 """`tqdit.compare` and `tqdit compare` with recorded calls and prompts, on a tiny FLUX pipeline with a decoder."""
 
 import functools
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -16,7 +17,9 @@ import tqdit
 from tiny_called import decoder, write_flux
 from tqdit.cli.main import main
 from tqdit.errors import InputError
+from tqdit.quality.comparison import compare_samples
 from tqdit.quality.replayed import check_drawing, compare_images
+from tqdit.quality.traced_artifacts import compare_folders
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -119,21 +122,38 @@ def test_options_without_what_they_are_for_are_refused(run, root) -> None:
 
 def test_each_way_refuses_the_options_of_the_other(root) -> None:
     models, calls = (root / "float", root / "dynamic"), root / "calls.safetensors"
-    for name, value in (("num", 4), ("sampling", tqdit.Sampling()), ("cost", True), ("equivalence", False)):
+    for name, value in (("num", 4), ("sampling", tqdit.Sampling(steps=2)), ("cost", False), ("equivalence", True)):
         with pytest.raises(InputError, match=f"^{name} and calls exclude each other$"):
             tqdit.compare(*models, calls=calls, **{name: value})
     for name, value in (("prompts", ["a"]), ("options", {}), ("groups", 3)):
         with pytest.raises(InputError, match=f"^{name} is for a comparison on recorded calls; give calls, too$"):
             tqdit.compare(*models, **{name: value})
     for ask, said in (
-        (lambda: tqdit.compare(*models, 4, calls=calls), "takes all behind the artifacts by name"),
+        (lambda: tqdit.compare(*models, 4, calls=calls), "^num and calls exclude each other$"),
         (lambda: tqdit.compare(nn.Linear(2, 2), models[1], calls=calls), "given by its path or name, got Linear"),
-        (lambda: tqdit.compare(*models, calls=calls, samples=0), "samples and groups must be at least 1"),
+        (
+            lambda: tqdit.compare(*models, calls=calls, samples=0),
+            "^samples must be a whole number .*, got 0$",
+        ),
+        (lambda: tqdit.compare(*models, calls=calls, groups=True), "^groups must be a whole number .*, got True$"),
+        (lambda: tqdit.compare(*models, calls=calls, seed=-1), "^seed must be a whole number from 0 .*, got -1$"),
+        (lambda: tqdit.compare(models[0], [], calls=calls), "^quantized must name at least one artifact"),
+        (lambda: tqdit.compare(models[0], 5, calls=calls), "^quantized must be the path of an artifact .*, got 5$"),
         (lambda: tqdit.compare(*models, calls=calls, options={"height": 32}), "^height is for images; give prompts"),
         (lambda: tqdit.compare(*models, calls=3), "calls must be a recording, the path of one, or a list"),
     ):
         with pytest.raises(InputError, match=said):
             ask()
+
+
+def test_help_shows_every_option_and_unknown_ones_are_pythons_own_error() -> None:
+    shown = inspect.signature(tqdit.compare).parameters
+    for function in (compare_samples, compare_folders):
+        for name, parameter in list(inspect.signature(function).parameters.items())[2:]:
+            assert shown[name].default == (None if name == "calls" else parameter.default)
+    assert not {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} & {p.kind for p in shown.values()}
+    with pytest.raises(TypeError, match=r"^compare\(\) got an unexpected keyword argument 'nonsense'$"):
+        tqdit.compare("fashion-dit", [], nonsense=1)
 
 
 class Pipe:

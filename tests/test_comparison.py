@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from unittest.mock import ANY
 
@@ -11,6 +12,7 @@ import torch
 from tqdit import workflow
 from tqdit.errors import InputError
 from tqdit.imaging import generate
+from tqdit.quality import comparison as comparison_module
 from tqdit.quality.compare import compare
 from tqdit.quality.comparison import HELD_OUT_SEED, fd_fashion, held_out
 from tqdit.quality.fashion import FASHION
@@ -141,6 +143,27 @@ def test_held_out_states_of_any_number_of_timesteps(pipeline, tiny_dit, schedule
 def test_nothing_to_compare_is_an_error(pipeline, artifacts, arguments: dict) -> None:
     with pytest.raises(InputError, match="at least 1"):
         compare(pipeline, artifacts, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"samples": "3"}, "samples must be a whole number of at least 1, got '3'"),
+        ({"samples": 1.5}, "samples must be a whole number of at least 1, got 1.5"),
+        ({"num": True}, "num must be a whole number of at least 1, got True"),
+        ({"seed": -1}, "seed must be a whole number from 0 to 2147483647, got -1"),
+        ({"seed": "a"}, "seed must be a whole number from 0 to 2147483647, got 'a'"),
+        ({"sampling": [1]}, "sampling must be a tqdit.Sampling, got [1]"),
+        ({"cost": "no"}, "cost must be True or False, got 'no'"),
+        ({"quantized": 5}, "quantized must be the path of an artifact or a list of them, got 5"),
+        ({"quantized": [5]}, "quantized must be the path of an artifact or a list of them, got [5]"),
+        ({"quantized": []}, "quantized must name at least one artifact, got an empty list"),
+    ],
+)
+def test_nonsense_is_named_before_any_work(pipeline, artifacts, monkeypatch, arguments: dict, said: str) -> None:
+    monkeypatch.setattr(comparison_module, "load_float", pytest.fail)
+    with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+        compare(**{"reference": pipeline, "quantized": artifacts, **arguments})
 
 
 def test_float_model_among_the_artifacts(pipeline) -> None:

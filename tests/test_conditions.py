@@ -165,7 +165,9 @@ def test_a_finished_artifact_of_other_prompts_is_not_this_run(text_pipeline, pro
         tqdit.quantize(text_pipeline, out, recipe, conditions=other, resumable=True)
 
 
-def test_conditions_by_the_path_of_their_file(text_pipeline, text_model, scheduler_config, prompts_file, prompts):
+def test_conditions_by_the_path_of_their_file(
+    text_pipeline, text_model, scheduler_config, prompts_file, prompts, tmp_path
+) -> None:
     sampling = tqdit.Sampling(steps=2)
     expected = tqdit.sample(text_pipeline, [1], 1, sampling, conditions=prompts)
     assert torch.equal(tqdit.sample(text_pipeline, [1], 1, sampling, conditions=str(prompts_file)), expected)
@@ -175,7 +177,8 @@ def test_conditions_by_the_path_of_their_file(text_pipeline, text_model, schedul
     given = states.x, states.t, states.labels
     mine = tqdit.CalibrationSet(*given, conditions=prompts_file)
     assert states_sha256(mine) == states_sha256(tqdit.CalibrationSet(*given, conditions=prompts))
-    compared = tqdit.compare(text_pipeline, [], 1, sampling, 1, conditions=prompts_file, cost=False)
+    tqdit.quantize(text_pipeline, tmp_path / "out", recipe, conditions=prompts_file)
+    compared = tqdit.compare(text_pipeline, tmp_path / "out", 1, sampling, 1, conditions=prompts_file, cost=False)
     assert torch.isfinite(compared.float_model.images).all()
 
 

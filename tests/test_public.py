@@ -366,6 +366,9 @@ def test_options_are_still_taken_by_position(by_path) -> None:
     with pytest.warns(DeprecationWarning, match=r"load: give backend=\.\.\., device=\.\.\. by name") as caught:
         assert tqdit.load(by_path, "reference", "cpu").quantization_backend == "reference"
     assert caught[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match=r"^compare: give report=") as late, pytest.raises(InputError):
+        tqdit.compare("fashion-dit", "no-such-artifact", 1, Sampling(), 1, 0, stages.silent)
+    assert late[0].filename == __file__
     with pytest.warns(DeprecationWarning, match=r"inspect: give backend"):
         assert tqdit.inspect(by_path, "reference")["backend"] == "reference"
     with (

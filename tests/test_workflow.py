@@ -197,7 +197,7 @@ def test_images_become_files(quantized, tmp_path) -> None:
     ("arguments", "message"),
     [
         ({"classes": ["boot"]}, "unknown class 'boot'"),
-        ({"num": 0}, "num must be at least 1"),
+        ({"num": 0}, "num must be a whole number of at least 1, got 0"),
         ({"sampling": Sampling("ddim", 2000)}, "at most the 1000"),
         ({"backend": "tpu"}, "unknown backend 'tpu'"),
         ({"classes": "boot"}, "must be a list of names"),

@@ -25,6 +25,7 @@ from tqdit.sources.any_class import class_here, has_own_samples
 from tqdit.sources.conditions import suitable
 from tqdit.sources.in_memory import check_transformer, float_copy, pipeline_hint, source_in_memory
 from tqdit.sources.resolve import load_float, resolve
+from tqdit.sources.sampled import check_sampled
 from tqdit.sources.saving import fill, has_left, is_made, least_bytes, save
 from tqdit.sources.scheduler import check_timesteps
 from tqdit.sources.sizes import float_sizes
@@ -320,6 +321,7 @@ def images_of(
     """The images that `sample` draws, `batch` at a time; all of it checked but the weights. Raises `InputError`."""
     source, conditions = resolve(model), read_conditions(conditions)
     asked = suitable(source.config, conditions)
+    check_sampled(source, "sample")
     return Images(source, chosen_classes(source, asked, classes), num, sampling, seed, batch, conditions)
 
 

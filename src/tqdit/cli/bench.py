@@ -69,8 +69,8 @@ def bench(
     against: Annotated[
         str,
         typer.Option(
-            help="baselines, comma-separated: float32, bfloat16, torchao, or one of theirs such as bf16-autotuned "
-            "(GPU) or bf16-compiled; bf16-blocks, compiled as torchao's are on a GPU; empty for none"
+            help="baselines, comma-separated: float32, bfloat16, torchao, openvino (CPU), or one of theirs such as "
+            "bf16-autotuned (GPU) or bf16-compiled; bf16-blocks, compiled as torchao's are on a GPU; empty for none"
         ),
     ] = "float32,bfloat16,torchao",
     batch: Annotated[
@@ -97,8 +97,9 @@ def bench(
 ) -> None:
     """Time artifacts against float32, bfloat16 and torchao models of their shape: calls, sampling, loading, memory.
 
-    Blocks of published models are timed under the preset dynamic, eager and with compiled blocks, against bf16 and
-    torchao's int8 and fp8; --against may also name bf16-autotuned and fp32-compiled.
+    On a CPU --against may also name openvino, for artifacts and DiT shapes. Blocks of published models are timed under
+    the preset dynamic, eager and with compiled blocks, against bf16 and torchao's int8 and fp8; --against may also name
+    bf16-autotuned and fp32-compiled.
     """
     from tqdit.runtime.target import checked_device
     from tqdit.sampling.guidance import Sampling

@@ -25,6 +25,7 @@ from tqdit.sampling.trajectory import Progress
 from tqdit.sources.source import ModelSource
 from tqdit.system import distributed
 from tqdit.system.files import CONFIG, check_file, check_outside, read_json, write_bytes
+from tqdit.system.validation import check_counts, check_seed
 
 BATCH = 16
 RUN = "run.json"  # in a folder of images: what they are images of
@@ -48,9 +49,10 @@ class Images:
     conditions: Conditions | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(num=self.num, batch=self.batch)
+        check_seed(self.seed)
+        if not isinstance(self.sampling, Sampling):
+            raise InputError(f"sampling must be a tqdit.Sampling, got {self.sampling!r:.80}")
         sample = registry.sample(self.source.config)
         generate.check_decodable(sample.shape[0], self.source.vae)
         schedule(self.source.scheduler, self.sampling, sample)

@@ -1,6 +1,7 @@
 """Compare artifacts with their float model, in either of the ways in which they were calibrated."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -10,10 +11,7 @@ from tqdit.quality.traced_artifacts import FolderComparison, compare_folders
 from tqdit.runtime.target import Device, Dtype
 from tqdit.sampling.guidance import Conditions, Sampling
 from tqdit.stages import Report, silent
-
-# Options that one way has and the other has no use for.
-OF_SAMPLES = ("num", "sampling", "cost", "conditions", "equivalence")
-OF_CALLS = ("groups", "prompts", "options")
+from tqdit.system.deprecation import formerly_positional
 
 
 @overload
@@ -52,13 +50,26 @@ def compare(
 ) -> FolderComparison: ...
 
 
-def compare(
+@formerly_positional("report", "device")
+def compare(  # noqa: PLR0913 - options
     reference: str | Path,
     quantized: str | Path | Sequence[str | Path],
-    *arguments: Any,
+    num: int = 16,
+    sampling: Sampling = Sampling(),
+    samples: int = 8,
+    seed: int = 0,
+    *,
     calls: Any = None,
-    **given: Any,
-) -> Any:
+    report: Report = silent,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    cost: bool = True,
+    conditions: Conditions | str | Path | None = None,
+    equivalence: bool = False,
+    groups: int = 10,
+    prompts: Sequence[str] = (),
+    options: dict[str, Any] | None = None,
+) -> Comparison | FolderComparison:
     """Compare artifacts with their float model, on samples of its own or on recorded calls.
 
         comparison = tqdit.compare("fashion-dit", ["w8a8", "w4a8"], num=16)
@@ -66,16 +77,26 @@ def compare(
 
     `quantized`: a list of artifacts, or one. The first form is `comparison.compare_samples`, for DiT, SiT and PixArt.
     With `calls`, a recording or the path of one, it is `traced_artifacts.compare_folders`, for any class. They say what
-    else they take, and what they return.
+    the options mean, and what they return. `num`, `sampling`, `cost`, `conditions` and `equivalence` are of the first
+    form, `groups`, `prompts` and `options` of the second one.
 
-    Raises `InputError` for an option of the other form.
+    Raises `InputError` for an option of the other form that has not its default.
     """
+    common: dict[str, Any] = {"samples": samples, "seed": seed, "report": report, "device": device, "dtype": dtype}
+    of_samples: dict[str, Any] = {
+        "num": num, "sampling": sampling, "cost": cost, "conditions": conditions, "equivalence": equivalence,
+    }  # fmt: skip
+    of_calls: dict[str, Any] = {"groups": groups, "prompts": prompts, "options": options}
     if calls is None:
-        if wrong := [name for name in OF_CALLS if name in given]:
-            raise InputError(f"{wrong[0]} is for a comparison on recorded calls; give calls, too")
-        return compare_samples(reference, quantized, *arguments, **given)
-    if arguments:
-        raise InputError("a comparison on recorded calls takes all behind the artifacts by name, as samples=8")
-    if wrong := [name for name in OF_SAMPLES if name in given]:
-        raise InputError(f"{wrong[0]} and calls exclude each other")
-    return compare_folders(reference, quantized, calls, **given)
+        if wrong := _changed(of_calls):
+            raise InputError(f"{wrong} is for a comparison on recorded calls; give calls, too")
+        return compare_samples(reference, quantized, **common, **of_samples)
+    if wrong := _changed(of_samples):
+        raise InputError(f"{wrong} and calls exclude each other")
+    return compare_folders(reference, quantized, calls, **common, **of_calls)
+
+
+def _changed(given: Mapping[str, Any]) -> str | None:
+    """Return the first of the options of `compare` that has another value than its default."""
+    parameters = inspect.signature(compare).parameters
+    return next((name for name, value in given.items() if value != parameters[name].default), None)

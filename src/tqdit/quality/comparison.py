@@ -15,12 +15,11 @@ from torch import nn
 from tqdit.artifact import folder as artifact
 from tqdit.calibration import trajectories
 from tqdit.calibration.trajectories import CalibrationSet
-from tqdit.errors import InputError
 from tqdit.imaging import images
 from tqdit.imaging.images import Images
 from tqdit.imaging.request import chosen_classes
 from tqdit.quality import fashion, features, fidelity, metrics
-from tqdit.quality.artifacts import ComparedArtifact, load_artifact
+from tqdit.quality.artifacts import ComparedArtifact, artifact_paths, load_artifact
 from tqdit.quality.equivalence import Verdict
 from tqdit.quality.fidelity import EpsilonFidelity
 from tqdit.quality.trial import Trial, fashion_trial
@@ -37,10 +36,10 @@ from tqdit.sources.source import ModelSource
 from tqdit.spec import Solution
 from tqdit.speed.cost import Cost, memory, timed
 from tqdit.stages import Report, silent
-from tqdit.system.deprecation import formerly_positional
 from tqdit.system.distributed import current
 from tqdit.system.environment import environment
 from tqdit.system.isolation import isolated
+from tqdit.system.validation import check_counts, check_flags
 
 HELD_OUT_SEED = 20_000  # far from calibration's seeds, so noise and states differ
 STATE_GROUPS = 10  # ranges of timesteps that held-out states are drawn from
@@ -133,7 +132,6 @@ class Comparison:
         return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
-@formerly_positional("report", "device", stacklevel=3, public="compare")
 @isolated()
 def compare_samples(  # noqa: PLR0913 - one for each option of the command
     reference: str | Path,
@@ -165,18 +163,19 @@ def compare_samples(  # noqa: PLR0913 - one for each option of the command
     within one table. Inside `distributed.joined` the ranks share images and states, and each returns the whole
     comparison.
 
-    Raises `InputError` for an artifact of another model, and before any sampling where the images could not be decoded.
+    Raises `InputError` for an artifact of another model, and before any work for an option that is not legal and where
+    the images could not be decoded.
     """
-    if num < 1 or samples < 1:
-        raise InputError(f"num and samples must be at least 1, got {num} and {samples}")
+    check_counts(num=num, samples=samples)
+    check_flags(cost=cost, equivalence=equivalence)
     target = Target(device=device, dtype=dtype)
     source, conditions = resolve(reference), read_conditions(conditions)
     asked = suitable(source.config, conditions)
     wanted = Images(source, chosen_classes(source, asked), num, sampling, seed, conditions=conditions)
     trial = fashion_trial(wanted, target.device) if equivalence else None
+    paths = artifact_paths(quantized)
     model = load_float(source).to(target.device)
     digest = weights_hash(model)
-    paths = [quantized] if isinstance(quantized, str | Path) else quantized
     found = [load_artifact(path, source, digest) for path in paths]
     calls = _Calls(source, sampling, num, target)
     measures = cost and current().size == 1

@@ -14,6 +14,7 @@ from tqdit.calibration.called import place_of
 from tqdit.calibration.calls import Calls
 from tqdit.errors import InputError
 from tqdit.stages import Report, silent
+from tqdit.system.validation import check_counts
 
 GROUPS = 10  # time groups that errors are reported by
 COUNTS = ("height", "width", "num_frames", "num_inference_steps")  # options of pipelines that are whole numbers
@@ -174,8 +175,8 @@ def check_drawing(kind: type, prompts: Sequence[str], options: Mapping[str, Any]
             raise InputError(f"images are drawn with a {name} of their own; leave the option out")
         if name not in taken:
             raise InputError(f"a {kind.__name__} takes no {name}")
-        if name in COUNTS and (type(value) is not int or value < 1):
-            raise InputError(f"{name} must be a whole number of at least 1, got {value!r:.80}")
+        if name in COUNTS:
+            check_counts(**{name: value})
 
 
 def _images(

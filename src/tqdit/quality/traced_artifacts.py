@@ -13,6 +13,7 @@ from torch import nn
 from tqdit.artifact import folder as artifact
 from tqdit.calibration.calls import Recording, read_calls
 from tqdit.errors import InputError
+from tqdit.quality.artifacts import artifact_paths
 from tqdit.quality.replayed import (
     CallComparison,
     ImageRow,
@@ -33,6 +34,7 @@ from tqdit.stages import Report, silent
 from tqdit.system.environment import environment
 from tqdit.system.files import CONFIG, is_there, read_json
 from tqdit.system.isolation import isolated
+from tqdit.system.validation import check_counts, check_seed
 
 BFLOAT16 = "bfloat16"
 
@@ -91,14 +93,14 @@ def compare_folders(  # noqa: PLR0913 - options
     `prompts`: also compare an image of each, drawn by the pipeline with the seeds `seed`, `seed` + 1, and so on.
     `options`: arguments of the pipeline for these images, such as `{"height": 512, "width": 768, "guidance_scale": 3.5,
     "num_inference_steps": 20}`; by default its own. One transformer is on the device at a time.
-    Raises `InputError` for an artifact of another model, and before any work for prompts where nothing draws images and
-    for options that the pipeline does not take.
+    Raises `InputError` for an artifact of another model, and before any work for an option that is not legal, for
+    prompts where nothing draws images, and for options that the pipeline does not take.
     """
     if not isinstance(model, str | Path):
         raise InputError(f"a model is given by its path or name, got {type(model).__name__}")
-    if samples < 1 or groups < 1:
-        raise InputError(f"samples and groups must be at least 1, got {samples} and {groups}")
-    quantized = [quantized] if isinstance(quantized, str | Path) else quantized
+    check_counts(samples=samples, groups=groups)
+    check_seed(seed)
+    quantized = artifact_paths(quantized)
     source, where = any_class.find(found_folder(model)), checked_device(device)
     if prompts:
         check_drawing(_pipeline_class(source), prompts, options or {})

@@ -18,6 +18,7 @@ from tqdit.recipe import Recipe
 from tqdit.runtime.target import Target, checked_device
 from tqdit.sampling.schedules import schedule
 from tqdit.sources.resolve import resolve
+from tqdit.sources.sampled import check_sampled
 from tqdit.speed.baselines import FAMILIES
 from tqdit.speed.contest import Contest, Result, best_of, contest
 from tqdit.speed.entrants import BenchSettings, Subject, default_dtype, images
@@ -117,8 +118,8 @@ def bench(
 
     Baselines have random weights in the artifact's shape: their speed does not depend on values, and no checkpoint is
     needed. A quantized model that fails is left out and named, but its error is raised if no other is left. Raises
-    `InputError` before any model is built: for a simulated backend, a model that is not quantized, a shape, device or
-    step count that does not exist, and for nothing to time.
+    `InputError` before any model is built: for a simulated backend, a model that is not quantized, an artifact of a
+    traced model, a shape, device or step count that does not exist, and for nothing to time.
     """
     with quiet():
         import diffusers.models  # noqa: F401
@@ -155,6 +156,7 @@ def _subject(model: str | Path) -> Subject:
     source = resolve(model)
     if not source.quantized:
         raise InputError(f"nothing to time: '{model}' is a float model; quantize it first")
+    check_sampled(source, "bench")
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     return Subject(source.name, source.name, source.folder, config, source.scheduler)
 

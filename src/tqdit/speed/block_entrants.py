@@ -6,6 +6,7 @@ large models do it.
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from tqdit.recipe import Recipe
 from tqdit.recorded import quantize_recorded
 from tqdit.speed.baselines import (
     AUTOTUNED,
+    FAMILIES,
     FP8_OPTIONS,
     RECOMPILE_LIMIT,
     TORCHAO_OPTIONS,
@@ -58,20 +60,22 @@ OURS = ("ours-eager", "ours-compiled", "ours-graphs")
 BFLOAT16 = ("bf16-eager", "bf16-compiled", "bf16-graphs")
 FLOATS = (*BFLOAT16, "bf16-autotuned")
 DEFAULT = (*BFLOAT16, "torchao-int8", "torchao-fp8")  # whom ours is compared with
-CHAIN = 4  # times that a part of a model runs before the device is waited for, as it would in a deep model
+CHAIN = 4  # times that a part of a model runs on a GPU before the GPU is waited for, as it would in a deep model
 CAPTURE_CALLS = 3  # before a part is captured as a CUDA graph
 
 
 def rivals(names: Sequence[str]) -> tuple[str, ...]:
     """Return the entrants that are meant by names or by the families "bfloat16" and "torchao".
 
-    Raises `InputError` naming an unknown one.
+    Raises `InputError` naming an unknown one, and one that only artifacts and DiT shapes are compared with.
     """
     known = [name for name in ENTRANTS if name not in OURS]
     families = {"bfloat16": list(BFLOAT16), "torchao": [name for name in known if name.startswith("torchao")]}
-    for name in names:
-        if name not in (*known, *families):
-            raise InputError(f"unknown baseline '{name}'; known: {', '.join([*families, *known])}")
+    here = ", ".join([*families, *known])
+    for name in (name for name in names if name not in (*known, *families)):
+        if name in (*FAMILIES, *itertools.chain(*FAMILIES.values())):
+            raise InputError(f"baseline '{name}' is for artifacts and DiT shapes; for published models: {here}")
+        raise InputError(f"unknown baseline '{name}'; known: {here}")
     return tuple(name for name in known if name in names or any(name in families.get(given, ()) for given in names))
 
 
@@ -198,8 +202,13 @@ def entrant(name: str, model: nn.Module, graph: Graph, arguments: Mapping[str, A
         with _in_use(compiled), torch.no_grad():
             runs = {path: captured(run) for path, run in runs.items()}
         return Entrant(name, {path: part(run, CHAIN) for path, run in runs.items()})
-    parts = {path: part(run, CHAIN) for path, run in runs.items()}
+    parts = {path: part(run, chain(device)) for path, run in runs.items()}
     return Entrant(name, {"call": part(lambda: model(**arguments), 1), **parts})
+
+
+def chain(device: torch.device) -> int:
+    """Return how often a part runs before the device is waited for; a CPU is never ahead."""
+    return CHAIN if device.type == "cuda" else 1
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], Any]:

@@ -20,13 +20,13 @@ from tqdit.recorded import traced_graph
 from tqdit.runtime.target import checked_device
 from tqdit.speed.baselines import quiet
 from tqdit.speed.block_entrants import (
-    CHAIN,
     DEFAULT,
     ENTRANTS,
     FLOATS,
     OURS,
     Entrant,
     Inputs,
+    chain,
     entrant,
     inputs_of,
     rivals,
@@ -45,6 +45,7 @@ from tqdit.speed.timing import Percentiles, interleaved
 from tqdit.stages import Report, silent
 from tqdit.system.environment import environment
 from tqdit.system.isolation import isolated
+from tqdit.system.validation import check_counts
 
 WARM_UP = 2
 FEW_TOKENS = 64  # of the call that is traced
@@ -57,7 +58,7 @@ class BlockSettings:
     """The settings of a race of blocks.
 
     `blocks`: repeated blocks of each kind, None for all. `tokens`: at most so many image tokens, None for the published
-    number. `against`: entrants beside ours, or families of them.
+    number. `against`: entrants beside ours, or families of them. Raises `InputError` for a setting that is not legal.
     """
 
     blocks: int | None = 2
@@ -68,8 +69,9 @@ class BlockSettings:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.repeats < 1 or min(self.blocks or 1, self.tokens or 1) < 1:
-            raise InputError("blocks, tokens and repeats must be at least 1")
+        limits = {"blocks": self.blocks, "tokens": self.tokens}
+        check_counts(repeats=self.repeats, **{name: value for name, value in limits.items() if value is not None})
+        Recipe("dynamic", self.bits)
         rivals(self.against)
 
 
@@ -223,7 +225,7 @@ class _Race:
             calls = {one.name: lambda _, run=one.parts[part]: run() for one in entrants if part in one.parts}
             stage = f"timing {self.shape.name}, {part}"
             times = interleaved(calls, self.settings.repeats, functools.partial(self.report, stage))
-            runs = 1 if part == "call" else CHAIN
+            runs = 1 if part == "call" else chain(self.device)
             samples[part] = {name: [ms / runs for ms in values] for name, values in times.items()}
         if entrants:
             samples[ALL_BLOCKS] = _at_depth(samples, depths)

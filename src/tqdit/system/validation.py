@@ -1,8 +1,10 @@
-"""Check flags, and put pydantic's errors into the words of every other error."""
+"""Check flags and whole numbers, and put pydantic's errors into the words of every other error."""
 
 from typing import Any
 
 from tqdit.errors import InputError
+
+LARGEST_SEED = 2**31 - 1
 
 
 def legal(error: Any) -> str | None:
@@ -28,3 +30,16 @@ def check_flags(**given: Any) -> None:
     for name, value in given.items():
         if type(value) is not bool:
             raise InputError(f"{name} must be True or False, got {value!r:.80}")
+
+
+def check_counts(**given: Any) -> None:
+    """Raise `InputError` naming the first of the options that is no whole number of at least 1."""
+    for name, value in given.items():
+        if type(value) is not int or value < 1:
+            raise InputError(f"{name} must be a whole number of at least 1, got {value!r:.80}")
+
+
+def check_seed(seed: Any) -> None:
+    """Raise `InputError` for a seed that is no whole number of 31 bits."""
+    if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:
+        raise InputError(f"seed must be a whole number from 0 to {LARGEST_SEED}, got {seed!r:.80}")
