@@ -152,7 +152,7 @@ def processor(monkeypatch: pytest.MonkeyPatch):
     return become
 
 
-V3 = " ".join(instructions.V3)
+V3 = " ".join(sorted(instructions.V3))
 MACHINES = [
     ("x86_64", f"{V3} avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni", ["avx512-vnni", "avx2"]),
     ("x86_64", f"{V3} avx_vnni", ["avx2-vnni", "avx2"]),
