@@ -15,7 +15,7 @@ from poisoned import PoisonedTorch
 pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
 
-from tqdit.backends.triton import candidates, hopper, launch, operators, tuning
+from tqdit.backends.triton import candidates, flat, hopper, launch, operators, tuning
 from tqdit.backends.triton.backend import TritonBackend
 from tqdit.backends.triton.layouts import HEADS_OF, Config
 from tqdit.errors import InputError
@@ -126,7 +126,7 @@ def test_it_is_tried_under_a_key_of_its_own(four_processors, monkeypatch: pytest
 
     monkeypatch.setattr(tuning, "choose", choose)
     make = maker(0)
-    layer = operators._weight(*weights(TritonBackend().prepare(make.weight(128, 64), None)))
+    layer = flat.weight(*weights(TritonBackend().prepare(make.weight(128, 64), None)))
 
     def config(tokens: int, grid: Grid = Grid.UNIFORM) -> Config:
         source = make.params(grid)
@@ -150,7 +150,7 @@ def weights(layer) -> tuple[list[torch.Tensor], list[int]]:
 
 def test_asking_for_it_where_it_cannot_run_is_an_error() -> None:
     make = maker(1)
-    layer = operators._weight(*weights(TritonBackend().prepare(make.weight(128, 128), None)))
+    layer = flat.weight(*weights(TritonBackend().prepare(make.weight(128, 128), None)))
     source = make.params()
     with pytest.raises(InputError, match="compute capability"):
         launch.plain(make.codes(1, 128, 128), source, layer, TILE)
@@ -173,7 +173,7 @@ def test_what_the_kernel_is_given(four_processors, monkeypatch: pytest.MonkeyPat
     make, batch, tokens, width, heads = maker(2), 2, 128, 256, 4
     params = make.attention(heads, Grid.UNIFORM, batch)
     targets = params.projections
-    layer = operators._weight(*weights(TritonBackend().prepare(make.weight(3 * width, 320), None)))
+    layer = flat.weight(*weights(TritonBackend().prepare(make.weight(3 * width, 320), None)))
     kernel = Recorded(hopper.kernels().linear.hopper_linear_kernel)
     monkeypatch.setattr(hopper.kernels().linear, "hopper_linear_kernel", kernel)
     codes = make.codes(batch, tokens, 320)

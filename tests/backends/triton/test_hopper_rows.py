@@ -23,7 +23,7 @@ from test_hopper import TWO as TWO_REGIONS
 from test_hopper_attention import MANY_HEADS, few_programs_for_many_heads
 from test_triton_rows import assert_near, exact_powers, row_operand, softmax_row
 
-from tqdit.backends.triton import candidates, hopper, launch, operators, tuning
+from tqdit.backends.triton import candidates, flat, hopper, launch, tuning
 from tqdit.backends.triton.backend import TritonBackend
 from tqdit.backends.triton.kernels.rounding import BY_ROW, SOFTMAX_ROW
 from tqdit.backends.triton.layouts import Config
@@ -79,7 +79,7 @@ def on_gpu(codes: RowCodes) -> RowCodes:
 def test_what_the_kernels_are_given(seen) -> None:
     make, batch, tokens, heads = maker(0), 2, 128, 4
     layer = TritonBackend().prepare(make.weight(768, 320), None)
-    weight = operators._weight([layer.codes, layer.scale, layer.bias, layer.sums], [320, 8])
+    weight = flat.weight([layer.codes, layer.scale, layer.bias, layer.sums], [320, 8])
     codes, channels = row_codes(make, batch, tokens, 320), torch.ones(768)
     launch.plain(codes, row_operand(), weight, TILE)
     launch.plain(codes.codes, make.params(), weight, TILE)
