@@ -17,7 +17,7 @@ def attention(page: str) -> str:
 
 
 def section(run: Mapping[str, Any]) -> str:
-    """What was measured, and what was not."""
+    """Return the table of the sizes that were measured, and a sentence that names the others."""
     rows = run["rows"]
     errors = [error for row in rows if (error := error_of_one_pass(row)) is not None]
     lines = [

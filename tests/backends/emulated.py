@@ -41,7 +41,7 @@ def build(name: str, level: str, path: Path) -> list[str]:
 
 
 class Library:
-    """What `ctypes.CDLL` is of a library of this processor: a function by each of its names."""
+    """A library of the emulated processor: each of its functions is an attribute, as `ctypes.CDLL` has them."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)

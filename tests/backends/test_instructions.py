@@ -130,7 +130,7 @@ def test_names_have_the_numbers_of_the_sources() -> None:
 @pytest.mark.skipif(platform.machine() not in instructions.X86, reason="no x86 compiler here")
 @pytest.mark.skipif(shutil.which("objdump") is None or shutil.which("g++") is None, reason="no g++ or objdump here")
 def test_avx_vnni_is_256_bits_wide(tmp_path: Path) -> None:
-    """What the compiler makes of it for a processor without AVX-512; here it is compiled only."""
+    """The code for AVX-VNNI uses 256-bit registers. It is compiled and disassembled here, and not run."""
     path = tmp_path / "kernels.so"
     flags = (*native.FLAGS, "-O0", *AVX2_VNNI.split())
     subprocess.run(["g++", *flags, str(native.SOURCES / "kernels.cpp"), "-o", str(path)], check=True)

@@ -114,7 +114,7 @@ def test_products_of_bf16_are_those_of_the_processor(fast) -> None:
 
 
 def test_bf16_in_fp32_is_as_near(fast, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a processor without bf16 products computes: the same values, multiplied in fp32."""
+    """A processor without bf16 products multiplies the same values in fp32."""
     monkeypatch.setattr(native, "has_bfloat16", lambda: False)
     make = maker(8)
     x, weight, bias = make.values(40, 1100).bfloat16(), make.weight(70, 1100), make.values(70)

@@ -44,7 +44,7 @@ def test_where_the_first_block_has_the_highest_scores_it_is_the_reference() -> N
 
 
 def test_codes_of_earlier_blocks_are_not_coarser() -> None:
-    """Where later blocks have higher scores the bound is smaller, and so is the error."""
+    """The bound and the error are smaller for rows whose later blocks have higher scores."""
     scores, *others = drawn(1024, 1.0)
     rising = scores.sort(-1).values
     real = rising.double().softmax(-1) @ dequantize(others[1], others[2]).double()

@@ -393,7 +393,7 @@ def _allocate(dtype: Any, shape: list[int], layout: Any) -> Any:
 
 
 def language() -> types.SimpleNamespace:
-    """What kernels use of `gl` and `tl`."""
+    """The members of `gl` and `tl` that kernels use."""
     real = gluon_language
     return types.SimpleNamespace(
         int8=np.int8, int32=np.int32, int64=np.int64, int1=np.bool_, float32=np.float32, constexpr=lambda x: x,

@@ -77,7 +77,7 @@ def starting_at(place: int, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def triton_asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Where x starts, beyond a multiple of 16 bytes, in every launch that takes no kernel of an earlier one."""
+    """The places of x, in bytes beyond a multiple of 16, of every launch that takes no kernel of an earlier one."""
     asked: list[int] = []
     launch_known, launch_any = Plan.launch, Plan.launch_any
 

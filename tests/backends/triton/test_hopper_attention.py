@@ -165,7 +165,7 @@ MANY_HEADS = (2, 256, 72, 16, ONE)  # on few multiprocessors, so that a program 
 
 
 def few_programs_for_many_heads(monkeypatch: pytest.MonkeyPatch, heads: int) -> None:
-    """As many heads as a GPU needs to have several for each program would take the reference a minute."""
+    """Few processors have several heads for each program, so that the reference takes seconds and not a minute."""
     if heads == MANY_HEADS[3]:
         monkeypatch.setattr(hopper, "processors", lambda device: 4)
 
