@@ -81,7 +81,7 @@ def evaluate(
 def print_evaluation(result: "Evaluation") -> None:
     """Print the scores of an evaluation, and what they were measured with."""
     from tqdit.cli.console import _add, _cell, _console, _table
-    from tqdit.evaluation.results import DIGITS, described, titles
+    from tqdit.evaluation.table import DIGITS, described, titles
 
     names = titles(result)
     table = _table(("model",), tuple(names.values()))

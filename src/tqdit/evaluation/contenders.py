@@ -21,17 +21,27 @@ BATCH_SUFFIX = ".npz"
 
 
 class Contender(Protocol):
-    """A set of images under a name.
+    """A set of images under a name."""
 
-    `drawn`: how they were drawn, for the protocol. `run`: what else decided them. `shape`: (C, H, W) of an image.
-    `labels`: the class of each image.
-    """
+    @property
+    def name(self) -> str:
+        """The name in tables."""
 
-    name: str
-    drawn: Mapping[str, Any]
-    run: Mapping[str, Any]
-    shape: tuple[int, int, int]
-    labels: Sequence[int] | None
+    @property
+    def drawn(self) -> Mapping[str, Any]:
+        """How the images are drawn, for the protocol."""
+
+    @property
+    def run(self) -> Mapping[str, Any]:
+        """What else decides the images."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+
+    @property
+    def labels(self) -> Sequence[int] | None:
+        """The class of each image, if there are classes."""
 
     def images(self, report: Callable[[str, float], None]) -> ImageSet:
         """Return the images. Those that are not there yet are drawn; processes share the work."""
@@ -109,15 +119,15 @@ class Model:
 class Batch:
     """The first `num` images of an `.npz` batch that was drawn elsewhere, by whatever sampler and seeds."""
 
-    labels = None
+    labels: Sequence[int] | None = None
 
     def __init__(self, path: Path, num: int) -> None:
         check_regular(path)
         self._images = NpzImages(path, num)
         self.name = path.name
-        self.drawn = {"num": num, "batch": "drawn elsewhere"}
+        self.drawn: Mapping[str, Any] = {"num": num, "batch": "drawn elsewhere"}
         self.shape = self._images.shape
-        self.run = {"model": path.name, "sha256": file_sha256(path)}
+        self.run: Mapping[str, Any] = {"model": path.name, "sha256": file_sha256(path)}
 
     def images(self, report: Callable[[str, float], None]) -> ImageSet:
         """Return the images of the file."""

@@ -131,7 +131,7 @@ def _other(module: nn.Module, path: Path, device: torch.device) -> Network:
     def compute(images: Tensor) -> Features:
         found = module(images)
         parts = list(found) if isinstance(found, tuple | list) else [found]
-        pooled, spatial, logits = (parts + [None, None])[:3]
+        pooled, spatial, logits = [*parts, None, None][:3]
         if not isinstance(pooled, Tensor) or pooled.ndim != 2 or len(pooled) != len(images):
             raise ValueError(f"it must return features [{len(images)}, D] first")
         if spatial is not None:

@@ -37,9 +37,7 @@ class Protocol:
         differing = [key for key in {**own, **others} if key not in LABELS and own.get(key) != others.get(key)]
         if differing:
             pairs = "; ".join(f"{key} is {own.get(key)!r:.80} and {others.get(key)!r:.80}" for key in differing)
-            raise InputError(
-                f"{here} and {there} have different protocols, whose results go into no common table: {pairs}"
-            )
+            raise InputError(f"{here} and {there} have different protocols, and go into no common table: {pairs}")
 
 
 @dataclass(frozen=True)

@@ -87,11 +87,11 @@ def precision_recall(real: Tensor, drawn: Tensor, neighbours: int = NEIGHBOURS) 
     real_radii, drawn_radii = squared_radii(real, neighbours), squared_radii(drawn, neighbours)
     precise = torch.zeros(len(drawn), dtype=torch.bool, device=drawn.device)
     recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    for rows in _blocks(len(drawn)):
-        for columns in _blocks(len(real)):
-            distances = squared_distances(drawn[rows], real[columns])
-            precise[rows] |= (distances <= real_radii[columns]).any(1)
-            recalled[columns] |= (distances <= drawn_radii[rows, None]).any(0)
+    for some in _blocks(len(drawn)):
+        for others in _blocks(len(real)):
+            distances = squared_distances(drawn[some], real[others])
+            precise[some] |= (distances <= real_radii[others]).any(1)
+            recalled[others] |= (distances <= drawn_radii[some, None]).any(0)
     return float(precise.double().mean()), float(recalled.double().mean())
 
 

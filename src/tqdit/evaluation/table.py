@@ -31,9 +31,7 @@ def described(evaluation: Evaluation) -> list[str]:
         f"features of {network['name']}."
     ]
     if images["num"] < FEW:
-        notes.append(
-            f"Fréchet distances of {images['num']} images are biased upwards: compare them with each other only."
-        )
+        notes.append(f"Fréchet distances of {images['num']} images are biased upwards: compare them in one table only.")
     named: dict[str, list[str]] = {}
     for row in evaluation.rows:
         for name, reason in row.absent.items():
