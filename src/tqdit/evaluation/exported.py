@@ -29,7 +29,10 @@ LEGAL = {
     "operator": re.compile(
         r"torch\.ops\.aten\.\w+\.\w+|_operator\.(getitem|add|sub|mul|floordiv|mod|neg|eq|ne|ge|gt|le|lt)"
     ),
-    "expr_str": re.compile(r"(?:[su]\d+|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|CleanDiv|Eq|True|False|[\d +*/(),-])*"),
+    "expr_str": re.compile(
+        r"(?:'?[su]\d+'?|Symbol|Integer|Rational|Add|Mul|Pow|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|CleanDiv|Equality|"
+        r"positive|nonnegative|integer|True|False|[\d ,=*/+()-])*"
+    ),
     "forward_arg_names": re.compile(r"[A-Za-z]\w*"),
     "in_spec": re.compile(r'[\w "\\\[\]{}:,.-]*'),
     "out_spec": re.compile(r'[\w "\\\[\]{}:,.-]*'),

@@ -6,9 +6,11 @@ leaves out the last layer's bias as the original Inception score does. `layers` 
 `output` is the last one. A compiled module calls no hooks, so the spatial features are computed by its own layers.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 SIDE = 299  # pixels of an image inside the network
 SPATIAL_CHANNELS = 7  # of the spatial features: 7 * 17 * 17 = 2,023 numbers, about as many as the pooled ones
@@ -16,7 +18,7 @@ MIXED, CONVOLUTION = "mixed_6", "conv"  # the layer of the spatial features, as 
 TOLERANCE = 1e-3  # of a probe, relative to the largest feature: rounding differs from one form of a layer to another
 
 
-def has_interface(network: nn.Module) -> bool:
+def has_interface(network: Any) -> bool:
     """Say whether a TorchScript module's `forward` has the arguments of the Inception file."""
     schema = getattr(getattr(network, "forward", None), "schema", None)
     names = {argument.name for argument in schema.arguments} if schema else set()
@@ -40,28 +42,28 @@ def resized(images: Tensor) -> Tensor:
     return (sampled - 128) / 128
 
 
-def spatial_features(network: nn.Module, images: Tensor) -> Tensor:
+def spatial_features(network: Any, images: Tensor) -> Tensor:
     """Return the first seven channels of `mixed_6/conv`, flattened as TensorFlow does: [N, H * W * 7], channels last.
 
     The order matters beside statistics of others (`mu_s`, `sigma_s`): torch's own order would compare each number with
     another one. Raises `LookupError` for a network without such a layer.
     """
     x = resized(images)
-    for name, layer in network.get_submodule("layers").named_children():
+    for name, layer in network.layers.named_children():
         if name == MIXED:
-            maps = layer.get_submodule(CONVOLUTION)(x)[:, :SPATIAL_CHANNELS]
+            maps = getattr(layer, CONVOLUTION)(x)[:, :SPATIAL_CHANNELS]
             return maps.permute(0, 2, 3, 1).flatten(1)
         x = layer(x)
     raise LookupError(MIXED)
 
 
-def probabilities(network: nn.Module, pooled: Tensor) -> Tensor:
+def probabilities(network: Any, pooled: Tensor) -> Tensor:
     """Return class probabilities [N, classes] of pooled features, without the bias of the last layer."""
-    weight = network.get_submodule("output").get_parameter("weight")
+    weight = network.output.weight
     return (pooled.to(weight.dtype) @ weight.T).float().softmax(1)
 
 
-def problem_of_spatial_features(network: nn.Module, probe: Tensor) -> str | None:
+def problem_of_spatial_features(network: Any, probe: Tensor) -> str | None:
     """Say why the spatial features of a network cannot be had, or None if they can.
 
     All of its layers, one after another on images resized here, must give the network's own pooled features: then the
@@ -69,7 +71,7 @@ def problem_of_spatial_features(network: nn.Module, probe: Tensor) -> str | None
     """
     try:
         x = resized(probe)
-        for _, layer in network.get_submodule("layers").named_children():
+        for _, layer in network.layers.named_children():
             x = layer(x)
         spatial_features(network, probe)
         same = _close(x.flatten(1), network(probe, return_features=True).flatten(1))
@@ -78,7 +80,7 @@ def problem_of_spatial_features(network: nn.Module, probe: Tensor) -> str | None
     return None if same else "its layers, called one after another, do not give its features"
 
 
-def problem_of_probabilities(network: nn.Module, probe: Tensor) -> str | None:
+def problem_of_probabilities(network: Any, probe: Tensor) -> str | None:
     """Say why class probabilities cannot be had from pooled features, or None if they can."""
     try:
         pooled = network(probe, return_features=True).flatten(1)

@@ -16,7 +16,7 @@ FEW = 10_000
 
 def titles(evaluation: Evaluation) -> dict[str, str]:
     """Return the title of every score that some row has. Papers' names are for the Inception network alone."""
-    known = PAPERS if evaluation.protocol.network["inception"] else OTHERS
+    known = _titles(evaluation)
     return {name: title for name, title in known.items() if any(name in row.scores for row in evaluation.rows)}
 
 
@@ -37,5 +37,10 @@ def described(evaluation: Evaluation) -> list[str]:
         for name, reason in row.absent.items():
             if name not in named.setdefault(reason, []):
                 named[reason].append(name)
-    notes += [f"No {', '.join(names)}: {reason}." for reason, names in named.items()]
+    known = _titles(evaluation)
+    notes += [f"No {', '.join(known[name] for name in names)}: {reason}." for reason, names in named.items()]
     return notes
+
+
+def _titles(evaluation: Evaluation) -> dict[str, str]:
+    return PAPERS if evaluation.protocol.network["inception"] else OTHERS
