@@ -1,21 +1,23 @@
-"""`tqdit evaluate` from a model to its result file: one protocol, gone on with, the same for any number of processes."""
+"""`tqdit evaluate`, from a model to its result file: one protocol, resumed, and the same for several processes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import inception_like
 import numpy as np
 import pytest
 import torch
-from launcher import torchrun
 from torch import nn
 from typer.testing import CliRunner
 
 import tqdit
+from launcher import torchrun
 from tqdit.cli.main import app
 from tqdit.errors import InputError
 from tqdit.evaluation import contenders
 from tqdit.evaluation.results import read_evaluation
+from tqdit.imaging import generate
 from tqdit.sampling.guidance import Sampling
 
 SAMPLING = Sampling("ddim", 2, 1.5)
@@ -36,17 +38,32 @@ def reference(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def finished(network, reference, pipeline, tmp_path_factory) -> Path:
+    """A folder with the results and the images of one evaluation; read only."""
+    folder = tmp_path_factory.mktemp("finished")
+    tqdit.evaluate(pipeline, reference, folder / "results.json", network=network, **OPTIONS)
+    return folder
+
+
+@pytest.fixture
+def begun(finished, tmp_path) -> Path:
+    """A copy of that folder, which a test may change."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "results.json"
+
+
 @pytest.fixture
 def evaluate(network, reference, tmp_path):
     def call(*models: str | Path, **options):
-        return tqdit.evaluate(models, reference, tmp_path / "results.json", network=network, **OPTIONS | options)
+        given = {"network": network, "reference": reference, **OPTIONS, **options}
+        return tqdit.evaluate(models, given.pop("reference"), tmp_path / "results.json", **given)
 
     return call
 
 
-def test_a_result_file_has_the_scores_and_the_whole_protocol(evaluate, pipeline, tmp_path) -> None:
-    result = evaluate(pipeline)
-    found = json.loads((tmp_path / "results.json").read_text())
+def test_a_result_file_has_the_scores_and_the_whole_protocol(finished) -> None:
+    found = json.loads((finished / "results.json").read_text())
     assert list(found["rows"][0]["scores"]) == [
         "frechet_distance", "spatial_frechet_distance", "inception_score", "precision", "recall", "kernel_distance",
     ]  # fmt: skip
@@ -58,30 +75,29 @@ def test_a_result_file_has_the_scores_and_the_whole_protocol(evaluate, pipeline,
     assert len(row["run"]["model_sha256"]) == 64
     assert {"torch", "tqdit", "device"} <= set(row["environment"])
     assert set(row["seconds"]) == {"images", "features", "scores"}
-    assert read_evaluation(tmp_path / "results.json").rows == result.rows
+    assert row["absent"] == {}
 
 
-def test_what_is_there_is_not_made_again(evaluate, pipeline, tmp_path, monkeypatch) -> None:
-    first = evaluate(pipeline)
-    (tmp_path / "results.json").unlink()
-    monkeypatch.setattr(contenders.workflow.images.generate, "sample_batches", lambda *_: pytest.fail("drawn again"))
-    again = evaluate(pipeline)
-    assert again.rows[0].scores == first.rows[0].scores
-    before = (tmp_path / "results.json").read_bytes()
+def test_what_is_there_is_not_made_again(evaluate, begun, pipeline, monkeypatch) -> None:
+    before = begun.read_bytes()
+    begun.unlink()
+    monkeypatch.setattr(generate, "trajectory", lambda *_: pytest.fail("drawn again"))
+    assert evaluate(pipeline).rows[0].scores == json.loads(before)["rows"][0]["scores"]
+    before = begun.read_bytes()
     monkeypatch.setattr(contenders.Model, "images", lambda *_: pytest.fail("evaluated again"))
     evaluate(pipeline)
-    assert (tmp_path / "results.json").read_bytes() == before
+    assert begun.read_bytes() == before
 
 
-def test_an_interrupted_evaluation_goes_on_with_the_same_scores(evaluate, pipeline, tmp_path) -> None:
-    first = evaluate(pipeline)
-    (tmp_path / "results.json").unlink()
-    for file in list((tmp_path / "results.images").rglob("*.png"))[3:7]:
+def test_an_interrupted_evaluation_goes_on_with_the_same_scores(evaluate, begun, pipeline) -> None:
+    scores = json.loads(begun.read_text())["rows"][0]["scores"]
+    begun.unlink()
+    for file in list(begun.with_suffix(".images").rglob("*.png"))[3:7]:
         file.unlink()
-    assert evaluate(pipeline).rows[0].scores == first.rows[0].scores
+    assert evaluate(pipeline).rows[0].scores == scores
 
 
-def test_the_batch_that_is_written_has_the_scores_of_the_model(evaluate, pipeline, tmp_path) -> None:
+def test_the_batch_that_is_written_has_the_scores_of_the_model(evaluate, begun, pipeline, tmp_path) -> None:
     model = evaluate(pipeline, npz=tmp_path / "batches")
     with np.load(tmp_path / "batches" / "tiny-dit.npz") as archive:
         assert archive["arr_0"].shape == (12, 8, 8, 3)
@@ -102,50 +118,48 @@ def test_the_batch_that_is_written_has_the_scores_of_the_model(evaluate, pipelin
         ({"classes": [3]}, r"images.classes is \[0, 1.* and \[3\]"),
     ],
 )
-def test_another_protocol_is_refused_before_any_work(evaluate, pipeline, monkeypatch, changes, named) -> None:
-    evaluate(pipeline)
+def test_another_protocol_is_refused_before_any_work(evaluate, begun, pipeline, monkeypatch, changes, named) -> None:
+    assert begun.exists()
     monkeypatch.setattr(contenders.Model, "images", lambda *_: pytest.fail("drawn"))
     with pytest.raises(InputError, match=f"different protocols, and go into no common table: {named}$"):
         evaluate(pipeline, **changes)
 
 
-def test_another_network_or_reference_is_another_protocol(evaluate, pipeline, reference, network, tmp_path) -> None:
-    evaluate(pipeline)
+def test_another_network_or_reference_is_another_protocol(evaluate, begun, pipeline, reference, tmp_path) -> None:
     inception_like.save(tmp_path / "inception-2015-12-05.pt", corner=True)
     with pytest.raises(InputError, match=r"network.sha256 is '\w+' and '\w+'$"):
         evaluate(pipeline, network=tmp_path / "inception-2015-12-05.pt")
     np.savez(tmp_path / "reference.npz", np.zeros((15, 8, 8, 3), dtype=np.uint8))
     with pytest.raises(InputError, match=r"reference.sha256 is"):
-        tqdit.evaluate(pipeline, tmp_path / "reference.npz", tmp_path / "results.json", network=network, **OPTIONS)
+        evaluate(pipeline, reference=tmp_path / "reference.npz")
     (tmp_path / "renamed.npz").write_bytes(reference.read_bytes())
-    same = tqdit.evaluate(pipeline, tmp_path / "renamed.npz", tmp_path / "results.json", network=network, **OPTIONS)
-    assert len(same.rows) == 1
+    assert len(evaluate(pipeline, reference=tmp_path / "renamed.npz").rows) == 1
 
 
-class Grey(nn.Module):
+class Colours(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[1] != 1:
-            raise ValueError("grey images alone")
+        if x.shape[1] != 3:
+            raise ValueError("images with colours alone")
         return x.float().flatten(1)[:, :6]
 
 
-def test_input_that_is_wrong_is_refused_before_any_image(evaluate, pipeline, reference, tmp_path, monkeypatch) -> None:
+def test_input_that_is_wrong_is_refused_before_any_image(evaluate, pipeline, network, reference, tmp_path, monkeypatch):
     monkeypatch.setattr(contenders.Model, "images", lambda *_: pytest.fail("drawn"))
-    torch.jit.script(Grey()).save(str(tmp_path / "grey.pt"))
+    torch.jit.script(Colours()).save(str(tmp_path / "colours.pt"))
     np.savez(tmp_path / "other.npz", mu=np.zeros(7), sigma=np.eye(7))
     (tmp_path / "own.json").write_text("{}")
     out = tmp_path / "results.json"
     for message, call in {
-        "network 'grey.pt' fails on images": lambda: evaluate(pipeline, network=tmp_path / "grey.pt"),
-        "of 7 features, the network gives 6": lambda: tqdit.evaluate(
-            pipeline, tmp_path / "other.npz", out, network=tmp_path / "grey.pt", **OPTIONS
+        "network 'colours.pt' fails on images": lambda: evaluate(pipeline, network=tmp_path / "colours.pt"),
+        "of 7 features, the network gives 24": lambda: evaluate(
+            pipeline, reference=tmp_path / "other.npz", network=network
         ),
         "give the feature network": lambda: tqdit.evaluate(pipeline, reference, out),
         "own.json is no result file of tqdit evaluate": lambda: tqdit.evaluate(
-            pipeline, reference, tmp_path / "own.json", network=tmp_path / "grey.pt"
+            pipeline, reference, tmp_path / "own.json", network=network
         ),
         "num must be a whole number of at least 1": lambda: evaluate(pipeline, num=0),
-        "models must name at least one model": lambda: evaluate(),
+        "models must name at least one model": evaluate,
     }.items():
         with pytest.raises(InputError, match=message):
             call()
@@ -166,15 +180,17 @@ def test_the_command_prints_papers_names_and_joins_files(pipeline, network, refe
     value = json.loads((tmp_path / "b.json").read_text())
     value["protocol"]["images"]["num"] = 50_000
     (tmp_path / "b.json").write_text(json.dumps(value))
-    with pytest.raises(InputError, match="images.num is 12 and 50000"):
+    with pytest.raises(InputError, match=r"images\.num is 12 and 50000"):
         run.invoke(app, ["evaluate", str(tmp_path / "a.json"), str(tmp_path / "b.json")], catch_exceptions=False)
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_scores_of_one(pipeline, network, reference, tmp_path) -> None:
+def test_two_processes_have_the_scores_of_one(finished, pipeline, network, reference, tmp_path) -> None:
     words = ["evaluate", pipeline, "--reference", reference, "--network", network, "--steps", "2", "-q"]
     words += ["--device", "cpu", "--batch", "5", "-o", tmp_path / "two.json", "-n", "12"]
     done = torchrun("-m", "tqdit", *words)
     assert done.returncode == 0, done.stderr
-    alone = tqdit.evaluate(pipeline, reference, tmp_path / "one.json", network=network, **OPTIONS)
-    assert read_evaluation(tmp_path / "two.json").rows[0].scores == alone.rows[0].scores
+    assert (
+        read_evaluation(tmp_path / "two.json").rows[0].scores
+        == read_evaluation(finished / "results.json").rows[0].scores
+    )

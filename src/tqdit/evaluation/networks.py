@@ -56,7 +56,9 @@ class Network:
             # A TorchScript module that is optimized while it runs could round its first batches in another way.
             with torch.inference_mode(), torch.jit.optimized_execution(False):
                 found = self.compute(images.to(self.device))
-        except (RuntimeError, ValueError, TypeError) as error:
+        except (torch.OutOfMemoryError, InputError):
+            raise
+        except Exception as error:  # a program of the user's, with errors of its own
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
             raise InputError(f"network '{self.name}' fails on images {list(images.shape)}: {reason:.200}") from None
         for part in (found.pooled, found.spatial, found.probabilities):
