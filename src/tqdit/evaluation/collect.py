@@ -20,7 +20,7 @@ KEPT = 50_000  # images whose features are kept for precision, recall and the ke
 
 @dataclass(frozen=True)
 class Collected:
-    """What scores need of a set of images.
+    """The part of a set of images that scores need.
 
     `features` [N, D]: those of the first images; None where only statistics are known. `gaussian` and `spatial`: of all
     images. `inception_score`: of all images, where the network has classes.

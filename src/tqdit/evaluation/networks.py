@@ -20,7 +20,7 @@ SPATIAL, CLASSES = "spatial", "classes"  # what a network may lack
 
 @dataclass(frozen=True)
 class Features:
-    """What a network makes of N images: `pooled` [N, D], and `spatial` [N, S] and class `probabilities` [N, K], if any.
+    """The features of N images: `pooled` [N, D], and `spatial` [N, S] and class `probabilities` [N, K], if any.
 
     All are float32 on the CPU.
     """

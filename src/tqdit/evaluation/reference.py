@@ -23,7 +23,7 @@ MOST_FEATURES = 2**14  # a covariance of more would not fit into memory
 
 @dataclass(frozen=True)
 class Reference:
-    """What is there of a reference: `images`, statistics under some network, or `bundled` features.
+    """A reference, of which there are `images`, statistics under some network, or `bundled` features.
 
     Statistics go before the images: ADM's file for ImageNet has those of the whole training set, and 10,000 images for
     precision and recall.
