@@ -71,5 +71,5 @@ def test_the_page_says_what_is_not_measured_and_shows_what_is(
     assert "| model | FD | IS | prec. | recall | KD | images (s) |" in shown
     assert "| plus-w8a8 |" in shown
     assert "50 real and 50 drawn rows of 12 pooled and 9 spatial features" in shown
-    with pytest.raises(ValueError, match="docs/evaluation.md has the sections"):
+    with pytest.raises(ValueError, match=r"docs/evaluation\.md has the sections"):
         writer.evaluation("no sections")
