@@ -1,9 +1,8 @@
 """The verb `evaluate`: images of models, their features, and their scores under one protocol."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,10 +11,11 @@ from tqdit.errors import InputError
 from tqdit.evaluation import measure
 from tqdit.evaluation.collect import Collected, collect
 from tqdit.evaluation.contenders import BATCH_SUFFIX, Batch, Contender, Model
-from tqdit.evaluation.image_sets import write_npz
+from tqdit.evaluation.image_sets import ImageSet, write_npz
 from tqdit.evaluation.networks import FASHION, Network, load_network
 from tqdit.evaluation.reference import FASHION_TEST, Reference, open_reference
 from tqdit.evaluation.results import Evaluation, Protocol, Row, read_evaluation
+from tqdit.evaluation.scores import NEIGHBOURS
 from tqdit.imaging.images import BATCH
 from tqdit.runtime.target import Device, Dtype, Target
 from tqdit.sampling.guidance import Conditions, Sampling
@@ -70,26 +70,33 @@ def evaluate(  # noqa: PLR0913 - one for each option of the command
     check_counts(num=num, batch=batch)
     check_seed(seed)
     out, target = Path(out), Target(backend, device, dtype)
-    check_file(out)
-    found = load_network(_network_name(network, reference), target.device)
-    real = open_reference(reference, found)
     place = out.with_suffix(".images") if images is None else Path(images)
-    for folder in (place, *([] if npz is None else [Path(npz)])):
+    batches = None if npz is None else Path(npz)
+    check_file(out)
+    for folder in filter(None, (place, batches)):
         check_outside(folder)
         check_parent(folder / "images")
+
+    def drawn_here(name: str | Path) -> Contender:
+        wanted = workflow.images_of(name, classes, num, sampling, seed, batch, conditions)
+        return Model(wanted, target, place)
+
+    found = load_network(_network_name(network, reference), target.device)
+    real = open_reference(reference, found)
+    contenders = _contenders(models, num, drawn_here)
+    evaluation = _begun(contenders, found, real, out)
+    _check_images(found, real, contenders, batches)
+    return _Work(found, real, out, batches, report).run(contenders, evaluation)
+
+
+def _contenders(
+    models: str | Path | Sequence[str | Path], num: int, drawn_here: Callable[[str | Path], Contender]
+) -> list[Contender]:
     given = [models] if isinstance(models, str | Path) else list(models)
     if not given:
         raise InputError("models must name at least one model, got an empty list")
-    contenders: list[Contender] = []
-    for name in given:
-        if Path(name).suffix == BATCH_SUFFIX:
-            contenders.append(Batch(Path(name), num))
-        else:
-            wanted = workflow.images_of(name, classes, num, sampling, seed, batch, conditions)
-            contenders.append(Model(wanted, target, place))
-    evaluation = _begun(contenders, found, real, out)
-    _check_network(found, real, contenders)
-    return _Work(found, real, out, None if npz is None else Path(npz), report).run(contenders, evaluation)
+    elsewhere = [Path(name).suffix == BATCH_SUFFIX for name in given]
+    return [Batch(Path(name), num) if made else drawn_here(name) for name, made in zip(given, elsewhere, strict=True)]
 
 
 def _network_name(network: str | Path | None, reference: str | Path) -> str | Path:
@@ -119,12 +126,29 @@ def _begun(contenders: Sequence[Contender], network: Network, reference: Referen
     return before
 
 
-def _check_network(network: Network, reference: Reference, contenders: Sequence[Contender]) -> None:
-    """Raise `InputError`, before any image is drawn, for images and statistics that do not suit the network."""
+def _check_images(
+    network: Network, reference: Reference, contenders: Sequence[Contender], batches: Path | None
+) -> None:
+    """Raise `InputError`, before any image is drawn, for images and statistics that do not suit the network.
+
+    Also for sets that are too small, and for two batches of one name.
+    """
+    sets = {"models": contenders[0].drawn["num"]}
     if reference.images is not None:
+        sets["reference"] = reference.images.count
         reference.check(network(reference.images.read(range(1))))
+    for name, count in sets.items():
+        if count <= NEIGHBOURS:
+            raise InputError(f"an evaluation needs more than {NEIGHBOURS} images, of the {name} there are {count}")
     for shape in dict.fromkeys(contender.shape for contender in contenders):
         reference.check(network(torch.zeros(1, *shape, dtype=torch.uint8)))
+    names = [_batch_name(contender) for contender in contenders]
+    if batches and (double := next((name for name in names if names.count(name) > 1), None)):
+        raise InputError(f"two of the models are called '{double}', so their batches would be one file")
+
+
+def _batch_name(contender: Contender) -> str:
+    return f"{Path(contender.name).stem}{BATCH_SUFFIX}"
 
 
 class _Work:
@@ -177,6 +201,6 @@ class _Work:
             self._real = self.reference.collected(self.network, lambda f: self.report("features of the reference", f))
         return self._real
 
-    def _write_npz(self, contender: Contender, images: Any) -> None:
+    def _write_npz(self, contender: Contender, images: ImageSet) -> None:
         if self.npz is not None and current().first:
-            write_npz(self.npz / f"{Path(contender.name).stem}.npz", images, contender.labels)
+            write_npz(self.npz / _batch_name(contender), images, contender.labels)
