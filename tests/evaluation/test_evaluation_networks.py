@@ -108,6 +108,17 @@ def test_the_bundled_classifier(images) -> None:
         network(images[:, :1])
 
 
+class Wide(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float().flatten(1).repeat(1, 6)
+
+
+def test_features_that_have_no_covariance_are_refused(tmp_path, images) -> None:
+    torch.jit.script(Wide()).save(str(tmp_path / "wide.pt"))
+    with pytest.raises(InputError, match=r"'wide\.pt' gives 23040 features of an image; at most 16384"):
+        load_network(tmp_path / "wide.pt")(images)
+
+
 def test_nan_and_missing_files_are_named(tmp_path, images) -> None:
     torch.jit.script(Broken()).save(str(tmp_path / "nan.pt"))
     network = load_network(tmp_path / "nan.pt")
