@@ -1,6 +1,5 @@
 """The verb `evaluate`: images of models, their features, and their scores under one protocol."""
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from tqdit.errors import InputError
 from tqdit.evaluation import measure
 from tqdit.evaluation.collect import Collected, collect
 from tqdit.evaluation.contenders import BATCH_SUFFIX, Batch, Contender, Model
+from tqdit.evaluation.costs import Costs
 from tqdit.evaluation.image_sets import ImageSet, write_npz
 from tqdit.evaluation.networks import FASHION, Network, load_network
 from tqdit.evaluation.reference import FASHION_TEST, Reference, open_reference
@@ -21,7 +21,7 @@ from tqdit.runtime.target import Device, Dtype, Target
 from tqdit.sampling.guidance import Conditions, Sampling
 from tqdit.stages import Report, silent
 from tqdit.system.distributed import current
-from tqdit.system.environment import environment, peak_memory_bytes
+from tqdit.system.environment import environment
 from tqdit.system.files import check_file, check_outside, check_parent
 from tqdit.system.isolation import isolated
 from tqdit.system.validation import check_counts, check_seed
@@ -173,30 +173,18 @@ class _Work:
         return evaluation
 
     def _row(self, contender: Contender) -> Row:
-        seconds: dict[str, float] = {}
-        start = time.perf_counter()
-
-        def lap(stage: str) -> None:
-            nonlocal start
-            now = time.perf_counter()
-            seconds[stage], start = round(now - start, 3), now
-
-        images = contender.images(self.report)
-        lap("images")
+        name, costs = contender.name, Costs(self.network.device)
+        with costs.of("images"):
+            images = contender.images(self.report)
         self._write_npz(contender, images)
-        start = time.perf_counter()
-        stage = f"features of {contender.name}"
-        drawn = collect(images, self.network, lambda f: self.report(stage, f))
-        lap("features")
+        with costs.of("features"):
+            drawn = collect(images, self.network, lambda f: self.report(f"features of {name}", f))
         real = self._real_features()
-        start = time.perf_counter()
-        self.report(f"scores of {contender.name}", 0.0)
-        found = measure.measure(real, drawn, self.network)
-        lap("scores")
-        return Row(
-            contender.name, contender.run, found.scores, found.details, found.absent, seconds, peak_memory_bytes(),
-            environment(str(self.network.device)),
-        )  # fmt: skip
+        self.report(f"scores of {name}", 0.0)
+        with costs.of("scores"):
+            found = measure.measure(real, drawn, self.network)
+        about = environment(str(self.network.device))
+        return Row(name, contender.run, found.scores, found.details, found.absent, costs.stages, about)
 
     def _real_features(self) -> Collected:
         if self._real is None:

@@ -45,7 +45,7 @@ class Row:
     """The scores of one model or batch of samples.
 
     `run`: what decided its images, such as the hash of the model, its backend and dtype. `absent`: why a score is
-    missing. `seconds` by stage, `peak_memory_bytes` of the process so far.
+    missing. `costs`: seconds and peak memory of each stage, as in `costs.Costs`.
     """
 
     name: str
@@ -53,8 +53,7 @@ class Row:
     scores: Mapping[str, float]
     details: Mapping[str, Any] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    peak_memory_bytes: int = 0
+    costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
 
 
