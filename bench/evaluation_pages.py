@@ -51,7 +51,7 @@ def models(run: Run) -> str:
         f"`{run['command']}`, on {environment(found[0]['environment'])}. {images['num']} images of each model, "
         f"{images['sampler']}, {images['steps']} steps, guidance {images['guidance']}, seed {images['seed']}; "
         f"{protocol['reference']['images']} real images; features of `{protocol['network']['name']}`. Seconds are of "
-        "the images, the features and the scores; the peaks are those of the process so far, and of the device in a stage."
+        "the images, the features and the scores; peaks are of the process so far, and of the device in a stage."
     )
     header = ["model", *(titles[name] for name in names), "images (s)", "features (s)", "scores (s)", *PEAKS.values()]
     return f"{head}\n\n{table(header, rows)}"
