@@ -17,7 +17,6 @@ STAGES = {
     "spatial_frechet_distance": "spatial Fréchet distance", "precision_recall": "precision and recall",
     "kernel_distance": "kernel distance", "inception_score": "Inception score",
 }  # fmt: skip
-PEAKS = {"peak_memory_bytes": "peak (GiB)", "peak_device_memory_bytes": "of the device"}
 Run = Mapping[str, Any]
 
 
@@ -51,9 +50,9 @@ def models(run: Run) -> str:
         f"`{run['command']}`, on {environment(found[0]['environment'])}. {images['num']} images of each model, "
         f"{images['sampler']}, {images['steps']} steps, guidance {images['guidance']}, seed {images['seed']}; "
         f"{protocol['reference']['images']} real images; features of `{protocol['network']['name']}`. Seconds are of "
-        "the images, the features and the scores; peaks are of the process so far, and of the device in a stage."
+        "the images, the features and the scores; the peak of memory is that of the process so far."
     )
-    header = ["model", *(titles[name] for name in names), "images (s)", "features (s)", "scores (s)", *PEAKS.values()]
+    header = ["model", *(titles[name] for name in names), "images (s)", "features (s)", "scores (s)", "peak (GiB)"]
     return f"{head}\n\n{table(header, rows)}"
 
 
@@ -66,10 +65,8 @@ def _score(row: Run, name: str) -> str:
 
 
 def _cost(row: Run) -> list[str]:
-    costs = row["costs"]
-    peaks = [max((cost.get(name, 0) for cost in costs.values()), default=0) / 2**30 for name in PEAKS]
-    seconds = [f"{costs[stage]['seconds']:.1f}" for stage in ("images", "features", "scores")]
-    return [*seconds, *(f"{peak:.1f}" if peak else "–" for peak in peaks)]
+    seconds = [f"{row['seconds'][stage]:.1f}" for stage in ("images", "features", "scores")]
+    return [*seconds, f"{row['peak_memory_bytes'] / 2**30:.1f}"]
 
 
 def scores(run: Run) -> str:

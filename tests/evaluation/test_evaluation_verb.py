@@ -74,8 +74,8 @@ def test_a_result_file_has_the_scores_and_the_whole_protocol(finished) -> None:
     row = found["rows"][0]
     assert len(row["run"]["model_sha256"]) == 64
     assert {"torch", "tqdit", "device"} <= set(row["environment"])
-    assert set(row["costs"]) == {"images", "features", "scores"}
-    assert all(cost["seconds"] > 0 and cost["peak_memory_bytes"] > 2**20 for cost in row["costs"].values())
+    assert set(row["seconds"]) == {"images", "features", "scores"}
+    assert row["peak_memory_bytes"] > 2**20
     assert row["absent"] == {}
 
 

@@ -6,18 +6,14 @@ from contextlib import contextmanager
 
 import torch
 
-from tqdit.system.environment import peak_memory_bytes
-
 
 class Costs:
-    """The costs of stages by name: seconds, the peak memory of the process until then, and that of a GPU in the stage.
-
-    The peak of a process includes everything before the stage, imports too: an operating system keeps one peak only.
-    """
+    """The `seconds` of stages by name, and the peak memory of a GPU in each of them, `device_bytes`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stages: dict[str, dict[str, float]] = {}
+        self.seconds: dict[str, float] = {}
+        self.device_bytes: dict[str, int] = {}
 
     @contextmanager
     def of(self, stage: str) -> Iterator[None]:
@@ -29,8 +25,5 @@ class Costs:
         yield
         if gpu:
             torch.cuda.synchronize(self.device)
-        cost: dict[str, float] = {"seconds": round(time.perf_counter() - start, 3)}
-        cost["peak_memory_bytes"] = peak_memory_bytes()
-        if gpu:
-            cost["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
-        self.stages[stage] = cost
+            self.device_bytes[stage] = torch.cuda.max_memory_allocated(self.device)
+        self.seconds[stage] = round(time.perf_counter() - start, 3)

@@ -21,7 +21,7 @@ from tqdit.runtime.target import Device, Dtype, Target
 from tqdit.sampling.guidance import Conditions, Sampling
 from tqdit.stages import Report, silent
 from tqdit.system.distributed import current
-from tqdit.system.environment import environment
+from tqdit.system.environment import environment, peak_memory_bytes
 from tqdit.system.files import check_file, check_outside, check_parent
 from tqdit.system.isolation import isolated
 from tqdit.system.validation import check_counts, check_seed
@@ -184,7 +184,10 @@ class _Work:
         with costs.of("scores"):
             found = measure.measure(real, drawn, self.network)
         about = environment(str(self.network.device))
-        return Row(name, contender.run, found.scores, found.details, found.absent, costs.stages, about)
+        return Row(
+            name, contender.run, found.scores, found.details, found.absent,
+            costs.seconds, peak_memory_bytes(), costs.device_bytes, about,
+        )  # fmt: skip
 
     def _real_features(self) -> Collected:
         if self._real is None:
