@@ -31,7 +31,7 @@ from tqdit.backends.triton.layouts import (
     row_stride,
     with_steps,
 )
-from tqdit.backends.triton.relaunch import PLANS, Plan, aligned, check_device
+from tqdit.backends.triton.relaunch import PLANS, Plan, aligned, check_device, launch_options, starts_early
 from tqdit.errors import InputError
 from tqdit.ops.schema import Codes, Norm, OperandParams, Residual, RowCodes
 from tqdit.spec import Grid
@@ -52,8 +52,8 @@ def norm_quantize(x: torch.Tensor, norm: Norm, target: OperandParams, config: Co
     norm_quantize_kernel[(triton.cdiv(rows, of_program),)](
         x, norm.shift, norm.scale, norm.shift.stride(0), norm.eps, target.table, groups.tensor, out, steps, rows,
         tokens, out.stride(1), width, groups.stride, row_stride(target), target.bits, tokens % of_program == 0, NATIVE,
-        config.block_m, config.blocks, config.stages, first, rest, num_warps=config.warps,
-        maxnreg=None if steps is None else ROW_REGISTERS,
+        config.block_m, config.blocks, config.stages, first, rest, starts_early(x.get_device()), num_warps=config.warps,
+        maxnreg=None if steps is None else ROW_REGISTERS, **launch_options(x.get_device()),
     )  # fmt: skip
     return out if steps is None else RowCodes(out, steps)
 
@@ -105,14 +105,17 @@ def _quantize_plan(
     if mode is None:
         others = (
             *factors, rows, tokens, x_stride, out_stride, width, group_stride, target_stride, bits, NATIVE,
-            config.block_m, *powers_of_two(width, 16),
+            config.block_m, *powers_of_two(width, 16), starts_early(device),
         )  # fmt: skip
-        return Plan(quantize_rows_kernel, (triton.cdiv(rows, config.block_m), 1), others, num_warps=config.warps)
+        grid = triton.cdiv(rows, config.block_m), 1
+        return Plan(quantize_rows_kernel, grid, others, num_warps=config.warps, **launch_options(device))
     bm, bn = config[:2]
     others = (
         *factors, rows, width, tokens, x_stride, out_stride, group_stride, target_stride, mode, bits, NATIVE, bm, bn,
+        starts_early(device),
     )  # fmt: skip
-    return Plan(quantize_kernel, (triton.cdiv(rows, bm), triton.cdiv(width, bn)), others, num_warps=config.warps)
+    grid = triton.cdiv(rows, bm), triton.cdiv(width, bn)
+    return Plan(quantize_kernel, grid, others, num_warps=config.warps, **launch_options(device))
 
 
 def linear(
@@ -151,8 +154,8 @@ def linear(
         groups.stride, *map(row_stride, (source, first, second, third)), head_dim, head_pitch, token_pitch,
         weight.bits, source.two_products, epilogue, parts, gate is not None, mode(first), first.bits,
         tokens % bm == 0 or one_group, permutes(tokens), head_dim % 8 == 0, NATIVE, bm, bn, bk, config.band,
-        config.piece or bn, num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
-        enable_fp_fusion=epilogue == ACTIVATION.value,
+        config.piece or bn, starts_early(codes.get_device()), num_warps=config.warps, num_stages=config.stages,
+        maxnreg=config.registers, enable_fp_fusion=epilogue == ACTIVATION.value, **launch_options(codes.get_device()),
     )  # fmt: skip
     return out
 

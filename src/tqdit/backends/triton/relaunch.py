@@ -4,6 +4,8 @@ Triton looks at every argument of every launch to find the kernel that was compi
 longer than the launch. A `Plan` has all arguments but the tensors, so a second launch takes the kernel of the first.
 """
 
+import functools
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +15,22 @@ from tqdit.backends.triton.layouts import NATIVE
 from tqdit.errors import InputError
 
 PLANS = 4096  # of each kind that are kept
+
+
+@functools.cache
+def starts_early(device: int) -> bool:
+    """Say whether kernels on a GPU may start before their predecessors have ended; see `kernels.dependent`.
+
+    TQDIT_DEPENDENT_LAUNCH=0 in the environment turns that off.
+    """
+    if not NATIVE or os.environ.get("TQDIT_DEPENDENT_LAUNCH") == "0":
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch_options(device: int) -> dict[str, bool]:
+    """Return the options of Triton with which a kernel may start early, none where kernels do not."""
+    return {"launch_pdl": True} if starts_early(device) else {}
 
 
 class Blocks(NamedTuple):
