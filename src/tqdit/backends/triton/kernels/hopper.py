@@ -130,6 +130,7 @@ def _produce(
                 mbarrier.expect(ready, (BM + BN) * BK)
                 COPY(b, [tile_n * BN, k * BK], ready, b_ring.index(stage))
             COPY(a, [tile_m * BM, k * BK], ready, a_ring.index(stage))
+    let_successor_start()
 
 
 @gluon.jit
@@ -361,7 +362,6 @@ def hopper_linear_kernel(
     The residual stream differs: x and out are descriptors of its blocks, X_BLOCKS of which are in shared memory, with
     rows of X_BYTES. ROWS, CHANNELS: whether `row_steps` (`steps` there) and `channels` are read.
     """
-    let_successor_start()
     a_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BM, BK], a.layout)
     b_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BN, BK], b.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -600,8 +600,8 @@ def hopper_attention_kernel(
         mbarrier.init(q_full.index(place), count=1)
         mbarrier.init(q_empty.index(place), count=1)
     fence_async_shared()  # without it copies and products would not see these stores
-    let_successor_start()
     wait_for_predecessor()
+    let_successor_start()
     rings = ((q_ring, q_rest_ring), (k_ring, k_rest_ring), (v_ring, v_rest_ring))
     barriers = (full, empty, q_full, q_empty)
     pointers = (out, trace, group, query, key, value, softmax, target)

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from tqdit.backends.triton.kernels.dependent import let_successor_start, wait_for_predecessor
+from tqdit.backends.triton.kernels.dependent import wait_for_predecessor
 from tqdit.backends.triton.kernels.hopper import COPY_BACK, X_ROW, _pieces, _produce, x_layout
 from tqdit.backends.triton.kernels.linear import tile_of
 from tqdit.backends.triton.kernels.rounding import ZERO
@@ -129,7 +129,6 @@ def hopper_float_kernel(
     `source`, in the row that `group` has for a row's sample, of TOKENS rows. EVEN: N is a multiple of BN. SLOTS: blocks
     of results that each group has on their way out, a divisor of BN / PIECE.
     """
-    let_successor_start()
     a_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BM, BK], a.layout)
     b_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BN, BK], b.layout)
     y_ring = gl.allocate_shared_memory(y.dtype, [2 * SLOTS, BM, PIECE], y.layout)
