@@ -5,8 +5,8 @@ python bench/gpu_profile.py profile.json --only 256-b64 --presets plus
 
 A call is a replay of one CUDA graph. `ms` is the median wall time of a call. `kernels` has every kernel of one call:
 how often it runs and the sum of its times by torch's profiler. `gaps_us` is the time of a call in which no kernel
-runs. `clock_mhz` is the clock of the multiprocessors while calls follow each other, and `watts` the power then: a kernel
-that is timed alone may run at higher clocks.
+runs. `clock_mhz` is the clock of the multiprocessors while calls follow each other, and `watts` the power then: a
+kernel that is timed alone may run at higher clocks.
 
 Kernels that start before their predecessors have ended wait at first, and the wait is part of their times. For times
 without it set TQDIT_DEPENDENT_LAUNCH=0.
