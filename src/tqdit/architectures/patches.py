@@ -4,7 +4,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from diffusers.models.embeddings import PatchEmbed
 from torch import nn
+
+from tqdit.layers.linear import at_an_end
+from tqdit.ops.ends import EndLayer, Ends
+from tqdit.ops.modules import untouched
 
 FEW_TOKENS = 8192  # of the samples that are in fp32 at a time
 ONE_PIECE = 10 * 2**20  # bytes: torch's allocator takes memory for smaller tensors together, 20 MiB at a time
@@ -20,6 +25,10 @@ def few_samples(x: torch.Tensor, side: int) -> int:
 
 def embedded(embed: nn.Module, x: torch.Tensor, side: int, dtype: torch.dtype) -> torch.Tensor:
     """Return the residual stream (B, N, D) in `dtype` for latents x (B, C, H, W) of patches `side` wide."""
+    if (first := _first(embed, x, side)) is not None:
+        backend, layer, position = first
+        if (stream := backend.embed(x, layer, position, side, dtype)) is not None:
+            return stream
     return _joined([embed(part.float()).to(dtype) for part in _parts(x, few_samples(x, side))])
 
 
@@ -31,12 +40,36 @@ def output(
     `project`: the last layer, D -> pixels and channels of a patch. `shift_scale`: (B, 2 D), its modulation.
     """
     side, channels = model.config.patch_size, model.out_channels
+    if (last := _last(model.norm_out, project)) is not None:
+        backend, layer = last
+        if (made := backend.unembed(stream, shift_scale, model.norm_out.eps, layer, x, side)) is not None:
+            return made
     few = few_samples(x, side)
     pairs = zip(_parts(stream, few), _parts(shift_scale, few), strict=True)
     patches = _joined([_patches(model.norm_out, project, *pair) for pair in pairs])
     rows, columns = (size // side for size in x.shape[-2:])
     patches = patches.reshape(-1, rows, columns, side, side, channels).permute(0, 5, 1, 3, 2, 4)
     return patches.reshape(-1, channels, rows * side, columns * side).to(x.dtype)
+
+
+def _first(embed: Any, x: torch.Tensor, side: int) -> tuple[Ends, EndLayer, torch.Tensor] | None:
+    """Return a backend, the patch embedding and its positions (N, D) where kernels of the backend may take its place.
+
+    A size that has no table of positions is left to diffusers, which makes one.
+    """
+    if torch.compiler.is_compiling() or type(embed) is not PatchEmbed or not untouched(embed):
+        return None
+    sized = (embed.height, embed.width) == (x.shape[2] // side, x.shape[3] // side)
+    if not sized or embed.layer_norm or not embed.flatten or embed.pos_embed_max_size or embed.pos_embed is None:
+        return None
+    found = at_an_end(embed.proj)
+    return None if found is None else (*found, embed.pos_embed[0])
+
+
+def _last(norm: nn.Module, project: nn.Module) -> tuple[Ends, EndLayer] | None:
+    """Return a backend and the last layer where kernels of the backend may take the places of norm and layer."""
+    plain = type(norm) is nn.LayerNorm and norm.weight is None and untouched(norm)
+    return at_an_end(project) if plain and not torch.compiler.is_compiling() else None
 
 
 def lay_out(x: torch.Tensor, side: int, width: int, dtype: torch.dtype, modulation: Iterable[torch.Tensor]) -> None:

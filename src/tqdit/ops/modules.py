@@ -101,6 +101,17 @@ def offloaded(module: nn.Module) -> bool:
     return HOOK in module.__dict__
 
 
+def untouched(*modules: nn.Module) -> bool:
+    """Say whether a call of any of these modules is its class's own forward alone: no hook, and nothing in its place.
+
+    Then a kernel may take the module's tensors instead of a call.
+    """
+    return not any(
+        module._forward_hooks or module._forward_pre_hooks or offloaded(module) or "forward" in module.__dict__
+        for module in modules
+    )
+
+
 @contextmanager
 def present(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Bring the tensors of offloaded modules to where they are used, for as long as the block lasts.
