@@ -9,7 +9,7 @@ from torch import nn
 
 from tqdit.layers.linear import at_an_end
 from tqdit.ops.ends import EndLayer, Ends
-from tqdit.ops.modules import untouched
+from tqdit.ops.modules import plain
 
 FEW_TOKENS = 8192  # of the samples that are in fp32 at a time
 ONE_PIECE = 10 * 2**20  # bytes: torch's allocator takes memory for smaller tensors together, 20 MiB at a time
@@ -57,7 +57,7 @@ def _first(embed: Any, x: torch.Tensor, side: int) -> tuple[Ends, EndLayer, torc
 
     A size that has no table of positions is left to diffusers, which makes one.
     """
-    if torch.compiler.is_compiling() or type(embed) is not PatchEmbed or not untouched(embed):
+    if torch.compiler.is_compiling() or not plain(embed, PatchEmbed):
         return None
     sized = (embed.height, embed.width) == (x.shape[2] // side, x.shape[3] // side)
     if not sized or embed.layer_norm or not embed.flatten or embed.pos_embed_max_size or embed.pos_embed is None:
@@ -68,8 +68,9 @@ def _first(embed: Any, x: torch.Tensor, side: int) -> tuple[Ends, EndLayer, torc
 
 def _last(norm: nn.Module, project: nn.Module) -> tuple[Ends, EndLayer] | None:
     """Return a backend and the last layer where kernels of the backend may take the places of norm and layer."""
-    plain = type(norm) is nn.LayerNorm and norm.weight is None and untouched(norm)
-    return at_an_end(project) if plain and not torch.compiler.is_compiling() else None
+    if torch.compiler.is_compiling() or not plain(norm, nn.LayerNorm) or norm.weight is not None:
+        return None
+    return at_an_end(project)
 
 
 def lay_out(x: torch.Tensor, side: int, width: int, dtype: torch.dtype, modulation: Iterable[torch.Tensor]) -> None:

@@ -112,6 +112,11 @@ def untouched(*modules: nn.Module) -> bool:
     )
 
 
+def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Say whether a module is one of `kind`, perhaps of a subclass, whose call is the forward of `kind` alone."""
+    return isinstance(module, kind) and type(module).forward is kind.forward and untouched(module)
+
+
 @contextmanager
 def present(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Bring the tensors of offloaded modules to where they are used, for as long as the block lasts.

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tqdit.backends.triton import ends, flat, float_attention, float_operators, floats, operators, tuning
+from tqdit.backends.triton import conditioning, ends, flat, float_attention, float_operators, floats, operators, tuning
 from tqdit.backends.triton.layer import TritonLinear
 from tqdit.backends.triton.layouts import NATIVE, Projected, weight_of, with_steps
 from tqdit.errors import InputError
 from tqdit.ops.composed import FUNCTIONS
-from tqdit.ops.ends import EndLayer, Ends
+from tqdit.ops.ends import EndLayer, Ends, Lookup
 from tqdit.ops.schema import (
     AttentionParams,
     Codes,
@@ -181,6 +181,10 @@ class TritonBackend(Ends):
             return None
         with flat.on(stream):
             return ends.unembed(stream, shift_scale, eps, layer, x, side)
+
+    def activated(self, x: torch.Tensor | Lookup, layer: Any, added: Lookup | None = None) -> torch.Tensor | None:
+        with flat.on(layer.codes):
+            return conditioning.activated(x, weight_of(layer), added)
 
 
 class PackedTritonBackend(TritonBackend):
