@@ -73,19 +73,22 @@ def _last(norm: nn.Module, project: nn.Module) -> tuple[Ends, EndLayer] | None:
     return at_an_end(project)
 
 
-def lay_out(x: torch.Tensor, side: int, width: int, dtype: torch.dtype, modulation: Iterable[torch.Tensor]) -> None:
+def lay_out(model: Any, project: nn.Module, x: torch.Tensor, width: int, modulation: Iterable[torch.Tensor]) -> None:
     """Give a CUDA graph under capture one piece of memory, about what a call has alive at most.
 
     Its tensors then are parts of that piece, or most of them: left to come as they may, most sizes would get memory of
-    their own, which a graph keeps. `width`: channels D of the stream, of `dtype`; `modulation`: tensors of a
-    call that live as long as it.
+    their own, which a graph keeps. `width`: channels D of the stream; `modulation`: tensors of a call that live as long
+    as it.
     """
     if x.device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_current_stream_capturing():
         return
+    side, dtype = model.config.patch_size, model.stream_dtype
     batch, tokens = x.shape[0], x.shape[-2] * x.shape[-1] // side**2
     stream = batch * tokens * width * dtype.itemsize
     in_a_block = stream + batch * tokens * width * 4  # its output, beside codes after GELU
-    around = min(few_samples(x, side), batch) * tokens * width * 4 * 2  # fp32, before the blocks and after
+    around = 0  # kernels have nothing but the stream
+    if _first(model.pos_embed, x, side) is None or _last(model.norm_out, project) is None:
+        around = min(few_samples(x, side), batch) * tokens * width * 4 * 2  # fp32, before the blocks and after
     shared = sum(tensor.nbytes for tensor in modulation)
     total = stream + shared + max(in_a_block, around)
     if total >= ONE_PIECE:

@@ -118,7 +118,7 @@ def _embed_plan(
     columns, depth, *strides, bits, biased = form
     grid = triton.cdiv(tokens, bm) * triton.cdiv(columns, bn), triton.cdiv(batch, config.blocks)
     others = *numbers, *strides, columns, depth, side, bits, biased, NATIVE, bm, bn, bk, config.blocks
-    return Plan(embed_kernel, grid, others, num_warps=config.warps)
+    return Plan(embed_kernel, grid, others, num_warps=config.warps, enable_fp_fusion=True)
 
 
 @functools.lru_cache(PLANS)
@@ -130,7 +130,7 @@ def _unembed_plan(
     bm, bn, bk = config[:3]
     columns, depth, *strides, bits, biased = form
     others = *numbers, *strides, columns, depth, side, bits, biased, NATIVE, bm, bn, bk, config.stages
-    return Plan(unembed_kernel, grid, others, num_warps=config.warps)
+    return Plan(unembed_kernel, grid, others, num_warps=config.warps, enable_fp_fusion=True)
 
 
 @functools.lru_cache(PLANS)
