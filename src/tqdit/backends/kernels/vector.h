@@ -12,8 +12,9 @@
 
 namespace tqdit {
 
-// Vectors wider than a register would live in memory: GCC does not split them well.
-#if defined(__AVX512F__)
+// Vectors wider than a register would live in memory: GCC does not split them well. A tile of AMX has 16 columns, and
+// every processor that has it has AVX-512.
+#if defined(__AVX512F__) || defined(__AMX_INT8__)
 constexpr int64_t LANES = 16;
 #elif defined(__aarch64__)
 constexpr int64_t LANES = 4;
