@@ -92,7 +92,7 @@ RowSums softmax_codes(const Head& h, float* scores, float top, const Workspace& 
     const vfloat p = load(scores + j) * share;
     const vint valid = j + LANES >= keys ? inside : everywhere;
     if (h.c.probability.grid == UNIFORM) {
-      const vint code = h.probability.code_near(p) & valid;
+      const vint code = h.probability.code_near(p) & (valid & 255);
       first_total += code;
       store_bytes(first + j, code, LANES);
       continue;
@@ -175,7 +175,7 @@ float scale_scores(const Head& h, const uint8_t* query, const Workspace& w, int3
   const vfloat lowest = splat(-3.0e38f);
   vfloat top = lowest;
   for (int64_t j = 0; j < w.keys; j += LANES) {
-    const vint acc = load(scores + j) + (constant - h.query_zero * load(w.key_sums.data() + j));
+    const vint acc = load(scores + j) + constant - load(w.key_sums.data() + j);
     vfloat x = to_float(acc) * h.score_scale;
     if (BIASED) x += load(bias + j, h.c.context - j);
     top = at_least(top, j + LANES >= w.keys ? (w.inside ? x : lowest) : x);
@@ -215,6 +215,7 @@ void attend(const Head& h, const Result& result, int64_t begin, int64_t end, Wor
   const uint8_t* queries = c.query + h.sample * c.tokens * c.query_stride + h.head * c.dim;
   pack_keys(c.key + context, c.context_stride, c.context, c.dim, w.key.data(), w.keys);
   column_sums(w.ones.data(), w.key.data(), w.keys, w.key_fours, w.key_sums.data());
+  for (int64_t j = 0; j < w.keys; ++j) w.key_sums.data()[j] *= h.query_zero;
   pack_values(c.value + context, c.context_stride, c.context, c.dim, w.value.data(), w.depth, w.value_fours);
   column_sums(w.ones.data(), w.value.data(), w.depth, w.value_fours, w.value_sums.data());
   for (int64_t i = begin; i < end; i += QUERY_ROWS) {

@@ -102,15 +102,15 @@ inline int32_t code_zero(const Operand& source, int64_t sample) {
   return source.grid == MERGED ? 1 << (source.bits - 1) : zero_point(source.entry(sample)) + 128;
 }
 
-// Finishes one row of the sums of a panel, zero points still in them. `begin`: the panel's first column.
+// Finishes one row of the sums of a panel, zero points still in them. `begin`: the panel's first column; `centres`: what
+// the zero point adds to the sums of each column.
 template <int SOURCE, typename Rows>
-inline void finish_row(const LinearCall& c, const Rows& rows, int64_t row, int64_t begin, int32_t zero,
+inline void finish_row(const LinearCall& c, const Rows& rows, int64_t row, int64_t begin, const int32_t* centres,
                        const int32_t* first, const int32_t* second) {
   alignas(64) float sums[2][PANEL];
   const int64_t rest = c.columns - begin, count = rest < PANEL ? rest : PANEL;
   for (int64_t j = 0; j < count; j += LANES) {
-    const vint centre = zero * load(c.column_sums + begin + j, rest - j);
-    store(sums[0] + j, to_float(load(first + j) - centre));
+    store(sums[0] + j, to_float(load(first + j) - load(centres + j)));
     if (SOURCE == TWO_REGION) store(sums[1] + j, to_float(load(second + j)));
   }
   rows.template row<SOURCE>(row, begin, count, sums[0], sums[1]);
@@ -159,6 +159,8 @@ void run_task(const LinearCall& c, int64_t row, int64_t end, int64_t begin, cons
   const int64_t width = panel_width(c.columns, begin), fours = c.depth / 4;
   const int8_t* panel = c.packed + begin * c.depth;
   int32_t *const first = m.first.data(), *const second = m.second.data();
+  const int64_t columns = c.columns - begin < PANEL ? c.columns - begin : PANEL;
+  alignas(64) int32_t centres[PANEL];
   while (row < end) {
     const int64_t rows = end - row < m.most ? end - row : m.together;
     m(c.first + row * c.depth, c.depth, rows, panel, width, fours, first);
@@ -168,9 +170,11 @@ void run_task(const LinearCall& c, int64_t row, int64_t end, int64_t begin, cons
       const int64_t stop = (sample + 1) * c.tokens < last ? (sample + 1) * c.tokens : last;
       const int32_t zero = code_zero(c.source, sample);
       const auto rows_of_sample = finish.at(sample);
+      for (int64_t j = 0; j < columns; j += LANES)
+        store(centres + j, zero * load(c.column_sums + begin + j, columns - j));
       for (; row < stop; ++row) {
         const int64_t at = (rows - (last - row)) * PANEL;
-        finish_row<SOURCE>(c, rows_of_sample, row, begin, zero, first + at,
+        finish_row<SOURCE>(c, rows_of_sample, row, begin, centres, first + at,
                            SOURCE == TWO_REGION ? second + at : nullptr);
       }
     }
