@@ -196,9 +196,15 @@ def test_what_it_takes(four_processors, config: Config, keys: int, head_dim: int
     assert flash.supports(config, CPU, keys, head_dim) == takes
 
 
-def test_it_is_offered_where_somebody_asks_for_it(four_processors, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_offered_for_many_keys_and_where_somebody_asks_for_it(
+    four_processors, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("TQDIT_ONE_PASS", raising=False)
     assert candidates.hopper_flash(CPU, 256, 72) == []
+    assert candidates.hopper_flash(CPU, 2048, 72) == candidates.hopper_flash(CPU, 4096, 72) != []
+    assert candidates.hopper_attention(CPU, 2048, 72, False, True) == []  # its place is not taken
+    monkeypatch.setenv("TQDIT_ONE_PASS", "0")
+    assert candidates.hopper_flash(CPU, 4096, 72) == []
     monkeypatch.setenv("TQDIT_ONE_PASS", "1")
     found = candidates.hopper_flash(CPU, 256, 72)
     assert found == [CONFIG._replace(stages=8)]
