@@ -7,8 +7,6 @@ from torch import Tensor
 
 from tqdit.errors import InputError
 
-STRIP = 512  # columns of a covariance that are computed at a time
-
 
 @dataclass(frozen=True)
 class Moments:
@@ -29,7 +27,7 @@ class Moments:
         rows = features.double()
         mean = rows.mean(0)
         centred = rows - mean
-        return cls(len(rows), mean, _gram(centred))
+        return cls(len(rows), mean, centred.T @ centred)
 
     def merged(self, other: "Moments") -> "Moments":
         """Return the moments of the rows of both."""
@@ -62,14 +60,3 @@ class Gaussian:
 def joined(first: Moments | None, second: Moments) -> Moments:
     """Return the moments of both, where there may be no first one yet."""
     return second if first is None else first.merged(second)
-
-
-def _gram(rows: Tensor) -> Tensor:
-    """Return X^T X [D, D] of rows X [N, D], strip by strip: what is below the diagonal is what is above it."""
-    width = rows.shape[1]
-    found = rows.new_empty(width, width)
-    for start in range(0, width, STRIP):
-        strip = slice(start, start + STRIP)
-        found[strip, start:] = rows[:, strip].T @ rows[:, start:]
-        found[start:, strip] = found[strip, start:].T
-    return found
