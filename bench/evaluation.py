@@ -15,6 +15,7 @@ times all scores of 10,000 x 2,048 random features (and 2,023 spatial ones) on t
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import time
@@ -152,6 +153,7 @@ def timed(args: argparse.Namespace) -> dict[str, Any]:
         "total_seconds": round(sum(seconds.values()), 2),
         "total_cpu_seconds": round(sum(cpu_seconds.values()), 2),
         "peak_memory_bytes": peak_memory_bytes(),
+        "load": round(os.getloadavg()[1], 1),  # of the last five minutes: programs that ran or waited to run
         "values": values,
     }
 

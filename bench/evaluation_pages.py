@@ -78,7 +78,8 @@ def scores(run: Run) -> str:
         f"`{run['command']}`, on {environment(run['environment'])}: {settings['num']} real and {settings['num']} drawn "
         f"rows of {settings['pooled']} pooled and {settings['spatial']} spatial features. Peak of the process: "
         f"{run['peak_memory_bytes'] / 2**30:.1f} GiB. Seconds of the processor are summed over threads; other programs "
-        "that run at the time lengthen the seconds on the wall alone."
+        f"lengthen the seconds on the wall alone. The load of the machine was {run['load']:.1f}, for "
+        f"{run['environment']['cores']} cores."
     )
     return f"{head}\n\n{table(['stage', 'seconds', 'of the processor'], rows)}"
 
