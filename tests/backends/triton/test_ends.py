@@ -75,7 +75,7 @@ def assert_embeds(x, layer, position, exact, size, side: int, stream: torch.dtyp
     found = TritonBackend().embed(to(DEVICE, x), layer, to(DEVICE, position), side, stream)
     assert found is not None
     assert found.dtype is stream
-    bound = (depth + 4) * UNIT * size + exact.abs() * rounding(stream)
+    bound = (depth + 8) * UNIT * size + exact.abs() * rounding(stream)
     assert ((found.cpu().double() - exact).abs() <= bound).all()
     return found
 
