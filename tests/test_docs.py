@@ -38,17 +38,17 @@ def test_the_page_of_settings_has_every_setting_and_value() -> None:
 
 
 def test_local_links_lead_somewhere() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         text = page.read_text(encoding="utf-8")
         links = [part.split(")")[0] for part in text.split("](")[1:]]
         for link in links:
             assert link.startswith("http") or (page.parent / link.partition("#")[0]).exists(), f"{page.name}: {link}"
 
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PACKAGE = ROOT / "src" / "tqdit"
 STARTS = (ROOT, ROOT / "tests", PACKAGE, PACKAGE / "backends", PACKAGE / "backends" / "triton")  # of paths in pages
-OTHERS = {"tqdit.json"}  # a file of an artifact
+OTHERS = {"tqdit.json", "tqdit.manifest"}  # a file and a tensor of an artifact
 QUOTED_PATH = re.compile(r"`((?:[\w.-]+/)*(?:[\w-]+\.py)?)`")  # of a Python file or a folder
 DOTTED = re.compile(r"(?<![\w/.-])tqdit(?:\.\w+)+")
 IN_A_ROOM = re.compile(r"`([a-z_]+(?:\.\w+)+)(?:\([^`]*\))?`")
