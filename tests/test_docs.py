@@ -22,6 +22,23 @@ def test_figures_in_docs_come_from_the_result_files() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("script", ["concept_figures.py", "gains.py"])
+def test_figures_are_those_that_the_scripts_draw(script: str) -> None:
+    command = [sys.executable, ROOT / "bench" / script, "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_readme_is_short() -> None:
+    """It has one table of figures, of at most ten rows, each with a link to where they were measured."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 120
+    start, end = (next(i for i, line in enumerate(lines) if line.startswith(f"<!-- {word}")) for word in ("res", "end"))
+    rows = [line for line in lines[start:end] if line.startswith("| ")][2:]
+    assert 0 < len(rows) <= 10
+    assert all("](docs/" in row for row in rows)
+
+
 def test_the_page_of_settings_has_every_setting_and_value() -> None:
     """Each setting has one row: its legal values, then its value in both presets or the only default."""
     page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
@@ -43,6 +60,13 @@ def test_local_links_lead_somewhere() -> None:
         links = [part.split(")")[0] for part in text.split("](")[1:]]
         for link in links:
             assert link.startswith("http") or (page.parent / link.partition("#")[0]).exists(), f"{page.name}: {link}"
+
+
+def test_every_page_of_the_site_is_in_its_navigation() -> None:
+    """`make docs` checks that the entries exist."""
+    entries = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
+    found = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert found - entries <= {"evaluation.md", "report.md", "serve.md"}
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
