@@ -15,7 +15,7 @@ demo: $(RUNS)
 	@echo "The demo takes some minutes on two cores."
 	$(BIN)/tqdit demo --out build/demo
 
-test: lint docs
+test: lint
 	$(PYTEST)
 
 # Also what takes half a minute of a processor or more: compiling every kernel, training, full-size runs.
@@ -42,7 +42,7 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The documentation site, with warnings as errors: build/site/index.html.
+# The documentation site, with warnings as errors: build/site/index.html. The tests build it, too (tests/test_site.py).
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 

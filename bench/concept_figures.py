@@ -22,15 +22,15 @@ from tqdit.timegroups import TimeGroups
 
 FOLDER = ROOT / "docs" / "images"
 BITS = 4  # few enough levels to see each
-WIDTH, LEFT, SPAN = 760, 40.0, 680.0  # of the pictures, and of their axes
+WIDTH, LEFT, SPAN = 520, 24.0, 472.0  # of the pictures, and of their axes
 SAMPLES = 20_000
 # What a block of DiT does: verb, what it computes, what it writes; codes or floats.
 VERBS = (
-    ("quantize", "LayerNorm, modulation, codes with a scale for each row", True),
+    ("quantize", "LayerNorm, modulation, codes with row scales", True),
     ("project", "x · [Wq Wk Wv] in int32, then codes for each head", True),
-    ("attend", "Q Kᵀ in int32, exponentials as codes, P V in int32, codes", True),
+    ("attend", "Q Kᵀ and P V in int32, probabilities as codes", True),
     ("linear", "· Wo in int32, times the gate, added to the stream", False),
-    ("quantize", "LayerNorm, modulation, codes with a scale for each row", True),
+    ("quantize", "LayerNorm, modulation, codes with row scales", True),
     ("linear", "· W1 in int32, GELU, codes of the time group", True),
     ("linear", "· W2 in int32, times the gate, added to the stream", False),
 )
@@ -89,7 +89,7 @@ def _region_row(grid: Grid) -> tuple[str, list[float], list[str]]:
     low, high = (-0.17, 4.0) if grid is Grid.MRQ_GELU else (0.0, 1.0)
     scale, zero = grid.initial(torch.tensor([[low]]), torch.tensor([[high]]), BITS, "figure")
     levels = grid.dequantize(_codes(), scale[0, 0, 0], scale[0, 0, 1], zero[0, 0]).tolist()
-    return "MRQ: two regions (colours), a scale each, one sign bit says which", levels, [ORANGE, TEAL]
+    return "MRQ: two regions (colours) with a scale each", levels, [ORANGE, TEAL]
 
 
 def _in_first(grid: Grid, level: float) -> bool:
@@ -109,18 +109,18 @@ def time_groups() -> str:
     """Draw the groups of 1000 training timesteps, and the steps of a sampler that visits some of them."""
     groups, y = TimeGroups.uniform(0, 1000, 10), 62.0
     edges = [groups.low, *groups.edges, groups.high]
-    shapes = [text(LEFT, 34, "ten time groups of 1000 training timesteps; a sampler of 25 steps", weight="600")]
+    shapes = [text(LEFT, 34, "ten groups of 1000 training timesteps", weight="600")]
     for i, (low, high) in enumerate(pairwise(edges)):
         x, width = LEFT + SPAN * low / 1000, SPAN * (high - low) / 1000
         shapes.append(box(x, y, (width - 2, 46), PALE if i % 2 else "#d5e8e5", "#c8d2d8", 4))
-        shapes.append(text(x + width / 2, y + 20, f"group {i}", anchor="middle", size="12"))
+        shapes.append(text(x + width / 2, y + 20, f"{i}", anchor="middle", weight="600"))
         shapes.append(text(x + width / 2, y + 38, f"s{_below(i)}, z{_below(i)}", TEAL, anchor="middle", size="13"))
     for t in range(0, 1000, 40):
         shapes.append(line((LEFT + SPAN * t / 1000, y + 56), (LEFT + SPAN * t / 1000, y + 70), ORANGE, 2))
     shapes += [
-        text(LEFT, y + 92, "t = 0, a clean image", GREY, size="13"),
+        text(LEFT, y + 92, "t = 0, an image", GREY, size="13"),
         text(LEFT + SPAN, y + 92, "t = 999, noise", GREY, anchor="end", size="13"),
-        text(LEFT + SPAN / 2, y + 92, "the sampler's timesteps", ORANGE, anchor="middle", size="13"),
+        text(LEFT + SPAN / 2, y + 92, "25 steps of a sampler", ORANGE, anchor="middle", size="13"),
     ]
     return svg("Time groups: ranges of timesteps with scales of their own", WIDTH, 176, shapes)
 
@@ -131,26 +131,27 @@ def _below(number: int) -> str:
 
 def block() -> str:
     """Draw the seven verbs of a block of DiT, and what travels between them."""
+    stream, left = LEFT + 14, LEFT + 72
     shapes = [
         text(LEFT, 34, "one block of a DiT: seven verbs", weight="600"),
-        line((LEFT + 60, 58), (LEFT + 60, 540), BLUE, 5),
-        text(LEFT, 562, "residual stream, float", BLUE, size="13"),
+        line((stream, 54), (stream, 640), BLUE, 5),
+        text(LEFT, 664, "residual stream, float", BLUE, size="13"),
     ]
     for i, (verb, what, codes) in enumerate(VERBS):
-        y = 60 + 68 * i
+        y = 58 + 84 * i
+        middle = y + 29
         if i in (0, 4):
-            shapes.append(arrow((LEFT + 62, y + 22), (LEFT + 130, y + 22), BLUE))
-        shapes.append(box(LEFT + 130, y, (540, 44), "#fbf1ec" if codes else "#edf2f8", ORANGE if codes else BLUE, 6))
-        shapes.append(text(LEFT + 146, y + 27, verb, weight="600"))
-        shapes.append(text(LEFT + 230, y + 27, what))
+            shapes.append(arrow((stream + 2, middle), (left, middle), BLUE))
+        shapes.append(box(left, y, (400, 58), "#fbf1ec" if codes else "#edf2f8", ORANGE if codes else BLUE, 6))
+        shapes += [text(left + 14, y + 24, verb, weight="600"), text(left + 14, y + 45, what)]
         if codes:
-            shapes.append(arrow((LEFT + 400, y + 44), (LEFT + 400, y + 68), ORANGE))
-            shapes.append(text(LEFT + 414, y + 61, "int8 codes", ORANGE, size="12"))
+            shapes.append(arrow((left + 200, y + 58), (left + 200, y + 84), ORANGE))
+            shapes.append(text(left + 212, y + 76, "int8 codes", ORANGE, size="13"))
         else:
-            shapes.append(line((LEFT + 130, y + 22), (LEFT + 62, y + 22), BLUE, 2))
-            shapes.append(f'<circle cx="{LEFT + 60:.1f}" cy="{y + 22:.1f}" r="10" fill="#ffffff" stroke="{BLUE}"/>')
-            shapes.append(text(LEFT + 60, y + 27, "+", BLUE, anchor="middle", weight="600"))
-    return svg("The way of the data through an integer block", WIDTH, 580, shapes)
+            shapes.append(line((left, middle), (stream + 2, middle), BLUE, 2))
+            shapes.append(f'<circle cx="{stream:.1f}" cy="{middle:.1f}" r="10" fill="#ffffff" stroke="{BLUE}"/>')
+            shapes.append(text(stream, middle + 5, "+", BLUE, anchor="middle", weight="600"))
+    return svg("The way of the data through an integer block", WIDTH, 684, shapes)
 
 
 def main() -> None:

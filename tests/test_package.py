@@ -30,7 +30,6 @@ def run(*command: object, **options: object) -> str:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the source archive, and with the wheel that is built from it."""
-    pytest.importorskip("build")
     folder = tmp_path_factory.mktemp("built")
     shutil.copytree(ROOT, folder / "source", ignore=LEFT_OUT)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, folder / "source")
