@@ -81,7 +81,7 @@ def measure(shape: str, way: str, repeats: int) -> dict[str, Any]:
     batch, device = SHAPES[shape], torch.device("cpu")
     call = DenoiserCall(model, config, batch, device)
     spent: dict[str, list[float]] = {}
-    _watch(model.transformer_blocks[0].backend, spent)
+    watch(model.transformer_blocks[0].backend, spent)
     for t in (10, 500):
         call(t)
     spent.clear()
@@ -90,7 +90,7 @@ def measure(shape: str, way: str, repeats: int) -> dict[str, Any]:
         start = time.perf_counter()
         call(100 * i % 1000)
         totals.append((time.perf_counter() - start) * 1e3)
-    work = _integer_operations(config, batch)
+    work = integer_operations(config, batch)
     operations = {
         name: {
             "ms": sum(times) / repeats,
@@ -106,8 +106,8 @@ def measure(shape: str, way: str, repeats: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _watch(backend: Any, spent: dict[str, list[float]]) -> None:
-    """Time every verb of the backend of a model."""
+def watch(backend: Any, spent: dict[str, list[float]]) -> Callable[[], None]:
+    """Time every verb of the backend of a model, until the result is called."""
     for name in VERBS:
 
         def timed(*args: Any, verb: Callable = getattr(backend, name), name: str = name) -> torch.Tensor:
@@ -119,6 +119,12 @@ def _watch(backend: Any, spent: dict[str, list[float]]) -> None:
 
         setattr(backend, name, timed)
 
+    def restore() -> None:
+        for name in VERBS:
+            delattr(backend, name)
+
+    return restore
+
 
 def _linear_name(layer: Any, then: Any) -> str:
     """Tell the three linear layers of a block apart: two of them have a residual, and one of those is deep."""
@@ -128,7 +134,7 @@ def _linear_name(layer: Any, then: Any) -> str:
     return "linear (fc2)" if depth > columns else "linear (out)"
 
 
-def _integer_operations(config: Any, batch: int) -> dict[str, float]:
+def integer_operations(config: Any, batch: int) -> dict[str, float]:
     """Integer operations of one call by operation; a two-region product counts once."""
     n, c, layers = tokens(config), width(config), config["num_layers"]
     linear = 2.0 * layers * batch * n * c * c

@@ -29,7 +29,11 @@ from tqdit.ops.schema import Activation, Float, Norm, Residual
 from tqdit.spec import Grid
 
 REFERENCE = Reference()
-WAYS = ("avx2-vnni", "arm-i8mm", "arm-dotprod", "arm-generic")
+WAYS = ("amx-int8", "avx2-vnni", "arm-i8mm", "arm-dotprod", "arm-generic")
+
+
+# Products that AMX computes in tiles of 16 x 16: a last tile of few rows, of few columns, and of little depth.
+IN_TILES = [(8, 64, 32), (9, 68, 48), (12, 128, 112), (23, 4, 80), (24, 188, 20), (32, 192, 96)]
 
 
 @pytest.fixture(params=WAYS)
@@ -47,7 +51,7 @@ def test_products_are_exact(run, grid: Grid) -> None:
     """The largest products there are, more depth than is multiplied at a time, and every number of rows of a tile."""
     make = maker(11)
     shapes = [(tokens, 12, 33) for tokens in range(1, 9)]
-    for tokens, depth, columns in [*shapes, (1, 4, 1), (7, 516, 17), (71, 1500, 64), (5, 60, 190)]:
+    for tokens, depth, columns in [*shapes, (1, 4, 1), (7, 516, 17), (71, 1500, 64), (5, 60, 190), *IN_TILES]:
         source, x = make.params(grid, 2), make.values(2, tokens, depth) * 3
         weight, bias = make.weight(columns, depth), make.values(columns)
         weight.codes[::2], x[:, ::3] = -128, 1e4
@@ -148,13 +152,17 @@ def processor(monkeypatch: pytest.MonkeyPatch):
     def become(machine: str, words: str) -> None:
         monkeypatch.setattr(instructions.platform, "machine", lambda: machine)
         monkeypatch.setattr(instructions, "features", lambda: frozenset(words.split()))
+        monkeypatch.setattr(instructions, "tiles_permitted", lambda: "amx" in words)
 
     return become
 
 
 V3 = " ".join(sorted(instructions.V3))
+AVX512 = " ".join(sorted(instructions.AVX512))
+AMX = f"{AVX512} avx512_bf16 amx_tile amx_int8"
 MACHINES = [
-    ("x86_64", f"{V3} avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni", ["avx512-vnni", "avx2"]),
+    ("x86_64", AMX, ["amx-int8", "avx512-vnni", "avx2"]),
+    ("x86_64", AVX512, ["avx512-vnni", "avx2"]),
     ("x86_64", f"{V3} avx_vnni", ["avx2-vnni", "avx2"]),
     ("x86_64", V3, ["avx2"]),
     ("x86_64", "avx2 fma", []),
@@ -185,10 +193,20 @@ def test_a_processor_is_asked_what_it_has(processor, monkeypatch, machine: str, 
         monkeypatch.delenv("TQDIT_CXXFLAGS")
 
 
+def test_tiles_that_the_system_refuses_are_left_out(processor, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor("x86_64", AMX)
+    monkeypatch.setattr(instructions, "tiles_permitted", lambda: False)
+    assert available() == ["avx512-vnni", "avx2", "generic"]
+    assert target_flags() == ("-march=native", "-DTQDIT_NO_TILES")
+    monkeypatch.setenv("TQDIT_INSTRUCTIONS", "amx-int8")
+    with pytest.raises(InputError, match="'amx-int8', and this processor has avx512-vnni, avx2, generic"):
+        target_flags()
+
+
 def test_a_name_that_does_not_serve_is_one_error(processor, monkeypatch: pytest.MonkeyPatch) -> None:
     processor("x86_64", V3)
     monkeypatch.setenv("TQDIT_INSTRUCTIONS", "avx3")
-    with pytest.raises(InputError, match="'avx3', not one of generic, avx512-vnni, avx2-vnni, avx2, i8mm, dotprod"):
+    with pytest.raises(InputError, match=f"'avx3', not one of {', '.join(NAMES)}"):
         target_flags()
     monkeypatch.setenv("TQDIT_INSTRUCTIONS", "avx2-vnni")
     with pytest.raises(InputError, match="'avx2-vnni', and this processor has avx2, generic"):

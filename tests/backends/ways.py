@@ -19,6 +19,8 @@ GENERIC = "-march=x86-64" if platform.machine() in ("x86_64", "AMD64") else ""
 # A processor with AVX2 and without VNNI; and one with AVX2 and VNNI, without AVX-512.
 AVX2 = "-march=x86-64-v3"
 AVX2_VNNI = "-march=x86-64-v3 -mavxvnni"
+# The tiles of AMX in plain C++.
+TILES = Path(__file__).with_name("tiles.h")
 # Portable code is compiled without optimization, which takes a second instead of twenty; as users get it in long tests.
 OPTIMIZED = "-optimized"
 # Kernels for ARM, in an emulator.
@@ -27,7 +29,7 @@ WAYS = (
     "native", "generic", "panels", "torch", "no-onednn", "nothing",
     *(
         pytest.param(way + OPTIMIZED, marks=pytest.mark.long)
-        for way in ("generic", "panels", "avx2", "avx2-vnni", *ARM)
+        for way in ("generic", "panels", "avx2", "avx2-vnni", "amx-int8", *ARM)
     ),
 )  # fmt: skip
 LOADED: dict[str, ctypes.CDLL | str] = {}  # by the way: hashing a library for every test takes longer than the test
@@ -48,6 +50,8 @@ def backend_that(way: str, monkeypatch: pytest.MonkeyPatch) -> Composed:
         monkeypatch.setenv("TQDIT_CXXFLAGS", f"{GENERIC} {level}")
     if way.startswith("panels"):  # the integer matmul of VNNI, in portable code
         monkeypatch.setenv("TQDIT_CXXFLAGS", f"{GENERIC} {level} -DTQDIT_FORCE_PANELS")
+    if way.startswith("amx-int8"):
+        monkeypatch.setenv("TQDIT_CXXFLAGS", f"{GENERIC} {level} -include {TILES}")
     if way.startswith("avx2"):
         monkeypatch.setenv("TQDIT_CXXFLAGS", f"{AVX2_VNNI if 'vnni' in way else AVX2} {level}")
     if way.startswith("avx2-vnni"):

@@ -4,6 +4,7 @@ TQDIT_INSTRUCTIONS names a set, such as `avx2`: for comparisons, and where a pro
 The kernels compiled to any set give the same codes and accumulators.
 """
 
+import ctypes
 import functools
 import os
 import platform
@@ -29,20 +30,26 @@ class Instructions(NamedTuple):
 
 # What GCC and Clang take for granted from x86-64-v3 on.
 V3 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"})
+AVX512 = V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni"}
 # By name, the best of a machine first. The order is that of the enumeration `Instructions` of dots.h, which begins with
 # generic, 0.
 KNOWN = {
-    "avx512-vnni": Instructions(
+    "amx-int8": Instructions(
         X86,
-        ("-march=x86-64-v4", "-mavx512vnni"),
-        V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni"},
+        ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-int8"),
+        AVX512 | {"avx512_bf16", "amx_tile", "amx_int8"},
     ),
+    "avx512-vnni": Instructions(X86, ("-march=x86-64-v4", "-mavx512vnni"), AVX512),
     "avx2-vnni": Instructions(X86, ("-march=x86-64-v3", "-mavxvnni"), V3 | {"avx_vnni"}),
     "avx2": Instructions(X86, ("-march=x86-64-v3",), V3),
     "i8mm": Instructions(ARM, ("-march=armv8.2-a+dotprod+i8mm",), frozenset({"asimddp", "i8mm"})),
     "dotprod": Instructions(ARM, ("-march=armv8.2-a+dotprod",), frozenset({"asimddp"})),
 }
 NAMES = (GENERIC, *KNOWN)
+# Where the operating system does not let a process use the tiles of AMX, the kernels are compiled without them.
+WITHOUT_TILES = "-DTQDIT_NO_TILES"
+# Linux on x86-64: the number of arch_prctl, its request for a part of the processor's state, and that of tiles.
+ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18
 # The flags of the oldest processors of a kind that torch's builds run on.
 BASELINES = dict.fromkeys(X86, ("-march=x86-64",)) | dict.fromkeys(ARM, ("-march=armv8-a",))
 
@@ -53,6 +60,11 @@ def target_flags() -> tuple[str, ...]:
     Those of TQDIT_INSTRUCTIONS if it is set, then those of TQDIT_CXXFLAGS. Without either, those of this processor.
     Raises `InputError` for a name that is unknown or that this processor has not.
     """
+    tiles = () if "amx_int8" not in features() or tiles_permitted() else (WITHOUT_TILES,)
+    return (*_flags_of_set(), *tiles)
+
+
+def _flags_of_set() -> tuple[str, ...]:
     more = os.environ.get("TQDIT_CXXFLAGS")
     if named := os.environ.get("TQDIT_INSTRUCTIONS"):
         return (*_named(named), *(more or "").split())
@@ -69,7 +81,20 @@ def available() -> list[str]:
     """Return the names of the sets that this processor has, the best first; all of its kind where that is not known."""
     machine, found = platform.machine(), features()
     of_kind = {name: known.features for name, known in KNOWN.items() if machine in known.machines}
-    return [*(name for name, needed in of_kind.items() if not found or needed <= found), GENERIC]
+    named = [*(name for name, needed in of_kind.items() if not found or needed <= found), GENERIC]
+    return [name for name in named if not name.startswith("amx") or tiles_permitted()]
+
+
+@functools.cache
+def tiles_permitted() -> bool:
+    """Ask Linux to let this process use the tile registers of AMX, and say whether it does.
+
+    Linux grants them to a process as a whole, since a signal's frame on the stack becomes 8 KiB longer.
+    """
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return False
+    numbers = map(ctypes.c_long, (ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA))
+    return ctypes.CDLL(None).syscall(*numbers) == 0
 
 
 def _named(name: str) -> tuple[str, ...]:

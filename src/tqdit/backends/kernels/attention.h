@@ -4,6 +4,7 @@
 #include "operands.h"
 #include "packing.h"
 #include "products.h"
+#include "tiles.h"
 
 namespace tqdit {
 
@@ -31,6 +32,8 @@ struct Workspace {
   Buffer<int32_t> key_sums, value_sums, scores, first_sums, second_sums;
   Buffer<uint8_t> first, second, ones, query;
   Buffer<float> row;
+  TileRegisters registers;
+  TileProduct query_key, probability_value;
   vint inside;  // which lanes of the last vector of keys are keys
   explicit Workspace(const AttentionCall& c)
       : keys(round_up(c.context, LANES)), depth(round_up(c.dim, LANES)), key_fours(round_up(c.dim, 4) / 4),
@@ -89,7 +92,7 @@ RowSums softmax_codes(const Head& h, float* scores, float top, const Workspace& 
     const vfloat p = load(scores + j) * share;
     const vint valid = j + LANES >= keys ? inside : everywhere;
     if (h.c.probability.grid == UNIFORM) {
-      const vint code = h.probability.code_near(p) & valid;
+      const vint code = h.probability.code_near(p) & (valid & 255);
       first_total += code;
       store_bytes(first + j, code, LANES);
       continue;
@@ -172,7 +175,7 @@ float scale_scores(const Head& h, const uint8_t* query, const Workspace& w, int3
   const vfloat lowest = splat(-3.0e38f);
   vfloat top = lowest;
   for (int64_t j = 0; j < w.keys; j += LANES) {
-    const vint acc = load(scores + j) + (constant - h.query_zero * load(w.key_sums.data() + j));
+    const vint acc = load(scores + j) + constant - load(w.key_sums.data() + j);
     vfloat x = to_float(acc) * h.score_scale;
     if (BIASED) x += load(bias + j, h.c.context - j);
     top = at_least(top, j + LANES >= w.keys ? (w.inside ? x : lowest) : x);
@@ -212,13 +215,14 @@ void attend(const Head& h, const Result& result, int64_t begin, int64_t end, Wor
   const uint8_t* queries = c.query + h.sample * c.tokens * c.query_stride + h.head * c.dim;
   pack_keys(c.key + context, c.context_stride, c.context, c.dim, w.key.data(), w.keys);
   column_sums(w.ones.data(), w.key.data(), w.keys, w.key_fours, w.key_sums.data());
+  for (int64_t j = 0; j < w.keys; ++j) w.key_sums.data()[j] *= h.query_zero;
   pack_values(c.value + context, c.context_stride, c.context, c.dim, w.value.data(), w.depth, w.value_fours);
   column_sums(w.ones.data(), w.value.data(), w.depth, w.value_fours, w.value_sums.data());
   for (int64_t i = begin; i < end; i += QUERY_ROWS) {
     const int64_t rows = end - i < QUERY_ROWS ? end - i : QUERY_ROWS;
     int64_t stride = c.query_stride;
     const uint8_t* query = padded_rows(queries + i * stride, rows, c.dim, w, stride);
-    dot(query, stride, rows, w.key.data(), w.keys, w.key_fours, w.scores.data(), w.keys);
+    w.query_key(query, stride, rows, w.key.data(), w.keys, w.key_fours, w.scores.data(), w.keys);
     RowSums sums[QUERY_ROWS];
     for (int64_t r = 0; r < rows; ++r) {
       int32_t* scores = w.scores.data() + r * w.keys;
@@ -231,7 +235,7 @@ void attend(const Head& h, const Result& result, int64_t begin, int64_t end, Wor
       if (c.trace)
         write_trace(h, first, second, c.trace + ((h.sample * c.heads + h.head) * c.tokens + i + r) * c.context);
     }
-    dot(w.first.data(), w.keys, rows, w.value.data(), w.depth, w.value_fours, w.first_sums.data(), w.depth);
+    w.probability_value(w.first.data(), w.keys, rows, w.value.data(), w.depth, w.value_fours, w.first_sums.data(), w.depth);
     if (c.probability.grid == TWO_REGION) second_product(sums, rows, w);
     for (int64_t r = 0; r < rows; ++r)
       write_attended(h, result, sums[r], w, r, (h.sample * c.tokens + i + r) * width + h.head * c.dim);

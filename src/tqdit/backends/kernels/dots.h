@@ -8,11 +8,11 @@
 namespace tqdit {
 
 // The kinds of integer instructions that kernels can be compiled to: numbers of NAMES in ../instructions.py.
-enum Instructions { GENERIC = 0, AVX512_VNNI = 1, AVX2_VNNI = 2, AVX2 = 3, I8MM = 4, DOTPROD = 5 };
+enum Instructions { GENERIC = 0, AMX_INT8 = 1, AVX512_VNNI = 2, AVX2_VNNI = 3, AVX2 = 4, I8MM = 5, DOTPROD = 6 };
 
 #if defined(__AVX512VNNI__)
 #define TQDIT_DOTS
-constexpr Instructions INSTRUCTIONS = AVX512_VNNI;
+constexpr Instructions DOTS = AVX512_VNNI;
 inline vint left_of(int32_t four) { return vint{} + four; }
 inline vint right_of(vint fours) { return fours; }
 inline vint add_products(vint sums, vint left, vint right) {
@@ -22,7 +22,7 @@ inline vint add_products(vint sums, vint left, vint right) {
 
 #elif defined(__AVXVNNI__) && !defined(__AVX512F__)
 #define TQDIT_DOTS
-constexpr Instructions INSTRUCTIONS = AVX2_VNNI;
+constexpr Instructions DOTS = AVX2_VNNI;
 inline vint left_of(int32_t four) { return vint{} + four; }
 inline vint right_of(vint fours) { return fours; }
 inline vint add_products(vint sums, vint left, vint right) {
@@ -33,7 +33,7 @@ inline vint add_products(vint sums, vint left, vint right) {
 #elif defined(__AVX2__) && (defined(__AVX512BW__) || !defined(__AVX512F__))
 #define TQDIT_DOTS
 #define TQDIT_PAIRS
-constexpr Instructions INSTRUCTIONS = AVX2;
+constexpr Instructions DOTS = AVX2;
 // The first and third byte of every four, and the second and fourth, as 16 bits each.
 typedef int16_t vshort __attribute__((vector_size(LANES * 4)));
 struct Pairs { vshort first, second; };
@@ -55,7 +55,7 @@ inline vint add_products(vint sums, Pairs left, Pairs right) {
 
 #elif defined(__aarch64__) && defined(__ARM_FEATURE_MATMUL_INT8)
 #define TQDIT_DOTS
-constexpr Instructions INSTRUCTIONS = I8MM;
+constexpr Instructions DOTS = I8MM;
 inline vint left_of(int32_t four) { return vint{} + four; }
 inline vint right_of(vint fours) { return fours; }
 inline vint add_products(vint sums, vint left, vint right) {
@@ -64,7 +64,7 @@ inline vint add_products(vint sums, vint left, vint right) {
 
 #elif defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
 #define TQDIT_DOTS
-constexpr Instructions INSTRUCTIONS = DOTPROD;
+constexpr Instructions DOTS = DOTPROD;
 // There is no instruction for mixed signs here: the signed bytes become byte + BIAS.
 inline vint left_of(int32_t four) { return vint{} + four; }
 inline vint right_of(vint fours) { return fours ^ static_cast<int32_t>(0x80808080u); }
@@ -73,11 +73,19 @@ inline vint add_products(vint sums, vint left, vint right) {
 }
 
 #else
-constexpr Instructions INSTRUCTIONS = GENERIC;
+constexpr Instructions DOTS = GENERIC;
+#endif
+
+// With AMX most products are of tiles (tiles.h), and few rows are multiplied as above.
+#if defined(__AMX_INT8__) && !defined(TQDIT_NO_TILES)
+#define TQDIT_TILES
+constexpr Instructions INSTRUCTIONS = AMX_INT8;
+#else
+constexpr Instructions INSTRUCTIONS = DOTS;
 #endif
 
 // What `right_of` adds to every byte. The sums of a row are then too large by the `excess` of its bytes.
-constexpr int32_t BIAS = INSTRUCTIONS == DOTPROD ? 128 : 0;
+constexpr int32_t BIAS = DOTS == DOTPROD ? 128 : 0;
 inline int32_t excess(const uint8_t* bytes, int64_t count) {
   int32_t total = 0;
   for (int64_t k = 0; BIAS && k < count; ++k) total += bytes[k];
@@ -86,11 +94,11 @@ inline int32_t excess(const uint8_t* bytes, int64_t count) {
 
 // How many vectors of sums, and of columns, stay in registers beside what GCC needs for the operands. AVX2 has 16
 // registers, and the others have 32.
-constexpr int SUMS = INSTRUCTIONS == AVX2 ? 8
-                     : INSTRUCTIONS == AVX2_VNNI ? 12
-                     : INSTRUCTIONS == I8MM ? 16
-                     : INSTRUCTIONS == DOTPROD ? 20 : 24;
-constexpr int VECTORS = INSTRUCTIONS == AVX2 ? 2 : 6;
+constexpr int SUMS = DOTS == AVX2 ? 8
+                     : DOTS == AVX2_VNNI ? 12
+                     : DOTS == I8MM ? 16
+                     : DOTS == DOTPROD ? 20 : 24;
+constexpr int VECTORS = DOTS == AVX2 ? 2 : 6;
 // The most vectors of columns of R rows that are multiplied together, and how many are where there are more.
 template <int R>
 constexpr int MOST_VECTORS = SUMS / R < VECTORS ? SUMS / R : VECTORS;

@@ -8,6 +8,7 @@
 #include "operands.h"
 #include "pairs.h"
 #include "products.h"
+#include "tiles.h"
 
 namespace tqdit {
 
@@ -27,6 +28,11 @@ struct LinearCall {
 constexpr int64_t PANEL = 64;        // columns of a packed weight that lie together
 constexpr int64_t SLICE = 16;        // columns of the last panel are a multiple of this
 constexpr int64_t TILE_ROWS = 6;     // 6 x 4 vectors of sums leave registers for one row and one column
+#if defined(TQDIT_TILES)
+constexpr int64_t TASK_STEP = 2 * TILE_SIDE;  // a task has a multiple of these rows
+#else
+constexpr int64_t TASK_STEP = TILE_ROWS;
+#endif
 #if defined(TQDIT_PAIRS) || defined(TQDIT_BLOCKS)
 constexpr int64_t TASK_ROWS = 128;   // about the rows of one task: their rearranged codes stay in the second-level cache
 #else
@@ -58,7 +64,7 @@ int64_t task_rows(int64_t rows, int64_t columns, int64_t threads, int64_t wished
   const int64_t panels = (columns + PANEL - 1) / PANEL, wanted = (4 * threads + panels - 1) / panels;
   int64_t parts = (rows + wished / 2) / wished;
   if (parts < wanted) parts = wanted;
-  const int64_t task = round_up((rows + parts - 1) / parts, TILE_ROWS);
+  const int64_t task = round_up((rows + parts - 1) / parts, TASK_STEP);
   return task < LEAST_ROWS ? LEAST_ROWS : task;
 }
 
@@ -96,28 +102,41 @@ inline int32_t code_zero(const Operand& source, int64_t sample) {
   return source.grid == MERGED ? 1 << (source.bits - 1) : zero_point(source.entry(sample)) + 128;
 }
 
-// Finishes one row of the sums of a panel, zero points still in them. `begin`: the panel's first column.
+// Finishes one row of the sums of a panel, zero points still in them. `begin`: the panel's first column; `centres`: what
+// the zero point adds to the sums of each column.
 template <int SOURCE, typename Rows>
-inline void finish_row(const LinearCall& c, const Rows& rows, int64_t row, int64_t begin, int32_t zero,
+inline void finish_row(const LinearCall& c, const Rows& rows, int64_t row, int64_t begin, const int32_t* centres,
                        const int32_t* first, const int32_t* second) {
   alignas(64) float sums[2][PANEL];
   const int64_t rest = c.columns - begin, count = rest < PANEL ? rest : PANEL;
   for (int64_t j = 0; j < count; j += LANES) {
-    const vint centre = zero * load(c.column_sums + begin + j, rest - j);
-    store(sums[0] + j, to_float(load(first + j) - centre));
+    store(sums[0] + j, to_float(load(first + j) - load(centres + j)));
     if (SOURCE == TWO_REGION) store(sums[1] + j, to_float(load(second + j)));
   }
   rows.template row<SOURCE>(row, begin, count, sums[0], sums[1]);
 }
 
-// What a thread multiplies with: the rows of codes of a task with one panel, some rows at a time.
-#if defined(TQDIT_PAIRS) || defined(TQDIT_BLOCKS)
+// What a thread multiplies with: the rows of codes of a task with one panel, `together` of them at a time, or all that are
+// left if they are fewer than `most`.
+#if defined(TQDIT_TILES)
 struct Multiplier {
-  const int64_t together;  // rows
+  const int64_t together = 2 * TILE_SIDE, most = 3 * TILE_SIDE;  // so that the last rows are a whole tile at least
+  const TileRegisters registers;
+  const TileProduct product;
+  const Buffer<int32_t> first{most * PANEL}, second{most * PANEL};
+  Multiplier(int64_t, bool) {}
+  void operator()(const uint8_t* a, int64_t lda, int64_t rows, const int8_t* panel, int64_t width, int64_t fours,
+                  int32_t* c) const {
+    product(a, lda, rows, panel, width, fours, c, PANEL);
+  }
+};
+#elif defined(TQDIT_PAIRS) || defined(TQDIT_BLOCKS)
+struct Multiplier {
+  const int64_t together, most;
   const TaskProduct product;
   const Buffer<int32_t> first, second;
   Multiplier(int64_t task, bool two)
-      : together(task), product(task, PANEL), first(task * PANEL), second(two ? task * PANEL : PANEL) {}
+      : together(task), most(task), product(task, PANEL), first(task * PANEL), second(two ? task * PANEL : PANEL) {}
   void operator()(const uint8_t* a, int64_t lda, int64_t rows, const int8_t* panel, int64_t width, int64_t fours,
                   int32_t* c) const {
     product(a, lda, rows, panel, width, fours, c, PANEL);
@@ -125,7 +144,7 @@ struct Multiplier {
 };
 #else
 struct Multiplier {
-  const int64_t together = TILE_ROWS;
+  const int64_t together = TILE_ROWS, most = TILE_ROWS;
   const Buffer<int32_t> first{TILE_ROWS * PANEL}, second{TILE_ROWS * PANEL};
   Multiplier(int64_t, bool) {}
   void operator()(const uint8_t* a, int64_t lda, int64_t rows, const int8_t* panel, int64_t width, int64_t fours,
@@ -140,8 +159,10 @@ void run_task(const LinearCall& c, int64_t row, int64_t end, int64_t begin, cons
   const int64_t width = panel_width(c.columns, begin), fours = c.depth / 4;
   const int8_t* panel = c.packed + begin * c.depth;
   int32_t *const first = m.first.data(), *const second = m.second.data();
+  const int64_t columns = c.columns - begin < PANEL ? c.columns - begin : PANEL;
+  alignas(64) int32_t centres[PANEL];
   while (row < end) {
-    const int64_t rows = end - row < m.together ? end - row : m.together;
+    const int64_t rows = end - row < m.most ? end - row : m.together;
     m(c.first + row * c.depth, c.depth, rows, panel, width, fours, first);
     if (SOURCE == TWO_REGION) m(c.second + row * c.depth, c.depth, rows, panel, width, fours, second);
     for (const int64_t last = row + rows; row < last;) {
@@ -149,9 +170,11 @@ void run_task(const LinearCall& c, int64_t row, int64_t end, int64_t begin, cons
       const int64_t stop = (sample + 1) * c.tokens < last ? (sample + 1) * c.tokens : last;
       const int32_t zero = code_zero(c.source, sample);
       const auto rows_of_sample = finish.at(sample);
+      for (int64_t j = 0; j < columns; j += LANES)
+        store(centres + j, zero * load(c.column_sums + begin + j, columns - j));
       for (; row < stop; ++row) {
         const int64_t at = (rows - (last - row)) * PANEL;
-        finish_row<SOURCE>(c, rows_of_sample, row, begin, zero, first + at,
+        finish_row<SOURCE>(c, rows_of_sample, row, begin, centres, first + at,
                            SOURCE == TWO_REGION ? second + at : nullptr);
       }
     }

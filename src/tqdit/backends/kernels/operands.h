@@ -31,12 +31,21 @@ inline int32_t merging_shift(const float* entry) { return __builtin_ctz(static_c
 struct Uniform {
   vfloat scale, inverse, low, high;  // low, high: the steps that codes can hold, so clipping first changes nothing
   int32_t zero;                      // the zero point of the unsigned code
+  vfloat origin;                     // SHIFT + zero: the bits of SHIFT plus a code are those of a float
+  vint lowest, highest;              // the bits of the lowest and the highest code
   Uniform(const float* entry, int64_t bits)
       : scale(splat(entry[SCALE])), inverse(splat(entry[INVERSE])), low(splat(-(1 << (bits - 1)) - zero_point(entry))),
-        high(splat((1 << (bits - 1)) - 1 - zero_point(entry))), zero(zero_point(entry) + 128) {}
+        high(splat((1 << (bits - 1)) - 1 - zero_point(entry))), zero(zero_point(entry) + 128),
+        origin(splat(SHIFT + zero)), lowest(vint{} + (SHIFT_BITS + 128 - (1 << (bits - 1)))),
+        highest(vint{} + (SHIFT_BITS + 127 + (1 << (bits - 1)))) {}
   vint code(vfloat x) const { return nearest(clip(x / scale, low, high)) + zero; }
-  // For an x that is not promised to the last bit either.
-  vint code_near(vfloat x) const { return nearest(clip(x * inverse, low, high)) + zero; }
+  // For an x that is not promised to the last bit either. The code is the low byte of the result.
+  vint code_near(vfloat x) const {
+    const vfloat shifted = multiply_add(x, inverse, origin);
+    vint bits;  // as integers they have the order of the floats, and those of negative floats are negative
+    std::memcpy(&bits, &shifted, sizeof bits);
+    return at_most(at_least(bits, lowest), highest);
+  }
 };
 
 // Writes the unsigned codes of x. Uniform: in `first`. Two regions, by the sign of x: magnitudes of negative codes in

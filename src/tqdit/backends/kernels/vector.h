@@ -12,8 +12,9 @@
 
 namespace tqdit {
 
-// Vectors wider than a register would live in memory: GCC does not split them well.
-#if defined(__AVX512F__)
+// Vectors wider than a register would live in memory: GCC does not split them well. A tile of AMX has 16 columns, and
+// every processor that has it has AVX-512.
+#if defined(__AVX512F__) || defined(__AMX_INT8__)
 constexpr int64_t LANES = 16;
 #elif defined(__aarch64__)
 constexpr int64_t LANES = 4;
@@ -100,8 +101,25 @@ inline vfloat floats_of(const int8_t* p) {
   return to_float(widen(bytes));
 #endif
 }
+#if defined(__AVX512F__)  // in one instruction, where GCC compares and blends
+inline vfloat at_most(vfloat a, vfloat b) {
+  return reinterpret_cast<vfloat>(_mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+}
+inline vfloat at_least(vfloat a, vfloat b) {
+  return reinterpret_cast<vfloat>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+}
+#elif defined(__AVX2__)
+inline vfloat at_most(vfloat a, vfloat b) {
+  return reinterpret_cast<vfloat>(_mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+}
+inline vfloat at_least(vfloat a, vfloat b) {
+  return reinterpret_cast<vfloat>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+}
+#else
 inline vfloat at_most(vfloat a, vfloat b) { return a < b ? a : b; }
 inline vfloat at_least(vfloat a, vfloat b) { return a > b ? a : b; }
+#endif
+inline vint at_most(vint a, vint b) { return a < b ? a : b; }
 inline vint at_least(vint a, vint b) { return a > b ? a : b; }
 // The bits of |x|. As integers they are in the order of the magnitudes, and those of NaN are the largest: a maximum of
 // them keeps a NaN, which a maximum of floats drops.
@@ -157,48 +175,62 @@ inline vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
 #endif
 }
 
-// Returns 1 / x within 2 ulp, x from 1 to 2^126: an estimate of 14 bits and one Newton step.
-inline vfloat reciprocal(vfloat x) {
+// Returns x / y within 3 ulp, y from 1 to 2^126: an estimate of 14 bits of 1 / y and one Newton step.
+inline vfloat quotient(vfloat x, vfloat y) {
 #if defined(__AVX512F__)
-  const vfloat r = reinterpret_cast<vfloat>(_mm512_rcp14_ps(reinterpret_cast<__m512>(x)));
-  return multiply_add(r, multiply_add(-x, r, splat(1.0f)), r);
+  const vfloat r = reinterpret_cast<vfloat>(_mm512_rcp14_ps(reinterpret_cast<__m512>(y))), first = x * r;
+  return multiply_add(first, multiply_add(-y, r, splat(1.0f)), first);
 #else
-  return 1.0f / x;
+  return x / y;
 #endif
 }
 
-// Returns the nearest integer, half to even, of |x| < 2^22: adding 1.5 * 2^23 leaves no room for a fraction, and the
-// low bits of the sum are the integer.
+// Returns x 2^n for whole numbers n from -126 to 126 and x from 0.5 to 2. shifted: n + SHIFT.
+inline vfloat times_power_of_two(vfloat x, vfloat n, [[maybe_unused]] vfloat shifted) {
+#if defined(__AVX512F__)
+  (void)shifted;
+  return reinterpret_cast<vfloat>(_mm512_scalef_ps(reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(n)));
+#else
+  (void)n;
+  vint exponent, bits;  // the low bits of `shifted` are n
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  std::memcpy(&bits, &x, sizeof bits);
+  bits += exponent << 23;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+#endif
+}
+
+// Adding 1.5 * 2^23 to |x| < 2^22 leaves no room for a fraction, and the low bits of the sum are the nearest integer.
+constexpr float SHIFT = 12582912.0f;
+constexpr int32_t SHIFT_BITS = 0x4B400000;
+
+// Returns the nearest integer, half to even, of |x| < 2^22.
 inline vint nearest(vfloat x) {
-  const vfloat shifted = x + 12582912.0f;
+  const vfloat shifted = x + SHIFT;
   vint bits;
   std::memcpy(&bits, &shifted, sizeof bits);
-  return bits - 0x4B400000;
+  return bits - SHIFT_BITS;
 }
 inline vfloat clip(vfloat x, vfloat low, vfloat high) { return at_most(at_least(x, low), high); }
 
-// Returns exp(x) within 2 ulp, x clipped to +-87: 2^n p(r), |r| <= ln(2) / 2, p the Taylor polynomial of degree 7.
+// Returns exp(x) within 3 ulp, x clipped to +-87: 2^n p(r), |r| <= ln(2) / 2. p is 1 + r + ... of degree 5, whose other
+// coefficients make its largest relative error least: 1.05e-7.
 inline vfloat exponential(vfloat x) {
-  const vfloat big = splat(12582912.0f);
   x = at_most(at_least(x, splat(-87.0f)), splat(87.0f));
-  const vfloat shifted = multiply_add(x, splat(1.44269504088896341f), big), n = shifted - big;
+  const vfloat shifted = multiply_add(x, splat(1.44269504088896341f), splat(SHIFT)), n = shifted - SHIFT;
   const vfloat r = multiply_add(n, splat(2.12194440e-4f), multiply_add(n, splat(-0.693359375f), x));
-  vfloat p = splat(1.0f / 5040);
-  for (float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+  vfloat p = splat(0.0083125f);
+  for (float coefficient : {0.04189033f, 0.16667115f, 0.4999923f, 1.0f, 1.0f})
     p = multiply_add(p, r, splat(coefficient));
-  vint exponent;  // the low bits of `shifted` are n
-  std::memcpy(&exponent, &shifted, sizeof exponent);
-  exponent = (exponent + 127) << 23;
-  vfloat power;
-  std::memcpy(&power, &exponent, sizeof power);
-  return p * power;
+  return times_power_of_two(p, n, shifted);
 }
 
 // Returns tanh-GELU: x / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3).
 inline vfloat gelu(vfloat x) {
   const vfloat twice = x * multiply_add(x * x, splat(-2.0f * 0.7978845608028654f * 0.044715f),
                                         splat(-2.0f * 0.7978845608028654f));
-  return x * reciprocal(1.0f + exponential(twice));
+  return quotient(x, 1.0f + exponential(twice));
 }
 
 }  // namespace tqdit
