@@ -25,10 +25,11 @@ from pages import ROOT
 from tqdit.version import VERSION
 
 # What a stranger does first: every command has to end well. The calibration is as short as can be.
+SHORT = ["--samples", "1", "--steps", "4", "--rounds", "0", "--set", "groups=2", "--set", "hessian=none"]
 FIRST_COMMANDS = (
     ["--version"],
     ["sample", "fashion-dit", "-o", "float.png", "-n", "2", "--steps", "4"],
-    ["quantize", "fashion-dit", "-o", "w8a8", "--samples", "1", "--steps", "4", "--set", "groups=2", "--rounds", "0"],
+    ["quantize", "fashion-dit", "-o", "w8a8", *SHORT],
     ["sample", "w8a8", "-o", "grid.png", "-n", "2", "--steps", "4"],
     ["inspect", "w8a8"],
 )

@@ -11,6 +11,7 @@ from typing import get_args
 
 import pytest
 
+from tqdit.cli.main import COMMANDS
 from tqdit.recipe import METHOD_SETTINGS, PRESETS, Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,6 +68,12 @@ def test_every_page_of_the_site_is_in_its_navigation() -> None:
     entries = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
     found = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     assert found - entries <= {"evaluation.md", "report.md", "serve.md"}
+
+
+def test_the_page_of_commands_has_every_command() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    names = {command.__name__ for command in COMMANDS}
+    assert {name for name in names if f"| `tqdit {name}` |" not in page} <= {"report", "serve"}
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
