@@ -19,6 +19,7 @@ from published_dit import random_dit, random_sit
 
 import tqdit
 from conftest import SCHEDULER, build_dit, write_pipeline
+from howtos import ROOT
 from tiny_called import Pipeline, decoder, flux, write_flux
 from tiny_pipelines import TOKENS, WIDTH, write_pixart
 from tqdit import recipe
@@ -57,6 +58,13 @@ def quantized_fashion(folder: Path, patch: pytest.MonkeyPatch) -> Names:
     """The artifact `w8a8` of the bundled model, which a page takes as made."""
     tqdit.quantize("fashion-dit", folder / "w8a8", tqdit.Recipe())
     return {}
+
+
+def two_artifacts(folder: Path, patch: pytest.MonkeyPatch) -> Names:
+    """The artifacts `w8a8` and `w4a8` of the bundled model; and `tqdit`, which a page takes as imported."""
+    for bits in ("w8a8", "w4a8"):
+        tqdit.quantize("fashion-dit", folder / bits, tqdit.Recipe("plus", bits))
+    return {"tqdit": tqdit}
 
 
 def recipe_file(folder: Path, patch: pytest.MonkeyPatch) -> Names:
@@ -126,7 +134,7 @@ def _vae() -> AutoencoderKL:
     return AutoencoderKL(block_out_channels=(8,), norm_num_groups=1, latent_channels=4, sample_size=8).eval()
 
 
-WORLDS: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], Names], ...]] = {
+MADE: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], Names], ...]] = {
     "README.md": (fashion, dit_pipeline, flux_in_memory),
     "docs/quickstart.md": (fashion,),
     "docs/commands.md": (fashion, recipe_file),
@@ -135,4 +143,6 @@ WORLDS: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], Names], ...]] = {
     "docs/howto/cpu-server.md": (fashion,),
     "docs/models.md": (z_image,),
     "docs/artifact-format.md": (fashion, quantized_fashion),
+    "docs/report.md": (fashion, two_artifacts),
 }  # pages whose code runs -> what is made before, in order; the two how-tos that define modules need nothing
+WORLDS = {page: makers for page, makers in MADE.items() if (ROOT / page).is_file()}

@@ -18,7 +18,7 @@ from tqdit.ops import dispatch
 
 PAGES = {"add-an-architecture.md": ("patchformer", "patchformer_int8"), "add-a-backend.md": ("exact64",)}
 # Commands that run as a page shows them. Others are parsed alone: they take processes of their own, or minutes.
-EXECUTED = ("quantize", "sample", "inspect", "convert", "compare")
+EXECUTED = ("quantize", "sample", "inspect", "convert", "compare", "report")
 ADDED = {"compare": ["--no-cost"]}  # time and memory are measured in processes of their own
 NOT_RUN: dict[str, int] = {}  # page -> blocks that cannot run, each with its reason in the page
 SHELL_TOOLS = (".", "PYTHONPATH=tests/backends", "sed", "cd")  # of other commands: nothing to check
