@@ -195,8 +195,8 @@ def _kernel_row(row: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def readme_gpu_speed() -> str:
-    """What the README says about speed on a GPU."""
+def gpu_summary() -> str:
+    """Return the table of how much faster a call is on a GPU."""
     run = _speed()
     rows = [
         [row["workload"], f"{row['bits'].upper()} {row['preset']}", f"{row['p50_ms']:.1f}",
