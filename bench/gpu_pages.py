@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from gpu_now_pages import gpu_now
 from pages import ROOT, environment, read, table
 from tqdit.speed.baselines import FAMILIES
 
@@ -49,6 +50,7 @@ def gpu_speed() -> list[str]:
         table(["aim", "target", "measured", "met"],
               [*_speed_aims(run), *_memory_aims(run), *_kernel_aims(kernels), *_weight_aims()]),
         "",
+        *gpu_now(),
         *_stream_quality(),
         "### By kernel",
         "",
