@@ -1,6 +1,6 @@
 """Write the figures of docs/ and the README's table from result files.
 
-Whole pages: results.md and any-input.md; sections: quality.md, models.md and gpu.md.
+Whole pages: results.md and any-input.md; sections: quality.md, evaluation.md, models.md and gpu.md.
 
 python bench/make_results.py
 python bench/make_results.py --check    # only compares
@@ -16,6 +16,7 @@ from typing import Any
 
 from architecture_pages import architectures
 from attention_pages import attention
+from evaluation_pages import evaluation
 from full_size_pages import full_size
 from gpu_pages import gpu_speed, gpu_summary
 from model_pages import models
@@ -48,7 +49,7 @@ def pages() -> dict[Path, str]:
     """Path -> text of every page that shows figures."""
     training, methods, cost = (read(name) for name in ("fashion-dit-training", "ablation-cpu", "calibration-cpu"))
     readme, page, any_class = ROOT / "README.md", ROOT / "docs" / "quality.md", ROOT / "docs" / "models.md"
-    gpu = ROOT / "docs" / "gpu.md"
+    gpu, scores = ROOT / "docs" / "gpu.md", ROOT / "docs" / "evaluation.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(START)
     after = rest.partition(END)[2]
     return {
@@ -56,6 +57,7 @@ def pages() -> dict[Path, str]:
         ROOT / "docs" / "any-input.md": any_input(),
         page: quality(page.read_text(encoding="utf-8")),
         gpu: attention(gpu.read_text(encoding="utf-8")),
+        scores: evaluation(scores.read_text(encoding="utf-8")),
         any_class: models(any_class.read_text(encoding="utf-8")),
         readme: "".join([before, START, "\n", readme_table(), "\n", END, after]),
     }

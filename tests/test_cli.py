@@ -319,7 +319,9 @@ def test_version(run: Callable) -> None:
     assert run("--version") == run("-V") == (0, f"tqdit {VERSION}\n", "")
 
 
-@pytest.mark.parametrize("command", [[], ["quantize"], ["sample"], ["compare"], ["bench"], ["convert"], ["inspect"]])
+@pytest.mark.parametrize(
+    "command", [[], ["quantize"], ["sample"], ["compare"], ["evaluate"], ["bench"], ["convert"], ["inspect"]]
+)
 def test_help_is_readable_at_80_columns(run: Callable, command: list[str]) -> None:
     code, out, _ = run(*command, "-h")
     assert (code, out) == run(*command, "--help")[:2]
