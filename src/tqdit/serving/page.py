@@ -1,0 +1,85 @@
+"""The page itself, by gradio: a form on top, a picture and figures of each model below."""
+
+import html
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from tqdit.errors import InputError
+from tqdit.imaging.generate import to_pil
+from tqdit.sampling.guidance import Sampling
+from tqdit.serving.board import Board
+from tqdit.serving.drawing import draw
+from tqdit.serving.gallery import Gallery
+from tqdit.serving.request import Request
+
+TITLE = "tqdit"
+FONTS = ("system-ui", "sans-serif")  # of the browser's machine: nothing is fetched
+MONOSPACE = ("ui-monospace", "monospace")
+CSS = """
+.gradio-container { max-width: 1200px !important; margin: 0 auto; }
+.small-picture img { image-rendering: pixelated; width: 100% !important; height: 100% !important; object-fit: contain; }
+.figures table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.figures th { text-align: left; font-weight: 400; opacity: 0.75; padding: 0.15rem 0; }
+.figures td { text-align: right; padding: 0.15rem 0; }
+"""
+
+
+def page(gallery: Gallery) -> Any:
+    """Return a `gradio.Blocks` that draws with the models of a gallery, one drawing at a time."""
+    import gradio as gr
+
+    defaults, board = Sampling(), Board(gallery.models)
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
+        gr.Markdown("# tqdit\nThe same seed for every model, drawn step by step. One drawing runs at a time.")
+        with gr.Row(equal_height=True):
+            what = "prompt" if gallery.prompted else "class"
+            condition = gr.Dropdown(gallery.choices, value=gallery.choices[0][1], label=what, elem_id="condition")
+            seed = gr.Number(0, label="seed", elem_id="seed")
+            steps = gr.Number(defaults.steps, label="steps", elem_id="steps")
+            guidance = gr.Number(defaults.guidance, label="guidance", step=0.1, elem_id="guidance")
+            sampler = gr.Dropdown(gallery.samplers, value="auto", label="sampler", elem_id="sampler")
+        with gr.Row():
+            start = gr.Button("Draw", variant="primary", elem_id="draw")
+            stop = gr.Button("Stop", elem_id="stop")
+        shown: list[Any] = []
+        with gr.Row():
+            for number, model in enumerate(gallery.models):
+                with gr.Column(min_width=260, elem_id=f"model-{number}"):
+                    picture = gr.Image(
+                        label=model.label, format="png", type="pil", interactive=False, buttons=["download"],
+                        elem_classes=["small-picture"] if gallery.small else [],
+                    )  # fmt: skip
+                    shown += [picture, gr.HTML(table(board.figures(number)), elem_classes=["figures"])]
+        drawing = start.click(
+            _drawer(gallery), [condition, seed, steps, guidance, sampler], shown,
+            concurrency_limit=1, concurrency_id="models", trigger_mode="once", api_name="draw",
+        )  # fmt: skip
+        stop.click(None, cancels=[drawing])
+    return blocks.queue(default_concurrency_limit=1)
+
+
+def table(rows: Sequence[tuple[str, str]]) -> str:
+    """Return pairs of a name and a value as a table in HTML."""
+    cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
+    return f"<table>{''.join(cells)}</table>"
+
+
+def _drawer(gallery: Gallery) -> Callable[..., Iterator[list[Any]]]:
+    """Return the function that the button calls: it yields a picture and figures for every model."""
+    import gradio as gr
+
+    def drawn(condition: Any, seed: Any, steps: Any, guidance: Any, sampler: Any) -> Iterator[list[Any]]:
+        try:
+            request = Request.read(condition, seed, steps, guidance, sampler)
+            board = Board(gallery.models)
+            for number, frame in draw(gallery.models, request):
+                board.take(number, frame)
+                updates: list[Any] = [gr.skip()] * (2 * len(gallery.models))
+                if frame.pixels is not None:
+                    updates[2 * number] = to_pil(frame.pixels[None])[0]
+                updates[2 * number + 1] = table(board.figures(number))
+                yield updates
+        except InputError as error:
+            raise gr.Error(str(error), title="Not drawn", print_exception=False) from None
+
+    return drawn
