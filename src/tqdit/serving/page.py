@@ -16,11 +16,16 @@ TITLE = "tqdit"
 FONTS = ("system-ui", "sans-serif")  # of the browser's machine: nothing is fetched
 MONOSPACE = ("ui-monospace", "monospace")
 CSS = """
-.gradio-container { max-width: 1200px !important; margin: 0 auto; }
-.small-picture img { image-rendering: pixelated; width: 100% !important; height: 100% !important; object-fit: contain; }
-.figures table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.figures th { text-align: left; font-weight: 400; opacity: 0.75; padding: 0.15rem 0; }
-.figures td { text-align: right; padding: 0.15rem 0; }
+.gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
+.name h3 { margin: 0; overflow-wrap: anywhere; }
+.picture .image-container, .picture .empty { aspect-ratio: 1; height: auto !important; }
+.picture .image-container button, .picture .image-frame { width: 100% !important; height: 100% !important; }
+.picture img { width: 100% !important; height: 100% !important; object-fit: contain !important; }
+.small img { image-rendering: pixelated; }
+.figures table { width: 100%; margin: 0 !important; font-variant-numeric: tabular-nums; }
+.figures th, .figures td { border: 0 !important; padding: 0.1rem 0 !important; vertical-align: top; }
+.figures th { text-align: left; font-weight: 400 !important; opacity: 0.75; }
+.figures td { text-align: right; white-space: nowrap; }
 """
 
 
@@ -39,15 +44,16 @@ def page(gallery: Gallery) -> Any:
             guidance = gr.Number(defaults.guidance, label="guidance", step=0.1, elem_id="guidance")
             sampler = gr.Dropdown(gallery.samplers, value="auto", label="sampler", elem_id="sampler")
         with gr.Row():
-            start = gr.Button("Draw", variant="primary", elem_id="draw")
-            stop = gr.Button("Stop", elem_id="stop")
+            start = gr.Button("Draw", variant="primary", scale=3, min_width=120, elem_id="draw")
+            stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
         shown: list[Any] = []
         with gr.Row():
             for number, model in enumerate(gallery.models):
-                with gr.Column(min_width=260, elem_id=f"model-{number}"):
+                with gr.Column(min_width=140, elem_id=f"model-{number}"):
+                    gr.HTML(f"<h3>{html.escape(model.label)}</h3>", elem_classes=["name"])
                     picture = gr.Image(
-                        label=model.label, format="png", type="pil", interactive=False, buttons=["download"],
-                        elem_classes=["small-picture"] if gallery.small else [],
+                        label=model.label, show_label=False, format="png", type="pil", interactive=False,
+                        buttons=["download"], elem_classes=["picture", *["small"] * gallery.small],
                     )  # fmt: skip
                     shown += [picture, gr.HTML(table(board.figures(number)), elem_classes=["figures"])]
         drawing = start.click(
