@@ -16,16 +16,17 @@ TITLE = "tqdit"
 FONTS = ("system-ui", "sans-serif")  # of the browser's machine: nothing is fetched
 MONOSPACE = ("ui-monospace", "monospace")
 CSS = """
-.gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
+.gradio-container { max-width: 960px !important; margin: 0 auto !important; }
 .name h3 { margin: 0; overflow-wrap: anywhere; }
-.picture .image-container, .picture .empty { aspect-ratio: 1; height: auto !important; }
+.picture .image-container, .picture .empty { aspect-ratio: 1; height: auto !important; min-height: 0 !important; }
 .picture .image-container button, .picture .image-frame { width: 100% !important; height: 100% !important; }
 .picture img { width: 100% !important; height: 100% !important; object-fit: contain !important; }
 .small img { image-rendering: pixelated; }
 .figures table { width: 100%; margin: 0 !important; font-variant-numeric: tabular-nums; }
-.figures th, .figures td { border: 0 !important; padding: 0.1rem 0 !important; vertical-align: top; }
+.figures :is(table, tr, th, td) { border: 0 !important; }
+.figures :is(th, td) { padding: 0.1rem 0 !important; vertical-align: top; }
 .figures th { text-align: left; font-weight: 400 !important; opacity: 0.75; }
-.figures td { text-align: right; white-space: nowrap; }
+.figures td { text-align: right; }
 """
 
 
@@ -58,7 +59,7 @@ def page(gallery: Gallery) -> Any:
                     shown += [picture, gr.HTML(table(board.figures(number)), elem_classes=["figures"])]
         drawing = start.click(
             _drawer(gallery), [condition, seed, steps, guidance, sampler], shown,
-            concurrency_limit=1, concurrency_id="models", trigger_mode="once", api_name="draw",
+            concurrency_limit=1, trigger_mode="once", show_progress_on=shown[::2], api_name="draw",
         )  # fmt: skip
         stop.click(None, cancels=[drawing])
     return blocks.queue(default_concurrency_limit=1)
@@ -86,6 +87,6 @@ def _drawer(gallery: Gallery) -> Callable[..., Iterator[list[Any]]]:
                 updates[2 * number + 1] = table(board.figures(number))
                 yield updates
         except InputError as error:
-            raise gr.Error(str(error), title="Not drawn", print_exception=False) from None
+            raise gr.Error(html.escape(str(error)), print_exception=False) from None
 
     return drawn
