@@ -29,6 +29,8 @@ def served(gallery: Gallery, host: str = LOOPBACK, port: int = 0) -> Iterator[st
             blocks.launch(**_options(host, port))
             yield f"http://{f'[{host}]' if ':' in host else host}:{port}/"
         finally:
+            if blocks.server is not None:
+                blocks.server.force_exit = True  # open pages hold connections, which are not waited for
             blocks.close(verbose=False)
 
 
