@@ -39,11 +39,16 @@ def page(gallery: Gallery) -> Any:
         gr.Markdown("# tqdit\nThe same seed for every model, drawn step by step. One drawing runs at a time.")
         with gr.Row(equal_height=True):
             what = "prompt" if gallery.prompted else "class"
-            condition = gr.Dropdown(gallery.choices, value=gallery.choices[0][1], label=what, elem_id="condition")
+            # What is typed goes through, so that a wrong name gets our message.
+            condition = gr.Dropdown(
+                gallery.choices, value=gallery.choices[0][1], label=what, allow_custom_value=True, elem_id="condition"
+            )
             seed = gr.Number(0, label="seed", elem_id="seed")
             steps = gr.Number(defaults.steps, label="steps", elem_id="steps")
             guidance = gr.Number(defaults.guidance, label="guidance", step=0.1, elem_id="guidance")
-            sampler = gr.Dropdown(gallery.samplers, value="auto", label="sampler", elem_id="sampler")
+            sampler = gr.Dropdown(
+                gallery.samplers, value="auto", label="sampler", allow_custom_value=True, elem_id="sampler"
+            )
         with gr.Row():
             start = gr.Button("Draw", variant="primary", scale=3, min_width=120, elem_id="draw")
             stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")

@@ -1,5 +1,6 @@
 """Serve a page on this machine, without telemetry and without a tunnel to the outside; leave nothing on disk."""
 
+import logging
 import os
 import socket
 import tempfile
@@ -29,9 +30,7 @@ def served(gallery: Gallery, host: str = LOOPBACK, port: int = 0) -> Iterator[st
             blocks.launch(**_options(host, port))
             yield f"http://{f'[{host}]' if ':' in host else host}:{port}/"
         finally:
-            if blocks.server is not None:
-                blocks.server.force_exit = True  # open pages hold connections, which are not waited for
-            blocks.close(verbose=False)
+            _close(blocks)
 
 
 def free_port(host: str, port: int) -> int:
@@ -44,6 +43,14 @@ def free_port(host: str, port: int) -> int:
             return int(probe.getsockname()[1])
     except (OSError, OverflowError) as error:
         raise InputError(f"cannot serve on {host} port {port}: {error}; choose another --host or --port") from None
+
+
+def _close(blocks: Any) -> None:
+    """End the server at once. Pages that are still open hold connections, of which uvicorn would write errors."""
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # until the next server sets its level
+    if blocks.server is not None:
+        blocks.server.force_exit = True
+    blocks.close(verbose=False)
 
 
 def _options(host: str, port: int) -> dict[str, Any]:
