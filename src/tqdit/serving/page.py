@@ -26,7 +26,8 @@ CSS = """
 .figures :is(table, tr, th, td) { border: 0 !important; }
 .figures :is(th, td) { padding: 0.1rem 0 !important; vertical-align: top; }
 .figures th { text-align: left; font-weight: 400 !important; opacity: 0.75; }
-.figures td { text-align: right; }
+.figures td { text-align: right; white-space: nowrap; }
+.name .html-container, .figures .html-container { padding: 0 !important; }
 """
 
 
@@ -41,13 +42,23 @@ def page(gallery: Gallery) -> Any:
             what = "prompt" if gallery.prompted else "class"
             # What is typed goes through, so that a wrong name gets our message.
             condition = gr.Dropdown(
-                gallery.choices, value=gallery.choices[0][1], label=what, allow_custom_value=True, elem_id="condition"
+                gallery.choices,
+                value=gallery.choices[0][1],
+                label=what,
+                allow_custom_value=True,
+                min_width=140,
+                elem_id="condition",
             )
-            seed = gr.Number(0, label="seed", elem_id="seed")
-            steps = gr.Number(defaults.steps, label="steps", elem_id="steps")
-            guidance = gr.Number(defaults.guidance, label="guidance", step=0.1, elem_id="guidance")
+            seed = gr.Number(0, label="seed", min_width=100, elem_id="seed")
+            steps = gr.Number(defaults.steps, label="steps", min_width=100, elem_id="steps")
+            guidance = gr.Number(defaults.guidance, label="guidance", step=0.1, min_width=100, elem_id="guidance")
             sampler = gr.Dropdown(
-                gallery.samplers, value="auto", label="sampler", allow_custom_value=True, elem_id="sampler"
+                gallery.samplers,
+                value="auto",
+                label="sampler",
+                allow_custom_value=True,
+                min_width=100,
+                elem_id="sampler",
             )
         with gr.Row():
             start = gr.Button("Draw", variant="primary", scale=3, min_width=120, elem_id="draw")
