@@ -75,18 +75,18 @@ def test_a_drawing_is_what_sample_draws(address: str, artifact: Path, first: Any
     opened(first, address)
     choose(first, "condition", "sneaker")
     fill(first, "seed", "5")
-    fill(first, "steps", "24")
+    fill(first, "steps", "13")
     press(first, "draw")
     seen: dict[str, None] = {}  # addresses of the first model's pictures, in order
 
     def finished() -> bool:
         seen.update(dict.fromkeys(pictures(first, 0)))
-        return all("24 of 24" in text(first, number) for number in (0, 1)) and "dB" in text(first, 1)
+        return all("13 of 13" in text(first, number) for number in (0, 1)) and "dB" in text(first, 1)
 
     until(finished)
     assert len(seen) >= 3, "the preview changes while the image is drawn"
     for number, model in enumerate(("fashion-dit", artifact)):
-        expected = tqdit.sample(model, ["sneaker"], 1, tqdit.Sampling(steps=24), seed=5, device="cpu")
+        expected = tqdit.sample(model, ["sneaker"], 1, tqdit.Sampling(steps=13), seed=5, device="cpu")
         until(lambda number=number, expected=expected: same(pictures(first, number), expected))
     assert "ms" in text(first, 0)
     assert [url for url in requested(first) if not url.startswith(address)] == []

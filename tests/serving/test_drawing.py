@@ -110,16 +110,16 @@ def test_models_that_cannot_stand_side_by_side(side_by_side: Gallery, pipeline) 
         gallery.load(["fashion-dit", str(pipeline)], CPU, measure=False)
     with pytest.raises(InputError, match="a page shows 1 to 4 models, got 5"):
         gallery.load(["fashion-dit"] * 5, CPU)
-    assert side_by_side.choices[8] == ("bag", 8)
+    assert side_by_side.models[0].choices[8] == ("bag", 8)
     assert side_by_side.samplers == ["auto", "ddim", "ddpm"]
 
 
 def test_a_model_of_prompts(tmp_path) -> None:
     model, prompts = write_pixart(tmp_path / "tiny-pixart"), write_prompts(tmp_path / "prompts.safetensors")
     found = gallery.load([str(model)], CPU, Prompts.read(prompts), measure=False)
-    assert found.prompted
-    assert not found.small
-    assert found.choices[1] == ("prompt 1", 1)
+    assert found.models[0].asks_for == "prompt"
+    assert not found.models[0].pixelated
+    assert found.models[0].choices[1] == ("prompt 1", 1)
     sampling = Sampling(steps=2)
     expected = tqdit.sample(model, [1], 1, sampling, seed=3, conditions=prompts, device="cpu")
     assert torch.equal(images(found, Request(1, 3, sampling))[0], expected[0])

@@ -41,9 +41,9 @@ def test_numbers_of_a_form_may_be_floats_and_texts(seed, steps, guidance) -> Non
         ("guidance", -0.5, "guidance must be a finite number from 0, got -0.5"),
         ("sampler", "euler", "unknown sampler 'euler'; known: auto, ddim, ddpm, flow"),
         ("sampler", None, "unknown sampler 'None'"),
-        ("condition", None, "choose what to draw first"),
-        ("condition", "", "choose what to draw first"),
-        ("condition", [3], "choose what to draw first"),
+        ("condition", None, "say what to draw first"),
+        ("condition", "", "say what to draw first"),
+        ("condition", [3], "say what to draw first"),
     ],
 )
 def test_a_wrong_value_gets_a_message(field: str, value, message: str) -> None:

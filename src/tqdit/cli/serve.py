@@ -7,7 +7,7 @@ import typer
 
 from tqdit.cli.bars import progress
 from tqdit.cli.exits import INTERRUPTED, StoppedError
-from tqdit.cli.options import Backend, Device, Dtype, Prompts, Quiet, Verbose, read_prompts
+from tqdit.cli.options import Backend, Device, Dtype, Prompts, Quiet, Size, Verbose, pixels, read_prompts
 
 
 def serve(
@@ -15,6 +15,7 @@ def serve(
         list[str], typer.Argument(metavar="MODEL...", help="float models and artifacts, shown side by side")
     ],
     prompts: Prompts = None,
+    size: Size = None,
     host: Annotated[
         str, typer.Option(help="address to serve on; by default only this machine can open it")
     ] = "127.0.0.1",
@@ -36,9 +37,9 @@ def serve(
 
     check_serve()
     port = free_port(host, port)
-    conditions = read_prompts(prompts)
+    conditions, shape = read_prompts(prompts), pixels(size)
     with progress(quiet) as report:
-        found = gallery.load(models, Target(backend, device, dtype), conditions, memory, report)
+        found = gallery.load(models, Target(backend, device, dtype), conditions, memory, report, shape)
     try:
         with served(found, host, port) as address:
             typer.echo(f"{address} shows {', '.join(model.label for model in found.models)}; Ctrl-C ends it")

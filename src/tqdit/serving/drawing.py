@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from tqdit.sampling.guidance import Sampling
 from tqdit.serving.request import Request
 from tqdit.speed.machine import synchronise
 from tqdit.system.isolation import isolated
@@ -45,9 +46,15 @@ class Frame:
 class Served(Protocol):
     """A model that the page draws with.
 
-    `label`: its name and its bits. `weight_bytes`: of its weights, as they are loaded. `peak_bytes`: at most in use
-    during a call, above the imports; None where it was not measured.
+    `name`, `label`: its name alone, and with its bits. `weight_bytes`: of its weights. `peak_bytes`: at most in use
+    during a call, above the imports; None where it was not measured. `asks_for`: "class", "prompt" or "text".
+    `choices`: name and number of every class or prompt; None for a text. `samplers`: those that suit it. `defaults`:
+    how it is drawn if a user changes nothing. `shape`: (C, H, W) of the state that is denoised, where it is known.
+    `pixelated`: whether its images should be enlarged without smoothing.
     """
+
+    @property
+    def name(self) -> str: ...
 
     @property
     def label(self) -> str: ...
@@ -57,6 +64,24 @@ class Served(Protocol):
 
     @property
     def peak_bytes(self) -> int | None: ...
+
+    @property
+    def asks_for(self) -> str: ...
+
+    @property
+    def choices(self) -> list[tuple[str, int]] | None: ...
+
+    @property
+    def samplers(self) -> tuple[str, ...]: ...
+
+    @property
+    def defaults(self) -> Sampling: ...
+
+    @property
+    def shape(self) -> tuple[int, int, int] | None: ...
+
+    @property
+    def pixelated(self) -> bool: ...
 
     def check(self, request: Request) -> None:
         """Raise `InputError` for a request that the model cannot draw."""

@@ -6,7 +6,6 @@ from typing import Any
 
 from tqdit.errors import InputError
 from tqdit.imaging.generate import to_pil
-from tqdit.sampling.guidance import Sampling
 from tqdit.serving.board import Board
 from tqdit.serving.drawing import draw
 from tqdit.serving.gallery import Gallery
@@ -35,50 +34,59 @@ def page(gallery: Gallery) -> Any:
     """Return a `gradio.Blocks` that draws with the models of a gallery, one drawing at a time."""
     import gradio as gr
 
-    defaults, board = Sampling(), Board(gallery.models)
     with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
         gr.Markdown("# tqdit\nThe same seed for every model, drawn step by step. One drawing runs at a time.")
-        with gr.Row(equal_height=True):
-            what = "prompt" if gallery.prompted else "class"
-            # What is typed goes through, so that a wrong name gets our message.
-            condition = gr.Dropdown(
-                gallery.choices,
-                value=gallery.choices[0][1],
-                label=what,
-                allow_custom_value=True,
-                min_width=140,
-                elem_id="condition",
-            )
-            seed = gr.Number(0, label="seed", min_width=100, elem_id="seed")
-            steps = gr.Number(defaults.steps, label="steps", min_width=100, elem_id="steps")
-            guidance = gr.Number(defaults.guidance, label="guidance", step=0.1, min_width=100, elem_id="guidance")
-            sampler = gr.Dropdown(
-                gallery.samplers,
-                value="auto",
-                label="sampler",
-                allow_custom_value=True,
-                min_width=100,
-                elem_id="sampler",
-            )
+        fields = _form(gallery)
         with gr.Row():
             start = gr.Button("Draw", variant="primary", scale=3, min_width=120, elem_id="draw")
             stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
-        shown: list[Any] = []
-        with gr.Row():
-            for number, model in enumerate(gallery.models):
-                with gr.Column(min_width=140, elem_id=f"model-{number}"):
-                    gr.HTML(f"<h3>{html.escape(model.label)}</h3>", elem_classes=["name"])
-                    picture = gr.Image(
-                        label=model.label, show_label=False, format="png", type="pil", interactive=False,
-                        buttons=["download"], elem_classes=["picture", *["small"] * gallery.small],
-                    )  # fmt: skip
-                    shown += [picture, gr.HTML(table(board.figures(number)), elem_classes=["figures"])]
+        shown = _columns(gallery)
         drawing = start.click(
-            _drawer(gallery), [condition, seed, steps, guidance, sampler], shown,
+            _drawer(gallery), fields, shown,
             concurrency_limit=1, trigger_mode="once", show_progress_on=shown[::2], api_name="draw",
         )  # fmt: skip
         stop.click(None, cancels=[drawing])
     return blocks.queue(default_concurrency_limit=1)
+
+
+def _form(gallery: Gallery) -> list[Any]:
+    """Return the fields of a request, in the order of `Request.read`."""
+    import gradio as gr
+
+    first = gallery.models[0]
+    defaults, typed = first.defaults, {"allow_custom_value": True}  # so that a wrong name gets our message
+    if first.choices is None:
+        condition = gr.Textbox(label="prompt", lines=2, elem_id="condition")
+    with gr.Row(equal_height=True):
+        if first.choices is not None:
+            condition = gr.Dropdown(
+                first.choices, value=first.choices[0][1], label=first.asks_for, min_width=140, elem_id="condition",
+                **typed,
+            )  # fmt: skip
+        seed = gr.Number(0, label="seed", min_width=100, elem_id="seed")
+        steps = gr.Number(defaults.steps, label="steps", min_width=100, elem_id="steps")
+        guidance = gr.Number(defaults.guidance, label="guidance", step=0.1, min_width=100, elem_id="guidance")
+        sampler = gr.Dropdown(
+            gallery.samplers, value=defaults.sampler, label="sampler", min_width=100, elem_id="sampler", **typed
+        )  # fmt: skip
+    return [condition, seed, steps, guidance, sampler]
+
+
+def _columns(gallery: Gallery) -> list[Any]:
+    """Return a picture and figures for every model, side by side."""
+    import gradio as gr
+
+    board, shown = Board(gallery.models), []
+    with gr.Row():
+        for number, model in enumerate(gallery.models):
+            with gr.Column(min_width=140, elem_id=f"model-{number}"):
+                gr.HTML(f"<h3>{html.escape(model.label)}</h3>", elem_classes=["name"])
+                picture = gr.Image(
+                    label=model.label, show_label=False, format="png", type="pil", interactive=False,
+                    buttons=["download"], elem_classes=["picture", *["small"] * model.pixelated],
+                )  # fmt: skip
+                shown += [picture, gr.HTML(table(board.figures(number)), elem_classes=["figures"])]
+    return shown
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:

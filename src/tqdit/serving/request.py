@@ -31,7 +31,7 @@ class Request:
         Raises `InputError` that names the field, what it has and what it must be.
         """
         if not isinstance(condition, str | int) or condition == "":
-            raise InputError("choose what to draw first")
+            raise InputError("say what to draw first")
         sampling = Sampling(str(sampler), whole("steps", steps), number("guidance", guidance))
         return cls(condition, whole("seed", seed), sampling)
 

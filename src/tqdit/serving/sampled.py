@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -10,7 +9,6 @@ from torch import nn
 from tqdit import workflow
 from tqdit.architectures import registry
 from tqdit.artifact import folder as artifact
-from tqdit.artifact.provenance import read_provenance
 from tqdit.imaging import generate
 from tqdit.imaging.images import Images
 from tqdit.imaging.request import chosen_classes
@@ -19,6 +17,7 @@ from tqdit.sampling.guidance import AUTO, Conditions, Sampling
 from tqdit.sampling.schedules import family
 from tqdit.sampling.trajectory import noise_generators, trajectory
 from tqdit.serving.drawing import Frame, is_shown, stopwatch
+from tqdit.serving.labels import label
 from tqdit.serving.request import Request
 from tqdit.sources.conditions import suitable
 from tqdit.sources.sizes import float_sizes
@@ -41,6 +40,24 @@ class Sampled:
     weight_bytes: int
     peak_bytes: int | None
     decode: Callable[[torch.Tensor], torch.Tensor] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def asks_for(self) -> str:
+        """Return "class" or "prompt", of which there is one for each choice."""
+        return "class" if self.conditions is None else "prompt"
+
+    @property
+    def defaults(self) -> Sampling:
+        return Sampling()
+
+    @property
+    def pixelated(self) -> bool:
+        """Say whether images are the model's own small output, which a page enlarges without smoothing."""
+        return self.source.vae is None
 
     @property
     def choices(self) -> list[tuple[str, int]]:
@@ -106,19 +123,9 @@ def load(model: str, target: Target, conditions: Conditions | None = None, measu
         peak = measured.peak_bytes if measured else None
     own = target if source.quantized else Target(device=target.device)
     module = workflow.load_to_sample(wanted, own)
-    label, size = described(source, module)
+    size = artifact.size_bytes(source.folder) if source.quantized else float_sizes(source, module).float32_bytes
     decode = generate.decoder(source.vae, target.device)
-    found = Sampled(source, module, target.device, conditions, label, size, peak, decode)
+    found = Sampled(source, module, target.device, conditions, label(source, "float32"), size, peak, decode)
     for _ in found.frames(Request(0, 0, WARM_UP)):
         pass
     return found
-
-
-def described(source: ModelSource, module: nn.Module) -> tuple[str, int]:
-    """Return what a model is called on the page, and the bytes of its weights."""
-    if not source.quantized:
-        return f"{source.name} · float32", float_sizes(source, module).float32_bytes
-    folder = Path(source.folder)
-    provenance = read_provenance(folder, source.config["quantization_config"]["format_version"])
-    parts = (source.name, " ".join(filter(None, (provenance.bits.upper(), provenance.preset_name))))
-    return " · ".join(filter(None, parts)), artifact.size_bytes(folder)
