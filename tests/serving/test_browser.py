@@ -123,6 +123,7 @@ def test_a_second_user_waits_and_one_who_leaves_frees_the_place(
     until(lambda: held.count >= 3)
     first.get("about:blank")
     until(lambda: "2 of 2" in text(second, 0))
+    until(lambda: not held.model._forward_hooks)
     assert held.count < 500, "the drawing of the user who left has ended early"
 
 
@@ -132,7 +133,7 @@ def test_the_button_stops_a_drawing(address: str, held: Held, first: Any) -> Non
     press(first, "draw")
     until(lambda: held.count >= 3)
     press(first, "stop")
-    until(lambda: not grows(held))
+    until(lambda: not grows(held) and not held.model._forward_hooks)
     assert held.count < 900
     fill(first, "steps", "2")
     press(first, "draw")

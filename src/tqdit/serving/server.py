@@ -63,5 +63,5 @@ def _options(host: str, port: int) -> dict[str, Any]:
     )
     return {
         "server_name": f"[{host}]" if ":" in host else host, "server_port": port, "theme": theme, "css": CSS,
-        "footer_links": [], "prevent_thread_lock": True, "quiet": True, **off,
+        "footer_links": [], "max_file_size": "1kb", "prevent_thread_lock": True, "quiet": True, **off,
     }  # fmt: skip
