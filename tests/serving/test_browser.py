@@ -4,7 +4,7 @@ import io
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class Held(Sampled):
         vars(self).update(gate=threading.Event(), waits=False, count=0)
         self.gate.set()
 
-    def frames(self, request: Request) -> Iterator[Frame]:
+    def frames(self, request: Request) -> Generator[Frame, None, None]:
         for frame in super().frames(request):
             vars(self).update(waits=True)
             self.gate.wait(PATIENCE)

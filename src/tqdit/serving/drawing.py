@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -86,11 +86,11 @@ class Served(Protocol):
     def check(self, request: Request) -> None:
         """Raise `InputError` for a request that the model cannot draw."""
 
-    def frames(self, request: Request) -> Iterator[Frame]:
+    def frames(self, request: Request) -> Generator[Frame, None, None]:
         """Yield what is drawn: the noise, then something after every step, and the image at last."""
 
 
-def draw(models: Sequence[Served], request: Request) -> Iterator[tuple[int, Frame]]:
+def draw(models: Sequence[Served], request: Request) -> Generator[tuple[int, Frame], None, None]:
     """Yield (number of the model, frame), each model in turn after a step of its own.
 
     All models start from the same noise where their samples have the same shape. Work goes on only while the events
@@ -111,7 +111,7 @@ def draw(models: Sequence[Served], request: Request) -> Iterator[tuple[int, Fram
                     yield number, frame
     finally:
         for run in runs:
-            run.close()  # type: ignore[attr-defined]
+            run.close()
 
 
 @isolated()

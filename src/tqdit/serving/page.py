@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tqdit.errors import InputError
@@ -99,11 +100,16 @@ def _drawer(gallery: Gallery) -> Callable[..., Iterator[list[Any]]]:
     """Return the function that the button calls: it yields a picture and figures for every model."""
     import gradio as gr
 
-    def drawn(condition: Any, seed: Any, steps: Any, guidance: Any, sampler: Any) -> Iterator[list[Any]]:
+    # gradio calls from any of its threads, and each would start OpenMP threads of its own. One thread for all drawings
+    # also ends the last step of one that was stopped before the next one begins.
+    worker = ThreadPoolExecutor(1, "drawing")
+
+    def drawn(*fields: Any) -> Iterator[list[Any]]:
+        board, events = Board(gallery.models), None
         try:
-            request = Request.read(condition, seed, steps, guidance, sampler)
-            board = Board(gallery.models)
-            for number, frame in draw(gallery.models, request):
+            events = draw(gallery.models, Request.read(*fields))
+            while (event := worker.submit(next, events, None).result()) is not None:
+                number, frame = event
                 board.take(number, frame)
                 updates: list[Any] = [gr.skip()] * (2 * len(gallery.models))
                 if frame.pixels is not None:
@@ -112,5 +118,8 @@ def _drawer(gallery: Gallery) -> Callable[..., Iterator[list[Any]]]:
                 yield updates
         except InputError as error:
             raise gr.Error(html.escape(str(error)), print_exception=False) from None
+        finally:
+            if events is not None:
+                events.close()
 
     return drawn

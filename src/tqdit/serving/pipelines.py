@@ -3,7 +3,7 @@
 import inspect
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,7 +66,7 @@ class Pipeline:
         if request.sampling.sampler != AUTO:
             raise InputError(f"'{self.name}' draws with its own scheduler; the sampler must be {AUTO}")
 
-    def frames(self, request: Request) -> Iterator[Frame]:
+    def frames(self, request: Request) -> Generator[Frame, None, None]:
         steps = request.sampling.steps
         with stopwatch(_denoiser(self.pipe), self.device) as call_ms:
             run = _Run(self, request)

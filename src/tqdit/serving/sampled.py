@@ -1,6 +1,6 @@
 """A DiT, SiT or PixArt on the page: it is sampled as `tqdit.sample` does, and its decoder shows previews."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
 import torch
@@ -86,7 +86,7 @@ class Sampled:
     def check(self, request: Request) -> None:
         self.wanted(request)
 
-    def frames(self, request: Request) -> Iterator[Frame]:
+    def frames(self, request: Request) -> Generator[Frame, None, None]:
         wanted, steps, seen = self.wanted(request), request.sampling.steps, [torch.empty(0)]
 
         def watch(_: int, clean: torch.Tensor) -> None:
