@@ -20,9 +20,7 @@ from tqdit.serving.request import Request
 CPU = Target(device="cpu")
 
 
-@pytest.mark.parametrize(
-    ("steps", "guidance", "sampler"), [(3, 1.5, "auto"), (13, 1.0, "ddim"), (4, 4.0, "ddpm"), (1, 1.5, "ddim")]
-)
+@pytest.mark.parametrize(("steps", "guidance", "sampler"), [(1, 1.5, "auto"), (5, 1.0, "ddim"), (3, 4.0, "ddpm")])
 def test_the_images_are_those_of_sample(side_by_side: Gallery, artifact, steps, guidance, sampler) -> None:
     sampling = Sampling(sampler, steps, guidance)
     finished = images(side_by_side, Request("bag", 11, sampling))
@@ -47,9 +45,9 @@ def test_events_come_in_turn_and_count_every_call(side_by_side: Gallery) -> None
 
 
 def test_previews_come_nearer_to_the_image(side_by_side: Gallery) -> None:
-    frames = [frame for number, frame in draw(side_by_side.models[:1], Request(2, 0, Sampling(steps=12)))]
+    frames = [frame for number, frame in draw(side_by_side.models[:1], Request(2, 0, Sampling(steps=9)))]
     errors = [float((frame.pixels - frames[-1].pixels).square().mean()) for frame in frames]
-    assert errors[0] > 4 * errors[8] > 0
+    assert errors[0] > 4 * errors[6] > 0
     assert errors[-1] == 0
 
 
@@ -97,7 +95,7 @@ def test_what_the_page_says(side_by_side: Gallery) -> None:
     board.take(0, Frame(2, 2, pixels, (1.0, 2.0, 9.0)))
     assert board.figures(0)[:3] == [("step", "2 of 2"), ("a call (median)", "2.0 ms"), ("all calls", "0.01 s")]
     assert dict(board.figures(0))["peak memory"] == "12.3 MB"
-    assert dict(board.figures(1))["peak memory"] == "not measured"
+    assert dict(board.figures(1))["peak memory"] == "–"
     assert dict(board.figures(1))["PSNR to fashion-dit"] == "–"
     board.take(1, Frame(2, 2, pixels + 0.2, (1.0,)))
     assert dict(board.figures(1))["PSNR to fashion-dit"] == "20.0 dB"

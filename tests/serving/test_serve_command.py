@@ -11,6 +11,7 @@ import tempfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,7 +65,9 @@ def test_a_server_from_start_to_ctrl_c(serve: subprocess.Popen[str], tmp_path: P
     assert "unknown class '10'; known: t-shirt" in called(address, [10, 0, 2, 1.5, "auto"])
     assert "unknown sampler 'euler'" in called(address, [7, 0, 2, 1.5, "euler"])
     assert "2 of 2" in called(address, [7, 0, 2, 1.5, "auto"])
-    serve.send_signal(signal.SIGINT)
+    with answered(address, [7, 0, 900, 1.5, "auto"]) as answer:
+        assert answer.readline() == b"event: generating\n"
+        serve.send_signal(signal.SIGINT)
     out, error = serve.communicate(timeout=60)
     assert (serve.returncode, out, error) == (130, "", "tqdit: the page is no longer served\n")
     assert [entry for entry in (tmp_path / "temporary").iterdir() if entry.name.startswith("tqdit-serve")] == []
@@ -72,13 +75,18 @@ def test_a_server_from_start_to_ctrl_c(serve: subprocess.Popen[str], tmp_path: P
     assert addresses <= {"127.0.0.1", "localhost", "::1", "None"}, "the network was asked for something"
 
 
-def called(address: str, values: list[object]) -> str:
-    """All that the page's interface answers to a drawing with these values."""
+def answered(address: str, values: list[object]) -> Any:
+    """The stream of what the page's interface answers to a drawing with these values."""
     body = json.dumps({"data": values}).encode()
     headers = {"Content-Type": "application/json"}
     with urllib.request.urlopen(urllib.request.Request(f"{address}gradio_api/call/draw", body, headers)) as answer:
         event = json.load(answer)["event_id"]
-    with urllib.request.urlopen(f"{address}gradio_api/call/draw/{event}", timeout=120) as answer:
+    return urllib.request.urlopen(f"{address}gradio_api/call/draw/{event}", timeout=120)
+
+
+def called(address: str, values: list[object]) -> str:
+    """All of it, when the drawing has ended."""
+    with answered(address, values) as answer:
         return html.unescape(answer.read().decode())
 
 

@@ -37,7 +37,7 @@ class Board:
         else:
             rows += [("a call (median)", "–"), ("all calls", "–")]
         rows.append(("weights", megabytes(model.weight_bytes)))
-        rows.append(("peak memory", "not measured" if model.peak_bytes is None else megabytes(model.peak_bytes)))
+        rows.append(("peak memory", "–" if model.peak_bytes is None else megabytes(model.peak_bytes)))
         if number:
             rows.append((f"PSNR to {self.models[0].label.partition(' ')[0]}", self._psnr(number)))
         return rows
