@@ -9,7 +9,7 @@ GPU_WORKERS ?= 8
 DIFFUSERS ?= ../diffusers
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-all test-gpu test-trust test-classes lint docs release-check clean
+.PHONY: demo test chromium test-all test-gpu test-trust test-classes lint docs release-check clean
 
 demo: $(RUNS)
 	@echo "The demo takes some minutes on two cores."
@@ -17,6 +17,11 @@ demo: $(RUNS)
 
 test: lint
 	$(PYTEST)
+
+# The browser of the test of `tqdit serve`, on Debian and as root; without it the test is skipped.
+chromium:
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null
 
 # Also what takes half a minute of a processor or more: compiling every kernel, training, full-size runs.
 test-all: lint

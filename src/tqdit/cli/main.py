@@ -1,4 +1,4 @@
-"""Define the command line: `tqdit record | quantize | sample | compare | evaluate | bench | convert | inspect | demo`.
+"""Define the command line: `tqdit record | quantize | sample | compare | evaluate | bench | convert | inspect | ...`.
 
 Each command imports what it needs when it runs.
 """
@@ -24,6 +24,7 @@ from tqdit.cli.inspect import inspect
 from tqdit.cli.quantize import quantize
 from tqdit.cli.record import record
 from tqdit.cli.sample import sample
+from tqdit.cli.serve import serve
 from tqdit.system import distributed
 
 app = typer.Typer(
@@ -47,6 +48,7 @@ COMMANDS: Mapping[Callable[..., None], str] = {
     bench: "Time artifacts against float and torchao models.",
     convert: "Turn a checkpoint into a diffusers folder.",
     inspect: "Say what an artifact is.",
+    serve: "Draw images with several models on a page.",
     demo: "The whole way on the bundled model, with a report.",
 }
 NUMBERS = {"integer": "a whole number", "integer range": "a whole number", "float": "a number",

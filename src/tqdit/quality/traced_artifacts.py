@@ -116,7 +116,7 @@ def compare_folders(  # noqa: PLR0913 - options
     rows: list[ImageRow] = []
     if prompts:
         wanted = checked_dtype(parts[0].dtype)
-        pipe = _pipeline(source.root, wanted).to(where)
+        pipe = load_pipeline(source.root, wanted).to(where)
         loaded = {Path(path).name: _Pipelines(Path(path), source.folders, where, wanted) for path in quantized}
         rows = compare_images(pipe, loaded, prompts, seed, options, report)
     return FolderComparison(source.name, tuple(parts), tuple(rows), environment(str(where)))
@@ -235,7 +235,7 @@ def _unique(path: str | Path, among: Sequence[str | Path]) -> str:
     return name if sum(Path(other).resolve().name == name for other in among) == 1 else str(path)
 
 
-def _pipeline(folder: Path, dtype: torch.dtype) -> Any:
+def load_pipeline(folder: Path, dtype: torch.dtype) -> Any:
     """Return the pipeline of a folder, without progress bars. Raises `InputError` if diffusers refuses it."""
     from diffusers import DiffusionPipeline
 
