@@ -1,4 +1,4 @@
-"""Define the command line: `tqdit record | quantize | sample | compare | bench | convert | inspect | demo`.
+"""Define the command line: `tqdit record | quantize | sample | compare | report | bench | convert | inspect | demo`.
 
 Each command imports what it needs when it runs.
 """
@@ -22,6 +22,7 @@ from tqdit.cli.exits import INTERRUPT_MESSAGE, INTERRUPTED, TERMINATED, WRONG, S
 from tqdit.cli.inspect import inspect
 from tqdit.cli.quantize import quantize
 from tqdit.cli.record import record
+from tqdit.cli.report import report
 from tqdit.cli.sample import sample
 from tqdit.system import distributed
 
@@ -42,6 +43,7 @@ COMMANDS: Mapping[Callable[..., None], str] = {
     quantize: "Calibrate a model and write an artifact.",
     sample: "Sample images into a grid or a folder.",
     compare: "Measure artifacts against their float model.",
+    report: "Make a page of saved comparisons.",
     bench: "Time artifacts against float and torchao models.",
     convert: "Turn a checkpoint into a diffusers folder.",
     inspect: "Say what an artifact is.",
