@@ -20,7 +20,6 @@ from tqdit.quality.run import Site
 from tqdit.spec import GridParams, Solution
 from tqdit.stages import Report
 
-STATES = 10  # of the sampled trajectories, spread over the timesteps
 CALLS = 4  # recorded calls, spread over the timesteps
 PASSES = 256  # simulations of one artifact; of more sites the most sensitive blocks' are measured
 CALL_PASSES = 96  # the same on recorded calls, whose models are larger
@@ -35,8 +34,12 @@ class State:
     t: torch.Tensor
 
 
-def sampled_states(model: nn.Module, data: CalibrationSet, count: int = STATES) -> list[State]:
-    """Return one call with `count` states of trajectories, spread over their timesteps."""
+def sampled_states(model: nn.Module, data: CalibrationSet) -> list[State]:
+    """Return one call with states of trajectories that are spread over their timesteps.
+
+    They are as many as each time group of `data` has, since every site takes a call with them.
+    """
+    count = max(1, len(data) // data.time_groups.num_groups)
     chosen = torch.linspace(0, len(data) - 1, min(count, len(data))).round().long()
     device = next(iter(model.parameters())).device
     x, t, labels = (part[chosen].to(device) for part in (data.x, data.t, data.labels))

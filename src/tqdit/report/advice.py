@@ -10,10 +10,12 @@ from typing import Any
 
 from tqdit.grids.registry import Grid
 from tqdit.quality.run import Site
+from tqdit.recipe import Recipe
 from tqdit.spec import MAX_BITS, Role
 
+DEFAULTS = Recipe().model_dump(mode="json")
 LEAST_SHARE = 0.02  # of all error power: below it a change would not be seen
-Recipe = Mapping[str, Any]
+Settings = Mapping[str, Any]
 Setting = tuple[str, Any]
 
 
@@ -35,8 +37,8 @@ class Rule:
     """One piece of advice: `holds` for a site of `roles` and its recipe, of traced models or described ones or both."""
 
     roles: tuple[Role, ...]
-    holds: Callable[[Site, Recipe], bool]
-    setting: Callable[[Site, Recipe], Setting]
+    holds: Callable[[Site, Settings], bool]
+    setting: Callable[[Site, Settings], Setting]
     text: str
     traced: bool | None = None
 
@@ -45,11 +47,11 @@ ATTENTION = (Role.QUERY, Role.KEY, Role.VALUE)
 STATIC = (Role.INPUT, Role.SOFTMAX, Role.GELU, *ATTENTION)
 
 
-def _set(name: str, value: Any) -> Callable[[Site, Recipe], Setting]:
+def _set(name: str, value: Any) -> Callable[[Site, Settings], Setting]:
     return lambda site, recipe: (name, value)
 
 
-def _doubled(name: str) -> Callable[[Site, Recipe], Setting]:
+def _doubled(name: str) -> Callable[[Site, Settings], Setting]:
     return lambda site, recipe: (name, 2 * recipe[name])
 
 
@@ -93,12 +95,17 @@ RULES = (
 )  # fmt: skip
 
 
-def advice(site: Site, recipe: Recipe, traced: bool = False) -> Advice:
-    """Return the advice for a site of a model that was quantized by `recipe`, all of whose settings are known."""
+def advice(site: Site, recipe: Mapping[str, Any], traced: bool = False) -> Advice:
+    """Return the advice for a site of a model that was quantized by `recipe`, whose other settings have their defaults.
+
+    `traced`: whether the model was calibrated on recorded calls.
+    """
     if site.share is not None and site.share < LEAST_SHARE:
         return Advice("Leave it: it makes a small part of the error.")
-    role = Role(site.role)
+    role, settings = Role(site.role), {**DEFAULTS, **recipe}
     for rule in RULES:
-        if role in rule.roles and rule.traced in (None, traced) and rule.holds(site, recipe):
-            return Advice(rule.text, rule.setting(site, recipe))
+        if role in rule.roles and rule.traced in (None, traced) and rule.holds(site, settings):
+            name, value = rule.setting(site, settings)
+            if settings[name] != value:
+                return Advice(rule.text, (name, value))
     return Advice("A recipe has nothing finer for it.")
