@@ -101,7 +101,7 @@ def test_damage_and_other_files_are_refused(saved: Path, tmp_path: Path) -> None
     whole = saved.read_bytes()
     at = whole.index(b'"bits"')
     saved.write_bytes(whole[:at] + b'"bitz"' + whole[at + 6 :])
-    with pytest.raises(InputError, match="'tqdit.run' was changed"):
+    with pytest.raises(InputError, match=r"'tqdit\.run' was changed"):
         read(saved)
     saved.write_bytes(whole[:-5])
     with pytest.raises(InputError, match="is truncated or damaged"):

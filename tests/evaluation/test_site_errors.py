@@ -31,9 +31,7 @@ def measured(model, structure, solution, states, passes=256):
     return measured_sites(model, structure, solution, states, silent, "sites", passes)
 
 
-def test_every_site_of_every_preset_is_measured_and_the_model_is_left_as_it_was(
-    model, structure, states, solved
-) -> None:
+def test_every_site_of_every_preset_is_measured_and_the_model_is_left_alone(model, structure, states, solved) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for preset in ("paper", "plus"):
         solution = solved(preset)
@@ -70,7 +68,7 @@ def test_factors_of_channels_are_undone(model, structure, solved) -> None:
     assert sqnr_db(weight, dequantized(solution, structure, linear.weights[0])) > 35
     simulated = OneSite(model, structure, solution)
     x = torch.nn.functional.gelu(torch.randn(1, 5, weight.shape[1]))
-    assert sqnr_db(x, simulated._rounded_rows(name, x)) > 25
+    assert (x - simulated._rounded_rows(name, x)).abs().median() < 0.02
 
 
 def test_all_sites_together_are_the_integer_model(model, structure, data, states, solved) -> None:
@@ -88,9 +86,7 @@ def test_all_sites_together_are_the_integer_model(model, structure, data, states
         assert sqnr_db(expected, found) == pytest.approx(sqnr_db(expected, actual), abs=1)
 
 
-def test_of_too_many_sites_those_of_the_worst_blocks_are_measured(
-    model, structure, states, solved, monkeypatch
-) -> None:
+def test_of_too_many_sites_the_worst_blocks_are_measured(model, structure, states, solved, monkeypatch) -> None:
     solution, calls = solved("paper"), []
     monkeypatch.setattr(site_errors._Probe, "error", lambda self, names: calls.append(names) or float(len(calls)))
     passes = 20

@@ -234,7 +234,8 @@ def test_every_kind_of_softmax_grid(grids: tuple[str, ...], rows: bool, note: st
 def test_the_table_of_sites_says_what_shares_a_scale() -> None:
     sites = [
         site("a", role="softmax", grid="softmax_row", groups=1), site("b", role="input", grid="row", rotation=128),
-        site("c", grid="mrq_gelu", channels=True), site("d", role="weight", bits=6, granularity="per_channel", groups=1),
+        site("c", grid="mrq_gelu", channels=True),
+        site("d", role="weight", bits=6, granularity="per_channel", groups=1),
     ]  # fmt: skip
     (section,) = sections([saved(model_row("q", sites=sites))])
     table = dict(site_table(section))

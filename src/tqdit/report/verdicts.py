@@ -45,7 +45,8 @@ def rule(verdict: Judged) -> str:
     return (
         "The test asks whether a model’s images are as far from real ones as the float model’s of the same seeds, "
         f"within the margin that other seeds make: {verdict.blocks} blocks of {verdict.n // verdict.blocks} images, "
-        "kernel distances in a small classifier’s features, two one-sided t tests at 5 %, corrected for the number of models."
+        "kernel distances in a small classifier’s features, two one-sided t tests at 5 %, corrected for the number "
+        "of models."
     )
 
 
