@@ -34,7 +34,7 @@ class SiteErrors:
 
 @dataclass(frozen=True)
 class Details:
-    """What a report shows beside the figures: `sites` of each model, and `boxes` of post-softmax maxima.
+    """The rest of what a report shows: `sites` of each model, and `boxes` of post-softmax maxima.
 
     `reference_sha256`: of the float model's weights. `conditions_sha256`: of the prompts, None for classes.
     `time_range`: of the timesteps. `captions`: a word on each image, such as its class, or "".
@@ -50,7 +50,7 @@ class Details:
 
 @dataclass(frozen=True)
 class CalledFacts:
-    """What a report shows beside the figures of one transformer that was compared on recorded calls.
+    """The rest of what a report shows of one transformer that was compared on recorded calls.
 
     `file_bytes`, `file_dtype`: of the float weights as they are stored. `solutions`: of each artifact, without tensors
     of weights.
