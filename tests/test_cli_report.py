@@ -6,14 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from zoo import ZOO
 
 import tqdit
+from tiny_called import decoder, write_flux
 from tqdit import recorded, workflow
 from tqdit.calibration.calls import Calls, Recording
 from tqdit.cli.main import main
 from tqdit.errors import InputError
 from tqdit.quality import run_file
+from tqdit.report import page
+from tqdit.report.page import render
 
 FLUX = "FluxTransformer2DModel"
 Command = Callable[..., tuple[int, str, str]]
@@ -58,8 +62,14 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture
+def _few_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "TOP", 1)
+
+
+@pytest.mark.usefixtures("_few_charts")
 def test_a_comparison_is_saved_and_becomes_a_page(run: Command, pipeline: Path, artifact: Path, tmp_path: Path) -> None:
-    saved, page = tmp_path / "run.safetensors", tmp_path / "report.html"
+    saved, out = tmp_path / "run.safetensors", tmp_path / "report.html"
     code, said, error = run(
         "compare", pipeline, artifact, "-n", 3, "--steps", 3, "--samples", 1, "--no-cost", "-q", "-o", saved
     )
@@ -74,17 +84,16 @@ def test_a_comparison_is_saved_and_becomes_a_page(run: Command, pipeline: Path, 
     assert {boxes.block for boxes in part.boxes} == {0, 1}
     assert part.captions == ["class 0", "class 1", "class 2"]
     assert [pixels.shape for pixels in images.values()] == [(3, 1, 8, 8)] * 2
-    assert run("report", saved, "-o", page) == (0, f"report: {page}\n", "")
-    text = page.read_text()
+    assert run("report", saved, "-o", out) == (0, f"report: {out}\n", "")
+    text = out.read_text()
     assert "The most sensitive sites" in text
     assert "Box plots of post-softmax maxima of block 1" in text
     assert str(artifact) in text, "the command that made it"
-    assert run("report", saved, saved, "-o", page)[0] == 0
-    assert "w8a8 (run 2)" in page.read_text()
 
 
+@pytest.mark.usefixtures("_few_charts")
 def test_recorded_calls_make_a_page_without_images(run: Command, flux: Path, tmp_path: Path) -> None:
-    saved, page = tmp_path / "run.safetensors", tmp_path / "report.html"
+    saved, out = tmp_path / "run.safetensors", tmp_path / "report.html"
     calls = flux / "calls.safetensors"
     code, *_ = run("compare", flux / "float", flux / "plus", "--calls", calls, "--samples", 1, "-q", "-o", saved)
     assert code == 0
@@ -96,10 +105,33 @@ def test_recorded_calls_make_a_page_without_images(run: Command, flux: Path, tmp
     assert plus.sites_in_all > len(plus.sites) / 2 > 10
     assert plus.recipe["input_grid"] == "uniform"
     assert plus.size_bytes == (flux / "plus" / "diffusion_pytorch_model.safetensors").stat().st_size
-    assert run("report", saved, "-o", page)[0] == 0
-    text = page.read_text()
+    assert run("report", saved, "-o", out)[0] == 0
+    text = out.read_text()
     assert "some of the recorded calls" in text
     assert "<h2>Images" not in text
+
+
+@pytest.mark.usefixtures("_few_charts")
+def test_images_of_a_pipeline_are_saved(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pipe = DiffusionPipeline.from_pretrained(write_flux(tmp_path / "float", decoder()))
+    pipe.set_progress_bar_config(disable=True)
+    with tqdit.record(pipe) as calls:
+        pipe("a b", num_inference_steps=2, height=32, width=32, output_type="latent")
+    tqdit.quantize(tmp_path / "float", tmp_path / "dynamic", tqdit.Recipe("dynamic"), device="cpu")
+    size = {"height": 32, "width": 32, "num_inference_steps": 1}
+    made = tqdit.compare(
+        tmp_path / "float", tmp_path / "dynamic", calls=calls, samples=1, prompts=["a b", "c"], options=size, sites=True
+    )
+    made.save(tmp_path / "run.safetensors")
+    found, images = run_file.read(tmp_path / "run.safetensors")
+    (part,) = found.parts
+    assert [pixels.shape for pixels in images.values()] == [(2, 3, 32, 32)] * 2
+    assert part.captions == ["a b", "c"]
+    assert part.models[-1].psnr_db == made.images[0].mean_db
+    assert images[0].double().std() > 1
+    assert (images[0].int() - images[1].int()).abs().max() <= 2, "the figures say 80 dB"
+    assert "In reading order: a b · c." in render([(found, images)])
 
 
 def test_wrong_files_and_outputs_are_named_before_any_work(run: Command, pipeline, artifact, tmp_path: Path) -> None:

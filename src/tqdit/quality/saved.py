@@ -1,13 +1,14 @@
 """Make runs of comparisons: the figures, images and single sites that a report shows, without any model."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional as F
 
 from tqdit.quality import run_file
 from tqdit.quality.equivalence import Verdict
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from tqdit.quality.traced_artifacts import Compared, FolderComparison
 
 SAVED_IMAGES = 20  # of each model
+SAVED_EDGE = 512  # pixels, at most
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 MOST_BOXES = 25
 
@@ -65,6 +67,20 @@ class CalledFacts:
     solutions: Mapping[str, Solution]
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Images that a pipeline drew for prompts: `images` by model, uint8 (N, C, H, W); "" is the float model."""
+
+    prompts: tuple[str, ...]
+    images: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def keep(self, name: str, images: Sequence[torch.Tensor]) -> None:
+        """Keep images (1, H, W, C) or videos (1, F, H, W, C) in [0, 1] if they have one size; of videos a frame."""
+        frames = [image[0] if image.ndim == 4 else image[0, image.shape[1] // 2] for image in images[:SAVED_IMAGES]]
+        if len({frame.shape for frame in frames}) == 1 and frames[0].shape[-1] in (1, 3):
+            self.images[name] = _in_bytes(torch.stack(frames).permute(0, 3, 1, 2) * 2 - 1)
+
+
 def save_samples(comparison: "Comparison", path: Path, command: str = "") -> None:
     """Write a comparison on samples as a run. Its images are the first `SAVED_IMAGES` of each model, in 8 bits."""
     run, images = run_of_samples(comparison, command)
@@ -92,10 +108,16 @@ def run_of_samples(comparison: "Comparison", command: str = "") -> tuple[Run, di
 
 
 def run_of_calls(comparison: "FolderComparison", command: str = "") -> tuple[Run, dict[int, torch.Tensor]]:
-    """Return the run of a comparison on recorded calls, which has no images."""
-    parts = [_called_part(comparison, part) for part in comparison.transformers]
+    """Return the run of a comparison on recorded calls, and the images that a pipeline drew, which its first part has.
+
+    Where the images are not of one size, there are none.
+    """
+    drawn = comparison.drawn.images if comparison.drawn else {}
+    drawn = drawn if "" in drawn and len({pixels.shape for pixels in drawn.values()}) == 1 else {}
+    numbers = {name: number for number, name in enumerate(drawn)}
+    parts = [_called_part(comparison, part, {} if i else numbers) for i, part in enumerate(comparison.transformers)]
     run = Run(kind="calls", command=command, created=_now(), environment=_plain(comparison.environment), parts=parts)
-    return run, {}
+    return run, {numbers[name]: pixels for name, pixels in drawn.items()}
 
 
 def save_calls(comparison: "FolderComparison", path: Path, command: str = "") -> None:
@@ -141,7 +163,7 @@ def _sample_row(row: "ModelRow", found: SiteErrors, number: int) -> Row:
     )  # fmt: skip
 
 
-def _called_part(comparison: "FolderComparison", part: "Compared") -> Part:
+def _called_part(comparison: "FolderComparison", part: "Compared", numbers: Mapping[str, int]) -> Part:
     found, facts = part.comparison, part.facts
     assert facts is not None, "compare with sites=True"
     bounds = [found.groups[0][0], *(high for _, high, _ in found.groups)]
@@ -156,12 +178,13 @@ def _called_part(comparison: "FolderComparison", part: "Compared") -> Part:
             bits=provenance.bits if provenance else row.name, recipe=_recipe(solution),
             size_bytes=round(ratio * 2 * facts.parameters) if ratio else 2 * facts.parameters,
             sqnr_db=row.sqnr_db, worst_db=row.worst_db, groups=bounds, sqnr_by_group=list(row.by_group),
-            psnr_db=drawn.mean_db if drawn else None, worst_psnr_db=drawn.worst_db if drawn else None,
+            images=numbers.get(row.name), psnr_db=drawn.mean_db if drawn else None,
+            worst_psnr_db=drawn.worst_db if drawn else None,
             **_of_solution(solution, facts.sites.get(row.name, SiteErrors((), 0))),
         ))  # fmt: skip
     reference = Row(
         name=comparison.name, bits=part.dtype, size_bytes=facts.file_bytes, float32_bytes=4 * facts.parameters,
-        file_dtype=facts.file_dtype,
+        file_dtype=facts.file_dtype, images=numbers.get(""),
     )  # fmt: skip
     protocol: dict[str, str | int | float | bool | None] = {
         "class": found.kind, "calls": found.calls, "calls_sha256": facts.calls_sha256, "dtype": part.dtype,
@@ -170,6 +193,7 @@ def _called_part(comparison: "FolderComparison", part: "Compared") -> Part:
     return Part(
         component=part.component, reference_sha256=facts.reference_sha256, protocol=protocol, low=bounds[0],
         high=bounds[-1], reference=reference, models=models,
+        captions=list(comparison.drawn.prompts[:SAVED_IMAGES]) if numbers and comparison.drawn else [],
     )  # fmt: skip
 
 
@@ -211,8 +235,12 @@ def _bounds(groups: TimeGroups) -> list[float]:
 
 
 def _in_bytes(pixels: torch.Tensor) -> torch.Tensor:
-    """Return the first images, uint8, of pixels (N, C, H, W) in [-1, 1]. NaN becomes 0."""
-    return ((pixels[:SAVED_IMAGES].float().nan_to_num(-1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+    """Return the first images, uint8, of pixels (N, C, H, W) in [-1, 1]; large ones are made smaller. NaN becomes 0."""
+    found = pixels[:SAVED_IMAGES].float().nan_to_num(-1).cpu()
+    shrink = math.ceil(max(found.shape[-2:]) / SAVED_EDGE)
+    if shrink > 1:
+        found = F.interpolate(found, size=[length // shrink for length in found.shape[-2:]], mode="area")
+    return ((found + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def _now() -> str:

@@ -22,7 +22,7 @@ from tqdit.quality.replayed import (
     compare_images,
     held_out,
 )
-from tqdit.quality.saved import CalledFacts, SiteErrors, save_calls
+from tqdit.quality.saved import CalledFacts, Drawn, SiteErrors, save_calls
 from tqdit.quality.site_errors import CALL_PASSES, called_states, measured_sites
 from tqdit.recorded import weights_sha256
 from tqdit.runtime import fitting
@@ -64,17 +64,22 @@ class Compared:
 
 @dataclass(frozen=True)
 class FolderComparison:
-    """The comparisons of all transformers of a folder, and of the images of its pipeline if prompts were given."""
+    """The comparisons of all transformers of a folder, and of the images of its pipeline if prompts were given.
+
+    `drawn`: these images, for a report.
+    """
 
     name: str
     transformers: tuple[Compared, ...]
     images: tuple[ImageRow, ...]
     environment: Mapping[str, Any]
+    drawn: Drawn | None = None
 
     def figures(self) -> dict[str, Any]:
         """Return JSON values."""
         parts = [part.figures() for part in self.transformers]
-        return {**vars(self), "transformers": parts, "images": [row.figures() for row in self.images]}
+        values = {name: value for name, value in vars(self).items() if name != "drawn"}
+        return {**values, "transformers": parts, "images": [row.figures() for row in self.images]}
 
     def save(self, path: str | Path, command: str = "") -> None:
         """Write the comparison as a run, a .safetensors file that `tqdit report` makes a page of.
@@ -135,13 +140,14 @@ def compare_folders(  # noqa: PLR0913 - options
         parts.append(stage.compared(recording, samples, groups, seed, report))
         if sites:
             parts[-1] = stage.with_facts(parts[-1], report)
-    rows: list[ImageRow] = []
+    rows, drawn = list[ImageRow](), Drawn(tuple(prompts)) if sites and prompts else None
     if prompts:
         wanted = checked_dtype(parts[0].dtype)
         pipe = _pipeline(source.root, wanted).to(where)
         loaded = {Path(path).name: _Pipelines(Path(path), source.folders, where, wanted) for path in quantized}
-        rows = compare_images(pipe, loaded, prompts, seed, options, report)
-    return FolderComparison(source.name, tuple(parts), tuple(rows), environment(str(where)))
+        keep = drawn.keep if drawn else lambda name, images: None
+        rows = compare_images(pipe, loaded, prompts, seed, options, report, keep)
+    return FolderComparison(source.name, tuple(parts), tuple(rows), environment(str(where)), drawn)
 
 
 def _pipeline_class(source: any_class.Transformers) -> type:
