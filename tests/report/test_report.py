@@ -122,6 +122,9 @@ def test_the_verdict_comes_first_and_says_what_few_images_can_tell(text: str) ->
     assert "equivalence not shown" in many
     assert "can tell little" not in many
     assert "20 blocks of 500 images" in many
+    assert "not closer to them than bf16’s" in text
+    untested = verdict(p_closer=None, closer_than_bf16=None)
+    assert "than bf16’s" not in render([saved(model_row("q", verdict=untested))])
     assert "Can the images be told" not in render([saved(model_row("q"))])
 
 

@@ -24,7 +24,7 @@ STAGES = {
     **dict(zip((f"search {preset} {bits}" for preset, bits in MODELS), (14, 40, 14), strict=True)),
     "held-out states": 5, f"images of {MODEL}": 15,
     **{stage: 5 for name in NAMES for stage in (f"images of {name}", f"timing {name}")},
-    f"images of {MODEL} in bf16": 15, f"images of {MODEL}, other seeds": 15,
+    f"images of {MODEL}, other seeds": 15,
     **{f"sites of {name}": 5 for name in NAMES}, "memory": 22,
 }  # seconds on two cores, to estimate the time that is left  # fmt: skip
 RUN = "run.safetensors"
@@ -86,7 +86,7 @@ def run_demo(
     """
     from tqdit import workflow
     from tqdit.quality import run_file
-    from tqdit.quality.compare import compare
+    from tqdit.quality.comparison import compare_samples
     from tqdit.recipe import Recipe
     from tqdit.report.page import write_report
     from tqdit.sampling.guidance import Sampling
@@ -99,9 +99,9 @@ def run_demo(
         solution, searched = workflow.solve_prepared(prepared, recipe, partial(_renamed, report, stage))
         seconds.append(prepared.seconds + searched)
         workflow.save(solution, prepared.source, out / name, overwrite=True)
-    result = compare(
+    result = compare_samples(
         MODEL, [out / name for name in NAMES], num, Sampling("ddim", steps, 1.5), samples, report=report,
-        equivalence=num >= 40 and num % 20 == 0, sites=True,
+        equivalence=num >= 40 and num % 20 == 0, sites=True, bfloat16=False,
     )  # fmt: skip
     result = result.with_seconds(seconds)
     result.save(out / RUN, command())

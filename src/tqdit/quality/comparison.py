@@ -164,6 +164,7 @@ def compare_samples(  # noqa: PLR0913 - one for each option of the command
     conditions: Conditions | str | Path | None = None,
     equivalence: bool = False,
     sites: bool = False,
+    bfloat16: bool = True,
 ) -> Comparison:
     """Compare artifacts with their float model: epsilon SQNR, PSNR of same-seed images, FD-fashion, size, time, memory.
 
@@ -176,6 +177,7 @@ def compare_samples(  # noqa: PLR0913 - one for each option of the command
     Fashion-MNIST; `num` must then be a multiple of 20, at least 40, and images of the float model are drawn twice
     more, in bf16 and with the next seed. `sites`: also measure the error of every site by itself, in a simulation,
     which `Comparison.save` and the report want.
+    `bfloat16`: of `equivalence`, whether images in bf16 are drawn, too. A CPU without instructions for it is slow.
 
     FD-fashion is None where the bundled classifier does not fit. It is biased upwards for few images: compare it only
     within one table. Inside `distributed.joined` the ranks share images and states, and each returns the whole
@@ -185,7 +187,7 @@ def compare_samples(  # noqa: PLR0913 - one for each option of the command
     the images could not be decoded.
     """
     check_counts(num=num, samples=samples)
-    check_flags(cost=cost, equivalence=equivalence, sites=sites)
+    check_flags(cost=cost, equivalence=equivalence, sites=sites, bfloat16=bfloat16)
     target = Target(device=device, dtype=dtype)
     source, conditions = resolve(reference), read_conditions(conditions)
     asked = suitable(source.config, conditions)
@@ -202,7 +204,7 @@ def compare_samples(  # noqa: PLR0913 - one for each option of the command
     groups = data.time_groups.num_groups
     first, rows = _measured(model, found, wanted, data, calls if measures else None, report, target)
     if trial:
-        rows = _with_verdicts(trial, model, first, rows, report)
+        rows = _with_verdicts(trial, model, first, rows, report, bfloat16)
     details = of_samples(model, found, wanted, data, digest, report) if sites else None
     del model
     if measures:
@@ -252,11 +254,11 @@ def fd_fashion(source: ModelSource, pixels: torch.Tensor) -> float | None:
 
 
 def _with_verdicts(
-    trial: Trial, model: nn.Module, first: ModelRow, rows: Sequence[ModelRow], report: Report
+    trial: Trial, model: nn.Module, first: ModelRow, rows: Sequence[ModelRow], report: Report, bfloat16: bool
 ) -> list[ModelRow]:
     """Return the rows with the verdict of each; two artifacts may have the same name."""
     drawn = {f"{number}: {row.name}": row.images for number, row in enumerate(rows)}
-    found = trial.judge(model, first.images, drawn, report)
+    found = trial.judge(model, first.images, drawn, report, bfloat16)
     return [replace(row, verdict=verdict) for row, verdict in zip(rows, found.values(), strict=True)]
 
 

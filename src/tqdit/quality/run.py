@@ -112,8 +112,8 @@ class Judged(Strict):
     margin: float = Field(gt=0)
     p: float = Field(ge=0, le=1)
     equivalent: bool
-    p_closer: float = Field(ge=0, le=1)
-    closer_than_bf16: bool
+    p_closer: float | None = Field(None, ge=0, le=1)
+    closer_than_bf16: bool | None = None
 
 
 class Row(Strict):

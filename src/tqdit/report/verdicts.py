@@ -53,9 +53,9 @@ def rule(verdict: Judged) -> str:
 def _told(shown: Shown, verdict: Judged | None) -> Told:
     assert verdict is not None
     headline = "equivalent to the float model’s images" if verdict.equivalent else "equivalence not shown"
-    closer = "; closer to them than bf16’s" if verdict.closer_than_bf16 else "; not closer to them than bf16’s"
+    closer = {True: "; closer to them than bf16’s", False: "; not closer to them than bf16’s", None: ""}
     figures = (
         f"difference {verdict.difference:+.2g}, one-sided 95 % bounds {verdict.lower:+.2g} and {verdict.upper:+.2g}, "
-        f"margin ±{verdict.margin:.2g}, p = {verdict.p:.2g}{closer}"
+        f"margin ±{verdict.margin:.2g}, p = {verdict.p:.2g}{closer[verdict.closer_than_bf16]}"
     )
     return Told(shown, verdict.equivalent, headline, figures)
