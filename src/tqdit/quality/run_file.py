@@ -38,7 +38,7 @@ def write(path: Path, run: Run, images: Mapping[int, torch.Tensor]) -> None:
     check_path(path)
     stored = {f"{IMAGES}{number}": pixels.contiguous() for number, pixels in images.items()}
     value = {**run.model_dump(mode="json"), "sha256": {name: _digest(pixels) for name, pixels in stored.items()}}
-    text = json.dumps(value, sort_keys=True, allow_nan=False).encode()
+    text = json.dumps(value, allow_nan=False).encode()
     stored[SEAL] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     files.write_bytes(path, save(dict(sorted(stored.items())), {SEAL: hashlib.sha256(text).hexdigest()}))
 

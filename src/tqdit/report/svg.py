@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK = "#010203"  # stands for the page's text colour; becomes `currentColor`, so that dark mode works
-SIZE = (6.4, 3.6)  # inches of 72 units: a panel is half the page on a desktop and the whole of a phone
+SIZE = (5.2, 3.3)  # inches of 72 units: text of 12 units has about 11 pixels on a phone
 DPI = 200  # resolution of the parts that are rasterized
 PNG_DPI = 120
 STYLE: Any = {  # matplotlib types every key by name
