@@ -23,6 +23,7 @@ from tqdit.cli.exits import INTERRUPT_MESSAGE, INTERRUPTED, TERMINATED, WRONG, S
 from tqdit.cli.inspect import inspect
 from tqdit.cli.quantize import quantize
 from tqdit.cli.record import record
+from tqdit.cli.report import report
 from tqdit.cli.sample import sample
 from tqdit.cli.serve import serve
 from tqdit.system import distributed
@@ -44,6 +45,7 @@ COMMANDS: Mapping[Callable[..., None], str] = {
     quantize: "Calibrate a model and write an artifact.",
     sample: "Sample images into a grid or a folder.",
     compare: "Measure artifacts against their float model.",
+    report: "Make a page of saved comparisons.",
     evaluate: "Measure FID and other scores of many images.",
     bench: "Time artifacts against float and torchao models.",
     convert: "Turn a checkpoint into a diffusers folder.",
