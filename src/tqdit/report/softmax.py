@@ -71,6 +71,7 @@ def scale_heatmap(section: Section, shown: Shown, limits: tuple[float, float]) -
         assert axes.figure is not None
         axes.figure.colorbar(image, ax=axes, label="log₂ step").outline.set_visible(False)
         axes.grid(False)
+        axes.spines[:].set_visible(True)  # the darkest cells are as dark as a dark page
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel=f"{TIMESTEP} ({groups} time groups)", ylabel="block")
 

@@ -52,7 +52,10 @@ def rule(verdict: Judged) -> str:
 
 def _told(shown: Shown, verdict: Judged | None) -> Told:
     assert verdict is not None
-    headline = "equivalent to the float model’s images" if verdict.equivalent else "equivalence not shown"
+    passed = "equivalent to the float model’s images"
+    if verdict.n < ENOUGH:
+        passed = f"no difference beyond that of other seeds, as far as {verdict.n} images can tell"
+    headline = passed if verdict.equivalent else "equivalence not shown"
     closer = {True: "; closer to them than bf16’s", False: "; not closer to them than bf16’s", None: ""}
     figures = (
         f"difference {verdict.difference:+.2g}, one-sided 95 % bounds {verdict.lower:+.2g} and {verdict.upper:+.2g}, "
