@@ -1,4 +1,4 @@
-"""The part of the result pages about today's kernels on a GPU: calls beside compiled bf16, and what takes their time."""
+"""The part of the result pages about today's kernels on a GPU: calls beside compiled bf16, and what takes time."""
 
 from typing import Any
 
