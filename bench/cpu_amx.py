@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_breakdown import integer_operations, watch
 
+from cpu_breakdown import integer_operations, watch
 from tqdit.architectures.shapes import shape_config
 from tqdit.backends import native, panels
 from tqdit.backends.fused import linear

@@ -37,12 +37,13 @@ struct Dequantizer {
 struct HeadsFinish {
   const LinearCall& c;
   uint8_t* out;
-  int64_t size;
+  int64_t samples, size;  // of the tables: one sample where all have the same grids
   Buffer<float> tables;
   Buffer<int32_t> zeros;
 
   HeadsFinish(const LinearCall& call, const Operand* targets, int64_t parts, int64_t heads, uint8_t* codes)
-      : c(call), out(codes), size(c.batch * c.columns), tables(3 * size), zeros(size) {
+      : c(call), out(codes), samples(one_for_all(targets, parts) ? 1 : c.batch), size(samples * c.columns),
+        tables(3 * size), zeros(size) {
     const int64_t dim = c.columns / (parts * heads);
     for (int64_t at = 0; at < size; ++at) {
       const int64_t unit = at % c.columns / dim;
@@ -72,7 +73,13 @@ struct HeadsFinish {
       });
     }
   };
-  Rows at(int64_t sample) const { return {*this, sample * c.columns, Dequantizer(c, sample)}; }
+  Rows at(int64_t sample) const { return {*this, samples > 1 ? sample * c.columns : 0, Dequantizer(c, sample)}; }
+
+  static bool one_for_all(const Operand* targets, int64_t parts) {
+    for (int64_t part = 0; part < parts; ++part)
+      if (targets[part].sample_stride) return false;
+    return true;
+  }
 };
 
 // Writes the codes of GELU in the planes of an `Encoder`. FACTORED: GELU times the channel factors of the target.
