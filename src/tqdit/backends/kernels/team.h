@@ -141,7 +141,13 @@ void deal(int64_t threads, int64_t count, const Body& body) {
     if (given < count) body(next);
   };
   if (threads > count) threads = count;
-  threads < 2 ? work() : Team::here().run(threads, work);
+  if (threads < 2) return work();
+#if defined(_OPENMP)  // compiled with -fopenmp, for comparisons
+#pragma omp parallel num_threads(threads)
+  work();
+#else
+  Team::here().run(threads, work);
+#endif
 }
 
 // Deals the pieces of `rows`, `step` at a time, in which each(begin, end) of any thread does the same.
