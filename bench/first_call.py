@@ -5,7 +5,8 @@ python bench/first_call.py bench/results/first-call-h200.json --random DiT-B/2 -
 Every case is a process of its own with a cache folder of its own for Triton's kernels and for configurations:
 `committed`: both empty; `again`: the same folder a second time; `another batch`: half the samples, then; `unknown`: as
 on a GPU of which nothing is known, empty folders; `unknown, again`. The model has random codes. Seconds are those of
-the conversion, of the first call and of the second; Python, torch and the GPU have started.
+the conversion, of the first call and of the second; Python, torch and the GPU have started. The file is written after
+each case.
 """
 
 import argparse
@@ -64,13 +65,13 @@ def main() -> None:
         for name, (caches, *_) in CASES.items():
             rows.append({"case": name, **run(name, model, Path(scratch, caches), Path(scratch, "row.json"))})
             print(f"{name}: {rows[-1]['first_seconds']:.1f} s, then {rows[-1]['second_seconds']:.3f} s", flush=True)
-    result = {
-        "command": shlex.join(["python", "bench/first_call.py", *sys.argv[1:]]),
-        "environment": environment(arguments.device),
-        "model": f"random {arguments.random} {arguments.preset} {arguments.bits}",
-        "rows": rows,
-    }
-    write_text(arguments.out, json.dumps(result, indent=1) + "\n")
+            result = {
+                "command": shlex.join(["python", "bench/first_call.py", *sys.argv[1:]]),
+                "environment": environment(arguments.device),
+                "model": f"random {arguments.random} {arguments.preset} {arguments.bits}",
+                "rows": rows,
+            }
+            write_text(arguments.out, json.dumps(result, indent=1) + "\n")
 
 
 def run(name: str, model: Path, caches: Path, row: Path) -> dict[str, Any]:

@@ -57,6 +57,7 @@ def test_model_is_within_the_bound_of_the_reference(
 
 
 def test_compiles_whole_and_for_every_timestep(solved, model_inputs) -> None:
+    """Around the blocks a graph has torch's operations, a plain call kernels, which round sums in another order."""
     inputs = some(model_inputs, 2)
     later = inputs | {"timestep": 999 - inputs["timestep"]}
     model = convert(solved("plus"), "triton", DEVICE)
@@ -65,10 +66,10 @@ def test_compiles_whole_and_for_every_timestep(solved, model_inputs) -> None:
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.inference_mode():
         found = compiled(**inputs, return_dict=False)[0]
-        assert torch.equal(found, expected[0])
+        assert sqnr_db(expected[0].cpu(), found.cpu()) > BOUND_DB
         with torch.compiler.set_stance("fail_on_recompile"):
             other = compiled(**later, return_dict=False)[0]
-    assert torch.equal(other, expected[1])
+    assert sqnr_db(expected[1].cpu(), other.cpu()) > BOUND_DB
 
 
 def test_operators_have_true_fake_implementations(solved, model_inputs) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tqdit.calibration.records import Records
     from tqdit.calibration.states import CalibrationSet
     from tqdit.errors import AssumptionWarning, InputError
+    from tqdit.evaluation.evaluate import evaluate
     from tqdit.imaging.generate import save_grid, to_pil
     from tqdit.integrations.diffusers import TQDiTConfig
     from tqdit.quality.compare import compare
@@ -61,6 +62,7 @@ _HOMES = {
     "compare": "tqdit.quality.compare",
     "convert": "tqdit.stages",
     "convert_checkpoint": "tqdit.sources.export",
+    "evaluate": "tqdit.evaluation.evaluate",
     "inspect": "tqdit.workflow",
     "load": "tqdit.workflow",
     "quantize": "tqdit.workflow",
@@ -94,6 +96,7 @@ __all__ = [
     "compare",
     "convert",
     "convert_checkpoint",
+    "evaluate",
     "inspect",
     "load",
     "quantize",

@@ -227,6 +227,8 @@ def test_tuning_options_are_known_to_torch() -> None:
 def test_every_baseline_runs_on_a_gpu(config, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At two batch sizes in turn, so that each graph is replayed after the other; fp8 and int8 are coarse.
 
+    torch's product of int8 needs more than 16 rows, and adaLN has a row for each sample.
+
     Products are chosen among cuBLAS's own: to time a hundred candidates of a tiny layer takes minutes.
     """
     monkeypatch.setattr(baselines, "AUTOTUNED", {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"})
@@ -235,7 +237,7 @@ def test_every_baseline_runs_on_a_gpu(config, name: str, monkeypatch: pytest.Mon
         pytest.skip(reason)
     module = build((name,), config, CUDA)[name]
     reference = baselines.Baseline(model := random_float(config).cuda(), model)
-    for batch, t in ((32, 500), (4, 20), (32, 900), (4, 700)):
+    for batch, t in ((32, 500), (20, 20), (32, 900), (20, 700)):
         expected = DenoiserCall(reference, config, batch, CUDA)(t)
         actual = DenoiserCall(module, config, batch, CUDA)(t)
         assert (actual - expected).norm() / expected.norm() < (0.15 if name.startswith("torchao") else 0.05)

@@ -53,7 +53,7 @@ def test_conditioning_of_mixed_timesteps(norm) -> None:
     modulation = norm.conditioning(t, labels)
     assert norm.embedder.rows == [3]
     assert torch.allclose(torch.cat(modulation.block(0, 0), 1), expected(norm, t, labels), atol=1e-6)
-    assert torch.allclose(modulation.embedding(), norm.embedder(t, labels, torch.float32), atol=1e-6)
+    assert torch.allclose(modulation.activated(), F.silu(norm.embedder(t, labels, torch.float32)), atol=1e-6)
 
 
 def test_stacked_layers_of_two_blocks_are_told_apart(norm) -> None:
@@ -67,7 +67,7 @@ def test_stacked_layers_of_two_blocks_are_told_apart(norm) -> None:
     for place in (1, 0):
         assert torch.allclose(torch.cat(modulation.block(group, place), 1), whole.chunk(2, 1)[place], atol=1e-6)
     assert torch.allclose(torch.cat(modulation.block(0, 0), 1), expected(norm, t, labels), atol=1e-6)
-    assert torch.equal(modulation.embedding(), norm.embedder(t.expand(3), labels, torch.float32)), "of the first group"
+    assert torch.equal(modulation.activated(), F.silu(norm.embedder(t.expand(3), labels, torch.float32))), "first group"
 
 
 def test_calls_do_not_share_anything(norm) -> None:

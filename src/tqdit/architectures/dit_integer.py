@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from tqdit.architectures import patches
 from tqdit.architectures.interface import Block
@@ -82,11 +81,11 @@ class DiTInteger:
         """Return the output for latents x (B, C, H, W): (B, C or 2C, H, W), in the dtype of x."""
         side, blocks, shared = model.config.patch_size, model.transformer_blocks, call.modulation
         width = shared.embedded[0].shape[1]
-        patches.lay_out(x, side, width, model.stream_dtype, shared.stacked)
+        patches.lay_out(model, model.proj_out_2, x, width, shared.stacked)
         stream = patches.embedded(model.pos_embed, x, side, model.stream_dtype)
         for block, place in zip(blocks, model.conditioning.places, strict=True):
             stream = block(stream, DiTBlockCall(call.group, call.shared, shared.block(*place)))
-        return patches.output(model, model.proj_out_2, stream, model.proj_out_1(F.silu(shared.embedding())), x)
+        return patches.output(model, model.proj_out_2, stream, model.proj_out_1(shared.activated()), x)
 
     def assemble(self, parts: Parts) -> None:
         """Put integer modules into diffusers' empty model."""

@@ -51,9 +51,9 @@ class Parts:
         for name in set(self.graph.ends) - set(self.quantized(self.graph.ends)):
             module = self.model.get_submodule(name)
             if isinstance(module, nn.Conv2d):
-                self.replace(name, FloatPatchEmbed.like(module))
+                self.replace(name, FloatPatchEmbed.like(module, self.backend))
             elif isinstance(module, nn.Linear):
-                self.replace(name, FloatLinear.like(module))
+                self.replace(name, FloatLinear.like(module, self.backend))
             self.float_ends[name] = self.model.get_submodule(name)
 
     def float_input(self, name: str) -> nn.Module:

@@ -4,7 +4,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from diffusers.models.embeddings import PatchEmbed
 from torch import nn
+
+from tqdit.layers.linear import at_an_end
+from tqdit.ops.ends import EndLayer, Ends
+from tqdit.ops.modules import plain
 
 FEW_TOKENS = 8192  # of the samples that are in fp32 at a time
 ONE_PIECE = 10 * 2**20  # bytes: torch's allocator takes memory for smaller tensors together, 20 MiB at a time
@@ -20,6 +25,10 @@ def few_samples(x: torch.Tensor, side: int) -> int:
 
 def embedded(embed: nn.Module, x: torch.Tensor, side: int, dtype: torch.dtype) -> torch.Tensor:
     """Return the residual stream (B, N, D) in `dtype` for latents x (B, C, H, W) of patches `side` wide."""
+    if (first := _first(embed, x, side)) is not None:
+        backend, layer, position = first
+        if (stream := backend.embed(x, layer, position, side, dtype)) is not None:
+            return stream
     return _joined([embed(part.float()).to(dtype) for part in _parts(x, few_samples(x, side))])
 
 
@@ -31,6 +40,10 @@ def output(
     `project`: the last layer, D -> pixels and channels of a patch. `shift_scale`: (B, 2 D), its modulation.
     """
     side, channels = model.config.patch_size, model.out_channels
+    if (last := _last(model.norm_out, project)) is not None:
+        backend, layer = last
+        if (made := backend.unembed(stream, shift_scale, model.norm_out.eps, layer, x, side)) is not None:
+            return made
     few = few_samples(x, side)
     pairs = zip(_parts(stream, few), _parts(shift_scale, few), strict=True)
     patches = _joined([_patches(model.norm_out, project, *pair) for pair in pairs])
@@ -39,19 +52,43 @@ def output(
     return patches.reshape(-1, channels, rows * side, columns * side).to(x.dtype)
 
 
-def lay_out(x: torch.Tensor, side: int, width: int, dtype: torch.dtype, modulation: Iterable[torch.Tensor]) -> None:
+def _first(embed: Any, x: torch.Tensor, side: int) -> tuple[Ends, EndLayer, torch.Tensor] | None:
+    """Return a backend, the patch embedding and its positions (N, D) where kernels of the backend may take its place.
+
+    A size that has no table of positions is left to diffusers, which makes one.
+    """
+    if torch.compiler.is_compiling() or not plain(embed, PatchEmbed):
+        return None
+    sized = (embed.height, embed.width) == (x.shape[2] // side, x.shape[3] // side)
+    if not sized or embed.layer_norm or not embed.flatten or embed.pos_embed_max_size or embed.pos_embed is None:
+        return None
+    found = at_an_end(embed.proj)
+    return None if found is None else (*found, embed.pos_embed[0])
+
+
+def _last(norm: nn.Module, project: nn.Module) -> tuple[Ends, EndLayer] | None:
+    """Return a backend and the last layer where kernels of the backend may take the places of norm and layer."""
+    if torch.compiler.is_compiling() or not plain(norm, nn.LayerNorm) or norm.weight is not None:
+        return None
+    return at_an_end(project)
+
+
+def lay_out(model: Any, project: nn.Module, x: torch.Tensor, width: int, modulation: Iterable[torch.Tensor]) -> None:
     """Give a CUDA graph under capture one piece of memory, about what a call has alive at most.
 
     Its tensors then are parts of that piece, or most of them: left to come as they may, most sizes would get memory of
-    their own, which a graph keeps. `width`: channels D of the stream, of `dtype`; `modulation`: tensors of a
-    call that live as long as it.
+    their own, which a graph keeps. `width`: channels D of the stream; `modulation`: tensors of a call that live as long
+    as it.
     """
     if x.device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_current_stream_capturing():
         return
+    side, dtype = model.config.patch_size, model.stream_dtype
     batch, tokens = x.shape[0], x.shape[-2] * x.shape[-1] // side**2
     stream = batch * tokens * width * dtype.itemsize
     in_a_block = stream + batch * tokens * width * 4  # its output, beside codes after GELU
-    around = min(few_samples(x, side), batch) * tokens * width * 4 * 2  # fp32, before the blocks and after
+    around = 0  # kernels have nothing but the stream
+    if _first(model.pos_embed, x, side) is None or _last(model.norm_out, project) is None:
+        around = min(few_samples(x, side), batch) * tokens * width * 4 * 2  # fp32, before the blocks and after
     shared = sum(tensor.nbytes for tensor in modulation)
     total = stream + shared + max(in_a_block, around)
     if total >= ONE_PIECE:

@@ -1,4 +1,4 @@
-"""Define the command line: `tqdit record | quantize | sample | compare | bench | convert | inspect | demo`.
+"""Define the command line: `tqdit record | quantize | sample | compare | evaluate | bench | convert | inspect | demo`.
 
 Each command imports what it needs when it runs.
 """
@@ -18,6 +18,7 @@ from tqdit.cli.bench import bench
 from tqdit.cli.compare import compare
 from tqdit.cli.convert import convert
 from tqdit.cli.demo import demo
+from tqdit.cli.evaluate import evaluate
 from tqdit.cli.exits import INTERRUPT_MESSAGE, INTERRUPTED, TERMINATED, WRONG, StoppedError, Terminated
 from tqdit.cli.inspect import inspect
 from tqdit.cli.quantize import quantize
@@ -36,12 +37,13 @@ app = typer.Typer(
     epilog="Exit codes: 0 done; 1 a benchmark that lacks a model; 2 wrong input; 130 Ctrl-C; 143 SIGTERM.",
 )
 
-TOGETHER = ("quantize", "sample", "compare")  # commands that several processes share
+TOGETHER = ("quantize", "sample", "compare", "evaluate")  # commands that several processes share
 COMMANDS: Mapping[Callable[..., None], str] = {
     record: "Record the calls of a pipeline's transformer.",
     quantize: "Calibrate a model and write an artifact.",
     sample: "Sample images into a grid or a folder.",
     compare: "Measure artifacts against their float model.",
+    evaluate: "Measure FID and other scores of many images.",
     bench: "Time artifacts against float and torchao models.",
     convert: "Turn a checkpoint into a diffusers folder.",
     inspect: "Say what an artifact is.",

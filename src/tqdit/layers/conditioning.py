@@ -1,10 +1,16 @@
 """Compute what all blocks share in a denoiser call: timestep and class embeddings, and their adaLN modulation."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings, LabelEmbedding, TimestepEmbedding
 from torch import nn
 from torch.nn import functional as F
+
+from tqdit.layers.linear import at_an_end
+from tqdit.ops.ends import Lookup
+from tqdit.ops.modules import plain
 
 
 class TimestepTable(nn.Module):
@@ -29,16 +35,19 @@ class Modulation:
     """The modulation of all blocks in one call, for the distinct inputs of the batch.
 
     `rows`: which of them each sample uses; None if there is one for each sample. `embedded`: (R, C) fp32 of each group
-    of blocks with one embedder; `stacked`: (R, blocks 6 C) fp32 of each group.
+    of blocks with one embedder; `stacked`: (R, blocks 6 C) fp32 of each group. `active`: the embedded have passed the
+    SiLU that everything which reads them begins with.
     """
 
     rows: torch.Tensor | None
     embedded: tuple[torch.Tensor, ...]
     stacked: tuple[torch.Tensor, ...]
+    active: bool = False
 
-    def embedding(self) -> torch.Tensor:
-        """Return the first embedder's output, (B, C) fp32."""
-        return self._expanded(self.embedded[0])
+    def activated(self) -> torch.Tensor:
+        """Return SiLU of the first embedder's output, (B, C) fp32."""
+        values = self._expanded(self.embedded[0])
+        return values if self.active else F.silu(values)
 
     def block(self, group: int, place: int) -> tuple[torch.Tensor, ...]:
         """Return shift, scale, gate of attention, then of the feed-forward, each (B, C) fp32, of one block."""
@@ -80,6 +89,33 @@ class Conditioning(nn.Module):
             pairs = torch.stack([timestep.double(), labels.double()])
             distinct, rows = torch.unique(pairs, dim=1, return_inverse=True)
             timestep, labels = distinct[0].to(timestep.dtype), distinct[1].to(labels.dtype)
+        found = [_activated(embed, timestep, labels) for embed in self.embedders]
+        active = tuple(values for values in found if values is not None)
+        if len(active) == len(found):
+            stacked = tuple(linear(values) for linear, values in zip(self.linears, active, strict=True))
+            return Modulation(rows, active, stacked, active=True)
         embedded = tuple(embed(timestep, labels, hidden_dtype=torch.float32).float() for embed in self.embedders)
         stacked = tuple(linear(F.silu(x)) for linear, x in zip(self.linears, embedded, strict=True))
         return Modulation(rows, embedded, stacked)
+
+
+def _activated(embed: Any, timestep: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | None:
+    """Return SiLU of an embedder's output, (B, C) fp32, by kernels of its backend, or None where these cannot run.
+
+    They look up the rows of whole timesteps and of classes themselves.
+    """
+    if torch.compiler.is_compiling() or not plain(embed, CombinedTimestepLabelEmbeddings):
+        return None
+    time, classes = embed.timestep_embedder, embed.class_embedder
+    kinds = {time: TimestepEmbedding, time.act: nn.SiLU, classes: LabelEmbedding, classes.embedding_table: nn.Embedding}
+    if not all(plain(*part) for part in kinds.items()) or classes.training or time.post_act is not None:
+        return None
+    first, second = at_an_end(time.linear_1), at_an_end(time.linear_2)
+    if first is None or second is None or first[1].codes is None or second[1].codes is None:
+        return None
+    whole = plain(embed.time_proj, TimestepTable) and not timestep.is_floating_point()
+    x = Lookup(embed.time_proj.table, timestep) if whole else embed.time_proj(timestep).float()
+    hidden = first[0].activated(x, first[1].codes)
+    if hidden is None:
+        return None
+    return second[0].activated(hidden, second[1].codes, Lookup(classes.embedding_table.weight, labels))

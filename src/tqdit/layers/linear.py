@@ -7,8 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from tqdit.layers.params import ActivationParams
+from tqdit.ops.ends import EndLayer, Ends
 from tqdit.ops.float_linear import float_linear
-from tqdit.ops.modules import Untrainable, offloaded, present
+from tqdit.ops.modules import Untrainable, offloaded, present, untouched
 from tqdit.ops.schema import Backend
 
 
@@ -59,10 +60,14 @@ class WeightOnlyPatchEmbed(Untrainable):
 class FloatLinear(nn.Linear):
     """A linear layer y = x W^T + b with float W, whose result for a sample does not depend on the batch on a CPU."""
 
+    backend: Any = None  # of the model, which may have a kernel for the layer and what is around it
+
     @classmethod
-    def like(cls, linear: nn.Linear) -> "FloatLinear":
+    def like(cls, linear: nn.Linear, backend: Any) -> "FloatLinear":
         """Return an empty module of the sizes of a layer."""
-        return cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        made = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        made.backend = backend
+        return made
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return float_linear(x, self.weight, self.bias)
@@ -74,13 +79,34 @@ class FloatPatchEmbed(nn.Conv2d):
     (B, C, H, W) -> (B, D, H/p, W/p). As a convolution it would be computed in TF32 on a GPU, by torch's default.
     """
 
+    backend: Any = None  # as of a `FloatLinear`
+
     @classmethod
-    def like(cls, conv: nn.Conv2d) -> "FloatPatchEmbed":
+    def like(cls, conv: nn.Conv2d, backend: Any) -> "FloatPatchEmbed":
         """Return an empty module of the sizes of a convolution."""
         side: Any = conv.stride
         has_bias = conv.bias is not None
-        return cls(conv.in_channels, conv.out_channels, side, side, bias=has_bias, device="meta")
+        made = cls(conv.in_channels, conv.out_channels, side, side, bias=has_bias, device="meta")
+        made.backend = backend
+        return made
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         patches = F.pixel_unshuffle(x, self.stride[0]).permute(0, 2, 3, 1)
         return float_linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def at_an_end(module: nn.Module) -> tuple[Ends, EndLayer] | None:
+    """Return a layer at an end of a model as kernels take it, and the backend whose kernels they are.
+
+    None where a kernel would pass something over: hooks, offloading, an adapter, or a module of another class.
+    """
+    if not untouched(module):
+        return None
+    if type(module) is FloatLinear or type(module) is FloatPatchEmbed:
+        found = EndLayer(module.weight.flatten(1), module.bias)
+        return (module.backend, found) if isinstance(module.backend, Ends) else None
+    if type(module) is WeightOnlyPatchEmbed:
+        return at_an_end(module.linear)
+    if type(module) is WeightOnlyLinear and untouched(module.layer) and isinstance(module.backend, Ends):
+        return module.backend, EndLayer(codes=module.layer)
+    return None

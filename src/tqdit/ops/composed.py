@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tqdit.ops.ends import Ends
 from tqdit.ops.holders import LinearCodes
 from tqdit.ops.quantizer import plain_codes, quantize
 from tqdit.ops.schema import (
@@ -28,7 +29,7 @@ from tqdit.spec import Grid
 FUNCTIONS = {"gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
-class Composed:
+class Composed(Ends):
     """A `Backend` made of `product`, `scores`, `values` and `float_input_linear`, which a subclass provides.
 
     Codes are int8: (B, N, C), and projected ones (B, N, parts C).

@@ -101,6 +101,22 @@ def offloaded(module: nn.Module) -> bool:
     return HOOK in module.__dict__
 
 
+def untouched(*modules: nn.Module) -> bool:
+    """Say whether a call of any of these modules is its class's own forward alone: no hook, and nothing in its place.
+
+    Then a kernel may take the module's tensors instead of a call.
+    """
+    return not any(
+        module._forward_hooks or module._forward_pre_hooks or offloaded(module) or "forward" in module.__dict__
+        for module in modules
+    )
+
+
+def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Say whether a module is one of `kind`, perhaps of a subclass, whose call is the forward of `kind` alone."""
+    return isinstance(module, kind) and type(module).forward is kind.forward and untouched(module)
+
+
 @contextmanager
 def present(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Bring the tensors of offloaded modules to where they are used, for as long as the block lasts.

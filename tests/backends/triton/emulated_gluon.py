@@ -427,6 +427,7 @@ class Emulated:
         self.instead = {
             "gl": self.fake, "tl": self.fake, "mbarrier": mbarrier, "COPY": _copy, "warpgroup_mma": _product,
             "warpgroup_mma_wait": _wait, "warpgroup_mma_init": Running, "fence_async_shared": lambda: None,
+            "gdc_wait": lambda: None, "gdc_launch_dependents": lambda: None,
         }  # fmt: skip
 
     def function(self, jitted: Any) -> Callable:

@@ -108,11 +108,14 @@ class Case:
         return found[..., : self.width].cpu()
 
     def check(self, config: Config, device: torch.device = CPU) -> None:
-        """The result is the model's but for ties and roundings of sums, and within the model's bound of the softmax."""
+        """The result is the model's but for ties and roundings of sums, and within the model's bound of the softmax.
+
+        Powers that are rounded to fp16 first have more ties.
+        """
         found = self.run(config, device)
         by_head = found.double().unflatten(-1, (self.heads, -1)).transpose(1, 2)
         modelled, bound = self.modelled()
-        assert (by_head - modelled).norm() <= 3e-4 * modelled.norm()
+        assert (by_head - modelled).norm() <= (1e-3 if config.piece else 3e-4) * modelled.norm()
         scale = dequantize(self.v, self.params.value).abs().amax().double()
         assert ((by_head - self.real()).abs() <= bound * (1 + 1e-3) + 1e-3 * scale).all()
         if self.k.shape[2] <= one_pass.BLOCK:

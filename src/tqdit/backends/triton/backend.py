@@ -7,11 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tqdit.backends.triton import flat, float_attention, float_operators, floats, operators, tuning
+from tqdit.backends.triton import conditioning, ends, flat, float_attention, float_operators, floats, operators, tuning
 from tqdit.backends.triton.layer import TritonLinear
 from tqdit.backends.triton.layouts import NATIVE, Projected, weight_of, with_steps
 from tqdit.errors import InputError
 from tqdit.ops.composed import FUNCTIONS
+from tqdit.ops.ends import EndLayer, Ends, Lookup
 from tqdit.ops.schema import (
     AttentionParams,
     Codes,
@@ -28,7 +29,7 @@ from tqdit.spec import Grid
 STORED = 4, 6, 8  # bits of packed weights
 
 
-class TritonBackend:
+class TritonBackend(Ends):
     """The backend whose weights are int8 on the device, whatever their bits: the fastest one.
 
     Rows of codes are padded to 16 bytes, what is beyond a layer's depth is never read. Codes of two regions are one
@@ -164,6 +165,26 @@ class TritonBackend:
                 with flat.on(rows):
                     out = floats.float_input(rows, weight_of(layer), dtype)
         return out.view(*x.shape[:-1], layer.shape[0])
+
+    def embed(
+        self, x: torch.Tensor, layer: EndLayer, position: torch.Tensor, side: int, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        if x.dtype not in ends.DTYPES:
+            return None
+        with flat.on(x):
+            return ends.embed(x, layer, position, side, dtype)
+
+    def unembed(
+        self, stream: torch.Tensor, shift_scale: torch.Tensor, eps: float, layer: EndLayer, x: torch.Tensor, side: int
+    ) -> torch.Tensor | None:
+        if x.dtype not in ends.DTYPES:
+            return None
+        with flat.on(stream):
+            return ends.unembed(stream, shift_scale, eps, layer, x, side)
+
+    def activated(self, x: torch.Tensor | Lookup, layer: Any, added: Lookup | None = None) -> torch.Tensor | None:
+        with flat.on(layer.codes):
+            return conditioning.activated(x, weight_of(layer), added)
 
 
 class PackedTritonBackend(TritonBackend):

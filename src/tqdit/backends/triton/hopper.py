@@ -21,7 +21,7 @@ from tqdit.backends.triton.layouts import (
     row_stride,
     with_steps,
 )
-from tqdit.backends.triton.relaunch import PLANS, Blocks, Plan, check_device
+from tqdit.backends.triton.relaunch import PLANS, Blocks, Plan, check_device, launch_options
 from tqdit.errors import InputError
 from tqdit.ops.schema import Codes, OperandParams
 
@@ -142,7 +142,7 @@ def linear(
         config.stages, piece,
         x_blocks(bm, bn, config.stages, piece), hopper.X_ROW, steps is not None, channels is not None,
         *hopper.REGISTERS,
-        num_warps=4, enable_fp_fusion=epilogue == ACTIVATION.value,
+        num_warps=4, enable_fp_fusion=epilogue == ACTIVATION.value, **launch_options(codes.get_device(), rows),
     )  # fmt: skip
     return out
 
@@ -206,7 +206,8 @@ def _float_plan(
         config.stages, LINE // dtype.itemsize, config.blocks, *found.linear.REGISTERS,
     )  # fmt: skip
     grid = min(tiles, processors(device)), 1
-    return Plan(found.floats.hopper_float_kernel, grid, others, num_warps=4, enable_fp_fusion=False)
+    options = launch_options(0 if device.index is None else device.index, rows)
+    return Plan(found.floats.hopper_float_kernel, grid, others, num_warps=4, enable_fp_fusion=False, **options)
 
 
 def supports_attention(config: Config, device: torch.device, tokens: int, head_dim: int) -> bool:
@@ -297,5 +298,6 @@ def attention(
         target.bits if targets else 0,
         sizes.slots, sizes.q_slots, bk, config.blocks, trace is not None, sizes.warps, hopper.COPY_REGISTERS,
         num_warps=sizes.warps, maxnreg=128 if sizes.programs == 2 else None, enable_fp_fusion=False,
+        **launch_options(projected.codes.get_device(), batch * tokens),
     )  # fmt: skip
     return out

@@ -31,7 +31,7 @@ from tqdit.backends.triton.layouts import (
     row_stride,
     with_steps,
 )
-from tqdit.backends.triton.relaunch import PLANS, Plan, aligned, check_device
+from tqdit.backends.triton.relaunch import PLANS, Plan, aligned, check_device, launch_options, starts_early
 from tqdit.errors import InputError
 from tqdit.ops.schema import Codes, Norm, OperandParams, Residual, RowCodes
 from tqdit.spec import Grid
@@ -43,7 +43,7 @@ FEW_ROWS = 2  # rows of a float input: only so few are worth multiplying without
 def norm_quantize(x: torch.Tensor, norm: Norm, target: OperandParams, config: Config) -> Codes:
     """Return codes (B, N, pitch(C)) of the modulated LayerNorm of x, with steps (B, N) on the grid of rows."""
     batch, tokens, width = x.shape
-    rows = batch * tokens
+    rows, device = batch * tokens, x.get_device()
     out = torch.empty(batch, tokens, pitch(width), dtype=torch.int8, device=x.device)
     steps = _steps(x) if target.grid is Grid.ROW else None
     groups = groups_of(target)
@@ -52,8 +52,8 @@ def norm_quantize(x: torch.Tensor, norm: Norm, target: OperandParams, config: Co
     norm_quantize_kernel[(triton.cdiv(rows, of_program),)](
         x, norm.shift, norm.scale, norm.shift.stride(0), norm.eps, target.table, groups.tensor, out, steps, rows,
         tokens, out.stride(1), width, groups.stride, row_stride(target), target.bits, tokens % of_program == 0, NATIVE,
-        config.block_m, config.blocks, config.stages, first, rest, num_warps=config.warps,
-        maxnreg=None if steps is None else ROW_REGISTERS,
+        config.block_m, config.blocks, config.stages, first, rest, starts_early(device, rows), num_warps=config.warps,
+        maxnreg=None if steps is None else ROW_REGISTERS, **launch_options(device, rows),
     )  # fmt: skip
     return out if steps is None else RowCodes(out, steps)
 
@@ -105,14 +105,17 @@ def _quantize_plan(
     if mode is None:
         others = (
             *factors, rows, tokens, x_stride, out_stride, width, group_stride, target_stride, bits, NATIVE,
-            config.block_m, *powers_of_two(width, 16),
+            config.block_m, *powers_of_two(width, 16), starts_early(device, rows),
         )  # fmt: skip
-        return Plan(quantize_rows_kernel, (triton.cdiv(rows, config.block_m), 1), others, num_warps=config.warps)
+        grid = triton.cdiv(rows, config.block_m), 1
+        return Plan(quantize_rows_kernel, grid, others, num_warps=config.warps, **launch_options(device, rows))
     bm, bn = config[:2]
     others = (
         *factors, rows, width, tokens, x_stride, out_stride, group_stride, target_stride, mode, bits, NATIVE, bm, bn,
+        starts_early(device, rows),
     )  # fmt: skip
-    return Plan(quantize_kernel, (triton.cdiv(rows, bm), triton.cdiv(width, bn)), others, num_warps=config.warps)
+    grid = triton.cdiv(rows, bm), triton.cdiv(width, bn)
+    return Plan(quantize_kernel, grid, others, num_warps=config.warps, **launch_options(device, rows))
 
 
 def linear(
@@ -151,8 +154,9 @@ def linear(
         groups.stride, *map(row_stride, (source, first, second, third)), head_dim, head_pitch, token_pitch,
         weight.bits, source.two_products, epilogue, parts, gate is not None, mode(first), first.bits,
         tokens % bm == 0 or one_group, permutes(tokens), head_dim % 8 == 0, NATIVE, bm, bn, bk, config.band,
-        config.piece or bn, num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
-        enable_fp_fusion=epilogue == ACTIVATION.value,
+        config.piece or bn, starts_early(codes.get_device(), rows), num_warps=config.warps, num_stages=config.stages,
+        maxnreg=config.registers, enable_fp_fusion=epilogue == ACTIVATION.value,
+        **launch_options(codes.get_device(), rows),
     )  # fmt: skip
     return out
 

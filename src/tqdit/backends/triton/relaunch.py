@@ -4,6 +4,8 @@ Triton looks at every argument of every launch to find the kernel that was compi
 longer than the launch. A `Plan` has all arguments but the tensors, so a second launch takes the kernel of the first.
 """
 
+import functools
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +15,29 @@ from tqdit.backends.triton.layouts import NATIVE
 from tqdit.errors import InputError
 
 PLANS = 4096  # of each kind that are kept
+EARLY_ROWS = 4096
+
+
+def starts_early(device: int, rows: int) -> bool:
+    """Say whether a kernel on so many rows may start before its predecessor has ended; see `kernels.dependent`.
+
+    Kernels on more than EARLY_ROWS rows take so long that nothing is gained. TQDIT_DEPENDENT_LAUNCH=0 in the
+    environment has no kernel start early.
+    """
+    return rows <= EARLY_ROWS and _dependent_launch(device)
+
+
+@functools.cache
+def _dependent_launch(device: int) -> bool:
+    """Say whether a GPU has programmatic dependent launch, and the environment does not forbid it."""
+    if not NATIVE or os.environ.get("TQDIT_DEPENDENT_LAUNCH") == "0":
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch_options(device: int, rows: int) -> dict[str, bool]:
+    """Return the options of Triton with which a kernel on so many rows may start early, none where it does not."""
+    return {"launch_pdl": True} if starts_early(device, rows) else {}
 
 
 class Blocks(NamedTuple):

@@ -102,6 +102,15 @@ def known(keys: Sequence[str], device: torch.device, candidates: Callable[[], li
     return _known(torch.cuda.get_device_name(device), keys, candidates) if NATIVE else None
 
 
+def noted(key: str, device: torch.device, config: Config, run: Run) -> bool:
+    """Note a kernel that has no other configuration, and say whether it was: else `run` is to be called now."""
+    if _NOTES.jobs is None:
+        return False
+    gpu = torch.cuda.get_device_name(device)
+    _NOTES.jobs.setdefault((gpu, key), Job(gpu, key, [config], run, known=True))
+    return True
+
+
 def choose_near(keys: Sequence[str], device: torch.device, candidates: Callable[[], list[Config]], run: Run) -> Config:
     """Return a configuration as `choose` does for the first key, or that of the nearest size which is known.
 

@@ -123,6 +123,36 @@ def _added(sums, value, weight, TURNED: tl.constexpr):
     return tl.dot(weight, value.trans(), sums) if TURNED else tl.dot(value, weight.trans(), sums)
 
 
+@triton.jit
+def tile_sums(
+    read, there, codes, codes_high, columns, N, K, codes_stride, high_stride, BITS: tl.constexpr, NATIVE: tl.constexpr,
+    TURNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Return sums (BM, BN) of products of the rows at the pointers `read`, where they are there, with codes."""
+    sums = tl.zeros((BN, BM) if TURNED else (BM, BN), tl.float32)
+    for k in range(0, K, BK):
+        depth = k + tl.arange(0, BK)
+        value = tl.load(read[:, None] + depth[None, :], there[:, None] & (depth < K)[None, :], 0.0)
+        here = (columns < N)[:, None] & (depth < K)[None, :]
+        row = columns.to(tl.int64)[:, None]
+        weight = _codes(codes + row * codes_stride, codes_high + row * high_stride, depth[None, :], here, BITS, NATIVE)
+        weight = _floats(weight, True, NATIVE)
+        if read.dtype.element_ty == tl.bfloat16:
+            sums = _added(sums, value if NATIVE else value.to(tl.float32), weight, TURNED)
+        else:  # exact: of 24 digits the first two parts leave 8, and of the 11 of fp16 none
+            value = value.to(tl.float32)
+            high = _upper(value)
+            value -= high
+            middle = _upper(value)
+            if read.dtype.element_ty == tl.float32:
+                sums = _added(sums, _bf16(value - middle, NATIVE), weight, TURNED)
+            sums = _added(sums, _bf16(middle, NATIVE), weight, TURNED)
+            sums = _added(sums, _bf16(high, NATIVE), weight, TURNED)
+    if TURNED:
+        sums = sums.trans()
+    return sums
+
+
 @triton.jit(do_not_specialize=["M"])
 def float_input_kernel(
     x, codes, codes_high, weight_scale, bias, out, M, N, K, x_stride, codes_stride, high_stride,
@@ -136,45 +166,28 @@ def float_input_kernel(
     """
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    sums = tl.zeros((BN, BM) if TURNED else (BM, BN), tl.float32)
-    for k in range(0, K, BK):
-        depth = k + tl.arange(0, BK)
-        value = tl.load(x + rows.to(tl.int64)[:, None] * x_stride + depth[None, :],
-                        (rows < M)[:, None] & (depth < K)[None, :], 0.0)  # fmt: skip
-        here = (columns < N)[:, None] & (depth < K)[None, :]
-        row = columns.to(tl.int64)[:, None]
-        weight = _codes(codes + row * codes_stride, codes_high + row * high_stride, depth[None, :], here, BITS, NATIVE)
-        weight = _floats(weight, True, NATIVE)
-        if x.dtype.element_ty == tl.bfloat16:
-            sums = _added(sums, value if NATIVE else value.to(tl.float32), weight, TURNED)
-        else:  # exact: of 24 digits the first two parts leave 8, and of the 11 of fp16 none
-            value = value.to(tl.float32)
-            high = _upper(value)
-            value -= high
-            middle = _upper(value)
-            if x.dtype.element_ty == tl.float32:
-                sums = _added(sums, _bf16(value - middle, NATIVE), weight, TURNED)
-            sums = _added(sums, _bf16(middle, NATIVE), weight, TURNED)
-            sums = _added(sums, _bf16(high, NATIVE), weight, TURNED)
-    if TURNED:
-        sums = sums.trans()
+    sums = tile_sums(
+        x + rows.to(tl.int64) * x_stride, rows < M, codes, codes_high, columns, N, K, codes_stride, high_stride, BITS,
+        NATIVE, TURNED, BM, BN, BK,
+    )  # fmt: skip
     scale = tl.load(weight_scale + columns, columns < N, 0.0)
     added = tl.load(bias + columns, columns < N, 0.0)
     y = stored_as(sums * scale[None, :] + added[None, :], out.dtype.element_ty, NATIVE)
     tl.store(out + rows.to(tl.int64)[:, None] * N + columns[None, :], y, (rows < M)[:, None] & (columns < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["M"])
-def few_rows_kernel(
-    x, codes, codes_high, weight_scale, bias, out, M, N, K, x_stride, codes_stride, high_stride,
-    BITS: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+@triton.jit
+def few_sums(
+    x, index, index_stride, x_rows, codes, codes_high, columns, M, N, K, x_stride, codes_stride, high_stride,
+    LOOKUP: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
-    """Compute the result of `float_input_kernel` for a few rows, M <= ROWS.
+    """Return sums (ROWS, BN) of products of a few rows of x with codes, M <= ROWS.
 
     Reading the weight is the only cost, so each of its rows is read in long pieces and multiplied in fp32. A thread
-    adds up its own 16 codes' products; threads' sums are added at the end.
+    adds up its own 16 codes' products; threads' sums are added at the end. LOOKUP: the rows are those at `index` of a
+    table x of `x_rows` rows, some row of it where it has none.
     """
-    columns = tl.program_id(0) * BN + tl.arange(0, BN)
     row = columns.to(tl.int64)[:, None, None]
     which = tl.arange(0, ROWS)[:, None]
     sums = tl.zeros((ROWS, BN, BK // 16), tl.float32)
@@ -186,12 +199,31 @@ def few_rows_kernel(
         )
         weight = _floats(weight, False, NATIVE)
         for r in tl.static_range(ROWS):
-            value = tl.load(x + tl.minimum(r, M - 1) * x_stride + depth, depth < K, 0.0).to(tl.float32)
+            place = tl.minimum(r, M - 1)
+            if LOOKUP:
+                place = tl.load(index + place * index_stride).to(tl.int64)
+                place = tl.minimum(tl.maximum(place, 0), x_rows - 1)
+            value = tl.load(x + place * x_stride + depth, depth < K, 0.0).to(tl.float32)
             part = tl.sum(weight * value[None, :, :], 2)
             sums += tl.where(which[:, :, None] == r, part[None, :, :], 0.0)
+    return tl.sum(sums, 2)
+
+
+@triton.jit(do_not_specialize=["M"])
+def few_rows_kernel(
+    x, codes, codes_high, weight_scale, bias, out, M, N, K, x_stride, codes_stride, high_stride,
+    BITS: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Compute the result of `float_input_kernel` for a few rows, M <= ROWS."""
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)
+    which = tl.arange(0, ROWS)[:, None]
+    sums = few_sums(
+        x, x, 0, M, codes, codes_high, columns, M, N, K, x_stride, codes_stride, high_stride, False, BITS, NATIVE,
+        ROWS, BN, BK,
+    )  # fmt: skip
     scale = tl.load(weight_scale + columns, columns < N, 0.0)
     added = tl.load(bias + columns, columns < N, 0.0)
-    y = stored_as(tl.sum(sums, 2) * scale[None, :] + added[None, :], out.dtype.element_ty, NATIVE)
+    y = stored_as(sums * scale[None, :] + added[None, :], out.dtype.element_ty, NATIVE)
     tl.store(out + which * N + columns[None, :], y, (which < M) & (columns < N)[None, :])
 
 

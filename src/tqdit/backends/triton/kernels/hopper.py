@@ -41,6 +41,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from tqdit.backends.triton.kernels.dependent import let_successor_start, wait_for_predecessor
 from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS, PLAIN, RESIDUAL, permuted_rows, tile_of
 from tqdit.backends.triton.kernels.rounding import (
     GELU_MERGED,
@@ -106,19 +107,30 @@ def _produce(
     a, b, a_ring, b_ring, barriers, tiles_m, tiles_n, K,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Copy blocks of codes and weights into the ring, in the order in which they are multiplied."""
+    """Copy blocks of codes and weights into the ring, in the order in which they are multiplied.
+
+    No kernel writes weights, so the first blocks of them are copied while the kernel before this one still runs.
+    """
     full, empty, _ = barriers
     programs, steps = gl.num_programs(0), gl.cdiv(K, BK)
+    ahead = gl.minimum(steps, STAGES)
+    _, first_n = tile_of(gl.program_id(0), tiles_m, tiles_n, BAND)
+    for k in range(0, ahead):
+        mbarrier.expect(full.index(k), (BM + BN) * BK)
+        COPY(b, [first_n * BN, k * BK], full.index(k), b_ring.index(k))
+    wait_for_predecessor()
     for tile in range(gl.program_id(0), tiles_m * tiles_n, programs):
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, BAND)
         first_block = tile // programs * steps
         for k in range(0, steps):
             stage = (first_block + k) % STAGES
-            mbarrier.wait(empty.index(stage), ((first_block + k) // STAGES & 1) ^ 1)
             ready = full.index(stage)
-            mbarrier.expect(ready, (BM + BN) * BK)
+            if first_block + k >= ahead:
+                mbarrier.wait(empty.index(stage), ((first_block + k) // STAGES & 1) ^ 1)
+                mbarrier.expect(ready, (BM + BN) * BK)
+                COPY(b, [tile_n * BN, k * BK], ready, b_ring.index(stage))
             COPY(a, [tile_m * BM, k * BK], ready, a_ring.index(stage))
-            COPY(b, [tile_n * BN, k * BK], ready, b_ring.index(stage))
+    let_successor_start()
 
 
 @gluon.jit
@@ -131,6 +143,7 @@ def _produce_x(
         full, empty = barriers
         PIECES: gl.constexpr = BN // PIECE
         programs = gl.num_programs(0)
+        wait_for_predecessor()
         for tile in range(gl.program_id(0), tiles_m * tiles_n, programs):
             tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, BAND)
             nth = tile // programs
@@ -189,6 +202,7 @@ def _consume(
         target_inverses = gl.allocate_shared_memory(gl.float32, [BN], flat)
         target_zeros = gl.allocate_shared_memory(gl.int32, [BN], flat)
 
+    wait_for_predecessor()
     programs, steps = gl.num_programs(0), gl.cdiv(K, BK)
     for tile in range(gl.program_id(0) + ME * programs, tiles_m * tiles_n, 2 * programs):
         # The epilogue's operands are on their way before the group waits for its turn.

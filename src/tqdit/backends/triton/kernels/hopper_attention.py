@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tqdit.backends.triton.kernels.attention import LOG2E, probability_codes, row_codes, softmax_parameters
+from tqdit.backends.triton.kernels.dependent import let_successor_start, wait_for_predecessor
 from tqdit.backends.triton.kernels.hopper import COPY
 from tqdit.backends.triton.kernels.rounding import (
     INVERSE,
@@ -599,6 +600,8 @@ def hopper_attention_kernel(
         mbarrier.init(q_full.index(place), count=1)
         mbarrier.init(q_empty.index(place), count=1)
     fence_async_shared()  # without it copies and products would not see these stores
+    wait_for_predecessor()
+    let_successor_start()
     rings = ((q_ring, q_rest_ring), (k_ring, k_rest_ring), (v_ring, v_rest_ring))
     barriers = (full, empty, q_full, q_empty)
     pointers = (out, trace, group, query, key, value, softmax, target)

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from tqdit.backends.triton.kernels.dependent import wait_for_predecessor
 from tqdit.backends.triton.kernels.hopper import COPY_BACK, X_ROW, _pieces, _produce, x_layout
 from tqdit.backends.triton.kernels.linear import tile_of
 from tqdit.backends.triton.kernels.rounding import ZERO
@@ -54,6 +55,7 @@ def _consume(
     if not ROWS:
         totals = gl.allocate_shared_memory(gl.int32, [BN], flat)
 
+    wait_for_predecessor()
     programs, steps = gl.num_programs(0), gl.cdiv(K, BK)
     for tile in range(gl.program_id(0) + ME * programs, tiles_m * tiles_n, 2 * programs):
         # What the epilogue reads is on its way before the group waits for its turn.

@@ -6,6 +6,7 @@ Operands arrive through tensor descriptors (bulk copies on Hopper), zero beyond 
 import triton
 import triton.language as tl
 
+from tqdit.backends.triton.kernels.dependent import follow
 from tqdit.backends.triton.kernels.rounding import (
     COARSE,
     GELU_MERGED,
@@ -179,6 +180,7 @@ def linear_kernel(
     MODE: tl.constexpr, TARGET_BITS: tl.constexpr, PER_TILE: tl.constexpr, PERMUTED: tl.constexpr,
     ALIGNED: tl.constexpr, NATIVE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr, PIECE: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Compute one (BM, BN) tile of a (M, K) . b (N, K)^T and its epilogue, PIECE columns at a time.
 
@@ -191,7 +193,10 @@ def linear_kernel(
 
     `steps`: fp32 (M,), those of the rows of `a`, or None where it is on a static grid. `channels`: fp32 (N,), factors
     of channels after an ACTIVATION, or None. An argument of None costs nothing.
+
+    EARLY: the kernel may be launched before its predecessor has ended.
     """
+    follow(EARLY)
     tiles_part = tl.cdiv(width, BN)
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BM), PARTS * tiles_part, BAND)
     which = tile_n // tiles_part

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from tqdit.backends.triton.kernels.dependent import follow
 from tqdit.backends.triton.kernels.rounding import INVERSE, ZERO, nearest_codes, row_magnitudes, row_step
 
 LANE = tl.constexpr(4)  # adjacent columns of a lane
@@ -13,7 +14,7 @@ def norm_quantize_kernel(
     x, shift, scale, modulation_stride, eps, target, group, out, steps, M, TOKENS, out_stride,
     C: tl.constexpr, GROUP_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, BITS: tl.constexpr,
     PER_TILE: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
-    FIRST: tl.constexpr, REST: tl.constexpr,
+    FIRST: tl.constexpr, REST: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Write codes of LayerNorm(x) (1 + scale) + shift for BLOCKS times ROWS rows of x (M, C).
 
@@ -23,7 +24,9 @@ def norm_quantize_kernel(
     A row is FIRST columns and REST more, powers of two: the lanes of one for C = 1152 would be idle for nearly half.
     PER_TILE: all rows of a program are of one sample. Then, with more than one of STAGES, its shift and scale stay in
     registers, and the rows of the next blocks are copied to shared memory while those of one are computed.
+    EARLY: the kernel may be launched before its predecessor has ended.
     """
+    follow(EARLY)
     HOLD: tl.constexpr = PER_TILE and STAGES > 1
     first_row = tl.program_id(0) * (ROWS * BLOCKS)
     columns = _columns(0, FIRST)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from tqdit.backends.triton.kernels.dependent import follow
 from tqdit.backends.triton.kernels.rounding import (
     GELU_MERGED,
     INVERSE,
@@ -26,12 +27,14 @@ SCALARS = ("target", "group")  # read by number: any alignment
 def quantize_kernel(
     x, target, group, out, channels, M, C, TOKENS, x_stride, out_stride,
     GROUP_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, MODE: tl.constexpr, BITS: tl.constexpr,
-    NATIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    NATIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Write a (BM, BN) tile of the codes of x (M, C); M = samples * TOKENS. Uniform codes are the reference's.
 
-    `channels`: fp32 (C,), which the columns are multiplied by before, or None.
+    `channels`: fp32 (C,), which the columns are multiplied by before, or None. EARLY: the kernel may be launched before
+    its predecessor has ended.
     """
+    follow(EARLY)
     rows = (tl.program_id(0) * BM + tl.arange(0, BM))[:, None]
     columns = (tl.program_id(1) * BN + tl.arange(0, BN))[None, :]
     inside = (rows < M) & (columns < C)
@@ -52,13 +55,14 @@ def quantize_kernel(
 def quantize_rows_kernel(
     x, target, group, out, steps, channels, M, TOKENS, x_stride, out_stride,
     C: tl.constexpr, GROUP_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, BITS: tl.constexpr,
-    NATIVE: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
+    NATIVE: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Write the codes of ROWS rows of x (M, C) on the grid of rows, and their steps, fp32 (M,): both the reference's.
 
     A program has its rows in registers, so x is read once. A row is FIRST columns and REST more, powers of two.
-    `channels` as in `quantize_kernel`.
+    `channels` and EARLY as in `quantize_kernel`.
     """
+    follow(EARLY)
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     read = x + rows.to(tl.int64) * x_stride
     columns = tl.arange(0, FIRST)[None, :]

@@ -1,0 +1,120 @@
+"""The protocol of an evaluation, the rows that were measured under it, and their file.
+
+Rows of different protocols never come together: neither in a file nor in a table.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdit.errors import InputError
+from tqdit.system.files import read_json, write_text
+
+VERSION = 1  # raised when a score is computed in another way
+KIND = "tqdit evaluation"
+LABELS = ("network.name", "reference.name")  # what hashes decide, and files may be renamed
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """All that must be the same for scores to be compared.
+
+    `images`: how many, and how they were drawn: sampler, steps, guidance, seed, classes. `network` and `reference`:
+    name and hash. `scores`: the settings of the scores. `version`: that of the scores' definitions.
+    """
+
+    images: Mapping[str, Any]
+    network: Mapping[str, Any]
+    reference: Mapping[str, Any]
+    scores: Mapping[str, Any]
+    version: int = VERSION
+
+    def check_same(self, other: "Protocol", here: str, there: str) -> None:
+        """Raise `InputError` naming every setting in which another protocol differs, by the names of both."""
+        own, others = _flat(asdict(self)), _flat(asdict(other))
+        differing = [key for key in {**own, **others} if key not in LABELS and own.get(key) != others.get(key)]
+        if differing:
+            pairs = "; ".join(f"{key} is {own.get(key)!r:.80} and {others.get(key)!r:.80}" for key in differing)
+            raise InputError(f"{here} and {there} have different protocols, and go into no common table: {pairs}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The scores of one model or batch of samples.
+
+    `run`: what decided its images, such as the hash of the model, its backend and dtype. `absent`: why a score is
+    missing. `seconds` by stage, `peak_memory_bytes` of the process so far.
+    """
+
+    name: str
+    run: Mapping[str, Any]
+    scores: Mapping[str, float]
+    details: Mapping[str, Any] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Rows that were measured under one protocol."""
+
+    protocol: Protocol
+    rows: tuple[Row, ...] = ()
+
+    def row_of(self, run: Mapping[str, Any]) -> Row | None:
+        """Return the row of the same images, if there is one; a model of the same hash may have moved."""
+        return next((row for row in self.rows if _identity(row.run) == _identity(run)), None)
+
+    def with_row(self, row: Row) -> "Evaluation":
+        """Return the evaluation with one row more."""
+        return Evaluation(self.protocol, (*self.rows, row))
+
+    def to_json(self) -> str:
+        """Return the text of a result file."""
+        value = {"kind": KIND, "protocol": asdict(self.protocol), "rows": [asdict(row) for row in self.rows]}
+        return json.dumps(value, indent=1, allow_nan=False) + "\n"
+
+    def write(self, path: Path) -> None:
+        """Write the result file, whole or not at all."""
+        write_text(path, self.to_json())
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Return the evaluation of a result file. Raises `InputError` that names the file."""
+    value = read_json(path, "it is a result file of tqdit evaluate")
+    try:
+        if value["kind"] != KIND:
+            raise ValueError(f"its kind is {value['kind']!r:.80}")
+        rows = tuple(Row(**row) for row in value["rows"])
+        if not all(isinstance(score, float | int) for row in rows for score in row.scores.values()):
+            raise ValueError("a score is no number")
+        return Evaluation(Protocol(**value["protocol"]), rows)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is no result file of tqdit evaluate: {error}") from None
+
+
+def joined(paths: Sequence[Path]) -> Evaluation:
+    """Return the rows of several result files. Raises `InputError` where their protocols differ."""
+    found = [read_evaluation(path) for path in paths]
+    for path, other in zip(paths[1:], found[1:], strict=True):
+        found[0].protocol.check_same(other.protocol, f"'{paths[0]}'", f"'{path}'")
+    return Evaluation(found[0].protocol, tuple(row for evaluation in found for row in evaluation.rows))
+
+
+def _identity(run: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in run.items() if key != "model"}
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested mapping as one, with dots in its keys; lists as JSON has them."""
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            found |= _flat(inner, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = list(inner) if isinstance(inner, tuple | range) else inner
+    return found

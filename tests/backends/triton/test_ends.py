@@ -1,0 +1,299 @@
+"""The kernels around the blocks, against float64: on a GPU, or in Triton's interpreter where there is none.
+
+Bounds are on sums of absolute products, as for a sum in fp32 in any order, and half a step of the result's dtype.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from layouts import to, without_gpu
+from operands import maker
+from torch.nn import functional as F
+
+from poisoned import PoisonedTorch
+
+pytest.importorskip("triton")
+
+from tqdit.backends.triton import conditioning, ends, tuning
+from tqdit.backends.triton.backend import PackedTritonBackend, TritonBackend
+from tqdit.backends.triton.layouts import Config
+from tqdit.ops.ends import EndLayer, Lookup
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = torch.float32, torch.bfloat16, torch.float16
+EPS = 1e-6
+UNIT = 2.0**-24
+each_weight = pytest.mark.parametrize("kind", ["float", "no bias", "int8", "packed"])
+infinite = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of the interpreter
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_and_untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (ends, conditioning):
+        monkeypatch.setattr(module, "torch", PoisonedTorch())
+    if DEVICE.type == "cuda":
+        monkeypatch.setattr(tuning, "choose", lambda key, device, candidates, run: candidates()[0])
+
+
+def layer_of(kind: str, columns: int, depth: int) -> tuple[EndLayer, torch.Tensor, torch.Tensor]:
+    """A layer on the device; its weight and bias in float64."""
+    make = maker(3, 6 if kind == "packed" else 8)
+    bias = torch.zeros(columns) if kind == "no bias" else make.values(columns)
+    if kind in ("float", "no bias"):
+        weight = make.values(columns, depth)
+        given = None if kind == "no bias" else bias.to(DEVICE)
+        return EndLayer(weight.to(DEVICE), given), weight.double(), bias.double()
+    backend = PackedTritonBackend() if kind == "packed" else TritonBackend()
+    params = make.weight(columns, depth)
+    made = backend.prepare_float_input(params, bias).to(DEVICE)
+    return EndLayer(codes=made), params.codes.double() * params.scale.double()[:, None], bias.double()
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Half a step of a dtype."""
+    return torch.finfo(dtype).eps / 2
+
+
+# Latents to tokens --------------------------------------------------------------------------------------------------
+
+
+def embed_case(batch: int, channels: int, size: tuple[int, int], side: int, width: int, kind: str, dtype: torch.dtype):
+    """Latents, the layer, positions; the stream in float64, and the sum of absolute terms."""
+    make = maker(1)
+    x = make.values(batch, channels, size[0] * side, size[1] * side).to(dtype)
+    layer, weight, bias = layer_of(kind, width, channels * side**2)
+    position = make.values(size[0] * size[1], width)
+    patches = F.pixel_unshuffle(x.double(), side).flatten(2).transpose(1, 2)
+    exact = patches @ weight.t() + bias + position.double()
+    return x, layer, position, exact, patches.abs() @ weight.abs().t() + bias.abs() + position.double().abs()
+
+
+def assert_embeds(x, layer, position, exact, size, side: int, stream: torch.dtype) -> torch.Tensor:
+    depth = x.shape[1] * side**2
+    found = TritonBackend().embed(to(DEVICE, x), layer, to(DEVICE, position), side, stream)
+    assert found is not None
+    assert found.dtype is stream
+    bound = (depth + 4) * UNIT * size + exact.abs() * rounding(stream)
+    assert ((found.cpu().double() - exact).abs() <= bound).all()
+    return found
+
+
+@each_weight
+@pytest.mark.parametrize(
+    ("batch", "channels", "size", "side", "width"),
+    [(2, 4, (3, 5), 2, 24), (1, 1, (1, 1), 1, 16), (17, 3, (2, 9), 2, 40), without_gpu(3, 4, (16, 16), 2, 1152)],
+)
+def test_latents_become_tokens(batch: int, channels: int, size: tuple[int, int], side: int, width: int, kind) -> None:
+    """Rows and columns that fill no tile, one sample, more samples than programs of several take."""
+    assert_embeds(*embed_case(batch, channels, size, side, width, kind, torch.float32), side, torch.float32)
+
+
+@each_dtype
+@pytest.mark.parametrize("stream", DTYPES, ids=str)
+def test_latents_and_stream_of_any_dtype(dtype: torch.dtype, stream: torch.dtype) -> None:
+    assert_embeds(*embed_case(2, 4, (3, 4), 2, 24, "float", dtype), 2, stream)
+
+
+@pytest.mark.parametrize("kind", ["float", "int8"])
+def test_patches_of_any_depth(kind: str) -> None:
+    """Deeper than a tile: 4 channels of 4 x 4, and 3 of 3 x 3."""
+    assert_embeds(*embed_case(2, 4, (2, 3), 4, 24, kind, torch.float32), 4, torch.float32)
+    assert_embeds(*embed_case(2, 5, (2, 3), 3, 24, kind, torch.bfloat16), 3, torch.bfloat16)
+
+
+def test_latents_with_any_strides() -> None:
+    """One sample for all, channels last, a part of wider latents: read where they are."""
+    x, layer, position, exact, size = embed_case(3, 4, (3, 5), 2, 24, "float", torch.float32)
+    wide = F.pad(x, (1, 3, 2, 0))[..., 2:, 1:-3]
+    for given in (x.to(memory_format=torch.channels_last), wide):
+        assert not given.is_contiguous()
+        assert_embeds(given, layer, position, exact, size, 2, torch.bfloat16)
+    one = slice(0, 1)
+    assert_embeds(x[one].expand(3, -1, -1, -1), layer, position, exact[one], size[one], 2, torch.float32)
+
+
+@infinite
+def test_a_sample_does_not_depend_on_its_batch() -> None:
+    """Nor on a sample that is not finite; each keeps what is not finite at its token."""
+    x, layer, position, *_ = embed_case(33, 4, (2, 3), 2, 24, "float", torch.float32)
+    position = to(DEVICE, position)
+    x[5, 1, 2, 3], x[6, 0, 0, 0] = torch.nan, torch.inf
+    together = TritonBackend().embed(to(DEVICE, x), layer, position, 2, torch.bfloat16)
+    for i in (0, 5, 32):
+        alone = TritonBackend().embed(to(DEVICE, x[i : i + 1]), layer, position, 2, torch.bfloat16)
+        assert torch.equal(alone[0].nan_to_num(), together[i].nan_to_num())
+    finite = together.isfinite().all(2)
+    assert (~finite).nonzero().tolist() == [[5, 4], [6, 0]]
+
+
+# Tokens to latents --------------------------------------------------------------------------------------------------
+
+
+def unembed_case(batch: int, channels: int, size: tuple[int, int], side: int, width: int, kind: str, dtype, **drawn):
+    """A stream, its modulation, the layer; latents in float64, and the sum of absolute terms of each.
+
+    The error of the norm counts: of mean and deviation, as sums over the width, against what the stream's mean is.
+    """
+    make = maker(2)
+    x = (make.values(batch, size[0] * size[1], width) * drawn.get("spread", 1.0) + drawn.get("mean", 0.0)).to(dtype)
+    modulation = make.values(batch, 2 * width)
+    layer, weight, bias = layer_of(kind, channels * side**2, width)
+    shift, scale = modulation.double()[:, None].chunk(2, dim=-1)
+    values = x.double()
+    deviation = (values.var(-1, unbiased=False, keepdim=True) + EPS).sqrt()
+    normal = (values - values.mean(-1, keepdim=True)) / deviation
+    given = normal * (1 + scale) + shift
+    # A mean is within 4 units of the largest value; a deviation, and what is multiplied by it, within 8.
+    error = (4 * values.abs().amax(-1, keepdim=True) / deviation + 8 * normal.abs()) * (1 + scale).abs() + given.abs()
+    products = given.abs() @ weight.abs().t() + bias.abs()
+    bound = UNIT * ((width + 8) * products + error @ weight.abs().t())
+    return x, modulation, layer, as_latents(given @ weight.t() + bias, size, side), as_latents(bound, size, side)
+
+
+def as_latents(y: torch.Tensor, size: tuple[int, int], side: int) -> torch.Tensor:
+    """(B, N, side side C) -> (B, C, H, W)."""
+    y = y.unflatten(2, (side, side, -1)).unflatten(1, size)
+    return torch.einsum("bhwijc->bchiwj", y).flatten(4, 5).flatten(2, 3)
+
+
+def assert_unembeds(x, modulation, layer, exact, bound, side: int, dtype: torch.dtype = torch.float32) -> None:
+    like = torch.empty(len(x), 1, *exact.shape[2:], dtype=dtype, device=DEVICE)
+    found = TritonBackend().unembed(to(DEVICE, x), to(DEVICE, modulation), EPS, layer, like, side)
+    assert found is not None
+    assert found.dtype is dtype
+    assert found.is_contiguous()
+    assert ((found.cpu().double() - exact).abs() <= bound + exact.abs() * rounding(dtype)).all()
+
+
+@each_weight
+@pytest.mark.parametrize(
+    ("batch", "channels", "size", "side", "width"),
+    [
+        (2, 8, (3, 5), 2, 24), (1, 1, (1, 1), 1, 16), (3, 3, (2, 9), 2, 150), (1, 5, (2, 2), 4, 40),
+        without_gpu(3, 8, (16, 16), 2, 1152), without_gpu(33, 8, (16, 16), 2, 1152),
+    ],
+)  # fmt: skip
+def test_tokens_become_latents(batch: int, channels: int, size: tuple[int, int], side: int, width: int, kind) -> None:
+    """Rows, columns and depth that fill no tile; several tiles of columns."""
+    assert_unembeds(*unembed_case(batch, channels, size, side, width, kind, torch.float32), side)
+
+
+@each_dtype
+@pytest.mark.parametrize("stream", DTYPES, ids=str)
+def test_a_stream_of_any_dtype(dtype: torch.dtype, stream: torch.dtype) -> None:
+    assert_unembeds(*unembed_case(2, 8, (3, 4), 2, 72, "float", stream), 2, dtype)
+
+
+@pytest.mark.parametrize("rows", [ends.FEW_ROWS, ends.SOME_ROWS], ids=str)
+def test_tiles_of_many_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ends, "FEW_ROWS", 0)
+    monkeypatch.setattr(ends, "SOME_ROWS", 0 if rows == ends.SOME_ROWS else 8192)
+    ends._unembed_config.cache_clear()
+    assert_unembeds(*unembed_case(2, 8, (7, 10), 2, 72, "int8", torch.bfloat16), 2)
+    ends._unembed_config.cache_clear()
+
+
+@pytest.mark.parametrize(("mean", "spread"), [(1000.0, 1.0), (-30.0, 0.01), (0.0, 1e4)])
+def test_the_variance_is_not_lost_beside_a_large_mean(mean: float, spread: float) -> None:
+    """A sum of squares less a square would lose all digits of the first."""
+    case = unembed_case(2, 2, (2, 3), 2, 300, "float", torch.float32, mean=mean, spread=spread)
+    assert_unembeds(*case, 2)
+
+
+@infinite
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("kind", ["float", "int8"])
+def test_a_sample_that_is_not_finite_is_nan_as_a_whole(bad: float, kind: str) -> None:
+    """In the stream or in the modulation; the other samples are as they were."""
+    x, modulation, layer, exact, bound = unembed_case(5, 2, (4, 9), 2, 24, kind, torch.float32)
+    x[1, 35, 7], modulation[3, 30] = bad, bad
+    like = torch.empty(5, 1, 8, 18, device=DEVICE)
+    found = TritonBackend().unembed(to(DEVICE, x), to(DEVICE, modulation), EPS, layer, like, 2)
+    assert found is not None
+    found = found.cpu()
+    assert found[[1, 3]].isnan().all()
+    rest = [0, 2, 4]
+    assert ((found[rest].double() - exact[rest]).abs() <= bound[rest]).all()
+
+
+def test_other_dtypes_are_left_to_torch() -> None:
+    layer, *_ = layer_of("float", 16, 16)
+    x = torch.zeros(1, 4, 2, 2, device=DEVICE, dtype=torch.float64)
+    position, stream = torch.zeros(1, 16, device=DEVICE), torch.zeros(1, 1, 16, device=DEVICE)
+    assert TritonBackend().embed(x, layer, position, 2, torch.float32) is None
+    assert TritonBackend().unembed(stream, torch.zeros(1, 32, device=DEVICE), EPS, layer, x, 2) is None
+
+
+# Layers of an embedder ----------------------------------------------------------------------------------------------
+
+
+def embedder_case(rows: int, depth: int, columns: int, kind: str, index: torch.dtype) -> dict[str, Any]:
+    make = maker(4)
+    layer, weight, bias = layer_of(kind, columns, depth)
+    table, classes = make.values(50, depth), make.values(11, columns)
+    of_table = torch.arange(rows).mul(7).remainder(50).to(index)
+    of_classes = torch.arange(rows).mul(3).remainder(11).to(index)
+    x, added = table[of_table.long()].double(), classes[of_classes.long()].double()
+    exact = x @ weight.t() + bias + added
+    size = x.abs() @ weight.abs().t() + bias.abs() + added.abs()
+    return {"layer": layer.codes, "table": table, "classes": classes, "of_table": of_table, "of_classes": of_classes,
+            "exact": F.silu(exact), "bound": 1.1 * (depth + 4) * UNIT * size + 2.0**-20}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["int8", "packed"])
+@pytest.mark.parametrize("index", [torch.int64, torch.int32, torch.uint8], ids=str)
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(1, 40, 24), (2, 300, 70), (3, 64, 33), (40, 130, 24)])
+def test_a_layer_with_lookups_and_silu(rows: int, depth: int, columns: int, index: torch.dtype, kind: str) -> None:
+    """SiLU has a slope below 1.1, and takes an error of 2^-20 at most. Few rows and many, with tables and without."""
+    case = embedder_case(rows, depth, columns, kind, index)
+    table, classes = (case[name].to(DEVICE) for name in ("table", "classes"))
+    of_table, of_classes = (case[name].to(DEVICE) for name in ("of_table", "of_classes"))
+    run, added = TritonBackend(), Lookup(classes, of_classes)
+    for given in (Lookup(table, of_table), table[of_table.long()]):
+        found = run.activated(given, case["layer"], added)
+        assert found is not None
+        assert ((found.cpu().double() - case["exact"]).abs() <= case["bound"]).all()
+    plain = run.activated(table[of_table.long()], case["layer"])
+    zeros = run.activated(table[of_table.long()], case["layer"], Lookup(torch.zeros_like(classes), of_classes))
+    assert torch.equal(plain, zeros)
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_one_timestep_for_all_samples(rows: int) -> None:
+    """An index that is expanded, and one whose numbers are apart."""
+    case = embedder_case(rows, 64, 24, "int8", torch.int64)
+    table, t = case["table"].to(DEVICE), torch.tensor([3], device=DEVICE)
+    expanded = TritonBackend().activated(Lookup(table, t.expand(rows)), case["layer"])
+    apart = TritonBackend().activated(Lookup(table, torch.full((2 * rows,), 3, device=DEVICE)[::2]), case["layer"])
+    whole = TritonBackend().activated(Lookup(table, t.repeat(rows)), case["layer"])
+    assert torch.equal(expanded, whole)
+    assert torch.equal(apart, whole)
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+@pytest.mark.parametrize("outside", [-1, 50, 2**40, -(2**40)])
+def test_rows_that_a_table_does_not_have_are_nan(rows: int, outside: int) -> None:
+    case = embedder_case(rows, 64, 24, "int8", torch.int64)
+    table, classes = case["table"].to(DEVICE), case["classes"].to(DEVICE)
+    of_table, of_classes = case["of_table"].to(DEVICE), case["of_classes"].to(DEVICE)
+    expected = TritonBackend().activated(Lookup(table, of_table), case["layer"], Lookup(classes, of_classes))
+    for index in (of_table, of_classes):
+        before = int(index[1])
+        index[1] = outside
+        found = TritonBackend().activated(Lookup(table, of_table), case["layer"], Lookup(classes, of_classes))
+        assert found[1].isnan().all()
+        assert torch.equal(found[0], expected[0])
+        index[1] = before
+
+
+def test_a_configuration_changes_the_last_digits_alone() -> None:
+    """With tensor cores, turned and not, and without."""
+    case = embedder_case(2, 300, 70, "int8", torch.int64)
+    table, of_table = case["table"].to(DEVICE), case["of_table"].to(DEVICE)
+    given, added = Lookup(table, of_table), Lookup(case["classes"].to(DEVICE), case["of_classes"].to(DEVICE))
+    for config in (Config(0, 8, 128), Config(16, 32, 64), Config(32, 32, 64)):
+        out = torch.empty(2, 70, device=DEVICE)
+        conditioning._launch(given, ends.weight_of(case["layer"]), added, out, config)
+        assert ((out.cpu().double() - case["exact"]).abs() <= case["bound"]).all()
