@@ -121,7 +121,9 @@ class Case:
         if self.k.shape[2] <= one_pass.BLOCK:
             p = plain_codes(probabilities(self.scores().float(), self.params.softmax), self.params.softmax)
             exact = reference.values(p, self.params.softmax, self.v, self.params.value)
-            assert (exact == by_head.float()).double().mean() > 0.95  # but for ties of a code of the row
+            assert (exact == by_head.float()).double().mean() > (
+                0.9 if config.piece else 0.95
+            )  # but for ties of a code of the row
         codes = quantize(found, self.target)
         assert torch.equal(self.run(config, device, coded=True), codes)
 
@@ -194,9 +196,15 @@ def test_what_it_takes(four_processors, config: Config, keys: int, head_dim: int
     assert flash.supports(config, CPU, keys, head_dim) == takes
 
 
-def test_it_is_offered_where_somebody_asks_for_it(four_processors, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_offered_for_many_keys_and_where_somebody_asks_for_it(
+    four_processors, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("TQDIT_ONE_PASS", raising=False)
     assert candidates.hopper_flash(CPU, 256, 72) == []
+    assert candidates.hopper_flash(CPU, 2048, 72) == candidates.hopper_flash(CPU, 4096, 72) != []
+    assert candidates.hopper_attention(CPU, 2048, 72, False, True) == []  # its place is not taken
+    monkeypatch.setenv("TQDIT_ONE_PASS", "0")
+    assert candidates.hopper_flash(CPU, 4096, 72) == []
     monkeypatch.setenv("TQDIT_ONE_PASS", "1")
     found = candidates.hopper_flash(CPU, 256, 72)
     assert found == [CONFIG._replace(stages=8)]

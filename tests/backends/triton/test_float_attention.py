@@ -7,9 +7,9 @@ from operands import maker
 
 pytest.importorskip("triton")
 
-from tqdit.backends.triton import float_attention, launch, naming, operators, tuning
+from tqdit.backends.triton import deviations, float_attention, launch, naming, operators, tuning
 from tqdit.backends.triton.backend import TritonBackend
-from tqdit.backends.triton.layouts import NATIVE, Config
+from tqdit.backends.triton.layouts import FLASH, NATIVE, Config
 from tqdit.ops.composed import split_heads
 from tqdit.ops.quantizer import dequantize, quantize
 from tqdit.spec import Grid
@@ -67,9 +67,9 @@ def test_it_is_the_attention_of_dequantized_codes(case: tuple) -> None:
 
 
 @pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, None]:
-    found: dict[str, None] = {}
-    monkeypatch.setattr(float_attention, "_TAKEN", found)
+def taken(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[str, None]]:
+    found: dict[int, dict[str, None]] = {kind: {} for kind in deviations.KINDS}
+    monkeypatch.setattr(deviations, "_TAKEN", found)
     return found
 
 
@@ -79,7 +79,9 @@ def attended(case: Case) -> torch.Tensor:
     return TritonBackend().attend(projected, moved, to(DEVICE, case.target)).cpu()
 
 
-def test_the_kernels_name_says_which_sizes_took_it(taken: dict[str, None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_name_says_which_sizes_took_it(
+    taken: dict[int, dict[str, None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     case, asked = Case(*CASES[0]), []
 
     def chosen(keys: list[str], device: torch.device, candidates: object, run: object) -> Config:
@@ -100,7 +102,7 @@ def test_the_kernels_name_says_which_sizes_took_it(taken: dict[str, None], monke
 
 @pytest.mark.parametrize("wanted", ["", "1"])
 def test_it_is_a_candidate_where_somebody_asks_for_it(
-    wanted: str, taken: dict[str, None], monkeypatch: pytest.MonkeyPatch
+    wanted: str, taken: dict[int, dict[str, None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It comes after the configuration of integers that is known, so that both are timed."""
     case, asked = Case(*CASES[0]), []
@@ -116,7 +118,17 @@ def test_it_is_a_candidate_where_somebody_asks_for_it(
     attended(case)
     assert (asked[:2] == [best, float_attention.CONFIG]) == (wanted == "1")
     assert (float_attention.CONFIG in asked) == (wanted == "1")
-    assert not taken
+    assert not any(taken.values())
+
+
+def test_one_pass_is_named_too(taken: dict[int, dict[str, None]]) -> None:
+    assert deviations.described() == ""
+    for sizes in ((4096, 4096, 72), (4096, 2048, 72), (4096, 4096, 72)):
+        deviations.note(CONFIG._replace(hopper=FLASH), *sizes)
+    deviations.note(CONFIG._replace(hopper=1), 256, 256, 72)
+    said = "; in one pass over the keys for 4096 x 4096 x 72, 4096 x 2048 x 72 (queries, keys, head_dim)"
+    assert deviations.described() == said
+    assert TritonBackend().kernel("scores") == f"fused attention, int8{said}"
 
 
 def test_no_other_key_has_it() -> None:

@@ -274,8 +274,12 @@ def test_rows_after_gelu() -> None:
 
 
 def exact_powers(q, k, params: AttentionParams, head_dim: int, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """exp(s - max s) of codes of queries and keys, in fp64."""
-    scores = dequantize(q, params.query).double() @ dequantize(k, params.key).double().transpose(-1, -2)
+    """exp(s - max s) of codes of queries and keys, in fp64.
+
+    Codes times scales are fp64, too: large scales would make their roundings visible.
+    """
+    query, key = (operand._replace(table=operand.table.double()) for operand in (params.query, params.key))
+    scores = dequantize(q, query).double() @ dequantize(k, key).double().transpose(-1, -2)
     scores = scores * head_dim**-0.5 + (0 if bias is None else bias.double()[:, None, None])
     return (scores - scores.amax(-1, keepdim=True)).exp()
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tqdit.backends.triton import conditioning, ends, flat, float_attention, float_operators, floats, operators, tuning
+from tqdit.backends.triton import conditioning, deviations, ends, flat, float_operators, floats, operators, tuning
 from tqdit.backends.triton.layer import TritonLinear
 from tqdit.backends.triton.layouts import NATIVE, Projected, weight_of, with_steps
 from tqdit.errors import InputError
@@ -45,9 +45,7 @@ class TritonBackend(Ends):
 
     def kernel(self, operation: str) -> str:
         if operation in ("scores", "values"):
-            taken = float_attention.taken()
-            in_floats = f"; in bf16, of dequantized codes, for {', '.join(taken)} (queries, keys, head_dim)"
-            return "fused attention, int8" + (in_floats if taken else "")
+            return "fused attention, int8" + deviations.described()
         return "bf16 x 3 x int8" if operation == "float_input_linear" else "fused, int8"
 
     def prepare(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:

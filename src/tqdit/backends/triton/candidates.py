@@ -160,7 +160,7 @@ def hopper_attention(device: torch.device, tokens: int, head_dim: int, two: bool
 def hopper_flash(device: torch.device, keys: int, head_dim: int) -> list[Config]:
     """Return configurations of `kernels.hopper_flash`, for softmax rows, where it runs and is offered."""
     found = [flash_config()]
-    return [config for config in found if flash.offered() and flash.supports(config, device, keys, head_dim)]
+    return [config for config in found if flash.offered(keys) and flash.supports(config, device, keys, head_dim)]
 
 
 def flash_config(half: bool = False) -> Config:

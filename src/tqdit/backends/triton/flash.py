@@ -23,6 +23,7 @@ from tqdit.ops.one_pass import BLOCK
 from tqdit.ops.schema import OperandParams
 from tqdit.spec import Grid
 
+MANY_KEYS = 2048  # more than fit shared memory for `kernels.hopper_attention`
 Q_SLOTS = 2
 ROWS, PARTS, WARPS = 64, 2, 4  # rows of queries and warps of a group that computes, and such groups
 
@@ -55,9 +56,14 @@ class FlashSizes(NamedTuple):
         return cls(stages, first, rest) if stages >= 2 else None
 
 
-def offered() -> bool:
-    """Say whether tuning times the kernel: only where TQDIT_ONE_PASS=1 in the environment asks for it."""
-    return os.environ.get("TQDIT_ONE_PASS") == "1"
+def offered(keys: int) -> bool:
+    """Say whether tuning times the kernel for so many keys.
+
+    It is the fastest in integers where a head's keys do not fit shared memory. TQDIT_ONE_PASS=1 in the environment
+    offers it for any number of keys, and TQDIT_ONE_PASS=0 for none.
+    """
+    wanted = os.environ.get("TQDIT_ONE_PASS")
+    return wanted == "1" or (wanted != "0" and keys >= MANY_KEYS)
 
 
 def supports(config: Config, device: torch.device, keys: int, head_dim: int) -> bool:

@@ -33,7 +33,6 @@ ORDER = [  # the first of these that takes the sizes
 TOKENS = 64 if NATIVE else 32  # of a program
 CONFIG = Config(4, 256, 0, warps=4, hopper=BF16)  # of the kernel that quantizes the result
 _ORDERING = threading.Lock()  # torch has one order for all threads
-_TAKEN: dict[str, None] = {}
 
 
 def offered() -> bool:
@@ -42,16 +41,6 @@ def offered() -> bool:
     TQDIT_BF16_ATTENTION=1 in the environment asks for that: results then depend on what is faster.
     """
     return os.environ.get("TQDIT_BF16_ATTENTION") == "1"
-
-
-def note(tokens: int, keys: int, head_dim: int) -> None:
-    """Remember that a call of these sizes takes it."""
-    _TAKEN[f"{tokens} x {keys} x {head_dim}"] = None
-
-
-def taken() -> list[str]:
-    """Return the sizes, as "queries x keys x head_dim", of calls in this process that took it."""
-    return list(_TAKEN)
 
 
 def attention(

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from tqdit.backends.triton import candidates, flat, float_attention, hopper, launch, naming, tuning
+from tqdit.backends.triton import candidates, deviations, flat, float_attention, hopper, launch, naming, tuning
 from tqdit.backends.triton.layouts import (
-    BF16,
     HEADS_OF,
     Config,
     Projected,
@@ -203,8 +202,7 @@ def attend(
     if more := one_pass + ([float_attention.CONFIG] if bias is None and float_attention.offered() else []):
         known, possible = _with_more(known, more, codes.device, possible)
     config = tuning.choose(known, codes.device, possible, run)
-    if config.hopper == BF16:
-        float_attention.note(tokens, tokens if context is None else keys, head_dim)
+    deviations.note(config, tokens, tokens if context is None else keys, head_dim)
     return run(config)
 
 
