@@ -15,6 +15,7 @@ import argparse
 import functools
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=3, help="of each way and number of threads")
     parser.add_argument("--rounds", type=int, default=15, help="of the race; 0: no race")
     arguments = parser.parse_args()
-    command = f"python bench/cpu_amx.py --json bench/results/{arguments.json.name}"
+    command = shlex.join(["python", *sys.argv])
     config = dict(shape_config(arguments.shape))
     config["num_layers"] = arguments.blocks or config["num_layers"]
     result: dict[str, Any] = {
