@@ -1,7 +1,10 @@
 """The threads that share a call of the kernels: however many, of whichever process, the result is the same."""
 
 import os
+import shutil
+import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,3 +60,18 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
         same = fused.quantize(x, target).numpy().tobytes() == expected  # torch's own threads are those of the parent
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
+def test_no_data_race_is_found(tmp_path: Path) -> None:
+    program = tmp_path / "team"
+    source = Path(__file__).with_name("team.cpp")
+    command = ["g++", "-std=c++17", "-O1", "-fsanitize=thread", "-pthread", f"-I{native.SOURCES}", str(source)]
+    built = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True, check=False)
+    if "tsan" in built.stderr:
+        pytest.skip("no thread sanitizer here")
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120, check=False)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("the thread sanitizer does not run on this system")
+    assert (done.returncode, done.stdout) == (0, "every item, once a round\n"), done.stderr
