@@ -51,22 +51,22 @@ class Team {
   // Calls work() on this thread, and on at most `threads` - 1 helpers that are free while it runs.
   template <typename Work>
   void run(int64_t threads, const Work& work) {
-    const uint64_t places = hire(threads - 1);
+    places_ = hire(threads - 1);
     call_ = [](const void* given) { (*static_cast<const Work*>(given))(); };
     work_ = &work;
-    state_ = (state_ / CALL + 1) * CALL + OPEN + places * PLACE;
+    state_ += CALL + OPEN;
     if (sleeping_) {
       { const std::lock_guard<std::mutex> lock(mutex_); }  // one that is about to sleep is asleep after this
       posted_.notify_all();
     }
     work();
-    state_ &= ~OPEN;
-    for (int64_t tries = 0; state_ % PLACE; ++tries) tries < 1000 ? pause() : std::this_thread::yield();
+    state_ -= OPEN;
+    for (int64_t tries = 0; state_ % OPEN; ++tries) tries < 1000 ? pause() : std::this_thread::yield();
   }
 
  private:
-  // The parts of a state: helpers inside, places for more, whether they may come in, and the number of the call.
-  static constexpr uint64_t PLACE = 1 << 12, OPEN = 1 << 24, CALL = 1 << 25, MOST = PLACE - 1;
+  // The parts of a state: helpers at the door or inside, whether they may come in, and the number of the call.
+  static constexpr uint64_t OPEN = 1 << 12, CALL = 1 << 13, MOST = OPEN - 1;
 
   // Returns the number of helpers, at most `wished`, and begins those that are missing.
   uint64_t hire(int64_t wished) {
@@ -86,13 +86,12 @@ class Team {
         wait(seen);
         continue;
       }
+      if (state & OPEN) {
+        state = state_.fetch_add(1);  // one write each, however many come at once
+        if (state & OPEN && state % OPEN < places_) call_(work_);
+        --state_;
+      }
       seen = state / CALL;
-      while (state & OPEN && state % OPEN >= PLACE && state / CALL == seen)
-        if (state_.compare_exchange_weak(state, state - PLACE + 1)) {
-          call_(work_);
-          --state_;
-          break;
-        }
     }
   }
 
@@ -121,7 +120,7 @@ class Team {
 #endif
   }
 
-  std::atomic<uint64_t> state_{0};
+  std::atomic<uint64_t> state_{0}, places_{0};
   std::atomic<int64_t> sleeping_{0};
   std::atomic<bool> ending_{false};
   void (*call_)(const void*) = nullptr;  // written while nobody is inside
