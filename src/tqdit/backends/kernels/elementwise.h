@@ -87,9 +87,11 @@ float code_row_by_magnitude(const RowGrid grid, const Values values, int64_t wid
     largest_bits = at_least(largest_bits, magnitude(x));
     store(row + j, x);
   });
-  const float step = grid.step(largest(largest_bits));
+  const float step = grid.step(largest(largest_bits)), inverse = 1.0f / step, sure = sure_with(inverse);
   const vfloat low = splat(-(1 << (grid.bits - 1))), high = splat((1 << (grid.bits - 1)) - 1);
-  along(width, [=](int64_t j, auto n) { store_bytes(out + j, nearest(clip(load(row + j) / step, low, high)) + 128, n); });
+  along(width, [=, steps = splat(step), inverses = splat(inverse)](int64_t j, auto n) {
+    store_bytes(out + j, nearest_quotient(load(row + j), steps, inverses, low, high, sure) + 128, n);
+  });
   return step;
 }
 
