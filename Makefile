@@ -9,7 +9,7 @@ GPU_WORKERS ?= 8
 DIFFUSERS ?= ../diffusers
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-all test-gpu test-trust test-classes lint clean
+.PHONY: demo test chromium test-all test-gpu test-trust test-classes lint docs release-check clean
 
 demo: $(RUNS)
 	@echo "The demo takes some minutes on two cores."
@@ -17,6 +17,11 @@ demo: $(RUNS)
 
 test: lint
 	$(PYTEST)
+
+# The browser of the test of `tqdit serve`, on Debian and as root; without it the test is skipped.
+chromium:
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null
 
 # Also what takes half a minute of a processor or more: compiling every kernel, training, full-size runs.
 test-all: lint
@@ -41,6 +46,15 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The documentation site, with warnings as errors: build/site/index.html. The tests build it, too (tests/test_site.py).
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# Wheel and sdist, checked and installed in clean environments: minutes, PyTorch is installed twice.
+release-check: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[release]"
+	$(BIN)/python bench/release_check.py
 
 # What the demo needs: no linters, no type checker, no Triton of its own.
 $(RUNS): pyproject.toml constraints.txt

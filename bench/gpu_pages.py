@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from gpu_now_pages import gpu_now
 from pages import ROOT, environment, read, table
 from tqdit.speed.baselines import FAMILIES
 
@@ -49,6 +50,7 @@ def gpu_speed() -> list[str]:
         table(["aim", "target", "measured", "met"],
               [*_speed_aims(run), *_memory_aims(run), *_kernel_aims(kernels), *_weight_aims()]),
         "",
+        *gpu_now(),
         *_stream_quality(),
         "### By kernel",
         "",
@@ -195,8 +197,8 @@ def _kernel_row(row: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def readme_gpu_speed() -> str:
-    """What the README says about speed on a GPU."""
+def gpu_summary() -> str:
+    """Return the table of how much faster a call is on a GPU."""
     run = _speed()
     rows = [
         [row["workload"], f"{row['bits'].upper()} {row['preset']}", f"{row['p50_ms']:.1f}",

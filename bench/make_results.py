@@ -1,6 +1,6 @@
-"""Write the figures of docs/ and the README's tables from result files.
+"""Write the figures of docs/ and the README's table from result files.
 
-Whole pages: results.md and any-input.md; sections: quality.md, models.md and gpu.md.
+Whole pages: results.md and any-input.md; sections: quality.md, evaluation.md, models.md and gpu.md.
 
 python bench/make_results.py
 python bench/make_results.py --check    # only compares
@@ -16,15 +16,17 @@ from typing import Any
 
 from architecture_pages import architectures
 from attention_pages import attention
+from evaluation_pages import evaluation
 from full_size_pages import full_size
-from gpu_pages import gpu_speed, readme_gpu_speed
+from gpu_pages import gpu_speed, gpu_summary
 from model_pages import models
 from pages import ROOT, environment, read, table
 from quality_pages import quality
+from readme_pages import readme_table
 from scale_pages import calibration_scale
-from speed_pages import cpu_speed, readme_speed
+from speed_pages import cpu_speed, cpu_summary
 from trust_pages import any_input
-from verdict_pages import readme_verdict
+from verdict_pages import verdict_summary
 
 START, END = "<!-- results: written by bench/make_results.py -->", "<!-- end of results -->"
 DTYPES = ("fp32", "bf16")
@@ -47,21 +49,21 @@ def pages() -> dict[Path, str]:
     """Path -> text of every page that shows figures."""
     training, methods, cost = (read(name) for name in ("fashion-dit-training", "ablation-cpu", "calibration-cpu"))
     readme, page, any_class = ROOT / "README.md", ROOT / "docs" / "quality.md", ROOT / "docs" / "models.md"
-    gpu = ROOT / "docs" / "gpu.md"
+    gpu, scores = ROOT / "docs" / "gpu.md", ROOT / "docs" / "evaluation.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(START)
     after = rest.partition(END)[2]
-    parts = [readme_verdict(read("equivalence-h200")), _readme_table(methods, cost), readme_speed(), readme_gpu_speed()]
     return {
         ROOT / "docs" / "results.md": _results(training, methods, cost),
         ROOT / "docs" / "any-input.md": any_input(),
         page: quality(page.read_text(encoding="utf-8")),
         gpu: attention(gpu.read_text(encoding="utf-8")),
+        scores: evaluation(scores.read_text(encoding="utf-8")),
         any_class: models(any_class.read_text(encoding="utf-8")),
-        readme: "".join([before, START, "\n", "\n\n".join(parts), "\n", END, after]),
+        readme: "".join([before, START, "\n", readme_table(), "\n", END, after]),
     }
 
 
-def _readme_table(methods: dict[str, Any], cost: dict[str, Any]) -> str:
+def _methods_summary(methods: dict[str, Any], cost: dict[str, Any]) -> str:
     rows = [["float32", "–", "1.000", "–", "–", f"{methods['float_fd_fashion'][0]:.2f}"]]
     rows += [
         [row["bits"].upper(), row["variant"], f"{row['size_ratio']:.3f}", f"{row['eps_sqnr_db']:.1f}",
@@ -76,15 +78,14 @@ def _readme_table(methods: dict[str, Any], cost: dict[str, Any]) -> str:
         f"{methods['settings']['steps']} steps, guidance {methods['settings']['guidance']}; the float model's own "
         f"spread over four seeds is {low:.2f} to {high:.2f}. Calibration with the published "
         f"settings takes {paper['calibration_seconds']:.0f} s and {paper['peak_memory_bytes'] / 2**30:.1f} GiB on "
-        f"{paper['environment']['cores']} CPU cores. {_age(methods, 'docs/')}All figures: "
-        "[docs/results.md](docs/results.md)."
+        f"{paper['environment']['cores']} CPU cores. {_age(methods)}"
     )
 
 
-def _age(run: dict[str, Any], folder: str = "") -> str:
+def _age(run: dict[str, Any]) -> str:
     """Say of a run before `plus` had scales of rows that its rows `plus` are of the preset as it was then."""
     present = "input_grid" in run["settings"]["calibration"]
-    return "" if present else f"`plus` is the preset as it was before the parts of [quality.md]({folder}quality.md). "
+    return "" if present else "`plus` is the preset as it was before the parts of [quality.md](quality.md). "
 
 
 def _spread() -> tuple[float, float]:
@@ -101,8 +102,10 @@ def _results(training: dict[str, Any], methods: dict[str, Any], cost: dict[str, 
             "Written by `python bench/make_results.py` from the files in `bench/results/`; not edited by hand.",
             "",
             "The figures of `plus` on this page, quality and speed, are of the preset as it was before it had scales "
-            "of rows; [quality.md](quality.md) has those of today, and the ratio of the times of both.",
+            "of rows, but for the first table; [quality.md](quality.md) has those of today, and the ratio of the times "
+            "of both.",
             "",
+            *_in_short(methods, cost),
             *_aims(methods, cost),
             *_training(training),
             *_methods(methods),
@@ -116,6 +119,14 @@ def _results(training: dict[str, Any], methods: dict[str, Any], cost: dict[str, 
             *gpu_speed(),
         ]
     )
+
+
+def _in_short(methods: dict[str, Any], cost: dict[str, Any]) -> list[str]:
+    """Return the most important figures of quality and speed."""
+    parts = [
+        verdict_summary(read("equivalence-h200")), _methods_summary(methods, cost), cpu_summary(), gpu_summary(),
+    ]  # fmt: skip
+    return ["## In short", "", *(line for part in parts for line in (part, ""))]
 
 
 def _training(training: dict[str, Any]) -> list[str]:

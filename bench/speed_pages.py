@@ -128,8 +128,8 @@ def _speed_aims(run: dict[str, Any], targets: dict[str, float]) -> list[list[str
     return aims
 
 
-def readme_speed() -> str:
-    """What the README says about speed."""
+def cpu_summary() -> str:
+    """Return the table of how much faster a call is on a CPU."""
     rows = []
     for name, targets in CPU_RUNS.items():
         run = read(name)
@@ -144,5 +144,5 @@ def readme_speed() -> str:
     return (
         f"{speeds}\n\nMedians of one interleaved run on {where['cores']} cores of an {where['cpu']} processor with "
         "AVX-512 VNNI. float32 and bfloat16: the better of eager and `torch.compile`; torchao: int8 dynamic, compiled. "
-        "On many cores with AMX the margin is smaller: [docs/results.md](docs/results.md#speed-on-a-cpu)."
+        "On many cores with AMX the margin is smaller: [below](#the-same-on-16-cores-with-amx)."
     )

@@ -72,8 +72,8 @@ def equivalence(run: Run) -> Lines:
     ]
 
 
-def readme_verdict(run: Run) -> str:
-    """Return the README's table of the first setting of the equivalence test."""
+def verdict_summary(run: Run) -> str:
+    """Return a table of the first setting of the equivalence test."""
     first = _setting(run["trials"][0])
     trials = [trial for trial in run["trials"] if _setting(trial) == first]
     cells = [
@@ -87,7 +87,7 @@ def readme_verdict(run: Run) -> str:
         f"{table(header, cells)}\n\n"
         f"Today's `plus` on the bundled model: {first} of each model, on an {run['environment']['device']}. Equivalent "
         "is the verdict of a test whose rules were fixed beforehand "
-        "([docs/quality.md](docs/quality.md#the-equivalence-test))."
+        "([quality.md](quality.md#the-equivalence-test))."
     )
 
 

@@ -219,7 +219,7 @@ def test_resumable_continues_what_was_interrupted(
         (["inspect", "{artifact}", "--json", "empty"], "is a folder"),
         (["quantize", "{pipeline}", "-o", "{artifact}/tqdit.json/out"], "tqdit.json is not a folder"),
         (["demo", "-o", "{artifact}/tqdit.json"], "is inside the artifact"),
-        (["demo", "-o", "new", "--set", "bits=w4a8"], "--set bits: the demo has w8a8 and w6a6"),
+        (["demo", "-o", "new", "--set", "bits=w4a8"], "--set bits: the demo has plus w8a8, paper w8a8, plus w4a8"),
         (["demo", "-o", "new", "--set", "rounds=-1"], "recipe setting 'rounds' must be at least 0, got '-1'"),
         (["bench", "{artifact}", "--set", "groups=2"], "--set is for --random"),
         (["compare", "{pipeline}", "{pipeline}"], "not quantized"),
@@ -319,7 +319,9 @@ def test_version(run: Callable) -> None:
     assert run("--version") == run("-V") == (0, f"tqdit {VERSION}\n", "")
 
 
-@pytest.mark.parametrize("command", [[], ["quantize"], ["sample"], ["compare"], ["bench"], ["convert"], ["inspect"]])
+@pytest.mark.parametrize(
+    "command", [[], ["quantize"], ["sample"], ["compare"], ["evaluate"], ["bench"], ["convert"], ["inspect"]]
+)
 def test_help_is_readable_at_80_columns(run: Callable, command: list[str]) -> None:
     code, out, _ = run(*command, "-h")
     assert (code, out) == run(*command, "--help")[:2]

@@ -11,6 +11,7 @@ from typing import get_args
 
 import pytest
 
+from tqdit.cli.main import COMMANDS
 from tqdit.recipe import METHOD_SETTINGS, PRESETS, Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +21,23 @@ def test_figures_in_docs_come_from_the_result_files() -> None:
     command = [sys.executable, ROOT / "bench" / "make_results.py", "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("script", ["concept_figures.py", "gains.py"])
+def test_figures_are_those_that_the_scripts_draw(script: str) -> None:
+    command = [sys.executable, ROOT / "bench" / script, "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_readme_is_short() -> None:
+    """It has one table of figures, of at most ten rows, each with a link to where they were measured."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 120
+    start, end = (next(i for i, line in enumerate(lines) if line.startswith(f"<!-- {word}")) for word in ("res", "end"))
+    rows = [line for line in lines[start:end] if line.startswith("| ")][2:]
+    assert 0 < len(rows) <= 10
+    assert all("](docs/" in row for row in rows)
 
 
 def test_the_page_of_settings_has_every_setting_and_value() -> None:
@@ -38,17 +56,30 @@ def test_the_page_of_settings_has_every_setting_and_value() -> None:
 
 
 def test_local_links_lead_somewhere() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         text = page.read_text(encoding="utf-8")
         links = [part.split(")")[0] for part in text.split("](")[1:]]
         for link in links:
             assert link.startswith("http") or (page.parent / link.partition("#")[0]).exists(), f"{page.name}: {link}"
 
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+def test_every_page_of_the_site_is_in_its_navigation() -> None:
+    """`make docs` checks that the entries exist."""
+    entries = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
+    found = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert found - entries <= {"evaluation.md", "report.md", "serve.md"}
+
+
+def test_the_page_of_commands_has_every_command() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    names = {command.__name__ for command in COMMANDS}
+    assert {name for name in names if f"| `tqdit {name}` |" not in page} <= {"report", "serve"}
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PACKAGE = ROOT / "src" / "tqdit"
 STARTS = (ROOT, ROOT / "tests", PACKAGE, PACKAGE / "backends", PACKAGE / "backends" / "triton")  # of paths in pages
-OTHERS = {"tqdit.json"}  # a file of an artifact
+OTHERS = {"tqdit.json", "tqdit.manifest"}  # a file and a tensor of an artifact
 QUOTED_PATH = re.compile(r"`((?:[\w.-]+/)*(?:[\w-]+\.py)?)`")  # of a Python file or a folder
 DOTTED = re.compile(r"(?<![\w/.-])tqdit(?:\.\w+)+")
 IN_A_ROOM = re.compile(r"`([a-z_]+(?:\.\w+)+)(?:\([^`]*\))?`")

@@ -14,7 +14,8 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "tqdit"
 ROOMS = (
-    "artifact", "backends", "calibration", "grids", "layers", "ops", "quality", "report", "search", "speed", "system",
+    "artifact", "backends", "calibration", "evaluation", "grids", "layers", "ops", "quality", "report", "search",
+    "speed", "system",
 )  # fmt: skip
 NOT_YET = ("calibration/states.py", "calibration/trajectories.py", "quality/comparison.py")
 FRAGMENT = re.compile(

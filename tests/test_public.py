@@ -27,6 +27,7 @@ VERBS = {
     "calibration_states",
     "compare",
     "convert",
+    "evaluate",
     "inspect",
     "load",
     "quantize",

@@ -41,8 +41,8 @@ from tqdit.system.isolation import isolated
 from tqdit.system.validation import check_flags
 
 __all__ = [
-    "Prepared", "Report", "images_of", "inspect", "load", "load_source", "prepare", "quantize", "sample",
-    "sample_folder", "sample_images", "save", "silent", "solve_prepared",
+    "Prepared", "Report", "images_of", "inspect", "load", "load_source", "load_to_sample", "prepare", "quantize",
+    "sample", "sample_folder", "sample_images", "save", "silent", "solve_prepared",
 ]  # fmt: skip
 
 
@@ -325,7 +325,7 @@ def images_of(
     return Images(source, chosen_classes(source, asked, classes), num, sampling, seed, batch, conditions)
 
 
-def _load_to_sample(wanted: Images, target: Target) -> nn.Module:
+def load_to_sample(wanted: Images, target: Target) -> nn.Module:
     """Load the model of images. Raises `InputError` for an artifact of other timesteps than its scheduler's."""
     model = load_source(wanted.source, target)
     solution = getattr(model, "solution", None)
@@ -337,7 +337,7 @@ def _load_to_sample(wanted: Images, target: Target) -> nn.Module:
 @isolated()
 def sample_images(wanted: Images, target: Target | None = None, report: Report = silent) -> torch.Tensor:
     """The pixels of `wanted`, (num, C, H, W) in [-1, 1]; several processes share the work."""
-    model = _load_to_sample(wanted, target or Target())
+    model = load_to_sample(wanted, target or Target())
     report("sampling", 0.0)
     return images.gathered(wanted, model, lambda f: report("sampling", f))
 
@@ -351,7 +351,7 @@ def sample_folder(wanted: Images, folder: str | Path, target: Target | None = No
     classes, seed, sampling, batch, kernels, kind of device or dtype.
     """
     folder, target = Path(folder), target or Target()
-    model = _load_to_sample(wanted, target)
+    model = load_to_sample(wanted, target)
     kernels = getattr(model, "quantization_report", {"": "float"}).values()
     run = {
         **wanted.run,

@@ -228,6 +228,16 @@ def test_the_float_model_itself_is_equivalent_and_exact(yardstick) -> None:
     assert found.closer_than_bf16
 
 
+def test_without_images_of_bf16_only_equivalence_is_tested(yardstick) -> None:
+    models = {"near": near(yardstick, 0, 0.01, 0.005), "shifted": near(yardstick, 0.5, 0.01, 0.005)}
+    whole, found = verdicts(models, yardstick), verdicts(models, replace(yardstick, bfloat16=None))
+    for name, verdict in found.items():
+        assert (verdict.closer_than_bf16, verdict.log_error, verdict.p_closer, verdict.exact_bfloat16) == (None,) * 4
+        assert verdict.p_equivalent_adjusted == whole[name].p_equivalent_adjusted
+    assert [verdict.equivalent for verdict in found.values()] == [True, False]
+    assert json.loads(json.dumps(found["near"].figures(), allow_nan=False))["closer_than_bf16"] is None
+
+
 def test_bf16_is_not_closer_than_itself(yardstick) -> None:
     (found,) = verdicts({"bf16": replace(yardstick.reference, pixels=yardstick.bfloat16)}, yardstick).values()
     assert not found.closer_than_bf16

@@ -69,6 +69,22 @@ def test_a_folder_and_its_batch_have_the_same_scores(tmp_path) -> None:
     assert found[0].inception_score == found[1].inception_score
 
 
+def test_features_do_not_depend_on_the_number_of_images(tmp_path) -> None:
+    """A short batch is filled up, so the network is given the same number of images every time."""
+    sizes = []
+
+    def counted(images: torch.Tensor) -> Features:
+        sizes.append(len(images))
+        return means(images)
+
+    network = Network("counted", "0" * 64, counted, torch.device("cpu"))
+    np.savez(tmp_path / "batch.npz", np.resize(PIXELS, (53, 6, 5, 3)))
+    few, many = (collect(NpzImages(tmp_path / "batch.npz", count), network) for count in (4, 53))
+    assert sizes == [50, 50, 50]
+    assert (few.count, many.count, len(many.features)) == (4, 53, 53)
+    assert torch.equal(few.features, many.features[:4])
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [

@@ -50,7 +50,7 @@ def test_the_features_of_the_inception_interface(inception, images) -> None:
 def test_grey_images_get_three_channels(inception, images) -> None:
     network = load_network(inception[0])
     grey = images[:, :1]
-    torch.testing.assert_close(network(grey).pooled, network(grey.expand(-1, 3, -1, -1)).pooled)
+    assert torch.equal(network(grey).pooled, network(grey.expand(-1, 3, -1, -1)).pooled)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,17 @@ def test_the_bundled_classifier(images) -> None:
         network(F.interpolate(images, (32, 32)))
     with pytest.raises(InputError, match="network 'fashion' fails on images \\[3, 1, 40, 32\\]"):
         network(images[:, :1])
+
+
+class Wide(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float().flatten(1).repeat(1, 6)
+
+
+def test_features_that_have_no_covariance_are_refused(tmp_path, images) -> None:
+    torch.jit.script(Wide()).save(str(tmp_path / "wide.pt"))
+    with pytest.raises(InputError, match=r"'wide\.pt' gives 23040 features of an image; at most 16384"):
+        load_network(tmp_path / "wide.pt")(images)
 
 
 def test_nan_and_missing_files_are_named(tmp_path, images) -> None:

@@ -31,6 +31,8 @@ def test_moments_of_blocks_are_those_of_all_rows() -> None:
     np.testing.assert_allclose(found.mean.numpy(), features.double().numpy().mean(0), rtol=1e-14)
     with pytest.raises(InputError, match="at least 2 images, got 1"):
         _ = Moments.of(features[:1]).covariance
+    pair = Moments.of(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
+    assert Gaussian.of(pair).covariance.tolist() == [[2, 4], [4, 8]]
 
 
 def test_the_distance_of_gaussians_with_a_closed_form() -> None:
@@ -89,6 +91,7 @@ def test_subsets_are_disjoint_and_follow_from_the_seed() -> None:
     parts = [kernel_in_numpy(real[i : i + 10], drawn[i : i + 10]) for i in (0, 10, 20)]
     assert found.mean == pytest.approx(np.mean(parts), rel=1e-12)
     assert found.standard_error == pytest.approx(np.std(parts, ddof=1) / 3**0.5, rel=1e-12)
+    assert kernel_distance(x, y, subset=15, seed=3).standard_error > 0
     assert kernel_distance(x, y, subset=10, seed=4).mean != found.mean
 
 
@@ -133,6 +136,21 @@ def test_a_model_that_makes_one_real_image_is_precise_and_recalls_nothing_else()
     """All distances between its images are 0, which rounding must not hide."""
     real = rows(20, 500, shift=3.0)
     assert precision_recall(real, real[:1].repeat(9, 1)) == (1.0, 1 / 20)
+
+
+def test_a_mean_far_from_0_costs_no_digits() -> None:
+    """Squares of the features have no digits left in fp32 for their distances: the mean has to be taken off first."""
+    real, drawn = rows(40, 3), rows(33, 3, seed=1, shift=0.5)
+    near = precision_recall(real.double(), drawn.double())
+    assert precision_recall(real.double() + 1e5, drawn.double() + 1e5) == near
+
+
+def test_copies_of_a_point_far_from_the_mean_are_one_point() -> None:
+    """Rounding of their distances, which grows with the norms, must not make them differ."""
+    far = torch.cat([rows(20, 700, shift=40.0), rows(20, 700, seed=1, shift=-40.0)])
+    assert precision_recall(far, far[:1].repeat(9, 1)) == (1.0, 1 / 40)
+    a_little_off = far[:1].repeat(9, 1) + 0.1 * rows(9, 700, seed=2)
+    assert scores.squared_radii(a_little_off).min() > 1
 
 
 def test_a_point_is_no_neighbour_of_its_own() -> None:

@@ -75,6 +75,7 @@ def test_a_result_file_has_the_scores_and_the_whole_protocol(finished) -> None:
     assert len(row["run"]["model_sha256"]) == 64
     assert {"torch", "tqdit", "device"} <= set(row["environment"])
     assert set(row["seconds"]) == {"images", "features", "scores"}
+    assert row["peak_memory_bytes"] > 2**20
     assert row["absent"] == {}
 
 
@@ -159,6 +160,8 @@ def test_input_that_is_wrong_is_refused_before_any_image(evaluate, pipeline, net
             pipeline, reference, tmp_path / "own.json", network=network
         ),
         "num must be a whole number of at least 1": lambda: evaluate(pipeline, num=0),
+        "needs more than 3 images, of the models there are 3": lambda: evaluate(pipeline, num=3),
+        "two of the models are called 'tiny-dit.npz'": lambda: evaluate(pipeline, pipeline, npz=tmp_path / "npz"),
         "models must name at least one model": evaluate,
     }.items():
         with pytest.raises(InputError, match=message):
@@ -174,6 +177,7 @@ def test_the_command_prints_papers_names_and_joins_files(pipeline, network, refe
         images = ["--images", str(tmp_path / "images")]
         done = run.invoke(app, ["evaluate", *words, "-o", str(tmp_path / name), *images], catch_exceptions=False)
         assert done.exit_code == 0
+    assert "Fréchet distances of 12 images are biased upwards" in done.stdout
     assert done.stdout.split()[:7] == ["model", "FID", "sFID", "IS", "prec.", "recall", "KID"]
     shown = run.invoke(app, ["evaluate", str(tmp_path / "a.json"), str(tmp_path / "b.json")], catch_exceptions=False)
     assert shown.stdout.count("tiny-dit") == 2

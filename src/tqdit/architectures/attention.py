@@ -38,11 +38,17 @@ class OpenAttention:
     """An attention processor of diffusers that computes softmax(Q K^T / sqrt(d) + bias) V step by step.
 
     It serves self-attention and cross-attention. `masked` is called with the bias before keys and values are projected,
-    or with None, and `done` with everything afterwards.
+    or with None, and `done` with everything afterwards. `coded` is given each operand by its place among
+    `Computed.operands`, and returns what is computed with in its place.
     """
 
-    def __init__(self, masked: Callable[[torch.Tensor | None], None], done: Callable[[Computed], None]) -> None:
-        self.masked, self.done = masked, done
+    def __init__(
+        self,
+        masked: Callable[[torch.Tensor | None], None],
+        done: Callable[[Computed], None],
+        coded: Callable[[int, torch.Tensor], torch.Tensor] = lambda _, x: x,
+    ) -> None:
+        self.masked, self.done, self.coded = masked, done, coded
 
     def __call__(
         self,
@@ -63,12 +69,12 @@ class OpenAttention:
             batch, tokens = context.shape[:2]
             prepared = attn.prepare_attention_mask(attention_mask, tokens, batch)  # (B heads, 1, M)
             bias = prepared.reshape(batch, attn.heads, -1, tokens)[:, 0, 0]
-        q = heads(attn.to_q(hidden_states))
+        q = self.coded(0, heads(attn.to_q(hidden_states)))
         self.masked(bias)
-        k, v = (heads(layer(context)) for layer in (attn.to_k, attn.to_v))
+        k, v = (self.coded(i, heads(layer(context))) for i, layer in ((1, attn.to_k), (2, attn.to_v)))
         self.masked(None)
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        probabilities = (scores if bias is None else scores + bias[:, None, None]).softmax(-1)
+        probabilities = self.coded(3, (scores if bias is None else scores + bias[:, None, None]).softmax(-1))
         attended = probabilities @ v
         self.done(Computed(q, k, v, probabilities, scores, attended, bias))
         return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))

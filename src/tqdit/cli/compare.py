@@ -1,9 +1,8 @@
 """Define the command `tqdit compare`."""
 
 import shlex
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,8 +22,10 @@ from tqdit.cli.options import (
     Size,
     Verbose,
     check_outputs,
+    command,
     pixels,
     read_prompts,
+    say,
     text_lines,
     write_json,
     write_text,
@@ -32,6 +33,10 @@ from tqdit.cli.options import (
 from tqdit.cli.settings import flag, typed
 from tqdit.errors import InputError
 from tqdit.system import distributed
+
+if TYPE_CHECKING:
+    from tqdit.quality.comparison import Comparison
+    from tqdit.quality.traced_artifacts import FolderComparison
 
 OF_SAMPLES = ("num", "sampler", "cost", "equivalence")  # options that recorded calls have no use for
 # Options of the images of a pipeline, and what its call names them.
@@ -66,6 +71,10 @@ def compare(
         ),
     ] = False,
     json_file: JsonFile = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", metavar="RUN", help="save the run (.safetensors) for `tqdit report`"),
+    ] = None,
     device: Device = "auto",
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -75,10 +84,14 @@ def compare(
     With --calls the outputs of transformers of any class are compared on recorded calls, by time group; then --prompts
     is a text file with a prompt a line, by which a pipeline also draws an image each to compare. --size, --negative,
     --steps and --guidance are then arguments of the pipeline, which has its own values by default. Under torchrun the
-    processes share images and states.
+    processes share images and states. --out also measures what each site costs, and saves all that a report shows.
     """
+    if out is not None:
+        from tqdit.quality.run_file import check_path
+
+        check_path(out)
     if calls is not None:
-        _compare_calls(context, reference, quantized, calls, json_file, quiet)
+        _compare_calls(context, reference, quantized, calls, json_file, quiet, out)
         return
     for name in OF_PIPELINES:
         if typed(context, name):
@@ -92,9 +105,11 @@ def compare(
         result = comparison.compare_samples(
             reference, list(quantized), num, sampling, samples, seed,
             report=report, device=world.device, dtype=dtype, cost=cost, conditions=conditions, equivalence=equivalence,
+            sites=out is not None,
         )  # fmt: skip
     if not world.first:
         return
+    _save(result, out, json_file)
     if json_file != STDOUT:
         print_comparison(result)
     if json_file:
@@ -102,8 +117,9 @@ def compare(
 
 
 def _compare_calls(
-    context: typer.Context, reference: str, quantized: list[str], calls: Path, json_file: Path | None, quiet: bool
-) -> None:
+    context: typer.Context, reference: str, quantized: list[str], calls: Path, json_file: Path | None, quiet: bool,
+    out: Path | None,
+) -> None:  # fmt: skip
     """Compare transformers of any class on recorded calls."""
     from tqdit.cli.traced_tables import print_call_comparison
     from tqdit.quality.traced_artifacts import compare_folders
@@ -123,7 +139,16 @@ def _compare_calls(
         result = compare_folders(
             reference, quantized, calls, samples=given["samples"], seed=given["seed"], device=given["device"],
             dtype=given["dtype"], prompts=prompts, options=options, report=report,
+            sites=out is not None,
         )  # fmt: skip
+    _save(result, out, json_file)
     if json_file != STDOUT:
         print_call_comparison(result)
-    write_json(json_file, {"command": shlex.join(["tqdit", *sys.argv[1:]]), **result.figures()})
+    write_json(json_file, {"command": command(), **result.figures()})
+
+
+def _save(result: "Comparison | FolderComparison", out: Path | None, json_file: Path | None) -> None:
+    """Save a comparison as a run, and say what to do with it."""
+    if out is not None:
+        result.save(out, command())
+        say(f"run: {out}; `tqdit report {shlex.quote(str(out))}` makes a page of it", json_file)

@@ -69,11 +69,15 @@ def _notes(result: "Comparison") -> list[str]:
 def _verdict(name: str, verdict: "Verdict") -> str:
     """Return a sentence that says how the equivalence test of a model ended."""
     kid, error = verdict.kid, verdict.log_error
-    return (
+    text = (
         f"{name}: {'equivalent' if verdict.equivalent else 'equivalence not shown'} (KID {kid.lower:+.2g} to "
-        f"{kid.upper:+.2g} of the float model's, margin {verdict.margin:.2g}); closer to float32 than bfloat16: "
-        f"{'yes' if verdict.closer_than_bf16 else 'not shown'} (log squared error {error.lower:+.2f} to "
-        f"{error.upper:+.2f} of bfloat16's)."
+        f"{kid.upper:+.2g} of the float model's, margin {verdict.margin:.2g})"
+    )
+    if error is None:
+        return f"{text}, by {verdict.n} images."
+    return (
+        f"{text}; closer to float32 than bfloat16: {'yes' if verdict.closer_than_bf16 else 'not shown'} (log squared "
+        f"error {error.lower:+.2f} to {error.upper:+.2f} of bfloat16's)."
     )
 
 

@@ -1,4 +1,4 @@
-"""Define the command line: `tqdit record | quantize | sample | compare | evaluate | bench | convert | inspect | demo`.
+"""Define the command line: `tqdit record | quantize | sample | compare | evaluate | bench | convert | inspect | ...`.
 
 Each command imports what it needs when it runs.
 """
@@ -23,7 +23,9 @@ from tqdit.cli.exits import INTERRUPT_MESSAGE, INTERRUPTED, TERMINATED, WRONG, S
 from tqdit.cli.inspect import inspect
 from tqdit.cli.quantize import quantize
 from tqdit.cli.record import record
+from tqdit.cli.report import report
 from tqdit.cli.sample import sample
+from tqdit.cli.serve import serve
 from tqdit.system import distributed
 
 app = typer.Typer(
@@ -43,10 +45,12 @@ COMMANDS: Mapping[Callable[..., None], str] = {
     quantize: "Calibrate a model and write an artifact.",
     sample: "Sample images into a grid or a folder.",
     compare: "Measure artifacts against their float model.",
+    report: "Make a page of saved comparisons.",
     evaluate: "Measure FID and other scores of many images.",
     bench: "Time artifacts against float and torchao models.",
     convert: "Turn a checkpoint into a diffusers folder.",
     inspect: "Say what an artifact is.",
+    serve: "Draw images with several models on a page.",
     demo: "The whole way on the bundled model, with a report.",
 }
 NUMBERS = {"integer": "a whole number", "integer range": "a whole number", "float": "a number",

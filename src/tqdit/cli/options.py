@@ -109,6 +109,11 @@ def pixels(size: str | None) -> dict[str, int]:
     return {"height": int(height), "width": int(width)}
 
 
+def command() -> str:
+    """Return the present command, as a shell takes it."""
+    return shlex.join(["tqdit", *sys.argv[1:]])
+
+
 def with_prompts(command: str, path: Path | None) -> str:
     """Return a command with the prompts of the present command, if there are any."""
     return command if path is None else f"{command} --prompts {shlex.quote(str(path))}"

@@ -20,7 +20,7 @@ KEPT = 50_000  # images whose features are kept for precision, recall and the ke
 
 @dataclass(frozen=True)
 class Collected:
-    """What scores need of a set of images.
+    """The part of a set of images that scores need.
 
     `features` [N, D]: those of the first images; None where only statistics are known. `gaussian` and `spatial`: of all
     images. `inception_score`: of all images, where the network has classes.
@@ -84,12 +84,24 @@ def collect(images: ImageSet, network: Network, progress: Callable[[float], None
 def _features(images: ImageSet, network: Network, block: list[range]) -> Features:
     """Return the features of consecutive batches, on every rank; each rank computes its share."""
     world = current()
-    own = [network(images.read(indices)) for indices in world.share(block)]
+    own = [_of_batch(images.read(indices), network) for indices in world.share(block)]
     kinds = [f for f in ("pooled", "spatial", "probabilities") if own and getattr(own[0], f) is not None]
     if world.size > 1:
         kinds = _agreed(kinds)
     found = {kind: torch.cat(world.gather([getattr(part, kind) for part in own], len(block))) for kind in kinds}
     return Features(**found)
+
+
+def _of_batch(images: Tensor, network: Network) -> Features:
+    """Return the features of at most `BATCH` images, which the network is always given as many of.
+
+    A short batch is filled up by its last image: a product of another size may round in another way.
+    """
+    count = len(images)
+    filled = torch.cat([images, images[-1:].expand(BATCH - count, -1, -1, -1)])
+    found = network(filled)
+    parts = (found.pooled, found.spatial, found.probabilities)
+    return Features(*(None if part is None else part[:count] for part in parts))  # type: ignore[arg-type]
 
 
 def _agreed(kinds: list[str]) -> list[str]:

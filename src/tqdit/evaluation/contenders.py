@@ -25,23 +25,23 @@ class Contender(Protocol):
 
     @property
     def name(self) -> str:
-        """The name in tables."""
+        """Return the name in tables."""
 
     @property
     def drawn(self) -> Mapping[str, Any]:
-        """How the images are drawn, for the protocol."""
+        """Return how the images are drawn, for the protocol."""
 
     @property
     def run(self) -> Mapping[str, Any]:
-        """What else decides the images."""
+        """Return what else decides the images."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image."""
+        """Return (C, H, W) of an image."""
 
     @property
     def labels(self) -> Sequence[int] | None:
-        """The class of each image, if there are classes."""
+        """Return the class of each image, or None without classes."""
 
     def images(self, report: Callable[[str, float], None]) -> ImageSet:
         """Return the images. Those that are not there yet are drawn; processes share the work."""
@@ -66,7 +66,7 @@ class Model:
 
     @property
     def drawn(self) -> Mapping[str, Any]:
-        """How the images are drawn."""
+        """Return how the images are drawn."""
         wanted, conditions = self.wanted, self.wanted.conditions
         return {
             "num": wanted.num,
@@ -91,7 +91,7 @@ class Model:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image: a decoder doubles height and width between its blocks."""
+        """Return (C, H, W) of an image: a decoder doubles height and width between its blocks."""
         channels, height, width = registry.sample(self.wanted.source.config).shape
         if self.wanted.source.vae is None:
             return channels, height, width

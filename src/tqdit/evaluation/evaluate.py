@@ -1,9 +1,7 @@
 """The verb `evaluate`: images of models, their features, and their scores under one protocol."""
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,10 +10,12 @@ from tqdit.errors import InputError
 from tqdit.evaluation import measure
 from tqdit.evaluation.collect import Collected, collect
 from tqdit.evaluation.contenders import BATCH_SUFFIX, Batch, Contender, Model
-from tqdit.evaluation.image_sets import write_npz
+from tqdit.evaluation.costs import Costs
+from tqdit.evaluation.image_sets import ImageSet, write_npz
 from tqdit.evaluation.networks import FASHION, Network, load_network
 from tqdit.evaluation.reference import FASHION_TEST, Reference, open_reference
 from tqdit.evaluation.results import Evaluation, Protocol, Row, read_evaluation
+from tqdit.evaluation.scores import NEIGHBOURS
 from tqdit.imaging.images import BATCH
 from tqdit.runtime.target import Device, Dtype, Target
 from tqdit.sampling.guidance import Conditions, Sampling
@@ -27,6 +27,7 @@ from tqdit.system.isolation import isolated
 from tqdit.system.validation import check_counts, check_seed
 
 NUM = 10_000
+PROBES = 2  # images of a first call: programs of torch.export often take no batch of 1
 
 
 @isolated()
@@ -70,26 +71,33 @@ def evaluate(  # noqa: PLR0913 - one for each option of the command
     check_counts(num=num, batch=batch)
     check_seed(seed)
     out, target = Path(out), Target(backend, device, dtype)
-    check_file(out)
-    found = load_network(_network_name(network, reference), target.device)
-    real = open_reference(reference, found)
     place = out.with_suffix(".images") if images is None else Path(images)
-    for folder in (place, *([] if npz is None else [Path(npz)])):
+    batches = None if npz is None else Path(npz)
+    check_file(out)
+    for folder in filter(None, (place, batches)):
         check_outside(folder)
         check_parent(folder / "images")
+
+    def drawn_here(name: str | Path) -> Contender:
+        wanted = workflow.images_of(name, classes, num, sampling, seed, batch, conditions)
+        return Model(wanted, target, place)
+
+    found = load_network(_network_name(network, reference), target.device)
+    real = open_reference(reference, found)
+    contenders = _contenders(models, num, drawn_here)
+    evaluation = _begun(contenders, found, real, out)
+    _check_images(found, real, contenders, batches)
+    return _Work(found, real, out, batches, report).run(contenders, evaluation)
+
+
+def _contenders(
+    models: str | Path | Sequence[str | Path], num: int, drawn_here: Callable[[str | Path], Contender]
+) -> list[Contender]:
     given = [models] if isinstance(models, str | Path) else list(models)
     if not given:
         raise InputError("models must name at least one model, got an empty list")
-    contenders: list[Contender] = []
-    for name in given:
-        if Path(name).suffix == BATCH_SUFFIX:
-            contenders.append(Batch(Path(name), num))
-        else:
-            wanted = workflow.images_of(name, classes, num, sampling, seed, batch, conditions)
-            contenders.append(Model(wanted, target, place))
-    evaluation = _begun(contenders, found, real, out)
-    _check_network(found, real, contenders)
-    return _Work(found, real, out, None if npz is None else Path(npz), report).run(contenders, evaluation)
+    elsewhere = [Path(name).suffix == BATCH_SUFFIX for name in given]
+    return [Batch(Path(name), num) if made else drawn_here(name) for name, made in zip(given, elsewhere, strict=True)]
 
 
 def _network_name(network: str | Path | None, reference: str | Path) -> str | Path:
@@ -119,12 +127,30 @@ def _begun(contenders: Sequence[Contender], network: Network, reference: Referen
     return before
 
 
-def _check_network(network: Network, reference: Reference, contenders: Sequence[Contender]) -> None:
-    """Raise `InputError`, before any image is drawn, for images and statistics that do not suit the network."""
+def _check_images(
+    network: Network, reference: Reference, contenders: Sequence[Contender], batches: Path | None
+) -> None:
+    """Raise `InputError`, before any image is drawn, for images and statistics that do not suit the network.
+
+    Also for sets that are too small, and for two batches of one name.
+    """
+    sets = {"models": contenders[0].drawn["num"]}
     if reference.images is not None:
-        reference.check(network(reference.images.read(range(1))))
+        sets["reference"] = reference.images.count
+    for name, count in sets.items():
+        if count <= NEIGHBOURS:
+            raise InputError(f"an evaluation needs more than {NEIGHBOURS} images, of the {name} there are {count}")
+    if reference.images is not None:
+        reference.check(network(reference.images.read(range(PROBES))))
     for shape in dict.fromkeys(contender.shape for contender in contenders):
-        reference.check(network(torch.zeros(1, *shape, dtype=torch.uint8)))
+        reference.check(network(torch.zeros(PROBES, *shape, dtype=torch.uint8)))
+    names = [_batch_name(contender) for contender in contenders]
+    if batches and (double := next((name for name in names if names.count(name) > 1), None)):
+        raise InputError(f"two of the models are called '{double}', so their batches would be one file")
+
+
+def _batch_name(contender: Contender) -> str:
+    return f"{Path(contender.name).stem}{BATCH_SUFFIX}"
 
 
 class _Work:
@@ -147,29 +173,20 @@ class _Work:
         return evaluation
 
     def _row(self, contender: Contender) -> Row:
-        seconds: dict[str, float] = {}
-        start = time.perf_counter()
-
-        def lap(stage: str) -> None:
-            nonlocal start
-            now = time.perf_counter()
-            seconds[stage], start = round(now - start, 3), now
-
-        images = contender.images(self.report)
-        lap("images")
+        name, costs = contender.name, Costs(self.network.device)
+        with costs.of("images"):
+            images = contender.images(self.report)
         self._write_npz(contender, images)
-        start = time.perf_counter()
-        stage = f"features of {contender.name}"
-        drawn = collect(images, self.network, lambda f: self.report(stage, f))
-        lap("features")
+        with costs.of("features"):
+            drawn = collect(images, self.network, lambda f: self.report(f"features of {name}", f))
         real = self._real_features()
-        start = time.perf_counter()
-        self.report(f"scores of {contender.name}", 0.0)
-        found = measure.measure(real, drawn, self.network)
-        lap("scores")
+        self.report(f"scores of {name}", 0.0)
+        with costs.of("scores"):
+            found = measure.measure(real, drawn, self.network)
+        about = environment(str(self.network.device))
         return Row(
-            contender.name, contender.run, found.scores, found.details, found.absent, seconds, peak_memory_bytes(),
-            environment(str(self.network.device)),
+            name, contender.run, found.scores, found.details, found.absent,
+            costs.seconds, peak_memory_bytes(), costs.device_bytes, about,
         )  # fmt: skip
 
     def _real_features(self) -> Collected:
@@ -177,6 +194,6 @@ class _Work:
             self._real = self.reference.collected(self.network, lambda f: self.report("features of the reference", f))
         return self._real
 
-    def _write_npz(self, contender: Contender, images: Any) -> None:
+    def _write_npz(self, contender: Contender, images: ImageSet) -> None:
         if self.npz is not None and current().first:
-            write_npz(self.npz / f"{Path(contender.name).stem}.npz", images, contender.labels)
+            write_npz(self.npz / _batch_name(contender), images, contender.labels)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tqdit.errors import InputError
 from tqdit.system.reading import check_regular
+from tqdit.system.swap import partial_file, sync
 
 IMAGES = "arr_0"  # of the images in a batch
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -177,8 +178,6 @@ def write_npz(path: Path, images: ImageSet, labels: Sequence[int] | None = None,
     Grey images get three equal channels, as evaluators of others expect. The images are written as they are read,
     `batch` at a time. The file is there whole or not at all.
     """
-    from tqdit.system.swap import partial_file, sync
-
     path.parent.mkdir(parents=True, exist_ok=True)
     height, width = images.read(range(1)).shape[2:]
     with partial_file(path) as (partial, file):

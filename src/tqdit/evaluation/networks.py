@@ -15,12 +15,13 @@ from tqdit.quality import features
 from tqdit.system.reading import check_regular
 
 FASHION = "fashion"  # the bundled classifier of Fashion-MNIST
+MOST_FEATURES = 2**14  # of an image
 SPATIAL, CLASSES = "spatial", "classes"  # what a network may lack
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a network makes of N images: `pooled` [N, D], and `spatial` [N, S] and class `probabilities` [N, K], if any.
+    """The features of N images: `pooled` [N, D], and `spatial` [N, S] and class `probabilities` [N, K], if any.
 
     All are float32 on the CPU.
     """
@@ -62,6 +63,11 @@ class Network:
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
             raise InputError(f"network '{self.name}' fails on images {list(images.shape)}: {reason:.200}") from None
         for part in (found.pooled, found.spatial, found.probabilities):
+            if part is not None and part.shape[1] > MOST_FEATURES:
+                raise InputError(
+                    f"network '{self.name}' gives {part.shape[1]} features of an image; at most {MOST_FEATURES} have a "
+                    "covariance that fits into memory"
+                )
             if part is not None and not part.isfinite().all():
                 raise InputError(f"network '{self.name}' gives NaN or Inf")
         return found

@@ -12,18 +12,17 @@ from tqdit.errors import InputError
 from tqdit.evaluation.collect import Collected, collect
 from tqdit.evaluation.image_sets import IMAGES, ImageSet, NpzImages, file_sha256, folder_images
 from tqdit.evaluation.moments import Gaussian
-from tqdit.evaluation.networks import FASHION, Features, Network
+from tqdit.evaluation.networks import FASHION, MOST_FEATURES, Features, Network
 from tqdit.quality import fashion, features
 from tqdit.system.reading import check_regular
 
 FASHION_TEST = "fashion-test"  # the bundled features of Fashion-MNIST's test images
 POOLED, SPATIAL = ("mu", "sigma"), ("mu_s", "sigma_s")  # of the statistics in an ADM batch
-MOST_FEATURES = 2**14  # a covariance of more would not fit into memory
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What is there of a reference: `images`, statistics under some network, or `bundled` features.
+    """A reference, of which there are `images`, statistics under some network, or `bundled` features.
 
     Statistics go before the images: ADM's file for ImageNet has those of the whole training set, and 10,000 images for
     precision and recall.

@@ -45,7 +45,8 @@ class Row:
     """The scores of one model or batch of samples.
 
     `run`: what decided its images, such as the hash of the model, its backend and dtype. `absent`: why a score is
-    missing. `seconds` by stage, `peak_memory_bytes` of the process so far.
+    missing. `seconds` of each stage. `peak_memory_bytes`: of the process so far, imports included;
+    `peak_device_memory_bytes`: of a GPU in each stage.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Row:
     absent: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
+    peak_device_memory_bytes: Mapping[str, int] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -103,8 +103,8 @@ def squared_radii(points: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
     nearest = torch.full((len(points), neighbours), torch.inf, dtype=points.dtype, device=points.device)
 
     def add(rows: slice, distances: Tensor) -> None:
-        found = distances.topk(min(neighbours, distances.shape[1]), dim=1, largest=False).values
-        nearest[rows] = torch.cat([nearest[rows], found], 1).topk(neighbours, dim=1, largest=False).values
+        found = distances.topk(min(neighbours, distances.shape[1]), largest=False).values
+        nearest[rows] = torch.cat([nearest[rows], found], 1).topk(neighbours, largest=False).values
 
     for rows in _blocks(len(points)):
         for columns in _blocks(len(points)):

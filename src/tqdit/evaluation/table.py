@@ -3,7 +3,7 @@
 from tqdit.evaluation.results import Evaluation
 
 DIGITS = {
-    "frechet_distance": 2, "spatial_frechet_distance": 2, "inception_score": 1, "precision": 3, "recall": 3,
+    "frechet_distance": 3, "spatial_frechet_distance": 3, "inception_score": 1, "precision": 3, "recall": 3,
     "kernel_distance": 5,
 }  # fmt: skip
 PAPERS = {

@@ -48,10 +48,10 @@ def sample_batches(
             progress((done + len(indices) * step / sampling.steps) / total)
             state = x
         done += len(indices)
-        yield _finite(state, indices)
+        yield finite(state, indices)
 
 
-def _finite(state: torch.Tensor, indices: range) -> torch.Tensor:
+def finite(state: torch.Tensor, indices: range) -> torch.Tensor:
     """The finished states on the CPU; `InputError` if one is NaN or Inf, of which an image would be made in silence."""
     state = state.cpu()
     broken = [i for i, x in zip(indices, state, strict=True) if not x.isfinite().all()]

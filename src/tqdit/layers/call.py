@@ -36,7 +36,8 @@ class GroupLookup(FixedDtype):
 
     There is no host synchronisation and no recompilation over timesteps. On the CPU a timestep outside the range of the
     time groups is an `InputError`. On a GPU and under torch.compile no value is read, and such a timestep is in the
-    first or the last group; a model with a table of whole timesteps fails when it looks it up there.
+    first or the last group. In a model with a table of whole timesteps the sample then is NaN, or under torch.compile
+    and with torch's own operations the look-up fails.
     """
 
     edges: torch.Tensor  # fp64

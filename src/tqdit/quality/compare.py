@@ -30,6 +30,7 @@ def compare(
     cost: bool = True,
     conditions: Conditions | str | Path | None = None,
     equivalence: bool = False,
+    sites: bool = False,
 ) -> Comparison: ...
 
 
@@ -47,6 +48,7 @@ def compare(
     dtype: Dtype = "float32",
     prompts: Sequence[str] = (),
     options: dict[str, Any] | None = None,
+    sites: bool = False,
 ) -> FolderComparison: ...
 
 
@@ -69,6 +71,7 @@ def compare(  # noqa: PLR0913 - options
     groups: int = 10,
     prompts: Sequence[str] = (),
     options: dict[str, Any] | None = None,
+    sites: bool = False,
 ) -> Comparison | FolderComparison:
     """Compare artifacts with their float model, on samples of its own or on recorded calls.
 
@@ -78,11 +81,13 @@ def compare(  # noqa: PLR0913 - options
     `quantized`: a list of artifacts, or one. The first form is `comparison.compare_samples`, for DiT, SiT and PixArt.
     With `calls`, a recording or the path of one, it is `traced_artifacts.compare_folders`, for any class. They say what
     the options mean, and what they return. `num`, `sampling`, `cost`, `conditions` and `equivalence` are of the first
-    form, `groups`, `prompts` and `options` of the second one.
+    form, `groups`, `prompts` and `options` of the second one. `sites`: also measure each site by itself; then
+    `comparison.save("run.safetensors")` writes a run, of which `tqdit report` makes a page.
 
     Raises `InputError` for an option of the other form that has not its default.
     """
     common: dict[str, Any] = {"samples": samples, "seed": seed, "report": report, "device": device, "dtype": dtype}
+    common["sites"] = sites
     of_samples: dict[str, Any] = {
         "num": num, "sampling": sampling, "cost": cost, "conditions": conditions, "equivalence": equivalence,
     }  # fmt: skip

@@ -15,13 +15,16 @@ from torch import nn
 from tqdit.artifact import folder as artifact
 from tqdit.calibration import trajectories
 from tqdit.calibration.trajectories import CalibrationSet
+from tqdit.errors import InputError
 from tqdit.imaging import images
 from tqdit.imaging.images import Images
 from tqdit.imaging.request import chosen_classes
 from tqdit.quality import fashion, features, fidelity, metrics
 from tqdit.quality.artifacts import ComparedArtifact, artifact_paths, load_artifact
+from tqdit.quality.details import of_samples
 from tqdit.quality.equivalence import Verdict
 from tqdit.quality.fidelity import EpsilonFidelity
+from tqdit.quality.saved import Details, save_samples
 from tqdit.quality.trial import Trial, fashion_trial
 from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
@@ -106,12 +109,25 @@ class ModelRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The figures of `float_model` and of the quantized `models`; `settings` say how images and states were drawn."""
+    """The figures of `float_model` and of the quantized `models`; `settings` say how images and states were drawn.
+
+    `details`: what a report shows besides, of a comparison that was made with `sites`.
+    """
 
     float_model: ModelRow
     models: tuple[ModelRow, ...]
     settings: dict[str, Any]
     environment: dict[str, Any]
+    details: Details | None = None
+
+    def save(self, path: str | Path, command: str = "") -> None:
+        """Write the comparison as a run, a .safetensors file that `tqdit report` makes a page of.
+
+        `command`: what made it, for the page. Raises `InputError` for a comparison that was not made with `sites`.
+        """
+        if self.details is None:
+            raise InputError("a comparison is saved with its sites; call compare with sites=True")
+        save_samples(self, Path(path), command)
 
     def with_seconds(self, seconds: list[float]) -> "Comparison":
         """Return the same comparison with the calibration time of every quantized model."""
@@ -147,6 +163,8 @@ def compare_samples(  # noqa: PLR0913 - one for each option of the command
     cost: bool = True,
     conditions: Conditions | str | Path | None = None,
     equivalence: bool = False,
+    sites: bool = False,
+    bfloat16: bool = True,
 ) -> Comparison:
     """Compare artifacts with their float model: epsilon SQNR, PSNR of same-seed images, FD-fashion, size, time, memory.
 
@@ -157,7 +175,9 @@ def compare_samples(  # noqa: PLR0913 - one for each option of the command
     time calls next to the float model's in eager float32, and measure memory in a process for each model; not where
     several processes share the machine. `equivalence`: also give every artifact a `Verdict`, for a model of
     Fashion-MNIST; `num` must then be a multiple of 20, at least 40, and images of the float model are drawn twice
-    more, in bf16 and with the next seed.
+    more, in bf16 and with the next seed. `sites`: also measure the error of every site by itself, in a simulation,
+    which `Comparison.save` and the report want.
+    `bfloat16`: of `equivalence`, whether images in bf16 are drawn, too. A CPU without instructions for it is slow.
 
     FD-fashion is None where the bundled classifier does not fit. It is biased upwards for few images: compare it only
     within one table. Inside `distributed.joined` the ranks share images and states, and each returns the whole
@@ -167,7 +187,7 @@ def compare_samples(  # noqa: PLR0913 - one for each option of the command
     the images could not be decoded.
     """
     check_counts(num=num, samples=samples)
-    check_flags(cost=cost, equivalence=equivalence)
+    check_flags(cost=cost, equivalence=equivalence, sites=sites, bfloat16=bfloat16)
     target = Target(device=device, dtype=dtype)
     source, conditions = resolve(reference), read_conditions(conditions)
     asked = suitable(source.config, conditions)
@@ -184,7 +204,8 @@ def compare_samples(  # noqa: PLR0913 - one for each option of the command
     groups = data.time_groups.num_groups
     first, rows = _measured(model, found, wanted, data, calls if measures else None, report, target)
     if trial:
-        rows = _with_verdicts(trial, model, first, rows, report)
+        rows = _with_verdicts(trial, model, first, rows, report, bfloat16)
+    details = of_samples(model, found, wanted, data, digest, report) if sites else None
     del model
     if measures:
         first, rows = calls.with_memory(first, rows, found, report)
@@ -192,7 +213,7 @@ def compare_samples(  # noqa: PLR0913 - one for each option of the command
     settings |= {"seed": seed, "dtype": target.dtype_name, **asdict(wanted.drawn_with)}
     if measures:
         settings["call_batch"] = calls.batch
-    return Comparison(first, tuple(rows), settings, environment(str(target.device)))
+    return Comparison(first, tuple(rows), settings, environment(str(target.device)), details)
 
 
 def held_out(
@@ -233,11 +254,11 @@ def fd_fashion(source: ModelSource, pixels: torch.Tensor) -> float | None:
 
 
 def _with_verdicts(
-    trial: Trial, model: nn.Module, first: ModelRow, rows: Sequence[ModelRow], report: Report
+    trial: Trial, model: nn.Module, first: ModelRow, rows: Sequence[ModelRow], report: Report, bfloat16: bool
 ) -> list[ModelRow]:
     """Return the rows with the verdict of each; two artifacts may have the same name."""
     drawn = {f"{number}: {row.name}": row.images for number, row in enumerate(rows)}
-    found = trial.judge(model, first.images, drawn, report)
+    found = trial.judge(model, first.images, drawn, report, bfloat16)
     return [replace(row, verdict=verdict) for row, verdict in zip(rows, found.values(), strict=True)]
 
 

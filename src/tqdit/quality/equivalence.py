@@ -54,12 +54,13 @@ class Drawn:
 class Yardstick:
     """The sets that quantized models are measured by; image i has the same label in every drawn set.
 
-    `reference`: the float model. `bfloat16`: pixels [N, C, H, W] of the float model in bf16, from the same seeds.
+    `reference`: the float model. `bfloat16`: pixels [N, C, H, W] of the float model in bf16, from the same seeds; None
+    leaves the comparison with bf16 out.
     `other_seeds`: features [N, D] of the float model, from other seeds. `real`: features [M, D] of real images.
     """
 
     reference: Drawn
-    bfloat16: Tensor
+    bfloat16: Tensor | None
     other_seeds: Tensor
     real: Tensor
 
@@ -71,7 +72,7 @@ class Verdict:
     `kid` estimates the mean of d_k, `log_error` the mean log ratio of squared errors to bf16's, and `fd` the difference
     of Frechet distances with its jackknife standard error, to be read beside them: no decision rests on it. The bounds
     are of single tests; the decisions are by the adjusted p values. `exact` and `exact_bfloat16` count images without
-    any error.
+    any error. What compares with bf16 is None where the yardstick has no images of it.
     """
 
     n: int
@@ -81,12 +82,12 @@ class Verdict:
     p_equivalent: float
     p_equivalent_adjusted: float
     equivalent: bool
-    log_error: Estimate
-    p_closer: float
-    p_closer_adjusted: float
-    closer_than_bf16: bool
+    log_error: Estimate | None
+    p_closer: float | None
+    p_closer_adjusted: float | None
+    closer_than_bf16: bool | None
     exact: int
-    exact_bfloat16: int
+    exact_bfloat16: int | None
     fd: Estimate
 
     def figures(self) -> dict[str, Any]:
@@ -104,13 +105,12 @@ def verdicts(models: Mapping[str, Drawn], yardstick: Yardstick, blocks: int = BL
         _check(name, drawn, yardstick, blocks)
     real, reference = yardstick.real, yardstick.reference
     margin = seed_margin(kid_differences(yardstick.other_seeds, reference.features, real, blocks))
-    bf16 = squared_errors(yardstick.bfloat16, reference.pixels)
-    kids, errors = {}, {}
-    for name, drawn in models.items():
-        kids[name] = tost(kid_differences(drawn.features, reference.features, real, blocks), margin)
-        errors[name] = closeness(squared_errors(drawn.pixels, reference.pixels), bf16)
+    closer = _closer(models, yardstick)
+    kids = {
+        name: tost(kid_differences(drawn.features, reference.features, real, blocks), margin)
+        for name, drawn in models.items()
+    }
     equivalent = dict(zip(models, holm([p for _, p in kids.values()]), strict=True))
-    closer = dict(zip(models, holm([p for _, p in errors.values()]), strict=True))
     return {
         name: Verdict(
             n=len(drawn.pixels),
@@ -120,16 +120,25 @@ def verdicts(models: Mapping[str, Drawn], yardstick: Yardstick, blocks: int = BL
             p_equivalent=kids[name][1],
             p_equivalent_adjusted=equivalent[name],
             equivalent=equivalent[name] <= ALPHA,
-            log_error=errors[name][0],
-            p_closer=errors[name][1],
-            p_closer_adjusted=closer[name],
-            closer_than_bf16=closer[name] <= ALPHA,
             exact=int((squared_errors(drawn.pixels, reference.pixels) == 0).sum()),
-            exact_bfloat16=int((bf16 == 0).sum()),
+            **closer[name],
             fd=jackknife(*frechet_replicates(drawn.features, reference.features, real, blocks)),
         )
         for name, drawn in models.items()
     }
+
+
+def _closer(models: Mapping[str, Drawn], yardstick: Yardstick) -> dict[str, dict[str, Any]]:
+    """Return the fields of each verdict that compare with bf16, all None without images of it."""
+    fields = ("log_error", "p_closer", "p_closer_adjusted", "closer_than_bf16", "exact_bfloat16")
+    if yardstick.bfloat16 is None:
+        return {name: dict.fromkeys(fields) for name in models}
+    pixels = yardstick.reference.pixels
+    bf16 = squared_errors(yardstick.bfloat16, pixels)
+    errors = [closeness(squared_errors(drawn.pixels, pixels), bf16) for drawn in models.values()]
+    adjusted, exact = holm([p for _, p in errors]), int((bf16 == 0).sum())
+    rows = zip(models, errors, adjusted, strict=True)
+    return {name: dict(zip(fields, (mean, p, q, q <= ALPHA, exact), strict=True)) for name, (mean, p), q in rows}
 
 
 def seed_margin(differences: Tensor) -> float:
@@ -221,6 +230,8 @@ def _check(name: str, drawn: Drawn, yardstick: Yardstick, blocks: int) -> None:
         if len(features) != len(reference.pixels):
             raise InputError(f"{label}: {len(features)} rows of features for {len(reference.pixels)} images")
     for label, pixels in {name: drawn.pixels, "bfloat16": yardstick.bfloat16}.items():
+        if pixels is None:
+            continue
         if pixels.shape != reference.pixels.shape:
             shapes = f"{list(pixels.shape)}, the float model's {list(reference.pixels.shape)}"
             raise InputError(f"images of {label} have shape {shapes}")

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -135,21 +135,25 @@ def compare_images(
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
     report: Report = silent,
+    keep: Callable[[str, Sequence[torch.Tensor]], None] = lambda name, images: None,
 ) -> list[ImageRow]:
     """Draw an image or video for each prompt by a pipeline with each model in turn, and compare them with its own.
 
     `models`: name -> component -> the transformer that takes its place; read one after another, and the pipeline's own
-    transformers are dropped before the first one is read. `options`: arguments of the pipeline. Raises `InputError` as
+    transformers are dropped before the first one is read. `options`: arguments of the pipeline. `keep` is given the
+    images of each model, [0, 1], by its name, which is "" for the pipeline's own. Raises `InputError` as
     `check_drawing` does, and for what the pipeline refuses.
     """
     check_drawing(type(pipe), prompts, options or {})
     expected = _images(pipe, prompts, seed, options or {}, lambda f: report("images of the float model", f))
+    keep("", expected)
     rows = []
     for name in models:
         _drop_transformers(pipe)
         for component, model in models[name].items():
             pipe.register_modules(**{component: model})
         actual = _images(pipe, prompts, seed, options or {}, lambda f, name=name: report(f"images of {name}", f))
+        keep(name, actual)
         each = [_psnr(a, b) for a, b in zip(expected, actual, strict=True)]
         finite = all(bool(image.isfinite().all()) for image in actual)
         decided = [(db, prompt) for db, prompt in zip(each, prompts, strict=True) if db is not None and finite]

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tqdit.artifact import folder as artifact
-from tqdit.calibration.calls import Recording, read_calls
+from tqdit.calibration.calls import Calls, Recording, read_calls
 from tqdit.errors import InputError
 from tqdit.quality.artifacts import artifact_paths
 from tqdit.quality.replayed import (
@@ -22,6 +22,8 @@ from tqdit.quality.replayed import (
     compare_images,
     held_out,
 )
+from tqdit.quality.saved import CalledFacts, Drawn, SiteErrors, save_calls
+from tqdit.quality.site_errors import CALL_PASSES, called_states, measured_sites
 from tqdit.recorded import weights_sha256
 from tqdit.runtime import fitting
 from tqdit.runtime.convert import convert
@@ -34,7 +36,7 @@ from tqdit.stages import Report, silent
 from tqdit.system.environment import environment
 from tqdit.system.files import CONFIG, is_there, read_json
 from tqdit.system.isolation import isolated
-from tqdit.system.validation import check_counts, check_seed
+from tqdit.system.validation import check_counts, check_flags, check_seed
 
 BFLOAT16 = "bfloat16"
 
@@ -44,7 +46,7 @@ class Compared:
     """The comparison of one transformer.
 
     `sizes`: name -> bytes of the weights over those of bf16. `fresh`: whether the calls are others than those of the
-    calibrations.
+    calibrations. `facts`: of the float model, `sites`: of each artifact; both are for a report.
     """
 
     component: str
@@ -52,21 +54,41 @@ class Compared:
     sizes: Mapping[str, float]
     fresh: bool
     dtype: str
+    facts: CalledFacts | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """Return JSON values."""
+        values = {name: value for name, value in vars(self).items() if name != "facts"}
+        return {**values, "comparison": self.comparison.figures()}
 
 
 @dataclass(frozen=True)
 class FolderComparison:
-    """The comparisons of all transformers of a folder, and of the images of its pipeline if prompts were given."""
+    """The comparisons of all transformers of a folder, and of the images of its pipeline if prompts were given.
+
+    `drawn`: these images, for a report.
+    """
 
     name: str
     transformers: tuple[Compared, ...]
     images: tuple[ImageRow, ...]
     environment: Mapping[str, Any]
+    drawn: Drawn | None = None
 
     def figures(self) -> dict[str, Any]:
         """Return JSON values."""
-        parts = [{**vars(part), "comparison": part.comparison.figures()} for part in self.transformers]
-        return {**vars(self), "transformers": parts, "images": [row.figures() for row in self.images]}
+        parts = [part.figures() for part in self.transformers]
+        values = {name: value for name, value in vars(self).items() if name != "drawn"}
+        return {**values, "transformers": parts, "images": [row.figures() for row in self.images]}
+
+    def save(self, path: str | Path, command: str = "") -> None:
+        """Write the comparison as a run, a .safetensors file that `tqdit report` makes a page of.
+
+        `command`: what made it, for the page. Raises `InputError` for a comparison that was not made with `sites`.
+        """
+        if any(part.facts is None for part in self.transformers):
+            raise InputError("a comparison is saved with its sites; call compare with sites=True")
+        save_calls(self, Path(path), command)
 
 
 @isolated()
@@ -83,6 +105,7 @@ def compare_folders(  # noqa: PLR0913 - options
     prompts: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
     report: Report = silent,
+    sites: bool = False,
 ) -> FolderComparison:
     """Compare artifacts with the float transformers of a folder, on recorded calls that calibration did not use.
 
@@ -93,6 +116,7 @@ def compare_folders(  # noqa: PLR0913 - options
     `prompts`: also compare an image of each, drawn by the pipeline with the seeds `seed`, `seed` + 1, and so on.
     `options`: arguments of the pipeline for these images, such as `{"height": 512, "width": 768, "guidance_scale": 3.5,
     "num_inference_steps": 20}`; by default its own. One transformer is on the device at a time.
+    `sites`: also measure the error of sites by themselves, in a simulation, for `FolderComparison.save`.
     Raises `InputError` for an artifact of another model, and before any work for an option that is not legal, for
     prompts where nothing draws images, and for options that the pipeline does not take.
     """
@@ -100,6 +124,7 @@ def compare_folders(  # noqa: PLR0913 - options
         raise InputError(f"a model is given by its path or name, got {type(model).__name__}")
     check_counts(samples=samples, groups=groups)
     check_seed(seed)
+    check_flags(sites=sites)
     quantized = artifact_paths(quantized)
     source, where = any_class.find(found_folder(model)), checked_device(device)
     if prompts:
@@ -113,13 +138,16 @@ def compare_folders(  # noqa: PLR0913 - options
         if isinstance(recording, Recording) and len(source.folders) > 1 and component not in recording:
             raise InputError(f"there are no calls of '{component}'")
         parts.append(stage.compared(recording, samples, groups, seed, report))
-    rows: list[ImageRow] = []
+        if sites:
+            parts[-1] = stage.with_facts(parts[-1], report)
+    rows, drawn = list[ImageRow](), Drawn(tuple(prompts)) if sites and prompts else None
     if prompts:
         wanted = checked_dtype(parts[0].dtype)
-        pipe = _pipeline(source.root, wanted).to(where)
+        pipe = load_pipeline(source.root, wanted).to(where)
         loaded = {Path(path).name: _Pipelines(Path(path), source.folders, where, wanted) for path in quantized}
-        rows = compare_images(pipe, loaded, prompts, seed, options, report)
-    return FolderComparison(source.name, tuple(parts), tuple(rows), environment(str(where)))
+        keep = drawn.keep if drawn else lambda name, images: None
+        rows = compare_images(pipe, loaded, prompts, seed, options, report, keep)
+    return FolderComparison(source.name, tuple(parts), tuple(rows), environment(str(where)), drawn)
 
 
 def _pipeline_class(source: any_class.Transformers) -> type:
@@ -150,6 +178,8 @@ class _Component:
         self.name, self.folder, self.device = name, folder, device
         self.dtype = checked_dtype(dtype)
         self.places = {_unique(path, quantized): artifact_folder(Path(path), name) for path in quantized}
+        self.calls: Calls  # those that were compared, and the hash of the float weights
+        self.digest = ""
 
     def compared(self, recording: Any, samples: int, groups: int, seed: int, report: Report) -> Compared:
         report(f"loading {self.name}", 0.0)
@@ -166,7 +196,24 @@ class _Component:
         del model  # a model in both dtypes may not fit in memory
         exact = any_class.load_transformer(self.folder, self.dtype).to(self.device)
         comparison = compare_calls(exact, _Models(self, exact), calls, groups, report)
+        self.calls, self.digest = calls, digest
         return Compared(self.name, comparison, sizes, fresh, dtype_name(self.dtype))
+
+    def with_facts(self, compared: Compared, report: Report) -> Compared:
+        """Return a comparison with the sites of each artifact, on some of the calls that were compared."""
+        model = any_class.load_transformer(self.folder, self.dtype).to(self.device)
+        states, sites, solutions = called_states(self.calls), {}, {}
+        for name, place in self.places.items():
+            solution = fitting.read(place)
+            assert solution.graph is not None
+            found = measured_sites(model, solution.graph, solution, states, report, f"sites of {name}", CALL_PASSES)
+            sites[name] = SiteErrors(tuple(found[0]), found[1])
+            solutions[name] = replace(solution, codes={}, floats={})
+        stored, parameters = any_class.stored_dtypes(self.folder), sum(p.numel() for p in model.parameters())
+        file_bytes = sum(dtype.itemsize * count for dtype, count in stored.items())
+        file_dtype = dtype_name(stored.most_common(1)[0][0])
+        facts = CalledFacts(self.digest, self.calls.sha256, parameters, file_bytes, file_dtype, sites, solutions)
+        return replace(compared, facts=facts)
 
 
 class _Models(Mapping[str, nn.Module]):
@@ -235,7 +282,7 @@ def _unique(path: str | Path, among: Sequence[str | Path]) -> str:
     return name if sum(Path(other).resolve().name == name for other in among) == 1 else str(path)
 
 
-def _pipeline(folder: Path, dtype: torch.dtype) -> Any:
+def load_pipeline(folder: Path, dtype: torch.dtype) -> Any:
     """Return the pipeline of a folder, without progress bars. Raises `InputError` if diffusers refuses it."""
     from diffusers import DiffusionPipeline
 

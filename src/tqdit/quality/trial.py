@@ -50,26 +50,31 @@ class Trial:
         """Return images that have been drawn before together with their features."""
         return Drawn(pixels, self.features(pixels).to(self.real.device))
 
-    def yardstick(self, model: nn.Module, pixels: Tensor, report: Report = silent) -> Yardstick:
+    def yardstick(self, model: nn.Module, pixels: Tensor, report: Report = silent, bfloat16: bool = True) -> Yardstick:
         """Return what quantized models are measured by, given the float model and its images `pixels`.
 
-        The float model is drawn with the other seed, and in bfloat16 with the same one. The sampler itself computes in
-        fp32 beside a bf16 model, as it does beside an integer one.
+        The float model is drawn with the other seed, and, with `bfloat16`, in that dtype with the same one. The sampler
+        itself computes in fp32 beside a bf16 model, as it does beside an integer one.
         """
         name = self.wanted.source.name
-        bf16 = self.draw(InBfloat16(model), f"{name} in bf16", report=report).pixels
+        bf16 = self.draw(InBfloat16(model), f"{name} in bf16", report=report).pixels if bfloat16 else None
         other = self.draw(model, f"{name}, other seeds", self.other_seed, report).features
         return Yardstick(self.with_features(pixels), bf16, other, self.real)
 
     def judge(
-        self, model: nn.Module, pixels: Tensor, quantized: Mapping[str, Tensor], report: Report = silent
+        self,
+        model: nn.Module,
+        pixels: Tensor,
+        quantized: Mapping[str, Tensor],
+        report: Report = silent,
+        bfloat16: bool = True,
     ) -> dict[str, Verdict]:
         """Return the verdict of every quantized model by its pixels, which are all of `wanted`'s seeds.
 
-        `pixels` are those of the float `model`.
+        `pixels` are those of the float `model`. `bfloat16`: whether to compare with that dtype, too.
         """
         drawn = {name: self.with_features(found) for name, found in quantized.items()}
-        return verdicts(drawn, self.yardstick(model, pixels, report))
+        return verdicts(drawn, self.yardstick(model, pixels, report, bfloat16))
 
 
 def fashion_trial(wanted: Images, device: torch.device) -> Trial:

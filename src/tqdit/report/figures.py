@@ -1,105 +1,82 @@
-"""Draw the charts of models' fidelity over timesteps, and choose how models look in every chart."""
+"""Draw the charts of models' fidelity over timesteps."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from markupsafe import Markup
-
-from tqdit.quality.comparison import ModelRow
-from tqdit.report.svg import draw
-from tqdit.timegroups import TimeGroups
+from tqdit.quality.run import Row
+from tqdit.report.sections import Section
+from tqdit.report.svg import Chart, draw
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours (blue a little lighter) that stand out on white and on near-black. Each model has a marker
-# too, since colour alone is not enough.
-COLOURS = ("#1f83c4", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼"}  # matplotlib's name, and the same in text
-TIMESTEP = "training timestep t"
+TIMESTEP = "timestep t"
 MAX_VECTOR_POINTS = 3000
 
 
-@dataclass(frozen=True)
-class Series:
-    """The look of one model in every chart and key."""
-
-    name: str
-    colour: str
-    marker: str
-
-    @property
-    def glyph(self) -> str:
-        """Return the marker as a character, for keys in HTML."""
-        return MARKERS[self.marker]
+def fidelity(section: Section, quantity: str) -> list[Chart]:
+    """Return the charts of a section: the SQNR of every state, where it was saved, and of every time group."""
+    drawn = [sqnr_by_timestep(section, quantity)] if any(row.by_timestep for row in section.rows) else []
+    return [*drawn, sqnr_by_group(section, quantity)] if any(row.sqnr_by_group for row in section.rows) else drawn
 
 
-def series_of(models: Sequence[ModelRow]) -> list[Series]:
-    """Return a colour and a marker for each model, in their order; pairs repeat after 30 models."""
-    return [
-        Series(row.name, COLOURS[i % len(COLOURS)], tuple(MARKERS)[i % len(MARKERS)]) for i, row in enumerate(models)
-    ]
-
-
-def sqnr_by_timestep(models: Sequence[ModelRow], groups: TimeGroups) -> Markup:
-    """Draw the SQNR of every held-out state against its timestep, a series per model.
-
-    `groups`: time groups whose range is the axis.
-    """
+def sqnr_by_timestep(section: Section, quantity: str) -> Chart:
+    """Draw the SQNR of every held-out state against its timestep, a series per model."""
+    rows = section.rows
     # As vectors, very many points would dominate the page's size.
-    many = sum(len(row.eps.by_timestep) for row in models if row.eps) > MAX_VECTOR_POINTS
+    many = sum(len(row.by_timestep) for row in rows) > MAX_VECTOR_POINTS
 
     def paint(axes: "Axes") -> None:
-        for row, look in zip(models, series_of(models), strict=True):
-            if row.eps:
-                t, db = zip(*row.eps.by_timestep, strict=True)
+        for row, look in zip(rows, section.looks, strict=True):
+            if row.by_timestep:
+                t, db = zip(*row.by_timestep, strict=True)
                 axes.scatter(
-                    t, _finite(db), s=16, marker=look.marker, color=look.colour, alpha=0.8, linewidths=0,
+                    t, _drawn(db), s=16, marker=look.marker, color=look.colour, alpha=0.8, linewidths=0,
                     rasterized=many,
                 )  # fmt: skip
-        axes.set(xlabel=TIMESTEP, ylabel="ε SQNR (dB)", xlim=(groups.low, groups.high), title="Every held-out state")
+        axes.set(xlabel=TIMESTEP, ylabel=f"{quantity} (dB)", xlim=_limits(section), title="Every held-out state")
 
-    return draw("timesteps", f"Scatter plot of ε SQNR in dB against the {TIMESTEP}. {_spans(models)}", paint)
+    table: list[list[object]] = [["model", "t", "sqnr_db"]]
+    table += [[look.name, t, db] for row, look in zip(rows, section.looks, strict=True) for t, db in row.by_timestep]
+    alt = f"Scatter plot of {quantity} in dB against the {TIMESTEP}. {_spans(section)}"
+    return draw(f"s{section.number}-states", alt, paint, table)
 
 
-def sqnr_by_group(models: Sequence[ModelRow], groups: TimeGroups) -> Markup:
-    """Draw the SQNR of every time group as steps over the group's timesteps, a series per model.
-
-    `groups`: time groups whose range is the axis.
-    """
+def sqnr_by_group(section: Section, quantity: str) -> Chart:
+    """Draw the SQNR of every time group as steps over the group's timesteps, a series per model."""
+    rows = [(row, look) for row, look in zip(section.rows, section.looks, strict=True) if row.sqnr_by_group]
 
     def paint(axes: "Axes") -> None:
-        for row, look in zip(models, series_of(models), strict=True):
-            if row.eps:
-                db = _finite(row.eps.by_group)
-                bounds, centres = edges(_groups_of(row, len(db), groups))
-                axes.stairs(db, bounds, baseline=None, color=look.colour, linewidth=1.8)
-                axes.plot(centres, db, look.marker, color=look.colour, markersize=5)
-        axes.set(xlabel=TIMESTEP, ylabel="ε SQNR (dB)", xlim=(groups.low, groups.high), title="Per time group")
+        for row, look in rows:
+            db = _drawn(row.sqnr_by_group)
+            centres = [(a + b) / 2 for a, b in zip(row.groups, row.groups[1:], strict=False)]
+            axes.stairs(db, row.groups, baseline=None, color=look.colour, linewidth=1.8)
+            axes.plot(centres, db, look.marker, color=look.colour, markersize=5)
+        axes.set(xlabel=TIMESTEP, ylabel=f"{quantity} (dB)", xlim=_limits(section), title="Per time group")
 
-    return draw("groups", f"Step plot of ε SQNR in dB per time group. {_spans(models)}", paint)
-
-
-def _groups_of(row: ModelRow, count: int, shown: TimeGroups) -> TimeGroups:
-    """Return the time groups of a row's figures: its solution's, or equal ranges of the range shown."""
-    own = row.solution.time_groups if row.solution else None
-    return own if own and own.num_groups == count else TimeGroups.uniform(shown.low, shown.high, count, shown.closed)
+    table: list[list[object]] = [["model", "from_t", "to_t", "sqnr_db"]]
+    for row, look in rows:
+        bounds = zip(row.groups, row.groups[1:], row.sqnr_by_group, strict=False)
+        table += [[look.name, first, last, db] for first, last, db in bounds]
+    alt = f"Step plot of {quantity} in dB per time group. {_spans(section)}"
+    return draw(f"s{section.number}-groups", alt, paint, table)
 
 
-def edges(groups: TimeGroups) -> tuple[list[float], list[float]]:
-    """Return the bounds of all groups, and their centres, in timesteps."""
-    bounds = [groups.bounds(g) for g in range(groups.num_groups)]
-    return [groups.low, *(last for _, last in bounds)], [(first + last) / 2 for first, last in bounds]
+def _limits(section: Section) -> tuple[float, float]:
+    return section.part.low, section.part.high
 
 
-def _finite(values: Sequence[float]) -> list[float]:
-    """Return the values with NaN in place of infinite SQNR (no error at all), which has no place on the axis."""
-    return [x if math.isfinite(x) else math.nan for x in values]
+def _drawn(values: Sequence[float | None]) -> list[float]:
+    """Return the values with NaN in place of None (no error at all, or no state), which has no place on the axis."""
+    return [math.nan if x is None else x for x in values]
 
 
-def _spans(models: Sequence[ModelRow]) -> str:
+def _spans(section: Section) -> str:
     """Describe each model's range of SQNR over the groups, for alt texts."""
-    rows = [(row.name, [x for x in row.eps.by_group if not math.isnan(x)]) for row in models if row.eps]
+    rows = [(look.name, _known(row)) for row, look in zip(section.rows, section.looks, strict=True)]
     return "; ".join(f"{name}: {min(db):.1f} to {max(db):.1f} dB" for name, db in rows if db) + "."
+
+
+def _known(row: Row) -> list[float]:
+    return [x for x in row.sqnr_by_group if x is not None]

@@ -1,122 +1,203 @@
-"""Write a comparison as one self-contained HTML page: no network, no scripts, images inline."""
+"""Write saved comparisons as one self-contained HTML page: no network, images, charts and their numbers inline."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from markupsafe import Markup
-
-from tqdit.quality.comparison import Comparison, ModelRow
-from tqdit.report import figures, softmax, tables
-from tqdit.report.images import sheets
+from tqdit.quality.run import Boxes, Run, Site
+from tqdit.report import figures, histograms, softmax, tables, verdicts
+from tqdit.report.advice import Advice, advice
+from tqdit.report.images import Sheet, sheets
+from tqdit.report.sections import Saved, Section, Shown, differences, sections
+from tqdit.report.svg import Chart, csv_uri
+from tqdit.spec import Role
 from tqdit.system.files import write_text
-from tqdit.timegroups import TimeGroups
+
+TOP = 10  # most sensitive sites of each model
+OPEN = 1  # models of a section whose sites are unfolded at first
+AMPLIFIED = (1, 4, 16)
 
 
 @dataclass(frozen=True)
-class Picture:
-    """The images of one model, and the caption under them."""
+class Pictures:
+    """The images of one model beside those of its float model."""
 
-    uri: str
-    alt: str
+    shown: Shown
+    key: str
+    float_key: str
+    sheet: Sheet
     caption: str
 
 
 @dataclass(frozen=True)
-class ScaleChart:
-    """A chart of a model's post-softmax scales, or None where no scale changes over time."""
+class RankedSite:
+    """One of the most sensitive sites: its facts, advice, and the chart of its values, if they were kept."""
 
-    name: str
+    site: Site
+    role: str
+    form: str
+    advice: Advice
+    chart: Chart | None
     note: str
-    chart: Markup | None
 
 
-def write_report(comparison: Comparison, maxima: torch.Tensor, t: torch.Tensor, out: Path) -> None:
+@dataclass(frozen=True)
+class Ranking:
+    """The most sensitive sites of one model. `measured` of `in_all` sites were measured."""
+
+    shown: Shown
+    sites: list[RankedSite]
+    measured: int
+    in_all: int
+    csv: str
+    open: bool
+
+
+def write_report(saved: Sequence[Saved], out: Path) -> None:
     """Write the page to the file `out`; on any error a page that was there before is left as it was.
 
-    maxima: (S, blocks, C) largest post-softmax values and t: (S,) their timesteps, from `calibration.Records`. The same
-    input gives the same bytes.
+    The same input gives the same bytes.
     """
-    write_text(out, render(comparison, maxima, t))
+    write_text(out, render(saved))
 
 
-def render(comparison: Comparison, maxima: torch.Tensor, t: torch.Tensor) -> str:
-    """Return the page as text; see `write_report`."""
+def render(saved: Sequence[Saved]) -> str:
+    """Return the page as text."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    loader = PackageLoader("tqdit", "report")
     # Names come from users' folders, so everything is escaped but our own charts.
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("page.html.j2").render(_context(comparison, maxima, t))
+        loader=PackageLoader("tqdit", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template("page.html.j2").render(_context(saved))
 
 
-def _context(comparison: Comparison, maxima: torch.Tensor, t: torch.Tensor) -> dict[str, Any]:
-    models = comparison.models
-    groups = _time_groups(models)
-    boxes = softmax.box_groups(t, groups)
-    measured = any(row.eps for row in models)
-    looks = figures.series_of(models)
+def _context(saved: Sequence[Saved]) -> dict[str, Any]:
+    found = sections(saved)
+    first = found[0]
     return {
-        "title": tables.title(comparison),
-        "summary": tables.summary(comparison),
-        "settings": tables.facts(comparison.settings),
-        "environment": tables.facts(comparison.environment),
-        "pictures": _pictures(comparison),
-        "reference": (comparison.float_model.name, tables.cells(comparison.float_model, comparison.float_model)),
-        "rows": [(look, tables.cells(row, comparison.float_model)) for look, row in zip(looks, models, strict=True)],
-        "file_dtype": comparison.float_model.file_dtype or comparison.float_model.bits,
-        "call_batch": comparison.settings.get("call_batch"),
-        "num": len(comparison.float_model.images),
-        "has_fd": any(row.fd_fashion is not None for row in (comparison.float_model, *models)),
-        "looks": looks,
-        "fidelity": [draw(models, groups) for draw in (figures.sqnr_by_timestep, figures.sqnr_by_group) if measured],
-        "boxes": _boxes(maxima, t, boxes),
-        "box_count": boxes.num_groups,
-        "scales": list(_scale_charts(models)),
-        "site_rows": tables.site_table(models),
+        "title": tables.title(first),
+        "sections": [_section(section, first) for section in found],
+        "runs": [_run(number, run) for number, (run, _) in enumerate(saved)],
+        "amplified": AMPLIFIED,
     }
 
 
-def _time_groups(models: tuple[ModelRow, ...]) -> TimeGroups:
-    """Return the finest time groups of any model."""
-    found = [row.solution.time_groups for row in models if row.solution]
-    return max(found, key=lambda groups: groups.num_groups, default=TimeGroups.uniform(0, 1000, 10))
+def _run(number: int, run: Run) -> dict[str, Any]:
+    return {
+        "number": number + 1,
+        "command": run.command,
+        "created": run.created,
+        "environment": tables.facts(run.environment),
+    }
 
 
-def _boxes(maxima: torch.Tensor, t: torch.Tensor, groups: TimeGroups) -> list[tuple[int, float, Markup]]:
-    """Return (block, how much its median changes, chart) of the first, middle and last block."""
-    last = maxima.shape[1] - 1
-    chosen = [(block, maxima[:, block]) for block in sorted({0, (last + 1) // 2, last})]
-    return [
-        (block, softmax.median_change(x, t, groups), softmax.maxima_boxes(x, t, groups, block)) for block, x in chosen
-    ]
+def _section(section: Section, first: Section) -> dict[str, Any]:
+    """Return all that the page says of one section."""
+    return {
+        "number": section.number,
+        "kind": section.kind,
+        "title": tables.title(section),
+        "summary": tables.summary(section),
+        "differs": differences(first, section) if section is not first else [],
+        "settings": tables.facts(section.part.protocol),
+        "looks": section.looks,
+        "quantized": [shown.look for shown in section.quantized],
+        "fidelity": figures.fidelity(section, tables.QUANTITY[section.kind]),
+        "rankings": list(_rankings(section)),
+        "boxes": list(_boxes(section)),
+        "scales": list(_scales(section)),
+        "site_rows": tables.site_table(section),
+        **_verdicts(section),
+        **_results(section),
+        **_images(section),
+    }
 
 
-def _pictures(comparison: Comparison) -> list[Picture]:
-    rows = (comparison.float_model, *comparison.models)
+def _verdicts(section: Section) -> dict[str, Any]:
+    return {
+        "told": verdicts.told(section.models),
+        "rule": next((verdicts.rule(row.verdict) for row in section.rows if row.verdict), ""),
+        "caution": verdicts.caution(section.rows),
+    }
+
+
+def _results(section: Section) -> dict[str, Any]:
+    columns, references, rows = tables.results(section)
+    heads = ["model", *(f"{column.head} {column.unit}".strip() for column in columns)]
+    body = [[name, *cells] for name, cells in references]
+    body += [[look.name, *cells] for look, cells in zip(section.looks, rows, strict=True)]
+    return {
+        "columns": columns,
+        "references": references,
+        "rows": list(zip(section.looks, rows, strict=True)),
+        "results_csv": csv_uri([heads, *body]),
+        "several_runs": len(set(section.runs)) > 1,
+        "num": section.part.protocol.get("num"),
+        "call_batch": section.part.protocol.get("call_batch"),
+        "has_fd": any(row.fd_fashion is not None for row in (section.reference, *section.rows)),
+    }
+
+
+def _images(section: Section) -> dict[str, Any]:
+    pictures, definitions = _pictures(section)
+    shown = max((sheet.shown for sheet in definitions.values()), default=0)
+    captions = section.part.captions[:shown]
+    return {"pictures": pictures, "definitions": definitions, "captions": captions if all(captions) else []}
+
+
+def _boxes(section: Section) -> Iterator[tuple[Boxes, float, Chart]]:
+    for found in section.part.boxes:
+        if any(box is not None for box in found.boxes):
+            yield found, softmax.median_change(found), softmax.maxima_boxes(section, found)
+
+
+def _scales(section: Section) -> Iterator[tuple[Shown, str, Chart | None]]:
+    """Return one chart per model whose post-softmax scales change over time, all on one colour scale."""
+    limits = softmax.extent(section.rows)
+    for shown in section.quantized if section.kind == "samples" else ():
+        chart = softmax.scale_heatmap(section, shown, limits) if shown.row.softmax_steps else None
+        yield shown, softmax.scale_note(shown.row), chart
+
+
+def _pictures(section: Section) -> tuple[list[Pictures], dict[str, Sheet]]:
+    """Return the pictures of every model, and the sheets by the keys under which the page has each once."""
+    stacks: dict[str, Any] = {}
     found = []
-    for row, sheet in zip(rows, sheets([row.images for row in rows]), strict=True):
-        caption = " · ".join(part for part in (row.preset, row.bits) if part)
-        if row.psnr_db is not None:
-            caption += f" · PSNR {tables.number(row.psnr_db, 1)} dB"
-        alt = f"{sheet.shown} images sampled from {row.name} ({caption}), in rows of {sheet.columns}"
-        found.append(Picture(sheet.uri, alt, caption))
-    return found
-
-
-def _scale_charts(models: tuple[ModelRow, ...]) -> Iterator[ScaleChart]:
-    """Return one chart per solved model, all on one colour scale."""
-    solved = [(row.name, row.solution, softmax.grouped_sites(row.solution)) for row in models if row.solution]
-    grouped = [sites for _, _, sites in solved if sites]
-    steps = torch.cat([softmax.finest_steps(sites).flatten() for sites in grouped]) if grouped else torch.zeros(1)
-    limits = (float(steps.min()), float(steps.max()))
-    for i, (name, solution, sites) in enumerate(solved):
-        if not sites:
-            yield ScaleChart(name, softmax.fixed_note(solution), None)
+    for number, shown in enumerate(section.models):
+        if shown.pixels is None or shown.expected is None:
             continue
-        chart = softmax.scale_heatmap(f"scales{i}", sites, solution.time_groups, limits)
-        yield ScaleChart(name, softmax.grid_note(sites), chart)
+        keys = f"s{section.number}-model-{number}", f"s{section.number}-float-{shown.run}"
+        stacks |= {keys[0]: shown.pixels, keys[1]: shown.expected}
+        found.append((shown, keys))
+    definitions = dict(zip(stacks, sheets(list(stacks.values())), strict=True))
+    pictures = [Pictures(shown, *keys, definitions[keys[0]], _caption(shown)) for shown, keys in found]
+    return pictures, definitions
+
+
+def _caption(shown: Shown) -> str:
+    row = shown.row
+    caption = " · ".join(part for part in (row.preset, row.bits) if part)
+    return caption if row.psnr_db is None else f"{caption} · PSNR {tables.number(row.psnr_db, 1)} dB"
+
+
+def _rankings(section: Section) -> Iterator[Ranking]:
+    for number, shown in enumerate(section.quantized):
+        row = shown.row
+        if not row.sites:
+            continue
+        sites = []
+        for rank, site in enumerate(row.sites[:TOP]):
+            found, key = site.histogram, f"s{section.number}-site-{number}-{rank}"
+            chart = None if found is None else histograms.site_histogram(key, site, found)
+            note = "" if found is None else histograms.described(found)
+            told = advice(site, row.recipe, section.kind == "calls")
+            sites.append(RankedSite(site, tables.SINGULAR[Role(site.role)], tables.site_form(site), told, chart, note))
+        yield Ranking(shown, sites, len(row.sites), row.sites_in_all, _sites_csv(row.sites), number < OPEN)
+
+
+def _sites_csv(sites: Sequence[Site]) -> str:
+    heads = ["name", "role", "bits", "grid", "granularity", "groups", "sqnr_db", "share"]
+    return csv_uri([heads, *([getattr(site, head) for head in heads] for site in sites)])

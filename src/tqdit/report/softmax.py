@@ -3,129 +3,98 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-from markupsafe import Markup
-
-from tqdit.report.figures import COLOURS, TIMESTEP, edges
-from tqdit.report.svg import INK, draw
-from tqdit.spec import Grid, GridParams, Role, Solution
-from tqdit.timegroups import TimeGroups
+from tqdit.grids.registry import Grid
+from tqdit.quality.run import Boxes, Row
+from tqdit.report.figures import TIMESTEP
+from tqdit.report.sections import COLOURS, Section, Shown
+from tqdit.report.svg import INK, Chart, draw
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MAX_BOXES = 25
-SMALL = 4.7  # inches: three panels beside each other
-TINY = torch.finfo(torch.float32).tiny  # a probability that underflowed has no place on a log axis
+SMALL = (4.7, 3.4)  # inches: three panels beside each other
+TINY = 1e-38  # a probability that underflowed has no place on a log axis
+QUANTILES = ("q05", "q25", "q50", "q75", "q95")
+STATISTICS = ("whislo", "q1", "med", "q3", "whishi")  # matplotlib's names of the same
 
 
-def box_groups(t: torch.Tensor, groups: TimeGroups) -> TimeGroups:
-    """Return the bins of the box plots: the time groups, or ten where there is one, 25 at most."""
-    if groups.num_timesteps is None:
-        count = groups.num_groups if groups.num_groups > 1 else 10
-        return TimeGroups.uniform(groups.low, groups.high, min(count, MAX_BOXES), groups.closed)
-    timesteps = max(groups.num_timesteps, int(t.max()) + 1)
-    count = groups.num_groups if groups.num_groups > 1 else min(10, timesteps)
-    return TimeGroups.uniform(0, timesteps, min(count, MAX_BOXES))
-
-
-def maxima_boxes(maxima: torch.Tensor, t: torch.Tensor, groups: TimeGroups, block: int) -> Markup:
-    """Draw the paper's Fig. 3 for one block: boxes of per-channel maxima over bins of t.
-
-    maxima: (S, C); t: (S,).
-    """
-    from matplotlib.cbook import boxplot_stats
+def maxima_boxes(section: Section, found: Boxes) -> Chart:
+    """Draw the paper's Fig. 3 for one block: boxes of per-channel maxima over ranges of t."""
     from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
-    member = groups.index(t)
-    found = [g for g in range(groups.num_groups) if (member == g).any()]
-    values = [maxima[member == g].flatten().clamp(min=TINY).numpy() for g in found]
-    stats = boxplot_stats(values, whis=(5, 95))
-    bounds, centres = edges(groups)
+    spans = list(zip(found.bounds, found.bounds[1:], found.boxes, strict=False))
+    known = [(first, last, [max(x, TINY) for x in box]) for first, last, box in spans if box is not None]
     line, median = {"color": INK, "linewidth": 0.9}, {"color": COLOURS[1], "linewidth": 2.2}
     fill = {"facecolor": COLOURS[0] + "66", "edgecolor": INK, "linewidth": 0.9}  # 40 % opaque
 
     def paint(axes: "Axes") -> None:
         axes.bxp(
-            stats, positions=[centres[g] for g in found], widths=0.6 * (bounds[1] - bounds[0]), showfliers=False,
-            manage_ticks=False, patch_artist=True, boxprops=fill, medianprops=median, whiskerprops=line,
-            capprops=line,
+            [{**dict(zip(STATISTICS, box, strict=True)), "fliers": []} for _, _, box in known],
+            positions=[(first + last) / 2 for first, last, _ in known],
+            widths=[0.6 * (last - first) for first, last, _ in known], showfliers=False, manage_ticks=False,
+            patch_artist=True, boxprops=fill, medianprops=median, whiskerprops=line, capprops=line,
         )  # fmt: skip
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(FixedLocator([m * 10.0**e for e in range(-8, 1) for m in (1, 2, 5)]))
         axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.set(xlabel=TIMESTEP, ylabel="largest probability", xlim=(groups.low, groups.high))
+        axes.set(xlabel=TIMESTEP, ylabel="largest probability", xlim=(section.part.low, section.part.high))
 
-    medians = [float(box["med"]) for box in stats]
+    medians = [box[2] for _, _, box in known]
     alt = (
-        f"Box plots of post-softmax maxima of block {block} over the {TIMESTEP}: "
+        f"Box plots of post-softmax maxima of block {found.block} over the {TIMESTEP}: "
         f"the median runs from {medians[0]:.3g} at the smallest t to {medians[-1]:.3g} at the largest."
     )
-    return draw(f"block{block}", alt, paint, (SMALL, 3.4))
+    table: list[list[object]] = [["from_t", "to_t", *QUANTILES]]
+    table += [[first, last, *box] for first, last, box in known]
+    return draw(f"s{section.number}-maxima-block{found.block}", alt, paint, table, SMALL)
 
 
-def median_change(maxima: torch.Tensor, t: torch.Tensor, groups: TimeGroups) -> float:
-    """Return the largest over the smallest median of the bins' maxima. maxima: (S, C); t: (S,)."""
-    member = groups.index(t)
-    medians = torch.stack([maxima[member == g].median() for g in member.unique()])
-    return float(medians.max() / medians.min().clamp(min=TINY))
+def median_change(found: Boxes) -> float:
+    """Return the largest over the smallest median of the ranges."""
+    medians = [max(box[2], TINY) for box in found.boxes if box is not None]
+    return max(medians) / min(medians)
 
 
-def grouped_sites(solution: Solution) -> list[GridParams]:
-    """Return the post-softmax sites whose scale changes over time, in the order of the blocks."""
-    found = [p for p in solution.params.values() if p.spec.role is Role.SOFTMAX and p.spec.groups > 1]
-    return [p for p in found if not p.spec.grid.per_row]
-
-
-def finest_steps(sites: Sequence[GridParams]) -> torch.Tensor:
-    """Return log2 of each site's finest step, (sites * units, groups).
-
-    The step is s1 of an MRQ grid, or the one scale of a uniform grid.
-    """
-    steps = [p.scale[..., 0] if p.spec.grid.two_region else p.scale for p in sites]
-    return torch.cat([step.T for step in steps]).log2()
-
-
-def scale_heatmap(key: str, sites: Sequence[GridParams], groups: TimeGroups, limits: tuple[float, float]) -> Markup:
-    """Draw log2 of the finest post-softmax step of each block (`sites`, in order) over the time groups."""
+def scale_heatmap(section: Section, shown: Shown, limits: tuple[float, float]) -> Chart:
+    """Draw log2 of the finest post-softmax step of each block over the time groups of one model."""
     from matplotlib.ticker import MaxNLocator
 
-    steps = finest_steps(sites)
+    steps = [site.log2 for site in shown.row.softmax_steps]
+    groups, low, high = len(steps[0]), section.part.low, section.part.high
 
     def paint(axes: "Axes") -> None:
-        extent = (groups.low, groups.high, len(sites) - 0.5, -0.5)
-        low, high = limits
         image = axes.imshow(
-            steps.numpy(), cmap="cividis", vmin=low, vmax=high, aspect="auto", interpolation="none", extent=extent
-        )
+            steps, cmap="cividis", vmin=limits[0], vmax=limits[1], aspect="auto", interpolation="none",
+            extent=(low, high, len(steps) - 0.5, -0.5),
+        )  # fmt: skip
         assert axes.figure is not None
         axes.figure.colorbar(image, ax=axes, label="log₂ step").outline.set_visible(False)
         axes.grid(False)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set(xlabel=f"{TIMESTEP} ({groups.num_groups} time groups)", ylabel="block")
+        axes.set(xlabel=f"{TIMESTEP} ({groups} time groups)", ylabel="block")
 
-    alt = f"Heatmap of log2 step sizes, {len(sites)} blocks by {groups.num_groups} time groups: "
-    return draw(key, f"{alt}{float(steps.min()):.1f} to {float(steps.max()):.1f}.", paint, (SMALL, _height(len(sites))))
-
-
-def fixed_note(solution: Solution) -> str:
-    """Return a note for a model whose post-softmax scales do not change over time."""
-    rows = [p.spec.grid.per_row for p in solution.params.values() if p.spec.role is Role.SOFTMAX]
-    if rows and all(rows):
-        return "a scale for each row, which needs no time groups"
-    return "a scale for each row, or one scale for all timesteps" if any(rows) else "one scale for all timesteps"
+    least, most = extent([shown.row])
+    alt = f"Heatmap of log2 step sizes, {len(steps)} blocks by {groups} time groups: {least:.1f} to {most:.1f}."
+    table: list[list[object]] = [["block", *(f"group_{group}" for group in range(groups))]]
+    table += [[block, *row] for block, row in enumerate(steps)]
+    key = f"s{section.number}-scales-{section.models.index(shown)}"
+    return draw(key, alt, paint, table, (SMALL[0], min(6.0, 2.3 + 0.13 * len(steps))))
 
 
-def grid_note(sites: Sequence[GridParams]) -> str:
-    """Return a note that says which scale a heatmap of these sites shows."""
-    uniform = [str(block) for block, p in enumerate(sites) if p.spec.grid is Grid.UNIFORM]
+def extent(rows: Sequence[Row]) -> tuple[float, float]:
+    """Return the smallest and the largest log2 step of models that have some; one colour scale for all charts."""
+    steps = [step for row in rows for site in row.softmax_steps for step in site.log2]
+    return min(steps, default=0.0), max(steps, default=0.0)
+
+
+def scale_note(row: Row) -> str:
+    """Return a note that says which scale a heatmap shows, or why there is none."""
+    if not row.softmax_steps:
+        return "a scale for each row, which needs no time groups" if row.softmax_rows else "one scale for all timesteps"
+    uniform = [str(block) for block, site in enumerate(row.softmax_steps) if site.grid == str(Grid.UNIFORM)]
     if not uniform:
-        return "s₁ of the MRQ grid"
-    if len(uniform) == len(sites):
+        return "s₁, the step of the fine region of the MRQ grid"
+    if len(uniform) == len(row.softmax_steps):
         return "the scale of the uniform grid"
     return f"s₁ of the MRQ grid; in block {', '.join(uniform)} the scale of a uniform grid"
-
-
-def _height(rows: int) -> float:
-    return min(6.0, 2.3 + 0.13 * rows)

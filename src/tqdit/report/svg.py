@@ -1,8 +1,11 @@
-"""Draw one matplotlib figure as an inline SVG element that takes its ink and its font from the page around it."""
+"""Draw one matplotlib figure as an inline SVG, with the same as PNG and its numbers as CSV behind links."""
 
+import base64
+import csv
 import re
-from collections.abc import Callable
-from io import StringIO
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import BytesIO, StringIO
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
@@ -11,8 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK = "#010203"  # stands for the page's text colour; becomes `currentColor`, so that dark mode works
-SIZE = (6.4, 3.6)  # inches of 72 units: a panel is half the page on a desktop and the whole of a phone
+SIZE = (5.2, 3.3)  # inches of 72 units: text of 12 units has about 11 pixels on a phone
 DPI = 200  # resolution of the parts that are rasterized
+PNG_DPI = 120
 STYLE: Any = {  # matplotlib types every key by name
     "svg.fonttype": "none",  # text stays text: selectable, small, in the page's font
     "figure.facecolor": "none",
@@ -30,13 +34,27 @@ STYLE: Any = {  # matplotlib types every key by name
     "axes.titlelocation": "left",
 } | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK)
 ANONYMOUS = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # the same figure gives the same bytes
+Rows = Sequence[Sequence[object]]
 
 
-def draw(key: str, alt: str, paint: Callable[["Axes"], None], size: tuple[float, float] = SIZE) -> Markup:
-    """Return the `<svg>` of the axes on which `paint` draws, with `alt` as its accessible name.
+@dataclass(frozen=True)
+class Chart:
+    """One chart of the page: an `<svg>` element, and data URIs of the same as PNG and of its numbers as CSV.
 
-    `size`: (width, height) in units of 72 pixels. `key` must be unique in the page: it keeps the ids of one figure
-    apart from those of the next.
+    `name`: of the files that the links offer.
+    """
+
+    name: str
+    svg: Markup
+    png: str
+    csv: str
+
+
+def draw(key: str, alt: str, paint: Callable[["Axes"], None], rows: Rows, size: tuple[float, float] = SIZE) -> Chart:
+    """Return the chart of the axes on which `paint` draws, with `alt` as its accessible name.
+
+    `size`: (width, height) in units of 72 pixels. `rows`: what is drawn as a table, the heads first. `key` must be
+    unique in the page: it keeps the ids of one figure apart from those of the next.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -46,9 +64,23 @@ def draw(key: str, alt: str, paint: Callable[["Axes"], None], size: tuple[float,
         mpl.rcParams.update(STYLE | {"svg.hashsalt": key})
         figure = Figure(figsize=size, layout="constrained")
         paint(figure.add_subplot())
-        buffer = StringIO()
-        figure.savefig(buffer, format="svg", dpi=DPI, metadata=ANONYMOUS)
-    return _inline(buffer.getvalue(), alt)
+        vector, pixels = StringIO(), BytesIO()
+        figure.savefig(vector, format="svg", dpi=DPI, metadata=ANONYMOUS)
+        figure.set_layout_engine("none")  # the layout is found, and finding it takes most of the time
+        figure.savefig(pixels, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": None})
+    return Chart(key, _inline(vector.getvalue(), alt), data_uri("image/png", pixels.getvalue()), csv_uri(rows))
+
+
+def csv_uri(rows: Rows) -> str:
+    """Return a table as the data URI of a CSV file."""
+    text = StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return data_uri("text/csv;charset=utf-8", text.getvalue().encode())
+
+
+def data_uri(kind: str, data: bytes) -> str:
+    """Return bytes of a media type as a data URI."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _inline(document: str, alt: str) -> Markup:

@@ -1,12 +1,15 @@
-"""Write the comparison's numbers as text: headline, summary, the table's cells, and a table of site roles."""
+"""Write the figures of a section as text: headline, summary, the table of results, and the tables of sites."""
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from tqdit.quality.comparison import Comparison, ModelRow
-from tqdit.spec import Granularity, GridParams, Role
+from tqdit.grids.registry import Grid
+from tqdit.quality.run import Row, Site
+from tqdit.report.sections import Section
+from tqdit.spec import Granularity, Role
 
 NOTHING = "–"
 ROLES = {
@@ -19,6 +22,10 @@ ROLES = {
     Role.SOFTMAX: "Post-softmax probabilities",
     Role.GELU: "Post-GELU activations",
 }
+SINGULAR = {
+    Role.WEIGHT: "weight", Role.WEIGHT_ONLY: "weight, float input", Role.INPUT: "input", Role.QUERY: "query",
+    Role.KEY: "key", Role.VALUE: "value", Role.SOFTMAX: "after softmax", Role.GELU: "after GELU",
+}  # fmt: skip
 SHARED = {
     Granularity.PER_TENSOR: "per tensor",
     Granularity.PER_CHANNEL: "per channel",
@@ -30,7 +37,37 @@ FACTS = {
     "groups": "ranges",
     "states": "held-out states",
     "call_batch": "samples of a timed call",
+    "calls": "recorded calls",
+    "held_out": "calls that no calibration used",
 }
+QUANTITY = {"samples": "ε SQNR", "calls": "SQNR"}  # of each kind of run
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table of results: its head in two lines, and the text of a row (row, float model)."""
+
+    head: str
+    unit: str
+    text: Callable[[Row, Row], str]
+    word: bool = False
+
+
+COLUMNS = (
+    Column("Preset", "", lambda row, _: row.preset or NOTHING, word=True),
+    Column("Bits", "", lambda row, _: row.bits, word=True),
+    Column("Size", "(MB)", lambda row, _: _megabytes(row.size_bytes)),
+    Column("of file", "(%)", lambda row, of: _percent(row.size_bytes, of.size_bytes)),
+    Column("of bf16", "(%)", lambda row, of: _percent(row.size_bytes, of.float32_bytes, 2)),
+    Column("SQNR ↑", "(dB)", lambda row, _: "∞" if row.exact else number(row.sqnr_db, 1)),
+    Column("Worst ↑", "(dB)", lambda row, _: number(row.worst_db, 1)),
+    Column("PSNR ↑", "(dB)", lambda row, _: number(row.psnr_db, 1)),
+    Column("FD-fashion ↓", "", lambda row, _: number(row.fd_fashion, 2)),
+    Column("Call", "(ms)", lambda row, _: number(row.ms_per_call, 1)),
+    Column("× eager", "float32", lambda row, _: number(row.speedup, 2)),
+    Column("Peak", "(MB)", lambda row, _: number(row.peak_bytes / 1e6 if row.peak_bytes else None, 0)),
+    Column("Calibration", "(s)", lambda row, _: number(row.calibration_seconds, 0)),
+)
 
 
 def number(value: float | None, digits: int) -> str:
@@ -40,115 +77,121 @@ def number(value: float | None, digits: int) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "∞"
 
 
-def title(comparison: Comparison) -> str:
-    """Return the headline: the model closest to float, its cost and its savings."""
-    name = comparison.float_model.name
-    best = closest(comparison.models)
-    if best is None or best.eps is None:
-        return f"{name}, quantized"
-    return f"{name}, {_smaller(comparison, best)} at {number(best.eps.overall, 1)} dB ε SQNR"
+def results(section: Section) -> tuple[list[Column], list[tuple[str, list[str]]], list[list[str]]]:
+    """Return the columns that have a figure, the rows of float models (one for each run), and those of the others.
+
+    A float model whose cells are the same in all runs is there once.
+    """
+    references = {shown.run: shown.reference for shown in section.models} or {0: section.reference}
+    rows = [*references.values(), *section.rows]
+    columns = [c for c in COLUMNS if any(c.text(row, section.reference) != NOTHING for row in rows)]
+    heads: dict[tuple[str, ...], str] = {}
+    for run, reference in references.items():
+        cells = tuple(column.text(reference, reference) for column in columns)
+        name = reference.name if not heads else f"{reference.name} (run {run + 1})"
+        heads.setdefault(cells, name)
+    first = [(name, list(cells)) for cells, name in heads.items()]
+    return columns, first, [[c.text(shown.row, shown.reference) for c in columns] for shown in section.models]
 
 
-def summary(comparison: Comparison) -> str:
-    """Return one paragraph: the method, the closest model and the smallest."""
-    reference, models = comparison.float_model, comparison.models
-    text = f"{reference.name} takes {_megabytes(reference)} MB in {reference.file_dtype or reference.bits}. "
-    best = closest(models)
-    if best is None or best.eps is None:
+def title(section: Section) -> str:
+    """Return the headline: what the model nearest to float saves, and how near its images or outputs are."""
+    best = closest(section.rows)
+    if best is None:
+        return f"{section.reference.name}, quantized"
+    parts = [_smaller(section.reference, best)]
+    if best.speedup:
+        parts.append(f"{best.speedup:.1f}× as fast as eager float32")
+    parts.append(
+        f"{QUANTITY[section.kind]} {_decibels(best)} dB"
+        if best.psnr_db is None else f"images {number(best.psnr_db, 1)} dB PSNR from the float model’s"
+    )  # fmt: skip
+    return f"{section.reference.name} in {best.bits.upper()}: " + ", ".join(parts)
+
+
+def summary(section: Section) -> str:
+    """Return one paragraph: the closest model and the smallest."""
+    reference, rows = section.reference, section.rows
+    text = f"{reference.name} takes {_megabytes(reference.size_bytes)} MB in {reference.file_dtype or reference.bits}. "
+    best = closest(rows)
+    if best is None:
         return text + "No quantized model was measured against it."
-    count = "One model was" if len(models) == 1 else f"{len(models)} models were"
-    text += f"{count} quantized from it after training, without training data. "
+    what = "noise ε of held-out states" if section.kind == "samples" else "outputs of recorded calls"
+    error = 0.0 if best.sqnr_db is None else 10 ** (2 - best.sqnr_db / 10)
     text += (
-        f"{_described(best)} predicts the noise ε of held-out states with a signal-to-noise ratio (SQNR) of "
-        f"{number(best.eps.overall, 1)} dB: its error has {10 ** (2 - best.eps.overall / 10):.2g} % of the signal's "
-        f"power. It takes {_megabytes(best)} MB, {100 * best.disk_bytes / reference.disk_bytes:.1f} % of that."
+        f"{_described(best)} predicts the {what} with a signal-to-noise ratio (SQNR) of {_decibels(best)} dB: its "
+        f"error has {error:.2g} % of the signal’s power. It takes {_megabytes(best.size_bytes)} MB."
     )
-    if best.cost:
-        text += (
-            f" A call of the denoiser takes {number(best.cost.ms_per_call, 1)} ms, {best.cost.speedup:.1f}× as fast as "
-            "the float model in eager float32."
-        )
-    smallest = min(models, key=lambda row: row.size_bytes)
+    smallest = min(rows, key=lambda row: row.size_bytes or math.inf)
     if smallest is not best:
         text += (
-            f" The smallest, {_described(smallest)}, takes {_megabytes(smallest)} MB "
-            f"({_smaller(comparison, smallest)}) at {number(_sqnr(smallest), 1)} dB."
+            f" The smallest, {_described(smallest)}, takes {_megabytes(smallest.size_bytes)} MB "
+            f"({_smaller(reference, smallest)}) at {_decibels(smallest)} dB."
         )
     return text
 
 
-def closest(models: Sequence[ModelRow]) -> ModelRow | None:
-    """Return the model with the highest SQNR of ε; the first of equals."""
-    measured = [row for row in models if row.eps and not math.isnan(row.eps.overall)]
-    return max(measured, key=lambda row: row.eps.overall if row.eps else -math.inf, default=None)
-
-
-def cells(row: ModelRow, reference: ModelRow) -> list[str]:
-    """Return a row of the table, after the name.
-
-    The cells: preset, bits; MB, % of the file that was quantized, of bf16 and of fp32; SQNR, PSNR, FD-fashion; ms a
-    call, times as fast as eager float32, peak MB; seconds of calibration.
-    """
-    fp32, size, cost = reference.size_bytes, row.disk_bytes, row.cost
-    return [
-        row.preset or NOTHING,
-        row.bits,
-        _megabytes(row),
-        *(number(100 * size / whole, 1) for whole in (reference.disk_bytes, fp32 / 2, fp32)),
-        number(_sqnr(row), 1),
-        number(row.psnr_db, 1),
-        number(row.fd_fashion, 2),
-        number(cost.ms_per_call if cost else None, 1),
-        number(cost.speedup if cost else None, 2),
-        number(cost.peak_bytes / 1e6 if cost and cost.peak_bytes is not None else None, 0),
-        number(row.calibration_seconds, 0),
-    ]
+def closest(rows: Sequence[Row]) -> Row | None:
+    """Return the quantized model with the highest SQNR; the first of equals."""
+    measured = [row for row in rows if (row.sqnr_db is not None or row.exact) and row.recipe]
+    return max(measured, key=lambda row: math.inf if row.exact else row.sqnr_db or 0.0, default=None)
 
 
 def facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return settings or environment as (label, value)."""
-    return [(FACTS.get(key, key.replace("_", " ")), str(value)) for key, value in values.items()]
+    """Return settings or environment as (label, value), without hashes, which say nothing to a reader."""
+    shown = {key: value for key, value in values.items() if not key.endswith("sha256") and value is not None}
+    return [(FACTS.get(key, key.replace("_", " ")), str(value)) for key, value in shown.items()]
 
 
-def site_table(models: Sequence[ModelRow]) -> list[tuple[str, list[list[tuple[str, str]]]]]:
+def site_table(section: Section) -> list[tuple[str, list[list[tuple[str, str]]]]]:
     """Return, for each role that occurs, its label and a cell for each model.
 
-    A cell is (number and grid, what shares a scale).
+    A cell is (number and grid, what shares a scale). Only sites that were measured are known.
     """
     rows = []
     for role, label in ROLES.items():
-        columns = [_phrases(row.solution.params.values() if row.solution else (), role) for row in models]
+        columns = [_phrases(shown.row.sites, role) for shown in section.quantized]
         if any(columns):
             rows.append((label, columns))
     return rows
 
 
-def _phrases(sites: Iterable[GridParams], role: Role) -> list[tuple[str, str]]:
-    counts = Counter((f"{p.spec.bits}-bit {p.spec.grid.label}", _shared(p)) for p in sites if p.spec.role is role)
+def site_form(site: Site) -> str:
+    """Return how a site is quantized: bits, grid, and what shares a scale."""
+    return f"{site.bits}-bit {Grid(site.grid).label}, {_shared(site)}"
+
+
+def _phrases(sites: Sequence[Site], role: Role) -> list[tuple[str, str]]:
+    counts = Counter((f"{s.bits}-bit {Grid(s.grid).label}", _shared(s)) for s in sites if s.role == role.value)
     return [(f"{count} × {codes}", shared) for (codes, shared), count in counts.items()]
 
 
-def _shared(params: GridParams) -> str:
+def _shared(site: Site) -> str:
     """Return what shares one scale of a site."""
-    spec = params.spec
-    shared = "per row" if spec.grid.per_row else SHARED[spec.granularity]
-    shared += f", {spec.groups} time groups" if spec.groups > 1 else ""
-    return shared if params.channels is None else f"{shared}, a factor for each channel"
+    shared = "per row" if Grid(site.grid).per_row else SHARED[Granularity(site.granularity)]
+    shared += f", {site.groups} time groups" if site.groups > 1 else ""
+    shared += f", rotated by {site.rotation}" if site.rotation else ""
+    return f"{shared}, a factor for each channel" if site.channels else shared
 
 
-def _megabytes(row: ModelRow) -> str:
-    return number(row.disk_bytes / 1e6, 2)
+def _megabytes(size: int | None) -> str:
+    return number(None if size is None else size / 1e6, 2)
 
 
-def _smaller(comparison: Comparison, row: ModelRow) -> str:
+def _percent(size: int | None, whole: int | None, divisor: int = 1) -> str:
+    return number(100 * divisor * size / whole if size and whole else None, 1)
+
+
+def _smaller(reference: Row, row: Row) -> str:
     """Return how much smaller a model is than the file it was made from."""
-    reference = comparison.float_model
-    return f"{reference.disk_bytes / row.disk_bytes:.1f}× smaller than in {reference.file_dtype or reference.bits}"
+    if not reference.size_bytes or not row.size_bytes:
+        return "of unknown size"
+    return f"{reference.size_bytes / row.size_bytes:.1f}× smaller than in {reference.file_dtype or reference.bits}"
 
 
-def _sqnr(row: ModelRow) -> float | None:
-    return row.eps.overall if row.eps else None
+def _decibels(row: Row) -> str:
+    return "∞" if row.exact else number(row.sqnr_db, 1)
 
 
-def _described(row: ModelRow) -> str:
+def _described(row: Row) -> str:
     return f"{row.name} ({row.preset}, {row.bits})" if row.preset else f"{row.name} ({row.bits})"

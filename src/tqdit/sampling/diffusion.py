@@ -78,6 +78,20 @@ class Diffusion:
         output = output if self._learned_variance else output[:, : x.shape[1]]
         return self.scheduler.step(output, t, x, generator=generators).prev_sample
 
+    def clean(self, output: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
+        """As `Schedule.clean`, without the clipping of a scheduler. With a the cumulative alpha at t:
+
+        epsilon   (x - sqrt(1 - a) output) / sqrt(a)
+        v         sqrt(a) x - sqrt(1 - a) output
+        sample    output
+        """
+        output, alpha = output[:, : x.shape[1]], float(self.scheduler.alphas_cumprod[int(self.timesteps[i])])
+        signal, noise = alpha**0.5, (1 - alpha) ** 0.5
+        kind = self.scheduler.config.prediction_type
+        if kind == "sample":
+            return output
+        return signal * x - noise * output if kind == "v_prediction" else (x - noise * output) / signal
+
     def weights(self, t: torch.Tensor) -> torch.Tensor:
         """As `Schedule.weights`, of whole timesteps."""
         return step_weights(self.scheduler)[t]

@@ -60,6 +60,10 @@ class FlowMatching:
         """As `Schedule.step`. The step has no noise; channels beyond those of x are left out."""
         return self.scheduler.step(output[:, : x.shape[1]], self.timesteps[i], x).prev_sample
 
+    def clean(self, output: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
+        """As `Schedule.clean`: x - sigma output."""
+        return x - float(self.scheduler.sigmas[i]) * output[:, : x.shape[1]]
+
     def weights(self, t: torch.Tensor) -> torch.Tensor:
         """As `Schedule.weights`: (sigma_next - sigma)^2 of a run of `WEIGHT_STEPS` steps.
 

@@ -28,6 +28,9 @@ class Schedule(Protocol):
         `output` has C channels, or 2C with a learned variance. Each image's noise is from its own generator.
         """
 
+    def clean(self, output: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
+        """Return the x_0 that the model's output at timestep i predicts from the state x: (B, C, H, W)."""
+
     def weights(self, t: torch.Tensor) -> torch.Tensor:
         """Return how much an error of the output at the timesteps t moves the next state, squared: fp32, shaped as t.
 

@@ -10,6 +10,7 @@ from tqdit.sampling.guidance import Conditions, Sample, Sampling, arguments, joi
 from tqdit.sampling.schedules import schedule
 
 Progress = Callable[[float], None]  # called with the finished fraction of a stage
+Watch = Callable[[int, torch.Tensor], None]  # called with a step's index and the image that the model sees there
 
 
 def noise_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
@@ -26,11 +27,13 @@ def trajectory(
     generators: list[torch.Generator],
     conditions: Conditions,
     sample: Sample,
+    watch: Watch | None = None,
 ) -> Iterator[tuple[float | None, torch.Tensor]]:
     """Yield (t, x_t) before every step of a sampling run, then (None, x_0). x: (B, C, H, W), fp32.
 
     `labels`: int64 (B,), indices into `conditions`. The initial state and the noise of each image come from the
-    image's own generator. t is in the units of the model's `timestep`.
+    image's own generator. t is in the units of the model's `timestep`. `watch` is told `Schedule.clean` of every
+    model output; it changes no state.
     """
     steps = schedule(scheduler_config, sampling, sample)
     noise = [torch.randn((1, *sample.shape), generator=generator) for generator in generators]
@@ -41,5 +44,8 @@ def trajectory(
     for i, t in enumerate(steps.timesteps.tolist()):
         yield t, x
         time = torch.full((len(x),), t, device=x.device)
-        x = steps.step(predict_joined(model, x, time, inputs, guidance), i, x, generators)
+        output = predict_joined(model, x, time, inputs, guidance)
+        if watch is not None:
+            watch(i, steps.clean(output, i, x))
+        x = steps.step(output, i, x, generators)
     yield None, x

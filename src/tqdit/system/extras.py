@@ -13,6 +13,12 @@ def check_report() -> None:
         raise InputError(f"the report needs packages that are not installed: {install_command('report')}")
 
 
+def check_serve() -> None:
+    """Raise `InputError` if the package that serves the page is not installed."""
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError(f"the page needs a package that is not installed: {install_command('serve')}")
+
+
 def install_command(extra: str) -> str:
     """Return the command that installs the packages of an extra by their own names, as tqdit's metadata has them."""
     try:

@@ -15,6 +15,7 @@ import triton
 from tqdit.backends.triton import candidates, launch, naming, timing, tuning
 from tqdit.backends.triton.launch import FEW_ROWS
 from tqdit.backends.triton.layouts import Config
+from tqdit.backends.triton.relaunch import Plan
 from tqdit.runtime.convert import convert
 
 GPU = "Some GPU 9000"
@@ -336,13 +337,14 @@ def test_a_whole_model_is_prepared_without_a_launch(cache: Path, monkeypatch: py
     given = torch.randn(2, 1, 8, 8), torch.tensor([500, 20]), torch.tensor([1, 2])
     for name in ("norm_quantize", "linear", "attend", "float_input"):
         monkeypatch.setattr(launch, name, lambda *_, name=name: pytest.fail(f"{name} is launched"))
+    monkeypatch.setattr(Plan, "launch", lambda plan, *_: pytest.fail(f"{plan.kernel} is launched"))
     with tuning.collecting() as jobs:
         output = model(given[0], timestep=given[1], class_labels=given[2]).sample
     assert output.shape == (2, 2, 8, 8)
-    kinds = {job.key.partition(" ")[0] for job in jobs}
-    assert kinds == {"linear", "attention", "norm", "float"}
-    assert len({job.key for job in jobs}) == len(jobs) >= 8
-    assert all(job.candidates and not job.known for job in jobs)
+    kinds = [{job.key.partition(" ")[0] for job in jobs if job.known is known} for known in (False, True)]
+    assert kinds == [{"linear", "attention", "norm", "float"}, {"embed", "unembed", "poison"}]
+    assert len({job.key for job in jobs}) == len(jobs) >= 11
+    assert all(job.candidates for job in jobs)
 
 
 @pytest.mark.slow

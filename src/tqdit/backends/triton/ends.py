@@ -31,7 +31,7 @@ class _Form(NamedTuple):
 
 
 def embed(x: torch.Tensor, layer: EndLayer, position: torch.Tensor, side: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return the residual stream (B, N, D) as `ops.ends.Ends.embed` does, with |error| <= (K + 4) 2^-24 Σ|terms|."""
+    """Return the residual stream (B, N, D) as `ops.ends.Ends.embed` does, with |error| <= (K + 8) 2^-24 Σ|terms|."""
     batch, _, height, width = x.shape
     tokens, (weight, form) = height * width // side**2, _read(layer)
     out = torch.empty((batch, tokens, form.columns), dtype=dtype, device=x.device)
@@ -100,7 +100,7 @@ def _unembed_config(rows: int, width: int, columns: int, stream: torch.dtype) ->
     Where rows are few, a program waits for its reads, so that it reads more at a time.
     """
     bm = 16 if rows <= FEW_ROWS else 32 if rows <= SOME_ROWS else 64
-    stages = 3 if bm > LEAST and stream is not torch.float32 else 2
+    stages = 4 if bm == LEAST else 3 if stream is not torch.float32 else 2
     return Config(bm, _tile(columns, 32), _tile(width, 128 if bm == LEAST else 64), warps=4, stages=stages)
 
 

@@ -1,9 +1,8 @@
 """The first and the last layer of a transformer on patches: latents to tokens, and tokens to latents.
 
-Both compute in fp32. The first has so short sums that multiply-adds in fp32 cost less than the stream that it writes.
-The last one multiplies on tensor cores: a number of 24 binary digits is three of 8, each exact in bf16. Rounded to
-nearest, the first two leave the third without error. Of the nine products of two such numbers the three smallest are
-left out, at most 2^-23 of the whole.
+Both compute with the precision of fp32, on tensor cores: a number of 24 binary digits is three of 8, each exact in
+bf16. Rounded to nearest, the first two leave the third without error. Of the nine products of two such numbers the
+three smallest are left out, at most 2^-23 of the whole.
 """
 
 import triton
@@ -35,7 +34,7 @@ def embed_kernel(
     corner = (rows // ACROSS * SIDE).to(tl.int64) * of_row + (rows % ACROSS * SIDE).to(tl.int64) * of_column
     whole: tl.constexpr = K <= BK
     if whole:
-        kept = _weight(weight, weight_high, columns, 0, D, K, weight_stride, high_stride, BITS, False, NATIVE, BK)
+        kept = _weight(weight, weight_high, columns, 0, D, K, weight_stride, high_stride, BITS, True, NATIVE, BK)
     first = tl.program_id(1) * SAMPLES
     for sample in range(first, tl.minimum(first + SAMPLES, BATCH)):
         read = x + tl.cast(sample, tl.int64) * of_sample + corner
@@ -50,9 +49,9 @@ def embed_kernel(
                 part = kept
             else:
                 part = _weight(
-                    weight, weight_high, columns, k, D, K, weight_stride, high_stride, BITS, False, NATIVE, BK
+                    weight, weight_high, columns, k, D, K, weight_stride, high_stride, BITS, True, NATIVE, BK
                 )
-            sums = tl.dot(pixels, part.trans(), sums, input_precision="ieee")
+            sums = _product(sums, pixels, part, BITS, NATIVE)
         y = sums * scale[None, :] + addend[None, :] + added
         write = out + tl.cast(sample, tl.int64) * TOKENS * D + place
         tl.store(write, stored_as(y, out.dtype.element_ty, NATIVE), here)

@@ -1,0 +1,49 @@
+"""The pictures of the pages: labelled rows of images, and bars of the result files."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from PIL import Image
+
+from conftest import build_dit, write_pipeline
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import side_by_side
+
+    return side_by_side
+
+
+def test_rows_of_images_stand_below_each_other(script: ModuleType) -> None:
+    rows = {"float32": torch.ones(2, 3, 4, 4), "W8A8": -torch.ones(2, 3, 4, 4)}
+    rows["W8A8"][:, 0] = 1  # red
+    made = script.picture(rows, 5)
+    assert made.size == (script.LABEL + 2 * (20 + script.GAP) + script.GAP, 2 * (20 + script.GAP) + script.GAP)
+    right = made.width - script.GAP - 10
+    assert made.getpixel((right, script.GAP + 10)) == (255, 255, 255)
+    assert made.getpixel((right, 2 * script.GAP + 30)) == (255, 0, 0)
+    labels = made.crop((0, 0, script.LABEL, made.height)).getcolors()
+    assert labels is not None
+    assert len(labels) > 1  # something is written there
+
+
+def test_the_command_draws_and_says_how(script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_pipeline(tmp_path / "model", build_dit(num_layers=1))
+    out, said_in = tmp_path / "picture.png", tmp_path / "picture.json"
+    small = ["groups=2", "samples=1", "steps=4", "rounds=0", "hessian=none", "rows=32", "queries=32"]
+    options = ["--bits", "w8a8", "w4a8", "--num", "2", "--steps", "3", "--device", "cpu", "--set", *small]
+    monkeypatch.setattr(sys, "argv", ["side_by_side.py", str(model), str(out), "--json", str(said_in), *options])
+    script.main()
+    said = json.loads(said_in.read_text())
+    assert said["psnr_db"]["W8A8"] > said["psnr_db"]["W4A8"]
+    assert said["settings"]["set"] == small
+    with Image.open(out) as made:
+        assert made.height == 3 * (8 * 3 + script.GAP) + script.GAP
