@@ -2,22 +2,28 @@
 
 python bench/cpu_amx.py --json bench/results/cpu-amx.json
 
-1. Exactness: every product is compared with the exact one, and whole calls under both sets with each other, bit for bit.
-2. Threads: where the time of a call of DiT-XL/2 goes, for each number of threads, beside the machine's int8 peak with as
-   many; and, with all of them, the same with the products of oneDNN, which uses AMX too.
-3. A race of whole calls with compiled bf16, in interleaved rounds, with all threads.
+1. Exactness: products are compared with exact ones, and whole calls under both sets with each other, bit for bit.
+2. Threads: where the time of a call of DiT-XL/2 goes, for each number of threads, beside the machine's int8 peak with
+   as many; and, with all of them, the same with the products of oneDNN, which uses AMX too.
+3. A race of whole calls with compiled bf16, in interleaved rounds, with all threads; also of the kernels whose threads
+   are those of OpenMP.
 
 What is measured is written after each step. It takes about three minutes on 16 cores.
 """
 
 import argparse
+import functools
 import json
 import os
+import shlex
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -31,6 +37,7 @@ from tqdit.ops.schema import OperandParams, WeightParams
 from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
 from tqdit.spec import Grid
+from tqdit.speed import machine
 from tqdit.speed.baselines import DenoiserCall, build
 from tqdit.speed.machine import measure_peaks
 from tqdit.speed.random_solution import random_solution
@@ -40,6 +47,8 @@ from tqdit.system.files import write_text
 
 SHAPE, BATCH = "DiT-XL/2", 2
 SETS = ("amx-int8", "avx512-vnni")
+OPENMP = {"TQDIT_CXXFLAGS": "-fopenmp"}
+SIZES = {"cpu": (2048,)}  # of the products whose rate is a peak, for fewer threads than all
 CPU = torch.device("cpu")
 # Rows, depth and columns of products: those of the shape, and those with a last tile that is not whole.
 EXACT = [(512, 1152, 3456), (512, 1152, 4608), (512, 4608, 1152), (77, 1152, 1152), (33, 520, 190), (16, 64, 16),
@@ -58,7 +67,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=3, help="of each way and number of threads")
     parser.add_argument("--rounds", type=int, default=15, help="of the race; 0: no race")
     arguments = parser.parse_args()
-    command = f"python bench/cpu_amx.py --json bench/results/{arguments.json.name}"
+    command = shlex.join(["python", *sys.argv])
     config = dict(shape_config(arguments.shape))
     config["num_layers"] = arguments.blocks or config["num_layers"]
     result: dict[str, Any] = {
@@ -71,17 +80,22 @@ def main() -> None:
         write_text(arguments.json, json.dumps(result, indent=1) + "\n")
         print(f"{time.perf_counter() - start:.0f} s: {name} {json.dumps(values)[:1500]}", flush=True)
 
-    start = time.perf_counter()
-    libraries = {name: library(name) for name in arguments.sets if name in available()}
+    start, counts = time.perf_counter(), thread_counts()
+    names = [name for name in arguments.sets if name in available()]
+    ways = {name: {"TQDIT_INSTRUCTIONS": name} for name in names}
+    ways[f"{names[0]}, OpenMP"] = {**ways[names[0]], **OPENMP}
+    build_together(list(ways.values()))
+    every = {name: library(variables) for name, variables in ways.items()}
+    libraries = {name: every[name] for name in names}
     keep("exact", {name: exact_products(found) for name, found in libraries.items()})
     solution = random_solution(config, Recipe("plus", "w8a8"))
     call = DenoiserCall(convert(solution, "cpu"), config, BATCH, CPU)
     outputs = [under(found, call)(0) for found in libraries.values()]
-    keep("calls_are_equal", len(outputs) > 1 and all(torch.equal(outputs[0], other) for other in outputs))
+    keep("calls_are_equal", all(torch.equal(outputs[0], other) for other in outputs) if len(outputs) > 1 else None)
     rows = []
-    for threads in thread_counts():
+    for threads in counts:
         torch.set_num_threads(threads)
-        peak = measure_peaks(CPU).int8_gops
+        peak = int8_peak(threads)
         for name, found in libraries.items():
             rows.append(
                 {"threads": threads, "products": name, **spent(under(found, call), call, config, peak, arguments.calls)}
@@ -91,17 +105,33 @@ def main() -> None:
         "onednn", onednn(next(iter(libraries.values())), solution, config, rows[-1]["int8_peak_gops"], arguments.calls)
     )
     if arguments.rounds:
-        keep("race", race(libraries, call, config, arguments.rounds))
+        keep("race", race(every, call, config, arguments.rounds))
 
 
-def library(name: str) -> Any:
-    """Return the kernels compiled to a set of instructions."""
-    os.environ["TQDIT_INSTRUCTIONS"] = name
+def build_together(ways: list[dict[str, str]]) -> None:
+    """Compile libraries at the same time, each in a process of its own, which keeps it for `library`."""
+    command = [sys.executable, "-c", "from tqdit.backends import native; native.library()"]
+    processes = [subprocess.Popen(command, env={**os.environ, **variables}) for variables in ways]
+    assert all(process.wait() == 0 for process in processes)
+
+
+def library(variables: dict[str, str]) -> Any:
+    """Return the kernels that are compiled under environment variables."""
+    os.environ.update(variables)
     native._load.cache_clear()
     found = native.library()
-    assert native.instructions() == name
-    del os.environ["TQDIT_INSTRUCTIONS"]
+    assert native.instructions() == variables["TQDIT_INSTRUCTIONS"]
+    for variable in variables:
+        del os.environ[variable]
     return found
+
+
+def int8_peak(threads: int) -> float:
+    """Return the machine's peak with the current number of threads, in 10^9 operations per second."""
+    if threads == max(thread_counts()):
+        return measure_peaks(CPU).int8_gops
+    with patch.object(machine, "SIZES", SIZES):
+        return measure_peaks(CPU).int8_gops
 
 
 def use(found: Any) -> None:
@@ -136,8 +166,9 @@ def exact_products(found: Any) -> bool:
     return True
 
 
+@functools.cache
 def thread_counts() -> list[int]:
-    """Return 1, 2, 4 and so on, up to the number of threads of this process."""
+    """Return 1, 2, 4 and so on, up to the number of threads of this process at first."""
     most = torch.get_num_threads()
     return sorted({1 << i for i in range(most.bit_length()) if 1 << i <= most} | {most})
 

@@ -9,7 +9,7 @@ for argument; do
     [ $left -ge 2 ] && set -- "$@" "$argument"
 done
 text="$argument.s"
-g++ "$@" -S -o "$text" && sed -i 's/{vex}[[:space:]]*//' "$text" && g++ -shared -fopenmp "$text" -o "$argument"
+g++ "$@" -S -o "$text" && sed -i 's/{vex}[[:space:]]*//' "$text" && g++ -shared -pthread "$text" -o "$argument"
 status=$?
 rm -f "$text"
 exit $status

@@ -35,7 +35,7 @@ def build(name: str, level: str, path: Path) -> list[str]:
     functions = ",".join(f"FUNCTION({function})" for function in signatures.FUNCTIONS)
     target = ("-march=armv8-a",) if name == "generic" else instructions.KNOWN[name].flags
     flags = [flag for flag in native.FLAGS if flag not in ("-shared", "-fPIC", "-O3")]
-    command = [COMPILER, *flags, *native.OPENMP, *target, level, "-static", f"-I{native.SOURCES}"]
+    command = [COMPILER, *flags, *target, level, "-static", f"-I{native.SOURCES}"]
     subprocess.run([*command, f"-DTQDIT_FUNCTIONS={functions}", str(SOURCE), "-o", str(path)], check=True)
     return [EMULATOR, "-cpu", PROCESSORS[name], str(path)]
 

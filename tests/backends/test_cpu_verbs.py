@@ -7,7 +7,7 @@ the value before rounding is nearer to a boundary than that rounding reaches; ev
 import pytest
 import torch
 from cpu_codes import found_codes, given_codes, traced
-from operands import decode, inject, maker
+from operands import as_operand, decode, inject, maker
 from ties import assert_equal_up_to_ties, each_gelu, each_shape, each_softmax
 from torch.nn.functional import gelu
 
@@ -54,6 +54,18 @@ def test_quantize_without_a_norm_is_equal(
     for dtype in (torch.float32, torch.bfloat16):
         x = (make.values(batch, tokens, width) * 3).to(dtype)
         assert torch.equal(found_codes(run, run.quantize(x, target), target), REFERENCE.quantize(x, target).int())
+
+
+@pytest.mark.parametrize("scale", [0.0173, 1 / 3, 0.25, 7.1e5, 2.0**-126, 1.5 * 2.0**-126, 3e38, 2.0**126])
+def test_quotients_between_two_integers_are_rounded_as_a_division_rounds_them(run, scale: float) -> None:
+    """A reciprocal of a scale, rounded, tells another integer for some of these values, or has no bits left."""
+    steps = torch.arange(-140, 140, dtype=torch.float64)[:, None] + torch.tensor(
+        [0.5, 0.5 + 1e-9, 0.5 - 1e-9, 0.4999, 0]
+    )
+    x = (steps * scale).float()
+    x = torch.cat([x, x.nextafter(x + x.abs()), x.nextafter(x - x.abs())], dim=1).nan_to_num(0, 3e38, -3e38)[None]
+    target = as_operand(Grid.UNIFORM, 8, torch.tensor([[scale]]), torch.tensor([[5]], dtype=torch.int32))
+    assert torch.equal(found_codes(run, run.quantize(x, target)), REFERENCE.quantize(x, target).int())
 
 
 @pytest.mark.parametrize(("grid", "merged"), [(Grid.UNIFORM, False), (Grid.MRQ_GELU, False), (Grid.MRQ_GELU, True)])

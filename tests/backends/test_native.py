@@ -170,13 +170,5 @@ def test_a_compiler_that_never_ends(cache: Path, tmp_path: Path, monkeypatch: py
     assert files(cache) == []
 
 
-@needs_compiler
-def test_without_openmp_it_still_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = next(filter(None, map(shutil.which, native.COMPILERS)))
-    script = f'case "$*" in *-fopenmp*) echo "error: unsupported option" >&2; exit 1;; esac; exec {compiler} "$@"'
-    monkeypatch.setenv("TQDIT_CXX", fake_compiler(tmp_path / "cxx", script))
-    assert native.reason() is None
-
-
 def test_the_source_is_part_of_the_package() -> None:
     assert (native.SOURCES / "kernels.cpp").is_file()

@@ -162,8 +162,6 @@ def BACKEND() -> TorchCpu:  # noqa: N802  (a class in the other backends)
     if reason := native.reason():
         warnings.warn(f"integer models run in torch, several times slower: {reason} (docs/cpu.md)", stacklevel=3)
         return TorchCpu()
-    if not native.has_openmp():
-        warnings.warn("the CPU kernels were compiled without OpenMP and use one thread", stacklevel=3)
     return NativeCpu()
 
 

@@ -27,11 +27,9 @@ from tqdit.backends.signatures import declare
 
 SOURCES = Path(__file__).with_name("kernels")
 # No contraction: codes must not depend on where a compiler finds a fused multiply-add.
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-Wno-psabi")
-OPENMP = ("-fopenmp",)
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
 COMPILERS = ("c++", "g++", "clang++")
-BUILD_SECONDS = 300  # the limit of one attempt
-ATTEMPTS = 2  # with OpenMP and without
+BUILD_SECONDS = 300  # the limit of a build
 
 
 class UnavailableError(Exception):
@@ -63,11 +61,6 @@ def has_products() -> bool:
 def has_bfloat16() -> bool:
     """Say whether the kernels were compiled to AVX-512 BF16, and so multiply bf16 twice as fast as fp32."""
     return bool(library().tqdit_has_bfloat16())
-
-
-def has_openmp() -> bool:
-    """Say whether the kernels use more than one thread."""
-    return bool(library().tqdit_has_openmp())
 
 
 def instructions() -> str:
@@ -189,11 +182,10 @@ def _compile(compiler: str, flags: tuple[str, ...], folder: Path, stem: str) -> 
     handle, scratch = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
     try:
-        for threads in (OPENMP, ()):  # Apple's clang has no OpenMP of its own: then one thread
-            command = [compiler, *flags, *threads, str(SOURCES / "kernels.cpp"), "-o", scratch]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
-            if done.returncode == 0:
-                return _moved(Path(scratch), folder, stem)
+        command = [compiler, *flags, str(SOURCES / "kernels.cpp"), "-o", scratch]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
+        if done.returncode == 0:
+            return _moved(Path(scratch), folder, stem)
         raise UnavailableError(f"{compiler} cannot build the kernels: {_last_line(done.stderr)}")
     except subprocess.TimeoutExpired:
         raise UnavailableError(f"{compiler} took more than {BUILD_SECONDS} s to build the kernels") from None
@@ -214,7 +206,7 @@ def _remove_leftovers(folder: Path) -> None:
     """Remove what killed builds left: files to which no build can still be writing."""
     for path in folder.glob("tmp*.so"):
         with contextlib.suppress(OSError):
-            if time.time() - path.lstat().st_mtime > ATTEMPTS * BUILD_SECONDS:
+            if time.time() - path.lstat().st_mtime > 2 * BUILD_SECONDS:
                 path.unlink()
 
 

@@ -84,7 +84,6 @@ _operand, _linear = POINTER(Operand), POINTER(LinearCall)
 
 # Name without "tqdit_" -> argument types. Only functions that ask a question return something, a number.
 FUNCTIONS: dict[str, tuple[Any, ...]] = {
-    "has_openmp": (),
     "has_instructions": (),
     "has_products": (),
     "has_bfloat16": (),

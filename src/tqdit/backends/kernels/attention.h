@@ -31,7 +31,6 @@ struct Workspace {
   Buffer<int8_t> key, value;
   Buffer<int32_t> key_sums, value_sums, scores, first_sums, second_sums;
   Buffer<uint8_t> first, second, ones, query;
-  Buffer<float> row;
   TileRegisters registers;
   TileProduct query_key, probability_value;
   vint inside;  // which lanes of the last vector of keys are keys
@@ -40,7 +39,7 @@ struct Workspace {
         value_fours(keys / 4), key(keys * key_fours * 4), value(depth * keys), key_sums(keys), value_sums(depth),
         scores(QUERY_ROWS * keys), first_sums(QUERY_ROWS * depth), second_sums(QUERY_ROWS * depth),
         first(QUERY_ROWS * keys), second(QUERY_ROWS * keys), ones(keys + round_up(c.dim, 4)),
-        query(QUERY_ROWS * key_fours * 4), row(round_up(c.heads * c.dim, LANES)) {
+        query(QUERY_ROWS * key_fours * 4) {
     std::memset(ones.data(), 1, keys + round_up(c.dim, 4));
     std::memset(query.data(), 0, QUERY_ROWS * key_fours * 4);
     for (int i = 0; i < LANES; ++i) inside[i] = keys - LANES + i < c.context ? -1 : 0;
@@ -253,6 +252,23 @@ void attend_part(const AttentionCall& c, int64_t unit, int64_t first, int64_t ro
     attend(head, AttendedCodes{Uniform(c.target.entry(head.sample), c.target.bits), c.out}, first, last, w);
 }
 
+// Writes the codes of the values of some samples on the grid of rows, and their steps.
+void code_attended(const AttentionCall& c, const float* values, int64_t sample, int64_t end) {
+  const int64_t width = c.heads * c.dim, begin = sample * c.tokens;
+  deal(c.threads, (end * c.tokens - begin + CODED_ROWS - 1) / CODED_ROWS, [&](const auto& next) {
+    const Buffer<float> scratch(round_up(width, LANES));
+    for (int64_t i; next(i);)
+      for (int64_t row = begin + i * CODED_ROWS; row < begin + (i + 1) * CODED_ROWS && row < end * c.tokens; ++row) {
+        const RowGrid grid(c.target.entry(row / c.tokens), c.target.bits);
+        const float* in = values + row * width;
+        uint8_t* const out = c.out + row * width;
+        c.steps[row] = c.target.channels
+            ? code_row_by_magnitude(grid, Factored<Plain<float>>{{in}, c.target.channels}, width, out, scratch.data())
+            : code_row_by_magnitude(grid, Plain<float>{in}, width, out, scratch.data());
+      }
+  });
+}
+
 // Computes the attention of all heads: exact Q K^T, fp32 softmax, exact P V, codes for the output projection or values.
 // On the grid of rows a few samples are finished at a time, so that their values are still in the cache when all heads
 // of a row are there and it can be coded.
@@ -266,26 +282,14 @@ extern "C" void tqdit_attention(const AttentionCall* call) {
   if (parts > most) parts = most;
   const int64_t rows = round_up((c.tokens + parts - 1) / parts, QUERY_ROWS);
   const Buffer<float> kept(by_row ? together * items : LANES);
-#pragma omp parallel num_threads(c.threads)
-  {
-    Workspace w(c);
-    for (int64_t sample = 0; sample < c.batch; sample += together) {
-      const int64_t end = sample + together < c.batch ? sample + together : c.batch;
-      float* const values = by_row ? kept.data() - sample * items : c.attended;
-#pragma omp for schedule(dynamic)
-      for (int64_t task = sample * c.heads * parts; task < end * c.heads * parts; ++task)
-        attend_part(c, task / parts, task % parts * rows, rows, values, w);
-      if (!by_row) continue;
-#pragma omp for schedule(static)
-      for (int64_t row = sample * c.tokens; row < end * c.tokens; ++row) {
-        const RowGrid grid(c.target.entry(row / c.tokens), c.target.bits);
-        const float* in = values + row * width;
-        uint8_t* const out = c.out + row * width;
-        c.steps[row] = c.target.channels
-            ? code_row_by_magnitude(grid, Factored<Plain<float>>{{in}, c.target.channels}, width, out, w.row.data())
-            : code_row_by_magnitude(grid, Plain<float>{in}, width, out, w.row.data());
-      }
-    }
+  for (int64_t sample = 0; sample < c.batch; sample += together) {
+    const int64_t end = sample + together < c.batch ? sample + together : c.batch, first = sample * c.heads * parts;
+    float* const values = by_row ? kept.data() - sample * items : c.attended;
+    deal(c.threads, (end - sample) * c.heads * parts, [&](const auto& next) {
+      Workspace w(c);
+      for (int64_t i; next(i);) attend_part(c, (first + i) / parts, (first + i) % parts * rows, rows, values, w);
+    });
+    if (by_row) code_attended(c, values, sample, end);
   }
 }
 

@@ -3,6 +3,7 @@
 #include "floats.h"
 #include "operands.h"
 #include "products.h"
+#include "team.h"
 
 namespace tqdit {
 
@@ -86,30 +87,34 @@ float code_row_by_magnitude(const RowGrid grid, const Values values, int64_t wid
     largest_bits = at_least(largest_bits, magnitude(x));
     store(row + j, x);
   });
-  const float step = grid.step(largest(largest_bits));
+  const float step = grid.step(largest(largest_bits)), inverse = 1.0f / step, sure = sure_with(inverse);
   const vfloat low = splat(-(1 << (grid.bits - 1))), high = splat((1 << (grid.bits - 1)) - 1);
-  along(width, [=](int64_t j, auto n) { store_bytes(out + j, nearest(clip(load(row + j) / step, low, high)) + 128, n); });
+  along(width, [=, steps = splat(step), inverses = splat(inverse)](int64_t j, auto n) {
+    store_bytes(out + j, nearest_quotient(load(row + j), steps, inverses, low, high, sure) + 128, n);
+  });
   return step;
 }
+
+constexpr int64_t CODED_ROWS = 8;  // of one task
 
 // Writes the codes of all rows. values_of(row) are the values of one.
 template <int GRID, typename ValuesOf>
 void code_rows(const QuantizeCall& c, const ValuesOf& values_of) {
-#pragma omp parallel num_threads(c.threads)
-  {
+  const int64_t rows = c.batch * c.tokens, step = CODED_ROWS;
+  deal(c.threads, (rows + step - 1) / step, [&](const auto& next) {
     const Buffer<float> scratch(GRID == ROW ? round_up(c.width, LANES) : LANES);
-#pragma omp for schedule(dynamic, 8)  // of a thread whose core is busy others take the rows
-    for (int64_t row = 0; row < c.batch * c.tokens; ++row) {
-      const int64_t at = row * c.width;
-      const float* entry = c.target.entry(row / c.tokens);
-      if constexpr (GRID == ROW)
-        c.steps[row] = code_row_by_magnitude(RowGrid(entry, c.target.bits), values_of(row), c.width, c.first + at,
-                                             scratch.data());
-      else
-        code_row(Encoder<GRID>(entry, c.target.bits), values_of(row), c.width, c.first + at,
-                 c.second ? c.second + at : nullptr);
-    }
-  }
+    for (int64_t i; next(i);)
+      for (int64_t row = i * step; row < (i + 1) * step && row < rows; ++row) {
+        const int64_t at = row * c.width;
+        const float* entry = c.target.entry(row / c.tokens);
+        if constexpr (GRID == ROW)
+          c.steps[row] = code_row_by_magnitude(RowGrid(entry, c.target.bits), values_of(row), c.width, c.first + at,
+                                               scratch.data());
+        else
+          code_row(Encoder<GRID>(entry, c.target.bits), values_of(row), c.width, c.first + at,
+                   c.second ? c.second + at : nullptr);
+      }
+  });
 }
 
 // Calls run(values_of) with what the values of a call are.
@@ -210,15 +215,16 @@ inline void weight_only_narrow(const float* x, const int8_t* codes, const float*
   float* const weight = transposed.data();
   for (int64_t k = 0; k < depth; ++k)
     for (int64_t j = 0; j < padded; ++j) weight[k * padded + j] = j < columns ? codes[j * depth + k] : 0;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t j = 0; j < columns; j += LANES) {
-      vfloat total{};
-      for (int64_t k = 0; k < depth; ++k)
-        total = multiply_add(splat(x[row * depth + k]), load(weight + k * padded + j), total);
-      const int64_t n = columns - j;
-      store(out + row * columns + j, total * load(scale + j, n) + load(bias + j, n), n);
-    }
+  deal_rows(threads, rows, CODED_ROWS, [=](int64_t row, int64_t end) {
+    for (; row < end; ++row)
+      for (int64_t j = 0; j < columns; j += LANES) {
+        vfloat total{};
+        for (int64_t k = 0; k < depth; ++k)
+          total = multiply_add(splat(x[row * depth + k]), load(weight + k * padded + j), total);
+        const int64_t n = columns - j;
+        store(out + row * columns + j, total * load(scale + j, n) + load(bias + j, n), n);
+      }
+  });
 }
 
 // Computes out = (x codes^T) * scale + bias for float x. x (rows, depth), codes (columns, depth), scale and bias
@@ -229,29 +235,28 @@ extern "C" void tqdit_weight_only(const float* x, const int8_t* codes, const flo
   constexpr int64_t ROWS = WEIGHT_ONLY_ROWS, COLUMNS = WEIGHT_ONLY_COLUMNS;
   const int64_t whole = depth / LANES * LANES;
   const int64_t piece = rows <= 2 ? whole : WEIGHT_ONLY_DEPTH;  // few rows stay in the cache whole: longer reads
-#pragma omp parallel num_threads(threads)
-  {
+  const int64_t parts = (rows + ROWS - 1) / ROWS;
+  deal(threads, (columns + COLUMNS - 1) / COLUMNS * parts, [=](const auto& next) {
     const Buffer<float> sums(ROWS * COLUMNS * LANES);
-#pragma omp for schedule(dynamic) collapse(2)
-    for (int64_t part = 0; part < columns; part += COLUMNS)
-      for (int64_t first = 0; first < rows; first += ROWS) {
-        const int64_t count = rows - first < ROWS ? rows - first : ROWS;
-        const int64_t wide = columns - part < COLUMNS ? columns - part : COLUMNS;
-        std::memset(sums.data(), 0, ROWS * COLUMNS * LANES * sizeof(float));
-        for (int64_t k = 0; k < whole; k += piece)
-          weight_only_piece({x + first * depth + k, codes + part * depth + k, sums.data(), depth, depth,
-                             whole - k < piece ? whole - k : piece},
-                            count, wide);
-        for (int64_t c = 0; c < wide; ++c)
-          for (int64_t r = 0; r < count; ++r) {
-            const float* row = x + (first + r) * depth;
-            const int8_t* w = codes + (part + c) * depth;
-            float total = sum(load(sums.data() + (c * ROWS + r) * LANES));
-            for (int64_t k = whole; k < depth; ++k) total += row[k] * w[k];
-            out[(first + r) * columns + part + c] = total * scale[part + c] + bias[part + c];
-          }
-      }
-  }
+    for (int64_t i; next(i);) {
+      const int64_t part = i / parts * COLUMNS, first = i % parts * ROWS;
+      const int64_t count = rows - first < ROWS ? rows - first : ROWS;
+      const int64_t wide = columns - part < COLUMNS ? columns - part : COLUMNS;
+      std::memset(sums.data(), 0, ROWS * COLUMNS * LANES * sizeof(float));
+      for (int64_t k = 0; k < whole; k += piece)
+        weight_only_piece({x + first * depth + k, codes + part * depth + k, sums.data(), depth, depth,
+                           whole - k < piece ? whole - k : piece},
+                          count, wide);
+      for (int64_t c = 0; c < wide; ++c)
+        for (int64_t r = 0; r < count; ++r) {
+          const float* row = x + (first + r) * depth;
+          const int8_t* w = codes + (part + c) * depth;
+          float total = sum(load(sums.data() + (c * ROWS + r) * LANES));
+          for (int64_t k = whole; k < depth; ++k) total += row[k] * w[k];
+          out[(first + r) * columns + part + c] = total * scale[part + c] + bias[part + c];
+        }
+    }
+  });
 }
 
 }  // namespace tqdit

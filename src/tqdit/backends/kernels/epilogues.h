@@ -37,12 +37,14 @@ struct Dequantizer {
 struct HeadsFinish {
   const LinearCall& c;
   uint8_t* out;
-  int64_t size;
+  int64_t samples, size;  // of the tables: one sample where all have the same grids
   Buffer<float> tables;
   Buffer<int32_t> zeros;
+  float sure = SURE;
 
   HeadsFinish(const LinearCall& call, const Operand* targets, int64_t parts, int64_t heads, uint8_t* codes)
-      : c(call), out(codes), size(c.batch * c.columns), tables(3 * size), zeros(size) {
+      : c(call), out(codes), samples(one_for_all(targets, parts) ? 1 : c.batch), size(samples * c.columns),
+        tables(4 * size), zeros(size) {
     const int64_t dim = c.columns / (parts * heads);
     for (int64_t at = 0; at < size; ++at) {
       const int64_t unit = at % c.columns / dim;
@@ -52,6 +54,8 @@ struct HeadsFinish {
       tables.data()[at] = entry[SCALE];
       tables.data()[size + at] = -(1 << (target.bits - 1)) - zero;
       tables.data()[2 * size + at] = (1 << (target.bits - 1)) - 1 - zero;
+      tables.data()[3 * size + at] = entry[INVERSE];
+      if (sure_with(entry[INVERSE]) < 0) sure = -1;
       zeros.data()[at] = zero + 128;
     }
   }
@@ -62,17 +66,25 @@ struct HeadsFinish {
     Dequantizer values;
     template <int SOURCE>
     void row(int64_t index, int64_t begin, int64_t count, const float* first, const float* second) const {
-      const float *table = f.tables.data() + entry + begin, *lows = table + f.size, *highs = lows + f.size;
+      const float *table = f.tables.data() + entry + begin, *lows = table + f.size, *highs = lows + f.size,
+                  *inverses = highs + f.size;
       const int32_t* zeros = f.zeros.data() + entry + begin;
       uint8_t* out = f.out + index * f.c.columns + begin;
-      each_vector(count, [=, values = values.of<SOURCE>(index)](int64_t j, auto n) {
+      each_vector(count, [=, values = values.of<SOURCE>(index), sure = f.sure](int64_t j, auto n) {
         const vfloat y = values.template value<SOURCE>(begin, first, second, j, n);
-        const vfloat steps = clip(y / load_or_one(table + j, n), load(lows + j, n), load(highs + j, n));
-        store_bytes(out + j, nearest(steps) + load(zeros + j, n), n);
+        const vint steps = nearest_quotient(y, load_or_one(table + j, n), load(inverses + j, n), load(lows + j, n),
+                                            load(highs + j, n), sure);
+        store_bytes(out + j, steps + load(zeros + j, n), n);
       });
     }
   };
-  Rows at(int64_t sample) const { return {*this, sample * c.columns, Dequantizer(c, sample)}; }
+  Rows at(int64_t sample) const { return {*this, samples > 1 ? sample * c.columns : 0, Dequantizer(c, sample)}; }
+
+  static bool one_for_all(const Operand* targets, int64_t parts) {
+    for (int64_t part = 0; part < parts; ++part)
+      if (targets[part].sample_stride) return false;
+    return true;
+  }
 };
 
 // Writes the codes of GELU in the planes of an `Encoder`. FACTORED: GELU times the channel factors of the target.

@@ -163,14 +163,14 @@ void float_panel(const ManyRowsCall& c, int64_t row, int64_t rows, int64_t begin
 template <typename Cells, typename Item>
 void many_rows(const ManyRowsCall& c, Item* out) {
   const int64_t task = task_rows(c.rows, c.columns, c.threads, MANY_ROWS);
-#pragma omp parallel num_threads(c.threads)
-  {
+  const int64_t panels = (c.columns + PANEL - 1) / PANEL;
+  deal(c.threads, (c.rows + task - 1) / task * panels, [&](const auto& next) {
     const Buffer<float> cells(CELLS * PANEL), sums(task * PANEL);
-#pragma omp for schedule(dynamic) collapse(2)
-    for (int64_t row = 0; row < c.rows; row += task)
-      for (int64_t begin = 0; begin < c.columns; begin += PANEL)
-        float_panel<Cells>(c, row, c.rows - row < task ? c.rows - row : task, begin, out, cells.data(), sums.data());
-  }
+    for (int64_t i; next(i);) {
+      const int64_t row = i / panels * task, rows = c.rows - row < task ? c.rows - row : task;
+      float_panel<Cells>(c, row, rows, i % panels * PANEL, out, cells.data(), sums.data());
+    }
+  });
 }
 
 // Says whether rows of bf16 are multiplied as they are.

@@ -8,6 +8,7 @@
 #include "operands.h"
 #include "pairs.h"
 #include "products.h"
+#include "team.h"
 #include "tiles.h"
 
 namespace tqdit {
@@ -39,6 +40,7 @@ constexpr int64_t TASK_ROWS = 128;   // about the rows of one task: their rearra
 constexpr int64_t TASK_ROWS = 256;   // about the rows of one task
 #endif
 constexpr int64_t LEAST_ROWS = 24;
+constexpr int64_t FINISHED_ROWS = 8;  // of one task, where the product is computed elsewhere
 
 int64_t panel_width(int64_t columns, int64_t begin) {
   const int64_t rest = round_up(columns - begin, SLICE);
@@ -184,22 +186,20 @@ void run_task(const LinearCall& c, int64_t row, int64_t end, int64_t begin, cons
 template <int SOURCE, typename Finish>
 void linear_from(const LinearCall& c, const Finish& finish) {
   const int64_t rows = c.batch * c.tokens;
-  if (!c.packed) {
-#pragma omp parallel for num_threads(c.threads) schedule(static)
-    for (int64_t row = 0; row < rows; ++row)
-      finish.at(row / c.tokens).template row<SOURCE>(row, 0, c.columns, c.first_sums + row * c.columns,
-                                                     c.second_sums ? c.second_sums + row * c.columns : nullptr);
-    return;
-  }
-  const int64_t task = task_rows(rows, c.columns, c.threads, TASK_ROWS);
-#pragma omp parallel num_threads(c.threads)
-  {
+  if (!c.packed)
+    return deal_rows(c.threads, rows, FINISHED_ROWS, [&](int64_t row, int64_t end) {
+      for (; row < end; ++row)
+        finish.at(row / c.tokens).template row<SOURCE>(row, 0, c.columns, c.first_sums + row * c.columns,
+                                                       c.second_sums ? c.second_sums + row * c.columns : nullptr);
+    });
+  const int64_t task = task_rows(rows, c.columns, c.threads, TASK_ROWS), panels = (c.columns + PANEL - 1) / PANEL;
+  deal(c.threads, (rows + task - 1) / task * panels, [&](const auto& next) {
     const Multiplier multiplier(task, SOURCE == TWO_REGION);
-#pragma omp for schedule(dynamic) collapse(2)
-    for (int64_t row = 0; row < rows; row += task)
-      for (int64_t begin = 0; begin < c.columns; begin += PANEL)
-        run_task<SOURCE>(c, row, rows - row < task ? rows : row + task, begin, finish, multiplier);
-  }
+    for (int64_t i; next(i);) {
+      const int64_t row = i / panels * task;
+      run_task<SOURCE>(c, row, rows - row < task ? rows : row + task, i % panels * PANEL, finish, multiplier);
+    }
+  });
 }
 
 template <typename Finish>
@@ -209,14 +209,6 @@ void linear(const LinearCall& c, const Finish& finish) {
     case ROW: return linear_from<ROW>(c, finish);
     default: return linear_from<UNIFORM>(c, finish);
   }
-}
-
-extern "C" int64_t tqdit_has_openmp() {
-#if defined(_OPENMP)
-  return 1;
-#else
-  return 0;
-#endif
 }
 
 // Returns the number of the integer instructions to which this was compiled.
@@ -235,8 +227,7 @@ extern "C" int64_t tqdit_has_products() {
 // the layout of dot_tile, and the sums of each column. packed: (columns rounded up to 16) * depth bytes.
 extern "C" void tqdit_pack_weight(const int8_t* codes, int64_t columns, int64_t depth, int8_t* packed, int32_t* sums,
                        int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t begin = 0; begin < columns; begin += PANEL) {
+  deal_rows(threads, columns, PANEL, [=](int64_t begin, int64_t) {
     const int64_t width = panel_width(columns, begin);
     int8_t* panel = packed + begin * depth;
     for (int64_t j = 0; j < width; ++j) {
@@ -251,7 +242,7 @@ extern "C" void tqdit_pack_weight(const int8_t* codes, int64_t columns, int64_t 
       for (int64_t k = 0; k < depth; ++k) total += from[k];
       sums[begin + j] = total;
     }
-  }
+  });
 }
 
 }  // namespace tqdit

@@ -214,6 +214,17 @@ inline vint nearest(vfloat x) {
 }
 inline vfloat clip(vfloat x, vfloat low, vfloat high) { return at_most(at_least(x, low), high); }
 
+// Says whether a comparison holds in any lane.
+inline bool any(vint holds) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(holds), reinterpret_cast<__m512i>(holds));
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8(reinterpret_cast<__m256i>(holds));
+#else
+  return reduce<int32_t, LANES>(holds, [](auto a, auto b) { return a | b; });
+#endif
+}
+
 // Returns exp(x) within 3 ulp, x clipped to +-87: 2^n p(r), |r| <= ln(2) / 2. p is 1 + r + ... of degree 5, whose other
 // coefficients make its largest relative error least: 1.05e-7.
 inline vfloat exponential(vfloat x) {
