@@ -10,8 +10,8 @@ import pytest
 from tqdit.architectures.registry import config_of
 from tqdit.cli import bars, console
 from tqdit.plan import sites
-from tqdit.quality.comparison import Comparison, ModelRow
 from tqdit.quality.fidelity import EpsilonFidelity
+from tqdit.quality.samples import Comparison, ModelRow
 from tqdit.recipe import Recipe
 from tqdit.speed.benchmark import Benchmark, TimedModel
 from tqdit.speed.cost import Cost

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tqdit.imaging.generate import save_grid, to_pil
     from tqdit.integrations.diffusers import TQDiTConfig
     from tqdit.quality.compare import compare
-    from tqdit.quality.comparison import Comparison
+    from tqdit.quality.samples import Comparison
     from tqdit.recipe import Recipe
     from tqdit.runtime.target import Target
     from tqdit.sampling.guidance import ClassLabels, Conditions, Sampling
@@ -44,7 +44,7 @@ _HOMES = {
     "CalibrationSet": "tqdit.calibration.states",
     "Calls": "tqdit.calibration.calls",
     "ClassLabels": "tqdit.sampling.guidance",
-    "Comparison": "tqdit.quality.comparison",
+    "Comparison": "tqdit.quality.samples",
     "Conditions": "tqdit.sampling.guidance",
     "InputError": "tqdit.errors",
     "Prompts": "tqdit.sampling.prompts",

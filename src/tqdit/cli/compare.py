@@ -35,8 +35,8 @@ from tqdit.errors import InputError
 from tqdit.system import distributed
 
 if TYPE_CHECKING:
-    from tqdit.quality.comparison import Comparison
-    from tqdit.quality.traced_artifacts import FolderComparison
+    from tqdit.quality.called import FolderComparison
+    from tqdit.quality.samples import Comparison
 
 OF_SAMPLES = ("num", "sampler", "cost", "equivalence")  # options that recorded calls have no use for
 # Options of the images of a pipeline, and what its call names them.

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from tqdit.quality.comparison import Comparison
     from tqdit.quality.equivalence import Verdict
+    from tqdit.quality.samples import Comparison
     from tqdit.speed.benchmark import Benchmark, TimedModel
 
 WIDTH = 80  # columns of an output that is not a terminal

@@ -14,7 +14,7 @@ from tqdit.cli.options import Quiet, Verbose, check_outputs, command
 from tqdit.cli.settings import Set, parsed
 
 if TYPE_CHECKING:
-    from tqdit.quality.comparison import Comparison
+    from tqdit.quality.samples import Comparison
 
 MODEL = "fashion-dit"
 MODELS = (("plus", "w8a8"), ("paper", "w8a8"), ("plus", "w4a8"))  # preset and bits, in the order of the report

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from tqdit.cli.console import _add, _cell, _console, _table
 
 if TYPE_CHECKING:
-    from tqdit.quality.traced_artifacts import Compared, FolderComparison
+    from tqdit.quality.called import Compared, FolderComparison
     from tqdit.speed.blocks import Raced
 
 PARTS = {

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any, overload
 
 from tqdit.errors import InputError
-from tqdit.quality.comparison import Comparison, compare_samples
-from tqdit.quality.traced_artifacts import FolderComparison, compare_folders
+from tqdit.quality.called import FolderComparison
+from tqdit.quality.comparison import compare_samples
+from tqdit.quality.samples import Comparison
+from tqdit.quality.traced_artifacts import compare_folders
 from tqdit.runtime.target import Device, Dtype
 from tqdit.sampling.guidance import Conditions, Sampling
 from tqdit.stages import Report, silent

@@ -1,8 +1,6 @@
 """Compare a float model with its quantized versions: one frozen result, which the JSON and the report show."""
 
 import gc
-import json
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,16 +13,14 @@ from torch import nn
 from tqdit.artifact import folder as artifact
 from tqdit.calibration import trajectories
 from tqdit.calibration.trajectories import CalibrationSet
-from tqdit.errors import InputError
 from tqdit.imaging import images
 from tqdit.imaging.images import Images
 from tqdit.imaging.request import chosen_classes
 from tqdit.quality import fashion, features, fidelity, metrics
 from tqdit.quality.artifacts import ComparedArtifact, artifact_paths, load_artifact
 from tqdit.quality.details import of_samples
-from tqdit.quality.equivalence import Verdict
 from tqdit.quality.fidelity import EpsilonFidelity
-from tqdit.quality.saved import Details, save_samples
+from tqdit.quality.samples import Comparison, ModelRow
 from tqdit.quality.trial import Trial, fashion_trial
 from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
@@ -36,7 +32,6 @@ from tqdit.sources.conditions import suitable
 from tqdit.sources.resolve import load_float, resolve, weights_hash
 from tqdit.sources.sizes import FloatSizes, float_sizes
 from tqdit.sources.source import ModelSource
-from tqdit.spec import Solution
 from tqdit.speed.cost import Cost, memory, timed
 from tqdit.stages import Report, silent
 from tqdit.system.distributed import current
@@ -46,106 +41,6 @@ from tqdit.system.validation import check_counts, check_flags
 
 HELD_OUT_SEED = 20_000  # far from calibration's seeds, so noise and states differ
 STATE_GROUPS = 10  # ranges of timesteps that held-out states are drawn from
-
-
-@dataclass(frozen=True)
-class ModelRow:
-    """The figures of one model in a comparison.
-
-    The float model has no `eps`, `psnr_db` or `solution`; its size is that of its fp32 weights. `size_ratio` is over
-    fp32, `size_ratio_bfloat16` over bf16, and `size_ratio_file` over the file that was quantized: the float model's
-    `file_bytes`, whose tensors are of `file_dtype`. `stream_dtype`: of an integer model's residual stream.
-    """
-
-    name: str
-    preset: str | None
-    bits: str
-    size_bytes: int
-    size_ratio: float
-    images: torch.Tensor  # (num, C, H, W) in [-1, 1], the same seeds for every model
-    fd_fashion: float | None
-    eps: EpsilonFidelity | None = None
-    psnr_db: float | None = None
-    solution: Solution | None = None
-    calibration_seconds: float | None = None
-    size_ratio_bfloat16: float | None = None
-    size_ratio_file: float | None = None
-    file_bytes: int | None = None
-    file_dtype: str | None = None
-    cost: Cost | None = None
-    verdict: Verdict | None = None
-    stream_dtype: str | None = None
-
-    @property
-    def disk_bytes(self) -> int:
-        """Return the bytes that the model takes on disk: the artifact's weights, or the float model's file."""
-        return self.size_bytes if self.file_bytes is None else self.file_bytes
-
-    def figures(self) -> dict[str, Any]:
-        """Return the row as JSON values. A figure that is not finite (for equal images, or NaN) is None."""
-        return {
-            "name": self.name,
-            "preset": self.preset,
-            "bits": self.bits,
-            "size_bytes": self.size_bytes,
-            "size_ratio": self.size_ratio,
-            "size_ratio_bfloat16": self.size_ratio_bfloat16,
-            "size_ratio_file": self.size_ratio_file,
-            "file_bytes": self.file_bytes,
-            "file_dtype": self.file_dtype,
-            "calibration_seconds": self.calibration_seconds,
-            "stream_dtype": self.stream_dtype,
-            "eps_sqnr_db": _finite(self.eps.overall) if self.eps else None,
-            "eps_sqnr_db_by_group": [_finite(db) for db in self.eps.by_group] if self.eps else None,
-            "psnr_db": _finite(self.psnr_db),
-            "fd_fashion": _finite(self.fd_fashion),
-            "ms_per_call": self.cost.ms_per_call if self.cost else None,
-            "speedup_over_float32_eager": self.cost.speedup if self.cost else None,
-            "peak_bytes": self.cost.peak_bytes if self.cost else None,
-            "resident_bytes": self.cost.resident_bytes if self.cost else None,
-            "verdict": self.verdict.figures() if self.verdict else None,
-        }
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The figures of `float_model` and of the quantized `models`; `settings` say how images and states were drawn.
-
-    `details`: what a report shows besides, of a comparison that was made with `sites`.
-    """
-
-    float_model: ModelRow
-    models: tuple[ModelRow, ...]
-    settings: dict[str, Any]
-    environment: dict[str, Any]
-    details: Details | None = None
-
-    def save(self, path: str | Path, command: str = "") -> None:
-        """Write the comparison as a run, a .safetensors file that `tqdit report` makes a page of.
-
-        `command`: what made it, for the page. Raises `InputError` for a comparison that was not made with `sites`.
-        """
-        if self.details is None:
-            raise InputError("a comparison is saved with its sites; call compare with sites=True")
-        save_samples(self, Path(path), command)
-
-    def with_seconds(self, seconds: list[float]) -> "Comparison":
-        """Return the same comparison with the calibration time of every quantized model."""
-        rows = zip(self.models, seconds, strict=True)
-        return replace(self, models=tuple(replace(row, calibration_seconds=s) for row, s in rows))
-
-    def to_json(self) -> str:
-        """Return the text that `tqdit compare --json` writes.
-
-        Its figures are `reference` and the list `models`, beside `settings` and `environment`.
-        """
-        value = {
-            "environment": self.environment,
-            "settings": self.settings,
-            "reference": self.float_model.figures(),
-            "models": [row.figures() for row in self.models],
-        }
-        return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
 @isolated()
@@ -364,7 +259,3 @@ def _quantized_row(
         psnr_db=metrics.psnr_db(reference.images, pixels),
         solution=entry.solution,
     )
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

@@ -1,24 +1,18 @@
-"""Make runs of comparisons: the figures, images and single sites that a report shows, without any model."""
+"""Hold and convert what a run has beside figures: measured sites, images, and facts about models."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from tqdit.quality import run_file
 from tqdit.quality.equivalence import Verdict
-from tqdit.quality.run import Boxes, Judged, Part, Row, Run, Site, Steps
+from tqdit.quality.run import Boxes, Judged, Site, Steps
 from tqdit.spec import Role, Solution
 from tqdit.timegroups import TimeGroups
-
-if TYPE_CHECKING:
-    from tqdit.quality.comparison import Comparison, ModelRow
-    from tqdit.quality.traced_artifacts import Compared, FolderComparison
 
 SAVED_IMAGES = 20  # of each model
 SAVED_EDGE = 512  # pixels, at most
@@ -78,52 +72,7 @@ class Drawn:
         """Keep images (1, H, W, C) or videos (1, F, H, W, C) in [0, 1] if they have one size; of videos a frame."""
         frames = [image[0] if image.ndim == 4 else image[0, image.shape[1] // 2] for image in images[:SAVED_IMAGES]]
         if len({frame.shape for frame in frames}) == 1 and frames[0].shape[-1] in (1, 3):
-            self.images[name] = _in_bytes(torch.stack(frames).permute(0, 3, 1, 2) * 2 - 1)
-
-
-def save_samples(comparison: "Comparison", path: Path, command: str = "") -> None:
-    """Write a comparison on samples as a run. Its images are the first `SAVED_IMAGES` of each model, in 8 bits."""
-    run, images = run_of_samples(comparison, command)
-    run_file.write(path, run, images)
-
-
-def run_of_samples(comparison: "Comparison", command: str = "") -> tuple[Run, dict[int, torch.Tensor]]:
-    """Return the run of a comparison that was made with `sites`, and the images of its rows."""
-    details = comparison.details
-    assert details is not None, "compare with sites=True"
-    rows = (comparison.float_model, *comparison.models)
-    images = {number: _in_bytes(row.images) for number, row in enumerate(rows)}
-    measured = (SiteErrors((), 0), *details.sites)
-    reference, *models = (_sample_row(row, found, i) for i, (row, found) in enumerate(zip(rows, measured, strict=True)))
-    protocol = {**comparison.settings, "conditions_sha256": details.conditions_sha256}
-    low, high = details.time_range
-    part = Part(
-        component="transformer", reference_sha256=details.reference_sha256, protocol=_plain(protocol), low=low,
-        high=high, reference=reference, models=models, boxes=list(details.boxes),
-        captions=list(details.captions[:SAVED_IMAGES]),
-    )  # fmt: skip
-    return Run(
-        kind="samples", command=command, created=_now(), environment=_plain(comparison.environment), parts=[part]
-    ), images
-
-
-def run_of_calls(comparison: "FolderComparison", command: str = "") -> tuple[Run, dict[int, torch.Tensor]]:
-    """Return the run of a comparison on recorded calls, and the images that a pipeline drew, which its first part has.
-
-    Where the images are not of one size, there are none.
-    """
-    drawn = comparison.drawn.images if comparison.drawn else {}
-    drawn = drawn if "" in drawn and len({pixels.shape for pixels in drawn.values()}) == 1 else {}
-    numbers = {name: number for number, name in enumerate(drawn)}
-    parts = [_called_part(comparison, part, {} if i else numbers) for i, part in enumerate(comparison.transformers)]
-    run = Run(kind="calls", command=command, created=_now(), environment=_plain(comparison.environment), parts=parts)
-    return run, {numbers[name]: pixels for name, pixels in drawn.items()}
-
-
-def save_calls(comparison: "FolderComparison", path: Path, command: str = "") -> None:
-    """Write a comparison on recorded calls as a run."""
-    run, images = run_of_calls(comparison, command)
-    run_file.write(path, run, images)
+            self.images[name] = in_bytes(torch.stack(frames).permute(0, 3, 1, 2) * 2 - 1)
 
 
 def maxima_boxes(maxima: torch.Tensor, t: torch.Tensor, groups: TimeGroups) -> list[Boxes]:
@@ -132,7 +81,7 @@ def maxima_boxes(maxima: torch.Tensor, t: torch.Tensor, groups: TimeGroups) -> l
     maxima: (S, blocks, C), largest post-softmax values; t: (S,). The ranges of timesteps are `groups`, merged until
     they are at most `MOST_BOXES`.
     """
-    bounds = _bounds(groups)
+    bounds = bounds_of(groups)
     bounds = [*bounds[: -1 : max(1, math.ceil(groups.num_groups / MOST_BOXES))], bounds[-1]]
     member = torch.bucketize(t.double(), torch.tensor(bounds[1:-1], dtype=torch.float64), right=True)
     last = maxima.shape[1] - 1
@@ -147,57 +96,7 @@ def maxima_boxes(maxima: torch.Tensor, t: torch.Tensor, groups: TimeGroups) -> l
     return found
 
 
-def _sample_row(row: "ModelRow", found: SiteErrors, number: int) -> Row:
-    eps, cost, solution = row.eps, row.cost, row.solution
-    return Row(
-        name=row.name, preset=row.preset, bits=row.bits, recipe=_recipe(solution), size_bytes=row.disk_bytes,
-        float32_bytes=row.size_bytes if solution is None else None, file_dtype=row.file_dtype,
-        sqnr_db=_finite(eps.overall) if eps else None, exact=bool(eps and eps.overall == math.inf),
-        groups=_bounds(solution.time_groups) if eps and solution else [],
-        sqnr_by_group=[_finite(db) for db in eps.by_group] if eps else [],
-        by_timestep=[[float(t), _finite(db)] for t, db in eps.by_timestep] if eps else [],
-        psnr_db=_finite(row.psnr_db), fd_fashion=_finite(row.fd_fashion),
-        ms_per_call=cost.ms_per_call if cost else None, speedup=cost.speedup if cost else None,
-        peak_bytes=cost.peak_bytes if cost else None, calibration_seconds=row.calibration_seconds,
-        verdict=_judged(row.verdict) if row.verdict else None, images=number, **_of_solution(solution, found),
-    )  # fmt: skip
-
-
-def _called_part(comparison: "FolderComparison", part: "Compared", numbers: Mapping[str, int]) -> Part:
-    found, facts = part.comparison, part.facts
-    assert facts is not None, "compare with sites=True"
-    bounds = [found.groups[0][0], *(high for _, high, _ in found.groups)]
-    images = {row.name: row for row in comparison.images}
-    models = []
-    for row in found.rows:
-        solution, drawn = facts.solutions.get(row.name), images.get(row.name)
-        provenance = solution.provenance if solution else None
-        ratio = part.sizes.get(row.name)
-        models.append(Row(
-            name=row.name, preset=provenance.preset_name if provenance else None,
-            bits=provenance.bits if provenance else row.name, recipe=_recipe(solution),
-            size_bytes=round(ratio * 2 * facts.parameters) if ratio else 2 * facts.parameters,
-            sqnr_db=row.sqnr_db, worst_db=row.worst_db, groups=bounds, sqnr_by_group=list(row.by_group),
-            images=numbers.get(row.name), psnr_db=drawn.mean_db if drawn else None,
-            worst_psnr_db=drawn.worst_db if drawn else None,
-            **_of_solution(solution, facts.sites.get(row.name, SiteErrors((), 0))),
-        ))  # fmt: skip
-    reference = Row(
-        name=comparison.name, bits=part.dtype, size_bytes=facts.file_bytes, float32_bytes=4 * facts.parameters,
-        file_dtype=facts.file_dtype, images=numbers.get(""),
-    )  # fmt: skip
-    protocol: dict[str, str | int | float | bool | None] = {
-        "class": found.kind, "calls": found.calls, "calls_sha256": facts.calls_sha256, "dtype": part.dtype,
-        "held_out": part.fresh, "groups": len(found.groups), "timestep": found.timestep,
-    }  # fmt: skip
-    return Part(
-        component=part.component, reference_sha256=facts.reference_sha256, protocol=protocol, low=bounds[0],
-        high=bounds[-1], reference=reference, models=models,
-        captions=list(comparison.drawn.prompts[:SAVED_IMAGES]) if numbers and comparison.drawn else [],
-    )  # fmt: skip
-
-
-def _of_solution(solution: Solution | None, found: SiteErrors) -> dict[str, Any]:
+def solution_values(solution: Solution | None, found: SiteErrors) -> dict[str, Any]:
     """Return the part of a row that is of its solution."""
     if solution is None:
         return {}
@@ -213,7 +112,8 @@ def _of_solution(solution: Solution | None, found: SiteErrors) -> dict[str, Any]
     }  # fmt: skip
 
 
-def _judged(verdict: Verdict) -> Judged:
+def judged(verdict: Verdict) -> Judged:
+    """Return a verdict in the format of runs."""
     return Judged(
         n=verdict.n, blocks=verdict.blocks, difference=verdict.kid.value, lower=verdict.kid.lower,
         upper=verdict.kid.upper, margin=verdict.margin, p=verdict.p_equivalent_adjusted, equivalent=verdict.equivalent,
@@ -221,20 +121,22 @@ def _judged(verdict: Verdict) -> Judged:
     )  # fmt: skip
 
 
-def _recipe(solution: Solution | None) -> dict[str, Any]:
-    return {} if solution is None else _plain(solution.provenance.recipe)
+def recipe_values(solution: Solution | None) -> dict[str, Any]:
+    """Return the settings of a solution's recipe, none for a float model."""
+    return {} if solution is None else plain(solution.provenance.recipe)
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that are numbers, words or flags; others become text."""
     return {key: x if isinstance(x, str | int | float | bool | None) else str(x) for key, x in values.items()}
 
 
-def _bounds(groups: TimeGroups) -> list[float]:
+def bounds_of(groups: TimeGroups) -> list[float]:
+    """Return the lowest timestep, the edges between time groups, and the highest timestep."""
     return [groups.low, *groups.edges, *([] if groups.edges and groups.edges[-1] == groups.high else [groups.high])]
 
 
-def _in_bytes(pixels: torch.Tensor) -> torch.Tensor:
+def in_bytes(pixels: torch.Tensor) -> torch.Tensor:
     """Return the first images, uint8, of pixels (N, C, H, W) in [-1, 1]; large ones are made smaller. NaN becomes 0."""
     found = pixels[:SAVED_IMAGES].float().nan_to_num(-1).cpu()
     shrink = math.ceil(max(found.shape[-2:]) / SAVED_EDGE)
@@ -243,9 +145,11 @@ def _in_bytes(pixels: torch.Tensor) -> torch.Tensor:
     return ((found + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def _now() -> str:
+def now() -> str:
+    """Return date and time of now, in UTC, for a page."""
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
+    """Return the value, or None where JSON has no number for it."""
     return value if value is not None and math.isfinite(value) else None

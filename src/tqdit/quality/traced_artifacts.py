@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,15 @@ from tqdit.artifact import folder as artifact
 from tqdit.calibration.calls import Calls, Recording, read_calls
 from tqdit.errors import InputError
 from tqdit.quality.artifacts import artifact_paths
+from tqdit.quality.called import Compared, FolderComparison
 from tqdit.quality.replayed import (
-    CallComparison,
     ImageRow,
     check_drawing,
     compare_calls,
     compare_images,
     held_out,
 )
-from tqdit.quality.saved import CalledFacts, Drawn, SiteErrors, save_calls
+from tqdit.quality.saved import CalledFacts, Drawn, SiteErrors
 from tqdit.quality.site_errors import CALL_PASSES, called_states, measured_sites
 from tqdit.recorded import weights_sha256
 from tqdit.runtime import fitting
@@ -39,56 +39,6 @@ from tqdit.system.isolation import isolated
 from tqdit.system.validation import check_counts, check_flags, check_seed
 
 BFLOAT16 = "bfloat16"
-
-
-@dataclass(frozen=True)
-class Compared:
-    """The comparison of one transformer.
-
-    `sizes`: name -> bytes of the weights over those of bf16. `fresh`: whether the calls are others than those of the
-    calibrations. `facts`: of the float model, `sites`: of each artifact; both are for a report.
-    """
-
-    component: str
-    comparison: CallComparison
-    sizes: Mapping[str, float]
-    fresh: bool
-    dtype: str
-    facts: CalledFacts | None = None
-
-    def figures(self) -> dict[str, Any]:
-        """Return JSON values."""
-        values = {name: value for name, value in vars(self).items() if name != "facts"}
-        return {**values, "comparison": self.comparison.figures()}
-
-
-@dataclass(frozen=True)
-class FolderComparison:
-    """The comparisons of all transformers of a folder, and of the images of its pipeline if prompts were given.
-
-    `drawn`: these images, for a report.
-    """
-
-    name: str
-    transformers: tuple[Compared, ...]
-    images: tuple[ImageRow, ...]
-    environment: Mapping[str, Any]
-    drawn: Drawn | None = None
-
-    def figures(self) -> dict[str, Any]:
-        """Return JSON values."""
-        parts = [part.figures() for part in self.transformers]
-        values = {name: value for name, value in vars(self).items() if name != "drawn"}
-        return {**values, "transformers": parts, "images": [row.figures() for row in self.images]}
-
-    def save(self, path: str | Path, command: str = "") -> None:
-        """Write the comparison as a run, a .safetensors file that `tqdit report` makes a page of.
-
-        `command`: what made it, for the page. Raises `InputError` for a comparison that was not made with `sites`.
-        """
-        if any(part.facts is None for part in self.transformers):
-            raise InputError("a comparison is saved with its sites; call compare with sites=True")
-        save_calls(self, Path(path), command)
 
 
 @isolated()
