@@ -162,6 +162,19 @@ def test_a_hook_runs(solution, launched, name: str, missing: list[str], way: str
     assert sqnr_db(reference(solution), found) > BOUND_DB
 
 
+def test_a_hook_on_all_modules_runs(solution, launched) -> None:
+    """As a counter of calls registers it with torch, on no module in particular."""
+    model, seen = converted(solution), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        found = run(model)
+    finally:
+        handle.remove()
+    assert {model.pos_embed, model.pos_embed.proj, model.norm_out, model.conditioning.embedders[0]} <= set(seen)
+    assert not {*EMBEDDER, *FIRST, *LAST} & set(launched)
+    assert sqnr_db(reference(solution), found) > BOUND_DB
+
+
 def test_parts_that_are_sent_away_are_left_to_their_modules(solution, launched) -> None:
     expected = run(converted(solution))
     launched.clear()
