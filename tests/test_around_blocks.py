@@ -22,6 +22,8 @@ from tqdit.spec import Solution
 from tqdit.speed.random_solution import random_solution
 
 pytest.importorskip("triton")
+from tqdit.backends.triton import deviations
+from tqdit.backends.triton.layouts import FLASH, Config
 from tqdit.backends.triton.relaunch import Plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,9 +88,10 @@ def reference(solution: Solution, dtype: torch.dtype = torch.float32, **given: A
         return convert(solution, "reference", "cpu", dtype)(**(inputs_of_dit | given)).sample
 
 
-def test_a_call_of_dit_launches_eight_kernels_around_its_blocks(either, launched) -> None:
+def test_a_call_of_dit_launches_seven_kernels_around_its_blocks(either, launched) -> None:
     found = run(converted(either, torch.bfloat16))
     assert launched == AROUND
+    assert len(launched) == 7
     assert sqnr_db(reference(either, torch.bfloat16), found) > BOUND_DB
 
 
@@ -160,6 +163,19 @@ def test_a_hook_runs(solution, launched, name: str, missing: list[str], way: str
     assert sqnr_db(reference(solution), found) > BOUND_DB
 
 
+def test_a_hook_on_all_modules_runs(solution, launched) -> None:
+    """As a counter of calls registers it with torch, on no module in particular."""
+    model, seen = converted(solution), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        found = run(model)
+    finally:
+        handle.remove()
+    assert {model.pos_embed, model.pos_embed.proj, model.norm_out, model.conditioning.embedders[0]} <= set(seen)
+    assert not {*EMBEDDER, *FIRST, *LAST} & set(launched)
+    assert sqnr_db(reference(solution), found) > BOUND_DB
+
+
 def test_parts_that_are_sent_away_are_left_to_their_modules(solution, launched) -> None:
     expected = run(converted(solution))
     launched.clear()
@@ -208,3 +224,19 @@ def test_a_copy_has_the_kernels(solution, launched) -> None:
 def test_the_reference_has_none(solution, launched) -> None:
     assert reference(solution).isfinite().all()
     assert not launched
+
+
+def test_the_report_of_a_model_follows_its_calls(solution, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked after calls of which it says something; what runs are recorded by stays as it was."""
+    monkeypatch.setattr(deviations, "_TAKEN", {kind: {} for kind in deviations.KINDS})
+    model: Any = converted(solution)
+    before, recorded = model.quantization_report, dict(model.site_kernels)
+    assert before == recorded
+    deviations.note(Config(64, 0, 128, hopper=FLASH), 4096, 4096, 72)
+    said = "; in one pass over the keys for 4096 x 4096 x 72 (queries, keys, head_dim)"
+    for kept in (model, pickle.loads(pickle.dumps(model))):
+        after = kept.quantization_report
+        changed = {site: kernel for site, kernel in after.items() if kernel != before[site]}
+        assert {site.rpartition(".")[2] for site in changed} == {"query", "key", "value", "softmax"}
+        assert all(kernel == f"{before[site][:-1]}{said}]" for site, kernel in changed.items())
+    assert converted(solution).site_kernels == model.site_kernels == recorded

@@ -352,7 +352,7 @@ def sample_folder(wanted: Images, folder: str | Path, target: Target | None = No
     """
     folder, target = Path(folder), target or Target()
     model = load_to_sample(wanted, target)
-    kernels = getattr(model, "quantization_report", {"": "float"}).values()
+    kernels = getattr(model, "site_kernels", {"": "float"}).values()
     run = {
         **wanted.run,
         "backend": next((kernel for kernel in kernels if ".scores[" in kernel), "float"),

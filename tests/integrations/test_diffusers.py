@@ -279,13 +279,13 @@ class TestPipelines:
         (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "DiTPipeline" in block]
         monkeypatch.chdir(tmp_path)
         Path("dit-w8a8").symlink_to(quantized_pipeline)
+        asked: list[Any] = []
+        monkeypatch.setattr(tqdit, "quantize", lambda *given: asked.extend(given))  # the fixture has done it
         names: dict[str, Any] = {}
         exec(code, names)
+        assert asked[1] == "dit-w8a8"
+        assert names["pipe"].transformer.quantization_backend == "cpu"
         assert len(names["images"]) == 2
-        assert torch.equal(
-            load(tmp_path / "dit-w8a8-copy").solution.codes["proj_out_1.weight"],
-            names["pipe"].transformer.solution.codes["proj_out_1.weight"],
-        )
 
     def test_save_and_load_again(self, quantized_pipeline, tmp_path) -> None:
         found = DiTPipeline.from_pretrained(quantized_pipeline)

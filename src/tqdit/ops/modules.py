@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
+from torch.nn.modules import module as module_hooks
 
 from tqdit.errors import InputError
 
@@ -102,10 +103,12 @@ def offloaded(module: nn.Module) -> bool:
 
 
 def untouched(*modules: nn.Module) -> bool:
-    """Say whether a call of any of these modules is its class's own forward alone: no hook, and nothing in its place.
+    """Say whether a call of each of these modules is its class's own forward alone: no hook, and nothing in its place.
 
-    Then a kernel may take the module's tensors instead of a call.
+    Then a kernel may take the module's tensors instead of a call. A hook of torch on all modules counts, too.
     """
+    if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
+        return False
     return not any(
         module._forward_hooks or module._forward_pre_hooks or offloaded(module) or "forward" in module.__dict__
         for module in modules

@@ -78,7 +78,8 @@ def _converted(
     empty_yet = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if value.is_meta]
     assert not empty_yet, f"not filled: {empty_yet}"
     model.quantization_backend = chosen.NAME
-    model.quantization_report = {name: kernel_name(params, chosen) for name, params in solution.params.items()}
+    model.site_kernels = {name: kernel_name(params, chosen) for name, params in solution.params.items()}
+    model.deviating = getattr(chosen, "deviating", None)
     model.solution = replace(solution, codes=LayerCodes(parts.places, parts.sites, parts.float_ends))
     model.reconvert = partial(_converted, backend=backend)  # the solution was checked before
     model.io_dtype = dtype

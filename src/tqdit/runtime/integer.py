@@ -23,7 +23,8 @@ from tqdit.sources.conditions import is_prompted
 from tqdit.system.isolation import isolated
 
 CONVERTED = (
-    "quantization_backend", "quantization_report", "solution", "reconvert", "prepared_for", "fixed", "fits_float16",
+    "quantization_backend", "site_kernels", "deviating", "solution", "reconvert", "prepared_for", "fixed",
+    "fits_float16",
 )  # fmt: skip
 INTEGER, CLOSED = "Integer", "Closed"  # first words of the names of classes that are made here
 

@@ -1,6 +1,7 @@
 """The members that every quantized model has beside those of diffusers' own class: loading, saving, its identity."""
 
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,6 +40,22 @@ class QuantizedModel:
 
     solution: Solution  # with the codes of the layers
     original: type[Any]  # diffusers' class
+    site_kernels: Mapping[str, str]  # site -> kernel, whatever has run
+    deviating: Callable[[], str] | None  # of the backend: what to add to the names of attention's kernels
+
+    @property
+    def quantization_report(self) -> dict[str, str]:
+        """Return the kernel of each site, by the site's name.
+
+        Where calls in this process, of any model, had codes of attention that are not the reference's but within a
+        bound, the kernels of attention name the sizes.
+        """
+        added = self.deviating() if self.deviating else ""
+        attention = ".scores[", ".values["
+        return {
+            site: f"{kernel[:-1]}{added}]" if any(part in kernel for part in attention) else kernel
+            for site, kernel in self.site_kernels.items()
+        }
 
     def card(self, size_bytes: int) -> str:
         """Return the model card of an artifact of this model, whose weight files have so many bytes."""

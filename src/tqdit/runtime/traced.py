@@ -27,7 +27,8 @@ from tqdit.system.isolation import isolated
 
 TRACED = "Traced"  # the first word of the names of classes that are made here
 OURS = (
-    "solution", "clock_argument", "quantization_backend", "quantization_report", "requested_backend", "prepared_for",
+    "solution", "clock_argument", "quantization_backend", "site_kernels", "deviating", "requested_backend",
+    "prepared_for",
 )  # fmt: skip
 
 
@@ -39,7 +40,6 @@ class TracedModel(QuantizedModel):
 
     clock_argument: tuple[str, int]  # name and position of the time argument
     quantization_backend: str
-    quantization_report: Mapping[str, str]  # site -> kernel
     requested_backend: str
     prepared_for: str  # the kind of device that the layers are laid out for
     clock: Clock
@@ -82,7 +82,7 @@ class TracedModel(QuantizedModel):
                     layer.lay_out_for(device, layer.like.device if hook is None else torch.device("cpu"))
             chosen = get_backend(self.requested_backend, device)
             self.quantization_backend, self.prepared_for = chosen.NAME, device.type
-            self.quantization_report = _report(self.solution, chosen)
+            self.site_kernels, self.deviating = _report(self.solution, chosen), getattr(chosen, "deviating", None)
             if hook is not None:
                 cpu_offload(model, device, offload_buffers=hook.offload_buffers)
 
@@ -135,7 +135,8 @@ def convert_traced(
     make_traced(model, architecture)
     chosen = get_backend(backend, device)
     model.requested_backend, model.quantization_backend = backend, chosen.NAME
-    model.quantization_report, model.prepared_for = _report(solution, chosen), device.type
+    model.site_kernels, model.deviating = _report(solution, chosen), getattr(chosen, "deviating", None)
+    model.prepared_for = device.type
     model.clock_argument = _position(architecture.model_class().forward, graph.timestep)
     places: Any = {f"{name}.weight": WholeLayer(layer) for name, layer in owners.items()}
     sites = {layer.source.params.spec.name: layer.source.params for layer in owners.values() if layer.source}

@@ -79,9 +79,7 @@ def attended(case: Case) -> torch.Tensor:
     return TritonBackend().attend(projected, moved, to(DEVICE, case.target)).cpu()
 
 
-def test_the_kernels_name_says_which_sizes_took_it(
-    taken: dict[int, dict[str, None]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_report_says_which_sizes_took_it(taken: dict[int, dict[str, None]], monkeypatch: pytest.MonkeyPatch) -> None:
     case, asked = Case(*CASES[0]), []
 
     def chosen(keys: list[str], device: torch.device, candidates: object, run: object) -> Config:
@@ -94,10 +92,9 @@ def test_the_kernels_name_says_which_sizes_took_it(
     found = attended(case)
     assert torch.equal(found[..., : case.width], case.run(coded=True))
     assert [key.endswith(", bf16") for key in asked] == [True]
-    for operation in ("scores", "values"):
-        assert TritonBackend().kernel(operation) == (
-            "fused attention, int8; in bf16, of dequantized codes, for 70 x 70 x 72 (queries, keys, head_dim)"
-        )
+    said = "; in bf16, of dequantized codes, for 70 x 70 x 72 (queries, keys, head_dim)"
+    assert TritonBackend().deviating() == said
+    assert TritonBackend().kernel("scores") == "fused attention, int8"  # by which runs are recorded
 
 
 @pytest.mark.parametrize("wanted", ["", "1"])
@@ -127,8 +124,7 @@ def test_one_pass_is_named_too(taken: dict[int, dict[str, None]]) -> None:
         deviations.note(CONFIG._replace(hopper=FLASH), *sizes)
     deviations.note(CONFIG._replace(hopper=1), 256, 256, 72)
     said = "; in one pass over the keys for 4096 x 4096 x 72, 4096 x 2048 x 72 (queries, keys, head_dim)"
-    assert deviations.described() == said
-    assert TritonBackend().kernel("scores") == f"fused attention, int8{said}"
+    assert TritonBackend().deviating() == said
 
 
 def test_no_other_key_has_it() -> None:

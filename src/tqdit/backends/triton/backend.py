@@ -43,9 +43,11 @@ class TritonBackend(Ends):
     PACKED = False
     compile_ahead = staticmethod(tuning.prepare)
 
+    deviating = staticmethod(deviations.described)  # in reports of models, after the names of attention's kernels
+
     def kernel(self, operation: str) -> str:
         if operation in ("scores", "values"):
-            return "fused attention, int8" + deviations.described()
+            return "fused attention, int8"
         return "bf16 x 3 x int8" if operation == "float_input_linear" else "fused, int8"
 
     def prepare(self, weight: WeightParams, bias: torch.Tensor | None) -> nn.Module:

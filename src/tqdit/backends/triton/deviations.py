@@ -1,7 +1,8 @@
 """Remember at which sizes attention has run with codes of probabilities that are not the reference's.
 
 Attention in one pass and attention in bf16 are closer to the true softmax or further from it by a stated bound.
-`TritonBackend.kernel` names the sizes, so that `quantization_report` says where they ran.
+A model's `quantization_report` names the sizes. They are those of all models in a process: a kernel does not know whose
+call it is. The names of kernels that runs are recorded by do not change with them.
 """
 
 from tqdit.backends.triton.layouts import BF16, FLASH, Config

@@ -23,7 +23,7 @@ from tqdit.ops.one_pass import BLOCK
 from tqdit.ops.schema import OperandParams
 from tqdit.spec import Grid
 
-MANY_KEYS = 2048  # more than fit shared memory for `kernels.hopper_attention`
+MANY_KEYS = 2048  # more than fit shared memory for `kernels.hopper_attention` if head_dim is more than 32
 Q_SLOTS = 2
 ROWS, PARTS, WARPS = 64, 2, 4  # rows of queries and warps of a group that computes, and such groups
 

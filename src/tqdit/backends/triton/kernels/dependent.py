@@ -1,7 +1,9 @@
 """Programmatic dependent launch: a kernel starts while the one before it in its stream still runs.
 
 A kernel that is launched so waits until its predecessor has ended and its results can be read. What comes before the
-wait may read nothing that a kernel writes: barriers are initialized there, and the first blocks of a weight are copied.
+wait may read nothing that the predecessor writes: barriers are initialized there, and the first blocks of a weight are
+copied. So a kernel that writes a weight must not be launched right before a product with it. Copies by the driver, as
+of offloading, are no kernels and always end first.
 Every kernel that is launched so has to wait, also one that reads nothing: its end tells its successor that all kernels
 before it have ended, too.
 

@@ -109,7 +109,8 @@ def _produce(
 ):  # fmt: skip
     """Copy blocks of codes and weights into the ring, in the order in which they are multiplied.
 
-    No kernel writes weights, so the first blocks of them are copied while the kernel before this one still runs.
+    The first blocks of weights are copied while the kernel before this one still runs. That one writes no weights: it
+    makes codes or multiplies them. Whatever was before it has ended.
     """
     full, empty, _ = barriers
     programs, steps = gl.num_programs(0), gl.cdiv(K, BK)
