@@ -60,8 +60,9 @@ def target_flags() -> tuple[str, ...]:
     Those of TQDIT_INSTRUCTIONS if it is set, then those of TQDIT_CXXFLAGS. Without either, those of this processor.
     Raises `InputError` for a name that is unknown or that this processor has not.
     """
-    tiles = () if "amx_int8" not in features() or tiles_permitted() else (WITHOUT_TILES,)
-    return (*_flags_of_set(), *tiles)
+    flags = _flags_of_set()
+    # A compiler asks the processor itself, and finds tiles also where the system has said nothing of them.
+    return flags if "-march=native" not in flags or tiles_permitted() else (*flags, WITHOUT_TILES)
 
 
 def _flags_of_set() -> tuple[str, ...]:
