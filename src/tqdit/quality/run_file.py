@@ -18,7 +18,7 @@ from tqdit.errors import InputError
 from tqdit.quality.run import VERSION, Run
 from tqdit.system import files
 from tqdit.system.reading import check_regular, parse_json
-from tqdit.system.validation import legal
+from tqdit.system.validation import reason
 
 SEAL = "tqdit.run"  # the name of the JSON's tensor, and of its sha256 in the metadata
 IMAGES = "images/"
@@ -56,7 +56,7 @@ def read(path: Path) -> tuple[Run, dict[int, torch.Tensor]]:
             seal = (file.metadata() or {}).get(SEAL)
         return _checked(tensors, seal)
     except ValidationError as error:
-        raise InputError(f"{path} is damaged: {_reason(error)}") from None
+        raise InputError(f"{path} is damaged: {reason(error)}") from None
     except (InputError, ValueError, TypeError) as error:
         raise InputError(f"{path} is damaged: {error}") from None
 
@@ -101,10 +101,3 @@ def _images(run: Run, tensors: Mapping[str, torch.Tensor]) -> dict[int, torch.Te
 def _digest(pixels: torch.Tensor) -> str:
     header = f"{pixels.dtype} {tuple(pixels.shape)} ".encode()
     return hashlib.sha256(header + pixels.contiguous().numpy().tobytes()).hexdigest()
-
-
-def _reason(error: ValidationError) -> str:
-    first = error.errors()[0]
-    place = ".".join(map(str, first["loc"])) or "the run"
-    expected = legal(first)
-    return f"{place} must be {expected}" if expected else f"{place}: {first['msg']}"
