@@ -26,6 +26,10 @@ SUFFIX = ".safetensors"
 MOST_BYTES = 2**30  # of a file; a run of 20 images of 512 x 512 in colour for each of 10 models has 160 MB
 
 
+class _VersionError(ValueError):
+    """A run is of another version of the format, and not damaged."""
+
+
 def check_path(path: Path) -> None:
     """Raise `InputError` for a path that cannot be a run's file; called before any work."""
     if path.suffix != SUFFIX:
@@ -55,6 +59,8 @@ def read(path: Path) -> tuple[Run, dict[int, torch.Tensor]]:
         with safe_open(path, framework="pt") as file:
             seal = (file.metadata() or {}).get(SEAL)
         return _checked(tensors, seal)
+    except _VersionError as error:
+        raise InputError(f"{path} {error}") from None
     except ValidationError as error:
         raise InputError(f"{path} is damaged: {reason(error)}") from None
     except (InputError, ValueError, TypeError) as error:
@@ -67,7 +73,7 @@ def _checked(tensors: dict[str, torch.Tensor], seal: str | None) -> tuple[Run, d
         raise ValueError(f"'{SEAL}' was changed")
     value = parse_json(text, infinite=False)
     if value.get("version") != VERSION:
-        raise ValueError(f"a run of version {value.get('version')} cannot be read; this tqdit reads {VERSION}")
+        raise _VersionError(f"has a run of version {value.get('version')!r:.80}; this tqdit reads {VERSION}")
     digests = value.pop("sha256", None)
     run = Run.model_validate(value)
     if not isinstance(digests, dict) or digests.keys() != tensors.keys():
