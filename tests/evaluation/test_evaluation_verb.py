@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import inception_like
 import numpy as np
@@ -159,6 +161,9 @@ def test_input_that_is_wrong_is_refused_before_any_image(evaluate, pipeline, net
         "own.json is no result file of tqdit evaluate": lambda: tqdit.evaluate(
             pipeline, reference, tmp_path / "own.json", network=network
         ),
+        "results are a .json file, got '.*results.txt'": lambda: tqdit.evaluate(
+            pipeline, reference, tmp_path / "results.txt", network=network
+        ),
         "num must be a whole number of at least 1": lambda: evaluate(pipeline, num=0),
         "needs more than 3 images, of the models there are 3": lambda: evaluate(pipeline, num=3),
         "two of the models are called 'tiny-dit.npz'": lambda: evaluate(pipeline, pipeline, npz=tmp_path / "npz"),
@@ -186,6 +191,28 @@ def test_the_command_prints_papers_names_and_joins_files(pipeline, network, refe
     (tmp_path / "b.json").write_text(json.dumps(value))
     with pytest.raises(InputError, match=r"images\.num is 12 and 50000"):
         run.invoke(app, ["evaluate", str(tmp_path / "a.json"), str(tmp_path / "b.json")], catch_exceptions=False)
+
+
+DAMAGES: dict[str, Callable[[Any], object]] = {
+    "rows.0.name must be a text": lambda v: v["rows"][0].update(name=5),
+    "rows.0.scores.recall must be a number": lambda v: v["rows"][0]["scores"].update(recall="high"),
+    "rows.0.absent": lambda v: v["rows"][0].update(absent=["recall"]),
+    "protocol.images": lambda v: v["protocol"].update(images=3),
+    "protocol.images has no 'num'": lambda v: v["protocol"]["images"].pop("num"),
+    "protocol.images.num must be a whole number": lambda v: v["protocol"]["images"].update(num="many"),
+    "protocol.images has neither 'sampler' nor 'batch'": lambda v: v["protocol"]["images"].pop("sampler"),
+    "protocol.network has no 'name'": lambda v: v["protocol"]["network"].pop("name"),
+    "its kind is None": lambda v: v.pop("kind"),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_a_damaged_result_file_is_named(finished, tmp_path, message: str) -> None:
+    value = json.loads((finished / "results.json").read_text())
+    DAMAGES[message](value)
+    (tmp_path / "damaged.json").write_text(json.dumps(value))
+    with pytest.raises(InputError, match=rf"damaged\.json is no result file of tqdit evaluate: {message}"):
+        read_evaluation(tmp_path / "damaged.json")
 
 
 @pytest.mark.slow

@@ -173,7 +173,7 @@ def test_sensitive_sites_have_advice_and_regions(text: str) -> None:
     assert "<code>gelu_channels=best</code>" in table
     assert "Leave it: it makes a small part of the error." in table
     assert "<td>41.2</td>\n<td>40.0</td>\n<td>2.1</td>\n<td>30</td>" in table
-    assert "codes -0.7 to 0.7. 2.1 % are clipped, 30 % become 0." in table
+    assert "codes from -0.7 to 0.7; 2.1 % are clipped, 30 % become 0." in table
     assert "2 of 2 sites" in table
     some = render([saved(model_row("q", sites_in_all=900))])
     assert "2 of 2 sites that were measured, of 900 in all" in some
@@ -303,7 +303,7 @@ def test_regions_of_a_logarithmic_axis_and_many_groups() -> None:
     ]
     found = histogram(log=True, edges=[1e-8, 1e-6, 1e-3, 1.0], counts=[0, 5, 9], regions=regions)
     text = render([saved(model_row("q", sites=[site("p", role="softmax", grid="mrq_softmax", histogram=found)]))])
-    assert "Histogram of 53 values of p. coded as 0 0 to 2.05e-05; fine region 2.05e-05 to 0.001." in text
+    assert "Histogram of 53 values of p. coded as 0 from 0 to 2.05e-05; fine region from 2.05e-05 to 0.001;" in text
 
 
 @without_charts

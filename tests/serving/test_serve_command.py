@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tqdit.cli.main import main
+from tqdit.serving import server
 
 # Every address that the process connects to, or looks up, goes into the file of its first argument.
 WATCHED = """
@@ -96,6 +97,17 @@ def test_a_port_that_is_taken_is_named_before_any_work(monkeypatch, capsys) -> N
         taken.listen()
         port = taken.getsockname()[1]
         message = ended(monkeypatch, capsys, "no-such-model", "--port", str(port))
+    assert message.startswith(f"tqdit: cannot serve on 127.0.0.1 port {port}: ")
+    assert message.count("\n") == 1
+
+
+def test_a_port_that_is_taken_while_models_load_is_named(monkeypatch, capsys) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(server, "free_port", lambda host, port: port)
+        message = ended(monkeypatch, capsys, "fashion-dit", "--no-memory", "-q", "--port", str(port))
     assert message.startswith(f"tqdit: cannot serve on 127.0.0.1 port {port}: ")
     assert message.count("\n") == 1
 

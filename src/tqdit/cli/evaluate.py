@@ -6,7 +6,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tqdit.cli.bars import progress
-from tqdit.cli.options import Backend, Device, Dtype, Guidance, Prompts, Quiet, Sampler, Seed, Verbose, read_prompts
+from tqdit.cli.options import (
+    Backend,
+    Device,
+    Dtype,
+    Guidance,
+    Prompts,
+    Quiet,
+    Sampler,
+    Seed,
+    Verbose,
+    class_names,
+    read_prompts,
+)
 from tqdit.errors import InputError
 from tqdit.system import distributed
 
@@ -66,7 +78,7 @@ def evaluate(
         return
     if out is None or reference is None:
         raise InputError(f"give {'--out' if out is None else '--reference'}: an evaluation needs both")
-    names = [name for name in (classes or "").split(",") if name.strip()]
+    names = class_names(classes)
     with distributed.joined(device) as world, progress(quiet or not world.first) as report:
         result = evaluated(
             models, reference, out, network=network, num=num, sampling=Sampling(sampler, steps, guidance),

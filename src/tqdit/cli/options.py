@@ -75,6 +75,16 @@ def listed(text: str) -> list[str]:
     return list(dict.fromkeys(entry.strip() for entry in text.split(",") if entry.strip()))
 
 
+def class_names(text: str | None) -> list[str]:
+    """Return the entries of `--classes`; none without the option, for all classes. Raises `InputError` for no entry."""
+    from tqdit.errors import InputError
+
+    names = [name for name in (text or "").split(",") if name.strip()]
+    if text is not None and not names:
+        raise InputError(f"--classes names no class, got '{text}'; leave it out for all classes")
+    return names
+
+
 def read_prompts(path: Path | None) -> "Conditions | None":
     """Return the prompts of a file; None without a file."""
     from tqdit.sampling.prompts import Prompts as Embeddings

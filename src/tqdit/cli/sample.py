@@ -20,6 +20,7 @@ from tqdit.cli.options import (
     Seed,
     Verbose,
     check_outputs,
+    class_names,
     read_prompts,
     with_prompts,
 )
@@ -56,7 +57,7 @@ def sample(
 
     grid = _is_grid(out)
     sampling = Sampling(sampler, steps, guidance)
-    wanted = workflow.images_of(model, _names(classes), num, sampling, seed, batch, read_prompts(prompts))
+    wanted = workflow.images_of(model, class_names(classes), num, sampling, seed, batch, read_prompts(prompts))
     begun: list[float] = []
     with distributed.joined(device) as world, progress(quiet or not world.first) as report:
 
@@ -80,15 +81,6 @@ def sample(
     typer.echo(f"{out}: {done} of {model}{speed}\n{used} {steps} steps, guidance {guidance:g}, seed {seed}")
     if not quiet:
         typer.echo(f"next: {_next(model, wanted.source, prompts)}")
-
-
-def _names(classes: str | None) -> list[str]:
-    from tqdit.errors import InputError
-
-    names = [name for name in (classes or "").split(",") if name.strip()]
-    if classes is not None and not names:
-        raise InputError(f"--classes names no class, got '{classes}'; leave it out for all classes")
-    return names
 
 
 def _next(model: str, source: "ModelSource", prompts: Path | None) -> str:

@@ -27,6 +27,7 @@ from tqdit.system.isolation import isolated
 from tqdit.system.validation import check_counts, check_seed
 
 NUM = 10_000
+RESULT_SUFFIX = ".json"  # by which the command tells result files from models
 PROBES = 2  # images of a first call: programs of torch.export often take no batch of 1
 
 
@@ -73,6 +74,8 @@ def evaluate(  # noqa: PLR0913 - one for each option of the command
     out, target = Path(out), Target(backend, device, dtype)
     place = out.with_suffix(".images") if images is None else Path(images)
     batches = None if npz is None else Path(npz)
+    if out.suffix != RESULT_SUFFIX:
+        raise InputError(f"results are a {RESULT_SUFFIX} file, got '{out}'")
     check_file(out)
     for folder in filter(None, (place, batches)):
         check_outside(folder)

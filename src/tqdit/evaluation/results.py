@@ -9,11 +9,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from tqdit.errors import InputError
 from tqdit.system.files import read_json, write_text
+from tqdit.system.validation import reason
 
 VERSION = 1  # raised when a score is computed in another way
 KIND = "tqdit evaluation"
+NEEDED = {"images": ("num",), "network": ("name", "inception"), "reference": ("name", "images")}  # to describe a table
 LABELS = ("network.name", "reference.name")  # what hashes decide, and files may be renamed
 
 
@@ -89,14 +93,27 @@ def read_evaluation(path: Path) -> Evaluation:
     """Return the evaluation of a result file. Raises `InputError` that names the file."""
     value = read_json(path, "it is a result file of tqdit evaluate")
     try:
-        if value["kind"] != KIND:
-            raise ValueError(f"its kind is {value['kind']!r:.80}")
-        rows = tuple(Row(**row) for row in value["rows"])
-        if not all(isinstance(score, float | int) for row in rows for score in row.scores.values()):
-            raise ValueError("a score is no number")
-        return Evaluation(Protocol(**value["protocol"]), rows)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if value.get("kind") != KIND:
+            raise ValueError(f"its kind is {value.get('kind')!r:.80}")
+        found = TypeAdapter(Evaluation).validate_python(value)
+        _check_names(found.protocol)
+    except ValidationError as error:
+        raise InputError(f"{path} is no result file of tqdit evaluate: {reason(error)}") from None
+    except ValueError as error:
         raise InputError(f"{path} is no result file of tqdit evaluate: {error}") from None
+    return found
+
+
+def _check_names(protocol: Protocol) -> None:
+    """Raise `ValueError` for a protocol that lacks what a table says of it."""
+    for part, names in NEEDED.items():
+        if lacking := [name for name in names if name not in getattr(protocol, part)]:
+            raise ValueError(f"protocol.{part} has no '{lacking[0]}'")
+    num = protocol.images["num"]
+    if type(num) is not int:
+        raise ValueError(f"protocol.images.num must be a whole number, got {num!r:.80}")
+    if not {"sampler", "batch"} & protocol.images.keys():
+        raise ValueError("protocol.images has neither 'sampler' nor 'batch'")
 
 
 def joined(paths: Sequence[Path]) -> Evaluation:

@@ -18,12 +18,16 @@ from tqdit.errors import InputError
 from tqdit.quality.run import VERSION, Run
 from tqdit.system import files
 from tqdit.system.reading import check_regular, parse_json
-from tqdit.system.validation import legal
+from tqdit.system.validation import reason
 
 SEAL = "tqdit.run"  # the name of the JSON's tensor, and of its sha256 in the metadata
 IMAGES = "images/"
 SUFFIX = ".safetensors"
 MOST_BYTES = 2**30  # of a file; a run of 20 images of 512 x 512 in colour for each of 10 models has 160 MB
+
+
+class _VersionError(ValueError):
+    """A run is of another version of the format, and not damaged."""
 
 
 def check_path(path: Path) -> None:
@@ -55,8 +59,10 @@ def read(path: Path) -> tuple[Run, dict[int, torch.Tensor]]:
         with safe_open(path, framework="pt") as file:
             seal = (file.metadata() or {}).get(SEAL)
         return _checked(tensors, seal)
+    except _VersionError as error:
+        raise InputError(f"{path} {error}") from None
     except ValidationError as error:
-        raise InputError(f"{path} is damaged: {_reason(error)}") from None
+        raise InputError(f"{path} is damaged: {reason(error)}") from None
     except (InputError, ValueError, TypeError) as error:
         raise InputError(f"{path} is damaged: {error}") from None
 
@@ -67,7 +73,7 @@ def _checked(tensors: dict[str, torch.Tensor], seal: str | None) -> tuple[Run, d
         raise ValueError(f"'{SEAL}' was changed")
     value = parse_json(text, infinite=False)
     if value.get("version") != VERSION:
-        raise ValueError(f"a run of version {value.get('version')} cannot be read; this tqdit reads {VERSION}")
+        raise _VersionError(f"has a run of version {value.get('version')!r:.80}; this tqdit reads {VERSION}")
     digests = value.pop("sha256", None)
     run = Run.model_validate(value)
     if not isinstance(digests, dict) or digests.keys() != tensors.keys():
@@ -101,10 +107,3 @@ def _images(run: Run, tensors: Mapping[str, torch.Tensor]) -> dict[int, torch.Te
 def _digest(pixels: torch.Tensor) -> str:
     header = f"{pixels.dtype} {tuple(pixels.shape)} ".encode()
     return hashlib.sha256(header + pixels.contiguous().numpy().tobytes()).hexdigest()
-
-
-def _reason(error: ValidationError) -> str:
-    first = error.errors()[0]
-    place = ".".join(map(str, first["loc"])) or "the run"
-    expected = legal(first)
-    return f"{place} must be {expected}" if expected else f"{place}: {first['msg']}"

@@ -33,7 +33,7 @@ def sqnr_by_timestep(section: Section, quantity: str) -> Chart:
                 t, db = zip(*row.by_timestep, strict=True)
                 axes.scatter(
                     t, _drawn(db), s=16, marker=look.marker, color=look.colour, alpha=0.8, linewidths=0,
-                    rasterized=many,
+                    rasterized=many, clip_on=False,  # a state at t = 0 lies on the axis
                 )  # fmt: skip
         axes.set(xlabel=TIMESTEP, ylabel=f"{quantity} (dB)", xlim=_limits(section), title="Every held-out state")
 

@@ -42,10 +42,11 @@ def site_histogram(key: str, site: Site, found: Histogram) -> Chart:
 def described(found: Histogram) -> str:
     """Return what the regions do to the values, in words."""
     ranges = [
-        f"{region.label} {_number(median(region.low))} to {_number(median(region.high))}" for region in found.regions
+        f"{region.label} from {_number(median(region.low))} to {_number(median(region.high))}"
+        for region in found.regions
     ]
     shares = f"{100 * found.clipped:.2g} % are clipped, {100 * found.zeroed:.2g} % become 0."
-    return f"{'; '.join(ranges)}. {shares}" if ranges else shares
+    return f"{'; '.join(ranges)}; {shares}" if ranges else shares
 
 
 def _paint_regions(axes: "Axes", found: Histogram) -> None:

@@ -27,10 +27,19 @@ def served(gallery: Gallery, host: str = LOOPBACK, port: int = 0) -> Iterator[st
         os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=pictures)
         blocks = page(gallery)
         try:
-            blocks.launch(**_options(host, port))
+            _launch(blocks, host, port)
             yield f"http://{f'[{host}]' if ':' in host else host}:{port}/"
         finally:
             _close(blocks)
+
+
+def _launch(blocks: Any, host: str, port: int) -> None:
+    """Start the server. Raises `InputError` if another program took the port since it was found free."""
+    try:
+        blocks.launch(**_options(host, port))
+    except OSError as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise InputError(f"cannot serve on {host} port {port}: {reason}; choose another --host or --port") from None
 
 
 def free_port(host: str, port: int) -> int:
@@ -46,11 +55,11 @@ def free_port(host: str, port: int) -> int:
 
 
 def _close(blocks: Any) -> None:
-    """End the server at once. Pages that are still open hold connections, of which uvicorn would write errors."""
+    """End the server at once, if it began. Pages that are still open hold connections; uvicorn would report errors."""
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # until the next server sets its level
-    if blocks.server is not None:
+    if getattr(blocks, "server", None) is not None:  # gradio sets it once the server listens
         blocks.server.force_exit = True
-    blocks.close(verbose=False)
+        blocks.close(verbose=False)
 
 
 def _options(host: str, port: int) -> dict[str, Any]:

@@ -25,6 +25,14 @@ def legal(error: Any) -> str | None:
     }.get(error["type"])  # fmt: skip
 
 
+def reason(error: Any) -> str:
+    """Return the first fault of a `ValidationError` and its place, such as "rows.0.name must be a text"."""
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"])) or "its content"
+    expected = legal(first)
+    return f"{place} must be {expected}" if expected else f"{place}: {first['msg']}"
+
+
 def check_flags(**given: Any) -> None:
     """Raise `InputError` naming the first of the options that is neither True nor False."""
     for name, value in given.items():
