@@ -185,8 +185,17 @@ def test_the_command_prints_papers_names_and_joins_files(pipeline, network, refe
     assert "Fréchet distances of 12 images are biased upwards" in done.stdout
     assert done.stdout.split()[:7] == ["model", "FID", "sFID", "IS", "prec.", "recall", "KID"]
     shown = run.invoke(app, ["evaluate", str(tmp_path / "a.json"), str(tmp_path / "b.json")], catch_exceptions=False)
-    assert shown.stdout.count("tiny-dit") == 2
+    assert shown.stdout.count("tiny-dit") == 1  # both files have the scores of the same images
     value = json.loads((tmp_path / "b.json").read_text())
+    value["rows"][0]["run"]["seed"] = 1
+    (tmp_path / "b.json").write_text(json.dumps(value))
+    shown = run.invoke(app, ["evaluate", str(tmp_path / "a.json"), str(tmp_path / "b.json")], catch_exceptions=False)
+    assert shown.stdout.count("tiny-dit") == 2
+    value["rows"][0]["run"]["seed"] = 0
+    value["rows"][0]["scores"]["precision"] = 0.123
+    (tmp_path / "b.json").write_text(json.dumps(value))
+    with pytest.raises(InputError, match=r"b.json' has other scores for the same images of tiny-dit"):
+        run.invoke(app, ["evaluate", str(tmp_path / "a.json"), str(tmp_path / "b.json")], catch_exceptions=False)
     value["protocol"]["images"]["num"] = 50_000
     (tmp_path / "b.json").write_text(json.dumps(value))
     with pytest.raises(InputError, match=r"images\.num is 12 and 50000"):
@@ -198,6 +207,7 @@ DAMAGES: dict[str, Callable[[Any], object]] = {
     "rows.0.scores.recall must be a number": lambda v: v["rows"][0]["scores"].update(recall="high"),
     "rows.0.absent": lambda v: v["rows"][0].update(absent=["recall"]),
     "protocol.images": lambda v: v["protocol"].update(images=3),
+    "its scores are of version 2; this tqdit computes version 1": lambda v: v["protocol"].update(version=2),
     "protocol.images has no 'num'": lambda v: v["protocol"]["images"].pop("num"),
     "protocol.images.num must be a whole number": lambda v: v["protocol"]["images"].update(num="many"),
     "protocol.images has neither 'sampler' nor 'batch'": lambda v: v["protocol"]["images"].pop("sampler"),

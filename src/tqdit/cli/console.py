@@ -21,23 +21,25 @@ FEW_IMAGES = 100  # with fewer images FD-fashion depends more on their number th
 
 def print_comparison(result: "Comparison") -> None:
     """Print the figures of a comparison, the float model first: quality, then size and cost."""
-    console, rows = _console(), (result.float_model, *result.models)
+    console, rows = console_of(), (result.float_model, *result.models)
     seconds = any(row.calibration_seconds is not None for row in rows)
-    quality = _table(("model", "preset"), ("bits", "SQNR dB", "PSNR dB", "FD-fashion", *["calib. s"] * seconds))
+    quality = table_of(("model", "preset"), ("bits", "SQNR dB", "PSNR dB", "FD-fashion", *["calib. s"] * seconds))
     for row in rows:
-        figures = [row.bits, _cell(row.eps.overall if row.eps else None, 1), _cell(row.psnr_db, 1)]
-        figures += [_cell(row.fd_fashion, 1), *[_cell(row.calibration_seconds, 0)] * seconds]
-        _add(quality, (row.name, row.preset or "–"), figures)
+        figures = [row.bits, cell(row.eps.overall if row.eps else None, 1), cell(row.psnr_db, 1)]
+        figures += [cell(row.fd_fashion, 1), *[cell(row.calibration_seconds, 0)] * seconds]
+        add_row(quality, (row.name, row.preset or "–"), figures)
     console.print(quality)
     console.print()
-    cost = _table(("model",), ("MB", "of\nfile", "of\nbf16", "of\nfp32", "ms a\ncall", "x eager\nfloat32", "peak\nMB"))
+    cost = table_of(
+        ("model",), ("MB", "of\nfile", "of\nbf16", "of\nfp32", "ms a\ncall", "x eager\nfloat32", "peak\nMB")
+    )
     fp32 = result.float_model.size_bytes
     for row in rows:
         ratios = [row.disk_bytes / whole for whole in (result.float_model.disk_bytes, fp32 / 2, fp32)]
         spent = row.cost
-        figures = [_cell(row.disk_bytes / 1e6, 2), *(_cell(ratio, 3) for ratio in ratios)]
-        figures += [_cell(spent.ms_per_call if spent else None, 1), _cell(spent.speedup if spent else None, 2)]
-        _add(cost, (row.name,), [*figures, _cell(_mega(spent.peak_bytes if spent else None), 0)])
+        figures = [cell(row.disk_bytes / 1e6, 2), *(cell(ratio, 3) for ratio in ratios)]
+        figures += [cell(spent.ms_per_call if spent else None, 1), cell(spent.speedup if spent else None, 2)]
+        add_row(cost, (row.name,), [*figures, cell(_mega(spent.peak_bytes if spent else None), 0)])
     console.print(cost)
     console.print()
     for note in _notes(result):
@@ -54,7 +56,7 @@ def _notes(result: "Comparison") -> list[str]:
     if first.fd_fashion is not None and s["num"] < FEW_IMAGES:
         notes.append(
             f"FD-fashion of {s['num']} images is biased upwards: read it against the float model's own "
-            f"{_cell(first.fd_fashion, 1)}, or draw more (-n 2000)."
+            f"{cell(first.fd_fashion, 1)}, or draw more (-n 2000)."
         )
     notes += [_verdict(row.name, row.verdict) for row in result.models if row.verdict]
     notes.append(f"of file: the {first.file_dtype} weights that were quantized.")
@@ -86,19 +88,21 @@ def print_benchmark(result: "Benchmark", every_site: bool = False) -> None:
 
     Kernels are counted, or listed by site with `every_site`.
     """
-    console = _console()
+    console = console_of()
     families = list(dict.fromkeys(family for row in result.rows for family in row.speedup_over))
     for workload in dict.fromkeys(row.workload for row in result.rows):
         members = [row for row in result.rows if row.workload == workload]
-        speed = _table((workload,), ("ms p20", "p50", "p80", *(f"x\n{_short(family)}" for family in families), "img/s"))
-        memory = _table(("",), ("peak MB", "loaded MB", "load s", "of peak"))
+        speed = table_of(
+            (workload,), ("ms p20", "p50", "p80", *(f"x\n{_short(family)}" for family in families), "img/s")
+        )
+        memory = table_of(("",), ("peak MB", "loaded MB", "load s", "of peak"))
         for row in members:
-            figures = [_cell(ms, 1) for ms in (row.p20_ms, row.p50_ms, row.p80_ms)]
-            figures += [_cell(row.speedup_over.get(family), 2) for family in families]
-            _add(speed, (_contender(row),), [*figures, _cell(row.images_per_second, 3)])
-            figures = [_cell(_mega(row.peak_bytes), 0), _cell(_mega(row.resident_bytes), 0)]
+            figures = [cell(ms, 1) for ms in (row.p20_ms, row.p50_ms, row.p80_ms)]
+            figures += [cell(row.speedup_over.get(family), 2) for family in families]
+            add_row(speed, (_contender(row),), [*figures, cell(row.images_per_second, 3)])
+            figures = [cell(_mega(row.peak_bytes), 0), cell(_mega(row.resident_bytes), 0)]
             if row.peak_bytes is not None or row.floor_fraction is not None:  # else there is nothing to say
-                _add(memory, (_contender(row),), [*figures, _cell(row.load_seconds, 1), _cell(row.floor_fraction, 2)])
+                add_row(memory, (_contender(row),), [*figures, cell(row.load_seconds, 1), cell(row.floor_fraction, 2)])
         for table in (speed, memory):
             console.print(table)
             console.print()
@@ -134,7 +138,7 @@ def print_inspection(result: dict[str, Any], every_site: bool = False) -> None:
 
     Sites that are alike are one entry with their number; with `every_site` their names follow.
     """
-    console = _console()
+    console = console_of()
     for label, text in _summary(result):
         console.print(f"{label:<12} {text}", markup=False)
     console.print()
@@ -202,13 +206,14 @@ def _settings(recipe: Mapping[str, Any], names: Sequence[str]) -> str:
     return ", ".join(f"{name} {_word(recipe[name])}" for name in names if name in recipe)
 
 
-def _console() -> "Console":
+def console_of() -> "Console":
+    """Return a console as wide as the terminal; a file gets WIDTH columns."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
 
 
-def _table(text: Sequence[str], figures: Sequence[str]) -> "Table":
+def table_of(text: Sequence[str], figures: Sequence[str]) -> "Table":
     """Return a table with columns of text, which may wrap, and columns of figures, which never do."""
     from rich.table import Table
 
@@ -220,7 +225,8 @@ def _table(text: Sequence[str], figures: Sequence[str]) -> "Table":
     return table
 
 
-def _add(table: "Table", text: Sequence[str], figures: Sequence[str]) -> None:
+def add_row(table: "Table", text: Sequence[str], figures: Sequence[str]) -> None:
+    """Add a row to a table of `table_of`; brackets in it are no markup."""
     from rich.markup import escape
 
     table.add_row(*(escape(part) for part in (*text, *figures)))
@@ -241,7 +247,8 @@ def _word(value: Any) -> str:
     return ("published" if value else "none") if isinstance(value, bool) else str(value)
 
 
-def _cell(value: float | None, digits: int) -> str:
+def cell(value: float | None, digits: int) -> str:
+    """Return a figure with so many digits, or a dash where there is none."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 

@@ -92,14 +92,14 @@ def evaluate(
 
 def print_evaluation(result: "Evaluation") -> None:
     """Print the scores of an evaluation, and what they were measured with."""
-    from tqdit.cli.console import _add, _cell, _console, _table
+    from tqdit.cli.console import add_row, cell, console_of, table_of
     from tqdit.evaluation.table import DIGITS, described, titles
 
     names = titles(result)
-    table = _table(("model",), tuple(names.values()))
+    table = table_of(("model",), tuple(names.values()))
     for row in result.rows:
-        _add(table, (row.name,), [_cell(row.scores.get(name), DIGITS[name]) for name in names])
-    console = _console()
+        add_row(table, (row.name,), [cell(row.scores.get(name), DIGITS[name]) for name in names])
+    console = console_of()
     console.print(table)
     for note in described(result):
         console.print(note, markup=False)

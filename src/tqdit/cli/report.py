@@ -26,5 +26,4 @@ def report(
     check_report()
     check_outputs(out)
     write_report([run_file.read(path) for path in runs], out)
-    if not quiet:
-        typer.echo(f"report: {out}")
+    typer.echo(f"report: {out}")

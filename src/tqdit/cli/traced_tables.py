@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tqdit.cli.console import _add, _cell, _console, _table
+from tqdit.cli.console import add_row, cell, console_of, table_of
 
 if TYPE_CHECKING:
     from tqdit.quality.called import Compared, FolderComparison
@@ -18,7 +18,7 @@ PARTS = {
 
 def print_races(found: Sequence["Raced"]) -> None:
     """Print the figures of blocks of published models, one table for each part that was timed."""
-    console = _console()
+    console = console_of()
     for one in found:
         size = " x ".join(map(str, one.patches))
         kinds = ", ".join(f"{count} {name}" for name, count in one.blocks.items())
@@ -29,10 +29,10 @@ def print_races(found: Sequence["Raced"]) -> None:
             )
         for part in dict.fromkeys(row.part for row in one.rows):
             rows = [row for row in one.rows if row.part == part]
-            table = _table((PARTS.get(part, f"one block of {part}"),), ("ms p20", "p50", "p80", "x best bf16"))
+            table = table_of((PARTS.get(part, f"one block of {part}"),), ("ms p20", "p50", "p80", "x best bf16"))
             for row in rows:
-                figures = [_cell(ms, 2) for ms in (row.p20_ms, row.p50_ms, row.p80_ms)]
-                _add(table, (row.entrant,), [*figures, _cell(row.speedup_over_bf16, 2)])
+                figures = [cell(ms, 2) for ms in (row.p20_ms, row.p50_ms, row.p80_ms)]
+                add_row(table, (row.entrant,), [*figures, cell(row.speedup_over_bf16, 2)])
             console.print(table)
         for name, reason in one.skipped.items():
             console.print(f"skipped {name}: {reason}", markup=False)
@@ -41,13 +41,13 @@ def print_races(found: Sequence["Raced"]) -> None:
 
 def print_call_comparison(result: "FolderComparison") -> None:
     """Print how far artifacts are from their float model on recorded calls, then by the images of a pipeline."""
-    console = _console()
+    console = console_of()
     for part in result.transformers:
         _print_transformer(console, part)
     if result.images:
-        table = _table(("model",), ("PSNR dB", "worst", "prompts"))
+        table = table_of(("model",), ("PSNR dB", "worst", "prompts"))
         for row in result.images:
-            _add(table, (row.name,), [_cell(row.mean_db, 1), _cell(row.worst_db, 1), str(len(row.each_db))])
+            add_row(table, (row.name,), [cell(row.mean_db, 1), cell(row.worst_db, 1), str(len(row.each_db))])
         console.print(table)
         console.print("PSNR: images of the same seeds, against those of the float model.")
 
@@ -55,17 +55,17 @@ def print_call_comparison(result: "FolderComparison") -> None:
 def _print_transformer(console: Any, part: "Compared") -> None:
     found = part.comparison
     groups = [f"{low:g}\nto {high:g}" for low, high, _ in found.groups]
-    table = _table(("model",), ("of\nbf16", "SQNR\ndB", "worst\ncall"))
+    table = table_of(("model",), ("of\nbf16", "SQNR\ndB", "worst\ncall"))
     for row in found.rows:
-        figures = [_cell(part.sizes.get(row.name), 3), _cell(row.sqnr_db, 1), _cell(row.worst_db, 1)]
-        _add(table, (row.name,), figures)
+        figures = [cell(part.sizes.get(row.name), 3), cell(row.sqnr_db, 1), cell(row.worst_db, 1)]
+        add_row(table, (row.name,), figures)
     console.print(f"{part.component} ({found.kind})", markup=False)
     console.print(table)
     console.print()
     for start in range(0, len(groups), 5):  # of eighty columns
-        table = _table((f"SQNR dB by {found.timestep}",), groups[start : start + 5])
+        table = table_of((f"SQNR dB by {found.timestep}",), groups[start : start + 5])
         for row in found.rows:
-            _add(table, (row.name,), [_cell(db, 1) for db in row.by_group[start : start + 5]])
+            add_row(table, (row.name,), [cell(db, 1) for db in row.by_group[start : start + 5]])
         console.print(table)
     which = "that no calibration used" if part.fresh else "of the calibration: there are no others"
     noise = " bfloat16: the float model rounded to bf16." if part.dtype == "float32" else ""
@@ -75,7 +75,7 @@ def _print_transformer(console: Any, part: "Compared") -> None:
 
 def print_traced_inspection(result: Mapping[str, Any], every_site: bool = False) -> None:
     """Print what a traced artifact is: a summary, its sites by what feeds them, and what stays in float and why."""
-    console, facts = _console(), result["traced"]
+    console, facts = console_of(), result["traced"]
     for label, text in _summary(result):
         console.print(f"{label:<12} {text}", markup=False)
     console.print()
@@ -83,9 +83,9 @@ def print_traced_inspection(result: Mapping[str, Any], every_site: bool = False)
     for site in result["sites"]:
         if site["role"] != "weight":  # in the row of its input
             groups.setdefault(_kind(site), []).append(site)
-    table = _table(("fed by", "inputs", "weights"), ("sites", "layers"))
+    table = table_of(("fed by", "inputs", "weights"), ("sites", "layers"))
     for kind, sites in groups.items():
-        _add(table, kind, [str(len(sites)), str(sum(site["layers"] for site in sites))])
+        add_row(table, kind, [str(len(sites)), str(sum(site["layers"] for site in sites))])
     console.print(table)
     for reason, count in facts["left"].items():
         console.print(f"in float: {count} x {reason}", markup=False)

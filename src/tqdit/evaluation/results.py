@@ -109,6 +109,8 @@ def _check_names(protocol: Protocol) -> None:
     for part, names in NEEDED.items():
         if lacking := [name for name in names if name not in getattr(protocol, part)]:
             raise ValueError(f"protocol.{part} has no '{lacking[0]}'")
+    if protocol.version != VERSION:
+        raise ValueError(f"its scores are of version {protocol.version}; this tqdit computes version {VERSION}")
     num = protocol.images["num"]
     if type(num) is not int:
         raise ValueError(f"protocol.images.num must be a whole number, got {num!r:.80}")
@@ -117,11 +119,21 @@ def _check_names(protocol: Protocol) -> None:
 
 
 def joined(paths: Sequence[Path]) -> Evaluation:
-    """Return the rows of several result files. Raises `InputError` where their protocols differ."""
+    """Return the rows of several result files, each set of images once.
+
+    Raises `InputError` where their protocols differ, or the scores of the same images.
+    """
     found = [read_evaluation(path) for path in paths]
+    result = found[0]
     for path, other in zip(paths[1:], found[1:], strict=True):
-        found[0].protocol.check_same(other.protocol, f"'{paths[0]}'", f"'{path}'")
-    return Evaluation(found[0].protocol, tuple(row for evaluation in found for row in evaluation.rows))
+        result.protocol.check_same(other.protocol, f"'{paths[0]}'", f"'{path}'")
+        for row in other.rows:
+            same = result.row_of(row.run)
+            if same is None:
+                result = result.with_row(row)
+            elif same.scores != row.scores:
+                raise InputError(f"'{path}' has other scores for the same images of {row.name} than a file before it")
+    return result
 
 
 def _identity(run: Mapping[str, Any]) -> dict[str, Any]:
