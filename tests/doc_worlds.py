@@ -18,9 +18,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, DiTPipeli
 from published_dit import random_dit, random_sit
 
 import tqdit
-from conftest import SCHEDULER, build_dit, write_pipeline
 from howtos import ROOT
 from tiny_called import Pipeline, decoder, flux, write_flux
+from tiny_dit import SCHEDULER, build_dit, write_pipeline
 from tiny_pipelines import TOKENS, WIDTH, write_pixart
 from tqdit import recipe
 from tqdit.architectures import dit_checkpoint

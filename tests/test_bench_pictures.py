@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import build_dit, write_pipeline
+from tiny_dit import build_dit, write_pipeline
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 

@@ -39,6 +39,9 @@ def tune(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
+AROUND = ("embed ", "unembed ", "poison ")
+
+
 def main(monkeypatch: pytest.MonkeyPatch, tune: Any, *args: str | Path) -> str:
     """The script's last words; empty if all went well."""
     monkeypatch.setattr(sys, "argv", ["tune.py", *map(str, args)])
@@ -50,7 +53,10 @@ def main(monkeypatch: pytest.MonkeyPatch, tune: Any, *args: str | Path) -> str:
 
 
 def test_it_finds_what_calls_ask_for(tune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The keys of every kernel that both presets launch, in both streams, at several batch sizes."""
+    """The keys of every kernel that both presets launch, in both streams, at several batch sizes.
+
+    The kernels around the blocks have one configuration for a size, which is not looked for.
+    """
     loads = tune.workloads(["T"], [1, 2, 4], list(tune.STREAMS), {})
     found = {job.key for jobs in loads.values() for job in jobs}
     assert sum(map(len, loads.values())) == len(found), "each once"
@@ -65,7 +71,8 @@ def test_it_finds_what_calls_ask_for(tune: Any, monkeypatch: pytest.MonkeyPatch)
                 with tuning.collecting() as jobs, torch.no_grad():
                     model(x, timestep=torch.full((batch,), 500), class_labels=labels)
                 assert len(jobs) >= 9
-                assert {job.key for job in jobs} <= found
+                assert {job.key for job in jobs if not job.key.startswith(AROUND)} <= found
+                assert sum(job.key.startswith(AROUND) for job in jobs) == 3 or preset == "paper"
 
 
 def test_all_sizes_are_asked_for(tune: Any) -> None:

@@ -88,7 +88,7 @@ def names(root: Path) -> list[str]:
 def _make_rows(root: Path) -> None:
     """Quantize the model of one block, and add what it is and computes to what is stored."""
     sys.path.insert(0, str(TESTS))
-    from conftest import build_dit, build_recipe, write_pipeline
+    from tiny_dit import build_dit, build_recipe, write_pipeline
 
     model = build_dit(num_layers=1)
     with torch.no_grad():  # some channels after GELU are large, so that the search chooses factors
@@ -109,7 +109,7 @@ def _make_rows(root: Path) -> None:
 def _make_first(root: Path) -> None:
     """Quantize the models, and store what they are and compute."""
     sys.path.insert(0, str(TESTS))
-    from conftest import build_dit, build_recipe, write_pipeline
+    from tiny_dit import build_dit, build_recipe, write_pipeline
 
     expected: dict[str, torch.Tensor] = inputs()
     hashes = {}

@@ -314,6 +314,7 @@ def test_boxes_of_a_block_without_states_are_left_out() -> None:
     assert "Box plots" not in render([(run.model_copy(update={"parts": [part]}), images)])
 
 
+@pytest.mark.slow
 def test_large_runs_stay_small() -> None:
     states = [[float(t % 1000), 20.0 + t % 7] for t in range(2000)]
     sites = [site(f"transformer_blocks.{i}.attn1.out_input") for i in range(200)]
