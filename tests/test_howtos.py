@@ -3,10 +3,11 @@
 import re
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from typer.main import get_command
 
 from doc_worlds import WORLDS, small_recipes
@@ -25,10 +26,13 @@ SHELL_TOOLS = (".", "PYTHONPATH=tests/backends", "sed", "cd")  # of other comman
 
 
 @pytest.fixture(autouse=True)
-def _own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a page registers is forgotten after it."""
+def _own_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a page registers, and the number of threads that it sets, are forgotten after it."""
     monkeypatch.setattr(registry, "_LOCATIONS", dict(registry._LOCATIONS))
     monkeypatch.setattr(dispatch, "BACKENDS", dict(dispatch.BACKENDS))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_pages_are_short() -> None:

@@ -19,7 +19,9 @@ from tqdit.cli.main import main
 from tqdit.serving import server
 
 # Every address that the process connects to, or looks up, goes into the file of its first argument.
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and their children inherit that.
 WATCHED = """
+import signal
 import sys
 
 def watch(event, arguments):
@@ -28,6 +30,7 @@ def watch(event, arguments):
         with open(place, "a") as file:
             file.write(f"{address[0] if isinstance(address, tuple) else address}\\n")
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
 place = sys.argv.pop(1)
 sys.addaudithook(watch)
 sys.argv[0] = "tqdit"
