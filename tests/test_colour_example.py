@@ -104,6 +104,7 @@ def test_a_missing_package_is_named(example: Callable[[str], ModuleType], tmp_pa
         example("colour_data").prepare(tmp_path, tmp_path / "emoji.npz")
 
 
+@pytest.mark.long
 def test_training_and_comparison(
     example: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
