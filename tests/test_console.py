@@ -10,6 +10,7 @@ import pytest
 from tqdit.architectures.registry import config_of
 from tqdit.cli import bars, console
 from tqdit.plan import sites
+from tqdit.quality.equivalence import Estimate, Verdict
 from tqdit.quality.fidelity import EpsilonFidelity
 from tqdit.quality.samples import Comparison, ModelRow
 from tqdit.recipe import Recipe
@@ -205,3 +206,17 @@ def test_clock(seconds: float | None, text: str) -> None:
 @pytest.mark.parametrize(("elapsed", "fraction", "left"), [(5, 0, None), (30, 0.25, 90), (31, 0.01, 3069), (9, 1, 0)])
 def test_time_left_does_not_forget(elapsed: float, fraction: float, left: float | None) -> None:
     assert bars.remaining(elapsed, fraction) == (None if left is None else pytest.approx(left))
+
+
+@pytest.mark.parametrize(
+    ("n", "passes", "said"),
+    [
+        (40, True, "w6a6: no difference as far as 40 images can tell (KID -0.1 to +0.2"),
+        (10_000, True, "w6a6: equivalent (KID -0.1 to +0.2"),
+        (40, False, "w6a6: equivalence not shown (KID -0.1 to +0.2"),
+    ],
+)
+def test_a_verdict_claims_no_more_than_its_images_can_tell(n: int, passes: bool, said: str) -> None:
+    found = Estimate(0.05, 0.1, -0.1, 0.2)
+    verdict = Verdict(n, 20, found, 1.1, 0.01, 0.01, passes, None, None, None, None, 0, None, found)
+    assert console._verdict("w6a6", verdict).startswith(said)

@@ -70,9 +70,12 @@ def _notes(result: "Comparison") -> list[str]:
 
 def _verdict(name: str, verdict: "Verdict") -> str:
     """Return a sentence that says how the equivalence test of a model ended."""
+    from tqdit.quality.equivalence import ENOUGH
+
     kid, error = verdict.kid, verdict.log_error
+    passed = "equivalent" if verdict.n >= ENOUGH else f"no difference as far as {verdict.n} images can tell"
     text = (
-        f"{name}: {'equivalent' if verdict.equivalent else 'equivalence not shown'} (KID {kid.lower:+.2g} to "
+        f"{name}: {passed if verdict.equivalent else 'equivalence not shown'} (KID {kid.lower:+.2g} to "
         f"{kid.upper:+.2g} of the float model's, margin {verdict.margin:.2g})"
     )
     if error is None:

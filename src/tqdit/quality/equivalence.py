@@ -27,6 +27,7 @@ from tqdit.quality.kid import check_features, frechet_replicates, kid_difference
 from tqdit.quality.student import holm, quantile, upper_tail
 
 BLOCKS = 20
+ENOUGH = 2000  # images, from which on a verdict comes without a warning: 100 in each block
 ALPHA = 0.05  # level of each one-sided test
 MARGIN = 1.96  # standard errors of the difference that other seeds make
 RESOLUTION = 2.0**-48  # squared error of one value that is off by the spacing of fp32 numbers below 1

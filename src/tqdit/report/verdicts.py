@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tqdit.quality.equivalence import ENOUGH
 from tqdit.quality.run import Judged, Row
 from tqdit.report.sections import Shown
 
-ENOUGH = 2000  # images, from which on the page has no warning: 100 in each block
 PUBLISHED = 10_000  # images of the project's own test
 
 
