@@ -4,8 +4,6 @@ python bench/concept_figures.py
 python bench/concept_figures.py --check    # only compares
 """
 
-import argparse
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from drawing import BLUE, GREY, INK, ORANGE, PALE, TEAL, arrow, box, line, svg, text
+from drawing import BLUE, GREY, INK, ORANGE, PALE, TEAL, arrow, box, line, svg, text, write_or_check
 from pages import ROOT
 from tqdit.grids import uniform
 from tqdit.grids.formats import IntFormat
@@ -156,16 +154,7 @@ def block() -> str:
 
 def main() -> None:
     """Write the figures, or say which are out of date."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a figure is out of date")
-    check = parser.parse_args().check
-    drawn = figures().items()
-    stale = [(path, text) for path, text in drawn if not path.is_file() or path.read_text(encoding="utf-8") != text]
-    for path, made in stale:
-        print(f"{path.relative_to(ROOT)} {'is out of date' if check else 'written'}")
-        if not check:
-            path.write_text(made, encoding="utf-8")
-    sys.exit(1 if check and stale else 0)
+    write_or_check(__doc__, figures())
 
 
 if __name__ == "__main__":

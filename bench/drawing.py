@@ -4,8 +4,13 @@ A file has a white ground, so that it is also readable on a dark page, and names
 give the same bytes.
 """
 
-from collections.abc import Sequence
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
+
+from pages import ROOT
 
 INK, GREY, PALE = "#22303a", "#6b7983", "#e9eef1"
 TEAL, ORANGE, BLUE = "#0f8b7d", "#d9622b", "#3a6fb0"
@@ -51,3 +56,16 @@ def arrow(start: tuple[float, float], end: tuple[float, float], colour: str) -> 
     stop = (x, y - 8) if down else (x - 8, y)
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in head)
     return line(start, stop, colour, 2) + f'<polygon points="{points}" fill="{colour}"/>'
+
+
+def write_or_check(description: str | None, drawn: Mapping[Path, str]) -> None:
+    """Run a script that draws: write the files that are out of date, or with --check exit with 1 if there are any."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a picture is out of date")
+    check = parser.parse_args().check
+    stale = [path for path, made in drawn.items() if not path.is_file() or path.read_text(encoding="utf-8") != made]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)} {'is out of date' if check else 'written'}")
+        if not check:
+            path.write_text(drawn[path], encoding="utf-8")
+    sys.exit(1 if check and stale else 0)

@@ -6,11 +6,9 @@ python bench/gains.py --check    # only compares
 Every bar is a figure of a file in bench/results/.
 """
 
-import argparse
-import sys
 from typing import NamedTuple
 
-from drawing import BLUE, GREY, INK, ORANGE, TEAL, box, line, svg, text
+from drawing import BLUE, GREY, INK, ORANGE, TEAL, box, line, svg, text, write_or_check
 from pages import ROOT, read
 
 PATH = ROOT / "docs" / "images" / "gains.svg"
@@ -110,15 +108,7 @@ def _drawn(panel: Panel, x: float, y: float) -> list[str]:
 
 def main() -> None:
     """Write the picture, or say that it is out of date."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="exit with 1 if the picture is out of date")
-    check, made = parser.parse_args().check, picture()
-    stale = not PATH.is_file() or PATH.read_text(encoding="utf-8") != made
-    if stale:
-        print(f"{PATH.relative_to(ROOT)} {'is out of date' if check else 'written'}")
-    if not check:
-        PATH.write_text(made, encoding="utf-8")
-    sys.exit(1 if check and stale else 0)
+    write_or_check(__doc__, {PATH: picture()})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What stands in, when the code of a page runs, for the models that the page names.
+"""Make tiny models that stand in for those a page names, when its code runs.
 
 Every model here is tiny and has random weights; a calibration is as small as its settings allow. Files have the names
 that the pages give, in the present folder.

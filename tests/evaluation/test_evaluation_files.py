@@ -165,7 +165,7 @@ def test_statistics_alone_give_the_distances_of_gaussians(tmp_path) -> None:
 
 
 def test_statistics_go_before_the_images_of_the_same_file(tmp_path) -> None:
-    """As in ADM's file for ImageNet: FID by the whole training set, precision and recall by 10,000 images."""
+    """A file may have statistics for FID and images for precision and recall, as ADM's file for ImageNet has."""
     both = measured(tmp_path, arr_0=PIXELS, **STATISTICS)
     alone, images = measured(tmp_path, **STATISTICS), measured(tmp_path, arr_0=PIXELS)
     assert both.scores[measure.FD] == alone.scores[measure.FD] != images.scores[measure.FD]

@@ -96,7 +96,7 @@ def test_subsets_are_disjoint_and_follow_from_the_seed() -> None:
 
 
 def test_the_kernel_distance_is_unbiased() -> None:
-    """Of equal distributions the mean is 0 however few images a subset has; a biased estimate would be about 0.4."""
+    """The mean for equal distributions is 0 however small a subset is; a biased estimate would be about 0.4."""
     found = kernel_distance(rows(4000, 4), rows(4000, 4, seed=1), subset=20)
     assert found.subsets == 200
     assert abs(found.mean) < 4 * found.standard_error

@@ -79,7 +79,9 @@ class Diffusion:
         return self.scheduler.step(output, t, x, generator=generators).prev_sample
 
     def clean(self, output: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
-        """As `Schedule.clean`, without the clipping of a scheduler. With a the cumulative alpha at t:
+        """Return the clean image as `Schedule.clean` does, without a scheduler's clipping.
+
+        With a the cumulative alpha at t:
 
         epsilon   (x - sqrt(1 - a) output) / sqrt(a)
         v         sqrt(a) x - sqrt(1 - a) output

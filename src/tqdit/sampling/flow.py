@@ -61,7 +61,7 @@ class FlowMatching:
         return self.scheduler.step(output[:, : x.shape[1]], self.timesteps[i], x).prev_sample
 
     def clean(self, output: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
-        """As `Schedule.clean`: x - sigma output."""
+        """Return the clean image as `Schedule.clean` does: x - sigma output."""
         return x - float(self.scheduler.sigmas[i]) * output[:, : x.shape[1]]
 
     def weights(self, t: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ PREVIEWS = 12  # of an image, at most: a decoder may take as long as a step
 
 @dataclass(frozen=True)
 class Frame:
-    """What a model has drawn after `step` of `steps` steps.
+    """Hold what a model has drawn after `step` of `steps` steps.
 
     `pixels`: (C, H, W) in [-1, 1] on the CPU, or None where the model shows nothing. They are the noise first, then
     the image that the model predicts at the step, and at the end the image itself. `call_ms`: milliseconds of every

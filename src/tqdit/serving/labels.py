@@ -1,4 +1,4 @@
-"""What a page calls a model."""
+"""Name a model for the page."""
 
 from pathlib import Path
 

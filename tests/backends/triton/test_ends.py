@@ -293,7 +293,7 @@ def test_rows_that_a_table_does_not_have_are_nan(rows: int, outside: int) -> Non
 
 
 def test_a_configuration_changes_the_last_digits_alone() -> None:
-    """With tensor cores, turned and not, and without."""
+    """Products with tensor cores, of either order of operands, and products without give the same within the bound."""
     case = embedder_case(2, 300, 70, "int8", torch.int64)
     table, of_table = case["table"].to(DEVICE), case["of_table"].to(DEVICE)
     given, added = Lookup(table, of_table), Lookup(case["classes"].to(DEVICE), case["of_classes"].to(DEVICE))
