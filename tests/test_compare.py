@@ -140,6 +140,14 @@ def test_each_way_refuses_the_options_of_the_other(root) -> None:
         (lambda: tqdit.compare(models[0], [], calls=calls), "^quantized must name at least one artifact"),
         (lambda: tqdit.compare(models[0], 5, calls=calls), "^quantized must be the path of an artifact .*, got 5$"),
         (lambda: tqdit.compare(*models, calls=calls, options={"height": 32}), "^height is for images; give prompts"),
+        (
+            lambda: tqdit.compare(*models, calls=calls, options="x"),
+            "^options must be a dict of the pipeline's arguments by name, got 'x'$",
+        ),
+        (
+            lambda: tqdit.compare(*models, calls=calls, prompts=["a"], options=["height"]),
+            r"^options must be a dict of the pipeline's arguments by name, got \['height'\]$",
+        ),
         (lambda: tqdit.compare(*models, calls=3), "calls must be a recording, the path of one, or a list"),
     ):
         with pytest.raises(InputError, match=said):
@@ -177,6 +185,7 @@ class Pipe:
         ([3], {}, "prompts are a list of texts"),
         ([], {}, "there are no prompts to draw images of"),
         (["a"], {"width": 4}, "a Pipe takes no width"),
+        (["a"], "x", "options must be a dict of the pipeline's arguments by name, got 'x'"),
         (["a"], {"height": 0}, "height must be a whole number of at least 1, got 0"),
         (["a"], {"height": 2.5}, "height must be a whole number of at least 1, got 2.5"),
         (["a"], {"num_inference_steps": True}, "num_inference_steps must be a whole number of at least 1, got True"),

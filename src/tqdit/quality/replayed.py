@@ -163,12 +163,19 @@ def compare_images(
     return rows
 
 
+def check_options(options: Any) -> None:
+    """Raise `InputError` unless the options of images are the arguments of a pipeline by name, or None."""
+    if options is not None and not isinstance(options, Mapping):
+        raise InputError(f"options must be a dict of the pipeline's arguments by name, got {options!r:.80}")
+
+
 def check_drawing(kind: type, prompts: Sequence[str], options: Mapping[str, Any]) -> None:
     """Check what images are asked of a class of pipelines.
 
-    Raises `InputError` without prompts, and for an option that the pipeline does not take, that every image is drawn
-    with anyway, or that is a nonsensical size or number of steps.
+    Raises `InputError` without prompts, for options that have no names, and for an option that the pipeline does not
+    take, that every image is drawn with anyway, or that is a nonsensical size or number of steps.
     """
+    check_options(options)
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise InputError(f"prompts are a list of texts, got {prompts!r:.80}")
     if not prompts:

@@ -18,6 +18,7 @@ from tqdit.quality.called import Compared, FolderComparison
 from tqdit.quality.replayed import (
     ImageRow,
     check_drawing,
+    check_options,
     compare_calls,
     compare_images,
     held_out,
@@ -75,6 +76,7 @@ def compare_folders(  # noqa: PLR0913 - options
     check_counts(samples=samples, groups=groups)
     check_seed(seed)
     check_flags(sites=sites)
+    check_options(options)
     quantized = artifact_paths(quantized)
     source, where = any_class.find(found_folder(model)), checked_device(device)
     if prompts:
