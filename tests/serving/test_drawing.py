@@ -103,6 +103,20 @@ def test_what_the_page_says(side_by_side: Gallery) -> None:
     assert dict(board.figures(1))["PSNR to fashion-dit"] == "equal"
 
 
+def test_images_are_measured_against_the_float_model_wherever_it_stands(side_by_side: Gallery) -> None:
+    float_model, quantized = side_by_side.models
+    board = Board([quantized, float_model, replace(float_model, label="fashion-dit · again")])
+    pixels = torch.zeros(1, 2, 2)
+    board.take(0, Frame(2, 2, pixels + 0.2, (1.0,)))
+    assert dict(board.figures(0))["PSNR to fashion-dit"] == "–", "the float model has not finished"
+    board.take(1, Frame(2, 2, pixels, (1.0,)))
+    board.take(2, Frame(2, 2, pixels + 0.02, (1.0,)))
+    found = [dict(board.figures(number)).get("PSNR to fashion-dit") for number in range(3)]
+    assert found == ["20.0 dB", None, "40.0 dB"]
+    artifacts = Board([quantized, quantized])
+    assert [dict(artifacts.figures(number)).get("PSNR to fashion-w8a8") for number in range(2)] == [None, "–"]
+
+
 def test_models_that_cannot_stand_side_by_side(side_by_side: Gallery, pipeline) -> None:
     with pytest.raises(InputError, match=r"the same noise: that of 'fashion-dit' is \(1, 32, 32\)"):
         gallery.load(["fashion-dit", str(pipeline)], CPU, measure=False)

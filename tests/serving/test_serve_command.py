@@ -3,20 +3,24 @@
 import html
 import importlib.util
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.request
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tqdit.cli.main import main
-from tqdit.serving import server
+from tqdit.serving import gallery, server
 
 # Every address that the process connects to, or looks up, goes into the file of its first argument.
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and their children inherit that.
@@ -92,6 +96,31 @@ def called(address: str, values: list[object]) -> str:
     """All of it, when the drawing has ended."""
     with answered(address, values) as answer:
         return html.unescape(answer.read().decode())
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "message"),
+    [
+        (signal.SIGTERM, 143, "tqdit: interrupted; nothing is half written\n"),
+        (signal.SIGINT, 130, "tqdit: the page is no longer served\n"),
+    ],
+)
+def test_a_signal_ends_a_server_as_it_ends_other_commands(monkeypatch, capsys, number, code: int, message: str) -> None:
+    pytest.importorskip("gradio", reason="gradio is not installed (the extra `serve`)")
+    before = {which: signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(gallery, "load", lambda *_: SimpleNamespace(models=()))
+    monkeypatch.setattr(server, "served", lambda *_: nullcontext("http://here/"))
+    monkeypatch.setattr(threading.Event, "wait", lambda _: os.kill(os.getpid(), number))
+    monkeypatch.setattr(sys, "argv", ["tqdit", "serve", "-q", "--port", "0", "fashion-dit"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores Ctrl-C
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main()
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+    assert stop.value.code == code
+    assert capsys.readouterr().err == message
 
 
 def test_a_port_that_is_taken_is_named_before_any_work(monkeypatch, capsys) -> None:

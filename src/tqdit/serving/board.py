@@ -13,6 +13,8 @@ class Board:
 
     def __init__(self, models: Sequence[Served]) -> None:
         self.models = models
+        # What the other images are measured against: the first float model, wherever it stands.
+        self.reference = next((number for number, model in enumerate(models) if not model.quantized), 0)
         self._frames: list[Frame | None] = [None] * len(models)
         self._images: dict[int, torch.Tensor] = {}  # finished ones
 
@@ -38,17 +40,17 @@ class Board:
             rows += [("a call (median)", "–"), ("all calls", "–")]
         rows.append(("weights", megabytes(model.weight_bytes)))
         rows.append(("peak memory", "–" if model.peak_bytes is None else megabytes(model.peak_bytes)))
-        if number:
-            rows.append((f"PSNR to {self.models[0].label.partition(' ')[0]}", self._psnr(number)))
+        if number != self.reference:
+            rows.append((f"PSNR to {self.models[self.reference].name}", self._psnr(number)))
         return rows
 
     def _psnr(self, number: int) -> str:
-        """Return how near a finished image is to the first model's, if that is finished too."""
-        first, own = self._images.get(0), self._images.get(number)
-        if first is None or own is None or first.shape != own.shape:
+        """Return how near a finished image is to the reference's, if that is finished too."""
+        expected, own = self._images.get(self.reference), self._images.get(number)
+        if expected is None or own is None or expected.shape != own.shape:
             return "–"
-        found = psnr_db(first[None], own[None])
-        return "equal" if torch.equal(first, own) or found is None else f"{found:.1f} dB"
+        found = psnr_db(expected[None], own[None])
+        return "equal" if torch.equal(expected, own) or found is None else f"{found:.1f} dB"
 
 
 def megabytes(count: int) -> str:

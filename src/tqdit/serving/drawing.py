@@ -50,7 +50,7 @@ class Served(Protocol):
     during a call, above the imports; None where it was not measured. `asks_for`: "class", "prompt" or "text".
     `choices`: name and number of every class or prompt; None for a text. `samplers`: those that suit it. `defaults`:
     how it is drawn if a user changes nothing. `shape`: (C, H, W) of the state that is denoised, where it is known.
-    `pixelated`: whether its images should be enlarged without smoothing.
+    `pixelated`: whether its images should be enlarged without smoothing. `quantized`: whether it is an artifact.
     """
 
     @property
@@ -82,6 +82,9 @@ class Served(Protocol):
 
     @property
     def pixelated(self) -> bool: ...
+
+    @property
+    def quantized(self) -> bool: ...
 
     def check(self, request: Request) -> None:
         """Raise `InputError` for a request that the model cannot draw."""

@@ -45,6 +45,7 @@ class Pipeline:
     label: str
     weight_bytes: int
     size: Mapping[str, int] = field(default_factory=dict)  # height and width, or the pipeline's own
+    quantized: bool = False
     asks_for = "text"
     samplers = (AUTO,)
     peak_bytes = choices = shape = (
@@ -174,7 +175,8 @@ def load(source: ModelSource, target: Target, size: Mapping[str, int] = NO_SIZE)
     if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "vae", None) is None:
         raise InputError(f"the pipeline '{source.name}' needs a text_encoder and a vae to draw a prompt's text")
     weight_bytes = _weight_bytes(source, pipe)
-    return Pipeline(source.name, pipe, target.device, label(source, target.dtype_name), weight_bytes, size)
+    named = label(source, target.dtype_name)
+    return Pipeline(source.name, pipe, target.device, named, weight_bytes, size, source.quantized)
 
 
 def _weight_bytes(source: ModelSource, pipe: Any) -> int:

@@ -46,6 +46,10 @@ class Sampled:
         return self.source.name
 
     @property
+    def quantized(self) -> bool:
+        return self.source.quantized
+
+    @property
     def asks_for(self) -> str:
         """Return "class" or "prompt", of which there is one for each choice."""
         return "class" if self.conditions is None else "prompt"
