@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tqdit.errors import InputError
+from tqdit.evaluation.exported import short_reason
 from tqdit.evaluation.networks import CLASSES, SPATIAL, load_network
 
 
@@ -133,6 +134,45 @@ def test_nan_and_missing_files_are_named(tmp_path, images) -> None:
     (tmp_path / "text.pt2").write_text("no network")
     with pytest.raises(InputError, match=r"text.pt2 is damaged or no file of torch.export.save"):
         load_network(tmp_path / "text.pt2")
+
+
+@pytest.mark.parametrize("damage", ["cut off", "in the middle", "code", "long record"])
+@pytest.mark.parametrize("kind", ["pt", "pt2"])
+def test_an_error_about_a_damaged_file_is_one_short_line(tmp_path, kind: str, damage: str) -> None:
+    path = tmp_path / f"own.{kind}"
+    if kind == "pt2":
+        exported(path, Tuple())
+    else:
+        torch.jit.script(Tuple()).save(str(path))
+    content = path.read_bytes()
+    if damage == "cut off":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "in the middle":
+        path.write_bytes(content[:150] + bytes(20) + content[170:])
+    elif damage == "code":
+        names = zipfile.ZipFile(path).namelist()
+        inner = next(name for name in names if name.endswith((".py", "model.json"))).partition("/")[2]
+        rewritten(path, {inner: b"def forward(self,\n" + 200 * b"x "})
+    else:
+        rewritten(path, {f"data/{200 * 'long'}.pkl" if kind == "pt2" else "data.pkl": b"no pickle"})
+    with pytest.raises(InputError) as refused:
+        load_network(path)
+    message = str(refused.value)
+    assert message.startswith(f"{path}")
+    reason = message.removeprefix(str(path)).removeprefix(" is damaged or no ")
+    assert 10 < len(reason) <= 150
+    assert reason.isprintable()
+
+
+def test_reasons_of_torch_are_cut_after_their_first_sentence() -> None:
+    assert (
+        short_reason(RuntimeError("it failed: no end. This is an internal miniz error.\nmore")) == "it failed: no end"
+    )
+    assert short_reason(RuntimeError('x INTERNAL ASSERT FAILED at "a.cpp":5, please report')) == (
+        "a check inside torch failed"
+    )
+    assert short_reason(KeyError()) == "KeyError"
+    assert short_reason(ValueError("word " * 40)) == "word " * 19 + "…"
 
 
 # What is never loaded ------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ torch reads it. What is left are tensors, and a graph of torch's own `aten` oper
 import io
 import json
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from tqdit.errors import InputError
 from tqdit.system.reading import read_bytes
 
 MOST = 8 * 2**30  # bytes of a network's file
+LONGEST = 100  # characters of torch's reason in an error
+SHOWN = 60  # characters of a text from the file in an error
 CONFIG = r"data/(weights|constants)/\w+_config\.json"
 RECORDS = re.compile(
     rf"{CONFIG}|data/weights/weight_\d+|data/constants/tensor_\d+|models/model\.json|data/sample_inputs/model\.pt|"
@@ -52,8 +55,16 @@ def load_exported(path: Path) -> nn.Module:
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except Exception as error:  # a damaged file can fail in any way
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{path} is damaged or no file of torch.export.save: {reason:.200}") from None
+        raise InputError(f"{path} is damaged or no file of torch.export.save: {short_reason(error)}") from None
+
+
+def short_reason(error: Exception) -> str:
+    """Return the first sentence of torch's reason why it could not load a file, of at most `LONGEST` characters."""
+    text = str(error).strip()
+    if "INTERNAL ASSERT" in text:  # a place in torch's source code
+        return "a check inside torch failed"
+    sentence = text.partition("\n")[0].partition(". ")[0].removesuffix(".")
+    return textwrap.shorten(sentence, LONGEST, placeholder=" …") or type(error).__name__
 
 
 def _check(content: bytes) -> None:
@@ -61,7 +72,7 @@ def _check(content: bytes) -> None:
     reader = torch._C.PyTorchFileReader(io.BytesIO(content))  # the reader that torch.export.load has
     for name in reader.get_all_records():
         if not RECORDS.fullmatch(name):
-            raise InputError(f"it has the record '{name}', which is no tensor and no graph of one program")
+            raise InputError(f"it has the record {name[:SHOWN]!r}, which is no tensor and no graph of one program")
         if name.endswith(".pt"):
             _check_inputs(reader.get_record(name))
         elif re.fullmatch(CONFIG, name):
@@ -82,7 +93,7 @@ def _check_inputs(content: bytes) -> None:
 def _check_payloads(config: Any) -> None:
     for name, payload in config["config"].items():
         if payload["use_pickle"] or not re.fullmatch(r"(weight|tensor)_\d+", payload["path_name"]):
-            raise InputError(f"'{name}' is a Python object, which is never unpickled")
+            raise InputError(f"{name[:SHOWN]!r} is a Python object, which is never unpickled")
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -101,4 +112,6 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 def _check_text(key: str, text: str) -> None:
     legal = LEGAL.get(key)
     if legal is not None and not legal.fullmatch(text):
-        raise InputError(f"its graph has the {key} '{text:.80}'; only torch's own aten operators on tensors are loaded")
+        raise InputError(
+            f"its graph has the {key} {text[:SHOWN]!r}; only torch's own aten operators on tensors are loaded"
+        )

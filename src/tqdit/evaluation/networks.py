@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tqdit.errors import InputError
 from tqdit.evaluation import inception
-from tqdit.evaluation.exported import load_exported
+from tqdit.evaluation.exported import load_exported, short_reason
 from tqdit.evaluation.image_sets import file_sha256
 from tqdit.quality import features
 from tqdit.system.reading import check_regular
@@ -101,8 +101,7 @@ def _load_script(path: Path) -> nn.Module:
     try:
         return torch.jit.load(str(path), map_location="cpu").eval()
     except Exception as error:  # a damaged file can fail in any way
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{path} is damaged or no TorchScript file: {reason:.200}") from None
+        raise InputError(f"{path} is damaged or no TorchScript file: {short_reason(error)}") from None
 
 
 def _fashion(device: torch.device) -> Network:
