@@ -11,6 +11,7 @@ import typer
 from tqdit.cli.bars import progress
 from tqdit.cli.console import print_benchmark
 from tqdit.cli.options import (
+    LEAST_STEPS,
     STDOUT,
     Backend,
     Device,
@@ -86,7 +87,7 @@ def bench(
     ] = False,
     repeats: Annotated[int, typer.Option(help="timed calls of each model; default 20, or 8 with --quick")] = 20,
     sampling: Annotated[bool, typer.Option(help="also time a full sampling run of each model")] = True,
-    steps: Annotated[int, typer.Option(help="sampler steps of that run")] = 50,
+    steps: Annotated[int, typer.Option(min=LEAST_STEPS, help="sampler steps of that run")] = 50,
     sampler: Sampler = "auto",
     memory: Annotated[bool, typer.Option(help="also measure loading and memory, in a process per model")] = True,
     kernels: Annotated[bool, typer.Option("--kernels", help="print the kernel of every site")] = False,

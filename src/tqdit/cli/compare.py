@@ -15,11 +15,13 @@ from tqdit.cli.options import (
     Guidance,
     JsonFile,
     Negative,
+    Num,
     Prompts,
     Quiet,
     Sampler,
     Seed,
     Size,
+    Steps,
     Verbose,
     check_outputs,
     command,
@@ -53,9 +55,9 @@ def compare(
         typer.Option(metavar="FILE", help="calls that `tqdit record` wrote, for artifacts made from recorded calls"),
     ] = None,
     prompts: Prompts = None,
-    num: Annotated[int, typer.Option("-n", "--num", help="images per model; not with --calls")] = 16,
+    num: Num = 16,
     samples: Annotated[int, typer.Option(help="states (or calls) in each of ten ranges of timesteps")] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="sampler steps")] = 50,
+    steps: Steps = 50,
     sampler: Sampler = "auto",
     guidance: Guidance = 1.5,
     size: Size = None,
@@ -83,8 +85,9 @@ def compare(
 
     With --calls the outputs of transformers of any class are compared on recorded calls, by time group; then --prompts
     is a text file with a prompt a line, by which a pipeline also draws an image each to compare. --size, --negative,
-    --steps and --guidance are then arguments of the pipeline, which has its own values by default. Under torchrun the
-    processes share images and states. --out also measures what each site costs, and saves all that a report shows.
+    --steps and --guidance are then arguments of the pipeline, which has its own values by default; --num, --sampler,
+    --cost and --equivalence are not for recorded calls. Under torchrun the processes share images and states. --out
+    also measures what each site costs, and saves all that a report shows.
     """
     if out is not None:
         from tqdit.quality.run_file import check_path

@@ -48,6 +48,11 @@ Backend = Annotated[
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="write the result as JSON; - is standard output, with nothing else on it")
 ]
+LEAST_STEPS = 1  # of a sampling run, in every command; those of a calibration are a setting of the recipe
+Steps = Annotated[int, typer.Option(min=LEAST_STEPS, help="sampler steps")]
+Num = Annotated[int, typer.Option("-n", "--num", help="number of images of each model")]
+Batch = Annotated[int, typer.Option(help="images drawn at a time; what several processes share are batches")]
+Classes = Annotated[str | None, typer.Option(help="comma-separated names or numbers; default: all")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="seed; the same seed gives the same bytes")]
 Guidance = Annotated[float, typer.Option(min=0.0, help="classifier-free guidance; 1 turns it off")]
 Sampler = Annotated[str, typer.Option(help="auto (ddim, or flow for a flow-matching model), ddim, ddpm or flow")]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tqdit.cli.bars import progress
-from tqdit.cli.options import Device, Negative, Quiet, Seed, Size, Verbose, pixels, text_lines
+from tqdit.cli.options import LEAST_STEPS, Device, Negative, Quiet, Seed, Size, Verbose, pixels, text_lines
 
 if TYPE_CHECKING:
     from tqdit.calibration.calls import Calls, Recording
@@ -31,7 +31,7 @@ def record(
             "default: 64 prompts that come with tqdit"
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="sampler steps; default: the pipeline's")] = None,
+    steps: Annotated[int | None, typer.Option(min=LEAST_STEPS, help="sampler steps; default: the pipeline's")] = None,
     guidance: Annotated[float | None, typer.Option(help="guidance scale; default: the pipeline's")] = None,
     size: Size = None,
     negative: Negative = None,
