@@ -1,6 +1,7 @@
 """diffusers' `Attention` computed in the open, so that every operand and every product can be watched."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +79,18 @@ class OpenAttention:
         attended = probabilities @ v
         self.done(Computed(q, k, v, probabilities, scores, attended, bias))
         return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
+
+
+@contextmanager
+def opened() -> Iterator[Callable[[Any, OpenAttention], None]]:
+    """Yield a function that gives an attention module another processor; at the end every one has its own again."""
+    with ExitStack() as stack:
+
+        def replace(attn: Any, processor: OpenAttention) -> None:
+            stack.callback(setattr, attn, "processor", attn.processor)
+            attn.processor = processor
+
+        yield replace
 
 
 def check_plain(attn: Any, name: str) -> None:

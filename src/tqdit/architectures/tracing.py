@@ -30,6 +30,7 @@ from tqdit.architectures.tensor_origins import (
     result_word,
 )
 from tqdit.errors import InputError
+from tqdit.system.hooks import hooks
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what a linear layer may read
 COPIES = {"contiguous", "clone", "to", "float", "half", "bfloat16", "type_as", "reshape"}
@@ -119,15 +120,11 @@ def _inside(layers: Mapping[str, nn.Module], stack: list[str]) -> Iterator[None]
     def leave(*_: Any) -> None:
         stack.pop()
 
-    handles = []
-    try:
+    with hooks() as keep:
         for name, module in layers.items():
-            handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
-            handles.append(module.register_forward_hook(leave, always_call=True))
+            keep(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
+            keep(module.register_forward_hook(leave, always_call=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Watcher(TorchFunctionMode):

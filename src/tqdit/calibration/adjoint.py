@@ -14,6 +14,7 @@ from torch import nn
 from tqdit.sampling.guidance import Conditions, Sample, Sampling, arguments, joined, predict_joined
 from tqdit.sampling.schedules import schedule
 from tqdit.sampling.trajectory import Progress
+from tqdit.system.hooks import hooks
 
 FORWARD = 1 / 4  # of the work: a backward sweep computes the output again, then two gradients of it
 
@@ -81,8 +82,9 @@ class _Watched:
         self.layers, self._hooks, self._outputs = layers, ExitStack(), list[torch.Tensor]()
 
     def __enter__(self) -> "_Watched":
+        keep = self._hooks.enter_context(hooks())
         for layer in self.layers:
-            self._hooks.callback(layer.register_forward_hook(self._keep).remove)
+            keep(layer.register_forward_hook(self._keep))
         return self
 
     def __exit__(self, *_: object) -> None:

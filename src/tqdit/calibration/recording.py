@@ -14,6 +14,7 @@ from tqdit.calibration.called import Signature, check_finite, config_of, kind_of
 from tqdit.calibration.calls import TRANSFORMER, Calls, RecordedCall, Recording
 from tqdit.calibration.held import Held
 from tqdit.errors import InputError
+from tqdit.system.hooks import hooks
 
 Take = Callable[[tuple[Any, ...], dict[str, Any]], None]
 
@@ -107,13 +108,13 @@ def _watched(module: nn.Module, take: Take) -> Iterator[None]:
     """
     compiled = module._compiled_call_impl
     if compiled is None:
-        hook = module.register_forward_pre_hook(
-            lambda _, positional, named: take(positional, named), with_kwargs=True, prepend=True
-        )
-        try:
+        with hooks() as keep:
+            keep(
+                module.register_forward_pre_hook(
+                    lambda _, positional, named: take(positional, named), with_kwargs=True, prepend=True
+                )
+            )
             yield
-        finally:
-            hook.remove()
         return
 
     def call(*positional: Any, **named: Any) -> Any:

@@ -25,6 +25,7 @@ from tqdit.errors import InputError
 from tqdit.graph import Graph
 from tqdit.recipe import Recipe
 from tqdit.sampling.trajectory import Progress
+from tqdit.system.hooks import hooks
 from tqdit.timegroups import TimeGroups
 
 RELATIVE = "each row counts relative to its own outputs"
@@ -127,22 +128,17 @@ class _Replay:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Watch the inputs of all layers, and their outputs if the Fisher diagonal is asked for."""
-        handles: list[Any] = []
         with ExitStack() as stack:
             if self.probed:
                 stack.enter_context(_without_parameter_gradients(self.model))
                 stack.enter_context(_checkpointed(self.model, self.graph))
-            try:
-                for site in self.sites:
-                    first = self.model.get_submodule(site.modules[0])
-                    handles.append(first.register_forward_pre_hook(partial(self._input, site), with_kwargs=True))
-                    for place, name in enumerate(site.modules if self.probed else ()):
-                        hook = partial(self._output, site, place)
-                        handles.append(self.model.get_submodule(name).register_forward_hook(hook))
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
+            keep = stack.enter_context(hooks())
+            for site in self.sites:
+                first = self.model.get_submodule(site.modules[0])
+                keep(first.register_forward_pre_hook(partial(self._input, site), with_kwargs=True))
+                for place, name in enumerate(site.modules if self.probed else ()):
+                    keep(self.model.get_submodule(name).register_forward_hook(partial(self._output, site, place)))
+            yield
 
     def _input(self, site: Site, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.listening:

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from tqdit.architectures.attention import Computed, OpenAttention, check_plain
+from tqdit.architectures.attention import Computed, OpenAttention, check_plain, opened
 from tqdit.architectures.interface import Attention, Block, Linear
+from tqdit.system.hooks import hooks
 
 
 class Sink(Protocol):
@@ -56,27 +57,17 @@ class Taps:
 
         Raises `InputError` that names an attention which cannot be watched.
         """
-        handles: list[Any] = []
-        originals: list[tuple[Any, Any]] = []
-        try:
+        with hooks() as keep, opened() as replace:
             for block in blocks:
                 for attention in block.attentions:
                     attn: Any = model.get_submodule(attention.module)
                     check_plain(attn, attention.module)
-                    originals.append((attn, attn.processor))
-                    attn.processor = OpenAttention(self._mask, partial(self._attended, attention))
+                    replace(attn, OpenAttention(self._mask, partial(self._attended, attention)))
                 for linear in block.linears:
-                    first = model.get_submodule(linear.modules[0])
-                    handles.append(first.register_forward_pre_hook(self._input_hook(linear)))
+                    keep(model.get_submodule(linear.modules[0]).register_forward_pre_hook(self._input_hook(linear)))
                     for name in linear.modules:
-                        hook = self._output_hook(linear, name)
-                        handles.append(model.get_submodule(name).register_forward_hook(hook))
+                        keep(model.get_submodule(name).register_forward_hook(self._output_hook(linear, name)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for attn, processor in originals:
-                attn.processor = processor
 
     def _mask(self, bias: torch.Tensor | None) -> None:
         self._bias = bias
@@ -116,10 +107,8 @@ def watched_stream(
         receive((output[0] if isinstance(output, tuple) else output).detach())
 
     modules = [model.get_submodule(block.prefix) for block in blocks]
-    handles: list[Any] = [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
-    handles.append(modules[-1].register_forward_hook(after))
-    try:
+    with hooks() as keep:
+        for module in modules:
+            keep(module.register_forward_pre_hook(before, with_kwargs=True))
+        keep(modules[-1].register_forward_hook(after))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

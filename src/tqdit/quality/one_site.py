@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from tqdit.architectures.attention import OpenAttention
+from tqdit.architectures.attention import OpenAttention, opened
 from tqdit.graph import Attention, Graph, Linear
 from tqdit.ops.rotation import rotate
 from tqdit.ops.schema import OperandParams
 from tqdit.ops.tables import operand, parameters
 from tqdit.spec import GridParams, Solution
+from tqdit.system.hooks import hooks
 
 
 @dataclass
@@ -39,24 +40,16 @@ class OneSite:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Watch the inputs of linear layers and the operands of attention; the model is restored at the end."""
-        handles: list[Any] = []
-        originals: list[tuple[Any, Any]] = []
-        try:
+        with hooks() as keep, opened() as replace:
             for block in self.graph.blocks:
                 for linear in block.linears:
                     for place, name in enumerate(linear.modules):
                         hook = partial(self._input, linear, place == 0)
-                        handles.append(self.model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
+                        keep(self.model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
                 for attention in block.attentions:
-                    attn: Any = self.model.get_submodule(attention.module)
-                    originals.append((attn, attn.processor))
-                    attn.processor = OpenAttention(_nothing, _nothing, partial(self._operand, attention))
+                    computed = OpenAttention(_nothing, _nothing, partial(self._operand, attention))
+                    replace(self.model.get_submodule(attention.module), computed)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for attn, processor in originals:
-                attn.processor = processor
 
     @contextmanager
     def quantizing(self, sites: Sequence[str]) -> Iterator[None]:

@@ -13,6 +13,7 @@ from torch import nn
 from tqdit.sampling.guidance import Sampling
 from tqdit.serving.request import Request
 from tqdit.speed.machine import synchronise
+from tqdit.system.hooks import hooks
 from tqdit.system.isolation import isolated
 
 PREVIEWS = 12  # of an image, at most: a decoder may take as long as a step
@@ -141,9 +142,7 @@ def stopwatch(model: nn.Module, device: torch.device) -> Iterator[list[float]]:
         synchronise(device)
         found.append(1e3 * (time.perf_counter() - begun.pop()))
 
-    hooks = (model.register_forward_pre_hook(start), model.register_forward_hook(stop))
-    try:
+    with hooks() as keep:
+        keep(model.register_forward_pre_hook(start))
+        keep(model.register_forward_hook(stop))
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -31,6 +31,7 @@ from tqdit.speed.baselines import (
 )
 from tqdit.speed.machine import synchronise
 from tqdit.speed.quiet import quiet
+from tqdit.system.hooks import hooks
 
 
 class Kind(NamedTuple):
@@ -142,14 +143,10 @@ def inputs_of(model: nn.Module, graph: Graph, arguments: Mapping[str, Any]) -> I
     def take(name: str) -> Any:
         return lambda _, given, named: taken.setdefault(name, (given, named))
 
-    names = {*linears, *blocks.values()}
-    handles = [model.get_submodule(name).register_forward_pre_hook(take(name), with_kwargs=True) for name in names]
-    try:
-        with torch.no_grad():
-            model(**arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooks() as keep, torch.no_grad():
+        for name in {*linears, *blocks.values()}:
+            keep(model.get_submodule(name).register_forward_pre_hook(take(name), with_kwargs=True))
+        model(**arguments)
     found = Inputs([taken[name][0][0] for name in linears], {path: taken[name] for path, name in blocks.items()})
     return found.mapped(lambda tensor: tensor.detach().clone())
 
