@@ -37,9 +37,10 @@ from tqdit.recipe import Recipe
 from tqdit.search.solver import solve
 from tqdit.spec import Solution
 from tqdit.speed.random_weights import random_float
-from tqdit.system import distributed
+from tqdit.system import distributed, torchrun
 from tqdit.system.environment import environment, peak_memory_bytes
 from tqdit.system.files import check_file, write_text
+from tqdit.system.world import World
 from tqdit.timegroups import TimeGroups
 
 Case = tuple[dict[str, Any], Recipe]  # a model config and a recipe
@@ -113,7 +114,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
-    if args.work_folder and distributed.launched()[1] > 1:
+    if args.work_folder and torchrun.launched()[1] > 1:
         parser.error("--work-folder is a temporary one, of a single process")
     return args
 
@@ -124,7 +125,7 @@ def recipe(args: argparse.Namespace, changed: dict[str, int | None]) -> Recipe:
     return built.model_copy(update={"trajectories": built.samples})
 
 
-def launcher(world: distributed.World) -> list[str]:
+def launcher(world: World) -> list[str]:
     """What started this script."""
     return ["python"] if world.size == 1 else ["torchrun", "--standalone", "--nproc-per-node", str(world.size)]
 

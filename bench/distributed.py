@@ -35,6 +35,7 @@ from tqdit.speed.random_solution import random_solution
 from tqdit.system import distributed
 from tqdit.system.environment import environment
 from tqdit.system.files import write_text
+from tqdit.system.world import World
 
 GUIDANCE = 1.5
 SEED = 0
@@ -127,7 +128,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def draw(
-    world: distributed.World, arguments: argparse.Namespace, model: torch.nn.Module, images: int, steps: int
+    world: World, arguments: argparse.Namespace, model: torch.nn.Module, images: int, steps: int
 ) -> tuple[float, torch.Tensor]:
     """Seconds that `images` per process take, and all of them."""
     batches = distributed.batches(images * world.size, arguments.batch)

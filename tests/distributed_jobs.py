@@ -14,11 +14,12 @@ from tqdit.imaging import generate
 from tqdit.quality import comparison
 from tqdit.sampling.guidance import Sampling
 from tqdit.system import distributed
+from tqdit.system.world import World
 
 SAMPLING = Sampling("ddpm", 4, 1.5)
 
 
-def exchange(world: distributed.World, folder: Path) -> None:
+def exchange(world: World, folder: Path) -> None:
     """Every helper once; each rank writes what it got."""
     assert distributed.current() is world
     found: dict[str, object] = {"world": [world.rank, world.size, world.device]}
@@ -47,7 +48,7 @@ def named(i: int) -> dict[str, torch.Tensor]:
     return {"a": torch.ones(1, i, dtype=torch.bool), **of_ranks, "c": torch.tensor([i])}
 
 
-def images(world: distributed.World, folder: Path, *models: str) -> None:
+def images(world: World, folder: Path, *models: str) -> None:
     """Images and a comparison on every rank; `models`: the float one, then its artifact."""
     torch.save([drawn(model) for model in models], folder / f"{world.rank}.pt")
     result = comparison.compare_samples(models[0], list(models[1:]), 5, SAMPLING, samples=5)

@@ -22,6 +22,8 @@ from tqdit.system import distributed
 from tqdit.system.files import write_bytes
 from tqdit.system.locks import holding
 from tqdit.system.swap import beside
+from tqdit.system.torchrun import threads_of_each
+from tqdit.system.world import World
 
 JOBS = Path(__file__).with_name("distributed_jobs.py")
 RANK_1 = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
@@ -182,7 +184,7 @@ def test_ranks_that_fail_alike_speak_once(monkeypatch, capsys, tmp_path: Path) -
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    monkeypatch.setattr(distributed, "check_alone", raises(InputError("both see this")))
+    monkeypatch.setattr("tqdit.system.torchrun.check_alone", raises(InputError("both see this")))
     monkeypatch.setattr(sys, "argv", ["tqdit", "inspect", "fashion-dit"])
     told = []
     for rank, reason in enumerate(reasons):
@@ -242,7 +244,7 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 def test_alone_nothing_is_exchanged() -> None:
     with distributed.joined("cpu") as world:
-        assert (world, world.first) == (distributed.World(), True)
+        assert (world, world.first) == (World(), True)
         parts = [torch.ones(2), torch.zeros(3)]
         assert all(a is b for a, b in zip(world.gather(parts, 2), parts, strict=True))
         assert world.add(parts[0]) is parts[0]
@@ -255,9 +257,9 @@ def test_alone_nothing_is_exchanged() -> None:
 @pytest.mark.parametrize("count", [0, 1, 7, 8])
 @pytest.mark.parametrize("size", [1, 3])
 def test_shares_are_everything_once(count: int, size: int) -> None:
-    shares = [distributed.World(rank, size).share(range(count)) for rank in range(size)]
+    shares = [World(rank, size).share(range(count)) for rank in range(size)]
     assert sorted(i for share in shares for i in share) == list(range(count))
-    assert all(i in shares[distributed.World(0, size).owner(i)] for i in range(count))
+    assert all(i in shares[World(0, size).owner(i)] for i in range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
@@ -293,7 +295,7 @@ def test_gpu_of_a_process(monkeypatch, device: str, named: str) -> None:
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=named), distributed.joined(device):
         pass
-    assert distributed.current() == distributed.World()
+    assert distributed.current() == World()
 
 
 @pytest.mark.parametrize("command", ["bench", "convert", "demo", "inspect"])
@@ -326,7 +328,7 @@ def test_each_process_takes_its_share_of_the_cores(monkeypatch, variables: dict[
     for name, value in {**RANK_1, **variables}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("tqdit.system.environment.cores", lambda: 8)
-    assert distributed.threads_of_each() == threads
+    assert threads_of_each() == threads
     given = []
     monkeypatch.setattr(torch, "set_num_threads", given.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
@@ -342,7 +344,7 @@ def test_a_wrong_number_of_threads_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     for value in ("0", "many", "-1", ""):
         monkeypatch.setenv("TQDIT_THREADS", value)
         with pytest.raises(InputError, match=f"TQDIT_THREADS is the number of threads .* got '{value}'"):
-            distributed.threads_of_each()
+            threads_of_each()
 
 
 def test_a_part_is_free_before_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,8 +357,8 @@ def test_a_part_is_free_before_the_next_one_is_made(monkeypatch: pytest.MonkeyPa
         made.append(weakref.ref(tensor))
         return store.InMemory({"a": tensor})
 
-    monkeypatch.setattr(distributed, "_current", distributed.World(1, 2))
-    monkeypatch.setattr(distributed.World, "_exchange", lambda self, parcels: [{}, {}])
+    monkeypatch.setattr(distributed, "_current", World(1, 2))
+    monkeypatch.setattr(World, "_exchange", lambda self, parcels: [{}, {}])
     pieces = store.Forgetful().together((part() for _ in range(3)), list("abcdef"), lambda name: None)
     assert len(pieces) == 6
     assert len(made) == 3

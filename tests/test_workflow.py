@@ -28,6 +28,7 @@ from tqdit.system import distributed, files
 from tqdit.system.files import write_bytes
 from tqdit.system.locks import holding
 from tqdit.system.swap import beside
+from tqdit.system.world import World
 
 FAST = Sampling("ddim", 5, 1.5)
 
@@ -400,9 +401,9 @@ def test_work_folder_that_is_a_file_is_refused(pipeline, tiny_recipe, tmp_path) 
 
 def test_work_folder_that_another_machine_does_not_see_is_refused(pipeline, tiny_recipe, tmp_path, monkeypatch) -> None:
     """Rank 1 does not find what rank 0 has put there, and leaves no folder of its own."""
-    monkeypatch.setattr(distributed, "_current", distributed.World(1, 2))
-    monkeypatch.setattr(distributed.World, "wait", lambda _: None)
-    monkeypatch.setattr(distributed.World, "add", lambda _, mine: mine if mine.ndim else mine + 12345)
+    monkeypatch.setattr(distributed, "_current", World(1, 2))
+    monkeypatch.setattr(World, "wait", lambda _: None)
+    monkeypatch.setattr(World, "add", lambda _, mine: mine if mine.ndim else mine + 12345)
     with pytest.raises(InputError, match=r"resumable: .*out\.work is not on a file system that all processes share"):
         workflow.quantize(pipeline, tmp_path / "out", tiny_recipe(), resumable=True)
     assert list(tmp_path.iterdir()) == []

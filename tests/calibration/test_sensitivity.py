@@ -20,7 +20,7 @@ from tqdit.errors import InputError
 from tqdit.sampling.guidance import ClassLabels, Sample, Sampling, arguments, predict
 from tqdit.sampling.schedules import schedule
 from tqdit.sampling.trajectory import noise_generators
-from tqdit.system.distributed import World
+from tqdit.system.world import World
 from tqdit.timegroups import TimeGroups
 
 DIFFUSION = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "clip_sample": False}

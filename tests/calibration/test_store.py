@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tqdit.calibration.store import SEAL, Forgetful, WorkFolder, discard
 from tqdit.errors import InputError, RepairWarning
 from tqdit.system import distributed
+from tqdit.system.world import World
 
 
 def piece() -> dict[str, torch.Tensor]:
@@ -128,8 +129,8 @@ def test_all_pieces_together_in_order(tmp_path) -> None:
 
 
 def test_a_folder_that_lacks_the_pieces_of_others_is_named(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(distributed, "_current", distributed.World(0, 2))
-    monkeypatch.setattr(distributed.World, "wait", lambda _: None)
+    monkeypatch.setattr(distributed, "_current", World(0, 2))
+    monkeypatch.setattr(World, "wait", lambda _: None)
     store = WorkFolder(tmp_path)
     with pytest.raises(InputError, match=r"y\.safetensors of another process is not there; resumable"):
         store.together(iter([store.once("x", piece)]), ["x", "y"], lambda _: None)

@@ -34,7 +34,7 @@ from tqdit.cli.options import (
 )
 from tqdit.cli.settings import flag, typed
 from tqdit.errors import InputError
-from tqdit.system import distributed
+from tqdit.system import distributed, torchrun
 
 if TYPE_CHECKING:
     from tqdit.quality.called import FolderComparison
@@ -130,7 +130,7 @@ def _compare_calls(
     for name in OF_SAMPLES:
         if typed(context, name):
             raise InputError(f"{flag(context, name)} and --calls exclude each other")
-    distributed.check_alone("tqdit compare --calls")
+    torchrun.check_alone("tqdit compare --calls")
     check_outputs(json_file)
     given = context.params
     asked = [name for name in OF_IMAGES if typed(context, name)]

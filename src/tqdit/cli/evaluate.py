@@ -24,7 +24,7 @@ from tqdit.cli.options import (
     read_prompts,
 )
 from tqdit.errors import InputError
-from tqdit.system import distributed
+from tqdit.system import distributed, torchrun
 
 if TYPE_CHECKING:
     from tqdit.evaluation.results import Evaluation
@@ -77,7 +77,7 @@ def evaluate(
     if all(Path(name).suffix == ".json" for name in models):
         if out is not None or reference is not None:
             raise InputError("result files are only shown: leave out --out and --reference, or give models")
-        distributed.check_alone("tqdit evaluate RESULTS.json")
+        torchrun.check_alone("tqdit evaluate RESULTS.json")
         print_evaluation(joined([Path(name) for name in models]))
         return
     if out is None or reference is None:

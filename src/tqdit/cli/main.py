@@ -26,7 +26,7 @@ from tqdit.cli.record import record
 from tqdit.cli.report import report
 from tqdit.cli.sample import sample
 from tqdit.cli.serve import serve
-from tqdit.system import distributed
+from tqdit.system import torchrun
 
 app = typer.Typer(
     invoke_without_command=True,
@@ -79,7 +79,7 @@ def options(
         typer.echo(context.get_help())
         raise typer.Exit(WRONG)
     if command not in TOGETHER:
-        distributed.check_alone(f"tqdit {command}")
+        torchrun.check_alone(f"tqdit {command}")
 
 
 for _command, _help in COMMANDS.items():
@@ -109,7 +109,7 @@ def main() -> NoReturn:
             _fail(INTERRUPT_MESSAGE, INTERRUPTED)
         except Exception as error:  # typer's usage errors differ in base class between versions
             if not hasattr(error, "format_message"):
-                if speaker := distributed.speaker():
+                if speaker := torchrun.speaker():
                     error.add_note(f"tqdit: {speaker}this process has failed")
                 raise
             _fail(_usage(error))
@@ -140,10 +140,10 @@ def _terminate(*_: Any) -> NoReturn:
 
 
 def _fail(message: str, code: int = WRONG) -> NoReturn:
-    line = f"tqdit: {distributed.speaker()}{message}"
-    if message and distributed.tells(message):  # there is no message where `tqdit` alone has printed its help
+    line = f"tqdit: {torchrun.speaker()}{message}"
+    if message and torchrun.tells(message):  # there is no message where `tqdit` alone has printed its help
         print(line, file=sys.stderr)
-    distributed.leave_reason(line)
+    torchrun.leave_reason(line)
     sys.stdout.flush()
     sys.exit(code)
 
@@ -161,7 +161,7 @@ def _notes_in_one_line() -> Iterator[None]:
         ) -> None:
             if here not in Path(filename).parents and category.__module__ != "tqdit.errors":
                 shown_before(message, category, filename, lineno, *rest, **more)
-            elif distributed.launched()[0] == 0:
+            elif torchrun.launched()[0] == 0:
                 print(f"tqdit: note: {message}", file=sys.stderr)
 
         warnings.showwarning = show

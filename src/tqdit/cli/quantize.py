@@ -26,7 +26,7 @@ from tqdit.cli.options import (
 )
 from tqdit.cli.settings import Set, check_once, flag, parsed, typed
 from tqdit.errors import InputError
-from tqdit.system import distributed
+from tqdit.system import distributed, torchrun
 
 if TYPE_CHECKING:
     from tqdit.recipe import Recipe
@@ -161,7 +161,7 @@ def _check_traced(context: typer.Context) -> None:
     for name in OF_SAMPLING:
         if typed(context, name):
             raise InputError(f"{flag(context, name)} is for models that are calibrated on their own samples, not calls")
-    distributed.check_alone("tqdit quantize with calls")
+    torchrun.check_alone("tqdit quantize with calls")
 
 
 def _quantize_traced(
