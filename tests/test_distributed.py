@@ -117,7 +117,7 @@ def test_a_rank_that_dies_leaves_its_work_to_another_world(
     assert "tqdit: rank 1 of 2: this process has failed" in done.stderr.replace("[rank1]: ", "")
     assert [file.name for file in tmp_path.iterdir()] == ["out.work"], "nothing half written"
     kept = {file.name for file in work.glob("*/*")}
-    assert {name.partition("-")[0] for name in kept} == {"trajectories", "records", "solved"}
+    assert {name.partition("-")[0] for name in kept} == {"trajectories", "sensitivity", "records", "solved"}
     assert "solved-transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.weight.safetensors" in kept
 
     made = []
