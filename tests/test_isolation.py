@@ -311,4 +311,4 @@ def test_a_decorated_function_keeps_its_name_and_signature() -> None:
 
     assert tqdit.load.__name__ == "load"
     assert list(inspect.signature(tqdit.load).parameters) == ["model", "backend", "device", "dtype"]
-    assert tqdit.load.__doc__.startswith("A runnable transformer")
+    assert tqdit.load.__doc__.startswith("Load a transformer to run it")

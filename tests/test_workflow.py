@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tqdit
-from tqdit import workflow
+from tqdit import quantizing, workflow
 from tqdit.architectures.registry import config_of
 from tqdit.artifact import folder as artifact
 from tqdit.calibration import store, trajectories
@@ -326,7 +326,7 @@ def test_killed_before_its_work_was_removed(quantized, pipeline, tiny_recipe, tm
     """The same command finds that all is done; another one finds an output that exists."""
     out, work, recipe = tmp_path / "out", tmp_path / "out.work", tiny_recipe("plus")
     with monkeypatch.context() as patch:
-        patch.setattr(workflow, "discard", lambda *_: None)
+        patch.setattr(quantizing, "discard", lambda *_: None)
         workflow.quantize(pipeline, out, recipe, resumable=True)
     assert list(work.iterdir())
 
@@ -336,7 +336,7 @@ def test_killed_before_its_work_was_removed(quantized, pipeline, tiny_recipe, tm
     with pytest.raises(InputError, match="exists"):
         workflow.quantize(pipeline, out, tiny_recipe("plus", rounds=0), report=no_work, resumable=True)
     loaded = []
-    monkeypatch.setattr(workflow, "load_float", lambda source: loaded.append(source) or load_float(source))
+    monkeypatch.setattr(quantizing, "load_float", lambda source: loaded.append(source) or load_float(source))
     with pytest.warns(RepairWarning, match="out was finished by a run that was interrupted afterwards"):
         found = workflow.quantize(pipeline, out, recipe, report=no_work, resumable=True)
     assert files_of(out) == files_of(quantized[0])
@@ -386,8 +386,8 @@ def test_disk_that_is_too_small_for_the_artifact(pipeline, tiny_recipe, tmp_path
 
 def test_needed_space_is_no_more_than_an_artifact_takes(pipeline, model, tiny_recipe, quantized, monkeypatch) -> None:
     needed: list[int] = []
-    monkeypatch.setattr(workflow, "check_space", lambda _, count: needed.append(count))
-    monkeypatch.setattr(workflow, "calibrated", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(quantizing, "check_space", lambda _, count: needed.append(count))
+    monkeypatch.setattr(quantizing, "calibrated", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         workflow.quantize(pipeline, quantized[0].with_name("new"), tiny_recipe("plus"))
     assert 0.5 * quantized[1]["size_bytes"] / 4 < needed[0] < quantized[1]["size_bytes"]

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from tqdit.calibration.recording import record
     from tqdit.calibration.records import Records
     from tqdit.calibration.states import CalibrationSet
+    from tqdit.drawing import sample
     from tqdit.errors import AssumptionWarning, InputError
     from tqdit.evaluation.evaluate import evaluate
     from tqdit.imaging.generate import save_grid, to_pil
     from tqdit.integrations.diffusers import TQDiTConfig
+    from tqdit.loading import load
     from tqdit.quality.compare import compare
     from tqdit.quality.samples import Comparison
     from tqdit.recipe import Recipe
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from tqdit.spec import Solution
     from tqdit.stages import calibrate, calibration_states, convert, save, solve
     from tqdit.timegroups import TimeGroups
-    from tqdit.workflow import inspect, load, quantize, sample
+    from tqdit.workflow import inspect, quantize
 
 _HOMES = {
     "AssumptionWarning": "tqdit.errors",
@@ -64,10 +66,10 @@ _HOMES = {
     "convert_checkpoint": "tqdit.sources.export",
     "evaluate": "tqdit.evaluation.evaluate",
     "inspect": "tqdit.workflow",
-    "load": "tqdit.workflow",
+    "load": "tqdit.loading",
     "quantize": "tqdit.workflow",
     "record": "tqdit.calibration.recording",
-    "sample": "tqdit.workflow",
+    "sample": "tqdit.drawing",
     "save": "tqdit.stages",
     "save_grid": "tqdit.imaging.generate",
     "solve": "tqdit.stages",

@@ -85,7 +85,7 @@ def calibrated(
     work: Path | None = None,
     conditions: Conditions | None = None,
 ) -> Prepared:
-    """Calibrate a model that is loaded; `workflow.prepare` says what for."""
+    """Calibrate a model that is loaded; `quantizing.prepare` says what for."""
     source.check_components()
     asked = suitable(source.config, conditions)
     sampling = trajectories.calibration_sampling(recipe, source.scheduler)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from diffusers import DiTTransformer2DModel
 
-from tqdit import workflow
+from tqdit import quantizing, workflow
 from tqdit.calibration.store import WorkFolder
 from tqdit.errors import InputError
 from tqdit.imaging import images
@@ -176,11 +176,11 @@ def drawing(source: Path) -> Callable[[Path], None]:
 def _resumable(source: Path, root: Path) -> Case:
     """All pieces are there: the run writes the artifact and removes its work."""
     template = root / "resumable"
-    discard, workflow.discard = workflow.discard, lambda *_: None
+    discard, quantizing.discard = quantizing.discard, lambda *_: None
     try:
         workflow.quantize(source, template / "out", RECIPE, resumable=True)
     finally:
-        workflow.discard = discard
+        quantizing.discard = discard
 
     def start(folder: Path) -> None:
         shutil.copytree(template / "out.work", folder / "out.work")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdit import workflow
+from tqdit import drawing
 from tqdit.architectures import registry
 from tqdit.errors import InputError
 from tqdit.evaluation.image_sets import FileImages, ImageSet, NpzImages, file_sha256
@@ -109,7 +109,7 @@ class Model:
 
         Raises `InputError` where a process does not see the images of the others.
         """
-        workflow.sample_folder(self.wanted, self.folder, self.target, lambda _, f: report(f"images of {self.name}", f))
+        drawing.sample_folder(self.wanted, self.folder, self.target, lambda _, f: report(f"images of {self.name}", f))
         files = [image_file(self.folder, i) for i in range(self.wanted.num)]
         if lacking := next((file for file in files if not file.is_file()), None):
             raise InputError(f"{lacking} is missing; all processes of an evaluation must see the same folder")

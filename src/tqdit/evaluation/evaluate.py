@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from tqdit import workflow
+from tqdit import drawing
 from tqdit.errors import InputError
 from tqdit.evaluation import measure
 from tqdit.evaluation.collect import Collected, collect
@@ -82,7 +82,7 @@ def evaluate(  # noqa: PLR0913 - one for each option of the command
         check_parent(folder / "images")
 
     def drawn_here(name: str | Path) -> Contender:
-        wanted = workflow.images_of(name, classes, num, sampling, seed, batch, conditions)
+        wanted = drawing.images_of(name, classes, num, sampling, seed, batch, conditions)
         return Model(wanted, target, place)
 
     found = load_network(_network_name(network, reference), target.device)

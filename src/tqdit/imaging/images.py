@@ -76,7 +76,7 @@ class Images:
     def run(self) -> dict[str, Any]:
         """What decides the images, as JSON values; their number does not. Reads the model's files once.
 
-        The batch does by the rounding of float operations, and so does where they run: see `workflow.sample_folder`.
+        The batch does by the rounding of float operations, and so does where they run: see `drawing.sample_folder`.
         """
         settings = {"seed": self.seed, **asdict(self.drawn_with), "classes": list(self.classes), "batch": self.batch}
         if self.conditions is not None:

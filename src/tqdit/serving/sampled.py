@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from tqdit import workflow
+from tqdit import drawing
 from tqdit.architectures import registry
 from tqdit.artifact import folder as artifact
 from tqdit.imaging import generate
@@ -112,11 +112,11 @@ class Sampled:
 
 @isolated()
 def load(model: str, target: Target, conditions: Conditions | None = None, measure: bool = True) -> Sampled:
-    """Load a model to be served, and call it until it is warm. Raises `InputError` as `workflow.images_of` does.
+    """Load a model to be served, and call it until it is warm. Raises `InputError` as `drawing.images_of` does.
 
     `measure`: first measure its memory in a process of its own, which takes seconds.
     """
-    wanted = workflow.images_of(model, [0], 1, WARM_UP, batch=1, conditions=conditions)
+    wanted = drawing.images_of(model, [0], 1, WARM_UP, batch=1, conditions=conditions)
     source, peak = wanted.source, None
     if measure:
         folder = str(source.folder) if source.quantized else None
@@ -126,7 +126,7 @@ def load(model: str, target: Target, conditions: Conditions | None = None, measu
         )  # 2: guidance calls a model for both
         peak = measured.peak_bytes if measured else None
     own = target if source.quantized else Target(device=target.device)
-    module = workflow.load_to_sample(wanted, own)
+    module = drawing.load_to_sample(wanted, own)
     size = artifact.size_bytes(source.folder) if source.quantized else float_sizes(source, module).float32_bytes
     decode = generate.decoder(source.vae, target.device)
     found = Sampled(source, module, target.device, conditions, label(source, "float32"), size, peak, decode)
