@@ -15,7 +15,8 @@ from zoo import ZOO
 
 import tqdit
 from tqdit import recorded
-from tqdit.calibration.calls import Calls, Recording
+from tqdit.calibration.calls import Calls
+from tqdit.calibration.pipeline_calls import Recording
 from tqdit.cli.main import main
 from tqdit.errors import InputError
 from tqdit.quality.metrics import sqnr_db

@@ -12,7 +12,8 @@ from zoo import ZOO
 import tqdit
 from tiny_called import decoder, write_flux
 from tqdit import recorded, workflow
-from tqdit.calibration.calls import Calls, Recording
+from tqdit.calibration.calls import Calls
+from tqdit.calibration.pipeline_calls import Recording
 from tqdit.cli.main import main
 from tqdit.errors import InputError
 from tqdit.quality import run_file

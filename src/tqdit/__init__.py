@@ -18,7 +18,8 @@ from tqdit.integrations.on_import import register_with_diffusers
 from tqdit.version import VERSION
 
 if TYPE_CHECKING:
-    from tqdit.calibration.calls import Calls, Recording
+    from tqdit.calibration.calls import Calls
+    from tqdit.calibration.pipeline_calls import Recording
     from tqdit.calibration.recording import record
     from tqdit.calibration.records import Records
     from tqdit.calibration.states import CalibrationSet
@@ -51,7 +52,7 @@ _HOMES = {
     "InputError": "tqdit.errors",
     "Prompts": "tqdit.sampling.prompts",
     "Recipe": "tqdit.recipe",
-    "Recording": "tqdit.calibration.calls",
+    "Recording": "tqdit.calibration.pipeline_calls",
     "Records": "tqdit.calibration.records",
     "Sampling": "tqdit.sampling.guidance",
     "Solution": "tqdit.spec",

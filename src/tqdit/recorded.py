@@ -24,7 +24,8 @@ from tqdit.artifact import folder as artifact
 from tqdit.artifact.model_card import pipeline_card, traced_card, write_card
 from tqdit.calibration import replay
 from tqdit.calibration.called import in_eval_mode, place_of, same_module
-from tqdit.calibration.calls import Calls, Recording, read_calls
+from tqdit.calibration.calls import Calls
+from tqdit.calibration.pipeline_calls import Recording, read_calls
 from tqdit.errors import InputError
 from tqdit.plan import needs_records
 from tqdit.provenance import Provenance
@@ -63,10 +64,10 @@ def quantize_recorded(  # noqa: PLR0913 - options
 ) -> nn.Module:
     """Quantize a diffusers transformer of any class; returns the integer model, which is called as the float one.
 
-    `calls`: what `record` yields, its file, or the keyword arguments of calls (see `calibration.calls.read_calls`);
-    None for a recipe that needs no calibration, such as the preset "dynamic". The model is calibrated where it is and
-    in its own dtype, and is left as it was. `device`, `dtype`: of the integer model, by default those of the float one.
-    `out`: an artifact folder that is written too.
+    `calls`: what `record` yields, its file, or the keyword arguments of calls (see
+    `calibration.pipeline_calls.read_calls`); None for a recipe that needs no calibration, such as the preset "dynamic".
+    The model is calibrated where it is and in its own dtype, and is left as it was. `device`, `dtype`: of the integer
+    model, by default those of the float one. `out`: an artifact folder that is written too.
     Raises `InputError` for calls of another model, and before any work for a model that is quantized, has adapters or
     is offloaded, and for an `out` that cannot be written.
     """

@@ -15,7 +15,8 @@ from torch import nn
 
 from tiny_called import TOKENS, flux, flux_arguments, z_image
 from tqdit.calibration import call_file
-from tqdit.calibration.calls import Calls, RecordedCall, Recording, read_calls
+from tqdit.calibration.calls import Calls, RecordedCall
+from tqdit.calibration.pipeline_calls import Recording, read_calls
 from tqdit.errors import InputError
 
 TIMES = (1.0, 0.75, 0.5, 0.25)

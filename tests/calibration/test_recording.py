@@ -26,7 +26,8 @@ import tqdit
 from tiny_called import PROMPT, WIDTH, Pipeline, flux, flux_arguments, stub, z_image
 from tqdit.calibration import recording
 from tqdit.calibration.call_values import tensors
-from tqdit.calibration.calls import Calls, RecordedCall, read_calls
+from tqdit.calibration.calls import Calls, RecordedCall
+from tqdit.calibration.pipeline_calls import read_calls
 from tqdit.errors import InputError
 
 record = recording.record

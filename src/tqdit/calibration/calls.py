@@ -1,10 +1,9 @@
-"""Define the calls of a model: what a pipeline passes to its transformer, kept to run the transformer again."""
+"""Define the calls of one model: what a pipeline passes to its transformer, kept to run the transformer again."""
 
 import random
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, overload
 
@@ -15,12 +14,8 @@ from tqdit.calibration import call_file, call_values
 from tqdit.calibration.called import Signature, check_finite, config_of, kind_of, same_module
 from tqdit.calibration.held import Held
 from tqdit.errors import InputError
-from tqdit.system import swap
-from tqdit.system.files import check_outside, check_parent
 from tqdit.timegroups import MAX_TIMESTEPS, TimeGroups
 
-TRANSFORMER = "transformer"  # the name of a model that is no part of a pipeline, and of most pipelines' models
-SUFFIX = ".safetensors"  # of the files in a folder
 POSITIONS = ("ids", "rotary", "coords")  # in the names of arguments that hold positions, which 16 bits would round
 
 
@@ -127,7 +122,7 @@ class Calls(Sequence[RecordedCall]):
     @cached_property
     def sha256(self) -> str:
         """Return the sha256 of all that the calls hold, which their file has, too."""
-        return self._content().sha256
+        return self.content().sha256
 
     def check(self, model: nn.Module) -> None:
         """Raise `InputError` unless these are calls that the model can run.
@@ -190,7 +185,7 @@ class Calls(Sequence[RecordedCall]):
 
         Raises `InputError` for a path that is no file's.
         """
-        call_file.write(Path(path), self._content())
+        call_file.write(Path(path), self.content())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -198,17 +193,19 @@ class Calls(Sequence[RecordedCall]):
 
         Raises `InputError` naming the file if it is damaged, or of another kind.
         """
-        return cls._of_content(call_file.read(Path(path)), path)
+        return cls.of_content(call_file.read(Path(path)), path)
 
     @classmethod
-    def _of_content(cls, found: call_file.Content, path: str | Path) -> Self:
+    def of_content(cls, found: call_file.Content, path: str | Path) -> Self:
+        """Return the calls that a file held. Raises `InputError` naming the file for a call without a time."""
         try:
             calls = [RecordedCall.of(arguments, found.timestep) for arguments in found.arguments]
         except InputError as error:
             raise InputError(f"{path} is damaged: {error}") from None
         return cls(found.kind, found.config, found.timestep, calls, found.visited)
 
-    def _content(self, component: str = "") -> call_file.Content:
+    def content(self, component: str = "") -> call_file.Content:
+        """Return what a file of these calls holds; `component` is the transformer's name in its pipeline."""
         arguments = [call.arguments for call in self]
         return call_file.Content(self.kind, self.config, self.timestep, self.visited, arguments, component)
 
@@ -223,125 +220,3 @@ class Calls(Sequence[RecordedCall]):
             return 0.0, 1.0 if high <= 1 and not whole and not isinstance(time, int) else 1000.0
         room = 2 * max(abs(low), abs(high))
         return (0.0 if low >= 0 else max(-room, -MAX_TIMESTEPS)), min(room, MAX_TIMESTEPS)
-
-
-class Recording(Mapping[str, Calls]):
-    """The calls of each transformer of a pipeline, by the name of the component; Wan 2.2 has two transformers."""
-
-    def __init__(self, calls: Mapping[str, Calls], modules: Mapping[str, nn.Module] | None = None) -> None:
-        self._calls = dict(calls)
-        self._modules = {name: weakref.ref(same_module(module)) for name, module in (modules or {}).items()}
-
-    def __getitem__(self, name: str) -> Calls:
-        return self._calls[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._calls)
-
-    def __len__(self) -> int:
-        return len(self._calls)
-
-    def __repr__(self) -> str:
-        return f"Recording({self._calls})"
-
-    def fill(self, calls: Mapping[str, Calls]) -> None:
-        """Take in the calls by component, once they are complete."""
-        self._calls |= calls
-
-    def of(self, module: nn.Module) -> Calls:
-        """Return the calls of a transformer: those recorded of this very object, else the only ones that suit it.
-
-        Raises `InputError` if none suit it, or those of several components do, and for a transformer that was not
-        called while it was recorded: calls of another one may suit it, but be of other times.
-        """
-        for name, recorded in self._modules.items():
-            if recorded() is same_module(module):
-                if name not in self:
-                    raise InputError(f"the pipeline did not call its {name} while it was recorded")
-                return self[name]
-        refusals = {name: _refusal(calls, module) for name, calls in self.items()}
-        suitable = [name for name, refusal in refusals.items() if refusal is None]
-        if len(suitable) > 1:
-            raise InputError(f"calls of {', '.join(suitable)} suit this model; say which: recording['{suitable[0]}']")
-        if not suitable:
-            reason = next(iter(refusals.values()), None)
-            raise InputError(reason or "nothing was recorded")
-        return self[suitable[0]]
-
-    def save(self, path: str | Path, overwrite: bool = False) -> None:
-        """Write one file if there is one component, else a folder with one file for each; whole or not at all.
-
-        Raises `InputError` if something is there, unless `overwrite` is set and it is of the same kind.
-        """
-        path = Path(path)
-        check_output(path, overwrite)
-        contents = {name: calls._content(name) for name, calls in self.items()}
-        if len(contents) == 1:
-            call_file.write(path, *contents.values())
-            return
-        with (
-            swap.reserved(path, _is_recording) as place,
-            place.filled(partial(check_output, path, overwrite)) as folder,
-        ):
-            for name, content in contents.items():
-                call_file.write(folder / f"{name}{SUFFIX}", content)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Return the recording of a file or a folder.
-
-        Raises `InputError` as `Calls.load` does, and for a folder without files of calls.
-        """
-        path = Path(path)
-        files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
-        if not files:
-            raise InputError(f"{path} has no {SUFFIX} file of recorded calls")
-        found = {file: call_file.read(file) for file in files}
-        names = {file: content.component or TRANSFORMER for file, content in found.items()}
-        if len(set(names.values())) < len(names):
-            raise InputError(f"{path} has two files of calls of the same component")
-        return cls({names[file]: Calls._of_content(content, file) for file, content in found.items()})
-
-
-def read_calls(value: "Calls | Recording | str | Path | Iterable[Mapping[str, Any]]", model: nn.Module) -> Calls:
-    """Return the calls of a model, of whichever form a user gives.
-
-    `value`: calls, a recording of the model's pipeline, the path that either was saved to, or the keyword arguments of
-    each call. Raises `InputError` as `Calls.check` does, and for a value of another type.
-    """
-    if isinstance(value, str | Path):
-        value = Recording.load(value)
-    if isinstance(value, Recording):
-        value = value.of(model)
-    if isinstance(value, Calls):
-        value.check(model)
-        return value
-    if isinstance(value, Mapping) or not isinstance(value, Iterable):
-        kind = type(value).__name__
-        raise InputError(f"calls must be a recording, the path of one, or a list of keyword arguments, got a {kind}")
-    return Calls.of(model, value)
-
-
-def check_output(path: Path, overwrite: bool) -> None:
-    """Raise `InputError` if a recording cannot be written to a path; called before any work."""
-    if path.exists() and not overwrite:
-        raise InputError(f"output {path} exists; choose another path or allow to overwrite it")
-    if path.exists() and not _is_recording(path):
-        raise InputError(f"output {path} is no recording; refusing to overwrite it")
-    check_outside(path)
-    check_parent(path)
-
-
-def _is_recording(path: Path) -> bool:
-    if path.is_dir():
-        return all(file.suffix == SUFFIX and _is_recording(file) for file in path.iterdir())
-    return path.is_file() and call_file.is_calls(path)
-
-
-def _refusal(calls: Calls, module: nn.Module) -> str | None:
-    """Return why calls do not suit a model; None if they do."""
-    try:
-        calls.check(module)
-    except InputError as error:
-        return str(error)
-    return None

@@ -11,8 +11,9 @@ from torch import nn
 
 from tqdit.calibration.call_values import largest
 from tqdit.calibration.called import Signature, check_finite, config_of, kind_of, same_module, time_argument
-from tqdit.calibration.calls import TRANSFORMER, Calls, RecordedCall, Recording
+from tqdit.calibration.calls import Calls, RecordedCall
 from tqdit.calibration.held import Held
+from tqdit.calibration.pipeline_calls import TRANSFORMER, Recording
 from tqdit.errors import InputError
 from tqdit.system.hooks import hooks
 

@@ -12,7 +12,8 @@ from tqdit.cli.bars import progress
 from tqdit.cli.options import LEAST_STEPS, Device, Negative, Quiet, Seed, Size, Verbose, pixels, text_lines
 
 if TYPE_CHECKING:
-    from tqdit.calibration.calls import Calls, Recording
+    from tqdit.calibration.calls import Calls
+    from tqdit.calibration.pipeline_calls import Recording
 
 OWN_PROMPTS = Path(__file__).resolve().parents[1] / "data" / "prompts.txt"
 INDEX = "model_index.json"  # what a folder of a pipeline has
@@ -48,7 +49,7 @@ def record(
     import torch
 
     from tqdit.calibration import recording
-    from tqdit.calibration.calls import check_output
+    from tqdit.calibration.pipeline_calls import check_output
     from tqdit.runtime.target import Target
 
     check_output(out, overwrite)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from tqdit.artifact import folder as artifact
-from tqdit.calibration.calls import Calls, Recording, read_calls
+from tqdit.calibration.calls import Calls
+from tqdit.calibration.pipeline_calls import Recording, read_calls
 from tqdit.errors import InputError
 from tqdit.quality.artifacts import artifact_paths
 from tqdit.quality.called import Compared, FolderComparison

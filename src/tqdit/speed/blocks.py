@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tqdit.calibration.calls import read_calls
+from tqdit.calibration.pipeline_calls import read_calls
 from tqdit.errors import InputError
 from tqdit.graph import Graph
 from tqdit.recipe import Recipe
