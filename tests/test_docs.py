@@ -124,7 +124,7 @@ def test_modules_that_a_page_names_exist(page: Path) -> None:
     ("text", "missing"),
     [
         ("`ops/reference.py` and `tqdit.load`, beside `tqdit.json`", set()),
-        ("`layers/clock.py`", {"layers/clock.py"}),
+        ("`layers/sundial.py`", {"layers/sundial.py"}),
         ("`layers/block.py`, `params.py`, `backends/triton/`: `launch.py`", set()),
         ("`layers/block.py`, `solver.py`\n`params.py`", {"solver.py", "params.py"}),
         ("tqdit.ops.reference.int_matmul, tqdit.models.sites", {"tqdit.models.sites"}),

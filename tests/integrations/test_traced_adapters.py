@@ -110,7 +110,8 @@ def test_channel_factors_and_rotation_do_not_disturb_it(rotation: int) -> None:
 
 
 def adapted(rotation: int) -> Any:
-    from tqdit.layers.quantized import Clock, Source
+    from tqdit.layers.clock import Clock
+    from tqdit.layers.shared_input import Source
     from tqdit.ops.rotation import rotate
     from tqdit.ops.schema import WeightParams
     from tqdit.search.direct import ALWAYS

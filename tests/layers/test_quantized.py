@@ -12,7 +12,10 @@ import torch
 from torch import nn
 
 from tqdit.errors import InputError
-from tqdit.layers.quantized import Clock, Dequantized, QuantizedLinear, Source
+from tqdit.layers.clock import Clock
+from tqdit.layers.dequantized import Dequantized
+from tqdit.layers.quantized import QuantizedLinear
+from tqdit.layers.shared_input import Source
 from tqdit.ops.schema import WeightParams
 from tqdit.quality.metrics import sqnr_db
 from tqdit.spec import Granularity, Grid, GridParams, Role, SiteSpec

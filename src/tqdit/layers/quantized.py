@@ -4,162 +4,23 @@ It is called as the `nn.Linear` that it replaces. Layers that read one activatio
 activation is quantized once.
 """
 
-import threading
-import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, cast
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from tqdit.errors import InputError
-from tqdit.layers.call import Call, GroupLookup
-from tqdit.layers.params import ActivationParams
+from tqdit.layers.dequantized import NO_WRITING, Dequantized
+from tqdit.layers.shared_input import Source
 from tqdit.ops.dispatch import get_backend
 from tqdit.ops.modules import offloaded, present
 from tqdit.ops.rotation import rotate
-from tqdit.ops.schema import Backend, Float, OperandParams, WeightParams
-from tqdit.spec import GridParams
-from tqdit.timegroups import TimeGroups
+from tqdit.ops.schema import Backend, Float, WeightParams
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PRESENT: AbstractContextManager[None] = nullcontext()  # of a layer that is not offloaded
-
-
-class Clock(nn.Module):
-    """The time groups of the call that a model is in.
-
-    diffusers' own code calls its layers with their inputs alone, so the groups cannot travel as an argument. A model
-    with time groups therefore runs one call at a time: other threads wait. A model on the grid of rows alone has none,
-    and reads no clock.
-    """
-
-    def __init__(self, groups: TimeGroups) -> None:
-        super().__init__()
-        self.lookup = GroupLookup(groups)
-        self._forget_call()
-
-    def _forget_call(self) -> None:
-        self.call: Call | None = None  # not a part of the module, but of the call it is in
-        self.lock = threading.RLock()  # held by that call
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("call", "lock")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._forget_call()
-
-    def during(self, timestep: Any) -> AbstractContextManager[Any]:
-        """Set the groups of a call; return a context that keeps other threads' calls out until it ends.
-
-        A graph of torch.compile has the groups as data of its own, so no call waits there.
-        """
-        if torch.compiler.is_compiling():
-            self.set(timestep)
-            return nullcontext()
-        return self._alone(timestep)
-
-    @contextmanager
-    def _alone(self, timestep: Any) -> Iterator[None]:
-        with self.lock:
-            self.set(timestep)
-            yield
-
-    def set(self, timestep: Any) -> None:
-        """Look up the groups of a call's timestep: a number, (), (B,) or, with a time for each token, (B, N).
-
-        The largest time of a sample decides its group.
-        """
-        t = torch.as_tensor(timestep)
-        t = t.reshape(1) if t.ndim == 0 else t.flatten(1).amax(1) if t.ndim > 1 else t
-        self.call = Call(*self.lookup(t))
-
-
-class _Held(NamedTuple):
-    """The codes of the tensor that was quantized last; `left` layers have still to read them."""
-
-    tensor: weakref.ref[torch.Tensor]
-    version: int
-    codes: Any
-    left: int
-
-
-class Source(nn.Module):
-    """The input of `readers` layers: how it is quantized, and its codes while the layers read the same tensor."""
-
-    clock: Clock
-
-    def __init__(self, params: GridParams, clock: Clock, readers: int) -> None:
-        super().__init__()
-        self.params = ActivationParams(params)
-        self.rotation = params.rotation
-        self.groups = params.spec.groups
-        self.readers = readers
-        self.__dict__["clock"] = clock  # not a part of this module: all sources have the model's one clock
-        self._held: _Held | None = None
-        self._in_graph: tuple[torch.Tensor, Any, int] | None = None
-
-    @property
-    def timed(self) -> bool:
-        """Say whether the parameters differ between time groups."""
-        return self.groups > 1
-
-    def operand(self, samples: int) -> OperandParams:
-        """Return the operand for the samples of an input."""
-        operand = self.params.operand(self.clock.call if self.timed else None)
-        group = operand.group
-        if group is None or len(group) in (1, samples):
-            return operand
-        if samples % len(group):  # samples that are no multiple of the call's: the largest group is for all of them
-            return operand._replace(group=group.amax(0, keepdim=True))
-        return operand._replace(group=group.repeat_interleave(samples // len(group)))  # such as frames of a video
-
-    def codes(self, x: torch.Tensor, target: OperandParams, backend: Backend) -> Any:
-        """Return the codes of x (B, N, C) for a layer; of a tensor that the layers share they are made once."""
-        if self.rotation:  # factors come before the rotation
-            x = rotate(x if target.channels is None else x.float() * target.channels, self.rotation)
-            target = target._replace(channels=None)
-        return backend.quantize(x, target)
-
-    def shared(self, x: torch.Tensor, rows: torch.Tensor, target: OperandParams, backend: Backend) -> Any:
-        """Return `codes` of `rows`, a view of the layer's input x, kept until every reader has had them.
-
-        What another thread holds meanwhile is never taken for x's: codes are made once more then.
-        Nothing is kept of tensors of inference mode, whose changes torch does not count.
-        """
-        if self.readers == 1:
-            return self.codes(rows, target, backend)
-        if torch.compiler.is_compiling():
-            return self._shared_in_graph(x, rows, target, backend)
-        if x.is_inference():
-            return self.codes(rows, target, backend)
-        held = self._held
-        if held is None or held.tensor() is not x or held.version != x._version:
-            held = _Held(weakref.ref(x, self._forget), x._version, self.codes(rows, target, backend), self.readers)
-        self._held = held._replace(left=held.left - 1) if held.left > 1 else None
-        return held.codes
-
-    def _shared_in_graph(self, x: torch.Tensor, rows: torch.Tensor, target: OperandParams, backend: Backend) -> Any:
-        """Return `shared` while torch.compile traces, which finds no equal operators but its own.
-
-        The layers of a source read one value in the recorded call, so that nothing was written into x between them.
-        """
-        held = self._in_graph
-        if held is None or held[0] is not x:
-            held = (x, self.codes(rows, target, backend), self.readers)
-        self._in_graph = (held[0], held[1], held[2] - 1) if held[2] > 1 else None
-        return held[1]
-
-    def _forget(self, tensor: weakref.ref[torch.Tensor]) -> None:
-        """Free the codes of a tensor that is no more, which threads that take turns have not counted down."""
-        held = self._held
-        if held is not None and held.tensor is tensor:
-            self._held = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": None}
 
 
 class QuantizedLinear(nn.Linear):
@@ -303,40 +164,3 @@ class QuantizedLinear(nn.Linear):
         """Return the layer's sizes, bits and grid for people."""
         kind = "float input" if self.source is None else str(self.source.params.spec.grid)
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, {kind}"
-
-
-NO_WRITING = (
-    "a quantized layer has integer weights, so what is written to its weight or bias would be lost: keep an adapter"
-    " beside the layer (do not fuse or merge it)"
-)
-IN_PLACE = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__")
-
-
-class Dequantized(torch.Tensor):
-    """A dequantized weight or bias: a copy, so that what is written to it would be lost. Writing is an `InputError`.
-
-    What is computed of it is a plain tensor, but for its views.
-    """
-
-    @property
-    def data(self) -> torch.Tensor:
-        """Return the values."""
-        return self
-
-    @data.setter
-    def data(self, value: Any) -> None:
-        """Refuse: the values are a copy."""
-        raise InputError(NO_WRITING)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        writes = name in IN_PLACE or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
-        if writes and isinstance(args[0], cls):
-            raise InputError(NO_WRITING)
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-            views = isinstance(result, torch.Tensor) and any(
-                isinstance(value, cls) and value.data_ptr() == result.data_ptr() for value in args
-            )
-            return result.as_subclass(cls) if views else result

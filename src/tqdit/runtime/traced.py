@@ -16,8 +16,10 @@ from tqdit.architectures.traced import Traced, layer_names, traced
 from tqdit.artifact.model_card import traced_card, traced_shape
 from tqdit.errors import InputError
 from tqdit.graph import Graph, Linear
+from tqdit.layers.clock import Clock
 from tqdit.layers.codes import LayerCodes
-from tqdit.layers.quantized import Clock, QuantizedLinear, Source
+from tqdit.layers.quantized import QuantizedLinear
+from tqdit.layers.shared_input import Source
 from tqdit.ops.dispatch import get_backend, kernel_name
 from tqdit.ops.modules import present
 from tqdit.ops.schema import Backend, WeightParams
