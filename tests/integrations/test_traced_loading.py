@@ -21,7 +21,7 @@ from tqdit.architectures.untraced import ASKED, untraced_graph
 from tqdit.errors import InputError
 from tqdit.layers.quantized import QuantizedLinear
 from tqdit.quality.metrics import sqnr_db
-from tqdit.runtime import traced as runtime
+from tqdit.runtime import traced_assembly
 
 WAN, SANA, DIT = "WanTransformer3DModel", "SanaTransformer2DModel", "DiTTransformer2DModel"
 QUICK = (WAN, SANA, DIT)
@@ -77,14 +77,14 @@ class TestOnLoading:
             name: weakref.ref(module.weight) for name, module in model.named_modules() if type(module) is nn.Linear
         }
         seen: list[str] = []
-        make = runtime._layer
+        make = traced_assembly._layer
 
         def watched(solution: Any, name: str, *rest: Any) -> QuantizedLinear:
             assert not [before for before in seen if alive[before]() is not None]
             seen.append(name)
             return make(solution, name, *rest)
 
-        monkeypatch.setattr(runtime, "_layer", watched)
+        monkeypatch.setattr(traced_assembly, "_layer", watched)
         from tqdit.integrations.dynamic import quantize_loaded
 
         quantize_loaded(model, TQDiTConfig.dynamic(), torch.device("cpu"))

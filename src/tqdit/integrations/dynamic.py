@@ -10,7 +10,7 @@ from tqdit.errors import InputError
 from tqdit.integrations.config import TQDiTConfig
 from tqdit.provenance import Provenance
 from tqdit.recipe import Recipe
-from tqdit.runtime.traced import convert_traced
+from tqdit.runtime.traced_assembly import convert_traced
 from tqdit.search.direct import direct_solution
 from tqdit.system.environment import versions
 from tqdit.system.isolation import isolated

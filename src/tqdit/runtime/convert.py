@@ -19,7 +19,7 @@ from tqdit.ops.modules import Fingerprint, state_names
 from tqdit.runtime.calls import Runtime
 from tqdit.runtime.fitting import check_solution
 from tqdit.runtime.integer import make_integer
-from tqdit.runtime.traced import convert_traced
+from tqdit.runtime.traced_assembly import convert_traced
 from tqdit.spec import Solution
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
