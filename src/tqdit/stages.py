@@ -116,8 +116,9 @@ def calibrated(
 
 @isolated()
 def solve_prepared(prepared: Prepared, recipe: Recipe, report: Report = silent) -> tuple[Solution, float]:
-    """Search every scale under `recipe`, whose calibration settings are those of `prepared`; also the seconds.
+    """Search every scale under `recipe`; return the solution and the seconds that the search took.
 
+    The recipe's calibration settings must be those of `prepared`, or an `InputError` says so.
     Inside `distributed.joined` the ranks share the blocks, and each returns the whole solution.
     """
     if not recipe.records_match(prepared.recipe):
@@ -173,7 +174,7 @@ def calibrate(
     device: Device | None = None,
     report: Report = silent,
 ) -> Records:
-    """Run a transformer over states, forward and backward: what `solve` has to know of every matmul.
+    """Run a transformer over states, forward and backward, and record what `solve` has to know of every matmul.
 
     Raises `InputError` for states of other time groups than the recipe's, or of too few for its `samples`.
     """

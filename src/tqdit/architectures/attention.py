@@ -1,4 +1,4 @@
-"""diffusers' `Attention` computed in the open, so that every operand and every product can be watched."""
+"""Compute diffusers' `Attention` step by step, so that every operand and every product can be watched."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,7 +26,7 @@ class Computed(NamedTuple):
 
     @property
     def operands(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, key, value and probabilities, in this order."""
+        """Return query, key, value and probabilities, in this order."""
         return self.query, self.key, self.value, self.probabilities
 
     def detached(self) -> "Computed":

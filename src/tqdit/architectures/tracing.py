@@ -128,7 +128,7 @@ def _inside(layers: Mapping[str, nn.Module], stack: list[str]) -> Iterator[None]
 
 
 class _Watcher(TorchFunctionMode):
-    """Gives every tensor its facts, and writes the calls of linear layers down."""
+    """A mode of torch that notes facts about every tensor, and writes down the calls of linear layers."""
 
     def __init__(self, layers: Mapping[str, nn.Module], trace: Trace) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Whose images are evaluated: models that are sampled here, and batches that were drawn elsewhere."""
+"""Define what is evaluated: models that are sampled here, and batches of images that were drawn elsewhere."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ BATCH_SUFFIX = ".npz"
 
 
 class Contender(Protocol):
-    """A set of images under a name."""
+    """A set of images that is evaluated under a name."""
 
     @property
     def name(self) -> str:
@@ -61,7 +61,7 @@ class Model:
 
     @property
     def name(self) -> str:
-        """The name of the model's folder or file."""
+        """Return the name of the model's folder or file."""
         return self.wanted.source.name
 
     @property
@@ -78,13 +78,13 @@ class Model:
 
     @property
     def run(self) -> Mapping[str, Any]:
-        """The model's hash, the batch, and where it runs."""
+        """Return the model's hash, the batch, and where it runs."""
         device = self.target.device.type
         return {**self.wanted.run, "backend": self.target.backend, "device": device, "dtype": self.target.dtype_name}
 
     @property
     def folder(self) -> Path:
-        """The folder of the images; every run has another one."""
+        """Return the folder of the images, which belongs to this run alone."""
         key = {name: value for name, value in self.run.items() if name != "model"}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return self.place / f"{self.name}-{digest[:12]}"
@@ -101,7 +101,7 @@ class Model:
 
     @property
     def labels(self) -> Sequence[int] | None:
-        """The class of each image; None for a model of prompts."""
+        """Return the class of each image; None for a model of prompts."""
         return self.wanted.labels if self.wanted.conditions is None else None
 
     def images(self, report: Callable[[str, float], None]) -> ImageSet:

@@ -1,0 +1,1 @@
+"""The images that models draw, and the files that hold them."""

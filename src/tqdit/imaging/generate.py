@@ -104,8 +104,10 @@ def decoder(vae_folder: Path | None, device: torch.device) -> Callable[[torch.Te
 
 
 def _autoencoder(folder: Path) -> Any:
-    """diffusers' decoder. Raises `InputError` naming the folder for what diffusers refuses, and for weights that are
-    missing or of another shape: diffusers would draw them at random. What is no regular file is not waited for.
+    """Return the decoder of a folder, loaded by diffusers.
+
+    Raises `InputError` naming the folder for what diffusers refuses, and for weights that are missing or of another
+    shape: diffusers would draw them at random. What is no regular file is not waited for.
     """
     from diffusers import AutoencoderKL
 

@@ -1,4 +1,4 @@
-"""The images of a job: one description of all of them, drawn by as many processes as there are.
+"""Draw all images of a job, which one object describes, by as many processes as there are.
 
 Batches are a fixed division of the indices, and whole batches are dealt out: every image is computed in the same
 company whatever the number of processes, so that its pixels are the same even where a batch decides the rounding.
@@ -34,7 +34,7 @@ PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xae\x42\x60\x82"
 
 @dataclass(frozen=True)
 class Images:
-    """`num` images of a model: image i has the condition `classes[i % len(classes)]` and depends on it and (seed, i).
+    """Description of `num` images. Image i has condition `classes[i % len(classes)]`; it depends on it and (seed, i).
 
     `classes` are indices into `conditions`, which are the model's own classes if not given. Raises `InputError` for
     settings that are not legal and for latents that could not be decoded.
@@ -59,22 +59,22 @@ class Images:
 
     @property
     def labels(self) -> list[int]:
-        """The condition of every image, by its index."""
+        """Return the condition of every image, by its index."""
         return [self.classes[i % len(self.classes)] for i in range(self.num)]
 
     @property
     def drawn_with(self) -> Sampling:
-        """The sampling with the name of its sampler, where it was "auto"."""
+        """Return the sampling with the name of the sampler that "auto" stands for."""
         return resolved(self.sampling, self.source.scheduler)
 
     @property
     def batches(self) -> list[range]:
-        """The indices of the images, batch by batch."""
+        """Return the indices of the images, batch by batch."""
         return distributed.batches(self.num, self.batch)
 
     @cached_property
     def run(self) -> dict[str, Any]:
-        """What decides the images, as JSON values; their number does not. Reads the model's files once.
+        """Return what decides the images, as JSON values; their number does not. The model's files are read once.
 
         The batch does by the rounding of float operations, and so does where they run: see `drawing.sample_folder`.
         """
@@ -85,7 +85,7 @@ class Images:
 
 
 def draw(images: Images, model: nn.Module, members: Sequence[range], progress: Progress) -> Iterator[torch.Tensor]:
-    """Pixels of every batch in `members`, as it is finished: (len(batch), C, H, W) in [-1, 1], on the CPU."""
+    """Yield the pixels of each batch in `members` when it is finished: (len(batch), C, H, W) in [-1, 1], on the CPU."""
     decode = generate.decoder(images.source.vae, next(iter(model.buffers())).device)
     scheduler, labels, sampling = images.source.scheduler, images.labels, images.sampling
     states = generate.sample_batches(
@@ -96,7 +96,7 @@ def draw(images: Images, model: nn.Module, members: Sequence[range], progress: P
 
 
 def gathered(images: Images, model: nn.Module, progress: Progress) -> torch.Tensor:
-    """All images, (num, C, H, W) in [-1, 1], on every rank; each draws its share."""
+    """Return all images, (num, C, H, W) in [-1, 1], on every rank; each rank draws its share."""
     world = distributed.current()
     parts = list(draw(images, model, world.share(images.batches), progress))
     return torch.cat(world.gather(parts, len(images.batches)))
@@ -147,12 +147,12 @@ def into_folder(images: Images, run: dict[str, Any], model: nn.Module, folder: P
 
 
 def image_file(folder: Path, index: int) -> Path:
-    """Where `into_folder` puts image `index`."""
+    """Return the path at which `into_folder` writes image `index`."""
     return folder / f"{index:06d}.png"
 
 
 def is_whole_png(path: Path) -> bool:
-    """Whether a file begins and ends as a PNG does; one that a disk has lost the end of does not."""
+    """Say whether a file begins and ends as a PNG does; one whose end a disk has lost does not."""
     try:
         with path.open("rb") as file:
             if file.read(len(PNG_START)) != PNG_START:
@@ -164,7 +164,7 @@ def is_whole_png(path: Path) -> bool:
 
 
 def _fingerprint(source: ModelSource) -> str:
-    """sha256 over everything on disk that images depend on: config, weights, schedule and decoder."""
+    """Return the sha256 of everything on disk that images depend on: config, weights, schedule and decoder."""
     digest = hashlib.sha256(json.dumps(source.scheduler, sort_keys=True).encode())
     folders = [folder for folder in (source.folder, source.vae) if folder is not None]
     files = [file for folder in folders for file in sorted([folder / CONFIG, *folder.glob("*.safetensors")])]

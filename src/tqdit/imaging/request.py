@@ -1,4 +1,4 @@
-"""Which classes, or which prompts, a user asks images of."""
+"""Find the classes, or the prompts, that a user asks images of."""
 
 from collections.abc import Sequence
 

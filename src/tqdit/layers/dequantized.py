@@ -26,7 +26,7 @@ class Dequantized(torch.Tensor):
 
     @data.setter
     def data(self, value: Any) -> None:
-        """Refuse: the values are a copy."""
+        """Raise `InputError`: the values are a copy."""
         raise InputError(NO_WRITING)
 
     @classmethod

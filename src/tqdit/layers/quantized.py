@@ -139,7 +139,7 @@ class QuantizedLinear(nn.Linear):
         super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
-        """Refuse: the codes are those of a solution."""
+        """Raise `InputError`: the codes are those of a solution, and are not drawn anew."""
         raise InputError("the weights of a quantized layer cannot be drawn anew")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -148,7 +148,7 @@ class QuantizedLinear(nn.Linear):
         destination[f"{prefix}weight"] = self.like.detach().expand(1, self.in_features)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-        """Take nothing: the tensors of a quantized layer are those of its parts.
+        """Load nothing here: the tensors of a quantized layer are those of its parts.
 
         Raises `InputError` for a weight or a bias that is not the layer's own, as of a float model or of an adapter
         that trains biases.

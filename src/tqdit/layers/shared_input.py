@@ -78,7 +78,7 @@ class Source(nn.Module):
         return held.codes
 
     def _shared_in_graph(self, x: torch.Tensor, rows: torch.Tensor, target: OperandParams, backend: Backend) -> Any:
-        """Return `shared` while torch.compile traces, which finds no equal operators but its own.
+        """Return what `shared` does while torch.compile traces: it joins equal operators of torch, but not ours.
 
         The layers of a source read one value in the recorded call, so that nothing was written into x between them.
         """
@@ -89,7 +89,7 @@ class Source(nn.Module):
         return held[1]
 
     def _forget(self, tensor: weakref.ref[torch.Tensor]) -> None:
-        """Free the codes of a tensor that is no more, which threads that take turns have not counted down."""
+        """Free the codes of a tensor that no longer exists: threads that take turns do not count its readers down."""
         held = self._held
         if held is not None and held.tensor is tensor:
             self._held = None

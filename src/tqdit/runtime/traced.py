@@ -110,7 +110,7 @@ class TracedModel(QuantizedModel):
 
 
 def make_traced(model: nn.Module, architecture: Traced) -> None:
-    """Give a diffusers model the traced class of its class."""
+    """Turn a diffusers model into a traced one, by giving it the class that `traced_class` makes of its own."""
     made = traced_class(architecture.name)
     model.__class__ = cast(type[nn.Module], made)
     model.__dict__["__module__"] = made.original.__module__

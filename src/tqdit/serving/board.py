@@ -1,4 +1,4 @@
-"""`Board`: what a page shows of a drawing, each model's latest frame as a picture and figures in words."""
+"""Keep what a page shows of a drawing: each model's latest frame, as a picture and as figures in words."""
 
 from collections.abc import Sequence
 

@@ -45,47 +45,51 @@ class Frame:
 
 
 class Served(Protocol):
-    """A model that the page draws with.
-
-    `name`, `label`: its name alone, and with its bits. `weight_bytes`: of its weights. `peak_bytes`: at most in use
-    during a call, above the imports; None where it was not measured. `asks_for`: "class", "prompt" or "text".
-    `choices`: name and number of every class or prompt; None for a text. `samplers`: those that suit it. `defaults`:
-    how it is drawn if a user changes nothing. `shape`: (C, H, W) of the state that is denoised, where it is known.
-    `pixelated`: whether its images should be enlarged without smoothing. `quantized`: whether it is an artifact.
-    """
+    """A model that the page draws with."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Return the model's name alone."""
 
     @property
-    def label(self) -> str: ...
+    def label(self) -> str:
+        """Return the name with the bits of an artifact, or the dtype of a float model."""
 
     @property
-    def weight_bytes(self) -> int: ...
+    def weight_bytes(self) -> int:
+        """Return the bytes of the weights."""
 
     @property
-    def peak_bytes(self) -> int | None: ...
+    def peak_bytes(self) -> int | None:
+        """Return the most bytes in use during a call, above the imports; None where it was not measured."""
 
     @property
-    def asks_for(self) -> str: ...
+    def asks_for(self) -> str:
+        """Return "class", "prompt" or "text": what is asked of the model."""
 
     @property
-    def choices(self) -> list[tuple[str, int]] | None: ...
+    def choices(self) -> list[tuple[str, int]] | None:
+        """Return the name and number of every class or prompt; None for a text."""
 
     @property
-    def samplers(self) -> tuple[str, ...]: ...
+    def samplers(self) -> tuple[str, ...]:
+        """Return the samplers that suit the model."""
 
     @property
-    def defaults(self) -> Sampling: ...
+    def defaults(self) -> Sampling:
+        """Return how the model draws if a user changes nothing."""
 
     @property
-    def shape(self) -> tuple[int, int, int] | None: ...
+    def shape(self) -> tuple[int, int, int] | None:
+        """Return (C, H, W) of the state that is denoised, where it is known."""
 
     @property
-    def pixelated(self) -> bool: ...
+    def pixelated(self) -> bool:
+        """Say whether images should be enlarged without smoothing."""
 
     @property
-    def quantized(self) -> bool: ...
+    def quantized(self) -> bool:
+        """Say whether the model is an artifact."""
 
     def check(self, request: Request) -> None:
         """Raise `InputError` for a request that the model cannot draw."""

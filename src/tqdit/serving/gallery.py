@@ -73,11 +73,11 @@ def load(
     report: Report = silent,
     size: Mapping[str, int] = pipelines.NO_SIZE,
 ) -> Gallery:
-    """Load models to be served, one after another. Raises `InputError` as `sampled.load`,
-    `pipelines.load` and `Gallery` do.
+    """Load models to be served, one after another.
 
     `conditions`: the prompts of a model of prompts. `measure`: also measure the memory of each in a process of its own.
     `size`: "height" and "width" of a pipeline's images.
+    Raises `InputError` as `sampled.load`, `pipelines.load` and `Gallery` do.
     """
     check_number(len(names))
     found = []

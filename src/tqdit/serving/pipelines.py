@@ -1,4 +1,4 @@
-"""A pipeline of diffusers on the page: any class that draws an image of a prompt's text."""
+"""Draw with a pipeline of diffusers on the page: any class that makes an image of a prompt's text."""
 
 import inspect
 import queue

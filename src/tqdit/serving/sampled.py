@@ -1,4 +1,4 @@
-"""A DiT, SiT or PixArt on the page: it is sampled as `tqdit.sample` does, and its decoder shows previews."""
+"""Draw with a DiT, SiT or PixArt on the page, as `tqdit.sample` does; the model's decoder shows previews."""
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field

@@ -82,7 +82,7 @@ def rivals(names: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Entrant:
-    """One that takes part. Each of `parts` runs a part of the model and waits for the device."""
+    """A participant of a race. Each of `parts` runs a part of the model and waits for the device."""
 
     name: str
     parts: Mapping[str, Callable[[], Any]]

@@ -1,4 +1,4 @@
-"""Hooks of modules that are gone when the work is done for which they were registered."""
+"""Register hooks of modules for a piece of work, and remove them when it ends."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
