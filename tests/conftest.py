@@ -22,5 +22,5 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_unconfigure() -> None:
+def pytest_sessionfinish() -> None:
     gc.unfreeze()
