@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -60,14 +61,30 @@ def drawn(model: str) -> torch.Tensor:
     return workflow.sample_images(workflow.images_of(model, ["3", "5", "8"], 7, SAMPLING, seed=1, batch=2))
 
 
-def exchange_and_images(folder: Path, *models: str) -> None:
-    """Both jobs in the same processes, each into a folder of its own."""
+def every_job(folder: Path, *models: str) -> None:
+    """Both jobs, each into a folder of its own, and then the command lines of `commands.json`, in the same processes.
+
+    Starting the processes takes longer than all their work. The commands find the processes joined.
+    """
     for name in ("exchange", "images"):
         (folder / name).mkdir(exist_ok=True)
     with distributed.joined("cpu") as world:
         exchange(world, folder / "exchange")
         images(world, folder / "images", *models)
+        distributed.joined = lambda _: nullcontext(world)
+        for arguments in json.loads((folder / "commands.json").read_text()):
+            command_line(arguments)
     assert distributed.current().size == 1
+
+
+def command_line(arguments: list[str]) -> None:
+    """Run `tqdit ARGUMENTS`, which ends this process if the command fails."""
+    sys.argv = ["tqdit", *arguments]
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code:
+            raise
 
 
 def dies(_: Path, *arguments: str) -> None:
@@ -105,5 +122,5 @@ def dies_searching(_: Path, *arguments: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    jobs = {"exchange_and_images": exchange_and_images, "dies": dies, "dies_searching": dies_searching}
+    jobs = {"every_job": every_job, "dies": dies, "dies_searching": dies_searching}
     jobs[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])

@@ -1,13 +1,17 @@
-"""The demo on the bundled model, with the smallest settings that pass through every stage."""
+"""The demo, with the smallest settings that pass through every stage: on the bundled model where tests may be long."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from tiny_dit import build_dit, write_pipeline
 from tqdit.artifact import folder as artifact
 from tqdit.cli.demo import NAMES, STAGES, run_demo
 from tqdit.quality import run_file
+from tqdit.report import page as report_page
+from tqdit.sources import resolve as resolving
 from tqdit.sources.resolve import DATA, load_float, resolve
 from tqdit.speed import cost
 from tqdit.speed.memory_probe import Footprint
@@ -16,10 +20,22 @@ SMALL = {
     "groups": 2, "samples": 1, "steps": 4, "rounds": 1, "candidates": 5, "rows": 64, "queries": 64,
     "hessian": "published",  # which measures no sensitivity of the image: sampling runs with gradients
 }  # fmt: skip
+IMAGES = {"sample_size": 32, "patch_size": 4, "num_embeds_ada_norm": 10}
+
+
+@pytest.fixture(params=["one block", pytest.param("bundled", marks=pytest.mark.long)])
+def fashion(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fashion-dit`: the bundled model, or a random one of a single block with its images and classes."""
+    if request.param == "one block":
+        root = write_pipeline(tmp_path / "source", build_dit(num_layers=1, attention_head_dim=128, **IMAGES))
+        shutil.copy(resolving.BUNDLED["fashion-dit"] / "model_index.json", root)
+        monkeypatch.setitem(resolving.BUNDLED, "fashion-dit", root)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fashion")
 def test_demo_writes_what_the_readme_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_page, "TOP", 2)  # charts take most of the time of a page
     monkeypatch.setattr(cost, "footprint", lambda request: Footprint(1_000_000, 3_000_000, None))
     told: list[str] = []
     result = run_demo(tmp_path, settings=SMALL, num=2, steps=2, samples=1, report=lambda stage, _: told.append(stage))

@@ -4,20 +4,26 @@ import json
 import sys
 import time
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
+import inception_like
+import numpy as np
 import pytest
 import torch
 
+import tqdit
 from distributed_jobs import SAMPLING, drawn
 from launcher import torchrun
 from tqdit import workflow
 from tqdit.calibration import store
 from tqdit.cli import main as cli
 from tqdit.errors import InputError
+from tqdit.evaluation.results import read_evaluation
 from tqdit.imaging.images import RUN
 from tqdit.quality.compare import compare
 from tqdit.recipe import Recipe
+from tqdit.sampling.guidance import Sampling
 from tqdit.system import distributed
 from tqdit.system.files import write_bytes
 from tqdit.system.locks import holding
@@ -37,17 +43,48 @@ def artifact(pipeline: Path, tiny_recipe, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def exchanged(pipeline: Path, artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes got from `exchange` and from `images`: a folder of each job; the same processes run both."""
-    out = tmp_path_factory.mktemp("exchanged")
-    done = torchrun(JOBS, "exchange_and_images", out, pipeline, artifact)
-    assert done.returncode == 0, done.stderr
-    return out
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("network") / "inception-2015-12-05.pt"
+    inception_like.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reference") / "reference.npz"
+    np.savez(path, np.random.default_rng(0).integers(0, 256, (15, 8, 8, 3), dtype=np.uint8))
+    return path
+
+
+@dataclass(frozen=True)
+class Done:
+    """What two processes left of all their jobs: a folder, and what they said."""
+
+    folder: Path
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="module")
+def done(pipeline, artifact, recipe, network, reference, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """The jobs of `every_job`: the same processes run them all, since starting processes takes most of the time."""
+    out = tmp_path_factory.mktemp("done")
+    (out / "quantized").mkdir()
+    quantize = ["quantize", pipeline, "-o", out / "quantized" / "out", "--recipe", recipe, "--overwrite"]
+    evaluate = ["evaluate", pipeline, "--reference", reference, "--network", network, "--steps", "2", "-q", "-n", "12"]
+    commands = [
+        [*quantize, "--json", out / "quantized" / "out.json"],
+        [*evaluate, "--device", "cpu", "--batch", "5", "-o", out / "scores.json"],
+    ]
+    (out / "commands.json").write_text(json.dumps([list(map(str, command)) for command in commands]))
+    found = torchrun(JOBS, "every_job", out, pipeline, artifact)
+    assert found.returncode == 0, found.stderr
+    return Done(out, found.stdout, found.stderr)
 
 
 @pytest.mark.slow
-def test_exchange(exchanged: Path) -> None:
-    found = [json.loads((exchanged / "exchange" / f"{rank}.json").read_text()) for rank in range(2)]
+def test_exchange(done: Done) -> None:
+    found = [json.loads((done.folder / "exchange" / f"{rank}.json").read_text()) for rank in range(2)]
     assert [own.pop("world") for own in found] == [[0, 2, "cpu"], [1, 2, "cpu"]]
     assert [own.pop("mine") for own in found] == [[0, 1], [1, 1]]
     for count in (1, 2, 5):  # item i: "a" and "c" are for all, "0" and "1" for one rank each
@@ -62,8 +99,8 @@ def test_exchange(exchanged: Path) -> None:
 
 
 @pytest.mark.slow
-def test_same_pixels_and_figures_for_every_world(pipeline: Path, artifact: Path, exchanged: Path) -> None:
-    folder = exchanged / "images"
+def test_same_pixels_and_figures_for_every_world(pipeline: Path, artifact: Path, done: Done) -> None:
+    folder = done.folder / "images"
     expected = [drawn(str(model)) for model in (pipeline, artifact)]
     alone = json.loads(compare(pipeline, [artifact], 5, SAMPLING, samples=5, cost=False).to_json())
     for rank in range(2):
@@ -90,18 +127,32 @@ def alone(pipeline: Path, recipe: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("processes", "option"), [(2, "--overwrite"), pytest.param(3, "--resumable", marks=pytest.mark.long)]
-)
+def test_two_processes_make_the_artifact_of_one(alone, done: Done) -> None:
+    assert_same_artifact(alone, done.folder / "quantized", done.stdout, done.stderr, 2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("processes", "option"), [(2, "--overwrite"), (3, "--resumable")])
 def test_same_artifact_for_every_world(pipeline, recipe, alone, tmp_path: Path, processes: int, option: str) -> None:
     command = ["quantize", pipeline, "-o", tmp_path / "out", "--recipe", recipe, option]
     done = torchrun("-m", "tqdit", *command, "--json", tmp_path / "out.json", processes=processes)
     assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / "out") == alone
-    assert {file.name for file in tmp_path.iterdir()} == {"out", "out.json"}, "no work folder is left"
-    assert done.stdout.count("tiny-dit w8a8 plus") == 1
-    assert [done.stderr.count(f"{stage}: 0 %") for stage in ("trajectories", "statistics", "search")] == [1, 1, 1]
-    assert json.loads((tmp_path / "out.json").read_text())["processes"] == processes
+    assert_same_artifact(alone, tmp_path, done.stdout, done.stderr, processes)
+
+
+def assert_same_artifact(alone: dict[str, bytes], folder: Path, stdout: str, stderr: str, processes: int) -> None:
+    assert contents(folder / "out") == alone
+    assert {file.name for file in folder.iterdir()} == {"out", "out.json"}, "no work folder is left"
+    assert stdout.count("tiny-dit w8a8 plus") == 1
+    assert [stderr.count(f"{stage}: 0 %") for stage in ("trajectories", "statistics", "search")] == [1, 1, 1]
+    assert json.loads((folder / "out.json").read_text())["processes"] == processes
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_scores_of_one(pipeline, network, reference, done: Done, tmp_path: Path) -> None:
+    given = {"network": network, "num": 12, "sampling": Sampling("ddim", 2, 1.5), "batch": 5}
+    alone = tqdit.evaluate(pipeline, reference, tmp_path / "alone.json", **given)
+    assert read_evaluation(done.folder / "scores.json").rows[0].scores == alone.rows[0].scores
 
 
 @pytest.mark.long

@@ -8,6 +8,7 @@ the top) are not in it yet: add a room when its docstrings have been rewritten.
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -88,12 +89,22 @@ def undocumented(tree: ast.Module, known: dict[str, list[ast.ClassDef]]) -> Iter
             yield name
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
+def of_source() -> dict[str, list[ast.ClassDef]]:
+    """Return the classes of all of `SOURCE`, which takes a second to find."""
+    return classes([parsed(path) for path in SOURCE.rglob("*.py")])
+
+
 def problems(paths: list[Path]) -> list[str]:
     """List what does not keep the rule in some files of `SOURCE`."""
-    known = classes([ast.parse(path.read_text()) for path in SOURCE.rglob("*.py")])
-    found = []
+    known, found = of_source(), []
     for path in paths:
-        tree, where = ast.parse(path.read_text()), path.relative_to(SOURCE)
+        tree, where = parsed(path), path.relative_to(SOURCE)
         found += [f"{where}: {name} has no docstring" for name in undocumented(tree, known)]
         for name, node, _ in [("module", tree, False), *definitions(tree)]:
             first = (ast.get_docstring(node) or "").partition("\n")[0]

@@ -151,12 +151,12 @@ def test_training_a_published_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert model.proj_out_2.weight.abs().max() > 0, "it was trained"
 
 
-def train_sit(script: ModuleType, monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> Path:
-    """The folder of a flow-matching model after three steps."""
+def train_sit(script: ModuleType, monkeypatch: pytest.MonkeyPatch, out: Path, steps: int, *arguments: str) -> Path:
+    """The folder of a flow-matching model after some steps."""
     data = out.with_name("data")
     data.mkdir()
     write_split(data, "train", 40)
-    places = ["--steps", "3", "--device", "cpu", "--data", str(data), "--out", str(out)]
+    places = ["--steps", str(steps), "--device", "cpu", "--data", str(data), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["train_fashion_dit.py", *arguments, *places])
     script.main()
     return out
@@ -166,7 +166,7 @@ def test_training_by_flow_matching(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     sizes = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "patch_size": 8}
     monkeypatch.setattr(script, "MODEL", {**script.MODEL, **sizes})
     monkeypatch.setattr(script, "FLOW", replace(script.FLOW, batch=4))
-    out = train_sit(script, monkeypatch, tmp_path / "out", "--objective", "flow")
+    out = train_sit(script, monkeypatch, tmp_path / "out", 3, "--objective", "flow")
 
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(out / "scheduler")
     assert (scheduler.config.shift, scheduler.config.num_train_timesteps) == (1.0, 1000)
@@ -184,7 +184,7 @@ def test_a_sit_shape_is_trained_by_flow_matching(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: ModuleType
 ) -> None:
     monkeypatch.setattr(script, "SHORT", replace(script.SHORT, batch=2))
-    out = train_sit(script, monkeypatch, tmp_path / "out", "--shape", "SiT-S/8")
+    out = train_sit(script, monkeypatch, tmp_path / "out", 1, "--shape", "SiT-S/8")
     model = load_float(resolve(out))
     assert (len(model.transformer_blocks), model.config.patch_size, model.config.out_channels) == (12, 8, 1)
     assert {block.norm1.emb.time_proj.downscale_freq_shift for block in model.transformer_blocks} == {0}

@@ -32,7 +32,7 @@ def train(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     spec.loader.exec_module(script)
     sizes = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "patch_size": 8}
     monkeypatch.setattr(script, "MODEL", {**script.MODEL, **sizes})
-    monkeypatch.setattr(script, "BUNDLED", replace(script.BUNDLED, batch=16, warmup=1))
+    monkeypatch.setattr(script, "FLOW", replace(script.FLOW, batch=16, warmup=1))
     data = torch.rand(40, 1, 32, 32) * 2 - 1, torch.arange(40) % 10
     args = argparse.Namespace(objective="flow", shape=None, steps=30, minutes=1.0, out=folder, seed=0)
     script.train_alone(args, data)

@@ -16,11 +16,14 @@ from tqdit.architectures import registry
 from tqdit.cli.main import app, main
 from tqdit.errors import InputError
 from tqdit.ops import dispatch
+from tqdit.report import page as report_page
+from tqdit.speed import cost
+from tqdit.speed.memory_probe import Footprint
 
 PAGES = {"add-an-architecture.md": ("patchformer", "patchformer_int8"), "add-a-backend.md": ("exact64",)}
 # Commands that run as a page shows them. Others are parsed alone: they take processes of their own, or minutes.
 EXECUTED = ("quantize", "sample", "inspect", "convert", "compare", "report")
-ADDED = {"compare": ["--no-cost"]}  # time and memory are measured in processes of their own
+ADDED = {"compare": ["--no-cost"]}  # time and memory
 NOT_RUN: dict[str, int] = {}  # page -> blocks that cannot run, each with its reason in the page
 SHELL_TOOLS = (".", "PYTHONPATH=tests/backends", "sed", "cd")  # of other commands: nothing to check
 
@@ -77,8 +80,13 @@ def of(page: str) -> Path:
 
 @pytest.mark.parametrize("page", WORLDS)
 def test_a_page_runs_from_top_to_bottom(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python blocks and cheap commands, in their order, in an empty folder with the stand-ins of the page."""
+    """Python blocks and cheap commands, in their order, in an empty folder with the stand-ins of the page.
+
+    Memory, which is measured in processes of their own, is no part of them, and a report has the chart of one site.
+    """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cost, "footprint", lambda request: Footprint(1_000_000, 3_000_000, None))
+    monkeypatch.setattr(report_page, "TOP", 1)
     small_recipes(monkeypatch)
     namespace: dict[str, object] = {"__name__": "page"}
     for make in WORLDS[page]:

@@ -1,5 +1,8 @@
 """Memory of one model in its own process: orders of magnitude that only the right measurement gives."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -43,7 +46,16 @@ def test_an_artifact_takes_its_codes(config, request_, tmp_path) -> None:
     assert 0 < found.load_seconds < 60
 
 
-def test_a_child_that_fails_gives_its_last_words(request_, tmp_path) -> None:
+def test_a_child_that_fails_gives_its_last_words(request_, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a child in the place of the real one, which would import torch first."""
+    run, child = subprocess.run, [sys.executable, "-c", "import sys; sys.exit('Traceback:\\nno more memory')"]
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: run(child, **options))
+    with pytest.raises(RuntimeError, match=r"\Ano more memory\Z"):
+        footprint({**request_, "baseline": "float32-eager"})
+
+
+@pytest.mark.long
+def test_a_model_that_does_not_load_is_the_last_word(request_, tmp_path) -> None:
     with pytest.raises(RuntimeError, match=f"unknown model '{tmp_path}/no'"):
         footprint({**request_, "artifact": f"{tmp_path}/no", "backend": "reference", "dtype": "float32"})
 

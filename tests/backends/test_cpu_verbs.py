@@ -9,6 +9,7 @@ import torch
 from cpu_codes import found_codes, given_codes, traced
 from operands import as_operand, decode, inject, maker
 from ties import assert_equal_up_to_ties, each_gelu, each_shape, each_softmax
+from together import together
 from torch.nn.functional import gelu
 
 from tqdit.backends import fused
@@ -153,7 +154,7 @@ CROSS = [
 ]
 
 
-@pytest.mark.parametrize(("batch", "tokens", "length", "heads", "dim"), CROSS)
+@together(("batch", "tokens", "length", "heads", "dim"), CROSS)
 @pytest.mark.parametrize("biased", [False, True])
 @each_softmax
 def test_attend_to_a_context(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from cpu_codes import found_codes
 from operands import maker
+from together import together
 from ways import backend_that, forget
 
 from tqdit.backends import native
@@ -26,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # batch, tokens, width, columns: one row, widths that fill no vector and no panel, more rows than a task or tile has,
 # tiles across samples, more depth than is multiplied at a time
 SHAPES = [(1, 1, 64, 128), (2, 1, 30, 33), (2, 7, 100, 70), (3, 50, 36, 15), (1, 203, 20, 65), (2, 5, 1100, 19)]
-each_shape = pytest.mark.parametrize(("batch", "tokens", "width", "columns"), SHAPES)
+each_shape = together(("batch", "tokens", "width", "columns"), SHAPES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 

@@ -6,6 +6,7 @@ Products of codes with bf16 are exact and all sums are in fp32, so the bound is 
 import pytest
 import torch
 from operands import maker
+from together import together
 
 from tqdit.backends import fused, native
 from tqdit.errors import InputError
@@ -16,7 +17,7 @@ LEAST = fused.MANY_ROWS
 # rows, columns, depth: tiles and panels that are not full, pieces of the depth of either kind, two tasks of rows, a
 # depth that is no multiple of four, a narrow one
 SHAPES = [(LEAST, 70, 68), (17, 64, 132), (29, 129, 2116), (13, 65, 1028), (541, 20, 72), (19, 5, 70), (30, 33, 64)]
-each_shape = pytest.mark.parametrize(("rows", "columns", "depth"), SHAPES)
+each_shape = together(("rows", "columns", "depth"), SHAPES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 

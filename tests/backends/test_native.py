@@ -69,7 +69,7 @@ def test_built_once_and_kept(cache: Path) -> None:
 
 
 @needs_compiler
-def test_other_flags_are_another_library(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_flags_are_another_library(copied, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.reason() is None
     monkeypatch.setenv("TQDIT_CXXFLAGS", "-DANYTHING")
     forget()
@@ -126,7 +126,7 @@ def test_what_a_link_points_to_is_left_alone(copied, cache: Path, tmp_path: Path
 
 
 @needs_compiler
-def test_a_cache_that_others_can_write_to_is_not_used(cache: Path) -> None:
+def test_a_cache_that_others_can_write_to_is_not_used(copied, cache: Path) -> None:
     cache.mkdir()
     cache.chmod(0o777)
     assert native.reason() is None

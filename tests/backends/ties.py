@@ -6,6 +6,7 @@ the value before rounding is nearer to a boundary than that rounding reaches; ev
 
 import pytest
 import torch
+from together import together
 
 from tqdit.grids.row import row_scales
 from tqdit.ops.schema import OperandParams
@@ -16,19 +17,17 @@ from tqdit.spec import Grid
 TIE = 256 * 16 * 2.0**-24
 # batch, tokens, width, heads: one token, odd sizes, head_dim 72, more keys and rows than one panel or task holds
 SHAPES = [(1, 1, 16, 1), (2, 5, 24, 3), (3, 17, 40, 2), (1, 64, 144, 2), (1, 113, 68, 2), (2, 150, 32, 1)]
-each_shape = pytest.mark.parametrize(("batch", "tokens", "width", "heads"), SHAPES)
-each_gelu = pytest.mark.parametrize(
-    ("grid", "bits", "merged"),
-    [(Grid.UNIFORM, 8, False), (Grid.MRQ_GELU, 8, False), (Grid.MRQ_GELU, 6, False), (Grid.MRQ_GELU, 6, True)],
-)
-each_softmax = pytest.mark.parametrize(
-    ("grid", "bits", "merged"),
-    [
-        (Grid.UNIFORM, 8, False), (Grid.UNIFORM, 4, False), (Grid.MRQ_SOFTMAX, 8, False),
-        (Grid.MRQ_SOFTMAX, 8, True), (Grid.MRQ_SOFTMAX, 6, False), (Grid.MRQ_SOFTMAX, 6, True),
-        (Grid.SOFTMAX_ROW, 8, False), (Grid.SOFTMAX_ROW, 4, False),
-    ],
-)  # fmt: skip
+SIZES = ("batch", "tokens", "width", "heads")
+GELU = [(Grid.UNIFORM, 8, False), (Grid.MRQ_GELU, 8, False), (Grid.MRQ_GELU, 6, False), (Grid.MRQ_GELU, 6, True)]
+SOFTMAX = [
+    (Grid.UNIFORM, 8, False), (Grid.UNIFORM, 4, False), (Grid.MRQ_SOFTMAX, 8, False), (Grid.MRQ_SOFTMAX, 8, True),
+    (Grid.MRQ_SOFTMAX, 6, False), (Grid.MRQ_SOFTMAX, 6, True), (Grid.SOFTMAX_ROW, 8, False),
+    (Grid.SOFTMAX_ROW, 4, False),
+]  # fmt: skip
+KIND = ("grid", "bits", "merged")
+each_shape = together(SIZES, SHAPES)
+each_gelu = pytest.mark.parametrize(KIND, GELU)
+each_softmax = pytest.mark.parametrize(KIND, SOFTMAX)
 
 
 def assert_equal_up_to_ties(actual: torch.Tensor, value: torch.Tensor, params: OperandParams, tie: float = TIE) -> None:

@@ -1,4 +1,4 @@
-"""`tqdit evaluate`, from a model to its result file: one protocol, resumed, and the same for several processes."""
+"""`tqdit evaluate`, from a model to its result file: one protocol, and resumed."""
 
 import json
 import shutil
@@ -14,7 +14,6 @@ from torch import nn
 from typer.testing import CliRunner
 
 import tqdit
-from launcher import torchrun
 from tqdit.cli.main import app
 from tqdit.errors import InputError
 from tqdit.evaluation import contenders
@@ -223,15 +222,3 @@ def test_a_damaged_result_file_is_named(finished, tmp_path, message: str) -> Non
     (tmp_path / "damaged.json").write_text(json.dumps(value))
     with pytest.raises(InputError, match=rf"damaged\.json is no result file of tqdit evaluate: {message}"):
         read_evaluation(tmp_path / "damaged.json")
-
-
-@pytest.mark.slow
-def test_two_processes_have_the_scores_of_one(finished, pipeline, network, reference, tmp_path) -> None:
-    words = ["evaluate", pipeline, "--reference", reference, "--network", network, "--steps", "2", "-q"]
-    words += ["--device", "cpu", "--batch", "5", "-o", tmp_path / "two.json", "-n", "12"]
-    done = torchrun("-m", "tqdit", *words)
-    assert done.returncode == 0, done.stderr
-    assert (
-        read_evaluation(tmp_path / "two.json").rows[0].scores
-        == read_evaluation(finished / "results.json").rows[0].scores
-    )

@@ -542,13 +542,17 @@ class TestRegistration:
         ["import sys, tqdit; assert not {'torch', 'diffusers'} & set(sys.modules)",
          pytest.param("from tqdit import TQDiTConfig", marks=pytest.mark.long),
          pytest.param("import tqdit.integrations.diffusers", marks=pytest.mark.long),
-         "import diffusers.quantizers.auto, tqdit"],
+         pytest.param("import diffusers.quantizers.auto, tqdit", marks=pytest.mark.long)],
     )  # fmt: skip
     def test_whatever_is_imported_first(self, first: str) -> None:
         code = (
             f"{first}\nimport sys\nfrom diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table\n"
             "assert 'tqdit' in table\n"
-            "assert not [finder for finder in sys.meta_path if 'tqdit' in type(finder).__module__]"
+            "assert not [finder for finder in sys.meta_path if 'tqdit' in type(finder).__module__]\n"
+            "del table['tqdit']\n"
+            "for name in [name for name in sys.modules if name.partition('.')[0] == 'tqdit']: del sys.modules[name]\n"
+            "import tqdit\n"
+            "assert 'tqdit' in table, 'tqdit comes after diffusers'"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from tqdit.serving.request import Request
 from tqdit.serving.sampled import Sampled
 from tqdit.serving.server import served
 
-pytest.importorskip("gradio", reason="gradio is not installed (the extra `serve`)")
-pytest.importorskip("selenium", reason="selenium is not installed (the extra `dev`)")
-pytestmark = [pytest.mark.skipif(bool(missing()), reason=missing()), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed (the extra `serve`)"),
+    pytest.mark.skipif(find_spec("selenium") is None, reason="selenium is not installed (the extra `dev`)"),
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+    pytest.mark.slow,
+]
 PATIENCE = 60.0  # seconds; a step takes milliseconds, and the machine may be busy
 
 

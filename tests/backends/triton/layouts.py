@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import triton
 from ties import SHAPES
+from together import in_pairs
 
 from tqdit.backends.triton.layouts import Projected
 from tqdit.grids.mrq_gelu import OFFSET
@@ -29,10 +31,22 @@ def without_gpu(*values: object, fast: bool = False) -> object:
     return pytest.param(*values, marks=pytest.mark.long if slow else ())
 
 
-each_shape = pytest.mark.parametrize(
-    ("batch", "tokens", "width", "heads"),
-    [without_gpu(*shape, fast=shape in INTERPRETED) for shape in dict.fromkeys((*INTERPRETED, *SHAPES))],
-)
+EVERY_SHAPE = list(dict.fromkeys((*INTERPRETED, *SHAPES)))
+SHAPE = ("batch", "tokens", "width", "heads")
+each_shape = pytest.mark.parametrize(SHAPE, [without_gpu(*shape, fast=shape in INTERPRETED) for shape in EVERY_SHAPE])
+
+
+def each_pair(names: Sequence[str], *factors: Sequence[object]) -> pytest.MarkDecorator:
+    """Every combination of the factors' values; the interpreter gets half of them, with every pair of values.
+
+    A value that is a tuple has several of the `names`. Of sizes in `EVERY_SHAPE` the interpreter gets `INTERPRETED`.
+    """
+    cases = []
+    for fast, values in in_pairs(*factors):
+        flat = [part for value in values for part in (value if type(value) is tuple else (value,))]
+        large = any(value in EVERY_SHAPE[len(INTERPRETED) :] for value in values if type(value) is tuple)
+        cases.append(without_gpu(*flat, fast=fast and not large))
+    return pytest.mark.parametrize(names, cases)
 
 
 def pitch(columns: int) -> int:

@@ -10,9 +10,22 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from layouts import as_projected, each_shape, from_projected, padded, read, stored, to, traced, without_gpu
+from layouts import (
+    EVERY_SHAPE,
+    SHAPE,
+    as_projected,
+    each_pair,
+    each_shape,
+    from_projected,
+    padded,
+    read,
+    stored,
+    to,
+    traced,
+    without_gpu,
+)
 from operands import as_operand, maker
-from ties import TIE, assert_equal_up_to_ties, each_gelu, each_softmax
+from ties import GELU, KIND, SOFTMAX, TIE, assert_equal_up_to_ties, each_gelu, each_softmax
 
 from poisoned import PoisonedTorch
 
@@ -32,8 +45,10 @@ from tqdit.spec import Grid
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REFERENCE = Reference()
 BIASED = TIE + 256 * 8 * 2.0**-24  # scores to some tens, whose sum with the bias is rounded
-each_config = pytest.mark.parametrize("config", [Config(32, 0, 64), Config(64, 0, 256, blocks=4)], ids=["tiles", "one"])
-each_backend = pytest.mark.parametrize("run", [TritonBackend(), PackedTritonBackend()], ids=lambda b: b.NAME)
+CONFIGS = {"tiles": Config(32, 0, 64), "one": Config(64, 0, 256, blocks=4)}
+BACKENDS = {backend.NAME: backend for backend in (TritonBackend(), PackedTritonBackend())}
+each_config = pytest.mark.parametrize("config", CONFIGS)
+each_backend = pytest.mark.parametrize("run", BACKENDS.values(), ids=list(BACKENDS))
 each_stream = pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -127,15 +142,17 @@ def test_quantize(batch, tokens, width, heads, grid: Grid, bits: int, merged: bo
     assert_equal_up_to_ties(actual, x.double(), target)
 
 
-@each_backend
-@each_shape
-@pytest.mark.parametrize(
-    ("parts", "per_channel", "lead"),
+@each_pair(
+    ("backend", *SHAPE, "parts", "per_channel", "lead"),
+    list(BACKENDS),
+    EVERY_SHAPE,
     [(3, False, True), (3, True, False), (2, True, True), (2, True, False), (1, False, True), (1, False, False)],
 )
-def test_projections_are_equal(run, batch, tokens, width, heads, parts: int, per_channel: bool, lead: bool) -> None:
+def test_projections_are_equal(
+    backend: str, batch, tokens, width, heads, parts: int, per_channel: bool, lead: bool
+) -> None:
     """To q, k and v, to k and v, or to q."""
-    make = maker(1)
+    make, run = maker(1), BACKENDS[backend]
     codes, source = make.codes(batch, tokens, width), make.params(lead=batch if lead else 1)
     weight, bias = make.weight(parts * width, width, per_channel), make.values(parts * width)
     weight = narrow(weight, 6) if run.PACKED else weight
@@ -147,7 +164,7 @@ def test_projections_are_equal(run, batch, tokens, width, heads, parts: int, per
     assert torch.equal(from_projected(run.project(*given, heads), parts, heads), expected.int())
 
 
-def check_attention(make, batch, tokens, keys, heads, head_dim, config, params, target, cross, bias=None, tie=TIE):
+def check_attention(make, batch, tokens, keys, heads, head_dim, config: str, params, target, cross, bias=None, tie=TIE):
     """Check the codes of the probabilities up to ties; given those, P V and its codes exactly."""
     width = heads * head_dim
     x = make.codes(batch, tokens, width if cross else 3 * width)
@@ -157,7 +174,7 @@ def check_attention(make, batch, tokens, keys, heads, head_dim, config, params, 
     given = as_projected(to(DEVICE, x), 1 if cross else 3, heads)
     context = as_projected(to(DEVICE, other), 2, heads) if cross else None
     added = None if bias is None else to(DEVICE, bias)
-    actual = launch.attend(given, context, added, heads, operands, config, trace)
+    actual = launch.attend(given, context, added, heads, operands, CONFIGS[config], trace)
     codes = traced(trace.cpu(), params.softmax)
     (q,), (k, v) = split_heads(x[..., :width], 1, heads), split_heads(other, 2, heads)
     scores = dequantize(q, params.query).double() @ dequantize(k, params.key).double().transpose(-1, -2)
@@ -167,33 +184,28 @@ def check_attention(make, batch, tokens, keys, heads, head_dim, config, params, 
     assert torch.equal(read(actual, width), quantize(attended, target).int())
 
 
-@each_shape
-@each_softmax
-@each_config
-def test_attention(batch, tokens, width, heads, grid: Grid, bits: int, merged: bool, config: Config) -> None:
+@each_pair(("config", *SHAPE, *KIND), list(CONFIGS), EVERY_SHAPE, SOFTMAX)
+def test_attention(config: str, batch, tokens, width, heads, grid: Grid, bits: int, merged: bool) -> None:
     make = maker(2, bits)
     params, target = make.attention(heads, grid, batch, merged), make.params(lead=batch, reach=2.0)
     check_attention(make, batch, tokens, tokens, heads, width // heads, config, params, target, False)
 
 
-@pytest.mark.parametrize(
-    ("batch", "tokens", "keys", "heads", "head_dim", "biased"),
-    [
-        without_gpu(*sizes, biased, fast=biased == usually)
-        for *sizes, usually in [
-            (2, 5, 1, 3, 6, False), (1, 37, 3, 2, 72, True), (2, 17, 48, 2, 40, True), (2, 1, 120, 1, 144, False),
-            (1, 5, 150, 2, 16, True),
-        ]
-        for biased in (False, True)
-    ],
-)  # fmt: skip
-@each_softmax
-@each_config
+CONTEXTS = [
+    (2, 5, 1, 3, 6, False), (1, 37, 3, 2, 72, True), (2, 17, 48, 2, 40, True), (2, 1, 120, 1, 144, False),
+    (1, 5, 150, 2, 16, True),
+]  # fmt: skip
+
+
+@each_pair(
+    ("config", *KIND, "batch", "tokens", "keys", "heads", "head_dim", "usually"), list(CONFIGS), SOFTMAX, CONTEXTS
+)
+@pytest.mark.parametrize("other", [without_gpu(other, fast=not other) for other in (False, True)])
 def test_attention_to_a_context(
-    batch, tokens, keys, heads, head_dim, grid: Grid, bits: int, merged: bool, config: Config, biased: bool
+    config: str, grid: Grid, bits: int, merged: bool, batch, tokens, keys, heads, head_dim, usually: bool, other: bool
 ) -> None:
     """Keys fewer and more than queries, and than a tile; of them, with a bias, some are hidden."""
-    make = maker(2, bits)
+    make, biased = maker(2, bits), usually != other
     params, target = make.attention(heads, grid, batch, merged), make.params(lead=batch, reach=2.0)
     bias = some_hidden(make.values(batch, keys)) if biased else None
     check_attention(
@@ -203,7 +215,7 @@ def test_attention_to_a_context(
 
 @each_softmax
 @each_config
-def test_attention_with_a_bias(grid: Grid, bits: int, merged: bool, config: Config) -> None:
+def test_attention_with_a_bias(grid: Grid, bits: int, merged: bool, config: str) -> None:
     """On the tokens themselves; the zero points of keys, a constant of each row, are large."""
     make, batch, tokens, heads, head_dim = maker(4, bits), 2, 70, 1, 72
     params, target = make.attention(heads, grid, batch, merged), make.params(lead=batch, reach=2.0)
@@ -212,7 +224,7 @@ def test_attention_with_a_bias(grid: Grid, bits: int, merged: bool, config: Conf
 
 
 @each_config
-def test_attention_where_every_key_is_hidden(config: Config) -> None:
+def test_attention_where_every_key_is_hidden(config: str) -> None:
     """A bias of -10000 everywhere leaves scores with a precision of 2^-10, and probabilities that are numbers."""
     make, batch, tokens, keys, heads, head_dim = maker(5), 2, 9, 70, 2, 24
     params, target = make.attention(heads, Grid.UNIFORM, batch), make.params(lead=batch, reach=2.0)
@@ -266,13 +278,10 @@ def test_attention_where_no_query_is_negative() -> None:
         assert (read(found, width) != REFERENCE.attend(qkv, params, target)).float().mean() < 0.01
 
 
-@each_shape
-@each_gelu
-@each_backend
-def test_feed_forward(run, batch, tokens, width, heads, grid: Grid, bits: int, merged: bool) -> None:
+@each_pair(("backend", *SHAPE, *KIND), list(BACKENDS), EVERY_SHAPE, GELU)
+def test_feed_forward(backend: str, batch, tokens, width, heads, grid: Grid, bits: int, merged: bool) -> None:
     """Codes after GELU up to ties; the layer that reads them bit for bit, gate and residual of each type included."""
-    make = maker(3, bits)
-    eight = maker(4)
+    make, eight, run = maker(3, bits), maker(4), BACKENDS[backend]
     source, target = eight.params(lead=batch), make.params(grid, batch, merged=merged)
     codes, bias = eight.codes(batch, tokens, width), eight.values(2 * width)
     first, second = narrow(eight.weight(2 * width, width), bits), narrow(eight.weight(width, 2 * width), bits)

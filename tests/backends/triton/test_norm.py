@@ -1,5 +1,6 @@
 """LayerNorm, modulation and quantization with every configuration: what it computes, and what it compiles to."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from layouts import compiled_for_hopper, read, to, without_gpu
 from operands import maker
 from ties import assert_equal_up_to_ties
+from together import in_pairs
 
 from poisoned import PoisonedTorch
 
@@ -29,15 +31,21 @@ SIZES = {
 STREAMS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BY_ROW: dict[tuple[str, str], torch.Tensor] = {}  # the codes of programs of one row, by the stream and the size
 FAST = [("fp32", name) for name in ("whole", "halves", "across samples", "a row each")] + [("bf16", "across samples")]
+CASES = FAST + [case for case in itertools.product(STREAMS, SIZES) if case not in FAST]
 
 
-@pytest.mark.parametrize("config", DISTINCT, ids=lambda c: f"{c.block_m}x{c.blocks}-{c.warps}-{c.stages}")
 @pytest.mark.parametrize(
-    ("stream", "size"),
-    [without_gpu(stream, size, fast=(stream, size) in FAST) for stream in STREAMS for size in SIZES],
+    ("config", "stream", "size"),
+    [without_gpu(config, *case, fast=fast and case in FAST) for fast, (config, case) in in_pairs(DISTINCT, CASES)],
+    ids=lambda value: (
+        f"{value.block_m}x{value.blocks}-{value.warps}-{value.stages}" if type(value) is Config else value
+    ),
 )
 def test_configurations_agree(monkeypatch, config: Config, stream: str, size: str) -> None:
-    """Samples that programs divide and that they straddle, each of its own time group; rows beyond the last."""
+    """Samples that programs divide and that they straddle, each of its own time group; rows beyond the last.
+
+    In the interpreter every configuration has every other one of the sizes.
+    """
     monkeypatch.setattr(launch, "torch", PoisonedTorch())
     make, (batch, tokens, width) = maker(7), SIZES[size]
     x = (make.values(batch, tokens, width) * 3 + 1).to(STREAMS[stream])
