@@ -7,11 +7,11 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
-import inception_like
 import numpy as np
 import pytest
 import torch
 
+import inception_like
 import tqdit
 from distributed_jobs import SAMPLING, drawn
 from launcher import torchrun

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import inception_like
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from typer.testing import CliRunner
 
+import inception_like
 import tqdit
 from tqdit.cli.main import app
 from tqdit.errors import InputError
