@@ -7,7 +7,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from accelerate.hooks import remove_hook_from_module
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
 import tqdit
@@ -34,6 +34,13 @@ WAYS: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
 def run(model: nn.Module, inputs: dict[str, torch.Tensor], device: str = "cpu") -> torch.Tensor:
     with torch.inference_mode():
         return model(**{name: x.to(device) for name, x in inputs.items()}).sample
+
+
+def hooked(model: nn.Module) -> nn.Module:
+    """Give every module a hook that does nothing."""
+    for module in list(model.modules()):
+        add_hook_to_module(module, ModelHook())
+    return model
 
 
 def away(model: nn.Module) -> float:
@@ -115,13 +122,25 @@ def test_auto_device_maps(solved) -> None:
     assert accelerate.infer_auto_device_map(model, sizes, model._no_split_modules) == {"": "cpu"}
 
 
+def test_hooks_that_do_nothing(solved, model_inputs) -> None:
+    model = convert(solved("plus"))
+    expected = run(model, model_inputs)
+    assert torch.equal(run(hooked(model), model_inputs), expected)
+
+
 @pytest.mark.gpu
 @GPU
 @pytest.mark.parametrize("prepared", ["cpu", "cuda"])
 @pytest.mark.parametrize("buffers", [False, True])
 def test_on_a_gpu(solved, model_inputs, prepared: str, buffers: bool) -> None:
-    """A model that was laid out for the CPU is laid out anew when it is first called, and stays offloaded."""
-    expected = run(convert(solved("plus"), device="cuda"), model_inputs, "cuda")
+    """A model that was laid out for the CPU is laid out anew when it is first called, and stays offloaded.
+
+    A layer with a hook has to be called, so torch computes the first and the last layer and the embedder in its kernels,
+    as in a model whose hooks do nothing. Beside the kernels that take their place the last bits of floats differ.
+    """
+    expected = run(hooked(convert(solved("plus"), device="cuda")), model_inputs, "cuda")
+    fused = run(convert(solved("plus"), device="cuda"), model_inputs, "cuda")
+    assert (fused - expected).norm() <= 1e-3 * expected.norm()
     model: Any = convert(solved("plus"), device=prepared).to("cpu")
     accelerate.cpu_offload(model, torch.device("cuda", 0), offload_buffers=buffers)
     for _ in range(3):
