@@ -135,8 +135,8 @@ def test_hooks_that_do_nothing(solved, model_inputs) -> None:
 def test_on_a_gpu(solved, model_inputs, prepared: str, buffers: bool) -> None:
     """A model that was laid out for the CPU is laid out anew when it is first called, and stays offloaded.
 
-    A layer with a hook has to be called, so torch computes the first and the last layer and the embedder in its kernels,
-    as in a model whose hooks do nothing. Beside the kernels that take their place the last bits of floats differ.
+    A layer with a hook has to be called, so torch computes the first and the last layer and the embedder, as in a
+    model whose hooks do nothing. The kernels that else take their place round the last bits of floats differently.
     """
     expected = run(hooked(convert(solved("plus"), device="cuda")), model_inputs, "cuda")
     fused = run(convert(solved("plus"), device="cuda"), model_inputs, "cuda")

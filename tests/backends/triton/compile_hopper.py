@@ -20,7 +20,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from tqdit.backends.triton.flash import Q_SLOTS, WARPS, FlashSizes
 from tqdit.backends.triton.hopper import AttentionSizes, x_blocks
-from tqdit.backends.triton.kernels import hopper, hopper_attention, hopper_flash, hopper_float, rounding
+from tqdit.backends.triton.kernels import hopper, hopper_attention, hopper_flash, hopper_float, hopper_scores, rounding
 from tqdit.backends.triton.kernels.attention import attention_kernel
 from tqdit.backends.triton.kernels.linear import ACTIVATION, HEADS, PLAIN, RESIDUAL, linear_kernel
 from tqdit.backends.triton.kernels.norm import norm_quantize_kernel
@@ -97,7 +97,7 @@ def compiled_attention(
         "q_rest": (chosen.block_m, k_rest), "k_rest": (chosen.block_k, k_rest), "v_rest": (sizes.rest, chosen.block_k),
     }  # fmt: skip
     kinds = {
-        n: f"tensordesc<i8[{rows},{width}],{hopper_attention.block_layout(width)!r}>"
+        n: f"tensordesc<i8[{rows},{width}],{hopper_scores.block_layout(width)!r}>"
         for n, (rows, width) in blocks.items()
         if rows and width
     }
@@ -134,7 +134,7 @@ def compiled_flash(head_dim: int, config: list[int], by_sample: bool, bits: int)
         "q_rest": (chosen.block_m, k_rest), "k_rest": (chosen.block_k, k_rest), "v_rest": (sizes.rest, chosen.block_k),
     }  # fmt: skip
     kinds = {
-        n: f"tensordesc<i8[{rows},{width}],{hopper_attention.block_layout(width)!r}>"
+        n: f"tensordesc<i8[{rows},{width}],{hopper_scores.block_layout(width)!r}>"
         for n, (rows, width) in blocks.items()
         if rows and width
     }

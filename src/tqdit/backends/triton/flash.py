@@ -87,7 +87,7 @@ def attention(
         )
     found = hopper.kernels()
     assert found
-    flash, blocks_of = found.flash, found.attention.blocks_of
+    flash, blocks_of = found.flash, found.scores.blocks_of
     if context is None:
         q, k, v = projected.split(3, heads)
     else:

@@ -38,6 +38,7 @@ class Kernels(NamedTuple):
     attention: Any
     floats: Any
     flash: Any
+    scores: Any
 
 
 @functools.cache
@@ -50,10 +51,10 @@ def kernels() -> Kernels | None:
     if version not in GLUON or os.environ.get("TQDIT_HOPPER") == "0":
         return None
     try:
-        from tqdit.backends.triton.kernels import hopper, hopper_attention, hopper_flash, hopper_float
+        from tqdit.backends.triton.kernels import hopper, hopper_attention, hopper_flash, hopper_float, hopper_scores
     except (ImportError, AttributeError):
         return None
-    return Kernels(hopper, hopper_attention, hopper_float, hopper_flash)
+    return Kernels(hopper, hopper_attention, hopper_float, hopper_flash, hopper_scores)
 
 
 @functools.cache
@@ -270,7 +271,7 @@ def attention(
         )
     found = kernels()
     assert found
-    hopper = found.attention
+    hopper, blocks_of = found.attention, found.scores.blocks_of
     query, key, value, softmax, *targets = operands
     target = targets[0] if targets else softmax  # a kernel without a target does not read it
     columns, dtype = attended(operands, heads * head_dim)
@@ -281,10 +282,10 @@ def attention(
     q, k, v = projected.split(3, heads)
 
     def by_token(part: torch.Tensor, block: int, width: int) -> Any:
-        return hopper.blocks_of(part, (rows, head_dim), head_pitch, (block, width)) if width else None
+        return blocks_of(part, (rows, head_dim), head_pitch, (block, width)) if width else None
 
     def by_channel(width: int) -> Any:
-        return hopper.blocks_of(v, (batch * heads * head_dim, tokens), token_pitch, (width, bk)) if width else None
+        return blocks_of(v, (batch * heads * head_dim, tokens), token_pitch, (width, bk)) if width else None
 
     groups = groups_of(*operands)
     programs = min(processors(device) * sizes.programs, batch * heads * sizes.parts)

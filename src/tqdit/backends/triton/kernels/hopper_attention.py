@@ -14,9 +14,6 @@ All computing warps run the same instructions: as two partitions of a program th
 in the instruction cache.
 """
 
-from collections.abc import Sequence
-
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -25,11 +22,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tqdit.backends.triton.kernels.attention import LOG2E, probability_codes, row_codes, softmax_parameters
 from tqdit.backends.triton.kernels.dependent import let_successor_start, wait_for_predecessor
 from tqdit.backends.triton.kernels.hopper import COPY
+from tqdit.backends.triton.kernels.hopper_scores import (
+    as_floats,
+    byte_sums,
+    halves,
+    of_rows,
+    product_layout,
+    row_maxima,
+    start_scores,
+)
 from tqdit.backends.triton.kernels.rounding import (
     INVERSE,
     MAGIC_BITS,
@@ -43,106 +48,27 @@ from tqdit.backends.triton.kernels.rounding import (
     uniform_codes,
 )
 
-PRIVATE = gl.constexpr(not hasattr(gl.shared_memory_descriptor, "reinterpret"))  # its name before Triton 3.7
 COPY_REGISTERS = 24  # registers of a thread that copies
-
-
-def block_layout(width: int) -> gl.NVMMASharedLayout:
-    """Return the layout of a block of `width` columns of codes in shared memory."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=min(width, 128), element_bitwidth=8, rank=2)
-
-
-def blocks_of(codes: torch.Tensor, shape: Sequence[int], stride: int, block: Sequence[int]) -> TensorDescriptor:
-    """Describe blocks of `block` rows and columns of a matrix of codes whose rows are `stride` bytes apart."""
-    return TensorDescriptor(codes, list(shape), [stride, 1], list(block), block_layout(block[1]))
-
-
-@gluon.constexpr_function
-def _layout(columns: int, warps: int) -> gl.NVMMADistributedLayout:
-    """Return the layout of a product of 16 rows a warp and this number of columns."""
-    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, columns, 32])
-
-
-@gluon.jit
-def _byte_sums(memory, ROWS: gl.constexpr, BYTES: gl.constexpr, WARPS: gl.constexpr):
-    """Return the sums of the rows of int8 (ROWS, BYTES) in shared memory.
-
-    The place of a byte in its row does not matter.
-    """
-    WORDS: gl.constexpr = BYTES // 4
-    ACROSS: gl.constexpr = WORDS // 4
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    blocked: gl.constexpr = gl.BlockedLayout([1, 4], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
-    if PRIVATE:
-        words = memory._reinterpret(gl.int32, [ROWS, WORDS], flat).load(blocked)
-    else:
-        words = memory.reinterpret(gl.int32, [ROWS, WORDS], flat).load(blocked)
-    sums = gl.inline_asm_elementwise(
-        "dp4a.s32.s32 $0, $1, 0x01010101, 0;", "=r,r", [words], gl.int32, is_pure=True, pack=1
-    )
-    return gl.sum(sums, 1)
-
-
-@gluon.jit
-def _halves(x, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
-    """Return the left and the right half of the columns of a product, in the registers where they are."""
-    layout: gl.constexpr = _layout(COLUMNS // 2, WARPS)
-    left, right = x.reshape(16 * WARPS, 2, COLUMNS // 2).permute(0, 2, 1).split()
-    return gl.convert_layout(left, layout, assert_trivial=True), gl.convert_layout(right, layout, assert_trivial=True)
-
-
-@gluon.jit
-def _of_rows(x, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
-    """Return a value per row in a layout for products of this number of columns."""
-    return gl.convert_layout(x, gl.SliceLayout(1, _layout(COLUMNS, WARPS)), assert_trivial=True)
 
 
 @gluon.jit
 def _row_sums(x, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
     """Return the sums of rows, added by halves first: these additions do not wait for each other."""
     if COLUMNS > 16:
-        left, right = _halves(x, COLUMNS, WARPS)
+        left, right = halves(x, COLUMNS, WARPS)
         return _row_sums(left + right, COLUMNS // 2, WARPS)
     else:
         return gl.sum(x, 1)
 
 
 @gluon.jit
-def _row_maxima(x, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
-    if COLUMNS > 16:
-        left, right = _halves(x, COLUMNS, WARPS)
-        return _row_maxima(gl.maximum(left, right), COLUMNS // 2, WARPS)
-    else:
-        return gl.max(x, 1)
-
-
-@gluon.jit
 def _narrowed_maxima(x, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
     """Return the maxima of columns 16 apart, (rows, 16): nothing moves between threads."""
     if COLUMNS > 16:
-        left, right = _halves(x, COLUMNS, WARPS)
+        left, right = halves(x, COLUMNS, WARPS)
         return _narrowed_maxima(gl.maximum(left, right), COLUMNS // 2, WARPS)
     else:
         return x
-
-
-@gluon.jit
-def _start_scores(
-    queries, keys, slot, starts, block, D_REST: gl.constexpr, BK: gl.constexpr, WARPS: gl.constexpr
-):  # fmt: skip
-    """Start computing starts + q k^T of a slot of keys, int32 (16 WARPS, BK), without waiting for the result."""
-    layout: gl.constexpr = _layout(BK, WARPS)
-    start = gl.full((16 * WARPS, BK), 0, gl.int32, layout)
-    start += starts.index(block).load(gl.SliceLayout(0, layout))[None, :]
-    scores = warpgroup_mma(queries[0], keys[0].index(slot).permute((1, 0)), start, is_async=True)
-    if D_REST:
-        scores = warpgroup_mma(queries[1], keys[1].index(slot).permute((1, 0)), scores, is_async=True)
-    return scores
-
-
-@gluon.jit
-def _as_floats(scores):
-    return scores.to(gl.float32, bitcast=True)
 
 
 @gluon.jit
@@ -151,7 +77,7 @@ def _powers(scores, shift, scale):
 
     The factor is within 2^(+-scale), for shift is rounded near 1.5 2^23 scale: scales of scores are far below 100.
     """
-    x = _as_floats(scores)
+    x = as_floats(scores)
     nothing = gl.full_like(x, 0.0)
     return power_of_two(gl.fma(x, nothing + scale, nothing + shift[:, None]), True)
 
@@ -184,7 +110,7 @@ def _operand(codes, BK: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr
     They stay in their registers (`attention._permuted`).
     """
     codes = codes.reshape(16 * WARPS, BK // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(16 * WARPS, BK)
-    layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=_layout(COLUMNS, WARPS), k_width=4)
+    layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=product_layout(COLUMNS, WARPS), k_width=4)
     return gl.convert_layout(codes, layout, assert_trivial=True)
 
 
@@ -226,10 +152,10 @@ def _total(
     """Return the row sums of the powers of all keys. HIGHEST: the row maxima of the scores."""
     result = gl.full_like(shift, 0.0)
     for block in range(0, BLOCKS):
-        scores = _start_scores(queries, keys, base + block, starts, block, D_REST, BK, WARPS)
+        scores = start_scores(queries, keys, base + block, starts, block, D_REST, BK, WARPS)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         if HIGHEST:
-            result = gl.maximum(result, gl.max(_as_floats(scores), 1))  # floats of MAGIC are positive
+            result = gl.maximum(result, gl.max(as_floats(scores), 1))  # floats of MAGIC are positive
         else:
             result += gl.sum(_powers(scores, shift, scale), 1)
     return result
@@ -242,17 +168,17 @@ def _highest(
 ):  # fmt: skip
     """Return the highest score of each row; threads compare theirs once, at the end."""
     PRODUCTS: gl.constexpr = 2 if D_REST else 1
-    result = gl.full((16 * WARPS, 16), 0.0, gl.float32, _layout(16, WARPS))  # floats of MAGIC are positive
+    result = gl.full((16 * WARPS, 16), 0.0, gl.float32, product_layout(16, WARPS))  # floats of MAGIC are positive
     for block in range(0, BLOCKS, AT_ONCE):
-        now = _start_scores(queries, keys, base + block, starts, block, D_REST, BK, WARPS)
+        now = start_scores(queries, keys, base + block, starts, block, D_REST, BK, WARPS)
         if AT_ONCE == 2:
-            after = _start_scores(queries, keys, base + (block + 1), starts, block + 1, D_REST, BK, WARPS)
+            after = start_scores(queries, keys, base + (block + 1), starts, block + 1, D_REST, BK, WARPS)
             now = warpgroup_mma_wait(PRODUCTS, deps=(now,))
-            result = gl.maximum(result, _narrowed_maxima(_as_floats(now), BK, WARPS))
+            result = gl.maximum(result, _narrowed_maxima(as_floats(now), BK, WARPS))
             now = warpgroup_mma_wait(0, deps=(after,))
         else:
             now = warpgroup_mma_wait(0, deps=(now,))
-        result = gl.maximum(result, _narrowed_maxima(_as_floats(now), BK, WARPS))
+        result = gl.maximum(result, _narrowed_maxima(as_floats(now), BK, WARPS))
     return gl.max(result, 1)
 
 
@@ -260,7 +186,7 @@ def _highest(
 def _trace(trace, codes, softmax_zero, row, first_row, first_key, N, MODE: gl.constexpr, BK: gl.constexpr,
            WARPS: gl.constexpr):  # fmt: skip
     """Write the codes of the probabilities as `attention._trace` does."""
-    layout: gl.constexpr = _layout(BK, WARPS)
+    layout: gl.constexpr = product_layout(BK, WARPS)
     rows = first_row + gl.arange(0, 16 * WARPS, gl.SliceLayout(1, layout))
     keys = first_key + gl.arange(0, BK, gl.SliceLayout(0, layout))
     written = codes[0]
@@ -300,7 +226,7 @@ def _split(rest, V_REST: gl.constexpr, V_PAD: gl.constexpr, WARPS: gl.constexpr)
     if V_REST == 0:
         return rest, gl.max(rest, 1)
     else:
-        left, right = _halves(rest, V_PAD, WARPS)
+        left, right = halves(rest, V_PAD, WARPS)
         return left, gl.max(right, 1)
 
 
@@ -309,7 +235,7 @@ def _store(out, codes, row, column, out_stride, COLUMNS: gl.constexpr, BITS: gl.
     """Write codes (16 WARPS, COLUMNS), 8 bytes a store where that is worth a change of layout; fp32 as it is."""
     ACROSS: gl.constexpr = COLUMNS // 8
     blocked: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
-    layout: gl.constexpr = blocked if COLUMNS > 8 and BITS else _layout(COLUMNS, WARPS)
+    layout: gl.constexpr = blocked if COLUMNS > 8 and BITS else product_layout(COLUMNS, WARPS)
     down = (row + gl.arange(0, 16 * WARPS, gl.SliceLayout(1, layout))).to(gl.int64) * out_stride
     across = gl.max_contiguous(gl.multiple_of(column + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout)), 8), 8)
     gl.store(out + (down[:, None] + across[None, :]), gl.convert_layout(codes, layout))
@@ -330,7 +256,7 @@ def _finish(
     if V_REST:
         codes = _quantized(last, fine_last, sum_one, sum_two, value, softmax, target, MODE, BITS)
         _store(out, codes, row, column + D_FIRST, out_stride, V_REST, BITS, WARPS)
-    sum_one, sum_two = _of_rows(sum_one, D_FIRST, WARPS), _of_rows(sum_two, D_FIRST, WARPS)
+    sum_one, sum_two = of_rows(sum_one, D_FIRST, WARPS), of_rows(sum_two, D_FIRST, WARPS)
     codes = _quantized(first, fine, sum_one, sum_two, value, softmax, target, MODE, BITS)
     _store(out, codes, row, column, out_stride, D_FIRST, BITS, WARPS)
 
@@ -394,9 +320,9 @@ def _consume(
     BM: gl.constexpr = 16 * WARPS
     BLOCKS: gl.constexpr = N // BK
     TILES: gl.constexpr = N // BM // PARTS
-    PRODUCTS: gl.constexpr = 2 if D_REST else 1  # of a call of _start_scores
-    first_layout: gl.constexpr = _layout(D_FIRST, WARPS)
-    rest_layout: gl.constexpr = _layout(V_PAD, WARPS)
+    PRODUCTS: gl.constexpr = 2 if D_REST else 1  # of a call of start_scores
+    first_layout: gl.constexpr = product_layout(D_FIRST, WARPS)
+    rest_layout: gl.constexpr = product_layout(V_PAD, WARPS)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     starts = gl.allocate_shared_memory(gl.int32, [BLOCKS, BK], flat)
     first_starts = gl.allocate_shared_memory(gl.int32, [D_FIRST], flat)
@@ -425,17 +351,17 @@ def _consume(
         base = part * BLOCKS % SLOTS  # SLOTS is a multiple of BLOCKS: a head's slots follow each other
         for block in range(0, BLOCKS):
             mbarrier.wait(full.index(base + block), part * BLOCKS // SLOTS & 1)
-            total = _byte_sums(keys[0].index(base + block), BK, D_FIRST, WARPS)
+            total = byte_sums(keys[0].index(base + block), BK, D_FIRST, WARPS)
             if D_REST:
-                rest_total = _byte_sums(keys[1].index(base + block), BK, D_REST, WARPS)
+                rest_total = byte_sums(keys[1].index(base + block), BK, D_REST, WARPS)
                 total += gl.convert_layout(rest_total, total.type.layout)
             starts.index(block).store(MAGIC_BITS - zero * total)
         if MODE != SOFTMAX:  # operands are 128 less than the integers
-            first_total = _byte_sums(values[0].index(base), D_FIRST, BK, WARPS)
-            rest_total = _byte_sums(values[1].index(base), V_PAD, BK, WARPS)
+            first_total = byte_sums(values[0].index(base), D_FIRST, BK, WARPS)
+            rest_total = byte_sums(values[1].index(base), V_PAD, BK, WARPS)
             for block in range(1, BLOCKS):
-                first_total += _byte_sums(values[0].index(base + block), D_FIRST, BK, WARPS)
-                rest_total += _byte_sums(values[1].index(base + block), V_PAD, BK, WARPS)
+                first_total += byte_sums(values[0].index(base + block), D_FIRST, BK, WARPS)
+                rest_total += byte_sums(values[1].index(base + block), V_PAD, BK, WARPS)
             first_starts.store(128 * first_total)
             rest_starts.store(128 * rest_total)
 
@@ -458,33 +384,33 @@ def _consume(
             sums = (first, rest, fine, fine_rest)
 
             if BLOCKS <= 2:
-                scores = _start_scores(queries, keys, base, starts, 0, D_REST, BK, WARPS)
+                scores = start_scores(queries, keys, base, starts, 0, D_REST, BK, WARPS)
                 if BLOCKS == 2:
-                    others = _start_scores(queries, keys, base + 1, starts, 1, D_REST, BK, WARPS)
+                    others = start_scores(queries, keys, base + 1, starts, 1, D_REST, BK, WARPS)
                     if MODE == SOFTMAX_ROW:  # the second product goes on while scores of the first are compared
                         scores = warpgroup_mma_wait(PRODUCTS, deps=(scores,))
-                        narrowed = _narrowed_maxima(_as_floats(scores), BK, WARPS)
+                        narrowed = _narrowed_maxima(as_floats(scores), BK, WARPS)
                         others = warpgroup_mma_wait(0, deps=(others,))
-                        narrowed = gl.maximum(narrowed, _narrowed_maxima(_as_floats(others), BK, WARPS))
+                        narrowed = gl.maximum(narrowed, _narrowed_maxima(as_floats(others), BK, WARPS))
                         highest = gl.max(narrowed, 1)
                     else:
                         scores, others = warpgroup_mma_wait(0, deps=(scores, others))
-                        highest = _row_maxima(gl.maximum(_as_floats(scores), _as_floats(others)), BK, WARPS)
+                        highest = row_maxima(gl.maximum(as_floats(scores), as_floats(others)), BK, WARPS)
                 else:
                     scores = warpgroup_mma_wait(0, deps=(scores,))
-                    highest = _row_maxima(_as_floats(scores), BK, WARPS)
+                    highest = row_maxima(as_floats(scores), BK, WARPS)
                 mbarrier.arrive(q_empty.index(place))
-                shift = -_of_rows(highest, BK, WARPS) * scale
+                shift = -of_rows(highest, BK, WARPS) * scale
                 if MODE == SOFTMAX_ROW:
-                    total = _levels(_of_rows(highest, BK, WARPS), shift, scale, BITS)
+                    total = _levels(of_rows(highest, BK, WARPS), shift, scale, BITS)
                     codes = _codes(scores, shift, scale, total, probability, MODE, BITS)
                 else:
                     e = _powers(scores, shift, scale)
                     if BLOCKS == 2:
                         more = _powers(others, shift, scale)
-                        total = _of_rows(_row_sums(e + more, BK, WARPS), BK, WARPS)
+                        total = of_rows(_row_sums(e + more, BK, WARPS), BK, WARPS)
                     else:
-                        total = _of_rows(_row_sums(e, BK, WARPS), BK, WARPS)
+                        total = of_rows(_row_sums(e, BK, WARPS), BK, WARPS)
                     codes = probability_codes(e, total, probability, MODE, BITS, True)
                 if TRACE:
                     _trace(trace, codes, probability[2], row, first_row, 0, N, MODE, BK, WARPS)
@@ -501,20 +427,20 @@ def _consume(
             else:
                 if MODE == SOFTMAX_ROW:
                     highest = _highest(queries, keys, starts, base, BLOCKS, D_REST, AT_ONCE, BK, WARPS)
-                    highest = _of_rows(highest, BK, WARPS)
+                    highest = of_rows(highest, BK, WARPS)
                     shift = -highest * scale
                     total = _levels(highest, shift, scale, BITS)
                 else:
                     # Powers relative to the highest score of the first slot instead of all: their sums overflow only
                     # where another score makes a power beyond 2^127.
-                    scores = _start_scores(queries, keys, base, starts, 0, D_REST, BK, WARPS)
+                    scores = start_scores(queries, keys, base, starts, 0, D_REST, BK, WARPS)
                     scores = warpgroup_mma_wait(0, deps=(scores,))
-                    shift = -_of_rows(_row_maxima(_as_floats(scores), BK, WARPS), BK, WARPS) * scale
+                    shift = -of_rows(row_maxima(as_floats(scores), BK, WARPS), BK, WARPS) * scale
                     total = _row_sums(_powers(scores, shift, scale), BK, WARPS)
                     for block in range(1, BLOCKS - AT_ONCE + 1, AT_ONCE):
-                        now = _start_scores(queries, keys, base + block, starts, block, D_REST, BK, WARPS)
+                        now = start_scores(queries, keys, base + block, starts, block, D_REST, BK, WARPS)
                         if AT_ONCE == 2:
-                            after = _start_scores(
+                            after = start_scores(
                                 queries, keys, base + (block + 1), starts, block + 1, D_REST, BK, WARPS
                             )
                             now = warpgroup_mma_wait(PRODUCTS, deps=(now,))
@@ -524,19 +450,19 @@ def _consume(
                             now = warpgroup_mma_wait(0, deps=(now,))
                         total += _row_sums(_powers(now, shift, scale), BK, WARPS)
                     if AT_ONCE == 2:  # an even number of slots, less the first
-                        last = _start_scores(queries, keys, base + (BLOCKS - 1), starts, BLOCKS - 1, D_REST, BK, WARPS)
+                        last = start_scores(queries, keys, base + (BLOCKS - 1), starts, BLOCKS - 1, D_REST, BK, WARPS)
                         last = warpgroup_mma_wait(0, deps=(last,))
                         total += _row_sums(_powers(last, shift, scale), BK, WARPS)
-                    total = _of_rows(total, BK, WARPS)
+                    total = of_rows(total, BK, WARPS)
                     if gl.max((total > 3e38).to(gl.int32), 0) != 0:
                         highest = _total(queries, keys, starts, base, shift, scale, BLOCKS, D_REST, True, BK, WARPS)
                         shift = -highest * scale
                         total = _total(queries, keys, starts, base, shift, scale, BLOCKS, D_REST, False, BK, WARPS)
 
                 for block in range(0, BLOCKS, AT_ONCE):
-                    now = _start_scores(queries, keys, base + block, starts, block, D_REST, BK, WARPS)
+                    now = start_scores(queries, keys, base + block, starts, block, D_REST, BK, WARPS)
                     if AT_ONCE == 2:
-                        after = _start_scores(queries, keys, base + (block + 1), starts, block + 1, D_REST, BK, WARPS)
+                        after = start_scores(queries, keys, base + (block + 1), starts, block + 1, D_REST, BK, WARPS)
                         now = warpgroup_mma_wait(PRODUCTS, deps=(now,))
                     else:
                         now = warpgroup_mma_wait(0, deps=(now,))

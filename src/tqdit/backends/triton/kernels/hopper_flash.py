@@ -21,14 +21,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from tqdit.backends.triton.kernels.attention import LOG2E
 from tqdit.backends.triton.kernels.flash_ptx import coding, constraints, rescaling
 from tqdit.backends.triton.kernels.hopper import COPY
-from tqdit.backends.triton.kernels.hopper_attention import (
-    _as_floats,
-    _byte_sums,
-    _halves,
-    _layout,
-    _of_rows,
-    _row_maxima,
-    _start_scores,
+from tqdit.backends.triton.kernels.hopper_scores import (
+    as_floats,
+    byte_sums,
+    halves,
+    of_rows,
+    product_layout,
+    row_maxima,
+    start_scores,
 )
 from tqdit.backends.triton.kernels.rounding import (
     INVERSE,
@@ -52,10 +52,10 @@ RESCALED_BY = gl.constexpr(-2147483648.0)  # 2^31
 @gluon.jit
 def _rescale(sums, offsets, by, COLUMNS: gl.constexpr):
     """Return sums + 2 floor((sums + offsets) by 2^-32), skipped where no row of a warp has a `by` but 0."""
-    layout: gl.constexpr = _layout(COLUMNS, WARPS)
+    layout: gl.constexpr = product_layout(COLUMNS, WARPS)
     COUNT: gl.constexpr = COLUMNS // 2
     nothing = gl.full_like(sums, 0)
-    rows = nothing + _of_rows(by, COLUMNS, WARPS)[:, None]
+    rows = nothing + of_rows(by, COLUMNS, WARPS)[:, None]
     columns = nothing + offsets.load(gl.SliceLayout(0, layout))[None, :]
     return gl.inline_asm_elementwise(
         rescaling(COUNT), constraints(COUNT), [sums, columns, rows], gl.int32, is_pure=True, pack=COUNT
@@ -66,7 +66,7 @@ def _rescale(sums, offsets, by, COLUMNS: gl.constexpr):
 def _operand(x, BK: gl.constexpr, COLUMNS: gl.constexpr):
     """Return scores as the operand of a product of COLUMNS, in the registers where they are."""
     x = x.reshape(16 * WARPS, BK // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(16 * WARPS, BK)
-    layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=_layout(COLUMNS, WARPS), k_width=4)
+    layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=product_layout(COLUMNS, WARPS), k_width=4)
     return gl.convert_layout(x, layout, assert_trivial=True)
 
 
@@ -78,7 +78,7 @@ def _codes(
 
     HALF: powers are rounded to fp16 first, and two of them are scaled at once, by 2^BITS - 1.
     """
-    x = _as_floats(scores)
+    x = as_floats(scores)
     nothing = gl.full_like(x, 0.0)
     e = power_of_two(gl.fma(x, nothing + scale, nothing + shift[:, None]), True)
     e = _operand(e, BK, COLUMNS)
@@ -95,7 +95,7 @@ def _codes(
 @gluon.jit
 def _start_values(codes, values, slot, sums, D_FIRST: gl.constexpr, V_PAD: gl.constexpr):
     """Start computing sums + P V of a slot without waiting for the result."""
-    rest_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=_layout(V_PAD, WARPS), k_width=4)
+    rest_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=product_layout(V_PAD, WARPS), k_width=4)
     first = warpgroup_mma(codes, values[0].index(slot).permute((1, 0)), sums[0], is_async=True)
     codes = gl.convert_layout(codes, rest_layout, assert_trivial=True)
     rest = warpgroup_mma(codes, values[1].index(slot).permute((1, 0)), sums[1], is_async=True)
@@ -180,22 +180,22 @@ def _sum(
     for i in range(0, (sequences * tiles - program + programs - 1) // programs):
         following = gl.minimum((program + (i + 1) * programs) // tiles, sequences - 1)
         next_zero = _zero_of(pointers, following, heads, GROUP_STRIDE, STRIDES)  # on its way meanwhile
-        first_total = _byte_sums(values[0].index(0), D_FIRST, BK, SUMMING) * 0
-        rest_total = _byte_sums(values[1].index(0), V_PAD, BK, SUMMING) * 0
+        first_total = byte_sums(values[0].index(0), D_FIRST, BK, SUMMING) * 0
+        rest_total = byte_sums(values[1].index(0), V_PAD, BK, SUMMING) * 0
         for block in range(0, blocks):
             number = i * blocks + block
             slot = number % STAGES
             mbarrier.wait(full.index(slot), number // STAGES & 1)
-            total = _byte_sums(keys[0].index(slot), BK, D_FIRST, SUMMING)
+            total = byte_sums(keys[0].index(slot), BK, D_FIRST, SUMMING)
             if D_REST:
-                of_rest = _byte_sums(keys[1].index(slot), BK, D_REST, SUMMING)
+                of_rest = byte_sums(keys[1].index(slot), BK, D_REST, SUMMING)
                 total += gl.convert_layout(of_rest, total.type.layout)
             numbers_of = block * BK + gl.arange(0, BK, total.type.layout)
             starts.index(slot).store(gl.where(numbers_of < KEYS, MAGIC_BITS - zero * total, MASKED))
             before[0].index(slot).store(128 * first_total)
             before[1].index(slot).store(128 * rest_total)
-            first_total += _byte_sums(values[0].index(slot), D_FIRST, BK, SUMMING)
-            rest_total += _byte_sums(values[1].index(slot), V_PAD, BK, SUMMING)
+            first_total += byte_sums(values[0].index(slot), D_FIRST, BK, SUMMING)
+            rest_total += byte_sums(values[1].index(slot), V_PAD, BK, SUMMING)
             through[0].index(slot).store(128 * first_total)
             through[1].index(slot).store(128 * rest_total)
             mbarrier.arrive(ready.index(slot))
@@ -224,7 +224,7 @@ def _store(
     """Write codes (16 WARPS, COLUMNS), 8 bytes a store where that is worth a change of layout; fp32 as it is."""
     ACROSS: gl.constexpr = COLUMNS // 8
     blocked: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
-    layout: gl.constexpr = blocked if COLUMNS > 8 and BITS else _layout(COLUMNS, WARPS)
+    layout: gl.constexpr = blocked if COLUMNS > 8 and BITS else product_layout(COLUMNS, WARPS)
     rows = row + gl.arange(0, 16 * WARPS, gl.SliceLayout(1, layout))
     down = (base + rows).to(gl.int64) * out_stride
     across = gl.max_contiguous(gl.multiple_of(column + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout)), 8), 8)
@@ -242,7 +242,7 @@ def _reference(
     row has no higher score than before. A shift is rounded; HALF: that makes another highest score of it, so that the
     powers of a row have a factor near 1 in common; else levels are without that factor.
     """
-    higher = gl.maximum(highest, _of_rows(_row_maxima(_as_floats(scores), BK, WARPS), BK, WARPS))
+    higher = gl.maximum(highest, of_rows(row_maxima(as_floats(scores), BK, WARPS), BK, WARPS))
     new_shift = -higher * scale
     if HALF:
         levels = new_shift
@@ -269,8 +269,8 @@ def _consume(
     sequences, heads, N, KEYS, out_stride, factor = numbers
     BM: gl.constexpr = 16 * WARPS
     tiles, blocks = gl.cdiv(N, BM * PARTS), gl.cdiv(KEYS, BK)
-    first_layout: gl.constexpr = _layout(D_FIRST, WARPS)
-    rest_layout: gl.constexpr = _layout(V_PAD, WARPS)
+    first_layout: gl.constexpr = product_layout(D_FIRST, WARPS)
+    rest_layout: gl.constexpr = product_layout(V_PAD, WARPS)
     program, programs = gl.program_id(0), gl.num_programs(0)
     numbers_of = _parameters(pointers, program // tiles, heads, factor, GROUP_STRIDE, STRIDES)
     for i in range(0, (sequences * tiles - program + programs - 1) // programs):
@@ -287,9 +287,11 @@ def _consume(
         slot = number % STAGES
         mbarrier.wait(full.index(slot), number // STAGES & 1)
         mbarrier.wait(ready.index(slot), number // STAGES & 1)
-        scores = _start_scores(queries, keys, slot, starts, slot, D_REST, BK, WARPS)
+        scores = start_scores(queries, keys, slot, starts, slot, D_REST, BK, WARPS)
         scores = warpgroup_mma_wait(0, deps=(scores,))
-        highest = gl.full((BM,), 0.0, gl.float32, gl.SliceLayout(1, _layout(BK, WARPS)))  # floats of MAGIC are positive
+        highest = gl.full(
+            (BM,), 0.0, gl.float32, gl.SliceLayout(1, product_layout(BK, WARPS))
+        )  # floats of MAGIC are positive
         shift = highest
         first = gl.zeros((BM, D_FIRST), gl.int32, first_layout)
         rest = gl.zeros((BM, V_PAD), gl.int32, rest_layout)
@@ -302,7 +304,7 @@ def _consume(
             slot = (number + block) % STAGES
             mbarrier.wait(full.index(slot), (number + block) // STAGES & 1)
             mbarrier.wait(ready.index(slot), (number + block) // STAGES & 1)
-            scores = _start_scores(queries, keys, slot, starts, slot, D_REST, BK, WARPS)
+            scores = start_scores(queries, keys, slot, starts, slot, D_REST, BK, WARPS)
             first, rest = _start_values(codes, values, earlier, (first, rest), D_FIRST, V_PAD)
             scores, first, rest = warpgroup_mma_wait(0, deps=(scores, first, rest))
             mbarrier.arrive(empty.index(earlier))
@@ -318,7 +320,7 @@ def _consume(
         mbarrier.arrive(empty.index(slot))
 
         if V_REST:
-            last, right = _halves(rest, V_PAD, WARPS)
+            last, right = halves(rest, V_PAD, WARPS)
             counted = gl.max(right, 1)
         else:
             last = rest
@@ -328,7 +330,7 @@ def _consume(
         if V_REST:
             made = _quantized(last, counted, of_values, result, TARGET_BITS)
             _store(out, made, first_row, N, base, column + D_FIRST, out_stride, V_REST, TARGET_BITS)
-        made = _quantized(first, _of_rows(counted, D_FIRST, WARPS), of_values, result, TARGET_BITS)
+        made = _quantized(first, of_rows(counted, D_FIRST, WARPS), of_values, result, TARGET_BITS)
         _store(out, made, first_row, N, base, column, out_stride, D_FIRST, TARGET_BITS)
 
 
