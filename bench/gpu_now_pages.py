@@ -39,6 +39,27 @@ def gpu_now() -> list[str]:
         "",
         *_power(profile["rows"]),
         "",
+        *_first_calls(),
+        "",
+    ]
+
+
+def _first_calls() -> list[str]:
+    """Return the part about the seconds of a first call."""
+    run = read("first-call-h200")
+    rows = [
+        [row["case"], str(row["batch"]), *(f"{row[key]:.2f}" for key in ("convert_seconds", "first_seconds"))]
+        for row in run["rows"]
+    ]
+    return [
+        "#### The first call",
+        "",
+        f"`{run['command']}`: a {run['model']} in processes of their own. Folders for kernels are empty at first. "
+        "`committed`: the committed configurations, which have none for this model, so a few candidates are timed; "
+        "`again`: the same folders; `another batch`: the same folders and half of the samples; `unknown`: no committed "
+        f"configurations. Cases that are missing were not measured; on {environment(run['environment'])}.",
+        "",
+        table(["case", "samples", "converting (s)", "first call (s)"], rows),
     ]
 
 

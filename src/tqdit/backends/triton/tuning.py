@@ -41,7 +41,7 @@ INTERPRETED = {
 OLDEST = 9  # numbers of a configuration in the oldest files; missing numbers have their defaults
 # Candidates that are timed at once, by the first word of a key. Of the other kernels, which take less time and whose
 # first candidate is nearly the best, that one is taken.
-TIMED = {"linear": 3, "attention": 3}
+TIMED = {"linear": 2, "attention": 2}
 
 SIZES = re.compile(r"(.*) (\d+)x(\d+)x(\d+)(, \d bits.*)")  # a key of a linear kernel
 BATCH = re.compile(r"(.*?) (\d+)(x\d.*)")  # a key: its first size, rows or sequences, grows with the batch
