@@ -1,4 +1,4 @@
-"""What the attention kernels for Hopper share: layouts of blocks and products, sums and maxima of rows, scores.
+"""Share code between the attention kernels for Hopper: layouts of blocks and products, sums and maxima of rows, scores.
 
 Scores start from what zero points need, as the bits of floats: the bits of the integer scores then are floats as well.
 """
@@ -66,6 +66,7 @@ def of_rows(x, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
 
 @gluon.jit
 def row_maxima(x, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
+    """Return the maxima of rows, compared by halves first: these comparisons do not wait for each other."""
     if COLUMNS > 16:
         left, right = halves(x, COLUMNS, WARPS)
         return row_maxima(gl.maximum(left, right), COLUMNS // 2, WARPS)
@@ -89,4 +90,5 @@ def start_scores(
 
 @gluon.jit
 def as_floats(scores):
+    """Return integer scores, which start from MAGIC_BITS, as the floats of the same bits."""
     return scores.to(gl.float32, bitcast=True)
