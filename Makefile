@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUNS := $(VENV)/.runs
 READY := $(VENV)/.ready
 WORKERS ?= 2
-GPU_WORKERS ?= 8
+GPU_WORKERS ?= 12
 DIFFUSERS ?= ../diffusers
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 

@@ -1,6 +1,7 @@
-"""Time the CPU kernels while other processes take cores: with threads of their own, and with those of OpenMP.
+"""Time the CPU kernels while other processes take cores: with threads of their own, with those of OpenMP, and rivals.
 
 python bench/cpu_busy.py --json bench/results/cpu-busy.json
+python bench/cpu_busy.py --json bench/results/cpu-busy-openvino.json --against openvino-int8
 
 One random model of a few blocks of DiT-XL/2. In each round every way is called once. The other processes count without
 an end; there are none, one, and one for each core. Compare ratios, not milliseconds: the machine may be shared.
@@ -9,6 +10,7 @@ an end; there are none, one, and one for each core. Compare ratios, not millisec
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ from tqdit.architectures.shapes import shape_config
 from tqdit.backends.instructions import available
 from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
-from tqdit.speed.baselines import DenoiserCall
+from tqdit.speed.baselines import DenoiserCall, build, missing
 from tqdit.speed.random_solution import random_solution
 from tqdit.speed.timing import Percentiles, interleaved
 from tqdit.system.environment import cores, environment
@@ -34,6 +36,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--against", nargs="*", default=[], metavar="NAME", help="baselines of `tqdit bench` besides")
     arguments = parser.parse_args()
     ways = {"own threads": {"TQDIT_INSTRUCTIONS": available()[0]}}
     ways["OpenMP"] = ways["own threads"] | OPENMP
@@ -42,6 +45,10 @@ def main() -> None:
     config = {**shape_config(SHAPE), "num_layers": arguments.blocks}
     call = DenoiserCall(convert(random_solution(config, Recipe("plus", "w8a8")), "cpu"), config, BATCH, CPU)
     calls = {name: under(found, call) for name, found in libraries.items()}
+    for name in arguments.against:
+        if (why := missing(name, CPU)) is not None:
+            parser.error(why)
+        calls[name] = DenoiserCall(build([name], config, CPU)[name], config, BATCH, CPU)
     for run in calls.values():
         run(0)
     rows: list[dict[str, Any]] = []
@@ -52,9 +59,8 @@ def main() -> None:
                 {"others": others, "threads": name, "p20_ms": found.p20, "p50_ms": found.p50, "p80_ms": found.p80}
             )
             print(rows[-1], flush=True)
-    command = "python bench/cpu_busy.py --json bench/results/cpu-busy.json"
     result = {
-        "command": f"{command} --blocks {arguments.blocks} --rounds {arguments.rounds}", "environment": environment(),
+        "command": shlex.join(["python", "bench/cpu_busy.py", *sys.argv[1:]]), "environment": environment(),
         "load_average": os.getloadavg()[0], "model": f"{arguments.blocks} blocks of {SHAPE}, batch {BATCH}, W8A8",
         "instructions": available()[0], "rows": rows,
     }  # fmt: skip
