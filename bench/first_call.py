@@ -24,7 +24,7 @@ import torch
 
 from tqdit.architectures.shapes import shape_config
 from tqdit.artifact import folder as artifact
-from tqdit.backends.triton import tuning
+from tqdit.backends.triton import configurations
 from tqdit.recipe import Recipe
 from tqdit.runtime import fitting
 from tqdit.runtime.convert import convert
@@ -85,7 +85,7 @@ def run(name: str, model: Path, caches: Path, row: Path) -> dict[str, Any]:
 def measure(arguments: argparse.Namespace, committed: bool, share: float) -> dict[str, Any]:
     """Convert the artifact and call it twice. Without `committed` configurations the GPU is an unknown one."""
     if not committed:
-        tuning.TUNED = Path("of no GPU")
+        configurations.TUNED = Path("of no GPU")
     device, solution = torch.device(arguments.device), fitting.read(arguments.model)
     batch = max(1, int(arguments.batch * share))
     torch.ones(1, device=device).sum().item()  # the GPU has started

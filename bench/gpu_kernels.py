@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 import dit_kernels
-from tqdit.backends.triton import timing, tuning
+from tqdit.backends.triton import configurations, timing
 from tqdit.backends.triton.layouts import Config
 from tqdit.system.environment import environment
 from tqdit.system.files import write_text
@@ -64,7 +64,7 @@ def main() -> None:
     }
     write_text(arguments.json, json.dumps(result, indent=1) + "\n")
     if arguments.tuned:
-        file = tuning.tuned_file(arguments.tuned, torch.cuda.get_device_name())
+        file = configurations.tuned_file(arguments.tuned, torch.cuda.get_device_name())
         if file.exists():  # of other models and batch sizes: tune.py
             best = json.loads(file.read_text(encoding="utf-8"))["configurations"] | best
         write_text(file, json.dumps({"environment": environment("cuda"), "configurations": best}, indent=1) + "\n")

@@ -21,7 +21,7 @@ import torch
 
 import dit_kernels
 from tqdit.architectures.dit_shapes import SIZES
-from tqdit.backends.triton import timing, tuning
+from tqdit.backends.triton import configurations, timing
 from tqdit.backends.triton.layouts import Config
 from tqdit.system.environment import environment
 from tqdit.system.files import write_text
@@ -46,7 +46,7 @@ ROUNDS, ROUND_MS = 3, 2  # of each candidate: half of what a first call takes, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=tuning.TUNED, help="folder of configurations")
+    parser.add_argument("--out", type=Path, default=configurations.TUNED, help="folder of configurations")
     parser.add_argument("--seconds", type=float, default=280.0, help="begin no workload after this time")
     parser.add_argument("--models", nargs="+", choices=SIZES, default=MODELS)
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--anew", action="store_true", help="time again what the file has")
     arguments = parser.parse_args()
     gpu = torch.cuda.get_device_name()
-    file = tuning.tuned_file(arguments.out, gpu)
+    file = configurations.tuned_file(arguments.out, gpu)
     found = Found(file, environment("cuda"))
     loads = workloads(arguments.models, arguments.batches, arguments.stream, () if arguments.anew else found.best)
     left = run(loads, found, arguments.candidates, time.monotonic() + arguments.seconds)

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from tqdit.architectures import dit_shapes
 from tqdit.artifact import folder as artifact
-from tqdit.backends.triton import tuning
+from tqdit.backends.triton import configurations
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
@@ -22,7 +22,7 @@ BENCH = Path(__file__).resolve().parent.parent / "bench"
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(BENCH)
     monkeypatch.setitem(dit_shapes.SIZES, "T", (1, 2, 16))
-    monkeypatch.setattr(tuning, "TUNED", tuning.TUNED)
+    monkeypatch.setattr(configurations, "TUNED", configurations.TUNED)
     return importlib.import_module("first_call")
 
 
@@ -55,6 +55,6 @@ def test_an_unknown_gpu_has_no_committed_configurations(
     artifact.write(solved("plus", "w8a8"), tmp_path)
     asked = SimpleNamespace(model=tmp_path, device="cpu", batch=2)
     script.measure(asked, True, 1.0)
-    assert tuning.TUNED.exists()
+    assert configurations.TUNED.exists()
     script.measure(asked, False, 1.0)
-    assert not tuning.TUNED.exists()
+    assert not configurations.TUNED.exists()

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from tqdit.architectures import dit_shapes
-from tqdit.backends.triton import naming, timing, tuning
+from tqdit.backends.triton import configurations, naming, timing, tuning
 from tqdit.backends.triton.layouts import Config
 from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
@@ -61,7 +61,7 @@ def test_it_finds_what_calls_ask_for(tune: Any, monkeypatch: pytest.MonkeyPatch)
     found = {job.key for jobs in loads.values() for job in jobs}
     assert sum(map(len, loads.values())) == len(found), "each once"
     monkeypatch.setattr(tuning, "NATIVE", True)
-    monkeypatch.setattr(tuning, "_table", lambda gpu: {})
+    monkeypatch.setattr(configurations, "table", lambda gpu: {})
     config = dit_shapes.shape_config("DiT-T/2")
     for preset in ("plus", "paper"):
         for dtype in (torch.bfloat16, torch.float32):
@@ -92,7 +92,7 @@ def test_all_sizes_are_asked_for(tune: Any) -> None:
 
 def test_a_run_is_kept_and_goes_on(tune: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     small = ("--out", tmp_path, "--models", "T", "--batches", "1", "2")
-    file = tuning.tuned_file(tmp_path, GPU)
+    file = configurations.tuned_file(tmp_path, GPU)
     clock = iter(range(1000))
     monkeypatch.setattr(tune.time, "monotonic", lambda: float(next(clock)))
     assert "run again" in main(monkeypatch, tune, *small, "--seconds", "3")
@@ -105,7 +105,7 @@ def test_a_run_is_kept_and_goes_on(tune: Any, monkeypatch: pytest.MonkeyPatch, t
     assert whole["environment"] == {"device": GPU}
     assert len(whole["configurations"]) > len(some)
     assert all(whole["configurations"][key][:3] == [1, 2, 3] for key in some), "not timed again"
-    assert tuning._read(file).keys() == whole["configurations"].keys()
+    assert configurations.read(file).keys() == whole["configurations"].keys()
     assert main(monkeypatch, tune, *small, "--anew") == ""
     assert all(config[:3] != [1, 2, 3] for config in json.loads(file.read_text())["configurations"].values())
 

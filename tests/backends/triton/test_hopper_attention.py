@@ -16,7 +16,7 @@ from poisoned import PoisonedTorch
 pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
 
-from tqdit.backends.triton import candidates, hopper, launch, naming, tuning
+from tqdit.backends.triton import candidates, configurations, hopper, launch, naming
 from tqdit.backends.triton.kernels.rounding import SOFTMAX, SOFTMAX_MERGED, UNIFORM
 from tqdit.backends.triton.layouts import Config
 from tqdit.errors import InputError
@@ -146,8 +146,8 @@ def test_what_the_kernel_is_given(four_processors, monkeypatch: pytest.MonkeyPat
 def test_committed_configurations_run_what_they_are_for(four_processors) -> None:
     """Nothing looks at them again before a kernel is launched with them."""
     seen = 0
-    for path in tuning.TUNED.glob("*.json"):
-        for key, config in tuning._read(path).items():
+    for path in configurations.TUNED.glob("*.json"):
+        for key, config in configurations.read(path).items():
             assert bool(config.hopper) <= ("Hopper" in key), key
             if config.hopper and key.startswith("attention"):
                 _, tokens, head_dim = map(int, key.split()[1].strip(",").split("x"))

@@ -16,7 +16,7 @@ from ties import TIE, assert_equal_up_to_ties
 from poisoned import PoisonedTorch
 
 pytest.importorskip("triton")
-from tqdit.backends.triton import candidates, launch, naming, operators, tuning
+from tqdit.backends.triton import candidates, configurations, launch, naming, operators, tuning
 from tqdit.backends.triton.backend import PackedTritonBackend, TritonBackend
 from tqdit.backends.triton.kernels import rounding
 from tqdit.backends.triton.layouts import Config, Weight
@@ -407,7 +407,7 @@ def test_new_forms_take_the_configuration_of_the_nearest_one(monkeypatch: pytest
     assert naming.modes(uniform) == (uniform,)
     known: dict[str, Config] = {}
     monkeypatch.setattr(tuning, "NATIVE", True)
-    monkeypatch.setattr(tuning, "_table", lambda gpu: known)
+    monkeypatch.setattr(configurations, "table", lambda gpu: known)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     for key, config in (
         (keys[3], Config(64, 64, 128)),

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 import triton
 
-from tqdit.backends.triton import candidates, launch, naming, timing, tuning
+from tqdit.backends.triton import candidates, configurations, launch, naming, timing, tuning
 from tqdit.backends.triton.launch import FEW_ROWS
 from tqdit.backends.triton.layouts import Config
 from tqdit.backends.triton.relaunch import Plan
@@ -34,13 +34,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     forget()
-    yield tuning._cache_file(GPU)
+    yield configurations.cache_file(GPU)
     forget()
 
 
 def forget() -> None:
     """What a new process does not know."""
-    for function in (tuning._table, tuning._carried, tuning._nearest, tuning._say_once):
+    for function in (configurations.table, tuning._carried, tuning._nearest, tuning._say_once):
         function.cache_clear()
 
 
@@ -60,10 +60,10 @@ SLOW, FAST = Config(32, 32, 64), Config(64, 64, 128, registers=168)
 
 def test_the_fastest_is_chosen_and_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick(monkeypatch, "linear a", {SLOW: 2.0, FAST: 1.0}) == FAST
-    tuning._table.cache_clear()
+    configurations.table.cache_clear()
     assert pick(monkeypatch, "linear a", {SLOW: 1.0, FAST: 2.0}) == FAST
     assert pick(monkeypatch, "linear b", {SLOW: 1.0, FAST: 2.0}) == SLOW
-    assert set(tuning._read(cache)) == {"linear a", "linear b"}
+    assert set(configurations.read(cache)) == {"linear a", "linear b"}
 
 
 def test_who_waits_is_told_why_once(cache: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
@@ -81,7 +81,7 @@ def test_files_without_the_last_settings_are_read_with_their_defaults(
     cache.write_text('{"configurations": {"old": [128, 128, 128, 8, 4, 2, 32, 168, 1]}}')
     assert pick(monkeypatch, "new", {hopper: 1.0, SLOW: 2.0}) == hopper
     old = Config(128, 128, 128, 8, 4, 2, 32, 168)
-    assert tuning._read(cache) == {"old": old, "new": hopper}
+    assert configurations.read(cache) == {"old": old, "new": hopper}
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_damaged_file_is_ignored_with_a_warning_and_written_anew(
     cache.write_text(text)
     with pytest.warns(UserWarning, match="damaged"):
         assert pick(monkeypatch, "linear a", {SLOW: 2.0, FAST: 1.0}) == FAST
-    assert tuning._read(cache) == {"linear a": FAST}
+    assert configurations.read(cache) == {"linear a": FAST}
 
 
 def test_a_candidate_that_fails_is_passed_over_and_all_failing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,10 +194,10 @@ def test_new_forms_have_keys_of_their_own() -> None:
 
 
 def test_committed_files_are_whole() -> None:
-    files = list(tuning.TUNED.glob("*.json"))
+    files = list(configurations.TUNED.glob("*.json"))
     assert files
     for path in files:
-        found = tuning._read(path)
+        found = configurations.read(path)
         assert len(found) == len(json.loads(path.read_text())["configurations"]) > 40
         few = (key.startswith("float input, few rows") for key, config in found.items() if config.block_m == 0)
         assert all(few)
@@ -211,7 +211,7 @@ def test_the_nearest_size_of_the_same_kernel_serves_another(cache: Path, monkeyp
         return tuning.choose_near(keys, torch.device("cuda"), lambda: [SLOW], lambda config: None)
 
     monkeypatch.setattr(timing, "milliseconds", lambda call: call() or 1.0)
-    table = tuning._table(GPU)
+    table = configurations.table(GPU)
     table[naming.linear_key("float", 4096, 3072, 3072, 8, False)] = FAST
     table[naming.linear_key("float", 64, 3072, 3072, 8, False)] = SLOW
     assert near(2048, 4096, 3072) == FAST
@@ -227,7 +227,7 @@ def test_the_nearest_size_of_the_same_kernel_serves_another(cache: Path, monkeyp
 def test_other_batch_sizes_take_the_configuration_of_the_nearest(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is timed or kept for them, as long as the batch is near and the configuration one of their candidates."""
     monkeypatch.setattr(timing, "milliseconds", lambda call: pytest.fail("timed"))
-    table = tuning._table(GPU)
+    table = configurations.table(GPU)
     other = Config(128, 128, 128)
     for rows, config in ((256, SLOW), (4096, FAST), (16384, other)):
         table[naming.linear_key("heads", rows, 384, 128, 8, False, 128, by_row=False)] = config
@@ -244,7 +244,7 @@ def test_other_batch_sizes_take_the_configuration_of_the_nearest(cache: Path, mo
     for rows, possible in ((2**18, [other]), (32768, [SLOW, FAST])):  # too far; none of its candidates
         monkeypatch.setattr(timing, "milliseconds", lambda call: 1.0)
         assert asked(rows, *possible) == possible[0]
-    assert len(tuning._read(cache)) == 2, "those that were timed"
+    assert len(configurations.read(cache)) == 2, "those that were timed"
 
 
 def test_only_the_first_few_candidates_are_timed_unless_none_of_them_runs(
@@ -265,8 +265,8 @@ def test_only_the_first_few_candidates_are_timed_unless_none_of_them_runs(
 
     monkeypatch.setattr(timing, "milliseconds", time)
     cuda = torch.device("cuda")
-    assert tuning.choose(["attention 16x16x16"], cuda, lambda: configs, run) == configs[2]
-    assert timed == configs[:3]
+    assert tuning.choose(["attention 16x16x16"], cuda, lambda: configs, run) == configs[1]
+    assert timed == configs[:2]
     broken |= set(configs[:4])
     timed.clear()
     assert tuning.choose(["attention 16x32x16"], cuda, lambda: configs, run) in configs[4:6]
@@ -281,8 +281,8 @@ def test_only_the_first_few_candidates_are_timed_unless_none_of_them_runs(
 def test_a_gpu_of_the_same_kind_has_the_configurations_of_the_one_that_was_measured(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    like, of = next(iter(tuning.LIKE.items()))
-    assert tuning._table(like) == tuning._read(tuning.tuned_file(tuning.TUNED, of)) != {}
+    like, of = next(iter(configurations.LIKE.items()))
+    assert configurations.table(like) == configurations.read(configurations.tuned_file(configurations.TUNED, of)) != {}
 
 
 class Kernels:
@@ -309,7 +309,7 @@ def test_kernels_of_a_call_are_compiled_at_once_and_then_known(cache: Path, monk
     tuning.prepare(call)
     assert not call.launched
     assert together[0] == [SLOW, FAST, SLOW, SLOW, FAST], "of the norm the first alone"
-    assert list(tuning._read(cache).values()) == [FAST, SLOW, FAST]
+    assert list(configurations.read(cache).values()) == [FAST, SLOW, FAST]
     together.clear()
     tuning.prepare(call)
     assert together == [[FAST, SLOW, FAST]], "known ones are compiled, too"
@@ -369,7 +369,7 @@ def test_a_model_is_prepared_and_computes_the_same(
 
     monkeypatch.setattr(timing, "milliseconds", time)
     tuning.prepare(lambda: model(**given))
-    assert len(timed) > len(tuning._read(cache)) >= 9
+    assert len(timed) > len(configurations.read(cache)) >= 9
     before = len(timed)
     torch.testing.assert_close(model(**given).sample, expected, rtol=1e-5, atol=1e-5)
     assert len(timed) == before

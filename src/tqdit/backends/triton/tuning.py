@@ -10,35 +10,24 @@ kernels of a model at once.
 
 import contextlib
 import functools
-import json
 import logging
 import math
-import os
 import re
-import tempfile
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import triton
 
-from tqdit.backends.triton import timing
+from tqdit.backends.triton import configurations, timing
 from tqdit.backends.triton.layouts import NATIVE, Config
 from tqdit.backends.triton.timing import Run
-from tqdit.system.files import write_text
 
 LOG = logging.getLogger(__name__)
-TUNED = Path(__file__).with_name("tuned")
-# GPUs that take the configurations of another one until they have their own: as many multiprocessors of the same kind.
-LIKE = {"NVIDIA H100 80GB HBM3": "NVIDIA H200"}
 INTERPRETED = {
     "linear": Config(32, 32, 128), "attention": Config(32, 0, 64), "float": Config(16, 32, 64),
     "norm": Config(2, 0, 0, blocks=2), "quantize": Config(32, 64, 0),
 }  # fmt: skip
-OLDEST = 9  # numbers of a configuration in the oldest files; missing numbers have their defaults
 # Candidates that are timed at once, by the first word of a key. Of the other kernels, which take less time and whose
 # first candidate is nearly the best, that one is taken.
 TIMED = {"linear": 2, "attention": 2}
@@ -120,7 +109,7 @@ def choose_near(keys: Sequence[str], device: torch.device, candidates: Callable[
         return INTERPRETED[keys[0].partition(" ")[0].strip(",")]
     gpu = torch.cuda.get_device_name(device)
     for key in keys:
-        if (found := _nearest(gpu, key, len(_table(gpu)))) is not None:
+        if (found := _nearest(gpu, key, len(configurations.table(gpu)))) is not None:
             return found
     return _found_now(gpu, keys[0], candidates, run)
 
@@ -173,7 +162,7 @@ def _found_now(gpu: str, key: str, candidates: Callable[[], list[Config]], run: 
 
 def _settle(job: Job) -> Config:
     """Time the first candidates of a job, or the next ones where none of these runs, and keep the best."""
-    table, total = _table(job.gpu), len(job.candidates)
+    table, total = configurations.table(job.gpu), len(job.candidates)
     for start in range(0, total, job.at_once):
         try:
             best = timing.fastest(job.candidates[start : start + job.at_once], job.run)[0][0]
@@ -183,13 +172,13 @@ def _settle(job: Job) -> Config:
         else:
             break
     table[job.key] = best
-    _keep(job.gpu, job.key, best)
+    configurations.keep(job.gpu, job.key, best)
     return best
 
 
 def _known(gpu: str, keys: Sequence[str], candidates: Callable[[], list[Config]]) -> Config | None:
     """Return the configuration of the first key that has one, else that of the nearest batch, or None."""
-    table, carried = _table(gpu), _carried(gpu)
+    table, carried = configurations.table(gpu), _carried(gpu)
     for key in keys:
         if key in table:
             return table[key]
@@ -226,7 +215,7 @@ def _nearest(gpu: str, key: str, known: int) -> Config | None:
 
     `known`: the number of configurations of the GPU, since the answer may change with it.
     """
-    table, asked = _table(gpu), SIZES.match(key)
+    table, asked = configurations.table(gpu), SIZES.match(key)
     assert asked
     before, *sizes, after = asked.groups()
     best: tuple[float, Config | None] = (FAR, None)
@@ -243,69 +232,5 @@ def _say_once(gpu: str) -> None:
     LOG.warning(
         "compiling and timing kernels on %s, up to a minute for a model; kept in %s where it can be written",
         gpu,
-        _cache_file(gpu),
+        configurations.cache_file(gpu),
     )
-
-
-@functools.cache
-def _table(gpu: str) -> dict[str, Config]:
-    """Return the configurations of a GPU by kernel and shape: the committed ones, and those timed here."""
-    committed = tuned_file(TUNED, gpu)
-    if not committed.exists() and gpu in LIKE:
-        committed = tuned_file(TUNED, LIKE[gpu])
-    return _read(_cache_file(gpu)) | _read(committed)
-
-
-def _read(path: Path) -> dict[str, Config]:
-    """Return the configurations in a file.
-
-    A damaged file is ignored, with a warning, and written anew in time.
-    """
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["configurations"]
-        return {str(key): _config(numbers) for key, numbers in entries.items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        warnings.warn(f"{path} is damaged and ignored: {error}", stacklevel=2)
-        return {}
-
-
-def _config(numbers: object) -> Config:
-    if not isinstance(numbers, list) or not OLDEST <= len(numbers) <= len(Config._fields):
-        raise ValueError(f"not a configuration: {numbers}")
-    limit = Config._fields.index("registers")
-    if any(type(n) is not int and not (i == limit and n is None) for i, n in enumerate(numbers)):
-        raise ValueError(f"not a configuration: {numbers}")
-    return Config(*numbers)
-
-
-def _keep(gpu: str, key: str, config: Config) -> None:
-    """Add a configuration to the user's file.
-
-    Where the folder cannot be written to, the next process spends the time again.
-    """
-    path = _cache_file(gpu)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        kept = {name: list(found) for name, found in _read(path).items()} | {key: list(config)}
-    with contextlib.suppress(OSError):
-        write_text(path, json.dumps({"configurations": kept}, indent=1) + "\n")
-
-
-def _cache_file(gpu: str) -> Path:
-    folder = os.environ.get("TQDIT_CACHE")
-    try:
-        base = Path(folder or Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "tqdit")
-    except RuntimeError:  # a user without a home
-        base = Path(tempfile.gettempdir()) / "tqdit"
-    return base / f"triton-{triton.__version__}-{_slug(gpu)}.json"
-
-
-def tuned_file(folder: Path, gpu: str) -> Path:
-    """Return the file of a GPU's configurations in a folder."""
-    return folder / f"{_slug(gpu)}.json"
-
-
-def _slug(gpu: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in gpu.lower())
