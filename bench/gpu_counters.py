@@ -1,4 +1,4 @@
-"""Hardware counters of the kernels of DiT-XL/2 on this GPU, by Nsight Compute; writes one JSON file.
+"""Read hardware counters of the kernels of DiT-XL/2 on this GPU by Nsight Compute, and write them to one JSON file.
 
 python bench/gpu_counters.py bench/results/counters-h200.json
 
@@ -59,6 +59,8 @@ def main() -> None:
     if arguments.worker:
         work()
         return
+    if arguments.out is None:
+        parser.error("name the file to write")
     with tempfile.TemporaryDirectory() as folder:
         page = profiled(arguments.ncu, Path(folder, "report"))
     rows = [{"kernel": name, **row} for name, row in zip(names(), read(page), strict=True)]

@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,17 +65,29 @@ def drawn(model: str) -> torch.Tensor:
 def every_job(folder: Path, *models: str) -> None:
     """Both jobs, each into a folder of its own, and then the command lines of `commands.json`, in the same processes.
 
-    Starting the processes takes longer than all their work. The commands find the processes joined.
+    Starting the processes takes longer than all their work. The processes are joined already, but each is alone until
+    a command asks to join, and alone again when that command has ended.
     """
     for name in ("exchange", "images"):
         (folder / name).mkdir(exist_ok=True)
     with distributed.joined("cpu") as world:
         exchange(world, folder / "exchange")
         images(world, folder / "images", *models)
-        distributed.joined = lambda _: nullcontext(world)
+        distributed.joined = partial(rejoined, world)
+        distributed._current = World()
         for arguments in json.loads((folder / "commands.json").read_text()):
             command_line(arguments)
     assert distributed.current().size == 1
+
+
+@contextmanager
+def rejoined(world: World, _: str) -> Iterator[World]:
+    """Stand for `distributed.joined` among processes that are joined."""
+    distributed._current = world
+    try:
+        yield world
+    finally:
+        distributed._current = World()
 
 
 def command_line(arguments: list[str]) -> None:

@@ -1,6 +1,7 @@
 """A tiny DiT whose every weight matters, its calibration, its solutions, and a pipeline folder of it on disk."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():  # Triton reads it when it is imported, and diffusers imports Triton
+    assert "triton" not in sys.modules, "a conftest.py of a folder imports Triton too early"
     os.environ["TRITON_INTERPRET"] = "1"
 
 from torch import nn

@@ -152,6 +152,7 @@ def assert_same_artifact(alone: dict[str, bytes], folder: Path, stdout: str, std
 def test_two_processes_have_the_scores_of_one(pipeline, network, reference, done: Done, tmp_path: Path) -> None:
     given = {"network": network, "num": 12, "sampling": Sampling("ddim", 2, 1.5), "batch": 5}
     alone = tqdit.evaluate(pipeline, reference, tmp_path / "alone.json", **given)
+    assert done.stdout.count(f"results: {done.folder}") == 1, "one process writes and tells"
     assert read_evaluation(done.folder / "scores.json").rows[0].scores == alone.rows[0].scores
 
 

@@ -8,12 +8,12 @@ import warnings
 import zipfile
 from pathlib import Path
 
-import inception_like
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import inception_like
 from tqdit.errors import InputError
 from tqdit.evaluation.exported import short_reason
 from tqdit.evaluation.networks import CLASSES, SPATIAL, load_network

@@ -1,13 +1,18 @@
-"""fashion-dit and an artifact of it that was calibrated in seconds, loaded to be served."""
+"""fashion-dit and an artifact of it that was calibrated in seconds, loaded to be served.
+
+pytest may load this file before `shared.py`, which tells Triton to interpret kernels. So what imports Triton, as
+diffusers does, is imported by the fixtures.
+"""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 import tqdit
-from tqdit.runtime.target import Target
-from tqdit.serving import gallery
-from tqdit.serving.gallery import Gallery
+
+if TYPE_CHECKING:
+    from tqdit.serving.gallery import Gallery
 
 
 @pytest.fixture(scope="session")
@@ -20,5 +25,8 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def side_by_side(artifact: Path) -> Gallery:
+def side_by_side(artifact: Path) -> "Gallery":
+    from tqdit.runtime.target import Target
+    from tqdit.serving import gallery
+
     return gallery.load(["fashion-dit", str(artifact)], Target(device="cpu"), measure=False)

@@ -31,12 +31,16 @@ SIZES = {
 STREAMS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BY_ROW: dict[tuple[str, str], torch.Tensor] = {}  # the codes of programs of one row, by the stream and the size
 FAST = [("fp32", name) for name in ("whole", "halves", "across samples", "a row each")] + [("bf16", "across samples")]
+ALWAYS = [(stream, "across samples") for stream in STREAMS]  # what configurations most differ in, in either stream
 CASES = FAST + [case for case in itertools.product(STREAMS, SIZES) if case not in FAST]
 
 
 @pytest.mark.parametrize(
     ("config", "stream", "size"),
-    [without_gpu(config, *case, fast=fast and case in FAST) for fast, (config, case) in in_pairs(DISTINCT, CASES)],
+    [
+        without_gpu(config, *case, fast=case in ALWAYS or (fast and case in FAST))
+        for fast, (config, case) in in_pairs(DISTINCT, CASES)
+    ],
     ids=lambda value: (
         f"{value.block_m}x{value.blocks}-{value.warps}-{value.stages}" if type(value) is Config else value
     ),
@@ -44,7 +48,7 @@ CASES = FAST + [case for case in itertools.product(STREAMS, SIZES) if case not i
 def test_configurations_agree(monkeypatch, config: Config, stream: str, size: str) -> None:
     """Samples that programs divide and that they straddle, each of its own time group; rows beyond the last.
 
-    In the interpreter every configuration has every other one of the sizes.
+    In the interpreter every configuration has samples that programs straddle, and every other one of the other sizes.
     """
     monkeypatch.setattr(launch, "torch", PoisonedTorch())
     make, (batch, tokens, width) = maker(7), SIZES[size]
