@@ -50,7 +50,7 @@ JsonFile = Annotated[
 ]
 LEAST_STEPS = 1  # of a sampling run, in every command; those of a calibration are a setting of the recipe
 Steps = Annotated[int, typer.Option(min=LEAST_STEPS, help="sampler steps")]
-Num = Annotated[int, typer.Option("-n", "--num", help="number of images of each model")]
+Num = Annotated[int, typer.Option("-n", "--num", help="number of images; where models are compared, of each")]
 Batch = Annotated[int, typer.Option(help="images drawn at a time; what several processes share are batches")]
 Classes = Annotated[str | None, typer.Option(help="comma-separated names or numbers; default: all")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="seed; the same seed gives the same bytes")]

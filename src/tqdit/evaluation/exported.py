@@ -8,7 +8,6 @@ torch reads it. What is left are tensors, and a graph of torch's own `aten` oper
 import io
 import json
 import re
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,8 @@ def short_reason(error: Exception) -> str:
     if "INTERNAL ASSERT" in text:  # a place in torch's source code
         return "a check inside torch failed"
     sentence = text.partition("\n")[0].partition(". ")[0].removesuffix(".")
-    return textwrap.shorten(sentence, LONGEST, placeholder=" …") or type(error).__name__
+    sentence = "".join(c if c.isprintable() else "?" for c in sentence) or type(error).__name__
+    return sentence if len(sentence) <= LONGEST else f"{sentence[: LONGEST - 2]} …"
 
 
 def _check(content: bytes) -> None:
