@@ -173,6 +173,8 @@ def test_reasons_of_torch_are_cut_after_their_first_sentence() -> None:
     )
     assert short_reason(KeyError()) == "KeyError"
     assert short_reason(ValueError("word " * 40)) == "word " * 19 + "…"
+    assert short_reason(ValueError("x" * 200)) == "x" * 98 + " …"
+    assert short_reason(ValueError("a\x1b[31m red")) == "a?[31m red"
 
 
 # What is never loaded ------------------------------------------------------------------------------------------------

@@ -64,7 +64,8 @@ def short_reason(error: Exception) -> str:
         return "a check inside torch failed"
     sentence = text.partition("\n")[0].partition(". ")[0].removesuffix(".")
     sentence = "".join(c if c.isprintable() else "?" for c in sentence) or type(error).__name__
-    return sentence if len(sentence) <= LONGEST else f"{sentence[: LONGEST - 2]} …"
+    cut = sentence[: LONGEST - 2]
+    return sentence if len(sentence) <= LONGEST else f"{cut[: cut.rfind(' ')] if ' ' in cut else cut} …"
 
 
 def _check(content: bytes) -> None:
