@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import ANY
 
 import pytest
@@ -17,6 +18,8 @@ from tqdit.quality.compare import compare
 from tqdit.quality.comparison import HELD_OUT_SEED, fd_fashion, held_out
 from tqdit.quality.fashion import FASHION
 from tqdit.quality.fidelity import EpsilonFidelity
+from tqdit.quality.samples import ModelRow
+from tqdit.runtime.target import Target
 from tqdit.sampling.guidance import Sampling
 from tqdit.sources.resolve import load_float, resolve
 from tqdit.speed import cost
@@ -239,9 +242,34 @@ def test_time_is_the_median_of_interleaved_calls(model, monkeypatch) -> None:
     def interleaved(calls: dict, repeats: int, progress) -> dict:
         assert [call(number).shape for call in calls.values() for number in range(repeats)]
         called.extend(calls)
-        return {"float32": [400.0, 4.0, 6.0], "ours": [2.0, 1.0, 90.0]}
+        return dict(zip(calls, ([400.0, 4.0, 6.0], [2.0, 1.0, 90.0], [3.0, 3.0, 9.0]), strict=True))
 
     monkeypatch.setattr(cost, "interleaved", interleaved)
-    found = cost.timed(model, model, model.config, 4, 1000)
-    assert called == ["float32", "ours"]
-    assert (found.ms_per_call, found.float32_ms, found.speedup) == (2.0, 6.0, 3.0)
+    found = cost.timed(model, {"one": model, "two": model}, model.config, 4, 1000)
+    assert len(set(called)) == len(called) == 3
+    assert (found["one"].ms_per_call, found["one"].float32_ms, found["one"].speedup) == (2.0, 6.0, 3.0)
+    assert found["two"] == cost.Cost(3.0, 6.0)
+
+
+@pytest.mark.parametrize(("together", "shared"), [(2**30, 1), (0, 2)], ids=["small", "large"])
+def test_small_artifacts_are_timed_in_turn(model, monkeypatch, together: int, shared: int) -> None:
+    """Two in one run with the float model, or a run for each."""
+    runs = []
+
+    def timed(float_model, models: dict, *_: object) -> dict:
+        runs.append(list(models))
+        return {name: cost.Cost(float(len(runs)), 8.0) for name in models}
+
+    monkeypatch.setattr(comparison_module, "timed", timed)
+    monkeypatch.setattr(comparison_module, "convert", lambda *_: model)
+    monkeypatch.setattr(comparison_module, "TOGETHER", together)
+    calls = comparison_module._Calls(SimpleNamespace(config={}, num_timesteps=10), Sampling(), 4, Target())
+    pixels = torch.zeros(1, 1, 2, 2)
+    rows = [ModelRow(name, "plus", "w8a8", 1, 0.25, pixels, None) for name in ("a", "b")]
+    found = [SimpleNamespace(solution=None) for _ in rows]
+    reported = []
+    done = calls.timed(model, found, rows, lambda stage, fraction: reported.append((stage, fraction)))
+    assert len(runs) == shared
+    assert sorted(name for names in runs for name in names) == ["0", "1"]
+    assert [row.cost.ms_per_call for row in done] == [1.0, float(shared)]
+    assert reported == [("timing", at / shared) for at in range(shared)]

@@ -23,9 +23,8 @@ STAGES = {
     "trajectories": 70, "statistics": 10,
     **dict(zip((f"search {preset} {bits}" for preset, bits in MODELS), (14, 40, 14), strict=True)),
     "held-out states": 5, f"images of {MODEL}": 15,
-    **{stage: 5 for name in NAMES for stage in (f"images of {name}", f"timing {name}")},
-    f"images of {MODEL}, other seeds": 15,
-    **{f"sites of {name}": 5 for name in NAMES}, "memory": 22,
+    **{f"images of {name}": 5 for name in NAMES}, "timing": 12, f"images of {MODEL}, other seeds": 15,
+    **{f"sites of {name}": 5 for name in NAMES}, "memory": 22, "report": 11,
 }  # seconds on two cores, to estimate the time that is left  # fmt: skip
 RUN = "run.safetensors"
 FILES = ("report.html", RUN, "side-by-side.png", "summary.json")
@@ -105,7 +104,9 @@ def run_demo(
     )  # fmt: skip
     result = result.with_seconds(seconds)
     result.save(out / RUN, command())
+    report("report", 0.0)
     write_report([run_file.read(out / RUN)], out / "report.html")
+    report("report", 1.0)
     _write_figures(result, out, {name: getattr(recipes[0], name) for name in settings})
     return result
 

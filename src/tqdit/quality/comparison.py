@@ -4,6 +4,7 @@ import gc
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,6 +41,7 @@ from tqdit.system.isolation import isolated
 from tqdit.system.validation import check_counts, check_flags
 
 HELD_OUT_SEED = 20_000  # far from calibration's seeds, so noise and states differ
+TOGETHER = 2**30  # bytes of artifacts that are timed in turn with each other
 STATE_GROUPS = 10  # ranges of timesteps that held-out states are drawn from
 
 
@@ -97,7 +99,9 @@ def compare_samples(  # noqa: PLR0913 - one for each option of the command
     groups = min(STATE_GROUPS, source.num_timesteps)
     data = held_out(source, model, groups, samples, (HELD_OUT_SEED + seed) % 2**31, report, asked)
     groups = data.time_groups.num_groups
-    first, rows = _measured(model, found, wanted, data, calls if measures else None, report, target)
+    first, rows = _measured(model, found, wanted, data, report, target)
+    if measures:
+        rows = calls.timed(model, found, rows, report)
     if trial:
         rows = _with_verdicts(trial, model, first, rows, report, bfloat16)
     details = of_samples(model, found, wanted, data, digest, report) if sites else None
@@ -164,13 +168,14 @@ def _pixels(wanted: Images, module: nn.Module, name: str, report: Report) -> tor
 
 
 def _measured(
-    model: nn.Module, found: Sequence[ComparedArtifact], wanted: Images, data: CalibrationSet, calls: "_Calls | None",
-    report: Report, target: Target,
-) -> tuple[ModelRow, list[ModelRow]]:  # fmt: skip
-    """Return the rows of the float model and of the artifacts; without `calls` nothing is timed.
-
-    The models are measured one after another.
-    """
+    model: nn.Module,
+    found: Sequence[ComparedArtifact],
+    wanted: Images,
+    data: CalibrationSet,
+    report: Report,
+    target: Target,
+) -> tuple[ModelRow, list[ModelRow]]:
+    """Return the rows of the float model and of the artifacts, one after another; nothing is timed."""
     source = wanted.source
     sizes = float_sizes(source, model)
     first = _float_row(source, sizes, _pixels(wanted, model, source.name, report))
@@ -182,9 +187,8 @@ def _measured(
         eps = fidelity.compare_epsilon(expected, actual, data, entry.solution.time_groups)
         row = _quantized_row(entry, first, sizes, _pixels(wanted, module, entry.name, report), eps)
         fd = fd_fashion(source, row.images)
-        cost = calls.timed(model, module, entry, report) if calls else None
         stream = dtype_name(cast(torch.dtype, module.stream_dtype))
-        rows.append(replace(row, fd_fashion=fd, cost=cost, stream_dtype=stream))
+        rows.append(replace(row, fd_fashion=fd, stream_dtype=stream))
     return first, rows
 
 
@@ -205,11 +209,26 @@ class _Calls:
     def config(self) -> dict[str, Any]:
         return {key: value for key, value in self.source.config.items() if key != "quantization_config"}
 
-    def timed(self, float_model: nn.Module, module: nn.Module, entry: ComparedArtifact, report: Report) -> Cost:
-        stage = f"timing {entry.name}"
-        report(stage, 0.0)
-        steps = self.source.num_timesteps
-        return timed(float_model, module, self.config, self.batch, steps, lambda f: report(stage, f))
+    def timed(
+        self, model: nn.Module, found: Sequence[ComparedArtifact], rows: Sequence[ModelRow], report: Report
+    ) -> list[ModelRow]:
+        """Return the rows with times. Small artifacts take turns with each other and with the float model.
+
+        Larger ones, which may not fit beside each other, are timed with the float model one after another.
+        """
+        numbers = range(len(found))
+        small = sum(row.size_bytes for row in rows) <= TOGETHER
+        groups = [tuple(numbers)] if small else [(number,) for number in numbers]
+        done = list(rows)
+        for at, group in enumerate(groups):
+            target = self.target
+            made = {str(i): convert(found[i].solution, target.backend, target.device, target.dtype) for i in group}
+            report("timing", at / len(groups))
+            share = partial(_share, report, at, len(groups))
+            costs = timed(model, made, self.config, self.batch, self.source.num_timesteps, share)
+            for i in group:
+                done[i] = replace(done[i], cost=costs[str(i)])
+        return done
 
     def with_memory(
         self, first: ModelRow, rows: Sequence[ModelRow], found: Sequence[ComparedArtifact], report: Report
@@ -233,6 +252,11 @@ class _Calls:
             measured.append(replace(row, cost=replace(row.cost, peak_bytes=peak, resident_bytes=resident)))
         report("memory", 1.0)
         return measured[0], measured[1:]
+
+
+def _share(report: Report, at: int, total: int, fraction: float) -> None:
+    """Report a fraction of one of `total` equal parts of the timing."""
+    report("timing", (at + fraction) / total)
 
 
 def _float_row(source: ModelSource, sizes: FloatSizes, pixels: torch.Tensor) -> ModelRow:

@@ -7,17 +7,23 @@ from tqdit.quality.equivalence import ENOUGH
 from tqdit.quality.run import Judged, Row
 from tqdit.report.sections import Shown
 
+MARKS = {"yes": "✓", "open": "?", "few": "≈"}
 PUBLISHED = 10_000  # images of the project's own test
 
 
 @dataclass(frozen=True)
 class Told:
-    """The verdict of one model: `yes` or not, a headline, and the figures that it rests on."""
+    """The verdict of one model: a mark for yes, open, or too few images; a headline; the figures that it rests on."""
 
     shown: Shown
-    yes: bool
+    kind: str  # a key of MARKS
     headline: str
     figures: str
+
+    @property
+    def mark(self) -> str:
+        """Return the sign before the headline."""
+        return MARKS[self.kind]
 
 
 def told(models: Sequence[Shown]) -> list[Told]:
@@ -52,8 +58,9 @@ def rule(verdict: Judged) -> str:
 
 def _told(shown: Shown, verdict: Judged | None) -> Told:
     assert verdict is not None
-    passed = "equivalent to the float model’s images"
+    passed, kind = "equivalent to the float model’s images", "yes" if verdict.equivalent else "open"
     if verdict.n < ENOUGH:
+        kind = "few" if verdict.equivalent else "open"
         passed = f"no difference beyond that of other seeds, as far as {verdict.n} images can tell"
     headline = passed if verdict.equivalent else "equivalence not shown"
     closer = {True: "; closer to them than bf16’s", False: "; not closer to them than bf16’s", None: ""}
@@ -61,4 +68,4 @@ def _told(shown: Shown, verdict: Judged | None) -> Told:
         f"difference {verdict.difference:+.2g}, one-sided 95 % bounds {verdict.lower:+.2g} and {verdict.upper:+.2g}, "
         f"margin ±{verdict.margin:.2g}, p = {verdict.p:.2g}{closer[verdict.closer_than_bf16]}"
     )
-    return Told(shown, verdict.equivalent, headline, figures)
+    return Told(shown, kind, headline, figures)

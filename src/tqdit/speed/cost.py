@@ -39,27 +39,26 @@ class Cost:
 
 def timed(
     float_model: nn.Module,
-    model: nn.Module,
+    models: Mapping[str, nn.Module],
     config: Mapping[str, Any],
     batch: int,
     timesteps: int,
     progress: Callable[[float], None] = lambda _: None,
-) -> Cost:
-    """Time warm calls of both models with `batch` samples, in interleaved rounds; memory is not measured.
+) -> dict[str, Cost]:
+    """Time warm calls of the float model and of others with `batch` samples, in interleaved rounds; by name.
 
-    Both are on one device. `timesteps`: the number of training timesteps, over which the calls are spread.
+    All are on one device; memory is not measured. `timesteps`: the number of training timesteps, over which the calls
+    are spread.
     """
     device = next(iter(float_model.buffers())).device
-    calls = {
-        name: DenoiserCall(module, config, batch, device)
-        for name, module in (("float32", float_model), ("ours", model))
-    }
-    for call in calls.values():
+    calls = [DenoiserCall(module, config, batch, device) for module in (float_model, *models.values())]
+    for call in calls:
         for t in spread_timesteps(WARM_UP, timesteps):
             call(t)
     rounds = spread_timesteps(REPEATS, timesteps)
-    found = interleaved({name: _at(call, rounds) for name, call in calls.items()}, REPEATS, progress)
-    return Cost(statistics.median(found["ours"]), statistics.median(found["float32"]))
+    found = interleaved({str(i): _at(call, rounds) for i, call in enumerate(calls)}, REPEATS, progress)
+    float32, *others = (statistics.median(times) for times in found.values())
+    return {name: Cost(ms, float32) for name, ms in zip(models, others, strict=True)}
 
 
 def memory(
