@@ -12,7 +12,7 @@ PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 .PHONY: demo test chromium test-all test-gpu test-trust test-classes lint docs release-check clean
 
 demo: $(RUNS)
-	@echo "The demo takes some minutes on two cores."
+	@echo "The demo takes five to ten minutes on two cores."
 	$(BIN)/tqdit demo --out build/demo
 
 test: lint

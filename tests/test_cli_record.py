@@ -13,6 +13,7 @@ from tiny_called import write_flux
 from tqdit.calibration.calls import Calls
 from tqdit.cli.main import main
 from tqdit.cli.record import OWN_PROMPTS
+from tqdit.system.files import OVERWRITE
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -78,7 +79,7 @@ def test_prompts_through_a_whole_pipeline(run: Run, flux_folder: Path, prompts: 
     assert first["guidance"].tolist() == [2.5]
 
     code, _, error = run(flux_folder, "-o", out, *options)
-    assert (code, error) == (2, f"tqdit: output {out} exists; choose another path or allow to overwrite it")
+    assert (code, error) == (2, f"tqdit: output {out} exists; choose another path, or overwrite it ({OVERWRITE})")
     code, said, _ = run(flux_folder, "-o", out, *options, "--overwrite", "--dtype", "float32", "--per-group", "1")
     assert code == 0
     again = Calls.load(out)

@@ -13,7 +13,7 @@ from tqdit.calibration.called import same_module
 from tqdit.calibration.calls import Calls
 from tqdit.errors import InputError
 from tqdit.system import swap
-from tqdit.system.files import check_outside, check_parent
+from tqdit.system.files import OVERWRITE, check_outside, check_parent
 
 TRANSFORMER = "transformer"  # the name of a model that is no part of a pipeline, and of most pipelines' models
 SUFFIX = ".safetensors"  # of the files in a folder
@@ -119,7 +119,7 @@ def read_calls(value: "Calls | Recording | str | Path | Iterable[Mapping[str, An
 def check_output(path: Path, overwrite: bool) -> None:
     """Raise `InputError` if a recording cannot be written to a path; called before any work."""
     if path.exists() and not overwrite:
-        raise InputError(f"output {path} exists; choose another path or allow to overwrite it")
+        raise InputError(f"output {path} exists; choose another path, or overwrite it ({OVERWRITE})")
     if path.exists() and not _is_recording(path):
         raise InputError(f"output {path} is no recording; refusing to overwrite it")
     check_outside(path)

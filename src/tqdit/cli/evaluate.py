@@ -81,7 +81,7 @@ def evaluate(
         print_evaluation(joined([Path(name) for name in models]))
         return
     if out is None or reference is None:
-        raise InputError(f"give {'--out' if out is None else '--reference'}: an evaluation needs both")
+        raise InputError(f"give {'--out' if out is None else '--reference'}: an evaluation needs --out and --reference")
     names = class_names(classes)
     with distributed.joined(device) as world, progress(quiet or not world.first) as report:
         result = evaluated(

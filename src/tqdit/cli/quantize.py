@@ -98,10 +98,10 @@ def quantize(
     --rounds are those of both presets; --set and a recipe file have every setting. Under torchrun the processes share
     the work for DiT and PixArt; the artifact is the same.
     """
-    from tqdit import workflow
-
     check_outputs(json_file)
     chosen = _recipe(context, recipe, parsed(assignments))
+    from tqdit import workflow  # seconds, which a wrong setting need not wait for
+
     if calls is not None or _is_traced(model, chosen):
         _check_traced(context)
         _quantize_traced(model, out, chosen, calls, dtype, overwrite, json_file, device, quiet)

@@ -29,6 +29,7 @@ EDITABLE = (MODEL_CARD, ".gitattributes")  # people and the Hub change these fil
 PIPELINE_FILES = ("model_index.json", "id2label.json", "scheduler/scheduler_config.json", "vae/config.json")
 WEIGHT_FILE = re.compile(r"diffusion_pytorch_model(-\d{5}-of-\d{5})?\.safetensors")
 DEBRIS = re.compile(r"\.DS_Store|\._.*|\.ipynb_checkpoints|\.cache")  # left by programs that show or download a folder
+OVERWRITE = "--overwrite, in Python overwrite=True"  # how a user allows it
 Kind = Callable[[Path], bool]  # says whether a folder is of some kind
 QUANT_METHOD = "tqdit"  # in the `quantization_config` of an artifact's config
 
@@ -216,10 +217,10 @@ def check_target(target: Path, overwrite: bool, replaceable: Kind = is_artifact,
     """
     _check_link(target)
     target = _real(target)
-    if target.exists() and not overwrite:
-        raise InputError(f"output {target} exists; choose another folder or allow to overwrite it")
     if target.exists() and not target.is_dir():
         raise InputError(f"output {target} is a file; an artifact is a folder")
+    if target.exists() and not overwrite:
+        raise InputError(f"output {target} exists; choose another folder, or overwrite it ({OVERWRITE})")
     if target.is_dir() and any(target.iterdir()):
         if not replaceable(target):
             kind = "an artifact" if replaceable is is_artifact else "of the kind that is written here"
