@@ -39,7 +39,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def automatic_device() -> Iterator[Callable[..., str]]:
-    """Where a test names no device, it is the CPU on every machine; yields the function that would choose."""
+    """Choose the CPU on every machine where a test names no device; yield the function that would choose."""
     choose = distributed.chosen_device
 
     def on_the_cpu(device: str | torch.device = "auto") -> str:

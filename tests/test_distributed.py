@@ -58,7 +58,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Done:
-    """What two processes left of all their jobs: a folder, and what they said."""
+    """Run all jobs in two processes; return the folder that they left, and what they said."""
 
     folder: Path
     stdout: str
