@@ -58,7 +58,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Done:
-    """Run all jobs in two processes; return the folder that they left, and what they said."""
+    """A run of all jobs in two processes: the folder that they left, and what they said."""
 
     folder: Path
     stdout: str

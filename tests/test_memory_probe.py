@@ -47,7 +47,7 @@ def test_an_artifact_takes_its_codes(config, request_, tmp_path) -> None:
 
 
 def test_a_child_that_fails_gives_its_last_words(request_, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Return what a small child says in the place of the real one, which would import torch first."""
+    """A small child takes the place of the real one, which would import torch first."""
     run, child = subprocess.run, [sys.executable, "-c", "import sys; sys.exit('Traceback:\\nno more memory')"]
     monkeypatch.setattr(subprocess, "run", lambda command, **options: run(child, **options))
     with pytest.raises(RuntimeError, match=r"\Ano more memory\Z"):
