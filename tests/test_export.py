@@ -175,9 +175,10 @@ def test_a_shift_that_is_none(file, tmp_path, shift: object) -> None:
 
 
 def test_nothing_is_overwritten_and_nothing_half_written(file, vae, tmp_path) -> None:
-    for path in (tmp_path / "official.pt", tmp_path):
-        with pytest.raises(InputError, match="exists; choose another folder"):
-            convert_checkpoint(file, path, 2)
+    refused = {"official.pt": r"official\.pt is a file; an artifact is a folder", ".": "exists; choose another folder"}
+    for path, message in refused.items():
+        with pytest.raises(InputError, match=message):
+            convert_checkpoint(file, tmp_path / path, 2)
     with pytest.raises(InputError, match=r"config\.json is missing; a diffusers autoencoder has one"):
         convert_checkpoint(file, tmp_path / "dit", 2, tmp_path)
     (tmp_path / "empty").mkdir()
