@@ -216,18 +216,18 @@ class _Calls:
 
         Larger ones, which may not fit beside each other, are timed with the float model one after another.
         """
-        numbers = range(len(found))
         small = sum(row.size_bytes for row in rows) <= TOGETHER
-        groups = [tuple(numbers)] if small else [(number,) for number in numbers]
-        done = list(rows)
+        groups = [range(len(found))] if small else [range(i, i + 1) for i in range(len(found))]
+        target, done = self.target, list(rows)
         for at, group in enumerate(groups):
-            target = self.target
-            made = {str(i): convert(found[i].solution, target.backend, target.device, target.dtype) for i in group}
             report("timing", at / len(groups))
+            # Converted anew: none is kept while images are drawn, so that no two large ones are in memory.
+            made = {str(i): convert(found[i].solution, target.backend, target.device, target.dtype) for i in group}
             share = partial(_share, report, at, len(groups))
             costs = timed(model, made, self.config, self.batch, self.source.num_timesteps, share)
             for i in group:
                 done[i] = replace(done[i], cost=costs[str(i)])
+            del made  # before the next one is made
         return done
 
     def with_memory(
