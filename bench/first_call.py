@@ -5,8 +5,8 @@ python bench/first_call.py bench/results/first-call-h200.json --random DiT-B/2 -
 Every case is a process of its own with a cache folder of its own for Triton's kernels and for configurations:
 `committed`: both empty; `again`: the same folder a second time; `another batch`: half the samples, then; `unknown`: as
 on a GPU of which nothing is known, empty folders; `unknown, again`. The model has random codes. Seconds are those of
-the conversion, of the first call and of the second; Python, torch and the GPU have started. The file is written after
-each case.
+the conversion, of the first call and of the second; Python, torch and the GPU have started. `compiled` and `timed`
+count what a case added to its folders: kernels, and configurations. The file is written after each case.
 """
 
 import argparse
@@ -78,8 +78,19 @@ def run(name: str, model: Path, caches: Path, row: Path) -> dict[str, Any]:
     """The row of a case, measured in a process of its own."""
     where = {"TRITON_CACHE_DIR": str(caches / "triton"), "TQDIT_CACHE": str(caches / "tqdit")}
     command = [sys.executable, __file__, str(row), *sys.argv[2:], "--case", name, "--model", str(model)]
+    before = kept(caches)
     subprocess.run(command, env={**os.environ, **where}, check=True)
-    return json.loads(row.read_text(encoding="utf-8"))
+    added = {what: count - before[what] for what, count in kept(caches).items()}
+    return {**json.loads(row.read_text(encoding="utf-8")), **added}
+
+
+def kept(caches: Path) -> dict[str, int]:
+    """The numbers of kernels and of configurations in the folders of a case."""
+    files = caches.glob("tqdit/triton-*.json")
+    return {
+        "compiled": len(list(caches.glob("triton/**/*.cubin"))),
+        "timed": sum(len(json.loads(file.read_text(encoding="utf-8"))["configurations"]) for file in files),
+    }
 
 
 def measure(arguments: argparse.Namespace, committed: bool, share: float) -> dict[str, Any]:

@@ -22,12 +22,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 # Name -> shape, batch, the quantized models, and what they run against. Rows of a workload are of one run; torchao has
 # one of its own, since its models take minutes to compile.
+BFLOAT16 = "bfloat16,bf16-compiled"  # eager, compiled with every kernel tuned, and compiled block by block without
 VARIANTS = "plus:w8a8,paper:w8a8,plus:w6a6"
 WORKLOADS = {
-    "256-b64": ("DiT-XL/2", 64, f"{VARIANTS},plus:w4a8", "bfloat16"),
+    "256-b64": ("DiT-XL/2", 64, f"{VARIANTS},plus:w4a8", BFLOAT16),
     "256-b64 torchao": ("DiT-XL/2", 64, "plus:w8a8", "bf16-autotuned,bf16-blocks,torchao"),
-    "256-b2": ("DiT-XL/2", 2, VARIANTS, "bfloat16"),
-    "512-b16": ("DiT-XL/2@512", 16, VARIANTS, "bfloat16"),
+    "256-b2": ("DiT-XL/2", 2, VARIANTS, BFLOAT16),
+    "512-b16": ("DiT-XL/2@512", 16, VARIANTS, BFLOAT16),
 }
 DEFAULTS = ["--device", "cuda", "--repeats", "30", "--quiet", "--verbose"]
 QUICK = ["--repeats", "5", "--no-sampling", "--no-memory"]

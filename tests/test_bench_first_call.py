@@ -32,6 +32,9 @@ def test_cases_share_caches_as_they_say(script: Any, monkeypatch: pytest.MonkeyP
     def child(command: list[str], env: dict[str, str], check: bool) -> None:
         assert check
         folders.append((env["TRITON_CACHE_DIR"], env["TQDIT_CACHE"]))
+        for folder, file in ((folders[-1][0], f"{len(folders)}/a.cubin"), (folders[-1][1], "triton-3-a-gpu.json")):
+            Path(folder, file).parent.mkdir(parents=True, exist_ok=True)
+            Path(folder, file).write_text(json.dumps({"configurations": {str(n): [] for n in range(len(folders))}}))
         monkeypatch.setattr(sys, "argv", command[1:])
         script.main()
 
@@ -44,6 +47,8 @@ def test_cases_share_caches_as_they_say(script: Any, monkeypatch: pytest.MonkeyP
     assert [(row["case"], row["batch"]) for row in rows] == [
         ("committed", 2), ("again", 2), ("another batch", 1), ("unknown", 2), ("unknown, again", 2),
     ]  # fmt: skip
+    assert [row["compiled"] for row in rows] == [1, 1, 1, 1, 1]
+    assert [row["timed"] for row in rows] == [1, 1, 1, 4, 1], "what the folder has more than before"
     assert all(row["first_seconds"] > 0 and row["second_seconds"] > 0 for row in rows)
     known, again, other, unknown, last = folders
     assert known == again == other != unknown == last
