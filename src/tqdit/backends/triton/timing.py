@@ -9,6 +9,7 @@ from statistics import median
 import torch
 from triton.errors import TritonError
 
+from tqdit.backends.triton import sources
 from tqdit.backends.triton.layouts import Config
 from tqdit.system.capture import recording
 from tqdit.system.environment import cores
@@ -54,6 +55,7 @@ def compile_all(launches: Sequence[tuple[Run, Config]]) -> None:
 
     What fails here fails again, and is judged, where it is timed or used.
     """
+    sources.hash_all()
     stream = torch.cuda.current_stream()  # a thread has its own, and its own device
 
     def launch(made: tuple[Run, Config]) -> None:
