@@ -2,9 +2,12 @@
 
 python bench/cpu_busy.py --json bench/results/cpu-busy.json
 python bench/cpu_busy.py --json bench/results/cpu-busy-openvino.json --against openvino-int8
+ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI python bench/cpu_busy.py --json bench/results/cpu-busy-openvino-vnni.json \
+    --against openvino-int8 --instructions avx512-vnni
 
 One random model of a few blocks of DiT-XL/2. In each round every way is called once. The other processes count without
-an end; there are none, one, and one for each core. Compare ratios, not milliseconds: the machine may be shared.
+an end; there are none, one, and one for each core. `--instructions` keeps our kernels from newer instructions of the
+processor, and ONEDNN_MAX_CPU_ISA those of oneDNN, which OpenVINO and torch use. Compare ratios, not milliseconds: the machine may be shared.
 """
 
 import argparse
@@ -36,9 +39,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--instructions", choices=available(), default=available()[0], help="of our kernels")
     parser.add_argument("--against", nargs="*", default=[], metavar="NAME", help="baselines of `tqdit bench` besides")
     arguments = parser.parse_args()
-    ways = {"own threads": {"TQDIT_INSTRUCTIONS": available()[0]}}
+    ways = {"own threads": {"TQDIT_INSTRUCTIONS": arguments.instructions}}
     ways["OpenMP"] = ways["own threads"] | OPENMP
     build_together(list(ways.values()))
     libraries = {name: library(variables) for name, variables in ways.items()}
@@ -62,7 +66,8 @@ def main() -> None:
     result = {
         "command": shlex.join(["python", "bench/cpu_busy.py", *sys.argv[1:]]), "environment": environment(),
         "load_average": os.getloadavg()[0], "model": f"{arguments.blocks} blocks of {SHAPE}, batch {BATCH}, W8A8",
-        "instructions": available()[0], "rows": rows,
+        "instructions": arguments.instructions, "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
+        "rows": rows,
     }  # fmt: skip
     write_text(arguments.json, json.dumps(result, indent=1) + "\n")
 

@@ -74,9 +74,10 @@ class Found:
             self.best = json.loads(file.read_text(encoding="utf-8"))["configurations"]
 
     def write(self) -> None:
-        """Write the file, whole or not at all."""
-        text = json.dumps({"environment": self.where, "configurations": self.best}, indent=1)
-        write_text(self.file, text + "\n")
+        """Write the file, whole or not at all: a line for each configuration."""
+        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(config)}" for key, config in self.best.items())
+        where = json.dumps(self.where)
+        write_text(self.file, f'{{\n "environment": {where},\n "configurations": {{\n{lines}\n }}\n}}\n')
 
 
 def workloads(
