@@ -1,14 +1,9 @@
-"""The part of the result pages about today's kernels on a GPU: calls beside compiled bf16, and what takes time."""
+"""The part of the result pages about what takes time on a GPU: in a call, in a kernel, and in the first call."""
 
 from typing import Any
 
 from pages import environment, read, table
 
-# (workload, preset) -> the least speed-up asked for over compiled bf16, W8A8
-TARGETS = {
-    ("256-b64", "plus"): 1.9, ("256-b64", "paper"): 1.5, ("256-b2", "plus"): 1.9, ("256-b2", "paper"): 1.6,
-    ("512-b16", "plus"): 1.8, ("512-b16", "paper"): 1.5,
-}  # fmt: skip
 GROUPS = {  # words in the names of kernels -> what they do
     "hopper_linear": "linear layers of blocks", "attention": "attention", "norm_quantize": "LayerNorm and codes",
     "float_input": "adaLN of all blocks", "activated": "embedders", "few_rows": "embedders", "unembed": "last layer",
@@ -16,20 +11,11 @@ GROUPS = {  # words in the names of kernels -> what they do
 }  # fmt: skip
 
 
-def gpu_now() -> list[str]:
-    """Return the section of the page."""
-    run, earlier, profile = read("speed-h200"), read("h200"), read("profile-h200")
-    tuned = {row["workload"]: row["p50_ms"] for row in earlier["rows"] if row["backend"] == "bf16-compiled"}
-    rows = [_row(run["rows"], workload, preset, target) for (workload, preset), target in TARGETS.items()]
+def gpu_time() -> list[str]:
+    """Return the section about what takes the time of a call, and of the first one."""
+    profile = read("profile-h200")
     return [
-        "### Today's kernels",
-        "",
-        "W8A8 of `plus` with scales of rows, and of `paper`, in one run with bf16 compiled by torch.compile in its "
-        "default mode and captured as a CUDA graph. The commands are in `bench/results/speed-h200.json`; on "
-        f"{environment(run['environment'])}. In the earlier run above, where every kernel of bf16 was tuned "
-        "(max-autotune), bf16 took " + ", ".join(f"{tuned[w]:.1f} ms ({w})" for w in _workloads(rows)) + ".",
-        "",
-        table(["workload", "preset", "ms p50", "bf16 ms", "× bf16", "target", "met"], rows),
+        "### Where the time goes",
         "",
         "`python bench/gpu_profile.py bench/results/profile-h200.json --presets plus` shows where the time of a call "
         "goes, by kernels, in ms. Some kernels start before their predecessors end at 2 samples, and wait; the wait "
@@ -39,8 +25,27 @@ def gpu_now() -> list[str]:
         "",
         *_power(profile["rows"]),
         "",
+        *_counters(),
+        "",
         *_first_calls(),
         "",
+    ]
+
+
+def _counters() -> list[str]:
+    """Return the part about hardware counters of kernels."""
+    run = read("counters-h200")
+    rows = [
+        [row["kernel"], f"{row['us']:.0f}", f"{row['clock_ghz']:.2f}", f"{row['issue']:.0f}",
+         f"{row['busiest'][0]} {row['busiest'][1]:.0f}", f"{row['memory_busy']:.0f}"]
+        for row in run["rows"]
+    ]  # fmt: skip
+    return [
+        f"`{run['command']}` reads hardware counters of kernels alone, 64 samples of 256 tokens unless their names say "
+        "otherwise: the clock, and in % of the cycles how often a scheduler issues, how much the busiest pipeline does, "
+        "and how busy the memory units are.",
+        "",
+        table(["kernel", "µs", "GHz", "issue", "busiest", "memory"], rows),
     ]
 
 
@@ -61,18 +66,6 @@ def _first_calls() -> list[str]:
         "",
         table(["case", "samples", "converting (s)", "first call (s)"], rows),
     ]
-
-
-def _workloads(rows: list[list[str]]) -> list[str]:
-    return list(dict.fromkeys(row[0] for row in rows))
-
-
-def _row(rows: list[dict[str, Any]], workload: str, preset: str, target: float) -> list[str]:
-    of_it = [row for row in rows if row["workload"] == workload]
-    ours = next(row["p50_ms"] for row in of_it if row.get("preset") == preset)
-    bf16 = next(row["p50_ms"] for row in of_it if row["backend"] == "bf16-compiled")
-    return [workload, preset, f"{ours:.2f}", f"{bf16:.2f}", f"{bf16 / ours:.2f}", f"{target}",
-            "yes" if bf16 / ours >= target else "no"]  # fmt: skip
 
 
 def _profile(rows: list[dict[str, Any]]) -> str:
