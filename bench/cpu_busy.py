@@ -7,7 +7,8 @@ ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI python bench/cpu_busy.py --json bench/result
 
 One random model of a few blocks of DiT-XL/2. In each round every way is called once. The other processes count without
 an end; there are none, one, and one for each core. `--instructions` keeps our kernels from newer instructions of the
-processor, and ONEDNN_MAX_CPU_ISA those of oneDNN, which OpenVINO and torch use. Compare ratios, not milliseconds: the machine may be shared.
+processor, and ONEDNN_MAX_CPU_ISA those of oneDNN, which OpenVINO and torch use. Compare ratios, not milliseconds: the
+machine may be shared.
 """
 
 import argparse

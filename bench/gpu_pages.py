@@ -33,8 +33,8 @@ def gpu_speed() -> list[str]:
         "is 256 × 256 pixels and 64 samples, two an image under guidance. bf16 is compiled in two ways, q, k and v as "
         "one layer, one embedder for all blocks, captured as a CUDA graph as ours is: bf16-autotuned whole, with every "
         "kernel tuned (max-autotune), and bf16-compiled block by block in torch.compile's default mode. `× bf16` is "
-        "over the faster of the two. `of floor`: the integer products at torch's own int8 peak in the same run, and the reading of the "
-        "other weights, over the median. How it works: [gpu.md](gpu.md).",
+        "over the faster of the two. `of floor`: the integer products at torch's own int8 peak in the same run, and "
+        "the reading of the other weights, over the median. How it works: [gpu.md](gpu.md).",
         "",
         f"on {environment(where)}; int8 peak of torch {where['int8_peak_gops'] / 1e3:.0f} TOPS, copies "
         f"{where['read_gb_per_s']:.0f} GB/s.",

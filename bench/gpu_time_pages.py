@@ -42,8 +42,8 @@ def _counters() -> list[str]:
     ]  # fmt: skip
     return [
         f"`{run['command']}` reads hardware counters of kernels alone, 64 samples of 256 tokens unless their names say "
-        "otherwise: the clock, and in % of the cycles how often a scheduler issues, how much the busiest pipeline does, "
-        "and how busy the memory units are.",
+        "otherwise: the clock, and in % of the cycles how often a scheduler issues, how much the busiest pipeline "
+        "does, and how busy the memory units are.",
         "",
         table(["kernel", "µs", "GHz", "issue", "busiest", "memory"], rows),
     ]

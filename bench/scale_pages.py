@@ -53,16 +53,9 @@ def scaling(run: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:
 
 
 def _conditions(run: dict[str, Any]) -> tuple[Any, ...]:
-    """What must be equal for two runs to be compared: each process has as many cores, and as many threads as it likes."""
-    where = {key: value for key, value in run["environment"].items() if key not in ("threads", "cores")}
-    return (
-        where,
-        run["environment"]["cores"] // run.get("processes", 1),
-        run["shape"],
-        run["blocks"],
-        run["recipe"],
-        run["work_folder"],
-    )
+    """What must be equal for two runs to be compared; processes share the machine's threads as they like."""
+    where = {key: value for key, value in run["environment"].items() if key != "threads"}
+    return where, run["shape"], run["blocks"], run["recipe"], run["work_folder"]
 
 
 def _run(run: dict[str, Any]) -> list[str]:
