@@ -27,8 +27,8 @@ from tqdit.stages import Prepared, Report, calibrated, check_recipe, silent, sol
 from tqdit.system import jobs
 from tqdit.system.deprecation import formerly_positional
 from tqdit.system.distributed import chosen_device
-from tqdit.system.files import check_space, check_target, filled
 from tqdit.system.isolation import isolated
+from tqdit.system.outputs import check_space, check_target, filled
 from tqdit.system.validation import check_flags
 
 
