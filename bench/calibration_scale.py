@@ -39,7 +39,8 @@ from tqdit.spec import Solution
 from tqdit.speed.random_weights import random_float
 from tqdit.system import distributed, torchrun
 from tqdit.system.environment import environment, peak_memory_bytes
-from tqdit.system.files import check_file, write_text
+from tqdit.system.files import write_text
+from tqdit.system.outputs import check_file
 from tqdit.system.world import World
 from tqdit.timegroups import TimeGroups
 

@@ -23,13 +23,13 @@ from tqdit import workflow
 from tqdit.artifact import folder as artifact
 from tqdit.calibration.trajectories import CalibrationSet, InBfloat16
 from tqdit.imaging import generate
+from tqdit.prepared import Prepared
 from tqdit.quality import features, fidelity, metrics
 from tqdit.quality.comparison import HELD_OUT_SEED, STATE_GROUPS, held_out
 from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
 from tqdit.sampling.guidance import Sampling
 from tqdit.sources.sizes import float_sizes
-from tqdit.stages import Prepared
 from tqdit.system.environment import environment
 from tqdit.system.files import read_json, write_text
 

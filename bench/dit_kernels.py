@@ -10,7 +10,7 @@ import torch
 
 from tqdit.architectures.dit_shapes import SIZES
 from tqdit.architectures.patches import FEW_TOKENS
-from tqdit.backends.triton import candidates, hopper, launch, naming
+from tqdit.backends.triton import candidates, float_launch, hopper, launch, naming
 from tqdit.backends.triton.kernels import rounding
 from tqdit.backends.triton.layer import TritonLinear
 from tqdit.backends.triton.layouts import KINDS, Config, Projected, Weight, part_sizes, with_steps
@@ -153,7 +153,9 @@ def maker(job: Job, small: bool = False) -> Kernel:
         per_token, columns, depth = floats[job.name]
         columns = min(columns, 6 * width) if small else columns
         x = torch.randn(min(batch * tokens, FEW_TOKENS) if per_token else batch, depth, device=DEVICE)
-        return with_copies(lambda config, layer: launch.float_input(x, layer, config), weight(columns, depth), small)
+        return with_copies(
+            lambda config, layer: float_launch.float_input(x, layer, config), weight(columns, depth), small
+        )
     if job.name in NORMS:
         x = torch.randn(batch, tokens, width, device=DEVICE).to(NORMS[job.name])
         modulation = torch.randn(batch, 6 * width, device=DEVICE)

@@ -44,7 +44,8 @@ from tqdit.sources.export import convert_checkpoint
 from tqdit.sources.resolve import load_float, resolve
 from tqdit.speed.random_weights import random_float
 from tqdit.system.environment import environment, peak_memory_bytes
-from tqdit.system.files import check_file, read_json, write_json, write_text
+from tqdit.system.files import read_json, write_json, write_text
+from tqdit.system.outputs import check_file
 
 SETTINGS = ("groups", "samples", "steps", "rounds", "candidates", "rows", "queries")  # of the recipe
 PIPELINE_NULL_CLASS = 1000  # in the code of DiTPipeline, whatever the model's number of classes

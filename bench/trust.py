@@ -21,7 +21,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from tqdit.system.environment import environment
-from tqdit.system.files import check_file, write_text
+from tqdit.system.files import write_text
+from tqdit.system.outputs import check_file
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 MINUTES = float(os.environ.get("TQDIT_TRUST_MINUTES", "3"))

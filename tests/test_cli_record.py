@@ -13,7 +13,7 @@ from tiny_called import write_flux
 from tqdit.calibration.calls import Calls
 from tqdit.cli.main import main
 from tqdit.cli.record import OWN_PROMPTS
-from tqdit.system.files import OVERWRITE
+from tqdit.system.outputs import OVERWRITE
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from tqdit.errors import InputError, RepairWarning
-from tqdit.system import files, locks, swap
-from tqdit.system.files import replacing, write_bytes
+from tqdit.system import locks, outputs, swap
+from tqdit.system.files import write_bytes
 from tqdit.system.locks import BusyError, holding
+from tqdit.system.outputs import replacing
 from tqdit.system.swap import beside, exchange, rename_new
 
 ARTIFACT = '{"quantization_config": {"quant_method": "tqdit"}}'
@@ -227,7 +228,7 @@ def test_leftovers_of_a_killed_run_are_removed(old: Path) -> None:
 
 def test_leftovers_are_removed_where_the_output_is_refused(old: Path) -> None:
     beside(old, "partial").mkdir()
-    with files.reserved(old):
+    with outputs.reserved(old):
         assert not beside(old, "partial").exists()
 
 
@@ -235,7 +236,7 @@ def test_leftovers_are_removed_where_the_output_is_refused(old: Path) -> None:
 def test_an_artifact_that_was_taken_away_is_put_back(old: Path, name: str) -> None:
     """A run was killed between two renames, where a file system cannot exchange, or by an earlier version."""
     old.rename(old.with_name(name))
-    with pytest.warns(RepairWarning, match="out was missing.*put back"), files.reserved(old):
+    with pytest.warns(RepairWarning, match="out was missing.*put back"), outputs.reserved(old):
         assert (old / "README.md").read_text() == "old"
     assert names(old.parent) == ["out"]
 
@@ -245,14 +246,14 @@ def test_what_is_no_artifact_is_not_put_back(tmp_path: Path) -> None:
     backup = tmp_path / ".out.mybackup.old"
     backup.mkdir()
     (backup / "thesis.tex").write_text("precious")
-    with files.reserved(tmp_path / "out"):
+    with outputs.reserved(tmp_path / "out"):
         assert names(tmp_path) == [".out.mybackup.old", ".out.tqdit.lock"]
 
 
 def test_without_locks_nothing_is_put_back(old: Path, without_locks: None) -> None:
     """The process that took it away may be about to put the new one there."""
     old.rename(old.with_name(".out.a8_x0c1d.old"))
-    with files.reserved(old):
+    with outputs.reserved(old):
         assert not old.exists()
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from tqdit.calibration.store import discard
 from tqdit.calibration.work import STAGES
+from tqdit.prepared import Prepared, calibrated, solve_prepared
 from tqdit.recipe import Recipe
 from tqdit.runtime.convert import convert
 from tqdit.runtime.target import Device, Dtype, Target
@@ -23,12 +24,12 @@ from tqdit.sources.resolve import load_float, resolve
 from tqdit.sources.saving import fill, has_left, is_made, least_bytes, save
 from tqdit.sources.sizes import float_sizes
 from tqdit.sources.summary import Summary, summarize
-from tqdit.stages import Prepared, Report, calibrated, check_recipe, silent, solve_prepared
+from tqdit.stages import Report, check_recipe, silent
 from tqdit.system import jobs
 from tqdit.system.deprecation import formerly_positional
 from tqdit.system.distributed import chosen_device
-from tqdit.system.files import check_space, check_target, filled
 from tqdit.system.isolation import isolated
+from tqdit.system.outputs import check_space, check_target, filled
 from tqdit.system.validation import check_flags
 
 

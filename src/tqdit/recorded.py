@@ -42,8 +42,8 @@ from tqdit.sources.traced_summary import FolderSummary, TransformerSummary, summ
 from tqdit.spec import Solution
 from tqdit.stages import Report, check_recipe, silent
 from tqdit.system.environment import environment, peak_memory_bytes
-from tqdit.system.files import check_target, replacing
 from tqdit.system.isolation import isolated
+from tqdit.system.outputs import check_target, replacing
 from tqdit.system.validation import check_flags
 
 CALLS = "calls_sha256"  # an entry of provenance beside those that every artifact has

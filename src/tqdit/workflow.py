@@ -13,6 +13,7 @@ from torch import nn
 from tqdit.drawing import images_of, load_to_sample, sample, sample_folder, sample_images
 from tqdit.errors import InputError
 from tqdit.loading import load, load_source
+from tqdit.prepared import Prepared, solve_prepared
 from tqdit.quantizing import prepare, quantize_module, quantize_source
 from tqdit.recipe import Recipe
 from tqdit.recorded import quantize_folder, quantize_recorded
@@ -25,7 +26,7 @@ from tqdit.sources.resolve import resolve
 from tqdit.sources.saving import save
 from tqdit.sources.summary import Summary
 from tqdit.sources.traced_summary import FolderSummary
-from tqdit.stages import Prepared, Report, silent, solve_prepared
+from tqdit.stages import Report, silent
 from tqdit.system.deprecation import formerly_positional
 from tqdit.system.isolation import isolated
 

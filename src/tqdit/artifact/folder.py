@@ -47,7 +47,7 @@ SHARD = "diffusion_pytorch_model-{:05d}-of-{:05d}.safetensors"
 
 
 def write(solution: Solution, folder: Path, shard_bytes: int | None = None) -> None:
-    """Write a Solution into an existing folder, and seal the folder; see `files.replacing` for doing it atomically.
+    """Write a Solution into an existing folder, and seal the folder; see `outputs.replacing` for doing it atomically.
 
     `shard_bytes`: the most a weight file has, if a tensor is not larger; by default there is one file.
     """

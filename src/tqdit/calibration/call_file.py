@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 
 from tqdit.calibration.call_values import decoded, digest, encoded
 from tqdit.errors import InputError
-from tqdit.system.files import check_file, read_tensors, reserved
+from tqdit.system.files import read_tensors
+from tqdit.system.outputs import check_file, reserved
 from tqdit.system.reading import parse_json
 from tqdit.system.swap import beside, remove, sync
 

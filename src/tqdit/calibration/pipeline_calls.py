@@ -13,7 +13,7 @@ from tqdit.calibration.called import same_module
 from tqdit.calibration.calls import Calls
 from tqdit.errors import InputError
 from tqdit.system import swap
-from tqdit.system.files import OVERWRITE, check_outside, check_parent
+from tqdit.system.outputs import OVERWRITE, check_outside, check_parent
 
 TRANSFORMER = "transformer"  # the name of a model that is no part of a pipeline, and of most pipelines' models
 SUFFIX = ".safetensors"  # of the files in a folder

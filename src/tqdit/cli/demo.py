@@ -46,7 +46,7 @@ def demo(
     the equivalence test, and says what a test of so few images can tell.
     """
     from tqdit.system.extras import check_report
-    from tqdit.system.files import check_target
+    from tqdit.system.outputs import check_target
 
     check_report()
     settings = _settings(assignments)

@@ -136,7 +136,7 @@ def with_prompts(command: str, path: Path | None) -> str:
 
 def check_outputs(*paths: Path | None) -> None:
     """Raise `InputError` for a file that cannot be written, before any work for it is done."""
-    from tqdit.system.files import check_file
+    from tqdit.system.outputs import check_file
 
     for path in paths:
         if path and path != STDOUT:

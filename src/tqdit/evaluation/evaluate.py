@@ -22,8 +22,8 @@ from tqdit.sampling.guidance import Conditions, Sampling
 from tqdit.stages import Report, silent
 from tqdit.system.distributed import current
 from tqdit.system.environment import environment, peak_memory_bytes
-from tqdit.system.files import check_file, check_outside, check_parent
 from tqdit.system.isolation import isolated
+from tqdit.system.outputs import check_file, check_outside, check_parent
 from tqdit.system.validation import check_counts, check_seed
 
 NUM = 10_000

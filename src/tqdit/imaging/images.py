@@ -24,7 +24,8 @@ from tqdit.sampling.schedules import resolved, schedule
 from tqdit.sampling.trajectory import Progress
 from tqdit.sources.source import ModelSource
 from tqdit.system import distributed
-from tqdit.system.files import CONFIG, check_file, check_outside, read_json, write_bytes
+from tqdit.system.files import CONFIG, read_json, write_bytes
+from tqdit.system.outputs import check_file, check_outside
 from tqdit.system.validation import check_counts, check_seed
 
 BATCH = 16

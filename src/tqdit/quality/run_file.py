@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from tqdit.errors import InputError
 from tqdit.quality.run import VERSION, Run
-from tqdit.system import files
+from tqdit.system import files, outputs
 from tqdit.system.reading import check_regular, parse_json
 from tqdit.system.validation import reason
 
@@ -34,7 +34,7 @@ def check_path(path: Path) -> None:
     """Raise `InputError` for a path that cannot be a run's file; called before any work."""
     if path.suffix != SUFFIX:
         raise InputError(f"a run is saved as a {SUFFIX} file, got '{path}'")
-    files.check_file(path)
+    outputs.check_file(path)
 
 
 def write(path: Path, run: Run, images: Mapping[int, torch.Tensor]) -> None:

@@ -14,8 +14,8 @@ from tqdit.artifact.model_card import write_card
 from tqdit.errors import InputError
 from tqdit.ops.modules import HOOK
 from tqdit.spec import Solution
-from tqdit.system.files import replacing
 from tqdit.system.isolation import isolated
+from tqdit.system.outputs import replacing
 
 LOCK = threading.Lock()  # held while a model is laid out for another kind of device
 

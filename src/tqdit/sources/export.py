@@ -23,18 +23,15 @@ from tqdit.system.files import (
     EDITABLE,
     TRANSFORMER,
     WEIGHTS,
-    check_space,
-    check_target,
     components_named,
     is_artifact,
     is_debris,
     read_json,
-    repair,
-    replacing,
     write_json,
     write_tensors,
 )
 from tqdit.system.isolation import isolated
+from tqdit.system.outputs import check_space, check_target, repair, replacing
 
 
 @isolated()

@@ -33,8 +33,9 @@ from tqdit.sources.scheduler import SCHEDULER, check_timesteps
 from tqdit.sources.source import ModelSource
 from tqdit.spec import Solution
 from tqdit.system import distributed
-from tqdit.system.files import TRANSFORMER, replacing, write_json
+from tqdit.system.files import TRANSFORMER, write_json
 from tqdit.system.isolation import isolated
+from tqdit.system.outputs import replacing
 
 
 @isolated()

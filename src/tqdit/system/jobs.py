@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tqdit.errors import InputError
-from tqdit.system import distributed, files
+from tqdit.system import distributed, outputs
 from tqdit.system.locks import BusyError, holding
 from tqdit.system.swap import Place, beside
 
@@ -23,7 +23,7 @@ def work_folder(out: Path) -> Path:
         raise InputError(f"{work} is a file; finished work goes into a folder of this name")
     if work.is_symlink() and not work.exists():
         raise InputError(f"{work} is a symbolic link to nothing; finished work goes into a folder of this name")
-    files.check_parent(work / "piece")
+    outputs.check_parent(work / "piece")
     return work
 
 
@@ -44,7 +44,7 @@ def reserved(out: Path) -> Iterator[Place | None]:
     with contextlib.ExitStack() as stack:
         if world.first:
             try:
-                place = stack.enter_context(files.reserved(out))
+                place = stack.enter_context(outputs.reserved(out))
             except BusyError as error:
                 holders[0] = error.pid
             work = paths[1].resolve()

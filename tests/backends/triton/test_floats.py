@@ -16,7 +16,17 @@ pytest.importorskip("triton.experimental.gluon")
 
 from test_triton_rows import prepared, row_operand
 
-from tqdit.backends.triton import backend, candidates, flat, float_operators, floats, hopper, launch, tuning
+from tqdit.backends.triton import (
+    backend,
+    candidates,
+    flat,
+    float_launch,
+    float_operators,
+    floats,
+    hopper,
+    launch,
+    tuning,
+)
 from tqdit.backends.triton.backend import PackedTritonBackend, TritonBackend
 from tqdit.backends.triton.layouts import Config, weight_of
 from tqdit.backends.triton.relaunch import Plan
@@ -36,7 +46,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @pytest.fixture(autouse=True)
 def poisoned_and_untimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (launch, hopper):
+    for module in (launch, float_launch, hopper):
         monkeypatch.setattr(module, "torch", PoisonedTorch())
     if DEVICE.type == "cuda":
         monkeypatch.setattr(tuning, "choose_near", lambda keys, device, candidates, run: candidates()[0])
@@ -276,7 +286,7 @@ def test_many_rows_are_multiplied_by_torch(dtype: torch.dtype, monkeypatch: pyte
     """Weight, bias and result are rounded to the dtype, each within half its eps: together 2 eps of all products."""
     x, weight, bias, exact, size = float_case(floats.MANY_ROWS + 1, floats.DEEP, 40, dtype)
     layer = prepared(TritonBackend(), weight, bias)
-    monkeypatch.setattr(launch, "float_input", None)
+    monkeypatch.setattr(float_launch, "float_input", None)
     found = TritonBackend().float_input_linear(to(DEVICE, x), layer, dtype).cpu()
     assert found.dtype is dtype
     assert ((found.double() - exact).abs() <= 2 * torch.finfo(dtype).eps * size).all()

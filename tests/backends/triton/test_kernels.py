@@ -30,9 +30,9 @@ from ties import GELU, KIND, SOFTMAX, TIE, assert_equal_up_to_ties, each_gelu, e
 from poisoned import PoisonedTorch
 
 pytest.importorskip("triton")
-from tqdit.backends.triton import candidates, launch, tuning
+from tqdit.backends.triton import candidates, float_launch, launch, tuning
 from tqdit.backends.triton.backend import PackedTritonBackend, TritonBackend
-from tqdit.backends.triton.launch import FEW_ROWS
+from tqdit.backends.triton.float_launch import FEW_ROWS
 from tqdit.backends.triton.layer import TritonLinear
 from tqdit.backends.triton.layouts import Config, Weight
 from tqdit.ops.composed import probabilities, split_heads
@@ -61,7 +61,8 @@ def first_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "torch", PoisonedTorch())
+    for module in (launch, float_launch):
+        monkeypatch.setattr(module, "torch", PoisonedTorch())
 
 
 def on_device(layer):
@@ -340,7 +341,7 @@ def test_float_input_configurations(config: Config, bits: int) -> None:
     weight = weight._replace(codes=every.to(torch.int8))
     layer = on_device(TritonLinear(weight, bias, bits))
     tensors = Weight(layer.codes, layer.high, layer.scale, layer.bias, layer.sums, depth, bits)
-    out = launch.float_input(to(DEVICE, x), tensors, config).cpu()
+    out = float_launch.float_input(to(DEVICE, x), tensors, config).cpu()
     w = weight.codes.double() * weight.scale.double()[:, None]
     exact, size = x.double() @ w.t() + bias.double(), x.double().abs() @ w.abs().t() + bias.abs()
     assert ((out - exact).abs() <= (depth + 4) * 2.0**-24 * size).all()

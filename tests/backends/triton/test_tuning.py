@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("triton")
 import triton
 
-from tqdit.backends.triton import candidates, configurations, launch, naming, timing, tuning
-from tqdit.backends.triton.launch import FEW_ROWS
+from tqdit.backends.triton import candidates, configurations, float_launch, launch, naming, timing, tuning
+from tqdit.backends.triton.float_launch import FEW_ROWS
 from tqdit.backends.triton.layouts import Config
 from tqdit.backends.triton.relaunch import Plan
 from tqdit.runtime.convert import convert
@@ -335,8 +335,9 @@ def test_a_whole_model_is_prepared_without_a_launch(cache: Path, monkeypatch: py
     """Every kernel that its call launches is noted, by the key that the call then asks for."""
     model = convert(solved("paper", "w8a8"), "triton")
     given = torch.randn(2, 1, 8, 8), torch.tensor([500, 20]), torch.tensor([1, 2])
-    for name in ("norm_quantize", "linear", "attend", "float_input"):
-        monkeypatch.setattr(launch, name, lambda *_, name=name: pytest.fail(f"{name} is launched"))
+    launches = (launch, "norm_quantize"), (launch, "linear"), (launch, "attend"), (float_launch, "float_input")
+    for module, name in launches:
+        monkeypatch.setattr(module, name, lambda *_, name=name: pytest.fail(f"{name} is launched"))
     monkeypatch.setattr(Plan, "launch", lambda plan, *_: pytest.fail(f"{plan.kernel} is launched"))
     with tuning.collecting() as jobs:
         output = model(given[0], timestep=given[1], class_labels=given[2]).sample

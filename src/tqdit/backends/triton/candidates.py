@@ -9,7 +9,7 @@ import torch
 import triton
 
 from tqdit.backends.triton import costs, flash, hopper
-from tqdit.backends.triton.launch import FEW_ROWS
+from tqdit.backends.triton.float_launch import FEW_ROWS
 from tqdit.backends.triton.layouts import FLASH, FLOATS, HEADS_OF, Config
 from tqdit.ops.one_pass import BLOCK
 

@@ -11,7 +11,7 @@ import operator
 import torch
 from torch.nn import functional as F
 
-from tqdit.backends.triton import candidates, hopper, launch, naming, tuning
+from tqdit.backends.triton import candidates, float_launch, hopper, launch, naming, tuning
 from tqdit.backends.triton.kernels.quantize import quantize_rows_kernel
 from tqdit.backends.triton.layouts import Config, Weight, groups_of, pitch, powers_of_two, row_stride, with_steps
 from tqdit.backends.triton.relaunch import check_device
@@ -93,10 +93,10 @@ def float_input(x: torch.Tensor, weight: Weight, dtype: torch.dtype) -> torch.Te
     rows, columns, depth = x.shape[0], weight.codes.shape[0], weight.depth
     check_device(x, weight.codes)
     if x.dtype is dtype is not torch.float32 and rows > MANY_ROWS and depth >= DEEP:
-        return F.linear(x, *launch.dequantize(weight, dtype))
+        return F.linear(x, *float_launch.dequantize(weight, dtype))
 
     def run(config: Config) -> torch.Tensor:
-        return launch.float_input(x, weight, config, dtype)
+        return float_launch.float_input(x, weight, config, dtype)
 
     if launch.NATIVE and x.dtype is not torch.float32 and weight.bits == INT8:
         return run(candidates.float_rows(rows, columns, depth))

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 import triton
 
+from tqdit.backends.triton.float_launch import FEW_ROWS
 from tqdit.backends.triton.kernels.rounding import SOFTMAX_ROW, UNIFORM
-from tqdit.backends.triton.launch import FEW_ROWS
 from tqdit.backends.triton.layouts import BF16, FLASH, Config
 
 CHANNELS = "-channels"  # the end of the name of an epilogue with channel factors

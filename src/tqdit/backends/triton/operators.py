@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from tqdit.backends.triton import candidates, deviations, flat, float_attention, hopper, launch, naming, tuning
+from tqdit.backends.triton import (
+    candidates,
+    deviations,
+    flat,
+    float_attention,
+    float_launch,
+    hopper,
+    launch,
+    naming,
+    tuning,
+)
 from tqdit.backends.triton.layouts import (
     HEADS_OF,
     Config,
@@ -284,11 +294,11 @@ def _float_input_linear_empty(x, weight, weight_kind):  # type: ignore[no-untype
 
 @operator("tqdit::float_input_linear", _float_input_linear_empty)
 def float_input_linear(x: Tensor, weight: list[Tensor], weight_kind: list[int]) -> Tensor:
-    """Return x W^T + bias as `launch.float_input` does."""
+    """Return x W^T + bias as `float_launch.float_input` does."""
     layer = flat.weight(weight, weight_kind)
 
     def run(config: Config) -> Tensor:
-        return launch.float_input(x, layer, config)
+        return float_launch.float_input(x, layer, config)
 
     key = naming.float_key(len(x), len(layer.codes), layer.depth, layer.bits)
     possible = functools.partial(candidates.float_input, len(x), len(layer.codes))
