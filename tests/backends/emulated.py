@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tqdit.backends import fused, instructions, native, panels, signatures
+from tqdit.backends import cpu_ends, fused, instructions, native, panels, signatures
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 # Processors without anything newer than the set of this name; "max" is all that the emulator knows.
@@ -61,7 +61,7 @@ class Library:
             self.blocks[storage.data_ptr()] = storage.nbytes(), storage
             return found
 
-        for module in (signatures, fused, panels):
+        for module in (signatures, fused, panels, cpu_ends):
             patch.setattr(module, "address", address)
 
     def __getattr__(self, name: str) -> Callable[..., int]:

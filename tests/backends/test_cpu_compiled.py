@@ -136,6 +136,20 @@ def test_the_compiler_of_torch_takes_them(fast: Composed) -> None:
     assert torch.equal(updated, case.linear(case.codes, case.source, Residual(case.x)))
 
 
+def _calls_of_ends(run: Composed) -> list[tuple[Callable[..., torch.Tensor], tuple[object, ...]]]:
+    """Layers in float and of codes, with latents that are not contiguous."""
+    make = maker(4)
+    x = make.values(BATCH, 3, 4, 6).to(memory_format=torch.channels_last)
+    held = run.prepare_float_input(make.weight(WIDTH, 12), make.values(WIDTH))
+    stream, modulation, position = make.values(BATCH, 6, WIDTH), make.values(BATCH, 2 * WIDTH), make.values(6, WIDTH)
+    last = make.values(20, WIDTH)  # of 5 channels
+    return [
+        (operators.embed, (x, held.codes, held.scale, held.bias, position, 2, 0)),
+        (operators.embed, (x.half(), make.values(WIDTH, 12), None, None, position, 2, 1)),
+        (operators.unembed, (stream, modulation, 1e-6, last, None, make.values(20), x.half(), 2)),
+    ]
+
+
 def test_operators_keep_what_they_promise_to_torch(fast: Composed) -> None:
     """Schemas, and the shapes, dtypes and strides that tracing foretells."""
     case = Case(fast, maker(3))
@@ -163,6 +177,7 @@ def test_operators_keep_what_they_promise_to_torch(fast: Composed) -> None:
         (operators.linear, (*case.row_codes, *weight, *flat(case.row), 1)),
         (operators.linear_added, (case.wide, None, *weight, *flat(case.gelu), None, case.x.bfloat16())),
         (operators.linear_added, (*case.row_codes, *weight, *flat(case.row), shift, case.x)),
+        *_calls_of_ends(fast),
     ]
     for operator, arguments in calls:
         found = opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -3,6 +3,7 @@
 ARM kernels run in an emulator. AVX2 with VNNI runs in the encoding of AVX-512 where the processor has only that.
 """
 
+import functools
 import platform
 import re
 import shutil
@@ -14,6 +15,7 @@ import emulated
 import pytest
 import torch
 from cpu_codes import found_codes, given_codes
+from end_cases import DTYPES, EPS, assert_embedded, assert_unembedded, embed_case, layer_of, unembed_case
 from operands import maker
 from test_cpu_verbs import check_attention
 from ties import assert_equal_up_to_ties
@@ -111,6 +113,18 @@ def test_layers_on_float_inputs(run) -> None:
         value = weight.codes.double() * weight.scale.double()[:, None]
         bound = (depth + 4) * 2.0**-24 * (x.double().abs() @ value.abs().t())
         assert ((actual - x.double() @ value.t()).abs() <= bound).all()
+
+
+def test_the_layers_around_the_blocks(run) -> None:
+    """Vectors of columns that are not full, and floats of every type in memory."""
+    make_layer = functools.partial(layer_of, run.prepare_float_input)
+    for dtype, kind in zip(DTYPES, ("float", "int8", "no bias"), strict=True):
+        for channels, side, width in [(4, 2, 40), (5, 1, 33), (1, 3, 7)]:
+            x, layer, position, exact, size = embed_case(make_layer, 2, channels, (3, 5), side, width, kind, dtype)
+            assert_embedded(run.embed(x, layer, position, side, dtype), channels * side**2, exact, size, dtype)
+            x, modulation, layer, exact, bound = unembed_case(make_layer, 2, channels, (3, 5), side, width, kind, dtype)
+            like = torch.empty(2, 1, 3 * side, 5 * side, dtype=dtype)
+            assert_unembedded(run.unembed(x, modulation, EPS, layer, like, side), exact, bound, dtype)
 
 
 def test_a_report_names_the_instructions(run, request: pytest.FixtureRequest) -> None:

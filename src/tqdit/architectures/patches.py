@@ -57,20 +57,26 @@ def _first(embed: Any, x: torch.Tensor, side: int) -> tuple[Ends, EndLayer, torc
 
     A size that has no table of positions is left to diffusers, which makes one.
     """
-    if torch.compiler.is_compiling() or not plain(embed, PatchEmbed):
+    if not plain(embed, PatchEmbed):
         return None
     sized = (embed.height, embed.width) == (x.shape[2] // side, x.shape[3] // side)
     if not sized or embed.layer_norm or not embed.flatten or embed.pos_embed_max_size or embed.pos_embed is None:
         return None
-    found = at_an_end(embed.proj)
+    found = _found(embed.proj)
     return None if found is None else (*found, embed.pos_embed[0])
 
 
 def _last(norm: nn.Module, project: nn.Module) -> tuple[Ends, EndLayer] | None:
     """Return a backend and the last layer where kernels of the backend may take the places of norm and layer."""
-    if torch.compiler.is_compiling() or not plain(norm, nn.LayerNorm) or norm.weight is not None:
+    if not plain(norm, nn.LayerNorm) or norm.weight is not None:
         return None
-    return at_an_end(project)
+    return _found(project)
+
+
+def _found(module: nn.Module) -> tuple[Ends, EndLayer] | None:
+    """Return a backend and a layer as `at_an_end` does; in a graph of torch only if the kernels can be part of it."""
+    found = at_an_end(module)
+    return None if found is None or (torch.compiler.is_compiling() and not found[0].ENDS_IN_GRAPHS) else found
 
 
 def lay_out(model: Any, project: nn.Module, x: torch.Tensor, width: int, modulation: Iterable[torch.Tensor]) -> None:

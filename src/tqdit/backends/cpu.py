@@ -12,11 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from tqdit.backends import fused, native, onednn, operators, panels
+from tqdit.backends import cpu_ends, fused, native, onednn, operators, panels
 from tqdit.backends.onednn import SIGN, PackedLinear, PackedWeight
 from tqdit.backends.panels import PanelLinear
 from tqdit.ops import reference
 from tqdit.ops.composed import FUNCTIONS, Composed
+from tqdit.ops.ends import EndLayer
 from tqdit.ops.holders import LinearCodes
 from tqdit.ops.schema import (
     Activation,
@@ -83,6 +84,8 @@ class NativeCpu(TorchCpu):
     verbs do so while the floats are in the cache; in a graph of torch they are two operators.
     """
 
+    ENDS_IN_GRAPHS = True
+
     def kernel(self, operation: str) -> str:
         if operation in ("scores", "values"):
             return f"fused attention, {native.instructions()} u8 x s8"
@@ -147,6 +150,26 @@ class NativeCpu(TorchCpu):
             return fused.float_input_linear(x, layer.codes, layer.scale, layer.bias, dtype)
         index = None if dtype is None else operators.DTYPES.index(dtype)
         return operators.float_input_linear(x, layer.codes, layer.scale, layer.bias, index)
+
+    def embed(
+        self, x: torch.Tensor, layer: EndLayer, position: torch.Tensor, side: int, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        if not cpu_ends.supported(layer, x.dtype, dtype):
+            return None
+        weight = cpu_ends.weight_of(layer)
+        if torch.compiler.is_compiling():
+            return operators.embed(x, *weight, position, side, operators.DTYPES.index(dtype))
+        return cpu_ends.embed(x, weight, position, side, dtype)
+
+    def unembed(
+        self, stream: torch.Tensor, shift_scale: torch.Tensor, eps: float, layer: EndLayer, x: torch.Tensor, side: int
+    ) -> torch.Tensor | None:
+        if not cpu_ends.supported(layer, x.dtype, stream.dtype):
+            return None
+        weight = cpu_ends.weight_of(layer)
+        if torch.compiler.is_compiling():
+            return operators.unembed(stream, shift_scale, eps, *weight, x, side)
+        return cpu_ends.unembed(stream, shift_scale, eps, weight, x, side)
 
 
 def unavailable(device: torch.device) -> str | None:

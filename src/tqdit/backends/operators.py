@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from tqdit.backends import fused, onednn
+from tqdit.backends import cpu_ends, fused, onednn
 from tqdit.backends.onednn import PackedWeight
 from tqdit.backends.panels import PanelWeight
-from tqdit.ops import float_linear  # noqa: F401 - the operator of layers in float, which no kernel here computes
+from tqdit.ops import float_linear  # noqa: F401 - the operator of layers in float that no kernel here computes
 from tqdit.ops.schema import AttentionParams, Codes, Norm, OperandParams, Residual, RowCodes
 from tqdit.spec import Grid
 
@@ -211,6 +211,33 @@ def float_input_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor, dt
 @float_input_linear.register_fake
 def _(x, codes, scale, bias, dtype=None):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], codes.shape[0], dtype=torch.float32 if dtype is None else DTYPES[dtype])
+
+
+@custom_op("tqdit_cpu::embed", mutates_args=())
+def embed(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, position: Tensor, side: int, dtype: int
+) -> Tensor:
+    """Return the residual stream as `cpu_ends.embed` does. `dtype`: the index of its dtype in `DTYPES`."""
+    return cpu_ends.embed(x, cpu_ends.Weight(weight, scale, bias), position, side, DTYPES[dtype])
+
+
+@embed.register_fake
+def _(x, weight, scale, bias, position, side, dtype):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], *position.shape, dtype=DTYPES[dtype])
+
+
+@custom_op("tqdit_cpu::unembed", mutates_args=())
+def unembed(
+    stream: Tensor, shift_scale: Tensor, eps: float, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
+    x: Tensor, side: int,
+) -> Tensor:  # fmt: skip
+    """Return latents as `cpu_ends.unembed` does."""
+    return cpu_ends.unembed(stream, shift_scale, eps, cpu_ends.Weight(weight, scale, bias), x, side)
+
+
+@unembed.register_fake
+def _(stream, shift_scale, eps, weight, scale, bias, x, side):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], weight.shape[0] // side**2, *x.shape[2:])
 
 
 @custom_op("tqdit_cpu::product", mutates_args=())

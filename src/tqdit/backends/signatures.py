@@ -80,6 +80,45 @@ class ManyRowsCall(ctypes.Structure):
     )
 
 
+class Patches(ctypes.Structure):
+    """The structure `Patches` of ends.h."""
+
+    _fields_ = tuple((name, c_int64) for name in ("batch", "tokens", "across", "side"))
+
+
+class EndWeight(ctypes.Structure):
+    """The structure `EndLayer` of ends.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "codes", "scale", "bias")),
+        *((name, c_int64) for name in ("columns", "depth")),
+    )
+
+
+class EmbedCall(ctypes.Structure):
+    """The structure `EmbedCall` of ends.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "position", "out")),
+        *((name, c_int64) for name in ("sample_stride", "channel_stride", "line_stride", "pixel_stride")),
+        *((name, c_int64) for name in ("channels", "type", "out_type", "threads")),
+        ("patches", Patches),
+        ("layer", EndWeight),
+    )
+
+
+class UnembedCall(ctypes.Structure):
+    """The structure `UnembedCall` of ends.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "modulation", "out")),
+        *((name, c_int64) for name in ("stride", "type", "out_type", "threads")),
+        ("patches", Patches),
+        ("layer", EndWeight),
+        ("eps", c_float),
+    )
+
+
 _operand, _linear = POINTER(Operand), POINTER(LinearCall)
 
 # Name without "tqdit_" -> argument types. Only functions that ask a question return something, a number.
@@ -98,6 +137,8 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "linear": (_linear, c_int64, c_void_p),
     "linear_added": (_linear, c_void_p, c_int64, c_void_p, c_void_p),
     "attention": (POINTER(AttentionCall),),
+    "embed": (POINTER(EmbedCall),),
+    "unembed": (POINTER(UnembedCall),),
 }  # fmt: skip
 
 

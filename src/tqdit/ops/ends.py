@@ -4,7 +4,7 @@ They are verbs as those of `ops.schema.Backend`, but a backend may leave any of 
 runs the modules of diffusers with torch's operations. So `Ends` is the default of all backends.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -29,7 +29,12 @@ class Lookup(NamedTuple):
 
 
 class Ends:
-    """The default of a backend: no kernels for what is around the blocks."""
+    """The default of a backend: no kernels for what is around the blocks.
+
+    `ENDS_IN_GRAPHS`: whether `embed` and `unembed` may be traced into a graph of torch.
+    """
+
+    ENDS_IN_GRAPHS: ClassVar[bool] = False
 
     def embed(
         self, x: torch.Tensor, layer: EndLayer, position: torch.Tensor, side: int, dtype: torch.dtype

@@ -1,12 +1,15 @@
 """The kernels around the blocks, against float64: on a GPU, or in Triton's interpreter where there is none.
 
-Bounds are on sums of absolute products, as for a sum in fp32 in any order, and half a step of the result's dtype.
+Cases and bounds are those of `end_cases`.
 """
 
+import functools
 from typing import Any
 
+import end_cases
 import pytest
 import torch
+from end_cases import EPS, UNIT, assert_embedded, assert_unembedded, each_dtype, each_stream
 from layouts import to, without_gpu
 from operands import maker
 from torch.nn import functional as F
@@ -21,12 +24,8 @@ from tqdit.backends.triton.layouts import Config
 from tqdit.ops.ends import EndLayer, Lookup
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = torch.float32, torch.bfloat16, torch.float16
-EPS = 1e-6
-UNIT = 2.0**-24
 each_weight = pytest.mark.parametrize("kind", ["float", "no bias", "int8", "packed"])
 infinite = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of the interpreter
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -37,47 +36,24 @@ def poisoned_and_untimed(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tuning, "choose", lambda key, device, candidates, run: candidates()[0])
 
 
-def layer_of(kind: str, columns: int, depth: int) -> tuple[EndLayer, torch.Tensor, torch.Tensor]:
+def layer_of(kind: str, columns: int, depth: int) -> end_cases.Made:
     """A layer on the device; its weight and bias in float64."""
-    make = maker(3, 6 if kind == "packed" else 8)
-    bias = torch.zeros(columns) if kind == "no bias" else make.values(columns)
-    if kind in ("float", "no bias"):
-        weight = make.values(columns, depth)
-        given = None if kind == "no bias" else bias.to(DEVICE)
-        return EndLayer(weight.to(DEVICE), given), weight.double(), bias.double()
     backend = PackedTritonBackend() if kind == "packed" else TritonBackend()
-    params = make.weight(columns, depth)
-    made = backend.prepare_float_input(params, bias).to(DEVICE)
-    return EndLayer(codes=made), params.codes.double() * params.scale.double()[:, None], bias.double()
+    layer, weight, bias = end_cases.layer_of(backend.prepare_float_input, kind, columns, depth)
+    return EndLayer(*(None if held is None else held.to(DEVICE) for held in layer)), weight, bias
 
 
-def rounding(dtype: torch.dtype) -> float:
-    """Half a step of a dtype."""
-    return torch.finfo(dtype).eps / 2
+embed_case = functools.partial(end_cases.embed_case, layer_of)
+unembed_case = functools.partial(end_cases.unembed_case, layer_of)
 
 
 # Latents to tokens --------------------------------------------------------------------------------------------------
 
 
-def embed_case(batch: int, channels: int, size: tuple[int, int], side: int, width: int, kind: str, dtype: torch.dtype):
-    """Latents, the layer, positions; the stream in float64, and the sum of absolute terms."""
-    make = maker(1)
-    x = make.values(batch, channels, size[0] * side, size[1] * side).to(dtype)
-    layer, weight, bias = layer_of(kind, width, channels * side**2)
-    position = make.values(size[0] * size[1], width)
-    patches = F.pixel_unshuffle(x.double(), side).flatten(2).transpose(1, 2)
-    exact = patches @ weight.t() + bias + position.double()
-    return x, layer, position, exact, patches.abs() @ weight.abs().t() + bias.abs() + position.double().abs()
-
-
 def assert_embeds(x, layer, position, exact, size, side: int, stream: torch.dtype) -> torch.Tensor:
     depth = x.shape[1] * side**2
     found = TritonBackend().embed(to(DEVICE, x), layer, to(DEVICE, position), side, stream)
-    assert found is not None
-    assert found.dtype is stream
-    bound = (depth + 8) * UNIT * size + exact.abs() * rounding(stream)
-    assert ((found.cpu().double() - exact).abs() <= bound).all()
-    return found
+    return assert_embedded(found, depth, exact, size, stream)
 
 
 @each_weight
@@ -91,7 +67,7 @@ def test_latents_become_tokens(batch: int, channels: int, size: tuple[int, int],
 
 
 @each_dtype
-@pytest.mark.parametrize("stream", DTYPES, ids=str)
+@each_stream
 def test_latents_and_stream_of_any_dtype(dtype: torch.dtype, stream: torch.dtype) -> None:
     assert_embeds(*embed_case(2, 4, (3, 4), 2, 24, "float", dtype), 2, stream)
 
@@ -131,40 +107,10 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
 # Tokens to latents --------------------------------------------------------------------------------------------------
 
 
-def unembed_case(batch: int, channels: int, size: tuple[int, int], side: int, width: int, kind: str, dtype, **drawn):
-    """A stream, its modulation, the layer; latents in float64, and the sum of absolute terms of each.
-
-    The error of the norm counts: of mean and deviation, as sums over the width, against what the stream's mean is.
-    """
-    make = maker(2)
-    x = (make.values(batch, size[0] * size[1], width) * drawn.get("spread", 1.0) + drawn.get("mean", 0.0)).to(dtype)
-    modulation = make.values(batch, 2 * width)
-    layer, weight, bias = layer_of(kind, channels * side**2, width)
-    shift, scale = modulation.double()[:, None].chunk(2, dim=-1)
-    values = x.double()
-    deviation = (values.var(-1, unbiased=False, keepdim=True) + EPS).sqrt()
-    normal = (values - values.mean(-1, keepdim=True)) / deviation
-    given = normal * (1 + scale) + shift
-    # A mean is within 4 units of the largest value; a deviation, and what is multiplied by it, within 8.
-    error = (4 * values.abs().amax(-1, keepdim=True) / deviation + 8 * normal.abs()) * (1 + scale).abs() + given.abs()
-    products = given.abs() @ weight.abs().t() + bias.abs()
-    bound = UNIT * ((width + 8) * products + error @ weight.abs().t())
-    return x, modulation, layer, as_latents(given @ weight.t() + bias, size, side), as_latents(bound, size, side)
-
-
-def as_latents(y: torch.Tensor, size: tuple[int, int], side: int) -> torch.Tensor:
-    """(B, N, side side C) -> (B, C, H, W)."""
-    y = y.unflatten(2, (side, side, -1)).unflatten(1, size)
-    return torch.einsum("bhwijc->bchiwj", y).flatten(4, 5).flatten(2, 3)
-
-
 def assert_unembeds(x, modulation, layer, exact, bound, side: int, dtype: torch.dtype = torch.float32) -> None:
     like = torch.empty(len(x), 1, *exact.shape[2:], dtype=dtype, device=DEVICE)
     found = TritonBackend().unembed(to(DEVICE, x), to(DEVICE, modulation), EPS, layer, like, side)
-    assert found is not None
-    assert found.dtype is dtype
-    assert found.is_contiguous()
-    assert ((found.cpu().double() - exact).abs() <= bound + exact.abs() * rounding(dtype)).all()
+    assert_unembedded(found, exact, bound, dtype)
 
 
 @each_weight
@@ -181,7 +127,7 @@ def test_tokens_become_latents(batch: int, channels: int, size: tuple[int, int],
 
 
 @each_dtype
-@pytest.mark.parametrize("stream", DTYPES, ids=str)
+@each_stream
 def test_a_stream_of_any_dtype(dtype: torch.dtype, stream: torch.dtype) -> None:
     assert_unembeds(*unembed_case(2, 8, (3, 4), 2, 72, "float", stream), 2, dtype)
 

@@ -2,8 +2,7 @@
 #pragma once
 #include "floats.h"
 #include "operands.h"
-#include "products.h"
-#include "team.h"
+#include "transposed.h"
 
 namespace tqdit {
 
@@ -41,10 +40,12 @@ struct Gelu {
 };
 
 // LayerNorm without parameters and its modulation.
+template <typename Item>
 struct Normal {
-  const float *x, *shift, *scale;
+  const Item* x;
+  const float *shift, *scale;
   float mean, inverse;
-  Normal(const float* in, const float* shift, const float* scale, float eps, int64_t width)
+  Normal(const Item* in, const float* shift, const float* scale, float eps, int64_t width)
       : x(in), shift(shift), scale(scale) {
     vfloat total{}, squares{};
     along(width, [&](int64_t j, auto n) { total += load(in + j, n); });
@@ -131,7 +132,7 @@ void for_values(const QuantizeCall& c, const Run& run) {
   else if (c.shift)
     factored([&c](int64_t row) {
       const int64_t modulation = row / c.tokens * c.stride;
-      return Normal(c.row<float>(row), c.shift + modulation, c.scale + modulation, c.eps, c.width);
+      return Normal<float>(c.row<float>(row), c.shift + modulation, c.scale + modulation, c.eps, c.width);
     });
   else
     for_float_type(c.type, nullptr, [&](auto* item) {
@@ -207,23 +208,15 @@ inline void weight_only_piece(WeightOnlyPiece p, int64_t rows, int64_t columns) 
 
 constexpr int64_t NARROW = 64;
 
-// Multiplies a narrow x, such as the pixels of a patch, by vectors along the columns: this needs no sums across lanes.
+// Multiplies a narrow x, such as the pixels of a patch.
 inline void weight_only_narrow(const float* x, const int8_t* codes, const float* scale, const float* bias, int64_t rows,
                                int64_t columns, int64_t depth, float* out, int64_t threads) {
-  const int64_t padded = round_up(columns, LANES);
-  const Buffer<float> transposed(depth * padded);
-  float* const weight = transposed.data();
-  for (int64_t k = 0; k < depth; ++k)
-    for (int64_t j = 0; j < padded; ++j) weight[k * padded + j] = j < columns ? codes[j * depth + k] : 0;
-  deal_rows(threads, rows, CODED_ROWS, [=](int64_t row, int64_t end) {
-    for (; row < end; ++row)
-      for (int64_t j = 0; j < columns; j += LANES) {
-        vfloat total{};
-        for (int64_t k = 0; k < depth; ++k)
-          total = multiply_add(splat(x[row * depth + k]), load(weight + k * padded + j), total);
-        const int64_t n = columns - j;
-        store(out + row * columns + j, total * load(scale + j, n) + load(bias + j, n), n);
-      }
+  const Transposed weight(codes, columns, depth, threads);
+  deal_rows(threads, rows, CODED_ROWS, [&](int64_t first, int64_t end) {
+    weight.multiply(x + first * depth, depth, end - first, [&](int64_t row, int64_t j, vfloat sums) {
+      const int64_t n = columns - j;
+      store(out + (first + row) * columns + j, sums * load(scale + j, n) + load(bias + j, n), n);
+    });
   });
 }
 

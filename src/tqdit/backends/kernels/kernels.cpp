@@ -6,5 +6,6 @@
 // Rows are independent and each is summed in one fixed order: neither threads nor the batch change a result.
 #include "attention.h"
 #include "elementwise.h"
+#include "ends.h"
 #include "epilogues.h"
 #include "float_panels.h"
