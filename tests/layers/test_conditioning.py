@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tqdit.layers.conditioning import Conditioning, TimestepTable
+from tqdit.layers.conditioning import FEW, Conditioning, Modulation, TimestepTable
 
 WIDTH = 16
 
@@ -54,6 +55,28 @@ def test_conditioning_of_mixed_timesteps(norm) -> None:
     assert norm.embedder.rows == [3]
     assert torch.allclose(torch.cat(modulation.block(0, 0), 1), expected(norm, t, labels), atol=1e-6)
     assert torch.allclose(modulation.activated(), F.silu(norm.embedder(t, labels, torch.float32)), atol=1e-6)
+
+
+@pytest.mark.parametrize("samples", [7, 8, 9, 33])
+def test_modulation_of_many_samples_is_copied_by_one_thread(samples: int) -> None:
+    """torch begins threads for operations on more numbers than 4 rows have. The last piece has 1, 3 or 4 rows."""
+    make, sizes = torch.Generator().manual_seed(1), []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **kwargs or {})
+            if func.overloadpacket.__name__ in ("index_select", "copy_"):
+                sizes.append(out.numel())
+            return out
+
+    rows = torch.randint(5, (samples,), generator=make)
+    stacked = torch.randn(5, 2 * 7200, generator=make)
+    modulation = Modulation(rows, (torch.zeros(5, 1200),), (stacked,))
+    with Noted():
+        found = torch.cat(modulation.block(0, 1), dim=1)
+    assert torch.equal(found, stacked[rows, 7200:])
+    assert 7200 <= max(sizes) <= FEW
+    assert sum(sizes) == 2 * samples * 7200
 
 
 def test_stacked_layers_of_two_blocks_are_told_apart(norm) -> None:

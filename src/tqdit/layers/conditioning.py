@@ -12,6 +12,8 @@ from tqdit.layers.linear import at_an_end
 from tqdit.ops.ends import Lookup
 from tqdit.ops.modules import plain
 
+FEW = 32767  # numbers up to which an operation of torch on a CPU begins no threads
+
 
 class TimestepTable(nn.Module):
     """A table of the sinusoids of whole timesteps, (B,) -> (B, 256): one kernel instead of ten."""
@@ -55,7 +57,20 @@ class Modulation:
         return self._expanded(self.stacked[group][:, place * width : (place + 1) * width]).chunk(6, dim=1)
 
     def _expanded(self, values: torch.Tensor) -> torch.Tensor:
-        return values if self.rows is None else values.index_select(0, self.rows)
+        """Return the row of each sample, (B, C).
+
+        There are `rows` on a CPU only. Between two blocks threads of torch's would be in the way of a backend's own, so
+        that a few rows are copied at a time.
+        """
+        if self.rows is None:
+            return values
+        few = max(1, FEW // values.shape[1])
+        if len(self.rows) <= few:
+            return values.index_select(0, self.rows)
+        out = values.new_empty(len(self.rows), values.shape[1])
+        for part, rows in zip(out.split(few), self.rows.split(few), strict=True):
+            part.copy_(values.index_select(0, rows))
+        return out
 
 
 class Conditioning(nn.Module):
