@@ -150,11 +150,22 @@ def test_input_that_is_wrong_is_refused_before_any_image(evaluate, pipeline, net
     torch.jit.script(Colours()).save(str(tmp_path / "colours.pt"))
     np.savez(tmp_path / "other.npz", mu=np.zeros(7), sigma=np.eye(7))
     (tmp_path / "own.json").write_text("{}")
+    (tmp_path / "results").mkdir()
     out = tmp_path / "results.json"
     for message, call in {
         "network 'colours.pt' fails on images": lambda: evaluate(pipeline, network=tmp_path / "colours.pt"),
         "of 7 features, the network gives 24": lambda: evaluate(
             pipeline, reference=tmp_path / "other.npz", network=network
+        ),
+        "none is missing; a reference is an .npz file, a folder of images, or 'fashion-test'": lambda: tqdit.evaluate(
+            pipeline, tmp_path / "none", out
+        ),
+        "own.json is no .npz file; a reference is an .npz file": lambda: evaluate(
+            pipeline, reference=tmp_path / "own.json", network=network
+        ),
+        "none.npz is missing; a batch of images is an .npz file": lambda: evaluate(tmp_path / "none.npz"),
+        "results is not a regular file; a network is a TorchScript file": lambda: evaluate(
+            pipeline, network=tmp_path / "results"
         ),
         "give the feature network": lambda: tqdit.evaluate(pipeline, reference, out),
         "own.json is no result file of tqdit evaluate": lambda: tqdit.evaluate(

@@ -13,7 +13,7 @@ from tqdit.evaluation.contenders import BATCH_SUFFIX, Batch, Contender, Model
 from tqdit.evaluation.costs import Costs
 from tqdit.evaluation.image_sets import ImageSet, write_npz
 from tqdit.evaluation.networks import FASHION, Network, load_network
-from tqdit.evaluation.reference import FASHION_TEST, Reference, open_reference
+from tqdit.evaluation.reference import FASHION_TEST, Reference, check_name, open_reference
 from tqdit.evaluation.results import Evaluation, Protocol, Row, read_evaluation
 from tqdit.evaluation.scores import NEIGHBOURS
 from tqdit.imaging.images import BATCH
@@ -85,6 +85,7 @@ def evaluate(  # noqa: PLR0913 - one for each option of the command
         wanted = drawing.images_of(name, classes, num, sampling, seed, batch, conditions)
         return Model(wanted, target, place)
 
+    check_name(reference)
     found = load_network(_network_name(network, reference), target.device)
     real = open_reference(reference, found)
     contenders = _contenders(models, num, drawn_here)
