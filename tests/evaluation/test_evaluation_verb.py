@@ -178,6 +178,13 @@ def test_input_that_is_wrong_is_refused_before_any_image(evaluate, pipeline, net
         "needs more than 3 images, of the models there are 3": lambda: evaluate(pipeline, num=3),
         "two of the models are called 'tiny-dit.npz'": lambda: evaluate(pipeline, pipeline, npz=tmp_path / "npz"),
         "models must name at least one model": evaluate,
+        "models must be a path or a name or a list of them, got 5": lambda: tqdit.evaluate(5, reference, out),
+        r"models must be a path or a name or a list of them, got \(5,\)": lambda: evaluate(5),
+        "reference must be a path, got 5": lambda: evaluate(pipeline, reference=5),
+        "out must be a path, got None": lambda: tqdit.evaluate(pipeline, reference, None),
+        "network must be a path, got 5": lambda: evaluate(pipeline, network=5),
+        "images must be a path, got 5": lambda: evaluate(pipeline, images=5),
+        "npz must be a path, got 5": lambda: evaluate(pipeline, npz=5),
     }.items():
         with pytest.raises(InputError, match=message):
             call()
