@@ -98,11 +98,27 @@ def test_names_from_folders_are_escaped(text: str) -> None:
 def test_table_shows_formatted_values_and_a_dash_for_none(text: str) -> None:
     results = text[text.index("<h2>Results") : text.index("<h2>Fidelity")]
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr><th scope=\"row\">.*?</tr>", results)]
-    assert rows[0] == ["–", "float32", "16.20", "100.0", "100.0", "–", "–", "11.20", "–", "–", "–", "–"]
+    assert rows[0] == ["–", "float32 (file: float16)", "16.20", "100.0", "100.0", "–", "–", "11.20", "–", "–", "–", "–"]
     cost = ["12.5", "4.00", "51"]
     assert rows[1] == ["paper", "w8a8", "8.30", "51.2", "51.2", "33.0", "28.8", "12.35", *cost, "74"]
     assert rows[2] == ["–", "w8a8", "4.00", "24.7", "24.7", "24.2", "28.8", "–", *cost, "74"]
     assert "from 6 images per model. It is\nbiased upwards" in text
+
+
+@without_charts
+@pytest.mark.parametrize(
+    ("run_in", "file", "shown"),
+    [
+        ("float32", "float16", "float32 (file: float16)"),
+        ("bfloat16", "float32", "bfloat16 (file: float32)"),
+        ("bfloat16", "bfloat16", "bfloat16"),
+        ("float32", "float32", "float32"),
+        ("float32", None, "float32"),
+    ],
+)
+def test_the_float_model_is_called_what_it_ran_in_and_what_its_file_is(run_in: str, file: str, shown: str) -> None:
+    text = render([saved(model_row("q"), bits=run_in, file_dtype=file)])
+    assert f'<tr><th scope="row">float-model</th><td class="word">–</td><td class="word">{shown}</td>' in text
 
 
 def test_headline_and_summary_name_the_closest_and_the_smallest(text: str) -> None:
