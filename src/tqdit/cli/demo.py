@@ -24,7 +24,7 @@ STAGES = {
     **dict(zip((f"search {preset} {bits}" for preset, bits in MODELS), (14, 40, 14), strict=True)),
     "held-out states": 5, f"images of {MODEL}": 15,
     **{f"images of {name}": 5 for name in NAMES}, "timing": 12, f"images of {MODEL}, other seeds": 15,
-    **{f"sites of {name}": 5 for name in NAMES}, "memory": 22, "report": 11,
+    **{f"sites of {name}": 5 for name in NAMES}, "memory": 22, "report": 5,
 }  # seconds on two cores, to estimate the time that is left  # fmt: skip
 RUN = "run.safetensors"
 FILES = ("report.html", RUN, "side-by-side.png", "summary.json")
