@@ -113,13 +113,14 @@ def run_demo(
 
 def _write_figures(result: "Comparison", out: Path, settings: Mapping[str, Any]) -> None:
     """Write the images side by side, and the summary. `settings`: the settings of the calibration."""
-    import torch
-
-    from tqdit.imaging.generate import save_grid
+    from tqdit.imaging.generate import save_picture
+    from tqdit.imaging.rows import labelled_rows
     from tqdit.system.files import write_text
 
     rows = (result.float_model, *result.models)
-    save_grid(torch.cat([row.images[:10] for row in rows]), out / "side-by-side.png", columns=10)
+    labels = ("float32", *(f"{preset} {bits.upper()}" for preset, bits in MODELS))
+    shown = {label: row.images[:10] for label, row in zip(labels, rows, strict=True)}
+    save_picture(labelled_rows(shown, scale=2), out / "side-by-side.png")
     summary = {
         "environment": result.environment,
         "settings": {**result.settings, "calibration": dict(settings)},
