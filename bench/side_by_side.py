@@ -14,19 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import tqdit
 from tqdit import workflow
-from tqdit.imaging.generate import to_pil
+from tqdit.imaging.rows import labelled_rows
 from tqdit.quality import metrics
 from tqdit.system.environment import environment
 
 BITS = ("w8a8", "w6a6", "w4a8")
-LABEL, GAP, TEXT = 92, 4, 17  # pixels: of a label's width, between images, of a letter's height
-GROUND, INK = "#ffffff", "#22303a"
 
 
 def main() -> None:
@@ -42,7 +38,7 @@ def main() -> None:
             )
     expected = rows["float32"]
     psnr = {name: metrics.psnr_db(expected, pixels) for name, pixels in rows.items() if name != "float32"}
-    picture(rows, args.zoom).save(args.out)
+    labelled_rows(rows, args.zoom).save(args.out)
     said: dict[str, Any] = {
         "environment": environment(args.device),
         "settings": {"model": args.model, "num": args.num, "seed": args.seed, "steps": args.steps,
@@ -82,22 +78,6 @@ def quantized(args: argparse.Namespace, folder: Path) -> Sequence[tuple[str, str
         workflow.save(solution, prepared.source, folder / bits)
         made.append((bits.upper(), folder / bits))
     return made
-
-
-def picture(rows: dict[str, Tensor], zoom: int) -> Image.Image:
-    """Return one picture: a row for each model, with its label. Images: (N, C, H, W) in [-1, 1]."""
-    first = next(iter(rows.values()))
-    number, height, width = len(first), first.shape[-2] * zoom, first.shape[-1] * zoom
-    size = (LABEL + number * (width + GAP) + GAP, len(rows) * (height + GAP) + GAP)
-    whole = Image.new("RGB", size, GROUND)
-    pen, font = ImageDraw.Draw(whole), ImageFont.load_default(TEXT)
-    for line, (name, pixels) in enumerate(rows.items()):
-        top = GAP + line * (height + GAP)
-        pen.text((10, top + height // 2), name, INK, font, anchor="lm")
-        for column, image in enumerate(to_pil(torch.as_tensor(pixels))):
-            large = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
-            whole.paste(large, (LABEL + GAP + column * (width + GAP), top))
-    return whole
 
 
 if __name__ == "__main__":

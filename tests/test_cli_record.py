@@ -116,14 +116,30 @@ def test_wrong_input_is_one_line_and_leaves_nothing(run: Run, flux_folder: Path,
     blank, latin, out = tmp_path / "blank.txt", tmp_path / "latin.txt", tmp_path / "out" / "calls"
     blank.write_text("\n  \n")
     latin.write_bytes(b"caf\xe9\n")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "model_index.json").write_text("{}")
     cases = [
-        ([flux_folder, "--prompts", tmp_path / "none.txt"], f"{tmp_path / 'none.txt'} is missing"),
+        (
+            [flux_folder, "--prompts", tmp_path / "none.txt"],
+            f"{tmp_path / 'none.txt'} is missing; a prompts file has a",
+        ),
         ([flux_folder, "--prompts", blank], f"{blank} has no prompt; it needs one on each line"),
         ([flux_folder, "--prompts", latin], f"{latin} is no text in UTF-8: "),
         ([flux_folder, "--size", "512"], "--size must be HxW in pixels, such as 512x768, got '512'"),
         ([flux_folder, "--size", "0x64"], "--size must be HxW in pixels"),
         ([flux_folder, "--dtype", "int8"], "dtype 'int8' is not one of"),
-        ([tmp_path / "nowhere"], f"{tmp_path / 'nowhere' / 'model_index.json'} is missing"),
+        (
+            [flux_folder, "--prompts", tmp_path],
+            f"{tmp_path} is not a regular file; a prompts file has a",
+        ),
+        ([tmp_path / "nowhere"], f"unknown model '{tmp_path / 'nowhere'}'; give the folder of a diffusers pipeline"),
+        ([prompts], f"'{prompts}' is not a folder; give the folder of a diffusers pipeline"),
+        (
+            ["fashion-dit"],
+            "'fashion-dit' is a bundled model, which is quantized without recorded calls; give the folder of",
+        ),
+        ([bare], f"{bare} has no transformer; its components are none"),
         ([flux_folder / "transformer"], "model_index.json is missing; the folder of a pipeline has one"),
         ([flux_folder, "--prompts", prompts, "--steps", "0"], "--steps must be"),
     ]

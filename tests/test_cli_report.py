@@ -1,5 +1,6 @@
 """`tqdit compare --out` and `tqdit report`, of a described model with images and of a traced one on recorded calls."""
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -143,6 +144,14 @@ def test_wrong_files_and_outputs_are_named_before_any_work(run: Command, pipelin
     assert run("report", missing, "-o", tmp_path / "page.html")[::2] == (
         2, f"tqdit: {missing} is missing; `tqdit compare --out` writes runs",
     )  # fmt: skip
+    (tmp_path / "text").write_text("no run")
+    for other, problem in (
+        (tmp_path, "is not a regular file"),
+        (tmp_path / "text", "is truncated or damaged: Error .*"),
+    ):
+        said = run("report", other, "-o", tmp_path / "page.html")[2]
+        assert re.fullmatch(f"tqdit: {other} {problem}; `tqdit compare --out` writes runs", said)
+    (tmp_path / "text").unlink()
     assert run("report", missing, "-o", tmp_path)[2] == f"tqdit: output {tmp_path} is a folder; give a file"
     weights = artifact / "transformer" / "diffusion_pytorch_model.safetensors"
     assert "is no run that `tqdit compare --out` saved" in run("report", weights, "-o", tmp_path / "page.html")[2]

@@ -148,6 +148,11 @@ def test_each_way_refuses_the_options_of_the_other(root) -> None:
             lambda: tqdit.compare(*models, calls=calls, prompts=["a"], options=["height"]),
             r"^options must be a dict of the pipeline's arguments by name, got \['height'\]$",
         ),
+        (lambda: tqdit.compare(*models, calls=calls, prompts=5), "^prompts are a list of texts, got 5$"),
+        (lambda: tqdit.compare(*models, calls=calls, prompts="a"), "^prompts are a list of texts, got 'a'$"),
+        (lambda: tqdit.compare(*models, calls=calls, prompts=[1]), r"^prompts are a list of texts, got \[1\]$"),
+        (lambda: tqdit.compare(*models, prompts=5), "^prompts is for a comparison on recorded calls; give calls, too$"),
+        (lambda: tqdit.compare(*models, calls=calls, num=torch.ones(2)), "^num and calls exclude each other$"),
         (lambda: tqdit.compare(*models, calls=3), "calls must be a recording, the path of one, or a list"),
     ):
         with pytest.raises(InputError, match=said):

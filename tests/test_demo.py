@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tiny_dit import build_dit, write_pipeline
 from tqdit.artifact import folder as artifact
 from tqdit.cli.demo import NAMES, STAGES, run_demo
+from tqdit.imaging.rows import GAP
 from tqdit.quality import run_file
 from tqdit.report import page as report_page
 from tqdit.sources import resolve as resolving
@@ -65,7 +67,12 @@ def test_demo_writes_what_the_readme_promises(tmp_path: Path, monkeypatch: pytes
     assert [row.name for row in run.parts[0].models] == list(NAMES)
     assert len(images) == 4
     assert all(row.sites_in_all == len(row.sites) for row in run.parts[0].models)
-    assert (tmp_path / "side-by-side.png").read_bytes().startswith(b"\x89PNG")
+    with Image.open(tmp_path / "side-by-side.png") as picture:
+        heights = (64 + GAP) * 4 + GAP
+        assert picture.height == heights
+        label = picture.width - (2 * (64 + GAP) + GAP)  # two images in a row
+        labels = [picture.crop((0, top, label, top + 64)).tobytes() for top in range(GAP, heights - GAP, 64 + GAP)]
+    assert len(set(labels)) == 4
 
 
 def test_bundled_model_is_small_and_complete() -> None:

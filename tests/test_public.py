@@ -303,6 +303,35 @@ def test_arguments_of_another_kind(model, recipe, scheduler_config, states, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_reports_backends_classes_and_places_of_another_kind(model, recipe, scheduler_config, tmp_path) -> None:
+    out = tmp_path / "out"
+    for report in (None, 5, "bar"):
+        for verb in (
+            lambda report: tqdit.quantize("fashion-dit", out, recipe, report=report),
+            lambda report: tqdit.quantize(model, recipe, scheduler=scheduler_config, report=report),
+            lambda report: tqdit.quantize(model, recipe, calls=[], report=report),
+            lambda report: tqdit.quantize("fashion-dit", out, recipe, calls=[], report=report),
+            lambda report: tqdit.compare("fashion-dit", out, report=report),
+            lambda report: tqdit.sample("fashion-dit", report=report),
+            lambda report: tqdit.evaluate("fashion-dit", "fashion-test", out, report=report),
+        ):
+            with pytest.raises(InputError, match=f"^report must be a function of a .* fraction, got {report!r}$"):
+                verb(report)
+    for call, message in (
+        (lambda: tqdit.load("fashion-dit", backend=["cpu"]), r"unknown backend '\['cpu'\]'; known: auto, "),
+        (lambda: tqdit.sample("fashion-dit", 1.5), "classes must be a list .* got a value of the type float"),
+        (lambda: tqdit.sample("fashion-dit", torch.zeros(2)), r"unknown class 'tensor\(0\.\)'"),
+        (lambda: tqdit.quantize(model, recipe, scheduler=scheduler_config, out=5), "out must be a path, got 5"),
+        (lambda: tqdit.quantize(model, recipe, calls=[], out=["a"]), r"out must be a path, got \['a'\]"),
+        (lambda: tqdit.Sampling(steps="5"), "steps must be a whole number of at least 1, got '5'"),
+        (lambda: tqdit.Sampling(steps=2.5), r"steps must be a whole number of at least 1, got 2\.5"),
+        (lambda: tqdit.Sampling(guidance=None), "guidance must be a finite number from 0, got None"),
+    ):
+        with pytest.raises(InputError, match=f"^{message}"):
+            call()
+    assert not out.exists()
+
+
 def test_records_of_another_model(model, tiny_dit, states, recipe) -> None:
     records, other = tqdit.calibrate(model, states, recipe), copy.deepcopy(model)
     with torch.no_grad():

@@ -20,6 +20,7 @@ from tqdit.sources.scheduler import check_timesteps
 from tqdit.stages import Report, silent
 from tqdit.system.deprecation import formerly_positional
 from tqdit.system.isolation import isolated
+from tqdit.system.validation import check_report
 
 
 @formerly_positional("report", "backend", "device")
@@ -44,6 +45,7 @@ def sample(  # noqa: PLR0913 - one for each option of the command
 
     Inside `distributed.joined` every rank draws its share and returns all of them.
     """
+    check_report(report)
     target = Target(backend, device, dtype)
     return sample_images(images_of(model, classes, num, sampling, seed, conditions=conditions), target, report)
 

@@ -30,7 +30,7 @@ from tqdit.system.deprecation import formerly_positional
 from tqdit.system.distributed import chosen_device
 from tqdit.system.isolation import isolated
 from tqdit.system.outputs import check_space, check_target, filled
-from tqdit.system.validation import check_flags
+from tqdit.system.validation import check_flags, check_paths, check_report
 
 
 @isolated()
@@ -79,6 +79,7 @@ def quantize_source(
     """
     check_recipe(recipe)
     check_flags(overwrite=overwrite, resumable=resumable)
+    check_report(report)
     out, conditions = Path(out), read_conditions(conditions)
     work = jobs.work_folder(out) if resumable else None
     with jobs.reserved(out) as place:
@@ -131,6 +132,8 @@ def quantize_module(  # noqa: PLR0913 - options
     """
     check_recipe(recipe)
     check_flags(overwrite=overwrite)
+    check_report(report)
+    check_paths(out=out)
     device = next(model.parameters()).device if device is None else device
     target, source = Target(backend, device, dtype), source_in_memory(model, scheduler, labels)
     conditions = read_conditions(conditions)

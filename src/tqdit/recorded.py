@@ -44,7 +44,7 @@ from tqdit.stages import Report, check_recipe, silent
 from tqdit.system.environment import environment, peak_memory_bytes
 from tqdit.system.isolation import isolated
 from tqdit.system.outputs import check_target, replacing
-from tqdit.system.validation import check_flags
+from tqdit.system.validation import check_flags, check_paths, check_report
 
 CALLS = "calls_sha256"  # an entry of provenance beside those that every artifact has
 
@@ -73,6 +73,8 @@ def quantize_recorded(  # noqa: PLR0913 - options
     """
     check_recipe(recipe)
     check_flags(overwrite=overwrite)
+    check_report(report)
+    check_paths(out=out)
     check_transformer(model)
     model = same_module(model)
     check_float(model)
@@ -109,6 +111,7 @@ def quantize_folder(
     """
     check_recipe(recipe)
     check_flags(overwrite=overwrite)
+    check_report(report)
     out, where, started = Path(out), checked_device(device), time.perf_counter()
     wanted = None if dtype is None else checked_dtype(dtype)
     check_target(out, overwrite)

@@ -150,11 +150,22 @@ def test_input_that_is_wrong_is_refused_before_any_image(evaluate, pipeline, net
     torch.jit.script(Colours()).save(str(tmp_path / "colours.pt"))
     np.savez(tmp_path / "other.npz", mu=np.zeros(7), sigma=np.eye(7))
     (tmp_path / "own.json").write_text("{}")
+    (tmp_path / "results").mkdir()
     out = tmp_path / "results.json"
     for message, call in {
         "network 'colours.pt' fails on images": lambda: evaluate(pipeline, network=tmp_path / "colours.pt"),
         "of 7 features, the network gives 24": lambda: evaluate(
             pipeline, reference=tmp_path / "other.npz", network=network
+        ),
+        "none is missing; a reference is an .npz file, a folder of images, or 'fashion-test'": lambda: tqdit.evaluate(
+            pipeline, tmp_path / "none", out
+        ),
+        "own.json is no .npz file; a reference is an .npz file": lambda: evaluate(
+            pipeline, reference=tmp_path / "own.json", network=network
+        ),
+        "none.npz is missing; a batch of images is an .npz file": lambda: evaluate(tmp_path / "none.npz"),
+        "results is not a regular file; a network is a TorchScript file": lambda: evaluate(
+            pipeline, network=tmp_path / "results"
         ),
         "give the feature network": lambda: tqdit.evaluate(pipeline, reference, out),
         "own.json is no result file of tqdit evaluate": lambda: tqdit.evaluate(
@@ -167,6 +178,13 @@ def test_input_that_is_wrong_is_refused_before_any_image(evaluate, pipeline, net
         "needs more than 3 images, of the models there are 3": lambda: evaluate(pipeline, num=3),
         "two of the models are called 'tiny-dit.npz'": lambda: evaluate(pipeline, pipeline, npz=tmp_path / "npz"),
         "models must name at least one model": evaluate,
+        "models must be a path or a name or a list of them, got 5": lambda: tqdit.evaluate(5, reference, out),
+        r"models must be a path or a name or a list of them, got \(5,\)": lambda: evaluate(5),
+        "reference must be a path, got 5": lambda: evaluate(pipeline, reference=5),
+        "out must be a path, got None": lambda: tqdit.evaluate(pipeline, reference, None),
+        "network must be a path, got 5": lambda: evaluate(pipeline, network=5),
+        "images must be a path, got 5": lambda: evaluate(pipeline, images=5),
+        "npz must be a path, got 5": lambda: evaluate(pipeline, npz=5),
     }.items():
         with pytest.raises(InputError, match=message):
             call()

@@ -125,6 +125,13 @@ def test_unknown_model_says_what_is_known() -> None:
         resolve("no-such-model")
 
 
+def test_a_name_like_a_bundled_one_gets_a_suggestion() -> None:
+    with pytest.raises(InputError, match=r"unknown model 'fashion-dot'; .*; did you mean 'fashion-dit'\?$"):
+        resolve("fashion-dot")
+    with pytest.raises(InputError, match=r"bundled model: fashion-dit$"):
+        resolve("no-such-model")
+
+
 def test_folder_without_a_config(tmp_path) -> None:
     with pytest.raises(InputError, match=r"config\.json is missing"):
         resolve(tmp_path)

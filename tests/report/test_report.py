@@ -5,15 +5,20 @@ import csv
 import re
 import subprocess
 import sys
+from collections import Counter
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from comparisons import BLOCKS, GROUPS, histogram, model_row, pixels, reference, saved, site, verdict
 from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from tqdit.quality.run import Boxes, Region, Steps
-from tqdit.report import figures, histograms, softmax
+from tqdit.report import figures, histograms, softmax, svg
 from tqdit.report import page as under_test
 from tqdit.report.images import BUDGET, sheets
 from tqdit.report.page import render, write_report
@@ -98,11 +103,27 @@ def test_names_from_folders_are_escaped(text: str) -> None:
 def test_table_shows_formatted_values_and_a_dash_for_none(text: str) -> None:
     results = text[text.index("<h2>Results") : text.index("<h2>Fidelity")]
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr><th scope=\"row\">.*?</tr>", results)]
-    assert rows[0] == ["–", "float32", "16.20", "100.0", "100.0", "–", "–", "11.20", "–", "–", "–", "–"]
+    assert rows[0] == ["–", "float32 (file: float16)", "16.20", "100.0", "100.0", "–", "–", "11.20", "–", "–", "–", "–"]
     cost = ["12.5", "4.00", "51"]
     assert rows[1] == ["paper", "w8a8", "8.30", "51.2", "51.2", "33.0", "28.8", "12.35", *cost, "74"]
     assert rows[2] == ["–", "w8a8", "4.00", "24.7", "24.7", "24.2", "28.8", "–", *cost, "74"]
     assert "from 6 images per model. It is\nbiased upwards" in text
+
+
+@without_charts
+@pytest.mark.parametrize(
+    ("run_in", "file", "shown"),
+    [
+        ("float32", "float16", "float32 (file: float16)"),
+        ("bfloat16", "float32", "bfloat16 (file: float32)"),
+        ("bfloat16", "bfloat16", "bfloat16"),
+        ("float32", "float32", "float32"),
+        ("float32", None, "float32"),
+    ],
+)
+def test_the_float_model_is_called_what_it_ran_in_and_what_its_file_is(run_in: str, file: str, shown: str) -> None:
+    text = render([saved(model_row("q"), bits=run_in, file_dtype=file)])
+    assert f'<tr><th scope="row">float-model</th><td class="word">–</td><td class="word">{shown}</td>' in text
 
 
 def test_headline_and_summary_name_the_closest_and_the_smallest(text: str) -> None:
@@ -312,6 +333,38 @@ def test_boxes_of_a_block_without_states_are_left_out() -> None:
     empty = Boxes(block=0, bounds=[0.0, 500.0, 1000.0], boxes=[None, None])
     part = run.parts[0].model_copy(update={"boxes": [empty]})
     assert "Box plots" not in render([(run.model_copy(update={"parts": [part]}), images)])
+
+
+def test_a_chart_is_laid_out_once_and_drawn_once_in_each_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: Counter[str] = Counter()
+
+    def counted(owner: type, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(self: object, *args: object, **options: object) -> object:
+            counts[name] += 1
+            return original(self, *args, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    counted(Figure, "draw")
+    counted(ConstrainedLayoutEngine, "execute")
+    histograms.site_histogram("key", site(), histogram())
+    assert counts == {"draw": 2, "execute": 1}
+
+
+def test_a_logarithmic_axis_has_labels_in_plain_text_and_all_its_minor_ticks() -> None:
+    def paint(axes: Axes, low: float, high: float) -> None:
+        axes.set_xticks([])
+        svg.log_scale(axes, "y")
+        axes.set_ylim(low, high)
+
+    wide = svg.draw("wide", "", partial(paint, low=0.045, high=25), []).svg
+    assert re.findall(r"<text[^>]*>([^<]*)</text>", wide) == ["10⁻¹", "10⁰", "10¹"]
+    minor = [0.05, 0.06, 0.07, 0.08, 0.09, *(k / 10 for k in range(2, 10)), *range(2, 10), 20]
+    assert wide.count("<use ") == 3 + len(minor)
+    narrow = svg.draw("narrow", "", partial(paint, low=1.5, high=4.5), []).svg
+    assert [label.count("×") for label in re.findall(r"<text.*?</text>", narrow, re.DOTALL)] == [1, 1, 1]
 
 
 @pytest.mark.slow

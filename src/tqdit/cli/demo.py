@@ -24,7 +24,7 @@ STAGES = {
     **dict(zip((f"search {preset} {bits}" for preset, bits in MODELS), (14, 40, 14), strict=True)),
     "held-out states": 5, f"images of {MODEL}": 15,
     **{f"images of {name}": 5 for name in NAMES}, "timing": 12, f"images of {MODEL}, other seeds": 15,
-    **{f"sites of {name}": 5 for name in NAMES}, "memory": 22, "report": 11,
+    **{f"sites of {name}": 5 for name in NAMES}, "memory": 22, "report": 5,
 }  # seconds on two cores, to estimate the time that is left  # fmt: skip
 RUN = "run.safetensors"
 FILES = ("report.html", RUN, "side-by-side.png", "summary.json")
@@ -113,13 +113,14 @@ def run_demo(
 
 def _write_figures(result: "Comparison", out: Path, settings: Mapping[str, Any]) -> None:
     """Write the images side by side, and the summary. `settings`: the settings of the calibration."""
-    import torch
-
-    from tqdit.imaging.generate import save_grid
+    from tqdit.imaging.generate import save_picture
+    from tqdit.imaging.rows import labelled_rows
     from tqdit.system.files import write_text
 
     rows = (result.float_model, *result.models)
-    save_grid(torch.cat([row.images[:10] for row in rows]), out / "side-by-side.png", columns=10)
+    labels = ("float32", *(f"{preset} {bits.upper()}" for preset, bits in MODELS))
+    shown = {label: row.images[:10] for label, row in zip(labels, rows, strict=True)}
+    save_picture(labelled_rows(shown, scale=2), out / "side-by-side.png")
     summary = {
         "environment": result.environment,
         "settings": {**result.settings, "calibration": dict(settings)},

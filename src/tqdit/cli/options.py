@@ -103,7 +103,7 @@ def text_lines(path: Path) -> list[str]:
     from tqdit.system.reading import read_bytes
 
     try:
-        text = read_bytes(path).decode("utf-8-sig")
+        text = read_bytes(path, why="a prompts file has a prompt on each line").decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -80,10 +80,12 @@ def _pipeline(folder: Path, dtype: Any) -> Any:
     from tqdit.errors import InputError
     from tqdit.system.files import read_json
 
+    if not folder.is_dir():
+        raise InputError(_no_folder(folder))
     index = read_json(folder / INDEX, "the folder of a pipeline has one")
     parts = {name: entry for name, entry in index.items() if name[:1] != "_" and isinstance(entry, list)}
     if not any("transformer" in name for name in parts):
-        raise InputError(f"{folder} has no transformer; its components are {', '.join(parts)}")
+        raise InputError(f"{folder} has no transformer; its components are {', '.join(parts) or 'none'}")
     absent = {name: None for name, entry in parts.items() if not all(entry)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # diffusers 0.39 knows no other name than `torch_dtype`
@@ -93,6 +95,18 @@ def _pipeline(folder: Path, dtype: Any) -> Any:
             )
         except (OSError, ValueError, ImportError, AttributeError) as error:
             raise InputError(f"{folder}: diffusers cannot load the pipeline: {error}") from error
+
+
+def _no_folder(path: Path) -> str:
+    """Return what is wrong with a path that is no folder, in the words of the other commands."""
+    from tqdit.sources.resolve import BUNDLED
+
+    expected = "give the folder of a diffusers pipeline"
+    if path.exists():
+        return f"'{path}' is not a folder; {expected}"
+    if str(path) in BUNDLED:
+        return f"'{path}' is a bundled model, which is quantized without recorded calls; {expected}"
+    return f"unknown model '{path}'; {expected}"
 
 
 def _arguments(pipe: Any, line: str, options: Mapping[str, Any], prompts: Path | None) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class Batch:
     labels: Sequence[int] | None = None
 
     def __init__(self, path: Path, num: int) -> None:
-        check_regular(path)
+        check_regular(path, "a batch of images is an .npz file")
         self._images = NpzImages(path, num)
         self.name = path.name
         self.drawn: Mapping[str, Any] = {"num": num, "batch": "drawn elsewhere"}

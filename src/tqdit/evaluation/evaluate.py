@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from tqdit.evaluation.contenders import BATCH_SUFFIX, Batch, Contender, Model
 from tqdit.evaluation.costs import Costs
 from tqdit.evaluation.image_sets import ImageSet, write_npz
 from tqdit.evaluation.networks import FASHION, Network, load_network
-from tqdit.evaluation.reference import FASHION_TEST, Reference, open_reference
+from tqdit.evaluation.reference import FASHION_TEST, Reference, check_name, open_reference
 from tqdit.evaluation.results import Evaluation, Protocol, Row, read_evaluation
 from tqdit.evaluation.scores import NEIGHBOURS
 from tqdit.imaging.images import BATCH
@@ -24,7 +25,7 @@ from tqdit.system.distributed import current
 from tqdit.system.environment import environment, peak_memory_bytes
 from tqdit.system.isolation import isolated
 from tqdit.system.outputs import check_file, check_outside, check_parent
-from tqdit.system.validation import check_counts, check_seed
+from tqdit.system.validation import check_counts, check_paths, check_report, check_seed
 
 NUM = 10_000
 RESULT_SUFFIX = ".json"  # by which the command tells result files from models
@@ -71,7 +72,12 @@ def evaluate(  # noqa: PLR0913 - one for each option of the command
     """
     check_counts(num=num, batch=batch)
     check_seed(seed)
-    out, target = Path(out), Target(backend, device, dtype)
+    check_report(report)
+    check_paths(reference=reference, out=out, network=network, images=images, npz=npz)
+    for name, value in (("reference", reference), ("out", out)):
+        if value is None:
+            raise InputError(f"{name} must be a path, got None")
+    given, out, target = _listed(models), Path(out), Target(backend, device, dtype)
     place = out.with_suffix(".images") if images is None else Path(images)
     batches = None if npz is None else Path(npz)
     if out.suffix != RESULT_SUFFIX:
@@ -85,20 +91,28 @@ def evaluate(  # noqa: PLR0913 - one for each option of the command
         wanted = drawing.images_of(name, classes, num, sampling, seed, batch, conditions)
         return Model(wanted, target, place)
 
+    check_name(reference)
     found = load_network(_network_name(network, reference), target.device)
     real = open_reference(reference, found)
-    contenders = _contenders(models, num, drawn_here)
+    contenders = _contenders(given, num, drawn_here)
     evaluation = _begun(contenders, found, real, out)
     _check_images(found, real, contenders, batches)
     return _Work(found, real, out, batches, report).run(contenders, evaluation)
 
 
-def _contenders(
-    models: str | Path | Sequence[str | Path], num: int, drawn_here: Callable[[str | Path], Contender]
-) -> list[Contender]:
-    given = [models] if isinstance(models, str | Path) else list(models)
+def _listed(models: Any) -> Sequence[str | Path]:
+    """Return the models that a user gives, a list or one, as a list. Raises `InputError` for anything else."""
+    given = [models] if isinstance(models, str | Path) else models
+    if not isinstance(given, Sequence) or not all(isinstance(name, str | Path) for name in given):
+        raise InputError(f"models must be a path or a name or a list of them, got {models!r:.80}")
     if not given:
         raise InputError("models must name at least one model, got an empty list")
+    return given
+
+
+def _contenders(
+    given: Sequence[str | Path], num: int, drawn_here: Callable[[str | Path], Contender]
+) -> list[Contender]:
     elsewhere = [Path(name).suffix == BATCH_SUFFIX for name in given]
     return [Batch(Path(name), num) if made else drawn_here(name) for name, made in zip(given, elsewhere, strict=True)]
 

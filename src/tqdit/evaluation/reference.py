@@ -1,5 +1,6 @@
 """References: the real images, or statistics of them, that generated images are measured against."""
 
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from tqdit.quality import fashion, features
 from tqdit.system.reading import check_regular
 
 FASHION_TEST = "fashion-test"  # the bundled features of Fashion-MNIST's test images
+LEGAL = f"a reference is an .npz file, a folder of images, or '{FASHION_TEST}'"
 POOLED, SPATIAL = ("mu", "sigma"), ("mu_s", "sigma_s")  # of the statistics in an ADM batch
 
 
@@ -65,6 +67,13 @@ class Reference:
         return {"sha256": self.sha256, "images": count, "statistics": self.gaussian is not None}
 
 
+def check_name(name: str | Path) -> None:
+    """Raise `InputError` for a reference that is neither there nor the bundled one; called before anything is read."""
+    path = Path(name)
+    if str(name) != FASHION_TEST and not path.is_dir():
+        check_regular(path, LEGAL)
+
+
 def open_reference(name: str | Path, network: Network) -> Reference:
     """Return the reference that a user names: an `.npz` file, a folder of images, or the bundled "fashion-test".
 
@@ -76,11 +85,11 @@ def open_reference(name: str | Path, network: Network) -> Reference:
         if network.name != FASHION:
             raise InputError(f"reference '{FASHION_TEST}' has features of the network '{FASHION}' alone; give images")
         return Reference(FASHION_TEST, file_sha256(fashion.FEATURES_FILE), bundled=True)
+    check_name(name)
     path = Path(name)
     if path.is_dir():
         images = folder_images(path)
         return Reference(path.resolve().name, images.sha256(), images)
-    check_regular(path, f"a reference is an .npz file, a folder of images, or '{FASHION_TEST}'")
     arrays = _arrays(path)
     images_there = NpzImages(path) if IMAGES in arrays else None
     gaussian, spatial = (_gaussian(path, arrays, names) for names in (POOLED, SPATIAL))
@@ -90,6 +99,8 @@ def open_reference(name: str | Path, network: Network) -> Reference:
 
 
 def _arrays(path: Path) -> list[str]:
+    if not zipfile.is_zipfile(path):  # numpy would speak of a pickle, and of how to load it
+        raise InputError(f"{path} is no .npz file; {LEGAL}")
     try:
         with np.load(path, allow_pickle=False) as archive:
             return list(archive.files)

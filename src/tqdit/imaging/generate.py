@@ -166,15 +166,16 @@ def to_pil(pixels: torch.Tensor) -> list[Any]:
 
 def save_grid(pixels: torch.Tensor, path: str | Path, columns: int = 8) -> None:
     """Write `image_grid` of (N, C, H, W) pixels in [-1, 1] as a PNG, whole or not at all."""
-    _save(image_grid(pixels, columns=min(len(pixels), columns)), Path(path))
+    save_picture(image_grid(pixels, columns=min(len(pixels), columns)), Path(path))
 
 
 def save_image(pixels: torch.Tensor, path: Path) -> None:
     """Write one image (C, H, W) in [-1, 1] as a PNG in its own size, whole or not at all."""
-    _save(image_grid(pixels[None], columns=1, scale=1), path)
+    save_picture(image_grid(pixels[None], columns=1, scale=1), path)
 
 
-def _save(image: Any, path: Path) -> None:
+def save_picture(image: Any, path: Path) -> None:
+    """Write a PIL image as a PNG, whole or not at all."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     write_bytes(path, buffer.getvalue())

@@ -17,4 +17,9 @@ def chosen_classes(source: ModelSource, conditions: Conditions, classes: Sequenc
         raise InputError(f"classes must be a list of names or numbers, got the string '{classes}'")
     if isinstance(classes, int):
         raise InputError(f"classes must be a list, got the number {classes}; give [{classes}]")
-    return class_indices(source, classes, conditions.count) if classes else range(conditions.count)
+    try:
+        wanted = [] if classes is None else list(classes)
+    except TypeError:
+        kind = type(classes).__name__
+        raise InputError(f"classes must be a list of names or numbers, got a value of the type {kind}") from None
+    return class_indices(source, wanted, conditions.count) if wanted else range(conditions.count)

@@ -54,7 +54,7 @@ def get_backend(name: str = "auto", device: str | torch.device = "cpu") -> Backe
     """
     if name == "auto":
         name = next(candidate for candidate in AUTOMATIC if _unavailable(candidate, device) is None)
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise InputError(f"unknown backend '{name}'; known: auto, {', '.join(BACKENDS)}")
     if reason := _unavailable(name, device):
         raise InputError(f"backend '{name}' cannot run on {device}: {reason}")

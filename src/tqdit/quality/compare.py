@@ -14,6 +14,7 @@ from tqdit.runtime.target import Device, Dtype
 from tqdit.sampling.guidance import Conditions, Sampling
 from tqdit.stages import Report, silent
 from tqdit.system.deprecation import formerly_positional
+from tqdit.system.validation import check_report
 
 
 @overload
@@ -88,6 +89,7 @@ def compare(  # noqa: PLR0913 - options
 
     Raises `InputError` for an option of the other form that has not its default.
     """
+    check_report(report)
     common: dict[str, Any] = {"samples": samples, "seed": seed, "report": report, "device": device, "dtype": dtype}
     common["sites"] = sites
     of_samples: dict[str, Any] = {
@@ -106,4 +108,12 @@ def compare(  # noqa: PLR0913 - options
 def _changed(given: Mapping[str, Any]) -> str | None:
     """Return the first of the options of `compare` that has another value than its default."""
     parameters = inspect.signature(compare).parameters
-    return next((name for name, value in given.items() if value != parameters[name].default), None)
+    return next((name for name, value in given.items() if _differs(value, parameters[name].default)), None)
+
+
+def _differs(value: Any, default: Any) -> bool:
+    """Say whether a value is another than the default; a tensor is, though it compares element by element."""
+    try:
+        return bool(value != default)
+    except (RuntimeError, TypeError, ValueError):
+        return True

@@ -169,6 +169,13 @@ def check_options(options: Any) -> None:
         raise InputError(f"options must be a dict of the pipeline's arguments by name, got {options!r:.80}")
 
 
+def check_prompts(prompts: Any) -> None:
+    """Raise `InputError` unless the prompts of images are a list of texts."""
+    listed = isinstance(prompts, Sequence) and not isinstance(prompts, str)
+    if not listed or not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError(f"prompts are a list of texts, got {prompts!r:.80}")
+
+
 def check_drawing(kind: type, prompts: Sequence[str], options: Mapping[str, Any]) -> None:
     """Check what images are asked of a class of pipelines.
 
@@ -176,8 +183,7 @@ def check_drawing(kind: type, prompts: Sequence[str], options: Mapping[str, Any]
     take, that every image is drawn with anyway, or that is a nonsensical size or number of steps.
     """
     check_options(options)
-    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise InputError(f"prompts are a list of texts, got {prompts!r:.80}")
+    check_prompts(prompts)
     if not prompts:
         raise InputError("there are no prompts to draw images of")
     taken = inspect.signature(kind.__call__).parameters

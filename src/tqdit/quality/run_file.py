@@ -23,6 +23,7 @@ from tqdit.system.validation import reason
 SEAL = "tqdit.run"  # the name of the JSON's tensor, and of its sha256 in the metadata
 IMAGES = "images/"
 SUFFIX = ".safetensors"
+WRITTEN_BY = "`tqdit compare --out` writes runs"
 MOST_BYTES = 2**30  # of a file; a run of 20 images of 512 x 512 in colour for each of 10 models has 160 MB
 
 
@@ -49,10 +50,13 @@ def write(path: Path, run: Run, images: Mapping[int, torch.Tensor]) -> None:
 
 def read(path: Path) -> tuple[Run, dict[int, torch.Tensor]]:
     """Return a run and the images of its rows. Raises `InputError` naming the file and what is wrong with it."""
-    size = check_regular(path, "`tqdit compare --out` writes runs").st_size
+    size = check_regular(path, WRITTEN_BY).st_size
     if size > MOST_BYTES:
         raise InputError(f"{path} has {size} bytes; a run has at most {MOST_BYTES}")
-    tensors = files.read_tensors(path)
+    try:
+        tensors = files.read_tensors(path)
+    except InputError as error:
+        raise InputError(f"{error}; {WRITTEN_BY}") from None
     if SEAL not in tensors:
         raise InputError(f"{path} is no run that `tqdit compare --out` saved")
     try:

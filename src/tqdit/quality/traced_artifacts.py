@@ -20,6 +20,7 @@ from tqdit.quality.replayed import (
     ImageRow,
     check_drawing,
     check_options,
+    check_prompts,
     compare_calls,
     compare_images,
     held_out,
@@ -78,6 +79,7 @@ def compare_folders(  # noqa: PLR0913 - options
     check_seed(seed)
     check_flags(sites=sites)
     check_options(options)
+    check_prompts(() if prompts is None else prompts)
     quantized = artifact_paths(quantized)
     source, where = any_class.find(found_folder(model)), checked_device(device)
     if prompts:

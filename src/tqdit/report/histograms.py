@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tqdit.quality.run import Histogram, Site
 from tqdit.report.sections import COLOURS
-from tqdit.report.svg import INK, Chart, draw
+from tqdit.report.svg import INK, Chart, draw, log_scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,9 +23,9 @@ def site_histogram(key: str, site: Site, found: Histogram) -> Chart:
     def paint(axes: "Axes") -> None:
         _paint_regions(axes, found)
         axes.stairs(found.counts, found.edges, fill=True, color=INK, alpha=0.55)
-        axes.set_yscale("log")
+        log_scale(axes, "y")
         if found.log:
-            axes.set_xscale("log")
+            log_scale(axes, "x")
         axes.set(xlabel=found.unit, ylabel="values", xlim=(found.edges[0], found.edges[-1]), ylim=(0.8, None))
         if found.regions:
             axes.legend(loc="upper right", fontsize=9, framealpha=0.0, labelcolor=INK)

@@ -55,7 +55,7 @@ class Column:
 
 COLUMNS = (
     Column("Preset", "", lambda row, _: row.preset or NOTHING, word=True),
-    Column("Bits", "", lambda row, _: row.bits, word=True),
+    Column("Bits", "", lambda row, _: _form(row), word=True),
     Column("Size", "(MB)", lambda row, _: _megabytes(row.size_bytes)),
     Column("of file", "(%)", lambda row, of: _percent(row.size_bytes, of.size_bytes)),
     Column("of bf16", "(%)", lambda row, of: _percent(row.size_bytes, of.float32_bytes, 2)),
@@ -172,6 +172,11 @@ def _shared(site: Site) -> str:
     shared += f", {site.groups} time groups" if site.groups > 1 else ""
     shared += f", rotated by {site.rotation}" if site.rotation else ""
     return f"{shared}, a factor for each channel" if site.channels else shared
+
+
+def _form(row: Row) -> str:
+    """Return the bits of a row. A float model may run in another dtype than that of its file, and then has both."""
+    return row.bits if row.file_dtype in (None, row.bits) else f"{row.bits} (file: {row.file_dtype})"
 
 
 def _megabytes(size: int | None) -> str:

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +32,10 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise InputError(f"unknown sampler '{self.sampler}'; known: {', '.join(SAMPLERS)}")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, Integral):
+            raise InputError(f"steps must be a whole number of at least 1, got {self.steps!r:.80}")
+        if isinstance(self.guidance, bool) or not isinstance(self.guidance, Real):
+            raise InputError(f"guidance must be a finite number from 0, got {self.guidance!r:.80}")
         if self.steps < 1:
             raise InputError(f"steps must be at least 1, got {self.steps}")
         if not (math.isfinite(self.guidance) and self.guidance >= 0):

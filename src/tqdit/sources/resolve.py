@@ -18,7 +18,7 @@ from tqdit.architectures.building import empty_model, set_parameter
 from tqdit.architectures.dit_checkpoint import DIFFUSION
 from tqdit.architectures.registry import CLASS_NAME, FREQUENCY_SHIFT, architecture, check_supported, config_of
 from tqdit.architectures.sit_checkpoint import SCHEDULER as FLOW
-from tqdit.errors import AssumptionWarning, InputError
+from tqdit.errors import AssumptionWarning, InputError, suggestion
 from tqdit.sources import any_class, checkpoints, float_weights, hub
 from tqdit.sources.components import PIPELINE
 from tqdit.sources.labels import find_labels
@@ -95,6 +95,7 @@ def found_folder(model: str | Path) -> Path:
     raise InputError(
         f"unknown model '{model}'; give a folder, a checkpoint file ({', '.join(checkpoints.SUFFIXES)}), owner/name "
         f"of a model on the Hugging Face Hub, or a bundled model: {', '.join(BUNDLED)}"
+        f"{suggestion(str(model), BUNDLED)}"
     )
 
 

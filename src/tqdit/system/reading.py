@@ -19,17 +19,18 @@ def check_regular(path: Path, why: str = "") -> os.stat_result:
     """Return the `stat` of a regular file, or of one that a symbolic link leads to.
 
     Raises `InputError` for everything else before it is opened: a pipe would wait for ever, a device might never end.
-    `why` says what the file is needed for.
+    `why` says what the file is needed for, or what it should be; it is the end of the message.
     """
+    end = f"; {why}" if why else ""
     try:
         found = path.stat()
     except FileNotFoundError:
-        raise InputError(f"{path} is missing" + (f"; {why}" if why else "")) from None
+        raise InputError(f"{path} is missing{end}") from None
     except (OSError, ValueError) as error:  # a circle of links, a file as a part of the path, or a name with a NUL
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path} cannot be read: {reason}") from None
+        raise InputError(f"{path} cannot be read: {reason}{end}") from None
     if not stat.S_ISREG(found.st_mode):
-        raise InputError(f"{path} is not a regular file")
+        raise InputError(f"{path} is not a regular file{end}")
     return found
 
 

@@ -1,5 +1,6 @@
 """Check flags and whole numbers, and put pydantic's errors into the words of every other error."""
 
+import os
 from typing import Any
 
 from tqdit.errors import InputError
@@ -38,6 +39,19 @@ def check_flags(**given: Any) -> None:
     for name, value in given.items():
         if type(value) is not bool:
             raise InputError(f"{name} must be True or False, got {value!r:.80}")
+
+
+def check_report(report: Any) -> None:
+    """Raise `InputError` for a report of progress that cannot be called."""
+    if not callable(report):
+        raise InputError(f"report must be a function of a stage and a fraction, got {report!r:.80}")
+
+
+def check_paths(**given: Any) -> None:
+    """Raise `InputError` naming the first of the options that is no path; None is an option that was not given."""
+    for name, value in given.items():
+        if not (value is None or isinstance(value, str | os.PathLike)):
+            raise InputError(f"{name} must be a path, got {value!r:.80}")
 
 
 def check_counts(**given: Any) -> None:
