@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -117,6 +118,26 @@ def test_a_hook_runs(preset: str, called, name: str, left: str) -> None:
     assert calls == [name]
     assert called == [other for other in ("embed", "unembed") if other != left]
     assert sqnr_db(run(convert(solved(preset), "reference"), inputs()), found) > BOUND_DB
+
+
+def test_a_hook_of_a_class_of_ones_own_runs(preset: str, called) -> None:
+    """accelerate's own hooks at most move tensors, which kernels wait for; a class derived from one may do anything."""
+
+    class Doubled(ModelHook):
+        def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
+            return output * 2
+
+    model = convert(solved(preset), "cpu")
+    expected = run(model, inputs())
+    add_hook_to_module(model.norm_out, ModelHook())
+    assert torch.equal(run(model, inputs()), expected)
+    add_hook_to_module(model.norm_out, Doubled(), append=True)
+    called.clear()
+    assert not torch.equal(run(model, inputs()), expected)
+    assert called == ["embed"]
+    remove_hook_from_module(model.norm_out)
+    assert torch.equal(run(model, inputs()), expected)
+    assert called == ["embed", "embed", "unembed"]
 
 
 def test_kernels_are_part_of_a_graph(preset: str, called) -> None:

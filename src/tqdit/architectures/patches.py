@@ -1,6 +1,6 @@
 """The first and the last layer of a transformer on patches: latents to tokens, and tokens to latents."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 
 from tqdit.layers.linear import at_an_end
 from tqdit.ops.ends import EndLayer, Ends
-from tqdit.ops.modules import plain
+from tqdit.ops.modules import Ready, offloaded, only_moved, plain, present, untouched
 
 FEW_TOKENS = 8192  # of the samples that are in fp32 at a time
 ONE_PIECE = 10 * 2**20  # bytes: torch's allocator takes memory for smaller tensors together, 20 MiB at a time
@@ -23,12 +23,15 @@ def few_samples(x: torch.Tensor, side: int) -> int:
     return max(1, FEW_TOKENS * side**2 // (x.shape[-2] * x.shape[-1]))
 
 
-def embedded(embed: nn.Module, x: torch.Tensor, side: int, dtype: torch.dtype) -> torch.Tensor:
+def embedded(embed: Any, x: torch.Tensor, side: int, dtype: torch.dtype) -> torch.Tensor:
     """Return the residual stream (B, N, D) in `dtype` for latents x (B, C, H, W) of patches `side` wide."""
-    if (first := _first(embed, x, side)) is not None:
-        backend, layer, position = first
-        if (stream := backend.embed(x, layer, position, side, dtype)) is not None:
-            return stream
+
+    def by_kernels(ready: Ready) -> torch.Tensor | None:
+        first = _first(embed, x, side, ready)
+        return None if first is None else first[0].embed(x, *first[1:], side, dtype)
+
+    if (stream := _by_kernels(by_kernels, embed, embed.proj)) is not None:
+        return stream
     return _joined([embed(part.float()).to(dtype) for part in _parts(x, few_samples(x, side))])
 
 
@@ -40,10 +43,13 @@ def output(
     `project`: the last layer, D -> pixels and channels of a patch. `shift_scale`: (B, 2 D), its modulation.
     """
     side, channels = model.config.patch_size, model.out_channels
-    if (last := _last(model.norm_out, project)) is not None:
-        backend, layer = last
-        if (made := backend.unembed(stream, shift_scale, model.norm_out.eps, layer, x, side)) is not None:
-            return made
+
+    def by_kernels(ready: Ready) -> torch.Tensor | None:
+        last = _last(model.norm_out, project, ready)
+        return None if last is None else last[0].unembed(stream, shift_scale, model.norm_out.eps, last[1], x, side)
+
+    if (made := _by_kernels(by_kernels, model.norm_out, project)) is not None:
+        return made
     few = few_samples(x, side)
     pairs = zip(_parts(stream, few), _parts(shift_scale, few), strict=True)
     patches = _joined([_patches(model.norm_out, project, *pair) for pair in pairs])
@@ -52,31 +58,53 @@ def output(
     return patches.reshape(-1, channels, rows * side, columns * side).to(x.dtype)
 
 
-def _first(embed: Any, x: torch.Tensor, side: int) -> tuple[Ends, EndLayer, torch.Tensor] | None:
+def _by_kernels(
+    run: Callable[[Ready], torch.Tensor | None], module: nn.Module, layer: nn.Module
+) -> torch.Tensor | None:
+    """Return what kernels make in the place of a module and a layer, or None; `run` computes it.
+
+    Tensors that accelerate sent away are brought back for that, where the backend shall serve such models, too.
+    """
+    if (made := run(untouched)) is not None or torch.compiler.is_compiling():
+        return made
+    parts = [module, *layer.modules()]
+    if not any(map(offloaded, parts)) or not only_moved(*parts) or _found(layer, only_moved) is None:
+        return None
+    with present(parts):
+        return run(only_moved)
+
+
+def _first(
+    embed: Any, x: torch.Tensor, side: int, ready: Ready = untouched
+) -> tuple[Ends, EndLayer, torch.Tensor] | None:
     """Return a backend, the patch embedding and its positions (N, D) where kernels of the backend may take its place.
 
     A size that has no table of positions is left to diffusers, which makes one.
     """
-    if not plain(embed, PatchEmbed):
+    if not plain(embed, PatchEmbed, ready):
         return None
     sized = (embed.height, embed.width) == (x.shape[2] // side, x.shape[3] // side)
     if not sized or embed.layer_norm or not embed.flatten or embed.pos_embed_max_size or embed.pos_embed is None:
         return None
-    found = _found(embed.proj)
+    found = _found(embed.proj, ready)
     return None if found is None else (*found, embed.pos_embed[0])
 
 
-def _last(norm: nn.Module, project: nn.Module) -> tuple[Ends, EndLayer] | None:
+def _last(norm: nn.Module, project: nn.Module, ready: Ready = untouched) -> tuple[Ends, EndLayer] | None:
     """Return a backend and the last layer where kernels of the backend may take the places of norm and layer."""
-    if not plain(norm, nn.LayerNorm) or norm.weight is not None:
+    if not plain(norm, nn.LayerNorm, ready) or norm.weight is not None:
         return None
-    return _found(project)
+    return _found(project, ready)
 
 
-def _found(module: nn.Module) -> tuple[Ends, EndLayer] | None:
-    """Return a backend and a layer as `at_an_end` does; in a graph of torch only if the kernels can be part of it."""
-    found = at_an_end(module)
-    return None if found is None or (torch.compiler.is_compiling() and not found[0].ENDS_IN_GRAPHS) else found
+def _found(module: nn.Module, ready: Ready) -> tuple[Ends, EndLayer] | None:
+    """Return a backend and a layer as `at_an_end` does.
+
+    In a graph of torch, or with tensors that accelerate moves, only if the backend shall serve such models.
+    """
+    found = at_an_end(module, ready)
+    special = torch.compiler.is_compiling() or ready is only_moved
+    return None if found is None or (special and not found[0].ENDS_EVERYWHERE) else found
 
 
 def lay_out(model: Any, project: nn.Module, x: torch.Tensor, width: int, modulation: Iterable[torch.Tensor]) -> None:

@@ -84,7 +84,7 @@ class NativeCpu(TorchCpu):
     verbs do so while the floats are in the cache; in a graph of torch they are two operators.
     """
 
-    ENDS_IN_GRAPHS = True
+    ENDS_EVERYWHERE = True
 
     def kernel(self, operation: str) -> str:
         if operation in ("scores", "values"):

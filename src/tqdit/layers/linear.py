@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from tqdit.layers.params import ActivationParams
 from tqdit.ops.ends import EndLayer, Ends
 from tqdit.ops.float_linear import float_linear
-from tqdit.ops.modules import Untrainable, offloaded, present, untouched
+from tqdit.ops.modules import Ready, Untrainable, offloaded, present, untouched
 from tqdit.ops.schema import Backend
 
 
@@ -95,18 +95,19 @@ class FloatPatchEmbed(nn.Conv2d):
         return float_linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
-def at_an_end(module: nn.Module) -> tuple[Ends, EndLayer] | None:
+def at_an_end(module: nn.Module, ready: Ready = untouched) -> tuple[Ends, EndLayer] | None:
     """Return a layer at an end of a model as kernels take it, and the backend whose kernels they are.
 
-    None where a kernel would pass something over: hooks, offloading, an adapter, or a module of another class.
+    None where a kernel would pass something over: hooks, offloading, an adapter, or a module of another class. `ready`
+    says what of this there may be.
     """
-    if not untouched(module):
+    if not ready(module):
         return None
     if type(module) is FloatLinear or type(module) is FloatPatchEmbed:
         found = EndLayer(module.weight.flatten(1), module.bias)
         return (module.backend, found) if isinstance(module.backend, Ends) else None
     if type(module) is WeightOnlyPatchEmbed:
-        return at_an_end(module.linear)
-    if type(module) is WeightOnlyLinear and untouched(module.layer) and isinstance(module.backend, Ends):
+        return at_an_end(module.linear, ready)
+    if type(module) is WeightOnlyLinear and ready(module.layer) and isinstance(module.backend, Ends):
         return module.backend, EndLayer(codes=module.layer)
     return None

@@ -31,10 +31,11 @@ class Lookup(NamedTuple):
 class Ends:
     """The default of a backend: no kernels for what is around the blocks.
 
-    `ENDS_IN_GRAPHS`: whether `embed` and `unembed` may be traced into a graph of torch.
+    `ENDS_EVERYWHERE`: whether `embed` and `unembed` also serve models in a graph of torch, and models whose tensors
+    accelerate moves, so that these have the same results bit for bit.
     """
 
-    ENDS_IN_GRAPHS: ClassVar[bool] = False
+    ENDS_EVERYWHERE: ClassVar[bool] = False
 
     def embed(
         self, x: torch.Tensor, layer: EndLayer, position: torch.Tensor, side: int, dtype: torch.dtype

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
@@ -13,7 +13,12 @@ from torch.nn.modules import module as module_hooks
 from tqdit.errors import InputError
 
 HOOK = "_hf_hook"  # the attribute of accelerate's hook around a module's forward
+ACCELERATE = "accelerate.hooks"  # the module of accelerate's own hooks
+MOVING = frozenset({"ModelHook", "AlignDevicesHook", "CpuOffload"})  # those that move tensors or do nothing
 EXTRA_STATE = "_extra_state"  # the key that torch gives to `get_extra_state`
+
+
+Ready = Callable[..., bool]  # says of modules whether a kernel may take their tensors instead of a call
 
 
 class Watched(nn.Module):
@@ -110,14 +115,51 @@ def untouched(*modules: nn.Module) -> bool:
     if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
         return False
     return not any(
-        module._forward_hooks or module._forward_pre_hooks or offloaded(module) or "forward" in module.__dict__
+        module._forward_hooks or module._forward_pre_hooks or offloaded(module) or _replaced(module)
         for module in modules
     )
 
 
-def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Say whether a module is one of `kind`, perhaps of a subclass, whose call is the forward of `kind` alone."""
-    return isinstance(module, kind) and type(module).forward is kind.forward and untouched(module)
+def _replaced(module: nn.Module) -> bool:
+    """Say whether something is in the place of a module's forward. accelerate leaves the forward itself behind."""
+    return "forward" in module.__dict__ and not _is_own(module, module.__dict__["forward"])
+
+
+def _is_own(module: nn.Module, forward: Any) -> bool:
+    return getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
+
+
+def only_moved(*modules: nn.Module) -> bool:
+    """Say whether modules are as in `untouched` but for hooks of accelerate's own, which move tensors and do no more.
+
+    Then a kernel may take the tensors of these modules while they are `present`.
+    """
+    return all(_only_moved(module) if offloaded(module) else untouched(module) for module in modules)
+
+
+def _only_moved(module: nn.Module) -> bool:
+    if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or not _moves(module.__dict__[HOOK]):
+        return False
+    around = getattr(module.__dict__.get("forward"), "func", None)
+    return getattr(around, "__module__", "") == ACCELERATE and _is_own(module, module.__dict__.get("_old_forward"))
+
+
+def _moves(hook: Any) -> bool:
+    """Say whether a hook is accelerate's own and changes no value; a class derived from it may do anything."""
+    kind = type(hook)
+    if kind.__module__ != ACCELERATE:
+        return False
+    return all(map(_moves, hook.hooks)) if kind.__name__ == "SequentialHook" else kind.__name__ in MOVING
+
+
+def plain(module: nn.Module, kind: type[nn.Module], ready: Ready = untouched) -> bool:
+    """Say whether a module is one of `kind`, perhaps of a subclass, whose call is the forward of `kind` alone.
+
+    `ready`: `untouched` or `only_moved`.
+    """
+    return isinstance(module, kind) and type(module).forward is kind.forward and ready(module)
 
 
 @contextmanager
