@@ -6,9 +6,9 @@ ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI python bench/cpu_busy.py --json bench/result
     --against openvino-int8 --instructions avx512-vnni
 
 One random model of a few blocks of DiT-XL/2. In each round every way is called once. The other processes count without
-an end; there are none, one, and one for each core. `--instructions` keeps our kernels from newer instructions of the
-processor, and ONEDNN_MAX_CPU_ISA those of oneDNN, which OpenVINO and torch use. Compare ratios, not milliseconds: the
-machine may be shared.
+an end; there are none, one, and one for each core, and the file is written after each of these. `--instructions` keeps
+our kernels from newer instructions of the processor, and ONEDNN_MAX_CPU_ISA those of oneDNN, which OpenVINO and torch
+use. Compare ratios, not milliseconds: the machine may be shared.
 """
 
 import argparse
@@ -57,6 +57,12 @@ def main() -> None:
     for run in calls.values():
         run(0)
     rows: list[dict[str, Any]] = []
+    result = {
+        "command": shlex.join(["python", "bench/cpu_busy.py", *sys.argv[1:]]), "environment": environment(),
+        "load_average": os.getloadavg()[0], "model": f"{arguments.blocks} blocks of {SHAPE}, batch {BATCH}, W8A8",
+        "instructions": arguments.instructions, "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
+        "rows": rows,
+    }  # fmt: skip
     for others in sorted({0, 1, cores()}):
         for name, times in busy(others, lambda: interleaved(calls, arguments.rounds)).items():
             found = Percentiles.from_sample(times)
@@ -64,13 +70,7 @@ def main() -> None:
                 {"others": others, "threads": name, "p20_ms": found.p20, "p50_ms": found.p50, "p80_ms": found.p80}
             )
             print(rows[-1], flush=True)
-    result = {
-        "command": shlex.join(["python", "bench/cpu_busy.py", *sys.argv[1:]]), "environment": environment(),
-        "load_average": os.getloadavg()[0], "model": f"{arguments.blocks} blocks of {SHAPE}, batch {BATCH}, W8A8",
-        "instructions": arguments.instructions, "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
-        "rows": rows,
-    }  # fmt: skip
-    write_text(arguments.json, json.dumps(result, indent=1) + "\n")
+        write_text(arguments.json, json.dumps(result, indent=1) + "\n")
 
 
 def busy(others: int, measure: Any) -> Any:

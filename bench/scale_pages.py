@@ -53,8 +53,12 @@ def scaling(run: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:
 
 
 def _conditions(run: dict[str, Any]) -> tuple[Any, ...]:
-    """What must be equal for two runs to be compared; processes share the machine's threads as they like."""
-    where = {key: value for key, value in run["environment"].items() if key != "threads"}
+    """What must be equal for two runs to be compared.
+
+    Processes share the machine's threads as they like. A process on a GPU needs few cores, whatever the machine has.
+    """
+    left_out = ("threads",) if run["environment"]["device"] == "cpu" else ("threads", "cores")
+    where = {key: value for key, value in run["environment"].items() if key not in left_out}
     return where, run["shape"], run["blocks"], run["recipe"], run["work_folder"]
 
 
