@@ -61,11 +61,11 @@ def _first_calls() -> list[str]:
     return [
         "#### The first call",
         "",
-        f"`{run['command']}`: a {run['model']} in processes of their own, while other programs used other cores and "
-        "the other GPU of the machine. Folders for kernels are empty at first. `committed`: the committed "
-        "configurations, so no kernel is timed, but all are compiled; `again`: the same folders; `another batch`: the "
-        "same folders and half of the samples; `unknown`: no committed configurations, so a few candidates are timed. "
-        "`compiled` and `timed` count kernels. Cases that are missing were not measured; on "
+        f"`{run['command']}`: a {run['model']} in processes of their own. Folders for kernels are empty at first. "
+        "`committed`: the committed configurations, so no kernel is timed, but all are compiled; `again`: the same "
+        "folders; `another batch`: the same folders and half of the samples; `unknown`: no committed configurations, "
+        "so a few candidates are timed. `compiled` and `timed` count kernels. Cases that are missing were not "
+        "measured; on "
         f"{environment(run['environment'])}.",
         "",
         table(["case", "samples", "compiled", "timed", "converting (s)", "first call (s)", "target (s)", "met"], rows),

@@ -71,6 +71,11 @@ def test_the_page_compares_with_one_process_of_like_conditions(result, monkeypat
     text = scaling(two, [*others, one, two])[0]
     assert "2 processes (nccl) take 60 s where one takes 108 s: 1.80× as fast (trajectories 1.80×," in text
     assert "choose the same scales and codes" in text
+    assert "not from sharing" not in text
+    late = scaling(run(2, 8.0), [one])[0]
+    assert "2.25× as fast" in late
+    assert "More than 2× is not from sharing" in late
+    assert "sharing" not in scaling(run(3, 8.0), [one])[0]
     assert "**another**" in scaling({**two, "solution_sha256": "0"}, [one])[0]
     assert "was not measured" in scaling(two, [*others, two])[0]
 

@@ -314,6 +314,7 @@ def test_reports_backends_classes_and_places_of_another_kind(model, recipe, sche
             lambda report: tqdit.compare("fashion-dit", out, report=report),
             lambda report: tqdit.sample("fashion-dit", report=report),
             lambda report: tqdit.evaluate("fashion-dit", "fashion-test", out, report=report),
+            lambda report: tqdit.workflow.prepare("fashion-dit", recipe, report),
         ):
             with pytest.raises(InputError, match=f"^report must be a function of a .* fraction, got {report!r}$"):
                 verb(report)

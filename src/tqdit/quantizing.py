@@ -48,6 +48,7 @@ def prepare(
     model put it there before; the records then take memory only while they are in use. Inside `distributed.joined`
     the ranks share the work; they must see the same `work` folder, or an `InputError` says so.
     """
+    check_report(report)
     source, conditions = resolve(model), read_conditions(conditions)
     suitable(source.config, conditions)
     return calibrated(

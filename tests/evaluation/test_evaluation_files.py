@@ -127,6 +127,17 @@ def test_damaged_files_are_refused(tmp_path) -> None:
         NpzImages(tmp_path / "batch.npz", 10)
 
 
+def test_a_file_that_may_not_be_read_is_not_called_another_kind(tmp_path, monkeypatch) -> None:
+    np.savez(tmp_path / "batch.npz", PIXELS)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InputError, match=r"^cannot read .*batch\.npz: Permission denied$"):
+        open_reference(tmp_path / "batch.npz", NETWORK)
+
+
 def test_a_folder_needs_images_of_one_size(tmp_path) -> None:
     path = folder(tmp_path / "images")
     Image.fromarray(PIXELS[0, :4]).save(path / "x.png")

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import tqdit
 from tqdit.cli.main import app
 from tqdit.errors import InputError
 from tqdit.evaluation import contenders
+from tqdit.evaluation import evaluate as verb
 from tqdit.evaluation.results import read_evaluation
 from tqdit.imaging import generate
 from tqdit.sampling.guidance import Sampling
@@ -180,6 +181,7 @@ def test_input_that_is_wrong_is_refused_before_any_image(evaluate, pipeline, net
         "models must name at least one model": evaluate,
         "models must be a path or a name or a list of them, got 5": lambda: tqdit.evaluate(5, reference, out),
         r"models must be a path or a name or a list of them, got \(5,\)": lambda: evaluate(5),
+        r"models must be a path or a name or a list of them, got b'a'": lambda: tqdit.evaluate(b"a", reference, out),
         "reference must be a path, got 5": lambda: evaluate(pipeline, reference=5),
         "out must be a path, got None": lambda: tqdit.evaluate(pipeline, reference, None),
         "network must be a path, got 5": lambda: evaluate(pipeline, network=5),
@@ -190,6 +192,14 @@ def test_input_that_is_wrong_is_refused_before_any_image(evaluate, pipeline, net
             call()
     assert not out.exists()
     assert not (tmp_path / "results.images").exists()
+
+
+MODELS = "a", Path("a"), PurePath("a"), ("a",), {"a"}, (name for name in "a"), {"a": 1}.keys()
+
+
+@pytest.mark.parametrize("given", MODELS)
+def test_models_may_be_given_in_any_collection(given) -> None:
+    assert verb._listed(given) in (["a"], [Path("a")])
 
 
 def test_the_command_prints_papers_names_and_joins_files(pipeline, network, reference, tmp_path) -> None:

@@ -1,6 +1,7 @@
 """The verb `evaluate`: images of models, their features, and their scores under one protocol."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,14 @@ def evaluate(  # noqa: PLR0913 - one for each option of the command
 
 
 def _listed(models: Any) -> Sequence[str | Path]:
-    """Return the models that a user gives, a list or one, as a list. Raises `InputError` for anything else."""
-    given = [models] if isinstance(models, str | Path) else models
-    if not isinstance(given, Sequence) or not all(isinstance(name, str | Path) for name in given):
+    """Return the models that a user gives, one or several, as a list. Raises `InputError` for anything else."""
+    several = isinstance(models, Iterable) and not isinstance(models, str | bytes | os.PathLike)
+    given = list(models) if several else [models]
+    if not all(isinstance(name, str | os.PathLike) for name in given):
         raise InputError(f"models must be a path or a name or a list of them, got {models!r:.80}")
     if not given:
         raise InputError("models must name at least one model, got an empty list")
-    return given
+    return [name if isinstance(name, str) else Path(name) for name in given]
 
 
 def _contenders(

@@ -99,7 +99,12 @@ def open_reference(name: str | Path, network: Network) -> Reference:
 
 
 def _arrays(path: Path) -> list[str]:
-    if not zipfile.is_zipfile(path):  # numpy would speak of a pickle, and of how to load it
+    try:
+        with path.open("rb") as file:
+            archived = zipfile.is_zipfile(file)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    if not archived:  # numpy would speak of a pickle, and of how to load it
         raise InputError(f"{path} is no .npz file; {LEGAL}")
     try:
         with np.load(path, allow_pickle=False) as archive:
