@@ -10,255 +10,41 @@ maximum first. What the ordinary kernel spends instructions on is free
 here or shared by a head's rows: zero points of queries and values are in what sums start from, the bits of the integer
 scores are floats, a score becomes a power with one multiply-add, and rows of ones below the values add up the codes.
 
+`hopper_probabilities` turns scores into codes; `hopper_values` multiplies these with values and writes the result.
+
 All computing warps run the same instructions: as two partitions of a program their code, twice as long, did not stay
 in the instruction cache.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
-from tqdit.backends.triton.kernels.attention import LOG2E, probability_codes, row_codes, softmax_parameters
+from tqdit.backends.triton.kernels.attention import LOG2E, probability_codes, softmax_parameters
 from tqdit.backends.triton.kernels.dependent import let_successor_start, wait_for_predecessor
 from tqdit.backends.triton.kernels.hopper import COPY
+from tqdit.backends.triton.kernels.hopper_probabilities import (
+    code_levels,
+    maxima_over_keys,
+    narrowed_maxima,
+    powers,
+    row_sums,
+    slot_codes,
+    store_trace,
+    sums_over_keys,
+)
 from tqdit.backends.triton.kernels.hopper_scores import (
     as_floats,
     byte_sums,
-    halves,
     of_rows,
     product_layout,
     row_maxima,
     start_scores,
 )
-from tqdit.backends.triton.kernels.rounding import (
-    INVERSE,
-    MAGIC_BITS,
-    ROW,
-    SOFTMAX,
-    SOFTMAX_MERGED,
-    SOFTMAX_ROW,
-    ZERO,
-    divide,
-    power_of_two,
-    uniform_codes,
-)
+from tqdit.backends.triton.kernels.hopper_values import complete_values, start_values, store_result
+from tqdit.backends.triton.kernels.rounding import INVERSE, MAGIC_BITS, ROW, SOFTMAX, SOFTMAX_ROW, ZERO
 
 COPY_REGISTERS = 24  # registers of a thread that copies
-
-
-@gluon.jit
-def _row_sums(x, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
-    """Return the sums of rows, added by halves first: these additions do not wait for each other."""
-    if COLUMNS > 16:
-        left, right = halves(x, COLUMNS, WARPS)
-        return _row_sums(left + right, COLUMNS // 2, WARPS)
-    else:
-        return gl.sum(x, 1)
-
-
-@gluon.jit
-def _narrowed_maxima(x, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
-    """Return the maxima of columns 16 apart, (rows, 16): nothing moves between threads."""
-    if COLUMNS > 16:
-        left, right = halves(x, COLUMNS, WARPS)
-        return _narrowed_maxima(gl.maximum(left, right), COLUMNS // 2, WARPS)
-    else:
-        return x
-
-
-@gluon.jit
-def _powers(scores, shift, scale):
-    """Return 2^(scores scale + shift) within 2^-20, times a factor of the row that is the same in the row's sum.
-
-    The factor is within 2^(+-scale), for shift is rounded near 1.5 2^23 scale: scales of scores are far below 100.
-    """
-    x = as_floats(scores)
-    nothing = gl.full_like(x, 0.0)
-    return power_of_two(gl.fma(x, nothing + scale, nothing + shift[:, None]), True)
-
-
-@gluon.jit
-def _levels(highest, shift, scale, BITS: gl.constexpr):
-    """Return the levels of a code, less the factor that `_powers` have in common, for each row; `highest`: its maximum.
-
-    The factor is the power at the maximum, whose exponent is what rounding took from `shift`: a multiply-add has it
-    exactly.
-    """
-    excess = gl.fma(highest, gl.full_like(highest, 0.0) + scale, shift)
-    return power_of_two(-excess, True) * ((1 << BITS) - 1.0)
-
-
-@gluon.jit
-def _codes(scores, shift, scale, total, probability, MODE: gl.constexpr, BITS: gl.constexpr):
-    """Return the codes of a slot's probabilities. `total`: the sums of the rows' powers; of softmax rows `_levels`."""
-    e = _powers(scores, shift, scale)
-    if MODE == SOFTMAX_ROW:
-        return row_codes(e, gl.full_like(e, 0.0) + total[:, None])
-    else:
-        return probability_codes(e, total, probability, MODE, BITS, True)
-
-
-@gluon.jit
-def _operand(codes, BK: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
-    """Return codes of probabilities as an operand of a product of COLUMNS.
-
-    They stay in their registers (`attention._permuted`).
-    """
-    codes = codes.reshape(16 * WARPS, BK // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(16 * WARPS, BK)
-    layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=product_layout(COLUMNS, WARPS), k_width=4)
-    return gl.convert_layout(codes, layout, assert_trivial=True)
-
-
-@gluon.jit
-def _start_values(
-    codes, values, slot, sums, D_FIRST: gl.constexpr, V_PAD: gl.constexpr, MODE: gl.constexpr, BK: gl.constexpr,
-    WARPS: gl.constexpr,
-):  # fmt: skip
-    """Start computing sums + P V of a slot without waiting for the result.
-
-    The first channels and the rest are separate, of one operand or two.
-    """
-    first, rest, fine, fine_rest = sums
-    first_values, rest_values = values[0].index(slot).permute((1, 0)), values[1].index(slot).permute((1, 0))
-    first = warpgroup_mma(_operand(codes[0], BK, D_FIRST, WARPS), first_values, first, is_async=True)
-    rest = warpgroup_mma(_operand(codes[0], BK, V_PAD, WARPS), rest_values, rest, is_async=True)
-    if MODE == SOFTMAX:
-        fine = warpgroup_mma(_operand(codes[1], BK, D_FIRST, WARPS), first_values, fine, is_async=True)
-        fine_rest = warpgroup_mma(_operand(codes[1], BK, V_PAD, WARPS), rest_values, fine_rest, is_async=True)
-    return first, rest, fine, fine_rest
-
-
-@gluon.jit
-def _complete(sums, MODE: gl.constexpr):
-    """Wait for the products that `_start_values` started."""
-    first, rest, fine, fine_rest = sums
-    if MODE == SOFTMAX:
-        first, rest, fine, fine_rest = warpgroup_mma_wait(0, deps=(first, rest, fine, fine_rest))
-    else:
-        first, rest = warpgroup_mma_wait(0, deps=(first, rest))
-    return first, rest, fine, fine_rest
-
-
-@gluon.jit
-def _total(
-    queries, keys, starts, base, shift, scale, BLOCKS: gl.constexpr, D_REST: gl.constexpr, HIGHEST: gl.constexpr,
-    BK: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
-    """Return the row sums of the powers of all keys. HIGHEST: the row maxima of the scores."""
-    result = gl.full_like(shift, 0.0)
-    for block in range(0, BLOCKS):
-        scores = start_scores(queries, keys, base + block, starts, block, D_REST, BK, WARPS)
-        scores = warpgroup_mma_wait(0, deps=(scores,))
-        if HIGHEST:
-            result = gl.maximum(result, gl.max(as_floats(scores), 1))  # floats of MAGIC are positive
-        else:
-            result += gl.sum(_powers(scores, shift, scale), 1)
-    return result
-
-
-@gluon.jit
-def _highest(
-    queries, keys, starts, base, BLOCKS: gl.constexpr, D_REST: gl.constexpr, AT_ONCE: gl.constexpr, BK: gl.constexpr,
-    WARPS: gl.constexpr,
-):  # fmt: skip
-    """Return the highest score of each row; threads compare theirs once, at the end."""
-    PRODUCTS: gl.constexpr = 2 if D_REST else 1
-    result = gl.full((16 * WARPS, 16), 0.0, gl.float32, product_layout(16, WARPS))  # floats of MAGIC are positive
-    for block in range(0, BLOCKS, AT_ONCE):
-        now = start_scores(queries, keys, base + block, starts, block, D_REST, BK, WARPS)
-        if AT_ONCE == 2:
-            after = start_scores(queries, keys, base + (block + 1), starts, block + 1, D_REST, BK, WARPS)
-            now = warpgroup_mma_wait(PRODUCTS, deps=(now,))
-            result = gl.maximum(result, _narrowed_maxima(as_floats(now), BK, WARPS))
-            now = warpgroup_mma_wait(0, deps=(after,))
-        else:
-            now = warpgroup_mma_wait(0, deps=(now,))
-        result = gl.maximum(result, _narrowed_maxima(as_floats(now), BK, WARPS))
-    return gl.max(result, 1)
-
-
-@gluon.jit
-def _trace(trace, codes, softmax_zero, row, first_row, first_key, N, MODE: gl.constexpr, BK: gl.constexpr,
-           WARPS: gl.constexpr):  # fmt: skip
-    """Write the codes of the probabilities as `attention._trace` does."""
-    layout: gl.constexpr = product_layout(BK, WARPS)
-    rows = first_row + gl.arange(0, 16 * WARPS, gl.SliceLayout(1, layout))
-    keys = first_key + gl.arange(0, BK, gl.SliceLayout(0, layout))
-    written = codes[0]
-    if MODE == SOFTMAX:
-        written = codes[0] + codes[1]
-    elif MODE != SOFTMAX_MERGED:
-        written = (codes[0].to(gl.int32) + 128 + softmax_zero.to(gl.int32)).to(gl.int8)
-    gl.store(trace + ((row * N + rows).to(gl.int64)[:, None] * N + keys[None, :]), written)
-
-
-@gluon.jit
-def _quantized(sums, fine, sum_one, sum_two, value, softmax, target, MODE: gl.constexpr, BITS: gl.constexpr):
-    """Return codes of P V, whose scales are applied as the reference does; P V itself, fp32, if BITS is 0.
-
-    `sum_one`, `sum_two`: sums of the codes of a row.
-    """
-    scale, zero = value
-    if MODE == SOFTMAX:
-        coarse = (sums - zero * sum_one[:, None]).to(gl.float32) * softmax[1]
-        small = (fine - zero * sum_two[:, None]).to(gl.float32) * -softmax[0]
-        y = (coarse + small) * scale
-    elif MODE == SOFTMAX_ROW:
-        total = sum_one.to(gl.float32)
-        share = gl.div_rn(gl.full_like(total, 0.0) + scale, total)
-        y = (sums - zero * sum_one[:, None]).to(gl.float32) * share[:, None]
-    else:
-        y = (sums - zero * sum_one[:, None]).to(gl.float32) * (softmax[0] * scale)
-    if BITS == 0:
-        return y
-    else:
-        return uniform_codes(divide(y, target[0], target[1], True), target[2], BITS)
-
-
-@gluon.jit
-def _split(rest, V_REST: gl.constexpr, V_PAD: gl.constexpr, WARPS: gl.constexpr):
-    """Return the last channels of P V, and the sums of the codes, which all columns after these channels have."""
-    if V_REST == 0:
-        return rest, gl.max(rest, 1)
-    else:
-        left, right = halves(rest, V_PAD, WARPS)
-        return left, gl.max(right, 1)
-
-
-@gluon.jit
-def _store(out, codes, row, column, out_stride, COLUMNS: gl.constexpr, BITS: gl.constexpr, WARPS: gl.constexpr):
-    """Write codes (16 WARPS, COLUMNS), 8 bytes a store where that is worth a change of layout; fp32 as it is."""
-    ACROSS: gl.constexpr = COLUMNS // 8
-    blocked: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
-    layout: gl.constexpr = blocked if COLUMNS > 8 and BITS else product_layout(COLUMNS, WARPS)
-    down = (row + gl.arange(0, 16 * WARPS, gl.SliceLayout(1, layout))).to(gl.int64) * out_stride
-    across = gl.max_contiguous(gl.multiple_of(column + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout)), 8), 8)
-    gl.store(out + (down[:, None] + across[None, :]), gl.convert_layout(codes, layout))
-
-
-@gluon.jit
-def _finish(
-    out, sums, row, column, out_stride, value, softmax, target, D_FIRST: gl.constexpr, V_REST: gl.constexpr,
-    V_PAD: gl.constexpr, MODE: gl.constexpr, BITS: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
-    """Write the codes, or the fp32 values, of a tile's rows at `column` of the output."""
-    first, rest, fine, fine_rest = sums
-    last, sum_one = _split(rest, V_REST, V_PAD, WARPS)
-    if MODE == SOFTMAX:
-        fine_last, sum_two = _split(fine_rest, V_REST, V_PAD, WARPS)
-    else:
-        fine_last, sum_two = last, sum_one
-    if V_REST:
-        codes = _quantized(last, fine_last, sum_one, sum_two, value, softmax, target, MODE, BITS)
-        _store(out, codes, row, column + D_FIRST, out_stride, V_REST, BITS, WARPS)
-    sum_one, sum_two = of_rows(sum_one, D_FIRST, WARPS), of_rows(sum_two, D_FIRST, WARPS)
-    codes = _quantized(first, fine, sum_one, sum_two, value, softmax, target, MODE, BITS)
-    _store(out, codes, row, column, out_stride, D_FIRST, BITS, WARPS)
 
 
 @gluon.jit
@@ -389,9 +175,9 @@ def _consume(
                     others = start_scores(queries, keys, base + 1, starts, 1, D_REST, BK, WARPS)
                     if MODE == SOFTMAX_ROW:  # the second product goes on while scores of the first are compared
                         scores = warpgroup_mma_wait(PRODUCTS, deps=(scores,))
-                        narrowed = _narrowed_maxima(as_floats(scores), BK, WARPS)
+                        narrowed = narrowed_maxima(as_floats(scores), BK, WARPS)
                         others = warpgroup_mma_wait(0, deps=(others,))
-                        narrowed = gl.maximum(narrowed, _narrowed_maxima(as_floats(others), BK, WARPS))
+                        narrowed = gl.maximum(narrowed, narrowed_maxima(as_floats(others), BK, WARPS))
                         highest = gl.max(narrowed, 1)
                     else:
                         scores, others = warpgroup_mma_wait(0, deps=(scores, others))
@@ -402,41 +188,41 @@ def _consume(
                 mbarrier.arrive(q_empty.index(place))
                 shift = -of_rows(highest, BK, WARPS) * scale
                 if MODE == SOFTMAX_ROW:
-                    total = _levels(of_rows(highest, BK, WARPS), shift, scale, BITS)
-                    codes = _codes(scores, shift, scale, total, probability, MODE, BITS)
+                    total = code_levels(of_rows(highest, BK, WARPS), shift, scale, BITS)
+                    codes = slot_codes(scores, shift, scale, total, probability, MODE, BITS)
                 else:
-                    e = _powers(scores, shift, scale)
+                    e = powers(scores, shift, scale)
                     if BLOCKS == 2:
-                        more = _powers(others, shift, scale)
-                        total = of_rows(_row_sums(e + more, BK, WARPS), BK, WARPS)
+                        more = powers(others, shift, scale)
+                        total = of_rows(row_sums(e + more, BK, WARPS), BK, WARPS)
                     else:
-                        total = of_rows(_row_sums(e, BK, WARPS), BK, WARPS)
+                        total = of_rows(row_sums(e, BK, WARPS), BK, WARPS)
                     codes = probability_codes(e, total, probability, MODE, BITS, True)
                 if TRACE:
-                    _trace(trace, codes, probability[2], row, first_row, 0, N, MODE, BK, WARPS)
-                sums = _start_values(codes, values, base, sums, D_FIRST, V_PAD, MODE, BK, WARPS)
+                    store_trace(trace, codes, probability[2], row, first_row, 0, N, MODE, BK, WARPS)
+                sums = start_values(codes, values, base, sums, D_FIRST, V_PAD, MODE, BK, WARPS)
                 if BLOCKS == 2:
                     if MODE == SOFTMAX_ROW:
-                        codes = _codes(others, shift, scale, total, probability, MODE, BITS)
+                        codes = slot_codes(others, shift, scale, total, probability, MODE, BITS)
                     else:
                         codes = probability_codes(more, total, probability, MODE, BITS, True)
                     if TRACE:
-                        _trace(trace, codes, probability[2], row, first_row, BK, N, MODE, BK, WARPS)
-                    sums = _start_values(codes, values, base + 1, sums, D_FIRST, V_PAD, MODE, BK, WARPS)
-                sums = _complete(sums, MODE)
+                        store_trace(trace, codes, probability[2], row, first_row, BK, N, MODE, BK, WARPS)
+                    sums = start_values(codes, values, base + 1, sums, D_FIRST, V_PAD, MODE, BK, WARPS)
+                sums = complete_values(sums, MODE)
             else:
                 if MODE == SOFTMAX_ROW:
-                    highest = _highest(queries, keys, starts, base, BLOCKS, D_REST, AT_ONCE, BK, WARPS)
+                    highest = maxima_over_keys(queries, keys, starts, base, BLOCKS, D_REST, AT_ONCE, BK, WARPS)
                     highest = of_rows(highest, BK, WARPS)
                     shift = -highest * scale
-                    total = _levels(highest, shift, scale, BITS)
+                    total = code_levels(highest, shift, scale, BITS)
                 else:
                     # Powers relative to the highest score of the first slot instead of all: their sums overflow only
                     # where another score makes a power beyond 2^127.
                     scores = start_scores(queries, keys, base, starts, 0, D_REST, BK, WARPS)
                     scores = warpgroup_mma_wait(0, deps=(scores,))
                     shift = -of_rows(row_maxima(as_floats(scores), BK, WARPS), BK, WARPS) * scale
-                    total = _row_sums(_powers(scores, shift, scale), BK, WARPS)
+                    total = row_sums(powers(scores, shift, scale), BK, WARPS)
                     for block in range(1, BLOCKS - AT_ONCE + 1, AT_ONCE):
                         now = start_scores(queries, keys, base + block, starts, block, D_REST, BK, WARPS)
                         if AT_ONCE == 2:
@@ -444,20 +230,24 @@ def _consume(
                                 queries, keys, base + (block + 1), starts, block + 1, D_REST, BK, WARPS
                             )
                             now = warpgroup_mma_wait(PRODUCTS, deps=(now,))
-                            total += _row_sums(_powers(now, shift, scale), BK, WARPS)
+                            total += row_sums(powers(now, shift, scale), BK, WARPS)
                             now = warpgroup_mma_wait(0, deps=(after,))
                         else:
                             now = warpgroup_mma_wait(0, deps=(now,))
-                        total += _row_sums(_powers(now, shift, scale), BK, WARPS)
+                        total += row_sums(powers(now, shift, scale), BK, WARPS)
                     if AT_ONCE == 2:  # an even number of slots, less the first
                         last = start_scores(queries, keys, base + (BLOCKS - 1), starts, BLOCKS - 1, D_REST, BK, WARPS)
                         last = warpgroup_mma_wait(0, deps=(last,))
-                        total += _row_sums(_powers(last, shift, scale), BK, WARPS)
+                        total += row_sums(powers(last, shift, scale), BK, WARPS)
                     total = of_rows(total, BK, WARPS)
                     if gl.max((total > 3e38).to(gl.int32), 0) != 0:
-                        highest = _total(queries, keys, starts, base, shift, scale, BLOCKS, D_REST, True, BK, WARPS)
+                        highest = sums_over_keys(
+                            queries, keys, starts, base, shift, scale, BLOCKS, D_REST, True, BK, WARPS
+                        )
                         shift = -highest * scale
-                        total = _total(queries, keys, starts, base, shift, scale, BLOCKS, D_REST, False, BK, WARPS)
+                        total = sums_over_keys(
+                            queries, keys, starts, base, shift, scale, BLOCKS, D_REST, False, BK, WARPS
+                        )
 
                 for block in range(0, BLOCKS, AT_ONCE):
                     now = start_scores(queries, keys, base + block, starts, block, D_REST, BK, WARPS)
@@ -466,21 +256,23 @@ def _consume(
                         now = warpgroup_mma_wait(PRODUCTS, deps=(now,))
                     else:
                         now = warpgroup_mma_wait(0, deps=(now,))
-                    codes = _codes(now, shift, scale, total, probability, MODE, BITS)
+                    codes = slot_codes(now, shift, scale, total, probability, MODE, BITS)
                     if TRACE:
-                        _trace(trace, codes, probability[2], row, first_row, block * BK, N, MODE, BK, WARPS)
-                    started = _start_values(codes, values, base + block, sums, D_FIRST, V_PAD, MODE, BK, WARPS)
+                        store_trace(trace, codes, probability[2], row, first_row, block * BK, N, MODE, BK, WARPS)
+                    started = start_values(codes, values, base + block, sums, D_FIRST, V_PAD, MODE, BK, WARPS)
                     if AT_ONCE == 2:
                         now = warpgroup_mma_wait(4 if MODE == SOFTMAX else 2, deps=(after,))
-                        codes = _codes(now, shift, scale, total, probability, MODE, BITS)
+                        codes = slot_codes(now, shift, scale, total, probability, MODE, BITS)
                         if TRACE:
-                            _trace(trace, codes, probability[2], row, first_row, (block + 1) * BK, N, MODE, BK, WARPS)
-                        started = _start_values(
+                            store_trace(
+                                trace, codes, probability[2], row, first_row, (block + 1) * BK, N, MODE, BK, WARPS
+                            )
+                        started = start_values(
                             codes, values, base + (block + 1), started, D_FIRST, V_PAD, MODE, BK, WARPS
                         )
-                    sums = _complete(started, MODE)
+                    sums = complete_values(started, MODE)
                 mbarrier.arrive(q_empty.index(place))
-            _finish(
+            store_result(
                 out, sums, sample * N + first_row, which * D, out_stride, of_values, probability, result, D_FIRST,
                 V_REST, V_PAD, MODE, TARGET_BITS, WARPS,
             )  # fmt: skip
