@@ -80,8 +80,7 @@ class DiTInteger:
     def run(self, model: Any, x: torch.Tensor, call: DiTCall) -> torch.Tensor:
         """Return the output for latents x (B, C, H, W): (B, C or 2C, H, W), in the dtype of x."""
         side, blocks, shared = model.config.patch_size, model.transformer_blocks, call.modulation
-        width = shared.embedded[0].shape[1]
-        patches.lay_out(model, model.proj_out_2, x, width, shared.stacked)
+        patches.lay_out(model, x, shared.embedded[0].shape[1])
         stream = patches.embedded(model.pos_embed, x, side, model.stream_dtype)
         for block, place in zip(blocks, model.conditioning.places, strict=True):
             stream = block(stream, DiTBlockCall(call.group, call.shared, shared.block(*place)))

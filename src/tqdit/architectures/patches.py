@@ -1,6 +1,6 @@
 """The first and the last layer of a transformer on patches: latents to tokens, and tokens to latents."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -107,24 +107,19 @@ def _found(module: nn.Module, ready: Ready) -> tuple[Ends, EndLayer] | None:
     return None if found is None or (special and not found[0].ENDS_EVERYWHERE) else found
 
 
-def lay_out(model: Any, project: nn.Module, x: torch.Tensor, width: int, modulation: Iterable[torch.Tensor]) -> None:
-    """Give a CUDA graph under capture one piece of memory, about what a call has alive at most.
+def lay_out(model: Any, x: torch.Tensor, width: int) -> None:
+    """Give a CUDA graph under capture one piece of memory for the tensors that blocks have alive at once.
 
-    Its tensors then are parts of that piece, or most of them: left to come as they may, most sizes would get memory of
-    their own, which a graph keeps. `width`: channels D of the stream; `modulation`: tensors of a call that live as long
-    as it.
+    Its tensors then are parts of that piece: left to come as they may, most sizes would get memory of their own, which
+    a graph keeps. At the end of a block these are three residual streams, of the caller, before the last addition and
+    after it, and codes before and after GELU, one byte a number and four. `width`: channels D of the stream. What is
+    alive before the first block, such as the modulation, has memory already.
     """
     if x.device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_current_stream_capturing():
         return
     side, dtype = model.config.patch_size, model.stream_dtype
-    batch, tokens = x.shape[0], x.shape[-2] * x.shape[-1] // side**2
-    stream = batch * tokens * width * dtype.itemsize
-    in_a_block = stream + batch * tokens * width * 4  # its output, beside codes after GELU
-    around = 0  # kernels have nothing but the stream
-    if _first(model.pos_embed, x, side) is None or _last(model.norm_out, project) is None:
-        around = min(few_samples(x, side), batch) * tokens * width * 4 * 2  # fp32, before the blocks and after
-    shared = sum(tensor.nbytes for tensor in modulation)
-    total = stream + shared + max(in_a_block, around)
+    numbers = x.shape[0] * (x.shape[-2] * x.shape[-1] // side**2) * width
+    total = numbers * (3 * dtype.itemsize + 1 + 4)
     if total >= ONE_PIECE:
         torch.empty(total + 2**20, dtype=torch.uint8, device=x.device)  # what is smaller comes besides
 

@@ -206,7 +206,7 @@ class PixArt(PatchTransformer):
 
     def run(self, model: Any, x: torch.Tensor, call: PixArtCall) -> torch.Tensor:
         side, dtype = model.config.patch_size, model.stream_dtype
-        patches.lay_out(model, model.proj_out, x, call.embedding.shape[1], [call.modulation])
+        patches.lay_out(model, x, call.embedding.shape[1])
         stream = patches.embedded(model.pos_embed, x, side, dtype)
         for block, context in zip(model.transformer_blocks, call.contexts, strict=True):
             stream = block(stream, PixArtBlockCall(call.group, call.shared, call.modulation, context, call.bias))

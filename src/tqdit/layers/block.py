@@ -23,6 +23,7 @@ class IntBlock(Closed, Untrainable):
 
     The residual stream is fp32, fp16 or bf16, as it comes in: the latter two round it after each addition. LayerNorm,
     softmax and GELU are fp32. A subclass has `run`, which calls the steps below: each is a few verbs of the backend.
+    Codes have one name in a step, so that nothing keeps those that have been read: a CUDA graph has memory for them.
     """
 
     def __init__(
@@ -102,8 +103,8 @@ class IntBlock(Closed, Untrainable):
         verbs, attention = self.verbs, self.attention("", call)
         source, target = self.source("qkv", call), self.source("out", call)
         codes = verbs.quantize(x, source, norm)
-        projected = verbs.project(codes, source, self.layer("qkv"), attention.projections, self.heads)
-        codes = verbs.attend(projected, attention, target)
+        codes = verbs.project(codes, source, self.layer("qkv"), attention.projections, self.heads)
+        codes = verbs.attend(codes, attention, target)
         return verbs.linear(codes, target, self.layer("out"), Residual(x, gate))
 
     def cross_attention(self, x: torch.Tensor, context: Any, bias: torch.Tensor | None, call: Call) -> torch.Tensor:
@@ -115,8 +116,8 @@ class IntBlock(Closed, Untrainable):
         verbs, attention = self.verbs, self.attention("cross_", call)
         source, target = self.source("cross_q", call), self.source("cross_out", call)
         codes = verbs.quantize(x, source)
-        projected = verbs.project(codes, source, self.layer("cross_q"), [attention.query], self.heads)
-        codes = verbs.attend(projected, attention, target, context, bias)
+        codes = verbs.project(codes, source, self.layer("cross_q"), [attention.query], self.heads)
+        codes = verbs.attend(codes, attention, target, context, bias)
         return verbs.linear(codes, target, self.layer("cross_out"), Residual(x))
 
     def context(self, states: torch.Tensor, call: Call | None = None) -> Any:
