@@ -16,9 +16,14 @@ class Function:
 
     def __init__(self, fn: FunctionType, done: list[str]) -> None:
         self.fn, self.done = fn, done
+        self.hash: str | None = None
+        self.bad = False
 
     @property
     def cache_key(self) -> str:
+        self.hash = "stand-in"
+        if self.bad:
+            raise RuntimeError("unsupported")
         if self.fn.__name__ not in self.done:
             self.done.append(self.fn.__name__)
         return self.fn.__name__
@@ -37,6 +42,7 @@ def functions(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Function], lis
     """Functions of a module that calls one of another module, and the names in the order of their hashing."""
     done: list[str] = []
     monkeypatch.setattr(sources, "JITCallable", Function)
+    monkeypatch.setattr(sources, "NATIVE", True)
     helpers, known = ModuleType("helpers"), ModuleType(f"{sources.KERNELS}known")
     exec("def scaled(x): return deepest(x)\ndef deepest(x): return x", vars(helpers))
     exec(CODE, vars(known))
@@ -65,3 +71,19 @@ def test_the_functions_of_imported_kernel_modules_are_hashed(functions: Any) -> 
     found, done = functions
     sources.hash_all()
     assert set(done) == set(found), "those of helpers too, which are called"
+
+
+def test_a_function_that_cannot_be_hashed_is_left_to_who_uses_it(functions: Any) -> None:
+    found, done = functions
+    found["inner"].bad = True
+    sources.hash_all()
+    assert set(done) == set(found) - {"inner"}
+    assert found["inner"].hash is None
+    assert found["outer"].hash
+
+
+def test_nothing_is_hashed_where_kernels_are_interpreted(functions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, done = functions
+    monkeypatch.setattr(sources, "NATIVE", False)
+    sources.hash_all()
+    assert done == []

@@ -12,11 +12,18 @@ from typing import Any
 
 from triton.runtime.jit import JITCallable
 
+from tqdit.backends.triton.layouts import NATIVE
+
 KERNELS = f"{__package__}.kernels."
 
 
 def hash_all() -> None:
-    """Hash every function of the kernel modules that are imported; what has been hashed stays as it is."""
+    """Hash every function of the kernel modules that are imported; what has been hashed stays as it is.
+
+    Where Triton interprets kernels nothing is compiled, and nothing hashed.
+    """
+    if not NATIVE:
+        return
     hash_in_order(
         value for name, module in list(sys.modules.items()) if name.startswith(KERNELS) for value in _values(module)
     )
@@ -32,7 +39,10 @@ def hash_in_order(functions: Iterable[Any]) -> None:
         seen.add(id(function))
         for called in _named(function):
             visit(called)
-        function.cache_key  # noqa: B018  # Triton computes it once
+        try:
+            function.cache_key  # noqa: B018  # Triton computes it once
+        except Exception:
+            function.hash = None  # Triton leaves a stand-in there; who uses the function gets the error
 
     for function in functions:
         visit(function)
