@@ -60,7 +60,7 @@ def _beyond(before: dict[str, float], now: dict[str, float], processes: int) -> 
 
 
 def _conditions(run: dict[str, Any]) -> tuple[Any, ...]:
-    """What must be equal for two runs to be compared.
+    """Return what must be equal in two runs for a comparison.
 
     Processes share the machine's threads as they like. A process on a GPU needs few cores, whatever the machine has.
     """

@@ -111,7 +111,7 @@ def test_torch_has_nothing_large_to_do(preset: str) -> None:
 
 @pytest.mark.parametrize(("name", "left"), [("pos_embed.proj", "embed"), ("norm_out", "unembed")])
 def test_a_hook_runs(preset: str, called, name: str, left: str) -> None:
-    """Of a module that the kernels would not call."""
+    """A hook of a module runs, also where kernels would take the place of the module."""
     model, calls = convert(solved(preset), "cpu"), []
     model.get_submodule(name).register_forward_hook(lambda *_: calls.append(name))
     found = run(model, inputs())

@@ -1,4 +1,4 @@
-"""Where outputs may go; replacing whole folders or nothing."""
+"""Rules of where outputs may go, and folders that are replaced whole or not at all."""
 
 import errno
 import json
@@ -34,7 +34,7 @@ def old(tmp_path):
 
 @pytest.fixture
 def without_exchange(monkeypatch):
-    """As on a file system where two folders cannot change places in one step."""
+    """Act as a file system on which two folders cannot change places in one step."""
     monkeypatch.setattr(swap, "_renameat2", lambda *_: False)
 
 

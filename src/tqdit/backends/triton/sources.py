@@ -24,9 +24,8 @@ def hash_all() -> None:
     """
     if not NATIVE:
         return
-    hash_in_order(
-        value for name, module in list(sys.modules.items()) if name.startswith(KERNELS) for value in _values(module)
-    )
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith(KERNELS)]
+    hash_in_order(value for module in modules for value in list(vars(module).values()))
 
 
 def hash_in_order(functions: Iterable[Any]) -> None:
@@ -56,7 +55,3 @@ def _named(function: Any) -> Iterator[Any]:
     for module in values:
         if isinstance(module, ModuleType):
             yield from (vars(module)[name] for name in names if name in vars(module))
-
-
-def _values(module: ModuleType) -> list[Any]:
-    return list(vars(module).values())
